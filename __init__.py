@@ -1,0 +1,47 @@
+"""FateZero: edit a video with a prompt through the attention of an image diffusion model.
+
+The method is Qi et al., ICCV 2023 (arXiv 2303.09535). Names are loaded when first used, so
+that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention.fusion import FusionSettings
+    from .attention.prompt import PromptEdit
+    from .attention.store import AttentionStore, Condition, StoreError
+    from .diffusion.edit import edit
+    from .diffusion.invert import Inversion, invert
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "invert": ".diffusion.invert",
+    "Inversion": ".diffusion.invert",
+    "edit": ".diffusion.edit",
+    "PromptEdit": ".attention.prompt",
+    "FusionSettings": ".attention.fusion",
+    "AttentionStore": ".attention.store",
+    "Condition": ".attention.store",
+    "StoreError": ".attention.store",
+}
+
+__all__ = [
+    "AttentionStore",
+    "Condition",
+    "FusionSettings",
+    "Inversion",
+    "PromptEdit",
+    "StoreError",
+    "edit",
+    "invert",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,1 @@
+"""The methods, on query, key and value tensors alone: no host, no UNet."""

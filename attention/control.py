@@ -1,0 +1,84 @@
+"""What a UNet's attention layers are asked to do.
+
+Shapes are given as einops strings: f frames, h heads, t tokens of a frame, s source
+columns, c target columns, n key frames, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .key_frames import KeyFrames
+
+Place = Literal["down", "mid", "up"]
+Kind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention layer of a UNet on one size of picture.
+
+    place, index: where it is; index counts the layers of its kind within its place.
+    heads, head_dim: its attention heads and their channels.
+    height, width: its grid of tokens.
+    """
+
+    place: Place
+    index: int
+    kind: Kind
+    heads: int
+    head_dim: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def name(self) -> str:
+        return f"{self.place}.{self.index}.{self.kind}"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by torch's fused kernel: (f h t d) -> (f h t d)."""
+    return F.scaled_dot_product_attention(q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1))
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)), in at least single precision: (f h t d), (f h c d) -> (f h t c)."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(scores.dtype)
+
+
+class Control:
+    """Attention as the model has it, but with keys and values from the clip's key frames.
+
+    A host calls the two methods once for every layer of every UNet call, with tensors
+    (frames, heads, tokens, head_dim) of one branch. `frames` are the clip's frames that the
+    running call holds, in order: all of them, or a chunk with its key frames; `kept` are
+    those whose results count.
+    """
+
+    def __init__(self, key_frames: KeyFrames, frames: int) -> None:
+        self.key_frames = key_frames
+        self.clip_length = frames
+        self.frames: Sequence[int] = range(frames)
+        self.kept: Sequence[int] = range(frames)
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        return attention(q, self.seen(k), self.seen(v))
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        return attention(q, k, v)
+
+    def seen(self, k: Tensor) -> Tensor:
+        """What each frame sees of its key frames: (f h t d) -> (f h (n t) d)."""
+        return self.key_frames.gather(k, self.frames, self.frames, self.clip_length)

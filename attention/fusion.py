@@ -1,0 +1,146 @@
+"""FateZero's attention fusion, without ever building a self-attention map.
+
+The blend of self-attention (paper Eq. 7) has one mask value for each query row, so
+    (M A_edit + (1 - M) A_src) V = M attn(Q_edit, K_edit, V) + (1 - M) attn(Q_src, K_src, V)
+exactly, with V from the edit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor
+
+from .control import AttentionSite, Control, attention, attention_map
+from .key_frames import KeyFrames
+from .prompt import Alignment
+from .records import SourceStep
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """How much of the source's attention the edit takes.
+
+    cross_replace_steps, self_replace_steps: the share of steps, counted from the noisy
+    end, in which cross- and self-attention are fused (1 - t_c/T and 1 - t_s/T).
+    blend_self_attention: fuse self-attention only outside the blend mask.
+    blend_latents: outside the mask, put back the inversion's latents between 20% and 80%
+    of the steps.
+    blend_threshold: tau of the mask. max_tokens: fuse layers of up to this many tokens a
+    frame, None for all. mask_tokens: masks come from the finest grid of at most this many.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    cross_replace_steps: float = 0.8
+    self_replace_steps: float = 0.8
+    blend_self_attention: bool = False
+    blend_latents: bool = False
+    blend_threshold: float = 0.3
+    max_tokens: int | None = None
+    mask_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("cross_replace_steps", "self_replace_steps", "blend_threshold"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        for name in ("max_tokens", "mask_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    def cross_steps(self, steps: int) -> int:
+        """How many steps fuse cross-attention: int(share * (steps + 1)), as Prompt-to-Prompt counts."""
+        return min(steps, int(self.cross_replace_steps * (steps + 1) + 1e-9))
+
+    def self_steps(self, steps: int) -> int:
+        """How many steps fuse self-attention: int(share * steps)."""
+        return int(self.self_replace_steps * steps + 1e-9)
+
+    def latent_steps(self, steps: int) -> range:
+        """The steps after which latents are blended."""
+        return range(int(0.2 * steps + 1e-9), int(0.8 * steps + 1e-9) - 1) if self.blend_latents else range(0)
+
+    @property
+    def blends(self) -> bool:
+        return self.blend_self_attention or self.blend_latents
+
+    def fuses(self, site: AttentionSite) -> bool:
+        return self.max_tokens is None or site.tokens <= self.max_tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step of the edit fuses."""
+
+    cross: bool
+    self: bool
+    latents: bool
+    mask: bool
+
+    @classmethod
+    def of(cls, fusion: FusionSettings, step: int, steps: int) -> StepPlan:
+        """The plan of step `step` of `steps`, 0 being the noisiest."""
+        self_ = step < fusion.self_steps(steps)
+        latents = step in fusion.latent_steps(steps)
+        return cls(
+            cross=step < fusion.cross_steps(steps),
+            self=self_,
+            latents=latents,
+            mask=latents or (self_ and fusion.blend_self_attention),
+        )
+
+    def wanted(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
+        """Names of the layers whose source attention this step reads."""
+        names = {s.name for s in sites if fusion.fuses(s) and (self.cross if s.kind == "cross" else self.self)}
+        return names | {s.name for s in mask_sites} if self.mask else names
+
+
+class Fuser(Control):
+    """The conditional branch of the edit at one step, fused with the source's.
+
+    mask: (f, height, width) -> mask of a grid, 1 where the edit keeps its own attention;
+    None for none. keep: names of the layers whose own cross maps are kept in `maps`.
+    """
+
+    def __init__(
+        self,
+        key_frames: KeyFrames,
+        frames: int,
+        source: SourceStep,
+        alignment: Alignment,
+        fusion: FusionSettings,
+        plan: StepPlan,
+        masks: dict[tuple[int, int], Tensor] | None = None,
+        keep: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(key_frames, frames)
+        self.source = source
+        self.alignment = alignment
+        self.fusion = fusion
+        self.plan = plan
+        self.masks = masks
+        self.keep = keep
+        self.maps: dict[str, list[Tensor]] = {}
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if not (self.plan.self and self.fusion.fuses(site)):
+            return super().self_attention(q, k, v, site)
+        frames, seen = list(self.frames), self.seen(v)
+        source = self.source.apply_self(site, seen.expand(len(q), -1, -1, -1), frames)
+        if self.masks is None:
+            return source
+        mask = rearrange(self.masks[site.height, site.width][frames], "f y x -> f 1 (y x) 1").to(q)
+        return mask * attention(q, self.seen(k), seen) + (1 - mask) * source
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        fuses = self.plan.cross and self.fusion.fuses(site)
+        if not fuses and site.name not in self.keep:
+            return super().cross_attention(q, k, v, site)
+        own = attention_map(q, k)
+        if site.name in self.keep:
+            rows = [list(self.frames).index(f) for f in self.kept]
+            self.maps.setdefault(site.name, []).append(own[rows])
+        return (self.alignment.fuse(self.source.cross_map(site, list(self.frames)), own) if fuses else own) @ v

@@ -1,0 +1,220 @@
+"""The prompt pair: which source column of a cross-attention map feeds which target column.
+
+Alignment and reweighting follow Prompt-to-Prompt (arXiv 2208.01626, Sec. 3), on which
+FateZero builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+CHUNK = 75
+"""Content tokens of one 77-column block; longer prompts repeat start, 75 tokens, end."""
+
+Mode = Literal["refine", "replace"]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the source's columns make the target's.
+
+    matrix: (source columns, target columns); a column sums to the weight it takes.
+    copied: (target columns,), 1 where the source is used, 0 where the target keeps its own.
+    weights: (target columns,), multiplied into the fused map.
+    """
+
+    matrix: Tensor
+    copied: Tensor
+    weights: Tensor
+
+    def fuse(self, source: Tensor, target: Tensor) -> Tensor:
+        """(f h t s), (f h t c) -> (f h t c)."""
+        matrix, copied, weights = (x.to(target) for x in (self.matrix, self.copied, self.weights))
+        return (source.to(target) @ matrix * copied + target * (1 - copied)) * weights
+
+
+@dataclass(frozen=True)
+class PromptEdit:
+    """A source prompt, a target prompt and what to do with their words.
+
+    mode: "refine" copies the columns of tokens both prompts share; "replace" maps word to
+    word and needs equally many words in both.
+    blend_words: (source words, target words) whose maps make the blend mask.
+    reweight: target word -> factor on its column while cross fusion runs.
+    Words are matched without regard to case and to punctuation around them; a phrase of
+    several words is found as such; a repeated word means every place it stands.
+
+    Raises ValueError for a word that is not in its prompt, for unequal word counts in
+    "replace", and for a tokenizer whose tokens cross spaces.
+    """
+
+    source: str
+    target: str
+    tokenizer: Any = field(repr=False)
+    mode: Mode = "refine"
+    blend_words: tuple[Sequence[str], Sequence[str]] | None = None
+    reweight: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("refine", "replace"):
+            raise ValueError(f'mode is {self.mode!r}; it must be "refine" or "replace"')
+        if self.mode == "replace":
+            counts = len(self.source.split()), len(self.target.split())
+            if counts[0] != counts[1]:
+                raise ValueError(
+                    f'mode "replace" maps word to word, but the source has {counts[0]} words and the target '
+                    f'{counts[1]}: {self.source!r} / {self.target!r}. Use mode "refine".'
+                )
+        if self.blend_words is not None:
+            pair = tuple(self.blend_words)
+            if len(pair) != 2 or any(isinstance(words, str) or not words for words in pair):
+                raise ValueError(f"blend_words is {self.blend_words!r}; it must be (source words, target words)")
+            for words, prompt in zip(pair, (self.source, self.target), strict=True):
+                for word in words:
+                    self._places(prompt, word, "blend_words")
+        for word, weight in self.reweight.items():
+            self._places(self.target, word, "reweight")
+            if not isinstance(weight, (int, float)) or weight < 0:
+                raise ValueError(f"reweight: the weight of {word!r} is {weight!r}; it must be a number of at least 0")
+
+    # --- words and tokens -------------------------------------------------------------
+
+    def word_tokens(self, prompt: str) -> list[list[int]]:
+        """The token ids of every word of a prompt, without start and end."""
+        words = [list(self.tokenizer(word, add_special_tokens=False).input_ids) for word in prompt.split()]
+        whole = list(self.tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
+        if [token for word in words for token in word] != whole:
+            raise ValueError(f"this tokenizer's tokens cross word borders in {prompt!r}; a CLIP tokenizer is needed")
+        return words
+
+    def columns(self, prompt: str, word: str, columns: int, what: str = "word") -> list[int]:
+        """The columns of every place of a word or phrase in embeddings of `columns` tokens."""
+        spans = _spans(self.word_tokens(prompt))
+        found = []
+        for start, length in self._places(prompt, word, what):
+            found += [_column(token) for at in range(start, start + length) for token in range(*spans[at])]
+        if max(found, default=0) >= columns:
+            raise ValueError(f"{what}: {word!r} stands beyond the {columns} tokens of the embeddings of {prompt!r}")
+        return found
+
+    def blend_columns(self, source_columns: int, target_columns: int) -> tuple[list[int], list[int]]:
+        """The blend words' columns in the source's and the target's maps."""
+        if self.blend_words is None:
+            raise ValueError("blending needs blend_words: (source words, target words)")
+        source, target = self.blend_words
+        return (
+            [c for word in source for c in self.columns(self.source, word, source_columns, "blend_words")],
+            [c for word in target for c in self.columns(self.target, word, target_columns, "blend_words")],
+        )
+
+    def _places(self, prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
+        """(first word, number of words) of every place of a phrase."""
+        words, wanted = [_bare(w) for w in prompt.split()], [_bare(w) for w in phrase.split()]
+        n = len(wanted)
+        places = [(i, n) for i in range(len(words) - n + 1) if wanted and words[i : i + n] == wanted]
+        if not places:
+            raise ValueError(f"{what}: {phrase!r} is not in the prompt {prompt!r}")
+        return places
+
+    # --- alignment --------------------------------------------------------------------
+
+    def align(self, source_columns: int, target_columns: int) -> Alignment:
+        """The alignment for embeddings of so many columns each (77, 154, ...)."""
+        pairs = self._refined() if self.mode == "refine" else self._replaced()
+        matrix = torch.zeros(source_columns, target_columns)
+        content = [sum(map(len, self.word_tokens(p))) for p in (self.source, self.target)]
+        for source, target, share in pairs:
+            i, j = _column(source), _column(target)
+            if i < source_columns and j < target_columns:
+                matrix[i, j] = share
+        # Start and end marks of every block map to each other; padding keeps its place.
+        named = {_column(t) for t in range(content[1])}
+        for j in range(min(source_columns, target_columns)):
+            if j not in named and j != _end(content[1]):
+                matrix[j, j] = 1.0
+        if _end(content[0]) < source_columns and _end(content[1]) < target_columns:
+            matrix[_end(content[0]), _end(content[1])] = 1.0
+        weights = torch.ones(target_columns)
+        for word, weight in self.reweight.items():
+            weights[self.columns(self.target, word, target_columns, "reweight")] = weight
+        return Alignment(matrix, (matrix.sum(0) > 0).float(), weights)
+
+    def _refined(self) -> list[tuple[int, int, float]]:
+        """(source token, target token, 1) of shared tokens, by global sequence alignment."""
+        source, target = ([t for word in self.word_tokens(p) for t in word] for p in (self.source, self.target))
+        return [(i, j, 1.0) for i, j in align_sequences(source, target)]
+
+    def _replaced(self) -> list[tuple[int, int, float]]:
+        """Word to word: token to token where they have equally many, else spread evenly."""
+        source, target = self.word_tokens(self.source), self.word_tokens(self.target)
+        pairs = []
+        for (a, b), (c, d) in zip(_spans(source), _spans(target), strict=True):
+            if b - a == d - c:
+                pairs += [(i, j, 1.0) for i, j in zip(range(a, b), range(c, d), strict=True)]
+            else:
+                pairs += [(i, j, 1.0 / (d - c)) for i in range(a, b) for j in range(c, d)]
+        return pairs
+
+    def describe(self) -> str:
+        """The alignment as lines of text, one for each target word."""
+        source = [(word, span) for word, span in zip(self.source.split(), _spans(self.word_tokens(self.source)), strict=True)]
+        pairs = self._refined() if self.mode == "refine" else self._replaced()
+        lines = []
+        for word, (c, d) in zip(self.target.split(), _spans(self.word_tokens(self.target)), strict=True):
+            fed = {i for i, j, _ in pairs if c <= j < d}
+            origins = [name for name, (a, b) in source if any(a <= i < b for i in fed)]
+            lines.append(f"{word} <- {' '.join(origins) if origins else '(new)'}")
+        return "\n".join(lines)
+
+
+def _bare(word: str) -> str:
+    return word.lower().strip(".,;:!?\"'()[]")
+
+
+def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
+    """(first, past the last) content token of every word."""
+    spans, at = [], 0
+    for word in words:
+        spans.append((at, at + len(word)))
+        at += len(word)
+    return spans
+
+
+def _column(token: int) -> int:
+    """The column of a content token: blocks of a start mark, 75 tokens and an end mark."""
+    return token // CHUNK * (CHUNK + 2) + token % CHUNK + 1
+
+
+def _end(content: int) -> int:
+    """The column of the end mark that closes a prompt of so many content tokens."""
+    blocks = max(1, -(-content // CHUNK))
+    return (blocks - 1) * (CHUNK + 2) + content - (blocks - 1) * CHUNK + 1
+
+
+def align_sequences(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
+    """Needleman-Wunsch with match 1, mismatch -1, gap 0: (source, target) places that match.
+
+    Of equally good alignments the one that leaves later target tokens unmatched is taken,
+    as in Prompt-to-Prompt's code.
+    """
+    rows, columns = len(source), len(target)
+    score = [[0] * (columns + 1) for _ in range(rows + 1)]
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            same = 1 if source[i - 1] == target[j - 1] else -1
+            score[i][j] = max(score[i][j - 1], score[i - 1][j], score[i - 1][j - 1] + same)
+    pairs, i, j = [], rows, columns
+    while i > 0 and j > 0:
+        if score[i][j] == score[i][j - 1]:
+            j -= 1
+        elif score[i][j] == score[i - 1][j]:
+            i -= 1
+        else:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+    return pairs[::-1]

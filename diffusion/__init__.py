@@ -1,0 +1,1 @@
+"""DDIM steps, their inversion and the editing loop."""

@@ -1,0 +1,39 @@
+"""Deterministic DDIM (arXiv 2010.02502, Eq. 12 with eta 0), forward and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a run.
+
+    timesteps: where the UNet is called, noisy to clean. alphas: (steps + 1,), the cumulative
+    alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
+    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They stay in the scheduler's own single
+    precision, coefficients included, so that a float64 run agrees with the authors' code.
+    """
+
+    timesteps: tuple[int, ...]
+    alphas: Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def ddim_move(z: Tensor, noise: Tensor, alpha: Tensor, alpha_to: Tensor) -> Tensor:
+    """Move a latent from one cumulative alpha to another along the predicted noise.
+
+    z' = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps
+    """
+    clean = (z - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    return alpha_to**0.5 * clean + (1 - alpha_to) ** 0.5 * noise
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: eps_neg + scale (eps_pos - eps_neg)."""
+    return negative + scale * (positive - negative)

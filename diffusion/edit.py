@@ -1,0 +1,211 @@
+"""The FateZero edit: denoise with the target prompt, fused with the inversion's attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention.control import AttentionSite, Control
+from ..attention.fusion import Fuser, FusionSettings, StepPlan
+from ..attention.masks import mask_sites, threshold_mask, word_heat
+from ..attention.prompt import Alignment, PromptEdit
+from ..attention.records import Recorder, SourceStep
+from ..attention.store import AttentionStore, Condition, StoreError
+from .ddim import Schedule, ddim_move, guide
+from .denoiser import Denoiser, predict_clip
+from .invert import Inversion, Progress
+
+
+@torch.no_grad()
+def edit(
+    denoiser: Denoiser,
+    inversion: Inversion,
+    target_embeddings: Tensor | Condition,
+    negative_embeddings: Tensor | Condition | None = None,
+    guidance_scale: float = 7.5,
+    prompt: PromptEdit | None = None,
+    fusion: FusionSettings | None = None,
+    chunk_frames: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Edit an inverted clip (FateZero Sec. 3.2 and 3.3); (frames, 4, h, w).
+
+    target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative
+    ones may be None at guidance 1. prompt: how source and target words meet; without it
+    there is no fusion, and the edit is plain DDIM from the inverted noise. Fusion touches the
+    conditional branch alone. UNet calls: two a step (one at guidance 1), and with memory
+    "recompute" one more in every step that reads the source.
+
+    Raises StoreError for a store of another model, schedule or prompt, and ValueError for
+    options that do not fit each other, before the first step.
+    """
+    return _Edit.prepared(
+        denoiser,
+        inversion.store,
+        target_embeddings,
+        negative_embeddings,
+        guidance_scale,
+        prompt,
+        fusion or FusionSettings(),
+        chunk_frames,
+    ).run(progress)
+
+
+@dataclass
+class _Edit:
+    """One run of `edit`, with its inputs checked."""
+
+    denoiser: Denoiser
+    store: AttentionStore
+    schedule: Schedule
+    target: Condition
+    negative: Condition | None
+    guidance_scale: float
+    prompt: PromptEdit | None
+    fusion: FusionSettings
+    alignment: Alignment | None
+    sites: list[AttentionSite]
+    mask_sites: list[AttentionSite]
+    chunk_frames: int | None
+
+    @classmethod
+    def prepared(
+        cls,
+        denoiser: Denoiser,
+        store: AttentionStore,
+        target_embeddings: Tensor | Condition,
+        negative_embeddings: Tensor | Condition | None,
+        guidance_scale: float,
+        prompt: PromptEdit | None,
+        fusion: FusionSettings,
+        chunk_frames: int | None,
+    ) -> _Edit:
+        schedule = denoiser.schedule(store.steps)
+        check_store(store, denoiser, schedule, prompt)
+        target = Condition.of(target_embeddings, "target_embeddings").to(store.latents)
+        negative = None
+        if guidance_scale != 1:
+            if negative_embeddings is None:
+                raise ValueError(f"guidance_scale={guidance_scale} needs negative_embeddings")
+            negative = Condition.of(negative_embeddings, "negative_embeddings").to(store.latents)
+        store.key_frames.windows(store.frames, chunk_frames)
+        height, width = store.latents.shape[-2:]
+        sites = denoiser.sites(height, width)
+        alignment, masking = None, []
+        if prompt is not None:
+            alignment = prompt.align(store.source.columns, target.columns)
+            if fusion.blends:
+                prompt.blend_columns(store.source.columns, target.columns)
+                masking = mask_sites(sites, fusion.mask_tokens)
+        elif fusion.blends:
+            raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
+        return cls(
+            denoiser, store, schedule, target, negative, guidance_scale,
+            prompt, fusion, alignment, sites, masking, chunk_frames,
+        )  # fmt: skip
+
+    def run(self, progress: Progress | None) -> Tensor:
+        z, steps = self.store.latents[-1], self.schedule.steps
+        for step in range(steps):
+            z = self.step(z, step)
+            if progress:
+                progress(step + 1, steps)
+        return z
+
+    def step(self, z: Tensor, step: int) -> Tensor:
+        """One DDIM step from level steps - step to the cleaner one."""
+        level = self.schedule.steps - step
+        timestep = self.schedule.timesteps[step]
+        plan = self.plan(step)
+        source = self.source(step, plan)
+        control = self.control(source, plan)
+        noise = self.predict(control, z, timestep, self.target)
+        if self.negative is not None:
+            plain = Control(self.store.key_frames, self.store.frames)
+            noise = guide(self.predict(plain, z, timestep, self.negative), noise, self.guidance_scale)
+        z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
+        if plan.latents and isinstance(control, Fuser):
+            kept = self.store.latents[level - 1]
+            z = kept + self.latent_mask(source, control) * (z - kept)
+        return z
+
+    def plan(self, step: int) -> StepPlan:
+        if self.prompt is None:
+            return StepPlan(False, False, False, False)
+        return StepPlan.of(self.fusion, step, self.schedule.steps)
+
+    def predict(self, control: Control, z: Tensor, timestep: int, condition: Condition) -> Tensor:
+        return predict_clip(
+            self.denoiser, control, z, timestep, condition, self.store.clip_norm, self.chunk_frames
+        )
+
+    def source(self, step: int, plan: StepPlan) -> SourceStep:
+        """What the inversion's attention was at this step: read, or computed again."""
+        wanted, store = plan.wanted(self.fusion, self.sites, self.mask_sites), self.store
+        if not wanted or store.memory != "recompute":
+            return store.source_step(step, wanted) if wanted else SourceStep({}, store.key_frames, store.frames)
+        recorder = Recorder(store.key_frames, store.frames, wanted)
+        level = self.schedule.steps - step
+        self.predict(recorder, store.latents[level - 1], self.schedule.timesteps[step], store.source)
+        return SourceStep(recorder.records, store.key_frames, store.frames)
+
+    def control(self, source: SourceStep, plan: StepPlan) -> Control:
+        frames, keys = self.store.frames, self.store.key_frames
+        if self.alignment is None or not (plan.cross or plan.self or plan.latents):
+            return Control(keys, frames)
+        masks = None
+        if plan.self and self.fusion.blend_self_attention:
+            heat = self.source_heat(source)
+            grids = {(s.height, s.width) for s in self.sites if s.kind == "self" and self.fusion.fuses(s)}
+            masks = {grid: threshold_mask(heat, grid, self.fusion.blend_threshold) for grid in grids}
+        keep = frozenset(s.name for s in self.mask_sites) if plan.latents else frozenset()
+        return Fuser(keys, frames, source, self.alignment, self.fusion, plan, masks, keep)
+
+    def source_heat(self, source: SourceStep) -> Tensor:
+        """Attention of the source to the source's blend words: (f, y, x)."""
+        maps = [(site, source.cross_map(site, list(range(self.store.frames)))) for site in self.mask_sites]
+        return word_heat(maps, self.blend_columns[0])
+
+    def latent_mask(self, source: SourceStep, control: Fuser) -> Tensor:
+        """Where source or target show a blend word: (f, 1, h, w)."""
+        maps = [(site, torch.cat(control.maps[site.name])) for site in self.mask_sites]
+        heats = (self.source_heat(source), word_heat(maps, self.blend_columns[1]))
+        height, width = self.store.latents.shape[-2:]
+        masks = [threshold_mask(heat, (height, width), self.fusion.blend_threshold) for heat in heats]
+        return torch.maximum(*masks)[:, None]
+
+    @property
+    def blend_columns(self) -> tuple[list[int], list[int]]:
+        assert self.prompt is not None
+        return self.prompt.blend_columns(self.store.source.columns, self.target.columns)
+
+
+def check_store(
+    store: AttentionStore, denoiser: Denoiser, schedule: Schedule, prompt: PromptEdit | None = None
+) -> None:
+    """Raise StoreError where a store does not belong to this model, schedule or prompt."""
+    if not store.model.matches(denoiser.identity()):
+        raise StoreError(
+            "the store was made by another model: invert again with this one "
+            f"(store: {store.model.layout}; model: {denoiser.identity().layout})"
+        )
+    same = len(store.alphas) == len(schedule.alphas) and torch.allclose(torch.tensor(store.alphas), schedule.alphas)
+    if store.timesteps != schedule.timesteps or not same:
+        raise StoreError(
+            f"the store was made on another schedule: its timesteps start {store.timesteps[:3]}, "
+            f"this scheduler's {schedule.timesteps[:3]}"
+        )
+    if len(store.latents) != store.steps + 1:
+        raise StoreError(f"the store holds {len(store.latents)} latents for {store.steps} steps; it is damaged")
+    if prompt is not None and store.prompt is not None and store.prompt != prompt.source:
+        raise StoreError(f"the store was made with the prompt {store.prompt!r}, not {prompt.source!r}")
+
+
+def unet_calls(steps: int, guidance_scale: float, memory: str, fusion: FusionSettings) -> tuple[int, int]:
+    """UNet calls on the whole clip: (of the inversion, of the edit)."""
+    plans = [StepPlan.of(fusion, step, steps) for step in range(steps)]
+    reading = sum(p.cross or p.self or p.mask for p in plans) if memory == "recompute" else 0
+    return steps, steps * (1 if guidance_scale == 1 else 2) + reading

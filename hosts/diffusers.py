@@ -1,0 +1,262 @@
+"""diffusers as a host: a `UNet2DConditionModel` hooked by attention processors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from diffusers.models.resnet import ResnetBlock2D
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..attention.control import AttentionSite, Control, Place
+from ..attention.store import Condition, ModelIdentity
+from ..diffusion.ddim import Schedule
+
+_PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+
+
+class DiffusersDenoiser:
+    """A diffusers UNet and its DDIM schedule, as the loops of `fatezero.diffusion` call them.
+
+    unet: a `UNet2DConditionModel` of any width, predicting epsilon, v or the sample; LoRA
+    layers in it keep working. scheduler: a `DDIMScheduler`; another of diffusers' schedulers
+    is read for its noise levels.
+
+    Raises TypeError for a model that is no attention UNet, and ValueError for one that already
+    carries attention processors that compute something else.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+        if not isinstance(unet, UNet2DConditionModel):
+            raise TypeError(
+                f"unet is a {type(unet).__name__}; FateZero edits through the attention of a UNet2DConditionModel "
+                "(SD 1.x, SD 2.x, SDXL)"
+            )
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise TypeError(f"scheduler is a {type(scheduler).__name__}; a DDIMScheduler is needed")
+        if not isinstance(scheduler, DDIMScheduler):
+            scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
+        self.unet = unet
+        self.scheduler = scheduler
+        self._control: Control | None = None
+        self._layers = _attention_layers(unet)
+        if not self._layers:
+            raise TypeError("this UNet has no attention layers")
+        _refuse_foreign_processors(unet)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def schedule(self, steps: int) -> Schedule:
+        """Raises ValueError for a number of steps or a schedule that DDIM cannot invert."""
+        total = self.scheduler.config["num_train_timesteps"]
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps is {steps}; it must be between 1 and {total}")
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        timesteps = tuple(int(t) for t in scheduler.timesteps)
+        alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
+        if alphas.min() < 1e-6:
+            raise ValueError("a schedule that ends at zero signal cannot be inverted: set rescale_betas_zero_snr=False")
+        return Schedule(timesteps, alphas)
+
+    def sites(self, height: int, width: int) -> list[AttentionSite]:
+        return list(self._sites_by_layer(height, width).values())
+
+    def identity(self) -> ModelIdentity:
+        config = self.unet.config
+        layout = (
+            f"UNet2DConditionModel in={config['in_channels']} width={tuple(config['block_out_channels'])} "
+            f"text={config['cross_attention_dim']} attention={len(self._layers)}"
+        )
+        weights = [self.unet.conv_in.weight, self.unet.conv_out.weight]
+        weights += [_base(attn.to_k).weight for attn, *_ in self._layers.values()]
+        picked = torch.cat([w.detach().flatten()[:: max(1, w.numel() // 8)][:8].float() for w in weights])
+        return ModelIdentity(layout, tuple(picked.tolist()), str(self.unet.dtype))
+
+    @contextmanager
+    def controlled(self, control: Control, clip_norm: bool = False) -> Iterator[None]:
+        """Raises ValueError where another attention processor was set meanwhile."""
+        _refuse_foreign_processors(self.unet)
+        before = {name: attn.processor for name, (attn, *_) in self._layers.items()}
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._control = control
+        try:
+            for name, (attn, *_) in self._layers.items():
+                attn.processor = _ControlledProcessor(self, name)
+            if clip_norm:
+                handles = [h for norm in _clip_norms(self.unet) for h in _share_statistics(norm)]
+            yield
+        finally:
+            for name, (attn, *_) in self._layers.items():
+                attn.processor = before[name]
+            for handle in handles:
+                handle.remove()
+            self._control = None
+
+    def predict_noise(self, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+        """Raises ValueError for latents or a condition that do not fit the model."""
+        self._check(latents, condition)
+        frames, dtype = len(latents), self.unet.dtype
+        self._sites = self._sites_by_layer(*latents.shape[-2:])
+        extras = {k: v.to(latents.device, dtype).expand(frames, *v.shape[1:]) for k, v in condition.extras.items()}
+        output = self.unet(
+            latents.to(dtype),
+            timestep,
+            encoder_hidden_states=condition.embeddings.to(latents.device, dtype).expand(frames, -1, -1),
+            added_cond_kwargs=extras or None,
+        ).sample.to(latents.dtype)
+        return self._epsilon(output, latents, timestep)
+
+    def _epsilon(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
+        """The model's output as epsilon (v: arXiv 2202.00512, App. D)."""
+        kind = self.scheduler.config["prediction_type"]
+        signal = self.scheduler.alphas_cumprod[timestep].cpu()
+        if kind == "epsilon":
+            return output
+        if kind == "v_prediction":
+            return signal**0.5 * output + (1 - signal) ** 0.5 * latents
+        return (latents - signal**0.5 * output) / (1 - signal) ** 0.5
+
+    def _check(self, latents: Tensor, condition: Condition) -> None:
+        channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]
+        if latents.shape[1] != channels:
+            raise ValueError(f"latents have {latents.shape[1]} channels; this UNet takes {channels}")
+        if isinstance(width, int) and condition.embeddings.shape[-1] != width:
+            raise ValueError(f"embeddings are {condition.embeddings.shape[-1]} wide; this UNet takes {width}")
+        if self.unet.config["addition_embed_type"] == "text_time":
+            missing = {"text_embeds", "time_ids"} - set(condition.extras)
+            if missing:
+                raise ValueError(
+                    f"an SDXL UNet needs {' and '.join(sorted(missing))}: pass "
+                    "Condition(embeddings, {'text_embeds': ..., 'time_ids': ...})"
+                )
+
+    def _sites_by_layer(self, height: int, width: int) -> dict[str, AttentionSite]:
+        def halved(size: int, times: int) -> int:
+            return -(-size // 2**times)
+
+        return {
+            name: AttentionSite(
+                place,
+                index,
+                "cross" if attn.is_cross_attention else "self",
+                attn.heads,
+                attn.inner_dim // attn.heads,
+                halved(height, level),
+                halved(width, level),
+            )
+            for name, (attn, place, index, level) in self._layers.items()
+        }
+
+
+class _ControlledProcessor:
+    """diffusers' plain attention, with the softmax product left to a control."""
+
+    def __init__(self, denoiser: DiffusersDenoiser, name: str) -> None:
+        self.denoiser = denoiser
+        self.name = name
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        control, site = self.denoiser._control, self.denoiser._sites[self.name]
+        assert control is not None
+        if attention_mask is not None:
+            raise ValueError("attention masks are not supported while FateZero controls the UNet")
+        residual, grid = hidden_states, hidden_states.shape[2:]
+        if hidden_states.ndim == 4:
+            hidden_states = rearrange(hidden_states, "f c y x -> f (y x) c")
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        q, k, v = (
+            rearrange(project(x), "f t (h d) -> f h t d", h=attn.heads)
+            for project, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
+        )
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        attend = control.cross_attention if site.kind == "cross" else control.self_attention
+        output = rearrange(attend(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
+        for layer in attn.to_out:
+            output = layer(output)
+        if residual.ndim == 4:
+            output = rearrange(output, "f (y x) c -> f c y x", y=grid[0], x=grid[1])
+        return (output + residual if attn.residual_connection else output) / attn.rescale_output_factor
+
+
+def _attention_layers(unet: UNet2DConditionModel) -> dict[str, tuple[Attention, Place, int, int]]:
+    """name -> (layer, place, index within place and kind, times the picture was halved)."""
+    found: dict[str, tuple[Attention, Place, int, int]] = {}
+
+    def add(block: nn.Module, prefix: str, place: Place, level: int) -> None:
+        for name, module in block.named_modules():
+            if isinstance(module, Attention):
+                kind = module.is_cross_attention
+                index = sum(p == place and a.is_cross_attention == kind for a, p, *_ in found.values())
+                found[f"{prefix}.{name}"] = (module, place, index, level)
+
+    level = 0
+    for i, block in enumerate(unet.down_blocks):
+        add(block, f"down_blocks.{i}", "down", level)
+        level += getattr(block, "downsamplers", None) is not None
+    if unet.mid_block is not None:
+        add(unet.mid_block, "mid_block", "mid", level)
+    for i, block in enumerate(unet.up_blocks):
+        add(block, f"up_blocks.{i}", "up", level)
+        level -= getattr(block, "upsamplers", None) is not None
+    return found
+
+
+def _refuse_foreign_processors(unet: UNet2DConditionModel) -> None:
+    for name, processor in unet.attn_processors.items():
+        if type(processor) not in _PLAIN:
+            raise ValueError(
+                f"{name} is a {type(processor).__name__}, which FateZero cannot reproduce: remove it first "
+                "(unet.set_default_attn_processor(), or unload the adapter that set it)"
+            )
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    """A projection without the LoRA wrapped around it."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _clip_norms(unet: UNet2DConditionModel) -> list[nn.GroupNorm]:
+    """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
+    norms = [n for m in unet.modules() if isinstance(m, ResnetBlock2D) for n in (m.norm1, m.norm2)]
+    return [n for n in (*norms, unet.conv_norm_out) if isinstance(n, nn.GroupNorm)]
+
+
+def _share_statistics(norm: nn.GroupNorm) -> list[torch.utils.hooks.RemovableHandle]:
+    """Take a GroupNorm's mean and variance over all frames of its batch."""
+    frames = 0
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal frames
+        frames = len(args[0])
+        return (rearrange(args[0], "f c y x -> 1 c (f y) x"), *args[1:])
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return rearrange(output, "1 c (f y) x -> f c y x", f=frames)
+
+    return [norm.register_forward_pre_hook(before), norm.register_forward_hook(after)]
