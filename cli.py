@@ -1,0 +1,280 @@
+"""The command line: `fatezero demo`, `edit`, `invert` and `train-demo`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .config import PRESETS, ConfigError, EditConfig, checked, load_configs, with_preset
+
+app = typer.Typer(
+    help="Edit real videos with a prompt and an image diffusion model (FateZero).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+Bar = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str], Bar]]:
+    """A table of bars; each `add(title)` returns a callback (done, total)."""
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        def add(title: str) -> Bar:
+            task = progress.add_task(title, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield add
+
+
+# --- options shared by edit and invert --------------------------------------------------
+
+Video = Annotated[Path | None, typer.Argument(help="Video, picture, or folder of pictures.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML of settings, ours or the authors' own.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Diffusers folder, .safetensors checkpoint or hub name; default: the bundled demo."),
+]
+ModelConfig = Annotated[
+    str | None,
+    typer.Option(help="For a .safetensors checkpoint: a diffusers folder with its tokenizer and configuration."),
+]
+Lora = Annotated[str | None, typer.Option(help="A LoRA file or folder.")]
+Steps = Annotated[int | None, typer.Option(help="DDIM steps [50].")]
+KeyFramesOption = Annotated[
+    str | None,
+    typer.Option("--key-frames", help="self, first, middle, last, previous or offsets, by commas [self,middle]."),
+]
+ClipNorm = Annotated[bool | None, typer.Option(help="GroupNorm statistics over the whole clip, as the authors' code.")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="recompute, queries_keys or maps [recompute].")]
+Chunk = Annotated[int | None, typer.Option("--chunk-frames", help="Frames of one UNet call [all].")]
+MaxTokens = Annotated[int | None, typer.Option(help="Record and fuse layers of up to this many tokens [all].")]
+Start = Annotated[int | None, typer.Option(help="First frame [0].")]
+Stride = Annotated[int | None, typer.Option(help="Take every n-th frame [1].")]
+Count = Annotated[int | None, typer.Option(help="How many frames; 0 for all [8].")]
+Crop = Annotated[str | None, typer.Option(help="Pixels to cut: left,top,right,bottom.")]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT to edit at; default: short side at the model's own size.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: float16 on a GPU, else float32.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, with memory and UNet calls, and stop.")]
+
+
+@app.command()
+def edit(
+    video: Video = None,
+    source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    target: Annotated[str | None, typer.Option(help="What it shall show.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the edit goes: .mp4, .mov, .mkv.")] = Path(
+        "edit.mp4"
+    ),
+    config: Config = None,
+    preset: Annotated[str | None, typer.Option(help=f"The paper's settings: {', '.join(PRESETS)}.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A store of `fatezero invert`, to reuse.")] = None,
+    model: Model = None,
+    model_config: ModelConfig = None,
+    lora: Lora = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    steps: Steps = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance [7.5].")] = None,
+    key_frames: KeyFramesOption = None,
+    clip_norm: ClipNorm = None,
+    memory: MemoryOption = None,
+    chunk_frames: Chunk = None,
+    mode: Annotated[str | None, typer.Option(help="refine or replace: how words meet.")] = None,
+    blend_source: Annotated[str | None, typer.Option(help="Source words of the mask, by commas.")] = None,
+    blend_target: Annotated[str | None, typer.Option(help="Target words of the mask, by commas.")] = None,
+    reweight: Annotated[list[str] | None, typer.Option(help="word=factor on a target word; may repeat.")] = None,
+    cross_replace_steps: Annotated[float | None, typer.Option(help="Share of steps with cross fusion.")] = None,
+    self_replace_steps: Annotated[float | None, typer.Option(help="Share of steps with self fusion.")] = None,
+    blend_self_attention: Annotated[
+        bool | None, typer.Option(help="Fuse self-attention outside the mask only.")
+    ] = None,
+    blend_latents: Annotated[bool | None, typer.Option(help="Keep the source's latents outside the mask.")] = None,
+    blend_threshold: Annotated[float | None, typer.Option(help="Threshold of the mask.")] = None,
+    max_tokens: MaxTokens = None,
+    mask_tokens: Annotated[int | None, typer.Option(help="Finest grid of the mask [256].")] = None,
+    start: Start = None,
+    stride: Stride = None,
+    count: Count = None,
+    crop: Crop = None,
+    size: Size = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+) -> None:
+    """Edit a video: invert it, then denoise with the target prompt and fused attention."""
+    flags = {k: v for k, v in locals().items() if k in EditConfig.__dataclass_fields__}
+    configs = _configs(config, preset, flags, store)
+    from .run import EditRun  # torch and diffusers take seconds to import: after the cheap checks
+
+    EditRun(configs, output, store, model_config, device, dtype, console, progress_bar).run(dry_run)
+
+
+@app.command()
+def invert(
+    video: Video = None,
+    source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the store goes.")] = Path("store.safetensors"),
+    config: Config = None,
+    model: Model = None,
+    model_config: ModelConfig = None,
+    lora: Lora = None,
+    steps: Steps = None,
+    key_frames: KeyFramesOption = None,
+    clip_norm: ClipNorm = None,
+    memory: MemoryOption = None,
+    chunk_frames: Chunk = None,
+    max_tokens: MaxTokens = None,
+    start: Start = None,
+    stride: Stride = None,
+    count: Count = None,
+    crop: Crop = None,
+    size: Size = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+) -> None:
+    """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
+    flags = {k: v for k, v in locals().items() if k in EditConfig.__dataclass_fields__}
+    configs = _configs(config, None, flags, None, inverting=True)
+    from .run import InvertRun
+
+    InvertRun(configs[0], output, model_config, device, dtype, console, progress_bar).run(dry_run)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out"),
+    steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
+    device: Device = "auto",
+) -> None:
+    """Run an attribute, a shape and a style edit on the bundled clip with the bundled model."""
+    from .demo.show import show
+
+    show(output, steps, device, console, progress_bar)
+
+
+@app.command("train-demo")
+def train_demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint.")] = Path("checkpoint"),
+    state: Annotated[Path, typer.Option(help="Folder for what a resume needs.")] = Path("training"),
+    device: Device = "auto",
+    unet_steps: Annotated[int | None, typer.Option(help="Steps of the UNet, if fewer.")] = None,
+    images: Annotated[int | None, typer.Option(help="Pictures to draw, if fewer.")] = None,
+) -> None:
+    """Train the bundled checkpoint again, from nothing; hours on a CPU, minutes on a GPU."""
+    from .demo.train import TrainSettings, train
+    from .run import pick_device
+
+    settings = TrainSettings()
+    settings = replace(settings, unet_steps=unet_steps or settings.unet_steps, images=images or settings.images)
+    train(output, state, settings, pick_device(device), console.print)
+
+
+# --- from flags to configurations -------------------------------------------------------
+
+
+def _configs(
+    path: Path | None, preset: str | None, flags: dict[str, Any], store: Path | None, inverting: bool = False
+) -> list[EditConfig]:
+    """Flags over the preset over the file over the defaults."""
+    given = checked(_parsed({k: v for k, v in flags.items() if v is not None}))
+    configs, notes = load_configs(path) if path else ([EditConfig()], [])
+    for note in dict.fromkeys(notes):
+        console.print(f"[yellow]note:[/] {note}")
+    everything = given.pop("count", 1) == 0
+    if everything or flags.get("count") is not None:
+        given["count"] = None if everything else flags["count"]
+    words = {k: given[k] for k in ("source", "target") if k in given}
+    configs = [replace(c, **words) for c in configs]
+    if preset:
+        configs = [with_preset(c, preset) for c in configs]
+    configs = [replace(c, **given) for c in configs]
+    for c in configs:
+        missing = [] if store else [n for n in ("video", "source") if not getattr(c, n)]
+        missing += [] if inverting or c.target else ["target"]
+        if missing:
+            flag = {"video": "VIDEO", "source": "--source", "target": "--target"}
+            raise ConfigError(f"missing {', '.join(flag[m] for m in missing)}")
+    return configs
+
+
+def _parsed(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags that are written as text, as values."""
+    values = dict(flags)
+    if "video" in values:
+        values["video"] = str(values["video"])
+    if "key_frames" in values:
+        entries = [entry.strip() for entry in values["key_frames"].split(",")]
+        values["key_frames"] = tuple(int(e) if e.lstrip("+-").isdigit() else e for e in entries)
+    for name in ("blend_source", "blend_target"):
+        if name in values:
+            values[name] = tuple(word.strip() for word in values[name].split(","))
+    if "reweight" in values:
+        values["reweight"] = dict(_weight(pair) for pair in values["reweight"])
+    if "crop" in values:
+        values["crop"] = _whole_numbers("crop", values["crop"], ",", 4)
+    if "size" in values:
+        values["size"] = _whole_numbers("size", values["size"].lower(), "x", 2)
+    return values
+
+
+def _weight(pair: str) -> tuple[str, float]:
+    word, _, factor = pair.rpartition("=")
+    try:
+        return word, float(factor)
+    except ValueError:
+        raise ConfigError(f"reweight is {pair!r}; it must be word=factor, e.g. watercolor=10") from None
+
+
+def _whole_numbers(name: str, text: str, by: str, count: int) -> tuple[int, ...]:
+    parts = text.split(by)
+    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"{name} is {text!r}; it must be {count} whole numbers with {by!r} between")
+    return tuple(int(part) for part in parts)
+
+
+# --- entry ------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line. Bad input ends with one line and status 1, Ctrl-C with 130."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        console.print("\n[yellow]interrupted[/]; nothing half-written is left")
+        sys.exit(130)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _plain(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -42,6 +42,10 @@ class AttentionSite:
         return self.height * self.width
 
     @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
     def name(self) -> str:
         return f"{self.place}.{self.index}.{self.kind}"
 
@@ -74,11 +78,12 @@ class Control:
         self.kept: Sequence[int] = range(frames)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        return attention(q, self.seen(k), self.seen(v))
+        return attention(q, self.seen(k, site), self.seen(v, site))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         return attention(q, k, v)
 
-    def seen(self, k: Tensor) -> Tensor:
+    def seen(self, k: Tensor, site: AttentionSite) -> Tensor:
         """What each frame sees of its key frames: (f h t d) -> (f h (n t) d)."""
-        return self.key_frames.gather(k, self.frames, self.frames, self.clip_length)
+        keys = self.key_frames.at(site.channels)
+        return keys.gather(k, self.frames, self.frames, self.clip_length)

@@ -27,7 +27,7 @@ class FusionSettings:
     blend_self_attention: fuse self-attention only outside the blend mask.
     blend_latents: outside the mask, put back the inversion's latents between 20% and 80%
     of the steps.
-    blend_threshold: tau of the mask. max_tokens: fuse layers of up to this many tokens a
+    blend_threshold: tau of the mask; from 1 on the mask is empty. max_tokens: fuse layers of up to this many tokens a
     frame, None for all. mask_tokens: masks come from the finest grid of at most this many.
 
     Raises ValueError for a value outside its range.
@@ -42,10 +42,12 @@ class FusionSettings:
     mask_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("cross_replace_steps", "self_replace_steps", "blend_threshold"):
+        for name in ("cross_replace_steps", "self_replace_steps"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        if self.blend_threshold < 0:
+            raise ValueError(f"blend_threshold is {self.blend_threshold}; it must be at least 0")
         for name in ("max_tokens", "mask_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -128,12 +130,12 @@ class Fuser(Control):
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if not (self.plan.self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
-        frames, seen = list(self.frames), self.seen(v)
+        frames, seen = list(self.frames), self.seen(v, site)
         source = self.source.apply_self(site, seen.expand(len(q), -1, -1, -1), frames)
         if self.masks is None:
             return source
         mask = rearrange(self.masks[site.height, site.width][frames], "f y x -> f 1 (y x) 1").to(q)
-        return mask * attention(q, self.seen(k), seen) + (1 - mask) * source
+        return mask * attention(q, self.seen(k, site), seen) + (1 - mask) * source
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         fuses = self.plan.cross and self.fusion.fuses(site)

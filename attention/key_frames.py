@@ -20,17 +20,20 @@ class KeyFrames:
     from the frame, clipped to the clip. The middle is frame (frames - 1) // 2. Paper Eq. 8
     is ("self", "middle"); the authors' style configurations are ("middle",), their
     Tune-A-Video ones ("previous", "first").
+    least_channels: layers with fewer channels keep to their own frame (the authors'
+    `least_sc_channel`).
 
     Raises ValueError for no entry or an unknown one.
     """
 
     entries: tuple[str | int, ...]
+    least_channels: int = 0
 
     def __post_init__(self) -> None:
         if not self.entries:
             raise ValueError('key_frames is empty: name at least one, e.g. ("self", "middle")')
         for entry in self.entries:
-            known = isinstance(entry, int) and not isinstance(entry, bool) or entry in NAMES
+            known = (isinstance(entry, int) and not isinstance(entry, bool)) or entry in NAMES
             if not known:
                 raise ValueError(f"key_frames: {entry!r} is neither one of {', '.join(NAMES)} nor a whole offset")
 
@@ -40,6 +43,10 @@ class KeyFrames:
         if isinstance(entries, KeyFrames):
             return entries
         return cls((entries,) if isinstance(entries, (str, int)) else tuple(entries))
+
+    def at(self, channels: int) -> KeyFrames:
+        """The key frames of a layer of so many channels."""
+        return self if channels >= self.least_channels else KeyFrames(("self",))
 
     def of_frame(self, frame: int, frames: int) -> tuple[int, ...]:
         """The clip's frames that `frame` sees, one for each entry."""

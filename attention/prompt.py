@@ -44,7 +44,8 @@ class PromptEdit:
 
     mode: "refine" copies the columns of tokens both prompts share; "replace" maps word to
     word and needs equally many words in both.
-    blend_words: (source words, target words) whose maps make the blend mask.
+    blend_words: (source words, target words) whose maps make the blend mask; only blended
+    latents look at the target's, which may be empty otherwise.
     reweight: target word -> factor on its column while cross fusion runs.
     Words are matched without regard to case and to punctuation around them; a phrase of
     several words is found as such; a repeated word means every place it stands.
@@ -72,7 +73,7 @@ class PromptEdit:
                 )
         if self.blend_words is not None:
             pair = tuple(self.blend_words)
-            if len(pair) != 2 or any(isinstance(words, str) or not words for words in pair):
+            if len(pair) != 2 or any(isinstance(words, str) for words in pair) or not pair[0]:
                 raise ValueError(f"blend_words is {self.blend_words!r}; it must be (source words, target words)")
             for words, prompt in zip(pair, (self.source, self.target), strict=True):
                 for word in words:
@@ -162,7 +163,9 @@ class PromptEdit:
 
     def describe(self) -> str:
         """The alignment as lines of text, one for each target word."""
-        source = [(word, span) for word, span in zip(self.source.split(), _spans(self.word_tokens(self.source)), strict=True)]
+        source = [
+            (word, span) for word, span in zip(self.source.split(), _spans(self.word_tokens(self.source)), strict=True)
+        ]
         pairs = self._refined() if self.mode == "refine" else self._replaced()
         lines = []
         for word, (c, d) in zip(self.target.split(), _spans(self.word_tokens(self.target)), strict=True):

@@ -61,8 +61,8 @@ class SourceStep:
         record = self.records[site.name]
         if isinstance(record, Map):
             return record.probabilities[frames].to(v) @ v
-        used = self.key_frames.used(self.clip_length)
-        k = self.key_frames.gather(record.k.to(v), used, frames, self.clip_length)
+        keys = self.key_frames.at(site.channels)
+        k = keys.gather(record.k.to(v), keys.used(self.clip_length), frames, self.clip_length)
         return attention(record.q[frames].to(v), k, v)
 
     def cross_map(self, site: AttentionSite, frames: list[int]) -> Tensor:
@@ -83,11 +83,12 @@ class Recorder(Control):
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.wanted:
             rows = [list(self.frames).index(f) for f in self.kept]
+            key_frames = self.key_frames.at(site.channels)
             if self.maps:
-                seen = self.key_frames.gather(k, self.frames, self.kept, self.clip_length)
+                seen = key_frames.gather(k, self.frames, self.kept, self.clip_length)
                 record: Record = Map(attention_map(q[rows], seen))
             else:
-                used = self.key_frames.used(self.clip_length)
+                used = key_frames.used(self.clip_length)
                 keys = [row for f, row in zip(self.kept, rows, strict=True) if f in used]
                 record = QueriesKeys(q[rows], k[keys])
             self._pieces.setdefault(site.name, []).append(record)

@@ -117,7 +117,7 @@ class AttentionStore:
         held = self.latents.nbytes + self.source.nbytes
         if self.path is not None:
             with safe_open(self.path, framework="pt") as file:
-                return held + sum(_slice_bytes(file, key) for key in file.keys() if key.startswith("step."))
+                return held + sum(_slice_bytes(file, key) for key in _names(file) if key.startswith("step."))
         return held + sum(t.nbytes for step in self.records for r in step.values() for t in r.tensors.values())
 
     def source_step(self, step: int, wanted: set[str]) -> SourceStep:
@@ -160,7 +160,7 @@ class AttentionStore:
             "memory": self.memory,
             "timesteps": self.timesteps,
             "alphas": self.alphas,
-            "key_frames": self.key_frames.entries,
+            "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
             "clip_norm": self.clip_norm,
             "model": vars(self.model),
             "prompt": self.prompt,
@@ -170,7 +170,7 @@ class AttentionStore:
         try:
             on_cpu = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
             save_file(on_cpu, partial, metadata={"fatezero": json.dumps(about)})
-            os.replace(partial, path)
+            partial.replace(path)
         except SafetensorError as error:
             raise OSError(f"the store of {self.nbytes} bytes could not be written to {path}: {error}") from error
         finally:
@@ -191,14 +191,14 @@ class AttentionStore:
                 about = json.loads((file.metadata() or {}).get("fatezero", "{}"))
                 if about.get("format") != FORMAT:
                     raise StoreError(f"{path} is a safetensors file, but not a store of this version of fatezero")
-                extras = {k[14:]: file.get_tensor(k) for k in file.keys() if k.startswith("source.extras.")}
+                extras = {k[14:]: file.get_tensor(k) for k in _names(file) if k.startswith("source.extras.")}
                 return cls(
                     memory=about["memory"],
                     latents=file.get_tensor("latents"),
                     source=Condition(file.get_tensor("source.embeddings"), extras),
                     timesteps=tuple(about["timesteps"]),
                     alphas=tuple(about["alphas"]),
-                    key_frames=KeyFrames.of(about["key_frames"]),
+                    key_frames=KeyFrames(tuple(about["key_frames"]["entries"]), about["key_frames"]["least_channels"]),
                     clip_norm=about["clip_norm"],
                     model=ModelIdentity(
                         about["model"]["layout"], tuple(about["model"]["samples"]), about["model"]["dtype"]
@@ -212,14 +212,20 @@ class AttentionStore:
 
     def _read(self, step: int, wanted: set[str] | None) -> dict[str, Record]:
         assert self.path is not None
-        prefix, found = f"step.{step:04d}.", {}
+        prefix = f"step.{step:04d}."
+        found: dict[str, dict[str, Tensor]] = {}
         with safe_open(self.path, framework="pt", device=str(self.latents.device)) as file:
-            for key in file.keys():
+            for key in _names(file):
                 if key.startswith(prefix):
                     name, _, part = key[len(prefix) :].rpartition(".")
                     if wanted is None or name in wanted:
                         found.setdefault(name, {})[part] = file.get_tensor(key)
         return {name: record_from(tensors) for name, tensors in found.items()}
+
+
+def _names(file: Any) -> list[str]:
+    """The tensors of an open safetensors file, which is no dict."""
+    return list(file.keys())
 
 
 def _slice_bytes(file: Any, key: str) -> int:
@@ -247,8 +253,9 @@ def store_bytes(
     total = (steps + 1) * torch.Size(latents_shape).numel() * latent_size + source.nbytes
     if memory == "recompute":
         return total
-    seen, used = len(key_frames.entries), len(key_frames.used(frames))
     for site in sites:
+        keys_of = key_frames.at(site.channels)
+        seen, used = len(keys_of.entries), len(keys_of.used(frames))
         columns = source.columns if site.kind == "cross" else seen * site.tokens
         if memory == "maps":
             numbers = frames * site.tokens * columns

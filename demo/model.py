@@ -8,6 +8,7 @@ level, a latent scale of 0.18215, quick_gelu text with 77 positions.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
             # An earlier word's merges come first in rank, so follow them where they apply.
-            ranked = [m for m in merges if m in zip(pieces, pieces[1:], strict=False)]
+            ranked = [m for m in merges if m in pairwise(pieces)]
             pair = ranked[0] if ranked else (pieces[0], pieces[1])
             if not ranked:
                 merges.append(pair)
@@ -152,7 +153,7 @@ class SceneClassifier(nn.Module):
                     nn.GroupNorm(8, b),
                     nn.SiLU(),
                 )
-                for a, b in zip(widths, widths[1:], strict=False)
+                for a, b in pairwise(widths)
             ),
             nn.Flatten(),
             nn.Dropout(0.1),
@@ -169,9 +170,7 @@ class SceneClassifier(nn.Module):
     def read(self, frames: Tensor) -> list[dict[str, str]]:
         """The words seen in each frame."""
         choices = {name: logits.argmax(-1).tolist() for name, logits in self(frames).items()}
-        return [
-            {name: self.HEADS[name][choice[i]] for name, choice in choices.items()} for i in range(len(frames))
-        ]
+        return [{name: self.HEADS[name][choice[i]] for name, choice in choices.items()} for i in range(len(frames))]
 
 
 def labels(scene: Scene) -> dict[str, str]:

@@ -209,9 +209,7 @@ def random_motion(random: Random, things: int = 1, frames: int = 8) -> Motion:
         radius = random.uniform(14, 19)
         tracks: tuple[Track, ...] = (track(radius + 4, SIZE - radius - 4, radius),)
     else:
-        tracks = tuple(
-            track(middle - 1.5, middle + 1.5, random.uniform(11.0, 13.0)) for middle in (15.5, 48.5)
-        )
+        tracks = tuple(track(middle - 1.5, middle + 1.5, random.uniform(11.0, 13.0)) for middle in (15.5, 48.5))
     angle, speed = random.uniform(0, 2 * math.pi), random.uniform(0, 1.2)
     pan = (speed * math.cos(angle), speed * math.sin(angle))
     return Motion(tracks, pan, random.uniform(0, 100))

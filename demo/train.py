@@ -43,8 +43,8 @@ class TrainSettings:
     vae_batch: int = 8
     vae_rate: float = 8e-4
     classifier_steps: int = 2_500
-    unet_steps: int = 15_000
-    grounded_steps: int = 3_000
+    unet_steps: int = 9_000
+    grounded_steps: int = 1_500
     unet_batch: int = 32
     unet_rate: float = 6e-4
     text_dropout: float = 0.1
@@ -191,7 +191,7 @@ def encode(vae: AutoencoderKL, frames: Tensor, batch: int = 64) -> Tensor:
     """uint8 frames (n, 3, 64, 64) to scaled latents (n, 4, 16, 16)."""
     device = vae.device
     parts = [vae.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for x in frames.split(batch)]
-    return torch.cat(parts) * demo.LATENT_SCALE
+    return (torch.cat(parts) * demo.LATENT_SCALE).contiguous()
 
 
 @torch.no_grad()
@@ -344,16 +344,16 @@ def train_painter(
     ids = demo.token_ids(tokenizer, [s.caption for s in pictures.scenes] + [""])
     alphas = demo.build_scheduler().alphas_cumprod.to(device)
 
-    def loss_of(z: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_of(z: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         signal = alphas[t].view(-1, 1, 1, 1)
         with _autocast(device):
             states = live.text(text).last_hidden_state
             predicted = live.unet(signal.sqrt() * z + (1 - signal).sqrt() * noise, t, states).sample
         weight = (5 / (signal / (1 - signal))).clamp(max=1)
         error = (predicted.float() - noise) ** 2
-        return (weight * error).mean(), error.mean()
+        return (weight * error).mean(), error.mean(), [p.map for p in kept if p.map is not None]
 
-    loss_of = loss_of if grounded else _compiled(loss_of, settings)
+    loss_of = _compiled(loss_of, settings)
     columns = torch.stack([word_columns(tokenizer, s) for s in pictures.scenes]) if grounded else None
     seen = 0.0
     for step in range(done, steps):
@@ -364,11 +364,10 @@ def train_painter(
         blind = torch.rand(len(z), generator=generator) < settings.text_dropout
         text = torch.where(blind[:, None], ids[-1], ids[chosen]).to(device)
         _set_rate(optimiser, peak * _rate(step, steps, tail=0.8 if grounded else 0.3))
-        loss, error = loss_of(z, noise, t.to(device), text)
+        loss, error, maps = loss_of(z, noise, t.to(device), text)
         if columns is not None:
             where = columns[chosen] & ~blind[:, None, None]
             masks = pictures.masks[chosen].to(device).float() / 255
-            maps = [p.map for p in kept if p.map is not None]
             loss = loss + settings.grounding * grounding_loss(maps, where.to(device), masks)
         optimiser.zero_grad()
         loss.backward()
@@ -376,9 +375,7 @@ def train_painter(
         optimiser.step()
         with torch.no_grad():
             decay = min(settings.average, (step + 1) / (step + 10)) if not grounded else settings.average
-            torch._foreach_lerp_(
-                [p.data for p in average.parameters()], [p.data for p in live.parameters()], 1 - decay
-            )
+            torch._foreach_lerp_([p.data for p in average.parameters()], [p.data for p in live.parameters()], 1 - decay)
         seen = error.item() if step == done else 0.98 * seen + 0.02 * error.item()
         if step % 100 == 99:
             report(f"{name} {step + 1}/{steps}: error {seen:.4f}")
@@ -389,9 +386,7 @@ def train_painter(
     return average
 
 
-def _save_state(
-    path: Path, live: Painter, average: Painter, optimiser: torch.optim.Optimizer, step: int
-) -> None:
+def _save_state(path: Path, live: Painter, average: Painter, optimiser: torch.optim.Optimizer, step: int) -> None:
     tensors = {**live.tensors("live"), **average.tensors("average")}
     for i, parameter in enumerate(live.parameters()):
         for key in ("exp_avg", "exp_avg_sq"):
@@ -429,7 +424,6 @@ def save_checkpoint(
     folder: Path,
     vae: AutoencoderKL,
     painter: Painter,
-    tokenizer: CLIPTokenizer,
     judge: demo.SceneClassifier,
 ) -> None:
     """Write diffusers' folder layout in fp16, with the judge beside it."""
@@ -454,9 +448,7 @@ def save_checkpoint(
     save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, folder / "judge" / "model.safetensors")
 
 
-def train(
-    folder: Path, state: Path, settings: TrainSettings, device: torch.device, report: Report = print
-) -> None:
+def train(folder: Path, state: Path, settings: TrainSettings, device: torch.device, report: Report = print) -> None:
     """Every stage in turn; the checkpoint lands in `folder`, what a resume needs in `state`."""
     state.mkdir(parents=True, exist_ok=True)
     tokenizer = demo.build_tokenizer(state / "tokenizer")
@@ -472,15 +464,21 @@ def train(
         return train_classifier(single, settings, device, report)
 
     judge = _cached(state / "judge.safetensors", demo.SceneClassifier(), judge_stage).to(device)
-    latents = encode(vae, pictures.frames)
+    latents = _cached_latents(state / "latents.safetensors", vae, pictures.frames)
     pictures.frames = pictures.frames[:0]  # 500 MB no longer needed
     arguments = (latents, pictures, tokenizer, state, settings, device, report)
     painter = train_painter(*arguments)
-    save_checkpoint(folder, vae, painter, tokenizer, judge)
+    save_checkpoint(folder, vae, painter, judge)
     if settings.grounded_steps:
         painter = train_painter(*arguments, grounded=True, start=painter)
-        save_checkpoint(folder, vae, painter, tokenizer, judge)
+        save_checkpoint(folder, vae, painter, judge)
     report(f"checkpoint written to {folder}")
+
+
+def _cached_latents(path: Path, vae: AutoencoderKL, frames: Tensor) -> Tensor:
+    if not path.exists():
+        save_file({"latents": encode(vae, frames)}, path)
+    return load_file(path)["latents"]
 
 
 def _cached(path: Path, empty: M, make: Callable[[], M]) -> M:
@@ -491,5 +489,3 @@ def _cached(path: Path, empty: M, make: Callable[[], M]) -> M:
     made = make()
     save_file({k: v.contiguous().cpu() for k, v in made.state_dict().items()}, path)
     return made
-
-

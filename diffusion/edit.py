@@ -98,7 +98,9 @@ class _Edit:
         if prompt is not None:
             alignment = prompt.align(store.source.columns, target.columns)
             if fusion.blends:
-                prompt.blend_columns(store.source.columns, target.columns)
+                columns = prompt.blend_columns(store.source.columns, target.columns)
+                if fusion.blend_latents and not columns[1]:
+                    raise ValueError("blend_latents needs blend_words of the target prompt too")
                 masking = mask_sites(sites, fusion.mask_tokens)
         elif fusion.blends:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
@@ -138,19 +140,11 @@ class _Edit:
         return StepPlan.of(self.fusion, step, self.schedule.steps)
 
     def predict(self, control: Control, z: Tensor, timestep: int, condition: Condition) -> Tensor:
-        return predict_clip(
-            self.denoiser, control, z, timestep, condition, self.store.clip_norm, self.chunk_frames
-        )
+        return predict_clip(self.denoiser, control, z, timestep, condition, self.store.clip_norm, self.chunk_frames)
 
     def source(self, step: int, plan: StepPlan) -> SourceStep:
-        """What the inversion's attention was at this step: read, or computed again."""
-        wanted, store = plan.wanted(self.fusion, self.sites, self.mask_sites), self.store
-        if not wanted or store.memory != "recompute":
-            return store.source_step(step, wanted) if wanted else SourceStep({}, store.key_frames, store.frames)
-        recorder = Recorder(store.key_frames, store.frames, wanted)
-        level = self.schedule.steps - step
-        self.predict(recorder, store.latents[level - 1], self.schedule.timesteps[step], store.source)
-        return SourceStep(recorder.records, store.key_frames, store.frames)
+        wanted = plan.wanted(self.fusion, self.sites, self.mask_sites)
+        return read_source(self.denoiser, self.store, step, wanted, self.chunk_frames)
 
     def control(self, source: SourceStep, plan: StepPlan) -> Control:
         frames, keys = self.store.frames, self.store.key_frames
@@ -175,12 +169,38 @@ class _Edit:
         heats = (self.source_heat(source), word_heat(maps, self.blend_columns[1]))
         height, width = self.store.latents.shape[-2:]
         masks = [threshold_mask(heat, (height, width), self.fusion.blend_threshold) for heat in heats]
-        return torch.maximum(*masks)[:, None]
+        return torch.maximum(masks[0], masks[1])[:, None]
 
     @property
     def blend_columns(self) -> tuple[list[int], list[int]]:
         assert self.prompt is not None
         return self.prompt.blend_columns(self.store.source.columns, self.target.columns)
+
+
+def read_source(
+    denoiser: Denoiser, store: AttentionStore, step: int, wanted: set[str], chunk_frames: int | None = None
+) -> SourceStep:
+    """The inversion's attention at an edit step (0 the noisiest): read, or computed again."""
+    if not wanted:
+        return SourceStep({}, store.key_frames, store.frames)
+    if store.memory != "recompute":
+        return store.source_step(step, wanted)
+    recorder = Recorder(store.key_frames, store.frames, wanted)
+    z, timestep = store.latents[store.steps - step - 1], store.timesteps[step]
+    predict_clip(denoiser, recorder, z, timestep, store.source, store.clip_norm, chunk_frames)
+    return SourceStep(recorder.records, store.key_frames, store.frames)
+
+
+@torch.no_grad()
+def source_heat(
+    denoiser: Denoiser, inversion: Inversion, prompt: PromptEdit, step: int, mask_tokens: int = 256
+) -> Tensor:
+    """Where the source attends to the source's blend words at an edit step: (frames, y, x)."""
+    store = inversion.store
+    sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
+    source = read_source(denoiser, store, step, {s.name for s in sites})
+    columns = prompt.blend_columns(store.source.columns, store.source.columns)[0]
+    return word_heat([(s, source.cross_map(s, list(range(store.frames)))) for s in sites], columns)
 
 
 def check_store(

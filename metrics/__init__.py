@@ -1,0 +1,1 @@
+"""How well an edit edited, kept and held still."""

@@ -1,0 +1,205 @@
+"""`fatezero demo`: three edits of the bundled clip, measured against the known truth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..attention.masks import threshold_mask
+from ..attention.prompt import PromptEdit
+from ..config import EditConfig, with_preset
+from ..diffusion.edit import edit, source_heat
+from ..diffusion.invert import Inversion
+from ..hosts.checkpoint import DEMO, Checkpoint, quiet
+from ..metrics.memory import PeakMemory
+from ..metrics.preservation import psnr
+from ..metrics.temporal import inside, warp, warp_error
+from ..run import invert_video, load_frames, pick_device
+from ..video.sheet import contact_sheet, enlarge, mask_frames
+from ..video.size import to_bytes, to_unit
+from ..video.write import whole_file, write_picture, write_video
+from .model import SceneClassifier
+from .scenes import SIZE, Clip, Motion, Scene, Track, render
+
+CLIP = Path(__file__).parent / "clip.mp4"
+SCENE = Scene.parse("a red square on water")
+MOTION = Motion(
+    (Track(x=22.0, y=34.0, radius=16.0, vx=2.6, vy=-0.7, angle=-0.12, spin=0.05),), pan=(-0.8, 0.2), phase=3.0
+)
+FRAMES = 8
+FPS = 8
+ENLARGED = 4
+"""The clip and the results are stored this many times larger, so that 4:2:0 chroma keeps their edges."""
+
+EDITS: dict[str, tuple[str, Scene]] = {
+    "attribute": ("colour", SCENE.with_thing(colour="green")),
+    "shape": ("shape", SCENE.with_thing(shape="circle")),
+    "style": ("style", Scene(SCENE.things, SCENE.background, "watercolor")),
+}
+"""For each preset: the word that changes, by the judge's head, and the scene to reach."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One edit by one method: frames (f, 3, h, w) in 0..1, and what it cost."""
+
+    frames: Tensor
+    seconds: float
+    peak_bytes: int
+
+
+def load_judge() -> SceneClassifier:
+    """The pixel classifier that reads what a frame shows."""
+    judge = SceneClassifier()
+    judge.load_state_dict({k: v.float() for k, v in load_file(DEMO / "judge" / "model.safetensors").items()})
+    return judge.eval()
+
+
+def show(
+    folder: Path,
+    steps: int,
+    device: str,
+    console: Console,
+    bars: Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]],
+) -> list[dict[str, float | str]]:
+    """Run the demo into a folder; returns the rows of its table."""
+    where = pick_device(device)
+    with quiet():
+        checkpoint = Checkpoint.load("demo", where)
+    config = EditConfig(video=str(CLIP), source=SCENE.caption, steps=steps, count=FRAMES, size=(SIZE, SIZE))
+    video = load_frames(config, checkpoint.factor, SIZE)
+    rows: list[dict[str, float | str]] = []
+    with bars() as bar:
+        start = time.perf_counter()
+        with PeakMemory(where) as memory:
+            inversion = invert_video(checkpoint, config, video, bar)
+        console.print(f"inverted in {time.perf_counter() - start:.0f} s, peak {memory.bytes / 1e6:.0f} MB")
+        for preset, (head, wanted) in EDITS.items():
+            chosen = with_preset(EditConfig(source=SCENE.caption, target=wanted.caption, steps=steps), preset)
+            truth = render(wanted, MOTION, FRAMES)
+            methods = {
+                "FateZero": _run(checkpoint, inversion, chosen, bar(f"{preset}: FateZero"), fused=True),
+                "DDIM + prompt": _run(checkpoint, inversion, chosen, bar(f"{preset}: DDIM + prompt"), fused=False),
+            }
+            for method, outcome in methods.items():
+                rows.append({"edit": preset, "method": method, **_measures(outcome, truth, head, wanted), "store bytes": inversion.store.nbytes})  # fmt: skip  # noqa: E501
+            _write(folder, preset, chosen, video.frames, methods, truth, _mask(checkpoint, inversion, chosen))
+    _summary(folder, rows, console)
+    return rows
+
+
+def _run(
+    checkpoint: Checkpoint, inversion: Inversion, config: EditConfig, progress: Callable[[int, int], None], fused: bool
+) -> Outcome:
+    prompt = config.prompt_edit(checkpoint.tokenizer) if fused else None
+    target = checkpoint.encode_prompt(config.target, SIZE, SIZE)
+    negative = checkpoint.encode_prompt(config.negative, SIZE, SIZE)
+    start = time.perf_counter()
+    with PeakMemory(checkpoint.unet.device) as memory:
+        latents = edit(
+            checkpoint.denoiser, inversion, target, negative, config.guidance_scale, prompt,
+            config.fusion if fused else None, progress=progress,
+        )  # fmt: skip
+        frames = checkpoint.decode_latents(latents)
+    return Outcome(frames, time.perf_counter() - start, memory.bytes)
+
+
+def _mask(checkpoint: Checkpoint, inversion: Inversion, config: EditConfig) -> Tensor:
+    """The mask of the object's words in the middle of the run, on the picture's grid."""
+    thing = SCENE.things[0]
+    prompt = PromptEdit(
+        config.source, config.target, checkpoint.tokenizer, blend_words=([thing.colour, thing.shape], [])
+    )
+    heat = source_heat(checkpoint.denoiser, inversion, prompt, config.steps // 2)
+    return threshold_mask(heat, (SIZE, SIZE), config.blend_threshold).cpu()
+
+
+def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[str, float]:
+    """Success by the judge, and what the known truth tells of preservation and motion."""
+    from .model import labels
+
+    seen = load_judge().read(outcome.frames)
+    right = labels(wanted)[head]
+    source = render(SCENE, MOTION, FRAMES)
+    outside = (1 - truth.mask) * (1 - source.mask)
+    return {
+        "success": sum(words[head] == right for words in seen) / len(seen),
+        "preservation dB": psnr(outcome.frames, truth.frames, outside),
+        "warp error x1000": 1000 * warp_error(outcome.frames, source.flow, seen_pixels(source)),
+        "seconds": outcome.seconds,
+        "peak MB": outcome.peak_bytes / 1e6,
+    }
+
+
+def seen_pixels(clip: Clip) -> Tensor:
+    """Pixels of frame t that frame t + 1 still shows: the flow stays inside and on the same thing."""
+    moved = warp(clip.mask[1:, None], clip.flow)[:, 0]
+    return inside(clip.flow) & ((moved - clip.mask[:-1]).abs() < 0.25)
+
+
+def _write(
+    folder: Path,
+    preset: str,
+    config: EditConfig,
+    source: Tensor,
+    methods: dict[str, Outcome],
+    truth: Clip,
+    mask: Tensor,
+) -> None:
+    from fractions import Fraction
+
+    edited = to_bytes(methods["FateZero"].frames)
+    write_video(folder / f"{preset}.mp4", enlarge(edited, ENLARGED), Fraction(FPS))
+    rows = [
+        (f"source: {config.source}", source),
+        (f"FateZero: {config.target}", edited),
+        ("DDIM inversion + prompt", to_bytes(methods["DDIM + prompt"].frames)),
+        ("ground truth", to_bytes(truth.frames)),
+        ("mask from attention", mask_frames(mask)),
+    ]
+    write_picture(folder / f"{preset}.png", contact_sheet(rows, f"{preset} edit"))
+
+
+def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console) -> None:
+    table = Table(title="FateZero beside plain DDIM inversion + prompt")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("edit", "method") else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    console.print(table)
+    with whole_file(folder / "summary.json") as partial:
+        partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(_cell(n, v) for n, v in row.items()) + " |" for row in rows]
+    with whole_file(folder / "summary.md") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = ", ".join(f"{preset}.mp4, {preset}.png" for preset in EDITS)
+    console.print(f"written to {folder.resolve()}: {names}, summary.md, summary.json", soft_wrap=True)
+
+
+def _cell(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    if name == "success":
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if name in ("store bytes", "peak MB") else f"{value:.1f}"
+
+
+def write_clip(path: Path = CLIP) -> Path:
+    """Draw the bundled clip again."""
+    from fractions import Fraction
+
+    frames = to_bytes(render(SCENE, MOTION, FRAMES).frames)
+    return write_video(path, enlarge(frames, ENLARGED), Fraction(FPS), crf=6)
+
+
+__all__ = ["CLIP", "EDITS", "MOTION", "SCENE", "Outcome", "load_judge", "seen_pixels", "show", "to_unit", "write_clip"]

@@ -1,0 +1,225 @@
+"""A Stable Diffusion checkpoint by path or name, with its text and picture coding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..attention.prompt import CHUNK
+from ..attention.store import Condition
+from .diffusers import DiffusersDenoiser
+
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be loaded or is not of a kind that FateZero edits."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The parts of an SD 1.x, SD 2.x or SDXL model on one device."""
+
+    name: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: DDIMScheduler
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: str | None = None,
+        lora: str | None = None,
+        lora_scale: float = 1.0,
+    ) -> Checkpoint:
+        """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
+
+        config: for a single file, a diffusers folder with the tokenizer and configuration of
+        its kind. Only a hub name uses the network. lora: a LoRA file or folder.
+
+        Raises CheckpointError, saying what was looked for.
+        """
+        pipeline = _pipeline(name, dtype, config)
+        if lora is not None:
+            pipeline.load_lora_weights(lora)
+            pipeline.fuse_lora(lora_scale=lora_scale)
+            pipeline.unload_lora_weights()
+        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+            raise CheckpointError(
+                f"{name} is a {type(pipeline).__name__}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL"
+            )
+        pairs = [
+            (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
+        ]
+        known = [(t, e) for t, e in pairs if t is not None and e is not None]
+        scheduler = pipeline.scheduler
+        if not isinstance(scheduler, DDIMScheduler):
+            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        for part in (pipeline.unet, pipeline.vae, *(e for _, e in known)):
+            part.to(device).eval().requires_grad_(False)
+        return cls(name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known))
+
+    @property
+    def denoiser(self) -> DiffusersDenoiser:
+        return DiffusersDenoiser(self.unet, self.scheduler)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.tokenizers[0]
+
+    @property
+    def sdxl(self) -> bool:
+        return self.unet.config["addition_embed_type"] == "text_time"
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def native_size(self) -> int:
+        """The side in pixels the model was trained on."""
+        return int(self.unet.config["sample_size"]) * self.factor
+
+    # --- text -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
+        """Embeddings of a prompt of any length, in blocks of 77 columns.
+
+        width, height: of the pictures, which SDXL is told. blocks: at least so many blocks.
+        """
+        if self.sdxl:
+            parts = [self._encode(i, prompt, blocks, layer=-2) for i in range(2)]
+            embeddings = torch.cat([states for states, _ in parts], -1)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeddings.dtype)
+            return Condition(embeddings, {"text_embeds": parts[1][1], "time_ids": sizes.to(embeddings.device)})
+        return Condition(self._encode(0, prompt, blocks, layer=None)[0])
+
+    def blocks(self, *prompts: str) -> int:
+        """How many blocks of 77 columns the longest of the prompts takes."""
+        return max(1, *(-(-len(self._content(t, p)) // CHUNK) for t in self.tokenizers for p in prompts))
+
+    def _content(self, tokenizer: Any, prompt: str) -> list[int]:
+        return list(tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
+
+    def _encode(self, i: int, prompt: str, blocks: int | None, layer: int | None) -> tuple[Tensor, Tensor]:
+        tokenizer, encoder = self.tokenizers[i], self.text_encoders[i]
+        content = self._content(tokenizer, prompt)
+        count = max(blocks or 1, -(-len(content) // CHUNK), 1)
+        rows = []
+        for n in range(count):
+            row = [tokenizer.bos_token_id, *content[n * CHUNK : (n + 1) * CHUNK], tokenizer.eos_token_id]
+            rows.append(row + [tokenizer.pad_token_id] * (CHUNK + 2 - len(row)))
+        output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=layer is not None)
+        states = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        pooled = getattr(output, "text_embeds", None)
+        pooled = output[0][:, -1] if pooled is None else pooled
+        return states.reshape(1, -1, states.shape[-1]), pooled[:1]
+
+    # --- pictures ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Frames (f, 3, h, w) in 0..1 to scaled latents (f, 4, h/factor, w/factor), one at a time."""
+        parts = []
+        for i, frame in enumerate(frames.split(1)):
+            pixels = (2 * frame - 1).to(self.vae.device, self.vae.dtype)
+            latent = self.vae.encode(pixels).latent_dist.mean
+            parts.append((latent - self._shift) * self.vae.config["scaling_factor"])
+            if progress:
+                progress(i + 1, len(frames))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents to frames in 0..1 on the CPU, one at a time."""
+        parts = []
+        for latent in latents.split(1):
+            pixels = self.vae.decode(latent.to(self.vae.dtype) / self.vae.config["scaling_factor"] + self._shift).sample
+            parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(parts)
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' loading bars and remarks off the terminal."""
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
+
+
+def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:
+    path = DEMO if name == "demo" else Path(name)
+    try:
+        if path.is_dir():
+            if not (path / "model_index.json").is_file():
+                raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
+            return DiffusionPipeline.from_pretrained(
+                path, torch_dtype=dtype, local_files_only=True, safety_checker=None
+            )
+        if path.is_file():
+            return _single_file(path, dtype, config)
+        if path.suffix or name.startswith((".", "/", "~")):
+            raise CheckpointError(f"no model at {name}")
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, safety_checker=None)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"could not load the model {name!r}: {error}") from error
+
+
+def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
+    """A checkpoint in one file; its kind is read from its keys."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path.name} is not a .safetensors file; pickled checkpoints are not read")
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise CheckpointError(f"{path.name} is a safetensors file, but no Stable Diffusion checkpoint")
+    sdxl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+    extra = {} if sdxl else {"safety_checker": None}
+    try:
+        return kind.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **extra)
+    except (OSError, ValueError) as error:
+        if config is not None:
+            raise
+        raise CheckpointError(
+            f"{path.name} holds weights alone: say where its tokenizer and configuration are with --config FOLDER "
+            "(any diffusers folder of the same kind, or a hub name fetched before)"
+        ) from error

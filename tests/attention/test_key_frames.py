@@ -1,0 +1,58 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fatezero.attention.key_frames import KeyFrames
+
+entries = st.lists(st.sampled_from(["self", "first", "middle", "last", "previous", -2, 0, 3]), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize(
+    ("entry", "seen"),
+    [
+        ("self", [0, 1, 2, 3]),
+        ("first", [0, 0, 0, 0]),
+        ("middle", [1, 1, 1, 1]),
+        ("last", [3, 3, 3, 3]),
+        ("previous", [0, 0, 1, 2]),
+        (2, [2, 3, 3, 3]),
+    ],
+)
+def test_entries_name_frames_and_are_clipped_to_the_clip(entry, seen):
+    assert [KeyFrames.of(entry).of_frame(f, 4) for f in range(4)] == [(s,) for s in seen]
+
+
+@given(entries, st.integers(1, 6))
+def test_gather_stacks_the_tokens_of_the_frames_seen(names, frames):
+    keys = KeyFrames.of(names)
+    k = torch.arange(frames * 2.0).view(frames, 1, 2, 1)
+    seen = keys.gather(k, range(frames), range(frames), frames).expand(frames, -1, -1, -1)
+    for f in range(frames):
+        expected = torch.cat([k[s] for s in keys.of_frame(f, frames)], dim=1)
+        assert torch.equal(seen[f], expected)
+
+
+@given(entries, st.integers(1, 9), st.integers(1, 4))
+def test_windows_cover_every_frame_once_and_hold_what_their_frames_see(names, frames, chunk):
+    keys = KeyFrames.of(names)
+    if not keys.anchored and chunk < frames:
+        with pytest.raises(ValueError, match="chunk_frames"):
+            keys.windows(frames, chunk)
+        return
+    windows = keys.windows(frames, chunk)
+    assert [f for _, kept in windows for f in kept] == list(range(frames))
+    for held, _ in windows:
+        assert all(set(keys.of_frame(f, frames)) <= set(held) for f in held)
+
+
+def test_layers_of_few_channels_keep_to_their_own_frame():
+    keys = KeyFrames(("middle",), least_channels=640)
+    assert keys.at(320).entries == ("self",)
+    assert keys.at(640) == keys
+
+
+@pytest.mark.parametrize("wrong", [(), ("centre",), (1.5,), (True,)])
+def test_unknown_entries_are_named(wrong):
+    with pytest.raises(ValueError, match="key_frames"):
+        KeyFrames.of(wrong)

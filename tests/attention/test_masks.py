@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from fatezero.attention.control import AttentionSite
+from fatezero.attention.masks import mask_sites, threshold_mask, word_heat
+
+
+def site(side, kind="cross", index=0):
+    return AttentionSite("down", index, kind, heads=2, head_dim=4, height=side, width=side)
+
+
+def test_masks_come_from_the_finest_grid_within_the_limit():
+    sites = [site(32), site(16, index=1), site(16, index=2), site(8), site(16, kind="self")]
+    assert mask_sites(sites, 256) == sites[1:3]
+    assert mask_sites(sites, 100) == [sites[3]]
+    with pytest.raises(ValueError, match="mask_tokens=32.*64 tokens"):
+        mask_sites(sites, 32)
+
+
+def test_heat_sums_words_and_averages_heads_and_layers():
+    maps = torch.rand(2, 3, 2, 16, 5)  # layers, frames, heads, tokens, columns
+    heat = word_heat([(site(4), maps[0]), (site(4), maps[1])], [1, 3])
+    expected = (maps[..., 1] + maps[..., 3]).mean((0, 2)).view(3, 4, 4)
+    assert torch.allclose(heat, expected)
+
+
+def test_mask_is_pooled_resized_normalised_and_strictly_above():
+    heat = torch.zeros(1, 5, 5)
+    heat[0, 2, 2] = 8.0
+    heat[0, 0, 0] = 2.4
+    mask = threshold_mask(heat, (10, 10), 0.3)
+    assert mask[0].sum() == 36, "3x3 cells around the peak, each twice as large; 2.4 / 8 is not above 0.3"
+    assert mask[0, 2:8, 2:8].all()
+
+
+def test_each_frame_has_its_own_maximum():
+    heat = torch.stack([torch.eye(4), 100 * torch.eye(4)])
+    first, second = threshold_mask(heat, (4, 4), 0.5)
+    assert torch.equal(first, second)
+
+
+def test_thresholds_at_the_ends_and_empty_heat():
+    heat = torch.rand(2, 4, 4) + 0.1
+    assert threshold_mask(heat, (4, 4), 0.0).all()
+    assert not threshold_mask(heat, (4, 4), 1.0).any()
+    assert not threshold_mask(torch.zeros(1, 4, 4), (4, 4), 0.3).any()

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from fatezero.attention.prompt import PromptEdit, align_sequences
+
+
+def fed(edit: PromptEdit, columns: int = 77) -> dict[int, dict[int, float]]:
+    """target column -> {source column: share}, of the columns that are copied from elsewhere or shared."""
+    matrix = edit.align(columns, columns).matrix
+    return {j: {int(i): float(matrix[i, j]) for i in matrix[:, j].nonzero()[:, 0]} for j in range(columns)}
+
+
+def test_refine_copies_shared_tokens_and_leaves_new_ones(tokenizer):
+    edit = PromptEdit("a red circle on sand", "watercolor painting of a red circle on sand", tokenizer)
+    got = fed(edit)
+    assert [got[j] for j in range(4)] == [{0: 1.0}, {}, {}, {}]
+    assert [got[j] for j in range(4, 9)] == [{i: 1.0} for i in range(1, 6)]
+    assert got[9] == {6: 1.0}, "the end mark follows the prompt"
+    assert all(got[j] == {j: 1.0} for j in range(10, 77)), "padding keeps its place"
+
+
+def test_refine_of_a_changed_word_keeps_the_targets_own_column(tokenizer):
+    edit = PromptEdit("a red circle on sand", "a blue circle on sand", tokenizer)
+    alignment = edit.align(77, 77)
+    assert alignment.copied[2] == 0
+    assert alignment.copied.sum() == 76
+
+
+def test_replace_maps_a_changed_word_to_its_place(tokenizer):
+    got = fed(PromptEdit("a red circle on sand", "a blue square on sand", tokenizer, mode="replace"))
+    assert all(got[j] == {j: 1.0} for j in range(77))
+
+
+def test_replace_spreads_a_word_over_words_of_several_tokens(tokenizer):
+    # "jeep" is four letters, so four tokens here; "car" three; "red" one.
+    edit = PromptEdit("a red circle", "a car circle", tokenizer, mode="replace")
+    got = fed(edit)
+    assert [got[j] for j in (2, 3, 4)] == [{2: pytest.approx(1 / 3)}] * 3
+    assert got[5] == {3: 1.0}, "words after the longer one map to themselves"
+    assert got[6] == {4: 1.0}, "and so does the end mark"
+    edit = PromptEdit("a jeep circle", "a car circle", tokenizer, mode="replace")
+    assert fed(edit)[2] == {i: pytest.approx(1 / 3) for i in (2, 3, 4, 5)}
+
+
+def test_replace_needs_equal_word_counts(tokenizer):
+    with pytest.raises(ValueError, match=r"2 words.*3"):
+        PromptEdit("a circle", "a red circle", tokenizer, mode="replace")
+
+
+def test_repeated_words_are_found_at_every_place(tokenizer):
+    prompt = "a red circle and a red star on sand"
+    edit = PromptEdit(prompt, prompt, tokenizer, blend_words=(["red"], ["a"]), reweight={"red": 3.0})
+    assert edit.blend_columns(77, 77) == ([2, 6], [1, 5])
+    assert edit.align(77, 77).weights.nonzero()[:, 0].tolist() == list(range(77))
+    assert (edit.align(77, 77).weights == 3.0).nonzero()[:, 0].tolist() == [2, 6]
+
+
+def test_words_match_without_case_and_punctuation_and_as_phrases(tokenizer):
+    edit = PromptEdit("a red circle, on sand", "a red circle, on sand", tokenizer, blend_words=(["Red Circle"], []))
+    source, target = edit.blend_columns(77, 77)
+    assert source == [2, 3, 4], "the comma belongs to its word"
+    assert target == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reweight": {"jeep": 2.0}}, {"blend_words": (["jeep"], [])}, {"blend_words": (["red"], ["jeep"])}],
+)
+def test_a_word_not_in_the_prompt_is_named(tokenizer, options):
+    with pytest.raises(ValueError, match=r"'jeep' is not in the prompt"):
+        PromptEdit("a red circle", "a blue circle", tokenizer, **options)
+
+
+@pytest.mark.parametrize("options", [{"mode": "swap"}, {"blend_words": ("red", "blue")}, {"reweight": {"blue": -1}}])
+def test_other_wrong_options_are_named(tokenizer, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        PromptEdit("a red circle", "a blue circle", tokenizer, **options)
+
+
+def test_reweighting_multiplies_the_fused_column_without_renormalising(tokenizer):
+    edit = PromptEdit("a red circle", "a red circle", tokenizer, reweight={"red": 10.0})
+    source, target = torch.rand(1, 2, 5, 77), torch.rand(1, 2, 5, 77)
+    fused = edit.align(77, 77).fuse(source, target)
+    assert torch.allclose(fused[..., 2], 10 * source[..., 2])
+    assert torch.allclose(fused[..., 3:], source[..., 3:])
+
+
+def test_prompts_beyond_77_tokens_use_further_blocks(tokenizer):
+    source = " ".join(["red"] * 74 + ["circle", "star"])
+    target = " ".join(["red"] * 74 + ["circle", "square"])
+    edit = PromptEdit(source, target, tokenizer, blend_words=(["star"], ["square"]))
+    # 75 content tokens fill the first block; the next starts at column 77 with a start mark.
+    assert edit.blend_columns(154, 154) == ([78], [78])
+    alignment = edit.align(154, 154)
+    assert alignment.copied[78] == 0
+    assert alignment.copied.sum() == 153
+    with pytest.raises(ValueError, match=r"beyond the 77 tokens"):
+        edit.blend_columns(77, 77)
+
+
+def test_a_longer_target_than_source_embedding(tokenizer):
+    edit = PromptEdit("a red circle", " ".join(["a red circle"] + ["sand"] * 80), tokenizer)
+    alignment = edit.align(77, 154)
+    assert alignment.matrix.shape == (77, 154)
+    assert alignment.copied[77:154].sum() <= 1, "only the end mark is in the second block"
+
+
+def test_alignment_of_sequences_is_global():
+    assert align_sequences([1, 2, 3], [9, 1, 2, 3]) == [(0, 1), (1, 2), (2, 3)]
+    assert align_sequences([1, 2, 3], [1, 3]) == [(0, 0), (2, 1)]
+    assert align_sequences([1, 2], [3, 4]) == []
+
+
+def test_describe_tells_where_every_word_comes_from(tokenizer):
+    edit = PromptEdit("a red circle", "a blue circle", tokenizer)
+    assert edit.describe().splitlines() == ["a <- a", "blue <- (new)", "circle <- circle"]

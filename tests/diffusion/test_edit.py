@@ -1,0 +1,275 @@
+"""The loops on small real UNets in float64."""
+
+import pytest
+import torch
+from small import random_latents, random_text, relative, small_unet
+
+from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
+from fatezero.attention.store import MEMORIES, AttentionStore
+from fatezero.diffusion.edit import source_heat, unet_calls
+from fatezero.hosts.diffusers import DiffusersDenoiser
+
+SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
+
+
+def replace_edit(tokenizer, **options):
+    words = (["red", "circle"], ["blue", "square"])
+    return PromptEdit(SOURCE, TARGET, tokenizer, mode="replace", blend_words=words, **options)
+
+
+BLENDED = FusionSettings(0.5, 0.5, blend_self_attention=True, blend_latents=True, blend_threshold=0.9)
+
+
+def run(denoiser, tokenizer, latents, memory="recompute", fusion=BLENDED, condition=random_text, **options):
+    keys = options.pop("key_frames", ("self", "middle"))
+    norm = options.pop("clip_norm", False)
+    inversion = invert(denoiser, latents, condition(0), steps=5, key_frames=keys, clip_norm=norm, memory=memory)
+    return edit(
+        denoiser, inversion, condition(1), condition(2), prompt=replace_edit(tokenizer), fusion=fusion, **options
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 12, 20), (1, 16, 16), (2, 10, 14)])
+@pytest.mark.parametrize("clip_norm", [False, True])
+def test_the_three_memories_agree(denoiser, tokenizer, shape, clip_norm):
+    latents = random_latents(*shape)
+    edits = [run(denoiser, tokenizer, latents, memory, clip_norm=clip_norm) for memory in MEMORIES]
+    assert edits[0].shape == latents.shape
+    assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
+
+
+def test_a_store_from_disk_edits_the_same(denoiser, tokenizer, tmp_path):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=3, memory="queries_keys")
+    arguments = (random_text(1), random_text(2), 7.5, replace_edit(tokenizer), BLENDED)
+    before = edit(denoiser, inversion, *arguments)
+    loaded = type(inversion)(AttentionStore.load(inversion.store.save(tmp_path / "s.safetensors")))
+    assert torch.equal(edit(denoiser, loaded, *arguments), before)
+
+
+def test_sd2_predicting_v_inverts_and_replays(tokenizer):
+    from diffusers import DDIMScheduler
+
+    from fatezero.demo.model import build_scheduler
+
+    scheduler = DDIMScheduler.from_config(build_scheduler().config, prediction_type="v_prediction")
+    denoiser = DiffusersDenoiser(small_unet(use_linear_projection=True, attention_head_dim=(2, 4, 4)), scheduler)
+    edits = [run(denoiser, tokenizer, random_latents(2), memory) for memory in MEMORIES]
+    assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
+
+
+def test_prediction_kinds_agree_on_the_same_noise(unet):
+    """A UNet read as predicting v or the sample gives the epsilon those imply."""
+    from diffusers import DDIMScheduler
+
+    from fatezero.attention.control import Control
+    from fatezero.attention.key_frames import KeyFrames
+    from fatezero.demo.model import build_scheduler
+
+    z, text = random_latents(1), Condition(random_text(0))
+    raw = unet(z, 500, text.embeddings).sample
+    a = build_scheduler().alphas_cumprod[500].double()
+    expected = {
+        "epsilon": raw,
+        "v_prediction": a.sqrt() * raw + (1 - a).sqrt() * z,
+        "sample": (z - a.sqrt() * raw) / (1 - a).sqrt(),
+    }
+    for kind, noise in expected.items():
+        scheduler = DDIMScheduler.from_config(build_scheduler().config, prediction_type=kind)
+        denoiser = DiffusersDenoiser(unet, scheduler)
+        with denoiser.controlled(Control(KeyFrames(("self",)), 1)):
+            assert relative(denoiser.predict_noise(z, 500, text), noise) < 1e-6
+
+
+def test_sdxl_shaped_unets_with_several_transformer_layers(tokenizer, scheduler):
+    unet = small_unet(
+        transformer_layers_per_block=(1, 2, 1),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    )
+    denoiser = DiffusersDenoiser(unet, scheduler)
+
+    def condition(seed):
+        extras = {"text_embeds": torch.randn(1, 12).double(), "time_ids": torch.zeros(1, 6).double()}
+        return Condition(random_text(seed), extras)
+
+    torch.manual_seed(0)
+    conditions = {seed: condition(seed) for seed in range(3)}
+    edits = [run(denoiser, tokenizer, random_latents(2), memory, condition=conditions.get) for memory in MEMORIES]
+    assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
+    with pytest.raises(ValueError, match="text_embeds and time_ids"):
+        invert(denoiser, random_latents(2), random_text(0), steps=1)
+
+
+@pytest.mark.parametrize("key_frames", [("self",), ("self", "middle"), ("first", "last"), ("middle",)])
+def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
+    latents, whole = random_latents(5), None
+    for chunk in (None, 1, 2, 4):
+        for memory in ("recompute", "queries_keys", "maps"):
+            inversion = invert(
+                denoiser, latents, random_text(0), 3, key_frames=key_frames, memory=memory, chunk_frames=chunk
+            )
+            edited = edit(
+                denoiser, inversion, random_text(1), random_text(2), prompt=replace_edit(tokenizer),
+                fusion=BLENDED, chunk_frames=chunk,
+            )  # fmt: skip
+            whole = edited if whole is None else whole
+            assert relative(edited, whole) < 1e-9
+
+
+def test_chunks_are_refused_where_frames_meet_otherwise(denoiser):
+    with pytest.raises(ValueError, match=r"chunk_frames=2 needs key_frames"):
+        invert(denoiser, random_latents(4), random_text(0), 1, key_frames=("previous",), chunk_frames=2)
+    with pytest.raises(ValueError, match=r"chunk_frames=2 needs clip_norm=False"):
+        invert(denoiser, random_latents(4), random_text(0), 1, clip_norm=True, chunk_frames=2)
+
+
+def test_noise_that_does_not_depend_on_the_latent_is_replayed_exactly(unet, denoiser):
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    latents = random_latents(2)
+    inversion = invert(denoiser, latents, random_text(0), steps=20)
+    assert torch.equal(inversion.latents[0], latents)
+    assert inversion.latents.shape == (21, *latents.shape)
+    replay = edit(denoiser, inversion, random_text(0), guidance_scale=1)
+    assert relative(replay, latents) < 1e-6, "coefficients are the schedulers, in single precision"
+
+
+def test_a_still_clip_stays_still(denoiser, tokenizer):
+    still = random_latents(1).expand(4, -1, -1, -1)
+    edited = run(denoiser, tokenizer, still)
+    assert relative(edited[1:], edited[:1].expand(3, -1, -1, -1)) < 1e-12
+
+
+def test_fusion_of_no_steps_is_plain_ddim(denoiser, tokenizer):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=3)
+    arguments = (random_text(1), random_text(2), 7.5)
+    plain = edit(denoiser, inversion, *arguments)
+    assert torch.equal(edit(denoiser, inversion, *arguments, replace_edit(tokenizer), FusionSettings(0, 0)), plain)
+    fused = edit(denoiser, inversion, *arguments, replace_edit(tokenizer), FusionSettings(1, 1))
+    assert relative(fused, plain) > 1e-3
+
+
+def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denoiser, tokenizer):
+    """Blended self-attention at threshold 0 is no self fusion; at 1 it is all of it."""
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=3)
+    arguments = (random_text(1), random_text(2), 7.5, replace_edit(tokenizer))
+
+    def blended(threshold):
+        return edit(
+            denoiser, inversion, *arguments,
+            FusionSettings(0.5, 1.0, blend_self_attention=True, blend_threshold=threshold),
+        )  # fmt: skip
+
+    assert relative(blended(0.0), edit(denoiser, inversion, *arguments, FusionSettings(0.5, 0.0))) < 1e-9
+    assert relative(blended(1.0), edit(denoiser, inversion, *arguments, FusionSettings(0.5, 1.0))) < 1e-9
+
+
+def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
+    seen = {}
+    from fatezero.diffusion.edit import _Edit
+
+    fusion = FusionSettings(0.5, 0.5, blend_latents=True, blend_threshold=1.0)
+    run_ = _Edit.prepared(
+        denoiser, inversion.store, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion, None
+    )
+    z = inversion.latents[-1]
+    with torch.no_grad():
+        for step in range(5):
+            z = run_.step(z, step)
+            seen[step] = z
+    for step in fusion.latent_steps(5):
+        assert torch.equal(seen[step], inversion.latents[5 - step - 1]), "the matching level, not a noisier one"
+    assert not torch.equal(seen[0], inversion.latents[4])
+
+
+def test_reweighting_a_word_by_one_changes_nothing_and_by_ten_something(denoiser, tokenizer):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=3)
+
+    def weighted(weight):
+        prompt = replace_edit(tokenizer, reweight={"blue": weight})
+        return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt)
+
+    plain = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, replace_edit(tokenizer))
+    assert torch.equal(weighted(1.0), plain)
+    assert relative(weighted(10.0), plain) > 1e-4
+
+
+def test_prompts_of_two_blocks(denoiser, tokenizer):
+    long = TARGET + " and a red star" * 30
+    inversion = invert(denoiser, random_latents(2), random_text(0), steps=2)
+    prompt = PromptEdit(SOURCE, long, tokenizer)
+    edited = edit(denoiser, inversion, random_text(1, 154), random_text(2), prompt=prompt)
+    assert edited.isfinite().all()
+
+
+def test_calls_of_the_unet_are_as_told(denoiser, tokenizer):
+    calls = []
+    original = denoiser.predict_noise
+    denoiser.predict_noise = lambda *a: calls.append(a) or original(*a)
+    for fusion, memory in ((BLENDED, "recompute"), (BLENDED, "queries_keys"), (FusionSettings(0.2, 0.4), "recompute")):
+        calls.clear()
+        run(denoiser, tokenizer, random_latents(1), memory, fusion)
+        assert len(calls) == sum(unet_calls(5, 7.5, memory, fusion))
+
+
+def test_heat_of_the_source_words_is_a_share_of_attention(denoiser, tokenizer):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=2)
+    heat = source_heat(denoiser, inversion, replace_edit(tokenizer), step=1)
+    assert heat.shape == (3, 16, 16)
+    assert (heat > 0).all()
+    assert (heat < 1).all()
+
+
+# --- bad input --------------------------------------------------------------------------
+
+
+def test_a_store_of_another_model_is_refused(denoiser, scheduler):
+    inversion = invert(denoiser, random_latents(1), random_text(0), steps=1)
+    for other in (small_unet(seed=7), small_unet(block_out_channels=(8, 8, 16))):
+        with pytest.raises(StoreError, match="another model"):
+            edit(DiffusersDenoiser(other, scheduler), inversion, random_text(1), guidance_scale=1)
+
+
+def test_a_store_of_another_schedule_is_refused(unet, denoiser):
+    from diffusers import DDIMScheduler
+
+    inversion = invert(denoiser, random_latents(1), random_text(0), steps=2)
+    for change in ({"beta_end": 0.02}, {"steps_offset": 0}):
+        other = DDIMScheduler.from_config(denoiser.scheduler.config, **change)
+        with pytest.raises(StoreError, match="another schedule"):
+            edit(DiffusersDenoiser(unet, other), inversion, random_text(1), guidance_scale=1)
+
+
+def test_a_store_of_another_prompt_is_refused(denoiser, tokenizer):
+    inversion = invert(denoiser, random_latents(1), random_text(0), steps=1, prompt="a red star on sand")
+    with pytest.raises(StoreError, match="a red star on sand"):
+        edit(denoiser, inversion, random_text(1), random_text(2), prompt=replace_edit(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("latents", "text", "message"),
+    [
+        (torch.zeros(4, 16, 16), random_text(0), r"latents has shape \(4, 16, 16\)"),
+        (torch.zeros(0, 4, 16, 16), random_text(0), "at least one frame"),
+        (torch.zeros(1, 9, 16, 16), random_text(0), "9 channels; this UNet takes 4"),
+        (torch.zeros(1, 4, 16, 16), torch.zeros(1, 77, 5), "5 wide; this UNet takes 16"),
+        (torch.zeros(1, 4, 16, 16), torch.zeros(2, 77, 16), "source_embeddings has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_told(denoiser, latents, text, message):
+    with pytest.raises(ValueError, match=message):
+        invert(denoiser, latents.double(), text.double(), steps=1)
+
+
+def test_options_that_need_each_other(denoiser, tokenizer):
+    inversion = invert(denoiser, random_latents(1), random_text(0), steps=1)
+    with pytest.raises(ValueError, match="needs negative_embeddings"):
+        edit(denoiser, inversion, random_text(1))
+    with pytest.raises(ValueError, match="blend_words"):
+        edit(denoiser, inversion, random_text(1), random_text(2), fusion=FusionSettings(blend_latents=True))
+    with pytest.raises(ValueError, match="blend_words"):
+        prompt = PromptEdit(SOURCE, TARGET, tokenizer)
+        fusion = FusionSettings(blend_self_attention=True)
+        edit(denoiser, inversion, random_text(1), random_text(2), prompt=prompt, fusion=fusion)

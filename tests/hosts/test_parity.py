@@ -1,0 +1,82 @@
+"""The reference results of the authors' code, reproduced through the public names."""
+
+import json
+
+import pytest
+from small import FIXTURES, relative
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+from fatezero import FusionSettings, PromptEdit, edit, invert
+from fatezero.demo.model import build_scheduler
+from fatezero.hosts.diffusers import DiffusersDenoiser
+
+CASES = json.loads((FIXTURES / "cases.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference() -> DiffusersDenoiser:
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(32, 32, 64, 64),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
+    return DiffusersDenoiser(unet.double().eval(), build_scheduler())
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        ("reconstruct", "queries_keys"),
+        ("style", "queries_keys"),
+        ("style", "recompute"),
+        ("shape_replace", "queries_keys"),
+        ("shape_replace", "recompute"),
+        ("shape_replace", "maps"),
+    ],
+)
+def test_reference(reference, name, memory):
+    case, given = CASES["cases"][name], load_file(FIXTURES / f"{name}.safetensors")
+    inversion = invert(
+        reference,
+        given["z0"],
+        given["source"],
+        steps=CASES["steps"],
+        key_frames=tuple("middle" if entry == "mid" else entry for entry in case["kv"]),
+        clip_norm=True,
+        memory=memory,
+        max_tokens=1024,
+    )
+    prompt = PromptEdit(
+        CASES["source"],
+        case["target"],
+        CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer"),
+        mode="replace" if case["replace"] else "refine",
+        blend_words=tuple(case["blend"]) if "blend" in case else None,
+        reweight=dict(zip(*case.get("eq", ([], [])), strict=True)),
+    )
+    fusion = FusionSettings(
+        cross_replace_steps=case["cross"],
+        self_replace_steps=case["self"],
+        blend_self_attention="blend" in case,
+        blend_threshold=case.get("th", [0.3])[0],
+        max_tokens=1024,
+    )
+    edited = edit(
+        reference,
+        inversion,
+        given["target"],
+        given["uncond"],
+        guidance_scale=case["cfg"],
+        prompt=prompt,
+        fusion=fusion,
+    )
+    assert relative(inversion.latents[-1], given["noise"].double()) < 1e-6
+    assert relative(edited, given["edited"].double()) < 1e-6

@@ -1,0 +1,62 @@
+"""Crops and sizes of frames."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def crop(frames: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> Tensor:
+    """Cut pixels off the sides of (frames, height, width, 3).
+
+    Raises ValueError where nothing would be left.
+    """
+    height, width = frames.shape[1:3]
+    if min(left, top, right, bottom) < 0 or left + right >= width or top + bottom >= height:
+        raise ValueError(f"crop {left},{top},{right},{bottom} (left, top, right, bottom) does not fit {width}x{height}")
+    return frames[:, top : height - bottom, left : width - right]
+
+
+def fit_size(width: int, height: int, short: int, multiple: int) -> tuple[int, int]:
+    """(width, height) with this short side, the nearest aspect ratio, multiples of `multiple`.
+
+    The short side itself is rounded down to a multiple; 300 wide and 200 high at short side
+    64 and multiple 8 give (96, 64).
+    """
+    scale = short / min(width, height)
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (width, height))  # type: ignore[return-value]
+
+
+def check_size(width: int, height: int, multiple: int) -> None:
+    """Raise ValueError, naming the nearest sizes, unless both sides are multiples."""
+    if width % multiple or height % multiple or min(width, height) < multiple:
+        nearest = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+        raise ValueError(
+            f"size {width}x{height}: both sides must be multiples of {multiple}, e.g. {nearest[0]}x{nearest[1]}"
+        )
+
+
+def resize_to_fill(frames: Tensor, width: int, height: int) -> Tensor:
+    """Scale to cover the size and cut the rest off evenly: uint8 (frames, height, width, 3)."""
+    h, w = frames.shape[1:3]
+    if (h, w) == (height, width):
+        return frames
+    scale = max(width / w, height / h)
+    inner = max(height, round(h * scale)), max(width, round(w * scale))
+    floats = rearrange(frames, "f y x c -> f c y x").float()
+    parts = [F.interpolate(x, size=inner, mode="bicubic", antialias=True) for x in floats.split(8)]
+    scaled = torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
+    top, left = (inner[0] - height) // 2, (inner[1] - width) // 2
+    return rearrange(scaled[:, :, top : top + height, left : left + width], "f c y x -> f y x c")
+
+
+def to_unit(frames: Tensor) -> Tensor:
+    """uint8 (frames, height, width, 3) to float (frames, 3, height, width) in 0..1."""
+    return rearrange(frames, "f y x c -> f c y x").float() / 255
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """The inverse of `to_unit`, rounded."""
+    return rearrange((frames.clamp(0, 1) * 255).round().to(torch.uint8), "f c y x -> f y x c").contiguous()
