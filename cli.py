@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,6 +39,30 @@ def progress_bar() -> Iterator[Callable[[str], Bar]]:
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield add
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """End on bad input with one line and status 1, on Ctrl-C with status 130."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            complain("interrupted; nothing half-written is left")
+            raise typer.Exit(130) from None
+        except (ValueError, TypeError, OSError, MemoryError) as error:
+            if os.environ.get("FATEZERO_DEBUG"):
+                raise
+            complain(f"error: {error or type(error).__name__}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def complain(text: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)
 
 
 # --- options shared by edit and invert --------------------------------------------------
@@ -75,6 +98,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, with me
 
 
 @app.command()
+@guarded
 def edit(
     video: Video = None,
     source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
@@ -126,6 +150,7 @@ def edit(
 
 
 @app.command()
+@guarded
 def invert(
     video: Video = None,
     source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
@@ -158,6 +183,7 @@ def invert(
 
 
 @app.command()
+@guarded
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out"),
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
@@ -170,6 +196,7 @@ def demo(
 
 
 @app.command("train-demo")
+@guarded
 def train_demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint.")] = Path("checkpoint"),
     state: Annotated[Path, typer.Option(help="Folder for what a resume needs.")] = Path("training"),
@@ -253,27 +280,11 @@ def _whole_numbers(name: str, text: str, by: str, count: int) -> tuple[int, ...]
 
 
 def main() -> None:
-    """Run the command line. Bad input ends with one line and status 1, Ctrl-C with 130."""
+    """Run the command line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        console.print("\n[yellow]interrupted[/]; nothing half-written is left")
-        sys.exit(130)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (ValueError, TypeError, OSError, MemoryError) as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/] {_plain(error)}", soft_wrap=True)
-        sys.exit(1)
-
-
-def _plain(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error) or type(error).__name__)
+    app()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -133,8 +134,8 @@ def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[s
     outside = (1 - truth.mask) * (1 - source.mask)
     return {
         "success": sum(words[head] == right for words in seen) / len(seen),
-        "preservation dB": psnr(outcome.frames, truth.frames, outside),
-        "warp error x1000": 1000 * warp_error(outcome.frames, source.flow, seen_pixels(source)),
+        "preserved dB": psnr(outcome.frames, truth.frames, outside),
+        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, seen_pixels(source)),
         "seconds": outcome.seconds,
         "peak MB": outcome.peak_bytes / 1e6,
     }
@@ -170,9 +171,10 @@ def _write(
 
 
 def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console) -> None:
-    table = Table(title="FateZero beside plain DDIM inversion + prompt")
+    table = Table(title="FateZero beside plain DDIM inversion + prompt", box=box.SIMPLE)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("edit", "method") else "right")
+        words = name in ("edit", "method")
+        table.add_column(name.replace(" ", "\n"), justify="left" if words else "right", no_wrap=words)
     for row in rows:
         table.add_row(*(_cell(name, value) for name, value in row.items()))
     console.print(table)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from small import small_unet
 
 from fatezero.demo.model import build_scheduler, build_tokenizer
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from small import small_unet
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from small import random_latents, random_text
 
 from fatezero import AttentionStore, StoreError, invert
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.attention.store import MEMORIES, Condition, store_bytes
+from small import random_latents, random_text
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

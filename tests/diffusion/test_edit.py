@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small import random_latents, random_text, relative, small_unet
 
 from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
 from fatezero.attention.store import MEMORIES, AttentionStore
 from fatezero.diffusion.edit import source_heat, unet_calls
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from small import random_latents, random_text, relative, small_unet
 
 SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
-from small import random_latents, random_text, relative, small_unet
 
 from fatezero import Condition, edit, invert
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from small import random_latents, random_text, relative, small_unet
 
 
 def own_frames(frames=2):

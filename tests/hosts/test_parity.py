@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from small import FIXTURES, relative
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
@@ -11,6 +10,7 @@ from transformers import CLIPTokenizer
 from fatezero import FusionSettings, PromptEdit, edit, invert
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from small import FIXTURES, relative
 
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 

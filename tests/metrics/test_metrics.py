@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from fatezero.metrics.memory import PeakMemory
+from fatezero.metrics.preservation import intersection_over_union, psnr
+from fatezero.metrics.temporal import frame_accuracy, inside, temporal_consistency, visible, warp, warp_error
+
+
+def test_psnr_of_known_errors():
+    a = torch.zeros(2, 3, 4, 4)
+    assert psnr(a, a) == math.inf
+    assert psnr(a, a + 0.1) == pytest.approx(20)
+    half = torch.zeros(2, 4, 4)
+    half[:, :2] = 1
+    b = a.clone()
+    b[:, :, 2:] = 1.0
+    assert psnr(a, b, half) == math.inf, "what lies outside is not looked at"
+    assert psnr(a, b, 1 - half) == pytest.approx(0)
+
+
+def test_psnr_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match="differ in shape"):
+        psnr(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="no pixel"):
+        psnr(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
+
+
+def test_intersection_over_union():
+    a = torch.tensor([1, 1, 0, 0]).bool()
+    assert intersection_over_union(a, a) == 1
+    assert intersection_over_union(a, ~a) == 0
+    assert intersection_over_union(a, torch.tensor([1, 0, 0, 0]).bool()) == 0.5
+    assert intersection_over_union(a & ~a, a & ~a) == 1
+
+
+def test_a_still_clip_has_no_warp_error():
+    frames = torch.rand(1, 3, 8, 8).expand(4, -1, -1, -1)
+    assert warp_error(frames, torch.zeros(3, 2, 8, 8), torch.ones(3, 8, 8, dtype=torch.bool)) < 1e-12
+
+
+def test_a_whole_translation_with_its_flow_has_none_away_from_the_border():
+    wide = torch.rand(1, 3, 8, 20)
+    frames = torch.cat([wide[..., 3 - t : 15 - t] for t in range(3)])
+    flow = torch.zeros(2, 2, 8, 12)
+    flow[:, 0] = 1.0
+    assert warp_error(frames, flow, inside(flow)) < 1e-10
+    assert warp_error(frames, torch.zeros_like(flow), inside(flow)) > 1e-2
+
+
+def test_everything_occluded_is_undefined():
+    assert math.isnan(warp_error(torch.rand(2, 3, 4, 4), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).bool()))
+
+
+def test_occlusion_by_forward_and_backward_flow():
+    forward = torch.zeros(1, 2, 8, 12)
+    forward[:, 0] = 2.0
+    seen = visible(forward, -forward)
+    assert seen[0, :, :9].all()
+    assert not seen[0, :, 10:].any(), "leaves the picture"
+    assert not visible(forward, forward)[0, :, :9].any(), "the flows contradict"
+
+
+def test_warping_by_the_demo_worlds_flow_follows_the_picture():
+    from fatezero.demo.scenes import render
+    from fatezero.demo.show import FRAMES, MOTION, SCENE, seen_pixels
+
+    clip = render(SCENE, MOTION, FRAMES)
+    seen = seen_pixels(clip)
+    assert seen.float().mean() > 0.85
+    assert warp_error(clip.frames, clip.flow, seen) < 5e-4
+    assert warp_error(clip.frames, 0 * clip.flow, seen) > 10 * warp_error(clip.frames, clip.flow, seen)
+    assert warp(clip.frames[1:], clip.flow).shape == clip.frames[1:].shape
+
+
+def test_clip_scores():
+    still = torch.ones(4, 5)
+    assert temporal_consistency(still) == pytest.approx(1)
+    assert temporal_consistency(torch.eye(3)) == pytest.approx(0)
+    assert temporal_consistency(torch.ones(1, 5)) == 1
+    frames = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    assert frame_accuracy(frames, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == pytest.approx(2 / 3)
+
+
+def test_peak_memory_sees_what_was_held():
+    with PeakMemory(torch.device("cpu")) as small:
+        torch.ones(1000).sum()
+        import time
+
+        time.sleep(0.1)
+    with PeakMemory(torch.device("cpu")) as large:
+        held = torch.ones(100_000_000)
+        time.sleep(0.1)
+    del held
+    assert large.bytes - small.bytes > 300e6

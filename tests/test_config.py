@@ -1,0 +1,160 @@
+import pytest
+import yaml
+
+from fatezero.config import PRESETS, ConfigError, EditConfig, changed_words, load_configs, with_preset
+
+AUTHORS = """
+pretrained_model_path: "./ckpt/stable-diffusion-v1-4"
+dataset_config:
+    path: "data/car"
+    prompt: "a silver jeep driving down a road,"
+    n_sample_frame: 8
+    sampling_rate: 2
+    stride: 80
+    offset: {left: 1, right: 2, top: 3, bottom: 4}
+editing_config:
+    use_invertion_latents: true
+    use_inversion_attention: true
+    guidance_scale: 9
+    editing_prompts: [
+        a silver jeep driving down a road,
+        a Porsche car driving down a road,
+        watercolor painting of a silver jeep driving down a road,
+    ]
+    p2p_config:
+        0:
+            cross_replace_steps:
+                default_: 0.8
+            self_replace_steps: 0.9
+            is_replace_controller: False
+            blend_self_attention: True
+            blend_th: [2, 2]
+        1:
+            cross_replace_steps:
+                default_: 0.5
+            self_replace_steps: 0.6
+            is_replace_controller: True
+            blend_words: [['silver', 'jeep'], ["Porsche", 'car']]
+            blend_self_attention: True
+            blend_latents: True
+            blend_th: [0.4, 0.3]
+        2:
+            cross_replace_steps: 0.7
+            self_replace_steps: 0.8
+            is_replace_controller: False
+            eq_params:
+                words: ["watercolor", "cat"]
+                values: [10, 2]
+    clip_length: "${..dataset_config.n_sample_frame}"
+    sample_seeds: [0]
+    num_inference_steps: 10
+    prompt2prompt_edit: True
+model_config:
+    lora: 160
+    SparseCausalAttention_index: ['mid', -1]
+    least_sc_channel: 640
+test_pipeline_config:
+    target: some.Pipeline
+seed: 0
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_authors_file_is_read_as_it_is(tmp_path):
+    (same, shape, style), notes = load_configs(written(tmp_path, AUTHORS))
+    assert (same.video, same.model, same.steps, same.guidance_scale) == (
+        "data/car",
+        "./ckpt/stable-diffusion-v1-4",
+        10,
+        9,
+    )
+    assert (same.count, same.stride, same.crop, same.size) == (8, 2, (1, 3, 2, 4), (512, 512))
+    assert (same.key_frames, same.key_frames_least_channels) == (("middle", -1), 640)
+    assert (same.clip_norm, same.max_tokens) == (True, 1024)
+    assert (same.cross_replace_steps, same.self_replace_steps, same.blend_self_attention) == (0.8, 0.9, False)
+    assert (shape.mode, shape.blend_source, shape.blend_target) == ("replace", ("silver", "jeep"), ("Porsche", "car"))
+    assert (shape.blend_self_attention, shape.blend_latents, shape.blend_threshold) == (True, True, 0.4)
+    assert (style.mode, dict(style.reweight), style.cross_replace_steps) == ("refine", {"watercolor": 10.0}, 0.7)
+    assert any("'cat' is not in" in note for note in notes)
+    assert any("without blend_words" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [(None, "colour"), ("editing_config", "blend_it"), ("model_config", "heads"), ("dataset_config", "fps")],
+)
+def test_an_unknown_key_of_the_authors_file_is_named(tmp_path, where, key):
+    data = yaml.safe_load(AUTHORS)
+    (data[where] if where else data)[key] = 1
+    with pytest.raises(ConfigError, match=f"unknown key {where + '.' if where else ''}{key}"):
+        load_configs(written(tmp_path, yaml.safe_dump(data)))
+
+
+def test_an_unknown_key_of_a_control_is_named(tmp_path):
+    data = yaml.safe_load(AUTHORS)
+    data["editing_config"]["p2p_config"][1]["blend_thr"] = 1
+    with pytest.raises(ConfigError, match=r"editing_config\.p2p_config\[1\]\.blend_thr"):
+        load_configs(written(tmp_path, yaml.safe_dump(data)))
+
+
+def test_our_own_file_with_a_preset(tmp_path):
+    text = (
+        "preset: shape\nsource: a red circle\ntarget: a red square\nself_replace_steps: 0.6\nkey_frames: [self, -1]\n"
+    )
+    (config,), notes = load_configs(written(tmp_path, text))
+    assert notes == []
+    assert config.self_replace_steps == 0.6, "what the file says goes over its preset"
+    assert config.cross_replace_steps == 0.5
+    assert config.mode == "replace"
+    assert config.key_frames == ("self", -1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 5", "unknown setting 'stepz'.*'steps'"),
+        ("steps: many", "steps is 'many'"),
+        ("clip_norm: 3", "clip_norm is 3"),
+        ("preset: cubism", "preset 'cubism' is unknown"),
+        ("- a\n- b", "holds no settings"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_wrong_files_are_told(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_configs(written(tmp_path, text))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration"):
+        load_configs(tmp_path / "none.yaml")
+
+
+def test_presets_are_the_papers_settings():
+    style = with_preset(EditConfig(), "style")
+    assert (style.cross_replace_steps, style.self_replace_steps, style.blend_self_attention) == (0.7, 0.8, False)
+    shape = with_preset(EditConfig(source="a b", target="a c d"), "shape")
+    assert (shape.cross_replace_steps, shape.self_replace_steps, shape.blend_threshold) == (0.5, 0.5, 0.3)
+    assert shape.blend_self_attention
+    assert shape.mode == "refine", "word counts differ"
+    assert set(PRESETS) == {"style", "attribute", "shape"}
+
+
+def test_words_that_change():
+    assert changed_words("a silver jeep on a road", "a Porsche car on a road") == (
+        ["silver", "jeep"],
+        ["Porsche", "car"],
+    )
+    assert changed_words("a cat", "watercolor painting of a cat") == ([], ["watercolor", "painting", "of"])
+
+
+def test_blend_words_not_given_are_those_that_change(tokenizer):
+    config = with_preset(EditConfig(source="a red circle", target="a red square"), "shape")
+    assert config.prompt_edit(tokenizer).blend_words == (["circle"], ["square"])
+    with pytest.raises(ConfigError, match="--blend-source"):
+        with_preset(EditConfig(source="a circle", target="a red circle"), "shape").prompt_edit(tokenizer)

@@ -1,0 +1,153 @@
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fatezero.video.read import Sound, VideoError, read_video
+from fatezero.video.write import check_output, write_video
+
+
+def moving_bars(frames=10, height=32, width=48):
+    """Grey bars that name their frame: frame i is 20 i bright."""
+    return torch.stack([torch.full((height, width, 3), 20 * i, dtype=torch.uint8) for i in range(frames)])
+
+
+def tone(seconds, rate=44100, channels=2):
+    """A tone that rises in steps of 100 ms, so that a span can be told by ear or by FFT."""
+    t = np.arange(int(seconds * rate)) / rate
+    frequency = 400 + 100 * np.floor(t / 0.1)
+    wave = 0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / rate)
+    return Sound(np.stack([wave] * channels).astype(np.float32), rate)
+
+
+def pitch(sound):
+    spectrum = np.abs(np.fft.rfft(sound.samples[0]))
+    return np.fft.rfftfreq(sound.samples.shape[1], 1 / sound.rate)[spectrum.argmax()]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_video(tmp_path / "clip.mp4", moving_bars(), Fraction(10), tone(1.0))
+
+
+def brightness(video):
+    return [round(float(frame.float().mean()) / 20) for frame in video.frames]
+
+
+def test_frames_rate_and_sound_survive(clip):
+    video = read_video(clip)
+    assert brightness(video) == list(range(10))
+    assert video.fps == 10
+    assert video.size == (48, 32)
+    assert video.sound is not None
+    assert video.sound.rate == 44100
+    assert video.sound.samples.shape == (2, 44100)
+
+
+def test_fractional_rates_survive(tmp_path):
+    path = write_video(tmp_path / "ntsc.mp4", moving_bars(), Fraction(30000, 1001))
+    assert read_video(path).fps == Fraction(30000, 1001)
+
+
+def test_start_stride_and_count_pick_frames_and_their_sound(clip):
+    video = read_video(clip, start=3, stride=2, count=2)
+    assert brightness(video) == [3, 5]
+    assert video.fps == 5
+    assert video.sound.samples.shape[1] == pytest.approx(0.4 * 44100, abs=1)
+    one = read_video(clip, start=6, count=1)
+    assert pitch(one.sound) == pytest.approx(1000, abs=25), "the sound from 0.6 s to 0.7 s"
+
+
+def test_a_second_round_trip_keeps_the_sound_in_place(clip, tmp_path):
+    video = read_video(clip)
+    again = read_video(write_video(tmp_path / "again.mp4", video.frames, video.fps, video.sound), start=6, count=1)
+    assert pitch(again.sound) == pytest.approx(1000, abs=25)
+
+
+def test_mono_sound(tmp_path):
+    path = write_video(tmp_path / "mono.mp4", moving_bars(), Fraction(10), tone(1.0, channels=1))
+    assert read_video(path).sound.samples.shape[0] == 1
+
+
+def test_more_frames_than_there_are(clip):
+    with pytest.raises(VideoError, match="gives 7 frames from 3 in steps of 1, but 8 are needed"):
+        read_video(clip, start=3, count=8)
+    with pytest.raises(VideoError, match="no frame from number 10"):
+        read_video(clip, start=10)
+
+
+def test_files_that_are_no_video(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no video at"):
+        read_video(tmp_path / "none.mp4")
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(VideoError, match="is empty"):
+        read_video(tmp_path / "empty.mp4")
+    (tmp_path / "text.mp4").write_text("not a video " * 100)
+    with pytest.raises(VideoError, match="not a readable video"):
+        read_video(tmp_path / "text.mp4")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(tone(0.1).samples[:, :1024], format="fltp", layout="stereo")
+        frame.rate, frame.pts = 44100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match="holds no video"):
+        read_video(tmp_path / "sound.mp4")
+
+
+def test_a_cut_off_file_is_refused_or_gives_its_frames(clip):
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    with pytest.raises(VideoError, match="not a readable video"):
+        read_video(clip)
+
+
+@pytest.mark.parametrize("wrong", [{"start": -1}, {"stride": 0}, {"count": 0}])
+def test_numbers_out_of_range(clip, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        read_video(clip, **wrong)
+
+
+def test_a_picture_is_a_clip_of_one_frame(tmp_path):
+    Image.new("RGB", (30, 20), (200, 100, 0)).save(tmp_path / "p.png")
+    video = read_video(tmp_path / "p.png")
+    assert video.frames.shape == (1, 20, 30, 3)
+    written = write_video(tmp_path / "q.png", video.frames, video.fps)
+    assert np.asarray(Image.open(written))[0, 0].tolist() == [200, 100, 0]
+
+
+def test_a_folder_of_pictures_in_the_order_of_names(tmp_path):
+    for i, frame in enumerate(moving_bars(4)):
+        Image.fromarray(frame.numpy()).save(tmp_path / f"{i:04d}.png")
+    assert brightness(read_video(tmp_path, start=1, stride=2)) == [1, 3]
+    Image.new("RGB", (5, 5)).save(tmp_path / "0009.png")
+    with pytest.raises(VideoError, match="differ in size"):
+        read_video(tmp_path)
+
+
+def test_odd_sizes_are_padded_for_the_codec(tmp_path):
+    path = write_video(tmp_path / "odd.mp4", moving_bars(3, 31, 47), Fraction(10))
+    assert read_video(path).size == (48, 32)
+
+
+def test_output_names_are_checked_before_any_work():
+    check_output("a.mp4", 8)
+    check_output("a.png", 1)
+    for name, frames in (("a.gif", 8), ("a.png", 8), ("a", 1)):
+        with pytest.raises(ValueError, match="cannot write"):
+            check_output(name, frames)
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        from fatezero.video.write import whole_file
+
+        with whole_file(path) as partial:
+            partial.write_bytes(b"half")
+            raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+    assert path.read_bytes() == b"old"
