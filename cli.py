@@ -205,12 +205,18 @@ def train_demo(
     images: Annotated[int | None, typer.Option(help="Pictures to draw, if fewer.")] = None,
 ) -> None:
     """Train the bundled checkpoint again, from nothing; hours on a CPU, minutes on a GPU."""
+    from .demo.show import load_judge
     from .demo.train import TrainSettings, train
     from .run import pick_device
 
     settings = TrainSettings()
     settings = replace(settings, unet_steps=unet_steps or settings.unet_steps, images=images or settings.images)
-    train(output, state, settings, pick_device(device), console.print)
+    where = pick_device(device)
+    train(output, state, settings, where, console.print)
+    from .demo.evaluate import evaluate
+    from .hosts.checkpoint import Checkpoint
+
+    evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
 
 
 # --- from flags to configurations -------------------------------------------------------

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from rich import box
@@ -26,9 +27,9 @@ from ..metrics.preservation import psnr
 from ..metrics.temporal import inside, warp, warp_error
 from ..run import invert_video, load_frames, pick_device
 from ..video.sheet import contact_sheet, enlarge, mask_frames
-from ..video.size import to_bytes, to_unit
+from ..video.size import to_bytes
 from ..video.write import whole_file, write_picture, write_video
-from .model import SceneClassifier
+from .model import SceneClassifier, labels
 from .scenes import SIZE, Clip, Motion, Scene, Track, render
 
 CLIP = Path(__file__).parent / "clip.mp4"
@@ -58,10 +59,10 @@ class Outcome:
     peak_bytes: int
 
 
-def load_judge() -> SceneClassifier:
+def load_judge(checkpoint: Path = DEMO) -> SceneClassifier:
     """The pixel classifier that reads what a frame shows."""
     judge = SceneClassifier()
-    judge.load_state_dict({k: v.float() for k, v in load_file(DEMO / "judge" / "model.safetensors").items()})
+    judge.load_state_dict({k: v.float() for k, v in load_file(checkpoint / "judge" / "model.safetensors").items()})
     return judge.eval()
 
 
@@ -126,8 +127,6 @@ def _mask(checkpoint: Checkpoint, inversion: Inversion, config: EditConfig) -> T
 
 def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[str, float]:
     """Success by the judge, and what the known truth tells of preservation and motion."""
-    from .model import labels
-
     seen = load_judge().read(outcome.frames)
     right = labels(wanted)[head]
     source = render(SCENE, MOTION, FRAMES)
@@ -156,8 +155,6 @@ def _write(
     truth: Clip,
     mask: Tensor,
 ) -> None:
-    from fractions import Fraction
-
     edited = to_bytes(methods["FateZero"].frames)
     write_video(folder / f"{preset}.mp4", enlarge(edited, ENLARGED), Fraction(FPS))
     rows = [
@@ -198,10 +195,5 @@ def _cell(name: str, value: float | str) -> str:
 
 def write_clip(path: Path = CLIP) -> Path:
     """Draw the bundled clip again."""
-    from fractions import Fraction
-
     frames = to_bytes(render(SCENE, MOTION, FRAMES).frames)
     return write_video(path, enlarge(frames, ENLARGED), Fraction(FPS), crf=6)
-
-
-__all__ = ["CLIP", "EDITS", "MOTION", "SCENE", "Outcome", "load_judge", "seen_pixels", "show", "to_unit", "write_clip"]

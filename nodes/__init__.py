@@ -1,0 +1,1 @@
+"""What a ComfyUI user drags: one module for each family of nodes."""

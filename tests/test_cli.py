@@ -38,7 +38,9 @@ def fatezero(*arguments, cwd, code=0, **options):
 def store(tmp_path_factory) -> Path:
     """A store of two steps of the bundled clip."""
     folder = tmp_path_factory.mktemp("store")
-    fatezero("invert", CLIP, "--source", SOURCE, "--steps", 2, "--memory", "queries_keys", "-o", "s.safetensors", cwd=folder)
+    fatezero(
+        "invert", CLIP, "--source", SOURCE, "--steps", 2, "--memory", "queries_keys", "-o", "s.safetensors", cwd=folder
+    )
     return folder / "s.safetensors"
 
 

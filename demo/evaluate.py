@@ -1,0 +1,113 @@
+"""The figures of the model card: what the demo checkpoint reaches on scenes it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.prompt import PromptEdit
+from ..diffusion.ddim import ddim_move, guide
+from ..diffusion.edit import edit, source_heat
+from ..diffusion.invert import invert
+from ..hosts.checkpoint import Checkpoint
+from ..metrics.preservation import intersection_over_union, psnr
+from .model import SceneClassifier, labels
+from .scenes import SIZE, random_motion, random_scene, render, scenes
+
+
+def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) -> float:
+    """Share of freshly rendered scenes of one thing that the judge reads wholly right."""
+    random = Random(seed)
+    drawn = [random_scene(random, things=1) for _ in range(count)]
+    frames = torch.cat([render(scene, random_motion(random), frames=1).frames for scene in drawn])
+    return sum(seen == labels(scene) for seen, scene in zip(judge.read(frames), drawn, strict=True)) / count
+
+
+@torch.no_grad()
+def paint(checkpoint: Checkpoint, captions: list[str], steps: int = 30, guidance: float = 5.0, seed: int = 0) -> Tensor:
+    """Pictures of captions by DDIM from noise: (n, 3, 64, 64) in 0..1."""
+    schedule = checkpoint.denoiser.schedule(steps)
+    generator = torch.Generator().manual_seed(seed)
+    side = SIZE // checkpoint.factor
+    z = torch.randn(len(captions), 4, side, side, generator=generator).to(checkpoint.unet.device)
+    text = torch.cat([checkpoint.encode_prompt(c, SIZE, SIZE).embeddings for c in captions])
+    empty = checkpoint.encode_prompt("", SIZE, SIZE).embeddings.expand_as(text)
+    for i, timestep in enumerate(schedule.timesteps):
+        both = checkpoint.unet(torch.cat([z, z]), timestep, torch.cat([empty, text])).sample
+        noise = guide(*both.chunk(2), guidance)
+        z = ddim_move(z, noise, schedule.alphas[-1 - i], schedule.alphas[-2 - i])
+    return checkpoint.decode_latents(z)
+
+
+def painting_accuracy(
+    checkpoint: Checkpoint, judge: SceneClassifier, count: int = 200, batch: int = 50
+) -> dict[str, float]:
+    """Share of held-out captions of one thing whose picture the judge reads right, by head."""
+    wanted = [scene for scene, _ in islice(scenes(123, held_out=True, things=1), count)]
+    frames = torch.cat(
+        [paint(checkpoint, [s.caption for s in wanted[at : at + batch]], seed=at) for at in range(0, count, batch)]
+    )
+    seen = judge.read(frames)
+    return {
+        head: sum(s[head] == labels(scene)[head] for s, scene in zip(seen, wanted, strict=True)) / count
+        for head in judge.HEADS
+    }
+
+
+def replay_psnr(checkpoint: Checkpoint, clips: int = 6, steps: int = 50) -> tuple[float, float]:
+    """PSNR in dB to the source of (the autoencoder alone, inversion and replay at guidance 1)."""
+    sources, coded, replayed = [], [], []
+    for scene, motion in islice(scenes(321, held_out=True), clips):
+        frames = render(scene, motion, 8).frames
+        latents = checkpoint.encode_frames(frames)
+        text = checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
+        inversion = invert(checkpoint.denoiser, latents, text, steps)
+        sources.append(frames)
+        coded.append(checkpoint.decode_latents(latents))
+        replayed.append(checkpoint.decode_latents(edit(checkpoint.denoiser, inversion, text, guidance_scale=1)))
+    source = torch.cat(sources)
+    return psnr(torch.cat(coded), source), psnr(torch.cat(replayed), source)
+
+
+def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tuple[float, float]:
+    """Mean IoU of the object word's cross-attention with the true mask, and the best threshold.
+
+    Maps of the noun on the finest grid, averaged over heads, layers and every fourth step
+    of the inversion, each frame over its own maximum; the mask is the object's coverage of
+    the grid's cells above one half.
+    """
+    heats, truths = [], []
+    for scene, motion in islice(scenes(231, held_out=True, things=1), clips):
+        clip = render(scene, motion, 4)
+        text = checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
+        inversion = invert(checkpoint.denoiser, checkpoint.encode_frames(clip.frames), text, steps)
+        prompt = PromptEdit(
+            scene.caption, scene.caption, checkpoint.tokenizer, blend_words=([scene.things[0].shape], [])
+        )
+        heat = torch.stack(
+            [source_heat(checkpoint.denoiser, inversion, prompt, step) for step in range(2, steps, 4)]
+        ).mean(0)
+        heats.append(heat / heat.amax((1, 2), keepdim=True))
+        truths.append(F.adaptive_avg_pool2d(clip.mask, heat.shape[-2:]) > 0.5)
+    heat, truth = torch.cat(heats).cpu(), torch.cat(truths)
+    scores = [
+        (sum(intersection_over_union(h > t, m) for h, m in zip(heat, truth, strict=True)) / len(heat), t)
+        for t in (n / 20 for n in range(1, 20))
+    ]
+    return max(scores)
+
+
+def evaluate(checkpoint: Checkpoint, judge: SceneClassifier, report: Callable[[str], None] = print) -> dict[str, float]:
+    """Every figure of the card, reported as it comes."""
+    figures = {"judge right on rendered scenes": judge_accuracy(judge)}
+    figures |= {f"{head} right on held-out captions": v for head, v in painting_accuracy(checkpoint, judge).items()}
+    figures["autoencoder dB"], figures["inversion and replay dB"] = replay_psnr(checkpoint)
+    figures["cross-attention IoU"], figures["at threshold"] = map_overlap(checkpoint)
+    for name, value in figures.items():
+        report(f"{name}: {value:.3f}")
+    return figures
