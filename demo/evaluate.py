@@ -39,7 +39,8 @@ def paint(checkpoint: Checkpoint, captions: list[str], steps: int = 30, guidance
     empty = checkpoint.encode_prompt("", SIZE, SIZE).embeddings.expand_as(text)
     for i, timestep in enumerate(schedule.timesteps):
         both = checkpoint.unet(torch.cat([z, z]), timestep, torch.cat([empty, text])).sample
-        noise = guide(*both.chunk(2), guidance)
+        negative, positive = both.chunk(2)
+        noise = guide(negative, positive, guidance)
         z = ddim_move(z, noise, schedule.alphas[-1 - i], schedule.alphas[-2 - i])
     return checkpoint.decode_latents(z)
 
@@ -93,7 +94,7 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
             [source_heat(checkpoint.denoiser, inversion, prompt, step) for step in range(2, steps, 4)]
         ).mean(0)
         heats.append(heat / heat.amax((1, 2), keepdim=True))
-        truths.append(F.adaptive_avg_pool2d(clip.mask, heat.shape[-2:]) > 0.5)
+        truths.append(F.adaptive_avg_pool2d(clip.mask, (heat.shape[1], heat.shape[2])) > 0.5)
     heat, truth = torch.cat(heats).cpu(), torch.cat(truths)
     scores = [
         (sum(intersection_over_union(h > t, m) for h, m in zip(heat, truth, strict=True)) / len(heat), t)

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -211,15 +212,28 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
         keys = set(file.keys())
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise CheckpointError(f"{path.name} is a safetensors file, but no Stable Diffusion checkpoint")
-    sdxl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    family = next(name for name, mark in _FAMILIES.items() if any(key.startswith(mark) for key in keys))
+    sdxl = "xl" in family
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     extra = {} if sdxl else {"safety_checker": None}
+    config = config or _fetched_before(family, path)
+    return kind.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **extra)
+
+
+_FAMILIES = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "conditioner.embedders.1.",
+    "stabilityai/stable-diffusion-2-1": "cond_stage_model.model.",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "",
+}
+"""Where a family's tokenizer and configuration live, and the keys that tell it; in this order."""
+
+
+def _fetched_before(family: str, path: Path) -> str:
+    """A family's configuration in the hub's cache; never a download, which nobody asked for."""
     try:
-        return kind.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **extra)
+        return str(snapshot_download(family, local_files_only=True))
     except (OSError, ValueError) as error:
-        if config is not None:
-            raise
         raise CheckpointError(
-            f"{path.name} holds weights alone: say where its tokenizer and configuration are with --config FOLDER "
-            "(any diffusers folder of the same kind, or a hub name fetched before)"
+            f"{path.name} holds weights alone: say with --model-config where its tokenizer and configuration are "
+            f"(a diffusers folder of the same kind, or a hub name such as {family})"
         ) from error

@@ -1,0 +1,152 @@
+"""Models by folder, by single file and by name."""
+
+import pytest
+import torch
+from ldm import write_single_file
+
+from fatezero.hosts.checkpoint import DEMO, Checkpoint, CheckpointError
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    return Checkpoint.load("demo")
+
+
+def weights(checkpoint):
+    parts = (checkpoint.unet, checkpoint.vae, checkpoint.text_encoders[0])
+    return {f"{i}.{k}": v for i, part in enumerate(parts) for k, v in part.state_dict().items()}
+
+
+def test_a_single_file_is_the_folder_it_came_from(demo, tmp_path):
+    path = write_single_file(DEMO, tmp_path / "model.safetensors")
+    loaded = Checkpoint.load(str(path), config=str(DEMO))
+    ours, theirs = weights(demo), weights(loaded)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(theirs[name], tensor) for name, tensor in ours.items())
+    text = [c.encode_prompt("a red circle", 64, 64).embeddings for c in (demo, loaded)]
+    assert torch.allclose(*text)
+
+
+def test_a_single_file_without_its_configuration_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    path = write_single_file(DEMO, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="--model-config"):
+        Checkpoint.load(str(path))
+
+
+def test_a_safetensors_file_that_is_no_checkpoint(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"lora_up": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors .* no Stable Diffusion checkpoint"):
+        Checkpoint.load(str(tmp_path / "lora.safetensors"))
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"without model_index\.json"):
+        Checkpoint.load(str(tmp_path))
+
+
+def test_pictures_and_sizes(demo):
+    assert (demo.factor, demo.native_size, demo.sdxl) == (4, 64, False)
+    frames = torch.rand(2, 3, 32, 48)
+    latents = demo.encode_frames(frames)
+    assert latents.shape == (2, 4, 8, 12)
+    assert demo.decode_latents(latents).shape == frames.shape
+
+
+def test_prompts_of_any_length(demo):
+    short, long = "a red circle", " and ".join(["a red circle"] * 20)
+    assert demo.blocks(short) == 1
+    assert demo.blocks(short, long) == 2
+    embeddings = demo.encode_prompt(long, 64, 64).embeddings
+    assert embeddings.shape == (1, 154, 64)
+    assert demo.encode_prompt(short, 64, 64, blocks=2).embeddings.shape == (1, 154, 64)
+    ids = demo.tokenizer(short, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(demo.encode_prompt(short, 64, 64).embeddings, demo.text_encoders[0](ids).last_hidden_state)
+
+
+def test_a_lora_file_is_fused(demo, tmp_path):
+    peft = pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO, local_files_only=True)
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k", "to_q"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    (file,) = tmp_path.glob("*.safetensors")
+    loaded = Checkpoint.load("demo", lora=str(file))
+    off = Checkpoint.load("demo", lora=str(file), lora_scale=0.0)
+    name = "0.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    assert not torch.allclose(weights(loaded)[name], weights(demo)[name])
+    assert torch.allclose(weights(off)[name], weights(demo)[name], atol=1e-6)
+    assert weights(loaded).keys() == weights(demo).keys(), "nothing of the adapter stays behind"
+    loaded.denoiser.identity()
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tokenizer, tmp_path_factory):
+    """A tiny SDXL in diffusers' folder layout: two text encoders, pooled text and sizes."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from fatezero.demo.model import build_scheduler, build_vae
+    from small import small_unet
+
+    def config(**options):
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+            projection_dim=12, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, **options,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    unet = small_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+        transformer_layers_per_block=(1, 2, 1),
+    ).float()
+    folder = tmp_path_factory.mktemp("sdxl")
+    StableDiffusionXLPipeline(
+        vae=build_vae(),
+        text_encoder=CLIPTextModel(config()),
+        text_encoder_2=CLIPTextModelWithProjection(config(hidden_act="gelu")),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_sdxl_text_is_the_pipelines_own(sdxl_folder):
+    from diffusers import StableDiffusionXLPipeline
+
+    checkpoint = Checkpoint.load(str(sdxl_folder))
+    assert checkpoint.sdxl
+    condition = checkpoint.encode_prompt("a red circle", 64, 32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, local_files_only=True)
+    embeddings, _, pooled, _ = pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False)
+    assert torch.allclose(condition.embeddings, embeddings, atol=1e-6)
+    assert torch.allclose(condition.extras["text_embeds"], pooled, atol=1e-6)
+    assert condition.extras["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]]
+
+
+def test_sdxl_edits_end_to_end(sdxl_folder, tmp_path):
+    from rich.console import Console
+
+    from fatezero.cli import progress_bar
+    from fatezero.config import EditConfig, with_preset
+    from fatezero.demo.show import CLIP
+    from fatezero.run import EditRun
+
+    config = EditConfig(
+        video=str(CLIP), source="a red square on water", target="a red circle on water", model=str(sdxl_folder),
+        steps=2, count=2, size=(64, 64),
+    )  # fmt: skip
+    path = tmp_path / "out.mp4"
+    EditRun([with_preset(config, "shape")], path, None, None, "cpu", "float32", Console(quiet=True), progress_bar).run(
+        False
+    )
+    assert path.exists()
