@@ -89,7 +89,7 @@ Chunk = Annotated[int | None, typer.Option("--chunk-frames", help="Frames of one
 MaxTokens = Annotated[int | None, typer.Option(help="Record and fuse layers of up to this many tokens [all].")]
 Start = Annotated[int | None, typer.Option(help="First frame [0].")]
 Stride = Annotated[int | None, typer.Option(help="Take every n-th frame [1].")]
-Count = Annotated[int | None, typer.Option(help="How many frames; 0 for all [8].")]
+Count = Annotated[int | None, typer.Option(help="How many frames; 0 for all [at most 8].")]
 Crop = Annotated[str | None, typer.Option(help="Pixels to cut: left,top,right,bottom.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT to edit at; default: short side at the model's own size.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
@@ -144,9 +144,9 @@ def edit(
     """Edit a video: invert it, then denoise with the target prompt and fused attention."""
     flags = {k: v for k, v in locals().items() if k in EditConfig.__dataclass_fields__}
     configs = _configs(config, preset, flags, store)
-    from .run import EditRun  # torch and diffusers take seconds to import: after the cheap checks
+    from .run import Session, run_edits  # torch and diffusers take seconds to import: after the cheap checks
 
-    EditRun(configs, output, store, model_config, device, dtype, console, progress_bar).run(dry_run)
+    run_edits(Session(console, progress_bar, device, dtype, model_config), configs, output, store, dry_run)
 
 
 @app.command()
@@ -177,9 +177,9 @@ def invert(
     """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
     flags = {k: v for k, v in locals().items() if k in EditConfig.__dataclass_fields__}
     configs = _configs(config, None, flags, None, inverting=True)
-    from .run import InvertRun
+    from .run import Session, run_invert
 
-    InvertRun(configs[0], output, model_config, device, dtype, console, progress_bar).run(dry_run)
+    run_invert(Session(console, progress_bar, device, dtype, model_config), configs[0], output, dry_run)
 
 
 @app.command()
@@ -230,9 +230,6 @@ def _configs(
     configs, notes = load_configs(path) if path else ([EditConfig()], [])
     for note in dict.fromkeys(notes):
         console.print(f"[yellow]note:[/] {note}")
-    everything = given.pop("count", 1) == 0
-    if everything or flags.get("count") is not None:
-        given["count"] = None if everything else flags["count"]
     words = {k: given[k] for k in ("source", "target") if k in given}
     configs = [replace(c, **words) for c in configs]
     if preset:

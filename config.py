@@ -21,7 +21,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class EditConfig:
-    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys."""
+    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
+
+    count: how many frames; 0 for all, None for as many as there are up to eight.
+    """
 
     video: str = ""
     source: str = ""
@@ -49,7 +52,7 @@ class EditConfig:
     mask_tokens: int = 256
     start: int = 0
     stride: int = 1
-    count: int | None = 8
+    count: int | None = None
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     size: tuple[int, int] | None = None
 
@@ -247,7 +250,7 @@ def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str
         max_tokens=1024,
         start=int(dataset.get("start_sample_frame") or 0),
         stride=int(dataset.get("sampling_rate", 1)),
-        count=count if count > 0 else None,
+        count=max(count, 0),
         crop=(int(offset["left"]), int(offset["top"]), int(offset["right"]), int(offset["bottom"])),
         size=(512, 512),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .attention.store import AttentionStore, StoreError, available_bytes, store_bytes
+from .attention.store import MEMORIES, AttentionStore, StoreError, available_bytes, store_bytes
 from .config import EditConfig
 from .diffusion.edit import check_store, edit, unet_calls
 from .diffusion.invert import Inversion, invert
 from .hosts.checkpoint import Checkpoint, quiet
-from .video.read import Sound, Video, read_video
+from .video.read import Video, read_video
 from .video.size import check_size, crop, fit_size, resize_to_fill, to_bytes, to_unit
 from .video.write import check_output, write_video
+
+DEFAULT_FRAMES = 8
+"""Frames edited, at most, where nothing says how many."""
 
 Bars = Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]]
 
@@ -50,7 +53,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_frames(config: EditConfig, factor: int, native: int) -> Video:
     """The frames to edit, cut and scaled; ValueError for a size the model cannot take."""
-    video = read_video(config.video, config.start, config.stride, config.count)
+    at_most = DEFAULT_FRAMES if config.count is None else None
+    video = read_video(config.video, config.start, config.stride, config.count or None, at_most)
     left, top, right, bottom = config.crop
     frames = crop(video.frames, left, top, right, bottom)
     if config.size is None:
@@ -61,143 +65,115 @@ def load_frames(config: EditConfig, factor: int, native: int) -> Video:
     return Video(resize_to_fill(frames, width, height), video.fps, video.sound)
 
 
-@dataclass
-class _Run:
-    """What both commands share."""
+@dataclass(frozen=True)
+class Session:
+    """Where a command runs and how it speaks.
+
+    model_config: for single-file checkpoints, a folder with tokenizer and configuration.
+    """
 
     console: Console
     bars: Bars
+    device: str = "auto"
+    dtype: str = "auto"
+    model_config: str | None = None
 
-    def open_model(self, config: EditConfig, model_config: str | None, device: str, dtype: str) -> Checkpoint:
-        where = pick_device(device)
+    def open_model(self, config: EditConfig) -> Checkpoint:
+        where = pick_device(self.device)
         with quiet():
             checkpoint = Checkpoint.load(
-                config.model, where, pick_dtype(dtype, where), model_config, config.lora or None
+                config.model, where, pick_dtype(self.dtype, where), self.model_config, config.lora or None
             )
         if config.model == "demo":
-            self.console.print(
-                "[yellow]note:[/] the bundled demo model knows only its own small world; for real videos give --model"
+            self.say(
+                "note: the bundled demo model knows only its own small world; for real videos give --model",
+                style="yellow",
             )
         return checkpoint
 
-    def plan(self, checkpoint: Checkpoint, config: EditConfig, latents_shape: tuple[int, ...], edits: int) -> None:
-        """Say what will run and what it takes."""
-        denoiser = checkpoint.denoiser
-        frames, _, height, width = latents_shape
-        sites = [s for s in denoiser.sites(height, width) if config.max_tokens is None or s.tokens <= config.max_tokens]
-        source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
-        calls = unet_calls(config.steps, config.guidance_scale, config.memory, config.fusion)
-        size, device = checkpoint.unet.dtype.itemsize, checkpoint.unet.device
-        lines = [
-            f"{frames} frames of {width * checkpoint.factor}x{height * checkpoint.factor}, "
-            f"{config.steps} steps, {device}"
-        ]
-        for memory in ("recompute", "queries_keys", "maps"):
-            needed = store_bytes(memory, sites, latents_shape, config.steps, source, config.keys, 4, size)
-            mark = "->" if memory == config.memory else "  "
-            lines.append(f"{mark} store with memory {memory}: {_bytes(needed)}")
-        free = available_bytes(device)
-        weights = sum(
-            p.nbytes for m in (checkpoint.unet, checkpoint.vae, *checkpoint.text_encoders) for p in m.parameters()
-        )
-        lines.append(
-            f"   model: {_bytes(weights)}; free on {device}: {_bytes(free) if free is not None else 'unknown'}"
-        )
-        lines.append(
-            f"   UNet calls: {calls[0]} to invert" + (f", {calls[1]} for each of {edits} edit(s)" if edits else "")
-        )
-        self.console.print("\n".join(lines), markup=False)
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
 
 
-@dataclass
-class InvertRun(_Run):
-    """`fatezero invert`."""
-
-    def __init__(
-        self,
-        config: EditConfig,
-        output: Path,
-        model_config: str | None,
-        device: str,
-        dtype: str,
-        console: Console,
-        bars: Bars,
-    ) -> None:
-        super().__init__(console, bars)
-        self.config, self.output = config, output
-        self.model_config, self.device, self.dtype = model_config, device, dtype
-
-    def run(self, dry_run: bool) -> None:
-        config = self.config
-        config.keys.windows(1, None)
-        checkpoint = self.open_model(config, self.model_config, self.device, self.dtype)
-        video = load_frames(config, checkpoint.factor, checkpoint.native_size)
-        self.plan(checkpoint, config, _latents_shape(video, checkpoint), edits=0)
-        if dry_run:
-            return
-        with self.bars() as bar:
-            inversion = invert_video(checkpoint, config, video, bar)
-        inversion.store.save(self.output)
-        self.console.print(f"store of {_bytes(inversion.store.nbytes)} written to {self.output}", soft_wrap=True)
+def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
+    """`fatezero invert`: keep an inversion in a file."""
+    checkpoint = session.open_model(config)
+    video = load_frames(config, checkpoint.factor, checkpoint.native_size)
+    session.say(plan(checkpoint, config, _latents_shape(video, checkpoint), edits=0))
+    if dry_run:
+        return
+    with session.bars() as bar:
+        inversion = invert_video(checkpoint, config, video, bar)
+        inversion.store.save(output)
+    session.say(f"store of {_bytes(inversion.store.nbytes)} written to {output}")
 
 
-@dataclass
-class EditRun(_Run):
-    """`fatezero edit`: one inversion, one edit for each configuration."""
+def run_edits(
+    session: Session, configs: list[EditConfig], output: Path, store_path: Path | None, dry_run: bool
+) -> None:
+    """`fatezero edit`: one inversion, or one from a file, and an edit for each configuration.
 
-    def __init__(
-        self,
-        configs: list[EditConfig],
-        output: Path,
-        store: Path | None,
-        model_config: str | None,
-        device: str,
-        dtype: str,
-        console: Console,
-        bars: Bars,
-    ) -> None:
-        super().__init__(console, bars)
-        self.configs, self.output, self.store = configs, output, store
-        self.model_config, self.device, self.dtype = model_config, device, dtype
+    Everything that can be refused is refused before the inversion starts.
+    """
+    store = AttentionStore.load(store_path) if store_path else None
+    if store is not None:
+        configs = [_with_store(config, store) for config in configs]
+    first = configs[0]
+    for config in configs:
+        config.fusion, config.keys  # noqa: B018  raise for settings out of range
+    check_output(output, 1 if store is None else store.frames)
+    if store is None:
+        read_video(first.video, first.start, first.stride, 1)
+    checkpoint = session.open_model(first)
+    prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
 
-    def run(self, dry_run: bool) -> None:
-        first = self.configs[0]
-        stored = AttentionStore.load(self.store) if self.store else None
-        if stored is not None:
-            self.configs = [_with_store(c, stored) for c in self.configs]
-            first = self.configs[0]
-        for config in self.configs:
-            config.fusion  # noqa: B018  every setting is checked before the model is loaded
-            check_output(self.output, config.count or 2 if stored is None else stored.frames)
-        if stored is None:
-            read_video(first.video, first.start, first.stride, 1)
-        checkpoint = self.open_model(first, self.model_config, self.device, self.dtype)
-        edits = [config.prompt_edit(checkpoint.tokenizer) for config in self.configs]
-        fps, sound, video = _fps_and_sound(stored)
-        if stored is None:
-            video = load_frames(first, checkpoint.factor, checkpoint.native_size)
-            fps, sound = video.fps, video.sound
-            self.plan(checkpoint, first, _latents_shape(video, checkpoint), len(edits))
-        else:
-            stored.latents = stored.latents.to(checkpoint.unet.device)
-            check_store(stored, checkpoint.denoiser, checkpoint.denoiser.schedule(stored.steps), edits[0])
-            if first.video:
-                sound = _check_video(first, stored)
-            self.plan(checkpoint, first, tuple(stored.latents.shape[1:]), len(edits))
-        if dry_run:
-            return
-        with self.bars() as bar:
-            if stored is None:
-                assert video is not None
-                inversion = invert_video(checkpoint, first, video, bar)
-            else:
-                inversion = Inversion(stored)
-            for i, (config, prompt) in enumerate(zip(self.configs, edits, strict=True)):
-                title = f"edit {i + 1} of {len(edits)}" if len(edits) > 1 else "edit"
-                frames = edit_video(checkpoint, config, inversion, prompt, bar(title))
-                path = self.output if len(edits) == 1 else self.output.with_stem(f"{self.output.stem}_{i}")
-                write_video(path, frames, fps, sound)
-                self.console.print(f"{config.target!r} written to {path}", soft_wrap=True, markup=False)
+    if store is None:
+        video = load_frames(first, checkpoint.factor, checkpoint.native_size)
+        check_output(output, len(video.frames))
+        shape, fps, sound = _latents_shape(video, checkpoint), video.fps, video.sound
+    else:
+        store.latents = store.latents.to(checkpoint.unet.device)
+        schedule = checkpoint.denoiser.schedule(store.steps)
+        for prompt in prompts:
+            check_store(store, checkpoint.denoiser, schedule, prompt)
+        shape, fps = tuple(store.latents.shape[1:]), Fraction(*store.extra.get("fps", (8, 1)))
+        # A video given beside a store lends its sound; it must have the store's frames.
+        sound = read_video(first.video, first.start, first.stride, store.frames).sound if first.video else None
+    session.say(plan(checkpoint, first, shape, len(configs)))
+    if dry_run:
+        return
+
+    with session.bars() as bar:
+        inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
+        for i, (config, prompt) in enumerate(zip(configs, prompts, strict=True)):
+            alone = len(configs) == 1
+            progress = bar("edit" if alone else f"edit {i + 1} of {len(configs)}")
+            frames = edit_video(checkpoint, config, inversion, prompt, progress)
+            path = output if alone else output.with_stem(f"{output.stem}_{i}")
+            write_video(path, frames, fps, sound)
+            session.say(f"{config.target!r} written to {path}")
+
+
+def plan(checkpoint: Checkpoint, config: EditConfig, latents_shape: tuple[int, ...], edits: int) -> str:
+    """What will run and what it takes, in a few lines."""
+    frames, _, height, width = latents_shape
+    sites = checkpoint.denoiser.sites(height, width)
+    sites = [site for site in sites if config.max_tokens is None or site.tokens <= config.max_tokens]
+    height, width = height * checkpoint.factor, width * checkpoint.factor
+    source = checkpoint.encode_prompt(config.source, width, height)
+    size, device = checkpoint.unet.dtype.itemsize, checkpoint.unet.device
+    lines = [f"{frames} frames of {width}x{height}, {config.steps} steps, {device}"]
+    for memory in MEMORIES:
+        needed = store_bytes(memory, sites, latents_shape, config.steps, source, config.keys, 4, size)
+        lines.append(f"{'->' if memory == config.memory else '  '} store with memory {memory}: {_bytes(needed)}")
+    models = (checkpoint.unet, checkpoint.vae, *checkpoint.text_encoders)
+    weights, free = sum(p.nbytes for model in models for p in model.parameters()), available_bytes(device)
+    lines.append(f"   model: {_bytes(weights)}; free on {device}: {'unknown' if free is None else _bytes(free)}")
+    to_invert, to_edit = unet_calls(config.steps, config.guidance_scale, config.memory, config.fusion)
+    lines.append(
+        f"   UNet calls: {to_invert} to invert" + (f", {to_edit} for each of {edits} edit(s)" if edits else "")
+    )
+    return "\n".join(lines)
 
 
 def invert_video(
@@ -235,8 +211,6 @@ def edit_video(
 
 def _with_store(config: EditConfig, store: AttentionStore) -> EditConfig:
     """A configuration that says what the store was made with; StoreError where it says otherwise."""
-    from dataclasses import replace
-
     default = EditConfig()
     said = {
         "steps": (config.steps, store.steps),
@@ -254,17 +228,6 @@ def _with_store(config: EditConfig, store: AttentionStore) -> EditConfig:
         key_frames=store.key_frames.entries, key_frames_least_channels=store.key_frames.least_channels,
         source=store.prompt or config.source,
     )  # fmt: skip
-
-
-def _fps_and_sound(store: AttentionStore | None) -> tuple[Fraction, Sound | None, Video | None]:
-    fps = Fraction(*store.extra["fps"]) if store is not None and "fps" in store.extra else Fraction(8)
-    return fps, None, None
-
-
-def _check_video(config: EditConfig, store: AttentionStore) -> Sound | None:
-    """A video given beside a store lends its sound; its frames must be as many."""
-    video = read_video(config.video, config.start, config.stride, store.frames)
-    return video.sound
 
 
 def _latents_shape(video: Video, checkpoint: Checkpoint) -> tuple[int, int, int, int]:

@@ -62,6 +62,7 @@ class PromptEdit:
     reweight: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reweight", dict(self.reweight or {}))
         if self.mode not in ("refine", "replace"):
             raise ValueError(f'mode is {self.mode!r}; it must be "refine" or "replace"')
         if self.mode == "replace":

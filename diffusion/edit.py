@@ -152,21 +152,19 @@ class _Edit:
             return Control(keys, frames)
         masks = None
         if plan.self and self.fusion.blend_self_attention:
-            heat = self.source_heat(source)
+            heat = heat_of(source, self.mask_sites, self.blend_columns[0])
             grids = {(s.height, s.width) for s in self.sites if s.kind == "self" and self.fusion.fuses(s)}
             masks = {grid: threshold_mask(heat, grid, self.fusion.blend_threshold) for grid in grids}
         keep = frozenset(s.name for s in self.mask_sites) if plan.latents else frozenset()
         return Fuser(keys, frames, source, self.alignment, self.fusion, plan, masks, keep)
 
-    def source_heat(self, source: SourceStep) -> Tensor:
-        """Attention of the source to the source's blend words: (f, y, x)."""
-        maps = [(site, source.cross_map(site, list(range(self.store.frames)))) for site in self.mask_sites]
-        return word_heat(maps, self.blend_columns[0])
-
     def latent_mask(self, source: SourceStep, control: Fuser) -> Tensor:
         """Where source or target show a blend word: (f, 1, h, w)."""
         maps = [(site, torch.cat(control.maps[site.name])) for site in self.mask_sites]
-        heats = (self.source_heat(source), word_heat(maps, self.blend_columns[1]))
+        heats = [
+            heat_of(source, self.mask_sites, self.blend_columns[0]),
+            word_heat(maps, self.blend_columns[1]),
+        ]
         height, width = self.store.latents.shape[-2:]
         masks = [threshold_mask(heat, (height, width), self.fusion.blend_threshold) for heat in heats]
         return torch.maximum(masks[0], masks[1])[:, None]
@@ -200,7 +198,13 @@ def source_heat(
     sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
     source = read_source(denoiser, store, step, {s.name for s in sites})
     columns = prompt.blend_columns(store.source.columns, store.source.columns)[0]
-    return word_heat([(s, source.cross_map(s, list(range(store.frames)))) for s in sites], columns)
+    return heat_of(source, sites, columns)
+
+
+def heat_of(source: SourceStep, sites: list[AttentionSite], columns: list[int]) -> Tensor:
+    """Attention of the source to some columns, on the grid of these layers: (frames, y, x)."""
+    everyone = list(range(source.clip_length))
+    return word_heat([(site, source.cross_map(site, everyone)) for site in sites], columns)
 
 
 def check_store(

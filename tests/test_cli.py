@@ -57,9 +57,9 @@ def test_edit_keeps_frames_rate_and_sound(tmp_path):
 
 def test_a_picture_and_odd_sizes(tmp_path):
     Image.fromarray(read_video(CLIP).frames[0].numpy()).resize((65, 131)).save(tmp_path / "in.png")
-    fatezero("edit", "in.png", *WORDS, "--steps", 1, "--count", 1, "-o", "out.png", cwd=tmp_path)
+    fatezero("edit", "in.png", *WORDS, "--steps", 1, "-o", "out.png", cwd=tmp_path)
     assert Image.open(tmp_path / "out.png").size == (64, 128)
-    said = fatezero("edit", "in.png", *WORDS, "--size", "65x64", "--count", 1, "-o", "o.png", cwd=tmp_path, code=1)
+    said = fatezero("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", cwd=tmp_path, code=1)
     assert "size 65x64: both sides must be multiples of 4" in said
 
 
@@ -119,6 +119,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
         ([CLIP, *WORDS, "--model", "model.ckpt"], "pickled checkpoints are not read"),
         ([CLIP, *WORDS, "--device", "cuda:99"], "cuda:99"),
         ([CLIP, *WORDS, "-o", "out.gif"], "cannot write"),
+        ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to 'out.png'"),
         ([CLIP, *WORDS, "--config", "none.yaml"], "no configuration at none.yaml"),
         ([CLIP, *WORDS, "--steps", 0], "steps is 0"),
         ([CLIP, *WORDS, "--self-replace-steps", 1.5], "self_replace_steps is 1.5"),

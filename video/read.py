@@ -46,11 +46,14 @@ FOLDER_FPS = Fraction(8)
 """The frame rate of a folder of pictures, which tells none."""
 
 
-def read_video(path: str | Path, start: int = 0, stride: int = 1, count: int | None = None) -> Video:
+def read_video(
+    path: str | Path, start: int = 0, stride: int = 1, count: int | None = None, at_most: int | None = None
+) -> Video:
     """Decode frames start, start + stride, ... of a video, a picture or a folder of pictures.
 
-    count: how many frames, None for all that follow. The frame rate is divided by the
-    stride, so the time the frames take is kept, and the sound is cut to that time.
+    count: how many frames, None for all that follow, or the first `at_most` of them. The
+    rate is divided by the stride, so the time the frames take is kept, and the sound is cut
+    to that time.
 
     Raises FileNotFoundError; VideoError for an empty file, one that is no video, and one
     with fewer frames than asked for; ValueError for numbers out of range.
@@ -58,8 +61,9 @@ def read_video(path: str | Path, start: int = 0, stride: int = 1, count: int | N
     path = Path(path)
     if start < 0 or stride < 1 or (count is not None and count < 1):
         raise ValueError(f"start={start}, stride={stride}, count={count}: start from 0; stride and count from 1")
+    taken = at_most if count is None else count
     if path.is_dir():
-        return _read_folder(path, start, stride, count)
+        return _read_folder(path, start, stride, count, taken)
     if not path.is_file():
         raise FileNotFoundError(f"no video at {path}")
     if path.stat().st_size == 0:
@@ -69,7 +73,7 @@ def read_video(path: str | Path, start: int = 0, stride: int = 1, count: int | N
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video")
             rate = container.streams.video[0].average_rate or Fraction(1)
-            last = None if count is None else start + stride * (count - 1)
+            last = None if taken is None else start + stride * (taken - 1)
             frames = [frame for i, frame in _numbered(container, last) if i >= start and (i - start) % stride == 0]
     except FFmpegError as error:
         raise VideoError(f"{path} is not a readable video: {error}") from error
@@ -86,8 +90,8 @@ def _check_count(path: Path, found: int, start: int, stride: int, count: int | N
         raise VideoError(f"{path} gives {found} frames from {start} in steps of {stride}, but {count} are needed")
 
 
-def _read_folder(path: Path, start: int, stride: int, count: int | None) -> Video:
-    names = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)[start::stride][:count]
+def _read_folder(path: Path, start: int, stride: int, count: int | None, taken: int | None) -> Video:
+    names = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)[start::stride][:taken]
     _check_count(path, len(names), start, stride, count)
     frames = [np.asarray(Image.open(name).convert("RGB")) for name in names]
     if len({frame.shape for frame in frames}) > 1:

@@ -139,14 +139,13 @@ def test_sdxl_edits_end_to_end(sdxl_folder, tmp_path):
     from fatezero.cli import progress_bar
     from fatezero.config import EditConfig, with_preset
     from fatezero.demo.show import CLIP
-    from fatezero.run import EditRun
+    from fatezero.run import Session, run_edits
 
     config = EditConfig(
         video=str(CLIP), source="a red square on water", target="a red circle on water", model=str(sdxl_folder),
         steps=2, count=2, size=(64, 64),
     )  # fmt: skip
     path = tmp_path / "out.mp4"
-    EditRun([with_preset(config, "shape")], path, None, None, "cpu", "float32", Console(quiet=True), progress_bar).run(
-        False
-    )
+    session = Session(Console(quiet=True), progress_bar, "cpu", "float32")
+    run_edits(session, [with_preset(config, "shape")], path, None, dry_run=False)
     assert path.exists()

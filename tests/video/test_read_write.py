@@ -61,6 +61,11 @@ def test_start_stride_and_count_pick_frames_and_their_sound(clip):
     assert pitch(one.sound) == pytest.approx(1000, abs=25), "the sound from 0.6 s to 0.7 s"
 
 
+def test_at_most_takes_what_there_is(clip):
+    assert len(read_video(clip, at_most=8).frames) == 8
+    assert len(read_video(clip, start=5, at_most=8).frames) == 5
+
+
 def test_a_second_round_trip_keeps_the_sound_in_place(clip, tmp_path):
     video = read_video(clip)
     again = read_video(write_video(tmp_path / "again.mp4", video.frames, video.fps, video.sound), start=6, count=1)
