@@ -127,6 +127,7 @@ def run_edits(
     checkpoint = session.open_model(first)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
 
+    shape: tuple[int, ...]
     if store is None:
         video = load_frames(first, checkpoint.factor, checkpoint.native_size)
         check_output(output, len(video.frames))

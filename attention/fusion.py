@@ -75,36 +75,33 @@ class FusionSettings:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step of the edit fuses."""
+    """What one step of the edit fuses, and whether it needs a blend mask."""
 
-    cross: bool
-    self: bool
-    latents: bool
+    fuse_cross: bool
+    fuse_self: bool
+    blend_latents: bool
     mask: bool
 
     @classmethod
     def of(cls, fusion: FusionSettings, step: int, steps: int) -> StepPlan:
         """The plan of step `step` of `steps`, 0 being the noisiest."""
-        self_ = step < fusion.self_steps(steps)
-        latents = step in fusion.latent_steps(steps)
-        return cls(
-            cross=step < fusion.cross_steps(steps),
-            self=self_,
-            latents=latents,
-            mask=latents or (self_ and fusion.blend_self_attention),
-        )
+        fuse_self = step < fusion.self_steps(steps)
+        blend_latents = step in fusion.latent_steps(steps)
+        mask = blend_latents or (fuse_self and fusion.blend_self_attention)
+        return cls(step < fusion.cross_steps(steps), fuse_self, blend_latents, mask)
 
     def wanted(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
         """Names of the layers whose source attention this step reads."""
-        names = {s.name for s in sites if fusion.fuses(s) and (self.cross if s.kind == "cross" else self.self)}
-        return names | {s.name for s in mask_sites} if self.mask else names
+        fused = {"cross": self.fuse_cross, "self": self.fuse_self}
+        names = {site.name for site in sites if fusion.fuses(site) and fused[site.kind]}
+        return names | {site.name for site in mask_sites} if self.mask else names
 
 
 class Fuser(Control):
     """The conditional branch of the edit at one step, fused with the source's.
 
-    mask: (f, height, width) -> mask of a grid, 1 where the edit keeps its own attention;
-    None for none. keep: names of the layers whose own cross maps are kept in `maps`.
+    masks: (height, width) of a grid -> its mask (f, height, width), 1 where the edit keeps
+    its own self-attention; None for none. keep: names of the layers whose own cross maps are kept in `maps`.
     """
 
     def __init__(
@@ -128,7 +125,7 @@ class Fuser(Control):
         self.maps: dict[str, list[Tensor]] = {}
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        if not (self.plan.self and self.fusion.fuses(site)):
+        if not (self.plan.fuse_self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
         frames, seen = list(self.frames), self.seen(v, site)
         source = self.source.apply_self(site, seen.expand(len(q), -1, -1, -1), frames)
@@ -138,7 +135,7 @@ class Fuser(Control):
         return mask * attention(q, self.seen(k, site), seen) + (1 - mask) * source
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        fuses = self.plan.cross and self.fusion.fuses(site)
+        fuses = self.plan.fuse_cross and self.fusion.fuses(site)
         if not fuses and site.name not in self.keep:
             return super().cross_attention(q, k, v, site)
         own = attention_map(q, k)

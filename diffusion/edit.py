@@ -129,7 +129,7 @@ class _Edit:
             plain = Control(self.store.key_frames, self.store.frames)
             noise = guide(self.predict(plain, z, timestep, self.negative), noise, self.guidance_scale)
         z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
-        if plan.latents and isinstance(control, Fuser):
+        if plan.blend_latents and isinstance(control, Fuser):
             kept = self.store.latents[level - 1]
             z = kept + self.latent_mask(source, control) * (z - kept)
         return z
@@ -148,14 +148,14 @@ class _Edit:
 
     def control(self, source: SourceStep, plan: StepPlan) -> Control:
         frames, keys = self.store.frames, self.store.key_frames
-        if self.alignment is None or not (plan.cross or plan.self or plan.latents):
+        if self.alignment is None or not (plan.fuse_cross or plan.fuse_self or plan.blend_latents):
             return Control(keys, frames)
         masks = None
-        if plan.self and self.fusion.blend_self_attention:
+        if plan.fuse_self and self.fusion.blend_self_attention:
             heat = heat_of(source, self.mask_sites, self.blend_columns[0])
             grids = {(s.height, s.width) for s in self.sites if s.kind == "self" and self.fusion.fuses(s)}
             masks = {grid: threshold_mask(heat, grid, self.fusion.blend_threshold) for grid in grids}
-        keep = frozenset(s.name for s in self.mask_sites) if plan.latents else frozenset()
+        keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
         return Fuser(keys, frames, source, self.alignment, self.fusion, plan, masks, keep)
 
     def latent_mask(self, source: SourceStep, control: Fuser) -> Tensor:
@@ -231,5 +231,5 @@ def check_store(
 def unet_calls(steps: int, guidance_scale: float, memory: str, fusion: FusionSettings) -> tuple[int, int]:
     """UNet calls on the whole clip: (of the inversion, of the edit)."""
     plans = [StepPlan.of(fusion, step, steps) for step in range(steps)]
-    reading = sum(p.cross or p.self or p.mask for p in plans) if memory == "recompute" else 0
+    reading = sum(p.fuse_cross or p.fuse_self or p.mask for p in plans) if memory == "recompute" else 0
     return steps, steps * (1 if guidance_scale == 1 else 2) + reading

@@ -11,7 +11,7 @@ FRAMES, HEADS, SIDE, DIM, COLUMNS = 3, 2, 4, 8, 7
 SELF = AttentionSite("down", 0, "self", HEADS, DIM, SIDE, SIDE)
 CROSS = AttentionSite("down", 0, "cross", HEADS, DIM, SIDE, SIDE)
 KEYS = KeyFrames(("self", "middle"))
-BOTH = StepPlan(cross=True, self=True, latents=False, mask=False)
+BOTH = StepPlan(fuse_cross=True, fuse_self=True, blend_latents=False, mask=False)
 
 
 def tensors(tokens, seed):
