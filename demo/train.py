@@ -16,6 +16,8 @@ import multiprocessing
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -42,7 +44,7 @@ class TrainSettings:
     vae_batch: int = 8
     vae_rate: float = 8e-4
     classifier_steps: int = 2_500
-    unet_steps: int = 9_000
+    unet_steps: int = 11_000
     unet_batch: int = 32
     unet_rate: float = 6e-4
     text_dropout: float = 0.1
@@ -58,19 +60,27 @@ M = TypeVar("M", bound=nn.Module)
 # --- the data -------------------------------------------------------------------------
 
 
-def _draw(job: tuple[int, int, int | None]) -> tuple[Tensor, list[Scene]]:
-    """One worker's share of pictures: each a random frame of a random clip."""
+Job = tuple[int, int, int | None]
+"""A worker's share: its seed, how many pictures, how many things in each."""
+
+
+def _jobs(seed: int, count: int, things: int | None) -> list[Job]:
+    share = 1000
+    return [(seed * 100_003 + n, min(share, count - n), things) for n in range(0, count, share)]
+
+
+def _scenes(job: Job) -> list[Scene]:
+    """The scenes of a share, without drawing them."""
     seed, count, things = job
+    return [scene for scene, _ in islice(scenes(seed, held_out=False, things=things), count)]
+
+
+def _draw(job: Job) -> Tensor:
+    """The pictures of a share, uint8: each a random frame of its scene."""
     torch.set_num_threads(1)
-    stream = scenes(seed, held_out=False, things=things)
-    random = Random(seed)
-    frames, seen = [], []
-    for _ in range(count):
-        scene, _ = next(stream)
-        clip = render(scene, random_motion(random, len(scene.things)), frames=1)
-        frames.append((clip.frames[0] * 255).round().byte())
-        seen.append(scene)
-    return torch.stack(frames), seen
+    random = Random(job[0])
+    clips = (render(scene, random_motion(random, len(scene.things)), frames=1) for scene in _scenes(job))
+    return torch.stack([(clip.frames[0] * 255).round().byte() for clip in clips])
 
 
 @dataclass
@@ -83,11 +93,10 @@ class Pictures:
     @classmethod
     def drawn(cls, seed: int, count: int, things: int | None = None) -> Pictures:
         """`count` pictures of scenes that are not held out, drawn by every core."""
-        share = 1000
-        jobs = [(seed * 100_003 + n, min(share, count - n), things) for n in range(0, count, share)]
+        jobs = _jobs(seed, count, things)
         with multiprocessing.get_context("spawn").Pool() as pool:
-            parts = pool.map(_draw, jobs, chunksize=1)
-        return cls(torch.cat([part[0] for part in parts]), [scene for part in parts for scene in part[1]])
+            frames = pool.map(_draw, jobs, chunksize=1)
+        return cls(torch.cat(frames), [scene for job in jobs for scene in _scenes(job)])
 
 
 def _batch(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.Generator]:
@@ -382,29 +391,32 @@ def train(folder: Path, state: Path, settings: TrainSettings, device: torch.devi
     """Every stage in turn; the checkpoint lands in `folder`, what a resume needs in `state`."""
     state.mkdir(parents=True, exist_ok=True)
     tokenizer = demo.build_tokenizer(state / "tokenizer")
-    report(f"drawing {settings.images} pictures")
-    pictures = Pictures.drawn(settings.seed, settings.images)
+    seed, images = settings.seed, settings.images
+
+    @cache
+    def pictures() -> Pictures:
+        report(f"drawing {images} pictures")
+        return Pictures.drawn(seed, images)
+
+    def single() -> Pictures:
+        return Pictures.drawn(seed + 1, images // 2, things=1)
 
     vae = _cached(
-        state / "vae.safetensors", demo.build_vae(), lambda: train_vae(pictures, settings, device, report)
+        state / "vae.safetensors", demo.build_vae(), lambda: train_vae(pictures(), settings, device, report)
     ).to(device)
-
-    def judge_stage() -> demo.SceneClassifier:
-        single = Pictures.drawn(settings.seed + 1, settings.images // 2, things=1)
-        return train_classifier(single, settings, device, report)
-
-    judge = _cached(state / "judge.safetensors", demo.SceneClassifier(), judge_stage).to(device)
-    latents = _cached_latents(state / "latents.safetensors", vae, pictures.frames)
-    pictures.frames = pictures.frames[:0]  # 500 MB no longer needed
-    painter = train_painter(latents, pictures.scenes, tokenizer, state, settings, device, report)
+    judge = _cached(
+        state / "judge.safetensors",
+        demo.SceneClassifier(),
+        lambda: train_classifier(single(), settings, device, report),
+    )
+    if not (state / "latents.safetensors").exists():
+        save_file({"latents": encode(vae, pictures().frames)}, state / "latents.safetensors")
+    pictures.cache_clear()  # half a gigabyte no longer needed
+    latents = load_file(state / "latents.safetensors")["latents"]
+    seen = [scene for job in _jobs(seed, images, None) for scene in _scenes(job)]
+    painter = train_painter(latents, seen, tokenizer, state, settings, device, report)
     save_checkpoint(folder, vae, painter, judge)
     report(f"checkpoint written to {folder}")
-
-
-def _cached_latents(path: Path, vae: AutoencoderKL, frames: Tensor) -> Tensor:
-    if not path.exists():
-        save_file({"latents": encode(vae, frames)}, path)
-    return load_file(path)["latents"]
 
 
 def _cached(path: Path, empty: M, make: Callable[[], M]) -> M:

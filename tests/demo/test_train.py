@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fatezero.demo import model, train
-from fatezero.demo.train import Painter, Pictures, TrainSettings, _draw, train_painter
+from fatezero.demo.train import Painter, Pictures, TrainSettings, _draw, _scenes, train_painter
 
 SMALL = TrainSettings(unet_steps=4, unet_batch=2, save_every=2, compile=False)
 CPU = torch.device("cpu")
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def pictures() -> Pictures:
     threads = torch.get_num_threads()
-    drawn = Pictures(*_draw((0, 8, None)))
+    drawn = Pictures(_draw((0, 8, None)), _scenes((0, 8, None)))
     torch.set_num_threads(threads)
     return drawn
 
@@ -27,7 +27,7 @@ def painted(pictures, tokenizer, state) -> Painter:
 def test_pictures_repeat_and_show_no_held_out_scene(pictures):
     again = _draw((0, 8, None))
     torch.set_num_threads(2)
-    assert torch.equal(again[0], pictures.frames)
+    assert torch.equal(again, pictures.frames)
     assert pictures.frames.shape == (8, 3, 64, 64)
     assert not any(scene.held_out for scene in pictures.scenes)
 
