@@ -77,7 +77,6 @@ def _scenes(job: Job) -> list[Scene]:
 
 def _draw(job: Job) -> Tensor:
     """The pictures of a share, uint8: each a random frame of its scene."""
-    torch.set_num_threads(1)
     random = Random(job[0])
     clips = (render(scene, random_motion(random, len(scene.things)), frames=1) for scene in _scenes(job))
     return torch.stack([(clip.frames[0] * 255).round().byte() for clip in clips])
@@ -94,7 +93,7 @@ class Pictures:
     def drawn(cls, seed: int, count: int, things: int | None = None) -> Pictures:
         """`count` pictures of scenes that are not held out, drawn by every core."""
         jobs = _jobs(seed, count, things)
-        with multiprocessing.get_context("spawn").Pool() as pool:
+        with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
             frames = pool.map(_draw, jobs, chunksize=1)
         return cls(torch.cat(frames), [scene for job in jobs for scene in _scenes(job)])
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from fatezero.demo.model import build_scheduler, build_tokenizer
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import small_unet
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from fatezero.attention.store import AttentionStore
+from fatezero.cli import main
 from fatezero.demo.show import CLIP
 from fatezero.video.read import Sound, read_video
 from fatezero.video.write import write_video
@@ -32,6 +33,23 @@ def fatezero(*arguments, cwd, code=0, **options):
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result.stdout + result.stderr
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd, tmp_path):
+    """Run the command line in this process and in the test's folder: what it says as it ends with status 1."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        said = "".join(capfd.readouterr())
+        assert "Traceback" not in said
+        return said.replace("\n", " ")
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +106,11 @@ def test_a_config_of_several_prompts_shares_one_inversion(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
 
 
+def test_a_missing_video_ends_the_process_with_one_line(tmp_path):
+    said = fatezero("edit", "missing.mp4", *WORDS, cwd=tmp_path, code=1)
+    assert said.strip() == "error: no video at missing.mp4"
+
+
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
     said = fatezero("edit", CLIP, *WORDS, "--preset", "shape", "--dry-run", cwd=tmp_path)
     assert "8 frames of 64x64, 50 steps" in said
@@ -127,12 +150,12 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
         (["--store", "text.safetensors", "--target", TARGET], "not a whole store"),
     ],
 )
-def test_bad_input_is_told_in_one_line(tmp_path, arguments, message):
+def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
     (tmp_path / "empty.mp4").touch()
     for name in ("text.mp4", "text.safetensors", "model.ckpt"):
         (tmp_path / name).write_text("hello " * 50)
     before = sorted(tmp_path.iterdir())
-    assert message in fatezero("edit", *arguments, cwd=tmp_path, code=1).replace("\n", " ")
+    assert message in refused("edit", *arguments)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -144,21 +167,18 @@ def test_bad_input_is_told_in_one_line(tmp_path, arguments, message):
         (["--memory", "maps"], "made with memory 'queries_keys'"),
     ],
 )
-def test_a_store_that_says_otherwise_is_refused(store, tmp_path, arguments, message):
-    said = fatezero("edit", "--store", store, "--target", TARGET, *arguments, cwd=tmp_path, code=1)
-    assert message in said.replace("\n", " ")
+def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, message):
+    assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
 
 
-def test_a_video_of_other_length_beside_a_store_is_refused(store, tmp_path):
+def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
     write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
-    said = fatezero("edit", "short.mp4", "--store", store, "--target", TARGET, cwd=tmp_path, code=1)
-    assert "gives 3 frames" in said
+    assert "gives 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
 
 
-def test_a_truncated_store_is_refused(store, tmp_path):
+def test_a_truncated_store_is_refused(refused, store, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(store.read_bytes()[:-1000])
-    said = fatezero("edit", "--store", "cut.safetensors", "--target", TARGET, cwd=tmp_path, code=1)
-    assert "not a whole store" in said.replace("\n", " ")
+    assert "not a whole store" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")

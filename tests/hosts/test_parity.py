@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PromptEdit, edit, invert
+from fatezero.attention.store import MEMORIES
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import FIXTURES, relative
@@ -31,15 +32,16 @@ def reference() -> DiffusersDenoiser:
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
 
 
+EACH_MEMORY_ONCE = {"reconstruct": "recompute", "style": "queries_keys", "shape_replace": "maps"}
+"""What runs by default; test_edit shows on small models that all memories agree. `pytest -m slow` runs the rest."""
+
+
 @pytest.mark.parametrize(
     ("name", "memory"),
     [
-        ("reconstruct", "queries_keys"),
-        ("style", "queries_keys"),
-        ("style", "recompute"),
-        ("shape_replace", "queries_keys"),
-        ("shape_replace", "recompute"),
-        ("shape_replace", "maps"),
+        pytest.param(name, memory, marks=[] if EACH_MEMORY_ONCE[name] == memory else pytest.mark.slow)
+        for name in CASES["cases"]
+        for memory in MEMORIES
     ],
 )
 def test_reference(reference, name, memory):
