@@ -80,6 +80,7 @@ def show(
     config = EditConfig(video=str(CLIP), source=SCENE.caption, steps=steps, count=FRAMES, size=(SIZE, SIZE))
     video = load_frames(config, checkpoint.factor, SIZE)
     rows: list[dict[str, float | str]] = []
+    edits = [(f"source: {SCENE.caption}", video.frames)]
     with bars() as bar:
         start = time.perf_counter()
         with PeakMemory(where) as memory:
@@ -93,8 +94,11 @@ def show(
                 "DDIM + prompt": _run(checkpoint, inversion, chosen, bar(f"{preset}: DDIM + prompt"), fused=False),
             }
             for method, outcome in methods.items():
-                rows.append({"edit": preset, "method": method, **_measures(outcome, truth, head, wanted), "store bytes": inversion.store.nbytes})  # fmt: skip  # noqa: E501
+                measures = _measures(outcome, truth, head, wanted)
+                rows.append({"edit": preset, "method": method, **measures, "store bytes": inversion.store.nbytes})
+            edits.append((f"{preset}: {wanted.caption}", to_bytes(methods["FateZero"].frames)))
             _write(folder, preset, chosen, video.frames, methods, truth, _mask(checkpoint, inversion, chosen))
+    write_picture(folder / "overview.png", contact_sheet(edits))
     _summary(folder, rows, console)
     return rows
 
@@ -168,7 +172,9 @@ def _write(
 
 
 def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console) -> None:
-    table = Table(title="FateZero beside plain DDIM inversion + prompt", box=box.SIMPLE)
+    table = Table(
+        title="FateZero beside plain DDIM inversion + prompt", box=box.SIMPLE, collapse_padding=True, pad_edge=False
+    )
     for name in rows[0]:
         words = name in ("edit", "method")
         table.add_column(name.replace(" ", "\n"), justify="left" if words else "right", no_wrap=words)
@@ -182,7 +188,7 @@ def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console)
     with whole_file(folder / "summary.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     names = ", ".join(f"{preset}.mp4, {preset}.png" for preset in EDITS)
-    console.print(f"written to {folder.resolve()}: {names}, summary.md, summary.json", soft_wrap=True)
+    console.print(f"written to {folder.resolve()}: {names}, overview.png, summary.md, summary.json", soft_wrap=True)
 
 
 def _cell(name: str, value: float | str) -> str:
