@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .attention.store import MEMORIES, AttentionStore, StoreError, available_bytes, store_bytes
+from .attention.store import MEMORIES, AttentionStore, StoreError, available_bytes, format_bytes, store_bytes
 from .config import EditConfig
 from .diffusion.edit import check_store, edit, unet_calls
 from .diffusion.invert import Inversion, invert
@@ -105,7 +105,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     with session.bars() as bar:
         inversion = invert_video(checkpoint, config, video, bar)
         inversion.store.save(output)
-    session.say(f"store of {_bytes(inversion.store.nbytes)} written to {output}")
+    session.say(f"store of {format_bytes(inversion.store.nbytes)} written to {output}")
 
 
 def run_edits(
@@ -166,10 +166,12 @@ def plan(checkpoint: Checkpoint, config: EditConfig, latents_shape: tuple[int, .
     lines = [f"{frames} frames of {width}x{height}, {config.steps} steps, {device}"]
     for memory in MEMORIES:
         needed = store_bytes(memory, sites, latents_shape, config.steps, source, config.keys, 4, size)
-        lines.append(f"{'->' if memory == config.memory else '  '} store with memory {memory}: {_bytes(needed)}")
+        lines.append(f"{'->' if memory == config.memory else '  '} store with memory {memory}: {format_bytes(needed)}")
     models = (checkpoint.unet, checkpoint.vae, *checkpoint.text_encoders)
     weights, free = sum(p.nbytes for model in models for p in model.parameters()), available_bytes(device)
-    lines.append(f"   model: {_bytes(weights)}; free on {device}: {'unknown' if free is None else _bytes(free)}")
+    lines.append(
+        f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
+    )
     to_invert, to_edit = unet_calls(config.steps, config.guidance_scale, config.memory, config.fusion)
     lines.append(
         f"   UNet calls: {to_invert} to invert" + (f", {to_edit} for each of {edits} edit(s)" if edits else "")
@@ -234,10 +236,3 @@ def _with_store(config: EditConfig, store: AttentionStore) -> EditConfig:
 def _latents_shape(video: Video, checkpoint: Checkpoint) -> tuple[int, int, int, int]:
     width, height = video.size
     return len(video.frames), 4, height // checkpoint.factor, width // checkpoint.factor
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"

@@ -6,7 +6,7 @@ columns, c target columns, n key frames, d channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1))
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""softmax(q k^T / sqrt(d)) v as `attention` has it, by whichever kernel a host prefers."""
+
+
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)), in at least single precision: (f h t d), (f h c d) -> (f h t c)."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -68,7 +72,7 @@ class Control:
     A host calls the two methods once for every layer of every UNet call, with tensors
     (frames, heads, tokens, head_dim) of one branch. `frames` are the clip's frames that the
     running call holds, in order: all of them, or a chunk with its key frames; `kept` are
-    those whose results count.
+    those whose results count. `attend` is the kernel, which a host may set.
     """
 
     def __init__(self, key_frames: KeyFrames, frames: int) -> None:
@@ -76,12 +80,13 @@ class Control:
         self.clip_length = frames
         self.frames: Sequence[int] = range(frames)
         self.kept: Sequence[int] = range(frames)
+        self.attend: Attend = attention
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        return attention(q, self.seen(k, site), self.seen(v, site))
+        return self.attend(q, self.seen(k, site), self.seen(v, site))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        return attention(q, k, v)
+        return self.attend(q, k, v)
 
     def seen(self, k: Tensor, site: AttentionSite) -> Tensor:
         """What each frame sees of its key frames: (f h t d) -> (f h (n t) d)."""

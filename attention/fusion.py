@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor
 
-from .control import AttentionSite, Control, attention, attention_map
+from .control import AttentionSite, Control, attention_map
 from .key_frames import KeyFrames
 from .prompt import Alignment
 from .records import SourceStep
@@ -128,11 +128,11 @@ class Fuser(Control):
         if not (self.plan.fuse_self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
         frames, seen = list(self.frames), self.seen(v, site)
-        source = self.source.apply_self(site, seen.expand(len(q), -1, -1, -1), frames)
+        source = self.source.apply_self(site, seen.expand(len(q), -1, -1, -1), frames, self.attend)
         if self.masks is None:
             return source
         mask = rearrange(self.masks[site.height, site.width][frames], "f y x -> f 1 (y x) 1").to(q)
-        return mask * attention(q, self.seen(k, site), seen) + (1 - mask) * source
+        return mask * self.attend(q, self.seen(k, site), seen) + (1 - mask) * source
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         fuses = self.plan.fuse_cross and self.fusion.fuses(site)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +46,39 @@ def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Ten
     resized = F.interpolate(grown, size=size, mode="nearest")[:, 0]
     peak = resized.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
     return (resized / peak > threshold).to(heat.dtype)
+
+
+@dataclass(frozen=True)
+class GivenMask:
+    """A blend mask from outside, alone or joined with the attention's.
+
+    mask: (frames or 1, height, width) of any size, from 0 (keep the source) to 1 (take the
+    edit). how: "replace" the attention's mask, or take its "union" or "intersection" with it.
+
+    Raises ValueError for another shape or word.
+    """
+
+    mask: Tensor
+    how: Literal["replace", "union", "intersection"] = "replace"
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 3:
+            raise ValueError(f"mask has shape {tuple(self.mask.shape)}; it must be (frames, height, width)")
+        if self.how not in ("replace", "union", "intersection"):
+            raise ValueError(f'how is {self.how!r}; it must be "replace", "union" or "intersection"')
+
+    @property
+    def alone(self) -> bool:
+        return self.how == "replace"
+
+    def at(self, size: tuple[int, int], frames: int) -> Tensor:
+        """On a grid, by area: (frames, *size)."""
+        if len(self.mask) not in (1, frames):
+            raise ValueError(f"mask has {len(self.mask)} frames; the clip has {frames} (one mask serves all)")
+        scaled = F.interpolate(self.mask[:, None].float(), size=size, mode="area")[:, 0].clamp(0, 1)
+        return scaled.expand(frames, -1, -1)
+
+    def joined(self, found: Tensor) -> Tensor:
+        """With the attention's mask (frames, height, width)."""
+        own = self.at((found.shape[1], found.shape[2]), len(found)).to(found)
+        return torch.maximum(own, found) if self.how == "union" else torch.minimum(own, found)

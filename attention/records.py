@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .control import AttentionSite, Control, attention, attention_map
+from .control import Attend, AttentionSite, Control, attention, attention_map
 from .key_frames import KeyFrames
 
 
@@ -25,6 +25,9 @@ class QueriesKeys:
     def tensors(self) -> dict[str, Tensor]:
         return {"q": self.q, "k": self.k}
 
+    def to(self, device: torch.device | str) -> QueriesKeys:
+        return QueriesKeys(self.q.to(device), self.k.to(device))
+
 
 @dataclass(frozen=True)
 class Map:
@@ -35,6 +38,9 @@ class Map:
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"map": self.probabilities}
+
+    def to(self, device: torch.device | str) -> Map:
+        return Map(self.probabilities.to(device))
 
 
 Record = QueriesKeys | Map
@@ -56,14 +62,14 @@ class SourceStep:
     def __contains__(self, site: AttentionSite) -> bool:
         return site.name in self.records
 
-    def apply_self(self, site: AttentionSite, v: Tensor, frames: list[int]) -> Tensor:
+    def apply_self(self, site: AttentionSite, v: Tensor, frames: list[int], attend: Attend = attention) -> Tensor:
         """A_src @ v for the given frames, v being what they see: (f h (n t) d) -> (f h t d)."""
         record = self.records[site.name]
         if isinstance(record, Map):
             return record.probabilities[frames].to(v) @ v
         keys = self.key_frames.at(site.channels)
         k = keys.gather(record.k.to(v), keys.used(self.clip_length), frames, self.clip_length)
-        return attention(record.q[frames].to(v), k, v)
+        return attend(record.q[frames].to(v), k, v)
 
     def cross_map(self, site: AttentionSite, frames: list[int]) -> Tensor:
         """(f h t s)."""

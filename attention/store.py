@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,9 @@ from torch import Tensor
 from .control import AttentionSite
 from .key_frames import KeyFrames
 from .records import Record, SourceStep, record_from
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Memory = Literal["recompute", "queries_keys", "maps"]
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
@@ -57,7 +60,9 @@ class Condition:
 
     def to(self, like: Tensor) -> Condition:
         """On the device and in the dtype of a tensor."""
-        return Condition(self.embeddings.to(like), {k: v.to(like) for k, v in self.extras.items()})
+        return replace(
+            self, embeddings=self.embeddings.to(like), extras={k: v.to(like) for k, v in self.extras.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,21 @@ class AttentionStore:
                 return held + sum(_slice_bytes(file, key) for key in _names(file) if key.startswith("step."))
         return held + sum(t.nbytes for step in self.records for r in step.values() for t in r.tensors.values())
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same store with its latents on a device, where a run then brings what it reads.
+
+        Attention stays where it is until a step asks for it.
+        """
+        return replace(self, latents=self.latents.to(device), source=self.source.to(self.latents.to(device)[:0]))
+
     def source_step(self, step: int, wanted: set[str]) -> SourceStep:
-        """The records of an edit step (0 the noisiest) for some layers.
+        """The records of an edit step (0 the noisiest) for some layers, on the latents' device.
 
         Raises StoreError for a layer that was not recorded.
         """
         if self.path is None:
-            records = {name: r for name, r in self.records[step].items() if name in wanted}
+            device = self.latents.device
+            records = {name: r.to(device) for name, r in self.records[step].items() if name in wanted}
         else:
             records = self._read(step, wanted)
         missing = sorted(wanted - set(records))
@@ -284,3 +297,11 @@ def available_bytes(device: torch.device) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes as people read it: 12.10 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

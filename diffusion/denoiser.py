@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,6 +12,15 @@ from torch import Tensor
 from ..attention.control import AttentionSite, Control
 from ..attention.store import Condition, ModelIdentity
 from .ddim import Schedule
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: the negative prompt, the control of its branch, the scale."""
+
+    negative: Condition
+    control: Control
+    scale: float
 
 
 class Denoiser(Protocol):
@@ -32,8 +42,10 @@ class Denoiser(Protocol):
     def controlled(self, control: Control, clip_norm: bool = False) -> AbstractContextManager[None]:
         """Let `control` compute attention inside the `with` block; leave no trace after it."""
 
-    def predict_noise(self, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
-        """Epsilon of (frames, 4, h, w) latents at a timestep."""
+    def predict_noise(
+        self, latents: Tensor, timestep: int, condition: Condition, guidance: Guidance | None = None
+    ) -> Tensor:
+        """Epsilon of (frames, 4, h, w) latents at a timestep, guided away from a negative prompt."""
 
 
 def predict_clip(
@@ -44,6 +56,7 @@ def predict_clip(
     condition: Condition,
     clip_norm: bool,
     chunk_frames: int | None,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Epsilon of a whole clip under a control, in one UNet call or in chunks of frames."""
     frames = len(latents)
@@ -55,7 +68,8 @@ def predict_clip(
     parts = []
     with denoiser.controlled(control, clip_norm):
         for held, kept in pieces:
-            control.frames, control.kept = held, kept
-            noise = denoiser.predict_noise(latents[list(held)], timestep, condition)
+            for branch in (control, guidance.control) if guidance else (control,):
+                branch.frames, branch.kept = held, kept
+            noise = denoiser.predict_noise(latents[list(held)], timestep, condition, guidance)
             parts.append(noise if held == kept else noise[[held.index(f) for f in kept]])
     return parts[0] if len(parts) == 1 else torch.cat(parts)

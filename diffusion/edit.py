@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..attention.control import AttentionSite, Control
 from ..attention.fusion import Fuser, FusionSettings, StepPlan
-from ..attention.masks import mask_sites, threshold_mask, word_heat
+from ..attention.masks import GivenMask, mask_sites, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit
 from ..attention.records import Recorder, SourceStep
 from ..attention.store import AttentionStore, Condition, StoreError
-from .ddim import Schedule, ddim_move, guide
-from .denoiser import Denoiser, predict_clip
+from .ddim import Schedule, ddim_move
+from .denoiser import Denoiser, Guidance, predict_clip
 from .invert import Inversion, Progress
 
 
@@ -29,15 +29,17 @@ def edit(
     fusion: FusionSettings | None = None,
     chunk_frames: int | None = None,
     *,
+    mask: GivenMask | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip (FateZero Sec. 3.2 and 3.3); (frames, 4, h, w).
 
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative
     ones may be None at guidance 1. prompt: how source and target words meet; without it
-    there is no fusion, and the edit is plain DDIM from the inverted noise. Fusion touches the
-    conditional branch alone. UNet calls: two a step (one at guidance 1), and with memory
-    "recompute" one more in every step that reads the source.
+    there is no fusion, and the edit is plain DDIM from the inverted noise. mask: replaces or
+    joins the blend mask of self-attention and latents. Fusion touches the conditional branch
+    alone. UNet calls: two a step (one at guidance 1), and with memory "recompute" one more in
+    every step that reads the source.
 
     Raises StoreError for a store of another model, schedule or prompt, and ValueError for
     options that do not fit each other, before the first step.
@@ -51,6 +53,7 @@ def edit(
         prompt,
         fusion or FusionSettings(),
         chunk_frames,
+        mask,
     ).run(progress)
 
 
@@ -70,6 +73,7 @@ class _Edit:
     sites: list[AttentionSite]
     mask_sites: list[AttentionSite]
     chunk_frames: int | None
+    given: GivenMask | None
 
     @classmethod
     def prepared(
@@ -82,6 +86,7 @@ class _Edit:
         prompt: PromptEdit | None,
         fusion: FusionSettings,
         chunk_frames: int | None,
+        given: GivenMask | None,
     ) -> _Edit:
         schedule = denoiser.schedule(store.steps)
         check_store(store, denoiser, schedule, prompt)
@@ -97,7 +102,11 @@ class _Edit:
         alignment, masking = None, []
         if prompt is not None:
             alignment = prompt.align(store.source.columns, target.columns)
-            if fusion.blends:
+            if given is not None:
+                if not fusion.blends:
+                    raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
+                given.at((height, width), store.frames)
+            if fusion.blends and not (given is not None and given.alone):
                 columns = prompt.blend_columns(store.source.columns, target.columns)
                 if fusion.blend_latents and not columns[1]:
                     raise ValueError("blend_latents needs blend_words of the target prompt too")
@@ -106,7 +115,7 @@ class _Edit:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         return cls(
             denoiser, store, schedule, target, negative, guidance_scale,
-            prompt, fusion, alignment, sites, masking, chunk_frames,
+            prompt, fusion, alignment, sites, masking, chunk_frames, given,
         )  # fmt: skip
 
     def run(self, progress: Progress | None) -> Tensor:
@@ -124,10 +133,9 @@ class _Edit:
         plan = self.plan(step)
         source = self.source(step, plan)
         control = self.control(source, plan)
-        noise = self.predict(control, z, timestep, self.target)
-        if self.negative is not None:
-            plain = Control(self.store.key_frames, self.store.frames)
-            noise = guide(self.predict(plain, z, timestep, self.negative), noise, self.guidance_scale)
+        noise = predict_clip(
+            self.denoiser, control, z, timestep, self.target, self.store.clip_norm, self.chunk_frames, self.guidance
+        )
         z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
         if plan.blend_latents and isinstance(control, Fuser):
             kept = self.store.latents[level - 1]
@@ -139,8 +147,12 @@ class _Edit:
             return StepPlan(False, False, False, False)
         return StepPlan.of(self.fusion, step, self.schedule.steps)
 
-    def predict(self, control: Control, z: Tensor, timestep: int, condition: Condition) -> Tensor:
-        return predict_clip(self.denoiser, control, z, timestep, condition, self.store.clip_norm, self.chunk_frames)
+    @property
+    def guidance(self) -> Guidance | None:
+        """Fusion touches the conditional branch alone; the negative one only shares key frames."""
+        if self.negative is None:
+            return None
+        return Guidance(self.negative, Control(self.store.key_frames, self.store.frames), self.guidance_scale)
 
     def source(self, step: int, plan: StepPlan) -> SourceStep:
         wanted = plan.wanted(self.fusion, self.sites, self.mask_sites)
@@ -152,22 +164,34 @@ class _Edit:
             return Control(keys, frames)
         masks = None
         if plan.fuse_self and self.fusion.blend_self_attention:
-            heat = heat_of(source, self.mask_sites, self.blend_columns[0])
             grids = {(s.height, s.width) for s in self.sites if s.kind == "self" and self.fusion.fuses(s)}
-            masks = {grid: threshold_mask(heat, grid, self.fusion.blend_threshold) for grid in grids}
+            masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [])
         keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
         return Fuser(keys, frames, source, self.alignment, self.fusion, plan, masks, keep)
 
     def latent_mask(self, source: SourceStep, control: Fuser) -> Tensor:
         """Where source or target show a blend word: (f, 1, h, w)."""
-        maps = [(site, torch.cat(control.maps[site.name])) for site in self.mask_sites]
-        heats = [
-            heat_of(source, self.mask_sites, self.blend_columns[0]),
-            word_heat(maps, self.blend_columns[1]),
-        ]
+        heats = []
+        if self.mask_sites:
+            maps = [(site, torch.cat(control.maps[site.name])) for site in self.mask_sites]
+            heats = [self.source_heat(source), word_heat(maps, self.blend_columns[1])]
         height, width = self.store.latents.shape[-2:]
-        masks = [threshold_mask(heat, (height, width), self.fusion.blend_threshold) for heat in heats]
-        return torch.maximum(masks[0], masks[1])[:, None]
+        return self.masks({(height, width)}, heats)[height, width][:, None]
+
+    def source_heat(self, source: SourceStep) -> Tensor:
+        return heat_of(source, self.mask_sites, self.blend_columns[0])
+
+    def masks(self, grids: set[tuple[int, int]], heats: list[Tensor]) -> dict[tuple[int, int], Tensor]:
+        """The blend mask on some grids: the union of the heats' masks, with the mask given."""
+        found = {}
+        for grid in grids:
+            if self.given is not None and self.given.alone:
+                found[grid] = self.given.at(grid, self.store.frames).to(self.store.latents)
+                continue
+            masks = [threshold_mask(heat, grid, self.fusion.blend_threshold) for heat in heats]
+            union = torch.stack(masks).amax(0)
+            found[grid] = union if self.given is None else self.given.joined(union)
+        return found
 
     @property
     def blend_columns(self) -> tuple[list[int], list[int]]:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from ..attention.control import AttentionSite, Control, Place
 from ..attention.store import Condition, ModelIdentity
-from ..diffusion.ddim import Schedule
+from ..diffusion.clip_norm import share_statistics
+from ..diffusion.ddim import Schedule, guide
+from ..diffusion.denoiser import Guidance
 
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
@@ -66,6 +68,8 @@ class DiffusersDenoiser:
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(steps)
         timesteps = tuple(int(t) for t in scheduler.timesteps)
+        if timesteps[0] >= total:  # the scheduler's offset moves all steps up
+            raise ValueError(f"steps is {steps}; with this schedule's steps_offset it must be below {total}")
         alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
         if alphas.min() < 1e-6:
             raise ValueError("a schedule that ends at zero signal cannot be inverted: set rescale_betas_zero_snr=False")
@@ -96,7 +100,7 @@ class DiffusersDenoiser:
             for name, (attn, *_) in self._layers.items():
                 attn.processor = _ControlledProcessor(self, name)
             if clip_norm:
-                handles = [h for norm in _clip_norms(self.unet) for h in _share_statistics(norm)]
+                handles = [h for norm in _clip_norms(self.unet) for h in share_statistics(norm)]
             yield
         finally:
             for name, (attn, *_) in self._layers.items():
@@ -105,8 +109,20 @@ class DiffusersDenoiser:
                 handle.remove()
             self._control = None
 
-    def predict_noise(self, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+    def predict_noise(
+        self, latents: Tensor, timestep: int, condition: Condition, guidance: Guidance | None = None
+    ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
+        noise = self._predict(latents, timestep, condition)
+        if guidance is None:
+            return noise
+        branch, self._control = self._control, guidance.control
+        try:
+            return guide(self._predict(latents, timestep, guidance.negative), noise, guidance.scale)
+        finally:
+            self._control = branch
+
+    def _predict(self, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
         self._check(latents, condition)
         frames, dtype = len(latents), self.unet.dtype
         self._sites = self._sites_by_layer(*latents.shape[-2:])
@@ -245,18 +261,3 @@ def _clip_norms(unet: UNet2DConditionModel) -> list[nn.GroupNorm]:
     """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
     norms = [n for m in unet.modules() if isinstance(m, ResnetBlock2D) for n in (m.norm1, m.norm2)]
     return [n for n in (*norms, unet.conv_norm_out) if isinstance(n, nn.GroupNorm)]
-
-
-def _share_statistics(norm: nn.GroupNorm) -> list[torch.utils.hooks.RemovableHandle]:
-    """Take a GroupNorm's mean and variance over all frames of its batch."""
-    frames = 0
-
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal frames
-        frames = len(args[0])
-        return (rearrange(args[0], "f c y x -> 1 c (f y) x"), *args[1:])
-
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return rearrange(output, "1 c (f y) x -> f c y x", f=frames)
-
-    return [norm.register_forward_pre_hook(before), norm.register_forward_hook(after)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -45,3 +47,21 @@ def enlarge(frames: Tensor, times: int) -> Tensor:
 def mask_frames(masks: Tensor) -> Tensor:
     """Masks (frames, height, width) in 0..1 as grey uint8 frames."""
     return (masks.clamp(0, 1) * 255).round().to(torch.uint8)[..., None].expand(-1, -1, -1, 3)
+
+
+def heat_map(heat: Tensor, size: tuple[int, int], label: str) -> Tensor:
+    """Attention (frames, y, x), each frame over its own maximum, in colours: uint8 (frames, *size, 3)."""
+    peak = heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    smooth = F.interpolate((heat / peak)[:, None], size=size, mode="bicubic")[:, 0].clamp(0, 1)
+    stops = torch.tensor([(0, 0, 40), (90, 0, 120), (220, 50, 60), (255, 170, 40), (255, 255, 200)]).float()
+    place = smooth * (len(stops) - 1)
+    below = place.floor().long().clamp(max=len(stops) - 2)
+    colours = torch.lerp(stops[below], stops[below + 1], (place - below)[..., None]).round().to(torch.uint8)
+    return torch.stack([_labelled(frame, label) for frame in colours])
+
+
+def _labelled(frame: Tensor, label: str) -> Tensor:
+    picture = Image.fromarray(frame.numpy())
+    font = ImageFont.load_default(size=max(10, picture.height // 16))
+    ImageDraw.Draw(picture).text((4, 2), label, fill="white", font=font)
+    return torch.from_numpy(np.asarray(picture).copy())

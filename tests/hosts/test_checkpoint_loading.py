@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from ldm import write_single_file
+from safetensors.torch import save_file
 
+from fatezero.demo.single_file import single_file
 from fatezero.hosts.checkpoint import DEMO, Checkpoint, CheckpointError
 
 
@@ -12,13 +13,18 @@ def demo() -> Checkpoint:
     return Checkpoint.load("demo")
 
 
+def write_single_file(path):
+    save_file({name: tensor.float() for name, tensor in single_file(DEMO).items()}, path)
+    return path
+
+
 def weights(checkpoint):
     parts = (checkpoint.unet, checkpoint.vae, checkpoint.text_encoders[0])
     return {f"{i}.{k}": v for i, part in enumerate(parts) for k, v in part.state_dict().items()}
 
 
 def test_a_single_file_is_the_folder_it_came_from(demo, tmp_path):
-    path = write_single_file(DEMO, tmp_path / "model.safetensors")
+    path = write_single_file(tmp_path / "model.safetensors")
     loaded = Checkpoint.load(str(path), config=str(DEMO))
     ours, theirs = weights(demo), weights(loaded)
     assert ours.keys() == theirs.keys()
@@ -29,14 +35,12 @@ def test_a_single_file_is_the_folder_it_came_from(demo, tmp_path):
 
 def test_a_single_file_without_its_configuration_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    path = write_single_file(DEMO, tmp_path / "model.safetensors")
+    path = write_single_file(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="--model-config"):
         Checkpoint.load(str(path))
 
 
 def test_a_safetensors_file_that_is_no_checkpoint(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"lora_up": torch.zeros(2)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match=r"lora\.safetensors .* no Stable Diffusion checkpoint"):
         Checkpoint.load(str(tmp_path / "lora.safetensors"))

@@ -145,6 +145,12 @@ def test_other_schedulers_are_read_for_their_noise_levels(unet, scheduler):
         DiffusersDenoiser(unet, FlowMatchEulerDiscreteScheduler())
 
 
+@pytest.mark.parametrize("steps", [0, 1000, 1001])
+def test_steps_the_schedule_does_not_have_are_refused(denoiser, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}"):
+        denoiser.schedule(steps)
+
+
 def test_half_precision_follows_single(scheduler):
     unet = small_unet().float()
     denoiser = DiffusersDenoiser(unet, scheduler)

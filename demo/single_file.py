@@ -1,12 +1,11 @@
-"""Write a diffusers folder as one file in Stable Diffusion's original layout."""
+"""A small diffusers folder in Stable Diffusion's original layout, as hosts and single files have it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 _RESNET = {
@@ -74,8 +73,8 @@ def vae_name(name: str, levels: int) -> str:
     return f"first_stage_model.{name}"
 
 
-def write_single_file(folder: Path, path: Path) -> Path:
-    """One `.safetensors` file of a diffusers folder with a level of one ResNet block."""
+def single_file(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder with one ResNet block a level, under their original names."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(folder / "text_encoder" / "model.safetensors")
@@ -86,5 +85,4 @@ def write_single_file(folder: Path, path: Path) -> Path:
         tensors[vae_name(name, levels)] = tensor[..., None, None] if projection else tensor
     for name, tensor in text.items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    save_file({k: v.contiguous().to(torch.float32) for k, v in tensors.items()}, path)
-    return path
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,25 @@
+"""GroupNorm over the whole clip, as in the authors' 5-D UNet."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def share_statistics(norm: nn.GroupNorm, frames: int | None = None) -> list[RemovableHandle]:
+    """Take a GroupNorm's mean and variance over all frames of a clip, until the handles go.
+
+    frames: of one clip, where a batch holds several; None where it holds one.
+    """
+    length = 1
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal length
+        length = frames or len(args[0])
+        return (rearrange(args[0], "(n f) c y x -> n c (f y) x", f=length), *args[1:])
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return rearrange(output, "n c (f y) x -> (n f) c y x", f=length)
+
+    return [norm.register_forward_pre_hook(before), norm.register_forward_hook(after)]
