@@ -41,6 +41,13 @@ __all__ = [
 ]
 
 
+async def comfy_entrypoint() -> Any:
+    """ComfyUI's way in: the pack's nodes."""
+    from .nodes import FateZeroExtension
+
+    return FateZeroExtension()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,31 @@
 """What a ComfyUI user drags: one module for each family of nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .attention import FateZeroSpatioTemporalAttention
+from .demo import FateZeroDemoModel
+from .edit import FateZeroMaskPreview, FateZeroSampler
+from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
+from .prompt import FateZeroPromptEdit
+from .video import FateZeroEncodeVideo, FateZeroLoadVideo
+
+
+class FateZeroExtension(ComfyExtension):
+    """Everything this pack adds to the host."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            FateZeroLoadVideo,
+            FateZeroEncodeVideo,
+            FateZeroPromptEdit,
+            FateZeroInvert,
+            FateZeroSampler,
+            FateZeroMaskPreview,
+            FateZeroReconstructionCheck,
+            FateZeroSaveStore,
+            FateZeroLoadStore,
+            FateZeroSpatioTemporalAttention,
+            FateZeroDemoModel,
+        ]

@@ -1,0 +1,31 @@
+"""Attention across frames, for anyone's sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..attention.key_frames import KeyFrames
+from ..hosts.comfyui import share_key_frames
+from .sockets import CLIP_NORM, KEY_FRAMES, parse_key_frames, schema
+
+
+class FateZeroSpatioTemporalAttention(io.ComfyNode):
+    """Let the pictures of a batch see each other's key frames."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroSpatioTemporalAttention",
+            display_name="Spatio-Temporal Attention (FateZero)",
+            description="Every frame of a batch also attends to key frames of the clip (FateZero, Eq. 8), so that a "
+            "plain KSampler draws frames that agree. Invert and Edit do this by themselves.",
+            search_aliases=["temporal consistency", "sparse causal attention", "cross-frame attention"],
+            inputs=[io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model."), KEY_FRAMES, CLIP_NORM],
+            outputs=[io.Model.Output("patched", display_name="model", tooltip="For any sampler of a batch.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, key_frames: str, clip_norm: bool) -> io.NodeOutput:
+        return io.NodeOutput(share_key_frames(model, KeyFrames(parse_key_frames(key_frames)), clip_norm))

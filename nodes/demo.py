@@ -1,0 +1,33 @@
+"""The bundled model and clip, so that a workflow runs with nothing downloaded."""
+
+from __future__ import annotations
+
+from comfy_api.latest import InputImpl, io
+
+from ..hosts.comfyui_demo import CLIP, load_demo
+from .sockets import schema
+
+
+class FateZeroDemoModel(io.ComfyNode):
+    """The tiny model of coloured shapes, and a clip of its world."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroDemoModel",
+            display_name="Demo Model (FateZero)",
+            description="A tiny model that ships with the pack and draws coloured shapes, 64 pixels square. For trying "
+            "the nodes without a download; it edits no real video.",
+            search_aliases=["test model", "example checkpoint"],
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="SD 1.x in all but width."),
+                io.Clip.Output("clip", display_name="clip", tooltip="Knows the words of its small world."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Four pixels to a latent."),
+                io.Video.Output("video", display_name="video", tooltip="A red square on water, eight frames."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo(), InputImpl.VideoFromFile(str(CLIP)))

@@ -1,0 +1,250 @@
+"""The edit, and a look at what it will blend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.fusion import FusionSettings
+from ..attention.masks import GivenMask, threshold_mask
+from ..attention.prompt import PromptEdit
+from ..config import PRESETS
+from ..diffusion.edit import unet_calls
+from ..hosts.comfyui import HostCondition, HostStore, count_layers, edit_clip, heat_of_words
+from ..video.sheet import heat_map
+from .sockets import PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
+
+
+class FateZeroSampler(io.ComfyNode):
+    """Denoise with the target prompt, fused with the inversion's attention."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroSampler",
+            display_name="Edit Video (FateZero)",
+            description="The FateZero edit of an inverted clip. Motion and layout come from the inversion's attention.",
+            search_aliases=["ksampler", "video edit", "prompt edit", "style transfer", "vid2vid"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
+                io.Conditioning.Input("positive", tooltip="The target prompt; ControlNets on it count."),
+                io.Conditioning.Input("negative", tooltip="What to keep away from; an empty prompt will do."),
+                AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
+                PromptEditSocket.Input("prompt_edit", tooltip="How source and target words meet (Prompt Edit)."),
+                io.Float.Input(
+                    "guidance",
+                    default=7.5,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance; the paper takes 7.5.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, "custom"],
+                    default="style",
+                    tooltip="The paper's fusion settings for a style, an attribute or a shape. custom takes the values "
+                    "below; the others ignore them.",
+                ),
+                io.Float.Input(
+                    "cross_replace_steps",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Custom: the share of steps, from the noisy end, in which shared words take the source's "
+                    "cross-attention.",
+                ),
+                io.Float.Input(
+                    "self_replace_steps",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Custom: the share of steps in which self-attention, the layout, comes from the source.",
+                ),
+                io.Boolean.Input(
+                    "blend_self_attention",
+                    default=False,
+                    tooltip="Custom: inside the blend mask the edit keeps its own self-attention: shapes may change.",
+                ),
+                io.Boolean.Input(
+                    "blend_latents",
+                    default=False,
+                    tooltip="Custom: outside the mask, put the inversion's latents back: a background kept exactly.",
+                ),
+                io.Float.Input(
+                    "blend_threshold",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Custom: how much of a frame's strongest attention counts as the object.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
+                io.Combo.Input(
+                    "mask_mode",
+                    options=["replace", "union", "intersection"],
+                    default="replace",
+                    optional=True,
+                    tooltip="Whether the mask replaces the attention's own, adds to it, or limits it.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent", tooltip="The edited clip, for VAE Decode."),
+                io.String.Output("report", display_name="report", tooltip="What was hooked, fused and spent."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        store: HostStore,
+        prompt_edit: PromptEdit,
+        guidance: float,
+        preset: str,
+        cross_replace_steps: float,
+        self_replace_steps: float,
+        blend_self_attention: bool,
+        blend_latents: bool,
+        blend_threshold: float,
+        mask: Tensor | None = None,
+        mask_mode: str = "replace",
+    ) -> io.NodeOutput:
+        custom = {
+            "cross_replace_steps": cross_replace_steps,
+            "self_replace_steps": self_replace_steps,
+            "blend_self_attention": blend_self_attention,
+            "blend_latents": blend_latents,
+            "blend_threshold": blend_threshold,
+        }
+        fusion = FusionSettings(**(custom if preset == "custom" else PRESETS[preset]))
+        _check(positive, prompt_edit, fusion, mask, mask_mode, preset)
+        given = None if mask is None else GivenMask(mask.reshape(-1, *mask.shape[-2:]), mask_mode)  # type: ignore[arg-type]
+        store = store.with_model(model)
+        samples, hooked = edit_clip(
+            model,
+            store,
+            HostCondition.of_socket(positive, "positive", "positive"),
+            None if guidance == 1 else HostCondition.of_socket(negative, "negative", "negative"),
+            guidance,
+            prompt_edit,
+            fusion,
+            given,
+        )
+        report = _report(model, hooked, store, fusion, guidance)
+        show_on_node(cls.hidden.unique_id, report)
+        return io.NodeOutput({"samples": samples}, report, ui=ui.PreviewText(report))
+
+
+def _check(
+    positive: Any, prompt: PromptEdit, fusion: FusionSettings, mask: Tensor | None, mask_mode: str, preset: str
+) -> None:
+    """Say what would otherwise do nothing, or fail far from its socket."""
+    said = positive[0][1].get(PROMPT_KEY, prompt.target)
+    if said != prompt.target:
+        raise ValueError(f"positive: was made from {said!r}, but prompt_edit's target is {prompt.target!r}")
+    if mask is not None and not fusion.blends:
+        raise ValueError(
+            f"mask: preset {preset!r} blends nothing, so a mask would do nothing; take preset shape, or custom with "
+            "blend_self_attention or blend_latents"
+        )
+    needs_words = fusion.blends and (mask is None or mask_mode != "replace")
+    if needs_words and prompt.blend_words is None:
+        raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
+
+
+def _report(model: Any, hooked: int, store: HostStore, fusion: FusionSettings, guidance: float) -> str:
+    steps = store.steps
+    calls = unet_calls(steps, guidance, store.memory, fusion)[1]
+    return (
+        f"hooked {hooked} of {count_layers(model)} attention layers\n"
+        f"fused cross-attention in {fusion.cross_steps(steps)} and self-attention in {fusion.self_steps(steps)} "
+        f"of {steps} steps\n"
+        f"{calls} UNet evaluations of {store.frames} frames, store of memory {store.memory}"
+    )
+
+
+class FateZeroMaskPreview(io.ComfyNode):
+    """Where the source's words are, and the blend mask that follows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroMaskPreview",
+            display_name="Mask Preview (FateZero)",
+            description="Heat maps of the source's cross-attention for each word, and the blend mask over the frames.",
+            search_aliases=["attention map", "heat map", "daam", "cross attention"],
+            inputs=[
+                AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
+                PromptEditSocket.Input("prompt_edit", tooltip="The prompt pair of the edit."),
+                io.String.Input(
+                    "words", default="", tooltip="Words of the source, with commas. Empty: the blend words of the edit."
+                ),
+                io.Float.Input(
+                    "from_share", default=0.2, min=0.0, max=1.0, step=0.01, tooltip="First step, as a share of all."
+                ),
+                io.Float.Input(
+                    "to_share", default=0.8, min=0.0, max=1.0, step=0.01, tooltip="Last step, as a share of all."
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of a frame's strongest attention counts as the object.",
+                ),
+                io.Int.Input("width", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
+                io.Int.Input("height", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
+                io.Model.Input("model", optional=True, tooltip="Needed for a store that was loaded from a file."),
+            ],
+            outputs=[
+                io.Image.Output("heat", display_name="heat maps", tooltip="Frames with the words side by side."),
+                io.Mask.Output("mask", display_name="mask", tooltip="The blend mask of each frame."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        store: HostStore,
+        prompt_edit: PromptEdit,
+        words: str,
+        from_share: float,
+        to_share: float,
+        threshold: float,
+        width: int,
+        height: int,
+        model: Any = None,
+    ) -> io.NodeOutput:
+        model = model if store.patcher is None else store.patcher
+        if model is None:
+            raise ValueError("model: this store was loaded from a file, so connect the model of the inversion")
+        chosen = [w.strip() for w in words.split(",") if w.strip()] or list((prompt_edit.blend_words or ([], []))[0])
+        if not chosen:
+            raise ValueError("words: none given, and the edit has no blend words")
+        heats = heat_of_words(
+            model, store.with_model(model), prompt_edit, chosen, _spread(store.steps, from_share, to_share)
+        )
+        pictures = [heat_map(heat, (height, width), word) for word, heat in heats.items()]
+        image = rearrange(torch.stack(pictures), "w f y x c -> f y (w x) c").float() / 255
+        return io.NodeOutput(image, threshold_mask(sum(heats.values(), torch.zeros(())), (height, width), threshold))
+
+
+def _spread(steps: int, start: float, end: float, at_most: int = 8) -> Sequence[int]:
+    """Up to eight steps, evenly from one share of all to another."""
+    if start > end:
+        raise ValueError(f"from_share: {start} lies behind to_share {end}")
+    first, last = (min(steps - 1, round(share * (steps - 1))) for share in (start, end))
+    count = min(at_most, last - first + 1)
+    return [round(first + (last - first) * i / max(1, count - 1)) for i in range(count)]

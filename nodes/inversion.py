@@ -1,0 +1,238 @@
+"""Inversion, its store on disk, and the check that it can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..attention.fusion import FusionSettings
+from ..attention.key_frames import KeyFrames
+from ..attention.store import MEMORIES, format_bytes
+from ..hosts.comfyui import (
+    HostCondition,
+    HostStore,
+    edit_clip,
+    fitting_memory,
+    invert_clip,
+    source_of,
+    unsaveable,
+)
+from ..metrics.preservation import psnr
+from .sockets import CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, parse_key_frames, schema, show_on_node
+
+
+class FateZeroInvert(io.ComfyNode):
+    """Carry a clip to noise and keep what the edit needs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroInvert",
+            display_name="Invert Video (FateZero)",
+            description="DDIM inversion of a clip under its own prompt. Edits with other target prompts, guidance or "
+            "fusion settings do not run it again.",
+            search_aliases=["ddim inversion", "unsampler", "invert", "noise"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA on it count."),
+                io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
+                io.Latent.Input("latent", tooltip="The clip, one latent for each frame (Encode Video)."),
+                io.Int.Input("steps", default=50, min=1, max=999, tooltip="DDIM steps; the paper takes 50."),
+                KEY_FRAMES,
+                CLIP_NORM,
+                io.Combo.Input(
+                    "memory",
+                    options=["auto", *MEMORIES],
+                    default="auto",
+                    tooltip="recompute keeps latents alone and runs the source beside the edit. queries_keys is faster "
+                    "and bigger. maps keeps the paper's maps, for study. The edit is the same. auto takes queries_keys "
+                    "where the budget allows.",
+                ),
+                io.Float.Input(
+                    "budget_gb",
+                    default=2.0,
+                    min=0.0,
+                    max=10_000.0,
+                    step=0.1,
+                    tooltip="The most gigabytes the store may take; 0 sets no limit.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
+                AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the sampler."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        source: Any,
+        latent: dict[str, Tensor],
+        steps: int,
+        key_frames: str,
+        clip_norm: bool,
+        memory: str,
+        budget_gb: float,
+    ) -> io.NodeOutput:
+        samples = latent["samples"]
+        if samples.ndim != 4:
+            raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
+        condition = HostCondition.of_socket(source, "source", "source")
+        keys = _key_frames(key_frames)
+        memory, needed = fitting_memory(model, samples, condition, steps, keys, memory, budget_gb * 1e9)
+        prompt = source[0][1].get(PROMPT_KEY)
+        show_on_node(cls.hidden.unique_id, f"{memory}: {format_bytes(needed)}")
+        noise, store = invert_clip(model, samples, condition, steps, keys, clip_norm, memory, prompt)
+        text = f"{memory}: {format_bytes(store.nbytes)}, {store.frames} frames, {store.steps} steps"
+        show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(text))
+
+
+class FateZeroReconstructionCheck(io.ComfyNode):
+    """Replay an inversion at guidance 1 and compare with the clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroReconstructionCheck",
+            display_name="Reconstruction Check (FateZero)",
+            description="Replays the inversion without an edit. What it loses, every edit will lose: look before "
+            "you trust one. Below 25 dB try more steps or a source prompt nearer to the video.",
+            search_aliases=["psnr", "replay", "reconstruct", "inversion quality"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model of the inversion."),
+                AttentionStoreSocket.Input("store", tooltip="The inversion to check."),
+                io.Vae.Input("vae", tooltip="Decodes the replay."),
+                io.Image.Input("images", tooltip="The clip's frames."),
+            ],
+            outputs=[
+                io.Image.Output("replay", display_name="replay", tooltip="The clip as the inversion gives it back."),
+                io.String.Output("psnr", display_name="PSNR", tooltip="Decibels for each frame, and on average."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor) -> io.NodeOutput:
+        if len(images) != store.frames:
+            raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
+        store = store.with_model(model)
+        positive = replace(source_of(store), role="positive")
+        samples, _ = edit_clip(model, store, positive, None, 1.0, None, FusionSettings())
+        replay = vae.decode(samples)
+        if replay.shape != images[..., :3].shape:
+            raise ValueError(
+                f"images: {images.shape[2]}x{images.shape[1]}, but the store gives {replay.shape[2]}x{replay.shape[1]}"
+            )
+        pairs = zip(replay.movedim(-1, 1).split(1), images[..., :3].movedim(-1, 1).split(1), strict=True)
+        values = [psnr(a.cpu(), b.cpu()) for a, b in pairs]
+        lines = [f"frame {i}: {value:.1f} dB" for i, value in enumerate(values)]
+        text = "\n".join([f"average: {sum(values) / len(values):.1f} dB", *lines])
+        show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput(replay, text, ui=ui.PreviewText(text))
+
+
+class FateZeroSaveStore(io.ComfyNode):
+    """Keep an inversion in the output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroSaveStore",
+            display_name="Save Attention Store (FateZero)",
+            description="Writes an inversion to the output folder as safetensors, whole or not at all.",
+            search_aliases=["save inversion"],
+            inputs=[
+                AttentionStoreSocket.Input("store", tooltip="The inversion to keep."),
+                io.String.Input("filename_prefix", default="fatezero/store", tooltip="In the output folder."),
+            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="What Load Attention Store takes.")],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, store: HostStore, filename_prefix: str) -> io.NodeOutput:
+        lost = unsaveable(source_of(store).conditioning)
+        if lost and store.memory == "recompute":
+            raise ValueError(
+                f"store: the source prompt carries {', '.join(lost)}, which a file cannot hold and memory recompute "
+                "would need; invert with memory queries_keys"
+            )
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        file = f"{name}_{counter:05}_.safetensors"
+        store.save(Path(folder) / file)
+        text = f"{(Path(subfolder) / file).as_posix()} [output]"
+        show_on_node(cls.hidden.unique_id, f"{text}: {format_bytes(store.nbytes)}")
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class FateZeroLoadStore(io.ComfyNode):
+    """An inversion from the input or output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroLoadStore",
+            display_name="Load Attention Store (FateZero)",
+            description="Reads an inversion from the input or output folder.",
+            search_aliases=["load inversion"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_stores(),
+                    tooltip="A .safetensors file of Save Attention Store, in the input or output folder.",
+                )
+            ],
+            outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        return True if _inside(file) is not None else f"file: no store {file!r} in the input or output folder"
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> Any:
+        path = _inside(file)
+        return path and path.stat().st_mtime
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = _inside(file)
+        if path is None:
+            raise ValueError(f"file: no store {file!r} in the input or output folder")
+        store = HostStore.load(path, comfy.model_management.intermediate_device())
+        store.source = HostCondition.restored(store.source, store.extra.get("conditioning", {}))
+        return io.NodeOutput(store)
+
+
+def _stores() -> list[str]:
+    found = []
+    for mark, folder in (("", folder_paths.get_input_directory()), (" [output]", folder_paths.get_output_directory())):
+        root = Path(folder)
+        found += [f"{path.relative_to(root).as_posix()}{mark}" for path in sorted(root.rglob("*.safetensors"))]
+    return found
+
+
+def _inside(file: str) -> Path | None:
+    """The path of a listed file; None for one that is absent or outside the host's folders."""
+    path = Path(folder_paths.get_annotated_filepath(file)).resolve()
+    roots = (folder_paths.get_input_directory(), folder_paths.get_output_directory())
+    inside = any(path.is_relative_to(Path(root).resolve()) for root in roots)
+    return path if inside and path.is_file() and path.suffix == ".safetensors" else None
+
+
+def _key_frames(text: str) -> KeyFrames:
+    try:
+        return KeyFrames(parse_key_frames(text))
+    except ValueError as error:
+        raise ValueError(f"key_frames: {error}") from error

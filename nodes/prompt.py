@@ -1,0 +1,142 @@
+"""The prompt pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
+from comfy_api.latest import io, ui
+
+from ..attention.prompt import CHUNK, PromptEdit
+from ..config import changed_words
+from .sockets import PROMPT_KEY, PromptEditSocket, schema, show_on_node
+
+
+class FateZeroPromptEdit(io.ComfyNode):
+    """Encode source and target prompt, and say which of their words meet."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroPromptEdit",
+            display_name="Prompt Edit (FateZero)",
+            description="A prompt that describes the video as it is, and one as it shall be.",
+            search_aliases=["prompt to prompt", "p2p", "clip text encode", "refine", "replace", "reweight"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model: CLIP of SD 1.x, SD 2.x or SDXL."),
+                io.String.Input(
+                    "source",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the video shows. The inversion follows it; the closer, the better.",
+                ),
+                io.String.Input(
+                    "target",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What the edited video shall show. Words it shares with the source keep their place.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["refine", "replace"],
+                    default="refine",
+                    tooltip="refine keeps the attention of the words both prompts share. replace maps word to word and "
+                    "needs as many words in both.",
+                ),
+                io.String.Input(
+                    "blend_source",
+                    default="",
+                    tooltip="Words of the source that draw the blend mask, with commas. Empty: those that change.",
+                ),
+                io.String.Input(
+                    "blend_target",
+                    default="",
+                    tooltip="Words of the target that draw it too when latents are blended. Empty: those that change.",
+                ),
+                io.String.Input(
+                    "reweight",
+                    default="",
+                    tooltip="Strengthen words of the target while cross-attention is fused: watercolor=10, red=2.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("source_conditioning", display_name="source", tooltip="For Invert."),
+                io.Conditioning.Output("target_conditioning", display_name="target", tooltip="For the sampler."),
+                PromptEditSocket.Output("prompt_edit", display_name="prompt edit", tooltip="For the sampler."),
+                io.String.Output("alignment", display_name="alignment", tooltip="Which source word feeds which."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, source: str, target: str, mode: str, blend_source: str, blend_target: str, reweight: str
+    ) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError("clip: nothing is connected, or the checkpoint has no text encoder")
+        words = {"source": unweighted(source), "target": unweighted(target)}
+        for name, text in words.items():
+            if not text:
+                raise ValueError(f"{name}: is empty; describe the {'video' if name == 'source' else 'edit'}")
+        changed = changed_words(words["source"], words["target"])
+        blend = _listed(blend_source) or changed[0], _listed(blend_target) or changed[1]
+        tokenizer = clip_tokenizer(clip)
+        prompt = PromptEdit(
+            words["source"], words["target"], tokenizer, mode, blend if blend[0] else None, _weights(reweight)  # type: ignore[arg-type]
+        )  # fmt: skip
+        conditionings = []
+        for name, text in (("source", source), ("target", target)):
+            tokens = clip.tokenize(text)
+            _check_layout(tokens, prompt.word_tokens(words[name]), name)
+            encoded = clip.encode_from_tokens_scheduled(tokens)
+            conditionings.append([[e, {**options, PROMPT_KEY: words[name]}] for e, options in encoded])
+        alignment = prompt.describe()
+        show_on_node(cls.hidden.unique_id, alignment)
+        return io.NodeOutput(*conditionings, prompt, alignment, ui=ui.PreviewText(alignment))
+
+
+def unweighted(prompt: str) -> str:
+    """A prompt without the host's weights: "a (red:1.2) car" is "a red car"."""
+    parts = token_weights(escape_important(prompt), 1.0)
+    return " ".join(unescape_important("".join(text for text, _ in parts)).split())
+
+
+def clip_tokenizer(clip: Any) -> Any:
+    """The CLIP tokenizer inside a CLIP; ValueError for a text encoder of another kind."""
+    for name in ("clip_l", "clip_h", "clip_g"):
+        if hasattr(clip.tokenizer, name):
+            return getattr(clip.tokenizer, name).tokenizer
+    raise ValueError(
+        f"clip: {type(clip.tokenizer).__name__} is no CLIP; FateZero needs the text encoder of SD 1.x, SD 2.x or SDXL"
+    )
+
+
+def _check_layout(tokens: dict[str, Any], words: list[list[int]], name: str) -> None:
+    """The host must put tokens where the alignment looks for them."""
+    expected = [token for word in words for token in word]
+    for rows in tokens.values():
+        content = [row[1 : CHUNK + 1] for row in rows]
+        found = [item[0] for row in content for item in row][: len(expected)]
+        if any(not isinstance(token, int) for token in found) or found != expected:
+            raise ValueError(
+                f"{name}: its tokens do not stand one after another (an embedding:..., or weights at the border of "
+                f"{CHUNK} tokens); write it without them"
+            )
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _weights(text: str) -> dict[str, float]:
+    """ "watercolor=10, red=2" as a mapping."""
+    weights = {}
+    for item in _listed(text.replace("\n", ",")):
+        word, mark, weight = item.rpartition("=")
+        try:
+            weights[word.strip()] = float(weight)
+        except ValueError:
+            mark = ""
+        if not mark or not word.strip():
+            raise ValueError(f"reweight: {item!r} is not word=weight, such as watercolor=10")
+    return weights

@@ -1,0 +1,48 @@
+"""Socket types of our own, and the words that several nodes share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+AttentionStoreSocket = io.Custom("ATTENTION_STORE")
+PromptEditSocket = io.Custom("PROMPT_EDIT")
+
+CATEGORY = "FateZero"
+PROMPT_KEY = "fatezero_prompt"
+"""Where FateZeroPromptEdit leaves the words of a prompt inside its CONDITIONING."""
+
+KEY_FRAMES = io.String.Input(
+    "key_frames",
+    default="self, middle",
+    tooltip="Whose keys and values each frame sees, which makes frames agree: self, first, middle, last, previous, "
+    "or whole offsets such as -1, separated by commas. The paper: self, middle. The authors' style settings: middle.",
+)
+CLIP_NORM = io.Boolean.Input(
+    "clip_norm",
+    default=False,
+    tooltip="Take the normalisation statistics of the ResNet blocks over the whole clip instead of over each frame, "
+    "as the authors' code does. Steadier light, at times less detail.",
+)
+
+
+def schema(search_aliases: list[str], **given: Any) -> io.Schema:
+    """A node's schema, with its search aliases where the host knows them."""
+    if "search_aliases" in io.Schema.__dataclass_fields__:
+        given["search_aliases"] = search_aliases
+    return io.Schema(category=CATEGORY, **given)
+
+
+def parse_key_frames(text: str) -> tuple[str | int, ...]:
+    """ "self, middle, -1" as entries of `KeyFrames`; which checks them."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return tuple(int(word) if word.lstrip("+-").isdigit() else word for word in words)
+
+
+def show_on_node(node_id: str | None, text: str) -> None:
+    """Write a line onto a node in the page."""
+    from server import PromptServer
+
+    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

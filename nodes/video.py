@@ -1,0 +1,180 @@
+"""From a video to frames and latents."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import InputImpl, Types, io
+
+from ..video.read import VideoError, read_video
+from ..video.size import crop, fit_size, resize_to_fill
+from .sockets import schema
+
+
+def _choices() -> list[str]:
+    names = [path.name for path in Path(folder_paths.get_input_directory()).iterdir() if path.is_file()]
+    return sorted(folder_paths.filter_files_content_types(names, ["video", "image"]))
+
+
+class FateZeroLoadVideo(io.ComfyNode):
+    """The chosen part of a video, cut and scaled."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroLoadVideo",
+            display_name="Load Video Frames (FateZero)",
+            description="Choose frames of a video, cut and scale them. Sizes are brought to multiples of 8.",
+            search_aliases=["video to frames", "load clip", "vhs load video"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=["", *_choices()],
+                    default="",
+                    upload=io.UploadType.video,
+                    tooltip="A video in the input folder. Leave empty when the video socket is connected.",
+                ),
+                io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="The first frame, counted from 0."),
+                io.Int.Input("stride", default=1, min=1, max=1000, tooltip="Take every so many-th frame."),
+                io.Int.Input(
+                    "count",
+                    default=8,
+                    min=0,
+                    max=100_000,
+                    tooltip="How many frames; 0 takes all that follow. Fewer in the video is an error.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=512,
+                    min=0,
+                    max=16384,
+                    step=8,
+                    tooltip="Pixels, a multiple of 8. 0 follows from the height; both 0 keep the video's own size.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=512,
+                    min=0,
+                    max=16384,
+                    step=8,
+                    tooltip="Pixels, a multiple of 8. 0 follows from the width; both 0 keep the video's own size.",
+                ),
+                *(
+                    io.Int.Input(f"crop_{side}", default=0, min=0, max=16384, tooltip=f"Pixels cut off the {side}.")
+                    for side in ("left", "top", "right", "bottom")
+                ),
+                io.Video.Input("video", optional=True, tooltip="A video of another node, instead of the file."),
+            ],
+            outputs=[
+                io.Image.Output("images", display_name="images", tooltip="The chosen frames."),
+                io.Video.Output("clip", display_name="video", tooltip="The chosen part, with its sound."),
+                io.Float.Output("fps", display_name="frame rate", tooltip="Frames a second, of the chosen frames."),
+                io.Int.Output("frames", display_name="frame count", tooltip="How many frames were chosen."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str = "", **_: Any) -> bool | str:
+        return True if not file or folder_paths.exists_annotated_filepath(file) else f"file: no video {file!r}"
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
+        return Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime if file else ""
+
+    @classmethod
+    def execute(
+        cls,
+        file: str,
+        start: int,
+        stride: int,
+        count: int,
+        width: int,
+        height: int,
+        crop_left: int,
+        crop_top: int,
+        crop_right: int,
+        crop_bottom: int,
+        video: Any = None,
+    ) -> io.NodeOutput:
+        if video is None and not file:
+            raise ValueError("file: choose a video, or connect one to the video socket")
+        path = folder_paths.get_annotated_filepath(file) if video is None else video.get_stream_source()
+        if isinstance(path, str):
+            part = read_video(path, start, stride, count or None)
+            frames, fps = part.frames, part.fps
+            sound = part.sound and {
+                "waveform": torch.from_numpy(part.sound.samples)[None],
+                "sample_rate": part.sound.rate,
+            }
+        else:
+            frames, fps, sound = _part_of(video.get_components(), start, stride, count)
+        frames = crop(frames, crop_left, crop_top, crop_right, crop_bottom)
+        frames = resize_to_fill(frames, *_size(frames.shape[2], frames.shape[1], width, height))
+        images = frames.float() / 255
+        clip = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=sound, frame_rate=fps))
+        return io.NodeOutput(images, clip, float(fps), len(images))
+
+
+def _part_of(components: Any, start: int, stride: int, count: int) -> tuple[torch.Tensor, Fraction, Any]:
+    """Frames, their rate and their sound, of a video that another node made."""
+    last = start + stride * count if count else None
+    images = components.images[start:last:stride]
+    if not len(images) or (count and len(images) < count):
+        raise VideoError(
+            f"video: {len(components.images)} frames give {len(images)} from {start} in steps of {stride}, "
+            f"but {count or 'some'} are needed"
+        )
+    rate, fps = Fraction(components.frame_rate), Fraction(components.frame_rate) / stride
+    sound = components.audio
+    if sound is not None:
+        begin = round(start / rate * sound["sample_rate"])
+        length = round(len(images) / fps * sound["sample_rate"])
+        sound = {**sound, "waveform": sound["waveform"][..., begin : begin + length]}
+    return (images[..., :3] * 255).round().to(torch.uint8), fps, sound
+
+
+def _size(width: int, height: int, wanted_width: int, wanted_height: int) -> tuple[int, int]:
+    """The size to scale to, in multiples of 8."""
+    if wanted_width and wanted_height:
+        return 8 * max(1, round(wanted_width / 8)), 8 * max(1, round(wanted_height / 8))
+    scale = wanted_width / width if wanted_width else wanted_height / height if wanted_height else 1
+    return fit_size(width, height, max(8, round(min(width, height) * scale)), 8)
+
+
+class FateZeroEncodeVideo(io.ComfyNode):
+    """Frames to latents, some at a time."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroEncodeVideo",
+            display_name="Encode Video (FateZero)",
+            description="VAE-encode frames in chunks, so that long clips fit in memory.",
+            search_aliases=["vae encode video", "vae encode batch"],
+            inputs=[
+                io.Image.Input("images", tooltip="The frames of a clip."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that will edit."),
+                io.Int.Input("chunk_size", default=8, min=1, max=4096, tooltip="Frames encoded at a time."),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="One latent for each frame.")],
+        )
+
+    @classmethod
+    def execute(cls, images: torch.Tensor, vae: Any, chunk_size: int) -> io.NodeOutput:
+        ratio = vae.spacial_compression_encode()
+        height, width = images.shape[1:3]
+        if height % ratio or width % ratio:
+            raise ValueError(f"images: {width}x{height} must be multiples of {ratio}; use Load Video Frames (FateZero)")
+        bar = comfy.utils.ProgressBar(len(images))
+        parts = []
+        for chunk in images.split(chunk_size):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            parts.append(vae.encode(chunk[..., :3]))
+            bar.update(len(chunk))
+        return io.NodeOutput({"samples": torch.cat(parts)})

@@ -1,0 +1,183 @@
+"""A real ComfyUI server for the tests: found, started, spoken to, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+REPO = Path(__file__).resolve().parents[2]
+HOW = (
+    "no ComfyUI found: set COMFYUI_PATH, or install one at ~/comfy/ComfyUI (comfy-cli's place), with its "
+    "requirements in its own .venv or in the environment that runs the tests"
+)
+
+
+def find_host() -> Path | None:
+    """$COMFYUI_PATH, else ~/comfy/ComfyUI, else the folder above custom_nodes."""
+    named = os.environ.get("COMFYUI_PATH")
+    above = [REPO.parents[1]] if REPO.parent.name == "custom_nodes" else []
+    for place in [Path(named)] if named else [Path.home() / "comfy" / "ComfyUI", *above]:
+        if (place / "main.py").is_file() and (place / "comfy").is_dir():
+            return place
+    return None
+
+
+def find_python(host: Path) -> Path | None:
+    """The first interpreter that has what the host needs."""
+    folder = "Scripts" if os.name == "nt" else "bin"
+    own = [host / name / folder / "python" for name in (".venv", "venv")]
+    named = os.environ.get("COMFYUI_PYTHON")
+    for python in [Path(named)] if named else [*own, Path(sys.executable)]:
+        if python.with_suffix(".exe" if os.name == "nt" else "").exists():
+            done = subprocess.run([python, "-c", "import aiohttp, torch, torchsde"], capture_output=True)
+            if done.returncode == 0:
+                return python
+    return None
+
+
+class NodeError(Exception):
+    """A prompt that the host refused or that failed; `report` is what the host said."""
+
+    def __init__(self, report: Any) -> None:
+        super().__init__(json.dumps(report)[:3000])
+        self.report = report
+
+
+@dataclass
+class Run:
+    """What a prompt left: outputs by node, the host's messages, and binary previews."""
+
+    outputs: dict[str, Any]
+    messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)
+
+    def cached(self) -> set[str]:
+        return {node for kind, data in self.messages if kind == "execution_cached" for node in data["nodes"]}
+
+    def executed(self) -> list[str]:
+        return [data["node"] for kind, data in self.messages if kind == "executing" and data.get("node")]
+
+
+@dataclass
+class Host:
+    """A running server and its folders."""
+
+    url: str
+    base: Path
+    log: Path
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, data: Any) -> Any:
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(data).encode(), method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+                return json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            raise NodeError(json.load(error)) from error
+
+    def run(
+        self, prompt: dict[str, Any], watch: Callable[[str, dict[str, Any]], None] | None = None, timeout: float = 300
+    ) -> Run:
+        """Queue a prompt and wait for its end; NodeError where the host says it failed."""
+        client = uuid.uuid4().hex
+        run = Run({})
+        line = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=timeout)
+        try:
+            queued = self.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+            while True:
+                message = line.recv()
+                if isinstance(message, bytes):
+                    run.previews.append(message)
+                    continue
+                parsed = json.loads(message)
+                kind, data = parsed["type"], parsed["data"]
+                if data.get("prompt_id", queued) != queued:
+                    continue
+                run.messages.append((kind, data))
+                if watch:
+                    watch(kind, data)
+                if kind in ("execution_error", "execution_interrupted"):
+                    raise NodeError(data)
+                if kind == "execution_success" or (kind == "executing" and data.get("node") is None):
+                    break
+        finally:
+            line.close()
+        run.outputs = self._outputs(queued)
+        return run
+
+    def _outputs(self, queued: str) -> dict[str, Any]:
+        for _ in range(100):
+            history = self.get(f"/history/{queued}")
+            if queued in history:
+                return history[queued]["outputs"]
+            time.sleep(0.05)
+        raise TimeoutError("the host kept no history of the prompt")
+
+    def text(self, run: Run, node: str) -> str:
+        """The text a node shows."""
+        return "".join(run.outputs[node]["text"])
+
+    def file(self, run: Run, node: str, kind: str = "images") -> Path:
+        """The first file a node saved."""
+        saved = run.outputs[node][kind][0]
+        return self.base / saved["type"] / saved["subfolder"] / saved["filename"]
+
+
+@contextmanager
+def started(host: Path, python: Path, base: Path, pack: str = "fatezero-video"):
+    """A server whose only pack is this one, in a folder whose name holds a dash."""
+    for name in ("custom_nodes", "input", "output", "models/loras", "models/controlnet", "models/checkpoints", "user"):
+        (base / name).mkdir(parents=True, exist_ok=True)
+    (base / "custom_nodes" / pack).symlink_to(REPO, target_is_directory=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = base / "host.log"
+    options = (
+        f"--cpu --listen 127.0.0.1 --port {port} --database-url sqlite:///:memory: --disable-api-nodes "
+        "--disable-auto-launch --preview-method latent2rgb"
+    )
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            [python, "main.py", "--base-directory", base, *options.split()],
+            cwd=host,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        )
+    try:
+        running = Host(f"http://127.0.0.1:{port}", base, log)
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                running.get("/system_stats")
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the host did not start:\n{log.read_text(errors='replace')[-3000:]}") from None
+                time.sleep(0.2)
+        yield running
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
