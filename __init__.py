@@ -44,7 +44,9 @@ __all__ = [
 async def comfy_entrypoint() -> Any:
     """ComfyUI's way in: the pack's nodes."""
     from .nodes import FateZeroExtension
+    from .nodes.caching import watch_prompts
 
+    watch_prompts()
     return FateZeroExtension()
 
 

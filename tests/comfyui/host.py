@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import websocket
+from safetensors.torch import load_file
+from torch import Tensor
 
 REPO = Path(__file__).resolve().parents[2]
 HOW = (
@@ -140,13 +142,20 @@ class Host:
         saved = run.outputs[node][kind][0]
         return self.base / saved["type"] / saved["subfolder"] / saved["filename"]
 
+    def latents(self, prompt: dict[str, Any], link: list[Any]) -> Tensor:
+        """Run a prompt for the LATENT at a link."""
+        saving = {"class_type": "SaveLatent", "inputs": {"samples": link, "filename_prefix": "latents/test"}}
+        run = self.run({**prompt, "save": saving})
+        return load_file(self.file(run, "save", "latents"))["latent_tensor"]
+
 
 @contextmanager
 def started(host: Path, python: Path, base: Path, pack: str = "fatezero-video"):
-    """A server whose only pack is this one, in a folder whose name holds a dash."""
+    """A server with this pack, in a folder whose name holds a dash, and another one to mix with."""
     for name in ("custom_nodes", "input", "output", "models/loras", "models/controlnet", "models/checkpoints", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     (base / "custom_nodes" / pack).symlink_to(REPO, target_is_directory=True)
+    (base / "custom_nodes" / "other_pack.py").symlink_to(Path(__file__).parent / "other_pack.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

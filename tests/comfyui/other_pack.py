@@ -1,0 +1,215 @@
+"""Nodes of "another pack", installed beside ours on the test host: real models and patches to mix with.
+
+The host loads this file by itself; it knows nothing of the tests.
+"""
+
+import sys
+
+import comfy.cli_args
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.latest import ComfyExtension, io
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "use_temporal_attention": False,
+    "num_head_channels": 16,
+    "num_heads": -1,
+    "legacy": False,
+    "context_dim": 64,
+    "adm_in_channels": None,
+}
+SDXL = {
+    "transformer_depth": [0, 2],
+    "transformer_depth_output": [2, 2, 0, 0],
+    "transformer_depth_middle": 2,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 16,
+    "context_in_dim": 32,
+    "hidden_size": 48,
+    "mlp_ratio": 4.0,
+    "num_heads": 3,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [4, 6, 6],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+}
+V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
+"""What tells the host that an SD 2.x predicts v."""
+
+
+def random_model(kind):
+    known = comfy.supported_models
+    config, mark = {
+        "sd2": (known.SD20(UNET), {}),
+        "sd2_v": (known.SD20(UNET), V_PREDICTION),
+        "sdxl": (known.SDXL({**UNET, **SDXL}), {}),
+        "flux": (known.Flux(FLUX), {}),
+    }[kind]
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(mark)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        wide = parameter.ndim > 1
+        parameter.data = values / parameter[0].numel() ** 0.5 if wide else 1 + 0.1 * values
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def node(name, inputs, outputs, **more):
+    """A class decorator that writes the schema."""
+
+    def of(cls):
+        cls.define_schema = classmethod(
+            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs, **more)
+        )
+        cls.__name__ = name
+        return cls
+
+    return of
+
+
+KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux"])
+
+
+@node("OtherRandomModel", [KIND], [io.Model.Output()])
+class RandomModel(io.ComfyNode):
+    """A small model of random weights."""
+
+    @classmethod
+    def execute(cls, kind):
+        return io.NodeOutput(random_model(kind))
+
+
+@node("OtherConditioning", [io.Int.Input("seed"), io.Boolean.Input("pooled")], [io.Conditioning.Output()])
+class Conditioning(io.ComfyNode):
+    """Random embeddings of 77 tokens, with what SDXL wants beside them."""
+
+    @classmethod
+    def execute(cls, seed, pooled):
+        generator = torch.Generator().manual_seed(seed)
+        more = {"pooled_output": torch.randn(1, 1280, generator=generator), "width": 64, "height": 64}
+        return io.NodeOutput([[torch.randn(1, 77, 64, generator=generator), more if pooled else {}]])
+
+
+@node("OtherDemoModel", [io.Combo.Input("dtype", options=["fp16", "bf16"])], [io.Model.Output()])
+class DemoModel(io.ComfyNode):
+    """The demo model as the host loads it when it is told to keep UNets in another precision."""
+
+    @classmethod
+    def execute(cls, dtype):
+        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui_demo"))
+        setattr(comfy.cli_args.args, f"{dtype}_unet", True)
+        try:
+            return io.NodeOutput(sys.modules[pack].load_demo()[0])
+        finally:
+            setattr(comfy.cli_args.args, f"{dtype}_unet", False)
+
+
+SCALE = [io.Model.Input("model"), io.Float.Input("scale", min=-10)]
+
+
+@node("OtherAttn2", SCALE, [io.Model.Output()])
+class Attn2(io.ComfyNode):
+    """Cross-attention of the middle block times a number, as IPAdapter-like packs replace it."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        def attend(q, k, v, extra_options, mask=None):
+            return scale * optimized_attention(q, k, v, extra_options["n_heads"])
+
+        patched = model.clone()
+        patched.set_model_attn2_replace(attend, "middle", 0)
+        return io.NodeOutput(patched)
+
+
+@node("OtherAttn2Output", SCALE, [io.Model.Output()])
+class Attn2Output(io.ComfyNode):
+    """The output of every cross-attention times a number, by a `patches` entry."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        patched = model.clone()
+        patched.set_model_attn2_output_patch(lambda n, extra_options: n * scale)
+        return io.NodeOutput(patched)
+
+
+@node("OtherSeparateCalls", [io.Model.Input("model")], [io.Model.Output()])
+class SeparateCalls(io.ComfyNode):
+    """Conditional and unconditional in calls of their own, as on a full card."""
+
+    @classmethod
+    def execute(cls, model):
+        patched = model.clone()
+        patched.add_object_patch("memory_required", lambda *_, **__: 1e30)
+        return io.NodeOutput(patched)
+
+
+class _Offloading(comfy.model_patcher.ModelPatcher):
+    """Loads hardly anything: weights are brought in layer by layer, LoRA applied on the way."""
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        return super().partially_load(device_to, 0.1, force_patch_weights)
+
+
+@node("OtherLowVram", [io.Model.Input("model")], [io.Model.Output()])
+class LowVram(io.ComfyNode):
+    """A model that is loaded as under --lowvram. It is a copy, for nothing else may have it loaded."""
+
+    @classmethod
+    def execute(cls, model):
+        copied = model.clone()
+        copied.__class__ = _Offloading
+        return io.NodeOutput(copied)
+
+
+@node("OtherHooks", [io.Model.Input("model")], [io.String.Output()], is_output_node=True)
+class Hooks(io.ComfyNode):
+    """What hangs on a model: forward hooks of its modules, and patches of its options."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return float("nan")
+
+    @classmethod
+    def execute(cls, model):
+        modules = list(model.model.modules())
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        own = sum("forward" in vars(m) for m in modules)
+        options = model.model_options["transformer_options"]
+        text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {sorted(model.wrappers)}"
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
+class OtherPack(ComfyExtension):
+    async def get_node_list(self):
+        return [
+            RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks,
+        ]  # fmt: skip
+
+
+async def comfy_entrypoint():
+    return OtherPack()
