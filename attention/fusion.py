@@ -122,7 +122,8 @@ class Fuser(Control):
         self.plan = plan
         self.masks = masks
         self.keep = keep
-        self.maps: dict[str, list[Tensor]] = {}
+        self.maps: dict[str, dict[int, Tensor]] = {}
+        """By layer and first frame; a host's guidance may evaluate the branch again, and the first time counts."""
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if not (self.plan.fuse_self and self.fusion.fuses(site)):
@@ -141,5 +142,5 @@ class Fuser(Control):
         own = attention_map(q, k)
         if site.name in self.keep:
             rows = [list(self.frames).index(f) for f in self.kept]
-            self.maps.setdefault(site.name, []).append(own[rows])
+            self.maps.setdefault(site.name, {}).setdefault(self.kept[0], own[rows])
         return (self.alignment.fuse(self.source.cross_map(site, list(self.frames)), own) if fuses else own) @ v

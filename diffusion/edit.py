@@ -173,7 +173,7 @@ class _Edit:
         """Where source or target show a blend word: (f, 1, h, w)."""
         heats = []
         if self.mask_sites:
-            maps = [(site, torch.cat(control.maps[site.name])) for site in self.mask_sites]
+            maps = [(site, torch.cat([*control.maps[site.name].values()])) for site in self.mask_sites]
             heats = [self.source_heat(source), word_heat(maps, self.blend_columns[1])]
         height, width = self.store.latents.shape[-2:]
         return self.masks({(height, width)}, heats)[height, width][:, None]

@@ -24,7 +24,7 @@ class Graph:
 
     prompt: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, kind: str, **inputs: Any) -> Node:
+    def add(self, kind: str, /, **inputs: Any) -> Node:
         node = Node(str(len(self.prompt) + 1))
         self.prompt[node.id] = {"class_type": kind, "inputs": inputs}
         return node

@@ -55,7 +55,8 @@ class NodeError(Exception):
     """A prompt that the host refused or that failed; `report` is what the host said."""
 
     def __init__(self, report: Any) -> None:
-        super().__init__(json.dumps(report)[:3000])
+        where = f"node {report.get('node_id')}: {report.get('exception_message')}"
+        super().__init__(where + "".join(report.get("traceback", [json.dumps(report)[:3000]])[-1:]))
         self.report = report
 
 

@@ -17,7 +17,7 @@ UNET = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 32,
+    "model_channels": 64,
     "num_res_blocks": [1, 1],
     "channel_mult": [1, 2],
     "transformer_depth": [1, 1],
@@ -26,7 +26,7 @@ UNET = {
     "use_spatial_transformer": True,
     "use_linear_in_transformer": True,
     "use_temporal_attention": False,
-    "num_head_channels": 16,
+    "num_head_channels": 64,
     "num_heads": -1,
     "legacy": False,
     "context_dim": 64,
@@ -73,8 +73,8 @@ def random_model(kind):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.diffusion_model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
-        wide = parameter.ndim > 1
-        parameter.data = values / parameter[0].numel() ** 0.5 if wide else 1 + 0.1 * values
+        inputs = parameter.shape[1:].numel()
+        parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 

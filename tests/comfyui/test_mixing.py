@@ -1,0 +1,254 @@
+"""The nodes among those of others: LoRA, ControlNet, patches, precisions, other models."""
+
+import pytest
+import torch
+from comfyui.graph import DemoGraph
+from comfyui.host import NodeError
+from safetensors.torch import save_file
+from small import relative
+
+from fatezero.demo.single_file import single_file
+from fatezero.hosts.checkpoint import DEMO
+
+PREFIX = "model.diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def lora(host) -> str:
+    """A random LoRA of all attention layers, in the kohya layout."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in single_file(DEMO).items():
+        if name.startswith(PREFIX) and ".attn" in name and name.endswith("weight"):
+            key = "lora_unet_" + name.removeprefix(PREFIX).removesuffix(".weight").replace(".", "_")
+            tensors[f"{key}.lora_up.weight"] = 0.2 * torch.randn(weight.shape[0], 2, generator=random)
+            tensors[f"{key}.lora_down.weight"] = 0.2 * torch.randn(2, weight.shape[1], generator=random)
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, host.base / "models/loras/random.safetensors")
+    return "random.safetensors"
+
+
+@pytest.fixture(scope="module")
+def controlnet(host) -> str:
+    """A random ControlNet for the demo model, in the layout that takes the rest of its weights from the model."""
+    random = torch.Generator().manual_seed(0)
+    unet = {k.removeprefix(PREFIX): v for k, v in single_file(DEMO).items() if k.startswith(PREFIX)}
+    widths = [3, 16, 16, 32, 32, 96, 96, 256, unet["input_blocks.0.0.weight"].shape[0]]
+    tensors = {"lora_controlnet": torch.zeros(1)}
+
+    def convolution(name: str, given: int, made: int, size: int, scale: float = 1.0) -> None:
+        values = torch.randn(made, given, size, size, generator=random) / (given * size * size) ** 0.5
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = scale * values, torch.zeros(made)
+
+    for i, (given, made) in enumerate(zip(widths, widths[1:], strict=False)):
+        convolution(f"input_hint_block.{2 * i}", given, made, 3)
+    blocks = sorted({int(k.split(".")[1]) for k in unet if k.startswith("input_blocks.")})
+    made = 0
+    for block in blocks:
+        outs = [f"input_blocks.{block}.0.{k}.weight" for k in ("out_layers.3", "op")] + [
+            f"input_blocks.{block}.0.weight"
+        ]
+        made = next(unet[k].shape[0] for k in outs if k in unet)
+        convolution(f"zero_convs.{block}.0", made, made, 1, 0.5)
+    convolution("middle_block_out.0", made, made, 1, 0.5)
+    save_file(tensors, host.base / "models/controlnet/random.safetensors")
+    return "random.safetensors"
+
+
+def edited(host, graph) -> torch.Tensor:
+    return host.latents(graph.prompt, graph.edit[0])
+
+
+def noise(host, graph) -> torch.Tensor:
+    return host.latents(graph.prompt, graph.invert[0])
+
+
+def with_lora(graph, lora, strength):
+    return graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
+
+
+def with_control(graph, controlnet, positive, negative, strength):
+    """(positive, negative) with a ControlNet that sees the clip."""
+    net = graph.add("ControlNetLoader", control_net_name=controlnet)
+    return graph.add(
+        "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net[0], image=graph.video[0],
+        strength=strength, start_percent=0.0, end_percent=1.0,
+    )  # fmt: skip
+
+
+def shape_graph(memory="recompute") -> DemoGraph:
+    """An edit that uses all there is: cross fusion, masked self fusion, latent blending."""
+    graph = DemoGraph()
+    graph.set(graph.words, target="a red circle on water", mode="replace")
+    graph.set(graph.invert, memory=memory)
+    graph.set(
+        graph.edit, preset="custom", cross_replace_steps=0.7, self_replace_steps=0.8, blend_self_attention=True,
+        blend_latents=True,
+    )  # fmt: skip
+    return graph
+
+
+def test_lora_before_the_inversion_the_edit_or_both(host, lora):
+    graph = shape_graph()
+    plain, plain_noise = edited(host, graph), noise(host, graph)
+    seen = [plain]
+    for on_inversion, on_edit in ((True, False), (False, True), (True, True)):
+        results = {}
+        for memory in ("recompute", "queries_keys"):
+            for strength in (0.0, 1.0):
+                graph = shape_graph(memory)
+                model = with_lora(graph, lora, strength)
+                graph.set(graph.invert, model=model if on_inversion else graph.demo[0])
+                graph.set(graph.edit, model=model if on_edit else graph.demo[0])
+                results[memory, strength] = edited(host, graph)
+                unlike = on_inversion and strength
+                assert bool(relative(noise(host, graph), plain_noise) > 1e-3) == bool(unlike)
+        assert torch.equal(results["recompute", 0.0], plain)
+        # The source branch keeps the weights it was inverted with, recomputed or recorded.
+        assert relative(results["queries_keys", 1.0], results["recompute", 1.0]) < 1e-5
+        assert all(relative(results["recompute", 1.0], other) > 1e-2 for other in seen)
+        seen.append(results["recompute", 1.0])
+    assert torch.equal(edited(host, shape_graph()), plain), "the next run without it is right"
+
+
+def test_lora_loader_with_text_encoder(host, lora):
+    graph = DemoGraph()
+    both = graph.add(
+        "LoraLoader", model=graph.demo[0], clip=graph.demo[1], lora_name=lora, strength_model=1.0, strength_clip=1.0
+    )
+    graph.both(both[0])
+    graph.set(graph.words, clip=both[1])
+    assert relative(edited(host, graph), edited(host, DemoGraph())) > 1e-2
+
+
+def test_controlnet_before_the_inversion_the_edit_or_both(host, controlnet):
+    graph = shape_graph()
+    plain, plain_noise = edited(host, graph), noise(host, graph)
+    seen = [plain]
+    for on_inversion, on_edit in ((True, False), (False, True), (True, True)):
+        results = {}
+        for memory in ("recompute", "queries_keys"):
+            for strength in (0.0, 1.0):
+                graph = shape_graph(memory)
+                if on_inversion:
+                    pair = with_control(graph, controlnet, graph.words[0], graph.negative[0], strength)
+                    graph.set(graph.invert, source=pair[0])
+                if on_edit:
+                    pair = with_control(graph, controlnet, graph.words[1], graph.negative[0], strength)
+                    graph.set(graph.edit, positive=pair[0], negative=pair[1])
+                results[memory, strength] = edited(host, graph)
+                unlike = on_inversion and strength
+                assert bool(relative(noise(host, graph), plain_noise) > 1e-3) == bool(unlike)
+        assert torch.equal(results["recompute", 0.0], plain)
+        assert relative(results["queries_keys", 1.0], results["recompute", 1.0]) < 1e-5
+        assert all(relative(results["recompute", 1.0], other) > 1e-2 for other in seen)
+        seen.append(results["recompute", 1.0])
+
+
+def patched(host, kind, graph=None, **settings) -> torch.Tensor:
+    """The edit with a node that patches the MODEL of both inversion and edit."""
+    graph = graph or shape_graph()
+    graph.both(graph.add(kind, model=graph.demo[0], **settings)[0])
+    return edited(host, graph)
+
+
+def test_another_packs_attention_replacement_still_runs(host):
+    plain = edited(host, shape_graph())
+    assert relative(patched(host, "OtherAttn2", scale=1.0), plain) < 1e-5
+    assert relative(patched(host, "OtherAttn2", scale=-1.0), plain) > 1e-2
+
+
+def test_patches_entries_keep_working(host):
+    plain = edited(host, shape_graph())
+    assert relative(patched(host, "OtherAttn2Output", scale=1.0), plain) < 1e-5
+    assert relative(patched(host, "OtherAttn2Output", scale=0.5), plain) > 1e-2
+    freeu = {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}
+    assert relative(patched(host, "FreeU_V2", **freeu), plain) > 1e-2
+
+
+def test_guidance_nodes_keep_working(host):
+    plain = edited(host, shape_graph())
+    assert relative(patched(host, "PerturbedAttentionGuidance", scale=0.0), plain) < 1e-6
+    assert relative(patched(host, "PerturbedAttentionGuidance", scale=3.0), plain) > 1e-2
+    assert relative(patched(host, "RescaleCFG", multiplier=0.7), plain) > 1e-3
+
+
+def test_guidance_in_one_call_or_two(host):
+    assert relative(patched(host, "OtherSeparateCalls"), edited(host, shape_graph())) < 1e-5
+
+
+def test_weights_brought_in_layer_by_layer(host, lora):
+    """Weights that are not resident, with a LoRA applied as they come in."""
+    graph = shape_graph()
+    model = with_lora(graph, lora, 1.0)
+    graph.both(model)
+    whole = edited(host, graph)
+    offloaded = graph.add("OtherLowVram", model=model)
+    graph.both(offloaded[0])
+    assert relative(edited(host, graph), whole) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("fp16", 1e-6), ("bf16", 0.2)])
+def test_half_precision_storage_follows_single(host, dtype, within):
+    """The checkpoint's weights are fp16 numbers already; bf16 rounds them."""
+    graph = shape_graph()
+    graph.both(graph.add("OtherDemoModel", dtype=dtype)[0])
+    half, single = edited(host, graph), edited(host, shape_graph())
+    assert (half - single).pow(2).mean().sqrt() / single.std() < within
+    assert torch.equal(half, single) == (dtype == "fp16")
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
+def test_other_unets(host, kind):
+    """SD 2.x, with epsilon and v, and SDXL with its pooled text: all memories agree, and a replay comes back."""
+    edits = {}
+    for memory in ("recompute", "queries_keys", "maps"):
+        graph = shape_graph(memory)
+        graph.both(graph.add("OtherRandomModel", kind=kind)[0])
+        source, target, negative = (
+            graph.add("OtherConditioning", seed=seed, pooled=kind == "sdxl") for seed in (1, 2, 3)
+        )
+        graph.set(graph.invert, source=source[0])
+        graph.set(graph.edit, positive=target[0], negative=negative[0])
+        edits[memory] = edited(host, graph)
+    assert torch.isfinite(edits["recompute"]).all()
+    for memory in ("queries_keys", "maps"):
+        assert relative(edits[memory], edits["recompute"]) < 1e-4
+    clip = host.latents(graph.prompt, graph.latent[0])
+    assert relative(edits["maps"], clip) > 1e-2
+
+
+def test_a_transformer_is_refused_with_what_works(host):
+    graph = DemoGraph()
+    graph.both(graph.add("OtherRandomModel", kind="flux")[0])
+    with pytest.raises(NodeError, match=r"(?s)Flux.*no attention UNet.*works with SD 1\.x, SD 2\.x and SDXL"):
+        edited(host, graph)
+
+
+def test_a_store_of_another_model_is_refused(host):
+    graph = DemoGraph()
+    graph.set(graph.edit, model=graph.add("OtherRandomModel", kind="sd2")[0])
+    with pytest.raises(NodeError, match="made by another model|made with"):
+        edited(host, graph)
+
+
+def test_key_frames_for_anyones_sampler(host):
+    graph = DemoGraph()
+    latent = graph.add("EmptyLatentImage", width=128, height=128, batch_size=3)
+
+    def sampled(model):
+        sampler = graph.add(
+            "KSampler", model=model, positive=graph.words[1], negative=graph.negative[0], latent_image=latent[0],
+            seed=1, steps=3, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+        )  # fmt: skip
+        return host.latents(graph.prompt, sampler[0])
+
+    def shared(**settings):
+        node = graph.add("FateZeroSpatioTemporalAttention", model=graph.demo[0], **settings)
+        return sampled(node[0])
+
+    plain = sampled(graph.demo[0])
+    assert relative(shared(key_frames="self", clip_norm=False), plain) < 1e-5
+    middle = shared(key_frames="middle", clip_norm=False)
+    assert relative(middle, plain) > 1e-2
+    assert relative(shared(key_frames="middle", clip_norm=True), middle) > 1e-3
