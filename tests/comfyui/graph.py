@@ -71,6 +71,14 @@ class DemoGraph(Graph):
         self.set(self.invert, model=model)
         self.set(self.edit, model=model)
 
+    def with_control(self, controlnet: str, positive: list[Any], negative: list[Any], strength: float) -> Node:
+        """(positive, negative) with a ControlNet that sees the clip."""
+        net = self.add("ControlNetLoader", control_net_name=controlnet)
+        return self.add(
+            "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net[0], image=self.video[0],
+            strength=strength, start_percent=0.0, end_percent=1.0,
+        )  # fmt: skip
+
     def save_video(self) -> Node:
         decoded = self.add("VAEDecode", samples=self.edit[0], vae=self.demo[2])
         video = self.add("CreateVideo", images=decoded[0], fps=self.video[2])

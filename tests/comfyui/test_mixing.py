@@ -4,55 +4,8 @@ import pytest
 import torch
 from comfyui.graph import DemoGraph
 from comfyui.host import NodeError
-from safetensors.torch import save_file
+
 from small import relative
-
-from fatezero.demo.single_file import single_file
-from fatezero.hosts.checkpoint import DEMO
-
-PREFIX = "model.diffusion_model."
-
-
-@pytest.fixture(scope="module")
-def lora(host) -> str:
-    """A random LoRA of all attention layers, in the kohya layout."""
-    random = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, weight in single_file(DEMO).items():
-        if name.startswith(PREFIX) and ".attn" in name and name.endswith("weight"):
-            key = "lora_unet_" + name.removeprefix(PREFIX).removesuffix(".weight").replace(".", "_")
-            tensors[f"{key}.lora_up.weight"] = 0.2 * torch.randn(weight.shape[0], 2, generator=random)
-            tensors[f"{key}.lora_down.weight"] = 0.2 * torch.randn(2, weight.shape[1], generator=random)
-            tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, host.base / "models/loras/random.safetensors")
-    return "random.safetensors"
-
-
-@pytest.fixture(scope="module")
-def controlnet(host) -> str:
-    """A random ControlNet for the demo model, in the layout that takes the rest of its weights from the model."""
-    random = torch.Generator().manual_seed(0)
-    unet = {k.removeprefix(PREFIX): v for k, v in single_file(DEMO).items() if k.startswith(PREFIX)}
-    widths = [3, 16, 16, 32, 32, 96, 96, 256, unet["input_blocks.0.0.weight"].shape[0]]
-    tensors = {"lora_controlnet": torch.zeros(1)}
-
-    def convolution(name: str, given: int, made: int, size: int, scale: float = 1.0) -> None:
-        values = torch.randn(made, given, size, size, generator=random) / (given * size * size) ** 0.5
-        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = scale * values, torch.zeros(made)
-
-    for i, (given, made) in enumerate(zip(widths, widths[1:], strict=False)):
-        convolution(f"input_hint_block.{2 * i}", given, made, 3)
-    blocks = sorted({int(k.split(".")[1]) for k in unet if k.startswith("input_blocks.")})
-    made = 0
-    for block in blocks:
-        outs = [f"input_blocks.{block}.0.{k}.weight" for k in ("out_layers.3", "op")] + [
-            f"input_blocks.{block}.0.weight"
-        ]
-        made = next(unet[k].shape[0] for k in outs if k in unet)
-        convolution(f"zero_convs.{block}.0", made, made, 1, 0.5)
-    convolution("middle_block_out.0", made, made, 1, 0.5)
-    save_file(tensors, host.base / "models/controlnet/random.safetensors")
-    return "random.safetensors"
 
 
 def edited(host, graph) -> torch.Tensor:
@@ -65,15 +18,6 @@ def noise(host, graph) -> torch.Tensor:
 
 def with_lora(graph, lora, strength):
     return graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
-
-
-def with_control(graph, controlnet, positive, negative, strength):
-    """(positive, negative) with a ControlNet that sees the clip."""
-    net = graph.add("ControlNetLoader", control_net_name=controlnet)
-    return graph.add(
-        "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net[0], image=graph.video[0],
-        strength=strength, start_percent=0.0, end_percent=1.0,
-    )  # fmt: skip
 
 
 def shape_graph(memory="recompute") -> DemoGraph:
@@ -131,10 +75,10 @@ def test_controlnet_before_the_inversion_the_edit_or_both(host, controlnet):
             for strength in (0.0, 1.0):
                 graph = shape_graph(memory)
                 if on_inversion:
-                    pair = with_control(graph, controlnet, graph.words[0], graph.negative[0], strength)
+                    pair = graph.with_control(controlnet, graph.words[0], graph.negative[0], strength)
                     graph.set(graph.invert, source=pair[0])
                 if on_edit:
-                    pair = with_control(graph, controlnet, graph.words[1], graph.negative[0], strength)
+                    pair = graph.with_control(controlnet, graph.words[1], graph.negative[0], strength)
                     graph.set(graph.edit, positive=pair[0], negative=pair[1])
                 results[memory, strength] = edited(host, graph)
                 unlike = on_inversion and strength

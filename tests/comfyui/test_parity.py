@@ -2,13 +2,13 @@
 
 import pytest
 from comfyui.graph import SOURCE, DemoGraph
-from small import relative
 
 from fatezero import edit
 from fatezero.config import EditConfig, with_preset
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import Checkpoint
 from fatezero.run import invert_video, load_frames
+from small import relative
 
 EDITS = {
     "style": "watercolor painting of a red square on water",
