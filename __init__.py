@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+WEB_DIRECTORY = "./web"
+"""Where ComfyUI finds the help pages."""
+
 _HOMES = {
     "invert": ".diffusion.invert",
     "Inversion": ".diffusion.invert",

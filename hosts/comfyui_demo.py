@@ -19,6 +19,10 @@ from ..demo.single_file import single_file
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 CLIP = DEMO.parent / "clip.mp4"
 
+LATENT_RGB = [[0.147, -0.049, 0.007], [-0.046, 0.128, 0.209], [-0.288, -0.336, -0.218], [0.033, -0.103, 0.124]]
+LATENT_RGB_BIAS = [0.137, 0.112, -0.007]
+"""Pictures from latents, for previews: the least squares fit over rendered scenes."""
+
 
 def load_demo(folder: Path = DEMO) -> tuple[Any, Any, Any]:
     """(MODEL, CLIP, VAE) of the demo checkpoint, SD 1.x in all but width."""
@@ -41,6 +45,8 @@ def _model(unet: dict[str, Tensor]) -> Any:
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model({}, "", device=offload)
     model.load_model_weights({f"diffusion_model.{k}": v for k, v in unet.items()}, "diffusion_model.")
+    model.latent_format.latent_rgb_factors = LATENT_RGB
+    model.latent_format.latent_rgb_factors_bias = LATENT_RGB_BIAS
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 

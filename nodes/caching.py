@@ -40,7 +40,7 @@ def with_source_apart(prompt: Prompt) -> Prompt:
         node = prompt.get(str(value[0]), {})
         if node.get("class_type") != NODE or "source" not in node.get("inputs", {}):
             return value
-        twin = f"{value[0]}:source"
+        twin = f"{value[0]}.source"  # a colon would read as a node inside a subgraph
         source = node["inputs"]["source"]
         alone = {"target": source, "mode": "refine", "blend_source": "", "blend_target": "", "reweight": ""}
         twins[twin] = {**node, "inputs": {**node["inputs"], **alone}}

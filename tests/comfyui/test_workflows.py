@@ -1,0 +1,117 @@
+"""The workflows that ship: run headless to a video, opened in the page, and run there."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from comfyui import page as browser
+from comfyui.host import REPO
+from PIL import Image
+
+from fatezero.video.read import read_video
+
+FOLDER = REPO / "workflows"
+NAMES = ("attribute", "controlnet_lora", "demo", "mask_correction", "one_inversion_three_edits", "shape", "style")
+DEMO = {"demo": 20, "mask_correction": 9, "one_inversion_three_edits": 8}
+"""Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
+
+
+def read(name: str, folder=FOLDER):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def of_demo(prompt, host, lora, controlnet):
+    """A workflow for real models, with the demo's model and clip in their place and few steps."""
+    shutil.copy(REPO / "demo" / "clip.mp4", host.base / "input")
+    words = {"source": "a red square on water", "target": "a blue circle on water"}
+    for node in prompt.values():
+        inputs, kind = node["inputs"], node["class_type"]
+        if kind == "CheckpointLoaderSimple":
+            node |= {"class_type": "FateZeroDemoModel", "inputs": {}}
+        elif kind == "FateZeroLoadVideo":
+            inputs |= {"width": 64, "height": 64, "count": 3} | ({} if "video" in inputs else {"file": "clip.mp4"})
+        elif kind == "FateZeroPromptEdit" and isinstance(inputs["source"], str):
+            inputs |= words | {"blend_source": "", "blend_target": ""}
+        elif kind == "FateZeroInvert":
+            inputs["steps"] = 4
+        elif kind == "LoraLoaderModelOnly":
+            inputs["lora_name"] = lora
+        elif kind == "ControlNetLoader":
+            inputs["control_net_name"] = controlnet
+    return prompt
+
+
+def test_every_workflow_has_a_thumbnail_and_a_twin():
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == list(NAMES)
+    assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == list(NAMES)
+    for name in NAMES:
+        assert min(Image.open(FOLDER / f"{name}.jpg").size) >= 200
+        workflow = read(name)
+        assert workflow["groups"]
+        assert any("Note" in node["type"] for node in workflow["nodes"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
+    prompt = of_demo(read(name, FOLDER / "api"), host, lora, controlnet)
+    run = host.run(prompt)
+    saved = [node for node in prompt if prompt[node]["class_type"] == "SaveVideo"]
+    assert len(saved) == (3 if name == "one_inversion_three_edits" else 1)
+    for node in saved:
+        assert read_video(host.file(run, node)).frames.shape == (3, 64, 64, 3)
+
+
+def test_one_of_three_edits_changes_alone(host, lora, controlnet):
+    prompt = of_demo(read("one_inversion_three_edits", FOLDER / "api"), host, lora, controlnet)
+    host.run(prompt)
+    edits = [node for node in prompt.values() if node["class_type"] == "FateZeroPromptEdit"]
+    edits[1]["inputs"]["target"] = "a purple square on water"
+    run = host.run(prompt)
+    assert [prompt[node]["class_type"] for node in run.executed()].count("FateZeroSampler") == 1
+    assert not {node for node in run.executed() if prompt[node]["class_type"] == "FateZeroInvert"}
+
+
+@pytest.fixture(scope="module")
+def page(host):
+    if browser.CHROMIUM is None:
+        pytest.skip(browser.HOW)
+    with browser.opened(host) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_opens_a_workflow_whole(page, name):
+    workflow = read(name)
+    page.errors.clear()
+    page.open(workflow, name)
+    shown = page.serialized()
+    assert page.missing() == []
+    assert {node["id"] for node in shown["nodes"]} == {node["id"] for node in workflow["nodes"]}
+    assert sorted(link[:5] for link in shown["links"]) == sorted(link[:5] for link in workflow["links"])
+    assert [group["title"] for group in shown["groups"]] == [group["title"] for group in workflow["groups"]]
+    queued = page.prompt()
+    for node in queued.values():
+        node["inputs"].pop("video-preview", None)  # a widget of the page
+    assert queued == read(name, FOLDER / "api")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("name", DEMO)
+def test_the_page_runs_a_demo_to_its_end(page, tmp_path, name):
+    """With fewer steps, for time. FATEZERO_PICTURES=folder keeps the picture that the README shows."""
+    page.errors.clear()
+    workflow = read(name)
+    for node in workflow["nodes"]:
+        if node["type"] == "FateZeroInvert":
+            node["widgets_values"][0] = DEMO[name]
+    page.open(workflow, name)
+    assert page.run() == "execution_success"
+    page.picture(Path(os.environ.get("FATEZERO_PICTURES", tmp_path)) / f"page_{name}.jpg")
+    assert page.errors == []
+    shown = page.tab.evaluate(
+        "() => app.graph._nodes.flatMap(n => (n.widgets ?? []).map(w => String(w.value))).join('\\n')"
+    )
+    for text in (f" MB, 8 frames, {DEMO[name]} steps", " <- square", "hooked 14 of 14 attention layers"):
+        assert text in shown  # the store's bytes, the alignment and the report stand on their nodes
