@@ -539,10 +539,16 @@ def run_in_host(
     evaluates the source prompt, if not the same. Returns samples, and how many attention
     layers were reached.
 
-    Raises ValueError for a MODEL that is no attention UNet, and RuntimeError where no
-    attention layer was reached.
+    Raises ValueError for a MODEL that is no attention UNet or sees the clip in windows, and
+    RuntimeError where no attention layer was reached.
     """
     check_model(model)
+    windows = model.model_options.get("context_handler")
+    if windows is not None and len(samples) > windows.context_length:
+        raise ValueError(
+            f"model: context windows of {windows.context_length} frames are set for a clip of {len(samples)}; "
+            "FateZero's frames see key frames of the whole clip, so remove the context windows"
+        )
     guider = _Guider(model, source_model or model, run)
     guider.inner_set_conds({c.role: c.conditioning for c in conditions})
     sampling = model.get_model_object("model_sampling")

@@ -11,12 +11,6 @@ from fatezero.hosts.checkpoint import DEMO
 PREFIX = "model.diffusion_model."
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "comfyui" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("comfyui"))  # one server serves them all
-
-
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Host:
     place = find_host()

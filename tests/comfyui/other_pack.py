@@ -204,10 +204,20 @@ class Hooks(io.ComfyNode):
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
+@node("OtherRamUsage", [io.Custom("ATTENTION_STORE").Input("store")], [io.String.Output()], is_output_node=True)
+class RamUsage(io.ComfyNode):
+    """What the host's cache reads of a store."""
+
+    @classmethod
+    def execute(cls, store):
+        text = str(store.get_ram_usage())
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
 class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
-            RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks,
+            RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
         ]  # fmt: skip
 
 

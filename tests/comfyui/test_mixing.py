@@ -16,10 +16,6 @@ def noise(host, graph) -> torch.Tensor:
     return host.latents(graph.prompt, graph.invert[0])
 
 
-def with_lora(graph, lora, strength):
-    return graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
-
-
 def shape_graph(memory="recompute") -> DemoGraph:
     """An edit that uses all there is: cross fusion, masked self fusion, latent blending."""
     graph = DemoGraph()
@@ -32,27 +28,40 @@ def shape_graph(memory="recompute") -> DemoGraph:
     return graph
 
 
-def test_lora_before_the_inversion_the_edit_or_both(host, lora):
-    graph = shape_graph()
-    plain, plain_noise = edited(host, graph), noise(host, graph)
+def lora_on(graph, lora, strength, on_inversion, on_edit):
+    model = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
+    graph.set(graph.invert, model=model if on_inversion else graph.demo[0])
+    graph.set(graph.edit, model=model if on_edit else graph.demo[0])
+
+
+def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
+    if on_inversion:
+        graph.set(graph.invert, source=graph.with_control(controlnet, graph.words[0], graph.negative[0], strength)[0])
+    if on_edit:
+        pair = graph.with_control(controlnet, graph.words[1], graph.negative[0], strength)
+        graph.set(graph.edit, positive=pair[0], negative=pair[1])
+
+
+@pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
+def test_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
+    file = request.getfixturevalue(file)
+
+    def run(strength, memory, on_inversion, on_edit):
+        graph = shape_graph(memory)
+        mixed_in(graph, file, strength, on_inversion, on_edit)
+        return edited(host, graph), noise(host, graph)
+
+    plain, plain_noise = run(0.0, "recompute", False, False)
     seen = [plain]
-    for on_inversion, on_edit in ((True, False), (False, True), (True, True)):
-        results = {}
-        for memory in ("recompute", "queries_keys"):
-            for strength in (0.0, 1.0):
-                graph = shape_graph(memory)
-                model = with_lora(graph, lora, strength)
-                graph.set(graph.invert, model=model if on_inversion else graph.demo[0])
-                graph.set(graph.edit, model=model if on_edit else graph.demo[0])
-                results[memory, strength] = edited(host, graph)
-                unlike = on_inversion and strength
-                assert bool(relative(noise(host, graph), plain_noise) > 1e-3) == bool(unlike)
-        assert torch.equal(results["recompute", 0.0], plain)
-        # The source branch keeps the weights it was inverted with, recomputed or recorded.
-        assert relative(results["queries_keys", 1.0], results["recompute", 1.0]) < 1e-5
-        assert all(relative(results["recompute", 1.0], other) > 1e-2 for other in seen)
-        seen.append(results["recompute", 1.0])
-    assert torch.equal(edited(host, shape_graph()), plain), "the next run without it is right"
+    for place in ((True, False), (False, True), (True, True)):
+        assert torch.equal(run(0.0, "recompute", *place)[0], plain)
+        recomputed, inverted = run(1.0, "recompute", *place)
+        assert (relative(inverted, plain_noise) > 1e-3) == place[0]
+        assert all(relative(recomputed, other) > 1e-2 for other in seen)
+        # The source branch stays what it was inverted with, recomputed or recorded.
+        assert relative(run(1.0, "queries_keys", *place)[0], recomputed) < 1e-5
+        seen.append(recomputed)
+    assert torch.equal(run(0.0, "recompute", False, False)[0], plain)
 
 
 def test_lora_loader_with_text_encoder(host, lora):
@@ -63,30 +72,6 @@ def test_lora_loader_with_text_encoder(host, lora):
     graph.both(both[0])
     graph.set(graph.words, clip=both[1])
     assert relative(edited(host, graph), edited(host, DemoGraph())) > 1e-2
-
-
-def test_controlnet_before_the_inversion_the_edit_or_both(host, controlnet):
-    graph = shape_graph()
-    plain, plain_noise = edited(host, graph), noise(host, graph)
-    seen = [plain]
-    for on_inversion, on_edit in ((True, False), (False, True), (True, True)):
-        results = {}
-        for memory in ("recompute", "queries_keys"):
-            for strength in (0.0, 1.0):
-                graph = shape_graph(memory)
-                if on_inversion:
-                    pair = graph.with_control(controlnet, graph.words[0], graph.negative[0], strength)
-                    graph.set(graph.invert, source=pair[0])
-                if on_edit:
-                    pair = graph.with_control(controlnet, graph.words[1], graph.negative[0], strength)
-                    graph.set(graph.edit, positive=pair[0], negative=pair[1])
-                results[memory, strength] = edited(host, graph)
-                unlike = on_inversion and strength
-                assert bool(relative(noise(host, graph), plain_noise) > 1e-3) == bool(unlike)
-        assert torch.equal(results["recompute", 0.0], plain)
-        assert relative(results["queries_keys", 1.0], results["recompute", 1.0]) < 1e-5
-        assert all(relative(results["recompute", 1.0], other) > 1e-2 for other in seen)
-        seen.append(results["recompute", 1.0])
 
 
 def patched(host, kind, graph=None, **settings) -> torch.Tensor:
@@ -124,10 +109,9 @@ def test_guidance_in_one_call_or_two(host):
 def test_weights_brought_in_layer_by_layer(host, lora):
     """Weights that are not resident, with a LoRA applied as they come in."""
     graph = shape_graph()
-    model = with_lora(graph, lora, 1.0)
-    graph.both(model)
+    lora_on(graph, lora, 1.0, True, True)
     whole = edited(host, graph)
-    offloaded = graph.add("OtherLowVram", model=model)
+    offloaded = graph.add("OtherLowVram", model=graph.prompt[graph.edit.id]["inputs"]["model"])
     graph.both(offloaded[0])
     assert relative(edited(host, graph), whole) < 1e-4
 
@@ -167,6 +151,20 @@ def test_a_transformer_is_refused_with_what_works(host):
     graph.both(graph.add("OtherRandomModel", kind="flux")[0])
     with pytest.raises(NodeError, match=r"(?s)Flux.*no attention UNet.*works with SD 1\.x, SD 2\.x and SDXL"):
         edited(host, graph)
+
+
+def test_context_windows_are_refused_where_they_would_cut_the_clip(host):
+    def windowed(length):
+        graph = DemoGraph()
+        graph.both(graph.add(
+            "ContextWindowsManual", model=graph.demo[0], context_length=length, context_overlap=0, context_stride=1,
+            context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0,
+        )[0])  # fmt: skip
+        return edited(host, graph)
+
+    assert torch.equal(windowed(3), edited(host, DemoGraph()))
+    with pytest.raises(NodeError, match="model: context windows of 2 frames are set for a clip of 3"):
+        windowed(2)
 
 
 def test_a_store_of_another_model_is_refused(host):

@@ -21,18 +21,20 @@ def test_a_saved_store_edits_as_the_inversion_did(host, memory):
     graph.set(graph.invert, memory=memory)
     expected = edited(host, graph)
     save = graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix=f"stores/{memory}")
+    usage = graph.add("OtherRamUsage", store=graph.invert[1])
     run = host.run(graph.prompt)
     file = host.text(run, save.id)
     assert file == f"stores/{memory}_00001_.safetensors [output]"
     path = host.base / "output" / file.removesuffix(" [output]")
     with safe_open(path, "pt") as stored:
         held = sum(stored.get_tensor(name).nbytes for name in stored.keys())  # noqa: SIM118
+    assert int(host.text(run, usage.id)) == held
     shown = host.text(run, graph.invert.id)
     assert shown.startswith(f"{memory}: {held / 1e3:.2f} kB" if held < 1e6 else f"{memory}: {held / 1e6:.2f} MB")
 
     load = graph.add("FateZeroLoadStore", file=file)
     graph.set(graph.edit, store=load[0])
-    del graph.prompt[save.id]
+    del graph.prompt[save.id], graph.prompt[usage.id]
     assert relative(edited(host, graph), expected) < 1e-5
     assert (
         file

@@ -14,7 +14,7 @@ from fatezero.video.read import read_video
 
 FOLDER = REPO / "workflows"
 NAMES = ("attribute", "controlnet_lora", "demo", "mask_correction", "one_inversion_three_edits", "shape", "style")
-DEMO = {"demo": 20, "mask_correction": 9, "one_inversion_three_edits": 8}
+DEMO = {"demo": 10, "mask_correction": 9, "one_inversion_three_edits": 8}
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 
 

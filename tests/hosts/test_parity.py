@@ -32,7 +32,7 @@ def reference() -> DiffusersDenoiser:
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
 
 
-EACH_MEMORY_ONCE = {"reconstruct": "recompute", "style": "queries_keys", "shape_replace": "maps"}
+EACH_MEMORY_ONCE = {"reconstruct": "maps", "style": "recompute", "shape_replace": "queries_keys"}
 """What runs by default; test_edit shows on small models that all memories agree. `pytest -m slow` runs the rest."""
 
 
