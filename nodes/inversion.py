@@ -24,6 +24,7 @@ from ..hosts.comfyui import (
     unsaveable,
 )
 from ..metrics.preservation import psnr
+from .files import inside
 from .sockets import CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, parse_key_frames, schema, show_on_node
 
 
@@ -198,16 +199,16 @@ class FateZeroLoadStore(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return True if _inside(file) is not None else f"file: no store {file!r} in the input or output folder"
+        return True if _store(file) is not None else f"file: no store {file!r} in the input or output folder"
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        path = _inside(file)
+        path = _store(file)
         return path and path.stat().st_mtime
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        path = _inside(file)
+        path = _store(file)
         if path is None:
             raise ValueError(f"file: no store {file!r} in the input or output folder")
         store = HostStore.load(path, comfy.model_management.intermediate_device())
@@ -223,12 +224,9 @@ def _stores() -> list[str]:
     return found
 
 
-def _inside(file: str) -> Path | None:
-    """The path of a listed file; None for one that is absent or outside the host's folders."""
-    path = Path(folder_paths.get_annotated_filepath(file)).resolve()
-    roots = (folder_paths.get_input_directory(), folder_paths.get_output_directory())
-    inside = any(path.is_relative_to(Path(root).resolve()) for root in roots)
-    return path if inside and path.is_file() and path.suffix == ".safetensors" else None
+def _store(file: str) -> Path | None:
+    path = inside(file)
+    return path if path is not None and path.suffix == ".safetensors" else None
 
 
 def _key_frames(text: str) -> KeyFrames:

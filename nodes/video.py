@@ -14,6 +14,7 @@ from comfy_api.latest import InputImpl, Types, io
 
 from ..video.read import VideoError, read_video
 from ..video.size import crop, fit_size, resize_to_fill
+from .files import inside
 from .sockets import schema
 
 
@@ -81,11 +82,12 @@ class FateZeroLoadVideo(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str = "", **_: Any) -> bool | str:
-        return True if not file or folder_paths.exists_annotated_filepath(file) else f"file: no video {file!r}"
+        return True if not file or inside(file) else f"file: no video {file!r} in the input or output folder"
 
     @classmethod
     def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
-        return Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime if file else ""
+        path = inside(file) if file else None
+        return path and path.stat().st_mtime
 
     @classmethod
     def execute(
@@ -102,23 +104,41 @@ class FateZeroLoadVideo(io.ComfyNode):
         crop_bottom: int,
         video: Any = None,
     ) -> io.NodeOutput:
-        if video is None and not file:
-            raise ValueError("file: choose a video, or connect one to the video socket")
-        path = folder_paths.get_annotated_filepath(file) if video is None else video.get_stream_source()
-        if isinstance(path, str):
-            part = read_video(path, start, stride, count or None)
-            frames, fps = part.frames, part.fps
-            sound = part.sound and {
-                "waveform": torch.from_numpy(part.sound.samples)[None],
-                "sample_rate": part.sound.rate,
-            }
-        else:
+        path = _chosen(file) if video is None else _file_of(video)
+        if path is None:
             frames, fps, sound = _part_of(video.get_components(), start, stride, count)
+        else:
+            frames, fps, sound = _part_of_file(path, start, stride, count)
         frames = crop(frames, crop_left, crop_top, crop_right, crop_bottom)
         frames = resize_to_fill(frames, *_size(frames.shape[2], frames.shape[1], width, height))
         images = frames.float() / 255
         clip = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=sound, frame_rate=fps))
         return io.NodeOutput(images, clip, float(fps), len(images))
+
+
+def _chosen(file: str) -> Path:
+    """The file chosen on the node; ValueError for none, and for one outside the host's folders."""
+    if not file:
+        raise ValueError("file: choose a video, or connect one to the video socket")
+    path = inside(file)
+    if path is None:
+        raise ValueError(f"file: no video {file!r} in the input or output folder")
+    return path
+
+
+def _file_of(video: Any) -> str | None:
+    """The file behind a VIDEO, from which only the chosen part need be decoded; None for one in memory."""
+    source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
+    return source if isinstance(source, str) else None
+
+
+def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> tuple[torch.Tensor, Fraction, Any]:
+    """Frames, their rate and their sound as the host's AUDIO, of a file."""
+    part = read_video(path, start, stride, count or None)
+    sound = part.sound
+    if sound is None:
+        return part.frames, part.fps, None
+    return part.frames, part.fps, {"waveform": torch.from_numpy(sound.samples)[None], "sample_rate": sound.rate}
 
 
 def _part_of(components: Any, start: int, stride: int, count: int) -> tuple[torch.Tensor, Fraction, Any]:
