@@ -10,24 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import comfy.model_patcher
-import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..attention.control import AttentionSite, Control, Kind, Place
+from ..attention.control import AttentionSite, Control
 from ..attention.fusion import FusionSettings
 from ..attention.key_frames import KeyFrames
 from ..attention.masks import GivenMask
@@ -42,16 +36,14 @@ from ..attention.store import (
     format_bytes,
     store_bytes,
 )
-from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance
 from ..diffusion.edit import check_store, edit, source_heat
 from ..diffusion.invert import Inversion, invert
+from .comfyui_unet import HookedModel, check_model, identity_of, schedule_of
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 """The host's CONDITIONING: (embeddings, options) pairs."""
-
-WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, and LCM-free fine-tunes of them"
 
 
 # --- conditions -----------------------------------------------------------------------
@@ -107,234 +99,6 @@ class HostStore(AttentionStore):
     def with_model(self, model: Any) -> HostStore:
         """For a store from a file: take the edit's MODEL for the inversion's."""
         return self if self.patcher is not None else replace(self, patcher=model)
-
-
-# --- the model ------------------------------------------------------------------------
-
-
-Layer = tuple[str, int, int, Kind]
-"""Where the host has an attention layer: block name, block number, transformer index, kind."""
-
-
-def check_model(model: Any) -> None:
-    """Raise ValueError for a MODEL whose attention FateZero does not know."""
-    unet = model.model.diffusion_model
-    if not isinstance(unet, UNetModel) or any(isinstance(m, SpatialVideoTransformer) for m in unet.modules()):
-        raise ValueError(
-            f"model: {type(model.model).__name__} with a {type(unet).__name__} is no attention UNet for pictures. "
-            f"FateZero works with {WORKING_MODELS}; not with Flux, SD3, Wan and other transformers"
-        )
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, ModelSamplingDiscrete) or not isinstance(sampling, (EPS, V_PREDICTION)):
-        raise ValueError(
-            f"model: {type(sampling).__name__} is not a schedule that DDIM can invert. "
-            f"FateZero works with {WORKING_MODELS}, predicting epsilon or v"
-        )
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """An attention layer of any size of picture: its site, and how often the picture was halved there."""
-
-    place: Place
-    index: int
-    heads: int
-    head_dim: int
-    level: int
-
-    def site(self, kind: Kind, height: int, width: int) -> AttentionSite:
-        grid = (-(-height // 2**self.level), -(-width // 2**self.level))
-        return AttentionSite(self.place, self.index, kind, self.heads, self.head_dim, *grid)
-
-
-def attention_layers(unet: UNetModel) -> dict[Layer, LayerShape]:
-    """The attention layers of a UNet, in the order of its blocks."""
-    found: dict[Layer, LayerShape] = {}
-    level = 0
-
-    def add(block: nn.Module, name: str, number: int, place: Place) -> None:
-        nonlocal level
-        for module in block.children():
-            if isinstance(module, SpatialTransformer):
-                for i, transformer in enumerate(module.transformer_blocks):
-                    index = sum(shape.place == place and at[3] == "self" for at, shape in found.items())
-                    for kind in get_args(Kind):
-                        attn = transformer.attn1 if kind == "self" else transformer.attn2
-                        found[name, number, i, kind] = LayerShape(place, index, attn.heads, attn.dim_head, level)
-            level += isinstance(module, Downsample) or (isinstance(module, ResBlock) and _resizes(module, Downsample))
-            level -= isinstance(module, Upsample) or (isinstance(module, ResBlock) and _resizes(module, Upsample))
-
-    for number, block in enumerate(unet.input_blocks):
-        add(block, "input", number, "down")
-    if unet.middle_block is not None:
-        add(unet.middle_block, "middle", 0, "mid")
-    for number, block in enumerate(unet.output_blocks):
-        add(block, "output", number, "up")
-    return found
-
-
-def _resizes(block: ResBlock, kind: type) -> bool:
-    return isinstance(getattr(block, "h_upd", None), kind)
-
-
-class HookedModel:
-    """A clone of a MODEL whose attention layers ask a control.
-
-    `answers` says which control answers for which branch of a call, and how many columns its
-    prompt has: 0 is the positive one, 1 the negative, as in the host's `cond_or_uncond`.
-    Attention replacements that other packs set stay: what they add to plain attention is
-    added to the control's.
-    """
-
-    def __init__(self, model: Any, standing: Callable[[int], Control] | None = None, clip_norm: bool = False) -> None:
-        """standing: makes the control of so many frames, where no run of ours says it."""
-        check_model(model)
-        self.patcher = model.clone()
-        self.answers: dict[int, tuple[Control, int]] = {}
-        self.standing = standing
-        self.clip_norm = clip_norm
-        self.calls = 0
-        self.reached: set[str] = set()
-        self._layers = attention_layers(model.model.diffusion_model)
-        self._grids: dict[tuple[int, int], dict[Layer, AttentionSite]] = {}
-        replaced = model.model_options["transformer_options"].get("patches_replace", {})
-        for name, kind in (("attn1", "self"), ("attn2", "cross")):
-            theirs = replaced.get(name, {})
-            for block, number, index, layer_kind in self._layers:
-                if layer_kind != kind:
-                    continue
-                # At the block's own key unless another pack sits at the layer's, which the host
-                # reads first: a node that replaces a block during the run (PAG) then still does.
-                at = (block, number, index) if (block, number, index) in theirs else (block, number)
-                found = theirs.get(at)
-                patch = self._patch(layer_kind, getattr(found, "beneath", found))
-                self.patcher.set_model_patch_replace(patch, name, *at)
-        around = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-        self.patcher.remove_wrappers_with_key(around, "fatezero")
-        self.patcher.add_wrapper_with_key(around, "fatezero", self._around())
-
-    def sites(self, height: int, width: int) -> dict[Layer, AttentionSite]:
-        """The attention layers on latents of this size."""
-        if (height, width) not in self._grids:
-            self._grids[height, width] = {
-                layer: shape.site(layer[3], height, width) for layer, shape in self._layers.items()
-            }
-        return self._grids[height, width]
-
-    @contextmanager
-    def answering(self, answers: dict[int, tuple[Control, int]], clip_norm: bool) -> Iterator[None]:
-        self.answers, self.clip_norm = answers, clip_norm
-        try:
-            yield
-        finally:
-            self.answers, self.clip_norm = {}, False
-
-    # Plain closures, because the host copies what it finds in a model's options.
-
-    def _patch(self, kind: Kind, theirs: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any) -> Tensor:
-            return self._attend(kind, theirs, q, k, v, extra_options)
-
-        attend.beneath = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
-        return attend
-
-    def _around(self) -> Callable[..., Tensor]:
-        def around(
-            executor: Any,
-            x: Tensor,
-            t: Tensor,
-            context: Any,
-            y: Any,
-            control: Any,
-            options: dict[str, Any],
-            **more: Any,
-        ) -> Tensor:
-            self.calls += 1
-            if not self.clip_norm:
-                return executor(x, t, context, y, control, options, **more)
-            unet, frames = self.patcher.model.diffusion_model, len(x) // len(options["cond_or_uncond"])
-            handles = [h for norm in clip_norms(unet) for h in share_statistics(norm, frames)]
-            try:
-                return executor(x, t, context, y, control, options, **more)
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-        return around
-
-    def _attend(
-        self,
-        kind: Kind,
-        theirs: Callable[..., Tensor] | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """One layer of one UNet call: every branch by its control. (branches*frames, tokens, channels)."""
-        site = self.sites(*options["original_shape"][-2:])[(*options["block"], options["block_index"], kind)]
-        if q.shape[1] != site.tokens:
-            raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens where {site.height}x{site.width} are expected: another node "
-                "on the model merges or rescales tokens (ToMe, HyperTile, Deep Shrink); remove it"
-            )
-        branches = options["cond_or_uncond"]
-        parts = zip(branches, *(t.chunk(len(branches)) for t in (q, k, v)), strict=True)
-        done = []
-        for branch, q_part, k_part, v_part in parts:
-            alone = {**options, "cond_or_uncond": [branch]}
-            done.append(self._branch(branch, site, theirs, q_part, k_part, v_part, alone))
-        self.reached.add(site.name)
-        return torch.cat(done)
-
-    def _branch(
-        self,
-        branch: int,
-        site: AttentionSite,
-        theirs: Callable[..., Tensor] | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        options: dict[str, Any],
-    ) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = (t.expand(len(q), -1, -1, -1) for t in (k, v))
-            return host_attention.optimized_attention(
-                q.contiguous(), k.contiguous(), v.contiguous(), site.heads, skip_reshape=True, skip_output_reshape=True,
-                attn_precision=options.get("attn_precision"), transformer_options=options,
-            )  # fmt: skip
-
-        def split(t: Tensor) -> Tensor:
-            return rearrange(t, "f t (h d) -> f h t d", h=site.heads)
-
-        def joined(t: Tensor) -> Tensor:
-            return rearrange(t, "f h t d -> f t (h d)")
-
-        control, columns = self._answer(branch, len(q), k.shape[1])
-        control.attend = attend
-        columns = columns if site.kind == "cross" else k.shape[1]
-        own = control.cross_attention if site.kind == "cross" else control.self_attention
-        # The host repeats a shorter prompt beside a longer one; the repetition changes nothing.
-        q4, k4, v4 = split(q), split(k[:, :columns]), split(v[:, :columns])
-        output = joined(own(q4, k4, v4, site)).to(q)
-        if theirs is None:
-            return output
-        if site.kind == "self":
-            k4, v4 = (control.seen(t, site).expand(len(q), -1, -1, -1) for t in (k4, v4))
-        added = theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
-        return output + added
-
-    def _answer(self, branch: int, frames: int, columns: int) -> tuple[Control, int]:
-        """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
-        if self.standing is not None:
-            return self.standing(frames), columns
-        return self.answers.get(branch) or self.answers.get(1, self.answers[0])
-
-
-def clip_norms(unet: UNetModel) -> list[nn.GroupNorm]:
-    """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
-    norms = [n for m in unet.modules() if isinstance(m, ResBlock) for n in (m.in_layers[0], m.out_layers[0])]
-    return [n for n in (*norms, unet.out[0]) if isinstance(n, nn.GroupNorm)]
 
 
 # --- the denoiser ---------------------------------------------------------------------
@@ -427,45 +191,6 @@ class ComfyDenoiser:
         finally:
             comfy.model_management.load_models_gpu([main])
             main.pre_run()
-
-
-def schedule_of(sampling: Any, steps: int) -> Schedule:
-    """FateZero's timesteps (leading, offset 1) and the cumulative alphas of a host's schedule.
-
-    Raises ValueError for a number of steps or a schedule that DDIM cannot invert.
-    """
-    sigmas = sampling.sigmas.cpu()
-    total = len(sigmas)
-    if not 1 <= steps < total:
-        raise ValueError(f"steps is {steps}; it must be between 1 and {total - 1}")
-    timesteps = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
-    alphas = 1 / (1 + sigmas[[0, *reversed(timesteps)]] ** 2)
-    if alphas.min() < 1e-6:
-        raise ValueError("a schedule that ends at zero signal (zsnr) cannot be inverted")
-    return Schedule(timesteps, alphas)
-
-
-def identity_of(patcher: Any) -> ModelIdentity:
-    """What tells a MODEL from another, LoRA on it or not."""
-    model = patcher.model
-    config = model.model_config.unet_config
-    layers = attention_layers(model.diffusion_model)
-    layout = (
-        f"{type(model).__name__} in={config['in_channels']} width={config['model_channels']}"
-        f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)}"
-    )
-    keys = ["diffusion_model.input_blocks.0.0.weight", "diffusion_model.out.2.weight"]
-    keys += [k for k in model.state_dict() if k.endswith(".to_k.weight")]
-    weights = [_unpatched(patcher, key) for key in keys]
-    picked = torch.cat([w.detach().flatten()[:: max(1, w.numel() // 8)][:8].float().cpu() for w in weights])
-    return ModelIdentity(layout, tuple(picked.tolist()), str(model.get_dtype()))
-
-
-def _unpatched(patcher: Any, key: str) -> Tensor:
-    """A weight as the checkpoint has it; LoRA may have been written into the live one."""
-    if key in patcher.backup:
-        return patcher.backup[key].weight
-    return comfy.utils.get_attr(patcher.model, key)
 
 
 # --- running inside the host's sampling -----------------------------------------------
@@ -562,16 +287,6 @@ def run_in_host(
             "replaces the whole UNet"
         )
     return result.to(comfy.model_management.intermediate_device()), reached
-
-
-def share_key_frames(model: Any, key_frames: KeyFrames, clip_norm: bool) -> Any:
-    """A MODEL whose frames see each other's key frames, for anyone's sampler."""
-    return HookedModel(model, lambda frames: Control(key_frames, frames), clip_norm).patcher
-
-
-def count_layers(model: Any) -> int:
-    """How many attention layers a MODEL has."""
-    return len(attention_layers(model.model.diffusion_model))
 
 
 def progress_with_preview(model: Any, denoiser: ComfyDenoiser, steps: int) -> Callable[[int, int], None]:

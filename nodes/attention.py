@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.key_frames import KeyFrames
-from ..hosts.comfyui import share_key_frames
+from ..hosts.comfyui_unet import share_key_frames
 from .sockets import CLIP_NORM, KEY_FRAMES, parse_key_frames, schema
 
 

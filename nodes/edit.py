@@ -15,7 +15,8 @@ from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..config import PRESETS
 from ..diffusion.edit import unet_calls
-from ..hosts.comfyui import HostCondition, HostStore, count_layers, edit_clip, heat_of_words
+from ..hosts.comfyui import HostCondition, HostStore, edit_clip, heat_of_words
+from ..hosts.comfyui_unet import count_layers
 from ..video.sheet import heat_map
 from .sockets import PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
 
