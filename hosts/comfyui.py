@@ -154,7 +154,7 @@ class ComfyDenoiser:
     def predict_noise(
         self, latents: Tensor, timestep: int, condition: Condition, guidance: Guidance | None = None
     ) -> Tensor:
-        """Raises the host's InterruptProcessingException between UNet calls."""
+        """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition) and self._control is not None
         branch = self._source if condition.role == "source" else self._edited
@@ -181,7 +181,10 @@ class ComfyDenoiser:
     def _weights_of(self, branch: _Branch) -> Iterator[None]:
         """Bring in a branch's weights where they differ from the edit's."""
         main, other = self._edited.hooked.patcher, branch.hooked.patcher
-        if other is main or main.clone_has_same_weights(other):
+        if main.is_clone(other) and (main.patches_uuid, main.object_patches) == (
+            other.patches_uuid,
+            other.object_patches,
+        ):
             yield
             return
         comfy.model_management.load_models_gpu([other])
@@ -264,8 +267,7 @@ def run_in_host(
     evaluates the source prompt, if not the same. Returns samples, and how many attention
     layers were reached.
 
-    Raises ValueError for a MODEL that is no attention UNet or sees the clip in windows, and
-    RuntimeError where no attention layer was reached.
+    Raises ValueError for a MODEL that is no attention UNet, or that sees the clip in windows.
     """
     check_model(model)
     windows = model.model_options.get("context_handler")
@@ -281,11 +283,6 @@ def run_in_host(
     sigmas = torch.cat([sampling.sigma(torch.tensor(schedule.timesteps)), sampling.sigmas[:1].cpu()])
     result = guider.sample(torch.zeros_like(samples), samples, _Loop(), sigmas, disable_pbar=True, seed=0)
     reached = len(guider.edited.reached | guider.sourced.reached)
-    if not reached and guider.edited.calls + guider.sourced.calls:
-        raise RuntimeError(
-            "model: none of its attention layers was reached, so nothing was edited: another node on the model "
-            "replaces the whole UNet"
-        )
     return result.to(comfy.model_management.intermediate_device()), reached
 
 

@@ -106,7 +106,6 @@ class HookedModel:
         self.answers: dict[int, tuple[Control, int]] = {}
         self.standing = standing
         self.clip_norm = clip_norm
-        self.calls = 0
         self.reached: set[str] = set()
         self._layers = attention_layers(model.model.diffusion_model)
         self._grids: dict[tuple[int, int], dict[Layer, AttentionSite]] = {}
@@ -136,9 +135,15 @@ class HookedModel:
 
     @contextmanager
     def answering(self, answers: dict[int, tuple[Control, int]], clip_norm: bool) -> Iterator[None]:
-        self.answers, self.clip_norm = answers, clip_norm
+        """Raises ValueError where the UNet call inside reached none of its attention layers."""
+        self.answers, self.clip_norm, self.reached = answers, clip_norm, set()
         try:
             yield
+            if not self.reached:
+                raise ValueError(
+                    "model: a UNet call reached none of its attention layers: another node on the model skips calls "
+                    "(EasyCache, LazyCache) or replaces the UNet; remove it"
+                )
         finally:
             self.answers, self.clip_norm = {}, False
 
@@ -162,7 +167,6 @@ class HookedModel:
             options: dict[str, Any],
             **more: Any,
         ) -> Tensor:
-            self.calls += 1
             if not self.clip_norm:
                 return executor(x, t, context, y, control, options, **more)
             unet, frames = self.patcher.model.diffusion_model, len(x) // len(options["cond_or_uncond"])

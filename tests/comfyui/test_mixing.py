@@ -167,6 +167,26 @@ def test_context_windows_are_refused_where_they_would_cut_the_clip(host):
         windowed(2)
 
 
+def test_a_node_that_skips_unet_calls_is_refused(host):
+    cache = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    with pytest.raises(NodeError, match="model: a UNet call reached none of its attention layers"):
+        patched(host, "EasyCache", DemoGraph(steps=20), reuse_threshold=3.0, **cache)
+    assert relative(patched(host, "EasyCache", reuse_threshold=0.0, **cache), edited(host, shape_graph())) < 1e-6
+
+
+@pytest.mark.parametrize("node", ["TomePatchModel", "PatchModelAddDownscale"])
+def test_a_node_that_changes_the_tokens_is_refused(host, node):
+    settings = {
+        "TomePatchModel": {"ratio": 0.3},
+        "PatchModelAddDownscale": {
+            "block_number": 1, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 1.0,
+            "downscale_after_skip": True, "downscale_method": "bicubic", "upscale_method": "bicubic",
+        },
+    }  # fmt: skip
+    with pytest.raises(NodeError, match="another node on the model merges or rescales tokens"):
+        patched(host, node, **settings[node])
+
+
 def test_a_store_of_another_model_is_refused(host):
     graph = DemoGraph()
     graph.set(graph.edit, model=graph.add("OtherRandomModel", kind="sd2")[0])
