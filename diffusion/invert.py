@@ -42,6 +42,7 @@ def invert(
     *,
     max_tokens: int | None = None,
     prompt: str | None = None,
+    store_device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Inversion:
     """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1).
@@ -51,6 +52,7 @@ def invert(
     clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: see
     `AttentionStore`. chunk_frames: frames of one UNet call, None for all. max_tokens: record
     only layers of up to this many tokens. prompt: kept in the store, to check edits against.
+    store_device: where attention is kept as it is recorded; None for the latents' device.
 
     At step i the UNet is called at the *target* timestep with the latent of the level
     before, as the authors' code does. Raises ValueError for bad shapes or options and
@@ -66,7 +68,8 @@ def invert(
     needed = store_bytes(
         kind, sites, tuple(latents.shape), steps, source, keys, latents.element_size(), denoiser.dtype.itemsize
     )
-    _check_room(kind, needed, latents.device)
+    place = torch.device(latents.device if store_device is None else store_device)
+    _check_room(kind, needed, place)
 
     wanted = set() if kind == "recompute" else {site.name for site in sites}
     trajectory, records = [latents], []
@@ -76,7 +79,7 @@ def invert(
         noise = predict_clip(denoiser, recorder, z, timestep, source, clip_norm, chunk_frames)
         trajectory.append(ddim_move(z, noise, schedule.alphas[i], schedule.alphas[i + 1]))
         if wanted:
-            records.append(recorder.records)
+            records.append({name: record.to(place) for name, record in recorder.records.items()})
         if progress:
             progress(i + 1, steps)
     store = AttentionStore(

@@ -181,10 +181,7 @@ class ComfyDenoiser:
     def _weights_of(self, branch: _Branch) -> Iterator[None]:
         """Bring in a branch's weights where they differ from the edit's."""
         main, other = self._edited.hooked.patcher, branch.hooked.patcher
-        if main.is_clone(other) and (main.patches_uuid, main.object_patches) == (
-            other.patches_uuid,
-            other.object_patches,
-        ):
+        if main.is_clone(other) and _weights(main) == _weights(other):
             yield
             return
         comfy.model_management.load_models_gpu([other])
@@ -194,6 +191,11 @@ class ComfyDenoiser:
         finally:
             comfy.model_management.load_models_gpu([main])
             main.pre_run()
+
+
+def _weights(patcher: Any) -> tuple[Any, Any]:
+    """What a MODEL changes of the weights and parts that its clones share."""
+    return patcher.patches_uuid, patcher.object_patches
 
 
 # --- running inside the host's sampling -----------------------------------------------
@@ -308,7 +310,16 @@ def invert_clip(
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
         progress = progress_with_preview(model, denoiser, steps)
         inversion = invert(
-            denoiser, latents, source, steps, key_frames, clip_norm, memory, prompt=prompt, progress=progress
+            denoiser,
+            latents,
+            source,
+            steps,
+            key_frames,
+            clip_norm,
+            memory,
+            prompt=prompt,
+            store_device=comfy.model_management.intermediate_device(),
+            progress=progress,
         )
         kept.append(inversion.store)
         return inversion.latents[-1] / denoiser.schedule(steps).alphas[-1] ** 0.5

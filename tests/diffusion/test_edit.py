@@ -165,6 +165,15 @@ def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denois
     assert relative(blended(1.0), edit(denoiser, inversion, *arguments, FusionSettings(0.5, 1.0))) < 1e-9
 
 
+@pytest.mark.parametrize("memory", ["queries_keys", "maps"])
+def test_attention_is_kept_where_it_is_told_to(denoiser, memory):
+    """The latents, and with them the run, stay where they were."""
+    store = invert(denoiser, random_latents(), random_text(0), steps=2, memory=memory, store_device="meta").store
+    kept = [t for step in store.records for record in step.values() for t in record.tensors.values()]
+    assert kept and all(t.device.type == "meta" for t in kept)
+    assert store.latents.device.type == "cpu"
+
+
 def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     seen = {}
