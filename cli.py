@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .attention.key_frames import KeyFrames
 from .config import PRESETS, ConfigError, EditConfig, checked, load_configs, with_preset
 
 app = typer.Typer(
@@ -250,8 +251,7 @@ def _parsed(flags: dict[str, Any]) -> dict[str, Any]:
     if "video" in values:
         values["video"] = str(values["video"])
     if "key_frames" in values:
-        entries = [entry.strip() for entry in values["key_frames"].split(",")]
-        values["key_frames"] = tuple(int(e) if e.lstrip("+-").isdigit() else e for e in entries)
+        values["key_frames"] = KeyFrames.parse(values["key_frames"]).entries
     for name in ("blend_source", "blend_target"):
         if name in values:
             values[name] = tuple(word.strip() for word in values[name].split(","))

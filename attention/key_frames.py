@@ -44,6 +44,12 @@ class KeyFrames:
             return entries
         return cls((entries,) if isinstance(entries, (str, int)) else tuple(entries))
 
+    @classmethod
+    def parse(cls, text: str) -> KeyFrames:
+        """From words with commas between: "self, middle, -1"."""
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        return cls(tuple(int(word) if word.lstrip("+-").isdigit() else word for word in words))
+
     def at(self, channels: int) -> KeyFrames:
         """The key frames of a layer of so many channels."""
         return self if channels >= self.least_channels else KeyFrames(("self",))

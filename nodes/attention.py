@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..attention.key_frames import KeyFrames
 from ..hosts.comfyui_unet import share_key_frames
-from .sockets import CLIP_NORM, KEY_FRAMES, parse_key_frames, schema
+from .sockets import CLIP_NORM, KEY_FRAMES, schema
 
 
 class FateZeroSpatioTemporalAttention(io.ComfyNode):
@@ -28,4 +28,4 @@ class FateZeroSpatioTemporalAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, key_frames: str, clip_norm: bool) -> io.NodeOutput:
-        return io.NodeOutput(share_key_frames(model, KeyFrames(parse_key_frames(key_frames)), clip_norm))
+        return io.NodeOutput(share_key_frames(model, KeyFrames.parse(key_frames), clip_norm))

@@ -25,7 +25,7 @@ from ..hosts.comfyui import (
 )
 from ..metrics.preservation import psnr
 from .files import inside
-from .sockets import CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, parse_key_frames, schema, show_on_node
+from .sockets import CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, schema, show_on_node
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -86,7 +86,7 @@ class FateZeroInvert(io.ComfyNode):
         if samples.ndim != 4:
             raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
         condition = HostCondition.of_socket(source, "source", "source")
-        keys = _key_frames(key_frames)
+        keys = KeyFrames.parse(key_frames)
         memory, needed = fitting_memory(model, samples, condition, steps, keys, memory, budget_gb * 1e9)
         prompt = source[0][1].get(PROMPT_KEY)
         show_on_node(cls.hidden.unique_id, f"{memory}: {format_bytes(needed)}")
@@ -227,10 +227,3 @@ def _stores() -> list[str]:
 def _store(file: str) -> Path | None:
     path = inside(file)
     return path if path is not None and path.suffix == ".safetensors" else None
-
-
-def _key_frames(text: str) -> KeyFrames:
-    try:
-        return KeyFrames(parse_key_frames(text))
-    except ValueError as error:
-        raise ValueError(f"key_frames: {error}") from error

@@ -34,12 +34,6 @@ def schema(search_aliases: list[str], **given: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **given)
 
 
-def parse_key_frames(text: str) -> tuple[str | int, ...]:
-    """ "self, middle, -1" as entries of `KeyFrames`; which checks them."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    return tuple(int(word) if word.lstrip("+-").isdigit() else word for word in words)
-
-
 def show_on_node(node_id: str | None, text: str) -> None:
     """Write a line onto a node in the page."""
     from server import PromptServer
