@@ -214,15 +214,21 @@ def read_source(
 
 
 @torch.no_grad()
+def mask_source(
+    denoiser: Denoiser, inversion: Inversion, step: int, mask_tokens: int = 256
+) -> tuple[SourceStep, list[AttentionSite]]:
+    """The source's attention at an edit step in the layers that masks come from, and these layers."""
+    store = inversion.store
+    sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
+    return read_source(denoiser, store, step, {s.name for s in sites}), sites
+
+
 def source_heat(
     denoiser: Denoiser, inversion: Inversion, prompt: PromptEdit, step: int, mask_tokens: int = 256
 ) -> Tensor:
     """Where the source attends to the source's blend words at an edit step: (frames, y, x)."""
-    store = inversion.store
-    sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
-    source = read_source(denoiser, store, step, {s.name for s in sites})
-    columns = prompt.blend_columns(store.source.columns, store.source.columns)[0]
-    return heat_of(source, sites, columns)
+    columns = inversion.store.source.columns
+    return heat_of(*mask_source(denoiser, inversion, step, mask_tokens), prompt.blend_columns(columns, columns)[0])
 
 
 def heat_of(source: SourceStep, sites: list[AttentionSite], columns: list[int]) -> Tensor:

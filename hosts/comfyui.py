@@ -38,9 +38,9 @@ from ..attention.store import (
 )
 from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance
-from ..diffusion.edit import check_store, edit, source_heat
+from ..diffusion.edit import check_store, edit, heat_of, mask_source
 from ..diffusion.invert import Inversion, invert
-from .comfyui_unet import HookedModel, check_model, identity_of, schedule_of
+from .comfyui_unet import HookedModel, identity_of, schedule_of
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 """The host's CONDITIONING: (embeddings, options) pairs."""
@@ -271,7 +271,6 @@ def run_in_host(
 
     Raises ValueError for a MODEL that is no attention UNet, or that sees the clip in windows.
     """
-    check_model(model)
     windows = model.model_options.get("context_handler")
     if windows is not None and len(samples) > windows.context_length:
         raise ValueError(
@@ -356,17 +355,19 @@ def heat_of_words(
     model: Any, store: HostStore, prompt: PromptEdit, words: Sequence[str], steps: Sequence[int]
 ) -> dict[str, Tensor]:
     """The source's attention to each word, averaged over some edit steps: (frames, y, x)."""
+    width = store.source.columns
+    columns = {word: prompt.columns(prompt.source, word, width, "blend_words") for word in words}
     heats: dict[str, list[Tensor]] = {word: [] for word in words}
-    bar = comfy.utils.ProgressBar(len(words) * len(steps))
+    bar = comfy.utils.ProgressBar(len(steps))
 
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
         inversion = Inversion(store.to(latents.device))
         check_store(inversion.store, denoiser, denoiser.schedule(store.steps), prompt)
-        for word in words:
-            pair = replace(prompt, blend_words=([word], []), reweight={})
-            for step in steps:
-                heats[word].append(source_heat(denoiser, inversion, pair, step).float().cpu())
-                bar.update(1)
+        for step in steps:
+            source, sites = mask_source(denoiser, inversion, step)  # once for all words
+            for word in words:
+                heats[word].append(heat_of(source, sites, columns[word]).float().cpu())
+            bar.update(1)
         return latents
 
     samples = clean_samples(model, store)
@@ -381,9 +382,7 @@ def fitting_memory(
 
     Raises MemoryError, with the bytes of each memory, where the one asked for does not fit.
     """
-    check_model(model)
-    hooked = HookedModel(model)
-    sites = list(hooked.sites(*samples.shape[-2:]).values())
+    sites = list(HookedModel(model).sites(*samples.shape[-2:]).values())
     size = (model.model.manual_cast_dtype or model.model.get_dtype()).itemsize
     needed = {
         kind: store_bytes(kind, sites, tuple(samples.shape), steps, source, key_frames, 4, size) for kind in MEMORIES
