@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention.budget import StoreSettings
     from .attention.fusion import FusionSettings
     from .attention.prompt import PromptEdit
     from .attention.store import AttentionStore, Condition, StoreError
-    from .diffusion.edit import edit
+    from .diffusion.edit import Edit, edit, edit_many
     from .diffusion.invert import Inversion, invert
 
 __version__ = "0.1.0"
@@ -25,8 +26,11 @@ _HOMES = {
     "invert": ".diffusion.invert",
     "Inversion": ".diffusion.invert",
     "edit": ".diffusion.edit",
+    "edit_many": ".diffusion.edit",
+    "Edit": ".diffusion.edit",
     "PromptEdit": ".attention.prompt",
     "FusionSettings": ".attention.fusion",
+    "StoreSettings": ".attention.budget",
     "AttentionStore": ".attention.store",
     "Condition": ".attention.store",
     "StoreError": ".attention.store",
@@ -35,11 +39,14 @@ _HOMES = {
 __all__ = [
     "AttentionStore",
     "Condition",
+    "Edit",
     "FusionSettings",
     "Inversion",
     "PromptEdit",
     "StoreError",
+    "StoreSettings",
     "edit",
+    "edit_many",
     "invert",
 ]
 

@@ -85,8 +85,19 @@ KeyFramesOption = Annotated[
     typer.Option("--key-frames", help="self, first, middle, last, previous or offsets, by commas [self,middle]."),
 ]
 ClipNorm = Annotated[bool | None, typer.Option(help="GroupNorm statistics over the whole clip, as the authors' code.")]
-MemoryOption = Annotated[str | None, typer.Option("--memory", help="recompute, queries_keys or maps [recompute].")]
-Chunk = Annotated[int | None, typer.Option("--chunk-frames", help="Frames of one UNet call [all].")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", help="recompute, queries_keys, maps, or auto: the fastest that fits [recompute]."),
+]
+Place = Annotated[str | None, typer.Option(help="Where the store is: device, ram, disk, or auto [auto].")]
+Budget = Annotated[float | None, typer.Option(help="The most gigabytes the store may take [what is free].")]
+Precision = Annotated[
+    str | None, typer.Option(help="Of kept queries and keys: model, float16, bfloat16, float8 [model].")
+]
+KeepSteps = Annotated[
+    float | None, typer.Option(help="Share of steps whose attention is kept; others are computed again [1].")
+]
+Chunk = Annotated[int | None, typer.Option("--chunk-frames", help="Frames of one UNet call, for long clips [all].")]
 MaxTokens = Annotated[int | None, typer.Option(help="Record and fuse layers of up to this many tokens [all].")]
 Start = Annotated[int | None, typer.Option(help="First frame [0].")]
 Stride = Annotated[int | None, typer.Option(help="Take every n-th frame [1].")]
@@ -103,7 +114,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, with me
 def edit(
     video: Video = None,
     source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
-    target: Annotated[str | None, typer.Option(help="What it shall show.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="What it shall show; several are edited in one pass.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the edit goes: .mp4, .mov, .mkv.")] = Path(
         "edit.mp4"
     ),
@@ -119,6 +132,10 @@ def edit(
     key_frames: KeyFramesOption = None,
     clip_norm: ClipNorm = None,
     memory: MemoryOption = None,
+    place: Place = None,
+    budget_gb: Budget = None,
+    precision: Precision = None,
+    keep_steps: KeepSteps = None,
     chunk_frames: Chunk = None,
     mode: Annotated[str | None, typer.Option(help="refine or replace: how words meet.")] = None,
     blend_source: Annotated[str | None, typer.Option(help="Source words of the mask, by commas.")] = None,
@@ -164,6 +181,9 @@ def invert(
     key_frames: KeyFramesOption = None,
     clip_norm: ClipNorm = None,
     memory: MemoryOption = None,
+    budget_gb: Budget = None,
+    precision: Precision = None,
+    keep_steps: KeepSteps = None,
     chunk_frames: Chunk = None,
     max_tokens: MaxTokens = None,
     start: Start = None,
@@ -226,13 +246,16 @@ def train_demo(
 def _configs(
     path: Path | None, preset: str | None, flags: dict[str, Any], store: Path | None, inverting: bool = False
 ) -> list[EditConfig]:
-    """Flags over the preset over the file over the defaults."""
+    """Flags over the preset over the file over the defaults; one for each target."""
+    targets = flags.pop("target", None)
     given = checked(_parsed({k: v for k, v in flags.items() if v is not None}))
     configs, notes = load_configs(path) if path else ([EditConfig()], [])
     for note in dict.fromkeys(notes):
         console.print(f"[yellow]note:[/] {note}")
-    words = {k: given[k] for k in ("source", "target") if k in given}
-    configs = [replace(c, **words) for c in configs]
+    if "source" in given:
+        configs = [replace(c, source=given["source"]) for c in configs]
+    if targets:
+        configs = [replace(c, target=target) for c in configs for target in targets]
     if preset:
         configs = [with_preset(c, preset) for c in configs]
     configs = [replace(c, **given) for c in configs]

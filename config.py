@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .attention.budget import StoreSettings
 from .attention.fusion import FusionSettings
 from .attention.key_frames import KeyFrames
 from .attention.prompt import PromptEdit
@@ -38,6 +39,10 @@ class EditConfig:
     key_frames_least_channels: int = 0
     clip_norm: bool = False
     memory: str = "recompute"
+    place: str = "auto"
+    budget_gb: float | None = None
+    precision: str = "model"
+    keep_steps: float = 1.0
     chunk_frames: int | None = None
     mode: str = "refine"
     blend_source: tuple[str, ...] = ()
@@ -59,6 +64,10 @@ class EditConfig:
     @property
     def fusion(self) -> FusionSettings:
         return FusionSettings(**{f.name: getattr(self, f.name) for f in fields(FusionSettings)})
+
+    @property
+    def store(self) -> StoreSettings:
+        return StoreSettings(self.memory, self.place, self.budget_gb, self.precision, self.keep_steps, self.max_tokens)
 
     @property
     def keys(self) -> KeyFrames:
@@ -129,6 +138,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, value: Any) -> Any:
     kind = str(_KINDS[name].type)
+    base = kind.split(" ")[0].split("[")[0]
     if isinstance(value, list):
         value = tuple(value)
     if kind.startswith("tuple[str") and isinstance(value, (str, int)):
@@ -139,10 +149,10 @@ def _checked(name: str, value: Any) -> Any:
         "int": isinstance(value, int) and number,
         "float": number,
         "bool": isinstance(value, bool),
-        "tup": isinstance(value, tuple),
-        "Map": isinstance(value, Mapping),
+        "tuple": isinstance(value, tuple),
+        "Mapping": isinstance(value, Mapping),
     }
-    if not (right[kind if kind in right else kind[:3]] or (value is None and "None" in kind)):
+    if not (right[base] or (value is None and "None" in kind)):
         raise ConfigError(f"{name} is {value!r}; it must be of kind {kind}")
     return value
 

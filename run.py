@@ -13,9 +13,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .attention.store import MEMORIES, AttentionStore, StoreError, available_bytes, format_bytes, store_bytes
+from .attention.budget import Demand, StoreSettings, available_bytes, format_bytes, plan_store
+from .attention.records import MEMORIES
+from .attention.store import AttentionStore, StoreError
 from .config import EditConfig
-from .diffusion.edit import check_store, edit, unet_calls
+from .diffusion.edit import Edit, check_store, edit_many, unet_calls
 from .diffusion.invert import Inversion, invert
 from .hosts.checkpoint import Checkpoint, quiet
 from .video.read import Video, read_video
@@ -96,15 +98,15 @@ class Session:
 
 
 def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
-    """`fatezero invert`: keep an inversion in a file."""
+    """`fatezero invert`: keep an inversion in a file, written while it runs."""
+    settings = replace(config.store, path=output)
     checkpoint = session.open_model(config)
     video = load_frames(config, checkpoint.factor, checkpoint.native_size)
-    session.say(plan(checkpoint, config, _latents_shape(video, checkpoint), edits=0))
+    session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
     if dry_run:
         return
     with session.bars() as bar:
-        inversion = invert_video(checkpoint, config, video, bar)
-        inversion.store.save(output)
+        inversion = invert_video(checkpoint, config, video, bar, settings)
     session.say(f"store of {format_bytes(inversion.store.nbytes)} written to {output}")
 
 
@@ -133,83 +135,117 @@ def run_edits(
         check_output(output, len(video.frames))
         shape, fps, sound = _latents_shape(video, checkpoint), video.fps, video.sound
     else:
-        store.latents = store.latents.to(checkpoint.unet.device)
         schedule = checkpoint.denoiser.schedule(store.steps)
         for prompt in prompts:
             check_store(store, checkpoint.denoiser, schedule, prompt)
         shape, fps = tuple(store.latents.shape[1:]), Fraction(*store.extra.get("fps", (8, 1)))
         # A video given beside a store lends its sound; it must have the store's frames.
         sound = read_video(first.video, first.start, first.stride, store.frames).sound if first.video else None
-    session.say(plan(checkpoint, first, shape, len(configs)))
+    session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
     if dry_run:
         return
 
     with session.bars() as bar:
         inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
-        for i, (config, prompt) in enumerate(zip(configs, prompts, strict=True)):
-            alone = len(configs) == 1
-            progress = bar("edit" if alone else f"edit {i + 1} of {len(configs)}")
-            frames = edit_video(checkpoint, config, inversion, prompt, progress)
-            path = output if alone else output.with_stem(f"{output.stem}_{i}")
-            write_video(path, frames, fps, sound)
+        edits = [one_edit(checkpoint, config, prompt, shape) for config, prompt in zip(configs, prompts, strict=True)]
+        title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
+        results = edit_many(checkpoint.denoiser, inversion, edits, first.chunk_frames, progress=bar(title))
+        for i, (config, latents) in enumerate(zip(configs, results, strict=True)):
+            path = output if len(configs) == 1 else output.with_stem(f"{output.stem}_{i}")
+            write_video(path, decode(checkpoint, latents), fps, sound)
             session.say(f"{config.target!r} written to {path}")
 
 
-def plan(checkpoint: Checkpoint, config: EditConfig, latents_shape: tuple[int, ...], edits: int) -> str:
-    """What will run and what it takes, in a few lines."""
+def plan(
+    checkpoint: Checkpoint,
+    configs: list[EditConfig],
+    latents_shape: tuple[int, ...],
+    settings: StoreSettings,
+    edits: bool,
+    store: AttentionStore | None = None,
+) -> str:
+    """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
+    config, device = configs[0], checkpoint.unet.device
     frames, _, height, width = latents_shape
-    sites = checkpoint.denoiser.sites(height, width)
-    sites = [site for site in sites if config.max_tokens is None or site.tokens <= config.max_tokens]
-    height, width = height * checkpoint.factor, width * checkpoint.factor
-    source = checkpoint.encode_prompt(config.source, width, height)
-    size, device = checkpoint.unet.dtype.itemsize, checkpoint.unet.device
-    lines = [f"{frames} frames of {width}x{height}, {config.steps} steps, {device}"]
+    source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
+    demand = Demand(
+        checkpoint.denoiser.sites(height, width), latents_shape, 4, config.steps, config.keys, checkpoint.unet.dtype,
+        source.columns, source.nbytes,
+    )  # fmt: skip
+    chosen = None if store else plan_store(settings, demand, device)
+    size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
+    lines = [f"{frames} frames of {size}, {config.steps} steps, {device}"]
     for memory in MEMORIES:
-        needed = store_bytes(memory, sites, latents_shape, config.steps, source, config.keys, 4, size)
-        lines.append(f"{'->' if memory == config.memory else '  '} store with memory {memory}: {format_bytes(needed)}")
+        mark = "->" if memory == (store or chosen or config).memory else "  "
+        lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
+    if chosen:
+        lines.append(f"   store: {chosen}")
     models = (checkpoint.unet, checkpoint.vae, *checkpoint.text_encoders)
     weights, free = sum(p.nbytes for model in models for p in model.parameters()), available_bytes(device)
     lines.append(
         f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
     )
-    to_invert, to_edit = unet_calls(config.steps, config.guidance_scale, config.memory, config.fusion)
-    lines.append(
-        f"   UNet calls: {to_invert} to invert" + (f", {to_edit} for each of {edits} edit(s)" if edits else "")
-    )
+    if store:
+        kept = store.kept_steps
+    else:
+        kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
+    lines.append(f"   UNet calls: {_calls(configs, kept, not store, edits)}")
+    chunk = config.chunk_frames
+    if chunk is not None and chunk < frames and (config.clip_norm or not config.keys.anchored):
+        lines.append("   chunks approximate the whole clip: its frames meet through neighbours or clip norm")
     return "\n".join(lines)
 
 
+def _calls(configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool) -> str:
+    """How often the UNet sees the clip."""
+    counted = [unet_calls(c.steps, c.guidance_scale, kept_steps, c.fusion) for c in configs]
+    source = max(calls.source for calls in counted)
+    parts = [f"{counted[0].invert} to invert"] if inverts else []
+    if edits:
+        parts.append(f"{sum(calls.edit for calls in counted)} for {len(configs)} edit(s)")
+        parts += [f"{source} for the source beside"] if source else []
+    return ", ".join(parts)
+
+
 def invert_video(
-    checkpoint: Checkpoint, config: EditConfig, video: Video, bar: Callable[[str], Callable[[int, int], None]]
+    checkpoint: Checkpoint,
+    config: EditConfig,
+    video: Video,
+    bar: Callable[[str], Callable[[int, int], None]],
+    settings: StoreSettings | None = None,
 ) -> Inversion:
-    """Encode and invert a clip with a configuration's settings."""
-    width, height = video.size
-    blocks = checkpoint.blocks(config.source)
-    source = checkpoint.encode_prompt(config.source, width, height, blocks)
-    latents = checkpoint.encode_frames(to_unit(video.frames), bar("encode")).float()
-    inversion = invert(
-        checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm,
-        config.memory, config.chunk_frames, max_tokens=config.max_tokens, prompt=config.source,
-        progress=bar("invert"),
-    )  # fmt: skip
+    """Encode and invert a clip with a configuration's settings; its store's unless others are given."""
+    source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
     fps = video.fps
-    inversion.store.extra = {"fps": [fps.numerator, fps.denominator], "model": config.model}
-    return inversion
-
-
-def edit_video(
-    checkpoint: Checkpoint, config: EditConfig, inversion: Inversion, prompt: Any, progress: Callable[[int, int], None]
-) -> Tensor:
-    """One edit of an inverted clip, decoded: uint8 (frames, height, width, 3)."""
-    height, width = (side * checkpoint.factor for side in inversion.latents.shape[-2:])
-    blocks = checkpoint.blocks(config.target, config.negative)
-    target = checkpoint.encode_prompt(config.target, width, height, blocks)
-    negative = checkpoint.encode_prompt(config.negative, width, height, blocks)
-    latents = edit(
-        checkpoint.denoiser, inversion, target, negative, config.guidance_scale,
-        prompt, config.fusion, config.chunk_frames, progress=progress,
+    return invert(
+        checkpoint.denoiser, encode(checkpoint, video.frames, bar("encode")), source, config.steps, config.keys,
+        config.clip_norm, settings or config.store, config.chunk_frames, prompt=config.source,
+        extra={"fps": [fps.numerator, fps.denominator], "model": config.model}, progress=bar("invert"),
     )  # fmt: skip
-    return to_bytes(checkpoint.decode_latents(latents))
+
+
+def one_edit(checkpoint: Checkpoint, config: EditConfig, prompt: Any, latents_shape: tuple[int, ...]) -> Edit:
+    """A configuration's edit, its prompts encoded."""
+    height, width = (side * checkpoint.factor for side in latents_shape[-2:])
+    blocks = checkpoint.blocks(config.target, config.negative)
+    target, negative = (
+        checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
+    )
+    return Edit(target, negative, config.guidance_scale, prompt, config.fusion)
+
+
+def encode(checkpoint: Checkpoint, frames: Tensor, progress: Callable[[int, int], None]) -> Tensor:
+    """Latents of uint8 frames (frames, height, width, 3); pictures are unpacked one at a time."""
+    parts = []
+    for i, frame in enumerate(frames.split(1)):
+        parts.append(checkpoint.encode_frames(to_unit(frame)).float())
+        progress(i + 1, len(frames))
+    return torch.cat(parts)
+
+
+def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
+    """uint8 frames (frames, height, width, 3) of latents, one at a time."""
+    return torch.cat([to_bytes(checkpoint.decode_latents(latent)) for latent in latents.split(1)])
 
 
 def _with_store(config: EditConfig, store: AttentionStore) -> EditConfig:
@@ -217,7 +253,7 @@ def _with_store(config: EditConfig, store: AttentionStore) -> EditConfig:
     default = EditConfig()
     said = {
         "steps": (config.steps, store.steps),
-        "memory": (config.memory, store.memory),
+        "memory": (default.memory if config.memory == "auto" else config.memory, store.memory),
         "clip_norm": (config.clip_norm, store.clip_norm),
         "key_frames": (config.key_frames, store.key_frames.entries),
         "source": (config.source, store.prompt),

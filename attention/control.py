@@ -6,7 +6,7 @@ columns, c target columns, n key frames, d channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .key_frames import KeyFrames
+from .key_frames import KeyFrames, Piece
 
 Place = Literal["down", "mid", "up"]
 Kind = Literal["self", "cross"]
@@ -69,17 +69,14 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 class Control:
     """Attention as the model has it, but with keys and values from the clip's key frames.
 
-    A host calls the two methods once for every layer of every UNet call, with tensors
-    (frames, heads, tokens, head_dim) of one branch. `frames` are the clip's frames that the
-    running call holds, in order: all of them, or a chunk with its key frames; `kept` are
-    those whose results count. `attend` is the kernel, which a host may set.
+    A host calls the two methods once for every layer of a UNet call on the frames that `piece`
+    holds, with tensors (frames, heads, tokens, head_dim) of one branch; the text's keys and
+    values may have one row for all frames. `attend` is the kernel, which a host may set.
     """
 
-    def __init__(self, key_frames: KeyFrames, frames: int) -> None:
+    def __init__(self, key_frames: KeyFrames, piece: Piece) -> None:
         self.key_frames = key_frames
-        self.clip_length = frames
-        self.frames: Sequence[int] = range(frames)
-        self.kept: Sequence[int] = range(frames)
+        self.piece = piece
         self.attend: Attend = attention
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
@@ -89,6 +86,6 @@ class Control:
         return self.attend(q, k, v)
 
     def seen(self, k: Tensor, site: AttentionSite) -> Tensor:
-        """What each frame sees of its key frames: (f h t d) -> (f h (n t) d)."""
-        keys = self.key_frames.at(site.channels)
-        return keys.gather(k, self.frames, self.frames, self.clip_length)
+        """What each frame sees of its key frames: (f h t d) -> (f h (n t) d), or one row for all."""
+        held = self.piece.held
+        return self.key_frames.at(site.channels).gather(k, held, held, self.piece.clip)

@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor
 
 from .control import AttentionSite, Control, attention_map
-from .key_frames import KeyFrames
 from .prompt import Alignment
 from .records import SourceStep
 
@@ -100,14 +99,13 @@ class StepPlan:
 class Fuser(Control):
     """The conditional branch of the edit at one step, fused with the source's.
 
-    masks: (height, width) of a grid -> its mask (f, height, width), 1 where the edit keeps
-    its own self-attention; None for none. keep: names of the layers whose own cross maps are kept in `maps`.
+    masks: (height, width) of a grid -> its mask (f, height, width) of the piece's frames, 1 where
+    the edit keeps its own self-attention; None for none. keep: names of the layers whose own
+    cross maps are kept in `maps`.
     """
 
     def __init__(
         self,
-        key_frames: KeyFrames,
-        frames: int,
         source: SourceStep,
         alignment: Alignment,
         fusion: FusionSettings,
@@ -115,32 +113,35 @@ class Fuser(Control):
         masks: dict[tuple[int, int], Tensor] | None = None,
         keep: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(key_frames, frames)
+        super().__init__(source.key_frames, source.piece)
         self.source = source
         self.alignment = alignment
         self.fusion = fusion
         self.plan = plan
         self.masks = masks
         self.keep = keep
-        self.maps: dict[str, dict[int, Tensor]] = {}
-        """By layer and first frame; a host's guidance may evaluate the branch again, and the first time counts."""
+        self.maps: dict[str, Tensor] = {}
+        """A host's guidance may evaluate the branch again; the first time counts."""
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if not (self.plan.fuse_self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
-        frames, seen = list(self.frames), self.seen(v, site)
-        source = self.source.apply_self(site, seen.expand(len(q), -1, -1, -1), frames, self.attend)
+        seen = self.seen(v, site)
+        source = self.source.apply_self(site, seen, self.attend)
         if self.masks is None:
             return source
-        mask = rearrange(self.masks[site.height, site.width][frames], "f y x -> f 1 (y x) 1").to(q)
+        mask = rearrange(self.masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(q)
         return mask * self.attend(q, self.seen(k, site), seen) + (1 - mask) * source
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         fuses = self.plan.fuse_cross and self.fusion.fuses(site)
         if not fuses and site.name not in self.keep:
             return super().cross_attention(q, k, v, site)
-        own = attention_map(q, k)
+        attend = self.attend
         if site.name in self.keep:
-            rows = [list(self.frames).index(f) for f in self.kept]
-            self.maps.setdefault(site.name, {}).setdefault(self.kept[0], own[rows])
-        return (self.alignment.fuse(self.source.cross_map(site, list(self.frames)), own) if fuses else own) @ v
+            own = self.maps.setdefault(site.name, attention_map(q, k))
+            attend = lambda q, k, v: own @ v  # noqa: E731
+        if not fuses:
+            return attend(q, k, v)
+        of_source, of_own = self.alignment.values(v)
+        return self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)

@@ -4,12 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-NAMES = ("self", "first", "middle", "last", "previous")
+ANCHORS = ("first", "middle", "last")
+NAMES = ("self", *ANCHORS, "previous")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frames of a clip that one UNet call holds.
+
+    held: the frames, in order. weights: of their results; over all pieces of a clip each frame's
+    sum to 1, and key frames that only came along have 0. owned: the frames whose attention is
+    recorded from this piece, each frame's in one piece. clip: the clip's length.
+    """
+
+    held: tuple[int, ...]
+    weights: tuple[float, ...]
+    owned: tuple[int, ...]
+    clip: int
+
+    @classmethod
+    def whole(cls, clip: int) -> Piece:
+        """The whole clip in one."""
+        return cls(tuple(range(clip)), (1.0,) * clip, tuple(range(clip)), clip)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.held) == self.clip
+
+    def rows(self, frames: Iterable[int]) -> list[int]:
+        """Where some frames are among the held."""
+        return [self.held.index(f) for f in frames]
 
 
 @dataclass(frozen=True)
@@ -70,47 +100,83 @@ class KeyFrames:
 
     @property
     def anchored(self) -> bool:
-        """Whether frames meet only through fixed frames, so that a clip can run in chunks."""
+        """Whether frames meet only through fixed frames, so that a clip can run in pieces without loss."""
         return all(entry in ("self", 0, "first", "middle", "last") for entry in self.entries)
 
-    def used(self, frames: int) -> tuple[int, ...]:
-        """The clip's frames whose keys any frame sees, in order."""
-        return tuple(sorted({seen for f in range(frames) for seen in self.of_frame(f, frames)}))
+    def anchors(self, clip: int) -> set[int]:
+        """The fixed frames that every frame sees."""
+        return {self.of_frame(0, clip)[i] for i, entry in enumerate(self.entries) if entry in ANCHORS}
 
-    def windows(self, frames: int, chunk: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Pieces of a clip to run one after another: (frames in the call, frames kept).
+    def used(self, frames: Iterable[int], clip: int) -> tuple[int, ...]:
+        """The clip's frames whose keys some frames see, in order."""
+        return tuple(sorted({seen for f in frames for seen in self.of_frame(f, clip)}))
 
-        A piece holds up to `chunk` frames and the key frames they see. Raises ValueError
-        where frames meet through neighbours, for then no piece is enough by itself.
+    def pieces(self, clip: int, chunk: int | None = None, clip_norm: bool = False) -> list[Piece]:
+        """A clip in pieces of up to `chunk` frames, to run one after another.
+
+        Each piece brings the fixed key frames along. Where frames meet only through these, the
+        pieces give what the whole clip gives. With neighbours among the key frames, or with
+        clip norm, pieces overlap by a quarter, their results are blended with weights that fall
+        towards a piece's ends, and the whole clip's result is approximated.
+
+        Raises ValueError for a chunk that is too short.
         """
-        everything = tuple(range(frames))
-        if chunk is None or chunk >= frames:
-            return [(everything, everything)]
-        if chunk < 1:
-            raise ValueError(f"chunk_frames is {chunk}; it must be at least 1")
-        if not self.anchored:
-            raise ValueError(
-                f"chunk_frames={chunk} needs key_frames among self, first, middle and last, got {self.entries}: "
-                "with neighbours every frame depends on the whole clip"
-            )
-        pieces = []
-        for start in range(0, frames, chunk):
-            kept = everything[start : start + chunk]
-            seen = {s for f in kept for s in self.of_frame(f, frames)}
-            seen |= {s for f in seen for s in self.of_frame(f, frames)}
-            pieces.append((tuple(sorted(seen | set(kept))), kept))
+        if chunk is None or chunk >= clip:
+            return [Piece.whole(clip)]
+        exact = self.anchored and not clip_norm
+        if chunk < (1 if exact else 2):
+            least = "1" if exact else "2, with neighbours among the key frames or clip norm"
+            raise ValueError(f"chunk_frames is {chunk}; it must be at least {least}")
+        if exact:
+            return self.around([(range(clip)[at : at + chunk], [1.0] * chunk) for at in range(0, clip, chunk)], clip)
+        advance = chunk - max(1, chunk // 4)
+        starts = [*range(0, clip - chunk, advance), clip - chunk]
+        ramp = [float(min(i + 1, chunk - i)) for i in range(chunk)]
+        return self.around([(range(at, at + chunk), ramp) for at in starts], clip)
+
+    def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Piece]:
+        """Pieces for windows of frames with a weight for each frame's result; they must cover the clip."""
+        shares = [dict(zip(frames, weights, strict=False)) for frames, weights in windows]
+        total = [sum(share.get(f, 0.0) for share in shares) for f in range(clip)]
+        pieces, seen = [], set[int]()
+        for share in shares:
+            held = tuple(sorted({*share, *self.anchors(clip)}))
+            weights = tuple(share.get(f, 0.0) / total[f] for f in held)
+            owned = tuple(f for f in held if f in share and f not in seen)
+            seen |= set(owned)
+            pieces.append(Piece(held, weights, owned, clip))
         return pieces
 
     def gather(self, k: Tensor, held: Sequence[int], frames: Sequence[int], clip: int) -> Tensor:
         """Keys or values of the key frames of each of `frames`.
 
-        k: (f h t d) of the clip's frames `held`. Returns (frames, h, (n t), d), or a single
-        frame's to broadcast when all see the same ones.
+        k: (f h t d) of the clip's frames `held`; a key frame that is not held gives way to the
+        nearest that is. Returns (frames, h, (n t), d), or a single frame's to broadcast when all
+        see the same ones.
         """
-        if self.only_self and len(self.entries) == 1 and list(held) == list(frames):
+        rows = _rows(self, tuple(held), tuple(frames), clip)
+        if rows is None:
             return k
-        row = {frame: i for i, frame in enumerate(held)}
-        table = [[row[seen] for seen in self.of_frame(frame, clip)] for frame in frames]
-        if all(seen == table[0] for seen in table):
-            table = table[:1]
-        return rearrange(k[torch.tensor(table, device=k.device)], "f n h t d -> f h (n t) d")
+        return rearrange(k[_index(rows, k.device)], "f n h t d -> f h (n t) d")
+
+
+@lru_cache(maxsize=256)
+def _rows(
+    keys: KeyFrames, held: tuple[int, ...], frames: tuple[int, ...], clip: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """Which of the held frames each frame sees; None where each sees itself alone."""
+
+    def row(wanted: int) -> int:
+        return min(range(len(held)), key=lambda i: abs(held[i] - wanted))
+
+    table = tuple(tuple(row(seen) for seen in keys.of_frame(frame, clip)) for frame in frames)
+    if table == tuple((i,) for i in range(len(held))):
+        return None
+    return table[:1] if len(set(table)) == 1 else table
+
+
+@lru_cache(maxsize=256)
+def _index(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """An index on a device, copied there once rather than at every layer."""
+    with torch.inference_mode(False):  # or gradients could not pass where a host first asked in that mode
+        return torch.tensor(rows, device=device)

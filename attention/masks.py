@@ -78,7 +78,7 @@ class GivenMask:
         scaled = F.interpolate(self.mask[:, None].float(), size=size, mode="area")[:, 0].clamp(0, 1)
         return scaled.expand(frames, -1, -1)
 
-    def joined(self, found: Tensor) -> Tensor:
-        """With the attention's mask (frames, height, width)."""
-        own = self.at((found.shape[1], found.shape[2]), len(found)).to(found)
+    def joined(self, own: Tensor, found: Tensor) -> Tensor:
+        """This mask with the attention's, both (frames, height, width) on one grid."""
+        own = own.to(found)
         return torch.maximum(own, found) if self.how == "union" else torch.minimum(own, found)

@@ -32,10 +32,17 @@ class Alignment:
     copied: Tensor
     weights: Tensor
 
-    def fuse(self, source: Tensor, target: Tensor) -> Tensor:
-        """(f h t s), (f h t c) -> (f h t c)."""
-        matrix, copied, weights = (x.to(target) for x in (self.matrix, self.copied, self.weights))
-        return (source.to(target) @ matrix * copied + target * (1 - copied)) * weights
+    def to(self, like: Tensor) -> Alignment:
+        """On the device and in the dtype of a tensor."""
+        return Alignment(self.matrix.to(like), self.copied.to(like), self.weights.to(like))
+
+    def values(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What the source's map and the target's own are multiplied with: (f h c d) -> (f h s d), (f h c d).
+
+        The fused map is A = (A_src M c + A_own (1 - c)) w, with the matrix M, copied c and weights w
+        by column. So A v = A_src (M c w v) + A_own ((1 - c) w v), and no map need be built.
+        """
+        return (self.matrix * self.copied * self.weights) @ v, ((1 - self.copied) * self.weights)[:, None] * v
 
 
 @dataclass(frozen=True)

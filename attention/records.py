@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .control import Attend, AttentionSite, Control, attention, attention_map
-from .key_frames import KeyFrames
+from .key_frames import KeyFrames, Piece
+
+Memory = Literal["recompute", "queries_keys", "maps"]
+MEMORIES: tuple[Memory, ...] = get_args(Memory)
+FLOAT8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class QueriesKeys:
-    """Queries of every frame (f h t d) and keys of the frames that are seen (used h t d).
+    """Queries (f h t d) and keys of the frames that are seen (used h t d) of one layer.
 
-    Cross-attention keys are the text's, the same for every frame: (1 h s d).
+    Cross-attention keys are the text's, the same for every frame: (1 h s d). In float8, scales
+    (1 h 1 1) bring each head's largest value to the format's largest.
     """
 
     q: Tensor
     k: Tensor
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"q": self.q, "k": self.k}
+        parts = {"q": self.q, "k": self.k, "q_scale": self.q_scale, "k_scale": self.k_scale}
+        return {name: part for name, part in parts.items() if part is not None}
 
-    def to(self, device: torch.device | str) -> QueriesKeys:
-        return QueriesKeys(self.q.to(device), self.k.to(device))
+    def stored(self, dtype: torch.dtype) -> QueriesKeys:
+        """In the precision they are kept in."""
+        if dtype == FLOAT8:
+            (q, q_scale), (k, k_scale) = _to_float8(self.q), _to_float8(self.k)
+            return QueriesKeys(q, k, q_scale, k_scale)
+        return QueriesKeys(self.q.to(dtype), self.k.to(dtype))
+
+    def queries(self, dtype: torch.dtype) -> Tensor:
+        """In the precision they are used in."""
+        return _from_float8(self.q, self.q_scale, dtype)
+
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """In the precision they are used in."""
+        return _from_float8(self.k, self.k_scale, dtype)
 
 
 @dataclass(frozen=True)
@@ -39,8 +61,20 @@ class Map:
     def tensors(self) -> dict[str, Tensor]:
         return {"map": self.probabilities}
 
-    def to(self, device: torch.device | str) -> Map:
-        return Map(self.probabilities.to(device))
+    def stored(self, dtype: torch.dtype) -> Map:
+        """In the precision they are kept in; float8 is too coarse for shares, and gives way to float16."""
+        return Map(self.probabilities.to(map_precision(dtype)))
+
+
+def map_precision(dtype: torch.dtype) -> torch.dtype:
+    """The precision of maps beside queries and keys of one."""
+    return torch.float16 if dtype == FLOAT8 else dtype
+
+
+def kept_as_map(memory: Memory, site: AttentionSite, columns: int) -> bool:
+    """Whether a store keeps a layer's map: beside queries and keys too, where the text's map is narrower than they."""
+    narrow = site.kind == "cross" and site.heads * columns < site.channels
+    return memory == "maps" or (memory == "queries_keys" and narrow)
 
 
 Record = QueriesKeys | Map
@@ -48,77 +82,114 @@ Record = QueriesKeys | Map
 
 def record_from(tensors: dict[str, Tensor]) -> Record:
     """The inverse of `Record.tensors`."""
-    return Map(tensors["map"]) if "map" in tensors else QueriesKeys(tensors["q"], tensors["k"])
+    if "map" in tensors:
+        return Map(tensors["map"])
+    return QueriesKeys(tensors["q"], tensors["k"], tensors.get("q_scale"), tensors.get("k_scale"))
+
+
+def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor (f h t d) in float8 and the scale of each head, to multiply it with again."""
+    largest = x.abs().amax((0, 2, 3), keepdim=True).float().clamp(min=1e-12)
+    scale = largest / torch.finfo(FLOAT8).max
+    return (x / scale.to(x)).clamp(-448, 448).to(FLOAT8), scale
+
+
+def _from_float8(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)
 
 
 @dataclass(frozen=True)
 class SourceStep:
-    """Everything recorded at one step, read by site and by the clip's frames."""
+    """What the source branch did at one step, for one piece of a clip.
+
+    Queries and maps have a row for each frame that the piece holds. Keys are of the piece's
+    frames too, or with `stored` of the key frames that these see, as a store keeps them.
+    """
 
     records: dict[str, Record]
     key_frames: KeyFrames
-    clip_length: int
+    piece: Piece
+    stored: bool = False
 
-    def __contains__(self, site: AttentionSite) -> bool:
-        return site.name in self.records
-
-    def apply_self(self, site: AttentionSite, v: Tensor, frames: list[int], attend: Attend = attention) -> Tensor:
-        """A_src @ v for the given frames, v being what they see: (f h (n t) d) -> (f h t d)."""
+    def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
+        """A_src @ v, v being what each frame sees: (f h (n t) d) -> (f h t d)."""
         record = self.records[site.name]
         if isinstance(record, Map):
-            return record.probabilities[frames].to(v) @ v
-        keys = self.key_frames.at(site.channels)
-        k = keys.gather(record.k.to(v), keys.used(self.clip_length), frames, self.clip_length)
-        return attend(record.q[frames].to(v), k, v)
+            return record.probabilities.to(v) @ v
+        keys, (held, clip) = self.key_frames.at(site.channels), (self.piece.held, self.piece.clip)
+        k = keys.gather(record.keys(v.dtype), keys.used(held, clip) if self.stored else held, held, clip)
+        return attend(record.queries(v.dtype), k, v)
 
-    def cross_map(self, site: AttentionSite, frames: list[int]) -> Tensor:
+    def apply_cross(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
+        """A_src @ v for one value of each source column: (f or 1, h s d) -> (f h t d)."""
+        record = self.records[site.name]
+        if isinstance(record, Map):
+            return record.probabilities.to(v) @ v
+        return attend(record.queries(v.dtype), record.keys(v.dtype), v)
+
+    def cross_map(self, site: AttentionSite, dtype: torch.dtype) -> Tensor:
         """(f h t s)."""
         record = self.records[site.name]
-        return record.probabilities[frames] if isinstance(record, Map) else attention_map(record.q[frames], record.k)
+        if isinstance(record, Map):
+            return record.probabilities.to(dtype)
+        return attention_map(record.queries(dtype), record.keys(dtype))
 
 
 class Recorder(Control):
-    """Runs the source branch and keeps the wanted layers' queries and keys, or maps."""
+    """Runs the source branch and keeps the wanted layers' attention as a memory has it."""
 
-    def __init__(self, key_frames: KeyFrames, frames: int, wanted: set[str], maps: bool = False) -> None:
-        super().__init__(key_frames, frames)
+    def __init__(self, key_frames: KeyFrames, piece: Piece, wanted: set[str], memory: Memory = "recompute") -> None:
+        super().__init__(key_frames, piece)
         self.wanted = wanted
-        self.maps = maps
-        self._pieces: dict[str, list[Record]] = {}
+        self.memory = memory
+        self.records: dict[str, Record] = {}
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.wanted:
-            rows = [list(self.frames).index(f) for f in self.kept]
-            key_frames = self.key_frames.at(site.channels)
-            if self.maps:
-                seen = key_frames.gather(k, self.frames, self.kept, self.clip_length)
-                record: Record = Map(attention_map(q[rows], seen))
-            else:
-                used = key_frames.used(self.clip_length)
-                keys = [row for f, row in zip(self.kept, rows, strict=True) if f in used]
-                record = QueriesKeys(q[rows], k[keys])
-            self._pieces.setdefault(site.name, []).append(record)
+            as_map = kept_as_map(self.memory, site, k.shape[2])
+            self.records[site.name] = Map(attention_map(q, self.seen(k, site))) if as_map else QueriesKeys(q, k)
         return super().self_attention(q, k, v, site)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.wanted:
-            rows = [list(self.frames).index(f) for f in self.kept]
-            record = Map(attention_map(q[rows], k[:1])) if self.maps else QueriesKeys(q[rows], k[:1])
-            self._pieces.setdefault(site.name, []).append(record)
+            as_map = kept_as_map(self.memory, site, k.shape[2])
+            self.records[site.name] = Map(attention_map(q, k[:1])) if as_map else QueriesKeys(q, k[:1])
         return super().cross_attention(q, k, v, site)
 
-    @property
-    def records(self) -> dict[str, Record]:
-        """Whole-clip records of every wanted site, the pieces of chunks joined."""
-        return {name: _joined(pieces, name.endswith("cross")) for name, pieces in self._pieces.items()}
+
+def whole_clip(recorders: Sequence[Recorder], sites: Sequence[AttentionSite]) -> dict[str, Record]:
+    """The records of a step as a store keeps them: every frame once, keys of the key frames alone."""
+    return {site.name: _whole(recorders, site) for site in sites if site.name in recorders[0].records}
 
 
-def _joined(pieces: list[Record], cross: bool) -> Record:
-    if len(pieces) == 1:
-        # Rows were picked by index, so these are copies and hold no larger tensor alive.
-        return pieces[0]
-    first = pieces[0]
+def _whole(recorders: Sequence[Recorder], site: AttentionSite) -> Record:
+    first = recorders[0].records[site.name]
+    everyone = tuple(range(recorders[0].piece.clip))
     if isinstance(first, Map):
-        return Map(torch.cat([p.probabilities for p in pieces if isinstance(p, Map)]))
-    parts = [p for p in pieces if isinstance(p, QueriesKeys)]
-    return QueriesKeys(torch.cat([p.q for p in parts]), first.k if cross else torch.cat([p.k for p in parts]))
+        return Map(_rows_of(recorders, [_tensors(r, site)["map"] for r in recorders], everyone))
+    q = _rows_of(recorders, [_tensors(r, site)["q"] for r in recorders], everyone)
+    if site.kind == "cross":
+        return QueriesKeys(q, first.k)
+    used = recorders[0].key_frames.at(site.channels).used(everyone, len(everyone))
+    return QueriesKeys(q, _rows_of(recorders, [_tensors(r, site)["k"] for r in recorders], used))
+
+
+def _tensors(recorder: Recorder, site: AttentionSite) -> dict[str, Tensor]:
+    return recorder.records[site.name].tensors
+
+
+def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
+    """Some frames' rows, each from the piece that owns the frame, in the clip's order."""
+    if len(parts) == 1:
+        return pick(parts[0], frames)
+    found: dict[int, Tensor] = {}
+    for recorder, part in zip(recorders, parts, strict=True):
+        found |= {f: part[recorder.piece.held.index(f)] for f in recorder.piece.owned if f in frames}
+    return torch.stack([found[f] for f in frames])
+
+
+def pick(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor, without a copy where they follow one another."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return x[rows[0] : rows[0] + len(rows)]
+    return x[list(rows)]

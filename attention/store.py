@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .control import AttentionSite
-from .key_frames import KeyFrames
-from .records import Record, SourceStep, record_from
+from .budget import PRECISIONS, Demand, Layout, StorePlan, StoreSettings
+from .files import SafetensorsWriter
+from .key_frames import KeyFrames, Piece
+from .records import Memory, SourceStep
+from .shelves import FileShelf, MemoryShelf, Put, Records, Shelf, fetch, tensor_name, written_behind
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Memory = Literal["recompute", "queries_keys", "maps"]
-MEMORIES: tuple[Memory, ...] = get_args(Memory)
-FORMAT = "fatezero-store-1"
+FORMAT = "fatezero-store-2"
 
 
 class StoreError(ValueError):
@@ -91,8 +91,9 @@ class AttentionStore:
     memory: "recompute" keeps latents only and runs the source branch again beside the
     edit; "queries_keys" keeps queries and keys; "maps" keeps the paper's attention maps.
     latents: (steps + 1, frames, 4, h, w), clean to noisy. timesteps: noisy to clean.
-    records: one dict for each edit step, noisy to clean; empty for "recompute" and for a
-    store on disk, which is read a step at a time.
+    kept_steps: how many edit steps, from the noisiest, have their attention on the shelf.
+    shelf: where attention is; None for "recompute". plan: what was chosen and why; None for a
+    store from a file.
     """
 
     memory: Memory
@@ -105,8 +106,9 @@ class AttentionStore:
     model: ModelIdentity
     prompt: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    records: list[dict[str, Record]] = field(default_factory=list)
-    path: Path | None = None
+    kept_steps: int = 0
+    shelf: Shelf | None = None
+    plan: StorePlan | None = None
 
     @property
     def steps(self) -> int:
@@ -119,55 +121,74 @@ class AttentionStore:
     @property
     def nbytes(self) -> int:
         """Bytes of everything held, on disk or in memory."""
-        held = self.latents.nbytes + self.source.nbytes
-        if self.path is not None:
-            with safe_open(self.path, framework="pt") as file:
-                return held + sum(_slice_bytes(file, key) for key in _names(file) if key.startswith("step."))
-        return held + sum(t.nbytes for step in self.records for r in step.values() for t in r.tensors.values())
+        return self.latents.nbytes + self.source.nbytes + (self.shelf.nbytes if self.shelf else 0)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same store with its latents on a device, where a run then brings what it reads.
-
-        Attention stays where it is until a step asks for it.
-        """
+        """The same store with its latents on a device; attention stays on its shelf."""
         return replace(self, latents=self.latents.to(device), source=self.source.to(self.latents.to(device)[:0]))
 
-    def source_step(self, step: int, wanted: set[str]) -> SourceStep:
-        """The records of an edit step (0 the noisiest) for some layers, on the latents' device.
+    def keeps(self, step: int) -> bool:
+        """Whether an edit step's attention (0 the noisiest) is on the shelf."""
+        return self.shelf is not None and step < self.kept_steps
 
-        Raises StoreError for a layer that was not recorded.
+    def fetch(self, step: int, wanted: set[str], piece: Piece, device: torch.device) -> Records:
+        """The records of an edit step for some layers and a piece of the clip, on a device.
+
+        Raises StoreError for a layer that was not kept.
         """
-        if self.path is None:
-            device = self.latents.device
-            records = {name: r.to(device) for name, r in self.records[step].items() if name in wanted}
-        else:
-            records = self._read(step, wanted)
+        assert self.shelf is not None
+        records = fetch(self.shelf, step, wanted, self.key_frames, piece, device)
         missing = sorted(wanted - set(records))
         if missing:
             raise StoreError(
                 f"the store holds no attention of {missing[0]} ({len(missing)} layers missing): "
                 "invert with a larger max_tokens, or lower max_tokens of the edit"
             )
-        return SourceStep(records, self.key_frames, self.frames)
+        return records
+
+    def source_step(self, step: int, wanted: set[str], piece: Piece | None = None) -> SourceStep:
+        """What `fetch` gives, for the whole clip or a piece of it, on the latents' device."""
+        piece = piece or Piece.whole(self.frames)
+        return SourceStep(self.fetch(step, wanted, piece, self.latents.device), self.key_frames, piece, stored=True)
 
     # --- on disk ----------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, whole or not at all, a step at a time.
 
         Raises OSError, saying the bytes, where the disk has no room.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if self.nbytes > free:
-            raise OSError(f"the store takes {self.nbytes} bytes but {path.parent} has {free} free")
-        tensors = {"latents": self.latents, "source.embeddings": self.source.embeddings}
-        tensors |= {f"source.extras.{name}": t for name, t in self.source.extras.items()}
-        for step in range(len(self.records) if self.path is None else self.steps if self.memory != "recompute" else 0):
-            records = self.records[step] if self.path is None else self._read(step, None)
-            for name, record in records.items():
-                tensors |= {f"step.{step:04d}.{name}.{part}": t for part, t in record.tensors.items()}
+        steps = range(self.kept_steps) if self.shelf else range(0)
+        layout = self._layout()
+        for step in steps:
+            for layer, parts in self._tensors(step).items():
+                layout |= {tensor_name(step, f"{layer}.{p}"): (t.dtype, tuple(t.shape)) for p, t in parts.items()}
+        with SafetensorsWriter(path, layout, self._about()) as file:
+            for step in steps:
+                for layer, parts in self._tensors(step).items():
+                    for part, tensor in parts.items():
+                        file.put(tensor_name(step, f"{layer}.{part}"), tensor)
+            self._put_latents(file)
+        return path
+
+    def _tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
+        assert self.shelf is not None
+        return self.shelf.tensors(step)
+
+    def _own(self) -> dict[str, Tensor]:
+        """All but the shelf."""
+        extras = {f"source.extras.{name}": t for name, t in self.source.extras.items()}
+        return {"latents": self.latents, "source.embeddings": self.source.embeddings, **extras}
+
+    def _layout(self) -> Layout:
+        return {name: (t.dtype, tuple(t.shape)) for name, t in self._own().items()}
+
+    def _put_latents(self, file: SafetensorsWriter) -> None:
+        for name, tensor in self._own().items():
+            file.put(name, tensor)
+
+    def _about(self) -> dict[str, str]:
         about = {
             "format": FORMAT,
             "memory": self.memory,
@@ -178,20 +199,12 @@ class AttentionStore:
             "model": vars(self.model),
             "prompt": self.prompt,
             "extra": self.extra,
+            "kept_steps": self.kept_steps,
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            on_cpu = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-            save_file(on_cpu, partial, metadata={"fatezero": json.dumps(about)})
-            partial.replace(path)
-        except SafetensorError as error:
-            raise OSError(f"the store of {self.nbytes} bytes could not be written to {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return {"fatezero": json.dumps(about)}
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> AttentionStore:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
         """Read a store; attention stays on disk until a step asks for it.
 
         Raises FileNotFoundError, or StoreError for a file that is damaged or not a store.
@@ -204,7 +217,7 @@ class AttentionStore:
                 about = json.loads((file.metadata() or {}).get("fatezero", "{}"))
                 if about.get("format") != FORMAT:
                     raise StoreError(f"{path} is a safetensors file, but not a store of this version of fatezero")
-                extras = {k[14:]: file.get_tensor(k) for k in _names(file) if k.startswith("source.extras.")}
+                extras = {k[14:]: file.get_tensor(k) for k in file.keys() if k.startswith("source.extras.")}  # noqa: SIM118
                 return cls(
                     memory=about["memory"],
                     latents=file.get_tensor("latents"),
@@ -218,90 +231,57 @@ class AttentionStore:
                     ),
                     prompt=about["prompt"],
                     extra=about["extra"],
-                    path=None if about["memory"] == "recompute" else path,
+                    kept_steps=about["kept_steps"],
+                    shelf=None if about["memory"] == "recompute" else FileShelf(path),
                 )
         except (SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise StoreError(f"{path} is not a whole store (truncated or damaged): {error}") from error
 
-    def _read(self, step: int, wanted: set[str] | None) -> dict[str, Record]:
-        assert self.path is not None
-        prefix = f"step.{step:04d}."
-        found: dict[str, dict[str, Tensor]] = {}
-        with safe_open(self.path, framework="pt", device=str(self.latents.device)) as file:
-            for key in _names(file):
-                if key.startswith(prefix):
-                    name, _, part = key[len(prefix) :].rpartition(".")
-                    if wanted is None or name in wanted:
-                        found.setdefault(name, {})[part] = file.get_tensor(key)
-        return {name: record_from(tensors) for name, tensors in found.items()}
+    # --- as an inversion fills it -----------------------------------------------------------
 
+    @contextmanager
+    def filling(self, plan: StorePlan, settings: StoreSettings, demand: Demand, device: torch.device) -> Iterator[Put]:
+        """Lay the shelf out as planned; gives `put(step, records)`, which works beside the caller.
 
-def _names(file: Any) -> list[str]:
-    """The tensors of an open safetensors file, which is no dict."""
-    return list(file.keys())
+        After the block the store is whole; where the block fails nothing of it is left. The
+        latents must be in place when the block ends, for they are written last.
+        """
+        layout = demand.layout(plan.memory, settings)
+        self.plan = plan
+        self.kept_steps = settings.kept_steps(self.steps) if layout else 0
+        precision = PRECISIONS.get(settings.precision, demand.dtype)
 
+        def as_stored(records: Records) -> Records:
+            return {name: record.stored(precision) for name, record in records.items()}
 
-def _slice_bytes(file: Any, key: str) -> int:
-    part = file.get_slice(key)
-    size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}[part.get_dtype()]
-    return int(torch.Size(part.get_shape()).numel()) * size
+        if plan.place != "disk":
+            in_ram = plan.place == "ram"
+            shelf = MemoryShelf(torch.device("cpu") if in_ram else device, pinned=in_ram and device.type == "cuda")
+            with written_behind(device, lambda step, records: shelf.put(step, as_stored(records))) as put:
+                yield put
+            self.shelf = shelf if layout else None
+            return
 
+        temporary = settings.path is None
+        if settings.folder is not None:
+            settings.folder.mkdir(parents=True, exist_ok=True)
+        path = settings.path or Path(tempfile.mkdtemp(prefix="fatezero-", dir=settings.folder)) / "store.safetensors"
+        whole = self._layout()
+        for step in range(self.kept_steps):
+            whole |= {tensor_name(step, name): t for name, t in layout.items()}
+        try:
+            with SafetensorsWriter(path, whole, self._about()) as file:
 
-def store_bytes(
-    memory: Memory,
-    sites: Iterable[AttentionSite],
-    latents_shape: tuple[int, ...],
-    steps: int,
-    source: Condition,
-    key_frames: KeyFrames,
-    latent_size: int,
-    record_size: int,
-) -> int:
-    """Bytes an `AttentionStore` will take, before anything is run.
+                def write(step: int, records: Records) -> None:
+                    for name, record in as_stored(records).items():
+                        for part, tensor in record.tensors.items():
+                            file.put(tensor_name(step, f"{name}.{part}"), tensor)
 
-    latents_shape: (frames, 4, h, w). sites: the layers that will be recorded. latent_size,
-    record_size: bytes of a number of the latents and of the UNet's attention.
-    """
-    frames = latents_shape[0]
-    total = (steps + 1) * torch.Size(latents_shape).numel() * latent_size + source.nbytes
-    if memory == "recompute":
-        return total
-    for site in sites:
-        keys_of = key_frames.at(site.channels)
-        seen, used = len(keys_of.entries), len(keys_of.used(frames))
-        columns = source.columns if site.kind == "cross" else seen * site.tokens
-        if memory == "maps":
-            numbers = frames * site.tokens * columns
-        else:
-            keys = source.columns if site.kind == "cross" else used * site.tokens
-            numbers = (frames * site.tokens + keys) * site.head_dim
-        total += steps * site.heads * numbers * record_size
-    return total
-
-
-def check_memory(memory: str) -> Memory:
-    """The memory of a name; ValueError listing the three."""
-    for known in MEMORIES:
-        if memory == known:
-            return known
-    raise ValueError(f"memory is {memory!r}; it must be one of {', '.join(MEMORIES)}")
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a device's memory; None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def format_bytes(count: int) -> str:
-    """A number of bytes as people read it: 12.10 GB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
+                with written_behind(device, write) as put:
+                    yield put
+                self._put_latents(file)
+        except BaseException:
+            if temporary:
+                shutil.rmtree(path.parent, ignore_errors=True)
+            raise
+        self.shelf = FileShelf(path, temporary) if layout else None

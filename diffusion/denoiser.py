@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import KeyFrames, Piece
 from ..attention.store import Condition, ModelIdentity
 from .ddim import Schedule
+
+Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
+"""Frames to look at together, and how much each frame's result counts."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +44,43 @@ class Denoiser(Protocol):
     def identity(self) -> ModelIdentity:
         """What tells this model from another."""
 
-    def controlled(self, control: Control, clip_norm: bool = False) -> AbstractContextManager[None]:
-        """Let `control` compute attention inside the `with` block; leave no trace after it."""
+    def windows(self, latents: Tensor, timestep: int) -> Windows | None:
+        """The windows a host was told to see a clip through at a timestep; None for none."""
+
+    def hooked(self, clip_norm: bool = False) -> AbstractContextManager[None]:
+        """Hook the UNet for a run; leave no trace after the `with` block."""
 
     def predict_noise(
-        self, latents: Tensor, timestep: int, condition: Condition, guidance: Guidance | None = None
+        self, latents: Tensor, timestep: int, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
-        """Epsilon of (frames, 4, h, w) latents at a timestep, guided away from a negative prompt."""
+        """Epsilon of the latents of a piece's frames (held, 4, h, w), guided away from a negative prompt.
+
+        `control` computes attention, and its `piece` tells which of the clip's frames these are.
+        """
 
 
-def predict_clip(
-    denoiser: Denoiser,
-    control: Control,
-    latents: Tensor,
-    timestep: int,
-    condition: Condition,
-    clip_norm: bool,
-    chunk_frames: int | None,
-    guidance: Guidance | None = None,
-) -> Tensor:
-    """Epsilon of a whole clip under a control, in one UNet call or in chunks of frames."""
-    frames = len(latents)
-    pieces = control.key_frames.windows(frames, chunk_frames)
-    if clip_norm and len(pieces) > 1:
-        raise ValueError(
-            f"chunk_frames={chunk_frames} needs clip_norm=False: clip norm takes statistics over all {frames} frames"
-        )
-    parts = []
-    with denoiser.controlled(control, clip_norm):
-        for held, kept in pieces:
-            for branch in (control, guidance.control) if guidance else (control,):
-                branch.frames, branch.kept = held, kept
-            noise = denoiser.predict_noise(latents[list(held)], timestep, condition, guidance)
-            parts.append(noise if held == kept else noise[[held.index(f) for f in kept]])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def pieces_of(
+    denoiser: Denoiser, key_frames: KeyFrames, latents: Tensor, timestep: int, chunk_frames: int | None, clip_norm: bool
+) -> list[Piece]:
+    """The pieces a clip runs in at a timestep: chunks if asked for, else the host's windows, else one."""
+    if chunk_frames is None:
+        windows = denoiser.windows(latents, timestep)
+        if windows is not None:
+            return key_frames.around(windows, len(latents))
+    return key_frames.pieces(len(latents), chunk_frames, clip_norm)
+
+
+def frames_of(latents: Tensor, piece: Piece) -> Tensor:
+    """The latents of a piece's frames."""
+    return latents if piece.is_whole else latents[list(piece.held)]
+
+
+def joined(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
+    """One result for each frame of the clip, from the pieces' weighted ones."""
+    if len(pieces) == 1 and pieces[0].is_whole:
+        return parts[0]
+    whole = torch.zeros(pieces[0].clip, *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
+    for piece, part in zip(pieces, parts, strict=True):
+        weights = torch.tensor(piece.weights, dtype=part.dtype).to(part.device)
+        whole[list(piece.held)] += weights.view(-1, *[1] * (part.ndim - 1)) * part
+    return whole

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control
 from ..attention.fusion import Fuser, FusionSettings, StepPlan
+from ..attention.key_frames import Piece
 from ..attention.masks import GivenMask, mask_sites, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit
 from ..attention.records import Recorder, SourceStep
+from ..attention.shelves import Records, read_ahead
 from ..attention.store import AttentionStore, Condition, StoreError
 from .ddim import Schedule, ddim_move
-from .denoiser import Denoiser, Guidance, predict_clip
+from .denoiser import Denoiser, Guidance, frames_of, joined, pieces_of
 from .invert import Inversion, Progress
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Edit:
+    """One edit of an inverted clip: the arguments of `edit` that differ from edit to edit."""
+
+    target_embeddings: Tensor | Condition
+    negative_embeddings: Tensor | Condition | None = None
+    guidance_scale: float = 7.5
+    prompt: PromptEdit | None = None
+    fusion: FusionSettings | None = None
+    mask: GivenMask | None = None
+
+
 def edit(
     denoiser: Denoiser,
     inversion: Inversion,
@@ -30,36 +46,128 @@ def edit(
     chunk_frames: int | None = None,
     *,
     mask: GivenMask | None = None,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip (FateZero Sec. 3.2 and 3.3); (frames, 4, h, w).
 
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative
     ones may be None at guidance 1. prompt: how source and target words meet; without it
-    there is no fusion, and the edit is plain DDIM from the inverted noise. mask: replaces or
-    joins the blend mask of self-attention and latents. Fusion touches the conditional branch
-    alone. UNet calls: two a step (one at guidance 1), and with memory "recompute" one more in
-    every step that reads the source.
+    there is no fusion, and the edit is plain DDIM from the inverted noise. chunk_frames: see
+    `invert`. mask: replaces or joins the blend mask of self-attention and latents. device: where
+    the UNet is; None for the target embeddings' device.
+
+    Fusion touches the conditional branch alone. UNet calls: two a step (one at guidance 1), and
+    one more in every step that reads a source that is not kept (`unet_calls`).
 
     Raises StoreError for a store of another model, schedule or prompt, and ValueError for
     options that do not fit each other, before the first step.
     """
-    return _Edit.prepared(
-        denoiser,
-        inversion.store,
-        target_embeddings,
-        negative_embeddings,
-        guidance_scale,
-        prompt,
-        fusion or FusionSettings(),
-        chunk_frames,
-        mask,
-    ).run(progress)
+    alone = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask)
+    return edit_many(denoiser, inversion, [alone], chunk_frames, device=device, progress=progress)[0]
 
 
-@dataclass
-class _Edit:
-    """One run of `edit`, with its inputs checked."""
+@torch.no_grad()
+def edit_many(
+    denoiser: Denoiser,
+    inversion: Inversion,
+    edits: Sequence[Edit],
+    chunk_frames: int | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Several edits of an inverted clip in one pass: each step's source is read, or computed, once for all.
+
+    Errors are those of `edit`.
+    """
+    if not edits:
+        return []
+    store = inversion.store
+    if device is None:
+        first = edits[0].target_embeddings
+        device = (first if isinstance(first, Tensor) else first.embeddings).device
+    device = torch.device(device)
+    schedule = denoiser.schedule(store.steps)
+    for one in edits:
+        check_store(store, denoiser, schedule, one.prompt)
+    runs = [_Run.prepared(denoiser, store, schedule, one, device) for one in edits]
+    start = store.latents[-1].to(device)
+    store.key_frames.pieces(store.frames, chunk_frames, store.clip_norm)
+    pieces = [
+        pieces_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
+        for timestep in store.timesteps
+    ]
+    wanted = [set().union(*(run.wanted(step) for run in runs)) for step in range(store.steps)]
+    zs = [start] * len(runs)
+    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, pieces, wanted, device) as source_of:
+        for step in range(store.steps):
+            parts: list[list[_Part]] = [[] for _ in runs]
+            for piece in pieces[step]:
+                source = source_of(step, piece)
+                for run, z, own in zip(runs, zs, parts, strict=True):
+                    own.append(run.predict(z, step, source))
+            zs = [run.move(z, step, pieces[step], own) for run, z, own in zip(runs, zs, parts, strict=True)]
+            if progress:
+                progress(step + 1, store.steps)
+    return zs
+
+
+# --- the source ---------------------------------------------------------------------------
+
+
+SourceOf = Callable[[int, Piece], SourceStep]
+
+
+@contextmanager
+def _sources(
+    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], wanted: list[set[str]], device: torch.device
+) -> Iterator[SourceOf]:
+    """The source's attention at each step and piece in order: read ahead from the store, or computed again."""
+
+    def kept(step: int) -> bool:
+        return bool(wanted[step]) and store.keeps(step)
+
+    def job(step: int, piece: Piece) -> Callable[[], Records]:
+        return lambda: store.fetch(step, wanted[step], piece, device)
+
+    jobs = (job(step, piece) for step in range(store.steps) if kept(step) for piece in pieces[step])
+    with read_ahead(device, jobs) as take:
+
+        def source_of(step: int, piece: Piece) -> SourceStep:
+            if kept(step):
+                return SourceStep(take(), store.key_frames, piece, stored=True)
+            return compute_source(denoiser, store, step, wanted[step], piece, device)
+
+        yield source_of
+
+
+def compute_source(
+    denoiser: Denoiser, store: AttentionStore, step: int, wanted: set[str], piece: Piece, device: torch.device
+) -> SourceStep:
+    """The source's attention at an edit step (0 the noisiest), by the inversion's own UNet call."""
+    if not wanted:
+        return SourceStep({}, store.key_frames, piece)
+    z = store.latents[store.steps - step - 1].to(device, non_blocking=True)
+    recorder = Recorder(store.key_frames, piece, wanted)
+    denoiser.predict_noise(frames_of(z, piece), store.timesteps[step], store.source, recorder)
+    return SourceStep(recorder.records, store.key_frames, piece)
+
+
+# --- one edit -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one piece gives: noise (held, 4, h, w), and the mask of latents (held, 1, h, w) where there is one."""
+
+    noise: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One edit with its inputs checked, on the device it runs on."""
 
     denoiser: Denoiser
     store: AttentionStore
@@ -67,45 +175,39 @@ class _Edit:
     target: Condition
     negative: Condition | None
     guidance_scale: float
-    prompt: PromptEdit | None
     fusion: FusionSettings
     alignment: Alignment | None
+    blend_columns: tuple[list[int], list[int]]
     sites: list[AttentionSite]
     mask_sites: list[AttentionSite]
-    chunk_frames: int | None
     given: GivenMask | None
+    given_at: dict[tuple[int, int], Tensor]
+    """The given mask on each grid."""
 
     @classmethod
     def prepared(
-        cls,
-        denoiser: Denoiser,
-        store: AttentionStore,
-        target_embeddings: Tensor | Condition,
-        negative_embeddings: Tensor | Condition | None,
-        guidance_scale: float,
-        prompt: PromptEdit | None,
-        fusion: FusionSettings,
-        chunk_frames: int | None,
-        given: GivenMask | None,
-    ) -> _Edit:
-        schedule = denoiser.schedule(store.steps)
-        check_store(store, denoiser, schedule, prompt)
-        target = Condition.of(target_embeddings, "target_embeddings").to(store.latents)
+        cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit, device: torch.device
+    ) -> _Run:
+        like = store.latents[0, :1].to(device)
+        fusion, prompt, given = asked.fusion or FusionSettings(), asked.prompt, asked.mask
+        target = Condition.of(asked.target_embeddings, "target_embeddings").to(like)
         negative = None
-        if guidance_scale != 1:
-            if negative_embeddings is None:
-                raise ValueError(f"guidance_scale={guidance_scale} needs negative_embeddings")
-            negative = Condition.of(negative_embeddings, "negative_embeddings").to(store.latents)
-        store.key_frames.windows(store.frames, chunk_frames)
+        if asked.guidance_scale != 1:
+            if asked.negative_embeddings is None:
+                raise ValueError(f"guidance_scale={asked.guidance_scale} needs negative_embeddings")
+            negative = Condition.of(asked.negative_embeddings, "negative_embeddings").to(like)
         height, width = store.latents.shape[-2:]
         sites = denoiser.sites(height, width)
-        alignment, masking = None, []
+        alignment, masking, given_at = None, [], {}
+        columns: tuple[list[int], list[int]] = ([], [])
         if prompt is not None:
             alignment = prompt.align(store.source.columns, target.columns)
+            alignment = alignment.to(torch.empty(0, device=device, dtype=denoiser.dtype))
             if given is not None:
                 if not fusion.blends:
                     raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
-                given.at((height, width), store.frames)
+                grids = {(height, width)} | {(s.height, s.width) for s in sites}
+                given_at = {grid: given.at(grid, store.frames).to(like) for grid in grids}
             if fusion.blends and not (given is not None and given.alone):
                 columns = prompt.blend_columns(store.source.columns, target.columns)
                 if fusion.blend_latents and not columns[1]:
@@ -114,127 +216,123 @@ class _Edit:
         elif fusion.blends:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         return cls(
-            denoiser, store, schedule, target, negative, guidance_scale,
-            prompt, fusion, alignment, sites, masking, chunk_frames, given,
+            denoiser, store, schedule, target, negative, asked.guidance_scale,
+            fusion, alignment, columns, sites, masking, given, given_at,
         )  # fmt: skip
 
-    def run(self, progress: Progress | None) -> Tensor:
-        z, steps = self.store.latents[-1], self.schedule.steps
-        for step in range(steps):
-            z = self.step(z, step)
-            if progress:
-                progress(step + 1, steps)
-        return z
-
-    def step(self, z: Tensor, step: int) -> Tensor:
-        """One DDIM step from level steps - step to the cleaner one."""
-        level = self.schedule.steps - step
-        timestep = self.schedule.timesteps[step]
-        plan = self.plan(step)
-        source = self.source(step, plan)
-        control = self.control(source, plan)
-        noise = predict_clip(
-            self.denoiser, control, z, timestep, self.target, self.store.clip_norm, self.chunk_frames, self.guidance
-        )
-        z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
-        if plan.blend_latents and isinstance(control, Fuser):
-            kept = self.store.latents[level - 1]
-            z = kept + self.latent_mask(source, control) * (z - kept)
-        return z
-
     def plan(self, step: int) -> StepPlan:
-        if self.prompt is None:
+        if self.alignment is None:
             return StepPlan(False, False, False, False)
         return StepPlan.of(self.fusion, step, self.schedule.steps)
 
-    @property
-    def guidance(self) -> Guidance | None:
-        """Fusion touches the conditional branch alone; the negative one only shares key frames."""
-        if self.negative is None:
-            return None
-        return Guidance(self.negative, Control(self.store.key_frames, self.store.frames), self.guidance_scale)
+    def wanted(self, step: int) -> set[str]:
+        """Names of the layers whose source attention a step reads."""
+        return self.plan(step).wanted(self.fusion, self.sites, self.mask_sites)
 
-    def source(self, step: int, plan: StepPlan) -> SourceStep:
-        wanted = plan.wanted(self.fusion, self.sites, self.mask_sites)
-        return read_source(self.denoiser, self.store, step, wanted, self.chunk_frames)
+    def predict(self, z: Tensor, step: int, source: SourceStep) -> _Part:
+        """Noise of the source's piece, and where its latents are the edit's own."""
+        plan, timestep = self.plan(step), self.schedule.timesteps[step]
+        control = self.control(source, plan)
+        guidance = None
+        if self.negative is not None:  # fusion leaves this branch alone; its frames share key frames
+            plain = Control(source.key_frames, source.piece)
+            guidance = Guidance(self.negative, plain, self.guidance_scale)
+        latents = frames_of(z, source.piece)
+        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance)
+        if plan.blend_latents and isinstance(control, Fuser):
+            return _Part(noise, self.latent_mask(source, control).to(z))
+        return _Part(noise, None)
+
+    def move(self, z: Tensor, step: int, pieces: list[Piece], parts: list[_Part]) -> Tensor:
+        """One DDIM step from level steps - step to the cleaner one."""
+        level = self.schedule.steps - step
+        noise = joined(pieces, [part.noise for part in parts])
+        z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
+        masks = [part.mask for part in parts if part.mask is not None]
+        if masks:
+            kept = self.store.latents[level - 1].to(z.device, non_blocking=True)
+            z = kept + joined(pieces, masks) * (z - kept)
+        return z
 
     def control(self, source: SourceStep, plan: StepPlan) -> Control:
-        frames, keys = self.store.frames, self.store.key_frames
         if self.alignment is None or not (plan.fuse_cross or plan.fuse_self or plan.blend_latents):
-            return Control(keys, frames)
+            return Control(source.key_frames, source.piece)
         masks = None
         if plan.fuse_self and self.fusion.blend_self_attention:
             grids = {(s.height, s.width) for s in self.sites if s.kind == "self" and self.fusion.fuses(s)}
-            masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [])
+            masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [], source.piece)
         keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
-        return Fuser(keys, frames, source, self.alignment, self.fusion, plan, masks, keep)
+        return Fuser(source, self.alignment, self.fusion, plan, masks, keep)
 
     def latent_mask(self, source: SourceStep, control: Fuser) -> Tensor:
-        """Where source or target show a blend word: (f, 1, h, w)."""
+        """Where source or target show a blend word: (held, 1, h, w)."""
         heats = []
         if self.mask_sites:
-            maps = [(site, torch.cat([*control.maps[site.name].values()])) for site in self.mask_sites]
+            maps = [(site, control.maps[site.name]) for site in self.mask_sites]
             heats = [self.source_heat(source), word_heat(maps, self.blend_columns[1])]
         height, width = self.store.latents.shape[-2:]
-        return self.masks({(height, width)}, heats)[height, width][:, None]
+        return self.masks({(height, width)}, heats, source.piece)[height, width][:, None]
 
     def source_heat(self, source: SourceStep) -> Tensor:
-        return heat_of(source, self.mask_sites, self.blend_columns[0])
+        return heat_of(source, self.mask_sites, self.blend_columns[0], self.denoiser.dtype)
 
-    def masks(self, grids: set[tuple[int, int]], heats: list[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """The blend mask on some grids: the union of the heats' masks, with the mask given."""
+    def masks(self, grids: set[tuple[int, int]], heats: list[Tensor], piece: Piece) -> dict[tuple[int, int], Tensor]:
+        """The blend mask of a piece on some grids: the union of the heats' masks, with the mask given."""
         found = {}
         for grid in grids:
-            if self.given is not None and self.given.alone:
-                found[grid] = self.given.at(grid, self.store.frames).to(self.store.latents)
-                continue
             masks = [threshold_mask(heat, grid, self.fusion.blend_threshold) for heat in heats]
-            union = torch.stack(masks).amax(0)
-            found[grid] = union if self.given is None else self.given.joined(union)
+            if self.given is not None:
+                given = self.given_at[grid][list(piece.held)]
+                masks = [self.given.joined(given, torch.stack(masks).amax(0)) if masks else given]
+            found[grid] = torch.stack(masks).amax(0)
         return found
 
-    @property
-    def blend_columns(self) -> tuple[list[int], list[int]]:
-        assert self.prompt is not None
-        return self.prompt.blend_columns(self.store.source.columns, self.target.columns)
 
-
-def read_source(
-    denoiser: Denoiser, store: AttentionStore, step: int, wanted: set[str], chunk_frames: int | None = None
-) -> SourceStep:
-    """The inversion's attention at an edit step (0 the noisiest): read, or computed again."""
-    if not wanted:
-        return SourceStep({}, store.key_frames, store.frames)
-    if store.memory != "recompute":
-        return store.source_step(step, wanted)
-    recorder = Recorder(store.key_frames, store.frames, wanted)
-    z, timestep = store.latents[store.steps - step - 1], store.timesteps[step]
-    predict_clip(denoiser, recorder, z, timestep, store.source, store.clip_norm, chunk_frames)
-    return SourceStep(recorder.records, store.key_frames, store.frames)
+# --- a look at the source -------------------------------------------------------------------
 
 
 @torch.no_grad()
-def mask_source(
-    denoiser: Denoiser, inversion: Inversion, step: int, mask_tokens: int = 256
-) -> tuple[SourceStep, list[AttentionSite]]:
-    """The source's attention at an edit step in the layers that masks come from, and these layers."""
+def source_heats(
+    denoiser: Denoiser,
+    inversion: Inversion,
+    columns: Sequence[Sequence[int]],
+    step: int,
+    mask_tokens: int = 256,
+    chunk_frames: int | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """Where the source attends to some sets of its columns at an edit step: (frames, y, x) for each.
+
+    Taken from the layers that masks come from, which are read, or computed, once for all.
+    """
     store = inversion.store
+    device = torch.device(store.latents.device if device is None else device)
     sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
-    return read_source(denoiser, store, step, {s.name for s in sites}), sites
+    z = store.latents[store.steps - step - 1].to(device)
+    pieces = pieces_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
+    wanted = {site.name for site in sites}
+    parts: list[list[Tensor]] = [[] for _ in columns]
+    every_step = [wanted if other == step else set() for other in range(store.steps)]
+    by_step = [pieces] * store.steps
+    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, by_step, every_step, device) as source_of:
+        for piece in pieces:
+            source = source_of(step, piece)
+            for own, chosen in zip(parts, columns, strict=True):
+                own.append(heat_of(source, sites, chosen, denoiser.dtype))
+    return [joined(pieces, own) for own in parts]
 
 
 def source_heat(
     denoiser: Denoiser, inversion: Inversion, prompt: PromptEdit, step: int, mask_tokens: int = 256
 ) -> Tensor:
     """Where the source attends to the source's blend words at an edit step: (frames, y, x)."""
-    columns = inversion.store.source.columns
-    return heat_of(*mask_source(denoiser, inversion, step, mask_tokens), prompt.blend_columns(columns, columns)[0])
+    width = inversion.store.source.columns
+    return source_heats(denoiser, inversion, [prompt.blend_columns(width, width)[0]], step, mask_tokens)[0]
 
 
-def heat_of(source: SourceStep, sites: list[AttentionSite], columns: list[int]) -> Tensor:
-    """Attention of the source to some columns, on the grid of these layers: (frames, y, x)."""
-    everyone = list(range(source.clip_length))
-    return word_heat([(site, source.cross_map(site, everyone)) for site in sites], columns)
+def heat_of(source: SourceStep, sites: list[AttentionSite], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Attention of a piece's source to some columns, on the grid of these layers: (held, y, x)."""
+    return word_heat([(site, source.cross_map(site, dtype)) for site in sites], columns)
 
 
 def check_store(
@@ -258,8 +356,16 @@ def check_store(
         raise StoreError(f"the store was made with the prompt {store.prompt!r}, not {prompt.source!r}")
 
 
-def unet_calls(steps: int, guidance_scale: float, memory: str, fusion: FusionSettings) -> tuple[int, int]:
-    """UNet calls on the whole clip: (of the inversion, of the edit)."""
-    plans = [StepPlan.of(fusion, step, steps) for step in range(steps)]
-    reading = sum(p.fuse_cross or p.fuse_self or p.mask for p in plans) if memory == "recompute" else 0
-    return steps, steps * (1 if guidance_scale == 1 else 2) + reading
+class Calls(NamedTuple):
+    """UNet calls on the whole clip: to invert, to edit once, and for the source beside all edits of a pass."""
+
+    invert: int
+    edit: int
+    source: int
+
+
+def unet_calls(steps: int, guidance_scale: float, kept_steps: int, fusion: FusionSettings) -> Calls:
+    """What a run costs where the store keeps the attention of so many steps, none with memory "recompute"."""
+    plans = [StepPlan.of(fusion, step, steps) for step in range(kept_steps, steps)]
+    computed = sum(p.fuse_cross or p.fuse_self or p.mask for p in plans)
+    return Calls(steps, steps * (1 if guidance_scale == 1 else 2), computed)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.budget import Demand, StoreSettings, plan_store
 from ..attention.key_frames import KeyFrames
-from ..attention.records import Recorder
-from ..attention.store import AttentionStore, Condition, available_bytes, check_memory, store_bytes
+from ..attention.records import Recorder, whole_clip
+from ..attention.store import AttentionStore, Condition
 from .ddim import ddim_move
-from .denoiser import Denoiser, predict_clip
+from .denoiser import Denoiser, frames_of, joined, pieces_of
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
@@ -37,54 +39,39 @@ def invert(
     steps: int = 50,
     key_frames: KeyFrames | Iterable[str | int] | str | int = ("self", "middle"),
     clip_norm: bool = False,
-    memory: str = "recompute",
+    memory: str | StoreSettings = "recompute",
     chunk_frames: int | None = None,
     *,
-    max_tokens: int | None = None,
     prompt: str | None = None,
-    store_device: torch.device | str | None = None,
+    extra: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Inversion:
     """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1).
 
     latents: (frames, 4, h, w), scaled as the UNet knows them. source_embeddings: (1, tokens,
     dim), or a `Condition`. key_frames: whose keys and values a frame sees, see `KeyFrames`.
-    clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: see
-    `AttentionStore`. chunk_frames: frames of one UNet call, None for all. max_tokens: record
-    only layers of up to this many tokens. prompt: kept in the store, to check edits against.
-    store_device: where attention is kept as it is recorded; None for the latents' device.
+    clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
+    name, or `StoreSettings`. chunk_frames: frames of one UNet call, None for all; see
+    `KeyFrames.pieces` for when this approximates. prompt, extra: kept in the store, to check edits
+    against and for the caller's own use; `extra` must fit JSON.
 
     At step i the UNet is called at the *target* timestep with the latent of the level
     before, as the authors' code does. Raises ValueError for bad shapes or options and
     MemoryError, with the bytes, where the chosen memory does not fit.
     """
-    kind, keys = check_memory(memory), KeyFrames.of(key_frames)
+    settings, keys = StoreSettings.of(memory), KeyFrames.of(key_frames)
     if latents.ndim != 4 or not len(latents):
         raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, 4, h, w), at least one frame")
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
-    frames, _, height, width = latents.shape
-    sites = [s for s in denoiser.sites(height, width) if max_tokens is None or s.tokens <= max_tokens]
-    needed = store_bytes(
-        kind, sites, tuple(latents.shape), steps, source, keys, latents.element_size(), denoiser.dtype.itemsize
-    )
-    place = torch.device(latents.device if store_device is None else store_device)
-    _check_room(kind, needed, place)
-
-    wanted = set() if kind == "recompute" else {site.name for site in sites}
-    trajectory, records = [latents], []
-    for i, timestep in enumerate(reversed(schedule.timesteps)):
-        z = trajectory[-1]
-        recorder = Recorder(keys, frames, wanted, maps=kind == "maps")
-        noise = predict_clip(denoiser, recorder, z, timestep, source, clip_norm, chunk_frames)
-        trajectory.append(ddim_move(z, noise, schedule.alphas[i], schedule.alphas[i + 1]))
-        if wanted:
-            records.append({name: record.to(place) for name, record in recorder.records.items()})
-        if progress:
-            progress(i + 1, steps)
+    keys.pieces(len(latents), chunk_frames, clip_norm)
+    sites = denoiser.sites(*latents.shape[-2:])
+    shape, size = tuple(latents.shape), latents.element_size()
+    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.columns, source.nbytes)
+    plan = plan_store(settings, demand, latents.device)
     store = AttentionStore(
-        memory=kind,
-        latents=torch.stack(trajectory),
+        memory=plan.memory,
+        latents=_levels(latents, steps, on_device=plan.place == "device"),
         source=source,
         timesteps=schedule.timesteps,
         alphas=tuple(schedule.alphas.tolist()),
@@ -92,15 +79,31 @@ def invert(
         clip_norm=clip_norm,
         model=denoiser.identity(),
         prompt=prompt,
-        records=records[::-1],
+        extra=extra or {},
     )
+    wanted = {site.name for site in sites if settings.keeps(site)}
+    z = latents
+    with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
+        store.latents[0].copy_(z)
+        for i, timestep in enumerate(reversed(schedule.timesteps)):
+            step = steps - 1 - i  # of the edit, which goes the other way
+            kept = wanted if step < store.kept_steps else set()
+            pieces = pieces_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
+            recorders = [Recorder(keys, piece, kept, plan.memory) for piece in pieces]
+            noise = [denoiser.predict_noise(frames_of(z, r.piece), timestep, source, r) for r in recorders]
+            z = ddim_move(z, joined(pieces, noise), schedule.alphas[i], schedule.alphas[i + 1])
+            store.latents[i + 1].copy_(z, non_blocking=True)
+            if kept:
+                put(step, whole_clip(recorders, sites))
+            if progress:
+                progress(i + 1, steps)
+        if latents.device.type == "cuda":  # the copies above may still be under way
+            torch.cuda.current_stream(latents.device).synchronize()
     return Inversion(store)
 
 
-def _check_room(memory: str, needed: int, device: torch.device) -> None:
-    free = available_bytes(device)
-    if free is not None and needed > free:
-        raise MemoryError(
-            f'memory "{memory}" needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on {device}; '
-            'memory "recompute" keeps the latents alone'
-        )
+def _levels(latents: Tensor, steps: int, on_device: bool) -> Tensor:
+    """Room for the latents of every level, on their device or in RAM (pinned beside a GPU)."""
+    device = latents.device if on_device else torch.device("cpu")
+    pinned = latents.device.type == "cuda" and not on_device
+    return torch.empty((steps + 1, *latents.shape), dtype=latents.dtype, device=device, pin_memory=pinned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,15 +143,13 @@ class Checkpoint:
     # --- pictures ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_frames(self, frames: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames (f, 3, h, w) in 0..1 to scaled latents (f, 4, h/factor, w/factor), one at a time."""
         parts = []
-        for i, frame in enumerate(frames.split(1)):
+        for frame in frames.split(1):
             pixels = (2 * frame - 1).to(self.vae.device, self.vae.dtype)
             latent = self.vae.encode(pixels).latent_dist.mean
             parts.append((latent - self._shift) * self.vae.config["scaling_factor"])
-            if progress:
-                progress(i + 1, len(frames))
         return torch.cat(parts)
 
     @torch.no_grad()

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import comfy.context_windows
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
@@ -21,24 +23,15 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..attention.budget import Demand, StorePlan, StoreSettings, plan_store
 from ..attention.control import AttentionSite, Control
-from ..attention.fusion import FusionSettings
-from ..attention.key_frames import KeyFrames
-from ..attention.masks import GivenMask
+from ..attention.key_frames import KeyFrames, Piece
 from ..attention.prompt import PromptEdit
-from ..attention.store import (
-    MEMORIES,
-    AttentionStore,
-    Condition,
-    Memory,
-    ModelIdentity,
-    check_memory,
-    format_bytes,
-    store_bytes,
-)
+from ..attention.shelves import FileShelf
+from ..attention.store import AttentionStore, Condition, ModelIdentity
 from ..diffusion.ddim import Schedule
-from ..diffusion.denoiser import Guidance
-from ..diffusion.edit import check_store, edit, heat_of, mask_source
+from ..diffusion.denoiser import Guidance, Windows
+from ..diffusion.edit import Edit, check_store, edit_many, source_heats
 from ..diffusion.invert import Inversion, invert
 from .comfyui_unet import HookedModel, identity_of, schedule_of
 
@@ -51,7 +44,10 @@ Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class HostCondition(Condition):
-    """One CONDITIONING and the name it goes by in the run: source, positive or negative."""
+    """One CONDITIONING and the name it goes by in the run.
+
+    role: "source", "positive" or "negative", with ".1", ".2", ... for further edits of one pass.
+    """
 
     role: str = "source"
     conditioning: Conditioning = field(default_factory=list)
@@ -64,10 +60,10 @@ class HostCondition(Condition):
         attention of such parts does not line up with the clip's.
         """
         entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
-        if role != "negative" and len(entries) != 1:
+        if socket != "negative" and len(entries) != 1:
             raise ValueError(f"{socket}: got {len(entries)} prompts combined; FateZero needs a single one")
         for _, options in entries:
-            if "area" in options and role != "negative":
+            if "area" in options and socket != "negative":
                 raise ValueError(f"{socket}: an area of the picture is set; FateZero needs a prompt for all of it")
         embeddings, options = entries[0]
         pooled = options.get("pooled_output")
@@ -93,8 +89,9 @@ class HostStore(AttentionStore):
     patcher: Any = None
 
     def get_ram_usage(self) -> int:
-        """Bytes, as the host's cache asks for them."""
-        return self.nbytes
+        """Bytes of memory, as the host's cache asks for them; a shelf on disk takes none."""
+        on_disk = self.shelf.nbytes if isinstance(self.shelf, FileShelf) else 0
+        return self.nbytes - on_disk
 
     def with_model(self, model: Any) -> HostStore:
         """For a store from a file: take the edit's MODEL for the inversion's."""
@@ -120,11 +117,12 @@ class ComfyDenoiser:
     it may carry other weights (a LoRA before the edit only), and is then brought in and out.
     """
 
-    def __init__(self, model: Any, edited: _Branch, source: _Branch) -> None:
+    def __init__(self, model: Any, edited: _Branch, source: _Branch, handler: Any = None) -> None:
+        """handler: the host's context windows."""
         self._model = model
         self._edited = edited
         self._source = source
-        self._control: Control | None = None
+        self._handler = handler
         self._clip_norm = False
         self._sampling = edited.hooked.patcher.get_model_object("model_sampling")
         self.clean: Tensor | None = None
@@ -143,39 +141,64 @@ class ComfyDenoiser:
     def identity(self) -> ModelIdentity:
         return identity_of(self._edited.hooked.patcher)
 
+    def windows(self, latents: Tensor, timestep: int) -> Windows | None:
+        """The context windows that a node set on the MODEL, with the weights of its fuse method."""
+        handler = self._handler
+        if handler is None or len(latents) <= handler.context_length:
+            return None
+        sigma = self._sampling.sigma(torch.tensor([timestep]))
+        options = self._edited.options
+        handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
+        found = []
+        for window in handler.get_context_windows(self._model, latents, options):
+            frames = window.index_list
+            weights = comfy.context_windows.get_context_weights(len(frames), len(latents), frames, handler, sigma=sigma)
+            found.append((frames, weights))
+        return found
+
     @contextmanager
-    def controlled(self, control: Control, clip_norm: bool = False) -> Iterator[None]:
-        self._control, self._clip_norm = control, clip_norm
+    def hooked(self, clip_norm: bool = False) -> Iterator[None]:
+        self._clip_norm = clip_norm
         try:
             yield
         finally:
-            self._control, self._clip_norm = None, False
+            self._clip_norm = False
 
     def predict_noise(
-        self, latents: Tensor, timestep: int, condition: Condition, guidance: Guidance | None = None
+        self, latents: Tensor, timestep: int, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
         """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        assert isinstance(condition, HostCondition) and self._control is not None
+        assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
         sigma = self._sampling.sigma(torch.tensor(timestep)).to(latents)
         x = latents * (1 + sigma**2).sqrt()
-        answers = {0: (self._control, condition.columns)}
+        answers = {0: (control, condition.columns)}
         if guidance is not None:
             answers[1] = (guidance.control, guidance.negative.columns)
         with self._weights_of(branch), branch.hooked.answering(answers, self._clip_norm):
-            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition.role, guidance)
+            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.piece, guidance)
         self.clean = clean
         return (x - clean) / sigma
 
-    def _evaluate(self, branch: _Branch, x: Tensor, sigma: Tensor, role: str, guidance: Guidance | None) -> Tensor:
+    def _evaluate(
+        self,
+        branch: _Branch,
+        x: Tensor,
+        sigma: Tensor,
+        condition: HostCondition,
+        piece: Piece,
+        guidance: Guidance | None,
+    ) -> Tensor:
         """The clean latents: of the source plainly, of the edit with the model's guidance functions."""
-        wanted = branch.conditions[role]
-        if role == "source":
-            return comfy.samplers.calc_cond_batch(self._model, [wanted], x, sigma, branch.options)[0]
-        negative = None if guidance is None else branch.conditions["negative"]
-        scale = 1.0 if guidance is None else guidance.scale
-        return comfy.samplers.sampling_function(self._model, x, sigma, negative, wanted, scale, branch.options)
+        wanted, negative, scale = branch.conditions[condition.role], None, 1.0
+        if guidance is not None:
+            assert isinstance(guidance.negative, HostCondition)
+            negative, scale = branch.conditions[guidance.negative.role], guidance.scale
+        with _of_piece([wanted, negative], piece) as (wanted, negative):
+            if condition.role == "source":
+                return comfy.samplers.calc_cond_batch(self._model, [wanted], x, sigma, branch.options)[0]
+            return comfy.samplers.sampling_function(self._model, x, sigma, negative, wanted, scale, branch.options)
 
     @contextmanager
     def _weights_of(self, branch: _Branch) -> Iterator[None]:
@@ -191,6 +214,37 @@ class ComfyDenoiser:
         finally:
             comfy.model_management.load_models_gpu([main])
             main.pre_run()
+
+
+@contextmanager
+def _of_piece(conditions: list[Any], piece: Piece) -> Iterator[list[Any]]:
+    """The host's conditions with what they hold for each frame cut to a piece's frames, ControlNet hints too."""
+    if piece.is_whole:
+        yield conditions
+        return
+    frames = list(piece.held)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == piece.clip:
+            return value[frames]
+        if isinstance(getattr(value, "cond", None), Tensor):
+            return value._copy_with(cut(value.cond))
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    hints: dict[Any, Tensor] = {}
+    for control in (c.get("control") for entries in conditions for c in entries or []):
+        while control is not None:
+            hint = control.cond_hint_original
+            if hint is not None and len(hint) > 1:  # of fewer frames than the clip's, the host repeats them
+                hints[control] = hint
+            control = control.previous_controlnet
+    try:
+        for control, hint in hints.items():
+            control.cond_hint_original, control.cond_hint = hint[[f % len(hint) for f in frames]], None
+        yield [entries and [cut(c) for c in entries] for entries in conditions]
+    finally:
+        for control, hint in hints.items():
+            control.cond_hint_original, control.cond_hint = hint, None
 
 
 def _weights(patcher: Any) -> tuple[Any, Any]:
@@ -211,24 +265,27 @@ class _Guider(comfy.samplers.CFGGuider):
         super().__init__(self.edited.patcher)
 
     def inner_sample(self, noise: Tensor, latent_image: Tensor, device: torch.device, *rest: Any, **more: Any) -> Any:
-        # The source apart from the others: a ControlNet of the target may ask to be applied to
-        # every other prompt of the run.
-        source = self.conds.pop("source", None)
-        self.source_conds = {}
-        if source is not None:
-            processed = comfy.samplers.process_conds(self.inner_model, noise, {"positive": source}, device)
-            self.source_conds = {"source": processed["positive"]}
+        # The source and further edits apart from the first: a ControlNet of one target may ask to be
+        # applied to every other prompt it is processed with.
+        apart = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
+        self.apart: dict[str, Any] = {}
+        for group in {role.partition(".")[2] if role != "source" else role for role in apart}:
+            ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
+            named = {name: apart[role] for name, role in ends.items() if role in apart}
+            done = comfy.samplers.process_conds(self.inner_model, noise, named, device)
+            self.apart |= {ends[name]: processed for name, processed in done.items()}
         try:
             return super().inner_sample(noise, latent_image, device, *rest, **more)
         finally:
-            self.conds |= self.source_conds
+            self.conds |= self.apart
 
     def source_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of the source branch: those of the MODEL it was inverted with."""
         if self.sourced is self.edited:
             return options
         own = comfy.model_patcher.create_model_options_clone(self.sourced.patcher.model_options)
-        comfy.sampler_helpers.prepare_model_patcher(self.sourced.patcher, self.source_conds, own)
+        source = {role: conds for role, conds in self.apart.items() if role == "source"}
+        comfy.sampler_helpers.prepare_model_patcher(self.sourced.patcher, source, own)
         own["transformer_options"]["sample_sigmas"] = options["transformer_options"]["sample_sigmas"]
         return own
 
@@ -246,10 +303,14 @@ class _Loop(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         options = extra_args["model_options"]
+        handler = options.pop("context_handler", None)  # the denoiser's own pieces follow its windows
+        of_source = guider.source_options(options)
+        of_source.pop("context_handler", None)
         denoiser = ComfyDenoiser(
             guider.inner_model,
-            _Branch(guider.edited, options, guider.conds),
-            _Branch(guider.sourced, guider.source_options(options), guider.source_conds),
+            _Branch(guider.edited, options, guider.conds | guider.apart),
+            _Branch(guider.sourced, of_source, guider.apart),
+            handler,
         )
         return guider.run(denoiser, latent_image)
 
@@ -261,23 +322,27 @@ def run_in_host(
     steps: int,
     run: Callable[[ComfyDenoiser, Tensor], Tensor],
     source_model: Any = None,
+    chunk_frames: int | None = None,
 ) -> tuple[Tensor, int]:
     """Call a loop of the library with a denoiser, inside the host's sampling.
 
     samples: LATENT samples (frames, 4, h, w) as the host scales them; the loop gets and
     returns them scaled as the UNet knows them, on its device. source_model: the MODEL that
-    evaluates the source prompt, if not the same. Returns samples, and how many attention
-    layers were reached.
+    evaluates the source prompt, if not the same. chunk_frames: frames of one UNet call, for which
+    the host then makes room. Returns samples, and how many attention layers were reached.
 
-    Raises ValueError for a MODEL that is no attention UNet, or that sees the clip in windows.
+    Raises ValueError for a MODEL that is no attention UNet, or whose context windows do not go along frames.
     """
-    windows = model.model_options.get("context_handler")
-    if windows is not None and len(samples) > windows.context_length:
-        raise ValueError(
-            f"model: context windows of {windows.context_length} frames are set for a clip of {len(samples)}; "
-            "FateZero's frames see key frames of the whole clip, so remove the context windows"
-        )
+    handler = model.model_options.get("context_handler")
+    if handler is not None and handler.dim != 0:
+        raise ValueError(f"model: context windows along dim {handler.dim}; frames lie along dim 0")
     guider = _Guider(model, source_model or model, run)
+    one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
+    guider.edited.one_text = guider.sourced.one_text = one_text
+    if chunk_frames is not None:
+        guider.edited.patcher.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "fatezero", _room_for(chunk_frames)
+        )
     guider.inner_set_conds({c.role: c.conditioning for c in conditions})
     sampling = model.get_model_object("model_sampling")
     schedule = schedule_of(sampling, steps)
@@ -285,6 +350,15 @@ def run_in_host(
     result = guider.sample(torch.zeros_like(samples), samples, _Loop(), sigmas, disable_pbar=True, seed=0)
     reached = len(guider.edited.reached | guider.sourced.reached)
     return result.to(comfy.model_management.intermediate_device()), reached
+
+
+def _room_for(frames: int) -> Callable[..., Any]:
+    """A wrapper that has the host make room for so many frames and their key frames, not for the whole clip."""
+
+    def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
+        return executor(model, [min(shape[0], frames + 3), *shape[1:]], *rest, **more)
+
+    return prepare
 
 
 def progress_with_preview(model: Any, denoiser: ComfyDenoiser, steps: int) -> Callable[[int, int], None]:
@@ -300,99 +374,87 @@ def invert_clip(
     steps: int,
     key_frames: KeyFrames,
     clip_norm: bool,
-    memory: str,
-    prompt: str | None,
+    settings: StoreSettings,
+    chunk_frames: int | None = None,
+    prompt: str | None = None,
 ) -> tuple[Tensor, HostStore]:
     """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store)."""
     kept: list[AttentionStore] = []
 
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
-        progress = progress_with_preview(model, denoiser, steps)
         inversion = invert(
-            denoiser,
-            latents,
-            source,
-            steps,
-            key_frames,
-            clip_norm,
-            memory,
-            prompt=prompt,
-            store_device=comfy.model_management.intermediate_device(),
-            progress=progress,
-        )
+            denoiser, latents, source, steps, key_frames, clip_norm, settings, chunk_frames, prompt=prompt,
+            extra={"conditioning": plain_options(source.conditioning)},
+            progress=progress_with_preview(model, denoiser, steps),
+        )  # fmt: skip
         kept.append(inversion.store)
         return inversion.latents[-1] / denoiser.schedule(steps).alphas[-1] ** 0.5
 
-    noise, _ = run_in_host(model, samples, [source], steps, run)
-    store = HostStore(**vars(kept[0]), patcher=model).to(comfy.model_management.intermediate_device())
-    store.extra = {"conditioning": plain_options(source.conditioning)}
-    return noise, store
+    noise, _ = run_in_host(model, samples, [source], steps, run, chunk_frames=chunk_frames)
+    return noise, HostStore(**vars(kept[0]), patcher=model)
 
 
 def edit_clip(
-    model: Any,
-    store: HostStore,
-    positive: HostCondition,
-    negative: HostCondition | None,
-    guidance_scale: float,
-    prompt: PromptEdit | None,
-    fusion: FusionSettings,
-    mask: GivenMask | None = None,
-) -> tuple[Tensor, int]:
-    """The edit of a store: (LATENT samples, attention layers reached)."""
+    model: Any, store: HostStore, edits: Sequence[Edit], chunk_frames: int | None = None
+) -> tuple[list[Tensor], int]:
+    """The edits of a store in one pass: (LATENT samples of each, attention layers reached).
+
+    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    """
+    inversion, done = Inversion(store), list[Tensor]()
 
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
-        return edit(
-            denoiser, Inversion(store.to(latents.device)), positive, negative, guidance_scale, prompt, fusion,
-            mask=mask, progress=progress_with_preview(model, denoiser, store.steps),
-        )  # fmt: skip
+        progress = progress_with_preview(model, denoiser, store.steps)
+        done.extend(edit_many(denoiser, inversion, edits, chunk_frames, device=latents.device, progress=progress))
+        return done[0]
 
-    conditions = [c for c in (source_of(store), positive, negative) if c is not None]
-    return run_in_host(model, clean_samples(model, store), conditions, store.steps, run, store.patcher)
+    prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
+    conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
+    samples = clean_samples(model, store)
+    first, reached = run_in_host(model, samples, conditions, store.steps, run, store.patcher, chunk_frames)
+    others = [model.model.process_latent_out(z.float()).to(first.device) for z in done[1:]]
+    return [first, *others], reached
 
 
 def heat_of_words(
     model: Any, store: HostStore, prompt: PromptEdit, words: Sequence[str], steps: Sequence[int]
 ) -> dict[str, Tensor]:
     """The source's attention to each word, averaged over some edit steps: (frames, y, x)."""
-    width = store.source.columns
-    columns = {word: prompt.columns(prompt.source, word, width, "blend_words") for word in words}
-    heats: dict[str, list[Tensor]] = {word: [] for word in words}
+    columns = [prompt.columns(prompt.source, word, store.source.columns, "blend_words") for word in words]
+    heats: list[Tensor] = []
     bar = comfy.utils.ProgressBar(len(steps))
 
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
-        inversion = Inversion(store.to(latents.device))
-        check_store(inversion.store, denoiser, denoiser.schedule(store.steps), prompt)
+        check_store(store, denoiser, denoiser.schedule(store.steps), prompt)
         for step in steps:
-            source, sites = mask_source(denoiser, inversion, step)  # once for all words
-            for word in words:
-                heats[word].append(heat_of(source, sites, columns[word]).float().cpu())
+            found = source_heats(denoiser, Inversion(store), columns, step, device=latents.device)
+            heats.append(torch.stack(found).float().cpu())
             bar.update(1)
         return latents
 
     samples = clean_samples(model, store)
     run_in_host(model, samples, [source_of(store)], store.steps, run, store.patcher)
-    return {word: torch.stack(found).mean(0) for word, found in heats.items()}
+    return dict(zip(words, torch.stack(heats).mean(0), strict=True))
 
 
-def fitting_memory(
-    model: Any, samples: Tensor, source: HostCondition, steps: int, key_frames: KeyFrames, memory: str, budget: float
-) -> tuple[str, int]:
-    """(memory, its bytes) that a budget of bytes allows; 0 sets no limit, "auto" takes the fastest.
+def plan_in_host(
+    model: Any,
+    samples: Tensor,
+    source: HostCondition,
+    steps: int,
+    key_frames: KeyFrames,
+    settings: StoreSettings,
+) -> StorePlan:
+    """What store an inversion of LATENT samples will make.
 
-    Raises MemoryError, with the bytes of each memory, where the one asked for does not fit.
+    "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
+    Raises MemoryError, with the bytes of each memory, where nothing fits.
     """
     sites = list(HookedModel(model).sites(*samples.shape[-2:]).values())
-    size = (model.model.manual_cast_dtype or model.model.get_dtype()).itemsize
-    needed = {
-        kind: store_bytes(kind, sites, tuple(samples.shape), steps, source, key_frames, 4, size) for kind in MEMORIES
-    }
-    order: tuple[Memory, ...] = ("queries_keys", "recompute") if memory == "auto" else (check_memory(memory),)
-    for kind in order:
-        if not budget or needed[kind] <= budget:
-            return kind, needed[kind]
-    sizes = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in needed.items())
-    raise MemoryError(f"budget_gb: {format_bytes(round(budget))} do not hold memory {memory!r}; needed: {sizes}")
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    demand = Demand(sites, tuple(samples.shape), 4, steps, key_frames, dtype, source.columns, source.nbytes)
+    home = comfy.model_management.intermediate_device()
+    return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
 
 
 def source_of(store: AttentionStore) -> HostCondition:

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.control import AttentionSite, Control, Kind, Place
-from ..attention.key_frames import KeyFrames
+from ..attention.key_frames import KeyFrames, Piece
 from ..attention.store import ModelIdentity
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule
@@ -106,7 +106,10 @@ class HookedModel:
         self.answers: dict[int, tuple[Control, int]] = {}
         self.standing = standing
         self.clip_norm = clip_norm
+        self.one_text = False
+        """Whether each branch's text is the same for all its frames."""
         self.reached: set[str] = set()
+        self._one_row = False
         self._layers = attention_layers(model.model.diffusion_model)
         self._grids: dict[tuple[int, int], dict[Layer, AttentionSite]] = {}
         replaced = model.model_options["transformer_options"].get("patches_replace", {})
@@ -121,6 +124,10 @@ class HookedModel:
                 found = theirs.get(at)
                 patch = self._patch(layer_kind, getattr(found, "beneath", found))
                 self.patcher.set_model_patch_replace(patch, name, *at)
+        self._norms = clip_norms(model.model.diffusion_model)
+        self._text_rows = self._one_row_a_branch()
+        if standing is None:
+            self.patcher.set_model_attn2_patch(self._text_rows)
         around = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         self.patcher.remove_wrappers_with_key(around, "fatezero")
         self.patcher.add_wrapper_with_key(around, "fatezero", self._around())
@@ -156,6 +163,17 @@ class HookedModel:
         attend.beneath = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
         return attend
 
+    def _one_row_a_branch(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def one_row(
+            n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            if not self._one_row:
+                return n, context, value
+            frames = len(n) // len(options["cond_or_uncond"])
+            return n, context[::frames], value[::frames]
+
+        return one_row
+
     def _around(self) -> Callable[..., Tensor]:
         def around(
             executor: Any,
@@ -167,10 +185,16 @@ class HookedModel:
             options: dict[str, Any],
             **more: Any,
         ) -> Tensor:
-            if not self.clip_norm:
-                return executor(x, t, context, y, control, options, **more)
-            unet, frames = self.patcher.model.diffusion_model, len(x) // len(options["cond_or_uncond"])
-            handles = [h for norm in clip_norms(unet) for h in share_statistics(norm, frames)]
+            # Where all that sees the text's keys is ours, one row of it serves all frames.
+            patches = options.get("patches", {}).get("attn2_patch", [None])
+            replacements = options.get("patches_replace", {}).get("attn2", {}).values()
+            self._one_row = (
+                self.one_text
+                and patches[-1] is self._text_rows
+                and all(hasattr(patch, "beneath") for patch in replacements)
+            )
+            frames = len(x) // len(options["cond_or_uncond"])
+            handles = [h for norm in self._norms for h in share_statistics(norm, frames)] if self.clip_norm else []
             try:
                 return executor(x, t, context, y, control, options, **more)
             finally:
@@ -237,7 +261,8 @@ class HookedModel:
         if theirs is None:
             return output
         if site.kind == "self":
-            k4, v4 = (control.seen(t, site).expand(len(q), -1, -1, -1) for t in (k4, v4))
+            k4, v4 = control.seen(k4, site), control.seen(v4, site)
+        k4, v4 = (t.expand(len(q), -1, -1, -1) for t in (k4, v4))
         added = theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
         return output + added
 
@@ -255,8 +280,8 @@ def clip_norms(unet: UNetModel) -> list[nn.GroupNorm]:
 
 
 def share_key_frames(model: Any, key_frames: KeyFrames, clip_norm: bool) -> Any:
-    """A MODEL whose frames see each other's key frames, for anyone's sampler."""
-    return HookedModel(model, lambda frames: Control(key_frames, frames), clip_norm).patcher
+    """A MODEL whose frames see each other's key frames, for anyone's sampler; in context windows, the window's."""
+    return HookedModel(model, lambda frames: Control(key_frames, Piece.whole(frames)), clip_norm).patcher
 
 
 def count_layers(model: Any) -> int:

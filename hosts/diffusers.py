@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention.control import AttentionSite, Control, Place
+from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..attention.store import Condition, ModelIdentity
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule, guide
@@ -51,6 +51,8 @@ class DiffusersDenoiser:
         self.unet = unet
         self.scheduler = scheduler
         self._control: Control | None = None
+        self._text: dict[str, tuple[Tensor, Tensor]] = {}
+        self._texts: dict[int, tuple[Condition, dict[str, tuple[Tensor, Tensor]]]] = {}
         self._layers = _attention_layers(unet)
         if not self._layers:
             raise TypeError("this UNet has no attention layers")
@@ -89,16 +91,18 @@ class DiffusersDenoiser:
         picked = torch.cat([w.detach().flatten()[:: max(1, w.numel() // 8)][:8].float() for w in weights])
         return ModelIdentity(layout, tuple(picked.tolist()), str(self.unet.dtype))
 
+    def windows(self, latents: Tensor, timestep: int) -> None:
+        return None
+
     @contextmanager
-    def controlled(self, control: Control, clip_norm: bool = False) -> Iterator[None]:
+    def hooked(self, clip_norm: bool = False) -> Iterator[None]:
         """Raises ValueError where another attention processor was set meanwhile."""
         _refuse_foreign_processors(self.unet)
         before = {name: attn.processor for name, (attn, *_) in self._layers.items()}
         handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._control = control
         try:
             for name, (attn, *_) in self._layers.items():
-                attn.processor = _ControlledProcessor(self, name)
+                attn.processor = _ControlledProcessor(self, name, kernel_of(attn.processor))
             if clip_norm:
                 handles = [h for norm in _clip_norms(self.unet) for h in share_statistics(norm)]
             yield
@@ -107,30 +111,28 @@ class DiffusersDenoiser:
                 attn.processor = before[name]
             for handle in handles:
                 handle.remove()
-            self._control = None
+            self._control, self._text, self._texts = None, {}, {}
 
     def predict_noise(
-        self, latents: Tensor, timestep: int, condition: Condition, guidance: Guidance | None = None
+        self, latents: Tensor, timestep: int, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
-        noise = self._predict(latents, timestep, condition)
+        noise = self._predict(latents, timestep, condition, control)
         if guidance is None:
             return noise
-        branch, self._control = self._control, guidance.control
-        try:
-            return guide(self._predict(latents, timestep, guidance.negative), noise, guidance.scale)
-        finally:
-            self._control = branch
+        return guide(self._predict(latents, timestep, guidance.negative, guidance.control), noise, guidance.scale)
 
-    def _predict(self, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+    def _predict(self, latents: Tensor, timestep: int, condition: Condition, control: Control) -> Tensor:
         self._check(latents, condition)
         frames, dtype = len(latents), self.unet.dtype
-        self._sites = self._sites_by_layer(*latents.shape[-2:])
+        self._control, self._sites = control, self._sites_by_layer(*latents.shape[-2:])
+        # The text is the same for all frames and steps: one row, whose keys and values are kept for the run.
+        _, self._text = self._texts.setdefault(id(condition), (condition, {}))
         extras = {k: v.to(latents.device, dtype).expand(frames, *v.shape[1:]) for k, v in condition.extras.items()}
         output = self.unet(
             latents.to(dtype),
             timestep,
-            encoder_hidden_states=condition.embeddings.to(latents.device, dtype).expand(frames, -1, -1),
+            encoder_hidden_states=condition.embeddings.to(latents.device, dtype),
             added_cond_kwargs=extras or None,
         ).sample.to(latents.dtype)
         return self._epsilon(output, latents, timestep)
@@ -177,12 +179,26 @@ class DiffusersDenoiser:
         }
 
 
+def kernel_of(processor: object) -> Attend:
+    """The attention kernel a UNet was set to use: xformers where it was enabled, else torch's."""
+    return xformers_attention if isinstance(processor, XFormersAttnProcessor) else attention
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` by xformers, which takes (f t h d)."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (rearrange(x.expand(len(q), -1, -1, -1), "f h t d -> f t h d").contiguous() for x in (q, k, v))
+    return rearrange(memory_efficient_attention(q, k, v), "f t h d -> f h t d")
+
+
 class _ControlledProcessor:
     """diffusers' plain attention, with the softmax product left to a control."""
 
-    def __init__(self, denoiser: DiffusersDenoiser, name: str) -> None:
+    def __init__(self, denoiser: DiffusersDenoiser, name: str, kernel: Attend) -> None:
         self.denoiser = denoiser
         self.name = name
+        self.kernel = kernel
 
     def __call__(
         self,
@@ -195,6 +211,7 @@ class _ControlledProcessor:
     ) -> Tensor:
         control, site = self.denoiser._control, self.denoiser._sites[self.name]
         assert control is not None
+        control.attend = self.kernel
         if attention_mask is not None:
             raise ValueError("attention masks are not supported while FateZero controls the UNet")
         residual, grid = hidden_states, hidden_states.shape[2:]
@@ -202,15 +219,14 @@ class _ControlledProcessor:
             hidden_states = rearrange(hidden_states, "f c y x -> f (y x) c")
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
-        q, k, v = (
-            rearrange(project(x), "f t (h d) -> f h t d", h=attn.heads)
-            for project, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text))
-        )
+        q = _heads(attn.to_q(hidden_states), attn)
         q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
+        if encoder_hidden_states is None:
+            k, v = _keys_values(attn, hidden_states)
+        else:
+            if self.name not in self.denoiser._text:
+                self.denoiser._text[self.name] = _keys_values(attn, encoder_hidden_states)
+            k, v = self.denoiser._text[self.name]
         attend = control.cross_attention if site.kind == "cross" else control.self_attention
         output = rearrange(attend(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
         for layer in attn.to_out:
@@ -218,6 +234,18 @@ class _ControlledProcessor:
         if residual.ndim == 4:
             output = rearrange(output, "f (y x) c -> f c y x", y=grid[0], x=grid[1])
         return (output + residual if attn.residual_connection else output) / attn.rescale_output_factor
+
+
+def _heads(x: Tensor, attn: Attention) -> Tensor:
+    return rearrange(x, "f t (h d) -> f h t d", h=attn.heads)
+
+
+def _keys_values(attn: Attention, of: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of a text or of the frames' own tokens: (f h t d) each."""
+    if attn.is_cross_attention and attn.norm_cross:
+        of = attn.norm_encoder_hidden_states(of)
+    k, v = _heads(attn.to_k(of), attn), _heads(attn.to_v(of), attn)
+    return (k if attn.norm_k is None else attn.norm_k(k)), v
 
 
 def _attention_layers(unet: UNet2DConditionModel) -> dict[str, tuple[Attention, Place, int, int]]:

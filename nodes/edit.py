@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from comfy_api.latest import io, ui
@@ -14,11 +15,11 @@ from ..attention.fusion import FusionSettings
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..config import PRESETS
-from ..diffusion.edit import unet_calls
+from ..diffusion.edit import Edit, unet_calls
 from ..hosts.comfyui import HostCondition, HostStore, edit_clip, heat_of_words
 from ..hosts.comfyui_unet import count_layers
 from ..video.sheet import heat_map
-from .sockets import PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
+from .sockets import CHUNK_FRAMES, PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
 
 
 class FateZeroSampler(io.ComfyNode):
@@ -95,56 +96,82 @@ class FateZeroSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Whether the mask replaces the attention's own, adds to it, or limits it.",
                 ),
+                CHUNK_FRAMES,
             ],
             outputs=[
-                io.Latent.Output("latent", display_name="latent", tooltip="The edited clip, for VAE Decode."),
-                io.String.Output("report", display_name="report", tooltip="What was hooked, fused and spent."),
+                io.Latent.Output(
+                    "latent", display_name="latent", is_output_list=True, tooltip="The edited clip, for VAE Decode."
+                ),
+                io.String.Output(
+                    "report", display_name="report", is_output_list=True, tooltip="What was hooked, fused and spent."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
+            is_input_list=True,
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        store: HostStore,
-        prompt_edit: PromptEdit,
-        guidance: float,
-        preset: str,
-        cross_replace_steps: float,
-        self_replace_steps: float,
-        blend_self_attention: bool,
-        blend_latents: bool,
-        blend_threshold: float,
-        mask: Tensor | None = None,
-        mask_mode: str = "replace",
-    ) -> io.NodeOutput:
-        custom = {
-            "cross_replace_steps": cross_replace_steps,
-            "self_replace_steps": self_replace_steps,
-            "blend_self_attention": blend_self_attention,
-            "blend_latents": blend_latents,
-            "blend_threshold": blend_threshold,
-        }
-        fusion = FusionSettings(**(custom if preset == "custom" else PRESETS[preset]))
-        _check(positive, prompt_edit, fusion, mask, mask_mode, preset)
-        given = None if mask is None else GivenMask(mask.reshape(-1, *mask.shape[-2:]), mask_mode)  # type: ignore[arg-type]
-        store = store.with_model(model)
-        samples, hooked = edit_clip(
-            model,
-            store,
-            HostCondition.of_socket(positive, "positive", "positive"),
-            None if guidance == 1 else HostCondition.of_socket(negative, "negative", "negative"),
-            guidance,
-            prompt_edit,
-            fusion,
-            given,
-        )
-        report = _report(model, hooked, store, fusion, guidance)
-        show_on_node(cls.hidden.unique_id, report)
-        return io.NodeOutput({"samples": samples}, report, ui=ui.PreviewText(report))
+    def execute(cls, **lists: list[Any]) -> io.NodeOutput:
+        """Every input is a list, of one entry unless a node before gives several prompts."""
+        asked = [_Asked(**row) for row in _rows(lists)]
+        first = asked[0]
+        if any(other.store is not first.store or other.model is not first.model for other in asked):
+            raise ValueError("store: several edits in one pass need one store and one model")
+        edits = [one.edit(f".{i}" if i else "") for i, one in enumerate(asked)]
+        store = first.store.with_model(first.model)
+        samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
+        reports = [_report(first.model, hooked, store, edit) for edit in edits]
+        show_on_node(cls.hidden.unique_id, "\n\n".join(reports))
+        latents = [{"samples": edited} for edited in samples]
+        return io.NodeOutput(latents, reports, ui=ui.PreviewText("\n\n".join(reports)))
+
+
+def _rows(lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The inputs of each edit; a shorter list repeats its last entry, as the host has it."""
+    count = max(len(values) for values in lists.values())
+    return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the sockets hold for one edit."""
+
+    model: Any
+    positive: Any
+    negative: Any
+    store: HostStore
+    prompt_edit: PromptEdit
+    guidance: float
+    preset: str
+    cross_replace_steps: float
+    self_replace_steps: float
+    blend_self_attention: bool
+    blend_latents: bool
+    blend_threshold: float
+    mask: Tensor | None = None
+    mask_mode: Literal["replace", "union", "intersection"] = "replace"
+    chunk_frames: int = 0
+
+    @property
+    def fusion(self) -> FusionSettings:
+        if self.preset != "custom":
+            return FusionSettings(**PRESETS[self.preset])
+        return FusionSettings(
+            self.cross_replace_steps, self.self_replace_steps, self.blend_self_attention, self.blend_latents,
+            self.blend_threshold,
+        )  # fmt: skip
+
+    def edit(self, suffix: str) -> Edit:
+        """The edit asked for; suffix: tells its prompts from those of other edits of the pass."""
+        fusion, mask = self.fusion, None
+        _check(self.positive, self.prompt_edit, fusion, self.mask, self.mask_mode, self.preset)
+        if self.mask is not None:
+            mask = GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
+        positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive")
+        negative = None
+        if self.guidance != 1:
+            negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
+        return Edit(positive, negative, self.guidance, self.prompt_edit, fusion, mask)
 
 
 def _check(
@@ -164,14 +191,15 @@ def _check(
         raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
 
 
-def _report(model: Any, hooked: int, store: HostStore, fusion: FusionSettings, guidance: float) -> str:
-    steps = store.steps
-    calls = unet_calls(steps, guidance, store.memory, fusion)[1]
+def _report(model: Any, hooked: int, store: HostStore, edit: Edit) -> str:
+    steps, fusion = store.steps, edit.fusion or FusionSettings()
+    calls = unet_calls(steps, edit.guidance_scale, store.kept_steps, fusion)
     return (
         f"hooked {hooked} of {count_layers(model)} attention layers\n"
         f"fused cross-attention in {fusion.cross_steps(steps)} and self-attention in {fusion.self_steps(steps)} "
         f"of {steps} steps\n"
-        f"{calls} UNet evaluations of {store.frames} frames, store of memory {store.memory}"
+        f"{calls.edit} UNet evaluations of {store.frames} frames, {calls.source} more for the source; "
+        f"store of memory {store.memory}"
     )
 
 

@@ -11,21 +11,22 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..attention.fusion import FusionSettings
+from ..attention.budget import PLACES, PRECISIONS, StoreSettings, format_bytes
 from ..attention.key_frames import KeyFrames
-from ..attention.store import MEMORIES, format_bytes
+from ..attention.records import MEMORIES
+from ..diffusion.edit import Edit
 from ..hosts.comfyui import (
     HostCondition,
     HostStore,
     edit_clip,
-    fitting_memory,
     invert_clip,
+    plan_in_host,
     source_of,
     unsaveable,
 )
 from ..metrics.preservation import psnr
 from .files import inside
-from .sockets import CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, schema, show_on_node
+from .sockets import CHUNK_FRAMES, CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, schema, show_on_node
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -52,7 +53,7 @@ class FateZeroInvert(io.ComfyNode):
                     default="auto",
                     tooltip="recompute keeps latents alone and runs the source beside the edit. queries_keys is faster "
                     "and bigger. maps keeps the paper's maps, for study. The edit is the same. auto takes queries_keys "
-                    "where the budget allows.",
+                    "where budget and place allow.",
                 ),
                 io.Float.Input(
                     "budget_gb",
@@ -60,8 +61,35 @@ class FateZeroInvert(io.ComfyNode):
                     min=0.0,
                     max=10_000.0,
                     step=0.1,
-                    tooltip="The most gigabytes the store may take; 0 sets no limit.",
+                    tooltip="The most gigabytes the store may take, wherever it is; 0 sets no limit.",
                 ),
+                io.Combo.Input(
+                    "place",
+                    options=["auto", *PLACES],
+                    default="auto",
+                    optional=True,
+                    tooltip="Where the store is: on the device, in RAM, or on disk in the host's temp folder. auto "
+                    "takes RAM, then disk, and leaves the device to the models.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["model", *PRECISIONS],
+                    default="model",
+                    optional=True,
+                    tooltip="Of kept queries and keys; model keeps what the model computes. float8 halves the store "
+                    "again and errs visibly little.",
+                ),
+                io.Float.Input(
+                    "keep_steps",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="The share of steps, from the noisy end, whose attention is kept: 0.8 serves the paper's "
+                    "settings. Steps that are not kept are computed again.",
+                ),
+                CHUNK_FRAMES,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
@@ -81,17 +109,27 @@ class FateZeroInvert(io.ComfyNode):
         clip_norm: bool,
         memory: str,
         budget_gb: float,
+        place: str = "auto",
+        precision: str = "model",
+        keep_steps: float = 1.0,
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
         samples = latent["samples"]
         if samples.ndim != 4:
             raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
         condition = HostCondition.of_socket(source, "source", "source")
         keys = KeyFrames.parse(key_frames)
-        memory, needed = fitting_memory(model, samples, condition, steps, keys, memory, budget_gb * 1e9)
+        settings = StoreSettings(
+            memory, place, budget_gb or None, precision, keep_steps, folder=Path(folder_paths.get_temp_directory())
+        )
+        plan = plan_in_host(model, samples, condition, steps, keys, settings)
+        show_on_node(cls.hidden.unique_id, str(plan))
         prompt = source[0][1].get(PROMPT_KEY)
-        show_on_node(cls.hidden.unique_id, f"{memory}: {format_bytes(needed)}")
-        noise, store = invert_clip(model, samples, condition, steps, keys, clip_norm, memory, prompt)
-        text = f"{memory}: {format_bytes(store.nbytes)}, {store.frames} frames, {store.steps} steps"
+        settings = replace(settings, memory=plan.memory, place=plan.place)
+        noise, store = invert_clip(
+            model, samples, condition, steps, keys, clip_norm, settings, chunk_frames or None, prompt
+        )
+        text = f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}"
         show_on_node(cls.hidden.unique_id, text)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(text))
 
@@ -112,6 +150,7 @@ class FateZeroReconstructionCheck(io.ComfyNode):
                 AttentionStoreSocket.Input("store", tooltip="The inversion to check."),
                 io.Vae.Input("vae", tooltip="Decodes the replay."),
                 io.Image.Input("images", tooltip="The clip's frames."),
+                CHUNK_FRAMES,
             ],
             outputs=[
                 io.Image.Output("replay", display_name="replay", tooltip="The clip as the inversion gives it back."),
@@ -121,12 +160,12 @@ class FateZeroReconstructionCheck(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor) -> io.NodeOutput:
+    def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor, chunk_frames: int = 0) -> io.NodeOutput:
         if len(images) != store.frames:
             raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
         store = store.with_model(model)
         positive = replace(source_of(store), role="positive")
-        samples, _ = edit_clip(model, store, positive, None, 1.0, None, FusionSettings())
+        (samples,), _ = edit_clip(model, store, [Edit(positive, guidance_scale=1.0)], chunk_frames or None)
         replay = vae.decode(samples)
         if replay.shape != images[..., :3].shape:
             raise ValueError(
@@ -162,10 +201,10 @@ class FateZeroSaveStore(io.ComfyNode):
     @classmethod
     def execute(cls, store: HostStore, filename_prefix: str) -> io.NodeOutput:
         lost = unsaveable(source_of(store).conditioning)
-        if lost and store.memory == "recompute":
+        if lost and store.kept_steps < store.steps:
             raise ValueError(
-                f"store: the source prompt carries {', '.join(lost)}, which a file cannot hold and memory recompute "
-                "would need; invert with memory queries_keys"
+                f"store: the source prompt carries {', '.join(lost)}, which a file cannot hold and steps that are "
+                "computed again would need; invert with memory queries_keys and keep_steps 1"
             )
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()

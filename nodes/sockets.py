@@ -25,6 +25,15 @@ CLIP_NORM = io.Boolean.Input(
     tooltip="Take the normalisation statistics of the ResNet blocks over the whole clip instead of over each frame, "
     "as the authors' code does. Steadier light, at times less detail.",
 )
+CHUNK_FRAMES = io.Int.Input(
+    "chunk_frames",
+    default=0,
+    min=0,
+    max=100_000,
+    optional=True,
+    tooltip="Frames of one UNet call, for long clips; 0 takes all at once. With key frames among self, first, middle "
+    "and last the result is the same; with neighbours or clip_norm, chunks overlap and come near it.",
+)
 
 
 def schema(search_aliases: list[str], **given: Any) -> io.Schema:

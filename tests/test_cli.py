@@ -106,6 +106,44 @@ def test_a_config_of_several_prompts_shares_one_inversion(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
 
 
+def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(tmp_path):
+    budget = (
+        "--memory",
+        "auto",
+        "--budget-gb",
+        "1",
+        "--place",
+        "disk",
+        "--keep-steps",
+        "0.8",
+        "--precision",
+        "float16",
+    )
+    said = fatezero(
+        "edit", CLIP, *WORDS, "--target", "a blue square on water", *budget, "--steps", "5", "--count", "3",
+        "--chunk-frames", "2", "-o", "out.mp4", cwd=tmp_path,
+    )  # fmt: skip
+    assert "store: queries_keys on disk, 6." in said
+    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in said
+    assert "2 edits in one pass" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out_0.mp4", "out_1.mp4"]
+
+
+def test_an_inversion_is_written_as_it_runs_in_any_memory(tmp_path):
+    said = fatezero(
+        "invert", CLIP, "--source", SOURCE, "--memory", "auto", "--steps", "3", "--count", "2", "-o", "s.safetensors",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "store: queries_keys on disk, " in said
+    fatezero("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "s.mp4", cwd=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.mp4", "s.safetensors"]
+
+
+def test_chunks_that_approximate_are_told(tmp_path):
+    said = fatezero("edit", CLIP, *WORDS, "--clip-norm", "--chunk-frames", "4", "--dry-run", cwd=tmp_path)
+    assert "chunks approximate the whole clip" in said
+
+
 def test_a_missing_video_ends_the_process_with_one_line(tmp_path):
     said = fatezero("edit", "missing.mp4", *WORDS, cwd=tmp_path, code=1)
     assert said.strip() == "error: no video at missing.mp4"
@@ -115,7 +153,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
     said = fatezero("edit", CLIP, *WORDS, "--preset", "shape", "--dry-run", cwd=tmp_path)
     assert "8 frames of 64x64, 50 steps" in said
     assert "-> store with memory recompute: 1." in said
-    assert "UNet calls: 50 to invert, 125 for each of 1 edit(s)" in said
+    assert "   store: recompute in RAM, 1." in said
+    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source beside" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,6 +165,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
         (["empty.mp4", *WORDS], "empty.mp4 is empty"),
         (["text.mp4", *WORDS], "text.mp4 is not a readable video"),
         ([CLIP, "--source", SOURCE], "missing --target"),
+        ([CLIP, *WORDS, "--place", "cloud"], "place is 'cloud'; it must be one of auto, device, ram, disk"),
+        ([CLIP, *WORDS, "--memory", "maps", "--budget-gb", "0.1"], "maps takes 6.46 GB of budget_gb 0.1. Needed by each: recompute"),
         (["--source", SOURCE, "--target", TARGET], "missing VIDEO"),
         ([CLIP, *WORDS, "--count", 9], "gives 8 frames from 0 in steps of 1, but 9 are needed"),
         ([CLIP, *WORDS, "--crop", "200,0,200,0"], "does not fit 256x256"),

@@ -56,7 +56,7 @@ def write_video(path: str | Path, frames: Tensor, fps: Fraction, sound: Sound | 
             Image.fromarray(pixels[0]).save(partial)
             return path
         try:
-            _encode(partial, np.pad(pixels, ((0, 0), (0, -pixels.shape[1] % 2), (0, -pixels.shape[2] % 2), (0, 0)), "edge"), fps, sound, crf)  # fmt: skip  # noqa: E501
+            _encode(partial, pixels, fps, sound, crf)
         except FFmpegError as error:
             raise OSError(f"could not write {path}: {error}") from error
     return path
@@ -65,14 +65,16 @@ def write_video(path: str | Path, frames: Tensor, fps: Fraction, sound: Sound | 
 def _encode(path: Path, pixels: np.ndarray, fps: Fraction, sound: Sound | None, crf: int) -> None:
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "medium"})
-        video.height, video.width = pixels.shape[1:3]
+        odd = ((0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0))
+        video.height, video.width = pixels.shape[1] + odd[0][1], pixels.shape[2] + odd[1][1]
         video.pix_fmt = "yuv420p"
         audio = None
         if sound is not None:
             audio = container.add_stream("aac", rate=sound.rate)
             audio.layout = "mono" if len(sound.samples) == 1 else "stereo"
         for picture in pixels:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            even = np.ascontiguousarray(np.pad(picture, odd, "edge"))
+            container.mux(video.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         container.mux(video.encode(None))
         if audio is not None and sound is not None:
             for frame in _sound_frames(sound, audio.codec_context.frame_size or 1024):

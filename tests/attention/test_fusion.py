@@ -3,7 +3,7 @@ import torch
 
 from fatezero.attention.control import AttentionSite, attention, attention_map
 from fatezero.attention.fusion import Fuser, FusionSettings, StepPlan
-from fatezero.attention.key_frames import KeyFrames
+from fatezero.attention.key_frames import KeyFrames, Piece
 from fatezero.attention.prompt import Alignment
 from fatezero.attention.records import Recorder, SourceStep
 
@@ -11,6 +11,7 @@ FRAMES, HEADS, SIDE, DIM, COLUMNS = 3, 2, 4, 8, 7
 SELF = AttentionSite("down", 0, "self", HEADS, DIM, SIDE, SIDE)
 CROSS = AttentionSite("down", 0, "cross", HEADS, DIM, SIDE, SIDE)
 KEYS = KeyFrames(("self", "middle"))
+CLIP = Piece.whole(FRAMES)
 BOTH = StepPlan(fuse_cross=True, fuse_self=True, blend_latents=False, mask=False)
 
 
@@ -20,18 +21,19 @@ def tensors(tokens, seed):
 
 
 def identity_alignment():
-    return Alignment(torch.eye(COLUMNS), torch.ones(COLUMNS), torch.ones(COLUMNS))
+    ones = torch.ones(COLUMNS).double()
+    return Alignment(torch.eye(COLUMNS).double(), ones, ones)
 
 
 def recorded(maps=False, keys=KEYS):
-    recorder = Recorder(keys, FRAMES, {SELF.name, CROSS.name}, maps=maps)
+    recorder = Recorder(keys, CLIP, {SELF.name, CROSS.name}, "maps" if maps else "recompute")
     recorder.self_attention(*tensors(SIDE**2, 0), SELF)
     recorder.cross_attention(*tensors(COLUMNS, 1), CROSS)
-    return SourceStep(recorder.records, keys, FRAMES)
+    return SourceStep(recorder.records, keys, CLIP)
 
 
 def fuser(plan=BOTH, masks=None, maps=False, settings=None):
-    return Fuser(KEYS, FRAMES, recorded(maps), identity_alignment(), settings or FusionSettings(), plan, masks)
+    return Fuser(recorded(maps), identity_alignment(), settings or FusionSettings(), plan, masks)
 
 
 def explicit_self(mask):
@@ -64,11 +66,12 @@ def test_full_self_fusion_is_the_sources_map_on_the_edits_values(maps):
 def test_cross_fusion_takes_the_aligned_columns(maps):
     q, k, v = tensors(COLUMNS, 3)
     control = fuser(maps=maps)
-    copied = torch.tensor([1.0, 1, 0, 1, 1, 1, 1])
-    control.alignment = Alignment(torch.diag(copied), copied, torch.ones(COLUMNS))
+    copied = torch.tensor([1.0, 1, 0, 1, 1, 1, 1]).double()
+    weights = torch.arange(COLUMNS).double()
+    control.alignment = Alignment(torch.diag(copied), copied, weights)
     source_q, source_k, _ = tensors(COLUMNS, 1)
     source, own = attention_map(source_q, source_k[:1]), attention_map(q, k)
-    expected = torch.where(copied.bool(), source, own) @ v
+    expected = (torch.where(copied.bool(), source, own) * weights) @ v
     assert torch.allclose(control.cross_attention(q, k, v, CROSS), expected, atol=1e-12)
 
 

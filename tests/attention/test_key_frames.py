@@ -33,17 +33,28 @@ def test_gather_stacks_the_tokens_of_the_frames_seen(names, frames):
         assert torch.equal(seen[f], expected)
 
 
-@given(entries, st.integers(1, 9), st.integers(1, 4))
-def test_windows_cover_every_frame_once_and_hold_what_their_frames_see(names, frames, chunk):
+@given(entries, st.integers(1, 9), st.integers(2, 5), st.booleans())
+def test_pieces_give_every_frame_its_whole_weight_and_one_owner(names, frames, chunk, clip_norm):
     keys = KeyFrames.of(names)
-    if not keys.anchored and chunk < frames:
-        with pytest.raises(ValueError, match="chunk_frames"):
-            keys.windows(frames, chunk)
-        return
-    windows = keys.windows(frames, chunk)
-    assert [f for _, kept in windows for f in kept] == list(range(frames))
-    for held, _ in windows:
-        assert all(set(keys.of_frame(f, frames)) <= set(held) for f in held)
+    pieces = keys.pieces(frames, chunk, clip_norm)
+    weights = torch.zeros(frames)
+    for piece in pieces:
+        weights[list(piece.held)] += torch.tensor(piece.weights)
+    assert torch.allclose(weights, torch.ones(frames))
+    assert sorted(f for p in pieces for f in p.owned) == list(range(frames))
+    if keys.anchored:
+        assert all(set(keys.of_frame(f, frames)) <= set(p.held) for p in pieces for f in p.held)
+
+
+def test_pieces_of_anchored_key_frames_do_not_overlap():
+    weighed = [[f for f, w in zip(p.held, p.weights, strict=True) if w] for p in KeyFrames.of("middle").pieces(7, 3)]
+    assert weighed == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_a_key_frame_that_is_not_held_gives_way_to_the_nearest():
+    k = torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1, 1)
+    seen = KeyFrames.of(("previous", "first")).gather(k, (4, 5, 6), (4, 5, 6), 9)
+    assert seen.view(3, 2).tolist() == [[4, 4], [4, 4], [5, 4]]
 
 
 def test_layers_of_few_channels_keep_to_their_own_frame():

@@ -5,21 +5,36 @@ import sys
 import pytest
 import torch
 
-from fatezero import AttentionStore, StoreError, invert
+from fatezero import AttentionStore, StoreError, StoreSettings, invert
+from fatezero.attention.budget import PRECISIONS
 from fatezero.attention.key_frames import KeyFrames
-from fatezero.attention.store import MEMORIES, Condition, store_bytes
+from fatezero.attention.records import MEMORIES
+from fatezero.attention.store import Condition
 from small import random_latents, random_text
 
 
+@pytest.mark.parametrize("place", ["ram", "disk"])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("key_frames", [("self", "middle"), ("middle",), ("previous", "first")])
-def test_bytes_told_before_the_run_are_those_held_after(denoiser, memory, key_frames):
+def test_bytes_told_before_the_run_are_those_held_after(denoiser, memory, key_frames, place):
     latents, text = random_latents(height=12), random_text(0)
-    told = store_bytes(
-        memory, denoiser.sites(12, 16), tuple(latents.shape), 3, Condition(text), KeyFrames(key_frames), 8, 8
-    )
-    store = invert(denoiser, latents, text, steps=3, key_frames=key_frames, memory=memory).store
-    assert store.nbytes == told
+    store = invert(denoiser, latents, text, 3, key_frames, memory=StoreSettings(memory, place, steps=0.7)).store
+    assert store.nbytes == store.plan.nbytes
+    assert store.kept_steps == (0 if memory == "recompute" else 2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_of_smaller_precisions(denoiser, precision):
+    """The UNet's float64 is 8 bytes wide; float8 has a scale for each head beside it."""
+
+    def attention(settings):
+        store = invert(denoiser, random_latents(), random_text(0), 2, memory=settings).store
+        assert store.nbytes == store.plan.nbytes
+        return store.shelf.nbytes
+
+    whole = attention(StoreSettings("queries_keys"))
+    share = attention(StoreSettings("queries_keys", precision=precision)) / whole
+    assert share == pytest.approx({"float8": 1 / 8}.get(precision, 1 / 4), rel=0.01)
 
 
 def test_recompute_is_smaller_than_queries_and_keys_and_these_than_maps(denoiser):
@@ -67,7 +82,8 @@ def test_files_that_are_no_store_are_refused(tmp_path):
 
 
 def test_a_layer_that_was_not_recorded_is_named(denoiser):
-    store = invert(denoiser, random_latents(), random_text(0), steps=1, memory="queries_keys", max_tokens=64).store
+    settings = StoreSettings("queries_keys", max_tokens=64)
+    store = invert(denoiser, random_latents(), random_text(0), steps=1, memory=settings).store
     with pytest.raises(StoreError, match=r"down\.0\.self.*max_tokens"):
         store.source_step(0, {"down.0.self"})
 
@@ -79,7 +95,7 @@ def test_an_unknown_memory_lists_the_three(denoiser):
 
 def test_a_memory_that_does_not_fit_says_the_bytes_before_any_work(denoiser):
     latents = torch.empty(1, dtype=torch.float64).expand(4096, 4, 512, 512)
-    with pytest.raises(MemoryError, match=r'"maps" needs [\d.]+ GB.*recompute'):
+    with pytest.raises(MemoryError, match=r'"maps" does not fit.*recompute [\d.]+ [GM]B'):
         invert(denoiser, latents, random_text(0), steps=500, memory="maps")
 
 

@@ -115,6 +115,15 @@ class Conditioning(io.ComfyNode):
         return io.NodeOutput([[torch.randn(1, 77, 64, generator=generator), more if pooled else {}]])
 
 
+@node("OtherLines", [io.String.Input("text")], [io.String.Output(is_output_list=True)])
+class Lines(io.ComfyNode):
+    """A list of strings, as packs for prompt batches give it."""
+
+    @classmethod
+    def execute(cls, text):
+        return io.NodeOutput(text.split("\n"))
+
+
 @node("OtherDemoModel", [io.Combo.Input("dtype", options=["fp16", "bf16"])], [io.Model.Output()])
 class DemoModel(io.ComfyNode):
     """The demo model as the host loads it when it is told to keep UNets in another precision."""
@@ -218,6 +227,7 @@ class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
+            Lines,
         ]  # fmt: skip
 
 

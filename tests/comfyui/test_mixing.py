@@ -153,20 +153,6 @@ def test_a_transformer_is_refused_with_what_works(host):
         edited(host, graph)
 
 
-def test_context_windows_are_refused_where_they_would_cut_the_clip(host):
-    def windowed(length):
-        graph = DemoGraph()
-        graph.both(graph.add(
-            "ContextWindowsManual", model=graph.demo[0], context_length=length, context_overlap=0, context_stride=1,
-            context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0,
-        )[0])  # fmt: skip
-        return edited(host, graph)
-
-    assert torch.equal(windowed(3), edited(host, DemoGraph()))
-    with pytest.raises(NodeError, match="model: context windows of 2 frames are set for a clip of 3"):
-        windowed(2)
-
-
 def test_a_node_that_skips_unet_calls_is_refused(host):
     cache = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
     with pytest.raises(NodeError, match="model: a UNet call reached none of its attention layers"):

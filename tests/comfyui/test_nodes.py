@@ -38,7 +38,7 @@ def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
         steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == node.id]
         assert steps == [1, 2, 3, 4, 5]
     assert sum(JPEG in preview[:20] for preview in run.previews) == 10
-    assert host.text(run, graph.invert.id).startswith("recompute: ")
+    assert host.text(run, graph.invert.id).startswith("recompute in RAM, ")
     assert "hooked 14 of 14 attention layers" in host.text(run, graph.edit.id)
     assert "green <- (new)" in host.text(run, graph.words.id)
 
@@ -136,7 +136,7 @@ def says(host, graph, message, node=None):
         ("words", {"mode": "replace", "target": "a square"}, "5 words and the target 2"),
         ("words", {"source": ""}, "source: is empty"),
         ("invert", {"key_frames": "centre"}, "key_frames: "),
-        ("invert", {"memory": "maps", "budget_gb": 0.0001}, "budget_gb: 100.00 kB do not hold memory 'maps'"),
+        ("invert", {"memory": "maps", "budget_gb": 0.0001}, "of budget_gb 0.0001. Needed by each: recompute"),
     ],
 )
 def test_errors_name_the_node_and_the_socket(host, node, inputs, message):

@@ -8,6 +8,7 @@ from comfyui.host import NodeError
 from PIL import Image
 from safetensors.torch import safe_open
 
+from fatezero.attention.budget import format_bytes
 from small import relative
 
 
@@ -30,7 +31,7 @@ def test_a_saved_store_edits_as_the_inversion_did(host, memory):
         held = sum(stored.get_tensor(name).nbytes for name in stored.keys())  # noqa: SIM118
     assert int(host.text(run, usage.id)) == held
     shown = host.text(run, graph.invert.id)
-    assert shown.startswith(f"{memory}: {held / 1e3:.2f} kB" if held < 1e6 else f"{memory}: {held / 1e6:.2f} MB")
+    assert shown.startswith(f"{memory} in RAM, {format_bytes(held)}: ")
 
     load = graph.add("FateZeroLoadStore", file=file)
     graph.set(graph.edit, store=load[0])

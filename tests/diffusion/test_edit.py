@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
-from fatezero.attention.store import MEMORIES, AttentionStore
+from fatezero.attention.records import MEMORIES
+from fatezero.attention.store import AttentionStore
 from fatezero.diffusion.edit import source_heat, unet_calls
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import random_latents, random_text, relative, small_unet
@@ -38,6 +39,18 @@ def test_the_three_memories_agree(denoiser, tokenizer, shape, clip_norm):
     assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
 
 
+def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):
+    """One head of 80 channels is wider than a map of 77 columns."""
+    unet = small_unet(block_out_channels=(8, 80, 80), attention_head_dim=1)
+    denoiser = DiffusersDenoiser(unet, scheduler)
+    edits = [run(denoiser, tokenizer, random_latents(2), memory) for memory in MEMORIES]
+    assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
+    store = invert(denoiser, random_latents(2), random_text(0), 1, memory="queries_keys").store
+    parts = {name: set(tensors) for name, tensors in store.shelf.tensors(0).items()}
+    assert (parts["down.0.cross"], parts["mid.0.cross"], parts["mid.0.self"]) == ({"q", "k"}, {"map"}, {"q", "k"})
+    assert store.nbytes == store.plan.nbytes
+
+
 def test_a_store_from_disk_edits_the_same(denoiser, tokenizer, tmp_path):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=3, memory="queries_keys")
     arguments = (random_text(1), random_text(2), 7.5, replace_edit(tokenizer), BLENDED)
@@ -62,7 +75,7 @@ def test_prediction_kinds_agree_on_the_same_noise(unet):
     from diffusers import DDIMScheduler
 
     from fatezero.attention.control import Control
-    from fatezero.attention.key_frames import KeyFrames
+    from fatezero.attention.key_frames import KeyFrames, Piece
     from fatezero.demo.model import build_scheduler
 
     z, text = random_latents(1), Condition(random_text(0))
@@ -76,8 +89,9 @@ def test_prediction_kinds_agree_on_the_same_noise(unet):
     for kind, noise in expected.items():
         scheduler = DDIMScheduler.from_config(build_scheduler().config, prediction_type=kind)
         denoiser = DiffusersDenoiser(unet, scheduler)
-        with denoiser.controlled(Control(KeyFrames(("self",)), 1)):
-            assert relative(denoiser.predict_noise(z, 500, text), noise) < 1e-6
+        with denoiser.hooked():
+            plain = Control(KeyFrames(("self",)), Piece.whole(1))
+            assert relative(denoiser.predict_noise(z, 500, text, plain), noise) < 1e-6
 
 
 def test_sdxl_shaped_unets_with_several_transformer_layers(tokenizer, scheduler):
@@ -118,11 +132,30 @@ def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
             assert relative(edited, whole) < 1e-9
 
 
-def test_chunks_are_refused_where_frames_meet_otherwise(denoiser):
-    with pytest.raises(ValueError, match=r"chunk_frames=2 needs key_frames"):
-        invert(denoiser, random_latents(4), random_text(0), 1, key_frames=("previous",), chunk_frames=2)
-    with pytest.raises(ValueError, match=r"chunk_frames=2 needs clip_norm=False"):
-        invert(denoiser, random_latents(4), random_text(0), 1, clip_norm=True, chunk_frames=2)
+@pytest.mark.parametrize(("key_frames", "clip_norm"), [(("previous", "first"), False), (("self", "middle"), True)])
+def test_where_frames_meet_otherwise_chunks_overlap_and_come_near(denoiser, tokenizer, key_frames, clip_norm):
+    """Frames that change slowly, as a video's do."""
+    latents = random_latents(1) + 0.02 * random_latents(9).cumsum(0)
+
+    def edited(chunk):
+        inversion = invert(denoiser, latents, random_text(0), 3, key_frames, clip_norm, chunk_frames=chunk)
+        prompt = replace_edit(tokenizer)
+        return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, chunk_frames=chunk)
+
+    whole = edited(None)
+    alone = edit(
+        denoiser, invert(denoiser, latents, random_text(0), 3, "self"), random_text(1), random_text(2), 7.5,
+        replace_edit(tokenizer),
+    )  # fmt: skip
+    error = relative(edited(6), whole)
+    assert 0 < error < 0.5 * relative(alone, whole)
+
+
+def test_a_chunk_too_short_is_refused(denoiser):
+    with pytest.raises(ValueError, match=r"chunk_frames is 0; it must be at least 1"):
+        invert(denoiser, random_latents(4), random_text(0), 1, chunk_frames=0)
+    with pytest.raises(ValueError, match=r"chunk_frames is 1; it must be at least 2, with neighbours"):
+        invert(denoiser, random_latents(4), random_text(0), 1, key_frames=("previous",), chunk_frames=1)
 
 
 def test_noise_that_does_not_depend_on_the_latent_is_replayed_exactly(unet, denoiser):
@@ -165,31 +198,18 @@ def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denois
     assert relative(blended(1.0), edit(denoiser, inversion, *arguments, FusionSettings(0.5, 1.0))) < 1e-9
 
 
-@pytest.mark.parametrize("memory", ["queries_keys", "maps"])
-def test_attention_is_kept_where_it_is_told_to(denoiser, memory):
-    """The latents, and with them the run, stay where they were."""
-    store = invert(denoiser, random_latents(), random_text(0), steps=2, memory=memory, store_device="meta").store
-    kept = [t for step in store.records for record in step.values() for t in record.tensors.values()]
-    assert kept and all(t.device.type == "meta" for t in kept)
-    assert store.latents.device.type == "cpu"
+def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer, monkeypatch):
+    """Of the matching level, not of the noisier one that the authors' index takes."""
+    from fatezero.diffusion.edit import _Run
 
-
-def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer):
+    seen = []
+    move = _Run.move
+    monkeypatch.setattr(_Run, "move", lambda *given: seen.append(move(*given)) or seen[-1])
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
-    seen = {}
-    from fatezero.diffusion.edit import _Edit
-
     fusion = FusionSettings(0.5, 0.5, blend_latents=True, blend_threshold=1.0)
-    run_ = _Edit.prepared(
-        denoiser, inversion.store, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion, None, None
-    )
-    z = inversion.latents[-1]
-    with torch.no_grad():
-        for step in range(5):
-            z = run_.step(z, step)
-            seen[step] = z
+    edit(denoiser, inversion, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion)
     for step in fusion.latent_steps(5):
-        assert torch.equal(seen[step], inversion.latents[5 - step - 1]), "the matching level, not a noisier one"
+        assert torch.equal(seen[step], inversion.latents[5 - step - 1])
     assert not torch.equal(seen[0], inversion.latents[4])
 
 
@@ -219,7 +239,7 @@ def test_calls_of_the_unet_are_as_told(denoiser, tokenizer):
     for fusion, memory in ((BLENDED, "recompute"), (BLENDED, "queries_keys"), (FusionSettings(0.2, 0.4), "recompute")):
         calls.clear()
         run(denoiser, tokenizer, random_latents(1), memory, fusion)
-        assert len(calls) == sum(unet_calls(5, 7.5, memory, fusion))
+        assert len(calls) == sum(unet_calls(5, 7.5, 0 if memory == "recompute" else 5, fusion))
     counted.remove()
 
 

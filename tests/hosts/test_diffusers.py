@@ -4,13 +4,13 @@ from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnPro
 
 from fatezero import Condition, edit, invert
 from fatezero.attention.control import Control
-from fatezero.attention.key_frames import KeyFrames
+from fatezero.attention.key_frames import KeyFrames, Piece
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import random_latents, random_text, relative, small_unet
 
 
 def own_frames(frames=2):
-    return Control(KeyFrames(("self",)), frames)
+    return Control(KeyFrames(("self",)), Piece.whole(frames))
 
 
 def hooks(unet):
@@ -33,8 +33,8 @@ def test_a_control_of_own_frames_is_the_unet_itself(scheduler, options, size):
     denoiser = DiffusersDenoiser(unet, scheduler)
     latents, text = random_latents(2, *size), random_text(0)
     plain = unet(latents, 300, text.expand(2, -1, -1)).sample
-    with denoiser.controlled(own_frames()):
-        assert relative(denoiser.predict_noise(latents, 300, Condition(text)), plain) < 1e-12
+    with denoiser.hooked():
+        assert relative(denoiser.predict_noise(latents, 300, Condition(text), own_frames()), plain) < 1e-12
 
 
 def test_sites_name_every_layer_once_with_its_grid(denoiser):
@@ -49,7 +49,7 @@ def test_sites_name_every_layer_once_with_its_grid(denoiser):
 
 def test_nothing_is_left_on_the_unet(unet, denoiser):
     before, processors = hooks(unet), dict(unet.attn_processors)
-    with denoiser.controlled(own_frames(), clip_norm=True):
+    with denoiser.hooked(clip_norm=True):
         assert hooks(unet) != before
         assert all(unet.attn_processors[n] is not p for n, p in processors.items())
     assert hooks(unet) == before
@@ -64,9 +64,10 @@ def test_nothing_is_left_on_the_unet_after_an_error(unet, denoiser):
     before, processors = hooks(unet), dict(unet.attn_processors)
     with (
         pytest.raises(KeyboardInterrupt),
-        denoiser.controlled(Failing(KeyFrames(("self",)), 2), clip_norm=True),
+        denoiser.hooked(clip_norm=True),
     ):
-        denoiser.predict_noise(random_latents(2), 1, Condition(random_text(0)))
+        failing = Failing(KeyFrames(("self",)), Piece.whole(2))
+        denoiser.predict_noise(random_latents(2), 1, Condition(random_text(0)), failing)
     assert hooks(unet) == before
     assert all(unet.attn_processors[n] is p for n, p in processors.items())
 
@@ -76,8 +77,8 @@ def test_clip_norm_takes_statistics_over_the_clip(denoiser):
     still = random_latents(1).expand(3, -1, -1, -1)
 
     def predicted(latents, clip_norm):
-        with denoiser.controlled(own_frames(3), clip_norm):
-            return denoiser.predict_noise(latents, 300, Condition(random_text(0)))
+        with denoiser.hooked(clip_norm):
+            return denoiser.predict_noise(latents, 300, Condition(random_text(0)), own_frames(3))
 
     assert relative(predicted(still, True), predicted(still, False)) < 1e-12
     assert relative(predicted(random_latents(3), True), predicted(random_latents(3), False)) > 1e-4
@@ -92,7 +93,7 @@ def test_plain_processors_are_taken_over_and_others_refused_by_name(unet, schedu
     layer.set_processor(IPAdapterAttnProcessor2_0(hidden_size=16, cross_attention_dim=16))
     with pytest.raises(ValueError, match=r"mid_block.*IPAdapterAttnProcessor2_0"):
         DiffusersDenoiser(unet, scheduler)
-    with pytest.raises(ValueError, match="IPAdapterAttnProcessor2_0"), denoiser.controlled(own_frames()):
+    with pytest.raises(ValueError, match="IPAdapterAttnProcessor2_0"), denoiser.hooked():
         pass
 
 
@@ -107,8 +108,8 @@ def test_lora_layers_keep_working(unet, scheduler):
     denoiser = DiffusersDenoiser(unet, scheduler)
     latents, text = random_latents(2), random_text(0)
     expected = unet(latents, 300, text.expand(2, -1, -1)).sample
-    with denoiser.controlled(own_frames()):
-        assert relative(denoiser.predict_noise(latents, 300, Condition(text)), expected) < 1e-12
+    with denoiser.hooked():
+        assert relative(denoiser.predict_noise(latents, 300, Condition(text), own_frames()), expected) < 1e-12
     with_lora = edit(denoiser, inversion, random_text(1), guidance_scale=1)
     assert relative(with_lora, without) > 1e-3, "a LoRA on the edit alone is used, and the store stays valid"
     unet.disable_adapters()

@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from fatezero import FusionSettings, PromptEdit, edit, invert
-from fatezero.attention.store import MEMORIES
+from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
+from fatezero.attention.records import MEMORIES
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import FIXTURES, relative
@@ -53,8 +53,7 @@ def test_reference(reference, name, memory):
         steps=CASES["steps"],
         key_frames=tuple("middle" if entry == "mid" else entry for entry in case["kv"]),
         clip_norm=True,
-        memory=memory,
-        max_tokens=1024,
+        memory=StoreSettings(memory, max_tokens=1024),
     )
     prompt = PromptEdit(
         CASES["source"],

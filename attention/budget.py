@@ -1,0 +1,223 @@
+"""What a store takes and where it goes, decided before anything is run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from .control import AttentionSite
+from .key_frames import KeyFrames
+from .records import FLOAT8, MEMORIES, Memory, kept_as_map, map_precision
+
+Place = Literal["device", "ram", "disk"]
+PLACES: tuple[Place, ...] = get_args(Place)
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FLOAT8}
+USABLE = 0.8
+"""The share of a place's free bytes that a store may take; the model's work needs the rest."""
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The dtype and shape of every tensor, by name."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What of the source's attention an inversion keeps, and where.
+
+    memory: "recompute", "queries_keys", "maps" (see `AttentionStore`), or "auto": the fastest
+    that fits. place: "device", "ram" (pinned beside a GPU), "disk", or "auto": the fastest that fits.
+    budget_gb: the most gigabytes (1e9 bytes) the store may take wherever it is; None for no limit.
+    precision: of kept queries and keys: "model" for the model's own, "float16", "bfloat16" or "float8"
+    (e4m3, a scale for each head). steps: the share of steps, from the noisy end, whose attention
+    is kept; the others are computed again where an edit asks for them. max_tokens: keep layers of
+    up to this many tokens. path: a safetensors file to write and keep. folder: where else a
+    store on disk goes, to be removed with it; None for the system's temporary folder.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    memory: str = "recompute"
+    place: str = "auto"
+    budget_gb: float | None = None
+    precision: str = "model"
+    steps: float = 1.0
+    max_tokens: int | None = None
+    path: Path | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        known = {
+            "memory": ("auto", *MEMORIES),
+            "place": ("auto", *PLACES),
+            "precision": ("model", *PRECISIONS),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
+        if self.budget_gb is not None and self.budget_gb < 0:
+            raise ValueError(f"budget_gb is {self.budget_gb}; it must be at least 0, or None for no limit")
+        if not 0 <= self.steps <= 1:
+            raise ValueError(f"steps to keep is {self.steps}; it is a share, between 0 and 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.memory == "maps" and self.precision != "model":
+            raise ValueError("maps are kept in the model's own precision: set precision to model")
+
+    @classmethod
+    def of(cls, value: str | StoreSettings) -> StoreSettings:
+        """From what a user writes: the settings, or a memory's name alone."""
+        return value if isinstance(value, StoreSettings) else cls(value)
+
+    def kept_steps(self, steps: int) -> int:
+        """How many steps' attention is kept: as many as a fusion of this share reads."""
+        return min(steps, int(self.steps * (steps + 1) + 1e-9))
+
+    def keeps(self, site: AttentionSite) -> bool:
+        """Whether a layer's attention is kept."""
+        return self.max_tokens is None or site.tokens <= self.max_tokens
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the size of a store depends on.
+
+    latents_shape: (frames, 4, h, w). latent_size: bytes of a latent's number. dtype: what the
+    model computes in. columns, text_bytes: of the source prompt.
+    """
+
+    sites: Sequence[AttentionSite]
+    latents_shape: tuple[int, ...]
+    latent_size: int
+    steps: int
+    key_frames: KeyFrames
+    dtype: torch.dtype
+    columns: int
+    text_bytes: int
+
+    def layout(self, memory: Memory, settings: StoreSettings) -> Layout:
+        """The tensors of one step's attention."""
+        if memory == "recompute":
+            return {}
+        stored = PRECISIONS.get(settings.precision, self.dtype)
+        found: Layout = {}
+        for site in self.sites:
+            if settings.keeps(site):
+                found |= {f"{site.name}.{part}": t for part, t in self._record(memory, site, stored).items()}
+        return found
+
+    def _record(self, memory: Memory, site: AttentionSite, stored: torch.dtype) -> Layout:
+        frames, keys_of = self.latents_shape[0], self.key_frames.at(site.channels)
+        cross = site.kind == "cross"
+        columns = self.columns if cross else len(keys_of.entries) * site.tokens
+        if kept_as_map(memory, site, columns):
+            return {"map": (map_precision(stored), (frames, site.heads, site.tokens, columns))}
+        keys = (1, self.columns) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
+        parts: Layout = {
+            "q": (stored, (frames, site.heads, site.tokens, site.head_dim)),
+            "k": (stored, (keys[0], site.heads, keys[1], site.head_dim)),
+        }
+        if stored == FLOAT8:
+            parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
+        return parts
+
+    def nbytes(self, memory: Memory, settings: StoreSettings) -> int:
+        """Bytes of the whole store: latents of every level, text, and the kept steps' attention."""
+        latents = (self.steps + 1) * prod(self.latents_shape) * self.latent_size
+        return latents + self.text_bytes + settings.kept_steps(self.steps) * layout_bytes(self.layout(memory, settings))
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What was chosen: the memory, its place, its bytes, and why."""
+
+    memory: Memory
+    place: Place
+    nbytes: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.memory} {_IN[self.place]}, {format_bytes(self.nbytes)}: {self.why}"
+
+
+_IN = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
+
+
+def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) -> StorePlan:
+    """Choose the fastest memory and place that fit the budget and what is free.
+
+    From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises
+    MemoryError, with the bytes of each memory, where nothing fits.
+    """
+    if settings.precision == "float8" and device.type == "mps":
+        raise ValueError("precision float8 is unknown to MPS devices; take float16")
+    memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
+    refused = []
+    for memory in (m for m in MEMORIES[::-1] if m in memories):
+        needed = demand.nbytes(memory, settings)
+        if settings.budget_gb is not None and needed > settings.budget_gb * 1e9:
+            refused.append(f"{memory} takes {format_bytes(needed)} of budget_gb {settings.budget_gb:g}")
+            continue
+        for place in _places(memory, settings, device):
+            room = _free_bytes(place, settings, device)
+            if room is None or needed <= USABLE * room:
+                return StorePlan(memory, place, needed, "; ".join(refused) or _chosen(settings, room))
+            refused.append(f"{memory} takes {format_bytes(needed)} of {format_bytes(room)} free {_IN[place]}")
+    sizes = ", ".join(f"{m} {format_bytes(demand.nbytes(m, settings))}" for m in MEMORIES)
+    raise MemoryError(f'memory "{settings.memory}" does not fit: {"; ".join(refused)}. Needed by each: {sizes}')
+
+
+def _chosen(settings: StoreSettings, room: int | None) -> str:
+    asked = "the fastest" if "auto" in (settings.memory, settings.place) and settings.path is None else "as asked"
+    return asked if room is None else f"{asked}, {format_bytes(room)} free"
+
+
+def _places(memory: Memory, settings: StoreSettings, device: torch.device) -> tuple[Place, ...]:
+    """Where the store may go, fastest first; beside a CPU, its own memory is the RAM."""
+    if settings.path is not None:
+        return ("disk",)
+    places: tuple[Place, ...] = ("ram", "disk") if device.type == "cpu" else PLACES
+    if memory == "recompute":  # latents are at hand while they are made, so a disk would save nothing
+        places = places[:-1]
+    return tuple(p for p in places if p == settings.place) or places[:1] if settings.place != "auto" else places
+
+
+def _free_bytes(place: Place, settings: StoreSettings, device: torch.device) -> int | None:
+    if place == "disk":
+        return shutil.disk_usage(existing(settings.path or settings.folder or Path(tempfile.gettempdir()))).free
+    return available_bytes(device if place == "device" else torch.device("cpu"))
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all the tensors of a layout."""
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free bytes of a device's memory; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes as people read it: 12.10 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

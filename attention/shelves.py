@@ -1,0 +1,223 @@
+"""Where a store's records stand, and how they come and go beside the UNet's work."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .key_frames import KeyFrames, Piece
+from .records import Map, QueriesKeys, Record, pick, record_from
+
+T = TypeVar("T")
+Records = dict[str, Record]
+"""A step's records by the name of their layer."""
+
+
+class Shelf(Protocol):
+    """Keeps the records of a store's steps."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+
+    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
+        """A step's tensors, by layer and part; on disk they are mapped, not read."""
+
+
+class MemoryShelf:
+    """Records in memory: on the device that made them, or in RAM, pinned beside a CUDA device."""
+
+    def __init__(self, device: torch.device, pinned: bool = False) -> None:
+        self.device = device
+        self.pinned = pinned
+        self._steps: dict[int, Records] = {}
+
+    def put(self, step: int, records: Records) -> None:
+        """Keep a step's records."""
+        self._steps[step] = {name: _mapped(record, self._kept) for name, record in records.items()}
+
+    def _kept(self, x: Tensor) -> Tensor:
+        if not self.pinned:
+            # A copy of its own where it is a view, or it would hold a larger tensor alive.
+            whole = x.untyped_storage().nbytes() == x.nbytes
+            return x.to(self.device) if whole or x.device != self.device else x.clone()
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
+        return {name: record.tensors for name, record in self._steps[step].items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for step in self._steps.values() for r in step.values() for t in r.tensors.values())
+
+
+class FileShelf:
+    """Records in a safetensors file, mapped into memory and read where they are asked for.
+
+    temporary: remove the file and its folder with this object, or when the process ends.
+    """
+
+    def __init__(self, path: Path, temporary: bool = False) -> None:
+        self.path = path
+        self._file = safe_open(path, framework="pt")
+        self._names: dict[int, list[tuple[str, str, str]]] = {}
+        for key in self._file.keys():  # noqa: SIM118  it is no dict
+            if key.startswith("step."):
+                layer, _, part = key[10:].rpartition(".")
+                self._names.setdefault(int(key[5:9]), []).append((key, layer, part))
+        self.nbytes = sum(_slice_bytes(self._file, key) for names in self._names.values() for key, *_ in names)
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
+
+    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, layer, part in self._names[step]:
+            found.setdefault(layer, {})[part] = self._file.get_tensor(key)
+        return found
+
+
+def tensor_name(step: int, name: str) -> str:
+    """How a step's tensor is called in a file."""
+    return f"step.{step:04d}.{name}"
+
+
+def _slice_bytes(file: Any, key: str) -> int:
+    part = file.get_slice(key)
+    size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}[part.get_dtype()]
+    return int(torch.Size(part.get_shape()).numel()) * size
+
+
+def _mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    return record_from({part: change(t) for part, t in record.tensors.items()})
+
+
+def fetch(
+    shelf: Shelf, step: int, wanted: set[str], key_frames: KeyFrames, piece: Piece, device: torch.device
+) -> Records:
+    """A step's records of some layers and the frames of a piece, on a device.
+
+    Layers that were not kept are left out.
+    """
+    records = {}
+    for name, parts in shelf.tensors(step).items():
+        if name in wanted:
+            record = _of_piece(record_from(parts), name.endswith("cross"), key_frames, piece)
+            records[name] = _mapped(record, lambda t: _brought(t, device, copy=isinstance(shelf, FileShelf)))
+    return records
+
+
+def _of_piece(record: Record, cross: bool, key_frames: KeyFrames, piece: Piece) -> Record:
+    """The rows of a piece's frames, and the keys these see."""
+    if piece.is_whole:
+        return record
+    if isinstance(record, Map):
+        return Map(pick(record.probabilities, piece.held))
+    k = record.k
+    if not cross:
+        keys = key_frames.at(record.q.shape[1] * record.q.shape[3])
+        kept = keys.used(range(piece.clip), piece.clip)
+        k = pick(k, [kept.index(f) for f in keys.used(piece.held, piece.clip)])
+    return QueriesKeys(pick(record.q, piece.held), k, record.q_scale, record.k_scale)
+
+
+def _brought(x: Tensor, device: torch.device, copy: bool) -> Tensor:
+    """On a device; of a mapped file a copy, so that it is read here and not at its first use."""
+    if device.type == "cuda" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.clone() if copy and device == x.device else x.to(device, non_blocking=True)
+
+
+# --- beside the UNet ----------------------------------------------------------------------
+
+
+class Background:
+    """One piece of work at a time in a thread, on a CUDA device in a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """Do this after what is queued on the caller's stream; done when it has left the device's queue."""
+        inference = torch.is_inference_mode_enabled()
+        if self._stream is None:
+            return self._pool.submit(self._in_mode, work, inference)
+        stream = self._stream
+        ready = torch.cuda.current_stream(stream.device).record_event()
+
+        def on_stream() -> T:
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                done = work()
+            stream.synchronize()
+            return done
+
+        return self._pool.submit(self._in_mode, on_stream, inference)
+
+    @staticmethod
+    def _in_mode(work: Callable[[], T], inference: bool) -> T:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work()
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+Put = Callable[[int, Records], None]
+"""Keeps the records of a step."""
+
+
+@contextmanager
+def written_behind(device: torch.device, write: Put) -> Iterator[Put]:
+    """`write`, done while the caller goes on: one step at a time, its errors told at the next."""
+    background = Background(device)
+    pending: list[Future[None]] = []
+
+    def put(step: int, records: Records) -> None:
+        if pending:
+            pending.pop().result()
+        pending.append(background.start(lambda: write(step, records)))
+
+    try:
+        yield put
+        if pending:
+            pending.pop().result()
+    finally:
+        background.close()
+
+
+@contextmanager
+def read_ahead(device: torch.device, jobs: Iterable[Callable[[], Records]]) -> Iterator[Callable[[], Records]]:
+    """The results of some jobs in order, each fetched while the one before it is in use."""
+    background, waiting = Background(device), iter(jobs)
+    pending: list[Future[Records]] = []
+
+    def begin() -> None:
+        job = next(waiting, None)
+        if job is not None:
+            pending.append(background.start(job))
+
+    def take() -> Records:
+        records = pending.pop().result()
+        if device.type == "cuda":
+            for record in records.values():
+                for tensor in record.tensors.values():
+                    tensor.record_stream(torch.cuda.current_stream(device))
+        begin()
+        return records
+
+    begin()
+    try:
+        yield take
+    finally:
+        background.close()

@@ -1,0 +1,134 @@
+"""Long clips in pieces, stores on disk, and many edits of one inversion."""
+
+import pytest
+import torch
+from comfyui.graph import SOURCE, DemoGraph
+from comfyui.host import NodeError
+from safetensors.torch import load_file
+
+from small import relative
+
+FRAMES = 6
+
+
+def edited(host, graph) -> torch.Tensor:
+    return host.latents(graph.prompt, graph.edit[0])
+
+
+def graph_of(key_frames="self, middle", clip_norm=False, **invert) -> DemoGraph:
+    """An edit with masks from attention, of a clip long enough to be cut."""
+    graph = DemoGraph(frames=FRAMES)
+    graph.set(graph.words, target="a red circle on water", mode="replace")
+    graph.set(graph.invert, key_frames=key_frames, clip_norm=clip_norm, **invert)
+    graph.set(graph.edit, preset="custom", blend_self_attention=True, blend_latents=True)
+    return graph
+
+
+def in_chunks(graph, frames) -> DemoGraph:
+    graph.set(graph.invert, chunk_frames=frames)
+    graph.set(graph.edit, chunk_frames=frames)
+    return graph
+
+
+def in_windows(graph, length, overlap=1, schedule="standard_static", fuse="pyramid", dim=0) -> DemoGraph:
+    graph.both(graph.add(
+        "ContextWindowsManual", model=graph.demo[0], context_length=length, context_overlap=overlap, context_stride=1,
+        context_schedule=schedule, closed_loop=False, fuse_method=fuse, dim=dim,
+    )[0])  # fmt: skip
+    return graph
+
+
+@pytest.mark.parametrize("memory", ["recompute", "queries_keys"])
+def test_chunks_give_the_whole_clips_result(host, memory):
+    whole = edited(host, graph_of(memory=memory))
+    assert relative(edited(host, in_chunks(graph_of(memory=memory), 2)), whole) < 1e-5
+
+
+def test_chunks_take_their_own_frames_of_a_controlnet(host, controlnet):
+    def guided(graph):
+        pair = graph.with_control(controlnet, graph.words[1], graph.negative[0], 1.0)
+        graph.set(graph.edit, positive=pair[0], negative=pair[1])
+        source = graph.with_control(controlnet, graph.words[0], graph.negative[0], 1.0)
+        graph.set(graph.invert, source=source[0])
+        return edited(host, graph)
+
+    whole = guided(graph_of())
+    assert relative(guided(in_chunks(graph_of(), 2)), whole) < 1e-5
+    assert relative(whole, edited(host, graph_of())) > 1e-2
+    assert torch.equal(guided(graph_of()), whole), "the hint is whole again"
+
+
+@pytest.mark.parametrize(("key_frames", "clip_norm"), [("previous, first", False), ("self, middle", True)])
+def test_where_frames_meet_otherwise_chunks_come_near(host, key_frames, clip_norm):
+    whole = edited(host, graph_of(key_frames, clip_norm))
+    assert 1e-5 < relative(edited(host, in_chunks(graph_of(key_frames, clip_norm), 4)), whole) < 0.5
+
+
+@pytest.mark.parametrize(("schedule", "fuse"), [("standard_static", "relative"), ("standard_uniform", "pyramid")])
+def test_the_hosts_context_windows_are_followed(host, schedule, fuse):
+    """Through fixed key frames, frames meet as in the whole clip; through neighbours only nearly so."""
+    whole = edited(host, graph_of())
+    assert relative(edited(host, in_windows(graph_of(), 3, 1, schedule, fuse)), whole) < 1e-5
+    assert torch.equal(edited(host, in_windows(graph_of(), FRAMES, 1, schedule, fuse)), whole)
+    neighbours = graph_of("previous")
+    near = edited(host, in_windows(graph_of("previous"), 4, 2, schedule, fuse))
+    assert 1e-5 < relative(near, edited(host, neighbours)) < 0.5
+
+
+def test_context_windows_along_another_dimension_are_refused(host):
+    with pytest.raises(NodeError, match="model: context windows along dim 2; frames lie along dim 0"):
+        edited(host, in_windows(graph_of(), 3, dim=2))
+
+
+def test_a_store_on_disk_stands_in_the_temp_folder_while_the_host_keeps_it(host):
+    expected = edited(host, graph_of(memory="queries_keys"))
+    graph = graph_of(memory="queries_keys", place="disk")
+    run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
+    assert host.text(run, graph.invert.id).startswith("queries_keys on disk, ")
+    assert len(list((host.base / "temp").rglob("store.safetensors"))) == 1
+    assert relative(edited(host, graph), expected) < 1e-5
+    host.post("/free", {"free_memory": True, "unload_models": False})
+    host.run(DemoGraph(steps=1).prompt | {"end": {"class_type": "PreviewAny", "inputs": {"source": "x"}}})
+    assert list((host.base / "temp").rglob("store.safetensors")) == []
+
+
+def test_auto_says_what_it_took_and_why(host):
+    def said(**settings):
+        graph = graph_of(memory="auto", **settings)
+        return host.text(host.run({**graph.prompt, "end": {
+            "class_type": "PreviewAny", "inputs": {"source": graph.edit[1]},
+        }}), graph.invert.id)  # fmt: skip
+
+    assert said(budget_gb=1.0).startswith("queries_keys in RAM, ")
+    assert "queries_keys takes" in said(budget_gb=0.001)
+    assert said(budget_gb=0.001).startswith("recompute in RAM, ")
+
+
+def test_fewer_steps_and_digits_are_kept_where_asked(host):
+    expected = edited(host, graph_of())
+    assert relative(edited(host, graph_of(memory="queries_keys", keep_steps=0.5)), expected) < 1e-5
+    errors = [
+        relative(edited(host, graph_of(memory="queries_keys", precision=precision)), expected)
+        for precision in ("float16", "float8")
+    ]
+    assert 0 < errors[0] < errors[1] < 0.5
+
+
+def test_a_list_of_targets_is_edited_in_one_pass(host):
+    targets = ["a green square on water", "a blue square on water", "a red square on grass"]
+    alone = []
+    for target in targets:
+        graph = DemoGraph()
+        graph.set(graph.words, target=target)
+        alone.append(edited(host, graph))
+    graph = DemoGraph(steps=4)
+    lines = graph.add("OtherLines", text="\n".join(targets))
+    graph.set(graph.words, source=SOURCE, target=lines[0])
+    save = graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="latents/many")
+    run = host.run(graph.prompt)
+    assert run.executed().count(graph.edit.id) == 1
+    steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == graph.edit.id]
+    assert steps == [1, 2, 3, 4], "one pass"
+    saved = [host.base / s["type"] / s["subfolder"] / s["filename"] for s in run.outputs[save.id]["latents"]]
+    together = [load_file(path)["latent_tensor"] for path in saved]
+    assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
