@@ -20,7 +20,7 @@ Place = Literal["device", "ram", "disk"]
 PLACES: tuple[Place, ...] = get_args(Place)
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FLOAT8}
 USABLE = 0.8
-"""The share of a place's free bytes that a store may take; the model's work needs the rest."""
+"""The share of free memory that a store may take; the model's work needs the rest."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """The dtype and shape of every tensor, by name."""
@@ -78,6 +78,10 @@ class StoreSettings:
         """How many steps' attention is kept: as many as a fusion of this share reads."""
         return min(steps, int(self.steps * (steps + 1) + 1e-9))
 
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that queries and keys of one are kept in."""
+        return PRECISIONS.get(self.precision, dtype)
+
     def keeps(self, site: AttentionSite) -> bool:
         """Whether a layer's attention is kept."""
         return self.max_tokens is None or site.tokens <= self.max_tokens
@@ -104,7 +108,7 @@ class Demand:
         """The tensors of one step's attention."""
         if memory == "recompute":
             return {}
-        stored = PRECISIONS.get(settings.precision, self.dtype)
+        stored = settings.stored(self.dtype)
         found: Layout = {}
         for site in self.sites:
             if settings.keeps(site):
@@ -115,7 +119,7 @@ class Demand:
         frames, keys_of = self.latents_shape[0], self.key_frames.at(site.channels)
         cross = site.kind == "cross"
         columns = self.columns if cross else len(keys_of.entries) * site.tokens
-        if kept_as_map(memory, site, columns):
+        if kept_as_map(memory, site, columns, stored):
             return {"map": (map_precision(stored), (frames, site.heads, site.tokens, columns))}
         keys = (1, self.columns) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
         parts: Layout = {
@@ -165,7 +169,7 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
             continue
         for place in _places(memory, settings, device):
             room = _free_bytes(place, settings, device)
-            if room is None or needed <= USABLE * room:
+            if room is None or needed <= (room if place == "disk" else USABLE * room):
                 return StorePlan(memory, place, needed, "; ".join(refused) or _chosen(settings, room))
             refused.append(f"{memory} takes {format_bytes(needed)} of {format_bytes(room)} free {_IN[place]}")
     sizes = ", ".join(f"{m} {format_bytes(demand.nbytes(m, settings))}" for m in MEMORIES)

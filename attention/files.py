@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -69,8 +70,9 @@ class SafetensorsWriter:
         dtype, shape = self._left.pop(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {dtype} {shape} was announced")
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        self._write(len(self._head) + self._starts[name], data.data)
+        data = tensor.detach().cpu()
+        data = data if data.is_contiguous() else copied(data)
+        self._write(len(self._head) + self._starts[name], data.view(torch.uint8).numpy().data)
 
     def _write(self, at: int, data: bytes | memoryview) -> None:
         try:
@@ -100,3 +102,14 @@ class SafetensorsWriter:
         for old in self.path.parent.glob(f".{self.path.name}.*.partial"):
             if time.time() - old.stat().st_mtime > _STALE:
                 old.unlink(missing_ok=True)
+
+
+def copied(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    """A contiguous copy of a CPU tensor, or of some of its rows, made by one thread.
+
+    torch would copy with OpenMP, and a second team of its threads takes the cores from the one
+    that runs the UNet.
+    """
+    whole_number = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    numbers = x.detach().view(whole_number).numpy()
+    return torch.from_numpy(numbers.copy(order="C") if rows is None else numbers[list(rows)]).view(x.dtype)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 ANCHORS = ("first", "middle", "last")
@@ -95,10 +94,6 @@ class KeyFrames:
         return tuple(resolve(entry) for entry in self.entries)
 
     @property
-    def only_self(self) -> bool:
-        return all(entry in ("self", 0) for entry in self.entries)
-
-    @property
     def anchored(self) -> bool:
         """Whether frames meet only through fixed frames, so that a clip can run in pieces without loss."""
         return all(entry in ("self", 0, "first", "middle", "last") for entry in self.entries)
@@ -154,29 +149,31 @@ class KeyFrames:
         nearest that is. Returns (frames, h, (n t), d), or a single frame's to broadcast when all
         see the same ones.
         """
-        rows = _rows(self, tuple(held), tuple(frames), clip)
-        if rows is None:
-            return k
-        return rearrange(k[_index(rows, k.device)], "f n h t d -> f h (n t) d")
+        columns = _columns(self, tuple(held), tuple(frames), clip)
+        parts = []
+        for column in columns:
+            if column == tuple(range(len(held))):
+                parts.append(k)
+            elif len(set(column)) == 1:
+                parts.append(k[column[0] : column[0] + 1].expand(len(column), -1, -1, -1))
+            else:
+                parts.append(k[_index(column, k.device)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 @lru_cache(maxsize=256)
-def _rows(
-    keys: KeyFrames, held: tuple[int, ...], frames: tuple[int, ...], clip: int
-) -> tuple[tuple[int, ...], ...] | None:
-    """Which of the held frames each frame sees; None where each sees itself alone."""
+def _columns(keys: KeyFrames, held: tuple[int, ...], frames: tuple[int, ...], clip: int) -> tuple[tuple[int, ...], ...]:
+    """For each entry, which of the held frames each frame sees; for one frame alone where all see the same."""
 
     def row(wanted: int) -> int:
         return min(range(len(held)), key=lambda i: abs(held[i] - wanted))
 
-    table = tuple(tuple(row(seen) for seen in keys.of_frame(frame, clip)) for frame in frames)
-    if table == tuple((i,) for i in range(len(held))):
-        return None
-    return table[:1] if len(set(table)) == 1 else table
+    table = [tuple(row(seen) for seen in keys.of_frame(frame, clip)) for frame in frames]
+    return tuple(zip(*(table[:1] if len(set(table)) == 1 else table), strict=True))
 
 
 @lru_cache(maxsize=256)
-def _index(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """An index on a device, copied there once rather than at every layer."""
     with torch.inference_mode(False):  # or gradients could not pass where a host first asked in that mode
         return torch.tensor(rows, device=device)

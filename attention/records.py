@@ -71,10 +71,10 @@ def map_precision(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == FLOAT8 else dtype
 
 
-def kept_as_map(memory: Memory, site: AttentionSite, columns: int) -> bool:
-    """Whether a store keeps a layer's map: beside queries and keys too, where the text's map is narrower than they."""
-    narrow = site.kind == "cross" and site.heads * columns < site.channels
-    return memory == "maps" or (memory == "queries_keys" and narrow)
+def kept_as_map(memory: Memory, site: AttentionSite, columns: int, dtype: torch.dtype) -> bool:
+    """Whether a store keeps a layer's map: in memory "queries_keys" where the text's takes fewer bytes than queries."""
+    of_map, of_queries = site.heads * columns * map_precision(dtype).itemsize, site.channels * dtype.itemsize
+    return memory == "maps" or (memory == "queries_keys" and site.kind == "cross" and of_map < of_queries)
 
 
 Record = QueriesKeys | Map
@@ -136,23 +136,34 @@ class SourceStep:
 
 
 class Recorder(Control):
-    """Runs the source branch and keeps the wanted layers' attention as a memory has it."""
+    """Runs the source branch and keeps the wanted layers' attention, in the form a memory has it.
 
-    def __init__(self, key_frames: KeyFrames, piece: Piece, wanted: set[str], memory: Memory = "recompute") -> None:
+    dtype: the precision it will be kept in; None where it stays as it is.
+    """
+
+    def __init__(
+        self,
+        key_frames: KeyFrames,
+        piece: Piece,
+        wanted: set[str],
+        memory: Memory = "recompute",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(key_frames, piece)
         self.wanted = wanted
         self.memory = memory
+        self.dtype = dtype
         self.records: dict[str, Record] = {}
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.wanted:
-            as_map = kept_as_map(self.memory, site, k.shape[2])
+            as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
             self.records[site.name] = Map(attention_map(q, self.seen(k, site))) if as_map else QueriesKeys(q, k)
         return super().self_attention(q, k, v, site)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.wanted:
-            as_map = kept_as_map(self.memory, site, k.shape[2])
+            as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
             self.records[site.name] = Map(attention_map(q, k[:1])) if as_map else QueriesKeys(q, k[:1])
         return super().cross_attention(q, k, v, site)
 

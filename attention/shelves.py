@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .files import copied
 from .key_frames import KeyFrames, Piece
-from .records import Map, QueriesKeys, Record, pick, record_from
+from .records import Record, pick, record_from
 
 T = TypeVar("T")
 Records = dict[str, Record]
@@ -43,7 +44,10 @@ class MemoryShelf:
 
     def put(self, step: int, records: Records) -> None:
         """Keep a step's records."""
-        self._steps[step] = {name: _mapped(record, self._kept) for name, record in records.items()}
+        self._steps[step] = {
+            name: record_from({part: self._kept(t) for part, t in record.tensors.items()})
+            for name, record in records.items()
+        }
 
     def _kept(self, x: Tensor) -> Tensor:
         if not self.pinned:
@@ -96,10 +100,6 @@ def _slice_bytes(file: Any, key: str) -> int:
     return int(torch.Size(part.get_shape()).numel()) * size
 
 
-def _mapped(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    return record_from({part: change(t) for part, t in record.tensors.items()})
-
-
 def fetch(
     shelf: Shelf, step: int, wanted: set[str], key_frames: KeyFrames, piece: Piece, device: torch.device
 ) -> Records:
@@ -107,33 +107,37 @@ def fetch(
 
     Layers that were not kept are left out.
     """
+    mapped = isinstance(shelf, FileShelf)
     records = {}
     for name, parts in shelf.tensors(step).items():
         if name in wanted:
-            record = _of_piece(record_from(parts), name.endswith("cross"), key_frames, piece)
-            records[name] = _mapped(record, lambda t: _brought(t, device, copy=isinstance(shelf, FileShelf)))
+            rows = {} if piece.is_whole else _rows_of_piece(parts, name.endswith("cross"), key_frames, piece)
+            brought = {part: _brought(t, rows.get(part), device, mapped) for part, t in parts.items()}
+            records[name] = record_from(brought)
     return records
 
 
-def _of_piece(record: Record, cross: bool, key_frames: KeyFrames, piece: Piece) -> Record:
-    """The rows of a piece's frames, and the keys these see."""
-    if piece.is_whole:
-        return record
-    if isinstance(record, Map):
-        return Map(pick(record.probabilities, piece.held))
-    k = record.k
-    if not cross:
-        keys = key_frames.at(record.q.shape[1] * record.q.shape[3])
+def _rows_of_piece(
+    parts: dict[str, Tensor], cross: bool, key_frames: KeyFrames, piece: Piece
+) -> dict[str, Sequence[int]]:
+    """Where a piece's frames are among a record's rows, and the keys these see."""
+    rows: dict[str, Sequence[int]] = {"map": piece.held, "q": piece.held}
+    if not cross and "k" in parts:
+        keys = key_frames.at(parts["k"].shape[1] * parts["k"].shape[3])
         kept = keys.used(range(piece.clip), piece.clip)
-        k = pick(k, [kept.index(f) for f in keys.used(piece.held, piece.clip)])
-    return QueriesKeys(pick(record.q, piece.held), k, record.q_scale, record.k_scale)
+        rows["k"] = [kept.index(f) for f in keys.used(piece.held, piece.clip)]
+    return rows
 
 
-def _brought(x: Tensor, device: torch.device, copy: bool) -> Tensor:
-    """On a device; of a mapped file a copy, so that it is read here and not at its first use."""
-    if device.type == "cuda" and not x.is_pinned():
+def _brought(x: Tensor, rows: Sequence[int] | None, device: torch.device, mapped: bool) -> Tensor:
+    """Rows on a device; of a mapped file a copy, so that it is read here and not at its first use."""
+    if mapped:
+        x = copied(x, rows)
+    elif rows is not None:
+        x = pick(x, rows)
+    if device.type == "cuda" and not x.is_pinned() and x.device.type == "cpu":
         x = x.pin_memory()
-    return x.clone() if copy and device == x.device else x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=True)
 
 
 # --- beside the UNet ----------------------------------------------------------------------
@@ -178,8 +182,14 @@ Put = Callable[[int, Records], None]
 
 
 @contextmanager
-def written_behind(device: torch.device, write: Put) -> Iterator[Put]:
-    """`write`, done while the caller goes on: one step at a time, its errors told at the next."""
+def written_behind(device: torch.device, on_disk: bool, write: Put) -> Iterator[Put]:
+    """`write`, done while the caller goes on: one step at a time, its errors told at the next.
+
+    From a CPU's work to its own memory there is nothing to wait for, and `write` is done at once.
+    """
+    if device.type == "cpu" and not on_disk:
+        yield write
+        return
     background = Background(device)
     pending: list[Future[None]] = []
 
@@ -197,9 +207,18 @@ def written_behind(device: torch.device, write: Put) -> Iterator[Put]:
 
 
 @contextmanager
-def read_ahead(device: torch.device, jobs: Iterable[Callable[[], Records]]) -> Iterator[Callable[[], Records]]:
-    """The results of some jobs in order, each fetched while the one before it is in use."""
-    background, waiting = Background(device), iter(jobs)
+def read_ahead(
+    device: torch.device, on_disk: bool, jobs: Iterable[Callable[[], Records]]
+) -> Iterator[Callable[[], Records]]:
+    """The results of some jobs in order, each fetched while the one before it is in use.
+
+    Where a CPU reads its own memory there is nothing to wait for, and each is done as it is asked for.
+    """
+    waiting = iter(jobs)
+    if device.type == "cpu" and not on_disk:
+        yield lambda: next(waiting)()
+        return
+    background = Background(device)
     pending: list[Future[Records]] = []
 
     def begin() -> None:

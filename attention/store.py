@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .budget import PRECISIONS, Demand, Layout, StorePlan, StoreSettings
+from .budget import Demand, Layout, StorePlan, StoreSettings
 from .files import SafetensorsWriter
 from .key_frames import KeyFrames, Piece
 from .records import Memory, SourceStep
@@ -249,16 +249,16 @@ class AttentionStore:
         layout = demand.layout(plan.memory, settings)
         self.plan = plan
         self.kept_steps = settings.kept_steps(self.steps) if layout else 0
-        precision = PRECISIONS.get(settings.precision, demand.dtype)
+        precision = settings.stored(demand.dtype)
 
-        def as_stored(records: Records) -> Records:
-            return {name: record.stored(precision) for name, record in records.items()}
+        def stored(put: Put) -> Put:
+            return lambda step, records: put(step, {name: r.stored(precision) for name, r in records.items()})
 
         if plan.place != "disk":
             in_ram = plan.place == "ram"
             shelf = MemoryShelf(torch.device("cpu") if in_ram else device, pinned=in_ram and device.type == "cuda")
-            with written_behind(device, lambda step, records: shelf.put(step, as_stored(records))) as put:
-                yield put
+            with written_behind(device, False, shelf.put) as put:
+                yield stored(put)
             self.shelf = shelf if layout else None
             return
 
@@ -273,12 +273,12 @@ class AttentionStore:
             with SafetensorsWriter(path, whole, self._about()) as file:
 
                 def write(step: int, records: Records) -> None:
-                    for name, record in as_stored(records).items():
+                    for name, record in records.items():
                         for part, tensor in record.tensors.items():
                             file.put(tensor_name(step, f"{name}.{part}"), tensor)
 
-                with written_behind(device, write) as put:
-                    yield put
+                with written_behind(device, True, write) as put:
+                    yield stored(put)
                 self._put_latents(file)
         except BaseException:
             if temporary:

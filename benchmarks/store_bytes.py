@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from diffusers import UNet2DConditionModel
+from common import denoiser_of, random_unet
 
+from fatezero import StoreSettings
+from fatezero.attention.budget import PRECISIONS, Demand
 from fatezero.attention.key_frames import KeyFrames
-from fatezero.attention.store import MEMORIES, Condition, store_bytes
-from fatezero.demo.model import build_scheduler
-from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.attention.records import MEMORIES
 
 
 def main() -> None:
@@ -20,18 +20,22 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--keep-steps", type=float, default=1.0, help="share of steps whose attention is kept")
     given = parser.parse_args()
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).half()
+    denoiser = denoiser_of(random_unet("sd15", torch.device("meta"), torch.float16))
     shape = (given.frames, 4, given.height // 8, given.width // 8)
-    sites = [s for s in DiffusersDenoiser(unet, build_scheduler()).sites(*shape[-2:]) if s.tokens <= given.max_tokens]
-    text = Condition(torch.empty(1, 77, 768, device="meta", dtype=torch.float16))
-    print(f"{given.frames} frames of {given.width}x{given.height}, {given.steps} steps, fp16, {len(sites)} layers")
+    sites = denoiser.sites(*shape[-2:])
+    print(f"{given.frames} frames of {given.width}x{given.height}, {given.steps} steps, fp16")
     for entries in (("middle",), ("self", "middle")):
+        demand = Demand(sites, shape, 4, given.steps, KeyFrames(entries), torch.float16, 77, 77 * 768 * 2)
         for memory in MEMORIES:
-            needed = store_bytes(memory, sites, shape, given.steps, text, KeyFrames(entries), 4, 2)
-            print(f"key frames {'+'.join(entries):<12} {memory:<13} {needed / 1e6:>12,.1f} MB")
+            for precision in ("model", *PRECISIONS) if memory == "queries_keys" else ("model",):
+                settings = StoreSettings(
+                    memory, precision=precision, steps=given.keep_steps, max_tokens=given.max_tokens
+                )
+                needed = demand.nbytes(memory, settings) / 1e6
+                print(f"key frames {'+'.join(entries):<12} {memory:<13} {precision:<9} {needed:>12,.1f} MB")
 
 
 if __name__ == "__main__":

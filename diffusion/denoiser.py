@@ -35,6 +35,10 @@ class Denoiser(Protocol):
     def dtype(self) -> torch.dtype:
         """What the UNet computes in."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet computes."""
+
     def schedule(self, steps: int) -> Schedule:
         """The noise levels of a run of `steps`."""
 

@@ -16,7 +16,7 @@ from ..attention.key_frames import Piece
 from ..attention.masks import GivenMask, mask_sites, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit
 from ..attention.records import Recorder, SourceStep
-from ..attention.shelves import Records, read_ahead
+from ..attention.shelves import FileShelf, Records, read_ahead
 from ..attention.store import AttentionStore, Condition, StoreError
 from .ddim import Schedule, ddim_move
 from .denoiser import Denoiser, Guidance, frames_of, joined, pieces_of
@@ -46,7 +46,6 @@ def edit(
     chunk_frames: int | None = None,
     *,
     mask: GivenMask | None = None,
-    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip (FateZero Sec. 3.2 and 3.3); (frames, 4, h, w).
@@ -54,8 +53,7 @@ def edit(
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative
     ones may be None at guidance 1. prompt: how source and target words meet; without it
     there is no fusion, and the edit is plain DDIM from the inverted noise. chunk_frames: see
-    `invert`. mask: replaces or joins the blend mask of self-attention and latents. device: where
-    the UNet is; None for the target embeddings' device.
+    `invert`. mask: replaces or joins the blend mask of self-attention and latents.
 
     Fusion touches the conditional branch alone. UNet calls: two a step (one at guidance 1), and
     one more in every step that reads a source that is not kept (`unet_calls`).
@@ -64,7 +62,7 @@ def edit(
     options that do not fit each other, before the first step.
     """
     alone = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask)
-    return edit_many(denoiser, inversion, [alone], chunk_frames, device=device, progress=progress)[0]
+    return edit_many(denoiser, inversion, [alone], chunk_frames, progress=progress)[0]
 
 
 @torch.no_grad()
@@ -74,7 +72,6 @@ def edit_many(
     edits: Sequence[Edit],
     chunk_frames: int | None = None,
     *,
-    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Several edits of an inverted clip in one pass: each step's source is read, or computed, once for all.
@@ -83,24 +80,18 @@ def edit_many(
     """
     if not edits:
         return []
-    store = inversion.store
-    if device is None:
-        first = edits[0].target_embeddings
-        device = (first if isinstance(first, Tensor) else first.embeddings).device
-    device = torch.device(device)
-    schedule = denoiser.schedule(store.steps)
+    store, schedule = inversion.store, denoiser.schedule(inversion.store.steps)
     for one in edits:
         check_store(store, denoiser, schedule, one.prompt)
-    runs = [_Run.prepared(denoiser, store, schedule, one, device) for one in edits]
-    start = store.latents[-1].to(device)
-    store.key_frames.pieces(store.frames, chunk_frames, store.clip_norm)
+    runs = [_Run.prepared(denoiser, store, schedule, one) for one in edits]
+    start = store.latents[-1].to(denoiser.device)
     pieces = [
         pieces_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
         for timestep in store.timesteps
     ]
     wanted = [set().union(*(run.wanted(step) for run in runs)) for step in range(store.steps)]
     zs = [start] * len(runs)
-    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, pieces, wanted, device) as source_of:
+    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, pieces, wanted) as source_of:
         for step in range(store.steps):
             parts: list[list[_Part]] = [[] for _ in runs]
             for piece in pieces[step]:
@@ -121,7 +112,7 @@ SourceOf = Callable[[int, Piece], SourceStep]
 
 @contextmanager
 def _sources(
-    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], wanted: list[set[str]], device: torch.device
+    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], wanted: list[set[str]]
 ) -> Iterator[SourceOf]:
     """The source's attention at each step and piece in order: read ahead from the store, or computed again."""
 
@@ -129,26 +120,24 @@ def _sources(
         return bool(wanted[step]) and store.keeps(step)
 
     def job(step: int, piece: Piece) -> Callable[[], Records]:
-        return lambda: store.fetch(step, wanted[step], piece, device)
+        return lambda: store.fetch(step, wanted[step], piece, denoiser.device)
 
     jobs = (job(step, piece) for step in range(store.steps) if kept(step) for piece in pieces[step])
-    with read_ahead(device, jobs) as take:
+    with read_ahead(denoiser.device, isinstance(store.shelf, FileShelf), jobs) as take:
 
         def source_of(step: int, piece: Piece) -> SourceStep:
             if kept(step):
                 return SourceStep(take(), store.key_frames, piece, stored=True)
-            return compute_source(denoiser, store, step, wanted[step], piece, device)
+            return compute_source(denoiser, store, step, wanted[step], piece)
 
         yield source_of
 
 
-def compute_source(
-    denoiser: Denoiser, store: AttentionStore, step: int, wanted: set[str], piece: Piece, device: torch.device
-) -> SourceStep:
+def compute_source(denoiser: Denoiser, store: AttentionStore, step: int, wanted: set[str], piece: Piece) -> SourceStep:
     """The source's attention at an edit step (0 the noisiest), by the inversion's own UNet call."""
     if not wanted:
         return SourceStep({}, store.key_frames, piece)
-    z = store.latents[store.steps - step - 1].to(device, non_blocking=True)
+    z = store.latents[store.steps - step - 1].to(denoiser.device, non_blocking=True)
     recorder = Recorder(store.key_frames, piece, wanted)
     denoiser.predict_noise(frames_of(z, piece), store.timesteps[step], store.source, recorder)
     return SourceStep(recorder.records, store.key_frames, piece)
@@ -185,10 +174,8 @@ class _Run:
     """The given mask on each grid."""
 
     @classmethod
-    def prepared(
-        cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit, device: torch.device
-    ) -> _Run:
-        like = store.latents[0, :1].to(device)
+    def prepared(cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit) -> _Run:
+        like = store.latents[0, :1].to(denoiser.device)
         fusion, prompt, given = asked.fusion or FusionSettings(), asked.prompt, asked.mask
         target = Condition.of(asked.target_embeddings, "target_embeddings").to(like)
         negative = None
@@ -202,7 +189,7 @@ class _Run:
         columns: tuple[list[int], list[int]] = ([], [])
         if prompt is not None:
             alignment = prompt.align(store.source.columns, target.columns)
-            alignment = alignment.to(torch.empty(0, device=device, dtype=denoiser.dtype))
+            alignment = alignment.to(like.to(denoiser.dtype))
             if given is not None:
                 if not fusion.blends:
                     raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
@@ -299,22 +286,20 @@ def source_heats(
     step: int,
     mask_tokens: int = 256,
     chunk_frames: int | None = None,
-    device: torch.device | str | None = None,
 ) -> list[Tensor]:
     """Where the source attends to some sets of its columns at an edit step: (frames, y, x) for each.
 
     Taken from the layers that masks come from, which are read, or computed, once for all.
     """
     store = inversion.store
-    device = torch.device(store.latents.device if device is None else device)
     sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
-    z = store.latents[store.steps - step - 1].to(device)
+    z = store.latents[store.steps - step - 1].to(denoiser.device)
     pieces = pieces_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
     wanted = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in columns]
     every_step = [wanted if other == step else set() for other in range(store.steps)]
     by_step = [pieces] * store.steps
-    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, by_step, every_step, device) as source_of:
+    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, by_step, every_step) as source_of:
         for piece in pieces:
             source = source_of(step, piece)
             for own, chosen in zip(parts, columns, strict=True):

@@ -81,7 +81,7 @@ def invert(
         prompt=prompt,
         extra=extra or {},
     )
-    wanted = {site.name for site in sites if settings.keeps(site)}
+    wanted, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
     z = latents
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
         store.latents[0].copy_(z)
@@ -89,7 +89,7 @@ def invert(
             step = steps - 1 - i  # of the edit, which goes the other way
             kept = wanted if step < store.kept_steps else set()
             pieces = pieces_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
-            recorders = [Recorder(keys, piece, kept, plan.memory) for piece in pieces]
+            recorders = [Recorder(keys, piece, kept, plan.memory, precision) for piece in pieces]
             noise = [denoiser.predict_noise(frames_of(z, r.piece), timestep, source, r) for r in recorders]
             z = ddim_move(z, joined(pieces, noise), schedule.alphas[i], schedule.alphas[i + 1])
             store.latents[i + 1].copy_(z, non_blocking=True)

@@ -117,14 +117,17 @@ class ComfyDenoiser:
     it may carry other weights (a LoRA before the edit only), and is then brought in and out.
     """
 
-    def __init__(self, model: Any, edited: _Branch, source: _Branch, handler: Any = None) -> None:
-        """handler: the host's context windows."""
+    def __init__(self, model: Any, device: torch.device, edited: _Branch, source: _Branch, handler: Any = None) -> None:
+        """device: where the host runs the model. handler: the host's context windows."""
+        self.device = device
         self._model = model
         self._edited = edited
         self._source = source
         self._handler = handler
         self._clip_norm = False
         self._sampling = edited.hooked.patcher.get_model_object("model_sampling")
+        # All at once and on the CPU, for to read one from the device is to wait for its queue.
+        self._sigmas = self._sampling.sigma(torch.arange(len(self._sampling.sigmas))).cpu()
         self.clean: Tensor | None = None
         """The last prediction of the clean latents, for previews."""
 
@@ -146,8 +149,7 @@ class ComfyDenoiser:
         handler = self._handler
         if handler is None or len(latents) <= handler.context_length:
             return None
-        sigma = self._sampling.sigma(torch.tensor([timestep]))
-        options = self._edited.options
+        sigma, options = self._sigmas[timestep, None], self._edited.options
         handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
         found = []
         for window in handler.get_context_windows(self._model, latents, options):
@@ -171,7 +173,7 @@ class ComfyDenoiser:
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
-        sigma = self._sampling.sigma(torch.tensor(timestep)).to(latents)
+        sigma = self._sigmas[timestep].to(latents)
         x = latents * (1 + sigma**2).sqrt()
         answers = {0: (control, condition.columns)}
         if guidance is not None:
@@ -308,6 +310,7 @@ class _Loop(comfy.samplers.Sampler):
         of_source.pop("context_handler", None)
         denoiser = ComfyDenoiser(
             guider.inner_model,
+            latent_image.device,
             _Branch(guider.edited, options, guider.conds | guider.apart),
             _Branch(guider.sourced, of_source, guider.apart),
             handler,
@@ -334,8 +337,8 @@ def run_in_host(
     Raises ValueError for a MODEL that is no attention UNet, or whose context windows do not go along frames.
     """
     handler = model.model_options.get("context_handler")
-    if handler is not None and handler.dim != 0:
-        raise ValueError(f"model: context windows along dim {handler.dim}; frames lie along dim 0")
+    if handler is not None and getattr(handler, "dim", None) != 0:
+        raise ValueError(f"model: context windows along dim {getattr(handler, 'dim', None)}; frames lie along dim 0")
     guider = _Guider(model, source_model or model, run)
     one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
     guider.edited.one_text = guider.sourced.one_text = one_text
@@ -405,7 +408,7 @@ def edit_clip(
 
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
         progress = progress_with_preview(model, denoiser, store.steps)
-        done.extend(edit_many(denoiser, inversion, edits, chunk_frames, device=latents.device, progress=progress))
+        done.extend(edit_many(denoiser, inversion, edits, chunk_frames, progress=progress))
         return done[0]
 
     prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
@@ -417,7 +420,12 @@ def edit_clip(
 
 
 def heat_of_words(
-    model: Any, store: HostStore, prompt: PromptEdit, words: Sequence[str], steps: Sequence[int]
+    model: Any,
+    store: HostStore,
+    prompt: PromptEdit,
+    words: Sequence[str],
+    steps: Sequence[int],
+    chunk_frames: int | None = None,
 ) -> dict[str, Tensor]:
     """The source's attention to each word, averaged over some edit steps: (frames, y, x)."""
     columns = [prompt.columns(prompt.source, word, store.source.columns, "blend_words") for word in words]
@@ -427,13 +435,13 @@ def heat_of_words(
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
         check_store(store, denoiser, denoiser.schedule(store.steps), prompt)
         for step in steps:
-            found = source_heats(denoiser, Inversion(store), columns, step, device=latents.device)
+            found = source_heats(denoiser, Inversion(store), columns, step, chunk_frames=chunk_frames)
             heats.append(torch.stack(found).float().cpu())
             bar.update(1)
         return latents
 
     samples = clean_samples(model, store)
-    run_in_host(model, samples, [source_of(store)], store.steps, run, store.patcher)
+    run_in_host(model, samples, [source_of(store)], store.steps, run, store.patcher, chunk_frames)
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))
 
 

@@ -62,6 +62,12 @@ class DiffusersDenoiser:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
+    @property
+    def device(self) -> torch.device:
+        # Under accelerate's offloading the weights wait elsewhere.
+        offloading = getattr(self.unet, "_hf_hook", None)
+        return torch.device(getattr(offloading, "execution_device", None) or self.unet.device)
+
     def schedule(self, steps: int) -> Schedule:
         """Raises ValueError for a number of steps or a schedule that DDIM cannot invert."""
         total = self.scheduler.config["num_train_timesteps"]

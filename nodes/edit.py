@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -113,17 +114,16 @@ class FateZeroSampler(io.ComfyNode):
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
         """Every input is a list, of one entry unless a node before gives several prompts."""
-        asked = [_Asked(**row) for row in _rows(lists)]
-        first = asked[0]
-        if any(other.store is not first.store or other.model is not first.model for other in asked):
-            raise ValueError("store: several edits in one pass need one store and one model")
-        edits = [one.edit(f".{i}" if i else "") for i, one in enumerate(asked)]
-        store = first.store.with_model(first.model)
-        samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
-        reports = [_report(first.model, hooked, store, edit) for edit in edits]
-        show_on_node(cls.hidden.unique_id, "\n\n".join(reports))
-        latents = [{"samples": edited} for edited in samples]
-        return io.NodeOutput(latents, reports, ui=ui.PreviewText("\n\n".join(reports)))
+        latents, reports = [], []
+        for alike in _groups([_Asked(**row) for row in _rows(lists)]):
+            first, edits = alike[0], [one.edit(f".{i}" if i else "") for i, one in enumerate(alike)]
+            store = first.store.with_model(first.model)
+            samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
+            latents += [{"samples": edited} for edited in samples]
+            reports += [_report(first.model, hooked, store, edit) for edit in edits]
+        text = "\n\n".join(reports)
+        show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput(latents, reports, ui=ui.PreviewText(text))
 
 
 def _rows(lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -172,6 +172,12 @@ class _Asked:
         if self.guidance != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
         return Edit(positive, negative, self.guidance, self.prompt_edit, fusion, mask)
+
+
+def _groups(asked: list[_Asked]) -> list[list[_Asked]]:
+    """The edits that one pass can serve: neighbours that share store and model."""
+    key = lambda one: (id(one.store), id(one.model), one.chunk_frames)  # noqa: E731
+    return [list(group) for _, group in groupby(asked, key)]
 
 
 def _check(
@@ -236,6 +242,7 @@ class FateZeroMaskPreview(io.ComfyNode):
                 io.Int.Input("width", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
                 io.Int.Input("height", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
                 io.Model.Input("model", optional=True, tooltip="Needed for a store that was loaded from a file."),
+                CHUNK_FRAMES,
             ],
             outputs=[
                 io.Image.Output("heat", display_name="heat maps", tooltip="Frames with the words side by side."),
@@ -255,6 +262,7 @@ class FateZeroMaskPreview(io.ComfyNode):
         width: int,
         height: int,
         model: Any = None,
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
         model = model if store.patcher is None else store.patcher
         if model is None:
@@ -262,9 +270,9 @@ class FateZeroMaskPreview(io.ComfyNode):
         chosen = [w.strip() for w in words.split(",") if w.strip()] or list((prompt_edit.blend_words or ([], []))[0])
         if not chosen:
             raise ValueError("words: none given, and the edit has no blend words")
-        heats = heat_of_words(
-            model, store.with_model(model), prompt_edit, chosen, _spread(store.steps, from_share, to_share)
-        )
+        steps = _spread(store.steps, from_share, to_share)
+        store = store.with_model(model)
+        heats = heat_of_words(model, store, prompt_edit, chosen, steps, chunk_frames or None)
         pictures = [heat_map(heat, (height, width), word) for word, heat in heats.items()]
         image = rearrange(torch.stack(pictures), "w f y x c -> f y (w x) c").float() / 255
         return io.NodeOutput(image, threshold_mask(sum(heats.values(), torch.zeros(())), (height, width), threshold))

@@ -135,13 +135,8 @@ def test_an_inversion_is_written_as_it_runs_in_any_memory(tmp_path):
         cwd=tmp_path,
     )  # fmt: skip
     assert "store: queries_keys on disk, " in said
-    fatezero("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "s.mp4", cwd=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.mp4", "s.safetensors"]
-
-
-def test_chunks_that_approximate_are_told(tmp_path):
-    said = fatezero("edit", CLIP, *WORDS, "--clip-norm", "--chunk-frames", "4", "--dry-run", cwd=tmp_path)
-    assert "chunks approximate the whole clip" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+    assert AttentionStore.load(tmp_path / "s.safetensors").kept_steps == 3
 
 
 def test_a_missing_video_ends_the_process_with_one_line(tmp_path):
@@ -150,7 +145,9 @@ def test_a_missing_video_ends_the_process_with_one_line(tmp_path):
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
-    said = fatezero("edit", CLIP, *WORDS, "--preset", "shape", "--dry-run", cwd=tmp_path)
+    chunks = ("--clip-norm", "--chunk-frames", "4")
+    said = fatezero("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run", cwd=tmp_path)
+    assert "chunks approximate the whole clip" in said
     assert "8 frames of 64x64, 50 steps" in said
     assert "-> store with memory recompute: 1." in said
     assert "   store: recompute in RAM, 1." in said
@@ -166,7 +163,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
         (["text.mp4", *WORDS], "text.mp4 is not a readable video"),
         ([CLIP, "--source", SOURCE], "missing --target"),
         ([CLIP, *WORDS, "--place", "cloud"], "place is 'cloud'; it must be one of auto, device, ram, disk"),
-        ([CLIP, *WORDS, "--memory", "maps", "--budget-gb", "0.1"], "maps takes 6.46 GB of budget_gb 0.1. Needed by each: recompute"),
+        (
+            [CLIP, *WORDS, "--memory", "maps", "--budget-gb", "0.1"],
+            "maps takes 6.46 GB of budget_gb 0.1. Needed by each: recompute",
+        ),
         (["--source", SOURCE, "--target", TARGET], "missing VIDEO"),
         ([CLIP, *WORDS, "--count", 9], "gives 8 frames from 0 in steps of 1, but 9 are needed"),
         ([CLIP, *WORDS, "--crop", "200,0,200,0"], "does not fit 256x256"),

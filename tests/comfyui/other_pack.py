@@ -223,11 +223,37 @@ class RamUsage(io.ComfyNode):
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
+@node("OtherTextRows", [io.Model.Input("model")], [io.Model.Output()])
+class TextRows(io.ComfyNode):
+    """Counts the rows whose keys the middle block's cross-attention projects."""
+
+    seen: set[int] = set()
+    handle = None
+
+    @classmethod
+    def execute(cls, model):
+        layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_k
+        TextRows.seen.clear()
+        TextRows.handle = layer.register_forward_hook(lambda module, args, output: TextRows.seen.add(len(args[0])))
+        return io.NodeOutput(model)
+
+
+@node("OtherTextRowsSeen", [io.Latent.Input("after")], [io.String.Output()], is_output_node=True)
+class TextRowsSeen(io.ComfyNode):
+    """What `OtherTextRows` counted."""
+
+    @classmethod
+    def execute(cls, after):
+        TextRows.handle.remove()
+        text = str(sorted(TextRows.seen))
+        return io.NodeOutput(text, ui={"text": (text,)})
+
+
 class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
-            Lines,
+            Lines, TextRows, TextRowsSeen,
         ]  # fmt: skip
 
 

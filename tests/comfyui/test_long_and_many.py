@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from small import relative
 
-FRAMES = 6
+FRAMES = 5
 
 
 def edited(host, graph) -> torch.Tensor:
@@ -17,7 +17,7 @@ def edited(host, graph) -> torch.Tensor:
 
 def graph_of(key_frames="self, middle", clip_norm=False, **invert) -> DemoGraph:
     """An edit with masks from attention, of a clip long enough to be cut."""
-    graph = DemoGraph(frames=FRAMES)
+    graph = DemoGraph(frames=FRAMES, steps=3)
     graph.set(graph.words, target="a red circle on water", mode="replace")
     graph.set(graph.invert, key_frames=key_frames, clip_norm=clip_norm, **invert)
     graph.set(graph.edit, preset="custom", blend_self_attention=True, blend_latents=True)
@@ -38,10 +38,10 @@ def in_windows(graph, length, overlap=1, schedule="standard_static", fuse="pyram
     return graph
 
 
-@pytest.mark.parametrize("memory", ["recompute", "queries_keys"])
-def test_chunks_give_the_whole_clips_result(host, memory):
-    whole = edited(host, graph_of(memory=memory))
-    assert relative(edited(host, in_chunks(graph_of(memory=memory), 2)), whole) < 1e-5
+def test_chunks_give_the_whole_clips_result(host):
+    whole = edited(host, graph_of())
+    for memory in ("recompute", "queries_keys"):
+        assert relative(edited(host, in_chunks(graph_of(memory=memory), 2)), whole) < 1e-5
 
 
 def test_chunks_take_their_own_frames_of_a_controlnet(host, controlnet):
@@ -52,27 +52,24 @@ def test_chunks_take_their_own_frames_of_a_controlnet(host, controlnet):
         graph.set(graph.invert, source=source[0])
         return edited(host, graph)
 
-    whole = guided(graph_of())
-    assert relative(guided(in_chunks(graph_of(), 2)), whole) < 1e-5
-    assert relative(whole, edited(host, graph_of())) > 1e-2
-    assert torch.equal(guided(graph_of()), whole), "the hint is whole again"
+    chunked = guided(in_chunks(graph_of(), 2))
+    assert relative(chunked, guided(graph_of())) < 1e-5, "and then the hint is whole again"
 
 
 @pytest.mark.parametrize(("key_frames", "clip_norm"), [("previous, first", False), ("self, middle", True)])
 def test_where_frames_meet_otherwise_chunks_come_near(host, key_frames, clip_norm):
     whole = edited(host, graph_of(key_frames, clip_norm))
-    assert 1e-5 < relative(edited(host, in_chunks(graph_of(key_frames, clip_norm), 4)), whole) < 0.5
+    assert 1e-5 < relative(edited(host, in_chunks(graph_of(key_frames, clip_norm), 3)), whole) < 0.5
 
 
-@pytest.mark.parametrize(("schedule", "fuse"), [("standard_static", "relative"), ("standard_uniform", "pyramid")])
-def test_the_hosts_context_windows_are_followed(host, schedule, fuse):
-    """Through fixed key frames, frames meet as in the whole clip; through neighbours only nearly so."""
-    whole = edited(host, graph_of())
-    assert relative(edited(host, in_windows(graph_of(), 3, 1, schedule, fuse)), whole) < 1e-5
-    assert torch.equal(edited(host, in_windows(graph_of(), FRAMES, 1, schedule, fuse)), whole)
-    neighbours = graph_of("previous")
-    near = edited(host, in_windows(graph_of("previous"), 4, 2, schedule, fuse))
-    assert 1e-5 < relative(near, edited(host, neighbours)) < 0.5
+def test_context_windows_give_the_whole_clips_result_through_fixed_key_frames(host):
+    windowed = edited(host, in_windows(graph_of(), 3, 1, "standard_static", "relative"))
+    assert relative(windowed, edited(host, graph_of())) < 1e-5
+
+
+def test_context_windows_come_near_it_through_neighbours(host):
+    near = edited(host, in_windows(graph_of("previous"), 4, 2, "standard_uniform", "pyramid"))
+    assert 1e-5 < relative(near, edited(host, graph_of("previous"))) < 0.5
 
 
 def test_context_windows_along_another_dimension_are_refused(host):
@@ -95,13 +92,13 @@ def test_a_store_on_disk_stands_in_the_temp_folder_while_the_host_keeps_it(host)
 def test_auto_says_what_it_took_and_why(host):
     def said(**settings):
         graph = graph_of(memory="auto", **settings)
-        return host.text(host.run({**graph.prompt, "end": {
-            "class_type": "PreviewAny", "inputs": {"source": graph.edit[1]},
-        }}), graph.invert.id)  # fmt: skip
+        graph.add("OtherRamUsage", store=graph.invert[1])
+        return host.text(host.run(graph.prompt), graph.invert.id)
 
     assert said(budget_gb=1.0).startswith("queries_keys in RAM, ")
-    assert "queries_keys takes" in said(budget_gb=0.001)
-    assert said(budget_gb=0.001).startswith("recompute in RAM, ")
+    little = said(budget_gb=0.001)
+    assert little.startswith("recompute in RAM, ")
+    assert "queries_keys takes" in little
 
 
 def test_fewer_steps_and_digits_are_kept_where_asked(host):
@@ -115,7 +112,7 @@ def test_fewer_steps_and_digits_are_kept_where_asked(host):
 
 
 def test_a_list_of_targets_is_edited_in_one_pass(host):
-    targets = ["a green square on water", "a blue square on water", "a red square on grass"]
+    targets = ["a green square on water", "a red square on grass"]
     alone = []
     for target in targets:
         graph = DemoGraph()
@@ -132,3 +129,12 @@ def test_a_list_of_targets_is_edited_in_one_pass(host):
     saved = [host.base / s["type"] / s["subfolder"] / s["filename"] for s in run.outputs[save.id]["latents"]]
     together = [load_file(path)["latent_tensor"] for path in saved]
     assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+
+
+def test_keys_and_values_of_a_text_are_computed_for_one_row_a_branch(host):
+    """Also beneath another pack's replacement, which gets them for every frame."""
+    graph = graph_of()
+    counted = graph.add("OtherTextRows", model=graph.demo[0])
+    graph.both(graph.add("OtherAttn2", model=counted[0], scale=1.0)[0])
+    seen = graph.add("OtherTextRowsSeen", after=graph.edit[0])
+    assert host.text(host.run(graph.prompt), seen.id) == "[1, 2]"

@@ -1,0 +1,144 @@
+"""What an inversion and an edit cost beside plain DDIM on the same frames, in one run.
+
+The UNet has random weights; plain DDIM is a loop of its own over the UNet as diffusers has it, each
+frame by itself, with guidance in one batch. Each method is run in turn with its plain counterpart,
+and the medians of their ratios over several rounds are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from common import (
+    SHAPES,
+    denoiser_of,
+    flops_of_call,
+    machine,
+    matrix_rate,
+    prompt_pair,
+    random_inputs,
+    random_unet,
+    table,
+    timed,
+    write_section,
+)
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from fatezero import FusionSettings, StoreSettings, edit, invert
+from fatezero.config import PRESETS
+from fatezero.diffusion.ddim import Schedule, ddim_move, guide
+from fatezero.diffusion.edit import unet_calls
+from fatezero.metrics.memory import PeakMemory
+
+KEY_FRAMES = (("middle",), ("self", "middle"))
+
+
+@torch.no_grad()
+def plain_inversion(unet: UNet2DConditionModel, schedule: Schedule, z: Tensor, text: Tensor) -> Tensor:
+    """DDIM inversion of frames that know nothing of each other."""
+    text = text.expand(len(z), -1, -1).to(unet.dtype)
+    for i, timestep in enumerate(reversed(schedule.timesteps)):
+        noise = unet(z.to(unet.dtype), timestep, text).sample.to(z.dtype)
+        z = ddim_move(z, noise, schedule.alphas[i], schedule.alphas[i + 1])
+    return z
+
+
+@torch.no_grad()
+def plain_sampling(unet: UNet2DConditionModel, schedule: Schedule, z: Tensor, text: Tensor, negative: Tensor) -> Tensor:
+    """DDIM sampling with guidance, both prompts in one batch."""
+    texts = torch.cat([t.expand(len(z), -1, -1) for t in (negative, text)]).to(unet.dtype)
+    for step, timestep in enumerate(schedule.timesteps):
+        level = schedule.steps - step
+        noise = unet(torch.cat([z, z]).to(unet.dtype), timestep, texts).sample.to(z.dtype)
+        z = ddim_move(z, guide(*noise.chunk(2), 7.5), schedule.alphas[level], schedule.alphas[level - 1])
+    return z
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="mid")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "xformers"])
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--place", default="auto", choices=["auto", "device", "ram", "disk"])
+    given = parser.parse_args()
+    device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+
+    unet = random_unet(given.model, device, dtype)
+    if given.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    denoiser = denoiser_of(unet)
+    schedule = denoiser.schedule(given.steps)
+    latents, (source, target, negative) = random_inputs(unet, given.frames, given.size)
+    style, shape = (
+        FusionSettings(**PRESETS["style"], max_tokens=1024),
+        FusionSettings(**PRESETS["shape"], max_tokens=1024),
+    )
+
+    works: dict[tuple[str, str, str], tuple[int, Callable[[], Any]]] = {}
+    noise = plain_inversion(unet, schedule, latents, source)
+    works["plain DDIM", "own", "inversion"] = (
+        given.steps,
+        lambda: plain_inversion(unet, schedule, latents, source),
+    )
+    works["plain DDIM", "own", "sampling"] = (
+        2 * given.steps,
+        lambda: plain_sampling(unet, schedule, noise, target, negative),
+    )
+    for keys in KEY_FRAMES:
+        for memory in ("recompute", "queries_keys"):
+            settings = StoreSettings(memory, given.place, max_tokens=1024)
+
+            def run(keys: Any = keys, settings: Any = settings) -> Any:
+                return invert(denoiser, latents, source, given.steps, keys, memory=settings)
+
+            works[memory, "+".join(keys), "inversion"] = (given.steps, run)
+            inversion = run()
+            for name, fusion, prompt in (("style", style, prompt_pair(False)), ("shape", shape, prompt_pair(True))):
+                calls = unet_calls(given.steps, 7.5, inversion.store.kept_steps, fusion)
+                works[memory, "+".join(keys), f"{name} edit"] = (
+                    calls.edit + calls.source,
+                    lambda inversion=inversion, prompt=prompt, fusion=fusion: edit(
+                        denoiser, inversion, target, negative, 7.5, prompt, fusion
+                    ),
+                )
+
+    rate, flops = matrix_rate(device, dtype), flops_of_call(given.model, given.frames, given.size)
+    rows = []
+    for name, (calls, work) in works.items():
+        base_calls, base = works["plain DDIM", "own", "inversion" if name[2] == "inversion" else "sampling"]
+        work()
+        # Each round runs both one after the other, so that both see the same machine.
+        rounds = [(timed(base, device), timed(work, device)) for _ in range(given.rounds)]
+        ratio, took = median(own / plain for plain, own in rounds), median(own for _, own in rounds)
+        peaks = []
+        for watched in (base, work):
+            with PeakMemory(device) as peak:
+                watched()
+            peaks.append(peak.bytes)
+        rows.append([
+            *name, str(calls), f"{took:.2f} s", f"{ratio:.2f}", f"{ratio * base_calls / calls:.2f}",
+            f"{100 * calls * flops / rate / took:.0f} %", f"{(peaks[1] - peaks[0]) / 1e6:+.0f} MB",
+        ])  # fmt: skip
+        print(*rows[-1], flush=True)
+    head = ["memory", "key frames", "work", "UNet calls", "time", "of plain", "of plain, a call", "floor", "peak"]
+    parameters = sum(p.numel() for p in unet.parameters()) / 1e6
+    text = (
+        f"{machine(device, dtype)}, {given.attention}. {parameters:.0f} M parameters, {given.frames} frames of "
+        f"{given.size}x{given.size}, {given.steps} steps, layers up to 32x32 fused, median of {given.rounds} rounds. "
+        f"A call is {flops / 1e9:.0f} GFLOP; matrices multiply at {rate / 1e12:.2f} TFLOP/s.\n\n{table(head, rows)}"
+    )
+    write_section(f"Cost: {given.model}, {device.type}, {given.dtype}, {given.attention}", text)
+
+
+if __name__ == "__main__":
+    main()
