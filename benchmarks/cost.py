@@ -135,7 +135,9 @@ def main() -> None:
     text = (
         f"{machine(device, dtype)}, {given.attention}. {parameters:.0f} M parameters, {given.frames} frames of "
         f"{given.size}x{given.size}, {given.steps} steps, layers up to 32x32 fused, median of {given.rounds} rounds. "
-        f"A call is {flops / 1e9:.0f} GFLOP; matrices multiply at {rate / 1e12:.2f} TFLOP/s.\n\n{table(head, rows)}"
+        f"A call is {flops / 1e9:.0f} GFLOP; matrices multiply at {rate / 1e12:.2f} TFLOP/s. "
+        "With key frames self+middle a frame attends to twice as many keys, in every layer; the inversion with memory "
+        f"recompute is plain DDIM but for the key frames, and shows what they cost.\n\n{table(head, rows)}"
     )
     write_section(f"Cost: {given.model}, {device.type}, {given.dtype}, {given.attention}", text)
 
