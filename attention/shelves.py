@@ -67,25 +67,28 @@ class MemoryShelf:
 class FileShelf:
     """Records in a safetensors file, mapped into memory and read where they are asked for.
 
+    The file is opened anew for each step, so that no more than a step's pages stay mapped.
     temporary: remove the file and its folder with this object, or when the process ends.
     """
 
     def __init__(self, path: Path, temporary: bool = False) -> None:
         self.path = path
-        self._file = safe_open(path, framework="pt")
+        self.nbytes = 0
         self._names: dict[int, list[tuple[str, str, str]]] = {}
-        for key in self._file.keys():  # noqa: SIM118  it is no dict
-            if key.startswith("step."):
-                layer, _, part = key[10:].rpartition(".")
-                self._names.setdefault(int(key[5:9]), []).append((key, layer, part))
-        self.nbytes = sum(_slice_bytes(self._file, key) for names in self._names.values() for key, *_ in names)
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  it is no dict
+                if key.startswith("step."):
+                    layer, _, part = key[10:].rpartition(".")
+                    self._names.setdefault(int(key[5:9]), []).append((key, layer, part))
+                    self.nbytes += _slice_bytes(file, key)
         if temporary:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
-        for key, layer, part in self._names[step]:
-            found.setdefault(layer, {})[part] = self._file.get_tensor(key)
+        with safe_open(self.path, framework="pt") as file:
+            for key, layer, part in self._names[step]:
+                found.setdefault(layer, {})[part] = file.get_tensor(key)
         return found
 
 

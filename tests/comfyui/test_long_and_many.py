@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui.graph import SOURCE, DemoGraph
+from comfyui.graph import DemoGraph
 from comfyui.host import NodeError
 from safetensors.torch import load_file
 
@@ -111,24 +111,34 @@ def test_fewer_steps_and_digits_are_kept_where_asked(host):
     assert 0 < errors[0] < errors[1] < 0.5
 
 
-def test_a_list_of_targets_is_edited_in_one_pass(host):
-    targets = ["a green square on water", "a red square on grass"]
+def alone_and_together(host, **prompts) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """The edits of some prompts one by one, all at once, and the steps that the latter counted."""
+    ((socket, texts),) = prompts.items()
     alone = []
-    for target in targets:
+    for text in texts:
         graph = DemoGraph()
-        graph.set(graph.words, target=target)
+        graph.set(graph.words, **{socket: text})
         alone.append(edited(host, graph))
-    graph = DemoGraph(steps=4)
-    lines = graph.add("OtherLines", text="\n".join(targets))
-    graph.set(graph.words, source=SOURCE, target=lines[0])
+    graph = DemoGraph()
+    graph.set(graph.words, **{socket: graph.add("OtherLines", text="\n".join(texts))[0]})
     save = graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="latents/many")
     run = host.run(graph.prompt)
     assert run.executed().count(graph.edit.id) == 1
-    steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == graph.edit.id]
-    assert steps == [1, 2, 3, 4], "one pass"
     saved = [host.base / s["type"] / s["subfolder"] / s["filename"] for s in run.outputs[save.id]["latents"]]
-    together = [load_file(path)["latent_tensor"] for path in saved]
+    steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == graph.edit.id]
+    return alone, [load_file(path)["latent_tensor"] for path in saved], steps
+
+
+def test_a_list_of_targets_is_edited_in_one_pass(host):
+    alone, together, steps = alone_and_together(host, target=["a green square on water", "a red square on grass"])
     assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+    assert steps == [1, 2, 3, 4], "one pass"
+
+
+def test_a_list_of_inversions_is_edited_in_a_pass_each(host):
+    alone, together, steps = alone_and_together(host, source=["a red square on water", "a red square"])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+    assert steps == [1, 2, 3, 4] * 2
 
 
 def test_keys_and_values_of_a_text_are_computed_for_one_row_a_branch(host):

@@ -1,11 +1,16 @@
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 
 from fatezero import Condition, edit, invert
-from fatezero.attention.control import Control
+from fatezero.attention.control import Control, attention
 from fatezero.attention.key_frames import KeyFrames, Piece
-from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.hosts.diffusers import DiffusersDenoiser, kernel_of, xformers_attention
 from small import random_latents, random_text, relative, small_unet
 
 
@@ -95,6 +100,11 @@ def test_plain_processors_are_taken_over_and_others_refused_by_name(unet, schedu
         DiffusersDenoiser(unet, scheduler)
     with pytest.raises(ValueError, match="IPAdapterAttnProcessor2_0"), denoiser.hooked():
         pass
+
+
+def test_the_kernel_is_the_one_the_unet_was_set_to():
+    assert kernel_of(AttnProcessor()) is attention
+    assert kernel_of(XFormersAttnProcessor()) is xformers_attention
 
 
 def test_lora_layers_keep_working(unet, scheduler):
