@@ -34,7 +34,7 @@ class StoreSettings:
     that fits. place: "device", "ram" (pinned beside a GPU), "disk", or "auto": the fastest that fits.
     budget_gb: the most gigabytes (1e9 bytes) the store may take wherever it is; None for no limit.
     precision: of kept queries and keys: "model" for the model's own, "float16", "bfloat16" or "float8"
-    (e4m3, a scale for each head). steps: the share of steps, from the noisy end, whose attention
+    (e4m3, a scale for each head). keep_steps: the share of steps, from the noisy end, whose attention
     is kept; the others are computed again where an edit asks for them. max_tokens: keep layers of
     up to this many tokens. path: a safetensors file to write and keep. folder: where else a
     store on disk goes, to be removed with it; None for the system's temporary folder.
@@ -46,7 +46,7 @@ class StoreSettings:
     place: str = "auto"
     budget_gb: float | None = None
     precision: str = "model"
-    steps: float = 1.0
+    keep_steps: float = 1.0
     max_tokens: int | None = None
     path: Path | None = None
     folder: Path | None = None
@@ -62,8 +62,8 @@ class StoreSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
         if self.budget_gb is not None and self.budget_gb < 0:
             raise ValueError(f"budget_gb is {self.budget_gb}; it must be at least 0, or None for no limit")
-        if not 0 <= self.steps <= 1:
-            raise ValueError(f"steps to keep is {self.steps}; it is a share, between 0 and 1")
+        if not 0 <= self.keep_steps <= 1:
+            raise ValueError(f"keep_steps is {self.keep_steps}; it is a share, between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if self.memory == "maps" and self.precision != "model":
@@ -76,7 +76,7 @@ class StoreSettings:
 
     def kept_steps(self, steps: int) -> int:
         """How many steps' attention is kept: as many as a fusion of this share reads."""
-        return min(steps, int(self.steps * (steps + 1) + 1e-9))
+        return min(steps, int(self.keep_steps * (steps + 1) + 1e-9))
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """The precision that queries and keys of one are kept in."""

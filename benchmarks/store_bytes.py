@@ -32,7 +32,7 @@ def main() -> None:
         for memory in MEMORIES:
             for precision in ("model", *PRECISIONS) if memory == "queries_keys" else ("model",):
                 settings = StoreSettings(
-                    memory, precision=precision, steps=given.keep_steps, max_tokens=given.max_tokens
+                    memory, precision=precision, keep_steps=given.keep_steps, max_tokens=given.max_tokens
                 )
                 needed = demand.nbytes(memory, settings) / 1e6
                 print(f"key frames {'+'.join(entries):<12} {memory:<13} {precision:<9} {needed:>12,.1f} MB")

@@ -35,7 +35,7 @@ def test_stores_at_real_sizes_are_as_small_as_promised(demand):
     whole = demand.nbytes("queries_keys", sized("queries_keys"))
     assert whole < 12 * GB
     latents = demand.nbytes("recompute", sized("recompute"))
-    part = demand.nbytes("queries_keys", sized("queries_keys", steps=0.5))
+    part = demand.nbytes("queries_keys", sized("queries_keys", keep_steps=0.5))
     assert (part - latents) / (whole - latents) == pytest.approx(25 / 50)
     assert demand.nbytes("queries_keys", sized("queries_keys", precision="float8")) < 0.65 * whole
     keys = replace(demand, key_frames=KeyFrames(("middle",))).nbytes("queries_keys", sized("queries_keys"))
@@ -50,7 +50,7 @@ def test_stores_at_real_sizes_are_as_small_as_promised(demand):
         ({}, (8, 13, 500), ("queries_keys", "disk")),
         ({}, (8, 13, 3), ("recompute", "device")),
         ({"budget_gb": 1}, (24, 60, 500), ("recompute", "device")),
-        ({"budget_gb": 1.5, "precision": "float8", "steps": 0.2}, (24, 60, 500), ("queries_keys", "device")),
+        ({"budget_gb": 1.5, "precision": "float8", "keep_steps": 0.2}, (24, 60, 500), ("queries_keys", "device")),
         ({"place": "disk"}, (24, 60, 500), ("queries_keys", "disk")),
         ({"memory": "maps"}, (24, 90, 500), ("maps", "disk")),
         ({"memory": "recompute"}, (0.02, 60, 500), ("recompute", "ram")),
@@ -87,7 +87,7 @@ def test_nothing_fits(demand, monkeypatch):
         ({"place": "cloud"}, "device, ram, disk"),
         ({"precision": "int8"}, "float16, bfloat16, float8"),
         ({"budget_gb": -1}, "budget_gb"),
-        ({"steps": 1.5}, "share"),
+        ({"keep_steps": 1.5}, "keep_steps is 1.5; it is a share"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"memory": "maps", "precision": "float16"}, "maps are kept"),
     ],

@@ -18,7 +18,7 @@ from small import random_latents, random_text
 @pytest.mark.parametrize("key_frames", [("self", "middle"), ("middle",), ("previous", "first")])
 def test_bytes_told_before_the_run_are_those_held_after(denoiser, memory, key_frames, place):
     latents, text = random_latents(height=12), random_text(0)
-    store = invert(denoiser, latents, text, 3, key_frames, memory=StoreSettings(memory, place, steps=0.7)).store
+    store = invert(denoiser, latents, text, 3, key_frames, memory=StoreSettings(memory, place, keep_steps=0.7)).store
     assert store.nbytes == store.plan.nbytes
     assert store.kept_steps == (0 if memory == "recompute" else 2)
 

@@ -172,7 +172,7 @@ def test_the_next_step_is_read_while_the_current_one_runs(denoiser, prompt, tmp_
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
 def test_steps_that_are_not_kept_are_computed_again(denoiser, unet, prompt, share):
     expected = edited(denoiser, inverted(denoiser), prompt)
-    inversion = inverted(denoiser, memory="queries_keys", steps=share)
+    inversion = inverted(denoiser, memory="queries_keys", keep_steps=share)
     calls = []
     counted = unet.register_forward_hook(lambda *_: calls.append(1))
     assert relative(edited(denoiser, inversion, prompt), expected) < 1e-9
