@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from .control import AttentionSite
+from .fusion import steps_of_share
 from .key_frames import KeyFrames
 from .records import FLOAT8, MEMORIES, Memory, kept_as_map, map_precision
 
@@ -76,7 +77,7 @@ class StoreSettings:
 
     def kept_steps(self, steps: int) -> int:
         """How many steps' attention is kept: as many as a fusion of this share reads."""
-        return min(steps, int(self.keep_steps * (steps + 1) + 1e-9))
+        return steps_of_share(self.keep_steps, steps)
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """The precision that queries and keys of one are kept in."""

@@ -16,13 +16,14 @@ from typing_extensions import Self
 
 from .budget import Layout, format_bytes, layout_bytes
 
-_CODES = {
+CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
 }
+"""What a safetensors file calls the dtypes that a store may have."""
 _STALE = 24 * 3600
 """Seconds after which a half-written file is taken for what a crash left."""
 
@@ -49,7 +50,7 @@ class SafetensorsWriter:
             start, end = end, end + layout_bytes({name: layout[name]})
             self._starts[name] = start
             dtype, shape = layout[name]
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._head = len(text).to_bytes(8, "little") + text

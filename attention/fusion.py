@@ -17,6 +17,11 @@ from .prompt import Alignment
 from .records import SourceStep
 
 
+def steps_of_share(share: float, steps: int) -> int:
+    """int(share * (steps + 1)) steps, as Prompt-to-Prompt counts cross-attention's; at most all."""
+    return min(steps, int(share * (steps + 1) + 1e-9))
+
+
 @dataclass(frozen=True)
 class FusionSettings:
     """How much of the source's attention the edit takes.
@@ -53,8 +58,8 @@ class FusionSettings:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
     def cross_steps(self, steps: int) -> int:
-        """How many steps fuse cross-attention: int(share * (steps + 1)), as Prompt-to-Prompt counts."""
-        return min(steps, int(self.cross_replace_steps * (steps + 1) + 1e-9))
+        """How many steps fuse cross-attention."""
+        return steps_of_share(self.cross_replace_steps, steps)
 
     def self_steps(self, steps: int) -> int:
         """How many steps fuse self-attention: int(share * steps)."""

@@ -36,10 +36,6 @@ class Piece:
     def is_whole(self) -> bool:
         return len(self.held) == self.clip
 
-    def rows(self, frames: Iterable[int]) -> list[int]:
-        """Where some frames are among the held."""
-        return [self.held.index(f) for f in frames]
-
 
 @dataclass(frozen=True)
 class KeyFrames:
@@ -96,7 +92,7 @@ class KeyFrames:
     @property
     def anchored(self) -> bool:
         """Whether frames meet only through fixed frames, so that a clip can run in pieces without loss."""
-        return all(entry in ("self", 0, "first", "middle", "last") for entry in self.entries)
+        return all(entry in ("self", 0, *ANCHORS) for entry in self.entries)
 
     def anchors(self, clip: int) -> set[int]:
         """The fixed frames that every frame sees."""

@@ -90,8 +90,9 @@ def record_from(tensors: dict[str, Tensor]) -> Record:
 def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor (f h t d) in float8 and the scale of each head, to multiply it with again."""
     largest = x.abs().amax((0, 2, 3), keepdim=True).float().clamp(min=1e-12)
-    scale = largest / torch.finfo(FLOAT8).max
-    return (x / scale.to(x)).clamp(-448, 448).to(FLOAT8), scale
+    limit = torch.finfo(FLOAT8).max
+    scale = largest / limit
+    return (x / scale.to(x)).clamp(-limit, limit).to(FLOAT8), scale
 
 
 def _from_float8(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .files import copied
+from .files import CODES, copied
 from .key_frames import KeyFrames, Piece
 from .records import Record, pick, record_from
 
@@ -99,8 +100,8 @@ def tensor_name(step: int, name: str) -> str:
 
 def _slice_bytes(file: Any, key: str) -> int:
     part = file.get_slice(key)
-    size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}[part.get_dtype()]
-    return int(torch.Size(part.get_shape()).numel()) * size
+    size = next(dtype.itemsize for dtype, code in CODES.items() if code == part.get_dtype())
+    return prod(part.get_shape()) * size
 
 
 def fetch(

@@ -166,9 +166,7 @@ class AttentionStore:
                 layout |= {tensor_name(step, f"{layer}.{p}"): (t.dtype, tuple(t.shape)) for p, t in parts.items()}
         with SafetensorsWriter(path, layout, self._about()) as file:
             for step in steps:
-                for layer, parts in self._tensors(step).items():
-                    for part, tensor in parts.items():
-                        file.put(tensor_name(step, f"{layer}.{part}"), tensor)
+                _put_step(file, step, self._tensors(step))
             self._put_latents(file)
         return path
 
@@ -273,9 +271,7 @@ class AttentionStore:
             with SafetensorsWriter(path, whole, self._about()) as file:
 
                 def write(step: int, records: Records) -> None:
-                    for name, record in records.items():
-                        for part, tensor in record.tensors.items():
-                            file.put(tensor_name(step, f"{name}.{part}"), tensor)
+                    _put_step(file, step, {name: record.tensors for name, record in records.items()})
 
                 with written_behind(device, True, write) as put:
                     yield stored(put)
@@ -285,3 +281,10 @@ class AttentionStore:
                 shutil.rmtree(path.parent, ignore_errors=True)
             raise
         self.shelf = FileShelf(path, temporary) if layout else None
+
+
+def _put_step(file: SafetensorsWriter, step: int, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Write a step's tensors, by layer and part."""
+    for layer, parts in tensors.items():
+        for part, tensor in parts.items():
+            file.put(tensor_name(step, f"{layer}.{part}"), tensor)
