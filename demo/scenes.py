@@ -63,6 +63,10 @@ class Thing:
         return f"a {texture}{self.colour} {self.shape}"
 
 
+Place = tuple[int | None, str]
+"""A word of a scene: of which thing, None for what belongs to the whole picture, and of what kind."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a caption says. Things are named from left to right."""
@@ -100,6 +104,16 @@ class Scene:
         things = list(self.things)
         things[index] = replace(things[index], **words)
         return replace(self, things=tuple(things))
+
+    def changed_from(self, other: Scene) -> list[Place]:
+        """The words in which this scene differs from one with as many things."""
+        places: list[Place] = [
+            (i, word)
+            for i, (a, b) in enumerate(zip(other.things, self.things, strict=True))
+            for word in ("colour", "shape", "texture")
+            if getattr(a, word) != getattr(b, word)
+        ]
+        return places + [(None, w) for w in ("background", "style") if getattr(other, w) != getattr(self, w)]
 
     @property
     def held_out(self) -> bool:
@@ -347,4 +361,5 @@ def render(scene: Scene, motion: Motion, frames: int = 8) -> Clip:
         flow = torch.where((coverage > 0.5)[:, None], torch.stack([moved_x, moved_y], 1), flow)
 
     picture = _stylise(scene.style, picture, edge, x, y).clamp(0, 1)
-    return Clip(picture.transpose(0, 1).contiguous(), torch.stack(masks), flow[:-1])
+    covered = torch.stack(masks) if masks else x.new_zeros(0, *x.shape)
+    return Clip(picture.transpose(0, 1).contiguous(), covered, flow[:-1])

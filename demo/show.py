@@ -13,7 +13,6 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..attention.masks import threshold_mask
@@ -21,15 +20,17 @@ from ..attention.prompt import PromptEdit
 from ..config import EditConfig, with_preset
 from ..diffusion.edit import edit, source_heat
 from ..diffusion.invert import Inversion
-from ..hosts.checkpoint import DEMO, Checkpoint, quiet
+from ..hosts.checkpoint import Checkpoint, quiet
 from ..metrics.memory import PeakMemory
 from ..metrics.preservation import psnr
-from ..metrics.temporal import inside, warp, warp_error
+from ..metrics.temporal import warp_error
 from ..run import invert_video, load_frames, pick_device
 from ..video.sheet import contact_sheet, enlarge, mask_frames
 from ..video.size import to_bytes
 from ..video.write import whole_file, write_picture, write_video
-from .model import SceneClassifier, labels
+from .judge import load_judge
+from .measure import seen_pixels
+from .model import labels
 from .scenes import SIZE, Clip, Motion, Scene, Track, render
 
 CLIP = Path(__file__).parent / "clip.mp4"
@@ -57,13 +58,6 @@ class Outcome:
     frames: Tensor
     seconds: float
     peak_bytes: int
-
-
-def load_judge(checkpoint: Path = DEMO) -> SceneClassifier:
-    """The pixel classifier that reads what a frame shows."""
-    judge = SceneClassifier()
-    judge.load_state_dict({k: v.float() for k, v in load_file(checkpoint / "judge" / "model.safetensors").items()})
-    return judge.eval()
 
 
 def show(
@@ -142,12 +136,6 @@ def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[s
         "seconds": outcome.seconds,
         "peak MB": outcome.peak_bytes / 1e6,
     }
-
-
-def seen_pixels(clip: Clip) -> Tensor:
-    """Pixels of frame t that frame t + 1 still shows: the flow stays inside and on the same thing."""
-    moved = warp(clip.mask[1:, None], clip.flow)[:, 0]
-    return inside(clip.flow) & ((moved - clip.mask[:-1]).abs() < 0.25)
 
 
 def _write(

@@ -30,8 +30,9 @@ def inside(flow: Tensor) -> Tensor:
 def visible(forward: Tensor, backward: Tensor) -> Tensor:
     """Pixels not occluded, after Lai et al.: boolean (n, h, w) from flows (n, 2, h, w).
 
-    Occluded where |w~f + wb|^2 > 0.01 (|w~f|^2 + |wb|^2) + 0.5, or at motion boundaries,
-    |grad wb|^2 > 0.01 |wb|^2 + 0.002.
+    Occluded where |w~b + wf|^2 > 0.01 (|w~b|^2 + |wf|^2) + 0.5, w~b being the backward flow brought
+    to frame t, or at motion boundaries, |grad wf|^2 > 0.01 |wf|^2 + 0.002. The paper tells it for the
+    pixels of frame t + 1, with the flows in each other's place.
     """
     back = warp(backward, forward)
     size = (forward**2).sum(1) + (back**2).sum(1)

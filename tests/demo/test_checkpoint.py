@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fatezero.demo.evaluate import judge_accuracy, map_overlap, painting_accuracy, replay_psnr
-from fatezero.demo.show import load_judge, show
+from fatezero.demo.judge import load_judge
+from fatezero.demo.show import show
 from fatezero.hosts.checkpoint import DEMO, Checkpoint
 
 

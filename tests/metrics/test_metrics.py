@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fatezero.metrics.memory import PeakMemory
-from fatezero.metrics.preservation import intersection_over_union, psnr
+from fatezero.metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
 from fatezero.metrics.temporal import frame_accuracy, inside, temporal_consistency, visible, warp, warp_error
 
 
@@ -25,6 +25,39 @@ def test_psnr_refuses_what_it_cannot_compare():
         psnr(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4))
     with pytest.raises(ValueError, match="no pixel"):
         psnr(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4))
+
+
+def _cameras() -> tuple[torch.Tensor, torch.Tensor]:
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(30.0), indexing="ij")
+    a = torch.stack([0.5 + 0.4 * torch.sin(x / 3), 0.5 + 0.4 * torch.sin(y / 4), (x + y) / 60])[None].double()
+    return a, (a + 0.1 * torch.sin(x * y)).clamp(0, 1)
+
+
+def test_ssim_is_that_of_the_paper():
+    """The figure is scikit-image 0.26's with gaussian_weights=True, sigma=1.5, use_sample_covariance=False."""
+    a, b = _cameras()
+    assert ssim(a, a) == pytest.approx(1)
+    assert ssim(a, b) == pytest.approx(0.6579118320080287, abs=1e-9)
+
+
+def test_ssim_looks_at_the_mask_alone():
+    a, b = _cameras()
+    b[..., :15] = a[..., :15]
+    left = torch.zeros(1, 24, 30)
+    left[..., :10] = 1  # windows reach five pixels further
+    assert ssim(a, b, left) == pytest.approx(1)
+    assert ssim(a, b, 1 - left) < 0.97
+    with pytest.raises(ValueError, match="11 pixels"):
+        ssim(a[..., :10], b[..., :10])
+
+
+def test_changed_pixels_are_those_that_differ():
+    a = torch.zeros(2, 3, 8, 8)
+    b = a.clone()
+    b[1, :, 2:6, 2:6] = 0.9
+    changed = changed_pixels(a, b)
+    assert not changed[0].any()
+    assert changed[1, 3:5, 3:5].all() and not changed[1, 0].any()
 
 
 def test_intersection_over_union():
@@ -63,8 +96,9 @@ def test_occlusion_by_forward_and_backward_flow():
 
 
 def test_warping_by_the_demo_worlds_flow_follows_the_picture():
+    from fatezero.demo.measure import seen_pixels
     from fatezero.demo.scenes import render
-    from fatezero.demo.show import FRAMES, MOTION, SCENE, seen_pixels
+    from fatezero.demo.show import FRAMES, MOTION, SCENE
 
     clip = render(SCENE, MOTION, FRAMES)
     seen = seen_pixels(clip)

@@ -1,0 +1,144 @@
+"""Edits with known answers: what the benchmark asks of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from random import Random
+
+from torch import Tensor
+
+from .judge import read_words
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    STYLES,
+    TEXTURES,
+    Clip,
+    Motion,
+    Place,
+    Scene,
+    random_motion,
+    random_scene,
+    render,
+)
+
+KINDS = ("attribute", "texture", "shape", "style", "background", "two objects")
+"""What a case asks for. With two objects one of them changes, in one word, and the other must not."""
+
+_WORDS: dict[str, Sequence[str]] = {
+    "colour": tuple(COLOURS),
+    "texture": TEXTURES,
+    "shape": SHAPES,
+    "style": tuple(STYLES),
+    "background": tuple(BACKGROUNDS),
+}
+_CHANGED = {"attribute": "colour"} | {kind: kind for kind in ("texture", "shape", "style", "background")}
+_PRESETS = {"shape": "shape", "style": "style"}
+"""The paper's preset for a word, where it is not that of an attribute."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A clip of the demo world and the edit wanted of it."""
+
+    name: str
+    kind: str
+    source: Scene
+    target: Scene
+    motion: Motion
+    frames: int
+
+    @property
+    def changed(self) -> list[Place]:
+        return self.target.changed_from(self.source)
+
+    @property
+    def preset(self) -> str:
+        """The paper's preset for it: shape where an outline changes, else that of the (first) word."""
+        words = [word for _, word in self.changed]
+        return "shape" if "shape" in words else _PRESETS.get(words[0], "attribute")
+
+    @property
+    def blend_words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The words of source and target whose attention shows where to edit; none for an edit of style."""
+
+        def of(scene: Scene) -> tuple[str, ...]:
+            things = [f"{thing.colour} {thing.shape}" for i, thing in enumerate(scene.things) if i in places]
+            return (*things, *([scene.background] if (None, "background") in self.changed else []))
+
+        places = {place for place, _ in self.changed}
+        return of(self.source), of(self.target)
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The source."""
+        return render(self.source, self.motion, self.frames)
+
+    @cached_property
+    def truth(self) -> Clip:
+        """The edit as it should be."""
+        return render(self.target, self.motion, self.frames)
+
+    @cached_property
+    def ground(self) -> Tensor:
+        """The truth without its things: (frames, 3, SIZE, SIZE)."""
+        empty = replace(self.target, things=())
+        return render(empty, replace(self.motion, tracks=()), self.frames).frames
+
+
+def draw_cases(seed: int, each: int, frames: int) -> list[Case]:
+    """`each` cases of every kind: captions the trainer never saw, one word changed; the same for a seed."""
+    found = []
+    for kind in KINDS:
+        drawn = filter(is_read, _drawn(Random(f"{seed} {kind}"), kind, frames))
+        found += [replace(next(drawn), name=f"{kind.replace(' ', '-')}-{n:02d}") for n in range(each)]
+    return found
+
+
+def is_read(case: Case) -> bool:
+    """Whether the judge reads every word of the rendered source and truth: of others it cannot tell right from wrong.
+
+    Of one thing it misses none; of two it misreads an outline or texture in some two of a hundred frames.
+    """
+    shown = ((case.source, case.clip), (case.target, case.truth))
+    return all(read_words(case.source, scene, clip.frames, case.motion.tracks)[0] == 1 for scene, clip in shown)
+
+
+def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
+    things = 2 if kind == "two objects" else 1
+    while True:
+        source = random_scene(random, things)
+        if not source.held_out or len({thing.shape for thing in source.things}) < things:
+            continue  # alike outlines would leave "a star and a star" to say which of them changes
+        word = random.choice(("colour", "texture", "shape")) if things == 2 else _CHANGED[kind]
+        at = random.randrange(things)
+        before = getattr(source if word in ("style", "background") else source.things[at], word)
+        after = random.choice([w for w in _WORDS[word] if w != before])
+        if word in ("style", "background"):
+            target = replace(source, **{word: after})  # type: ignore[arg-type]
+        else:
+            target = source.with_thing(at, **{word: after})
+        yield Case("", kind, source, target, random_motion(random, things), frames)
+
+
+def cases_of(pairs: Sequence[tuple[str, str]], seed: int, frames: int) -> list[Case]:
+    """Cases of captions of your own, each with a motion drawn from the seed.
+
+    Raises ValueError for captions outside the demo world, with unequal numbers of things, or equal.
+    """
+    found = []
+    for n, (before, after) in enumerate(pairs):
+        source, target = Scene.parse(before), Scene.parse(after)
+        if len(source.things) != len(target.things):
+            raise ValueError(f"both captions must show as many things: {before!r} / {after!r}")
+        motion = random_motion(Random(f"{seed} {n}"), len(source.things))
+        case = Case(f"given-{n:02d}", "", source, target, motion, frames)
+        if not case.changed:
+            raise ValueError(f"nothing changes: {before!r} / {after!r}")
+        kinds = [kind for kind, word in _CHANGED.items() if word == case.changed[0][1]]
+        kind = "two objects" if len(source.things) == 2 else kinds[0]
+        found.append(replace(case, kind=kind))
+    return found

@@ -1,0 +1,59 @@
+"""What a picture of the demo world shows, read from its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..hosts.checkpoint import DEMO
+from .model import SceneClassifier
+from .scenes import SIZE, Place, Scene, Track
+
+
+@cache
+def load_judge(checkpoint: Path = DEMO) -> SceneClassifier:
+    """The pixel classifier that reads what a frame shows."""
+    judge = SceneClassifier()
+    judge.load_state_dict({k: v.float() for k, v in load_file(checkpoint / "judge" / "model.safetensors").items()})
+    return judge.eval()
+
+
+def read_words(
+    source: Scene, target: Scene, frames: Tensor, tracks: Sequence[Track] = ()
+) -> tuple[float, float, float]:
+    """Shares of frames in which every word, the words that change, and the other words are read as the target has them.
+
+    tracks: where the things of a scene of several are.
+    """
+    judge = load_judge()
+    whole = judge.read(frames)
+    several = len(target.things) > 1
+    close = [judge.read(close_up(frames, track)) for track in tracks] if several else [whole]
+    changed, right = target.changed_from(source), []
+    for t in range(len(frames)):
+        seen: dict[Place, bool] = {
+            (None, word): whole[t][word] == getattr(target, word) for word in ("background", "style")
+        }
+        for i, thing in enumerate(target.things):
+            seen |= {(i, word): close[i][t][word] == getattr(thing, word) for word in ("colour", "shape", "texture")}
+        of_edit = all(seen[place] for place in changed)
+        of_rest = all(ok for place, ok in seen.items() if place not in changed)
+        right.append((of_edit and of_rest, of_edit, of_rest))
+    every, of_edit, of_rest = (sum(column) / len(frames) for column in zip(*right, strict=True))
+    return every, of_edit, of_rest
+
+
+def close_up(frames: Tensor, track: Track, margin: float = 2.0) -> Tensor:
+    """One of several things, as large as the judge knows them: a square of `margin` radii around its track."""
+    t = torch.arange(len(frames), dtype=torch.float32).view(-1, 1)
+    (cx, cy), reach = track.centre(t), track.scale(t) * margin
+    along = (torch.arange(SIZE) + 0.5) * 2 / SIZE - 1
+    x, y = ((centre + reach * along) * 2 / SIZE - 1 for centre in (cx, cy))
+    grid = torch.stack([x[:, None, :].expand(-1, SIZE, -1), y[:, :, None].expand(-1, -1, SIZE)], -1)
+    return F.grid_sample(frames, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,117 @@
+"""The benchmark's cases: held out, repeatable, with one word changed and a truth."""
+
+import pytest
+import torch
+
+from fatezero.demo.cases import KINDS, cases_of, draw_cases
+from fatezero.demo.judge import close_up, load_judge, read_words
+from fatezero.demo.measure import measure, object_iou, unchanged_pixels
+from fatezero.demo.scenes import Scene, render, scenes
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return draw_cases(7, 6, 3)
+
+
+def test_every_kind_is_there_and_nothing_was_trained_on(cases):
+    assert [case.kind for case in cases] == [kind for kind in KINDS for _ in range(6)]
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(case.source.held_out for case in cases)
+
+
+def test_one_word_changes_and_it_is_of_the_kind(cases):
+    wanted = {
+        "attribute": "colour",
+        "texture": "texture",
+        "shape": "shape",
+        "style": "style",
+        "background": "background",
+    }
+    for case in cases:
+        assert len(case.changed) == 1
+        (place, word), two = case.changed[0], case.kind == "two objects"
+        assert len(case.source.things) == 1 + two
+        assert two or word == wanted[case.kind]
+        assert (place is None) == (word in ("style", "background"))
+        assert case.preset == {"shape": "shape", "style": "style"}.get(word, "attribute")
+
+
+def test_a_seed_gives_the_same_cases_and_another_others(cases):
+    assert draw_cases(7, 6, 3) == cases
+    assert draw_cases(7, 2, 3) == [case for case in cases if int(case.name[-2:]) < 2], "more cases keep the first"
+    assert {c.motion for c in draw_cases(8, 6, 3)}.isdisjoint({c.motion for c in cases})
+
+
+def test_blend_words_name_what_changes():
+    caption = "a red square and a blue star on sand"
+    (thing,) = cases_of([(caption, "a red square and a blue circle on sand")], 0, 2)
+    assert thing.blend_words == (("blue star",), ("blue circle",))
+    (ground,) = cases_of([("a red star on sand", "a red star on grass")], 0, 2)
+    assert ground.blend_words == (("sand",), ("grass",))
+    (style,) = cases_of([("a red star on sand", "comic drawing of a red star on sand")], 0, 2)
+    assert style.blend_words == ((), ())
+
+
+def test_captions_of_your_own():
+    pairs = [("a red star on sand", "a dotted blue star on sand"), ("a red star on sand", "a red circle on sand")]
+    both, shape = cases_of(pairs, 3, 2)
+    assert both.kind == "attribute" and len(both.changed) == 2
+    assert (shape.kind, shape.preset) == ("shape", "shape")
+    assert cases_of(pairs, 3, 2) == [both, shape] and cases_of(pairs, 4, 2) != [both, shape]
+    with pytest.raises(ValueError, match="nothing changes"):
+        cases_of([("a red star on sand", "a red star on sand")], 0, 2)
+    with pytest.raises(ValueError, match="as many things"):
+        cases_of([("a red star on sand", "a red star and a red circle on sand")], 0, 2)
+    with pytest.raises(ValueError, match="not a caption"):
+        cases_of([("a jeep on a road", "a car on a road")], 0, 2)
+
+
+def test_the_truth_is_perfect_and_the_source_is_not(cases):
+    for case in cases:
+        right, wrong = measure(case, case.truth.frames), measure(case, case.clip.frames)
+        assert right["success"] == right["changed"] == right["kept"] == 1, case
+        assert right["object_iou"] == 1
+        assert wrong["success"] == wrong["changed"] == 0, case
+        assert wrong["kept"] == 1, case
+        if case.kind != "style":
+            assert right["preserved_db"] == float("inf")
+            assert wrong["preserved_db"] > 55, "less than half a grey level"
+            assert right["preserved_ssim"] > 0.99
+
+
+def test_what_is_asked_to_change_elsewhere_counts_as_not_kept():
+    (case,) = cases_of([("a red square and a blue star on sand", "a green square and a blue star on sand")], 0, 3)
+    leaked = render(Scene.parse("a green square and a green star on sand"), case.motion, 3).frames
+    told = measure(case, leaked)
+    assert (told["changed"], told["kept"], told["success"]) == (1, 0, 0)
+
+
+def test_two_things_are_read_one_by_one():
+    judge, drawn = load_judge(), scenes(5, held_out=True, things=2)
+    right = []
+    for _ in range(40):
+        scene, motion = next(drawn)
+        frames = render(scene, motion, 4).frames
+        for thing, track in zip(scene.things, motion.tracks, strict=True):
+            for words in judge.read(close_up(frames, track)):
+                right.append(
+                    (words["colour"], words["shape"], words["texture"]) == (thing.colour, thing.shape, thing.texture)
+                )
+    assert sum(right) / len(right) >= 0.98
+
+
+def test_reading_single_frames():
+    source, target = Scene.parse("a red square on sand"), Scene.parse("a green square on sand")
+    (case,) = cases_of([(source.caption, target.caption)], 0, 4)
+    half = torch.cat([case.clip.frames[:2], case.truth.frames[2:]])
+    assert read_words(source, target, half) == (0.5, 0.5, 1.0)
+
+
+def test_outline_and_unchanged_pixels(cases):
+    case = next(c for c in cases if c.kind == "shape")
+    assert object_iou(case, case.clip.frames) < 0.95
+    assert object_iou(case, case.ground) == 0
+    unchanged = unchanged_pixels(case)
+    assert 0.4 < unchanged.mean() < 0.99
+    assert (unchanged * (case.truth.mask - case.clip.mask).abs()).amax() < 0.05

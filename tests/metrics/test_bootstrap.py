@@ -1,0 +1,36 @@
+import math
+
+import pytest
+import torch
+
+from fatezero.metrics.bootstrap import difference_of, error_ratio, mean_of
+
+
+def test_equal_values_leave_no_doubt():
+    assert mean_of([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    assert difference_of([1.0, 3.0], [0.5, 2.5]) == (0.5, 0.5, 0.5)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(1)
+    held = 0
+    for _ in range(200):
+        sample = torch.randn(40, generator=generator, dtype=torch.float64) + 5
+        interval = mean_of(sample.tolist())
+        held += interval.low <= 5 <= interval.high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_the_ratio_of_errors():
+    paper = [1.0, 0.5, 0.5, 0.0]
+    assert error_ratio([1.0, 0.75, 0.75, 0.5], paper).value == pytest.approx(0.5)
+    assert error_ratio(paper, paper) == (1.0, 1.0, 1.0)
+    perfect = error_ratio([1.0] * 4, paper)
+    assert perfect.value == 0 and perfect.high == 0
+
+
+def test_cases_that_were_not_measured_are_left_out():
+    assert mean_of([1.0, math.nan, 3.0]).value == 2
+    assert difference_of([1.0, math.nan], [0.0, 5.0]).value == 1
+    assert all(math.isnan(v) for v in mean_of([math.nan]))
+    assert all(math.isnan(v) for v in mean_of([]))
