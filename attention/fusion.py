@@ -8,6 +8,7 @@ exactly, with V from the edit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from einops import rearrange
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from .control import AttentionSite, Control, attention_map
 from .prompt import Alignment
 from .records import SourceStep
+
+MaskFrom = Literal["attention", "prompts"]
 
 
 def steps_of_share(share: float, steps: int) -> int:
@@ -29,10 +32,14 @@ class FusionSettings:
     cross_replace_steps, self_replace_steps: the share of steps, counted from the noisy
     end, in which cross- and self-attention are fused (1 - t_c/T and 1 - t_s/T).
     blend_self_attention: fuse self-attention only outside the blend mask.
-    blend_latents: outside the mask, put back the inversion's latents between 20% and 80%
-    of the steps.
-    blend_threshold: tau of the mask; from 1 on the mask is empty. max_tokens: fuse layers of up to this many tokens a
-    frame, None for all. mask_tokens: masks come from the finest grid of at most this many.
+    blend_latents: outside the mask, put back the inversion's latents, from 20% of the steps up to the share
+    blend_latents_until of them (the authors' 0.8; 1 is to the last, which keeps most).
+    mask_from: "attention", the paper's mask of the source's cross-attention to the blend words, anew in each
+    step; or "prompts", a soft mask of where the two prompts' predictions differ and their blend words are
+    looked at, the same in all steps (`diffusion.prompt_mask`).
+    blend_threshold: tau of the mask; from 1 on the mask of attention is empty. max_tokens: fuse layers of up to
+    this many tokens a frame, None for all. mask_tokens: masks of attention come from the finest grid of at
+    most this many.
 
     Raises ValueError for a value outside its range.
     """
@@ -44,14 +51,18 @@ class FusionSettings:
     blend_threshold: float = 0.3
     max_tokens: int | None = None
     mask_tokens: int = 256
+    mask_from: MaskFrom = "attention"
+    blend_latents_until: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in ("cross_replace_steps", "self_replace_steps"):
+        for name in ("cross_replace_steps", "self_replace_steps", "blend_latents_until"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
         if self.blend_threshold < 0:
             raise ValueError(f"blend_threshold is {self.blend_threshold}; it must be at least 0")
+        if self.mask_from not in get_args(MaskFrom):
+            raise ValueError(f"mask_from is {self.mask_from!r}; it must be one of {', '.join(get_args(MaskFrom))}")
         for name in ("max_tokens", "mask_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -67,11 +78,24 @@ class FusionSettings:
 
     def latent_steps(self, steps: int) -> range:
         """The steps after which latents are blended."""
-        return range(int(0.2 * steps + 1e-9), int(0.8 * steps + 1e-9) - 1) if self.blend_latents else range(0)
+        if not self.blend_latents:
+            return range(0)
+        until = self.blend_latents_until
+        return range(int(0.2 * steps + 1e-9), steps if until == 1 else int(until * steps + 1e-9) - 1)
 
     @property
     def blends(self) -> bool:
         return self.blend_self_attention or self.blend_latents
+
+    @property
+    def masks_by_step(self) -> bool:
+        """Whether it takes the paper's mask, anew in each step."""
+        return self.blends and self.mask_from == "attention"
+
+    @property
+    def masks_by_prompts(self) -> bool:
+        """Whether it takes the mask of both prompts."""
+        return self.blends and self.mask_from == "prompts"
 
     def fuses(self, site: AttentionSite) -> bool:
         return self.max_tokens is None or site.tokens <= self.max_tokens
@@ -79,7 +103,7 @@ class FusionSettings:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step of the edit fuses, and whether it needs a blend mask."""
+    """What one step of the edit fuses, and whether it needs a mask of the source's attention."""
 
     fuse_cross: bool
     fuse_self: bool
@@ -92,7 +116,7 @@ class StepPlan:
         fuse_self = step < fusion.self_steps(steps)
         blend_latents = step in fusion.latent_steps(steps)
         mask = blend_latents or (fuse_self and fusion.blend_self_attention)
-        return cls(step < fusion.cross_steps(steps), fuse_self, blend_latents, mask)
+        return cls(step < fusion.cross_steps(steps), fuse_self, blend_latents, mask and fusion.masks_by_step)
 
     def wanted(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
         """Names of the layers whose source attention this step reads."""

@@ -48,6 +48,18 @@ def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Ten
     return (resized / peak > threshold).to(heat.dtype)
 
 
+def soft_mask(heat: Tensor, threshold: float) -> Tensor:
+    """A blurred heat, each frame over its own maximum, then a ramp from 0 at half the threshold to 1 at one and a half.
+
+    heat (f, y, x) to a mask in 0..1 of the same shape; at threshold 0 all of it is 1. The blur is a mean over
+    three sixteenths of the shorter side.
+    """
+    reach = max(1, min(heat.shape[1:]) // 16)
+    even = F.avg_pool2d(heat[:, None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[:, 0]
+    peak = even.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
+    return (even / peak / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
+
+
 @dataclass(frozen=True)
 class GivenMask:
     """A blend mask from outside, alone or joined with the attention's.

@@ -51,8 +51,8 @@ class PromptEdit:
 
     mode: "refine" copies the columns of tokens both prompts share; "replace" maps word to
     word and needs equally many words in both.
-    blend_words: (source words, target words) whose maps make the blend mask; only blended
-    latents look at the target's, which may be empty otherwise.
+    blend_words: (source words, target words) whose maps make the blend mask; one side may be empty:
+    the target's where only self-attention is blended, either with a mask of both prompts.
     reweight: target word -> factor on its column while cross fusion runs.
     Words are matched without regard to case and to punctuation around them; a phrase of
     several words is found as such; a repeated word means every place it stands.
@@ -81,7 +81,7 @@ class PromptEdit:
                 )
         if self.blend_words is not None:
             pair = tuple(self.blend_words)
-            if len(pair) != 2 or any(isinstance(words, str) for words in pair) or not pair[0]:
+            if len(pair) != 2 or any(isinstance(words, str) for words in pair) or not any(pair):
                 raise ValueError(f"blend_words is {self.blend_words!r}; it must be (source words, target words)")
             for words, prompt in zip(pair, (self.source, self.target), strict=True):
                 for word in words:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention.control import AttentionSite, Control
 from ..attention.fusion import Fuser, FusionSettings, StepPlan
 from ..attention.key_frames import Piece
-from ..attention.masks import GivenMask, mask_sites, threshold_mask, word_heat
+from ..attention.masks import GivenMask, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit
 from ..attention.records import Recorder, SourceStep
 from ..attention.shelves import FileShelf, Records, read_ahead
@@ -21,6 +21,7 @@ from ..attention.store import AttentionStore, Condition, StoreError
 from .ddim import Schedule, ddim_move
 from .denoiser import Denoiser, Guidance, frames_of, joined, pieces_of
 from .invert import Inversion, Progress
+from .prompt_mask import difference_levels, prompt_heat
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def edit_many(
     wanted = [set().union(*(run.wanted(step) for run in runs)) for step in range(store.steps)]
     zs = [start] * len(runs)
     with denoiser.hooked(store.clip_norm), _sources(denoiser, store, pieces, wanted) as source_of:
+        runs = [run.with_prompt_mask(pieces) for run in runs]
         for step in range(store.steps):
             parts: list[list[_Part]] = [[] for _ in runs]
             for piece in pieces[step]:
@@ -172,6 +174,8 @@ class _Run:
     given: GivenMask | None
     given_at: dict[tuple[int, int], Tensor]
     """The given mask on each grid."""
+    of_prompts: dict[tuple[int, int], Tensor]
+    """The mask of the prompts' difference on each grid, where the edit takes one."""
 
     @classmethod
     def prepared(cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit) -> _Run:
@@ -193,19 +197,32 @@ class _Run:
             if given is not None:
                 if not fusion.blends:
                     raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
-                grids = {(height, width)} | {(s.height, s.width) for s in sites}
-                given_at = {grid: given.at(grid, store.frames).to(like) for grid in grids}
+                given_at = _on_grids(given, sites, like, store.frames)
             if fusion.blends and not (given is not None and given.alone):
-                columns = prompt.blend_columns(store.source.columns, target.columns)
-                if fusion.blend_latents and not columns[1]:
-                    raise ValueError("blend_latents needs blend_words of the target prompt too")
-                masking = mask_sites(sites, fusion.mask_tokens)
+                if fusion.masks_by_step or prompt.blend_words is not None:
+                    columns = prompt.blend_columns(store.source.columns, target.columns)
+                if fusion.masks_by_step:
+                    if not columns[0]:
+                        raise ValueError("a mask of attention needs blend_words of the source prompt")
+                    if fusion.blend_latents and not columns[1]:
+                        raise ValueError("blend_latents needs blend_words of the target prompt too")
+                    masking = mask_sites(sites, fusion.mask_tokens)
         elif fusion.blends:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         return cls(
             denoiser, store, schedule, target, negative, asked.guidance_scale,
-            fusion, alignment, columns, sites, masking, given, given_at,
+            fusion, alignment, columns, sites, masking, given, given_at, {},
         )  # fmt: skip
+
+    def with_prompt_mask(self, pieces: list[list[Piece]]) -> _Run:
+        """This edit with the mask of its two prompts, where it takes one."""
+        given_alone = self.given is not None and self.given.alone
+        if self.alignment is None or given_alone or not self.fusion.masks_by_prompts:
+            return self
+        sites = mask_sites(self.sites, self.fusion.mask_tokens) if any(self.blend_columns) else []
+        heat = prompt_heat(self.denoiser, self.store, self.target, self.blend_columns, sites, pieces)
+        mask = GivenMask(soft_mask(heat, self.fusion.blend_threshold))
+        return replace(self, of_prompts=_on_grids(mask, self.sites, heat, self.store.frames))
 
     def plan(self, step: int) -> StepPlan:
         if self.alignment is None:
@@ -264,15 +281,25 @@ class _Run:
         return heat_of(source, self.mask_sites, self.blend_columns[0], self.denoiser.dtype)
 
     def masks(self, grids: set[tuple[int, int]], heats: list[Tensor], piece: Piece) -> dict[tuple[int, int], Tensor]:
-        """The blend mask of a piece on some grids: the union of the heats' masks, with the mask given."""
+        """The blend mask of a piece on some grids: the union of the masks found, with the mask given."""
         found = {}
         for grid in grids:
             masks = [threshold_mask(heat, grid, self.fusion.blend_threshold) for heat in heats]
+            masks += [self.of_prompts[grid][list(piece.held)]] if self.of_prompts else []
             if self.given is not None:
                 given = self.given_at[grid][list(piece.held)]
                 masks = [self.given.joined(given, torch.stack(masks).amax(0)) if masks else given]
             found[grid] = torch.stack(masks).amax(0)
         return found
+
+
+def _on_grids(
+    mask: GivenMask, sites: list[AttentionSite], latents: Tensor, frames: int
+) -> dict[tuple[int, int], Tensor]:
+    """A mask on the latents' grid and those of the attention layers."""
+    height, width = latents.shape[-2:]
+    grids = {(height, width)} | {(site.height, site.width) for site in sites}
+    return {grid: mask.at(grid, frames).to(latents) for grid in grids}
 
 
 # --- a look at the source -------------------------------------------------------------------
@@ -353,4 +380,5 @@ def unet_calls(steps: int, guidance_scale: float, kept_steps: int, fusion: Fusio
     """What a run costs where the store keeps the attention of so many steps, none with memory "recompute"."""
     plans = [StepPlan.of(fusion, step, steps) for step in range(kept_steps, steps)]
     computed = sum(p.fuse_cross or p.fuse_self or p.mask for p in plans)
-    return Calls(steps, steps * (1 if guidance_scale == 1 else 2), computed)
+    compared = 2 * len(difference_levels(steps)) if fusion.masks_by_prompts else 0
+    return Calls(steps, steps * (1 if guidance_scale == 1 else 2) + compared, computed)

@@ -142,7 +142,16 @@ def test_presets_are_the_papers_settings():
     assert (shape.cross_replace_steps, shape.self_replace_steps, shape.blend_threshold) == (0.5, 0.5, 0.3)
     assert shape.blend_self_attention
     assert shape.mode == "refine", "word counts differ"
-    assert set(PRESETS) == {"style", "attribute", "shape"}
+    assert set(PRESETS) == {name + plus for name in ("style", "attribute", "shape") for plus in ("", "+")}
+
+
+def test_presets_with_a_plus_keep_the_latents_of_the_background():
+    for name in ("attribute+", "shape+"):
+        fusion = with_preset(EditConfig(), name).fusion
+        assert fusion.masks_by_prompts and fusion.blend_latents and fusion.blend_latents_until == 1
+    assert with_preset(EditConfig(source="a b", target="a c"), "shape+").mode == "replace"
+    style = with_preset(EditConfig(), "style+").fusion
+    assert not style.blends, "the whole picture changes"
 
 
 def test_words_that_change():

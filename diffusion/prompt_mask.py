@@ -1,0 +1,76 @@
+"""Where an edit belongs, from both prompts: where they predict different noise, and their words are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.control import AttentionSite
+from ..attention.key_frames import Piece
+from ..attention.masks import word_heat
+from ..attention.records import Recorder, SourceStep
+from ..attention.store import AttentionStore, Condition
+from .denoiser import Denoiser, frames_of, joined
+
+LEVELS = (0.35, 0.5, 0.65, 0.8)
+"""Shares of the way to noise at which the prompts are compared."""
+
+
+def difference_levels(steps: int) -> list[int]:
+    """These levels of a run, counted from the clean end."""
+    return sorted({int(share * steps) for share in LEVELS})
+
+
+def prompt_heat(
+    denoiser: Denoiser,
+    store: AttentionStore,
+    target: Condition,
+    columns: tuple[Sequence[int], Sequence[int]],
+    sites: Sequence[AttentionSite],
+    pieces: Sequence[Sequence[Piece]],
+) -> Tensor:
+    """How much each place of a clip is the edit's: (frames, h, w), at least 0.
+
+    D, the mean over channels of |eps_target - eps_source| on the inversion's own latents (DiffEdit, arXiv
+    2210.11427), times the square root of A, the greater of both prompts' cross-attention to their own blend
+    words (`columns`, in the layers `sites`), each over its maximum in the frame and averaged over a few
+    levels. A tells one thing from another; the root, for the words of a ground are looked at unevenly.
+    Without columns it is D alone. Two UNet calls for each level; to be called while the denoiser is hooked.
+    """
+    size = store.latents.shape[-2:]
+    names = {site.name for site in sites}
+    apart, looked = [], [[] for _ in columns]  # type: tuple[list[Tensor], list[list[Tensor]]]
+    for level in difference_levels(store.steps):
+        step = store.steps - 1 - level
+        z, timestep = store.latents[level].to(denoiser.device), store.timesteps[step]
+        noise = []
+        for condition, own, heats in zip((store.source, target), columns, looked, strict=True):
+            recorders = [Recorder(store.key_frames, piece, names if own else set()) for piece in pieces[step]]
+            parts = [denoiser.predict_noise(frames_of(z, r.piece), timestep, condition, r) for r in recorders]
+            noise.append(joined(pieces[step], parts))
+            if own:
+                maps = [_attention_to(own, r, sites, denoiser.dtype) for r in recorders]
+                heats.append(joined(pieces[step], maps).to(z))
+        apart.append(_unit((noise[0] - noise[1]).abs().mean(1)))
+    difference = _unit(torch.stack(apart).mean(0))
+    attention = [_unit(torch.stack(heats).mean(0)) for heats in looked if heats]
+    if not attention:
+        return difference
+    where = torch.stack(attention).amax(0)
+    return difference * F.interpolate(where[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].sqrt()
+
+
+def _attention_to(
+    columns: Sequence[int], recorder: Recorder, sites: Sequence[AttentionSite], dtype: torch.dtype
+) -> Tensor:
+    """What a branch's frames attend to in some columns: (held, y, x)."""
+    branch = SourceStep(recorder.records, recorder.key_frames, recorder.piece)
+    return word_heat([(site, branch.cross_map(site, dtype)) for site in sites], columns)
+
+
+def _unit(heat: Tensor) -> Tensor:
+    """Each frame over its own maximum."""
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)

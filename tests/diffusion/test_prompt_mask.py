@@ -1,0 +1,144 @@
+"""The mask of where two prompts' predictions differ (DiffEdit), and latents kept to the last step."""
+
+import pytest
+import torch
+
+from fatezero import FusionSettings, PromptEdit, edit, invert
+from fatezero.attention.key_frames import Piece
+from fatezero.attention.masks import GivenMask, mask_sites, soft_mask
+from fatezero.attention.store import Condition
+from fatezero.diffusion.edit import unet_calls
+from fatezero.diffusion.prompt_mask import difference_levels, prompt_heat
+from small import random_latents, random_text, relative
+
+SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
+PROMPTS = {"mask_from": "prompts", "blend_latents": True, "blend_latents_until": 1.0}
+
+
+@pytest.fixture
+def prompt(tokenizer):
+    return PromptEdit(SOURCE, TARGET, tokenizer)
+
+
+@pytest.fixture
+def worded(tokenizer):
+    return PromptEdit(SOURCE, TARGET, tokenizer, blend_words=(["circle"], ["blue", "square"]))
+
+
+def test_a_soft_mask_ramps_from_half_the_threshold_to_one_and_a_half():
+    heat = torch.zeros(2, 9, 9)
+    heat[0, 3:6, 3:6] = 1.0
+    heat[1] = torch.arange(9.0)
+    mask = soft_mask(heat, 0.5)
+    assert mask[0, 4, 4] == 1 and mask[0, 0, 0] == 0
+    assert mask[0, 3, 3] == pytest.approx(4 / 9 / 0.5 - 0.5), "a corner, of whose nine cells four are hot"
+    assert mask[0, 2, 4] == pytest.approx(3 / 9 / 0.5 - 0.5)
+    assert torch.allclose(soft_mask(7 * heat, 0.5), mask), "a frame's heat is told over its maximum"
+    assert (soft_mask(heat, 0.0) == 1).all()
+    assert (soft_mask(torch.zeros(1, 4, 4), 0.5) == 0).all()
+
+
+def heat(denoiser, columns, text=1, levels=5):
+    store = invert(denoiser, random_latents(), random_text(0), steps=levels).store
+    sites = mask_sites(denoiser.sites(16, 16), 256)
+    with denoiser.hooked():
+        return prompt_heat(denoiser, store, Condition(random_text(text)), columns, sites, [[Piece.whole(3)]] * levels)
+
+
+def test_without_words_it_is_the_difference_of_predictions(denoiser):
+    difference = heat(denoiser, ([], []))
+    assert difference.shape == (3, 16, 16)
+    assert torch.allclose(difference.amax((1, 2)), torch.ones(3, dtype=torch.float64))
+    assert (heat(denoiser, ([], []), text=0) == 0).all(), "equal prompts differ nowhere"
+
+
+def test_words_of_either_prompt_are_looked_for(denoiser):
+    difference = heat(denoiser, ([], []))
+    of_source, of_target, of_both = (heat(denoiser, c) for c in (([1], []), ([], [2]), ([1], [2])))
+    assert not torch.equal(of_source, of_target)
+    assert torch.allclose(of_both, torch.maximum(of_source, of_target)), "the greater attention counts"
+    assert (of_both <= difference).all()
+
+
+def test_a_threshold_of_zero_takes_all_of_the_edit(denoiser, prompt):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
+    texts = random_text(1), random_text(2), 7.5
+    all_of_it = edit(denoiser, inversion, *texts, prompt, FusionSettings(blend_threshold=0.0, **PROMPTS))
+    assert relative(all_of_it, edit(denoiser, inversion, *texts, prompt, FusionSettings())) < 1e-12
+
+
+def test_outside_the_mask_the_inversion_is_kept_to_the_last_bit(denoiser, prompt):
+    latents = random_latents()
+    inversion = invert(denoiser, latents, random_text(0), steps=5)
+    left = torch.zeros(1, 16, 16)
+    left[..., :8] = 1
+    settings = FusionSettings(0.5, 0.5, **PROMPTS)
+    edited = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings, mask=GivenMask(left))
+    assert torch.equal(edited[..., 8:], latents[..., 8:])
+    assert relative(edited[..., :8], latents[..., :8]) > 0.01
+    until = FusionSettings(0.5, 0.5, blend_latents=True)
+    paper = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, until, mask=GivenMask(left))
+    assert not torch.equal(paper[..., 8:], latents[..., 8:]), "the authors stop at 0.8"
+
+
+def test_no_blend_words_are_needed(denoiser, prompt):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
+    texts = random_text(1), random_text(2), 7.5
+    masked = edit(denoiser, inversion, *texts, prompt, FusionSettings(blend_self_attention=True, **PROMPTS))
+    plain = edit(denoiser, inversion, *texts, prompt, FusionSettings(mask_from="prompts"))
+    assert relative(masked, plain) > 1e-3
+    with pytest.raises(ValueError, match="blend_words"):
+        edit(denoiser, inversion, *texts, prompt, FusionSettings(blend_self_attention=True))
+
+
+@pytest.mark.parametrize("memory", ["queries_keys", "maps"])
+def test_memories_and_chunks_agree(denoiser, worded, memory):
+    settings = FusionSettings(0.5, 0.5, blend_self_attention=True, blend_threshold=0.6, **PROMPTS)
+    arguments = (random_text(1), random_text(2), 7.5, worded, settings)
+    whole = edit(denoiser, invert(denoiser, random_latents(5), random_text(0), steps=5), *arguments)
+    kept = invert(denoiser, random_latents(5), random_text(0), steps=5, memory=memory, chunk_frames=2)
+    assert relative(edit(denoiser, kept, *arguments, chunk_frames=2), whole) < 1e-9
+
+
+@pytest.mark.parametrize("how", ["replace", "union", "intersection"])
+def test_a_given_mask_replaces_joins_or_limits_it(denoiser, prompt, how, unet):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
+    settings = FusionSettings(0.0, 0.0, blend_threshold=0.7, **PROMPTS)
+
+    def run(fill, settings=settings):
+        given = GivenMask(torch.full((1, 16, 16), fill), how)
+        return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings, mask=given)
+
+    alone = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
+    unmasked = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FusionSettings(0.0, 0.0))
+    expected = {
+        "replace": (inversion.latents[0], unmasked),
+        "union": (alone, unmasked),
+        "intersection": (inversion.latents[0], alone),
+    }
+    for fill, wanted in zip((0.0, 1.0), expected[how], strict=True):
+        assert relative(run(fill), wanted) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("steps", "levels"), [(1, [0]), (5, [1, 2, 3, 4]), (20, [7, 10, 13, 16]), (50, [17, 25, 32, 40])]
+)
+def test_calls_are_as_told(denoiser, unet, prompt, steps, levels):
+    assert difference_levels(steps) == levels
+    settings = FusionSettings(blend_self_attention=True, **PROMPTS)
+    plain = unet_calls(steps, 7.5, 0, FusionSettings())
+    assert unet_calls(steps, 7.5, 0, settings) == plain._replace(edit=plain.edit + 2 * len(levels))
+    if steps == 5:
+        inversion, calls = invert(denoiser, random_latents(), random_text(0), steps), []
+        handle = unet.register_forward_hook(lambda *_: calls.append(1))
+        edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
+        handle.remove()
+        told = unet_calls(steps, 7.5, 0, settings)
+        assert len(calls) == told.edit + told.source
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="mask_from is 'words'; it must be one of attention, prompts"):
+        FusionSettings(mask_from="words")
+    with pytest.raises(ValueError, match="blend_latents_until is 1.5"):
+        FusionSettings(blend_latents_until=1.5)
