@@ -1,4 +1,4 @@
-"""The command line: `fatezero demo`, `edit`, `invert` and `train-demo`."""
+"""The command line: `fatezero demo`, `edit`, `invert`, `evaluate`, `benchmark` and `train-demo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .attention.key_frames import KeyFrames
-from .config import PRESETS, ConfigError, EditConfig, checked, load_configs, with_preset
+from .config import PRESETS, ConfigError, EditConfig, checked, load_configs, load_pairs, with_preset
 
 app = typer.Typer(
     help="Edit real videos with a prompt and an image diffusion model (FateZero).",
@@ -148,6 +148,12 @@ def edit(
     ] = None,
     blend_latents: Annotated[bool | None, typer.Option(help="Keep the source's latents outside the mask.")] = None,
     blend_threshold: Annotated[float | None, typer.Option(help="Threshold of the mask.")] = None,
+    blend_latents_until: Annotated[
+        float | None, typer.Option(help="Share of steps up to which latents are kept [0.8].")
+    ] = None,
+    mask_from: Annotated[
+        str | None, typer.Option(help="attention: the paper's mask; prompts: where their predictions differ.")
+    ] = None,
     max_tokens: MaxTokens = None,
     mask_tokens: Annotated[int | None, typer.Option(help="Finest grid of the mask [256].")] = None,
     start: Start = None,
@@ -205,6 +211,44 @@ def invert(
 
 @app.command()
 @guarded
+def evaluate(
+    original: Annotated[Path, typer.Argument(help="The video before the edit.")],
+    edited: Annotated[Path, typer.Argument(help="The video after it.")],
+    source: Annotated[str, typer.Option(help="What the original shows; for CLIP.")] = "",
+    target: Annotated[str, typer.Option(help="What the edit should show; for CLIP.")] = "",
+    mask: Annotated[Path | None, typer.Option(help="White where the edit was meant to be: a video or picture.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="The edit as it should be, where it is known.")] = None,
+    flow: Annotated[
+        str, typer.Option(help="auto, dis, raft, none, or a .safetensors file with tensors forward and backward.")
+    ] = "auto",
+    clip: Annotated[
+        str, typer.Option(help="A CLIP of transformers, folder or hub name, e.g. openai/clip-vit-base-patch32.")
+    ] = "",
+    lpips: Annotated[Path | None, typer.Option(help='Weights of lpips.LPIPS(net="alex") as .safetensors.')] = None,
+    judge: Annotated[bool, typer.Option("--judge", help="Read the demo world's words from the frames.")] = False,
+    start: Annotated[int, typer.Option(help="The original's first frame, as in `fatezero edit`.")] = 0,
+    stride: Annotated[int, typer.Option(help="Take every n-th frame of the original.")] = 1,
+    crop: Annotated[str, typer.Option(help="Pixels cut off the original: left,top,right,bottom.")] = "0,0,0,0",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The figures as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Curves over the frames, a picture.")] = None,
+    comparison: Annotated[Path | None, typer.Option(help="Both clips in one video.")] = None,
+    how: Annotated[str, typer.Option(help="side by side, wipe, split or difference.")] = "side by side",
+    device: Device = "auto",
+) -> None:
+    """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
+    left, top, right, bottom = _whole_numbers("crop", crop, ",", 4)
+    from .evaluation import Evaluation, run_evaluate
+    from .run import Session
+
+    asked = Evaluation(
+        original, edited, (source, target), mask, truth, flow, clip, lpips, judge, start, stride,
+        (left, top, right, bottom), output, plot, comparison, how,  # type: ignore[arg-type]
+    )  # fmt: skip
+    run_evaluate(Session(console, progress_bar, device), asked)
+
+
+@app.command()
+@guarded
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("out"),
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
@@ -214,6 +258,49 @@ def demo(
     from .demo.show import show
 
     show(output, steps, device, console, progress_bar)
+
+
+@app.command()
+@guarded
+def benchmark(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; a run there goes on.")] = Path(
+        "benchmark"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick/--full", help="4 cases of each kind and the main methods, or 12 and all.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of scenes, motions and words.")] = 2303,
+    each: Annotated[int | None, typer.Option(help="Cases of each of the six kinds.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames of every clip.")] = 4,
+    steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
+    method: Annotated[list[str] | None, typer.Option(help="A method by its name in the table; may repeat.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="YAML list of [source caption, target caption], in the place of drawn cases.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Another checkpoint of the demo world.")] = "demo",
+    clip: Annotated[str, typer.Option(help="A CLIP of transformers, for Tem-Con and Frame-Acc.")] = "",
+    workers: Annotated[int | None, typer.Option(help="Processes [one for each core; one on a GPU].")] = None,
+    device: Device = "auto",
+) -> None:
+    """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
+    captions = load_pairs(pairs) if pairs else ()
+    from .demo.benchmark import BenchmarkSettings, chosen_methods, run_benchmark
+    from .demo.methods import BEST
+    from .demo.table import write_tables
+    from .run import pick_device
+
+    settings = BenchmarkSettings(
+        seed, each or (4 if quick else 12), frames, steps, guidance_scale, model, clip, captions
+    )  # fmt: skip
+    where = pick_device(device)
+    processes = workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)
+    with progress_bar() as bar:
+        rows = run_benchmark(
+            output, settings, chosen_methods(method, quick), str(where), processes, bar("cases")
+        )  # fmt: skip
+    console.print(write_tables(output, rows, BEST), markup=False, soft_wrap=True)
+    console.print(f"written to {output}: table.md, table.csv, page.html", soft_wrap=True)
 
 
 @app.command("train-demo")
@@ -226,7 +313,7 @@ def train_demo(
     images: Annotated[int | None, typer.Option(help="Pictures to draw, if fewer.")] = None,
 ) -> None:
     """Train the bundled checkpoint again, from nothing; hours on a CPU, minutes on a GPU."""
-    from .demo.show import load_judge
+    from .demo.judge import load_judge
     from .demo.train import TrainSettings, train
     from .run import pick_device
 
