@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attention import FateZeroSpatioTemporalAttention
 from .demo import FateZeroDemoModel
 from .edit import FateZeroMaskPreview, FateZeroSampler
+from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .prompt import FateZeroPromptEdit
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
@@ -27,5 +28,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroSaveStore,
             FateZeroLoadStore,
             FateZeroSpatioTemporalAttention,
+            FateZeroEvaluate,
+            FateZeroCompareVideos,
             FateZeroDemoModel,
         ]

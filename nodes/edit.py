@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.fusion import FusionSettings
+from ..attention.fusion import FusionSettings, MaskFrom
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..config import PRESETS
@@ -51,8 +51,8 @@ class FateZeroSampler(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, "custom"],
                     default="style",
-                    tooltip="The paper's fusion settings for a style, an attribute or a shape. custom takes the values "
-                    "below; the others ignore them.",
+                    tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those that "
+                    "our benchmark found to edit and keep better. custom takes the values below; the others ignore them.",
                 ),
                 io.Float.Input(
                     "cross_replace_steps",
@@ -95,9 +95,27 @@ class FateZeroSampler(io.ComfyNode):
                     options=["replace", "union", "intersection"],
                     default="replace",
                     optional=True,
-                    tooltip="Whether the mask replaces the attention's own, adds to it, or limits it.",
+                    tooltip="Whether the mask replaces the edit's own, adds to it, or limits it.",
                 ),
                 CHUNK_FRAMES,
+                io.Combo.Input(
+                    "mask_from",
+                    options=["attention", "prompts"],
+                    default="attention",
+                    optional=True,
+                    tooltip="Custom: attention is the paper's blend mask, anew in each step; prompts a soft mask of "
+                    "where both prompts' predictions differ and their blend words are looked at.",
+                ),
+                io.Float.Input(
+                    "blend_latents_until",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Custom: the share of steps up to which blend_latents keeps the background. The authors' "
+                    "code stops at 0.8; 1 keeps most.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -151,6 +169,8 @@ class _Asked:
     mask: Tensor | None = None
     mask_mode: Literal["replace", "union", "intersection"] = "replace"
     chunk_frames: int = 0
+    mask_from: MaskFrom = "attention"
+    blend_latents_until: float = 0.8
 
     @property
     def fusion(self) -> FusionSettings:
@@ -158,7 +178,7 @@ class _Asked:
             return FusionSettings(**PRESETS[self.preset])
         return FusionSettings(
             self.cross_replace_steps, self.self_replace_steps, self.blend_self_attention, self.blend_latents,
-            self.blend_threshold,
+            self.blend_threshold, mask_from=self.mask_from, blend_latents_until=self.blend_latents_until,
         )  # fmt: skip
 
     def edit(self, suffix: str) -> Edit:
@@ -192,8 +212,8 @@ def _check(
             f"mask: preset {preset!r} blends nothing, so a mask would do nothing; take preset shape, or custom with "
             "blend_self_attention or blend_latents"
         )
-    needs_words = fusion.blends and (mask is None or mask_mode != "replace")
-    if needs_words and prompt.blend_words is None:
+    needs_words = fusion.masks_by_step and (mask is None or mask_mode != "replace")
+    if needs_words and not (prompt.blend_words or ([], []))[0]:
         raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
 
 

@@ -82,7 +82,7 @@ class FateZeroPromptEdit(io.ComfyNode):
         blend = _listed(blend_source) or changed[0], _listed(blend_target) or changed[1]
         tokenizer = clip_tokenizer(clip)
         prompt = PromptEdit(
-            words["source"], words["target"], tokenizer, mode, blend if blend[0] else None, _weights(reweight)  # type: ignore[arg-type]
+            words["source"], words["target"], tokenizer, mode, blend if any(blend) else None, _weights(reweight)  # type: ignore[arg-type]
         )  # fmt: skip
         conditionings = []
         for name, text in (("source", source), ("target", target)):

@@ -1,0 +1,150 @@
+"""How good an edit is, as figures and to the eye."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import InputImpl, Types, io, ui
+from torch import Tensor
+
+from ..metrics.clip import ClipScorer
+from ..metrics.evaluate import evaluate
+from ..metrics.flow import flow_estimator
+from ..metrics.lpips import Lpips
+from ..metrics.plot import plot_report
+from ..video.compare import COMPARISONS, compare
+from .sockets import schema, show_on_node
+
+
+class FateZeroEvaluate(io.ComfyNode):
+    """Figures of an edit beside its source."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroEvaluate",
+            display_name="Evaluate Edit (FateZero)",
+            description="What an edit kept (PSNR, SSIM, LPIPS), how steadily it moves (warp error), what CLIP says of "
+            "it (Tem-Con, Frame-Acc), and how near the truth it is, where that is known.",
+            search_aliases=["metrics", "psnr", "ssim", "lpips", "warp error", "clip score", "temporal consistency"],
+            inputs=[
+                io.Image.Input("source", tooltip="The frames before the edit."),
+                io.Image.Input("edited", tooltip="The frames after it: as many, of the same size."),
+                io.String.Input("source_prompt", default="", tooltip="What the source shows; for CLIP."),
+                io.String.Input("target_prompt", default="", tooltip="What the edit should show; for CLIP."),
+                io.Combo.Input(
+                    "flow",
+                    options=["auto", "dis", "raft", "none"],
+                    default="auto",
+                    tooltip="How motion is found for the warp error: OpenCV's DIS, or torchvision's RAFT, which "
+                    "fetches its weights. auto takes RAFT where they are here already; none leaves the warp error out.",
+                ),
+                io.String.Input(
+                    "clip_model",
+                    default="",
+                    tooltip="A CLIP of transformers, a folder or a hub name; the paper's is "
+                    "openai/clip-vit-base-patch32. Empty leaves CLIP out.",
+                ),
+                io.String.Input(
+                    "lpips_weights", default="", tooltip="A file of LPIPS weights (see help). Empty leaves LPIPS out."
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Where the edit was meant to be: one, or one for each frame."
+                ),
+                io.Image.Input("truth", optional=True, tooltip="The edit as it should be, where it is known."),
+            ],
+            outputs=[
+                io.String.Output("report", display_name="report", tooltip="The figures, a line each."),
+                io.Image.Output("plot", display_name="plot", tooltip="The figures that have one value a frame."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        source: Tensor,
+        edited: Tensor,
+        source_prompt: str,
+        target_prompt: str,
+        flow: str,
+        clip_model: str,
+        lpips_weights: str,
+        mask: Tensor | None = None,
+        truth: Tensor | None = None,
+    ) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(max(1, len(source) - 1))
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        device = comfy.model_management.get_torch_device()
+        with torch.inference_mode(False), torch.no_grad():
+            report = evaluate(
+                _frames(source),
+                _frames(edited),
+                mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).clone(),
+                truth=None if truth is None else _frames(truth),
+                prompts=(source_prompt, target_prompt),
+                flow=None if flow == "none" else flow_estimator(flow, device)[1],  # type: ignore[arg-type]
+                clip=ClipScorer.load(clip_model, device) if clip_model else None,
+                lpips=Lpips.load(lpips_weights) if lpips_weights else None,
+                progress=progress,
+            )
+            plot = plot_report(report)
+        show_on_node(cls.hidden.unique_id, str(report))
+        return io.NodeOutput(str(report), plot[None].float() / 255, ui=ui.PreviewText(str(report)))
+
+
+def _frames(images: Tensor) -> Tensor:
+    """The host's IMAGE (f, h, w, c) as (f, 3, h, w)."""
+    return images[..., :3].movedim(-1, 1).clone()
+
+
+class FateZeroCompareVideos(io.ComfyNode):
+    """Two clips in one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroCompareVideos",
+            display_name="Compare Videos (FateZero)",
+            description="Two clips in one, labelled: side by side, a wipe that runs over the clip, a split in the "
+            "middle, or their difference.",
+            search_aliases=["side by side", "wipe", "before after", "difference", "video grid"],
+            inputs=[
+                io.Image.Input("a", tooltip="The frames of one clip, e.g. the source."),
+                io.Image.Input("b", tooltip="The frames of the other: as many, of the same size."),
+                io.Combo.Input(
+                    "comparison",
+                    options=list(COMPARISONS),
+                    default="side by side",
+                    tooltip="wipe: a line runs from left to right, b behind it. difference: how far a and b are apart, "
+                    "brightened.",
+                ),
+                io.String.Input("label_a", default="source", tooltip="Written into the picture; may be empty."),
+                io.String.Input("label_b", default="edit", tooltip="Written into the picture; may be empty."),
+                io.Float.Input("fps", default=8.0, min=0.01, max=240.0, step=0.01, tooltip="Frames a second."),
+                io.Audio.Input("audio", optional=True, tooltip="Sound for the video."),
+            ],
+            outputs=[
+                io.Image.Output("images", display_name="images", tooltip="The frames of the comparison."),
+                io.Video.Output("video", display_name="video", tooltip="The comparison, for Save Video."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, a: Tensor, b: Tensor, comparison: str, label_a: str, label_b: str, fps: float, audio: Any = None
+    ) -> io.NodeOutput:
+        first, second = ((x[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu() for x in (a, b))
+        images = compare(first, second, comparison, (label_a, label_b)).float() / 255  # type: ignore[arg-type]
+        rate = Fraction(fps).limit_denominator(1001)
+        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=audio, frame_rate=rate))
+        return io.NodeOutput(images, video)
