@@ -51,8 +51,9 @@ class FateZeroSampler(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, "custom"],
                     default="style",
-                    tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those that "
-                    "our benchmark found to edit and keep better. custom takes the values below; the others ignore them.",
+                    tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those "
+                    "that edited and kept better in our benchmark. custom takes the values below; the others ignore "
+                    "them.",
                 ),
                 io.Float.Input(
                     "cross_replace_steps",

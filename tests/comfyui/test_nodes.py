@@ -11,7 +11,7 @@ from fatezero.video.read import read_video
 IDS = {
     "FateZeroLoadVideo", "FateZeroEncodeVideo", "FateZeroPromptEdit", "FateZeroInvert", "FateZeroSampler",
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
-    "FateZeroReconstructionCheck", "FateZeroDemoModel",
+    "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
 }  # fmt: skip
 JPEG = b"\xff\xd8\xff"
 

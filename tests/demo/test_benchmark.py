@@ -25,7 +25,9 @@ FEW = ("autoencoder only", "DDIM inversion + prompt", PAPER)
 
 @pytest.fixture(scope="module")
 def trial():
-    return Trial(Checkpoint.load("demo"), cases_of([("a red square on water", "a red circle on water")], 1, 3)[0], steps=5)
+    return Trial(
+        Checkpoint.load("demo"), cases_of([("a red square on water", "a red circle on water")], 1, 3)[0], steps=5
+    )
 
 
 @pytest.fixture(scope="module")
