@@ -267,7 +267,7 @@ def benchmark(
         "benchmark"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick/--full", help="4 cases of each kind and the main methods, or 12 and all.")
+        bool, typer.Option("--quick/--full", help="4 cases of each kind and the main methods, or 10 and all.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Of scenes, motions and words.")] = 2303,
     each: Annotated[int | None, typer.Option(help="Cases of each of the six kinds.")] = None,
@@ -291,7 +291,7 @@ def benchmark(
     from .run import pick_device
 
     settings = BenchmarkSettings(
-        seed, each or (4 if quick else 12), frames, steps, guidance_scale, model, clip, captions
+        seed, each or (4 if quick else 10), frames, steps, guidance_scale, model, clip, captions
     )  # fmt: skip
     where = pick_device(device)
     processes = workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)

@@ -20,6 +20,9 @@ class ConfigError(ValueError):
     """A setting that is unknown, of the wrong kind, or missing."""
 
 
+_FUSION = {f.name for f in fields(FusionSettings)}
+
+
 @dataclass(frozen=True)
 class EditConfig:
     """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
@@ -65,7 +68,7 @@ class EditConfig:
 
     @property
     def fusion(self) -> FusionSettings:
-        return FusionSettings(**{f.name: getattr(self, f.name) for f in fields(FusionSettings)})
+        return FusionSettings(**{name: getattr(self, name) for name in _FUSION})
 
     @property
     def store(self) -> StoreSettings:
@@ -91,7 +94,7 @@ class EditConfig:
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))  # type: ignore[arg-type]
 
 
-MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "blend_threshold": 0.3}
+_MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts"}
 PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
@@ -101,13 +104,33 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blend_self_attention": True,
         "blend_threshold": 0.3,
     },
-    "style+": {"cross_replace_steps": 0.9, "self_replace_steps": 0.9},
-    "attribute+": {"cross_replace_steps": 0.9, "self_replace_steps": 0.9, **MASKED},
-    "shape+": {"cross_replace_steps": 0.5, "self_replace_steps": 0.3, "blend_self_attention": True, **MASKED},
+    "style+": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
+    "attribute+": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.9,
+        "self_replace_steps": 0.8,
+        "blend_threshold": 0.2,
+        **_MASKED,
+    },
+    "shape+": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.4,
+        "self_replace_steps": 0.3,
+        "blend_self_attention": True,
+        "blend_threshold": 0.15,
+        **_MASKED,
+    },
 }
 """style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
 style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
-(`benchmarks/QUALITY.md`): latents kept to the last outside a mask of both prompts, and other shares of steps."""
+(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, and other
+shares of steps."""
+
+
+def preset_fusion(preset: str) -> FusionSettings:
+    """A preset's fusion alone, without its guidance."""
+    return FusionSettings(**{name: value for name, value in PRESETS[preset].items() if name in _FUSION})
+
 
 _KINDS = {f.name: f for f in fields(EditConfig)}
 _AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")

@@ -111,13 +111,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_section(title: str, text: str) -> None:
-    """Put a section into RESULTS.md, in the place of the one with its title."""
+def write_section(title: str, text: str, page_path: Path = RESULTS) -> None:
+    """Put a section into a page (RESULTS.md), in the place of the one with its title."""
     print(f"## {title}\n\n{text}\n")
-    page = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
+    page = page_path.read_text(encoding="utf-8") if page_path.exists() else "# Results\n"
     sections = re.split(r"(?m)^## ", page)
     others = [s for s in sections[1:] if s.partition("\n")[0] != title]
     at = next((i for i, s in enumerate(sections[1:]) if s.partition("\n")[0] == title), len(others))
     others.insert(at, f"{title}\n\n{text}\n\n")
     whole = "\n\n".join([sections[0].strip(), *(f"## {section.strip()}" for section in others)])
-    RESULTS.write_text(whole + "\n", encoding="utf-8")
+    page_path.write_text(whole + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What a run is: results of other settings do not mix with it.
+    """What a run is: results of other settings do not mix with it, but for the number of cases.
 
     seed: of scenes, motions and words. each: cases of every kind. frames, steps: of every clip and run.
     pairs: captions (source, target) of your own, in the place of drawn ones. clip: for Tem-Con and Frame-Acc.
@@ -101,8 +101,9 @@ def run_benchmark(
 
 
 def _claim(folder: Path, settings: BenchmarkSettings) -> None:
-    """Mark a folder as a run of these settings."""
+    """Mark a folder as a run of these settings; more cases of each kind keep the first ones."""
     path, wanted = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+    del wanted["each"]
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in wanted if held.get(name) != wanted[name]]

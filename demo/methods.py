@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention.control import Control
 from ..attention.key_frames import KeyFrames, Piece
 from ..attention.store import Condition
-from ..config import MASKED, EditConfig, with_preset
+from ..config import EditConfig, with_preset
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
 from ..diffusion.edit import Edit, edit_many
@@ -62,15 +62,18 @@ class Trial:
         )
 
     def invert(self, key_frames: tuple[str | int, ...], clip_norm: bool) -> Inversion:
-        caption = self.case.source.caption
         return invert(
-            self.checkpoint.denoiser, self.latents, self.source, self.steps, key_frames, clip_norm, prompt=caption
-        )
+            self.checkpoint.denoiser, self.latents, self.source, self.steps, key_frames, clip_norm, "queries_keys",
+            prompt=self.case.source.caption,
+        )  # fmt: skip
 
     def config(self, method: Method) -> EditConfig:
         """The case's preset, the method's settings, the words that a mask is made of; an edit of style has none."""
         case = self.case
-        config = EditConfig(source=case.source.caption, target=case.target.caption, steps=self.steps)
+        config = EditConfig(
+            source=case.source.caption, target=case.target.caption, steps=self.steps,
+            guidance_scale=self.guidance_scale,
+        )  # fmt: skip
         preset = method.preset or case.preset + ("+" if method.plus else "")
         config = replace(with_preset(config, preset), **method.settings)
         of_source, of_target = case.blend_words
@@ -83,7 +86,7 @@ class Trial:
             return Edit(self.target, self.negative, self.guidance_scale)
         config = self.config(method)
         prompt = config.prompt_edit(self.checkpoint.tokenizer)
-        return Edit(self.target, self.negative, self.guidance_scale, prompt, config.fusion)
+        return Edit(self.target, self.negative, config.guidance_scale, prompt, config.fusion)
 
 
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
@@ -145,11 +148,13 @@ def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
     """An inversion whose attention is that of the guided reconstruction, as in Prompt-to-Prompt.
 
     The paper's Fig. 8: there the source is denoised again from the inverted noise, guidance and all, and
-    drifts from the clip. The engine reads level L - 1 for the step that starts at L.
+    drifts from the clip. The engine reads level L - 1 for the step that starts at L, and computes the
+    attention there anew, for what the store kept is the inversion's.
     """
     store = inversion.store
     replay = denoised(trial, store.latents[-1], trial.source, store.key_frames, clip_norm=store.clip_norm).flip(0)
-    return Inversion(replace(store, latents=torch.cat([replay[1:], replay[-1:]])))
+    latents = torch.cat([replay[1:], replay[-1:]])
+    return Inversion(replace(store, latents=latents, memory="recompute", shelf=None, kept_steps=0))
 
 
 def _keys(*entries: str | int) -> Method:
@@ -174,12 +179,11 @@ METHODS: tuple[Method, ...] = (
     _keys("self"),  # without spatio-temporal attention
     _keys("middle"),
     _keys("first"),
-    _keys("previous"),
     _keys("previous", "first"),
-    _keys("self", "previous"),
     _keys("self", "middle", -1, 1),
+    Method("guidance 5", "beyond the paper", settings={"guidance_scale": 5.0}),
     Method(BEST, "beyond the paper", plus=True),
-    Method("FateZero+, the paper's shares", "beyond the paper", settings=MASKED),
+    Method("FateZero+, guidance 7.5", "beyond the paper", plus=True, settings={"guidance_scale": 7.5}),
     Method("FateZero+, mask of attention", "beyond the paper", plus=True, settings={"mask_from": "attention"}),
     Method("FateZero+, latents up to 0.8", "beyond the paper", plus=True, settings={"blend_latents_until": 0.8}),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention.fusion import FusionSettings, MaskFrom
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
-from ..config import PRESETS
+from ..config import PRESETS, preset_fusion
 from ..diffusion.edit import Edit, unet_calls
 from ..hosts.comfyui import HostCondition, HostStore, edit_clip, heat_of_words
 from ..hosts.comfyui_unet import count_layers
@@ -176,7 +176,7 @@ class _Asked:
     @property
     def fusion(self) -> FusionSettings:
         if self.preset != "custom":
-            return FusionSettings(**PRESETS[self.preset])
+            return preset_fusion(self.preset)
         return FusionSettings(
             self.cross_replace_steps, self.self_replace_steps, self.blend_self_attention, self.blend_latents,
             self.blend_threshold, mask_from=self.mask_from, blend_latents_until=self.blend_latents_until,

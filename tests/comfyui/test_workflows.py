@@ -13,8 +13,10 @@ from PIL import Image
 from fatezero.video.read import read_video
 
 FOLDER = REPO / "workflows"
-NAMES = ("attribute", "controlnet_lora", "demo", "mask_correction", "one_inversion_three_edits", "shape", "style")
-DEMO = {"demo": 10, "mask_correction": 9, "one_inversion_three_edits": 8}
+NAMES = (
+    "attribute", "controlnet_lora", "demo", "mask_correction", "measure", "one_inversion_three_edits", "shape", "style",
+)  # fmt: skip
+DEMO = {"demo": 10, "mask_correction": 9, "one_inversion_three_edits": 8, "measure": 7}
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 
 
@@ -58,7 +60,7 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
     prompt = of_demo(read(name, FOLDER / "api"), host, lora, controlnet)
     run = host.run(prompt)
     saved = [node for node in prompt if prompt[node]["class_type"] == "SaveVideo"]
-    assert len(saved) == (3 if name == "one_inversion_three_edits" else 1)
+    assert len(saved) == {"one_inversion_three_edits": 3, "measure": 2}.get(name, 1)
     for node in saved:
         assert read_video(host.file(run, node)).frames.shape == (3, 64, 64, 3)
 
