@@ -184,7 +184,12 @@ METHODS: tuple[Method, ...] = (
     Method("guidance 5", "beyond the paper", settings={"guidance_scale": 5.0}),
     Method(BEST, "beyond the paper", plus=True),
     Method("FateZero+, guidance 7.5", "beyond the paper", plus=True, settings={"guidance_scale": 7.5}),
-    Method("FateZero+, mask of attention", "beyond the paper", plus=True, settings={"mask_from": "attention"}),
+    Method(
+        "FateZero+, mask of attention",
+        "beyond the paper",
+        plus=True,
+        settings={"mask_from": "attention", "blend_threshold": 0.3},
+    ),
     Method("FateZero+, latents up to 0.8", "beyond the paper", plus=True, settings={"blend_latents_until": 0.8}),
 )
 
