@@ -8,6 +8,7 @@ run goes on from), `strips/` (a row of frames for each), and what is made of the
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -179,6 +180,7 @@ _worker: _Worker | None = None
 def _open(settings: BenchmarkSettings, device: str) -> None:
     """Load the model once in a worker process."""
     global _worker
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     _worker = _Worker(settings, device)
 

@@ -29,22 +29,26 @@ def checkpoint() -> Checkpoint:
         ("attribute", "queries_keys", True),
         ("shape", "recompute", True),
         ("shape", "maps", False),
+        ("shape+", "queries_keys", False),
+        ("attribute+", "recompute", True),
     ],
 )
 def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
     config = EditConfig(
-        video=str(CLIP), source=SOURCE, target=EDITS[preset], steps=10, count=4, memory=memory, clip_norm=clip_norm
-    )
+        video=str(CLIP), source=SOURCE, target=EDITS[preset.rstrip("+")], steps=10, count=4, memory=memory,
+        clip_norm=clip_norm,
+    )  # fmt: skip
     config = with_preset(config, preset)
     inversion = invert_video(checkpoint, config, load_frames(config, 4, 64), lambda _: lambda done, of: None)
     ours = edit(
         checkpoint.denoiser, inversion, checkpoint.encode_prompt(config.target, 64, 64),
-        checkpoint.encode_prompt("", 64, 64), 7.5, config.prompt_edit(checkpoint.tokenizer), config.fusion,
+        checkpoint.encode_prompt("", 64, 64), config.guidance_scale, config.prompt_edit(checkpoint.tokenizer),
+        config.fusion,
     )  # fmt: skip
 
     graph = DemoGraph(steps=10, frames=4)
     graph.set(graph.words, target=config.target, mode=config.mode)
     graph.set(graph.invert, memory=memory, clip_norm=clip_norm)
-    graph.set(graph.edit, preset=preset)
+    graph.set(graph.edit, preset=preset, guidance=config.guidance_scale)
     scale = checkpoint.vae.config["scaling_factor"]  # a LATENT is the autoencoder's own
     assert relative(host.latents(graph.prompt, graph.edit[0]) * scale, ours) < 1e-4
