@@ -271,6 +271,9 @@ def benchmark(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of scenes, motions and words.")] = 2303,
     each: Annotated[int | None, typer.Option(help="Cases of each of the six kinds.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="attribute, texture, shape, style, background or two objects; may repeat.")
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames of every clip.")] = 4,
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 7.5,
@@ -286,12 +289,13 @@ def benchmark(
     """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
     captions = load_pairs(pairs) if pairs else ()
     from .demo.benchmark import BenchmarkSettings, chosen_methods, run_benchmark
+    from .demo.cases import KINDS
     from .demo.methods import BEST
     from .demo.table import write_tables
     from .run import pick_device
 
     settings = BenchmarkSettings(
-        seed, each or (4 if quick else 10), frames, steps, guidance_scale, model, clip, captions
+        seed, each or (4 if quick else 10), tuple(kind or KINDS), frames, steps, guidance_scale, model, clip, captions
     )  # fmt: skip
     where = pick_device(device)
     processes = workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)

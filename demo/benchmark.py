@@ -24,7 +24,7 @@ from ..hosts.checkpoint import Checkpoint, quiet
 from ..metrics.clip import ClipScorer
 from ..video.size import to_bytes
 from ..video.write import whole_file, write_picture
-from .cases import Case, cases_of, draw_cases
+from .cases import KINDS, Case, cases_of, draw_cases
 from .measure import measure
 from .methods import METHODS, QUICK, Method, Trial, edited
 
@@ -34,14 +34,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What a run is: results of other settings do not mix with it, but for the number of cases.
+    """What a run is: results of other settings do not mix with it, but for how many cases of which kinds.
 
-    seed: of scenes, motions and words. each: cases of every kind. frames, steps: of every clip and run.
+    seed: of scenes, motions and words. each: cases of every kind, or of some `kinds` alone. frames, steps: of
+    every clip and run.
     pairs: captions (source, target) of your own, in the place of drawn ones. clip: for Tem-Con and Frame-Acc.
     """
 
     seed: int = 2303
-    each: int = 12
+    each: int = 10
+    kinds: tuple[str, ...] = KINDS
     frames: int = 4
     steps: int = 20
     guidance_scale: float = 7.5
@@ -53,7 +55,7 @@ class BenchmarkSettings:
     def cases(self) -> list[Case]:
         if self.pairs:
             return cases_of(self.pairs, self.seed, self.frames)
-        return draw_cases(self.seed, self.each, self.frames)
+        return draw_cases(self.seed, self.each, self.frames, self.kinds)
 
 
 def chosen_methods(names: Sequence[str] | None, quick: bool) -> list[Method]:
@@ -102,9 +104,9 @@ def run_benchmark(
 
 
 def _claim(folder: Path, settings: BenchmarkSettings) -> None:
-    """Mark a folder as a run of these settings; more cases of each kind keep the first ones."""
+    """Mark a folder as a run of these settings; more cases of a kind keep its first ones."""
     path, wanted = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    del wanted["each"]
+    del wanted["each"], wanted["kinds"]
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in wanted if held.get(name) != wanted[name]]

@@ -89,10 +89,16 @@ class Case:
         return render(empty, replace(self.motion, tracks=()), self.frames).frames
 
 
-def draw_cases(seed: int, each: int, frames: int) -> list[Case]:
-    """`each` cases of every kind: captions the trainer never saw, one word changed; the same for a seed."""
+def draw_cases(seed: int, each: int, frames: int, kinds: Sequence[str] = KINDS) -> list[Case]:
+    """`each` cases of every kind: captions the trainer never saw, one word changed; the same for a seed.
+
+    Raises ValueError for an unknown kind.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ValueError(f"no kind {unknown[0]!r}: use some of {', '.join(map(repr, KINDS))}")
     found = []
-    for kind in KINDS:
+    for kind in kinds:
         drawn = filter(is_read, _drawn(Random(f"{seed} {kind}"), kind, frames))
         found += [replace(next(drawn), name=f"{kind.replace(' ', '-')}-{n:02d}") for n in range(each)]
     return found

@@ -1,4 +1,4 @@
-"""`fatezero evaluate` on real files of the demo world."""
+"""`fatezero evaluate` and `fatezero benchmark`, as a user runs them."""
 
 import json
 import sys
@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, capfd):
-    def command(*arguments, code=0):
+    def command(*arguments, code=0, name="evaluate"):
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["fatezero", "evaluate", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["fatezero", name, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
         said = "".join(capfd.readouterr())
@@ -112,3 +112,39 @@ def test_the_source_is_cut_and_scaled_as_the_edit_was(run, folder):
 )
 def test_bad_input_is_told_in_a_line(run, arguments, message):
     assert message in run(*arguments, code=1).replace("\n", " ")
+
+
+def test_a_benchmark_of_captions_of_your_own(run, folder):
+    (folder / "pairs.yaml").write_text('- ["a red star on sand", "a dotted blue star on sand"]\n')
+    small = (
+        "--pairs",
+        "pairs.yaml",
+        "--frames",
+        2,
+        "--steps",
+        2,
+        "--method",
+        "SDEdit 0.6",
+        "-o",
+        "bench",
+        "--workers",
+        1,
+    )
+    said = run(*small, name="benchmark")
+    assert "| SDEdit 0.6 |" in said and "1/1" in said
+    assert {path.name for path in (folder / "bench").iterdir()} >= {"table.md", "table.csv", "page.html"}
+    assert "seed 2303, not 7" in run(*small, "--seed", 7, name="benchmark", code=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: b", "must be a list of"),
+        ("- [a red star on sand]", "must be a list of"),
+        ("- [a car on a road, a bus on a road]", "not a caption of the demo world"),
+        ("[", "is not YAML"),
+    ],
+)
+def test_pairs_that_cannot_be_used_are_told(run, folder, text, message):
+    (folder / "bad.yaml").write_text(text)
+    assert message in run("--pairs", "bad.yaml", "-o", "never", name="benchmark", code=1).replace("\n", " ")

@@ -43,6 +43,13 @@ def test_a_seed_gives_the_same_cases_and_another_others(cases):
     assert {c.motion for c in draw_cases(8, 6, 3)}.isdisjoint({c.motion for c in cases})
 
 
+def test_some_kinds_alone_are_those_of_all(cases):
+    some = ("shape", "two objects")
+    assert draw_cases(7, 6, 3, some) == [case for case in cases if case.kind in some]
+    with pytest.raises(ValueError, match="no kind 'motion'"):
+        draw_cases(7, 1, 3, ["motion"])
+
+
 def test_blend_words_name_what_changes():
     caption = "a red square and a blue star on sand"
     (thing,) = cases_of([(caption, "a red square and a blue circle on sand")], 0, 2)

@@ -1,0 +1,55 @@
+"""The figures that ship in `benchmarks/quality` are those that this code reaches."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fatezero.demo.benchmark import BenchmarkSettings, chosen_methods, run_benchmark
+from fatezero.demo.cases import KINDS
+from fatezero.demo.methods import BEST, PAPER, QUICK
+from fatezero.demo.table import Results, markdown
+
+OFTEN = ("attribute", "shape", "two objects")
+HERE = Path(__file__).parents[2] / "benchmarks"
+
+
+def shipped(name: str) -> list[dict]:
+    return [json.loads(line) for line in (HERE / "quality" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in OFTEN else pytest.mark.slow) for k in KINDS])
+def test_a_case_is_edited_as_well_as_told(tmp_path, kind):
+    """The paper's settings and ours on the first case of the quick form, run again."""
+    told = {(row["case"], row["method"]): row for row in shipped("quick")}
+    rows = run_benchmark(tmp_path, BenchmarkSettings(each=1, kinds=(kind,)), chosen_methods([PAPER, BEST], True))
+    assert len(rows) == 2
+    for row in rows:
+        before = told[row["case"], row["method"]]
+        assert row["truth_db"] == pytest.approx(before["truth_db"], abs=0.3), row
+        assert row["success"] == pytest.approx(before["success"], abs=0.26), row
+        if row["kind"] != "style":
+            assert row["preserved_db"] == pytest.approx(before["preserved_db"], abs=0.3), row
+
+
+@pytest.mark.slow
+def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
+    rows = run_benchmark(tmp_path, BenchmarkSettings(each=4), chosen_methods(None, True))
+    now, before = Results(rows), Results(shipped("quick"))
+    for method in QUICK:
+        for figure in ("success", "changed", "kept", "preserved_db", "truth_db", "object_iou", "warp_error"):
+            interval = before.mean(method, figure)
+            room = 0.02 * abs(interval.value)
+            assert interval.low - room <= now.mean(method, figure).value <= interval.high + room, (method, figure)
+
+
+@pytest.mark.parametrize("name", ["quick", "full", "pair"])
+def test_the_page_tells_what_the_rows_say(name):
+    assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
+
+
+def test_ours_errs_less_and_keeps_more_than_the_papers_settings():
+    """What QUALITY.md claims, of the cases that ship with it."""
+    ratio, gain = Results(shipped("pair")).beside(BEST, PAPER)
+    assert ratio.value <= 2 / 3
+    assert gain.low > 0
