@@ -376,9 +376,12 @@ class Calls(NamedTuple):
     source: int
 
 
-def unet_calls(steps: int, guidance_scale: float, kept_steps: int, fusion: FusionSettings) -> Calls:
+def unet_calls(
+    steps: int, guidance_scale: float, kept_steps: int, fusion: FusionSettings, mask: GivenMask | None = None
+) -> Calls:
     """What a run costs where the store keeps the attention of so many steps, none with memory "recompute"."""
     plans = [StepPlan.of(fusion, step, steps) for step in range(kept_steps, steps)]
     computed = sum(p.fuse_cross or p.fuse_self or p.mask for p in plans)
-    compared = 2 * len(difference_levels(steps)) if fusion.masks_by_prompts else 0
+    own_mask = fusion.masks_by_prompts and not (mask is not None and mask.alone)
+    compared = 2 * len(difference_levels(steps)) if own_mask else 0
     return Calls(steps, steps * (1 if guidance_scale == 1 else 2) + compared, computed)

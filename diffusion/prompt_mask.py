@@ -42,7 +42,8 @@ def prompt_heat(
     """
     size = store.latents.shape[-2:]
     names = {site.name for site in sites}
-    apart, looked = [], [[] for _ in columns]  # type: tuple[list[Tensor], list[list[Tensor]]]
+    apart: list[Tensor] = []
+    looked: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in difference_levels(store.steps):
         step = store.steps - 1 - level
         z, timestep = store.latents[level].to(denoiser.device), store.timesteps[step]

@@ -36,7 +36,8 @@ def bootstrap(
     drawn = torch.randint(cases, (RESAMPLES, cases), generator=torch.Generator().manual_seed(seed))
     spread = statistic(*(column[drawn] for column in table))
     tail = (1 - confidence) / 2
-    low, high = torch.nanquantile(spread, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.nanquantile(spread, ends, interpolation="nearest").tolist()  # a ratio may be infinite
     return Interval(statistic(*table).item(), low, high)
 
 

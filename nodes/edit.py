@@ -220,7 +220,7 @@ def _check(
 
 def _report(model: Any, hooked: int, store: HostStore, edit: Edit) -> str:
     steps, fusion = store.steps, edit.fusion or FusionSettings()
-    calls = unet_calls(steps, edit.guidance_scale, store.kept_steps, fusion)
+    calls = unet_calls(steps, edit.guidance_scale, store.kept_steps, fusion, edit.mask)
     return (
         f"hooked {hooked} of {count_layers(model)} attention layers\n"
         f"fused cross-attention in {fusion.cross_steps(steps)} and self-attention in {fusion.self_steps(steps)} "

@@ -138,11 +138,12 @@ def row(case, method, success, db, kind="shape"):
 
 def test_errors_and_gains_are_told_beside_the_papers():
     rows = [row(f"c{i}", PAPER, 0.5, 20.0) for i in range(4)] + [row(f"c{i}", BEST, 0.75, 22.0) for i in range(4)]
-    ratio, gain = Results(rows).beside(BEST, PAPER)
-    assert ratio == (0.5, 0.5, 0.5)
-    assert gain == (2, 2, 2)
+    beside = Results(rows).beside(BEST, PAPER)
+    assert beside.wrong == (0.5, 0.5, 0.5)
+    assert beside.squared == pytest.approx((10**-0.2,) * 3)
+    assert beside.kept == (2, 2, 2)
     text = markdown(Results(rows))
-    assert f"| {PAPER} | 50 |" in text and "| 0.50 | 2.0 |" in text
+    assert f"| {PAPER} | 50 |" in text and "| 0.50 | 0.63 | 2.0 |" in text
 
 
 def test_figures_that_were_not_taken_stay_empty():

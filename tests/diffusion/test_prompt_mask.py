@@ -128,6 +128,9 @@ def test_calls_are_as_told(denoiser, unet, prompt, steps, levels):
     settings = FusionSettings(blend_self_attention=True, **PROMPTS)
     plain = unet_calls(steps, 7.5, 0, FusionSettings())
     assert unet_calls(steps, 7.5, 0, settings) == plain._replace(edit=plain.edit + 2 * len(levels))
+    alone, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
+    assert unet_calls(steps, 7.5, 0, settings, alone) == plain
+    assert unet_calls(steps, 7.5, 0, settings, joined) == unet_calls(steps, 7.5, 0, settings)
     if steps == 5:
         inversion, calls = invert(denoiser, random_latents(), random_text(0), steps), []
         handle = unet.register_forward_hook(lambda *_: calls.append(1))

@@ -29,6 +29,11 @@ def test_the_ratio_of_errors():
     assert perfect.value == 0 and perfect.high == 0
 
 
+def test_a_ratio_to_hardly_any_error_has_no_upper_bound():
+    ratio = error_ratio([0.5, 1.0, 1.0, 0.5], [0.5, 1.0, 1.0, 1.0])
+    assert ratio.value == 2 and ratio.high == math.inf
+
+
 def test_cases_that_were_not_measured_are_left_out():
     assert mean_of([1.0, math.nan, 3.0]).value == 2
     assert difference_of([1.0, math.nan], [0.0, 5.0]).value == 1
