@@ -50,7 +50,7 @@ class FateZeroSampler(io.ComfyNode):
                 io.Combo.Input(
                     "preset",
                     options=[*PRESETS, "custom"],
-                    default="style",
+                    default="style+",
                     tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those "
                     "that edited and kept better in our benchmark. custom takes the values below; the others ignore "
                     "them.",
