@@ -62,6 +62,10 @@ class Results:
         present = {self._kind(case) for case in self.cases}
         return [kind for kind in KINDS if kind in present]
 
+    def count(self, method: str) -> int:
+        """How many cases a method was run on."""
+        return sum((method, case) in self.rows for case in self.cases)
+
     def mean(self, method: str, figure: str, kind: str | None = None) -> Interval:
         return mean_of(self.column(method, figure, kind))
 
@@ -115,7 +119,7 @@ def markdown(results: Results) -> str:
     edit as multiples of theirs, and dB kept more than theirs.
     """
     figures = [f for f in results.figures if f in MAIN or f in ("tem_con", "frame_acc")]
-    heads = ["method", *(HEADINGS[f] for f in figures), *("wrong frames", "squared error", "kept dB")]
+    heads = ["method", "cases", *(HEADINGS[f] for f in figures), *("wrong frames", "squared error", "kept dB")]
     lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
     for method in results.methods:
         cells = [_told(results.mean(method, figure), figure) for figure in figures]
@@ -123,7 +127,7 @@ def markdown(results: Results) -> str:
             told = results.beside(method, PAPER)
             own = [_told(told.wrong, "ratio"), _told(told.squared, "ratio"), _told(told.kept, "gain")]
             cells += own if method != PAPER else ["1", "1", "0"]
-        lines.append(_line([method, *cells]))
+        lines.append(_line([method, str(results.count(method)), *cells]))
     kinds = results.kinds
     lines += ["", _line(["edit right % / preserved dB", *kinds]), _line(["---", *["---:"] * len(kinds)])]
     for method in results.methods:

@@ -143,12 +143,12 @@ def test_errors_and_gains_are_told_beside_the_papers():
     assert beside.squared == pytest.approx((10**-0.2,) * 3)
     assert beside.kept == (2, 2, 2)
     text = markdown(Results(rows))
-    assert f"| {PAPER} | 50 |" in text and "| 0.50 | 0.63 | 2.0 |" in text
+    assert f"| {PAPER} | 4 | 50 |" in text and "| 0.50 | 0.63 | 2.0 |" in text
 
 
 def test_figures_that_were_not_taken_stay_empty():
     text = markdown(Results([row("c0", PAPER, 1.0, math.nan, "style"), row("c1", PAPER, 0.0, 20.0)]))
-    assert "| 50 (0 to 100) |" in text
+    assert "| 2 | 50 (0 to 100) |" in text
     assert "| 100 | 0 / 20.0 |" in text or "| 0 / 20.0 | 100 |" in text
 
 

@@ -43,13 +43,14 @@ def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
             assert interval.low - room <= now.mean(method, figure).value <= interval.high + room, (method, figure)
 
 
-@pytest.mark.parametrize("name", ["quick", "full", "pair"])
+@pytest.mark.parametrize("name", ["quick", "full"])
 def test_the_page_tells_what_the_rows_say(name):
     assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
 
 
 def test_ours_errs_less_and_keeps_more_than_the_papers_settings():
     """What QUALITY.md claims, of the cases that ship with it."""
-    beside = Results(shipped("pair")).beside(BEST, PAPER)
-    assert beside.squared.value <= 2 / 3
-    assert beside.kept.low > 0
+    beside = Results(shipped("full")).beside(BEST, PAPER)
+    assert beside.wrong.value <= 1
+    assert beside.squared.high < 0.8
+    assert beside.kept.low > 2
