@@ -162,7 +162,7 @@ def ranked(results: Results, method: str) -> list[str]:
 
 
 def look_at(
-    folder: Path, results: Results, case: str, methods: Sequence[str], title: str, tile: int = 96
+    folder: Path, results: Results, case: str, methods: Sequence[str], title: str, tile: int = 150
 ) -> Image.Image:
     """A case's source, its true edit, and what some methods made of it."""
     any_row = next(row for (_, name), row in results.rows.items() if name == case)

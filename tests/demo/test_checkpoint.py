@@ -47,7 +47,7 @@ def test_the_judge_reads_rendered_scenes():
 
 
 def test_it_paints_held_out_captions(checkpoint):
-    right = painting_accuracy(checkpoint, load_judge(), count=24, batch=24)
+    right = painting_accuracy(checkpoint, load_judge(), count=16, batch=16)
     assert right["colour"] >= 0.9
     assert right["shape"] >= 0.8
 
@@ -68,7 +68,7 @@ def test_the_demo_edits_and_keeps_better_than_plain_ddim(tmp_path):
 
     from fatezero.cli import progress_bar
 
-    rows = show(tmp_path, 15, "cpu", Console(quiet=True), progress_bar)
+    rows = show(tmp_path, 10, "cpu", Console(quiet=True), progress_bar)
     assert {p.name for p in tmp_path.iterdir()} == {
         f"{edit}.{kind}" for edit in ("attribute", "shape", "style") for kind in ("mp4", "png")
     } | {"overview.png", "summary.md", "summary.json"}

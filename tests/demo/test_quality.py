@@ -10,7 +10,7 @@ from fatezero.demo.cases import KINDS
 from fatezero.demo.methods import BEST, PAPER, QUICK
 from fatezero.demo.table import Results, markdown
 
-OFTEN = ("attribute", "shape", "two objects")
+OFTEN = ("shape", "two objects")
 HERE = Path(__file__).parents[2] / "benchmarks"
 
 
