@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the run's folder")
     parser.add_argument("--each", type=int, default=10, help="cases of each kind to tell")
     parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS], help="rows to tell")
-    parser.add_argument("--name", default="full", help="the form: full, quick, pair")
+    parser.add_argument(
+        "--name", default="full", help="what the section and its rows are called; full draws the pictures"
+    )
     given = parser.parse_args()
     held = load_rows(given.folder)
     rows = [row for row in held if int(str(row["case"])[-2:]) < given.each and row["method"] in given.methods]
@@ -32,12 +34,14 @@ def main() -> None:
         f"{len(results.cases)} cases of seed {settings['seed']}, {settings['frames']} frames, {settings['steps']} "
         f"steps, guidance {settings['guidance_scale']}. In brackets: 95 % of bootstrap resamples of the cases."
     )
-    write_section(f"Table: {given.name} form", f"{told}\n\n{markdown(results)}", PAGE)
+    write_section(f"Table: {given.name}", f"{told}\n\n{markdown(results)}", PAGE)
     kept = HERE / "quality" / f"{given.name}.jsonl"
     kept.parent.mkdir(exist_ok=True)
     short = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     kept.write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
     methods = [name for name in SHOWN if name in results.methods]
+    if given.name != "full":
+        return
     order = ranked(results, BEST)
     for name, case in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         look_at(given.folder, results, case, methods, f"the {name} edit by {BEST}").save(kept.parent / f"{name}.png")

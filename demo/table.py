@@ -134,7 +134,8 @@ def markdown(results: Results) -> str:
         cells = []
         for kind in kinds:
             right, kept = results.mean(method, "success", kind).value, results.mean(method, "preserved_db", kind).value
-            cells.append(f"{100 * right:.0f}" + ("" if math.isnan(kept) else f" / {kept:.1f}"))
+            told = "" if math.isnan(right) else f"{100 * right:.0f}"
+            cells.append(told + ("" if math.isnan(kept) else f" / {kept:.1f}"))
         lines.append(_line([method, *cells]))
     return "\n".join(lines) + "\n"
 

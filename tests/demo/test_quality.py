@@ -43,7 +43,7 @@ def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
             assert interval.low - room <= now.mean(method, figure).value <= interval.high + room, (method, figure)
 
 
-@pytest.mark.parametrize("name", ["quick", "full"])
+@pytest.mark.parametrize("name", ["quick", "full", "settings", "two"])
 def test_the_page_tells_what_the_rows_say(name):
     assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
 
