@@ -134,8 +134,8 @@ def markdown(results: Results) -> str:
         cells = []
         for kind in kinds:
             right, kept = results.mean(method, "success", kind).value, results.mean(method, "preserved_db", kind).value
-            told = "" if math.isnan(right) else f"{100 * right:.0f}"
-            cells.append(told + ("" if math.isnan(kept) else f" / {kept:.1f}"))
+            share = "" if math.isnan(right) else f"{100 * right:.0f}"
+            cells.append(share + ("" if math.isnan(kept) else f" / {kept:.1f}"))
         lines.append(_line([method, *cells]))
     return "\n".join(lines) + "\n"
 
