@@ -22,7 +22,7 @@ from .metrics.lpips import Lpips
 from .metrics.plot import plot_report
 from .run import Session, pick_device
 from .video.compare import COMPARISONS, Comparison, compare
-from .video.read import Video, read_video
+from .video.read import PICTURES, Video, read_video
 from .video.size import crop, resize_to_fill, to_unit
 from .video.write import check_output, whole_file, write_picture, write_video
 
@@ -115,7 +115,7 @@ def _like(video: Video, edited: Video, cut: tuple[int, int, int, int] = (0, 0, 0
 
 def _mask(path: Path, edited: Video) -> Tensor:
     """A video or picture, white where the edit was meant to be: (frames or 1, height, width)."""
-    still = path.is_file() and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    still = path.is_file() and path.suffix.lower() in PICTURES
     video = read_video(path, 0, 1, 1 if still else len(edited.frames))
     return (to_unit(resize_to_fill(video.frames, *edited.size)).mean(1) > 0.5).float()
 

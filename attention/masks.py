@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .control import AttentionSite
+from .records import SourceStep
 
 
 def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[AttentionSite]:
@@ -37,6 +38,16 @@ def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], columns: Sequence[in
     return rearrange(heat, "f (y x) -> f y x", y=site.height, x=site.width)
 
 
+def heat_of(source: SourceStep, sites: Sequence[AttentionSite], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Attention of a piece's source to some columns, on the grid of these layers: (held, y, x)."""
+    return word_heat([(site, source.cross_map(site, dtype)) for site in sites], columns)
+
+
+def over_maximum(heat: Tensor) -> Tensor:
+    """Each frame of (f, y, x) over its own maximum."""
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
+
+
 def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
     """3x3 max pool, nearest resize, each frame over its own maximum, then `> threshold`.
 
@@ -44,8 +55,7 @@ def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Ten
     """
     grown = F.max_pool2d(heat[:, None], 3, stride=1, padding=1)
     resized = F.interpolate(grown, size=size, mode="nearest")[:, 0]
-    peak = resized.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
-    return (resized / peak > threshold).to(heat.dtype)
+    return (over_maximum(resized) > threshold).to(heat.dtype)
 
 
 def soft_mask(heat: Tensor, threshold: float) -> Tensor:
@@ -56,8 +66,7 @@ def soft_mask(heat: Tensor, threshold: float) -> Tensor:
     """
     reach = max(1, min(heat.shape[1:]) // 16)
     even = F.avg_pool2d(heat[:, None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[:, 0]
-    peak = even.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
-    return (even / peak / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
+    return (over_maximum(even) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
 
 
 @dataclass(frozen=True)

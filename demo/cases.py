@@ -10,12 +10,8 @@ from random import Random
 from torch import Tensor
 
 from .judge import read_words
+from .model import SceneClassifier
 from .scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    STYLES,
-    TEXTURES,
     Clip,
     Motion,
     Place,
@@ -28,13 +24,6 @@ from .scenes import (
 KINDS = ("attribute", "texture", "shape", "style", "background", "two objects")
 """What a case asks for. With two objects one of them changes, in one word, and the other must not."""
 
-_WORDS: dict[str, Sequence[str]] = {
-    "colour": tuple(COLOURS),
-    "texture": TEXTURES,
-    "shape": SHAPES,
-    "style": tuple(STYLES),
-    "background": tuple(BACKGROUNDS),
-}
 _CHANGED = {"attribute": "colour"} | {kind: kind for kind in ("texture", "shape", "style", "background")}
 _PRESETS = {"shape": "shape", "style": "style"}
 """The paper's preset for a word, where it is not that of an attribute."""
@@ -122,7 +111,7 @@ def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
         word = random.choice(("colour", "texture", "shape")) if things == 2 else _CHANGED[kind]
         at = random.randrange(things)
         before = getattr(source if word in ("style", "background") else source.things[at], word)
-        after = random.choice([w for w in _WORDS[word] if w != before])
+        after = random.choice([w for w in SceneClassifier.HEADS[word] if w != before])
         if word in ("style", "background"):
             target = replace(source, **{word: after})  # type: ignore[arg-type]
         else:

@@ -7,12 +7,11 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..metrics.clip import ClipScorer
 from ..metrics.flow import flow_estimator
-from ..metrics.preservation import intersection_over_union, psnr, ssim
+from ..metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
 from ..metrics.temporal import frame_accuracy, inside, temporal_consistency, visible, warp, warp_error
 from .cases import Case
 from .judge import read_words
@@ -73,12 +72,8 @@ def unchanged_pixels(case: Case) -> Tensor:
 
 def object_iou(case: Case, frames: Tensor) -> float:
     """Intersection over union of what stands out from the true ground, in the edit and in the truth."""
-
-    def outline(shown: Tensor) -> Tensor:
-        apart = (shown - case.ground).abs().mean(1, keepdim=True)
-        return F.avg_pool2d(apart, 3, stride=1, padding=1, count_include_pad=False)[:, 0] > OBJECT_CONTRAST
-
-    return intersection_over_union(outline(frames), outline(case.truth.frames))
+    seen, wanted = (changed_pixels(case.ground, shown, OBJECT_CONTRAST) for shown in (frames, case.truth.frames))
+    return intersection_over_union(seen, wanted)
 
 
 def seen_pixels(clip: Clip) -> Tensor:

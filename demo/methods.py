@@ -29,13 +29,12 @@ Source = str | None
 class Method:
     """A row of the table.
 
-    group: the question it answers. run: edits a trial's clip where no inversion is needed. Otherwise
+    run: edits a trial's clip where no inversion is needed. Otherwise
     settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
     fused with attention of `source`.
     """
 
     name: str
-    group: str
     run: Callable[[Trial], Tensor] | None = None
     source: Source = "inversion"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +157,7 @@ def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
 
 
 def _keys(*entries: str | int) -> Method:
-    return Method(f"key frames {', '.join(map(str, entries))}", "key frames (Eq. 8)", key_frames=entries)
+    return Method(f"key frames {', '.join(map(str, entries))}", key_frames=entries)
 
 
 PAPER = "FateZero (paper)"
@@ -166,31 +165,30 @@ PAPER = "FateZero (paper)"
 BEST = "FateZero+"
 
 METHODS: tuple[Method, ...] = (
-    Method("autoencoder only", "bounds", autoencoded),
-    Method("DDIM inversion + prompt", "what else there is", source=None),
-    *(Method(f"SDEdit {s}", "what else there is", sdedit(s)) for s in (0.4, 0.6, 0.8)),
-    Method("attention of the reconstruction", "Fig. 8", source="reconstruction"),
-    Method(PAPER, "the paper's settings"),
-    Method("no self fusion", "Fig. 9", settings={"self_replace_steps": 0.0, "blend_self_attention": False}),
-    Method("full self fusion", "Fig. 9", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
-    Method("blended self fusion", "Fig. 9", preset="shape"),
-    Method("latent blending", "latent blending", settings={"blend_latents": True}),
-    Method("clip norm", "clip norm", clip_norm=True),
+    Method("autoencoder only", run=autoencoded),
+    Method("DDIM inversion + prompt", source=None),
+    *(Method(f"SDEdit {s}", run=sdedit(s)) for s in (0.4, 0.6, 0.8)),
+    Method("attention of the reconstruction", source="reconstruction"),
+    Method(PAPER),
+    Method("no self fusion", settings={"self_replace_steps": 0.0, "blend_self_attention": False}),
+    Method("full self fusion", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
+    Method("blended self fusion", preset="shape"),
+    Method("latent blending", settings={"blend_latents": True}),
+    Method("clip norm", clip_norm=True),
     _keys("self"),  # without spatio-temporal attention
     _keys("middle"),
     _keys("first"),
     _keys("previous", "first"),
     _keys("self", "middle", -1, 1),
-    Method("guidance 5", "beyond the paper", settings={"guidance_scale": 5.0}),
-    Method(BEST, "beyond the paper", plus=True),
-    Method("FateZero+, guidance 7.5", "beyond the paper", plus=True, settings={"guidance_scale": 7.5}),
+    Method("guidance 5", settings={"guidance_scale": 5.0}),
+    Method(BEST, plus=True),
+    Method("FateZero+, guidance 7.5", plus=True, settings={"guidance_scale": 7.5}),
     Method(
         "FateZero+, mask of attention",
-        "beyond the paper",
         plus=True,
         settings={"mask_from": "attention", "blend_threshold": 0.3},
     ),
-    Method("FateZero+, latents up to 0.8", "beyond the paper", plus=True, settings={"blend_latents_until": 0.8}),
+    Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
 )
 
 QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention.control import AttentionSite, Control
 from ..attention.fusion import Fuser, FusionSettings, StepPlan
 from ..attention.key_frames import Piece
-from ..attention.masks import GivenMask, mask_sites, soft_mask, threshold_mask, word_heat
+from ..attention.masks import GivenMask, heat_of, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit
 from ..attention.records import Recorder, SourceStep
 from ..attention.shelves import FileShelf, Records, read_ahead
@@ -340,11 +340,6 @@ def source_heat(
     """Where the source attends to the source's blend words at an edit step: (frames, y, x)."""
     width = inversion.store.source.columns
     return source_heats(denoiser, inversion, [prompt.blend_columns(width, width)[0]], step, mask_tokens)[0]
-
-
-def heat_of(source: SourceStep, sites: list[AttentionSite], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Attention of a piece's source to some columns, on the grid of these layers: (held, y, x)."""
-    return word_heat([(site, source.cross_map(site, dtype)) for site in sites], columns)
 
 
 def check_store(

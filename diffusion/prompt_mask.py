@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention.control import AttentionSite
 from ..attention.key_frames import Piece
-from ..attention.masks import word_heat
+from ..attention.masks import heat_of, over_maximum
 from ..attention.records import Recorder, SourceStep
 from ..attention.store import AttentionStore, Condition
 from .denoiser import Denoiser, frames_of, joined
@@ -53,25 +53,13 @@ def prompt_heat(
             parts = [denoiser.predict_noise(frames_of(z, r.piece), timestep, condition, r) for r in recorders]
             noise.append(joined(pieces[step], parts))
             if own:
-                maps = [_attention_to(own, r, sites, denoiser.dtype) for r in recorders]
+                branches = [SourceStep(r.records, r.key_frames, r.piece) for r in recorders]
+                maps = [heat_of(branch, sites, own, denoiser.dtype) for branch in branches]
                 heats.append(joined(pieces[step], maps).to(z))
-        apart.append(_unit((noise[0] - noise[1]).abs().mean(1)))
-    difference = _unit(torch.stack(apart).mean(0))
-    attention = [_unit(torch.stack(heats).mean(0)) for heats in looked if heats]
+        apart.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
+    difference = over_maximum(torch.stack(apart).mean(0))
+    attention = [over_maximum(torch.stack(heats).mean(0)) for heats in looked if heats]
     if not attention:
         return difference
     where = torch.stack(attention).amax(0)
     return difference * F.interpolate(where[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].sqrt()
-
-
-def _attention_to(
-    columns: Sequence[int], recorder: Recorder, sites: Sequence[AttentionSite], dtype: torch.dtype
-) -> Tensor:
-    """What a branch's frames attend to in some columns: (held, y, x)."""
-    branch = SourceStep(recorder.records, recorder.key_frames, recorder.piece)
-    return word_heat([(site, branch.cross_map(site, dtype)) for site in sites], columns)
-
-
-def _unit(heat: Tensor) -> Tensor:
-    """Each frame over its own maximum."""
-    return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)

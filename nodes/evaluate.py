@@ -17,6 +17,7 @@ from ..metrics.flow import flow_estimator
 from ..metrics.lpips import Lpips
 from ..metrics.plot import plot_report
 from ..video.compare import COMPARISONS, compare
+from ..video.size import to_bytes
 from .sockets import schema, show_on_node
 
 
@@ -143,7 +144,7 @@ class FateZeroCompareVideos(io.ComfyNode):
     def execute(
         cls, a: Tensor, b: Tensor, comparison: str, label_a: str, label_b: str, fps: float, audio: Any = None
     ) -> io.NodeOutput:
-        first, second = ((x[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu() for x in (a, b))
+        first, second = (to_bytes(_frames(x)).cpu() for x in (a, b))
         images = compare(first, second, comparison, (label_a, label_b)).float() / 255  # type: ignore[arg-type]
         rate = Fraction(fps).limit_denominator(1001)
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=audio, frame_rate=rate))
