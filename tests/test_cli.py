@@ -222,6 +222,11 @@ def test_a_truncated_store_is_refused(refused, store, tmp_path):
     assert "not a whole store" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
+def _hear_interrupts():
+    """Tests that a shell runs in the background are deaf to them, and so are their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
 @pytest.mark.parametrize("command", ["edit", "invert"])
 def test_ctrl_c_exits_130_and_leaves_no_file(tmp_path, command):
@@ -233,6 +238,7 @@ def test_ctrl_c_exits_130_and_leaves_no_file(tmp_path, command):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "FORCE_COLOR": "1"},  # so that bars are drawn as they move
+        preexec_fn=_hear_interrupts,
     )
     seen = ""
     assert process.stdout is not None
