@@ -16,6 +16,7 @@ from ..diffusion.edit import edit, source_heat
 from ..diffusion.invert import invert
 from ..hosts.checkpoint import Checkpoint
 from ..metrics.preservation import intersection_over_union, psnr
+from .judge import close_up
 from .model import SceneClassifier, labels
 from .scenes import SIZE, random_motion, random_scene, render, scenes
 
@@ -26,6 +27,26 @@ def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) ->
     drawn = [random_scene(random, things=1) for _ in range(count)]
     frames = torch.cat([render(scene, random_motion(random), frames=1).frames for scene in drawn])
     return sum(seen == labels(scene) for seen, scene in zip(judge.read(frames), drawn, strict=True)) / count
+
+
+def close_up_accuracy(
+    judge: SceneClassifier, coder: Checkpoint | None = None, count: int = 200, seed: int = 78
+) -> float:
+    """Share of things, two to a scene, whose colour, shape and texture the judge reads right from close.
+
+    Freshly rendered, or with a `coder` through its autoencoder.
+    """
+    random = Random(seed)
+    right = []
+    for scene in (random_scene(random, things=2) for _ in range(count)):
+        motion = random_motion(random, 2)
+        frames = render(scene, motion, frames=1).frames
+        if coder is not None:
+            frames = coder.decode_latents(coder.encode_frames(frames)).cpu()
+        for thing, track in zip(scene.things, motion.tracks, strict=True):
+            (seen,) = judge.read(close_up(frames, track))
+            right.append((seen["colour"], seen["shape"], seen["texture"]) == (thing.colour, thing.shape, thing.texture))
+    return sum(right) / len(right)
 
 
 @torch.no_grad()
@@ -106,6 +127,8 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
 def evaluate(checkpoint: Checkpoint, judge: SceneClassifier, report: Callable[[str], None] = print) -> dict[str, float]:
     """Every figure of the card, reported as it comes."""
     figures = {"judge right on rendered scenes": judge_accuracy(judge)}
+    figures["judge right on two things from close"] = close_up_accuracy(judge)
+    figures["the same through the autoencoder"] = close_up_accuracy(judge, checkpoint)
     figures |= {f"{head} right on held-out captions": v for head, v in painting_accuracy(checkpoint, judge).items()}
     figures["autoencoder dB"], figures["inversion and replay dB"] = replay_psnr(checkpoint)
     figures["cross-attention IoU"], figures["at threshold"] = map_overlap(checkpoint)

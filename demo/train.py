@@ -13,9 +13,9 @@ import contextlib
 import json
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import model as demo
-from .scenes import Scene, random_motion, render, scenes
+from .judge import close_up
+from .scenes import SIZE, Motion, Scene, random_motion, render, scenes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TrainSettings:
     vae_steps: int = 2_500
     vae_batch: int = 8
     vae_rate: float = 8e-4
-    classifier_steps: int = 2_500
+    classifier_steps: int = 5_000
     unet_steps: int = 11_000
     unet_batch: int = 32
     unet_rate: float = 6e-4
@@ -75,11 +76,31 @@ def _scenes(job: Job) -> list[Scene]:
     return [scene for scene, _ in islice(scenes(seed, held_out=False, things=things), count)]
 
 
-def _draw(job: Job) -> Tensor:
-    """The pictures of a share, uint8: each a random frame of its scene."""
+def _shown(job: Job) -> Iterator[tuple[Scene, Motion]]:
+    """The scenes of a share, each with the motion it is drawn with."""
     random = Random(job[0])
-    clips = (render(scene, random_motion(random, len(scene.things)), frames=1) for scene in _scenes(job))
-    return torch.stack([(clip.frames[0] * 255).round().byte() for clip in clips])
+    return ((scene, random_motion(random, len(scene.things))) for scene in _scenes(job))
+
+
+def _draw(job: Job) -> Tensor:
+    """The pictures of a share, uint8."""
+    return torch.cat([_bytes(render(scene, motion, frames=1).frames) for scene, motion in _shown(job)])
+
+
+def _draw_close(job: Job) -> Tensor:
+    """Close-ups of the things of a share, in turn: as many as pictures, of one thing each."""
+    pairs = enumerate(_shown(job))
+    close = [close_up(render(scene, m, frames=1).frames, m.tracks[n % len(m.tracks)]) for n, (scene, m) in pairs]
+    return torch.cat([_bytes(frames) for frames in close])
+
+
+def _scenes_close(job: Job) -> list[Scene]:
+    """What these close-ups show."""
+    return [replace(s, things=(s.things[n % len(s.things)],)) for n, s in enumerate(_scenes(job))]
+
+
+def _bytes(frames: Tensor) -> Tensor:
+    return (frames * 255).round().byte()
 
 
 @dataclass
@@ -90,12 +111,15 @@ class Pictures:
     scenes: list[Scene]
 
     @classmethod
-    def drawn(cls, seed: int, count: int, things: int | None = None) -> Pictures:
-        """`count` pictures of scenes that are not held out, drawn by every core."""
+    def drawn(cls, seed: int, count: int, things: int | None = None, close: bool = False) -> Pictures:
+        """`count` pictures of scenes that are not held out, or close-ups of their things, drawn by every core."""
         jobs = _jobs(seed, count, things)
         with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            frames = pool.map(_draw, jobs, chunksize=1)
-        return cls(torch.cat(frames), [scene for job in jobs for scene in _scenes(job)])
+            frames = pool.map(_draw_close if close else _draw, jobs, chunksize=1)
+        return cls(torch.cat(frames), [s for job in jobs for s in (_scenes_close(job) if close else _scenes(job))])
+
+    def __add__(self, other: Pictures) -> Pictures:
+        return Pictures(torch.cat([self.frames, other.frames]), self.scenes + other.scenes)
 
 
 def _batch(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.Generator]:
@@ -205,7 +229,7 @@ def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 64) -> Tensor:
 def train_classifier(
     pictures: Pictures, settings: TrainSettings, device: torch.device, report: Report
 ) -> demo.SceneClassifier:
-    """Cross entropy over every head, on rendered frames with noise, blur and shifts of light."""
+    """Cross entropy over every head, on rendered frames with noise, blur, and shifts of light and place."""
     torch.manual_seed(settings.seed)
     judge = demo.SceneClassifier().to(device)
     optimiser = _optimiser(list(judge.parameters()), 2e-3)
@@ -215,7 +239,7 @@ def train_classifier(
     }
     for step in range(settings.classifier_steps):
         chosen, generator = _batch(settings.seed + 2, step, 64, len(pictures.frames))
-        x = pictures.frames[chosen].float() / 255
+        x = _moved(pictures.frames[chosen].float() / 255, generator)
         x = x + 0.06 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
         if torch.rand((), generator=generator) < 0.3:
             x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -229,6 +253,14 @@ def train_classifier(
         if step % 100 == 99:
             report(f"classifier {step + 1}/{settings.classifier_steps}: loss {loss.item():.4f}")
     return judge.eval()
+
+
+def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture larger or smaller by up to a tenth, and up to three pixels aside."""
+    size = 1 + 0.1 * (2 * torch.rand(len(x), generator=generator) - 1)
+    aside = 3 * 2 / SIZE * (2 * torch.rand(len(x), 2, generator=generator) - 1)
+    frame = torch.cat([torch.eye(2) * size.view(-1, 1, 1), aside[:, :, None]], -1)
+    return F.grid_sample(x, F.affine_grid(frame, list(x.shape), False), padding_mode="border", align_corners=False)
 
 
 # --- UNet and text encoder ------------------------------------------------------------
@@ -397,8 +429,9 @@ def train(folder: Path, state: Path, settings: TrainSettings, device: torch.devi
         report(f"drawing {images} pictures")
         return Pictures.drawn(seed, images)
 
-    def single() -> Pictures:
-        return Pictures.drawn(seed + 1, images // 2, things=1)
+    def alone() -> Pictures:
+        """One thing, whole or from close: what the judge is asked to read."""
+        return Pictures.drawn(seed + 1, images // 2, things=1) + Pictures.drawn(seed + 2, images // 2, 2, close=True)
 
     vae = _cached(
         state / "vae.safetensors", demo.build_vae(), lambda: train_vae(pictures(), settings, device, report)
@@ -406,7 +439,7 @@ def train(folder: Path, state: Path, settings: TrainSettings, device: torch.devi
     judge = _cached(
         state / "judge.safetensors",
         demo.SceneClassifier(),
-        lambda: train_classifier(single(), settings, device, report),
+        lambda: train_classifier(alone(), settings, device, report),
     )
     if not (state / "latents.safetensors").exists():
         save_file({"latents": encode(vae, pictures().frames)}, state / "latents.safetensors")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fatezero.demo.evaluate import judge_accuracy, map_overlap, painting_accuracy, replay_psnr
+from fatezero.demo.evaluate import close_up_accuracy, judge_accuracy, map_overlap, painting_accuracy, replay_psnr
 from fatezero.demo.judge import load_judge
 from fatezero.demo.show import show
 from fatezero.hosts.checkpoint import DEMO, Checkpoint
@@ -44,6 +44,11 @@ def test_diffusers_loads_it_as_a_stable_diffusion_pipeline():
 
 def test_the_judge_reads_rendered_scenes():
     assert judge_accuracy(load_judge(), count=500) >= 0.99
+
+
+def test_the_judge_reads_two_things_one_by_one(checkpoint):
+    assert close_up_accuracy(load_judge(), count=60) >= 0.99
+    assert close_up_accuracy(load_judge(), checkpoint, count=60) >= 0.98
 
 
 def test_it_paints_held_out_captions(checkpoint):

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from fatezero.demo import model, train
-from fatezero.demo.train import Painter, Pictures, TrainSettings, _draw, _scenes, train_painter
+from fatezero.demo.scenes import COLOURS
+from fatezero.demo.train import (
+    Painter,
+    Pictures,
+    TrainSettings,
+    _draw,
+    _draw_close,
+    _moved,
+    _scenes,
+    _scenes_close,
+    train_painter,
+)
 
 SMALL = TrainSettings(unet_steps=4, unet_batch=2, save_every=2, compile=False)
 CPU = torch.device("cpu")
@@ -25,6 +36,28 @@ def test_pictures_repeat_and_show_no_held_out_scene(pictures):
     assert torch.equal(_draw((0, 8, None)), pictures.frames)
     assert pictures.frames.shape == (8, 3, 64, 64)
     assert not any(scene.held_out for scene in pictures.scenes)
+
+
+def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
+    job = (0, 6, 2)
+    frames, shown, whole = _draw_close(job), _scenes_close(job), _scenes(job)
+    assert frames.shape == (6, 3, 64, 64)
+    assert [s.things[0] for s in shown] == [w.things[n % 2] for n, w in enumerate(whole)]
+    for picture, scene in zip(frames, shown, strict=True):
+        if scene.style == "photo" and scene.things[0].texture == "plain":
+            middle = picture[:, 28:36, 28:36].float().mean((1, 2)) / 255
+            assert (middle - torch.tensor(COLOURS[scene.things[0].colour])).abs().max() < 0.1
+
+
+def test_pictures_are_moved_a_little_for_the_judge():
+    spot = torch.zeros(50, 1, 64, 64)
+    spot[:, :, 31:33, 31:33] = 1
+    moved = _moved(spot, torch.Generator().manual_seed(0))
+    mass = moved / moved.sum((2, 3), keepdim=True)
+    x = (mass.sum(2)[:, 0] * (torch.arange(64) + 0.5)).sum(-1)
+    assert (x - 32).abs().max() <= 3.5
+    assert (x - 32).std() > 1
+    assert not torch.equal(moved[0], moved[1])
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(pictures, tokenizer, tmp_path, monkeypatch):
