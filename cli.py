@@ -270,9 +270,12 @@ def benchmark(
         bool, typer.Option("--quick/--full", help="4 cases of each kind and the main methods, or 10 and all.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Of scenes, motions and words.")] = 2303,
-    each: Annotated[int | None, typer.Option(help="Cases of each of the six kinds.")] = None,
+    each: Annotated[int | None, typer.Option(help="Cases of each kind.")] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help="attribute, texture, shape, style, background or two objects; may repeat.")
+        list[str] | None,
+        typer.Option(
+            help="attribute, texture, shape, style, background, swap, two objects or alike objects; may repeat."
+        ),
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of every clip.")] = 4,
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,

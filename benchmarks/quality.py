@@ -9,6 +9,7 @@ from pathlib import Path
 from common import write_section
 
 from fatezero.demo.benchmark import load_rows
+from fatezero.demo.cases import KINDS
 from fatezero.demo.methods import BEST, METHODS, PAPER
 from fatezero.demo.table import Results, look_at, markdown, ranked
 
@@ -21,13 +22,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder")
     parser.add_argument("--each", type=int, default=10, help="cases of each kind to tell")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, help="kinds to tell")
     parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS], help="rows to tell")
     parser.add_argument(
         "--name", default="full", help="what the section and its rows are called; full draws the pictures"
     )
     given = parser.parse_args()
     held = load_rows(given.folder)
-    rows = [row for row in held if int(str(row["case"])[-2:]) < given.each and row["method"] in given.methods]
+    rows = [  # as they are kept, so that page and rows agree to the last digit
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        for row in held
+        if int(str(row["case"])[-2:]) < given.each and row["kind"] in given.kinds and row["method"] in given.methods
+    ]
     settings = json.loads((given.folder / "settings.json").read_text(encoding="utf-8"))
     results = Results(rows)
     told = (
@@ -37,8 +43,7 @@ def main() -> None:
     write_section(f"Table: {given.name}", f"{told}\n\n{markdown(results)}", PAGE)
     kept = HERE / "quality" / f"{given.name}.jsonl"
     kept.parent.mkdir(exist_ok=True)
-    short = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    kept.write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     methods = [name for name in SHOWN if name in results.methods]
     if given.name != "full":
         return

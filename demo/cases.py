@@ -21,8 +21,9 @@ from .scenes import (
     render,
 )
 
-KINDS = ("attribute", "texture", "shape", "style", "background", "two objects")
-"""What a case asks for. With two objects one of them changes, in one word, and the other must not."""
+KINDS = ("attribute", "texture", "shape", "style", "background", "swap", "two objects", "alike objects")
+"""What a case asks for: one word of a thing or a picture; with a swap, all words of a thing. With two objects one of
+them changes, in one word, and the other must not; alike ones have the same colour and texture."""
 
 _CHANGED = {"attribute": "colour"} | {kind: kind for kind in ("texture", "shape", "style", "background")}
 _PRESETS = {"shape": "shape", "style": "style"}
@@ -79,7 +80,7 @@ class Case:
 
 
 def draw_cases(seed: int, each: int, frames: int, kinds: Sequence[str] = KINDS) -> list[Case]:
-    """`each` cases of every kind: captions the trainer never saw, one word changed; the same for a seed.
+    """`each` cases of every kind: captions the trainer never saw; the same for a seed.
 
     Raises ValueError for an unknown kind.
     """
@@ -103,19 +104,25 @@ def is_read(case: Case) -> bool:
 
 
 def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
-    things = 2 if kind == "two objects" else 1
+    things = 2 if kind.endswith("objects") else 1
     while True:
         source = random_scene(random, things)
+        if kind == "alike objects":
+            first, second = source.things
+            source = source.with_thing(1, colour=first.colour, texture=first.texture)
         if not source.held_out or len({thing.shape for thing in source.things}) < things:
             continue  # alike outlines would leave "a star and a star" to say which of them changes
-        word = random.choice(("colour", "texture", "shape")) if things == 2 else _CHANGED[kind]
         at = random.randrange(things)
-        before = getattr(source if word in ("style", "background") else source.things[at], word)
-        after = random.choice([w for w in SceneClassifier.HEADS[word] if w != before])
-        if word in ("style", "background"):
-            target = replace(source, **{word: after})  # type: ignore[arg-type]
+        if kind == "swap":
+            words: tuple[str, ...] = ("colour", "texture", "shape")
         else:
-            target = source.with_thing(at, **{word: after})
+            words = (_CHANGED.get(kind) or random.choice(("colour", "texture", "shape")),)
+        target = source
+        for word in words:
+            ground = word in ("style", "background")
+            before = getattr(source if ground else source.things[at], word)
+            after = random.choice([w for w in SceneClassifier.HEADS[word] if w != before])
+            target = replace(target, **{word: after}) if ground else target.with_thing(at, **{word: after})  # type: ignore[arg-type]
         yield Case("", kind, source, target, random_motion(random, things), frames)
 
 
@@ -133,7 +140,17 @@ def cases_of(pairs: Sequence[tuple[str, str]], seed: int, frames: int) -> list[C
         case = Case(f"given-{n:02d}", "", source, target, motion, frames)
         if not case.changed:
             raise ValueError(f"nothing changes: {before!r} / {after!r}")
-        kinds = [kind for kind, word in _CHANGED.items() if word == case.changed[0][1]]
-        kind = "two objects" if len(source.things) == 2 else kinds[0]
-        found.append(replace(case, kind=kind))
+        found.append(replace(case, kind=_kind_of(case)))
     return found
+
+
+def _kind_of(case: Case) -> str:
+    """What a given case asks for, by its number of things and the words that change."""
+    words = [word for _, word in case.changed]
+    if len(case.source.things) == 2:
+        first, second = case.source.things
+        alike = (first.colour, first.texture) == (second.colour, second.texture)
+        return "alike objects" if alike else "two objects"
+    if "shape" in words and len(words) > 1:
+        return "swap"
+    return next(kind for kind, word in _CHANGED.items() if word == words[0])
