@@ -25,6 +25,7 @@ KINDS = ("attribute", "texture", "shape", "style", "background", "swap", "two ob
 """What a case asks for: one word of a thing or a picture; with a swap, all words of a thing. With two objects one of
 them changes, in one word, and the other must not; alike ones have the same colour and texture."""
 
+_OF_A_THING = ("colour", "texture", "shape")
 _CHANGED = {"attribute": "colour"} | {kind: kind for kind in ("texture", "shape", "style", "background")}
 _PRESETS = {"shape": "shape", "style": "style"}
 """The paper's preset for a word, where it is not that of an attribute."""
@@ -113,13 +114,10 @@ def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
         if not source.held_out or len({thing.shape for thing in source.things}) < things:
             continue  # alike outlines would leave "a star and a star" to say which of them changes
         at = random.randrange(things)
-        if kind == "swap":
-            words: tuple[str, ...] = ("colour", "texture", "shape")
-        else:
-            words = (_CHANGED.get(kind) or random.choice(("colour", "texture", "shape")),)
+        words = _OF_A_THING if kind == "swap" else (_CHANGED.get(kind) or random.choice(_OF_A_THING),)
         target = source
         for word in words:
-            ground = word in ("style", "background")
+            ground = word not in _OF_A_THING
             before = getattr(source if ground else source.things[at], word)
             after = random.choice([w for w in SceneClassifier.HEADS[word] if w != before])
             target = replace(target, **{word: after}) if ground else target.with_thing(at, **{word: after})  # type: ignore[arg-type]

@@ -87,16 +87,20 @@ def _draw(job: Job) -> Tensor:
     return torch.cat([_bytes(render(scene, motion, frames=1).frames) for scene, motion in _shown(job)])
 
 
+def _subjects(job: Job) -> Iterator[tuple[Scene, Motion, int]]:
+    """Scenes and motions of a share, and which thing of each is shown from close: first, second, in turn."""
+    return ((scene, motion, n % len(scene.things)) for n, (scene, motion) in enumerate(_shown(job)))
+
+
 def _draw_close(job: Job) -> Tensor:
-    """Close-ups of the things of a share, in turn: as many as pictures, of one thing each."""
-    pairs = enumerate(_shown(job))
-    close = [close_up(render(scene, m, frames=1).frames, m.tracks[n % len(m.tracks)]) for n, (scene, m) in pairs]
-    return torch.cat([_bytes(frames) for frames in close])
+    """Close-ups of the things of a share: as many as pictures, of one thing each."""
+    shown = ((render(scene, motion, frames=1).frames, motion.tracks[at]) for scene, motion, at in _subjects(job))
+    return torch.cat([_bytes(close_up(frames, track)) for frames, track in shown])
 
 
 def _scenes_close(job: Job) -> list[Scene]:
     """What these close-ups show."""
-    return [replace(s, things=(s.things[n % len(s.things)],)) for n, s in enumerate(_scenes(job))]
+    return [replace(scene, things=(scene.things[at],)) for scene, _, at in _subjects(job)]
 
 
 def _bytes(frames: Tensor) -> Tensor:
