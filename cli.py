@@ -154,6 +154,9 @@ def edit(
     mask_from: Annotated[
         str | None, typer.Option(help="attention: the paper's mask; prompts: where their predictions differ.")
     ] = None,
+    separate_words: Annotated[
+        float | None, typer.Option(help="In the mask of both prompts, how little to look at words of elsewhere [0].")
+    ] = None,
     max_tokens: MaxTokens = None,
     mask_tokens: Annotated[int | None, typer.Option(help="Finest grid of the mask [256].")] = None,
     start: Start = None,

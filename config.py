@@ -60,6 +60,7 @@ class EditConfig:
     mask_tokens: int = 256
     mask_from: str = "attention"
     blend_latents_until: float = 0.8
+    separate_words: float = 0.0
     start: int = 0
     stride: int = 1
     count: int | None = None
@@ -94,7 +95,7 @@ class EditConfig:
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))  # type: ignore[arg-type]
 
 
-_MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts"}
+_MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
 PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
@@ -123,8 +124,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
 style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
-(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, and other
-shares of steps."""
+(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, fewer looks
+inside of it at words of elsewhere, and other shares of steps."""
 
 
 def preset_fusion(preset: str) -> FusionSettings:

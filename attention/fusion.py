@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class FusionSettings:
     mask_from: "attention", the paper's mask of the source's cross-attention to the blend words, anew in each
     step; or "prompts", a soft mask of where the two prompts' predictions differ and their blend words are
     looked at, the same in all steps (`diffusion.prompt_mask`).
+    separate_words: with the mask of both prompts, how little a place inside of it looks at words that belong
+    elsewhere, to a neighbour or the ground: where the source looks more at its blend words than at another, each
+    over its own maximum, this share of the attention to that other goes to the rest (0 leaves it).
     blend_threshold: tau of the mask; from 1 on the mask of attention is empty. max_tokens: fuse layers of up to
     this many tokens a frame, None for all. mask_tokens: masks of attention come from the finest grid of at
     most this many.
@@ -53,9 +57,10 @@ class FusionSettings:
     mask_tokens: int = 256
     mask_from: MaskFrom = "attention"
     blend_latents_until: float = 0.8
+    separate_words: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("cross_replace_steps", "self_replace_steps", "blend_latents_until"):
+        for name in ("cross_replace_steps", "self_replace_steps", "blend_latents_until", "separate_words"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
@@ -63,6 +68,11 @@ class FusionSettings:
             raise ValueError(f"blend_threshold is {self.blend_threshold}; it must be at least 0")
         if self.mask_from not in get_args(MaskFrom):
             raise ValueError(f"mask_from is {self.mask_from!r}; it must be one of {', '.join(get_args(MaskFrom))}")
+        if self.separate_words and not self.masks_by_prompts:
+            raise ValueError(
+                'separate_words needs a mask of both prompts: mask_from="prompts", with blend_self_attention or '
+                "blend_latents"
+            )
         for name in ("max_tokens", "mask_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -129,8 +139,9 @@ class Fuser(Control):
     """The conditional branch of the edit at one step, fused with the source's.
 
     masks: (height, width) of a grid -> its mask (f, height, width) of the piece's frames, 1 where
-    the edit keeps its own self-attention; None for none. keep: names of the layers whose own
-    cross maps are kept in `maps`.
+    the edit keeps its own self-attention; None for none. shares: grid -> what each place keeps of its
+    attention to each target column, (f, c, height, width) in 0..1; None for all of it. keep: names of the
+    layers whose own cross maps are kept in `maps`.
     """
 
     def __init__(
@@ -140,6 +151,7 @@ class Fuser(Control):
         fusion: FusionSettings,
         plan: StepPlan,
         masks: dict[tuple[int, int], Tensor] | None = None,
+        shares: dict[tuple[int, int], Tensor] | None = None,
         keep: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(source.key_frames, source.piece)
@@ -148,6 +160,7 @@ class Fuser(Control):
         self.fusion = fusion
         self.plan = plan
         self.masks = masks
+        self.shares = shares
         self.keep = keep
         self.maps: dict[str, Tensor] = {}
         """A host's guidance may evaluate the branch again; the first time counts."""
@@ -163,14 +176,26 @@ class Fuser(Control):
         return mask * self.attend(q, self.seen(k, site), seen) + (1 - mask) * source
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        fuses = self.plan.fuse_cross and self.fusion.fuses(site)
-        if not fuses and site.name not in self.keep:
+        fuses, keeps = self.plan.fuse_cross and self.fusion.fuses(site), site.name in self.keep
+        if not (fuses or keeps or self.shares):
             return super().cross_attention(q, k, v, site)
         attend = self.attend
-        if site.name in self.keep:
-            own = self.maps.setdefault(site.name, attention_map(q, k))
+        if keeps or self.shares:
+            own = attention_map(q, k)
             attend = lambda q, k, v: own @ v  # noqa: E731
+        if keeps:
+            self.maps.setdefault(site.name, own)
+        if self.shares:
+            fused = self.alignment.fused(self.source.cross_map(site, q.dtype), own) if fuses else own
+            return self._shared(fused, site) @ v
         if not fuses:
             return attend(q, k, v)
         of_source, of_own = self.alignment.values(v)
         return self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
+
+    def _shared(self, map: Tensor, site: AttentionSite) -> Tensor:
+        """A map (f h t c) without what places do not keep; what they do has the same sum as before."""
+        assert self.shares is not None
+        kept = map * rearrange(self.shares[site.height, site.width], "f c y x -> f 1 (y x) c").to(map)
+        tiny = torch.finfo(map.dtype).tiny
+        return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .control import AttentionSite
+from .prompt import CHUNK
 from .records import SourceStep
 
 
@@ -36,6 +37,26 @@ def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], columns: Sequence[in
     site = maps[0][0]
     heat = torch.stack([m[..., list(columns)].sum(-1).mean(1) for _, m in maps]).mean(0)
     return rearrange(heat, "f (y x) -> f y x", y=site.height, x=site.width)
+
+
+def column_heat(source: SourceStep, sites: Sequence[AttentionSite], dtype: torch.dtype) -> Tensor:
+    """A piece's attention to each column, averaged over heads and layers: (held, columns, y, x)."""
+    maps = torch.stack([source.cross_map(site, dtype).mean(1) for site in sites]).mean(0)
+    return rearrange(maps, "f (y x) s -> f s y x", y=sites[0].height)
+
+
+def foreign_columns(heat: Tensor, columns: Sequence[int]) -> Tensor:
+    """Where each column belongs to something else: 1 where the places of `columns` are, and it is looked at less.
+
+    heat (f, s, y, x) to zeros and ones of the same shape. A column and the mean of `columns` are compared each over
+    its own maximum in the frame; `columns` themselves are nowhere foreign, nor are the start marks.
+    """
+    share = rearrange(over_maximum(rearrange(heat, "f s y x -> (f s) y x")), "(f s) y x -> f s y x", f=len(heat))
+    here = over_maximum(heat[:, list(columns)].mean(1))[:, None]
+    foreign = (here > share).to(heat.dtype)
+    foreign[:, list(columns)] = 0
+    foreign[:, :: CHUNK + 2] = 0
+    return foreign
 
 
 def heat_of(source: SourceStep, sites: Sequence[AttentionSite], columns: Sequence[int], dtype: torch.dtype) -> Tensor:

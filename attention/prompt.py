@@ -44,6 +44,10 @@ class Alignment:
         """
         return (self.matrix * self.copied * self.weights) @ v, ((1 - self.copied) * self.weights)[:, None] * v
 
+    def fused(self, of_source: Tensor, own: Tensor) -> Tensor:
+        """The fused map itself, of the source's (f h t s) and the target's own (f h t c): (f h t c)."""
+        return (of_source @ self.matrix * self.copied + own * (1 - self.copied)) * self.weights
+
 
 @dataclass(frozen=True)
 class PromptEdit:

@@ -186,8 +186,9 @@ METHODS: tuple[Method, ...] = (
     Method(
         "FateZero+, mask of attention",
         plus=True,
-        settings={"mask_from": "attention", "blend_threshold": 0.3},
+        settings={"mask_from": "attention", "blend_threshold": 0.3, "separate_words": 0.0},
     ),
+    Method("FateZero+, words mixed", plus=True, settings={"separate_words": 0.0}),
     Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
 )
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control
 from ..attention.fusion import Fuser, FusionSettings, StepPlan
 from ..attention.key_frames import Piece
-from ..attention.masks import GivenMask, heat_of, mask_sites, soft_mask, threshold_mask, word_heat
+from ..attention.masks import GivenMask, foreign_columns, heat_of, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit
 from ..attention.records import Recorder, SourceStep
 from ..attention.shelves import FileShelf, Records, read_ahead
@@ -176,6 +177,8 @@ class _Run:
     """The given mask on each grid."""
     of_prompts: dict[tuple[int, int], Tensor]
     """The mask of the prompts' difference on each grid, where the edit takes one."""
+    foreign: Tensor | None
+    """Where each target column belongs to something else, (frames, columns, y, x), with `separate_words`."""
 
     @classmethod
     def prepared(cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit) -> _Run:
@@ -211,7 +214,7 @@ class _Run:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         return cls(
             denoiser, store, schedule, target, negative, asked.guidance_scale,
-            fusion, alignment, columns, sites, masking, given, given_at, {},
+            fusion, alignment, columns, sites, masking, given, given_at, {}, None,
         )  # fmt: skip
 
     def with_prompt_mask(self, pieces: list[list[Piece]]) -> _Run:
@@ -221,8 +224,13 @@ class _Run:
             return self
         sites = mask_sites(self.sites, self.fusion.mask_tokens) if any(self.blend_columns) else []
         heat = prompt_heat(self.denoiser, self.store, self.target, self.blend_columns, sites, pieces)
-        mask = GivenMask(soft_mask(heat, self.fusion.blend_threshold))
-        return replace(self, of_prompts=_on_grids(mask, self.sites, heat, self.store.frames))
+        mask = GivenMask(soft_mask(heat.edit, self.fusion.blend_threshold))
+        foreign = None
+        if self.fusion.separate_words and heat.columns is not None:
+            of_source = foreign_columns(heat.columns, self.blend_columns[0])
+            foreign = torch.einsum("fsyx,sc->fcyx", of_source, self.alignment.matrix.to(of_source))
+            foreign[:, self.blend_columns[1]] = 0
+        return replace(self, of_prompts=_on_grids(mask, self.sites, heat.edit, self.store.frames), foreign=foreign)
 
     def plan(self, step: int) -> StepPlan:
         if self.alignment is None:
@@ -259,14 +267,28 @@ class _Run:
         return z
 
     def control(self, source: SourceStep, plan: StepPlan) -> Control:
-        if self.alignment is None or not (plan.fuse_cross or plan.fuse_self or plan.blend_latents):
+        fuses = plan.fuse_cross or plan.fuse_self or plan.blend_latents or self.foreign is not None
+        if self.alignment is None or not fuses:
             return Control(source.key_frames, source.piece)
         masks = None
         if plan.fuse_self and self.fusion.blend_self_attention:
             grids = {(s.height, s.width) for s in self.sites if s.kind == "self" and self.fusion.fuses(s)}
             masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [], source.piece)
         keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
-        return Fuser(source, self.alignment, self.fusion, plan, masks, keep)
+        return Fuser(source, self.alignment, self.fusion, plan, masks, self.shares(source.piece), keep)
+
+    def shares(self, piece: Piece) -> dict[tuple[int, int], Tensor] | None:
+        """What each place of a piece keeps of its attention to each target column, less inside the mask to foreign
+        ones: (held, columns, y, x) on each grid.
+        """
+        if self.foreign is None:
+            return None
+        foreign = self.foreign[list(piece.held)]
+        grids = {(site.height, site.width) for site in self.sites if site.kind == "cross"}
+        masks = self.masks(grids, [], piece)
+        scaled = {grid: F.interpolate(foreign, size=grid, mode="bilinear", align_corners=False) for grid in grids}
+        less = self.fusion.separate_words
+        return {grid: 1 - less * masks[grid][:, None] * scaled[grid] for grid in grids}
 
     def latent_mask(self, source: SourceStep, control: Fuser) -> Tensor:
         """Where source or target show a blend word: (held, 1, h, w)."""

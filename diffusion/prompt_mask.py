@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..attention.control import AttentionSite
 from ..attention.key_frames import Piece
-from ..attention.masks import heat_of, over_maximum
+from ..attention.masks import column_heat, over_maximum
 from ..attention.records import Recorder, SourceStep
 from ..attention.store import AttentionStore, Condition
 from .denoiser import Denoiser, frames_of, joined
@@ -24,6 +25,18 @@ def difference_levels(steps: int) -> list[int]:
     return sorted({int(share * steps) for share in LEVELS})
 
 
+@dataclass(frozen=True)
+class PromptHeat:
+    """How much each place of a clip is the edit's, and what the source's columns are looked at for.
+
+    edit: (frames, h, w), at least 0. columns: the source's attention to each of its columns, averaged over the
+    levels, (frames, columns, y, x); None where it has no blend words.
+    """
+
+    edit: Tensor
+    columns: Tensor | None
+
+
 def prompt_heat(
     denoiser: Denoiser,
     store: AttentionStore,
@@ -31,10 +44,10 @@ def prompt_heat(
     columns: tuple[Sequence[int], Sequence[int]],
     sites: Sequence[AttentionSite],
     pieces: Sequence[Sequence[Piece]],
-) -> Tensor:
-    """How much each place of a clip is the edit's: (frames, h, w), at least 0.
+) -> PromptHeat:
+    """Compare the two prompts on the inversion's own latents.
 
-    D, the mean over channels of |eps_target - eps_source| on the inversion's own latents (DiffEdit, arXiv
+    `edit` is D, the mean over channels of |eps_target - eps_source| there (DiffEdit, arXiv
     2210.11427), times the square root of A, the greater of both prompts' cross-attention to their own blend
     words (`columns`, in the layers `sites`), each over its maximum in the frame and averaged over a few
     levels. A tells one thing from another; the root, for the words of a ground are looked at unevenly.
@@ -54,12 +67,14 @@ def prompt_heat(
             noise.append(joined(pieces[step], parts))
             if own:
                 branches = [SourceStep(r.records, r.key_frames, r.piece) for r in recorders]
-                maps = [heat_of(branch, sites, own, denoiser.dtype) for branch in branches]
+                maps = [column_heat(branch, sites, denoiser.dtype) for branch in branches]
                 heats.append(joined(pieces[step], maps).to(z))
         apart.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
     difference = over_maximum(torch.stack(apart).mean(0))
-    attention = [over_maximum(torch.stack(heats).mean(0)) for heats in looked if heats]
+    of_source, of_target = (torch.stack(heats).mean(0) if heats else None for heats in looked)
+    both = ((of_source, columns[0]), (of_target, columns[1]))
+    attention = [over_maximum(heat[:, list(own)].sum(1)) for heat, own in both if heat is not None]
     if not attention:
-        return difference
-    where = torch.stack(attention).amax(0)
-    return difference * F.interpolate(where[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].sqrt()
+        return PromptHeat(difference, None)
+    where = F.interpolate(torch.stack(attention).amax(0)[:, None], size=size, mode="bilinear", align_corners=False)
+    return PromptHeat(difference * where[:, 0].sqrt(), of_source)

@@ -117,6 +117,16 @@ class FateZeroSampler(io.ComfyNode):
                     tooltip="Custom: the share of steps up to which blend_latents keeps the background. The authors' "
                     "code stops at 0.8; 1 keeps most.",
                 ),
+                io.Float.Input(
+                    "separate_words",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Custom: inside the mask of both prompts, how little to look at words that belong to a "
+                    "neighbour or to the ground, so that things do not mix.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -172,6 +182,7 @@ class _Asked:
     chunk_frames: int = 0
     mask_from: MaskFrom = "attention"
     blend_latents_until: float = 0.8
+    separate_words: float = 0.0
 
     @property
     def fusion(self) -> FusionSettings:
@@ -180,6 +191,7 @@ class _Asked:
         return FusionSettings(
             self.cross_replace_steps, self.self_replace_steps, self.blend_self_attention, self.blend_latents,
             self.blend_threshold, mask_from=self.mask_from, blend_latents_until=self.blend_latents_until,
+            separate_words=self.separate_words,
         )  # fmt: skip
 
     def edit(self, suffix: str) -> Edit:

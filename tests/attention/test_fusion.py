@@ -73,6 +73,24 @@ def test_cross_fusion_takes_the_aligned_columns(maps):
     source, own = attention_map(source_q, source_k[:1]), attention_map(q, k)
     expected = (torch.where(copied.bool(), source, own) * weights) @ v
     assert torch.allclose(control.cross_attention(q, k, v, CROSS), expected, atol=1e-12)
+    assert torch.allclose(control.alignment.fused(source, own) @ v, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_what_a_place_does_not_keep_goes_to_the_other_columns(maps, fuse):
+    q, k, v = tensors(COLUMNS, 3)
+    control = fuser(plan=StepPlan(fuse, False, False, False), maps=maps)
+    source_q, source_k, _ = tensors(COLUMNS, 1)
+    whole = attention_map(source_q, source_k[:1]) if fuse else attention_map(q, k)
+    shares = torch.ones(FRAMES, COLUMNS, SIDE, SIDE).double()
+    control.shares = {(SIDE, SIDE): shares}
+    assert torch.allclose(control.cross_attention(q, k, v, CROSS), whole @ v, atol=1e-12)
+    shares[:, 2, :2] = 0.25  # the upper half of the picture
+    kept = whole.clone()
+    kept[:, :, : SIDE**2 // 2, 2] /= 4
+    expected = kept / kept.sum(-1, keepdim=True) @ v
+    assert torch.allclose(control.cross_attention(q, k, v, CROSS), expected, atol=1e-12)
 
 
 def test_without_a_plan_nothing_is_fused():
@@ -107,7 +125,13 @@ def test_latents_blend_between_a_fifth_and_four_fifths():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"cross_replace_steps": 1.1}, {"self_replace_steps": -1}, {"blend_threshold": -0.1}, {"max_tokens": 0}],
+    [
+        {"cross_replace_steps": 1.1},
+        {"self_replace_steps": -1},
+        {"separate_words": 2},
+        {"blend_threshold": -0.1},
+        {"max_tokens": 0},
+    ],
 )
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

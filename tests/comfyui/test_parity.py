@@ -30,6 +30,7 @@ def checkpoint() -> Checkpoint:
         ("shape", "recompute", True),
         ("shape", "maps", False),
         ("shape+", "queries_keys", False),
+        ("attribute+", "recompute", True),
     ],
 )
 def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):

@@ -42,7 +42,8 @@ def heat(denoiser, columns, text=1, levels=5):
     store = invert(denoiser, random_latents(), random_text(0), steps=levels).store
     sites = mask_sites(denoiser.sites(16, 16), 256)
     with denoiser.hooked():
-        return prompt_heat(denoiser, store, Condition(random_text(text)), columns, sites, [[Piece.whole(3)]] * levels)
+        pieces = [[Piece.whole(3)]] * levels
+        return prompt_heat(denoiser, store, Condition(random_text(text)), columns, sites, pieces).edit
 
 
 def test_without_words_it_is_the_difference_of_predictions(denoiser):
@@ -93,11 +94,34 @@ def test_no_blend_words_are_needed(denoiser, prompt):
 
 @pytest.mark.parametrize("memory", ["queries_keys", "maps"])
 def test_memories_and_chunks_agree(denoiser, worded, memory):
-    settings = FusionSettings(0.5, 0.5, blend_self_attention=True, blend_threshold=0.6, **PROMPTS)
+    settings = FusionSettings(0.5, 0.5, True, blend_threshold=0.6, separate_words=0.8, **PROMPTS)
     arguments = (random_text(1), random_text(2), 7.5, worded, settings)
     whole = edit(denoiser, invert(denoiser, random_latents(5), random_text(0), steps=5), *arguments)
     kept = invert(denoiser, random_latents(5), random_text(0), steps=5, memory=memory, chunk_frames=2)
     assert relative(edit(denoiser, kept, *arguments, chunk_frames=2), whole) < 1e-9
+
+
+def test_words_are_separated_inside_the_mask_alone(denoiser, worded):
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
+
+    def run(share, mask=None, prompt=worded):
+        settings = FusionSettings(0.5, 0.5, blend_self_attention=True, mask_from="prompts", separate_words=share)
+        return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings, mask=mask)
+
+    nowhere = GivenMask(torch.zeros(1, 16, 16), "intersection")
+    assert relative(run(0.8), run(0.0)) > 1e-3
+    assert relative(run(0.8), run(0.4)) > 1e-4
+    assert relative(run(0.8, nowhere), run(0.0, nowhere)) < 1e-12
+
+
+def test_without_words_of_the_source_there_is_nothing_to_separate(denoiser, tokenizer):
+    prompt = PromptEdit("a circle on sand", "a red circle on sand", tokenizer, blend_words=([], ["red"]))
+    inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
+    texts = random_text(1), random_text(2), 7.5, prompt
+    separate, plain = (
+        edit(denoiser, inversion, *texts, FusionSettings(separate_words=s, **PROMPTS)) for s in (1.0, 0.0)
+    )
+    assert torch.equal(separate, plain)
 
 
 @pytest.mark.parametrize("how", ["replace", "union", "intersection"])
@@ -145,3 +169,5 @@ def test_settings_out_of_range_are_refused():
         FusionSettings(mask_from="words")
     with pytest.raises(ValueError, match="blend_latents_until is 1.5"):
         FusionSettings(blend_latents_until=1.5)
+    with pytest.raises(ValueError, match="separate_words needs a mask of both prompts"):
+        FusionSettings(blend_latents=True, separate_words=0.5)
