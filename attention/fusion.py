@@ -40,7 +40,8 @@ class FusionSettings:
     looked at, the same in all steps (`diffusion.prompt_mask`).
     separate_words: with the mask of both prompts, how little a place inside of it looks at words that belong
     elsewhere, to a neighbour or the ground: where the source looks more at its blend words than at another, each
-    over its own maximum, this share of the attention to that other goes to the rest (0 leaves it).
+    over its own maximum, this share of the attention to that other goes to the rest (0 leaves it). A given mask
+    that replaces that of the prompts leaves it too.
     blend_threshold: tau of the mask; from 1 on the mask of attention is empty. max_tokens: fuse layers of up to
     this many tokens a frame, None for all. mask_tokens: masks of attention come from the finest grid of at
     most this many.

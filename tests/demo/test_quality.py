@@ -43,14 +43,28 @@ def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
             assert interval.low - room <= now.mean(method, figure).value <= interval.high + room, (method, figure)
 
 
-@pytest.mark.parametrize("name", ["quick", "full", "settings", "two"])
+def test_words_kept_apart_keep_a_neighbours_texture_out(tmp_path):
+    """Of two striped things one becomes dotted, which it does not where words mix."""
+    pair = (
+        "a striped red star and a striped red circle on bricks",
+        "a dotted red star and a striped red circle on bricks",
+    )
+    rows = run_benchmark(
+        tmp_path, BenchmarkSettings(frames=2, pairs=(pair,)), chosen_methods([BEST, "FateZero+, words mixed"], True)
+    )
+    right = {row["method"]: row["success"] for row in rows}
+    assert right[BEST] == 1 > right["FateZero+, words mixed"]
+
+
+@pytest.mark.parametrize("name", ["quick", "full", "settings", "two", "again"])
 def test_the_page_tells_what_the_rows_say(name):
     assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
 
 
-def test_ours_errs_less_and_keeps_more_than_the_papers_settings():
+@pytest.mark.parametrize("name", ["full", "two", "again"])
+def test_ours_errs_less_and_keeps_more_than_the_papers_settings(name):
     """What QUALITY.md claims, of the cases that ship with it."""
-    beside = Results(shipped("full")).beside(BEST, PAPER)
-    assert beside.wrong.value <= 1
+    beside = Results(shipped(name)).beside(BEST, PAPER)
+    assert beside.wrong.value <= 2 / 3
     assert beside.squared.high < 0.8
     assert beside.kept.low > 2
