@@ -35,7 +35,7 @@ def checkpoint() -> Checkpoint:
 )
 def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
     config = EditConfig(
-        video=str(CLIP), source=SOURCE, target=EDITS[preset.rstrip("+")], steps=10, count=4, memory=memory,
+        video=str(CLIP), source=SOURCE, target=EDITS[preset.rstrip("+")], steps=6, count=4, memory=memory,
         clip_norm=clip_norm,
     )  # fmt: skip
     config = with_preset(config, preset)
@@ -46,7 +46,7 @@ def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
         config.fusion,
     )  # fmt: skip
 
-    graph = DemoGraph(steps=10, frames=4)
+    graph = DemoGraph(steps=6, frames=4)
     graph.set(graph.words, target=config.target, mode=config.mode)
     graph.set(graph.invert, memory=memory, clip_norm=clip_norm)
     graph.set(graph.edit, preset=preset, guidance=config.guidance_scale)

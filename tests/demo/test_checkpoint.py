@@ -58,13 +58,13 @@ def test_it_paints_held_out_captions(checkpoint):
 
 
 def test_inversion_and_replay_stay_near_the_autoencoder(checkpoint):
-    coded, replayed = replay_psnr(checkpoint, clips=2)
+    coded, replayed = replay_psnr(checkpoint, clips=1)
     assert coded > 30
     assert replayed > coded - 2
 
 
 def test_attention_of_the_object_word_lies_on_the_object(checkpoint):
-    overlap, _ = map_overlap(checkpoint, clips=6)
+    overlap, _ = map_overlap(checkpoint, clips=4)
     assert overlap >= 0.5
 
 

@@ -234,8 +234,7 @@ class Watcher(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("memory", ["recompute", "queries_keys"])
-@pytest.mark.parametrize("words", [True, False])
+@pytest.mark.parametrize(("memory", "words"), [("recompute", True), ("recompute", False), ("queries_keys", True)])
 def test_no_self_attention_map_is_ever_built(scheduler, prompt, memory, words):
     """64x64 tokens fused, one head: a map of one frame has 16.8 million numbers."""
     unet = small_unet(

@@ -32,14 +32,15 @@ def reference() -> DiffusersDenoiser:
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
 
 
-EACH_MEMORY_ONCE = {"reconstruct": "maps", "style": "recompute", "shape_replace": "queries_keys"}
-"""What runs by default; test_edit shows on small models that all memories agree. `pytest -m slow` runs the rest."""
+OFTEN = {"style": "maps", "shape_replace": "queries_keys"}
+"""What runs by default: both ways to fuse, and both inversions (that of `reconstruct` is `style`'s). test_edit shows on
+small models that all memories agree. `pytest -m slow` runs the rest."""
 
 
 @pytest.mark.parametrize(
     ("name", "memory"),
     [
-        pytest.param(name, memory, marks=[] if EACH_MEMORY_ONCE[name] == memory else pytest.mark.slow)
+        pytest.param(name, memory, marks=[] if OFTEN.get(name) == memory else pytest.mark.slow)
         for name in CASES["cases"]
         for memory in MEMORIES
     ],
