@@ -104,9 +104,9 @@ def test_memories_and_chunks_agree(denoiser, worded, memory):
 def test_words_are_separated_inside_the_mask_alone(denoiser, worded):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
 
-    def run(share, mask=None, prompt=worded):
+    def run(share, mask=None):
         settings = FusionSettings(0.5, 0.5, blend_self_attention=True, mask_from="prompts", separate_words=share)
-        return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings, mask=mask)
+        return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, worded, settings, mask=mask)
 
     nowhere = GivenMask(torch.zeros(1, 16, 16), "intersection")
     assert relative(run(0.8), run(0.0)) > 1e-3
