@@ -188,15 +188,15 @@ class Fuser(Control):
             self.maps.setdefault(site.name, own)
         if self.shares:
             fused = self.alignment.fused(self.source.cross_map(site, q.dtype), own) if fuses else own
-            return self._shared(fused, site) @ v
+            return _shared(fused, self.shares[site.height, site.width]) @ v
         if not fuses:
             return attend(q, k, v)
         of_source, of_own = self.alignment.values(v)
         return self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
 
-    def _shared(self, map: Tensor, site: AttentionSite) -> Tensor:
-        """A map (f h t c) without what places do not keep; what they do has the same sum as before."""
-        assert self.shares is not None
-        kept = map * rearrange(self.shares[site.height, site.width], "f c y x -> f 1 (y x) c").to(map)
-        tiny = torch.finfo(map.dtype).tiny
-        return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))
+
+def _shared(map: Tensor, shares: Tensor) -> Tensor:
+    """A map (f h t c) without what places do not keep of it (shares of `Fuser`); what they do has the same sum."""
+    kept = map * rearrange(shares, "f c y x -> f 1 (y x) c").to(map)
+    tiny = torch.finfo(map.dtype).tiny
+    return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))

@@ -29,20 +29,26 @@ def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[Attenti
     return [site for site in cross if site.tokens == max(grids)]
 
 
-def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], columns: Sequence[int]) -> Tensor:
-    """Attention to some columns, summed over them, averaged over heads and layers.
+def column_heat(maps: Sequence[tuple[AttentionSite, Tensor]]) -> Tensor:
+    """Attention to each column, averaged over heads and layers.
 
-    maps: layers of one grid, each (f h t s). Returns (f, height, width).
+    maps: layers of one grid, each (f h t s). Returns (f, s, height, width).
     """
     site = maps[0][0]
-    heat = torch.stack([m[..., list(columns)].sum(-1).mean(1) for _, m in maps]).mean(0)
-    return rearrange(heat, "f (y x) -> f y x", y=site.height, x=site.width)
+    heat = torch.stack([m.mean(1) for _, m in maps]).mean(0)
+    return rearrange(heat, "f (y x) s -> f s y x", y=site.height, x=site.width)
 
 
-def column_heat(source: SourceStep, sites: Sequence[AttentionSite], dtype: torch.dtype) -> Tensor:
-    """A piece's attention to each column, averaged over heads and layers: (held, columns, y, x)."""
-    maps = torch.stack([source.cross_map(site, dtype).mean(1) for site in sites]).mean(0)
-    return rearrange(maps, "f (y x) s -> f s y x", y=sites[0].height)
+def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], columns: Sequence[int]) -> Tensor:
+    """Attention to some columns, summed over them: (f, height, width), from maps as `column_heat` takes them."""
+    return column_heat(maps)[:, list(columns)].sum(1)
+
+
+def maps_of(
+    source: SourceStep, sites: Sequence[AttentionSite], dtype: torch.dtype
+) -> list[tuple[AttentionSite, Tensor]]:
+    """A piece's cross-attention in some layers, as `column_heat` takes it."""
+    return [(site, source.cross_map(site, dtype)) for site in sites]
 
 
 def foreign_columns(heat: Tensor, columns: Sequence[int]) -> Tensor:
@@ -51,9 +57,8 @@ def foreign_columns(heat: Tensor, columns: Sequence[int]) -> Tensor:
     heat (f, s, y, x) to zeros and ones of the same shape. A column and the mean of `columns` are compared each over
     its own maximum in the frame; `columns` themselves are nowhere foreign, nor are the start marks.
     """
-    share = rearrange(over_maximum(rearrange(heat, "f s y x -> (f s) y x")), "(f s) y x -> f s y x", f=len(heat))
-    here = over_maximum(heat[:, list(columns)].mean(1))[:, None]
-    foreign = (here > share).to(heat.dtype)
+    here = heat[:, list(columns)].mean(1, keepdim=True)
+    foreign = (over_maximum(here) > over_maximum(heat)).to(heat.dtype)
     foreign[:, list(columns)] = 0
     foreign[:, :: CHUNK + 2] = 0
     return foreign
@@ -61,12 +66,12 @@ def foreign_columns(heat: Tensor, columns: Sequence[int]) -> Tensor:
 
 def heat_of(source: SourceStep, sites: Sequence[AttentionSite], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Attention of a piece's source to some columns, on the grid of these layers: (held, y, x)."""
-    return word_heat([(site, source.cross_map(site, dtype)) for site in sites], columns)
+    return word_heat(maps_of(source, sites, dtype), columns)
 
 
 def over_maximum(heat: Tensor) -> Tensor:
-    """Each frame of (f, y, x) over its own maximum."""
-    return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
+    """Each picture of (..., y, x) over its own maximum."""
+    return heat / heat.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
 
 def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Tensor:

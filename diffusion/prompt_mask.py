@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.control import AttentionSite
 from ..attention.key_frames import Piece
-from ..attention.masks import column_heat, over_maximum
+from ..attention.masks import column_heat, maps_of, over_maximum
 from ..attention.records import Recorder, SourceStep
 from ..attention.store import AttentionStore, Condition
 from .denoiser import Denoiser, frames_of, joined
@@ -67,7 +67,7 @@ def prompt_heat(
             noise.append(joined(pieces[step], parts))
             if own:
                 branches = [SourceStep(r.records, r.key_frames, r.piece) for r in recorders]
-                maps = [column_heat(branch, sites, denoiser.dtype) for branch in branches]
+                maps = [column_heat(maps_of(branch, sites, denoiser.dtype)) for branch in branches]
                 heats.append(joined(pieces[step], maps).to(z))
         apart.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
     difference = over_maximum(torch.stack(apart).mean(0))
