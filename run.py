@@ -138,7 +138,7 @@ def run_edits(
         schedule = checkpoint.denoiser.schedule(store.steps)
         for prompt in prompts:
             check_store(store, checkpoint.denoiser, schedule, prompt)
-        shape, fps = tuple(store.latents.shape[1:]), Fraction(*store.extra.get("fps", (8, 1)))
+        shape, fps = tuple(store.levels.shape[1:]), Fraction(*store.extra.get("fps", (8, 1)))
         # A video given beside a store lends its sound; it must have the store's frames.
         sound = read_video(first.video, first.start, first.stride, store.frames).sound if first.video else None
     session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))

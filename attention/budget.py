@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 
+from ..files.safetensors import Layout, format_bytes, layout_bytes
+from ..files.whole import disk_folder, existing, is_in_memory
 from .control import AttentionSite
 from .fusion import steps_of_share
 from .key_frames import KeyFrames
@@ -22,9 +24,6 @@ PLACES: tuple[Place, ...] = get_args(Place)
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FLOAT8}
 USABLE = 0.8
 """The share of free memory that a store may take; the model's work needs the rest."""
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""The dtype and shape of every tensor, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class StoreSettings:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
-        if self.budget_gb is not None and self.budget_gb < 0:
-            raise ValueError(f"budget_gb is {self.budget_gb}; it must be at least 0, or None for no limit")
+        if self.budget_gb is not None and not (math.isfinite(self.budget_gb) and self.budget_gb >= 0):
+            raise ValueError(f"budget_gb is {self.budget_gb}; it must be a number of at least 0, or None for no limit")
         if not 0 <= self.keep_steps <= 1:
             raise ValueError(f"keep_steps is {self.keep_steps}; it is a share, between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -117,17 +116,11 @@ class Demand:
         return found
 
     def _record(self, memory: Memory, site: AttentionSite, stored: torch.dtype) -> Layout:
-        frames, keys_of = self.latents_shape[0], self.key_frames.at(site.channels)
-        cross = site.kind == "cross"
-        columns = self.columns if cross else len(keys_of.entries) * site.tokens
-        if kept_as_map(memory, site, columns, stored):
-            return {"map": (map_precision(stored), (frames, site.heads, site.tokens, columns))}
-        keys = (1, self.columns) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
-        parts: Layout = {
-            "q": (stored, (frames, site.heads, site.tokens, site.head_dim)),
-            "k": (stored, (keys[0], site.heads, keys[1], site.head_dim)),
-        }
-        if stored == FLOAT8:
+        columns = self.columns if site.kind == "cross" else len(self.key_frames.at(site.channels).entries) * site.tokens
+        as_map = kept_as_map(memory, site, columns, stored)
+        shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.columns, as_map)
+        parts: Layout = {part: (map_precision(stored) if as_map else stored, shape) for part, shape in shapes.items()}
+        if stored == FLOAT8 and not as_map:
             parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
         return parts
 
@@ -137,17 +130,33 @@ class Demand:
         return latents + self.text_bytes + settings.kept_steps(self.steps) * layout_bytes(self.layout(memory, settings))
 
 
+def record_shapes(
+    site: AttentionSite, frames: int, key_frames: KeyFrames, columns: int, as_map: bool
+) -> dict[str, tuple[int, ...]]:
+    """The parts of a layer's record of one step, without scales. columns: of the source prompt."""
+    cross, keys_of = site.kind == "cross", key_frames.at(site.channels)
+    if as_map:
+        return {"map": (frames, site.heads, site.tokens, columns if cross else len(keys_of.entries) * site.tokens)}
+    keys = (1, columns) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
+    return {
+        "q": (frames, site.heads, site.tokens, site.head_dim),
+        "k": (keys[0], site.heads, keys[1], site.head_dim),
+    }
+
+
 @dataclass(frozen=True)
 class StorePlan:
-    """What was chosen: the memory, its place, its bytes, and why."""
+    """What was chosen: the memory, its place, its bytes, and why. folder: of a store on disk."""
 
     memory: Memory
     place: Place
     nbytes: int
     why: str
+    folder: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.memory} {_IN[self.place]}, {format_bytes(self.nbytes)}: {self.why}"
+        where = f" in {self.folder}" if self.folder else ""
+        return f"{self.memory} {_IN[self.place]}{where}, {format_bytes(self.nbytes)}: {self.why}"
 
 
 _IN = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
@@ -162,16 +171,21 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
     if settings.precision == "float8" and device.type == "mps":
         raise ValueError("precision float8 is unknown to MPS devices; take float16")
     memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
+    folder = _disk(settings)
     refused = []
     for memory in (m for m in MEMORIES[::-1] if m in memories):
         needed = demand.nbytes(memory, settings)
         if settings.budget_gb is not None and needed > settings.budget_gb * 1e9:
             refused.append(f"{memory} takes {format_bytes(needed)} of budget_gb {settings.budget_gb:g}")
             continue
-        for place in _places(memory, settings, device):
-            room = _free_bytes(place, settings, device)
+        for place in _places(settings, device):
+            if place == "disk" and folder is None:
+                refused.append(f"no disk for {memory}: the folders for temporary files are kept in memory")
+                continue
+            room = _free_bytes(place, folder, device)
             if room is None or needed <= (room if place == "disk" else USABLE * room):
-                return StorePlan(memory, place, needed, "; ".join(refused) or _chosen(settings, room))
+                why = "; ".join(refused) or _chosen(settings, room)
+                return StorePlan(memory, place, needed, why, folder if place == "disk" else None)
             refused.append(f"{memory} takes {format_bytes(needed)} of {format_bytes(room)} free {_IN[place]}")
     sizes = ", ".join(f"{m} {format_bytes(demand.nbytes(m, settings))}" for m in MEMORIES)
     raise MemoryError(f'memory "{settings.memory}" does not fit: {"; ".join(refused)}. Needed by each: {sizes}')
@@ -182,30 +196,26 @@ def _chosen(settings: StoreSettings, room: int | None) -> str:
     return asked if room is None else f"{asked}, {format_bytes(room)} free"
 
 
-def _places(memory: Memory, settings: StoreSettings, device: torch.device) -> tuple[Place, ...]:
+def _places(settings: StoreSettings, device: torch.device) -> tuple[Place, ...]:
     """Where the store may go, fastest first; beside a CPU, its own memory is the RAM."""
     if settings.path is not None:
         return ("disk",)
     places: tuple[Place, ...] = ("ram", "disk") if device.type == "cpu" else PLACES
-    if memory == "recompute":  # latents are at hand while they are made, so a disk would save nothing
-        places = places[:-1]
     return tuple(p for p in places if p == settings.place) or places[:1] if settings.place != "auto" else places
 
 
-def _free_bytes(place: Place, settings: StoreSettings, device: torch.device) -> int | None:
-    if place == "disk":
-        return shutil.disk_usage(existing(settings.path or settings.folder or Path(tempfile.gettempdir()))).free
+def _disk(settings: StoreSettings) -> Path | None:
+    """The folder of a store on disk; None where a temporary one would be kept in memory after all."""
+    if settings.path is not None:
+        return settings.path.parent
+    folders = [folder for folder in (settings.folder, disk_folder()) if folder is not None]
+    return next((folder for folder in folders if not is_in_memory(folder)), None)
+
+
+def _free_bytes(place: Place, folder: Path | None, device: torch.device) -> int | None:
+    if place == "disk" and folder is not None:
+        return shutil.disk_usage(existing(folder)).free
     return available_bytes(device if place == "device" else torch.device("cpu"))
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
-
-
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of all the tensors of a layout."""
-    return sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -218,11 +228,3 @@ def available_bytes(device: torch.device) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def format_bytes(count: int) -> str:
-    """A number of bytes as people read it: 12.10 GB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"

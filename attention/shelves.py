@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from math import prod
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .files import CODES, copied
+from ..files.safetensors import FileTensor, SafetensorsReader
 from .key_frames import KeyFrames, Piece
 from .records import Record, pick, record_from
 
 T = TypeVar("T")
 Records = dict[str, Record]
 """A step's records by the name of their layer."""
+
+
+Stored = Tensor | FileTensor
+"""A tensor in memory, or one of a file that is read when it is asked for."""
 
 
 class Shelf(Protocol):
@@ -31,8 +30,8 @@ class Shelf(Protocol):
     def nbytes(self) -> int:
         """Bytes of all records."""
 
-    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """A step's tensors, by layer and part; on disk they are mapped, not read."""
+    def tensors(self, step: int) -> Mapping[str, Mapping[str, Stored]]:
+        """A step's tensors, by layer and part."""
 
 
 class MemoryShelf:
@@ -66,31 +65,44 @@ class MemoryShelf:
 
 
 class FileShelf:
-    """Records in a safetensors file, mapped into memory and read where they are asked for.
+    """Records in a file, read and checked where they are asked for."""
 
-    The file is opened anew for each step, so that no more than a step's pages stay mapped.
-    temporary: remove the file and its folder with this object, or when the process ends.
+    def __init__(self, file: SafetensorsReader) -> None:
+        self.nbytes = 0
+        self._steps: dict[int, dict[str, dict[str, FileTensor]]] = {}
+        for name, tensor in file.tensors.items():
+            if name.startswith("step."):
+                layer, _, part = name[10:].rpartition(".")
+                self._steps.setdefault(int(name[5:9]), {}).setdefault(layer, {})[part] = tensor
+                self.nbytes += tensor.nbytes
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._steps)
+
+    def tensors(self, step: int) -> Mapping[str, Mapping[str, FileTensor]]:
+        return self._steps[step]
+
+
+class FileLevels:
+    """The latents of every level, clean to noisy, in a file; as a tensor (levels, frames, 4, h, w) would, it gives
+    one level for one index.
     """
 
-    def __init__(self, path: Path, temporary: bool = False) -> None:
-        self.path = path
-        self.nbytes = 0
-        self._names: dict[int, list[tuple[str, str, str]]] = {}
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  it is no dict
-                if key.startswith("step."):
-                    layer, _, part = key[10:].rpartition(".")
-                    self._names.setdefault(int(key[5:9]), []).append((key, layer, part))
-                    self.nbytes += _slice_bytes(file, key)
-        if temporary:
-            weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
+    def __init__(self, levels: Sequence[FileTensor]) -> None:
+        self._levels = levels
+        self.shape = torch.Size((len(levels), *levels[0].shape))
+        self.dtype = levels[0].dtype
+        self.nbytes = sum(level.nbytes for level in levels)
 
-    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
-        with safe_open(self.path, framework="pt") as file:
-            for key, layer, part in self._names[step]:
-                found.setdefault(layer, {})[part] = file.get_tensor(key)
-        return found
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __getitem__(self, level: int) -> Tensor:
+        return self._levels[level].read()
+
+
+Levels = Tensor | FileLevels
 
 
 def tensor_name(step: int, name: str) -> str:
@@ -98,10 +110,14 @@ def tensor_name(step: int, name: str) -> str:
     return f"step.{step:04d}.{name}"
 
 
-def _slice_bytes(file: Any, key: str) -> int:
-    part = file.get_slice(key)
-    size = next(dtype.itemsize for dtype, code in CODES.items() if code == part.get_dtype())
-    return prod(part.get_shape()) * size
+def level_name(level: int) -> str:
+    """How a level's latents are called in a file."""
+    return f"latents.{level:04d}"
+
+
+def read(x: Stored) -> Tensor:
+    """A tensor, from its file where it is in one."""
+    return x.read() if isinstance(x, FileTensor) else x
 
 
 def fetch(
@@ -111,18 +127,16 @@ def fetch(
 
     Layers that were not kept are left out.
     """
-    mapped = isinstance(shelf, FileShelf)
     records = {}
     for name, parts in shelf.tensors(step).items():
         if name in wanted:
             rows = {} if piece.is_whole else _rows_of_piece(parts, name.endswith("cross"), key_frames, piece)
-            brought = {part: _brought(t, rows.get(part), device, mapped) for part, t in parts.items()}
-            records[name] = record_from(brought)
+            records[name] = record_from({part: _brought(t, rows.get(part), device) for part, t in parts.items()})
     return records
 
 
 def _rows_of_piece(
-    parts: dict[str, Tensor], cross: bool, key_frames: KeyFrames, piece: Piece
+    parts: Mapping[str, Stored], cross: bool, key_frames: KeyFrames, piece: Piece
 ) -> dict[str, Sequence[int]]:
     """Where a piece's frames are among a record's rows, and the keys these see."""
     rows: dict[str, Sequence[int]] = {"map": piece.held, "q": piece.held}
@@ -133,10 +147,10 @@ def _rows_of_piece(
     return rows
 
 
-def _brought(x: Tensor, rows: Sequence[int] | None, device: torch.device, mapped: bool) -> Tensor:
-    """Rows on a device; of a mapped file a copy, so that it is read here and not at its first use."""
-    if mapped:
-        x = copied(x, rows)
+def _brought(x: Stored, rows: Sequence[int] | None, device: torch.device) -> Tensor:
+    """Rows on a device."""
+    if isinstance(x, FileTensor):
+        x = x.read(rows)
     elif rows is not None:
         x = pick(x, rows)
     if device.type == "cuda" and not x.is_pinned() and x.device.type == "cpu":
@@ -181,29 +195,25 @@ class Background:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-Put = Callable[[int, Records], None]
-"""Keeps the records of a step."""
-
-
 @contextmanager
-def written_behind(device: torch.device, on_disk: bool, write: Put) -> Iterator[Put]:
-    """`write`, done while the caller goes on: one step at a time, its errors told at the next.
+def written_behind(device: torch.device, on_disk: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Do pieces of work while the caller goes on: one at a time, its errors told at the next.
 
-    From a CPU's work to its own memory there is nothing to wait for, and `write` is done at once.
+    From a CPU's work to its own memory there is nothing to wait for, and each is done at once.
     """
     if device.type == "cpu" and not on_disk:
-        yield write
+        yield lambda work: work()
         return
     background = Background(device)
     pending: list[Future[None]] = []
 
-    def put(step: int, records: Records) -> None:
+    def start(work: Callable[[], None]) -> None:
         if pending:
             pending.pop().result()
-        pending.append(background.start(lambda: write(step, records)))
+        pending.append(background.start(work))
 
     try:
-        yield put
+        yield start
         if pending:
             pending.pop().result()
     finally:

@@ -151,9 +151,11 @@ def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
     attention there anew, for what the store kept is the inversion's.
     """
     store = inversion.store
-    replay = denoised(trial, store.latents[-1], trial.source, store.key_frames, clip_norm=store.clip_norm).flip(0)
+    replay = denoised(trial, store.level(store.steps), trial.source, store.key_frames, clip_norm=store.clip_norm).flip(
+        0
+    )
     latents = torch.cat([replay[1:], replay[-1:]])
-    return Inversion(replace(store, latents=latents, memory="recompute", shelf=None, kept_steps=0))
+    return Inversion(replace(store, levels=latents, memory="recompute", shelf=None, kept_steps=0))
 
 
 def _keys(*entries: str | int) -> Method:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control
+from ..attention.identity import ModelIdentity
 from ..attention.key_frames import KeyFrames, Piece
-from ..attention.store import Condition, ModelIdentity
+from ..attention.store import Condition
 from .ddim import Schedule
 
 Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
@@ -88,3 +89,11 @@ def joined(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
         weights = torch.tensor(piece.weights, dtype=part.dtype).to(part.device)
         whole[list(piece.held)] += weights.view(-1, *[1] * (part.ndim - 1)) * part
     return whole
+
+
+def check_finite(latents: Tensor, what: str) -> None:
+    """Raise ArithmeticError for latents that hold an infinity or no number: all that follows would be black."""
+    if not torch.isfinite(latents).all():
+        raise ArithmeticError(
+            f"{what} are not finite: a setting is too large (guidance, reweight), or the model's precision too small"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.budget import record_shapes
 from ..attention.control import AttentionSite, Control
 from ..attention.fusion import Fuser, FusionSettings, StepPlan
 from ..attention.key_frames import Piece
@@ -20,7 +22,7 @@ from ..attention.records import Recorder, SourceStep
 from ..attention.shelves import FileShelf, Records, read_ahead
 from ..attention.store import AttentionStore, Condition, StoreError
 from .ddim import Schedule, ddim_move
-from .denoiser import Denoiser, Guidance, frames_of, joined, pieces_of
+from .denoiser import Denoiser, Guidance, check_finite, frames_of, joined, pieces_of
 from .invert import Inversion, Progress
 from .prompt_mask import difference_levels, prompt_heat
 
@@ -61,7 +63,7 @@ def edit(
     one more in every step that reads a source that is not kept (`unet_calls`).
 
     Raises StoreError for a store of another model, schedule or prompt, and ValueError for
-    options that do not fit each other, before the first step.
+    options that do not fit each other, before the first step; ArithmeticError where numbers leave their range.
     """
     alone = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask)
     return edit_many(denoiser, inversion, [alone], chunk_frames, progress=progress)[0]
@@ -86,7 +88,7 @@ def edit_many(
     for one in edits:
         check_store(store, denoiser, schedule, one.prompt)
     runs = [_Run.prepared(denoiser, store, schedule, one) for one in edits]
-    start = store.latents[-1].to(denoiser.device)
+    start = store.level(store.steps).to(denoiser.device)
     pieces = [
         pieces_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
         for timestep in store.timesteps
@@ -102,6 +104,8 @@ def edit_many(
                 for run, z, own in zip(runs, zs, parts, strict=True):
                     own.append(run.predict(z, step, source))
             zs = [run.move(z, step, pieces[step], own) for run, z, own in zip(runs, zs, parts, strict=True)]
+            for z in zs:
+                check_finite(z, f"the edit's latents at step {step + 1} of {store.steps}")
             if progress:
                 progress(step + 1, store.steps)
     return zs
@@ -126,7 +130,7 @@ def _sources(
         return lambda: store.fetch(step, wanted[step], piece, denoiser.device)
 
     jobs = (job(step, piece) for step in range(store.steps) if kept(step) for piece in pieces[step])
-    with read_ahead(denoiser.device, isinstance(store.shelf, FileShelf), jobs) as take:
+    with read_ahead(denoiser.device, store.on_disk, jobs) as take:
 
         def source_of(step: int, piece: Piece) -> SourceStep:
             if kept(step):
@@ -140,7 +144,7 @@ def compute_source(denoiser: Denoiser, store: AttentionStore, step: int, wanted:
     """The source's attention at an edit step (0 the noisiest), by the inversion's own UNet call."""
     if not wanted:
         return SourceStep({}, store.key_frames, piece)
-    z = store.latents[store.steps - step - 1].to(denoiser.device, non_blocking=True)
+    z = store.level(store.steps - step - 1).to(denoiser.device, non_blocking=True)
     recorder = Recorder(store.key_frames, piece, wanted)
     denoiser.predict_noise(frames_of(z, piece), store.timesteps[step], store.source, recorder)
     return SourceStep(recorder.records, store.key_frames, piece)
@@ -182,15 +186,17 @@ class _Run:
 
     @classmethod
     def prepared(cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit) -> _Run:
-        like = store.latents[0, :1].to(denoiser.device)
+        like = store.level(0)[:1].to(denoiser.device)
         fusion, prompt, given = asked.fusion or FusionSettings(), asked.prompt, asked.mask
+        if not math.isfinite(asked.guidance_scale):
+            raise ValueError(f"guidance_scale is {asked.guidance_scale}; it must be a finite number")
         target = Condition.of(asked.target_embeddings, "target_embeddings").to(like)
         negative = None
         if asked.guidance_scale != 1:
             if asked.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={asked.guidance_scale} needs negative_embeddings")
             negative = Condition.of(asked.negative_embeddings, "negative_embeddings").to(like)
-        height, width = store.latents.shape[-2:]
+        height, width = store.levels.shape[-2:]
         sites = denoiser.sites(height, width)
         alignment, masking, given_at = None, [], {}
         columns: tuple[list[int], list[int]] = ([], [])
@@ -262,7 +268,7 @@ class _Run:
         z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
         masks = [part.mask for part in parts if part.mask is not None]
         if masks:
-            kept = self.store.latents[level - 1].to(z.device, non_blocking=True)
+            kept = self.store.level(level - 1).to(z.device, non_blocking=True)
             z = kept + joined(pieces, masks) * (z - kept)
         return z
 
@@ -296,7 +302,7 @@ class _Run:
         if self.mask_sites:
             maps = [(site, control.maps[site.name]) for site in self.mask_sites]
             heats = [self.source_heat(source), word_heat(maps, self.blend_columns[1])]
-        height, width = self.store.latents.shape[-2:]
+        height, width = self.store.levels.shape[-2:]
         return self.masks({(height, width)}, heats, source.piece)[height, width][:, None]
 
     def source_heat(self, source: SourceStep) -> Tensor:
@@ -341,8 +347,8 @@ def source_heats(
     Taken from the layers that masks come from, which are read, or computed, once for all.
     """
     store = inversion.store
-    sites = mask_sites(denoiser.sites(*store.latents.shape[-2:]), mask_tokens)
-    z = store.latents[store.steps - step - 1].to(denoiser.device)
+    sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
+    z = store.level(store.steps - step - 1).to(denoiser.device)
     pieces = pieces_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
     wanted = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in columns]
@@ -379,10 +385,22 @@ def check_store(
             f"the store was made on another schedule: its timesteps start {store.timesteps[:3]}, "
             f"this scheduler's {schedule.timesteps[:3]}"
         )
-    if len(store.latents) != store.steps + 1:
-        raise StoreError(f"the store holds {len(store.latents)} latents for {store.steps} steps; it is damaged")
+    if isinstance(store.shelf, FileShelf):
+        _check_shelf(store, store.shelf, denoiser)
     if prompt is not None and store.prompt is not None and store.prompt != prompt.source:
         raise StoreError(f"the store was made with the prompt {store.prompt!r}, not {prompt.source!r}")
+
+
+def _check_shelf(store: AttentionStore, shelf: FileShelf, denoiser: Denoiser) -> None:
+    """StoreError where a file's attention is not of the shape that this model's layers have."""
+    sites = {site.name: site for site in denoiser.sites(*store.levels.shape[-2:])}
+    for step in shelf.steps:
+        for name, parts in shelf.tensors(step).items():
+            found = {part: tensor.shape for part, tensor in parts.items() if not part.endswith("_scale")}
+            if name not in sites or found != record_shapes(
+                sites[name], store.frames, store.key_frames, store.source.columns, as_map="map" in parts
+            ):
+                raise StoreError(f"the store's attention of {name} at step {step} does not fit this model")
 
 
 class Calls(NamedTuple):

@@ -14,7 +14,7 @@ from ..attention.key_frames import KeyFrames
 from ..attention.records import Recorder, whole_clip
 from ..attention.store import AttentionStore, Condition
 from .ddim import ddim_move
-from .denoiser import Denoiser, frames_of, joined, pieces_of
+from .denoiser import Denoiser, check_finite, frames_of, joined, pieces_of
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
@@ -44,6 +44,7 @@ def invert(
     *,
     prompt: str | None = None,
     extra: dict[str, Any] | None = None,
+    attachments: dict[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Inversion:
     """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1).
@@ -52,12 +53,12 @@ def invert(
     dim), or a `Condition`. key_frames: whose keys and values a frame sees, see `KeyFrames`.
     clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
     name, or `StoreSettings`. chunk_frames: frames of one UNet call, None for all; see
-    `KeyFrames.pieces` for when this approximates. prompt, extra: kept in the store, to check edits
-    against and for the caller's own use; `extra` must fit JSON.
+    `KeyFrames.pieces` for when this approximates. prompt, extra, attachments: kept in the store, to check edits
+    against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors.
 
     At step i the UNet is called at the *target* timestep with the latent of the level
-    before, as the authors' code does. Raises ValueError for bad shapes or options and
-    MemoryError, with the bytes, where the chosen memory does not fit.
+    before, as the authors' code does. Raises ValueError for bad shapes or options, ArithmeticError where the
+    model's numbers leave their range, and MemoryError, with the bytes, where the chosen memory does not fit.
     """
     settings, keys = StoreSettings.of(memory), KeyFrames.of(key_frames)
     if latents.ndim != 4 or not len(latents):
@@ -71,7 +72,7 @@ def invert(
     plan = plan_store(settings, demand, latents.device)
     store = AttentionStore(
         memory=plan.memory,
-        latents=_levels(latents, steps, on_device=plan.place == "device"),
+        levels=latents.expand(steps + 1, *latents.shape),  # their shape; the values come as they are computed
         source=source,
         timesteps=schedule.timesteps,
         alphas=tuple(schedule.alphas.tolist()),
@@ -80,11 +81,12 @@ def invert(
         model=denoiser.identity(),
         prompt=prompt,
         extra=extra or {},
+        attachments=attachments or {},
     )
     wanted, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
     z = latents
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-        store.latents[0].copy_(z)
+        put(0, z, {})
         for i, timestep in enumerate(reversed(schedule.timesteps)):
             step = steps - 1 - i  # of the edit, which goes the other way
             kept = wanted if step < store.kept_steps else set()
@@ -92,18 +94,8 @@ def invert(
             recorders = [Recorder(keys, piece, kept, plan.memory, precision) for piece in pieces]
             noise = [denoiser.predict_noise(frames_of(z, r.piece), timestep, source, r) for r in recorders]
             z = ddim_move(z, joined(pieces, noise), schedule.alphas[i], schedule.alphas[i + 1])
-            store.latents[i + 1].copy_(z, non_blocking=True)
-            if kept:
-                put(step, whole_clip(recorders, sites))
+            check_finite(z, f"the inversion's latents at step {i + 1} of {steps}")
+            put(i + 1, z, whole_clip(recorders, sites) if kept else {})
             if progress:
                 progress(i + 1, steps)
-        if latents.device.type == "cuda":  # the copies above may still be under way
-            torch.cuda.current_stream(latents.device).synchronize()
     return Inversion(store)
-
-
-def _levels(latents: Tensor, steps: int, on_device: bool) -> Tensor:
-    """Room for the latents of every level, on their device or in RAM (pinned beside a GPU)."""
-    device = latents.device if on_device else torch.device("cpu")
-    pinned = latents.device.type == "cuda" and not on_device
-    return torch.empty((steps + 1, *latents.shape), dtype=latents.dtype, device=device, pin_memory=pinned)

@@ -53,13 +53,13 @@ def prompt_heat(
     levels. A tells one thing from another; the root, for the words of a ground are looked at unevenly.
     Without columns it is D alone. Two UNet calls for each level; to be called while the denoiser is hooked.
     """
-    size = store.latents.shape[-2:]
+    size = store.levels.shape[-2:]
     names = {site.name for site in sites}
     apart: list[Tensor] = []
     looked: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in difference_levels(store.steps):
         step = store.steps - 1 - level
-        z, timestep = store.latents[level].to(denoiser.device), store.timesteps[step]
+        z, timestep = store.level(level).to(denoiser.device), store.timesteps[step]
         noise = []
         for condition, own, heats in zip((store.source, target), columns, looked, strict=True):
             recorders = [Recorder(store.key_frames, piece, names if own else set()) for piece in pieces[step]]

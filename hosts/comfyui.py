@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ..attention.budget import Demand, StorePlan, StoreSettings, plan_store
 from ..attention.control import AttentionSite, Control
+from ..attention.identity import ModelIdentity
 from ..attention.key_frames import KeyFrames, Piece
 from ..attention.prompt import PromptEdit
-from ..attention.shelves import FileShelf
-from ..attention.store import AttentionStore, Condition, ModelIdentity
+from ..attention.shelves import FileLevels, FileShelf
+from ..attention.store import AttentionStore, Condition
 from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance, Windows
 from ..diffusion.edit import Edit, check_store, edit_many, source_heats
@@ -89,9 +90,9 @@ class HostStore(AttentionStore):
     patcher: Any = None
 
     def get_ram_usage(self) -> int:
-        """Bytes of memory, as the host's cache asks for them; a shelf on disk takes none."""
-        on_disk = self.shelf.nbytes if isinstance(self.shelf, FileShelf) else 0
-        return self.nbytes - on_disk
+        """Bytes of memory, as the host's cache asks for them; what is on disk takes none."""
+        on_disk = [part.nbytes for part in (self.levels, self.shelf) if isinstance(part, (FileLevels, FileShelf))]
+        return self.nbytes - sum(on_disk)
 
     def with_model(self, model: Any) -> HostStore:
         """For a store from a file: take the edit's MODEL for the inversion's."""
@@ -391,7 +392,7 @@ def invert_clip(
             progress=progress_with_preview(model, denoiser, steps),
         )  # fmt: skip
         kept.append(inversion.store)
-        return inversion.latents[-1] / denoiser.schedule(steps).alphas[-1] ** 0.5
+        return inversion.store.level(steps).to(denoiser.device) / denoiser.schedule(steps).alphas[-1] ** 0.5
 
     noise, _ = run_in_host(model, samples, [source], steps, run, chunk_frames=chunk_frames)
     return noise, HostStore(**vars(kept[0]), patcher=model)
@@ -472,7 +473,7 @@ def source_of(store: AttentionStore) -> HostCondition:
 
 def clean_samples(model: Any, store: AttentionStore) -> Tensor:
     """The clip's own latents as LATENT samples."""
-    return model.model.process_latent_out(store.latents[0].float().cpu())
+    return model.model.process_latent_out(store.level(0).float().cpu())
 
 
 def plain_options(conditioning: Conditioning) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.control import AttentionSite, Control, Kind, Place
+from ..attention.identity import IdentityCache, ModelIdentity
 from ..attention.key_frames import KeyFrames, Piece
-from ..attention.store import ModelIdentity
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule
 
 WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, and LCM-free fine-tunes of them"
+
+_IDENTITIES = IdentityCache()
 
 Layer = tuple[str, int, int, Kind]
 """Where the host has an attention layer: block name, block number, transformer index, kind."""
@@ -312,13 +314,11 @@ def identity_of(patcher: Any) -> ModelIdentity:
     layers = attention_layers(model.diffusion_model)
     layout = (
         f"{type(model).__name__} in={config['in_channels']} width={config['model_channels']}"
-        f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)}"
+        f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)} "
+        f"predicts={'v' if isinstance(patcher.get_model_object('model_sampling'), V_PREDICTION) else 'epsilon'}"
     )
-    keys = ["diffusion_model.input_blocks.0.0.weight", "diffusion_model.out.2.weight"]
-    keys += [k for k in model.state_dict() if k.endswith(".to_k.weight")]
-    weights = [_unpatched(patcher, key) for key in keys]
-    picked = torch.cat([w.detach().flatten()[:: max(1, w.numel() // 8)][:8].float().cpu() for w in weights])
-    return ModelIdentity(layout, tuple(picked.tolist()), str(model.get_dtype()))
+    keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
+    return _IDENTITIES.of(model, layout, model.get_dtype(), {key: _unpatched(patcher, key) for key in keys})
 
 
 def _unpatched(patcher: Any, key: str) -> Tensor:

@@ -19,11 +19,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.control import Attend, AttentionSite, Control, Place, attention
-from ..attention.store import Condition, ModelIdentity
+from ..attention.identity import IdentityCache, ModelIdentity
+from ..attention.store import Condition
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule, guide
 from ..diffusion.denoiser import Guidance
 
+_IDENTITIES = IdentityCache()
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
@@ -90,12 +92,10 @@ class DiffusersDenoiser:
         config = self.unet.config
         layout = (
             f"UNet2DConditionModel in={config['in_channels']} width={tuple(config['block_out_channels'])} "
-            f"text={config['cross_attention_dim']} attention={len(self._layers)}"
+            f"text={config['cross_attention_dim']} attention={len(self._layers)} "
+            f"predicts={self.scheduler.config['prediction_type']}"
         )
-        weights = [self.unet.conv_in.weight, self.unet.conv_out.weight]
-        weights += [_base(attn.to_k).weight for attn, *_ in self._layers.values()]
-        picked = torch.cat([w.detach().flatten()[:: max(1, w.numel() // 8)][:8].float() for w in weights])
-        return ModelIdentity(layout, tuple(picked.tolist()), str(self.unet.dtype))
+        return _IDENTITIES.of(self.unet, layout, self.unet.dtype, _base_weights(self.unet))
 
     def windows(self, latents: Tensor, timestep: int) -> None:
         return None
@@ -286,9 +286,9 @@ def _refuse_foreign_processors(unet: UNet2DConditionModel) -> None:
             )
 
 
-def _base(layer: nn.Module) -> nn.Module:
-    """A projection without the LoRA wrapped around it."""
-    return getattr(layer, "base_layer", layer)
+def _base_weights(unet: nn.Module) -> dict[str, Tensor]:
+    """A model's weights without the LoRA layers wrapped around them: these may come after the inversion."""
+    return {name.replace(".base_layer", ""): w for name, w in unet.state_dict().items() if ".lora_" not in name}
 
 
 def _clip_norms(unet: UNet2DConditionModel) -> list[nn.GroupNorm]:

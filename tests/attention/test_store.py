@@ -102,11 +102,11 @@ def test_a_memory_that_does_not_fit_says_the_bytes_before_any_work(denoiser):
 def _save_with_file_size_limit(folder):
     """Run in a process of its own: a disk that takes only 10 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    from fatezero.attention.store import ModelIdentity
+    from fatezero.attention.identity import ModelIdentity
 
     store = AttentionStore(
         "recompute", torch.zeros(3, 2, 4, 32, 32), Condition(torch.zeros(1, 77, 8)), (2, 1), (1.0, 0.5, 0.2),
-        KeyFrames(("self",)), False, ModelIdentity("x", (), "float32"),
+        KeyFrames(("self",)), False, ModelIdentity("x", "", "float32"),
     )  # fmt: skip
     try:
         store.save(f"{folder}/s.safetensors")

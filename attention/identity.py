@@ -1,0 +1,88 @@
+"""What tells one model from another: all its weights, and what they predict."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+_SIGNS = 65521
+"""How many signs there are before they repeat: a prime, so that they do not follow a tensor's rows."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Enough of a model to tell it from another.
+
+    layout: its class, width, attention layers, and what it predicts. digest: SHA-256 of all its weights. dtype: the
+    one they are in. traces: two numbers for each tensor, its norm and the sum of its weights under fixed signs; by
+    these a model is told across dtypes, to their rounding.
+    """
+
+    layout: str
+    digest: str
+    dtype: str
+    traces: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, layout: str, dtype: torch.dtype, weights: Iterable[tuple[str, Tensor]]) -> ModelIdentity:
+        """Read every weight once: a second or so for a gigabyte."""
+        digest, traces = hashlib.sha256(), list[float]()
+        signs = torch.randint(2, (_SIGNS,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+        for name, weight in sorted(weights, key=lambda named: named[0]):
+            plain = _plain(weight)
+            digest.update(f"{name} {tuple(plain.shape)}".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+            parts = [part.float() for part in plain.reshape(-1).split(_SIGNS)]
+            traces.append(sum(float(part.dot(part)) for part in parts) ** 0.5)
+            traces.append(sum(float(part.dot(signs[: len(part)])) for part in parts))
+        return cls(layout, digest.hexdigest(), str(dtype), tuple(traces))
+
+    def matches(self, other: ModelIdentity) -> bool:
+        """Whether these are the same weights, or the same but for the rounding of two dtypes."""
+        if self.layout != other.layout or len(self.traces) != len(other.traces):
+            return False
+        if self.dtype == other.dtype:
+            return self.digest == other.digest
+        rounding = 4 * max(_spacing(self.dtype), _spacing(other.dtype))
+        pairs = list(zip(self.traces, other.traces, strict=True))
+        norms = [max(a, b) for (a, b) in pairs[::2] for _ in range(2)]
+        return all(abs(a - b) <= rounding * norm for (a, b), norm in zip(pairs, norms, strict=True))
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """A weight's numbers in RAM, of a quantized one those it stands for."""
+    weight = weight.detach()
+    if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
+        weight = weight.dequantize()
+    return weight.cpu().contiguous()
+
+
+def _spacing(dtype: str) -> float:
+    kind = getattr(torch, dtype.removeprefix("torch."), None)
+    return torch.finfo(kind).eps if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
+
+
+class IdentityCache:
+    """The identities of models, each read once and again only where its weights changed."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Any, tuple[object, ModelIdentity]] = WeakKeyDictionary()
+
+    def of(self, model: Any, layout: str, dtype: torch.dtype, weights: dict[str, Tensor]) -> ModelIdentity:
+        """The identity of a model (any object that can be referred to weakly) with these weights."""
+        state = (layout, dtype, tuple((name, w.data_ptr(), _version(w)) for name, w in weights.items()))
+        known = self._known.get(model)
+        if known is None or known[0] != state:
+            known = (state, ModelIdentity.of(layout, dtype, weights.items()))
+            self._known[model] = known
+        return known[1]
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version

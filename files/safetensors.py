@@ -1,0 +1,317 @@
+"""safetensors files written tensor by tensor, read by offset, each row with a checksum.
+
+The library's own reader maps a file privately and writable, which the system charges against memory:
+a file larger than memory cannot be opened so. Here tensors are read where they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .whole import remove_folder, whole_file
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The dtype and shape of every tensor, by name."""
+
+CODES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""What a safetensors file calls the dtypes that a store may have."""
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+CHECKSUMS = "checksums"
+"""The tensor of every row's CRC-32, in the order of the file's tensors."""
+_LONGEST_HEADER = 2**30
+
+
+class DamagedFileError(ValueError):
+    """A file that is not whole, or not as it was written."""
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all the tensors of a layout."""
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes as people read it: 12.10 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def rows_of(shape: Sequence[int]) -> int:
+    """How many rows a tensor is checked in: its first dimension."""
+    return shape[0] if shape else 1
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+class SafetensorsWriter:
+    """A safetensors file whose tensors come one after another.
+
+    layout: every tensor's dtype and shape, known before the first. The file stands under another
+    name until the `with` block ends well, and is removed where it does not; after a crash its name
+    is never that of a store.
+
+    Raises OSError, saying the bytes, where the disk has no room.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: dict[str, str]) -> None:
+        self.path = path
+        rows = sum(rows_of(shape) for _, shape in layout.values())
+        layout = layout | {CHECKSUMS: (torch.int64, (rows,))}
+        # Wide numbers first, so that every tensor is aligned in the file.
+        order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+        self._left = {name: layout[name] for name in order}
+        self._starts: dict[str, int] = {}
+        self._header: dict[str, object] = {"__metadata__": {"checksum": _NONE} | metadata}
+        self._checksums: dict[str, list[int]] = {name: [] for name in order if name != CHECKSUMS}
+        end = 0
+        for name in order:
+            start, end = end, end + layout_bytes({name: layout[name]})
+            self._starts[name] = start
+            dtype, shape = layout[name]
+            self._header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(self._header).encode()
+        self._head = text + b" " * (-len(text) % 8)
+        self.nbytes = 8 + len(self._head) + end
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if self.nbytes > free:
+            raise OSError(f"the store takes {self.nbytes} bytes but {path.parent} has {free} free")
+        self._whole = whole_file(path, keep_suffix=False)  # nobody shall list it among stores
+
+    def __enter__(self) -> Self:
+        self._file: IO[bytes] = self._whole.__enter__().open("wb")
+        return self
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; ValueError for one that is not as the layout says."""
+        dtype, shape = self._left.pop(name)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {dtype} {shape} was announced")
+        data = tensor.detach().cpu()
+        data = data if data.is_contiguous() else copied(data)
+        held = _bytes_of(data)
+        size = len(held) // max(1, rows_of(shape))
+        if name != CHECKSUMS:
+            self._checksums[name] = [crc32(held[i * size : (i + 1) * size]) for i in range(rows_of(shape))]
+        self._write(8 + len(self._head) + self._starts[name], held)
+
+    def _write(self, at: int, data: bytes | memoryview) -> None:
+        try:
+            self._file.seek(at)
+            self._file.write(data)
+        except OSError as error:
+            wanted = format_bytes(self.nbytes)
+            raise OSError(f"the store of {wanted} could not be written to {self.path}: {error}") from error
+
+    def _finish(self) -> None:
+        if len(self._left) > 1:
+            left = [name for name in self._left if name != CHECKSUMS]
+            raise ValueError(f"{left[0]} and {len(left) - 1} more were never written")
+        checksums = torch.tensor([crc for rows in self._checksums.values() for crc in rows], dtype=torch.int64)
+        self.put(CHECKSUMS, checksums)
+        head = _with_checksum(self._head, _NONE, _header_checksum(self._head, checksums))
+        self._write(0, len(head).to_bytes(8, "little") + head)  # last: without it no reader takes the file for whole
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            try:
+                if kind is None:
+                    self._finish()
+            finally:
+                self._file.close()
+        except BaseException as failure:
+            self._whole.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._whole.__exit__(kind, error, at)
+
+
+_NONE = "0" * 8
+"""Stands in the header where its own checksum will be."""
+
+
+def _header_checksum(head: bytes, checksums: Tensor) -> str:
+    """Of a header without its own, and of the tensors' checksums."""
+    return f"{crc32(_bytes_of(checksums), crc32(head)):08x}"
+
+
+def _with_checksum(head: bytes, before: str, after: str) -> bytes:
+    """A header, another checksum in it; it is the first thing in the metadata."""
+    return head.replace(f'"checksum": "{before}"'.encode(), f'"checksum": "{after}"'.encode(), 1)
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a file, not read yet."""
+
+    file: SafetensorsReader
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self, rows: Sequence[int] | None = None) -> Tensor:
+        """The tensor, or rows of it, in RAM; DamagedFileError where it is not as it was written."""
+        return self.file.read(self.name, rows)
+
+
+class SafetensorsReader:
+    """A file of `SafetensorsWriter`, its tensors read and checked where they are asked for.
+
+    temporary: remove the file's folder with this object, or when the process ends.
+
+    Raises DamagedFileError for a file that is no such file, or whose header is not as it was written.
+    """
+
+    def __init__(self, path: Path, temporary: bool = False) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, _close, self._file, path.parent if temporary else None)
+        try:
+            self._read_header()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise DamagedFileError(f"{path.name} is not whole (truncated or damaged): {error}") from error
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if not 0 < length <= min(size - 8, _LONGEST_HEADER):
+            raise ValueError("it has no header")
+        head = self._file.read(length)
+        header = json.loads(head)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._begin = 8 + length
+        self._starts: dict[str, int] = {}
+        self.tensors: dict[str, FileTensor] = {}
+        end = 0
+        for name, about in header.items():
+            dtype, shape = DTYPES.get(about["dtype"]), tuple(about["shape"])
+            if dtype is None or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise ValueError(f"{name} is of no kind that a store has")
+            start, end = end, end + layout_bytes({name: (dtype, shape)})
+            if about["data_offsets"] != [start, end]:
+                raise ValueError(f"{name} is not where it should be")
+            self._starts[name] = start
+            self.tensors[name] = FileTensor(self, name, dtype, shape)
+        if self._begin + end != size:
+            raise ValueError(f"it has {size - self._begin} bytes of {end}")
+        self._read_checksums(head)
+
+    def _read_checksums(self, head: bytes) -> None:
+        if CHECKSUMS not in self.tensors or "checksum" not in self.metadata:
+            self._checksums: dict[str, Tensor] = {}
+            return
+        tensor = self.read(CHECKSUMS, check=False)
+        told = self.metadata["checksum"]
+        if _header_checksum(_with_checksum(head, told, _NONE), tensor) != told:
+            raise ValueError("its header is not as it was written")
+        names = [name for name in self.tensors if name != CHECKSUMS]
+        counts = [rows_of(self.tensors[name].shape) for name in names]
+        if sum(counts) != len(tensor):
+            raise ValueError("it has too few checksums")
+        self._checksums = dict(zip(names, tensor.split(counts), strict=True))
+
+    @property
+    def checked(self) -> bool:
+        """Whether the file has checksums; those of other programs have none."""
+        return bool(self._checksums)
+
+    def read(self, name: str, rows: Sequence[int] | None = None, check: bool = True) -> Tensor:
+        """A tensor, or rows of it; DamagedFileError where a row is not as it was written."""
+        about = self.tensors[name]
+        whole = range(rows_of(about.shape))
+        wanted = whole if rows is None else rows
+        shape = about.shape if rows is None else (len(rows), *about.shape[1:])
+        result = torch.empty(shape, dtype=about.dtype)
+        size = about.nbytes // max(1, len(whole))
+        held = _bytes_of(result)
+        done = 0
+        for first, count in _runs(wanted):
+            part = held[done * size : (done + count) * size]
+            self._fill(part, self._begin + self._starts[name] + first * size)
+            if check:
+                self._check(name, part, first, count, size)
+            done += count
+        return result
+
+    def _fill(self, part: memoryview, at: int) -> None:
+        with self._lock:
+            self._file.seek(at)
+            done = 0
+            while done < len(part):
+                got = self._file.readinto(part[done:])
+                if not got:
+                    raise DamagedFileError(f"{self.path} ends before its tensors do")
+                done += got
+
+    def _check(self, name: str, part: memoryview, first: int, count: int, size: int) -> None:
+        expected = self._checksums[name][first : first + count].tolist()
+        for i, checksum in enumerate(expected):
+            if crc32(part[i * size : (i + 1) * size]) != checksum:
+                raise DamagedFileError(f"{self.path} is damaged: {name} is not as it was written")
+
+
+def _close(file: IO[bytes], folder: Path | None) -> None:
+    file.close()
+    if folder is not None:
+        remove_folder(folder)
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows that follow one another, as (first, how many)."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and row == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((row, 1))
+    return found
+
+
+def _bytes_of(x: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return x.reshape(-1).view(torch.uint8).numpy().data
+
+
+def copied(x: Tensor) -> Tensor:
+    """A contiguous copy of a CPU tensor, made by one thread.
+
+    torch would copy with OpenMP, and a second team of its threads takes the cores from the one
+    that runs the UNet.
+    """
+    whole_number = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.from_numpy(x.detach().view(whole_number).numpy().copy(order="C")).view(x.dtype)

@@ -1,0 +1,187 @@
+"""Files and folders that appear whole or not at all, and are gone when their process is."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there, and nothing of other processes is removed
+    fcntl = None  # type: ignore[assignment]
+
+_IN_MEMORY = ("tmpfs", "ramfs")
+_PREFIX = "fatezero-"
+_mine: dict[Path, int] = {}
+"""What this process must not leave behind, and the file descriptor that holds its lock."""
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
+    """A path beside the wanted one; it takes its place at the end, or goes on any error.
+
+    keep_suffix: end its name like the wanted one's, for writers that go by it. A link is followed. Raises OSError
+    where something other than a file is in the way.
+    """
+    path = _target(Path(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem, suffix = path.name.encode()[:120].decode(errors="ignore"), path.suffix[:20] if keep_suffix else ""
+    for old in path.parent.glob(f".{glob.escape(stem)}.*.partial{glob.escape(suffix)}"):
+        if old not in _mine:
+            _remove_if_dead(old)
+    partial = path.with_name(f".{stem}.{os.getpid()}.partial{suffix}")
+    _mine[partial] = _locked(os.open(partial, os.O_CREAT | os.O_RDWR, 0o666))
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def check_writable(path: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise OSError, before any work, where a file cannot be written or would replace what it must not.
+
+    An input is never replaced, an existing file only with `overwrite`. The folder is tried by writing to it,
+    and left as it was.
+    """
+    path = Path(path)
+    missing: list[Path] = []
+    try:
+        if any(path.exists() and Path(given).exists() and path.samefile(given) for given in inputs):
+            raise FileExistsError(f"{path} is an input of this run; it is never overwritten")
+        target = _target(path)
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; give --overwrite to replace it")
+        missing = [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            target.touch(exist_ok=False)  # the name itself may be too long
+            target.unlink()
+        with tempfile.TemporaryFile(dir=target.parent, prefix="." + _PREFIX) as file:
+            file.write(b"0")
+    except OSError as error:
+        if error.errno is None:  # one of those above
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _target(path: Path) -> Path:
+    """The file that a path names; OSError where it is a folder or a device."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"it is {'a folder' if path.is_dir() else 'no regular file'}", str(path))
+    return path
+
+
+# --- folders --------------------------------------------------------------------------
+
+
+def temporary_folder(parent: Path | None = None) -> Path:
+    """A folder of this process, which a later one may remove once this one is gone."""
+    parent = parent or disk_folder()
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_folders(parent)
+    new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+    handle = -1 if fcntl is None else _locked(os.open(new, os.O_RDONLY))
+    folder = new.rename(parent / new.name[1:])  # only now may others look whether it is held
+    _mine[folder] = handle
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that `temporary_folder` gave."""
+    _remove(folder)
+
+
+def remove_stale_folders(parent: Path) -> None:
+    """Remove the temporary folders of processes that are gone."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        if folder not in _mine:
+            _remove_if_dead(folder)
+
+
+def disk_folder() -> Path:
+    """A folder for large temporary files: the system's, or another where that one is kept in memory."""
+    usual = Path(tempfile.gettempdir())
+    others = [Path("/var/tmp"), Path.home() / ".cache"]
+    usable = (f for f in others if f.is_dir() and os.access(f, os.W_OK) and not is_in_memory(f))
+    return next(usable, usual) if is_in_memory(usual) else usual
+
+
+def is_in_memory(path: Path) -> bool:
+    """Whether a path lies on a file system that is kept in RAM, as far as the system tells."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return False
+    place = existing(path).resolve()
+    found, kind = Path(), ""
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        point, kind_there = line.split(" ")[1:3]
+        mount = Path(point.encode().decode("unicode_escape") if "\\" in point else point)
+        if place.is_relative_to(mount) and len(mount.parts) >= len(found.parts):
+            found, kind = mount, kind_there
+    return kind in _IN_MEMORY
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+# --- at the end of a process, and after it ------------------------------------------------
+
+
+def remove_leftovers() -> None:
+    """Remove all that this process has not finished: for the end of an interrupted one."""
+    for path in list(_mine):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    handle = _mine.pop(path, -1)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    if handle >= 0:
+        os.close(handle)
+
+
+def _locked(handle: int) -> int:
+    """The same file or folder, its lock held until it is closed or the process ends, however it ends."""
+    if fcntl is None:
+        os.close(handle)
+        return -1
+    with suppress(OSError):  # some network file systems have no locks: others then leave the file alone
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a file or folder of this user's whose lock nobody holds."""
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        about = path.lstat()
+        if about.st_uid != os.getuid() or stat.S_ISLNK(about.st_mode):
+            return
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        finally:
+            os.close(handle)

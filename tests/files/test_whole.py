@@ -1,0 +1,136 @@
+"""Files whole or not at all, and nothing left of processes that are gone."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fatezero.files import whole
+from fatezero.files.whole import check_writable, disk_folder, is_in_memory, temporary_folder, whole_file
+
+HELD = """
+import sys, time
+from pathlib import Path
+from fatezero.files.whole import temporary_folder, whole_file
+parent = Path(sys.argv[1])
+folder = temporary_folder(parent)
+(folder / "store.safetensors").write_bytes(b"x" * 1000)
+with whole_file(parent / "video.mp4") as partial:
+    partial.write_bytes(b"half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A process that holds a temporary folder and a half-written file."""
+    process = subprocess.Popen([sys.executable, "-c", HELD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name.split("-")[0].split(".mp4")[0] for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
+def test_what_another_process_holds_stays_until_it_is_gone(other, tmp_path):
+    mine = temporary_folder(tmp_path)
+    with whole_file(tmp_path / "video.mp4") as partial:
+        partial.write_bytes(b"mine")
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 2
+    assert len(list(tmp_path.glob(".video.mp4.*.partial.mp4"))) == 1
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    third = temporary_folder(tmp_path)
+    with whole_file(tmp_path / "video.mp4") as partial:
+        partial.write_bytes(b"mine again")
+    assert {p.name for p in tmp_path.iterdir()} == {mine.name, third.name, "video.mp4"}
+    for folder in (mine, third):
+        whole.remove_folder(folder)
+
+
+def test_other_peoples_folders_and_links_stay(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "fatezero-link").symlink_to(tmp_path / "elsewhere")
+    whole.remove_stale_folders(tmp_path)
+    assert (tmp_path / "elsewhere" / "kept").exists()
+    assert (tmp_path / "fatezero-link").is_symlink()
+
+
+def test_leftovers_go_at_the_end(tmp_path):
+    folder = temporary_folder(tmp_path)
+    (folder / "x").touch()
+    with whole_file(tmp_path / "a.bin") as partial:
+        partial.touch()
+        whole.remove_leftovers()
+        assert list(tmp_path.iterdir()) == []
+        partial.touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "new/deep/a.mp4", "x" * 251 + ".mp4", "ü" * 125 + ".mp4", "a [1]*?.mp4"])
+def test_a_file_can_be_written_where_the_check_passes_and_the_check_leaves_nothing(tmp_path, name):
+    path = tmp_path / name
+    check_writable(path)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        with whole_file(path) as partial:
+            partial.write_text("whole")
+    assert path.read_text() == "whole"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_what_stands_in_the_way_is_told_before_any_work(tmp_path):
+    here = tmp_path / "here.mp4"
+    here.write_text("mine")
+    with pytest.raises(FileExistsError, match="exists; give --overwrite"):
+        check_writable(here)
+    check_writable(here, overwrite=True)
+    (tmp_path / "link.mp4").symlink_to(here)
+    with pytest.raises(FileExistsError, match="an input of this run"):
+        check_writable(tmp_path / "link.mp4", overwrite=True, inputs=[here])
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(OSError, match="it is a folder"):
+        check_writable(tmp_path / "folder.mp4", overwrite=True)
+    with pytest.raises(OSError, match="no regular file"):
+        check_writable("/dev/null", overwrite=True)
+    with pytest.raises(OSError, match="cannot write"):
+        check_writable(tmp_path / ("x" * 300 + ".mp4"))
+    with pytest.raises(OSError, match="cannot write"):
+        check_writable(here / "below.mp4")
+    assert here.read_text() == "mine"
+
+
+def test_a_folder_that_takes_no_file_is_told(tmp_path):
+    """As root a folder's mode forbids nothing, so one of the kernel's stands in."""
+    place = Path("/proc/self") if os.getuid() == 0 else tmp_path
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="cannot write"):
+        check_writable(place / "a.mp4")
+    tmp_path.chmod(0o700)
+
+
+def test_overwriting_a_link_replaces_what_it_names(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with whole_file(tmp_path / "link.txt") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "real.txt").read_text() == "new"
+    assert (tmp_path / "link.txt").is_symlink()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a folder in memory")
+def test_a_folder_in_memory_is_no_disk(monkeypatch, tmp_path):
+    assert is_in_memory(Path("/dev/shm/not/there/yet"))
+    monkeypatch.setattr(whole.tempfile, "gettempdir", lambda: "/dev/shm")
+    assert not is_in_memory(disk_folder())
+    monkeypatch.setattr(whole.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert disk_folder() == tmp_path
