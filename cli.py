@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,52 +15,118 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from .attention.key_frames import KeyFrames
-from .config import PRESETS, ConfigError, EditConfig, checked, load_configs, load_pairs, with_preset
+from .config import PRESETS, ConfigError, EditConfig, check_effect, checked, load_configs, load_pairs, with_preset
+from .files.stopping import stop_if_heard
 
 app = typer.Typer(
     help="Edit real videos with a prompt and an image diffusion model (FateZero).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables cut long names, and whose markup eats square brackets
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(highlight=False)
 
 Bar = Callable[[int, int], None]
+_LINE_EVERY = 10.0
+"""Seconds between lines of progress where there is no terminal."""
+
+
+class Grouped(TyperCommand):
+    """A command whose help shows its options in groups, each with its default."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str], Bar]]:
-    """A table of bars; each `add(title)` returns a callback (done, total)."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """Progress of several things; each `add(title)` returns a callback (done, total).
+
+    On a terminal a table of bars, elsewhere lines: the first, then one every ten seconds, and the last.
+    """
+    if not console.is_terminal:
+        yield _progress_lines
+        return
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=console) as progress:
 
         def add(title: str) -> Bar:
             task = progress.add_task(title, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
+
+            def update(done: int, total: int) -> None:
+                stop_if_heard()
+                progress.update(task, completed=done, total=total)
+
+            return update
 
         yield add
 
 
+def _progress_lines(title: str) -> Bar:
+    begun, told = time.monotonic(), float("-inf")
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        stop_if_heard()
+        now = time.monotonic()
+        if now - told >= _LINE_EVERY or done == total:
+            told, left = now, (now - begun) / max(1, done) * (total - done)
+            rest = f", {_minutes(left)} left" if done < total else f" in {_minutes(now - begun)}"
+            console.print(f"{title} {done}/{total}{rest}", markup=False, soft_wrap=True)
+            console.file.flush()
+
+    return update
+
+
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02}"
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """End on bad input with one line and status 1, on Ctrl-C with status 130."""
+    """End on bad input, and on whatever goes wrong, with one line and status 1."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            complain("interrupted; nothing half-written is left")
             raise typer.Exit(130) from None
-        except (ValueError, TypeError, OSError, MemoryError) as error:
+        except Exception as error:
             if os.environ.get("FATEZERO_DEBUG"):
                 raise
-            complain(f"error: {error or type(error).__name__}")
+            complain(_told(error))
             raise typer.Exit(1) from None
 
     return run
+
+
+def _told(error: Exception) -> str:
+    """An error in one line; of one that is no user's doing, where it came from."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return f"error: out of memory: {text}; take fewer or smaller frames, --chunk-frames, or another --device"
+    if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError)):
+        return f"error: {text}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"error: {type(error).__name__}: {text} ({where}; FATEZERO_DEBUG=1 shows all of it)"
 
 
 def complain(text: str) -> None:
@@ -66,69 +134,142 @@ def complain(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"fatezero {__version__}")
+        raise typer.Exit
+
+
+def _quiet(asked: bool) -> None:
+    console.quiet = asked
+
+
+@app.callback()
+def fatezero(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Edit real videos with a prompt and an image diffusion model (FateZero)."""
+
+
 # --- options shared by edit and invert --------------------------------------------------
 
-Video = Annotated[Path | None, typer.Argument(help="Video, picture, or folder of pictures.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML of settings, ours or the authors' own.")]
+
+def _option(help: str, *names: str, default: str | None = None, panel: str | None = None) -> Any:
+    """An option with the default that its help shows; a value of None leaves that to what is beneath it."""
+    shown = f"{help}  [default: {default}]" if default else help
+    return typer.Option(*names, help=shown, show_default=False, rich_help_panel=panel)
+
+
+_MODEL, _FRAMES, _STORE, _EDIT, _RUN = "Model", "Which frames", "The store", "The edit", "This run"
+_INVERSION = "The inversion"
+
+Video = Annotated[Path | None, typer.Argument(help='Video, picture, or pictures: a folder, "f_%04d.png" or "*.png".')]
+Config = Annotated[Path | None, _option("YAML of settings, ours or the authors' own.", "--config", panel=_RUN)]
 Model = Annotated[
     str | None,
-    typer.Option(help="Diffusers folder, .safetensors checkpoint or hub name; default: the bundled demo."),
+    _option("Diffusers folder, .safetensors checkpoint or hub name.", default="the bundled demo", panel=_MODEL),
 ]
 ModelConfig = Annotated[
     str | None,
-    typer.Option(help="For a .safetensors checkpoint: a diffusers folder with its tokenizer and configuration."),
+    _option("For a .safetensors checkpoint: a diffusers folder with its tokenizer and configuration.", panel=_MODEL),
 ]
-Lora = Annotated[str | None, typer.Option(help="A LoRA file or folder.")]
-Steps = Annotated[int | None, typer.Option(help="DDIM steps [50].")]
+Lora = Annotated[str | None, _option("A LoRA file or folder.", panel=_MODEL)]
+Steps = Annotated[int | None, _option("DDIM steps.", default="50", panel=_INVERSION)]
 KeyFramesOption = Annotated[
     str | None,
-    typer.Option("--key-frames", help="self, first, middle, last, previous or offsets, by commas [self,middle]."),
+    _option(
+        "self, first, middle, last, previous or offsets, by commas.", "--key-frames", default="self,middle",
+        panel=_INVERSION,
+    ),
+]  # fmt: skip
+ClipNorm = Annotated[
+    bool | None,
+    _option("GroupNorm statistics over the whole clip, as the authors' code.", default="no", panel=_INVERSION),
 ]
-ClipNorm = Annotated[bool | None, typer.Option(help="GroupNorm statistics over the whole clip, as the authors' code.")]
 MemoryOption = Annotated[
     str | None,
-    typer.Option("--memory", help="recompute, queries_keys, maps, or auto: the fastest that fits [recompute]."),
+    _option(
+        "recompute, queries_keys, maps, or auto: the fastest that fits.", "--memory", default="recompute", panel=_STORE
+    ),
 ]
-Place = Annotated[str | None, typer.Option(help="Where the store is: device, ram, disk, or auto [auto].")]
-Budget = Annotated[float | None, typer.Option(help="The most gigabytes the store may take [what is free].")]
+Place = Annotated[str | None, _option("Where it is: device, ram, disk, or auto.", default="auto", panel=_STORE)]
+Budget = Annotated[
+    float | None, _option("The most gigabytes it may take, latents included.", default="what is free", panel=_STORE)
+]
 Precision = Annotated[
-    str | None, typer.Option(help="Of kept queries and keys: model, float16, bfloat16, float8 [model].")
+    str | None,
+    _option("Of kept queries and keys: model, float16, bfloat16, float8.", default="model", panel=_STORE),
 ]
 KeepSteps = Annotated[
-    float | None, typer.Option(help="Share of steps whose attention is kept; others are computed again [1].")
+    float | None,
+    _option("Share of steps whose attention is kept; others are computed again.", default="1", panel=_STORE),
 ]
-Chunk = Annotated[int | None, typer.Option("--chunk-frames", help="Frames of one UNet call, for long clips [all].")]
-MaxTokens = Annotated[int | None, typer.Option(help="Record and fuse layers of up to this many tokens [all].")]
-Start = Annotated[int | None, typer.Option(help="First frame [0].")]
-Stride = Annotated[int | None, typer.Option(help="Take every n-th frame [1].")]
-Count = Annotated[int | None, typer.Option(help="How many frames; 0 for all [at most 8].")]
-Crop = Annotated[str | None, typer.Option(help="Pixels to cut: left,top,right,bottom.")]
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT to edit at; default: short side at the model's own size.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: float16 on a GPU, else float32.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, with memory and UNet calls, and stop.")]
+MaxTokens = Annotated[
+    int | None, _option("Record and fuse layers of up to this many tokens.", default="all", panel=_STORE)
+]
+Chunk = Annotated[
+    int | None, _option("Frames of one UNet call, for long clips.", "--chunk-frames", default="all", panel=_RUN)
+]
+Start = Annotated[str | None, _option("First frame, or its time: 48, 2.5s, 1:02.", default="0", panel=_FRAMES)]
+End = Annotated[str | None, _option("The frame, or time, to stop before.", default="the end", panel=_FRAMES)]
+Stride = Annotated[int | None, _option("Take every n-th frame.", default="1", panel=_FRAMES)]
+Count = Annotated[
+    int | None, _option("How many frames; 0 for all.", default="at most 8; with --end all", panel=_FRAMES)
+]
+Fps = Annotated[
+    float | None,
+    _option("See the video at this rate; of pictures, their rate.", default="its own; pictures: 8", panel=_FRAMES),
+]
+Crop = Annotated[str | None, _option("Pixels to cut: left,top,right,bottom.", default="0,0,0,0", panel=_FRAMES)]
+Size = Annotated[
+    str | None,
+    _option("WIDTHxHEIGHT to edit at.", default="the short side at the model's own size", panel=_FRAMES),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.", rich_help_panel=_RUN)]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, float16, bfloat16, or auto: float16 on a GPU, else float32.", rich_help_panel=_RUN),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan, with memory and UNet calls, and stop.", rich_help_panel=_RUN),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.", rich_help_panel=_RUN)]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_quiet, help="Say nothing but errors.", rich_help_panel=_RUN),
+]
 
 
-@app.command()
+@app.command(cls=Grouped)
 @guarded
 def edit(
     video: Video = None,
-    source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="What it shall show; several are edited in one pass.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the edit goes: .mp4, .mov, .mkv.")] = Path(
-        "edit.mp4"
-    ),
+    source: Annotated[str | None, _option("What the video shows.")] = None,
+    target: Annotated[list[str] | None, _option("What it shall show; several are edited in one pass.")] = None,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help='Where the edit goes: .mp4, .mov, .mkv, .webm, .gif; pictures: "folder/" or "f_%04d.png".',
+        ),
+    ] = "edit.mp4",
     config: Config = None,
-    preset: Annotated[str | None, typer.Option(help=f"The paper's settings: {', '.join(PRESETS)}.")] = None,
-    store: Annotated[Path | None, typer.Option(help="A store of `fatezero invert`, to reuse.")] = None,
+    preset: Annotated[str | None, _option(f"Settings that go together: {', '.join(PRESETS)}.", panel=_EDIT)] = None,
+    store: Annotated[
+        Path | None, _option("A store of `fatezero invert`, in the place of an inversion.", panel=_STORE)
+    ] = None,
     model: Model = None,
     model_config: ModelConfig = None,
     lora: Lora = None,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    negative: Annotated[str | None, _option("Negative prompt.", default="none", panel=_EDIT)] = None,
     steps: Steps = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance [7.5].")] = None,
+    guidance_scale: Annotated[float | None, _option("Classifier-free guidance.", default="7.5", panel=_EDIT)] = None,
     key_frames: KeyFramesOption = None,
     clip_norm: ClipNorm = None,
     memory: MemoryOption = None,
@@ -137,50 +278,70 @@ def edit(
     precision: Precision = None,
     keep_steps: KeepSteps = None,
     chunk_frames: Chunk = None,
-    mode: Annotated[str | None, typer.Option(help="refine or replace: how words meet.")] = None,
-    blend_source: Annotated[str | None, typer.Option(help="Source words of the mask, by commas.")] = None,
-    blend_target: Annotated[str | None, typer.Option(help="Target words of the mask, by commas.")] = None,
-    reweight: Annotated[list[str] | None, typer.Option(help="word=factor on a target word; may repeat.")] = None,
-    cross_replace_steps: Annotated[float | None, typer.Option(help="Share of steps with cross fusion.")] = None,
-    self_replace_steps: Annotated[float | None, typer.Option(help="Share of steps with self fusion.")] = None,
-    blend_self_attention: Annotated[
-        bool | None, typer.Option(help="Fuse self-attention outside the mask only.")
+    mode: Annotated[str | None, _option("refine or replace: how words meet.", default="refine", panel=_EDIT)] = None,
+    blend_source: Annotated[
+        str | None, _option("Source words of the mask, by commas.", default="those that change", panel=_EDIT)
     ] = None,
-    blend_latents: Annotated[bool | None, typer.Option(help="Keep the source's latents outside the mask.")] = None,
-    blend_threshold: Annotated[float | None, typer.Option(help="Threshold of the mask.")] = None,
+    blend_target: Annotated[
+        str | None, _option("Target words of the mask, by commas.", default="those that change", panel=_EDIT)
+    ] = None,
+    reweight: Annotated[list[str] | None, _option("word=factor on a target word; may repeat.", panel=_EDIT)] = None,
+    cross_replace_steps: Annotated[
+        float | None, _option("Share of steps with cross fusion.", default="0.7", panel=_EDIT)
+    ] = None,
+    self_replace_steps: Annotated[
+        float | None, _option("Share of steps with self fusion.", default="0.8", panel=_EDIT)
+    ] = None,
+    blend_self_attention: Annotated[
+        bool | None, _option("Fuse self-attention outside the mask only.", default="no", panel=_EDIT)
+    ] = None,
+    blend_latents: Annotated[
+        bool | None, _option("Keep the source's latents outside the mask.", default="no", panel=_EDIT)
+    ] = None,
+    blend_threshold: Annotated[float | None, _option("Threshold of the mask.", default="0.3", panel=_EDIT)] = None,
     blend_latents_until: Annotated[
-        float | None, typer.Option(help="Share of steps up to which latents are kept [0.8].")
+        float | None, _option("Share of steps up to which latents are kept.", default="0.8", panel=_EDIT)
     ] = None,
     mask_from: Annotated[
-        str | None, typer.Option(help="attention: the paper's mask; prompts: where their predictions differ.")
+        str | None,
+        _option(
+            "attention: the paper's mask; prompts: where their predictions differ.", default="attention", panel=_EDIT
+        ),
     ] = None,
     separate_words: Annotated[
-        float | None, typer.Option(help="In the mask of both prompts, how little to look at words of elsewhere [0].")
+        float | None,
+        _option("In the mask of both prompts, how little to look at words of elsewhere.", default="0", panel=_EDIT),
     ] = None,
     max_tokens: MaxTokens = None,
-    mask_tokens: Annotated[int | None, typer.Option(help="Finest grid of the mask [256].")] = None,
+    mask_tokens: Annotated[int | None, _option("Finest grid of the mask.", default="256", panel=_EDIT)] = None,
     start: Start = None,
+    end: End = None,
     stride: Stride = None,
     count: Count = None,
+    fps: Fps = None,
     crop: Crop = None,
     size: Size = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> None:
     """Edit a video: invert it, then denoise with the target prompt and fused attention."""
     flags = {k: v for k, v in locals().items() if k in EditConfig.__dataclass_fields__}
     configs = _configs(config, preset, flags, store)
     from .run import Session, run_edits  # torch and diffusers take seconds to import: after the cheap checks
 
-    run_edits(Session(console, progress_bar, device, dtype, model_config), configs, output, store, dry_run)
+    inputs = tuple(path for path in (config, store) if path)
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    run_edits(session, configs, output, store, dry_run)
 
 
-@app.command()
+@app.command(cls=Grouped)
 @guarded
 def invert(
     video: Video = None,
-    source: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    source: Annotated[str | None, _option("What the video shows.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the store goes.")] = Path("store.safetensors"),
     config: Config = None,
     model: Model = None,
@@ -196,20 +357,26 @@ def invert(
     chunk_frames: Chunk = None,
     max_tokens: MaxTokens = None,
     start: Start = None,
+    end: End = None,
     stride: Stride = None,
     count: Count = None,
+    fps: Fps = None,
     crop: Crop = None,
     size: Size = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> None:
     """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
     flags = {k: v for k, v in locals().items() if k in EditConfig.__dataclass_fields__}
     configs = _configs(config, None, flags, None, inverting=True)
     from .run import Session, run_invert
 
-    run_invert(Session(console, progress_bar, device, dtype, model_config), configs[0], output, dry_run)
+    inputs = (config,) if config else ()
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    run_invert(session, configs[0], output, dry_run)
 
 
 @app.command()
@@ -237,6 +404,8 @@ def evaluate(
     comparison: Annotated[Path | None, typer.Option(help="Both clips in one video.")] = None,
     how: Annotated[str, typer.Option(help="side by side, wipe, split or difference.")] = "side by side",
     device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
     left, top, right, bottom = _whole_numbers("crop", crop, ",", 4)
@@ -247,7 +416,7 @@ def evaluate(
         original, edited, (source, target), mask, truth, flow, clip, lpips, judge, start, stride,
         (left, top, right, bottom), output, plot, comparison, how,  # type: ignore[arg-type]
     )  # fmt: skip
-    run_evaluate(Session(console, progress_bar, device), asked)
+    run_evaluate(Session(console, progress_bar, device, overwrite=overwrite), asked)
 
 
 @app.command()
@@ -289,7 +458,9 @@ def benchmark(
     ] = None,
     model: Annotated[str, typer.Option(help="Another checkpoint of the demo world.")] = "demo",
     clip: Annotated[str, typer.Option(help="A CLIP of transformers, for Tem-Con and Frame-Acc.")] = "",
-    workers: Annotated[int | None, typer.Option(help="Processes [one for each core; one on a GPU].")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes.", show_default="one for each core; one on a GPU")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
@@ -346,22 +517,27 @@ def _configs(
     """Flags over the preset over the file over the defaults; one for each target."""
     targets = flags.pop("target", None)
     given = checked(_parsed({k: v for k, v in flags.items() if v is not None}))
-    configs, notes = load_configs(path) if path else ([EditConfig()], [])
+    texts = {"source": given["source"]} if "source" in given else {}
+    notes: list[str] = []
+    configs: list[EditConfig] = []
+    for target in targets or [None]:
+        own = texts | (checked({"target": target}) if target is not None else {})
+        if path:
+            found, told = load_configs(path, own, preset)
+            notes += told
+        else:
+            found = [EditConfig(**own)]
+            found = [with_preset(c, preset) for c in found] if preset else found
+        configs += [c for c in (replace(c, **given) for c in found) if c not in configs]
     for note in dict.fromkeys(notes):
-        console.print(f"[yellow]note:[/] {note}")
-    if "source" in given:
-        configs = [replace(c, source=given["source"]) for c in configs]
-    if targets:
-        configs = [replace(c, target=target) for c in configs for target in targets]
-    if preset:
-        configs = [with_preset(c, preset) for c in configs]
-    configs = [replace(c, **given) for c in configs]
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     for c in configs:
         missing = [] if store else [n for n in ("video", "source") if not getattr(c, n)]
         missing += [] if inverting or c.target else ["target"]
         if missing:
             flag = {"video": "VIDEO", "source": "--source", "target": "--target"}
             raise ConfigError(f"missing {', '.join(flag[m] for m in missing)}")
+        check_effect(c, () if store else list(given))
     return configs
 
 
@@ -374,13 +550,16 @@ def _parsed(flags: dict[str, Any]) -> dict[str, Any]:
         values["key_frames"] = KeyFrames.parse(values["key_frames"]).entries
     for name in ("blend_source", "blend_target"):
         if name in values:
-            values[name] = tuple(word.strip() for word in values[name].split(","))
+            values[name] = tuple(word.strip() for word in values[name].split(",") if word.strip())
     if "reweight" in values:
         values["reweight"] = dict(_weight(pair) for pair in values["reweight"])
     if "crop" in values:
         values["crop"] = _whole_numbers("crop", values["crop"], ",", 4)
     if "size" in values:
         values["size"] = _whole_numbers("size", values["size"].lower(), "x", 2)
+    for name in ("start", "end"):
+        if name in values and values[name].strip().lstrip("+-").isdigit():
+            values[name] = int(values[name])
     return values
 
 

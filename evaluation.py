@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .files.whole import check_writable, whole_file
 from .metrics.clip import ClipScorer
 from .metrics.evaluate import Figure, Report, evaluate
 from .metrics.flow import Estimator, flow_estimator
@@ -22,9 +23,10 @@ from .metrics.lpips import Lpips
 from .metrics.plot import plot_report
 from .run import Session, pick_device
 from .video.compare import COMPARISONS, Comparison, compare
-from .video.read import PICTURES, Video, read_video
-from .video.size import crop, resize_to_fill, to_unit
-from .video.write import check_output, whole_file, write_picture, write_video
+from .video.fitted import FittedVideo
+from .video.read import PICTURES, Video, VideoSource, open_video
+from .video.size import to_unit
+from .video.write import check_output, write_picture, write_video
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
     if asked.how not in COMPARISONS:
         raise ValueError(f"--how is {asked.how!r}; it must be one of {', '.join(COMPARISONS)}")
     device = pick_device(session.device)
-    edited = read_video(asked.edited)
+    inputs = [path for path in (asked.source, asked.edited, asked.mask, asked.truth, asked.lpips) if path]
+    for path in (asked.output, asked.plot):
+        if path:
+            check_writable(path, session.overwrite, inputs)
+    found = open_video(asked.edited)
     if asked.comparison:
-        check_output(asked.comparison, len(edited.frames))
-    source = _like(read_video(asked.source, asked.start, asked.stride, len(edited.frames)), edited, asked.crop)
-    truth = _like(read_video(asked.truth, 0, 1, len(edited.frames)), edited) if asked.truth else None
+        check_output(asked.comparison, len(found), session.overwrite, inputs)
+    edited = found.read()
+    source = _like(open_video(asked.source, asked.start, asked.stride, len(edited.frames)), edited, asked.crop)
+    truth = _like(open_video(asked.truth, 0, 1, len(edited.frames)), edited) if asked.truth else None
     judged = _judged(asked.prompts, edited) if asked.judge else {}
     name, flow = _flow(asked.flow, device)
     with session.bars() as bar:
@@ -99,7 +106,7 @@ def _write(asked: Evaluation, report: Report, source: Tensor, edited: Video) -> 
         write_picture(asked.plot, Image.fromarray(plot_report(report).numpy()))
     if asked.comparison:
         shown = compare(source, edited.frames, asked.how, ("source", "edit"))
-        write_video(asked.comparison, shown, edited.fps, edited.sound)
+        write_video(asked.comparison, shown, edited.fps, edited.sound, times=edited.times)
 
 
 def _finite(value: float) -> float | str | None:
@@ -107,17 +114,16 @@ def _finite(value: float) -> float | str | None:
     return None if math.isnan(value) else "inf" if math.isinf(value) else value
 
 
-def _like(video: Video, edited: Video, cut: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
+def _like(video: VideoSource, edited: Video, cut: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
     """Frames cut and scaled as `fatezero edit` does, to the edited video's size."""
-    left, top, right, bottom = cut
-    return resize_to_fill(crop(video.frames, left, top, right, bottom), *edited.size)
+    return FittedVideo.of(video, cut, edited.size).read().frames
 
 
 def _mask(path: Path, edited: Video) -> Tensor:
     """A video or picture, white where the edit was meant to be: (frames or 1, height, width)."""
     still = path.is_file() and path.suffix.lower() in PICTURES
-    video = read_video(path, 0, 1, 1 if still else len(edited.frames))
-    return (to_unit(resize_to_fill(video.frames, *edited.size)).mean(1) > 0.5).float()
+    masks = _like(open_video(path, 0, 1, 1 if still else len(edited.frames)), edited)
+    return (to_unit(masks).mean(1) > 0.5).float()
 
 
 def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] | Estimator | None]:

@@ -124,10 +124,18 @@ class Demand:
             parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
         return parts
 
+    @property
+    def latents_bytes(self) -> int:
+        """Bytes of the latents of every level, which every store holds."""
+        return (self.steps + 1) * prod(self.latents_shape) * self.latent_size
+
     def nbytes(self, memory: Memory, settings: StoreSettings) -> int:
         """Bytes of the whole store: latents of every level, text, and the kept steps' attention."""
-        latents = (self.steps + 1) * prod(self.latents_shape) * self.latent_size
-        return latents + self.text_bytes + settings.kept_steps(self.steps) * layout_bytes(self.layout(memory, settings))
+        return (
+            self.latents_bytes
+            + self.text_bytes
+            + settings.kept_steps(self.steps) * layout_bytes(self.layout(memory, settings))
+        )
 
 
 def record_shapes(

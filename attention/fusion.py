@@ -8,6 +8,7 @@ exactly, with V from the edit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal, get_args
 
 import torch
@@ -65,8 +66,8 @@ class FusionSettings:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must be between 0 and 1")
-        if self.blend_threshold < 0:
-            raise ValueError(f"blend_threshold is {self.blend_threshold}; it must be at least 0")
+        if not (isfinite(self.blend_threshold) and self.blend_threshold >= 0):
+            raise ValueError(f"blend_threshold is {self.blend_threshold}; it must be a number of at least 0")
         if self.mask_from not in get_args(MaskFrom):
             raise ValueError(f"mask_from is {self.mask_from!r}; it must be one of {', '.join(get_args(MaskFrom))}")
         if self.separate_words and not self.masks_by_prompts:

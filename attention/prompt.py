@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,7 @@ class PromptEdit:
                     self._places(prompt, word, "blend_words")
         for word, weight in self.reweight.items():
             self._places(self.target, word, "reweight")
-            if not isinstance(weight, (int, float)) or weight < 0:
+            if not isinstance(weight, (int, float)) or not isfinite(weight) or weight < 0:
                 raise ValueError(f"reweight: the weight of {word!r} is {weight!r}; it must be a number of at least 0")
 
     # --- words and tokens -------------------------------------------------------------

@@ -20,10 +20,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ..files.whole import whole_file
 from ..hosts.checkpoint import Checkpoint, quiet
 from ..metrics.clip import ClipScorer
 from ..video.size import to_bytes
-from ..video.write import whole_file, write_picture
+from ..video.write import write_picture
 from .cases import KINDS, Case, cases_of, draw_cases
 from .measure import measure
 from .methods import METHODS, QUICK, Method, Trial, edited

@@ -20,14 +20,15 @@ from ..attention.prompt import PromptEdit
 from ..config import EditConfig, with_preset
 from ..diffusion.edit import edit, source_heat
 from ..diffusion.invert import Inversion
+from ..files.whole import whole_file
 from ..hosts.checkpoint import Checkpoint, quiet
 from ..metrics.memory import PeakMemory
 from ..metrics.preservation import psnr
 from ..metrics.temporal import warp_error
-from ..run import invert_video, load_frames, pick_device
+from ..run import find_frames, fit_frames, invert_video, pick_device
 from ..video.sheet import contact_sheet, enlarge, mask_frames
 from ..video.size import to_bytes
-from ..video.write import whole_file, write_picture, write_video
+from ..video.write import write_picture, write_video
 from .judge import load_judge
 from .measure import seen_pixels
 from .model import labels
@@ -72,9 +73,10 @@ def show(
     with quiet():
         checkpoint = Checkpoint.load("demo", where)
     config = EditConfig(video=str(CLIP), source=SCENE.caption, steps=steps, count=FRAMES, size=(SIZE, SIZE))
-    video = load_frames(config, checkpoint.factor, SIZE)
+    video = fit_frames(config, find_frames(config), checkpoint.factor, SIZE)
+    frames = video.read().frames
     rows: list[dict[str, float | str]] = []
-    edits = [(f"source: {SCENE.caption}", video.frames)]
+    edits = [(f"source: {SCENE.caption}", frames)]
     with bars() as bar:
         start = time.perf_counter()
         with PeakMemory(where) as memory:
@@ -91,7 +93,7 @@ def show(
                 measures = _measures(outcome, truth, head, wanted)
                 rows.append({"edit": preset, "method": method, **measures, "store bytes": inversion.store.nbytes})
             edits.append((f"{preset}: {wanted.caption}", to_bytes(methods["FateZero"].frames)))
-            _write(folder, preset, chosen, video.frames, methods, truth, _mask(checkpoint, inversion, chosen))
+            _write(folder, preset, chosen, frames, methods, truth, _mask(checkpoint, inversion, chosen))
     write_picture(folder / "overview.png", contact_sheet(edits))
     _summary(folder, rows, console)
     return rows

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..files.whole import whole_file
 from ..metrics.bootstrap import Interval, bootstrap, difference_of, error_ratio, mean_of
 from ..video.sheet import contact_sheet
-from ..video.write import whole_file
 from .benchmark import Row, strip_frames, strip_name
 from .cases import KINDS
 from .methods import METHODS, PAPER

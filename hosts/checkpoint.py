@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..attention.identity import ModelIdentity
 from ..attention.prompt import CHUNK
 from ..attention.store import Condition
 from .diffusers import DiffusersDenoiser
@@ -62,9 +64,11 @@ class Checkpoint:
 
         Raises CheckpointError, saying what was looked for.
         """
+        if lora is not None and not Path(lora).exists():
+            raise CheckpointError(f"no LoRA at {lora}")
         pipeline = _pipeline(name, dtype, config)
         if lora is not None:
-            pipeline.load_lora_weights(lora)
+            pipeline.load_lora_weights(lora, local_files_only=True)
             pipeline.fuse_lora(lora_scale=lora_scale)
             pipeline.unload_lora_weights()
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
@@ -74,7 +78,16 @@ class Checkpoint:
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
         ]
+        missing = [f"{part}{n}" for n, pair in zip(("", "_2"), pairs, strict=True) if any(pair)
+                   for part, held in zip(("tokenizer", "text_encoder"), pair, strict=True) if held is None]  # fmt: skip
         known = [(t, e) for t, e in pairs if t is not None and e is not None]
+        if missing or not known:
+            raise CheckpointError(f"{name} lacks its {', '.join(missing) or 'tokenizer and text encoder'}")
+        for tokenizer, encoder in known:  # transformers makes an empty one of a folder that is missing
+            if 2 * len(tokenizer) < encoder.config.vocab_size:
+                raise CheckpointError(
+                    f"{name} lacks its tokenizer: it has {len(tokenizer)} of {encoder.config.vocab_size} entries"
+                )
         scheduler = pipeline.scheduler
         if not isinstance(scheduler, DDIMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False)
@@ -85,6 +98,12 @@ class Checkpoint:
     @property
     def denoiser(self) -> DiffusersDenoiser:
         return DiffusersDenoiser(self.unet, self.scheduler)
+
+    @cached_property
+    def vae_identity(self) -> ModelIdentity:
+        """What tells this autoencoder from another."""
+        scale = f"AutoencoderKL factor={self.factor} scaling={self.vae.config['scaling_factor']}"
+        return ModelIdentity.of(scale, self.vae.dtype, self.vae.state_dict().items())
 
     @property
     def tokenizer(self) -> Any:
@@ -142,11 +161,17 @@ class Checkpoint:
 
     # --- pictures ---------------------------------------------------------------------
 
+    def frames_at_once(self, height: int, width: int) -> int:
+        """How many pictures of a size the autoencoder takes in one call: on a CPU one, on a GPU as many as 8 of 512x512
+        have pixels.
+        """
+        return 1 if self.vae.device.type == "cpu" else max(1, 8 * 512 * 512 // (height * width))
+
     @torch.no_grad()
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """Frames (f, 3, h, w) in 0..1 to scaled latents (f, 4, h/factor, w/factor), one at a time."""
+        """Frames (f, 3, h, w) in 0..1 to scaled latents (f, 4, h/factor, w/factor), `frames_at_once`."""
         parts = []
-        for frame in frames.split(1):
+        for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
             pixels = (2 * frame - 1).to(self.vae.device, self.vae.dtype)
             latent = self.vae.encode(pixels).latent_dist.mean
             parts.append((latent - self._shift) * self.vae.config["scaling_factor"])
@@ -154,9 +179,9 @@ class Checkpoint:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents to frames in 0..1 on the CPU, one at a time."""
+        """Scaled latents to frames in 0..1 on the CPU, `frames_at_once`."""
         parts = []
-        for latent in latents.split(1):
+        for latent in latents.split(self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))):
             pixels = self.vae.decode(latent.to(self.vae.dtype) / self.vae.config["scaling_factor"] + self._shift).sample
             parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)

@@ -14,9 +14,14 @@ def crop(frames: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: in
     Raises ValueError where nothing would be left.
     """
     height, width = frames.shape[1:3]
+    check_crop(width, height, left, top, right, bottom)
+    return frames[:, top : height - bottom, left : width - right]
+
+
+def check_crop(width: int, height: int, left: int, top: int, right: int, bottom: int) -> None:
+    """Raise ValueError where cutting these pixels off a picture would leave nothing."""
     if min(left, top, right, bottom) < 0 or left + right >= width or top + bottom >= height:
         raise ValueError(f"crop {left},{top},{right},{bottom} (left, top, right, bottom) does not fit {width}x{height}")
-    return frames[:, top : height - bottom, left : width - right]
 
 
 def fit_size(width: int, height: int, short: int, multiple: int) -> tuple[int, int]:
@@ -45,11 +50,14 @@ def resize_to_fill(frames: Tensor, width: int, height: int) -> Tensor:
         return frames
     scale = max(width / w, height / h)
     inner = max(height, round(h * scale)), max(width, round(w * scale))
-    floats = rearrange(frames, "f y x c -> f c y x").float()
-    parts = [F.interpolate(x, size=inner, mode="bicubic", antialias=True) for x in floats.split(8)]
-    scaled = torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
     top, left = (inner[0] - height) // 2, (inner[1] - width) // 2
-    return rearrange(scaled[:, :, top : top + height, left : left + width], "f c y x -> f y x c")
+    filled = torch.empty((len(frames), height, width, 3), dtype=torch.uint8)
+    for frame, result in zip(frames, filled, strict=True):
+        for channel in range(3):  # one at a time: of a large frame, floats take much room
+            plane = frame[None, None, ..., channel].float()
+            scaled = F.interpolate(plane, size=inner, mode="bicubic", antialias=True)[0, 0]
+            result[..., channel] = scaled[top : top + height, left : left + width].round().clamp(0, 255)
+    return filled
 
 
 def to_unit(frames: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Write videos and pictures, whole or not at all."""
+"""Write videos and pictures frame by frame, whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -14,81 +15,101 @@ from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
 
-from .read import Sound
+from ..files.whole import check_writable, remove_folder, temporary_folder, whole_file
+from .colour import tag, to_yuv
+from .read import Sound, SoundTrack, numbered
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+
+@dataclass(frozen=True)
+class _Codecs:
+    """How a kind of file is coded. rates: the samples a second that its sound can have."""
+
+    video: str
+    audio: str
+    rates: tuple[int, ...]
+
+
+_AAC = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
+_H264 = _Codecs("libx264", "aac", _AAC)
+_CODECS = {
+    ".mp4": _H264,
+    ".mov": _H264,
+    ".mkv": _H264,
+    ".webm": _Codecs("libvpx-vp9", "libopus", (48000, 24000, 16000, 12000, 8000)),
+}
+VIDEO_SUFFIXES = (*_CODECS, ".gif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_CLOCK = 90000
+"""Ticks a second of frames that are not evenly spaced."""
 
 
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path beside the wanted one; it takes its place at the end, or goes on any error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def is_sequence(path: str | Path) -> bool:
+    """Whether an output is many pictures: a folder ("frames/") or a pattern ("f_%04d.png")."""
+    return str(path).endswith(("/", "\\")) or (numbered(Path(path)) and _suffix(path) in PICTURE_SUFFIXES)
 
 
-def check_output(path: str | Path, frames: int) -> None:
-    """Raise ValueError, before any work, for a file name that cannot take these frames."""
-    suffix = Path(path).suffix.lower()
-    if suffix in VIDEO_SUFFIXES or (suffix in PICTURE_SUFFIXES and frames == 1):
-        return
-    kinds = VIDEO_SUFFIXES + (PICTURE_SUFFIXES if frames == 1 else ())
-    raise ValueError(f"cannot write {frames} frames to {Path(path).name!r}: use one of {', '.join(kinds)}")
+def has_sound(path: str | Path) -> bool:
+    """Whether an output can hold sound."""
+    return not is_sequence(path) and _suffix(path) in _CODECS
 
 
-def write_video(path: str | Path, frames: Tensor, fps: Fraction, sound: Sound | None = None, crf: int = 14) -> Path:
-    """Write uint8 frames (frames, height, width, 3) as H.264 with AAC sound.
+def check_output(path: str | Path, frames: int, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise, before any work, where these frames cannot be written to a path.
 
-    A picture's suffix takes a single frame. Odd sizes are padded by a pixel, for the codec
-    needs even ones. Raises ValueError for an unknown suffix and OSError where the disk fails.
+    ValueError for a name that cannot take them, and OSError for a place (see `check_writable`).
     """
+    if is_sequence(path):
+        for i in range(frames):
+            check_writable(_numbered(_pattern(path), i), overwrite, inputs if i == 0 else ())
+        return
     path = Path(path)
-    check_output(path, len(frames))
-    pixels = frames.cpu().numpy()
+    suffix = _suffix(path)
+    if suffix in PICTURE_SUFFIXES and frames > 1:
+        raise ValueError(
+            f"cannot write {frames} frames to the one picture {path.name}: take a folder ({path.stem}/), a pattern "
+            f"({path.stem}_%04d{suffix}) or a video ({', '.join(VIDEO_SUFFIXES)})"
+        )
+    if suffix not in VIDEO_SUFFIXES + PICTURE_SUFFIXES:
+        kinds = VIDEO_SUFFIXES + (PICTURE_SUFFIXES if frames == 1 else ())
+        count = "1 frame" if frames == 1 else f"{frames} frames"
+        raise ValueError(f"cannot write {count} to {path.name!r}: use one of {', '.join(kinds)}")
+    check_writable(path, overwrite, inputs)
+
+
+def write_video(
+    path: str | Path,
+    frames: Tensor | Iterable[Tensor],
+    fps: Fraction,
+    sound: Sound | SoundTrack | None = None,
+    crf: int = 14,
+    times: Sequence[Fraction] | None = None,
+) -> Path:
+    """Write uint8 frames (height, width, 3), taken one at a time: H.264 with AAC, .webm VP9 with Opus, or a GIF.
+
+    A picture's suffix takes a single frame; a folder or a pattern a picture for each (`is_sequence`); these and GIFs
+    have no sound. times: when each frame is shown, in seconds; None where they are evenly spaced. Odd sizes are
+    padded by a pixel, for the codecs need even ones; sound is resampled where a codec cannot have its rate.
+
+    Raises ValueError for an unknown suffix or no frame, and OSError where the disk fails.
+    """
+    pictures = (frame.cpu().numpy() for frame in frames)
+    if is_sequence(path):
+        return _write_sequence(_pattern(path), pictures)
+    path = Path(path)
     with whole_file(path) as partial:
-        if path.suffix.lower() in PICTURE_SUFFIXES:
-            Image.fromarray(pixels[0]).save(partial)
-            return path
         try:
-            _encode(partial, pixels, fps, sound, crf)
+            if _suffix(path) in PICTURE_SUFFIXES:
+                (picture,) = pictures
+                Image.fromarray(picture).save(partial, quality=95)
+            elif _suffix(path) == ".gif":
+                _write_gif(partial, pictures, fps, times)
+            elif _suffix(path) in _CODECS:
+                _encode(partial, _CODECS[_suffix(path)], pictures, fps, sound, crf, times)
+            else:
+                raise ValueError(f"cannot write {path.name!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
         except FFmpegError as error:
             raise OSError(f"could not write {path}: {error}") from error
     return path
-
-
-def _encode(path: Path, pixels: np.ndarray, fps: Fraction, sound: Sound | None, crf: int) -> None:
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "medium"})
-        odd = ((0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0))
-        video.height, video.width = pixels.shape[1] + odd[0][1], pixels.shape[2] + odd[1][1]
-        video.pix_fmt = "yuv420p"
-        audio = None
-        if sound is not None:
-            audio = container.add_stream("aac", rate=sound.rate)
-            audio.layout = "mono" if len(sound.samples) == 1 else "stereo"
-        for picture in pixels:
-            even = np.ascontiguousarray(np.pad(picture, odd, "edge"))
-            container.mux(video.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-        container.mux(video.encode(None))
-        if audio is not None and sound is not None:
-            for frame in _sound_frames(sound, audio.codec_context.frame_size or 1024):
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
-
-
-def _sound_frames(sound: Sound, size: int) -> Iterator[av.AudioFrame]:
-    layout = "mono" if len(sound.samples) == 1 else "stereo"
-    for at in range(0, sound.samples.shape[1], size):
-        block = np.ascontiguousarray(sound.samples[:, at : at + size], dtype=np.float32)
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
-        frame.rate, frame.pts, frame.time_base = sound.rate, at, Fraction(1, sound.rate)
-        yield frame
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> Path:
@@ -97,3 +118,118 @@ def write_picture(path: str | Path, picture: Image.Image) -> Path:
     with whole_file(path) as partial:
         picture.save(partial)
     return path
+
+
+def _suffix(path: str | Path) -> str:
+    return Path(path).suffix.lower()
+
+
+# --- videos -------------------------------------------------------------------------------
+
+
+def _encode(
+    path: Path,
+    codecs: _Codecs,
+    pictures: Iterable[np.ndarray],
+    fps: Fraction,
+    sound: Sound | SoundTrack | None,
+    crf: int,
+    times: Sequence[Fraction] | None,
+) -> None:
+    settings = {"fflags": "+bitexact"}  # the same bytes for the same frames
+    if path.suffix in (".mp4", ".mov"):
+        settings["movflags"] = "+faststart"
+    with av.open(f"file:{path}", "w", options=settings) as file:
+        options = (
+            {"crf": str(crf), "preset": "medium"} if codecs is _H264 else {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
+        )
+        video = cast(av.VideoStream, file.add_stream(codecs.video, rate=fps, options=options))
+        clock = 1 / fps if times is None else Fraction(1, _CLOCK)
+        track = None
+        for i, picture in enumerate(pictures):
+            if i == 0:
+                height, width = (side + side % 2 for side in picture.shape[:2])
+                video.height, video.width, video.pix_fmt = height, width, "yuv420p"
+                video.codec_context.time_base = clock
+                tag(video.codec_context, height)
+                track = sound and _Track(file, codecs, sound)
+            odd = ((0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0))
+            frame = to_yuv(np.pad(picture, odd, "edge"), "yuv420p")
+            at = i / fps if times is None else times[i]
+            frame.pts, frame.time_base = round(at / clock), clock
+            file.mux(video.encode(frame))
+            if track:
+                track.write(until=at)
+        file.mux(video.encode(None))
+        if track:
+            track.write(until=None)
+
+
+class _Track:
+    """Sound on its way into a file, beside the frames of its time."""
+
+    def __init__(self, file: av.container.OutputContainer, codecs: _Codecs, sound: Sound | SoundTrack) -> None:
+        rate = sound.rate if sound.rate in codecs.rates else 48000
+        self.file = file
+        self.stream = cast(av.AudioStream, file.add_stream(codecs.audio, rate=rate))
+        self.layout = "mono" if sound.channels == 1 else "stereo"
+        self.stream.layout = self.layout
+        self.rate = sound.rate
+        self.resampler = av.AudioResampler(format=self.stream.codec_context.format.name, layout=self.layout, rate=rate)
+        self.blocks: Iterator[np.ndarray] = sound.blocks()
+        self.done = 0
+
+    def write(self, until: Fraction | None) -> None:
+        """Encode what belongs to the time up to a moment, or the rest."""
+        while until is None or self.done < until * self.rate:
+            block = next(self.blocks, None)
+            if block is None:
+                if until is None:
+                    for frame in self.resampler.resample(None):
+                        self.file.mux(self.stream.encode(frame))
+                    self.file.mux(self.stream.encode(None))
+                return
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(block, np.float32), format="fltp", layout=self.layout
+            )
+            frame.rate, frame.pts, frame.time_base = self.rate, self.done, Fraction(1, self.rate)
+            self.done += block.shape[1]
+            for resampled in self.resampler.resample(frame):
+                self.file.mux(self.stream.encode(resampled))
+
+
+def _write_gif(path: Path, pictures: Iterator[np.ndarray], fps: Fraction, times: Sequence[Fraction] | None) -> None:
+    """A GIF that goes round, a palette for each frame; it tells time in hundredths of a second."""
+    shown = [Image.fromarray(picture).quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
+    at = [i / fps for i in range(len(shown) + 1)] if times is None else [*times, times[-1] + 1 / fps]
+    ends = [round(100 * t) for t in at]
+    durations = [10 * max(1, b - a) for a, b in pairwise(ends)]
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0, optimize=False)
+
+
+# --- many pictures ------------------------------------------------------------------------
+
+
+def _pattern(path: str | Path) -> Path:
+    """The pattern of a sequence's names, of a folder 00000.png, 00001.png, ..."""
+    return Path(path) if numbered(Path(path)) else Path(path) / "%05d.png"
+
+
+def _numbered(pattern: Path, i: int) -> Path:
+    return pattern.with_name(pattern.name % i)
+
+
+def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
+    """All the pictures or none, each under its number."""
+    pattern.parent.mkdir(parents=True, exist_ok=True)
+    folder = temporary_folder(pattern.parent)
+    try:
+        names = []
+        for i, picture in enumerate(pictures):
+            names.append(_numbered(folder / pattern.name, i))
+            Image.fromarray(picture).save(names[-1], quality=95)
+        for name in names:
+            name.replace(pattern.parent / name.name)
+    finally:
+        remove_folder(folder)
+    return pattern

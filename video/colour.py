@@ -1,0 +1,112 @@
+"""The colours of video: which matrix and range a file means, and HDR brought to what a picture model knows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+_HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
+_KNOWN = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 7: Colorspace.SMPTE240M}
+_BT2020 = (9, 10)
+WHITE = 203.0
+"""Nits of HDR reference white (ITU-R BT.2408), which becomes the white of SDR."""
+PEAK = 1000.0
+"""Nits that are brought to the brightest of SDR."""
+_BT2020_TO_BT709 = np.array(
+    [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]], np.float32
+)
+"""Linear light, ITU-R BT.2087."""
+
+
+def hdr_kind(frame: av.VideoFrame) -> str | None:
+    """PQ or HLG for a frame of high dynamic range; None for any other."""
+    return _HDR.get(int(frame.color_trc))
+
+
+def to_rgb(frame: av.VideoFrame, width: int) -> np.ndarray:
+    """A frame as uint8 RGB (height, width, 3), scaled to a width where its pixels are not square.
+
+    Matrix and range are those the file tells; where it tells none, BT.709 from 720 lines on and BT.601 below, as
+    players take it. HDR is tone-mapped.
+    """
+    kind = hdr_kind(frame)
+    how = {"interpolation": Interpolation.BICUBIC, "width": width} if width != frame.width else {}
+    if not frame.format.is_rgb:
+        full = int(frame.color_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+        how |= {
+            "src_colorspace": _matrix(frame),
+            "src_color_range": ColorRange.JPEG if full else ColorRange.MPEG,
+            "dst_color_range": ColorRange.JPEG,
+        }
+    if kind is None:
+        return frame.reformat(format="rgb24", **how).to_ndarray()
+    return tone_mapped(frame.reformat(format="rgb48le", **how).to_ndarray(), kind)
+
+
+def _matrix(frame: av.VideoFrame) -> Colorspace:
+    told = int(frame.colorspace)
+    if told in _BT2020:
+        return Colorspace.BT2020
+    return _KNOWN.get(told, matrix_for(frame.height))
+
+
+def matrix_for(height: int) -> Colorspace:
+    """The matrix that players take for pictures of this height."""
+    return Colorspace.ITU709 if height >= 720 else Colorspace.ITU601
+
+
+def to_yuv(pixels: np.ndarray, format: str) -> av.VideoFrame:
+    """uint8 RGB (height, width, 3) as a frame of limited range that says its matrix."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    matrix = matrix_for(frame.height)
+    return frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
+
+
+def tag(context: av.VideoCodecContext, height: int) -> None:
+    """Say in a stream what `to_yuv` made."""
+    high = matrix_for(height) == Colorspace.ITU709
+    context.colorspace = Colorspace.ITU709 if high else 6  # SMPTE 170M
+    context.color_range = ColorRange.MPEG
+    context.color_primaries = ColorPrimaries.BT709 if high else ColorPrimaries.SMPTE170M
+    context.color_trc = ColorTrc.BT709 if high else ColorTrc.SMPTE170M
+
+
+# --- high dynamic range ---------------------------------------------------------------
+
+
+def tone_mapped(pixels: np.ndarray, kind: str) -> np.ndarray:
+    """uint16 RGB of PQ or HLG in BT.2020 as uint8 RGB of SDR in BT.709.
+
+    Light is measured in reference whites. Up to 0.6 of it stays as it is; what is brighter is bent, by the
+    brightest of the three colours so that hues stay, to reach 1 at 1000 nits (Reinhard's extended curve).
+    """
+    light = _light(kind)[pixels]
+    if kind == "HLG":  # the system gamma of a display of 1000 nits acts on luminance (ITU-R BT.2100)
+        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        light *= np.maximum(luminance, 1e-6)[..., None] ** 0.2
+        light *= PEAK / WHITE
+    light = np.maximum(light @ _BT2020_TO_BT709.T, 0)
+    brightest = light.max(-1, keepdims=True)
+    light *= _bent(brightest) / np.maximum(brightest, 1e-6)
+    return (np.clip(light, 0, 1) ** (1 / 2.4) * 255 + 0.5).astype(np.uint8)
+
+
+def _bent(x: np.ndarray, knee: float = 0.6) -> np.ndarray:
+    over, top = np.maximum(x - knee, 0) / (1 - knee), (PEAK / WHITE - knee) / (1 - knee)
+    return np.minimum(x, knee) + (1 - knee) * over * (1 + over / top**2) / (1 + over)
+
+
+@lru_cache
+def _light(kind: str) -> np.ndarray:
+    """The light of every 16-bit value: of PQ in reference whites, of HLG in 0..1 of the scene (ITU-R BT.2100)."""
+    x = np.arange(65536, dtype=np.float64) / 65535
+    if kind == "PQ":
+        m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+        power = x ** (1 / m2)
+        nits = 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
+        return (nits / WHITE).astype(np.float32)
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    return np.where(x <= 0.5, x**2 / 3, (np.exp((x - c) / a) + b) / 12).astype(np.float32)

@@ -1,0 +1,53 @@
+"""A video's frames, cut and scaled as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .read import SoundTrack, Video, VideoSource
+from .size import check_crop, crop, resize_to_fill
+
+
+@dataclass(frozen=True)
+class FittedVideo:
+    """A source cut at its sides (left, top, right, bottom) and scaled to fill a size (width, height)."""
+
+    source: VideoSource
+    cut: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, source: VideoSource, cut: tuple[int, int, int, int], size: tuple[int, int]) -> FittedVideo:
+        """Raises ValueError for a cut that leaves nothing."""
+        check_crop(*source.size, *cut)
+        return cls(source, cut, size)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def fps(self) -> Fraction:
+        return self.source.fps
+
+    @property
+    def times(self) -> tuple[Fraction, ...] | None:
+        """When each frame is shown, in seconds from the first; None where they are evenly spaced."""
+        return None if self.source.even else self.source.times
+
+    def frames(self) -> Iterator[Tensor]:
+        """uint8 (height, width, 3), one after another."""
+        for frame in self.source.frames():
+            yield resize_to_fill(crop(frame[None], *self.cut), *self.size)[0]
+
+    def sound(self) -> SoundTrack | None:
+        return self.source.sound()
+
+    def read(self) -> Video:
+        """All of it at once."""
+        sound = self.sound()
+        return Video(torch.stack(list(self.frames())), self.fps, sound.read() if sound else None, self.times)
