@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import folder_paths
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-from ..video.read import VideoError, read_video
-from ..video.size import crop, fit_size, resize_to_fill
+from ..video.read import VideoError, open_video
+from ..video.size import check_crop, crop, fit_size, resize_to_fill
 from .files import inside
 from .sockets import schema
 
@@ -105,15 +107,34 @@ class FateZeroLoadVideo(io.ComfyNode):
         video: Any = None,
     ) -> io.NodeOutput:
         path = _chosen(file) if video is None else _file_of(video)
+        cut = (crop_left, crop_top, crop_right, crop_bottom)
         if path is None:
-            frames, fps, sound = _part_of(video.get_components(), start, stride, count)
+            part = _part_of(video.get_components(), start, stride, count)
         else:
-            frames, fps, sound = _part_of_file(path, start, stride, count)
-        frames = crop(frames, crop_left, crop_top, crop_right, crop_bottom)
-        frames = resize_to_fill(frames, *_size(frames.shape[2], frames.shape[1], width, height))
-        images = frames.float() / 255
-        clip = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=sound, frame_rate=fps))
-        return io.NodeOutput(images, clip, float(fps), len(images))
+            part = _part_of_file(path, start, stride, count)
+        check_crop(*part.size, *cut)
+        size = _size(part.size[0] - crop_left - crop_right, part.size[1] - crop_top - crop_bottom, width, height)
+        images = torch.empty(part.count, size[1], size[0], 3)
+        bar = comfy.utils.ProgressBar(part.count)
+        for image, frame in zip(images, part.frames, strict=True):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            torch.div(resize_to_fill(crop(frame[None], *cut), *size)[0], 255, out=image)
+            bar.update(1)
+        clip = InputImpl.VideoFromComponents(
+            Types.VideoComponents(images=images, audio=part.sound, frame_rate=part.fps)
+        )
+        return io.NodeOutput(images, clip, float(part.fps), len(images))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Frames, uint8 (height, width, 3) one after another, with their count, size and rate, and the host's AUDIO."""
+
+    frames: Iterator[torch.Tensor]
+    count: int
+    size: tuple[int, int]
+    fps: Fraction
+    sound: Any
 
 
 def _chosen(file: str) -> Path:
@@ -132,17 +153,19 @@ def _file_of(video: Any) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> tuple[torch.Tensor, Fraction, Any]:
-    """Frames, their rate and their sound as the host's AUDIO, of a file."""
-    part = read_video(path, start, stride, count or None)
-    sound = part.sound
-    if sound is None:
-        return part.frames, part.fps, None
-    return part.frames, part.fps, {"waveform": torch.from_numpy(sound.samples)[None], "sample_rate": sound.rate}
+def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> _Part:
+    """Of a file; one of varying frame times is seen at its mean rate, for a VIDEO has a single one."""
+    source = open_video(path, start, stride, count or None)
+    if not source.even and source.index is not None:
+        source = open_video(path, start, stride, count or None, fps=source.index.fps)
+    track, sound = source.sound(), None
+    if track is not None:
+        sound = {"waveform": torch.from_numpy(track.read().samples)[None], "sample_rate": track.rate}
+    return _Part(source.frames(), len(source), source.size, source.fps, sound)
 
 
-def _part_of(components: Any, start: int, stride: int, count: int) -> tuple[torch.Tensor, Fraction, Any]:
-    """Frames, their rate and their sound, of a video that another node made."""
+def _part_of(components: Any, start: int, stride: int, count: int) -> _Part:
+    """Of a video that another node made."""
     last = start + stride * count if count else None
     images = components.images[start:last:stride]
     if not len(images) or (count and len(images) < count):
@@ -156,7 +179,8 @@ def _part_of(components: Any, start: int, stride: int, count: int) -> tuple[torc
         begin = round(start / rate * sound["sample_rate"])
         length = round(len(images) / fps * sound["sample_rate"])
         sound = {**sound, "waveform": sound["waveform"][..., begin : begin + length]}
-    return (images[..., :3] * 255).round().to(torch.uint8), fps, sound
+    frames = ((image[..., :3] * 255).round().to(torch.uint8) for image in images)
+    return _Part(frames, len(images), (images.shape[2], images.shape[1]), fps, sound)
 
 
 def _size(width: int, height: int, wanted_width: int, wanted_height: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 
 import av
@@ -256,7 +256,7 @@ def open_video(
     shown = list(range(len(times)))
     even = index is None or index.even
     if index is not None and fps is not None:
-        ticks = max(1, floor((times[-1] + 1 / rate) * fps))
+        ticks = ceil((times[-1] + 1 / rate) * fps)
         shown = [max(0, bisect_right(times, i / fps) - 1) for i in range(ticks)]
         times, rate, even = [i / fps for i in range(ticks)], fps, True
     first = _frame_at(start, times)

@@ -81,7 +81,7 @@ def test_a_store_on_disk_stands_in_the_temp_folder_while_the_host_keeps_it(host)
     expected = edited(host, graph_of(memory="queries_keys"))
     graph = graph_of(memory="queries_keys", place="disk")
     run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
-    assert host.text(run, graph.invert.id).startswith("queries_keys on disk, ")
+    assert host.text(run, graph.invert.id).startswith(f"queries_keys on disk in {host.base / 'temp'}, ")
     assert len(list((host.base / "temp").rglob("store.safetensors"))) == 1
     assert relative(edited(host, graph), expected) < 1e-5
     host.post("/free", {"free_memory": True, "unload_models": False})

@@ -7,7 +7,7 @@ from fatezero import edit
 from fatezero.config import EditConfig, with_preset
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import Checkpoint
-from fatezero.run import invert_video, load_frames
+from fatezero.run import find_frames, fit_frames, invert_video
 from small import relative
 
 EDITS = {
@@ -39,7 +39,9 @@ def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
         clip_norm=clip_norm,
     )  # fmt: skip
     config = with_preset(config, preset)
-    inversion = invert_video(checkpoint, config, load_frames(config, 4, 64), lambda _: lambda done, of: None)
+    inversion = invert_video(
+        checkpoint, config, fit_frames(config, find_frames(config), 4, 64), lambda _: lambda done, of: None
+    )
     ours = edit(
         checkpoint.denoiser, inversion, checkpoint.encode_prompt(config.target, 64, 64),
         checkpoint.encode_prompt("", 64, 64), config.guidance_scale, config.prompt_edit(checkpoint.tokenizer),
