@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from .files.stopping import leave, run_to_the_end
-
-
-def _load() -> Callable[[], None]:
-    from .cli import main
-
-    return main
+from .files.stopping import end_on_signals, leave
 
 
 def main() -> None:
     """Run the command and end the process with its status."""
-    leave(run_to_the_end(_load))
+    end_on_signals()
+    from .cli import main as run
+
+    try:
+        run()
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    leave(0)
 
 
 if __name__ == "__main__":

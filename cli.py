@@ -20,7 +20,6 @@ from typer.core import TyperCommand
 
 from .attention.key_frames import KeyFrames
 from .config import PRESETS, ConfigError, EditConfig, check_effect, checked, load_configs, load_pairs, with_preset
-from .files.stopping import stop_if_heard
 
 app = typer.Typer(
     help="Edit real videos with a prompt and an image diffusion model (FateZero).",
@@ -69,11 +68,7 @@ def progress_bar() -> Iterator[Callable[[str], Bar]]:
         def add(title: str) -> Bar:
             task = progress.add_task(title, total=None)
 
-            def update(done: int, total: int) -> None:
-                stop_if_heard()
-                progress.update(task, completed=done, total=total)
-
-            return update
+            return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield add
 
@@ -83,7 +78,6 @@ def _progress_lines(title: str) -> Bar:
 
     def update(done: int, total: int) -> None:
         nonlocal told
-        stop_if_heard()
         now = time.monotonic()
         if now - told >= _LINE_EVERY or done == total:
             told, left = now, (now - begun) / max(1, done) * (total - done)
@@ -120,9 +114,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def _told(error: Exception) -> str:
     """An error in one line; of one that is no user's doing, where it came from."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
         return f"error: out of memory: {text}; take fewer or smaller frames, --chunk-frames, or another --device"
-    if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError)):
+    if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError, MemoryError)):
         return f"error: {text}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"

@@ -183,7 +183,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
             try:
                 write_video(path, decode(checkpoint, latents, bar(f"write {Path(path).name}")), fps, sound, times=times)
                 session.say(f"{config.target!r} written to {path}")
-            except OSError as error:
+            except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
         raise OSError(f"{len(failed)} of {len(configs)} edits could not be written: {'; '.join(failed)}")

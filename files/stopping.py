@@ -1,73 +1,55 @@
-"""Signals that end a run: heard before anything slow is imported, and cleaned up after."""
+"""Signals that end a run: from the first line of the program on, and leaving nothing half-written."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
-from typing import Any
 
-heard: list[int] = []
-"""The signals that came, in order."""
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+_SHOW_CURSOR = b"\x1b[?25h\n"
 
 
-def run_to_the_end(load: Callable[[], Callable[[], Any]]) -> int:
-    """Load a program and run it; its exit status, or 128 and the signal that ended it (Ctrl-C: 130).
+def end_on_signals() -> None:
+    """From now on Ctrl-C, SIGTERM and SIGHUP remove what is not finished and end the process with 128 and their number.
 
-    Whatever way the interruption ends up, through libraries that turn it into errors of their own or swallow it,
-    the files that were not finished are removed.
+    At once: an exception would have to find its way through libraries that turn it into another, swallow it, or
+    end the process their own way. One that is ignored, as nohup has it, stays ignored.
     """
-    for name in _NAMES:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _hear)
-    sys.unraisablehook = _unraisable
-    try:
-        load()()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        if not heard:
-            raise
-        status = 1
-    if not heard:
-        return status
-    for number in set(heard):
-        signal.signal(number, signal.SIG_IGN)
-    remove_leftovers: Callable[[], None] | None = getattr(sys.modules.get(_WHOLE), "remove_leftovers", None)
-    if remove_leftovers:
-        remove_leftovers()
-    word = "interrupted" if heard[0] == signal.SIGINT else f"ended by {signal.Signals(heard[0]).name}"
-    print(f"{word}; nothing half-written is left", file=sys.stderr, flush=True)
-    return 128 + heard[0]
-
-
-_WHOLE = __name__.rpartition(".")[0] + ".whole"
-
-
-def stop_if_heard() -> None:
-    """Raise KeyboardInterrupt where a signal came and whatever ran then swallowed it."""
-    if heard:
-        raise KeyboardInterrupt
+    for number in _numbers():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
 
 
 def leave(status: int) -> None:
-    """End the process: at once after a signal, for threads and libraries may be in any state."""
-    if heard:
-        sys.stdout.flush()
-        os._exit(status)
+    """End the process with a status; signals no longer count."""
+    _deaf()
     sys.exit(status)
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    heard.append(number)
-    raise KeyboardInterrupt
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
-def _unraisable(unraisable: Any) -> None:
-    if not heard:
-        sys.__unraisablehook__(unraisable)
+def _deaf() -> None:
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    _deaf()
+    whole = sys.modules.get(f"{__package__}.whole")
+    if whole is not None:
+        whole.remove_leftovers()
+    for worker in getattr(sys.modules.get("multiprocessing.process"), "active_children", list)():
+        worker.terminate()
+    with suppress(Exception):  # this may have come in the middle of a line
+        sys.stdout.flush()
+        if sys.stdout.isatty():
+            os.write(1, _SHOW_CURSOR)
+    word = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    with suppress(OSError):
+        os.write(2, f"{word}; nothing half-written is left\n".encode())
+    os._exit(128 + number)

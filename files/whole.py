@@ -21,6 +21,7 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 _PREFIX = "fatezero-"
 _mine: dict[Path, int] = {}
 """What this process must not leave behind, and the file descriptor that holds its lock."""
+_owner = os.getpid()
 
 
 # --- files ----------------------------------------------------------------------------
@@ -40,8 +41,9 @@ def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
         if old not in _mine:
             _remove_if_dead(old)
     partial = path.with_name(f".{stem}.{os.getpid()}.partial{suffix}")
-    _mine[partial] = _locked(os.open(partial, os.O_CREAT | os.O_RDWR, 0o666))
+    _mine[partial] = -1  # before it is there, for a signal may come between
     try:
+        _mine[partial] = _locked(os.open(partial, os.O_CREAT | os.O_RDWR, 0o666))
         yield partial
         partial.replace(path)
     finally:
@@ -147,8 +149,9 @@ def existing(path: Path) -> Path:
 
 def remove_leftovers() -> None:
     """Remove all that this process has not finished: for the end of an interrupted one."""
-    for path in list(_mine):
-        _remove(path)
+    if os.getpid() == _owner:  # and not a fork of it
+        for path in list(_mine):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..attention.identity import ModelIdentity
 from ..attention.prompt import CHUNK
 from ..attention.store import Condition
+from ..diffusion.denoiser import check_finite
 from .diffusers import DiffusersDenoiser
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
@@ -183,6 +184,7 @@ class Checkpoint:
         parts = []
         for latent in latents.split(self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))):
             pixels = self.vae.decode(latent.to(self.vae.dtype) / self.vae.config["scaling_factor"] + self._shift).sample
+            check_finite(pixels, "the decoded pictures")
             parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 

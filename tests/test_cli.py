@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import torch
 import yaml
 from PIL import Image
 
+from clips import beep_times, flashes
 from fatezero.attention.store import AttentionStore
 from fatezero.cli import main
 from fatezero.demo.show import CLIP
+from fatezero.hosts.checkpoint import DEMO
 from fatezero.video.read import Sound, read_video
 from fatezero.video.write import write_video
 
@@ -37,20 +40,26 @@ def fatezero(*arguments, cwd, code=0, **options):
 
 
 @pytest.fixture
-def refused(monkeypatch, capfd, tmp_path):
-    """Run the command line in this process and in the test's folder: what it says as it ends with status 1."""
+def command(monkeypatch, capfd, tmp_path):
+    """Run the command line in this process and in the test's folder; what it says. Its status must be `code`."""
 
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
+    def run(*arguments, code=0, cwd=tmp_path):
+        monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        assert ended.value.code == 1
         said = "".join(capfd.readouterr())
+        assert ended.value.code == code, said
         assert "Traceback" not in said
-        return said.replace("\n", " ")
+        return said
 
     return run
+
+
+@pytest.fixture
+def refused(command):
+    """Run the command line as `command` does: what it says as it ends with status 1."""
+    return lambda *arguments: command(*arguments, code=1).replace("\n", " ")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +72,10 @@ def store(tmp_path_factory) -> Path:
     return folder / "s.safetensors"
 
 
-def test_edit_keeps_frames_rate_and_sound(tmp_path):
+def test_edit_keeps_frames_rate_and_sound(command, tmp_path):
     wave = 0.3 * np.sin(np.arange(48000) / 20)[None].repeat(2, 0).astype(np.float32)
     write_video(tmp_path / "in.mp4", read_video(CLIP).frames, Fraction(8), Sound(wave, 48000))
-    fatezero("edit", "in.mp4", *WORDS, "--steps", 2, "-o", "out.mp4", cwd=tmp_path)
+    command("edit", "in.mp4", *WORDS, "--steps", 2, "-o", "out.mp4")
     edited = read_video(tmp_path / "out.mp4")
     assert edited.frames.shape == (8, 64, 64, 3)
     assert edited.fps == 8
@@ -74,23 +83,23 @@ def test_edit_keeps_frames_rate_and_sound(tmp_path):
     assert edited.sound.samples.shape == (2, 48000)
 
 
-def test_a_picture_and_odd_sizes(tmp_path):
+def test_a_picture_and_odd_sizes(command, tmp_path):
     Image.fromarray(read_video(CLIP).frames[0].numpy()).resize((65, 131)).save(tmp_path / "in.png")
-    fatezero("edit", "in.png", *WORDS, "--steps", 1, "-o", "out.png", cwd=tmp_path)
+    command("edit", "in.png", *WORDS, "--steps", 1, "-o", "out.png")
     assert Image.open(tmp_path / "out.png").size == (64, 128)
-    said = fatezero("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", cwd=tmp_path, code=1)
+    said = command("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", code=1)
     assert "size 65x64: both sides must be multiples of 4" in said
 
 
-def test_a_store_serves_many_edits(store, tmp_path):
+def test_a_store_serves_many_edits(command, store, tmp_path):
     for preset, target in (("attribute", TARGET), ("shape", "a red circle on water")):
-        fatezero("edit", "--store", store, "--target", target, "--preset", preset, "-o", f"{preset}.mp4", cwd=tmp_path)
+        command("edit", "--store", store, "--target", target, "--preset", preset, "-o", f"{preset}.mp4")
         assert read_video(tmp_path / f"{preset}.mp4").frames.shape == (8, 64, 64, 3)
     loaded = AttentionStore.load(store)
     assert (loaded.steps, loaded.prompt, loaded.memory) == (2, SOURCE, "queries_keys")
 
 
-def test_a_config_of_several_prompts_shares_one_inversion(tmp_path):
+def test_a_config_of_several_prompts_shares_one_inversion(command, tmp_path):
     config = {
         "pretrained_model_path": "demo",
         "dataset_config": {"path": str(CLIP), "prompt": SOURCE, "n_sample_frame": 2},
@@ -102,12 +111,12 @@ def test_a_config_of_several_prompts_shares_one_inversion(tmp_path):
         "model_config": {"SparseCausalAttention_index": ["mid"]},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    said = fatezero("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4", cwd=tmp_path)
+    said = command("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4")
     assert said.count("invert 2/2") == 1
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
 
 
-def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(tmp_path):
+def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(command, tmp_path):
     budget = (
         "--memory",
         "auto",
@@ -120,9 +129,9 @@ def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(tmp_path):
         "--precision",
         "float16",
     )
-    said = fatezero(
+    said = command(
         "edit", CLIP, *WORDS, "--target", "a blue square on water", *budget, "--steps", "5", "--count", "3",
-        "--chunk-frames", "2", "-o", "out.mp4", cwd=tmp_path,
+        "--chunk-frames", "2", "-o", "out.mp4",
     )  # fmt: skip
     assert re.search(r"store: queries_keys on disk in \S+, 6\.", said)
     assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in said
@@ -130,10 +139,10 @@ def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out_0.mp4", "out_1.mp4"]
 
 
-def test_an_inversion_is_written_as_it_runs_in_any_memory(tmp_path):
-    said = fatezero(
+def test_an_inversion_is_written_as_it_runs_in_any_memory(command, tmp_path):
+    said = command(
         "invert", CLIP, "--source", SOURCE, "--memory", "auto", "--steps", "3", "--count", "2", "-o", "s.safetensors",
-        cwd=tmp_path,
+
     )  # fmt: skip
     assert "store: queries_keys on disk in " in said
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
@@ -145,9 +154,9 @@ def test_a_missing_video_ends_the_process_with_one_line(tmp_path):
     assert said.strip() == "error: no video at missing.mp4"
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
+def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
     chunks = ("--clip-norm", "--chunk-frames", "4")
-    said = fatezero("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run", cwd=tmp_path)
+    said = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
     assert "chunks approximate the whole clip" in said
     assert "8 frames of 64x64, 50 steps" in said
     assert "-> store with memory recompute: 1." in said
@@ -187,7 +196,31 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
         ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to the one picture out.png: take a folder (out/)"),
         ([CLIP, *WORDS, "--config", "none.yaml"], "no configuration at none.yaml"),
         ([CLIP, *WORDS, "--steps", 0], "steps is 0"),
+        ([CLIP, *WORDS, "--steps", 1000, "--dry-run"], "steps is 1000"),
         ([CLIP, *WORDS, "--self-replace-steps", 1.5], "self_replace_steps is 1.5"),
+        ([CLIP, *WORDS, "--guidance-scale", "nan"], "guidance_scale is nan; it must be a finite number"),
+        ([CLIP, *WORDS, "--guidance-scale", "inf"], "guidance_scale is inf; it must be a finite number"),
+        ([CLIP, *WORDS, "--guidance-scale", "1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),
+        ([CLIP, *WORDS, "--reweight", "green=nan"], "reweight is {'green': nan}"),
+        ([CLIP, *WORDS, "--reweight", "green=1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),
+        ([CLIP, *WORDS, "--blend-threshold", "nan"], "blend_threshold is nan"),
+        ([CLIP, *WORDS, "--budget-gb", "nan"], "budget_gb is nan"),
+        ([CLIP, *WORDS, "--keep-steps", "0.5"], "keep_steps has no effect here: memory recompute"),
+        ([CLIP, *WORDS, "--blend-threshold", "0.5"], "blend_threshold has no effect here: nothing is blended"),
+        ([CLIP, *WORDS, "--blend-latents-until", "0.5"], "blend_latents_until has no effect here"),
+        ([CLIP, *WORDS, "--negative", "blur", "--guidance-scale", 1], "negative has no effect here"),
+        ([CLIP, *WORDS, "--model-config", "."], "model_config has no effect"),
+        ([CLIP, "--source", " ", "--target", TARGET], "source is ' '; it must not be blank"),
+        ([CLIP, *WORDS, "--lora", "nowhere"], "no LoRA at nowhere"),
+        ([CLIP, *WORDS, "--start", "soon"], "start: 'soon' is no moment"),
+        ([CLIP, *WORDS, "--start", "9s"], "no frame from number 9s on"),
+        ([CLIP, *WORDS, "--fps", 0], "fps is 0"),
+        ([CLIP, *WORDS, "--size", "100000x100000"], "does not fit"),
+        ([CLIP, *WORDS, "-o", "there.mp4"], "there.mp4 exists; give --overwrite"),
+        ([CLIP, *WORDS, "-o", "there.mp4/x.mp4"], "cannot write there.mp4/x.mp4"),
+        ([CLIP, *WORDS, "-o", f"{'x' * 300}.mp4"], "File name too long"),
+        (["there.mp4", *WORDS, "-o", "there.mp4", "--overwrite"], "there.mp4 is an input of this run"),
+        ([CLIP, *WORDS, "--model", "no-tokenizer"], "no-tokenizer lacks its tokenizer"),
         (["--store", "none.safetensors", "--target", TARGET], "no store at none.safetensors"),
         (["--store", "text.safetensors", "--target", TARGET], "not a whole store"),
     ],
@@ -196,6 +229,9 @@ def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
     (tmp_path / "empty.mp4").touch()
     for name in ("text.mp4", "text.safetensors", "model.ckpt"):
         (tmp_path / name).write_text("hello " * 50)
+    shutil.copy(CLIP, tmp_path / "there.mp4")
+    if "no-tokenizer" in arguments:
+        shutil.copytree(DEMO, tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer"))
     before = sorted(tmp_path.iterdir())
     assert message in refused("edit", *arguments)
     assert sorted(tmp_path.iterdir()) == before
@@ -213,6 +249,22 @@ def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, messa
     assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "32x32"], "made with size None, not (32, 32)"),
+        (["--count", 3], "made with count None, not 3"),
+        (["--start", 1], "made with start 0, not 1"),
+        (["--fps", 30], "made with fps None, not 30"),
+        (["--keep-steps", 0.5], "made with keep_steps 1.0, not 0.5"),
+        (["--place", "disk"], "place has no effect on a store that is made"),
+        (["--budget-gb", 5], "budget_gb has no effect on a store that is made"),
+    ],
+)
+def test_options_that_a_store_leaves_without_effect_are_refused(refused, store, arguments, message):
+    assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
+
+
 def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
     write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
     assert "gives 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
@@ -223,37 +275,49 @@ def test_a_truncated_store_is_refused(refused, store, tmp_path):
     assert "not a whole store" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
-def _hear_interrupts():
-    """Tests that a shell runs in the background are deaf to them, and so are their children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _hear_signals():
+    """Tests that a shell runs in the background are deaf to some, and so are their children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["edit", "invert"])
-def test_ctrl_c_exits_130_and_leaves_no_file(tmp_path, command):
-    arguments = ["edit", CLIP, *WORDS] if command == "edit" else ["invert", CLIP, "--source", SOURCE]
+def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ended_by):
+    arguments = ["edit", CLIP, *WORDS, "--place", "disk"] if command == "edit" else ["invert", CLIP, *WORDS[:2]]
+    (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments), "--steps", "900"],
+        [*COMMAND, *map(str, arguments), "--memory", "queries_keys", "--steps", "900"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "FORCE_COLOR": "1"},  # so that bars are drawn as they move
-        preexec_fn=_hear_interrupts,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        preexec_fn=_hear_signals,
     )
-    seen = ""
     assert process.stdout is not None
-    while "invert" not in seen.split("UNet calls")[-1].split("to invert")[-1]:
-        piece = process.stdout.read(1)
-        assert piece, "ended before it could be interrupted: " + seen
-        seen += piece
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    while "invert 1/" not in (line := process.stdout.readline()):
+        assert line, "ended before it could be interrupted"
+    assert list(tmp_path.rglob("*.partial")), "the store is being written"
+    process.send_signal(ended_by)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in errors
+    assert process.returncode == 128 + ended_by
+    assert "nothing half-written is left" in errors
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    assert [p for p in tmp_path.rglob("*") if p.is_file() or p.name.startswith("fatezero")] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
+def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "edit", CLIP, *WORDS], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_hear_signals,
+    )  # fmt: skip
+    time.sleep(0.7)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (143, "ended by SIGTERM; nothing half-written is left")
 
 
 def _limit_file_size():
@@ -290,3 +354,139 @@ assert "fatezero" not in sys.modules
 """
     subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path)
     assert torch.__version__
+
+
+# --- stores and where they are from -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sounding(tmp_path_factory) -> Path:
+    """A clip of flashes and beeps, two seconds long, in a file that begins late."""
+    return flashes(
+        tmp_path_factory.mktemp("sounding") / "beep.mkv", times=[Fraction(i, 8) for i in range(20)], late=1.0
+    )
+
+
+def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sounding, tmp_path):
+    part = ("--start", "0.5s", "--count", 10, "--size", "32x32")
+    command("invert", sounding, *WORDS[:2], "--steps", 1, *part, "-o", "s.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    command("edit", "--store", "../s.safetensors", "--target", TARGET, "-o", "o.mp4", cwd=tmp_path / "elsewhere")
+    command("edit", sounding, *WORDS, "--steps", 1, *part, "-o", "direct.mp4")
+    stored, direct = read_video(tmp_path / "elsewhere" / "o.mp4"), read_video(tmp_path / "direct.mp4")
+    assert torch.equal(stored.frames, direct.frames)
+    assert beep_times(stored.sound) == pytest.approx([0.5], abs=0.01)
+    assert np.abs(stored.sound.samples - direct.sound.samples).max() < 0.01
+    command(
+        "edit", sounding, "--store", "s.safetensors", "--target", TARGET, "-o", "beside.mp4", "--start", "0.5s",
+
+    )  # fmt: skip
+    assert (tmp_path / "beside.mp4").read_bytes() == (tmp_path / "direct.mp4").read_bytes()
+
+
+def _changed(path: Path, out: Path, **extra) -> Path:
+    """A store whose account of its clip is another."""
+    store = AttentionStore.load(path)
+    store.extra.update(extra)
+    return store.save(out)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model": "somebody/some-repo"}, "made with the model 'somebody/some-repo', which is not here"),
+        ({"fps": [25, 0]}, "damaged"),
+        ({"fps": "fast"}, "damaged"),
+        ({"times": [[0, 1]]}, "damaged"),
+        ({"vae": {"layout": "x", "digest": "", "dtype": "torch.float32", "traces": []}}, "another autoencoder"),
+        ({"sound_rate": -1}, None),
+        ({"settings": 3}, "damaged"),
+    ],
+)
+def test_a_stores_account_of_its_clip_is_checked(command, refused, store, tmp_path, monkeypatch, extra, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    changed = _changed(store, tmp_path / "s.safetensors", **extra)
+    arguments = ("edit", "--store", changed, "--target", TARGET, "--preset", "style", "-o", "o.mp4")
+    if message is None:  # it has no sound, so the rate of it is nothing
+        command(*arguments)
+    else:
+        assert message in refused(*arguments)
+
+
+def test_a_prompt_that_does_not_give_the_stores_embeddings_is_refused(refused, store, tmp_path):
+    loaded = AttentionStore.load(store)
+    loaded.prompt = "a blue circle on sand"
+    loaded.save(tmp_path / "s.safetensors")
+    said = refused("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "o.mp4")
+    assert "has other embeddings by this model's text encoder" in said
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monkeypatch):
+    import fatezero.run as run
+
+    plain = run.write_video
+
+    def failing(path, *given, **more):
+        if path.endswith("_1.mp4"):
+            raise OSError(f"could not write {path}: the disk is full")
+        return plain(path, *given, **more)
+
+    monkeypatch.setattr(run, "write_video", failing)
+    targets = [w for colour in ("green", "blue", "yellow") for w in ("--target", f"a {colour} square on water")]
+    said = refused("edit", CLIP, *WORDS[:2], *targets, "--steps", 1, "--count", 2, "-o", "o.mp4")
+    assert "1 of 3 edits could not be written: could not write o_1.mp4" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o_0.mp4", "o_2.mp4"]
+
+
+def test_outputs_are_replaced_only_where_asked(command, tmp_path):
+    (tmp_path / "o.mp4").write_text("mine")
+    edit = ("edit", CLIP, *WORDS, "--steps", 1, "--count", 2, "-o", "o.mp4")
+    command(*edit, code=1)
+    assert (tmp_path / "o.mp4").read_text() == "mine"
+    command(*edit, "--overwrite")
+    assert len(read_video(tmp_path / "o.mp4").frames) == 2
+    said = command("invert", CLIP, *WORDS[:2], "-o", "o.mp4", code=1)
+    assert "o.mp4 exists" in said
+
+
+@pytest.mark.parametrize("output", ["o.webm", "o.gif", "o/", "o/f_%02d.jpg", "o.mkv"])
+def test_other_kinds_of_output(command, tmp_path, output):
+    command("edit", CLIP, *WORDS, "--steps", 1, "--count", 3, "-o", output)
+    found = tmp_path / output.replace("/f_%02d.jpg", "")
+    assert read_video(found).frames.shape == (3, 64, 64, 3)
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def test_help_shows_every_default_and_no_name_is_cut(tmp_path):
+    from fatezero.config import EditConfig
+
+    said = fatezero("edit", "-h", cwd=tmp_path, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"})
+    words = " ".join(said.split())
+    for name in set(EditConfig.__dataclass_fields__) - {"video", "key_frames_least_channels"}:
+        assert f"--{name.replace('_', '-')}" in words
+    for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "at most 8; with --end all"):
+        assert f"[default: {default}]" in words
+    assert "\u2026" not in said
+    assert fatezero("--version", cwd=tmp_path).startswith("fatezero 0.")
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal_and_quiet_says_nothing(tmp_path):
+    run = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
+    said = fatezero(*run, "-o", "a.mp4", cwd=tmp_path)
+    assert re.search(r"^invert 1/2, 0:\d\d left$", said, re.M)
+    assert re.search(r"^edit 2/2 in 0:\d\d$", said, re.M)
+    assert fatezero(*run, "-o", "b.mp4", "--quiet", cwd=tmp_path) == ""
+
+
+def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path):
+    (tmp_path / "c.yaml").write_text("preset: shape\n")
+    target = ("--target", "a red circle on water")
+    part = ("--source", SOURCE, *target, "--steps", 2, "--count", 2)
+    command("edit", CLIP, *part, "--config", "c.yaml", "-o", "file.mp4")
+    command("edit", CLIP, *part, "--preset", "shape", "-o", "flag.mp4")
+    assert (tmp_path / "file.mp4").read_bytes() == (tmp_path / "flag.mp4").read_bytes()

@@ -121,7 +121,19 @@ def test_our_own_file_with_a_preset(tmp_path):
         ("steps: many", "steps is 'many'"),
         ("clip_norm: 3", "clip_norm is 3"),
         ("preset: cubism", "preset 'cubism' is unknown"),
-        ("- a\n- b", "holds no settings"),
+        ("- a\n- b", "config.yaml: holds no settings"),
+        ("guidance_scale: .nan", "guidance_scale is nan; it must be a finite number"),
+        ("blend_threshold: .inf", "blend_threshold is inf"),
+        ("reweight: {1: 2}", "reweight is .*; it must be pairs of text and a finite number"),
+        ("reweight: {green: .nan}", "reweight is"),
+        ("blend_source: [1, 2]", r"blend_source is \[1, 2\]; it must be a list, each text"),
+        ("size: [64]", r"size is \[64\]; it must be a list of 2, each a whole number"),
+        ("crop: [1, 2, 3, x]", "crop is"),
+        ("start: soon", "start: 'soon' is no moment"),
+        ("source: ' '", "source is ' '; it must not be blank"),
+        ("preset: [shape]", "preset is .*; it must be text"),
+        ("1: 2", "unknown setting '1'"),
+        ("train_dataset: {}", "older layout"),
         ("a: [", "not YAML"),
     ],
 )
@@ -167,3 +179,61 @@ def test_blend_words_not_given_are_those_that_change(tokenizer):
     assert config.prompt_edit(tokenizer).blend_words == (["circle"], ["square"])
     with pytest.raises(ConfigError, match="--blend-source"):
         with_preset(EditConfig(source="a circle", target="a red circle"), "shape").prompt_edit(tokenizer)
+
+
+def of_authors(**changes):
+    data = yaml.safe_load(AUTHORS)
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        place = data
+        for section in sections:
+            place = place[int(section) if section.isdigit() else section]
+        place[int(key) if key.isdigit() else key] = value
+    return yaml.safe_dump(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_config__prompt": 3}, r"config\.yaml: dataset_config\.prompt is 3; it must be text"),
+        ({"dataset_config__n_sample_frame": "many"}, r"dataset_config\.n_sample_frame is 'many'"),
+        ({"dataset_config__offset": 3}, "offset is 3; it must be a section"),
+        ({"editing_config__editing_prompts": 3}, "editing_prompts must be a list of prompts"),
+        ({"editing_config__editing_prompts": ["a", None]}, "editing_prompts must be a list of prompts"),
+        ({"editing_config__guidance_scale": float("nan")}, r"editing_config\.guidance_scale is nan"),
+        ({"editing_config__p2p_config": 3}, "p2p_config is 3"),
+        ({"editing_config__p2p_config__2__eq_params": {"words": ["watercolor"]}}, "eq_params must have `words`"),
+        ({"editing_config__p2p_config__1__blend_words": [1, 2]}, "blend_words is"),
+        ({"editing_config__p2p_config__1__self_replace_steps": "all"}, r"p2p_config\[1\]\.self_replace_steps is 'all'"),
+        ({"model_config__SparseCausalAttention_index": "mid"}, "SparseCausalAttention_index is 'mid'"),
+    ],
+)
+def test_wrong_values_of_the_authors_file_are_named(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_configs(written(tmp_path, of_authors(**changes)))
+
+
+def test_the_authors_file_in_other_shapes(tmp_path):
+    controls = yaml.safe_load(AUTHORS)["editing_config"]["p2p_config"]
+    plain, _ = load_configs(written(tmp_path, AUTHORS))
+    as_list, _ = load_configs(written(tmp_path, of_authors(editing_config__p2p_config=list(controls.values()))))
+    assert as_list == plain
+    (one,), _ = load_configs(written(tmp_path, of_authors(editing_config__editing_prompts="a red car")))
+    assert one.target == "a red car"
+    (nulls, *_), _ = load_configs(written(tmp_path, of_authors(dataset_config__prompt=None)))
+    assert nulls.source == "", "and not None in words"
+
+
+def test_a_preset_given_elsewhere_stands_over_the_files_settings(tmp_path):
+    texts = {"source": "a b", "target": "a c"}
+    alone = with_preset(EditConfig(**texts), "style")
+    for text in ("preset: shape", "blend_self_attention: true", "mode: replace"):
+        assert load_configs(written(tmp_path, text), texts, "style")[0] == [alone]
+    for preset in PRESETS:
+        written(tmp_path, f"preset: {preset}")
+        assert load_configs(tmp_path / "config.yaml", texts)[0] == [with_preset(EditConfig(**texts), preset)]
+
+
+@pytest.mark.parametrize(("told", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
+def test_frame_rates_as_people_write_them(told, rate):
+    assert str(EditConfig(fps=told).frame_rate) == rate

@@ -273,7 +273,10 @@ def open_video(
     if not len(chosen):
         raise VideoError(f"{path} has no frame from number {start} on" + ("" if end is None else f" and before {end}"))
     own = tuple(times[i] - times[first] for i in chosen)
-    mean = rate / stride if even or len(own) < 2 else Fraction(len(own) - 1) / own[-1]
+    mean = rate / stride
+    if not even and len(own) > 1:
+        mean = (Fraction(len(own) - 1) / own[-1]).limit_denominator(1001)
+    even = index is None or are_even(own, mean, index.tick)
     notes = () if index is None else index.notes
     if not even:
         notes = (*notes, f"frames come at varying times, {float(mean):.3g} a second on average; each keeps its own")
@@ -392,8 +395,7 @@ class FrameIndex:
         return self._even_at(self.fps)
 
     def _even_at(self, fps: Fraction) -> bool:
-        slack = max(self.tick * Fraction(3, 2), Fraction(1, 500))
-        return all(abs(t - self.times[0] - i / fps) <= slack for i, t in enumerate(self.times))
+        return are_even([t - self.times[0] for t in self.times], fps, self.tick)
 
     def decoded(self, path: Path, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
         """Some frames, in order; what lies between them is decoded, or skipped to the next key frame.
@@ -432,6 +434,12 @@ class FrameIndex:
                 yield bisect_right(self.times, frame.pts * self.tick + self.tick / 2) - 1, frame
             else:
                 yield i, frame
+
+
+def are_even(times: Sequence[Fraction], fps: Fraction, tick: Fraction) -> bool:
+    """Whether frames come at a rate, as finely as a clock of such ticks tells."""
+    slack = max(tick * Fraction(3, 2), Fraction(1, 500))
+    return all(abs(t - i / fps) <= slack for i, t in enumerate(times))
 
 
 _REORDERED = 64
