@@ -23,7 +23,7 @@ from .config import EditConfig
 from .diffusion.edit import Edit, check_store, edit_many, unet_calls
 from .diffusion.invert import Inversion, invert
 from .files.safetensors import format_bytes
-from .files.whole import check_writable
+from .files.whole import check_writable, disk_folder, remove_stale_folders
 from .hosts.checkpoint import Checkpoint, quiet
 from .video.fitted import FittedVideo
 from .video.read import Sound, SoundTrack, VideoSource, open_video
@@ -121,6 +121,7 @@ class Session:
 
 def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     """`fatezero invert`: keep an inversion in a file, written while it runs."""
+    remove_stale_folders(disk_folder())
     settings = replace(config.store, path=output)
     check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
@@ -140,6 +141,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
     Everything that can be refused is refused before the inversion starts. One output that cannot be written in the
     end loses none of the others; OSError then tells which.
     """
+    remove_stale_folders(disk_folder())
     store = AttentionStore.load(store_path) if store_path else None
     origin = Origin.of(store) if store else None
     if store is not None and origin is not None:

@@ -30,8 +30,15 @@ def ddim_move(z: Tensor, noise: Tensor, alpha: Tensor, alpha_to: Tensor) -> Tens
 
     z' = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps
     """
-    clean = (z - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-    return alpha_to**0.5 * clean + (1 - alpha_to) ** 0.5 * noise
+    clean = (z - root(1 - alpha) * noise) / root(alpha)
+    return root(alpha_to) * clean + root(1 - alpha_to) * noise
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded right on every machine: the single precision one of torch's libraries is off by its last
+    digit on some processors, and a guided run makes hundreds of times as much of it.
+    """
+    return x.double().sqrt().to(x.dtype)
 
 
 def guide(negative: Tensor, positive: Tensor, scale: float) -> Tensor:

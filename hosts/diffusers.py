@@ -22,7 +22,7 @@ from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..attention.identity import IdentityCache, ModelIdentity
 from ..attention.store import Condition
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.ddim import Schedule, guide
+from ..diffusion.ddim import Schedule, guide, root
 from ..diffusion.denoiser import Guidance
 
 _IDENTITIES = IdentityCache()
@@ -150,8 +150,8 @@ class DiffusersDenoiser:
         if kind == "epsilon":
             return output
         if kind == "v_prediction":
-            return signal**0.5 * output + (1 - signal) ** 0.5 * latents
-        return (latents - signal**0.5 * output) / (1 - signal) ** 0.5
+            return root(signal) * output + root(1 - signal) * latents
+        return (latents - root(signal) * output) / root(1 - signal)
 
     def _check(self, latents: Tensor, condition: Condition) -> None:
         channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]

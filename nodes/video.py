@@ -17,7 +17,7 @@ from comfy_api.latest import InputImpl, Types, io
 from ..video.read import VideoError, open_video
 from ..video.size import check_crop, crop, fit_size, resize_to_fill
 from .files import inside
-from .sockets import schema
+from .sockets import schema, show_on_node
 
 
 def _choices() -> list[str]:
@@ -80,6 +80,7 @@ class FateZeroLoadVideo(io.ComfyNode):
                 io.Float.Output("fps", display_name="frame rate", tooltip="Frames a second, of the chosen frames."),
                 io.Int.Output("frames", display_name="frame count", tooltip="How many frames were chosen."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -112,6 +113,8 @@ class FateZeroLoadVideo(io.ComfyNode):
             part = _part_of(video.get_components(), start, stride, count)
         else:
             part = _part_of_file(path, start, stride, count)
+        if part.notes:
+            show_on_node(cls.hidden.unique_id, "\n".join(part.notes))
         check_crop(*part.size, *cut)
         size = _size(part.size[0] - crop_left - crop_right, part.size[1] - crop_top - crop_bottom, width, height)
         images = torch.empty(part.count, size[1], size[0], 3)
@@ -128,13 +131,17 @@ class FateZeroLoadVideo(io.ComfyNode):
 
 @dataclass(frozen=True)
 class _Part:
-    """Frames, uint8 (height, width, 3) one after another, with their count, size and rate, and the host's AUDIO."""
+    """Frames, uint8 (height, width, 3) one after another, with their count, size and rate, and the host's AUDIO.
+
+    notes: what should be known of the file.
+    """
 
     frames: Iterator[torch.Tensor]
     count: int
     size: tuple[int, int]
     fps: Fraction
     sound: Any
+    notes: tuple[str, ...] = ()
 
 
 def _chosen(file: str) -> Path:
@@ -156,12 +163,14 @@ def _file_of(video: Any) -> str | None:
 def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> _Part:
     """Of a file; one of varying frame times is seen at its mean rate, for a VIDEO has a single one."""
     source = open_video(path, start, stride, count or None)
+    notes = source.notes
     if not source.even and source.index is not None:
         source = open_video(path, start, stride, count or None, fps=source.index.fps)
+        notes = (*source.notes, f"frames come at varying times; they are seen at {float(source.fps):.3g} a second")
     track, sound = source.sound(), None
     if track is not None:
         sound = {"waveform": torch.from_numpy(track.read().samples)[None], "sample_rate": track.rate}
-    return _Part(source.frames(), len(source), source.size, source.fps, sound)
+    return _Part(source.frames(), len(source), source.size, source.fps, sound, notes)
 
 
 def _part_of(components: Any, start: int, stride: int, count: int) -> _Part:

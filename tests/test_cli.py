@@ -1,5 +1,6 @@
 """The command line as a user runs it: its own process, real files, the bundled model."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -306,6 +307,19 @@ def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ende
     assert "nothing half-written is left" in errors
     assert "Traceback" not in errors
     assert [p for p in tmp_path.rglob("*") if p.is_file() or p.name.startswith("fatezero")] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
+def test_the_next_start_removes_the_temporary_stores_of_dead_processes(command, tmp_path, monkeypatch):
+    for name in ("fatezero-dead", "fatezero-alive", "other-dead"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "store.safetensors").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = os.open(tmp_path / "fatezero-alive", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    command("edit", CLIP, *WORDS, "--dry-run")
+    os.close(held)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fatezero-alive", "other-dead"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")

@@ -1,7 +1,10 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from fatezero.diffusion.ddim import ddim_move, guide
+from fatezero.diffusion.ddim import ddim_move, guide, root
 
 
 def test_moving_there_and_back_along_the_same_noise_returns():
@@ -17,6 +20,12 @@ def test_a_move_keeps_the_clean_picture_it_implies():
     a, b = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
     z = a.sqrt() * clean + (1 - a).sqrt() * noise
     assert torch.allclose(ddim_move(z, noise, a, b), b.sqrt() * clean + (1 - b).sqrt() * noise)
+
+
+def test_roots_are_rounded_right_on_every_machine(denoiser):
+    alphas = denoiser.scheduler.alphas_cumprod
+    for x in (alphas, 1 - alphas):
+        assert root(x).tolist() == [float(np.float32(math.sqrt(value))) for value in x.tolist()]
 
 
 def test_guidance_one_is_the_positive_branch():

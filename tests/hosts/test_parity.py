@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
 from fatezero.attention.records import MEMORIES
 from fatezero.demo.model import build_scheduler
+from fatezero.diffusion import ddim
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import FIXTURES, relative
 
@@ -32,6 +33,17 @@ def reference() -> DiffusersDenoiser:
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
 
 
+ROUNDED_OTHERWISE = {0.5771186947822571: -1, 0.840183675289154: 1, 0.9634535312652588: -1}
+"""Three of the schedule's square roots that the reference's machine had off by a last digit (2**-24), as torch has them
+under MKL_CBWR=COMPATIBLE. With them the results agree to 5e-8, with the right ones to 2e-5."""
+
+
+@pytest.fixture
+def roots_of_the_reference(monkeypatch):
+    right = ddim.root
+    monkeypatch.setattr(ddim, "root", lambda x: right(x) + ROUNDED_OTHERWISE.get(x.item(), 0) * 2.0**-24)
+
+
 OFTEN = {"style": "maps", "shape_replace": "queries_keys"}
 """What runs by default: both ways to fuse, and both inversions (that of `reconstruct` is `style`'s). test_edit shows on
 small models that all memories agree. `pytest -m slow` runs the rest."""
@@ -45,7 +57,7 @@ small models that all memories agree. `pytest -m slow` runs the rest."""
         for memory in MEMORIES
     ],
 )
-def test_reference(reference, name, memory):
+def test_reference(reference, roots_of_the_reference, name, memory):
     case, given = CASES["cases"][name], load_file(FIXTURES / f"{name}.safetensors")
     inversion = invert(
         reference,
