@@ -196,6 +196,8 @@ def _found(session: Session, config: EditConfig) -> VideoSource:
     source = find_frames(config)
     for note in source.notes:
         session.note(note)
+    if not source.even:
+        session.note(f"frames come at varying times, {float(source.fps):.3g} a second on average; each keeps its own")
     return source
 
 

@@ -278,8 +278,6 @@ def open_video(
         mean = (Fraction(len(own) - 1) / own[-1]).limit_denominator(1001)
     even = index is None or are_even(own, mean, index.tick)
     notes = () if index is None else index.notes
-    if not even:
-        notes = (*notes, f"frames come at varying times, {float(mean):.3g} a second on average; each keeps its own")
     return VideoSource(path, tuple(shown[i] for i in chosen), own, mean, even, size, notes, pictures, index)
 
 

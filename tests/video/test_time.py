@@ -74,7 +74,7 @@ def test_clips_that_begin_late(tmp_path, name, late):
 def test_varying_frame_times_are_kept_from_file_to_file(tmp_path, name, out):
     path = written(tmp_path / name, *FORMATS[name], times=VARYING, clock=Fraction(1, 90000))
     found = open_video(path)
-    assert not found.even and any("varying times" in note for note in found.notes)
+    assert not found.even
     write_video(tmp_path / out, found.frames(), found.fps, found.sound(), times=found.times)
     again = read_video(tmp_path / out)
     assert [float(t) for t in again.times] == pytest.approx([float(t) for t in VARYING], abs=0.002)
