@@ -21,6 +21,9 @@ from torch import Tensor
 
 from .colour import hdr_kind, to_rgb
 
+_DAMAGE = (FFmpegError, IndexError)
+"""What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+
 
 class VideoError(ValueError):
     """A file that gives no frames, or fewer than asked for."""
@@ -92,11 +95,12 @@ class SoundTrack:
     def _decoded(self) -> Iterator[tuple[int, np.ndarray]]:
         """Samples, and where they begin, counted from the span's start."""
         with opened(self.path) as container:
+            if not container.streams.audio:  # a damaged file may show it late
+                return
             stream = container.streams.audio[0]
             if self.start > 5 and stream.time_base:
                 container.seek(floor((self.start - 1) / stream.time_base), stream=stream)
-            layout = "mono" if self.channels == 1 else "stereo"
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=self.rate)
+            resampler = self._resampler()
             at: int | None = None
             for frame in _sound_frames(container, stream):
                 told = at or 0
@@ -104,11 +108,20 @@ class SoundTrack:
                     told = round((frame.pts * frame.time_base - self.start) * self.rate)
                 if at is None or abs(told - at) > self.rate // 100:  # some files tell times to a millisecond
                     at = told
-                for block in resampler.resample(frame):
+                try:
+                    blocks = resampler.resample(frame)
+                except ValueError:  # broadcasts change their rate and channels on the way
+                    resampler = self._resampler()
+                    blocks = resampler.resample(frame)
+                for block in blocks:
                     yield at, block.to_ndarray()
                     at += block.samples
                 if at > self.length:
                     return
+
+    def _resampler(self) -> av.AudioResampler:
+        layout = "mono" if self.channels == 1 else "stereo"
+        return av.AudioResampler(format="fltp", layout=layout, rate=self.rate)
 
 
 def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
@@ -117,9 +130,9 @@ def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream
         for packet in container.demux(stream):
             try:
                 yield from packet.decode()
-            except FFmpegError:
+            except _DAMAGE:
                 continue
-    except FFmpegError:  # the file ends here
+    except _DAMAGE:  # the file ends here
         return
 
 
@@ -195,7 +208,7 @@ class VideoSource:
                     stored = self.size[1]
                 yield np.rot90(to_rgb(frame, stored), turns).copy()
                 done += 1
-        except FFmpegError as error:
+        except _DAMAGE as error:
             raise VideoError(
                 f"{self.path} cannot be decoded past {done} of the {len(self)} frames asked for: {error}"
             ) from error
@@ -321,7 +334,7 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
         # Of files alone: a playlist that calls itself a video shall not reach the network.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{path}", metadata_errors="replace", options=options)
-    except FFmpegError as error:
+    except _DAMAGE as error:
         raise VideoError(f"{path} is not a readable video: {error}") from error
     with container:
         yield container
@@ -365,11 +378,12 @@ class FrameIndex:
                         found.append((at, packet.is_keyframe))
                     if last is not None and len(found) > last + _REORDERED:
                         break
-            except FFmpegError as error:
+            except _DAMAGE as error:
                 broken = str(error)
             found.sort(key=lambda frame: frame[0])
             audio = container.streams.audio
-            sound = (audio[0].rate, min(2, audio[0].channels)) if audio and audio[0].rate else None
+            rate = getattr(audio[0], "rate", 0) if audio else 0  # none, of a codec that nobody knows
+            sound = (rate, min(2, audio[0].channels)) if rate else None
             promised = stream.frames
         if not found:
             raise VideoError(f"{path} is not a readable video: no frame in it {broken}".rstrip())
@@ -454,7 +468,7 @@ def _first_look(path: Path) -> tuple[tuple[int, int], tuple[str, ...]]:
         stream = container.streams.video[0]
         try:
             frame = next(container.decode(stream), None)
-        except FFmpegError as error:
+        except _DAMAGE as error:
             raise VideoError(f"{path} is not a readable video: {error}") from error
         if frame is None:
             raise VideoError(f"{path} is not a readable video: no frame of it can be decoded")

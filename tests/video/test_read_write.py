@@ -1,3 +1,5 @@
+import random
+from contextlib import suppress
 from fractions import Fraction
 
 import av
@@ -6,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clips import flashes
 from fatezero.video.read import Sound, VideoError, open_video, read_video
 from fatezero.video.write import check_output, write_video
 
@@ -161,3 +164,20 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
             raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "vp9.webm"])
+def test_damaged_files_give_their_frames_or_are_refused_in_one_line(tmp_path, name):
+    video, audio = ("libvpx-vp9", "libopus") if name.endswith("webm") else ("libx264", "aac")
+    whole = flashes(tmp_path / name, video, audio).read_bytes()
+    draw = random.Random(name)
+    for _ in range(30):
+        damaged = bytearray(whole)
+        at = draw.randrange(len(whole))
+        if draw.random() < 0.5:
+            damaged[at : at + 40] = draw.randbytes(draw.randrange(40))
+        else:
+            del damaged[at : at + draw.randrange(3000)]
+        (tmp_path / name).write_bytes(damaged)
+        with suppress(VideoError):
+            assert read_video(tmp_path / name).frames.shape[1:] == (48, 64, 3)
