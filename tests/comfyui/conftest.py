@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from comfyui.host import HOW, Host, find_host, find_python, started
+from comfyui.host import HOW, Host, find_hosts, started
 from safetensors.torch import save_file
 
 from fatezero.demo.single_file import single_file
@@ -11,13 +11,23 @@ from fatezero.hosts.checkpoint import DEMO
 PREFIX = "model.diffusion_model."
 
 
+HOSTS = find_hosts()
+
+
+def pytest_generate_tests(metafunc):
+    """All tests run on the newest host, those marked `every_host` on the others too."""
+    if "host" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("every_host")
+        hosts = (HOSTS if marked else HOSTS[:1]) or [None]
+        names = [found.version if found else "none" for found in hosts]
+        metafunc.parametrize("host", hosts, indirect=True, ids=names, scope="session")
+
+
 @pytest.fixture(scope="session")
-def host(tmp_path_factory) -> Host:
-    place = find_host()
-    python = place and find_python(place)
-    if python is None:
+def host(request, tmp_path_factory) -> Host:
+    if request.param is None:
         pytest.skip(HOW)
-    with started(place, python, tmp_path_factory.mktemp("comfyui")) as running:
+    with started(request.param, tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +25,48 @@ from torch import Tensor
 
 REPO = Path(__file__).resolve().parents[2]
 HOW = (
-    "no ComfyUI found: set COMFYUI_PATH, or install one at ~/comfy/ComfyUI (comfy-cli's place), with its "
-    "requirements in its own .venv or in the environment that runs the tests"
+    "no ComfyUI found: set COMFYUI_PATH (several with the path separator between), or install one at ~/comfy/ComfyUI "
+    "(comfy-cli's place), with its requirements in its own .venv or in the environment that runs the tests"
 )
 
 
-def find_host() -> Path | None:
-    """$COMFYUI_PATH, else ~/comfy/ComfyUI, else the folder above custom_nodes."""
-    named = os.environ.get("COMFYUI_PATH")
+@dataclass(frozen=True)
+class Installed:
+    """A ComfyUI on this machine, and the interpreter that runs it."""
+
+    folder: Path
+    python: Path
+    version: str
+
+    @property
+    def age(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", self.version))
+
+
+def find_hosts() -> list[Installed]:
+    """Those of $COMFYUI_PATH, else ~/comfy/ComfyUI, else the folder above custom_nodes; the newest first."""
+    named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
+    pythons = os.environ.get("COMFYUI_PYTHON", "").split(os.pathsep)
     above = [REPO.parents[1]] if REPO.parent.name == "custom_nodes" else []
-    for place in [Path(named)] if named else [Path.home() / "comfy" / "ComfyUI", *above]:
-        if (place / "main.py").is_file() and (place / "comfy").is_dir():
-            return place
-    return None
+    usual = [place for place in (Path.home() / "comfy" / "ComfyUI", *above) if _is_host(place)][:1]
+    places = [Path(place) for place in named if place] or usual
+    found = []
+    for i, place in enumerate(places):
+        python = _find_python(place, pythons[i] if i < len(pythons) else "") if _is_host(place) else None
+        if python is not None:
+            version = re.search(r'__version__ = "(.+?)"', (place / "comfyui_version.py").read_text(encoding="utf-8"))
+            found.append(Installed(place, python, version[1] if version else "0"))
+    return sorted(found, key=lambda host: host.age, reverse=True)
 
 
-def find_python(host: Path) -> Path | None:
+def _is_host(place: Path) -> bool:
+    return (place / "main.py").is_file() and (place / "comfy").is_dir()
+
+
+def _find_python(host: Path, named: str) -> Path | None:
     """The first interpreter that has what the host needs."""
     folder = "Scripts" if os.name == "nt" else "bin"
     own = [host / name / folder / "python" for name in (".venv", "venv")]
-    named = os.environ.get("COMFYUI_PYTHON")
     for python in [Path(named)] if named else [*own, Path(sys.executable)]:
         if python.with_suffix(".exe" if os.name == "nt" else "").exists():
             done = subprocess.run([python, "-c", "import aiohttp, torch, torchsde"], capture_output=True)
@@ -83,6 +107,26 @@ class Host:
     base: Path
     log: Path
 
+    @cached_property
+    def known(self) -> dict[str, Any]:
+        """The nodes that the host has, as it describes them."""
+        return self.get("/object_info")
+
+    def complete(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """A prompt with the defaults of inputs that newer hosts have added to their own nodes."""
+
+        def defaults(kind: str) -> dict[str, Any]:
+            required = self.known.get(kind, {"input": {}})["input"].get("required", {})
+            return {name: o[1]["default"] for name, o in required.items() if len(o) > 1 and "default" in o[1]}
+
+        ours = {name: node for name, node in prompt.items() if node["class_type"].startswith("FateZero")}
+        others = {
+            name: {**node, "inputs": defaults(node["class_type"]) | node["inputs"]}
+            for name, node in prompt.items()
+            if name not in ours
+        }
+        return {name: ours.get(name) or others[name] for name in prompt}
+
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
             return json.load(answer)
@@ -104,7 +148,7 @@ class Host:
         run = Run({})
         line = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=timeout)
         try:
-            queued = self.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+            queued = self.post("/prompt", {"prompt": self.complete(prompt), "client_id": client})["prompt_id"]
             while True:
                 message = line.recv()
                 if isinstance(message, bytes):
@@ -151,7 +195,7 @@ class Host:
 
 
 @contextmanager
-def started(host: Path, python: Path, base: Path, pack: str = "fatezero-video"):
+def started(host: Installed, base: Path, pack: str = "fatezero-video"):
     """A server with this pack, in a folder whose name holds a dash, and another one to mix with."""
     for name in ("custom_nodes", "input", "output", "models/loras", "models/controlnet", "models/checkpoints", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
@@ -167,8 +211,8 @@ def started(host: Path, python: Path, base: Path, pack: str = "fatezero-video"):
     )
     with log.open("wb") as out:
         server = subprocess.Popen(
-            [python, "main.py", "--base-directory", base, *options.split()],
-            cwd=host,
+            [host.python, "main.py", "--base-directory", base, *options.split()],
+            cwd=host.folder,
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},

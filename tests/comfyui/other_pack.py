@@ -10,6 +10,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import ComfyExtension, io
 
@@ -56,6 +57,8 @@ FLUX = {
     "qkv_bias": True,
     "guidance_embed": True,
 }
+if "txt_ids_dims" in getattr(FluxParams, "__dataclass_fields__", {}):
+    FLUX["txt_ids_dims"] = []  # newer hosts
 V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
 """What tells the host that an SD 2.x predicts v."""
 

@@ -62,6 +62,7 @@ def test_where_frames_meet_otherwise_chunks_come_near(host, key_frames, clip_nor
     assert 1e-5 < relative(edited(host, in_chunks(graph_of(key_frames, clip_norm), 3)), whole) < 0.5
 
 
+@pytest.mark.every_host
 def test_context_windows_give_the_whole_clips_result_through_fixed_key_frames(host):
     windowed = edited(host, in_windows(graph_of(), 3, 1, "standard_static", "relative"))
     assert relative(windowed, edited(host, graph_of())) < 1e-5

@@ -42,6 +42,7 @@ def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
         graph.set(graph.edit, positive=pair[0], negative=pair[1])
 
 
+@pytest.mark.every_host
 @pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
 def test_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
     file = request.getfixturevalue(file)

@@ -27,8 +27,10 @@ def test_the_host_lists_every_node_with_a_tooltip_on_every_socket(host):
         assert all(about["output_tooltips"]), name
 
 
+@pytest.mark.every_host
 def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
-    graph = DemoGraph(steps=5)  # as no other test, so that nothing is cached
+    graph = DemoGraph(steps=5)  # as no other test, so that nothing is cached; nor are the words
+    graph.set(graph.words, reweight="green=1.5")
     saved = graph.save_video()
     run = host.run(graph.prompt)
     video = read_video(host.file(run, saved.id))
@@ -43,6 +45,7 @@ def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
     assert "green <- (new)" in host.text(run, graph.words.id)
 
 
+@pytest.mark.every_host
 @pytest.mark.parametrize("memory", ["recompute", "queries_keys", "maps"])
 def test_what_changes_decides_what_runs_again(host, memory):
     graph = DemoGraph()

@@ -22,6 +22,7 @@ def checkpoint() -> Checkpoint:
     return Checkpoint.load("demo")
 
 
+@pytest.mark.every_host
 @pytest.mark.parametrize(
     ("preset", "memory", "clip_norm"),
     [

@@ -44,6 +44,7 @@ def saved(host, graph, node):
     return read_video(host.file(run, video.id)), len(pictures), Image.open(host.file(run, images.id)).size
 
 
+@pytest.mark.every_host
 def test_the_chosen_part_keeps_its_rate_and_sound(host, clip):
     video, count, size = loaded(host, file=clip, start=4, stride=2, count=2, width=64, height=64)
     assert (count, size) == (2, (64, 64))

@@ -55,6 +55,7 @@ def test_every_workflow_has_a_thumbnail_and_a_twin():
         assert any("Note" in node["type"] for node in workflow["nodes"])
 
 
+@pytest.mark.every_host
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
     prompt = of_demo(read(name, FOLDER / "api"), host, lora, controlnet)
