@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ def flow_estimator(name: FlowName = "auto", device: torch.device | str = "cpu") 
     if name == "raft":
         model = _raft(str(device))
         return name, lambda a, b: _at_least(a, b, "raft", lambda x, y: _run_raft(model, x, y, device))
-    return name, lambda a, b: _at_least(a, b, "dis", _run_dis)
+    cv2 = _opencv()
+    return name, lambda a, b: _at_least(a, b, "dis", lambda x, y: _run_dis(cv2, x, y))
 
 
 def _at_least(a: Tensor, b: Tensor, name: str, estimate: Estimator) -> Tensor:
@@ -55,17 +56,23 @@ def _at_least(a: Tensor, b: Tensor, name: str, estimate: Estimator) -> Tensor:
 # --- DIS --------------------------------------------------------------------------------
 
 
-def _run_dis(a: Tensor, b: Tensor) -> Tensor:
+def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError("flow 'dis' needs OpenCV: pip install opencv-python-headless") from error
+        raise ImportError(
+            "flow 'dis' needs OpenCV: pip install opencv-python-headless, unless another package of OpenCV is wanted; "
+            "flow 'none' leaves the warp error out"
+        ) from error
+    return cv2
 
+
+def _run_dis(cv2: Any, a: Tensor, b: Tensor) -> Tensor:
     def grey(frame: Tensor) -> np.ndarray:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         return ((frame.cpu().float() * weights).sum(0).clamp(0, 1) * 255).round().byte().numpy()
 
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey(a), grey(b), None)  # type: ignore[call-overload]
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey(a), grey(b), None)
     return torch.from_numpy(flow).permute(2, 0, 1)
 
 

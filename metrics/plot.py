@@ -6,9 +6,6 @@ import math
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Page
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .evaluate import Report
@@ -27,8 +24,15 @@ _PANELS = {
 def plot_report(report: Report, width: int = 768, panel: int = 200) -> Tensor:
     """A panel for each kind of figure that was taken by frame: uint8 (height, width, 3).
 
-    panel: pixels of height of each. Raises ValueError where no figure has a value by frame.
+    panel: pixels of height of each. Raises ValueError where no figure has a value by frame, ImportError without
+    matplotlib.
     """
+    try:  # here, for it takes most of the time that the pack takes to load
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Page
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
     panels: dict[str, dict[str, tuple[float, ...]]] = {}
     for title, start in _PANELS.items():
         curves = {name: f.by_frame for name, f in report.figures.items() if name.startswith(start) and f.by_frame}

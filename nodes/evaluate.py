@@ -17,6 +17,7 @@ from ..metrics.flow import flow_estimator
 from ..metrics.lpips import Lpips
 from ..metrics.plot import plot_report
 from ..video.compare import COMPARISONS, compare
+from ..video.sheet import heat_map
 from ..video.size import to_bytes
 from .sockets import schema, show_on_node
 
@@ -98,9 +99,13 @@ class FateZeroEvaluate(io.ComfyNode):
                 lpips=Lpips.load(lpips_weights) if lpips_weights else None,
                 progress=progress,
             )
+        text = str(report)
+        try:
             plot = plot_report(report)
-        show_on_node(cls.hidden.unique_id, str(report))
-        return io.NodeOutput(str(report), plot[None].float() / 255, ui=ui.PreviewText(str(report)))
+        except ImportError as error:  # the figures are there all the same
+            text, plot = f"{text}\n{error}", heat_map(torch.zeros(1, 1, 1), (96, 768), str(error))[0]
+        show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput(text, plot[None].float() / 255, ui=ui.PreviewText(text))
 
 
 def _frames(images: Tensor) -> Tensor:

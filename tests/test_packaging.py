@@ -1,0 +1,40 @@
+"""What the pack asks of those who install it."""
+
+import subprocess
+import sys
+
+import pytest
+from comfyui.host import REPO
+
+HOSTS_OWN = {"av", "einops", "numpy", "pillow", "pyyaml", "safetensors"}
+"""What ComfyUI requires itself."""
+
+
+def names(lines) -> set[str]:
+    return {line.split(">")[0].split("[")[0].strip().lower() for line in lines if line.strip()}
+
+
+def test_nodes_ask_for_nothing_that_the_host_does_not_bring():
+    assert names((REPO / "requirements.txt").read_text().splitlines()) <= HOSTS_OWN
+
+
+def test_packages_that_collide_or_serve_one_figure_are_optional():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert not names(project["dependencies"]) & {"matplotlib", "opencv-python", "opencv-python-headless"}
+    assert names(project["optional-dependencies"]["metrics"]) == {"matplotlib", "opencv-python-headless"}
+
+
+def test_metrics_load_without_them():
+    code = """
+import sys
+sys.modules["matplotlib"] = sys.modules["cv2"] = None
+import fatezero.metrics.evaluate, fatezero.metrics.flow, fatezero.metrics.plot
+from fatezero.metrics.evaluate import Figure, Report
+try:
+    fatezero.metrics.plot.plot_report(Report({"PSNR": Figure(1.0, by_frame=(1.0, 2.0))}))
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "the plot needs matplotlib: pip install matplotlib"
