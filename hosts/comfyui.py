@@ -36,6 +36,9 @@ from ..diffusion.edit import Edit, check_store, edit_many, source_heats
 from ..diffusion.invert import Inversion, invert
 from .comfyui_unet import HookedModel, identity_of, schedule_of
 
+NOISE_MASK = "noise_mask"
+"""What the host calls the mask of a LATENT, and the store its copy."""
+
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 """The host's CONDITIONING: (embeddings, options) pairs."""
 
@@ -57,15 +60,14 @@ class HostCondition(Condition):
     def of_socket(cls, conditioning: Conditioning, role: str, socket: str) -> HostCondition:
         """Wrap what a socket got.
 
-        Raises ValueError where there is more than one prompt, or an area or mask of one: the
-        attention of such parts does not line up with the clip's.
+        Raises ValueError where there is more than one prompt, or one for a part of the picture or of the steps
+        alone: the attention of such parts does not line up with the clip's, and steps without a prompt are none.
         """
         entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
         if socket != "negative" and len(entries) != 1:
             raise ValueError(f"{socket}: got {len(entries)} prompts combined; FateZero needs a single one")
-        for _, options in entries:
-            if "area" in options and socket != "negative":
-                raise ValueError(f"{socket}: an area of the picture is set; FateZero needs a prompt for all of it")
+        if socket != "negative":
+            _check_whole(entries[0][1], socket)
         embeddings, options = entries[0]
         pooled = options.get("pooled_output")
         return cls(embeddings[:1], {} if pooled is None else {"pooled_output": pooled}, role, conditioning)
@@ -75,6 +77,29 @@ class HostCondition(Condition):
         """The source's conditioning again, from a store that was saved."""
         conditioning = [(condition.embeddings, {**condition.extras, **options})]
         return cls(condition.embeddings, condition.extras, "source", conditioning)
+
+
+_OF_A_PART = {
+    "area": "an area of the picture is set",
+    "mask": "a mask of the picture is set",
+    "concat_latent_image": "a picture to paint into is set",
+    "reference_latents": "reference pictures are set",
+    "unclip_conditioning": "pictures for unCLIP are set",
+}
+"""Options of a CONDITIONING that a source or positive prompt must not have."""
+
+
+def _check_whole(options: dict[str, Any], socket: str) -> None:
+    """Raise ValueError, naming the option, for a prompt that is not for the whole clip in every step."""
+    for name, what in _OF_A_PART.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{socket}: {what} ({name}); FateZero needs a prompt for all of the clip")
+    start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
+    if start > 0 or end < 1:
+        raise ValueError(
+            f"{socket}: it is for {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range); FateZero "
+            "needs a prompt for all of them"
+        )
 
 
 # --- the store ------------------------------------------------------------------------
@@ -381,14 +406,19 @@ def invert_clip(
     settings: StoreSettings,
     chunk_frames: int | None = None,
     prompt: str | None = None,
+    noise_mask: Tensor | None = None,
 ) -> tuple[Tensor, HostStore]:
-    """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store)."""
+    """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store).
+
+    noise_mask: where alone edits of this store may change the clip; the store keeps it.
+    """
     kept: list[AttentionStore] = []
 
     def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
         inversion = invert(
             denoiser, latents, source, steps, key_frames, clip_norm, settings, chunk_frames, prompt=prompt,
             extra={"conditioning": plain_options(source.conditioning)},
+            attachments={} if noise_mask is None else {NOISE_MASK: noise_mask.float().cpu()},
             progress=progress_with_preview(model, denoiser, steps),
         )  # fmt: skip
         kept.append(inversion.store)

@@ -40,11 +40,22 @@ def check_model(model: Any) -> None:
             f"FateZero works with {WORKING_MODELS}; not with Flux, SD3, Wan and other transformers"
         )
     sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, ModelSamplingDiscrete) or not isinstance(sampling, (EPS, V_PREDICTION)):
+    if not isinstance(sampling, ModelSamplingDiscrete) or _prediction(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
-            f"model: {type(sampling).__name__} is not a schedule that DDIM can invert. "
+            f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
             f"FateZero works with {WORKING_MODELS}, predicting epsilon or v"
         )
+
+
+def _prediction(sampling: Any) -> type | None:
+    """The class by which a model's output becomes clean latents; LCM, X0 and others derive from EPS."""
+    kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))
+    return next(kinds, None)
+
+
+def _named(sampling: Any) -> str:
+    kind = _prediction(sampling)
+    return type(sampling).__name__ if kind is None else f"{type(sampling).__name__} ({kind.__name__})"
 
 
 @dataclass(frozen=True)
@@ -315,7 +326,7 @@ def identity_of(patcher: Any) -> ModelIdentity:
     layout = (
         f"{type(model).__name__} in={config['in_channels']} width={config['model_channels']}"
         f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)} "
-        f"predicts={'v' if isinstance(patcher.get_model_object('model_sampling'), V_PREDICTION) else 'epsilon'}"
+        f"predicts={'v' if _prediction(patcher.get_model_object('model_sampling')) is V_PREDICTION else 'epsilon'}"
     )
     keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
     return _IDENTITIES.of(model, layout, model.get_dtype(), {key: _unpatched(patcher, key) for key in keys})

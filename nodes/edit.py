@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..config import PRESETS, preset_fusion
 from ..diffusion.edit import Edit, unet_calls
-from ..hosts.comfyui import HostCondition, HostStore, edit_clip, heat_of_words
+from ..hosts.comfyui import NOISE_MASK, HostCondition, HostStore, edit_clip, heat_of_words
 from ..hosts.comfyui_unet import count_layers
 from ..video.sheet import heat_map
 from .sockets import CHUNK_FRAMES, PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
@@ -196,10 +196,13 @@ class _Asked:
 
     def edit(self, suffix: str) -> Edit:
         """The edit asked for; suffix: tells its prompts from those of other edits of the pass."""
-        fusion, mask = self.fusion, None
-        _check(self.positive, self.prompt_edit, fusion, self.mask, self.mask_mode, self.preset)
-        if self.mask is not None:
-            mask = GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
+        fusion, given, how = self.fusion, self.mask, self.mask_mode
+        if given is None and NOISE_MASK in self.store.attachments:
+            # Change only here, as the host's samplers take it: all else keeps the clip's own latents to the end.
+            given, how = self.store.attachments[NOISE_MASK], "replace"
+            fusion = replace(fusion, blend_latents=True, blend_latents_until=1.0)
+        _check(self.positive, self.prompt_edit, fusion, given, how, self.preset)
+        mask = None if given is None else GivenMask(given.reshape(-1, *given.shape[-2:]), how)
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive")
         negative = None
         if self.guidance != 1:

@@ -16,6 +16,7 @@ from ..attention.key_frames import KeyFrames
 from ..attention.records import MEMORIES
 from ..diffusion.edit import Edit
 from ..hosts.comfyui import (
+    NOISE_MASK,
     HostCondition,
     HostStore,
     edit_clip,
@@ -127,8 +128,9 @@ class FateZeroInvert(io.ComfyNode):
         prompt = source[0][1].get(PROMPT_KEY)
         settings = replace(settings, memory=plan.memory, place=plan.place)
         noise, store = invert_clip(
-            model, samples, condition, steps, keys, clip_norm, settings, chunk_frames or None, prompt
-        )
+            model, samples, condition, steps, keys, clip_norm, settings, chunk_frames or None, prompt,
+            latent.get(NOISE_MASK),
+        )  # fmt: skip
         text = f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}"
         show_on_node(cls.hidden.unique_id, text)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(text))
