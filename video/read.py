@@ -162,13 +162,15 @@ class VideoSource:
     """The chosen part of a video, a picture or a sequence of pictures, found but not decoded.
 
     indices: which frames, in order; one may come again where a rate was asked for. times: when each is shown, in
-    seconds from the first. fps: on average. even: whether the times are evenly spaced. size: width and height as
-    they are to be seen. notes: what a user should know of the file.
+    seconds from the first. begin: when the first is, in seconds from the file's first. fps: on average. even: whether
+    the times are evenly spaced. size: width and height as they are to be seen. notes: what a user should know of the
+    file.
     """
 
     path: Path
     indices: tuple[int, ...]
     times: tuple[Fraction, ...]
+    begin: Fraction
     fps: Fraction
     even: bool
     size: tuple[int, int]
@@ -220,7 +222,7 @@ class VideoSource:
         if self.index is None or self.index.sound is None:
             return None
         rate, channels = self.index.sound
-        return SoundTrack(self.path, self.index.times[self.indices[0]], self.seconds, rate, channels)
+        return SoundTrack(self.path, self.index.times[0] + self.begin, self.seconds, rate, channels)
 
     def read(self) -> Video:
         """All of it at once."""
@@ -291,7 +293,8 @@ def open_video(
         mean = (Fraction(len(own) - 1) / own[-1]).limit_denominator(1001)
     even = index is None or are_even(own, mean, index.tick)
     notes = () if index is None else index.notes
-    return VideoSource(path, tuple(shown[i] for i in chosen), own, mean, even, size, notes, pictures, index)
+    indices = tuple(shown[i] for i in chosen)
+    return VideoSource(path, indices, own, times[first], mean, even, size, notes, pictures, index)
 
 
 def read_video(
@@ -420,7 +423,8 @@ class FrameIndex:
             stream.codec_context.thread_count = _THREADS
             frames, number = self._numbered(container, stream), -1
             for index in indices:
-                key = max((k for k in self.keys if k <= index), default=0)
+                before = bisect_right(self.keys, index)
+                key = self.keys[before - 1] if before else 0
                 if self.ordered and key > number + _WORTH_SEEKING:
                     container.seek(int(self.times[key] / self.tick), stream=stream)
                     frames, number = self._numbered(container, stream), -1

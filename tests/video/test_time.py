@@ -86,6 +86,9 @@ def test_varying_frame_times_at_a_rate_asked_for(tmp_path):
     found = open_video(path, fps=Fraction(20))
     assert found.even and found.fps == 20 and len(found) == pytest.approx(61, abs=1)
     assert flash_times(found.read()) == pytest.approx([0, 1, 2, 3], abs=0.05)
+    part = open_video(path, 15, fps=Fraction(20)).read()
+    assert flash_times(part) == pytest.approx([0.25, 1.25, 2.25], abs=0.05)
+    assert beep_times(part.sound) == pytest.approx([0.25, 1.25, 2.25], abs=0.005)
 
 
 @pytest.mark.parametrize("fps", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60), Fraction(12)])
