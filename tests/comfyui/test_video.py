@@ -9,6 +9,7 @@ from comfyui.graph import DemoGraph, Graph
 from comfyui.host import REPO, NodeError
 from PIL import Image
 
+from clips import beep_times, flash_times, flashes
 from fatezero.video.read import Sound, read_video
 from fatezero.video.write import write_video
 from small import relative
@@ -123,3 +124,15 @@ def test_a_single_picture_is_a_clip_of_one_frame(host):
     (host.base / "input" / "one.mp4").write_bytes((REPO / "demo" / "clip.mp4").read_bytes())
     graph = DemoGraph(frames=1)
     assert host.latents(graph.prompt, graph.edit[0]).shape == (1, 4, 16, 16)
+
+
+@pytest.mark.every_host
+def test_varying_frame_times_and_late_starts_keep_step_in_the_host(host):
+    """A VIDEO has one rate: flashes and beeps must still meet."""
+    times = [*(Fraction(i, 25) for i in range(26)), *(1 + Fraction(i, 10) for i in range(1, 11))]
+    times += [2 + Fraction(i, 30) for i in range(1, 31)]
+    flashes(host.base / "input" / "phone.mkv", times=times, clock=Fraction(1, 90000), late=1.0)
+    video, _, size = loaded(host, file="phone.mkv")
+    assert size == (64, 48)
+    assert flash_times(video) == pytest.approx([0, 1, 2, 3], abs=0.06)
+    assert beep_times(video.sound) == pytest.approx([0, 1, 2, 3], abs=0.06)
