@@ -44,8 +44,8 @@ def schema(search_aliases: list[str], **given: Any) -> io.Schema:
 
 
 def show_on_node(node_id: str | None, text: str) -> None:
-    """Write a line onto a node in the page."""
+    """Write lines onto a node in the page, which newer hosts read as Markdown: there two blanks keep a line's end."""
     from server import PromptServer
 
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        PromptServer.instance.send_progress_text(text.replace("\n", "  \n"), node_id)
