@@ -20,7 +20,7 @@ from ..diffusion.edit import Edit, unet_calls
 from ..hosts.comfyui import NOISE_MASK, HostCondition, HostStore, edit_clip, heat_of_words
 from ..hosts.comfyui_unet import count_layers
 from ..video.sheet import heat_map
-from .sockets import CHUNK_FRAMES, PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
+from .sockets import ADVANCED, CHUNK_FRAMES, PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
 
 
 class FateZeroSampler(io.ComfyNode):
@@ -57,6 +57,7 @@ class FateZeroSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "cross_replace_steps",
+                    extra_dict=ADVANCED,
                     default=0.7,
                     min=0.0,
                     max=1.0,
@@ -66,6 +67,7 @@ class FateZeroSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "self_replace_steps",
+                    extra_dict=ADVANCED,
                     default=0.8,
                     min=0.0,
                     max=1.0,
@@ -74,16 +76,19 @@ class FateZeroSampler(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "blend_self_attention",
+                    extra_dict=ADVANCED,
                     default=False,
                     tooltip="Custom: inside the blend mask the edit keeps its own self-attention: shapes may change.",
                 ),
                 io.Boolean.Input(
                     "blend_latents",
+                    extra_dict=ADVANCED,
                     default=False,
                     tooltip="Custom: outside the mask, put the inversion's latents back: a background kept exactly.",
                 ),
                 io.Float.Input(
                     "blend_threshold",
+                    extra_dict=ADVANCED,
                     default=0.3,
                     min=0.0,
                     max=1.0,
@@ -101,6 +106,7 @@ class FateZeroSampler(io.ComfyNode):
                 CHUNK_FRAMES,
                 io.Combo.Input(
                     "mask_from",
+                    extra_dict=ADVANCED,
                     options=["attention", "prompts"],
                     default="attention",
                     optional=True,
@@ -109,6 +115,7 @@ class FateZeroSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "blend_latents_until",
+                    extra_dict=ADVANCED,
                     default=0.8,
                     min=0.0,
                     max=1.0,
@@ -119,6 +126,7 @@ class FateZeroSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "separate_words",
+                    extra_dict=ADVANCED,
                     default=0.0,
                     min=0.0,
                     max=1.0,

@@ -27,7 +27,16 @@ from ..hosts.comfyui import (
 )
 from ..metrics.preservation import psnr
 from .files import inside
-from .sockets import CHUNK_FRAMES, CLIP_NORM, KEY_FRAMES, PROMPT_KEY, AttentionStoreSocket, schema, show_on_node
+from .sockets import (
+    ADVANCED,
+    CHUNK_FRAMES,
+    CLIP_NORM,
+    KEY_FRAMES,
+    PROMPT_KEY,
+    AttentionStoreSocket,
+    schema,
+    show_on_node,
+)
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -66,6 +75,7 @@ class FateZeroInvert(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "place",
+                    extra_dict=ADVANCED,
                     options=["auto", *PLACES],
                     default="auto",
                     optional=True,
@@ -74,6 +84,7 @@ class FateZeroInvert(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
+                    extra_dict=ADVANCED,
                     options=["model", *PRECISIONS],
                     default="model",
                     optional=True,
@@ -82,6 +93,7 @@ class FateZeroInvert(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "keep_steps",
+                    extra_dict=ADVANCED,
                     default=1.0,
                     min=0.0,
                     max=1.0,

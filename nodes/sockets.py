@@ -13,6 +13,9 @@ CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"
 """Where FateZeroPromptEdit leaves the words of a prompt inside its CONDITIONING."""
 
+ADVANCED = {"advanced": True}
+"""Has the page put a widget away until it is asked for: what presets ignore, and what few will change."""
+
 KEY_FRAMES = io.String.Input(
     "key_frames",
     default="self, middle",

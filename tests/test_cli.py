@@ -328,7 +328,7 @@ def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path):
         [*COMMAND, "edit", CLIP, *WORDS], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=_hear_signals,
     )  # fmt: skip
-    time.sleep(0.7)
+    time.sleep(1.5)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.strip()) == (143, "ended by SIGTERM; nothing half-written is left")

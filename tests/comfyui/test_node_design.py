@@ -1,0 +1,29 @@
+"""The host's newer design of nodes (Comfy.VueNodes.Enabled): in a module of its own, for a page at a time is open."""
+
+import pytest
+from comfyui import page as browser
+from comfyui.test_workflows import read
+
+
+def test_the_newer_node_design_keeps_lines_and_puts_away_what_presets_ignore(host):
+    if browser.CHROMIUM is None:
+        pytest.skip(browser.HOW)
+    workflow = read("demo")
+    for node in workflow["nodes"]:
+        if node["type"] == "FateZeroInvert":
+            node["widgets_values"][0] = 6
+    host.post("/free", {"free_memory": True, "unload_models": False})
+    host.post("/settings", {"Comfy.VueNodes.Enabled": True})
+    try:
+        with browser.opened(host) as page:
+            page.open(workflow, "demo")
+            assert page.run() == "execution_success"
+            page.tab.wait_for_function("() => /hooked 14 of 14/.test(document.body.innerText)")
+            shown = page.tab.evaluate("() => document.body.innerText")
+            assert page.errors == []
+    finally:
+        host.post("/settings", {"Comfy.VueNodes.Enabled": False})
+    lines = [line.strip() for line in shown.splitlines()]
+    assert "hooked 14 of 14 attention layers" in lines and "green <- (new)" in lines
+    assert "budget_gb" in lines and "preset" in lines
+    assert not {"keep_steps", "cross_replace_steps", "separate_words"} & set(lines)
