@@ -55,6 +55,10 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
     """Measure, print a table, and write what was asked for."""
     if asked.how not in COMPARISONS:
         raise ValueError(f"--how is {asked.how!r}; it must be one of {', '.join(COMPARISONS)}")
+    if any(asked.prompts) and not (asked.clip or asked.judge):
+        raise ValueError("--source and --target have no effect here: they are for --clip and --judge")
+    if asked.how != Evaluation.how and not asked.comparison:
+        raise ValueError("--how has no effect here: it is for --comparison")
     device = pick_device(session.device)
     inputs = [path for path in (asked.source, asked.edited, asked.mask, asked.truth, asked.lpips) if path]
     for path in (asked.output, asked.plot):

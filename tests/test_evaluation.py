@@ -107,6 +107,10 @@ def test_the_source_is_cut_and_scaled_as_the_edit_was(run, folder):
         ((CLIP, "green.mp4", "--start", "3"), "gives 5 frames from 3"),
         ((CLIP, "green.mp4", "--lpips", "gone.safetensors"), "no LPIPS weights"),
         ((CLIP, "green.mp4", "--crop", "1,2"), "4 whole numbers"),
+        ((CLIP, "green.mp4", *PROMPTS), "--source and --target have no effect here"),
+        ((CLIP, "green.mp4", "--how", "wipe"), "--how has no effect here"),
+        ((CLIP, "green.mp4", "-o", "green.mp4", "--overwrite"), "green.mp4 is an input of this run"),
+        ((CLIP, "green.mp4", "--comparison", "part.mp4", "--plot", "green.mp4"), "green.mp4 is an input of this run"),
         ((CLIP, "green.mp4", "--comparison", "x.mp4", "--how", "fade"), "must be one of side by side"),
     ],
 )
