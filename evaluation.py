@@ -120,7 +120,7 @@ def _finite(value: float) -> float | str | None:
 
 def _like(video: VideoSource, edited: Video, cut: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
     """Frames cut and scaled as `fatezero edit` does, to the edited video's size."""
-    return FittedVideo.of(video, cut, edited.size).read().frames
+    return torch.stack(list(FittedVideo.of(video, cut, edited.size).frames()))
 
 
 def _mask(path: Path, edited: Video) -> Tensor:
