@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -96,7 +97,7 @@ class AttentionStore:
     memory: Memory
     levels: Levels
     source: Condition
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     alphas: tuple[float, ...]
     key_frames: KeyFrames
     clip_norm: bool
@@ -380,7 +381,7 @@ def _check_claims(store: AttentionStore, shelf: FileShelf) -> None:
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     claims = {
         "memory": store.memory in MEMORIES,
-        "timesteps": steps > 0 and all(isinstance(t, int) and t >= 0 for t in store.timesteps)
+        "timesteps": steps > 0 and all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in store.timesteps)
         and list(store.timesteps) == sorted(set(store.timesteps), reverse=True),
         "alphas": len(store.alphas) == steps + 1 and all(0 < a <= 1 for a in store.alphas),
         "latents": len(levels.shape) == 5 and levels.dtype in floats

@@ -11,13 +11,14 @@ from torch import Tensor
 class Schedule:
     """The noise levels of a run.
 
-    timesteps: where the UNet is called, noisy to clean. alphas: (steps + 1,), the cumulative
+    timesteps: where the UNet is called, noisy to clean; whole ones of the model's, or in a host with noise levels of
+    its own between two. alphas: (steps + 1,), the cumulative
     alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
     `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They stay in the scheduler's own single
     precision, coefficients included, so that a float64 run agrees with the authors' code.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     alphas: Tensor
 
     @property

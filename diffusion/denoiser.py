@@ -49,14 +49,14 @@ class Denoiser(Protocol):
     def identity(self) -> ModelIdentity:
         """What tells this model from another."""
 
-    def windows(self, latents: Tensor, timestep: int) -> Windows | None:
+    def windows(self, latents: Tensor, timestep: float) -> Windows | None:
         """The windows a host was told to see a clip through at a timestep; None for none."""
 
     def hooked(self, clip_norm: bool = False) -> AbstractContextManager[None]:
         """Hook the UNet for a run; leave no trace after the `with` block."""
 
     def predict_noise(
-        self, latents: Tensor, timestep: int, condition: Condition, control: Control, guidance: Guidance | None = None
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
         """Epsilon of the latents of a piece's frames (held, 4, h, w), guided away from a negative prompt.
 
@@ -65,7 +65,12 @@ class Denoiser(Protocol):
 
 
 def pieces_of(
-    denoiser: Denoiser, key_frames: KeyFrames, latents: Tensor, timestep: int, chunk_frames: int | None, clip_norm: bool
+    denoiser: Denoiser,
+    key_frames: KeyFrames,
+    latents: Tensor,
+    timestep: float,
+    chunk_frames: int | None,
+    clip_norm: bool,
 ) -> list[Piece]:
     """The pieces a clip runs in at a timestep: chunks if asked for, else the host's windows, else one."""
     if chunk_frames is None:

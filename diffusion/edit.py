@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,6 @@ def edit(
     return edit_many(denoiser, inversion, [alone], chunk_frames, progress=progress)[0]
 
 
-@torch.no_grad()
 def edit_many(
     denoiser: Denoiser,
     inversion: Inversion,
@@ -84,31 +83,96 @@ def edit_many(
     """
     if not edits:
         return []
-    store, schedule = inversion.store, denoiser.schedule(inversion.store.steps)
-    for one in edits:
-        check_store(store, denoiser, schedule, one.prompt)
-    runs = [_Run.prepared(denoiser, store, schedule, one) for one in edits]
-    start = store.level(store.steps).to(denoiser.device)
-    pieces = [
-        pieces_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
-        for timestep in store.timesteps
-    ]
-    wanted = [set().union(*(run.wanted(step) for run in runs)) for step in range(store.steps)]
-    zs = [start] * len(runs)
-    with denoiser.hooked(store.clip_norm), _sources(denoiser, store, pieces, wanted) as source_of:
-        runs = [run.with_prompt_mask(pieces) for run in runs]
-        for step in range(store.steps):
-            parts: list[list[_Part]] = [[] for _ in runs]
-            for piece in pieces[step]:
-                source = source_of(step, piece)
-                for run, z, own in zip(runs, zs, parts, strict=True):
-                    own.append(run.predict(z, step, source))
-            zs = [run.move(z, step, pieces[step], own) for run, z, own in zip(runs, zs, parts, strict=True)]
+    steps = inversion.store.steps
+    with EditPass(denoiser, inversion, edits, chunk_frames) as run:
+        zs = run.start
+        for step in range(steps):
+            zs = run.move(zs, step, run.predict(zs, step))
             for z in zs:
-                check_finite(z, f"the edit's latents at step {step + 1} of {store.steps}")
+                check_finite(z, f"the edit's latents at step {step + 1} of {steps}")
             if progress:
-                progress(step + 1, store.steps)
+                progress(step + 1, steps)
     return zs
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step gives: noise (frames, 4, h, w), and the mask of latents (frames, 1, h, w) where it blends them.
+
+    Of the whole clip, or of the frames that a piece holds.
+    """
+
+    noise: Tensor
+    mask: Tensor | None
+
+
+class EditPass:
+    """Several edits of an inverted clip, step by step (0 the noisiest); inside `with`, the denoiser is hooked.
+
+    in_order: whether each step is predicted once and after the one before, so that a store on disk can be read
+    ahead. Errors are those of `edit`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        inversion: Inversion,
+        edits: Sequence[Edit],
+        chunk_frames: int | None = None,
+        in_order: bool = True,
+    ) -> None:
+        store, self._schedule = inversion.store, denoiser.schedule(inversion.store.steps)
+        for one in edits:
+            check_store(store, denoiser, self._schedule, one.prompt)
+        self._denoiser, self._store, self._in_order = denoiser, store, in_order
+        self._runs = [_Run.prepared(denoiser, store, self._schedule, one) for one in edits]
+        start = store.level(store.steps).to(denoiser.device)
+        self.start = [start] * len(self._runs)
+        """The inverted noise, for each edit."""
+        self._pieces = [
+            pieces_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
+            for timestep in store.timesteps
+        ]
+        self._open = ExitStack()
+
+    @torch.no_grad()
+    def __enter__(self) -> EditPass:
+        with ExitStack() as opened:
+            opened.enter_context(self._denoiser.hooked(self._store.clip_norm))
+            wanted = [set().union(*(run.wanted(step) for run in self._runs)) for step in range(self._store.steps)]
+            sources = _sources(self._denoiser, self._store, self._pieces, wanted, self._in_order)
+            self._source_of = opened.enter_context(sources)
+            self._runs = [run.with_prompt_mask(self._pieces) for run in self._runs]
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    @torch.no_grad()
+    def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction]:
+        """Each edit's prediction for its latents (frames, 4, h, w)."""
+        pieces, parts = self._pieces[step], [list[Prediction]() for _ in self._runs]
+        for piece in pieces:
+            source = self._source_of(step, piece)
+            for run, z, own in zip(self._runs, zs, parts, strict=True):
+                own.append(run.predict(z, step, source))
+        return [_joined(pieces, own) for own in parts]
+
+    @torch.no_grad()
+    def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction]) -> list[Tensor]:
+        """Each edit's latents one level cleaner."""
+        return [run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]
+
+    @property
+    def blends_latents(self) -> bool:
+        """Whether an edit puts latents of the inversion back, which `move` alone does."""
+        return any(run.plan(step).blend_latents for run in self._runs for step in range(self._store.steps))
+
+
+def _joined(pieces: Sequence[Piece], parts: Sequence[Prediction]) -> Prediction:
+    masks = [part.mask for part in parts if part.mask is not None]
+    return Prediction(joined(pieces, [part.noise for part in parts]), joined(pieces, masks) if masks else None)
 
 
 # --- the source ---------------------------------------------------------------------------
@@ -119,9 +183,9 @@ SourceOf = Callable[[int, Piece], SourceStep]
 
 @contextmanager
 def _sources(
-    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], wanted: list[set[str]]
+    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], wanted: list[set[str]], in_order: bool = True
 ) -> Iterator[SourceOf]:
-    """The source's attention at each step and piece in order: read ahead from the store, or computed again."""
+    """The source's attention at each step and piece: from the store, read ahead if in order, or computed again."""
 
     def kept(step: int) -> bool:
         return bool(wanted[step]) and store.keeps(step)
@@ -129,12 +193,13 @@ def _sources(
     def job(step: int, piece: Piece) -> Callable[[], Records]:
         return lambda: store.fetch(step, wanted[step], piece, denoiser.device)
 
-    jobs = (job(step, piece) for step in range(store.steps) if kept(step) for piece in pieces[step])
+    steps = range(store.steps) if in_order else ()
+    jobs = (job(step, piece) for step in steps if kept(step) for piece in pieces[step])
     with read_ahead(denoiser.device, store.on_disk, jobs) as take:
 
         def source_of(step: int, piece: Piece) -> SourceStep:
             if kept(step):
-                return SourceStep(take(), store.key_frames, piece, stored=True)
+                return SourceStep(take() if in_order else job(step, piece)(), store.key_frames, piece, stored=True)
             return compute_source(denoiser, store, step, wanted[step], piece)
 
         yield source_of
@@ -151,14 +216,6 @@ def compute_source(denoiser: Denoiser, store: AttentionStore, step: int, wanted:
 
 
 # --- one edit -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one piece gives: noise (held, 4, h, w), and the mask of latents (held, 1, h, w) where there is one."""
-
-    noise: Tensor
-    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -247,7 +304,7 @@ class _Run:
         """Names of the layers whose source attention a step reads."""
         return self.plan(step).wanted(self.fusion, self.sites, self.mask_sites)
 
-    def predict(self, z: Tensor, step: int, source: SourceStep) -> _Part:
+    def predict(self, z: Tensor, step: int, source: SourceStep) -> Prediction:
         """Noise of the source's piece, and where its latents are the edit's own."""
         plan, timestep = self.plan(step), self.schedule.timesteps[step]
         control = self.control(source, plan)
@@ -258,18 +315,16 @@ class _Run:
         latents = frames_of(z, source.piece)
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance)
         if plan.blend_latents and isinstance(control, Fuser):
-            return _Part(noise, self.latent_mask(source, control).to(z))
-        return _Part(noise, None)
+            return Prediction(noise, self.latent_mask(source, control).to(z))
+        return Prediction(noise, None)
 
-    def move(self, z: Tensor, step: int, pieces: list[Piece], parts: list[_Part]) -> Tensor:
+    def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
         """One DDIM step from level steps - step to the cleaner one."""
         level = self.schedule.steps - step
-        noise = joined(pieces, [part.noise for part in parts])
-        z = ddim_move(z, noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
-        masks = [part.mask for part in parts if part.mask is not None]
-        if masks:
+        z = ddim_move(z, predicted.noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
+        if predicted.mask is not None:
             kept = self.store.level(level - 1).to(z.device, non_blocking=True)
-            z = kept + joined(pieces, masks) * (z - kept)
+            z = kept + predicted.mask * (z - kept)
         return z
 
     def control(self, source: SourceStep, plan: StepPlan) -> Control:

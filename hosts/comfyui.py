@@ -1,105 +1,35 @@
-"""ComfyUI as a host: a MODEL's UNet, hooked on a clone and called through the host's sampling.
-
-The loops of `fatezero.diffusion` run inside the host's own `CFGGuider`, so that its memory
-management, ControlNets, LoRA, wrappers and guidance functions work as under a KSampler. The
-host samples in variance-exploding space, x = z / sqrt(abar); the loops stay in DDIM's z.
-"""
+"""ComfyUI as a host: inversion, edit and a look at the source, run in its sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.context_windows
 import comfy.model_management
-import comfy.model_patcher
-import comfy.patcher_extension
-import comfy.sampler_helpers
-import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
+from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention.budget import Demand, StorePlan, StoreSettings, plan_store
-from ..attention.control import AttentionSite, Control
-from ..attention.identity import ModelIdentity
-from ..attention.key_frames import KeyFrames, Piece
+from ..attention.fusion import FusionSettings
+from ..attention.key_frames import KeyFrames
+from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..attention.shelves import FileLevels, FileShelf
-from ..attention.store import AttentionStore, Condition
+from ..attention.store import AttentionStore
 from ..diffusion.ddim import Schedule
-from ..diffusion.denoiser import Guidance, Windows
-from ..diffusion.edit import Edit, check_store, edit_many, source_heats
-from ..diffusion.invert import Inversion, invert
-from .comfyui_unet import HookedModel, identity_of, schedule_of
+from ..diffusion.edit import Edit, EditPass, check_store, edit_many, source_heats
+from ..diffusion.invert import Inversion, Progress, invert
+from .comfyui_conditions import HostCondition, plain_options
+from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, run_in_host, sigmas_of
+from .comfyui_unet import HookedModel, schedule_at, schedule_of
 
 NOISE_MASK = "noise_mask"
 """What the host calls the mask of a LATENT, and the store its copy."""
-
-Conditioning = list[tuple[Tensor, dict[str, Any]]]
-"""The host's CONDITIONING: (embeddings, options) pairs."""
-
-
-# --- conditions -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HostCondition(Condition):
-    """One CONDITIONING and the name it goes by in the run.
-
-    role: "source", "positive" or "negative", with ".1", ".2", ... for further edits of one pass.
-    """
-
-    role: str = "source"
-    conditioning: Conditioning = field(default_factory=list)
-
-    @classmethod
-    def of_socket(cls, conditioning: Conditioning, role: str, socket: str) -> HostCondition:
-        """Wrap what a socket got.
-
-        Raises ValueError where there is more than one prompt, or one for a part of the picture or of the steps
-        alone: the attention of such parts does not line up with the clip's, and steps without a prompt are none.
-        """
-        entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
-        if socket != "negative" and len(entries) != 1:
-            raise ValueError(f"{socket}: got {len(entries)} prompts combined; FateZero needs a single one")
-        if socket != "negative":
-            _check_whole(entries[0][1], socket)
-        embeddings, options = entries[0]
-        pooled = options.get("pooled_output")
-        return cls(embeddings[:1], {} if pooled is None else {"pooled_output": pooled}, role, conditioning)
-
-    @classmethod
-    def restored(cls, condition: Condition, options: dict[str, Any]) -> HostCondition:
-        """The source's conditioning again, from a store that was saved."""
-        conditioning = [(condition.embeddings, {**condition.extras, **options})]
-        return cls(condition.embeddings, condition.extras, "source", conditioning)
-
-
-_OF_A_PART = {
-    "area": "an area of the picture is set",
-    "mask": "a mask of the picture is set",
-    "concat_latent_image": "a picture to paint into is set",
-    "reference_latents": "reference pictures are set",
-    "unclip_conditioning": "pictures for unCLIP are set",
-}
-"""Options of a CONDITIONING that a source or positive prompt must not have."""
-
-
-def _check_whole(options: dict[str, Any], socket: str) -> None:
-    """Raise ValueError, naming the option, for a prompt that is not for the whole clip in every step."""
-    for name, what in _OF_A_PART.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{socket}: {what} ({name}); FateZero needs a prompt for all of the clip")
-    start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
-    if start > 0 or end < 1:
-        raise ValueError(
-            f"{socket}: it is for {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range); FateZero "
-            "needs a prompt for all of them"
-        )
 
 
 # --- the store ------------------------------------------------------------------------
@@ -124,276 +54,83 @@ class HostStore(AttentionStore):
         return self if self.patcher is not None else replace(self, patcher=model)
 
 
-# --- the denoiser ---------------------------------------------------------------------
+@dataclass(frozen=True)
+class InvertSettings:
+    """What an inversion is asked for beside its model, clip and prompt; see `fatezero.invert`.
 
-
-@dataclass
-class _Branch:
-    """What evaluates some roles: a hooked model, its options during the run, its conditions."""
-
-    hooked: HookedModel
-    options: dict[str, Any]
-    conditions: dict[str, Any]
-
-
-class ComfyDenoiser:
-    """A MODEL inside a running `CFGGuider`, as the loops of `fatezero.diffusion` call it.
-
-    edited: evaluates the positive and negative prompt. source: evaluates the source prompt;
-    it may carry other weights (a LoRA before the edit only), and is then brought in and out.
+    prompt: the source's words, for the store to remember.
     """
 
-    def __init__(self, model: Any, device: torch.device, edited: _Branch, source: _Branch, handler: Any = None) -> None:
-        """device: where the host runs the model. handler: the host's context windows."""
-        self.device = device
+    key_frames: KeyFrames
+    clip_norm: bool
+    store: StoreSettings
+    chunk_frames: int | None = None
+    prompt: str | None = None
+
+
+class InvertGuider(LoopGuider):
+    """A GUIDER that inverts a clip along rising sigmas, and keeps what its edits need."""
+
+    def __init__(
+        self, model: Any, source: HostCondition, settings: InvertSettings, tell: Callable[[str], None] | None = None
+    ) -> None:
+        """tell: called with what the store will take, and then with what it holds."""
+        self.source, self.settings, self.tell = source, settings, tell or (lambda text: None)
         self._model = model
-        self._edited = edited
-        self._source = source
-        self._handler = handler
-        self._clip_norm = False
-        self._sampling = edited.hooked.patcher.get_model_object("model_sampling")
-        # All at once and on the CPU, for to read one from the device is to wait for its queue.
-        self._sigmas = self._sampling.sigma(torch.arange(len(self._sampling.sigmas))).cpu()
-        self.clean: Tensor | None = None
-        """The last prediction of the clean latents, for previews."""
+        self._made: AttentionStore | None = None
+        self._mask: Tensor | None = None
+        super().__init__(model, [source], chunk_frames=settings.chunk_frames)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.manual_cast_dtype or self._model.get_dtype()
-
-    def schedule(self, steps: int) -> Schedule:
-        return schedule_of(self._sampling, steps)
-
-    def sites(self, height: int, width: int) -> list[AttentionSite]:
-        return list(self._edited.hooked.sites(height, width).values())
-
-    def identity(self) -> ModelIdentity:
-        return identity_of(self._edited.hooked.patcher)
-
-    def windows(self, latents: Tensor, timestep: int) -> Windows | None:
-        """The context windows that a node set on the MODEL, with the weights of its fuse method."""
-        handler = self._handler
-        if handler is None or len(latents) <= handler.context_length:
-            return None
-        sigma, options = self._sigmas[timestep, None], self._edited.options
-        handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
-        found = []
-        for window in handler.get_context_windows(self._model, latents, options):
-            frames = window.index_list
-            weights = comfy.context_windows.get_context_weights(len(frames), len(latents), frames, handler, sigma=sigma)
-            found.append((frames, weights))
-        return found
-
-    @contextmanager
-    def hooked(self, clip_norm: bool = False) -> Iterator[None]:
-        self._clip_norm = clip_norm
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Any:
+        """The noise, as a KSampler without added noise takes it; `store_of` gives its store, which keeps the mask
+        of the latent: where alone edits may change the clip.
+        """
+        if not isinstance(sampler, DDIMSampler):
+            raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
+        if noise.any():
+            raise ValueError("noise: an inversion adds none; connect Disable Noise")
+        if sigmas[0] > sigmas[-1]:
+            raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
+        self._mask = more.pop("denoise_mask", None)
         try:
-            yield
+            result = super().sample(noise, latent_image, sampler, sigmas, **more)
+            assert self._made is not None
+            _STORES[result] = HostStore(**vars(self._made), patcher=self._model)
+            return result
         finally:
-            self._clip_norm = False
+            self._made = self._mask = None
 
-    def predict_noise(
-        self, latents: Tensor, timestep: int, condition: Condition, control: Control, guidance: Guidance | None = None
-    ) -> Tensor:
-        """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        assert isinstance(condition, HostCondition)
-        branch = self._source if condition.role == "source" else self._edited
-        sigma = self._sigmas[timestep].to(latents)
-        x = latents * (1 + sigma**2).sqrt()
-        answers = {0: (control, condition.columns)}
-        if guidance is not None:
-            answers[1] = (guidance.control, guidance.negative.columns)
-        with self._weights_of(branch), branch.hooked.answering(answers, self._clip_norm):
-            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.piece, guidance)
-        self.clean = clean
-        return (x - clean) / sigma
-
-    def _evaluate(
-        self,
-        branch: _Branch,
-        x: Tensor,
-        sigma: Tensor,
-        condition: HostCondition,
-        piece: Piece,
-        guidance: Guidance | None,
-    ) -> Tensor:
-        """The clean latents: of the source plainly, of the edit with the model's guidance functions."""
-        wanted, negative, scale = branch.conditions[condition.role], None, 1.0
-        if guidance is not None:
-            assert isinstance(guidance.negative, HostCondition)
-            negative, scale = branch.conditions[guidance.negative.role], guidance.scale
-        with _of_piece([wanted, negative], piece) as (wanted, negative):
-            if condition.role == "source":
-                return comfy.samplers.calc_cond_batch(self._model, [wanted], x, sigma, branch.options)[0]
-            return comfy.samplers.sampling_function(self._model, x, sigma, negative, wanted, scale, branch.options)
-
-    @contextmanager
-    def _weights_of(self, branch: _Branch) -> Iterator[None]:
-        """Bring in a branch's weights where they differ from the edit's."""
-        main, other = self._edited.hooked.patcher, branch.hooked.patcher
-        if main.is_clone(other) and _weights(main) == _weights(other):
-            yield
-            return
-        comfy.model_management.load_models_gpu([other])
-        other.pre_run()
-        try:
-            yield
-        finally:
-            comfy.model_management.load_models_gpu([main])
-            main.pre_run()
+    def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        asked, schedule, mask = self.settings, denoiser.in_use, self._mask
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, asked.key_frames, asked.store)
+        self.tell(str(plan))
+        memory = replace(asked.store, memory=plan.memory, place=plan.place)
+        inversion = invert(
+            denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,
+            asked.chunk_frames, prompt=asked.prompt,
+            extra={"conditioning": plain_options(self.source.conditioning)},
+            attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
+            progress=progress,
+        )  # fmt: skip
+        self._made = store = inversion.store
+        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
+        return inversion.store.level(schedule.steps).to(denoiser.device) / schedule.alphas[-1] ** 0.5
 
 
-@contextmanager
-def _of_piece(conditions: list[Any], piece: Piece) -> Iterator[list[Any]]:
-    """The host's conditions with what they hold for each frame cut to a piece's frames, ControlNet hints too."""
-    if piece.is_whole:
-        yield conditions
-        return
-    frames = list(piece.held)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == piece.clip:
-            return value[frames]
-        if isinstance(getattr(value, "cond", None), Tensor):
-            return value._copy_with(cut(value.cond))
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    hints: dict[Any, Tensor] = {}
-    for control in (c.get("control") for entries in conditions for c in entries or []):
-        while control is not None:
-            hint = control.cond_hint_original
-            if hint is not None and len(hint) > 1:  # of fewer frames than the clip's, the host repeats them
-                hints[control] = hint
-            control = control.previous_controlnet
-    try:
-        for control, hint in hints.items():
-            control.cond_hint_original, control.cond_hint = hint[[f % len(hint) for f in frames]], None
-        yield [entries and [cut(c) for c in entries] for entries in conditions]
-    finally:
-        for control, hint in hints.items():
-            control.cond_hint_original, control.cond_hint = hint, None
+_STORES = WeakTensorKeyDictionary()
+"""The store of each inversion's noise, for as long as the host keeps that noise."""
 
 
-def _weights(patcher: Any) -> tuple[Any, Any]:
-    """What a MODEL changes of the weights and parts that its clones share."""
-    return patcher.patches_uuid, patcher.object_patches
+def store_of(samples: Tensor) -> HostStore:
+    """The store of the inversion that gave these LATENT samples.
 
-
-# --- running inside the host's sampling -----------------------------------------------
-
-
-class _Guider(comfy.samplers.CFGGuider):
-    """The host's guider with a loop of the library in the place of its sampler."""
-
-    def __init__(self, model: Any, source_model: Any, run: Callable[[ComfyDenoiser, Tensor], Tensor]) -> None:
-        self.edited = HookedModel(model)
-        self.sourced = self.edited if source_model is model else HookedModel(source_model)
-        self.run = run
-        super().__init__(self.edited.patcher)
-
-    def inner_sample(self, noise: Tensor, latent_image: Tensor, device: torch.device, *rest: Any, **more: Any) -> Any:
-        # The source and further edits apart from the first: a ControlNet of one target may ask to be
-        # applied to every other prompt it is processed with.
-        apart = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
-        self.apart: dict[str, Any] = {}
-        for group in {role.partition(".")[2] if role != "source" else role for role in apart}:
-            ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
-            named = {name: apart[role] for name, role in ends.items() if role in apart}
-            done = comfy.samplers.process_conds(self.inner_model, noise, named, device)
-            self.apart |= {ends[name]: processed for name, processed in done.items()}
-        try:
-            return super().inner_sample(noise, latent_image, device, *rest, **more)
-        finally:
-            self.conds |= self.apart
-
-    def source_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of the source branch: those of the MODEL it was inverted with."""
-        if self.sourced is self.edited:
-            return options
-        own = comfy.model_patcher.create_model_options_clone(self.sourced.patcher.model_options)
-        source = {role: conds for role, conds in self.apart.items() if role == "source"}
-        comfy.sampler_helpers.prepare_model_patcher(self.sourced.patcher, source, own)
-        own["transformer_options"]["sample_sigmas"] = options["transformer_options"]["sample_sigmas"]
-        return own
-
-
-class _Loop(comfy.samplers.Sampler):
-    def sample(
-        self,
-        guider: _Guider,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        options = extra_args["model_options"]
-        handler = options.pop("context_handler", None)  # the denoiser's own pieces follow its windows
-        of_source = guider.source_options(options)
-        of_source.pop("context_handler", None)
-        denoiser = ComfyDenoiser(
-            guider.inner_model,
-            latent_image.device,
-            _Branch(guider.edited, options, guider.conds | guider.apart),
-            _Branch(guider.sourced, of_source, guider.apart),
-            handler,
-        )
-        return guider.run(denoiser, latent_image)
-
-
-def run_in_host(
-    model: Any,
-    samples: Tensor,
-    conditions: list[HostCondition],
-    steps: int,
-    run: Callable[[ComfyDenoiser, Tensor], Tensor],
-    source_model: Any = None,
-    chunk_frames: int | None = None,
-) -> tuple[Tensor, int]:
-    """Call a loop of the library with a denoiser, inside the host's sampling.
-
-    samples: LATENT samples (frames, 4, h, w) as the host scales them; the loop gets and
-    returns them scaled as the UNet knows them, on its device. source_model: the MODEL that
-    evaluates the source prompt, if not the same. chunk_frames: frames of one UNet call, for which
-    the host then makes room. Returns samples, and how many attention layers were reached.
-
-    Raises ValueError for a MODEL that is no attention UNet, or whose context windows do not go along frames.
+    Raises ValueError for others: of another sampling, copied, or from a file.
     """
-    handler = model.model_options.get("context_handler")
-    if handler is not None and getattr(handler, "dim", None) != 0:
-        raise ValueError(f"model: context windows along dim {getattr(handler, 'dim', None)}; frames lie along dim 0")
-    guider = _Guider(model, source_model or model, run)
-    one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
-    guider.edited.one_text = guider.sourced.one_text = one_text
-    if chunk_frames is not None:
-        guider.edited.patcher.add_wrapper_with_key(
-            comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "fatezero", _room_for(chunk_frames)
+    if samples not in _STORES:
+        raise ValueError(
+            "noise: is not what the sampler gave with an Inversion Guider; connect its output, with no node between"
         )
-    guider.inner_set_conds({c.role: c.conditioning for c in conditions})
-    sampling = model.get_model_object("model_sampling")
-    schedule = schedule_of(sampling, steps)
-    sigmas = torch.cat([sampling.sigma(torch.tensor(schedule.timesteps)), sampling.sigmas[:1].cpu()])
-    result = guider.sample(torch.zeros_like(samples), samples, _Loop(), sigmas, disable_pbar=True, seed=0)
-    reached = len(guider.edited.reached | guider.sourced.reached)
-    return result.to(comfy.model_management.intermediate_device()), reached
-
-
-def _room_for(frames: int) -> Callable[..., Any]:
-    """A wrapper that has the host make room for so many frames and their key frames, not for the whole clip."""
-
-    def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
-        return executor(model, [min(shape[0], frames + 3), *shape[1:]], *rest, **more)
-
-    return prepare
-
-
-def progress_with_preview(model: Any, denoiser: ComfyDenoiser, steps: int) -> Callable[[int, int], None]:
-    """The host's progress bar, with its preview of the clean latents so far."""
-    show = latent_preview.prepare_callback(model, steps)
-    return lambda done, of: show(done - 1, denoiser.clean, denoiser.clean, of)
+    return _STORES[samples]
 
 
 def invert_clip(
@@ -401,31 +138,118 @@ def invert_clip(
     samples: Tensor,
     source: HostCondition,
     steps: int,
-    key_frames: KeyFrames,
-    clip_norm: bool,
-    settings: StoreSettings,
-    chunk_frames: int | None = None,
-    prompt: str | None = None,
+    settings: InvertSettings,
     noise_mask: Tensor | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, HostStore]:
     """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store).
 
     noise_mask: where alone edits of this store may change the clip; the store keeps it.
     """
-    kept: list[AttentionStore] = []
+    guider = InvertGuider(model, source, settings, tell)
+    sigmas = sigmas_of(schedule_of(model.get_model_object("model_sampling"), steps))
+    noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
+    return noise, store_of(noise)
 
-    def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
-        inversion = invert(
-            denoiser, latents, source, steps, key_frames, clip_norm, settings, chunk_frames, prompt=prompt,
-            extra={"conditioning": plain_options(source.conditioning)},
-            attachments={} if noise_mask is None else {NOISE_MASK: noise_mask.float().cpu()},
-            progress=progress_with_preview(model, denoiser, steps),
-        )  # fmt: skip
-        kept.append(inversion.store)
-        return inversion.store.level(steps).to(denoiser.device) / denoiser.schedule(steps).alphas[-1] ** 0.5
 
-    noise, _ = run_in_host(model, samples, [source], steps, run, chunk_frames=chunk_frames)
-    return noise, HostStore(**vars(kept[0]), patcher=model)
+class EditGuider(LoopGuider):
+    """A GUIDER for edits of a store: `DDIMSampler` runs them whole, a sampler of the host's on its predictions of one.
+
+    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        store: HostStore,
+        edits: Sequence[Edit],
+        chunk_frames: int | None = None,
+        tell: Callable[[int], None] | None = None,
+    ) -> None:
+        """tell: called at the end with the number of attention layers that were reached."""
+        self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
+        self.tell = tell or (lambda reached: None)
+        self.done: list[Tensor] = []
+        """The edited latents of the last run, as the UNet knows them."""
+        self._asked: Sequence[Edit] = edits
+        self._running: EditPass | None = None
+        self._open = ExitStack()
+        prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
+        conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
+        super().__init__(model, conditions, store.patcher, chunk_frames)
+
+    def schedule(self, sigmas: Tensor) -> Schedule:
+        """The store's own, which the sigmas must be."""
+        own = schedule_of_store(self.model_patcher, self.store)
+        of_store, given = sigmas_of(own), sigmas.cpu()
+        if given.shape != of_store.shape or not torch.allclose(given, of_store, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"sigmas: {len(given) - 1} steps from {given[0]:.4g} to {given[-1]:.4g} are not those of the "
+                f"inversion: {self.store.steps} from {of_store[0]:.4g} to {of_store[-1]:.4g}"
+            )
+        return own
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
+        """Raises ValueError for noise, latents or sigmas that are not those of the store."""
+        if noise.any():
+            raise ValueError("noise: an edit begins from the inverted noise; connect Disable Noise")
+        self.schedule(sigmas)
+        begin = noise_samples(self.model_patcher, self.store)
+        same = latent_image.shape == begin.shape and torch.allclose(latent_image.cpu(), begin, rtol=1e-3, atol=1e-3)
+        if not same:
+            raise ValueError("latent_image: is not the noise of this store; connect what the inversion gave")
+        mask = more.pop("denoise_mask", None)
+        check_masking(self.model_patcher, mask)
+        masked = mask is not None and NOISE_MASK not in self.store.attachments
+        self._asked = [only_inside(edit, mask) for edit in self.edits] if masked else self.edits
+        self.done = []
+        result = super().sample(noise, latent_image, sampler, sigmas, **more)
+        self.tell(self.reached)
+        return result
+
+    def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        self.done = edit_many(denoiser, Inversion(self.store), self._asked, self.chunk_frames, progress=progress)
+        return self.done[0]
+
+    # For samplers of the host's, which ask for one prediction after another.
+
+    def inner_sample(self, *args: Any, **more: Any) -> Any:
+        with ExitStack() as self._open:
+            try:
+                return super().inner_sample(*args, **more)
+            finally:
+                self._running = None
+
+    def outer_predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
+    ) -> Tensor:
+        """The clean latents that a step of the edit predicts; x: in the host's space.
+
+        Raises ValueError where the edit blends latents, which needs the whole step, and for a sigma between those
+        of the store. What other nodes wrap around predictions runs inside, once for each UNet evaluation.
+        """
+        assert model_options is not None
+        if self._running is None:
+            options = create_model_options_clone(model_options)
+            sigmas = options["transformer_options"]["sample_sigmas"]
+            denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
+            edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
+            if edits.blends_latents:
+                raise ValueError(
+                    "sampler: this edit blends latents (blend_latents), which needs DDIM Sampler (FateZero)"
+                )
+            self._running = self._open.enter_context(edits)
+        sigma = timestep[0].cpu()
+        own = sigmas_of(schedule_of_store(self.model_patcher, self.store))[:-1]
+        step = int((own - sigma).abs().argmin())
+        if abs(own[step] - sigma) > 1e-3 * own[step]:
+            raise ValueError(
+                f"sampler: asks at sigma {sigma:.4g}, between those of the inversion; take one that keeps to the "
+                "steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
+            )
+        scale = (1 + sigma.to(x) ** 2).sqrt()
+        (predicted,) = self._running.predict([x / scale], step)
+        return x - sigma.to(x) * predicted.noise
 
 
 def edit_clip(
@@ -435,19 +259,26 @@ def edit_clip(
 
     Their conditions are `HostCondition`s, whose roles tell the edits apart.
     """
-    inversion, done = Inversion(store), list[Tensor]()
+    guider = EditGuider(model, store, edits, chunk_frames)
+    sigmas = sigmas_of(schedule_of_store(model, store))
+    first = run_in_host(guider, noise_samples(model, store), sigmas)
+    others = [model.model.process_latent_out(z.float()).to(first.device) for z in guider.done[1:]]
+    return [first, *others], guider.reached
 
-    def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
-        progress = progress_with_preview(model, denoiser, store.steps)
-        done.extend(edit_many(denoiser, inversion, edits, chunk_frames, progress=progress))
-        return done[0]
 
-    prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
-    conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
-    samples = clean_samples(model, store)
-    first, reached = run_in_host(model, samples, conditions, store.steps, run, store.patcher, chunk_frames)
-    others = [model.model.process_latent_out(z.float()).to(first.device) for z in done[1:]]
-    return [first, *others], reached
+def only_inside(edit: Edit, mask: Tensor) -> Edit:
+    """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
+    fusion = replace(edit.fusion or FusionSettings(), blend_latents=True, blend_latents_until=1.0)
+    return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
+
+
+def check_masking(model: Any, mask: Tensor | None) -> None:
+    """Raise ValueError for a MODEL that changes a LATENT's mask from step to step."""
+    if mask is not None and "denoise_mask_function" in model.model_options:
+        raise ValueError(
+            "model: changes the latent's noise mask step by step (Differential Diffusion), which an edit does not: "
+            "remove it, or the mask"
+        )
 
 
 def heat_of_words(
@@ -463,16 +294,17 @@ def heat_of_words(
     heats: list[Tensor] = []
     bar = comfy.utils.ProgressBar(len(steps))
 
-    def run(denoiser: ComfyDenoiser, latents: Tensor) -> Tensor:
-        check_store(store, denoiser, denoiser.schedule(store.steps), prompt)
+    def look(denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        check_store(store, denoiser, denoiser.in_use, prompt)
         for step in steps:
             found = source_heats(denoiser, Inversion(store), columns, step, chunk_frames=chunk_frames)
             heats.append(torch.stack(found).float().cpu())
             bar.update(1)
         return latents
 
-    samples = clean_samples(model, store)
-    run_in_host(model, samples, [source_of(store)], store.steps, run, store.patcher, chunk_frames)
+    guider = LoopGuider(model, [source_of(store)], store.patcher, chunk_frames)
+    guider.loop = look
+    run_in_host(guider, noise_samples(model, store), sigmas_of(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))
 
 
@@ -501,16 +333,13 @@ def source_of(store: AttentionStore) -> HostCondition:
     return store.source
 
 
-def clean_samples(model: Any, store: AttentionStore) -> Tensor:
-    """The clip's own latents as LATENT samples."""
-    return model.model.process_latent_out(store.level(0).float().cpu())
+def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
+    """The noise levels that a MODEL has at a store's timesteps."""
+    clean = torch.tensor(store.alphas[0], dtype=torch.float32)
+    return schedule_at(model.get_model_object("model_sampling"), store.timesteps, clean)
 
 
-def plain_options(conditioning: Conditioning) -> dict[str, Any]:
-    """What of a conditioning's options a file can hold: SDXL's sizes and the like."""
-    return {k: v for k, v in conditioning[0][1].items() if isinstance(v, (int, float, str))}
-
-
-def unsaveable(conditioning: Conditioning) -> list[str]:
-    """The options that a file cannot hold and that change what the source branch computes."""
-    return [k for k, v in conditioning[0][1].items() if k in ("control", "gligen", "hooks", "model_conds") and v]
+def noise_samples(model: Any, store: AttentionStore) -> Tensor:
+    """The inverted noise as LATENT samples."""
+    noise = store.level(store.steps).float().cpu() / store.alphas[-1] ** 0.5
+    return model.model.process_latent_out(noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -10,6 +10,7 @@ from typing import Any, get_args
 import comfy.ldm.modules.attention as host_attention
 import comfy.patcher_extension
 import comfy.utils
+import numpy as np
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
@@ -39,6 +40,11 @@ def check_model(model: Any) -> None:
             f"model: {type(model.model).__name__} with a {type(unet).__name__} is no attention UNet for pictures. "
             f"FateZero works with {WORKING_MODELS}; not with Flux, SD3, Wan and other transformers"
         )
+    check_sampling(model)
+
+
+def check_sampling(model: Any) -> None:
+    """Raise ValueError for a MODEL whose noise schedule DDIM cannot invert."""
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, ModelSamplingDiscrete) or _prediction(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
@@ -107,7 +113,7 @@ class HookedModel:
     """A clone of a MODEL whose attention layers ask a control.
 
     `answers` says which control answers for which branch of a call, and how many columns its
-    prompt has: 0 is the positive one, 1 the negative, as in the host's `cond_or_uncond`.
+    prompt has, None for all that come: 0 is the positive one, 1 the negative, as in the host's `cond_or_uncond`.
     Attention replacements that other packs set stay: what they add to plain attention is
     added to the control's.
     """
@@ -116,7 +122,7 @@ class HookedModel:
         """standing: makes the control of so many frames, where no run of ours says it."""
         check_model(model)
         self.patcher = model.clone()
-        self.answers: dict[int, tuple[Control, int]] = {}
+        self.answers: dict[int, tuple[Control, int | None]] = {}
         self.standing = standing
         self.clip_norm = clip_norm
         self.one_text = False
@@ -154,7 +160,7 @@ class HookedModel:
         return self._grids[height, width]
 
     @contextmanager
-    def answering(self, answers: dict[int, tuple[Control, int]], clip_norm: bool) -> Iterator[None]:
+    def answering(self, answers: dict[int, tuple[Control, int | None]], clip_norm: bool) -> Iterator[None]:
         """Raises ValueError where the UNet call inside reached none of its attention layers."""
         self.answers, self.clip_norm, self.reached = answers, clip_norm, set()
         try:
@@ -264,9 +270,9 @@ class HookedModel:
         def joined(t: Tensor) -> Tensor:
             return rearrange(t, "f h t d -> f t (h d)")
 
-        control, columns = self._answer(branch, len(q), k.shape[1])
+        control, columns = self._answer(branch, len(q))
         control.attend = attend
-        columns = columns if site.kind == "cross" else k.shape[1]
+        columns = columns if site.kind == "cross" else None
         own = control.cross_attention if site.kind == "cross" else control.self_attention
         # The host repeats a shorter prompt beside a longer one; the repetition changes nothing.
         q4, k4, v4 = split(q), split(k[:, :columns]), split(v[:, :columns])
@@ -279,10 +285,10 @@ class HookedModel:
         added = theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
         return output + added
 
-    def _answer(self, branch: int, frames: int, columns: int) -> tuple[Control, int]:
+    def _answer(self, branch: int, frames: int) -> tuple[Control, int | None]:
         """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
         if self.standing is not None:
-            return self.standing(frames), columns
+            return self.standing(frames), None
         return self.answers.get(branch) or self.answers.get(1, self.answers[0])
 
 
@@ -302,20 +308,54 @@ def count_layers(model: Any) -> int:
     return len(attention_layers(model.model.diffusion_model))
 
 
+def sigma_at(sigmas: Tensor, timestep: float) -> Tensor:
+    """The sigma of a timestep, which may lie between two whole ones of a table, as the host interpolates it."""
+    low = int(timestep)
+    if low == timestep:
+        return sigmas[low]
+    share = timestep - low
+    return ((1 - share) * sigmas[low].log() + share * sigmas[low + 1].log()).exp()
+
+
 def schedule_of(sampling: Any, steps: int) -> Schedule:
     """FateZero's timesteps (leading, offset 1) and the cumulative alphas of a host's schedule.
 
     Raises ValueError for a number of steps or a schedule that DDIM cannot invert.
     """
-    sigmas = sampling.sigmas.cpu()
-    total = len(sigmas)
+    total = len(sampling.sigmas)
     if not 1 <= steps < total:
         raise ValueError(f"steps is {steps}; it must be between 1 and {total - 1}")
     timesteps = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
-    alphas = 1 / (1 + sigmas[[0, *reversed(timesteps)]] ** 2)
+    return schedule_at(sampling, timesteps, 1 / (1 + sampling.sigmas[0].cpu() ** 2))
+
+
+def schedule_at(sampling: Any, timesteps: Sequence[float], clean: Tensor) -> Schedule:
+    """The schedule of some timesteps, noisy to clean, that ends at the cumulative alpha `clean`."""
+    table = sampling.sigmas.cpu()
+    sigmas = torch.stack([sigma_at(table, t) for t in reversed(timesteps)])
+    alphas = torch.cat([clean[None], 1 / (1 + sigmas**2)])
     if alphas.min() < 1e-6:
         raise ValueError("a schedule that ends at zero signal (zsnr) cannot be inverted")
-    return Schedule(timesteps, alphas)
+    return Schedule(tuple(timesteps), alphas)
+
+
+def schedule_along(sampling: Any, sigmas: Tensor) -> Schedule:
+    """The schedule of a SIGMAS that falls; whole timesteps where it comes near them.
+
+    Raises ValueError, naming `sigmas`, for one that does not fall or leaves the model's own range.
+    """
+    table, sigmas = sampling.sigmas.cpu().double(), sigmas.cpu().double()
+    if len(sigmas) < 2 or not (sigmas[:-1] > sigmas[1:]).all():
+        raise ValueError(f"sigmas: {[round(s, 4) for s in sigmas.tolist()]}; they must fall, or rise, in steps")
+    low, high = table[0].item(), table[-1].item()
+    if sigmas[0] > high * 1.001 or sigmas[-2] < low * 0.999 or sigmas[-1] < 0:
+        raise ValueError(
+            f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model knows {low:.4g} to "
+            f"{high:.4g}"
+        )
+    found = np.interp(sigmas[:-1].log().numpy(), table.log().numpy(), np.arange(len(table)))
+    timesteps = [round(t) if abs(t - round(t)) < 2e-3 else float(t) for t in found]
+    return schedule_at(sampling, timesteps, 1 / (1 + sigmas[-1].float() ** 2))
 
 
 def identity_of(patcher: Any) -> ModelIdentity:

@@ -97,7 +97,7 @@ class DiffusersDenoiser:
         )
         return _IDENTITIES.of(self.unet, layout, self.unet.dtype, _base_weights(self.unet))
 
-    def windows(self, latents: Tensor, timestep: int) -> None:
+    def windows(self, latents: Tensor, timestep: float) -> None:
         return None
 
     @contextmanager
@@ -120,7 +120,7 @@ class DiffusersDenoiser:
             self._control, self._text, self._texts = None, {}, {}
 
     def predict_noise(
-        self, latents: Tensor, timestep: int, condition: Condition, control: Control, guidance: Guidance | None = None
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
         noise = self._predict(latents, timestep, condition, control)
@@ -128,7 +128,7 @@ class DiffusersDenoiser:
             return noise
         return guide(self._predict(latents, timestep, guidance.negative, guidance.control), noise, guidance.scale)
 
-    def _predict(self, latents: Tensor, timestep: int, condition: Condition, control: Control) -> Tensor:
+    def _predict(self, latents: Tensor, timestep: float, condition: Condition, control: Control) -> Tensor:
         self._check(latents, condition)
         frames, dtype = len(latents), self.unet.dtype
         self._control, self._sites = control, self._sites_by_layer(*latents.shape[-2:])
@@ -143,7 +143,7 @@ class DiffusersDenoiser:
         ).sample.to(latents.dtype)
         return self._epsilon(output, latents, timestep)
 
-    def _epsilon(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
+    def _epsilon(self, output: Tensor, latents: Tensor, timestep: float) -> Tensor:
         """The model's output as epsilon (v: arXiv 2202.00512, App. D)."""
         kind = self.scheduler.config["prediction_type"]
         signal = self.scheduler.alphas_cumprod[timestep].cpu()

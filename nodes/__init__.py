@@ -10,6 +10,13 @@ from .edit import FateZeroMaskPreview, FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .prompt import FateZeroPromptEdit
+from .sampling import (
+    FateZeroDDIM,
+    FateZeroEditGuider,
+    FateZeroInvertGuider,
+    FateZeroSigmas,
+    FateZeroStoreOfInversion,
+)
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
 
 
@@ -28,6 +35,11 @@ class FateZeroExtension(ComfyExtension):
             FateZeroSaveStore,
             FateZeroLoadStore,
             FateZeroSpatioTemporalAttention,
+            FateZeroSigmas,
+            FateZeroDDIM,
+            FateZeroInvertGuider,
+            FateZeroStoreOfInversion,
+            FateZeroEditGuider,
             FateZeroEvaluate,
             FateZeroCompareVideos,
             FateZeroDemoModel,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
@@ -17,10 +17,116 @@ from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..config import PRESETS, preset_fusion
 from ..diffusion.edit import Edit, unet_calls
-from ..hosts.comfyui import NOISE_MASK, HostCondition, HostStore, edit_clip, heat_of_words
+from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
+from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_unet import count_layers
 from ..video.sheet import heat_map
 from .sockets import ADVANCED, CHUNK_FRAMES, PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
+
+INPUTS = [
+    io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
+    io.Conditioning.Input("positive", tooltip="The target prompt; ControlNets on it count."),
+    io.Conditioning.Input("negative", tooltip="What to keep away from; an empty prompt will do."),
+    AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
+    PromptEditSocket.Input("prompt_edit", tooltip="How source and target words meet (Prompt Edit)."),
+    io.Float.Input(
+        "guidance",
+        default=7.5,
+        min=1.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Classifier-free guidance; the paper takes 7.5.",
+    ),
+    io.Combo.Input(
+        "preset",
+        options=[*PRESETS, "custom"],
+        default="style+",
+        tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those "
+        "that edited and kept better in our benchmark. custom takes the values below; the others ignore "
+        "them.",
+    ),
+    io.Float.Input(
+        "cross_replace_steps",
+        **ADVANCED,
+        default=0.7,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Custom: the share of steps, from the noisy end, in which shared words take the source's "
+        "cross-attention.",
+    ),
+    io.Float.Input(
+        "self_replace_steps",
+        **ADVANCED,
+        default=0.8,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Custom: the share of steps in which self-attention, the layout, comes from the source.",
+    ),
+    io.Boolean.Input(
+        "blend_self_attention",
+        **ADVANCED,
+        default=False,
+        tooltip="Custom: inside the blend mask the edit keeps its own self-attention: shapes may change.",
+    ),
+    io.Boolean.Input(
+        "blend_latents",
+        **ADVANCED,
+        default=False,
+        tooltip="Custom: outside the mask, put the inversion's latents back: a background kept exactly.",
+    ),
+    io.Float.Input(
+        "blend_threshold",
+        **ADVANCED,
+        default=0.3,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Custom: how much of a frame's strongest attention counts as the object.",
+    ),
+    io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
+    io.Combo.Input(
+        "mask_mode",
+        options=["replace", "union", "intersection"],
+        default="replace",
+        optional=True,
+        tooltip="Whether the mask replaces the edit's own, adds to it, or limits it.",
+    ),
+    CHUNK_FRAMES,
+    io.Combo.Input(
+        "mask_from",
+        **ADVANCED,
+        options=["attention", "prompts"],
+        default="attention",
+        optional=True,
+        tooltip="Custom: attention is the paper's blend mask, anew in each step; prompts a soft mask of "
+        "where both prompts' predictions differ and their blend words are looked at.",
+    ),
+    io.Float.Input(
+        "blend_latents_until",
+        **ADVANCED,
+        default=0.8,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip="Custom: the share of steps up to which blend_latents keeps the background. The authors' "
+        "code stops at 0.8; 1 keeps most.",
+    ),
+    io.Float.Input(
+        "separate_words",
+        **ADVANCED,
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip="Custom: inside the mask of both prompts, how little to look at words that belong to a "
+        "neighbour or to the ground, so that things do not mix.",
+    ),
+]
+"""What an edit is asked for."""
 
 
 class FateZeroSampler(io.ComfyNode):
@@ -33,109 +139,7 @@ class FateZeroSampler(io.ComfyNode):
             display_name="Edit Video (FateZero)",
             description="The FateZero edit of an inverted clip. Motion and layout come from the inversion's attention.",
             search_aliases=["ksampler", "video edit", "prompt edit", "style transfer", "vid2vid"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
-                io.Conditioning.Input("positive", tooltip="The target prompt; ControlNets on it count."),
-                io.Conditioning.Input("negative", tooltip="What to keep away from; an empty prompt will do."),
-                AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
-                PromptEditSocket.Input("prompt_edit", tooltip="How source and target words meet (Prompt Edit)."),
-                io.Float.Input(
-                    "guidance",
-                    default=7.5,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Classifier-free guidance; the paper takes 7.5.",
-                ),
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, "custom"],
-                    default="style+",
-                    tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those "
-                    "that edited and kept better in our benchmark. custom takes the values below; the others ignore "
-                    "them.",
-                ),
-                io.Float.Input(
-                    "cross_replace_steps",
-                    extra_dict=ADVANCED,
-                    default=0.7,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Custom: the share of steps, from the noisy end, in which shared words take the source's "
-                    "cross-attention.",
-                ),
-                io.Float.Input(
-                    "self_replace_steps",
-                    extra_dict=ADVANCED,
-                    default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Custom: the share of steps in which self-attention, the layout, comes from the source.",
-                ),
-                io.Boolean.Input(
-                    "blend_self_attention",
-                    extra_dict=ADVANCED,
-                    default=False,
-                    tooltip="Custom: inside the blend mask the edit keeps its own self-attention: shapes may change.",
-                ),
-                io.Boolean.Input(
-                    "blend_latents",
-                    extra_dict=ADVANCED,
-                    default=False,
-                    tooltip="Custom: outside the mask, put the inversion's latents back: a background kept exactly.",
-                ),
-                io.Float.Input(
-                    "blend_threshold",
-                    extra_dict=ADVANCED,
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Custom: how much of a frame's strongest attention counts as the object.",
-                ),
-                io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
-                io.Combo.Input(
-                    "mask_mode",
-                    options=["replace", "union", "intersection"],
-                    default="replace",
-                    optional=True,
-                    tooltip="Whether the mask replaces the edit's own, adds to it, or limits it.",
-                ),
-                CHUNK_FRAMES,
-                io.Combo.Input(
-                    "mask_from",
-                    extra_dict=ADVANCED,
-                    options=["attention", "prompts"],
-                    default="attention",
-                    optional=True,
-                    tooltip="Custom: attention is the paper's blend mask, anew in each step; prompts a soft mask of "
-                    "where both prompts' predictions differ and their blend words are looked at.",
-                ),
-                io.Float.Input(
-                    "blend_latents_until",
-                    extra_dict=ADVANCED,
-                    default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Custom: the share of steps up to which blend_latents keeps the background. The authors' "
-                    "code stops at 0.8; 1 keeps most.",
-                ),
-                io.Float.Input(
-                    "separate_words",
-                    extra_dict=ADVANCED,
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Custom: inside the mask of both prompts, how little to look at words that belong to a "
-                    "neighbour or to the ground, so that things do not mix.",
-                ),
-            ],
+            inputs=INPUTS,
             outputs=[
                 io.Latent.Output(
                     "latent", display_name="latent", is_output_list=True, tooltip="The edited clip, for VAE Decode."
@@ -152,12 +156,12 @@ class FateZeroSampler(io.ComfyNode):
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
         """Every input is a list, of one entry unless a node before gives several prompts."""
         latents, reports = [], []
-        for alike in _groups([_Asked(**row) for row in _rows(lists)]):
+        for alike in _groups([Asked(**row) for row in _rows(lists)]):
             first, edits = alike[0], [one.edit(f".{i}" if i else "") for i, one in enumerate(alike)]
             store = first.store.with_model(first.model)
             samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
             latents += [{"samples": edited} for edited in samples]
-            reports += [_report(first.model, hooked, store, edit) for edit in edits]
+            reports += [report_of(first.model, hooked, store, edit) for edit in edits]
         text = "\n\n".join(reports)
         show_on_node(cls.hidden.unique_id, text)
         return io.NodeOutput(latents, reports, ui=ui.PreviewText(text))
@@ -170,7 +174,7 @@ def _rows(lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """What the sockets hold for one edit."""
 
     model: Any
@@ -202,32 +206,32 @@ class _Asked:
             separate_words=self.separate_words,
         )  # fmt: skip
 
-    def edit(self, suffix: str) -> Edit:
+    def edit(self, suffix: str = "") -> Edit:
         """The edit asked for; suffix: tells its prompts from those of other edits of the pass."""
-        fusion, given, how = self.fusion, self.mask, self.mask_mode
-        if given is None and NOISE_MASK in self.store.attachments:
-            # Change only here, as the host's samplers take it: all else keeps the clip's own latents to the end.
-            given, how = self.store.attachments[NOISE_MASK], "replace"
-            fusion = replace(fusion, blend_latents=True, blend_latents_until=1.0)
-        _check(self.positive, self.prompt_edit, fusion, given, how, self.preset)
-        mask = None if given is None else GivenMask(given.reshape(-1, *given.shape[-2:]), how)
+        mask = None if self.mask is None else GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive")
         negative = None
         if self.guidance != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
-        return Edit(positive, negative, self.guidance, self.prompt_edit, fusion, mask)
+        edit = Edit(positive, negative, self.guidance, self.prompt_edit, self.fusion, mask)
+        clips_mask = self.store.attachments.get(NOISE_MASK)
+        check_masking(self.model, clips_mask)
+        if mask is None and clips_mask is not None:
+            edit = only_inside(edit, clips_mask)
+        _check(edit, self.positive, self.preset)
+        return edit
 
 
-def _groups(asked: list[_Asked]) -> list[list[_Asked]]:
+def _groups(asked: list[Asked]) -> list[list[Asked]]:
     """The edits that one pass can serve: neighbours that share store and model."""
     key = lambda one: (id(one.store), id(one.model), one.chunk_frames)  # noqa: E731
     return [list(group) for _, group in groupby(asked, key)]
 
 
-def _check(
-    positive: Any, prompt: PromptEdit, fusion: FusionSettings, mask: Tensor | None, mask_mode: str, preset: str
-) -> None:
+def _check(edit: Edit, positive: Any, preset: str) -> None:
     """Say what would otherwise do nothing, or fail far from its socket."""
+    prompt, fusion, mask = edit.prompt, edit.fusion, edit.mask
+    assert prompt is not None and fusion is not None
     said = positive[0][1].get(PROMPT_KEY, prompt.target)
     if said != prompt.target:
         raise ValueError(f"positive: was made from {said!r}, but prompt_edit's target is {prompt.target!r}")
@@ -236,18 +240,19 @@ def _check(
             f"mask: preset {preset!r} blends nothing, so a mask would do nothing; take preset shape, or custom with "
             "blend_self_attention or blend_latents"
         )
-    needs_words = fusion.masks_by_step and (mask is None or mask_mode != "replace")
+    needs_words = fusion.masks_by_step and (mask is None or not mask.alone)
     if needs_words and not (prompt.blend_words or ([], []))[0]:
         raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
 
 
-def _report(model: Any, hooked: int, store: HostStore, edit: Edit) -> str:
+def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> str:
+    """What an edit fuses and spends; hooked: the attention layers that were reached, None before it ran."""
     steps, fusion = store.steps, edit.fusion or FusionSettings()
     calls = unet_calls(steps, edit.guidance_scale, store.kept_steps, fusion, edit.mask)
+    reached = "" if hooked is None else f"hooked {hooked} of {count_layers(model)} attention layers\n"
     return (
-        f"hooked {hooked} of {count_layers(model)} attention layers\n"
-        f"fused cross-attention in {fusion.cross_steps(steps)} and self-attention in {fusion.self_steps(steps)} "
-        f"of {steps} steps\n"
+        f"{reached}fused cross-attention in {fusion.cross_steps(steps)} and self-attention in "
+        f"{fusion.self_steps(steps)} of {steps} steps\n"
         f"{calls.edit} UNet evaluations of {store.frames} frames, {calls.source} more for the source; "
         f"store of memory {store.memory}"
     )

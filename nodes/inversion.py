@@ -17,14 +17,13 @@ from ..attention.records import MEMORIES
 from ..diffusion.edit import Edit
 from ..hosts.comfyui import (
     NOISE_MASK,
-    HostCondition,
     HostStore,
+    InvertSettings,
     edit_clip,
     invert_clip,
-    plan_in_host,
     source_of,
-    unsaveable,
 )
+from ..hosts.comfyui_conditions import HostCondition, unsaveable
 from ..metrics.preservation import psnr
 from .files import inside
 from .sockets import (
@@ -37,6 +36,76 @@ from .sockets import (
     schema,
     show_on_node,
 )
+
+SETTINGS = [
+    KEY_FRAMES,
+    CLIP_NORM,
+    io.Combo.Input(
+        "memory",
+        options=["auto", *MEMORIES],
+        default="auto",
+        tooltip="recompute keeps latents alone and runs the source beside the edit. queries_keys is faster "
+        "and bigger. maps keeps the paper's maps, for study. The edit is the same. auto takes queries_keys "
+        "where budget and place allow.",
+    ),
+    io.Float.Input(
+        "budget_gb",
+        default=2.0,
+        min=0.0,
+        max=10_000.0,
+        step=0.1,
+        tooltip="The most gigabytes the store may take, wherever it is; 0 sets no limit.",
+    ),
+    io.Combo.Input(
+        "place",
+        **ADVANCED,
+        options=["auto", *PLACES],
+        default="auto",
+        optional=True,
+        tooltip="Where the store is: on the device, in RAM, or on disk in the host's temp folder. auto "
+        "takes RAM, then disk, and leaves the device to the models.",
+    ),
+    io.Combo.Input(
+        "precision",
+        **ADVANCED,
+        options=["model", *PRECISIONS],
+        default="model",
+        optional=True,
+        tooltip="Of kept queries and keys; model keeps what the model computes. float8 halves the store "
+        "again and errs visibly little.",
+    ),
+    io.Float.Input(
+        "keep_steps",
+        **ADVANCED,
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip="The share of steps, from the noisy end, whose attention is kept: 0.8 serves the paper's "
+        "settings. Steps that are not kept are computed again.",
+    ),
+    CHUNK_FRAMES,
+]
+"""The widgets of an inversion, beside its steps."""
+
+
+def asked_of(
+    source: Any,
+    key_frames: str,
+    clip_norm: bool,
+    memory: str,
+    budget_gb: float,
+    place: str = "auto",
+    precision: str = "model",
+    keep_steps: float = 1.0,
+    chunk_frames: int = 0,
+) -> InvertSettings:
+    """What `SETTINGS` hold."""
+    folder = Path(folder_paths.get_temp_directory())
+    store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
+    prompt = source[0][1].get(PROMPT_KEY)
+    return InvertSettings(KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt)
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -55,54 +124,7 @@ class FateZeroInvert(io.ComfyNode):
                 io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
                 io.Latent.Input("latent", tooltip="The clip, one latent for each frame (Encode Video)."),
                 io.Int.Input("steps", default=50, min=1, max=999, tooltip="DDIM steps; the paper takes 50."),
-                KEY_FRAMES,
-                CLIP_NORM,
-                io.Combo.Input(
-                    "memory",
-                    options=["auto", *MEMORIES],
-                    default="auto",
-                    tooltip="recompute keeps latents alone and runs the source beside the edit. queries_keys is faster "
-                    "and bigger. maps keeps the paper's maps, for study. The edit is the same. auto takes queries_keys "
-                    "where budget and place allow.",
-                ),
-                io.Float.Input(
-                    "budget_gb",
-                    default=2.0,
-                    min=0.0,
-                    max=10_000.0,
-                    step=0.1,
-                    tooltip="The most gigabytes the store may take, wherever it is; 0 sets no limit.",
-                ),
-                io.Combo.Input(
-                    "place",
-                    extra_dict=ADVANCED,
-                    options=["auto", *PLACES],
-                    default="auto",
-                    optional=True,
-                    tooltip="Where the store is: on the device, in RAM, or on disk in the host's temp folder. auto "
-                    "takes RAM, then disk, and leaves the device to the models.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    extra_dict=ADVANCED,
-                    options=["model", *PRECISIONS],
-                    default="model",
-                    optional=True,
-                    tooltip="Of kept queries and keys; model keeps what the model computes. float8 halves the store "
-                    "again and errs visibly little.",
-                ),
-                io.Float.Input(
-                    "keep_steps",
-                    extra_dict=ADVANCED,
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="The share of steps, from the noisy end, whose attention is kept: 0.8 serves the paper's "
-                    "settings. Steps that are not kept are computed again.",
-                ),
-                CHUNK_FRAMES,
+                *SETTINGS,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
@@ -112,40 +134,19 @@ class FateZeroInvert(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        source: Any,
-        latent: dict[str, Tensor],
-        steps: int,
-        key_frames: str,
-        clip_norm: bool,
-        memory: str,
-        budget_gb: float,
-        place: str = "auto",
-        precision: str = "model",
-        keep_steps: float = 1.0,
-        chunk_frames: int = 0,
-    ) -> io.NodeOutput:
-        samples = latent["samples"]
+    def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **settings: Any) -> io.NodeOutput:
+        samples, told = latent["samples"], [""]
         if samples.ndim != 4:
             raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
+
+        def tell(text: str) -> None:
+            told[0] = text
+            show_on_node(cls.hidden.unique_id, text)
+
         condition = HostCondition.of_socket(source, "source", "source")
-        keys = KeyFrames.parse(key_frames)
-        settings = StoreSettings(
-            memory, place, budget_gb or None, precision, keep_steps, folder=Path(folder_paths.get_temp_directory())
-        )
-        plan = plan_in_host(model, samples, condition, steps, keys, settings)
-        show_on_node(cls.hidden.unique_id, str(plan))
-        prompt = source[0][1].get(PROMPT_KEY)
-        settings = replace(settings, memory=plan.memory, place=plan.place)
-        noise, store = invert_clip(
-            model, samples, condition, steps, keys, clip_norm, settings, chunk_frames or None, prompt,
-            latent.get(NOISE_MASK),
-        )  # fmt: skip
-        text = f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}"
-        show_on_node(cls.hidden.unique_id, text)
-        return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(text))
+        asked = asked_of(source, **settings)
+        noise, store = invert_clip(model, samples, condition, steps, asked, latent.get(NOISE_MASK), tell)
+        return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(told[0]))
 
 
 class FateZeroReconstructionCheck(io.ComfyNode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,8 +14,8 @@ CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"
 """Where FateZeroPromptEdit leaves the words of a prompt inside its CONDITIONING."""
 
-ADVANCED = {"advanced": True}
-"""Has the page put a widget away until it is asked for: what presets ignore, and what few will change."""
+ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in signature(io.Float.Input.__init__).parameters else {}
+"""Has the page, where it can, put a widget away until it is asked for: what presets ignore, and what few change."""
 
 KEY_FRAMES = io.String.Input(
     "key_frames",

@@ -1,5 +1,7 @@
 """Long clips in pieces, stores on disk, and many edits of one inversion."""
 
+import time
+
 import pytest
 import torch
 from comfyui.graph import DemoGraph
@@ -87,7 +89,10 @@ def test_a_store_on_disk_stands_in_the_temp_folder_while_the_host_keeps_it(host)
     assert relative(edited(host, graph), expected) < 1e-5
     host.post("/free", {"free_memory": True, "unload_models": False})
     host.run(DemoGraph(steps=1).prompt | {"end": {"class_type": "PreviewAny", "inputs": {"source": "x"}}})
-    assert list((host.base / "temp").rglob("store.safetensors")) == []
+    deadline = time.monotonic() + 10  # the host frees after it has told that the prompt is done
+    while left := list((host.base / "temp").rglob("store.safetensors")):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_auto_says_what_it_took_and_why(host):

@@ -1,0 +1,399 @@
+"""The loops of `fatezero.diffusion` inside the host's own sampling.
+
+They run in the host's `CFGGuider`, so that its memory management, ControlNets, LoRA, wrappers and guidance
+functions work as under a KSampler. The host samples in variance-exploding space, x = z / sqrt(abar); the loops
+stay in DDIM's z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import comfy.context_windows
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..attention.control import AttentionSite, Control
+from ..attention.identity import ModelIdentity
+from ..attention.key_frames import Piece
+from ..attention.store import Condition
+from ..diffusion.ddim import Schedule
+from ..diffusion.denoiser import Guidance, Windows
+from ..diffusion.invert import Progress
+from .comfyui_conditions import HostCondition
+from .comfyui_unet import HookedModel, check_sampling, identity_of, schedule_along, sigma_at
+
+WrappersMP = comfy.patcher_extension.WrappersMP
+
+Loop = Callable[["ComfyDenoiser", Tensor, Progress], Tensor]
+"""A loop of the library on latents (frames, 4, h, w) as the UNet knows them; returns latents."""
+
+
+# --- the denoiser ---------------------------------------------------------------------
+
+
+@dataclass
+class _Branch:
+    """What evaluates some roles: a hooked model, its options during the run, its conditions."""
+
+    hooked: HookedModel
+    options: dict[str, Any]
+    conditions: dict[str, Any]
+
+
+class ComfyDenoiser:
+    """A MODEL inside a running `LoopGuider`, as the loops of `fatezero.diffusion` call it.
+
+    Its guider's `edited` evaluates the positive and negative prompt, its `sourced` the source prompt; that one may
+    carry other weights (a LoRA before the edit only), and is then brought in and out.
+    """
+
+    def __init__(self, guider: LoopGuider, options: dict[str, Any], device: torch.device, schedule: Schedule) -> None:
+        """options: the MODEL's, of this run. device: where the host runs the model."""
+        self.device = device
+        self._guider = guider
+        self._model = guider.inner_model
+        self.in_use = schedule
+        """The schedule of the run."""
+        self._handler = options.pop("context_handler", None)  # our own pieces follow its windows
+        self._edited = _Branch(guider.edited, options, guider.conds | guider.apart)
+        of_source = guider.source_options(options)
+        of_source.pop("context_handler", None)
+        self._source = _Branch(guider.sourced, of_source, guider.apart)
+        self._clip_norm = False
+        # All at once and on the CPU, for to read one from the device is to wait for its queue.
+        self._sigmas = guider.model_patcher.get_model_object("model_sampling").sigmas.cpu()
+        self.clean: Tensor | None = None
+        """The last prediction of the clean latents, for previews."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.manual_cast_dtype or self._model.get_dtype()
+
+    def schedule(self, steps: int) -> Schedule:
+        if steps != self.in_use.steps:
+            raise ValueError(f"steps: {steps}, but the sampling runs {self.in_use.steps}")
+        return self.in_use
+
+    def sites(self, height: int, width: int) -> list[AttentionSite]:
+        return list(self._edited.hooked.sites(height, width).values())
+
+    def identity(self) -> ModelIdentity:
+        return identity_of(self._edited.hooked.patcher)
+
+    def windows(self, latents: Tensor, timestep: float) -> Windows | None:
+        """The context windows that a node set on the MODEL, with the weights of its fuse method."""
+        handler = self._handler
+        if handler is None or len(latents) <= handler.context_length:
+            return None
+        sigma, options = sigma_at(self._sigmas, timestep)[None], self._edited.options
+        handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
+        windows = handler.get_context_windows(self._model, latents, options)
+        return [(w.index_list, _window_weights(handler, w.index_list, len(latents), sigma)) for w in windows]
+
+    @contextmanager
+    def hooked(self, clip_norm: bool = False) -> Iterator[None]:
+        self._clip_norm = clip_norm
+        try:
+            yield
+        finally:
+            self._clip_norm = False
+
+    def predict_noise(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
+    ) -> Tensor:
+        """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        assert isinstance(condition, HostCondition)
+        branch = self._source if condition.role == "source" else self._edited
+        sigma = sigma_at(self._sigmas, timestep).to(latents)
+        x = latents * (1 + sigma**2).sqrt()
+        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.columns)}
+        if guidance is not None:  # a negative may be prompts of several lengths, none of which is looked into
+            answers[1] = (guidance.control, None)
+        with self._weights_of(branch), branch.hooked.answering(answers, self._clip_norm):
+            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.piece, guidance)
+        self.clean = clean
+        return (x - clean) / sigma
+
+    def _evaluate(
+        self,
+        branch: _Branch,
+        x: Tensor,
+        sigma: Tensor,
+        condition: HostCondition,
+        piece: Piece,
+        guidance: Guidance | None,
+    ) -> Tensor:
+        """The clean latents: of the source plainly, of the edit with the model's guidance functions."""
+        wanted, negative, scale = branch.conditions[condition.role], None, 1.0
+        if guidance is not None:
+            assert isinstance(guidance.negative, HostCondition)
+            negative, scale = branch.conditions[guidance.negative.role], guidance.scale
+        with _of_piece([wanted, negative], piece) as (wanted, negative):
+            if condition.role == "source":
+                return comfy.samplers.calc_cond_batch(self._model, [wanted], x, sigma, branch.options)[0]
+            return self._guided(x, sigma, negative, wanted, scale, branch.options)
+
+    def _guided(
+        self, x: Tensor, sigma: Tensor, negative: Any, wanted: Any, scale: float, options: dict[str, Any]
+    ) -> Tensor:
+        """The host's guidance, inside what other nodes wrap around it; these may change the guider's `cfg`."""
+
+        def predict(x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
+            cfg = self._guider.cfg
+            return comfy.samplers.sampling_function(self._model, x, sigma, negative, wanted, cfg, options, seed=seed)
+
+        wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
+        if wrappers and negative is None:
+            raise ValueError(
+                "guidance: is 1, where no negative prompt is evaluated, but a node on the model changes guidance "
+                "(CFG Override, LazyCache): remove it, or take another guidance"
+            )
+        self._guider.cfg = scale
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(predict, self._guider, wrappers)
+        return executor.execute(x, sigma, options, None)
+
+    @contextmanager
+    def _weights_of(self, branch: _Branch) -> Iterator[None]:
+        """Bring in a branch's weights where they differ from the edit's."""
+        main, other = self._edited.hooked.patcher, branch.hooked.patcher
+        if main.is_clone(other) and _weights(main) == _weights(other):
+            yield
+            return
+        comfy.model_management.load_models_gpu([other])
+        other.pre_run()
+        try:
+            yield
+        finally:
+            comfy.model_management.load_models_gpu([main])
+            main.pre_run()
+
+
+def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
+    """How much each frame of a context window counts, as the host's handler fuses windows."""
+    if handler.fuse_method.name == comfy.context_windows.ContextFuseMethods.RELATIVE:
+        middle, reach = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
+        return [max(1e-2, 1 - abs(frame - middle) / reach) for frame in frames]
+    return comfy.context_windows.get_context_weights(len(frames), clip, frames, handler, sigma=sigma)
+
+
+@contextmanager
+def _of_piece(conditions: list[Any], piece: Piece) -> Iterator[list[Any]]:
+    """The host's conditions with what they hold for each frame cut to a piece's frames, ControlNet hints too."""
+    if piece.is_whole:
+        yield conditions
+        return
+    frames = list(piece.held)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == piece.clip:
+            return value[frames]
+        if isinstance(getattr(value, "cond", None), Tensor):
+            return value._copy_with(cut(value.cond))
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    hints: dict[Any, Tensor] = {}
+    for control in (c.get("control") for entries in conditions for c in entries or []):
+        while control is not None:
+            hint = control.cond_hint_original
+            if hint is not None and len(hint) > 1:  # of fewer frames than the clip's, the host repeats them
+                hints[control] = hint
+            control = control.previous_controlnet
+    try:
+        for control, hint in hints.items():
+            control.cond_hint_original, control.cond_hint = hint[[f % len(hint) for f in frames]], None
+        yield [entries and [cut(c) for c in entries] for entries in conditions]
+    finally:
+        for control, hint in hints.items():
+            control.cond_hint_original, control.cond_hint = hint, None
+
+
+def _weights(patcher: Any) -> tuple[Any, Any]:
+    """What a MODEL changes of the weights and parts that its clones share."""
+    return patcher.patches_uuid, patcher.object_patches
+
+
+# --- guiders and the sampler ------------------------------------------------------------
+
+
+class LoopGuider(comfy.samplers.CFGGuider):
+    """A GUIDER that holds what a loop of the library evaluates; `DDIMSampler` runs the loop."""
+
+    def __init__(
+        self,
+        model: Any,
+        conditions: Sequence[HostCondition],
+        source_model: Any = None,
+        chunk_frames: int | None = None,
+    ) -> None:
+        """source_model: the MODEL that evaluates the source prompt, if not the same. chunk_frames: frames of one
+        UNet call, for which the host then makes room.
+
+        Raises ValueError for a MODEL that is no attention UNet, or with options that cannot be honoured.
+        """
+        check_options(model)
+        self.edited = HookedModel(model)
+        source_model = source_model or model
+        self.sourced = self.edited if source_model is model else HookedModel(source_model)
+        one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
+        self.edited.one_text = self.sourced.one_text = one_text
+        if chunk_frames is not None:
+            self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero", _room_for(chunk_frames))
+        super().__init__(self.edited.patcher)
+        self.inner_set_conds({c.role: c.conditioning for c in conditions})
+        self.edited.patcher = self.model_patcher  # the host may take a delegate for conditions with hooks
+
+    loop: Loop
+    """What `DDIMSampler` runs: a method of those that derive from this, or a function."""
+
+    @property
+    def reached(self) -> int:
+        """How many attention layers the last UNet calls reached."""
+        return len(self.edited.reached | self.sourced.reached)
+
+    def schedule(self, sigmas: Tensor) -> Schedule:
+        """The noise levels of a run that the host gives sigmas for, whichever way they go."""
+        sampling = self.model_patcher.get_model_object("model_sampling")
+        return schedule_along(sampling, sigmas.sort(descending=True).values)
+
+    def inner_sample(
+        self, noise: Tensor, latent_image: Tensor, device: torch.device, sampler: Any, sigmas: Tensor, *rest: Any,
+        **more: Any,
+    ) -> Any:  # fmt: skip
+        # The source and further edits apart from the first: a ControlNet of one target may ask to be
+        # applied to every other prompt it is processed with.
+        apart = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
+        self.apart: dict[str, Any] = {}
+        for group in {role.partition(".")[2] if role != "source" else role for role in apart}:
+            ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
+            named = {name: apart[role] for name, role in ends.items() if role in apart}
+            done = comfy.samplers.process_conds(self.inner_model, noise, named, device)
+            self.apart |= {ends[name]: processed for name, processed in done.items()}
+        try:  # noisy to clean, also for an inversion: the host's nodes find their steps so
+            falling = sigmas.sort(descending=True).values
+            return super().inner_sample(noise, latent_image, device, sampler, falling, *rest, **more)
+        finally:
+            self.conds |= self.apart
+
+    def sample(self, *args: Any, **more: Any) -> Tensor:
+        """The result is where the host keeps latents, so that it stays the same tensor in its outputs."""
+        return super().sample(*args, **more).to(comfy.model_management.intermediate_device())
+
+    def source_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of the source branch: those of the MODEL it was inverted with."""
+        if self.sourced is self.edited:
+            return options
+        own = comfy.model_patcher.create_model_options_clone(self.sourced.patcher.model_options)
+        source = {role: conds for role, conds in self.apart.items() if role == "source"}
+        comfy.sampler_helpers.prepare_model_patcher(self.sourced.patcher, source, own)
+        own["transformer_options"]["sample_sigmas"] = options["transformer_options"]["sample_sigmas"]
+        return own
+
+
+class DDIMSampler(comfy.samplers.Sampler):
+    """A SAMPLER of deterministic DDIM steps: towards the clip along falling sigmas, to noise along rising ones.
+
+    In our own guiders it runs their loop, in others the plain steps.
+    """
+
+    def sample(
+        self,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        if not isinstance(guider, LoopGuider):
+            return _plain_ddim(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask)
+        denoiser = ComfyDenoiser(guider, extra_args["model_options"], latent_image.device, guider.schedule(sigmas))
+
+        def progress(done: int, of: int) -> None:
+            if callback is not None:
+                callback(done - 1, denoiser.clean, denoiser.clean, of)
+
+        return guider.loop(denoiser, latent_image, progress)
+
+
+def _plain_ddim(
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    denoise_mask: Tensor | None,
+) -> Tensor:
+    """DDIM steps with anyone's guider: x' = x + eps (sigma' - sigma).
+
+    Each evaluates the noisier of its two levels, x scaled to it, as FateZero's inversion does.
+    """
+    check_sampling(guider.model_patcher)
+    rises = bool(sigmas[0] < sigmas[-1])
+    if denoise_mask is not None:
+        raise ValueError("latent_image: has a noise mask, which DDIM Sampler takes with FateZero's own guiders alone")
+    if rises and noise.any():
+        raise ValueError("noise: an inversion adds none; connect Disable Noise")
+    level = (1 + sigmas**2).sqrt()
+    x = (latent_image + noise * sigmas[0]) if not rises else latent_image * level[0]
+    for i, (here, there) in enumerate(pairwise(sigmas)):
+        at = torch.maximum(here, there)
+        seen = x * ((1 + at**2) / (1 + here**2)).sqrt()
+        clean = guider(seen, at.expand(len(x)), **extra_args)
+        x = x + (seen - clean) / at * (there - here)
+        if callback is not None:
+            callback(i, clean, x, len(sigmas) - 1)
+    return x if rises else x / level[-1]
+
+
+def check_options(model: Any) -> None:
+    """Raise ValueError for options of a MODEL that an edit cannot honour."""
+    handler = model.model_options.get("context_handler")
+    if handler is not None:
+        if getattr(handler, "dim", None) != 0:
+            raise ValueError(
+                f"model: context windows along dim {getattr(handler, 'dim', None)}; frames lie along dim 0"
+            )
+        for name in ("freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"):
+            if getattr(handler, name, None):
+                raise ValueError(f"model: context windows with {name}, which an edit has no use for: switch it off")
+    clones = model.get_additional_models_with_key("multigpu")
+    if clones:
+        raise ValueError(f"model: is spread over {len(clones) + 1} GPUs (MultiGPU); an edit runs on one: remove it")
+
+
+def run_in_host(guider: LoopGuider, samples: Tensor, sigmas: Tensor, noise_mask: Tensor | None = None) -> Tensor:
+    """Run a guider's loop on LATENT samples (frames, 4, h, w), with the host's progress bar and previews."""
+    callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    return guider.sample(
+        torch.zeros_like(samples), samples, DDIMSampler(), sigmas, denoise_mask=noise_mask, callback=callback,
+        disable_pbar=True, seed=0,
+    )  # fmt: skip
+
+
+def sigmas_of(schedule: Schedule) -> Tensor:
+    """A schedule as the host's SIGMAS, noisy to clean."""
+    return (1 / schedule.alphas - 1).sqrt().flip(0)
+
+
+def _room_for(frames: int) -> Callable[..., Any]:
+    """A wrapper that has the host make room for so many frames and their key frames, not for the whole clip."""
+
+    def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
+        return executor(model, [min(shape[0], frames + 3), *shape[1:]], *rest, **more)
+
+    return prepare
