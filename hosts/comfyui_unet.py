@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete
+from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete, StableCascadeSampling
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -46,7 +46,8 @@ def check_model(model: Any) -> None:
 def check_sampling(model: Any) -> None:
     """Raise ValueError for a MODEL whose noise schedule DDIM cannot invert."""
     sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, ModelSamplingDiscrete) or _prediction(sampling) not in (EPS, V_PREDICTION):
+    known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
+    if not known or _prediction(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
             f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
             f"FateZero works with {WORKING_MODELS}, predicting epsilon or v"

@@ -21,7 +21,16 @@ from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, hea
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_unet import count_layers
 from ..video.sheet import heat_map
-from .sockets import ADVANCED, CHUNK_FRAMES, PROMPT_KEY, AttentionStoreSocket, PromptEditSocket, schema, show_on_node
+from .sockets import (
+    ADVANCED,
+    CHUNK_FRAMES,
+    PROMPT_KEY,
+    TEXT_KEY,
+    AttentionStoreSocket,
+    PromptEditSocket,
+    schema,
+    show_on_node,
+)
 
 INPUTS = [
     io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
@@ -254,8 +263,17 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
         f"{reached}fused cross-attention in {fusion.cross_steps(steps)} and self-attention in "
         f"{fusion.self_steps(steps)} of {steps} steps\n"
         f"{calls.edit} UNet evaluations of {store.frames} frames, {calls.source} more for the source; "
-        f"store of memory {store.memory}"
+        f"store of memory {store.memory}" + ("" if _is_text_of_pair(edit.target_embeddings) else f"\n{OTHER_TEXT}")
     )
+
+
+OTHER_TEXT = "positive is not Prompt Edit's target as it was encoded: words are matched as if it were"
+
+
+def _is_text_of_pair(positive: Any) -> bool:
+    embeddings, options = positive.conditioning[0]
+    encoded = options.get(TEXT_KEY)
+    return encoded is embeddings or (encoded is not None and torch.equal(encoded, embeddings))
 
 
 class FateZeroMaskPreview(io.ComfyNode):

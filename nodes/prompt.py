@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..attention.prompt import CHUNK, PromptEdit
 from ..config import changed_words
-from .sockets import PROMPT_KEY, PromptEditSocket, schema, show_on_node
+from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_node
 
 
 class FateZeroPromptEdit(io.ComfyNode):
@@ -89,7 +89,7 @@ class FateZeroPromptEdit(io.ComfyNode):
             tokens = clip.tokenize(text)
             _check_layout(tokens, prompt.word_tokens(words[name]), name)
             encoded = clip.encode_from_tokens_scheduled(tokens)
-            conditionings.append([[e, {**options, PROMPT_KEY: words[name]}] for e, options in encoded])
+            conditionings.append([[e, {**options, PROMPT_KEY: words[name], TEXT_KEY: e}] for e, options in encoded])
         alignment = prompt.describe()
         show_on_node(cls.hidden.unique_id, alignment)
         return io.NodeOutput(*conditionings, prompt, alignment, ui=ui.PreviewText(alignment))

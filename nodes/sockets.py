@@ -14,6 +14,9 @@ CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"
 """Where FateZeroPromptEdit leaves the words of a prompt inside its CONDITIONING."""
 
+TEXT_KEY = "fatezero_text"
+"""Where it leaves the embeddings of that prompt, to tell whether other nodes have changed them."""
+
 ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in signature(io.Float.Input.__init__).parameters else {}
 """Has the page, where it can, put a widget away until it is asked for: what presets ignore, and what few change."""
 

@@ -6,6 +6,7 @@ The host loads this file by itself; it knows nothing of the tests.
 import sys
 
 import comfy.cli_args
+import comfy.gligen
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
@@ -226,6 +227,48 @@ class RamUsage(io.ComfyNode):
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
+@node("OtherGligen", [io.Model.Input("model"), io.Conditioning.Input("positive")], [io.Conditioning.Output()])
+class Gligen(io.ComfyNode):
+    """A prompt with a box for an object, by a GLIGEN of random weights that fits the model."""
+
+    @classmethod
+    def execute(cls, model, positive):
+        torch.manual_seed(0)
+        blocks = [b for b in model.model.diffusion_model.modules() if type(b).__name__ == "BasicTransformerBlock"]
+        widths = [block.attn1.to_q.in_features for block in blocks]
+        fusers = [comfy.gligen.GatedSelfAttentionDense(w, 768, max(1, w // 32), min(w, 32)) for w in widths]
+        gligen = comfy.gligen.Gligen(fusers, comfy.gligen.PositionNet(64, 768), 64)
+        for name, parameter in gligen.named_parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape)
+            if "alpha" in name:
+                parameter.data.fill_(0.5)
+        cpu = torch.device("cpu")
+        patcher = comfy.model_patcher.ModelPatcher(gligen.eval(), load_device=cpu, offload_device=cpu)
+        box = (torch.randn(1, 64), 4, 4, 2, 2)
+        return io.NodeOutput([[t, {**o, "gligen": ("position", patcher, [box])}] for t, o in positive])
+
+
+@node("OtherOption", [io.Conditioning.Input("positive"), io.String.Input("name")], [io.Conditioning.Output()])
+class Option(io.ComfyNode):
+    """A prompt with an option that some node of the host, or another pack, may set."""
+
+    @classmethod
+    def execute(cls, positive, name):
+        value = torch.zeros(1, 4, 8, 8)
+        return io.NodeOutput([[t, {**o, name: value}] for t, o in positive])
+
+
+@node("OtherGPUs", [io.Model.Input("model")], [io.Model.Output()])
+class GPUs(io.ComfyNode):
+    """A model with a copy for a second GPU, as the host's MultiGPU node leaves it."""
+
+    @classmethod
+    def execute(cls, model):
+        spread = model.clone()
+        spread.set_additional_models("multigpu", [model.clone()])
+        return io.NodeOutput(spread)
+
+
 @node("OtherTextRows", [io.Model.Input("model")], [io.Model.Output()])
 class TextRows(io.ComfyNode):
     """Counts the rows whose keys the middle block's cross-attention projects."""
@@ -256,7 +299,7 @@ class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
-            Lines, TextRows, TextRowsSeen,
+            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs,
         ]  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Options that other nodes set on a CONDITIONING, a LATENT or a MODEL: honoured, or refused by name."""
 
+import re
+
 import pytest
 import torch
 from comfyui.graph import DemoGraph
 from comfyui.host import NodeError
+from comfyui.test_sampling import custom, without_fusion
 
 from small import relative
 
-pytestmark = pytest.mark.every_host
+every_host = pytest.mark.every_host
 
 
 def edited(host, graph):
@@ -55,6 +58,7 @@ def test_a_range_of_all_the_steps_is_none(host):
     assert relative(edited(host, graph), expected) < 1e-5
 
 
+@every_host
 @pytest.mark.parametrize("preset", ["style", "shape"])
 def test_a_noise_mask_of_the_clip_says_where_alone_it_may_change(host, preset):
     graph = DemoGraph()
@@ -77,6 +81,7 @@ def test_a_noise_mask_of_the_clip_says_where_alone_it_may_change(host, preset):
     assert not torch.allclose(edited(host, graph), result), "a mask on the socket goes over it"
 
 
+@every_host
 @pytest.mark.parametrize("sampling", ["lcm", "x0"])
 def test_another_kind_of_sampling_is_refused(host, sampling):
     graph = DemoGraph()
@@ -87,9 +92,283 @@ def test_another_kind_of_sampling_is_refused(host, sampling):
         edited(host, graph)
 
 
+@every_host
 def test_a_model_that_predicts_something_else_than_the_inversions_is_refused(host):
     graph = DemoGraph()
     changed = graph.add("ModelSamplingDiscrete", model=graph.demo[0], sampling="v_prediction", zsnr=False)
     graph.set(graph.edit, model=changed[0])
     with pytest.raises(NodeError, match=r"made by another model.*predicts=epsilon.*predicts=v"):
         edited(host, graph)
+
+
+# --- the table: each line against the host's own sampling, which knows nothing of us ---------------
+
+
+def defaults(host, kind):
+    """The values that the page would put into a node."""
+    found = {}
+    for name, option in host.known[kind]["input"].get("required", {}).items():
+        more = option[1] if len(option) > 1 else {}
+        choices = option[0] if isinstance(option[0], list) else more.get("options")
+        if "default" in more or choices:
+            found[name] = more.get("default", choices[0] if choices else None)
+    return found
+
+
+def add(host, graph, kind, **inputs):
+    if kind not in host.known:
+        pytest.skip(f"this host has no {kind}")
+    return graph.add(kind, **{**defaults(host, kind), **inputs})
+
+
+def as_the_host(host, graph, guidance=7.5):
+    """(our edit without fusion, what the host's own guider and plain DDIM steps give of the same noise)."""
+    asked = graph.prompt[graph.edit.id]["inputs"]
+    theirs = graph.add(
+        "CFGGuider", model=asked["model"], positive=asked["positive"], negative=asked["negative"], cfg=guidance
+    )
+    sampled = custom(graph, theirs[0], graph.invert[0])
+    return edited(host, graph), host.latents(graph.prompt, sampled[0])
+
+
+OF_PROMPTS = {
+    "ControlNet of some steps": lambda h, g, p, file: g.add("ControlNetApplyAdvanced", positive=p, negative=p,
+        control_net=g.add("ControlNetLoader", control_net_name=file)[0], image=g.video[0], strength=1.0,
+        start_percent=0.2, end_percent=0.8),
+    "GLIGEN": lambda h, g, p, file: g.add("OtherGligen", model=g.demo[0], positive=p),
+    "LoRA by a hook": lambda h, g, p, file: g.add("ConditioningSetProperties", cond_NEW=p, strength=1.0,
+        set_cond_area="default", hooks=g.add("CreateHookLoraModelOnly", lora_name="random.safetensors",
+        strength_model=1.0)[0]),
+    "LoRA by a hook that changes by step": lambda h, g, p, file: g.add("ConditioningSetProperties", cond_NEW=p,
+        strength=1.0, set_cond_area="default", hooks=g.add("SetHookKeyframes", hooks=g.add("CreateHookLoraModelOnly",
+        lora_name="random.safetensors", strength_model=1.0)[0], hook_kf=g.add("CreateHookKeyframe", strength_mult=0.3,
+        start_percent=0.5)[0])[0]),
+    "strength": lambda h, g, p, file: g.add("ConditioningSetAreaStrength", conditioning=p, strength=0.5),
+    "guidance of Flux": lambda h, g, p, file: g.add("FluxGuidance", conditioning=p, guidance=3.5),
+    "zeros": lambda h, g, p, file: g.add("ConditioningZeroOut", conditioning=p),
+    "prompts averaged": lambda h, g, p, file: g.add("ConditioningAverage", conditioning_to=p,
+        conditioning_from=g.add("CLIPTextEncode", clip=g.demo[1], text="a blue circle")[0],
+        conditioning_to_strength=0.5),
+    "prompts joined": lambda h, g, p, file: g.add("ConditioningConcat", conditioning_to=p,
+        conditioning_from=g.add("CLIPTextEncode", clip=g.demo[1], text="a blue circle")[0]),
+}  # fmt: skip
+"""What sets each option of a prompt, and is honoured."""
+
+OF_NEGATIVES = {
+    "range of steps": in_steps,
+    "area": lambda g, p: g.add(
+        "ConditioningSetAreaPercentage", conditioning=p, width=0.5, height=1.0, x=0.0, y=0.0, strength=1.0
+    ),
+    "mask": in_mask,
+    "combined, of two lengths": lambda g, p: g.add(
+        "ConditioningCombine",
+        conditioning_1=p,
+        conditioning_2=g.add("ConditioningConcat", conditioning_to=g.words[0], conditioning_from=p)[0],
+    ),
+    "default for what is left": lambda g, p: g.add(
+        "ConditioningSetDefaultCombine",
+        cond=in_mask(g, p)[0],
+        cond_DEFAULT=g.add("CLIPTextEncode", clip=g.demo[1], text="a green circle")[0],
+    ),
+}
+"""What a negative may have beside these, for its attention is left alone."""
+
+WITHOUT_EFFECT = ("strength", "guidance of Flux")
+
+
+@pytest.mark.parametrize("option", OF_PROMPTS)
+@pytest.mark.parametrize("socket", ["positive", "source", "negative"])
+def test_an_option_of_a_prompt_is_honoured(host, option, socket, controlnet, lora):
+    graph = without_fusion(DemoGraph())
+    if socket == "source":
+        of_host = graph.add("BasicGuider", model=graph.demo[0], conditioning=graph.words[0])
+        plain = host.latents(graph.prompt, graph.invert[0])
+        optioned = OF_PROMPTS[option](host, graph, graph.words[0], controlnet)[0]
+        graph.set(of_host, conditioning=optioned)
+        graph.set(graph.invert, source=optioned)
+        ours = host.latents(graph.prompt, graph.invert[0])
+        theirs = host.latents(graph.prompt, custom(graph, of_host[0], graph.latent[0], flipped=True)[0])
+    else:
+        negative = graph.add("CLIPTextEncode", clip=graph.demo[1], text="a red square")
+        graph.set(graph.edit, negative=negative[0])
+        plain = edited(host, graph)
+        prompt = graph.words[1] if socket == "positive" else negative[0]
+        graph.set(graph.edit, **{socket: OF_PROMPTS[option](host, graph, prompt, controlnet)[0]})
+        ours, theirs = as_the_host(host, graph)
+    assert relative(ours, theirs) < 1e-4
+    assert (relative(ours, plain) < 1e-5) == (option in WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize(
+    ("option", "other"), [("prompts averaged", True), ("prompts joined", True), ("zeros", True), ("strength", False)]
+)
+def test_the_report_tells_a_text_that_is_not_the_pairs(host, option, other):
+    graph = DemoGraph(steps=1)
+    graph.set(graph.edit, positive=OF_PROMPTS[option](host, graph, graph.words[1], None)[0])
+    end = {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}
+    run = host.run({**graph.prompt, "end": end})
+    assert ("positive is not Prompt Edit's target" in host.text(run, "end")) == other
+
+
+@pytest.mark.parametrize("option", OF_NEGATIVES)
+def test_a_negative_may_be_for_a_part(host, option):
+    graph = without_fusion(DemoGraph())
+    negative = graph.add("CLIPTextEncode", clip=graph.demo[1], text="a red square")
+    graph.set(graph.edit, negative=negative[0])
+    plain = edited(host, graph)
+    graph.set(graph.edit, negative=OF_NEGATIVES[option](graph, negative[0])[0])
+    ours, theirs = as_the_host(host, graph)
+    assert relative(ours, theirs) < 1e-4
+    assert relative(ours, plain) > 1e-3
+
+
+@pytest.mark.parametrize("socket", ["source", "positive"])
+@pytest.mark.parametrize(
+    "name", ["area", "mask", "concat_latent_image", "concat_mask", "reference_latents", "unclip_conditioning"]
+)
+def test_an_option_that_no_clip_can_follow_is_refused_by_name(host, name, socket):
+    graph = DemoGraph()
+    node, prompt = (graph.invert, graph.words[0]) if socket == "source" else (graph.edit, graph.words[1])
+    graph.set(node, **{socket: graph.add("OtherOption", positive=prompt, name=name)[0]})
+    with pytest.raises(NodeError, match=rf"{socket}: .*\({name}\)"):
+        edited(host, graph)
+
+
+def test_two_prompts_in_one_are_refused(host):
+    graph = DemoGraph()
+    graph.set(graph.edit, positive=graph.add(
+        "ConditioningSetDefaultCombine", cond=graph.words[1], cond_DEFAULT=graph.words[0])[0])  # fmt: skip
+    with pytest.raises(NodeError, match="positive: got 2 prompts combined"):
+        edited(host, graph)
+
+
+HONOURED = {
+    "APG": {}, "CFGNorm": {"strength": 0.5}, "CFGOverride": {"cfg": 2.0, "end_percent": 0.5}, "CFGZeroStar": {},
+    "Epsilon Scaling": {"scaling_factor": 1.05}, "FreSca": {"freq_cutoff": 2}, "FreeU": {}, "FreeU_V2": {},
+    "Mahiro": {}, "NAGuidance": {}, "PerpNeg": {}, "PerturbedAttentionGuidance": {}, "RescaleCFG": {},
+    "SelfAttentionGuidance": {}, "TCFG": {}, "UNetCrossAttentionMultiply": {"q": 1.3},
+    "UNetSelfAttentionMultiply": {"k": 1.3}, "VideoLinearCFGGuidance": {}, "VideoTriangleCFGGuidance": {},
+    "ModelMergeSubtract": {"multiplier": 0.1}, "LoraLoaderModelOnly": {"lora_name": "random.safetensors"},
+    "LoraLoaderBypassModelOnly": {"lora_name": "random.safetensors"},
+}  # fmt: skip
+"""Nodes on the MODEL that change what it predicts, and settings with which they do."""
+
+NO_EFFECT = ["DifferentialDiffusion", "ModelAttentionBackend", "SkipLayerGuidanceSD3", "ScaleROPE", "wanBlockSwap"]
+"""Nodes that change nothing here, nor under the host's samplers."""
+
+
+@pytest.mark.parametrize("kind", [*HONOURED, *NO_EFFECT])
+def test_a_node_on_the_model_is_honoured(host, kind, lora):
+    graph = without_fusion(DemoGraph())
+    negative = graph.add("CLIPTextEncode", clip=graph.demo[1], text="a red square")
+    graph.set(graph.edit, negative=negative[0])
+    plain = edited(host, graph)
+    inputs = {"model": graph.demo[0], **HONOURED.get(kind, {})}
+    if kind == "PerpNeg":
+        inputs["empty_conditioning"] = graph.negative[0]
+    if kind.startswith("ModelMerge"):
+        inputs |= {"model1": inputs["model"], "model2": inputs.pop("model")}
+    graph.set(graph.edit, model=add(host, graph, kind, **inputs)[0])
+    ours, theirs = as_the_host(host, graph)
+    assert relative(ours, theirs) < 1e-4
+    assert (relative(ours, plain) < 1e-5) == (kind in NO_EFFECT)
+
+
+NOT_A_SCHEDULE = "is not a schedule that DDIM can invert"
+WITH_TOKENS = "merges or rescales tokens"
+REFUSED = [
+    ("TomePatchModel", {}, WITH_TOKENS),
+    ("HyperTile", {"tile_size": 32}, WITH_TOKENS),
+    ("PatchModelAddDownscale", {"end_percent": 1.0}, WITH_TOKENS),
+    ("EasyCache", {"reuse_threshold": 3.0}, "skips calls"),
+    ("LazyCache", {"reuse_threshold": 3.0}, "skips calls"),
+    ("ModelSamplingContinuousEDM", {"sampling": "eps"}, NOT_A_SCHEDULE),
+    ("ModelSamplingContinuousV", {}, NOT_A_SCHEDULE),
+    ("ModelSamplingStableCascade", {}, NOT_A_SCHEDULE),
+    ("ModelSamplingSD3", {}, NOT_A_SCHEDULE),
+    ("ModelSamplingDiscrete", {"sampling": "img_to_img"}, NOT_A_SCHEDULE),
+    ("ModelSamplingDiscrete", {"zsnr": True}, "made on another schedule"),
+    ("OtherGPUs", {}, "model: is spread over 2 GPUs"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "told"), REFUSED, ids=[f"{k} {v}" for k, v, _ in REFUSED])
+def test_a_node_on_the_model_that_cannot_be_honoured_is_refused(host, kind, settings, told):
+    graph = DemoGraph(steps=10)
+    graph.set(graph.edit, model=add(host, graph, kind, model=graph.demo[0], **settings)[0])
+    with pytest.raises(NodeError, match=told):
+        edited(host, graph)
+
+
+def test_a_node_that_changes_guidance_needs_some(host):
+    graph = DemoGraph()
+    graph.set(graph.edit, model=add(host, graph, "CFGOverride", model=graph.demo[0], cfg=2.0)[0], guidance=1.0)
+    with pytest.raises(NodeError, match="guidance: is 1, where no negative prompt is evaluated"):
+        edited(host, graph)
+
+
+def test_a_noise_mask_that_changes_by_step_is_refused(host):
+    graph = DemoGraph()
+    graph.set(graph.invert, latent=graph.add("SetLatentNoiseMask", samples=graph.latent[0], mask=left_half(graph))[0])
+    graph.set(graph.edit, model=graph.add("DifferentialDiffusion", model=graph.demo[0])[0])
+    with pytest.raises(NodeError, match=r"model: changes the latent's noise mask step by step"):
+        edited(host, graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("freenoise", True), ("cond_retain_index_list", "0"), ("latent_retain_index_list", "0"),
+        ("split_conds_to_windows", True),
+    ],
+)  # fmt: skip
+def test_a_context_window_that_an_edit_has_no_use_for_is_refused(host, name, value):
+    graph = DemoGraph()
+    if name not in host.known["ContextWindowsManual"]["input"]["required"]:
+        pytest.skip(f"this host's context windows have no {name}")
+    graph.both(add(host, graph, "ContextWindowsManual", model=graph.demo[0], **{name: value})[0])
+    with pytest.raises(NodeError, match=re.escape(f"model: context windows with {name}")):
+        edited(host, graph)
+
+
+@pytest.mark.parametrize("fuse_method", ["flat", "pyramid", "relative", "overlap-linear"])
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform", "batched"])
+def test_context_windows_fuse_as_the_hosts_do(host, fuse_method, schedule):
+    """Seeing the frame before, a frame is predicted otherwise at a window's edge, so that weights make a difference."""
+    if fuse_method not in str(host.known["ContextWindowsManual"]["input"]["required"]["fuse_method"]):
+        pytest.skip(f"this host has no {fuse_method}")
+    graph = without_fusion(DemoGraph(frames=6))
+    graph.set(graph.invert, key_frames="self, previous")
+    whole = edited(host, graph)
+    windowed = add(
+        host, graph, "ContextWindowsManual", model=graph.demo[0], context_length=4, context_overlap=2,
+        context_schedule=schedule, fuse_method=fuse_method,
+    )  # fmt: skip
+    if "causal_window_fix" in graph.prompt[windowed.id]["inputs"]:  # a frame before the window: ours need none
+        graph.set(windowed, causal_window_fix=False)
+    graph.set(graph.edit, model=windowed[0])
+    ours = edited(host, graph)
+    seeing = graph.add(
+        "FateZeroSpatioTemporalAttention", model=windowed[0], key_frames="self, previous", clip_norm=False
+    )
+    graph.set(graph.edit, model=seeing[0])
+    asked = graph.prompt[graph.edit.id]["inputs"]
+    theirs = graph.add("CFGGuider", model=seeing[0], positive=asked["positive"], negative=asked["negative"], cfg=7.5)
+    assert relative(ours, host.latents(graph.prompt, custom(graph, theirs[0], graph.invert[0])[0])) < 1e-4
+    assert relative(ours, whole) > 1e-3
+
+
+def test_a_latent_of_other_data_is_refused(host):
+    graph = DemoGraph()
+    audio = graph.add("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
+    graph.set(graph.invert, latent=audio[0])
+    with pytest.raises(NodeError, match="latent: has shape"):
+        edited(host, graph)
+
+
+def test_the_number_of_a_latents_random_noise_is_none_of_ours(host):
+    graph = DemoGraph()
+    expected = edited(host, graph)
+    numbered = graph.add("LatentFromBatch", samples=graph.latent[0], batch_index=0, length=graph.frames)
+    graph.set(graph.invert, latent=numbered[0])
+    assert relative(edited(host, graph), expected) < 1e-5
