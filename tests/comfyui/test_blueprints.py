@@ -1,0 +1,86 @@
+"""Blueprints: one node for a whole edit, found in the page's search, connected and run."""
+
+import json
+
+import pytest
+import torch
+from comfyui import page as browser
+from comfyui.graph import SOURCE, TARGET, DemoGraph
+from comfyui.host import REPO
+from comfyui.test_mixing import edited
+
+FOLDER = REPO / "subgraphs"
+KINDS = ("Attribute", "Shape", "Style")
+
+CONNECT = """([title, values]) => {
+    const edit = app.graph._nodes.find(n => n.title === title)
+    const demo = LiteGraph.createNode('FateZeroDemoModel'), save = LiteGraph.createNode('SaveVideo')
+    demo.pos = [edit.pos[0] - 450, edit.pos[1]]; save.pos = [edit.pos[0] + 500, edit.pos[1]]
+    app.graph.add(demo); app.graph.add(save)
+    for (const [from, to] of [['model', 'model'], ['clip', 'clip'], ['vae', 'vae'], ['video', 'video']])
+        demo.connect(demo.outputs.findIndex(o => o.name.toLowerCase().includes(from)), edit,
+            edit.inputs.findIndex(i => i.name === to))
+    edit.connect(edit.outputs.findIndex(o => o.name === 'video'), save, 0)
+    for (const [name, value] of Object.entries(values)) {
+        const widget = edit.widgets.find(w => w.name === name || w.label === name)
+        if (!widget) throw new Error('no widget ' + name + ' among ' + edit.widgets.map(w => w.name))
+        widget.value = value
+    }
+}"""
+
+
+def values(kind, target=TARGET):
+    words = {"reweight": ""} if kind == "Style" else {"blend_source": "", "blend_target": ""}
+    sizes = {"frames": 3, "width": 64, "height": 64, "steps": 4, "guidance": 7.5}
+    return {"source": SOURCE, "target": target, **words, **sizes}
+
+
+def find(page, title):
+    """Double-click the canvas, type, take the first that is found, and put it down, as a user does."""
+    page.tab.mouse.dblclick(900, 500)
+    page.tab.keyboard.type(title, delay=10)
+    page.tab.wait_for_timeout(1500)
+    page.tab.keyboard.press("Enter")
+    page.tab.wait_for_timeout(1500)
+    page.tab.mouse.click(900, 500)
+    page.tab.wait_for_timeout(500)
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.HOW)
+def test_a_newcomer_finds_one_node_and_edits(host):
+    with browser.opened(host) as page:
+        for kind in KINDS:
+            title = f"{kind} Edit (FateZero)"
+            page.open({"nodes": [], "links": [], "version": 0.4}, kind)
+            find(page, title)
+            page.tab.evaluate(CONNECT, [title, values(kind)])
+            assert page.missing() == []
+            prompt = page.prompt()
+            (sampler,) = (n for n, node in prompt.items() if node["class_type"] == "FateZeroSampler")
+            assert prompt[sampler]["inputs"]["preset"] == f"{kind.lower()}+"
+            found = host.latents(prompt, [sampler, 0])
+            plain = DemoGraph()
+            plain.set(plain.edit, preset=f"{kind.lower()}+")
+            assert torch.equal(found, edited(host, plain)), "the same edit as by nodes of its own"
+            assert page.run() == "execution_success"
+        page.tab.evaluate("([title, v]) => { app.graph._nodes.find(n => n.title === title).widgets.find("
+                          "w => w.name === 'target').value = v }", [title, "a blue square on water"])  # fmt: skip
+        again = page.prompt()
+        run = host.run(again)
+        ran = {
+            again[n.removesuffix(".source")]["class_type"] for n in run.executed() if n.removesuffix(".source") in again
+        }
+        assert "FateZeroSampler" in ran and "FateZeroInvert" not in ran
+        assert page.errors == []
+
+
+def test_blueprints_hold_the_nodes_as_they_are(host):
+    """Every inner node has the widgets that the host's nodes have today, in their order."""
+    for path in FOLDER.glob("*.json"):
+        blueprint = json.loads(path.read_text(encoding="utf-8"))
+        (inner,) = blueprint["definitions"]["subgraphs"]
+        assert inner["name"] == path.stem == blueprint["nodes"][0]["title"]
+        for node in inner["nodes"]:
+            about = host.known[node["type"]]["input"]
+            known = {**about.get("required", {}), **about.get("optional", {})}
+            assert {i["name"] for i in node["inputs"]} - {"upload"} <= set(known), node["type"]
