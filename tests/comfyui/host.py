@@ -195,7 +195,7 @@ class Host:
 
 
 @contextmanager
-def started(host: Installed, base: Path, pack: str = "fatezero-video"):
+def started(host: Installed, base: Path, pack: str = "fatezero-video", options: str = ""):
     """A server with this pack, in a folder whose name holds a dash, and another one to mix with."""
     for name in ("custom_nodes", "input", "output", "models/loras", "models/controlnet", "models/checkpoints", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
@@ -205,8 +205,8 @@ def started(host: Installed, base: Path, pack: str = "fatezero-video"):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = base / "host.log"
-    options = (
-        f"--cpu --listen 127.0.0.1 --port {port} --database-url sqlite:///:memory: --disable-api-nodes "
+    options += (
+        f" --cpu --listen 127.0.0.1 --port {port} --database-url sqlite:///:memory: --disable-api-nodes "
         "--disable-auto-launch --preview-method latent2rgb"
     )
     with log.open("wb") as out:

@@ -1,0 +1,69 @@
+"""The host's ways of keeping results: whatever it lets go of, and whatever changes between, results stay right."""
+
+import random
+
+import pytest
+import torch
+from comfyui.graph import DemoGraph
+from comfyui.host import HOW, find_hosts, started
+from comfyui.test_mixing import edited
+from comfyui.test_sampling import edit_with, invert_with
+
+CHOICES = {
+    "target": ["a green square on water", "a blue circle on water", "a red square on grass"],
+    "steps": [2, 3],
+    "memory": ["recompute", "queries_keys"],
+    "key_frames": ["self, middle", "first"],
+    "preset": ["style+", "attribute", "attribute+"],
+    "guidance": [5.0, 7.5],
+    "by": ["nodes", "sampler"],
+}
+"""What a user changes between two runs; `by`: our own nodes, or the host's SamplerCustomAdvanced."""
+
+
+def result(host, asked) -> torch.Tensor:
+    graph = DemoGraph(steps=asked["steps"])
+    graph.set(graph.words, target=asked["target"])
+    graph.set(graph.invert, memory=asked["memory"], key_frames=asked["key_frames"])
+    graph.set(graph.edit, preset=asked["preset"], guidance=asked["guidance"])
+    if asked["by"] == "nodes":
+        return edited(host, graph)
+    begin, store = invert_with(graph)
+    return host.latents(graph.prompt, edit_with(graph, begin, store)[0])
+
+
+def walk(host, length, seed):
+    """Results of random changes, one setting at a time, by what was asked; the same again must be the same."""
+    chosen, asked, found = random.Random(seed), {name: values[0] for name, values in CHOICES.items()}, {}
+    for _ in range(length):
+        name = chosen.choice([*CHOICES])
+        asked = {**asked, name: chosen.choice([value for value in CHOICES[name] if value != asked[name]])}
+        key = tuple(asked.items())
+        now = result(host, asked)
+        assert torch.allclose(found.setdefault(key, now), now, atol=1e-4), asked
+    return found
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """A host that keeps nothing: every run is a fresh one."""
+    if not find_hosts():
+        pytest.skip(HOW)
+    with started(find_hosts()[0], tmp_path_factory.mktemp("fresh"), options="--cache-none") as running:
+        yield running
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--cache-ram 1000", *(pytest.param(o, marks=SLOW) for o in ("--cache-classic", "--cache-lru 3"))],
+)
+def test_a_walk_of_changes_gives_what_fresh_runs_give(fresh, tmp_path, options):
+    """--cache-ram 1000: the host wants more memory free than there is, and lets go of all it can."""
+    with started(find_hosts()[0], tmp_path / "walked", options=options) as host:
+        found = walk(host, 10, seed=len(options))
+    assert len(found) > 4
+    for asked, latents in found.items():
+        assert torch.allclose(result(fresh, dict(asked)), latents, atol=1e-4), asked
