@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .attention.store import AttentionStore, Condition, StoreError
     from .diffusion.edit import Edit, edit, edit_many
     from .diffusion.invert import Inversion, invert
+    from .methods.plug_and_play import PnPSettings
+    from .methods.tokenflow import TokenFlowSettings
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,8 @@ _HOMES = {
     "PromptEdit": ".attention.prompt",
     "FusionSettings": ".attention.fusion",
     "StoreSettings": ".attention.budget",
+    "PnPSettings": ".methods.plug_and_play",
+    "TokenFlowSettings": ".methods.tokenflow",
     "AttentionStore": ".attention.store",
     "Condition": ".attention.store",
     "StoreError": ".attention.store",
@@ -42,9 +46,11 @@ __all__ = [
     "Edit",
     "FusionSettings",
     "Inversion",
+    "PnPSettings",
     "PromptEdit",
     "StoreError",
     "StoreSettings",
+    "TokenFlowSettings",
     "edit",
     "edit_many",
     "invert",

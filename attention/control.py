@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .key_frames import KeyFrames, Piece
@@ -78,6 +79,19 @@ class Control:
         self.key_frames = key_frames
         self.piece = piece
         self.attend: Attend = attention
+        self.extended = False
+        """Whether every frame sees all the frames of the call, whatever the key frames are."""
+        self.outputs: dict[str, Tensor] | None = None
+        """Where self-attention layers leave their outputs (f t c), by name; None for nowhere."""
+        self.gather: Callable[[Tensor, AttentionSite], Tensor] | None = None
+        """What gives a self-attention layer's output (f t c) of its input tokens, in place of attention."""
+
+    def feature(self, x: Tensor, name: str) -> Tensor:
+        """What goes on of a ResNet block's feature (f c y x), after its last convolution and before its shortcut."""
+        return x
+
+    def tokens(self, x: Tensor, site: AttentionSite) -> None:
+        """Told the input tokens (f t c) of a self-attention layer."""
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         return self.attend(q, self.seen(k, site), self.seen(v, site))
@@ -87,5 +101,7 @@ class Control:
 
     def seen(self, k: Tensor, site: AttentionSite) -> Tensor:
         """What each frame sees of its key frames: (f h t d) -> (f h (n t) d), or one row for all."""
+        if self.extended:
+            return rearrange(k, "f h t d -> 1 h (f t) d")
         held = self.piece.held
         return self.key_frames.at(site.channels).gather(k, held, held, self.piece.clip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -111,6 +111,8 @@ class SourceStep:
     key_frames: KeyFrames
     piece: Piece
     stored: bool = False
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Of ResNet blocks, (f c y x) by name."""
 
     def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v, v being what each frame sees: (f h (n t) d) -> (f h t d)."""
@@ -155,6 +157,24 @@ class Recorder(Control):
         self.memory = memory
         self.dtype = dtype
         self.records: dict[str, Record] = {}
+        self.features: dict[str, Tensor] | None = None
+        """Where features of ResNet blocks (f c y x) are kept, by name; None for nowhere."""
+        self.inputs: dict[str, Tensor] | None = None
+        """Where the inputs of self-attention layers (f t c) are kept, by name; None for nowhere."""
+
+    @property
+    def step(self) -> SourceStep:
+        """What it has recorded, for the same piece."""
+        return SourceStep(self.records, self.key_frames, self.piece, features=self.features or {})
+
+    def feature(self, x: Tensor, name: str) -> Tensor:
+        if self.features is not None:
+            self.features[name] = x
+        return x
+
+    def tokens(self, x: Tensor, site: AttentionSite) -> None:
+        if self.inputs is not None:
+            self.inputs[site.name] = x
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -14,8 +15,7 @@ class Schedule:
     timesteps: where the UNet is called, noisy to clean; whole ones of the model's, or in a host with noise levels of
     its own between two. alphas: (steps + 1,), the cumulative
     alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
-    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They stay in the scheduler's own single
-    precision, coefficients included, so that a float64 run agrees with the authors' code.
+    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They are in the scheduler's own single precision.
     """
 
     timesteps: tuple[float, ...]
@@ -31,8 +31,14 @@ def ddim_move(z: Tensor, noise: Tensor, alpha: Tensor, alpha_to: Tensor) -> Tens
 
     z' = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps
     """
+    alpha, alpha_to = as_exact(alpha, z), as_exact(alpha_to, z)
     clean = (z - root(1 - alpha) * noise) / root(alpha)
     return root(alpha_to) * clean + root(1 - alpha_to) * noise
+
+
+def as_exact(alpha: Tensor, z: Tensor) -> Tensor:
+    """A cumulative alpha in the latents' precision, at least in the schedule's own."""
+    return alpha.to(torch.promote_types(alpha.dtype, z.dtype))
 
 
 def root(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,26 @@ from .invert import Inversion, Progress
 from .prompt_mask import difference_levels, prompt_heat
 
 
+class Injection(Protocol):
+    """What an edit takes of the source in both of its guided branches, in place of FateZero's fusion."""
+
+    def wanted(self, step: int, steps: int, sites: list[AttentionSite]) -> set[str]:
+        """Names of the layers whose source attention a step reads."""
+
+    def takes_feature(self, step: int, steps: int) -> bool:
+        """Whether a step reads the source's feature."""
+
+    def control(self, source: SourceStep, step: int, steps: int) -> Control:
+        """What a guided branch does at a step."""
+
+
+class Propagation(Protocol):
+    """How frames agree beyond the key frames that their attention sees."""
+
+    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[Prediction]:
+        """The predictions of a step for pieces of the clip, one after another."""
+
+
 @dataclass(frozen=True)
 class Edit:
     """One edit of an inverted clip: the arguments of `edit` that differ from edit to edit."""
@@ -35,8 +55,9 @@ class Edit:
     negative_embeddings: Tensor | Condition | None = None
     guidance_scale: float = 7.5
     prompt: PromptEdit | None = None
-    fusion: FusionSettings | None = None
+    fusion: FusionSettings | Injection | None = None
     mask: GivenMask | None = None
+    propagation: Propagation | None = None
 
 
 def edit(
@@ -46,18 +67,21 @@ def edit(
     negative_embeddings: Tensor | Condition | None = None,
     guidance_scale: float = 7.5,
     prompt: PromptEdit | None = None,
-    fusion: FusionSettings | None = None,
+    fusion: FusionSettings | Injection | None = None,
     chunk_frames: int | None = None,
     *,
+    propagation: Propagation | None = None,
     mask: GivenMask | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip (FateZero Sec. 3.2 and 3.3); (frames, 4, h, w).
 
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative
-    ones may be None at guidance 1. prompt: how source and target words meet; without it
-    there is no fusion, and the edit is plain DDIM from the inverted noise. chunk_frames: see
-    `invert`. mask: replaces or joins the blend mask of self-attention and latents.
+    ones may be None at guidance 1. prompt: how source and target words meet; without it there is no FateZero
+    fusion. fusion: what is taken of the source: `FusionSettings`, or `PnPSettings`, which need no prompt; with neither
+    the edit is plain DDIM from the inverted noise. propagation: how frames agree beyond their key frames
+    (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins the blend mask of self-attention
+    and latents.
 
     Fusion touches the conditional branch alone. UNet calls: two a step (one at guidance 1), and
     one more in every step that reads a source that is not kept (`unet_calls`).
@@ -65,7 +89,7 @@ def edit(
     Raises StoreError for a store of another model, schedule or prompt, and ValueError for
     options that do not fit each other, before the first step; ArithmeticError where numbers leave their range.
     """
-    alone = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask)
+    alone = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation)
     return edit_many(denoiser, inversion, [alone], chunk_frames, progress=progress)[0]
 
 
@@ -125,6 +149,7 @@ class EditPass:
         for one in edits:
             check_store(store, denoiser, self._schedule, one.prompt)
         self._denoiser, self._store, self._in_order = denoiser, store, in_order
+        self._steps = store.steps
         self._runs = [_Run.prepared(denoiser, store, self._schedule, one) for one in edits]
         start = store.level(store.steps).to(denoiser.device)
         self.start = [start] * len(self._runs)
@@ -139,8 +164,11 @@ class EditPass:
     def __enter__(self) -> EditPass:
         with ExitStack() as opened:
             opened.enter_context(self._denoiser.hooked(self._store.clip_norm))
-            wanted = [set().union(*(run.wanted(step) for run in self._runs)) for step in range(self._store.steps)]
-            sources = _sources(self._denoiser, self._store, self._pieces, wanted, self._in_order)
+            # One source serves all edits that fuse as FateZero; each of the others asks for its own.
+            together = [run for run in self._runs if not run.alone]
+            layers = [set().union(*(run.asks(step).layers for run in together)) for step in range(self._steps)]
+            asks = [Asks(names) for names in layers]
+            sources = _sources(self._denoiser, self._store, self._pieces, asks, self._in_order)
             self._source_of = opened.enter_context(sources)
             self._runs = [run.with_prompt_mask(self._pieces) for run in self._runs]
             self._open = opened.pop_all()
@@ -153,11 +181,25 @@ class EditPass:
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction]:
         """Each edit's prediction for its latents (frames, 4, h, w)."""
         pieces, parts = self._pieces[step], [list[Prediction]() for _ in self._runs]
-        for piece in pieces:
+        together = [i for i, run in enumerate(self._runs) if not run.alone]
+        for piece in pieces if together else []:
             source = self._source_of(step, piece)
-            for run, z, own in zip(self._runs, zs, parts, strict=True):
-                own.append(run.predict(z, step, source))
-        return [_joined(pieces, own) for own in parts]
+            for i in together:
+                parts[i].append(self._runs[i].predict(zs[i], step, source))
+        return [
+            self._alone(run, z, step) if run.alone else _joined(pieces, own)
+            for run, z, own in zip(self._runs, zs, parts, strict=True)
+        ]
+
+    def _alone(self, run: _Run, z: Tensor, step: int) -> Prediction:
+        """An edit whose source no other one shares."""
+        branches = Branches(self._denoiser, self._store, run, z, step)
+        if run.propagation is None:
+            pieces = self._pieces[step]
+            return _joined(pieces, [branches.edit(branches.source(piece).step) for piece in pieces])
+        parts = run.propagation.predict(step, self._steps, self._store.frames, branches)
+        masks = [part.mask for part in parts if part.mask is not None]
+        return Prediction(torch.cat([part.noise for part in parts]), torch.cat(masks) if masks else None)
 
     @torch.no_grad()
     def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction]) -> list[Tensor]:
@@ -167,7 +209,7 @@ class EditPass:
     @property
     def blends_latents(self) -> bool:
         """Whether an edit puts latents of the inversion back, which `move` alone does."""
-        return any(run.plan(step).blend_latents for run in self._runs for step in range(self._store.steps))
+        return any(run.plan(step).blend_latents for run in self._runs for step in range(self._steps))
 
 
 def _joined(pieces: Sequence[Piece], parts: Sequence[Prediction]) -> Prediction:
@@ -181,17 +223,34 @@ def _joined(pieces: Sequence[Piece], parts: Sequence[Prediction]) -> Prediction:
 SourceOf = Callable[[int, Piece], SourceStep]
 
 
+@dataclass(frozen=True)
+class Asks:
+    """What a step reads of the source: the attention of some layers, and the feature.
+
+    own_level: of the source's latents at the edit's own level of noise, as Plug-and-Play and TokenFlow take them; else
+    of the inversion's call at that timestep, whose latents are one level cleaner, as FateZero takes them.
+    """
+
+    layers: set[str]
+    feature: bool = False
+    own_level: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.layers or self.feature)
+
+
 @contextmanager
 def _sources(
-    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], wanted: list[set[str]], in_order: bool = True
+    denoiser: Denoiser, store: AttentionStore, pieces: list[list[Piece]], asks: list[Asks], in_order: bool = True
 ) -> Iterator[SourceOf]:
     """The source's attention at each step and piece: from the store, read ahead if in order, or computed again."""
 
     def kept(step: int) -> bool:
-        return bool(wanted[step]) and store.keeps(step)
+        return bool(asks[step].layers) and store.keeps(step)
 
     def job(step: int, piece: Piece) -> Callable[[], Records]:
-        return lambda: store.fetch(step, wanted[step], piece, denoiser.device)
+        return lambda: store.fetch(step, asks[step].layers, piece, denoiser.device)
 
     steps = range(store.steps) if in_order else ()
     jobs = (job(step, piece) for step in steps if kept(step) for piece in pieces[step])
@@ -200,19 +259,62 @@ def _sources(
         def source_of(step: int, piece: Piece) -> SourceStep:
             if kept(step):
                 return SourceStep(take() if in_order else job(step, piece)(), store.key_frames, piece, stored=True)
-            return compute_source(denoiser, store, step, wanted[step], piece)
+            return compute_source(denoiser, store, step, asks[step], piece).step
 
         yield source_of
 
 
-def compute_source(denoiser: Denoiser, store: AttentionStore, step: int, wanted: set[str], piece: Piece) -> SourceStep:
-    """The source's attention at an edit step (0 the noisiest), by the inversion's own UNet call."""
-    if not wanted:
-        return SourceStep({}, store.key_frames, piece)
-    z = store.level(store.steps - step - 1).to(denoiser.device, non_blocking=True)
-    recorder = Recorder(store.key_frames, piece, wanted)
+def compute_source(
+    denoiser: Denoiser,
+    store: AttentionStore,
+    step: int,
+    asks: Asks,
+    piece: Piece,
+    prepare: Callable[[Recorder], None] | None = None,
+) -> Recorder:
+    """The source's branch at an edit step (0 the noisiest); without a UNet call where nothing is asked of it.
+
+    prepare: called with the control before the call, which is then made in any case.
+    """
+    recorder = Recorder(store.key_frames, piece, asks.layers)
+    recorder.features = {} if asks.feature else None
+    if prepare is not None:
+        prepare(recorder)
+    elif asks.nothing:
+        return recorder
+    level = store.steps - step - (0 if asks.own_level else 1)
+    z = store.level(level).to(denoiser.device, non_blocking=True)
     denoiser.predict_noise(frames_of(z, piece), store.timesteps[step], store.source, recorder)
-    return SourceStep(recorder.records, store.key_frames, piece)
+    return recorder
+
+
+Prepare = Callable[[str, Control], None]
+"""Called with a branch's name ("source", "target", "negative") and its control, before it is evaluated."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The branches of one edit at one step, to be evaluated on any frames."""
+
+    denoiser: Denoiser
+    store: AttentionStore
+    run: _Run
+    z: Tensor
+    step: int
+
+    @property
+    def extends(self) -> bool:
+        """Whether key frames that run together may all see each other: FateZero's fusion has key frames of its own."""
+        return self.run.alignment is None
+
+    def source(self, piece: Piece, prepare: Prepare | None = None) -> Recorder:
+        """The source on a piece."""
+        prepared = None if prepare is None else lambda recorder: prepare("source", recorder)
+        return compute_source(self.denoiser, self.store, self.step, self.run.asks(self.step), piece, prepared)
+
+    def edit(self, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
+        """The guided prediction of the edit on the source's piece."""
+        return self.run.predict(self.z, self.step, source, prepare)
 
 
 # --- one edit -----------------------------------------------------------------------------
@@ -238,13 +340,19 @@ class _Run:
     """The given mask on each grid."""
     of_prompts: dict[tuple[int, int], Tensor]
     """The mask of the prompts' difference on each grid, where the edit takes one."""
+    injection: Injection | None
+    propagation: Propagation | None
     foreign: Tensor | None
     """Where each target column belongs to something else, (frames, columns, y, x), with `separate_words`."""
 
     @classmethod
     def prepared(cls, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit) -> _Run:
         like = store.level(0)[:1].to(denoiser.device)
-        fusion, prompt, given = asked.fusion or FusionSettings(), asked.prompt, asked.mask
+        injection = None if asked.fusion is None or isinstance(asked.fusion, FusionSettings) else asked.fusion
+        fusion = asked.fusion if isinstance(asked.fusion, FusionSettings) else FusionSettings()
+        prompt, given = None if injection else asked.prompt, asked.mask
+        if given is not None and prompt is None:
+            raise ValueError("a mask needs FateZero's fusion: prompt=PromptEdit(...) and fusion=FusionSettings(...)")
         if not math.isfinite(asked.guidance_scale):
             raise ValueError(f"guidance_scale is {asked.guidance_scale}; it must be a finite number")
         target = Condition.of(asked.target_embeddings, "target_embeddings").to(like)
@@ -277,7 +385,7 @@ class _Run:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         return cls(
             denoiser, store, schedule, target, negative, asked.guidance_scale,
-            fusion, alignment, columns, sites, masking, given, given_at, {}, None,
+            fusion, alignment, columns, sites, masking, given, given_at, {}, injection, asked.propagation, None,
         )  # fmt: skip
 
     def with_prompt_mask(self, pieces: list[list[Piece]]) -> _Run:
@@ -300,18 +408,28 @@ class _Run:
             return StepPlan(False, False, False, False)
         return StepPlan.of(self.fusion, step, self.schedule.steps)
 
-    def wanted(self, step: int) -> set[str]:
-        """Names of the layers whose source attention a step reads."""
-        return self.plan(step).wanted(self.fusion, self.sites, self.mask_sites)
+    def asks(self, step: int) -> Asks:
+        """What a step reads of the source."""
+        if self.injection is not None:
+            steps = self.schedule.steps
+            wanted = self.injection.wanted(step, steps, self.sites)
+            return Asks(wanted, self.injection.takes_feature(step, steps), own_level=True)
+        wanted = self.plan(step).wanted(self.fusion, self.sites, self.mask_sites)
+        return Asks(wanted, own_level=self.alignment is None)
 
-    def predict(self, z: Tensor, step: int, source: SourceStep) -> Prediction:
-        """Noise of the source's piece, and where its latents are the edit's own."""
+    @property
+    def alone(self) -> bool:
+        """Whether it asks the source for what no other edit of the pass does."""
+        return self.injection is not None or self.propagation is not None
+
+    def predict(self, z: Tensor, step: int, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
+        """Noise of the source's piece, and where its latents are the edit's own. prepare: both branches' controls."""
         plan, timestep = self.plan(step), self.schedule.timesteps[step]
-        control = self.control(source, plan)
-        guidance = None
-        if self.negative is not None:  # fusion leaves this branch alone; its frames share key frames
-            plain = Control(source.key_frames, source.piece)
-            guidance = Guidance(self.negative, plain, self.guidance_scale)
+        control, negative = self.controls(source, plan, step)
+        if prepare is not None:
+            prepare("target", control)
+            prepare("negative", negative)
+        guidance = None if self.negative is None else Guidance(self.negative, negative, self.guidance_scale)
         latents = frames_of(z, source.piece)
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance)
         if plan.blend_latents and isinstance(control, Fuser):
@@ -326,6 +444,13 @@ class _Run:
             kept = self.store.level(level - 1).to(z.device, non_blocking=True)
             z = kept + predicted.mask * (z - kept)
         return z
+
+    def controls(self, source: SourceStep, plan: StepPlan, step: int) -> tuple[Control, Control]:
+        """Of the target's branch and the negative's, which FateZero's fusion leaves alone."""
+        if self.injection is not None:
+            target, negative = (self.injection.control(source, step, self.schedule.steps) for _ in range(2))
+            return target, negative
+        return self.control(source, plan), Control(source.key_frames, source.piece)
 
     def control(self, source: SourceStep, plan: StepPlan) -> Control:
         fuses = plan.fuse_cross or plan.fuse_self or plan.blend_latents or self.foreign is not None
@@ -407,7 +532,7 @@ def source_heats(
     pieces = pieces_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
     wanted = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in columns]
-    every_step = [wanted if other == step else set() for other in range(store.steps)]
+    every_step = [Asks(wanted if other == step else set()) for other in range(store.steps)]
     by_step = [pieces] * store.steps
     with denoiser.hooked(store.clip_norm), _sources(denoiser, store, by_step, every_step) as source_of:
         for piece in pieces:

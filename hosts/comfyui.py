@@ -166,7 +166,12 @@ class EditGuider(LoopGuider):
         chunk_frames: int | None = None,
         tell: Callable[[int], None] | None = None,
     ) -> None:
-        """tell: called at the end with the number of attention layers that were reached."""
+        """tell: called at the end with the number of attention layers that were reached.
+
+        Raises NotImplementedError for methods that this host has no hooks for yet.
+        """
+        if any(e.propagation or not isinstance(e.fusion, FusionSettings | None) for e in edits):
+            raise NotImplementedError("Plug-and-Play and TokenFlow run on diffusers models so far, not in ComfyUI")
         self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
         self.tell = tell or (lambda reached: None)
         self.done: list[Tensor] = []
@@ -268,7 +273,8 @@ def edit_clip(
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
     """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
-    fusion = replace(edit.fusion or FusionSettings(), blend_latents=True, blend_latents_until=1.0)
+    own = edit.fusion if isinstance(edit.fusion, FusionSettings) else FusionSettings()
+    fusion = replace(own, blend_latents=True, blend_latents_until=1.0)
     return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
 
 

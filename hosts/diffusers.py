@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -111,6 +111,7 @@ class DiffusersDenoiser:
                 attn.processor = _ControlledProcessor(self, name, kernel_of(attn.processor))
             if clip_norm:
                 handles = [h for norm in _clip_norms(self.unet) for h in share_statistics(norm)]
+            handles += [conv.register_forward_hook(self._featured(name)) for name, conv in _features(self.unet).items()]
             yield
         finally:
             for name, (attn, *_) in self._layers.items():
@@ -152,6 +153,9 @@ class DiffusersDenoiser:
         if kind == "v_prediction":
             return root(signal) * output + root(1 - signal) * latents
         return (latents - root(signal) * output) / root(1 - signal)
+
+    def _featured(self, name: str) -> Callable[..., Tensor]:
+        return lambda module, args, output: self._control.feature(output, name) if self._control else output
 
     def _check(self, latents: Tensor, condition: Condition) -> None:
         channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]
@@ -225,6 +229,10 @@ class _ControlledProcessor:
             hidden_states = rearrange(hidden_states, "f c y x -> f (y x) c")
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if site.kind == "self":
+            control.tokens(hidden_states, site)
+            if control.gather is not None:
+                return control.gather(hidden_states, site)
         q = _heads(attn.to_q(hidden_states), attn)
         q = q if attn.norm_q is None else attn.norm_q(q)
         if encoder_hidden_states is None:
@@ -237,6 +245,8 @@ class _ControlledProcessor:
         output = rearrange(attend(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
         for layer in attn.to_out:
             output = layer(output)
+        if control.outputs is not None and site.kind == "self":
+            control.outputs[site.name] = output
         if residual.ndim == 4:
             output = rearrange(output, "f (y x) c -> f c y x", y=grid[0], x=grid[1])
         return (output + residual if attn.residual_connection else output) / attn.rescale_output_factor
@@ -275,6 +285,16 @@ def _attention_layers(unet: UNet2DConditionModel) -> dict[str, tuple[Attention, 
         add(block, f"up_blocks.{i}", "up", level)
         level -= getattr(block, "upsamplers", None) is not None
     return found
+
+
+def _features(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """The last convolution of the ResNet block whose feature Plug-and-Play takes: the second of the first decoder
+    block with attention.
+    """
+    for i, block in enumerate(unet.up_blocks):
+        if getattr(block, "attentions", None) and len(block.resnets) > 1:
+            return {f"up.{i}.1": block.resnets[1].conv2}
+    return {}
 
 
 def _refuse_foreign_processors(unet: UNet2DConditionModel) -> None:

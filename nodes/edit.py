@@ -240,7 +240,7 @@ def _groups(asked: list[Asked]) -> list[list[Asked]]:
 def _check(edit: Edit, positive: Any, preset: str) -> None:
     """Say what would otherwise do nothing, or fail far from its socket."""
     prompt, fusion, mask = edit.prompt, edit.fusion, edit.mask
-    assert prompt is not None and fusion is not None
+    assert prompt is not None and isinstance(fusion, FusionSettings)
     said = positive[0][1].get(PROMPT_KEY, prompt.target)
     if said != prompt.target:
         raise ValueError(f"positive: was made from {said!r}, but prompt_edit's target is {prompt.target!r}")
@@ -256,7 +256,8 @@ def _check(edit: Edit, positive: Any, preset: str) -> None:
 
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> str:
     """What an edit fuses and spends; hooked: the attention layers that were reached, None before it ran."""
-    steps, fusion = store.steps, edit.fusion or FusionSettings()
+    steps, fusion = store.steps, edit.fusion
+    assert isinstance(fusion, FusionSettings)
     calls = unet_calls(steps, edit.guidance_scale, store.kept_steps, fusion, edit.mask)
     reached = "" if hooked is None else f"hooked {hooked} of {count_layers(model)} attention layers\n"
     return (

@@ -1,0 +1,1 @@
+"""One file a method: its settings, its control, its step, in the paper's symbols."""

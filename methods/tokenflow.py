@@ -1,0 +1,172 @@
+"""TokenFlow (Geyer et al., ICLR 2024, arXiv 2307.10373): frames agree because the source's do.
+
+Each step edits key frames, one drawn from each batch of frames, together: every one sees the keys and values of all
+(Sec. 4.1). Then all frames take their self-attention from those: a token takes the output of its nearest neighbour in
+the source's key frames, mixed over two of these (Eq. 3 and 4). No frame but the key frames attends to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import Piece
+from ..attention.records import Recorder
+from ..diffusion.edit import Branches, Prediction
+
+Gather = Callable[[Tensor, AttentionSite], Tensor]
+Weights = Literal["authors", "paper", "linear"]
+BLOCK = 2**22
+"""The most similarities that the neighbour search holds at once."""
+
+
+@dataclass(frozen=True)
+class TokenFlowSettings:
+    """How frames take over what the key frames did.
+
+    batch_frames: B; one key frame is drawn from each run of B frames, anew in each step. seed: of the draws. pivots:
+    (steps, batches) indices of the key frames, in the order of the steps, in place of draws.
+    weights: of the two key frames that a frame mixes. "paper": the nearest before and after, by
+    sigmoid(d- / (d+ + d-)); "linear": the same without the sigmoid; "authors": as their code has it, its own batch's
+    and the one's before, by the distances to the centres of these batches.
+
+    Raises ValueError for another word or number.
+    """
+
+    batch_frames: int = 8
+    weights: Weights = "authors"
+    seed: int = 0
+    pivots: Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_frames < 1:
+            raise ValueError(f"batch_frames is {self.batch_frames}; it must be at least 1")
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights is {self.weights!r}; it must be one of {', '.join(get_args(Weights))}")
+
+    def batches(self, clip: int) -> list[range]:
+        """The clip's frames in runs of B, the last one shorter where they do not divide."""
+        return [range(clip)[at : at + self.batch_frames] for at in range(0, clip, self.batch_frames)]
+
+    def key_frames(self, clip: int, steps: int) -> list[list[int]]:
+        """The key frames of every step, one from each batch.
+
+        Raises ValueError for pivots of another shape, or outside their batch.
+        """
+        batches = self.batches(clip)
+        if self.pivots is None:
+            draw = torch.Generator().manual_seed(self.seed)
+            drawn = [[int(torch.randint(len(b), (1,), generator=draw)) for b in batches] for _ in range(steps)]
+            return [[b[i] for b, i in zip(batches, row, strict=True)] for row in drawn]
+        if self.pivots.shape != (steps, len(batches)):
+            raise ValueError(f"pivots has shape {tuple(self.pivots.shape)}; it must be {(steps, len(batches))}")
+        given: list[list[int]] = self.pivots.tolist()
+        if not all(frame in batch for row in given for frame, batch in zip(row, batches, strict=True)):
+            raise ValueError("pivots must hold one frame of each batch, in order")
+        return given
+
+    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[Prediction]:
+        """A step's predictions of the batches, by what its key frames did (paper Fig. 3, Alg. 1)."""
+        pivots = self.key_frames(clip, steps)[step]
+        outputs: dict[str, dict[str, Tensor]] = {"source": {}, "target": {}, "negative": {}}
+
+        def keep(branch: str, control: Control) -> None:
+            if isinstance(control, Recorder):
+                control.inputs = {}
+            control.outputs = outputs[branch]
+            control.extended = branch != "source" and branches.extends
+
+        source = branches.source(piece_of(pivots, clip), keep)
+        branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
+        assert source.inputs is not None
+        found = []
+        for batch, frames in enumerate(self.batches(clip)):
+            neighbours = Neighbours(source.inputs, [self.mixture(frame, batch, pivots) for frame in frames])
+
+            def take(branch: str, control: Control, neighbours: Neighbours = neighbours) -> None:
+                control.gather = _gathering(neighbours, outputs[branch], looks=branch == "source")
+
+            own = branches.source(piece_of(frames, clip), take)
+            found.append(branches.edit(own.step, take))
+        return found
+
+    def mixture(self, frame: int, batch: int, pivots: Sequence[int]) -> list[tuple[int, float]]:
+        """(which key frame, weight) pairs of a frame; the weights sum to 1."""
+        if self.weights == "authors":
+            if batch == 0:
+                return [(0, 1.0)]
+            own = batch * self.batch_frames + self.batch_frames // 2
+            d_own, d_before = abs(frame - own), abs(frame - (own - self.batch_frames))
+            weight = _sigmoid(d_before / (d_own + d_before))
+            return [(batch, weight), (batch - 1, 1 - weight)]
+        before = [i for i, pivot in enumerate(pivots) if pivot <= frame]
+        after = [i for i, pivot in enumerate(pivots) if pivot >= frame]
+        if not before or not after or before[-1] == after[0]:
+            return [((before or after)[-1 if before else 0], 1.0)]
+        d_before, d_after = frame - pivots[before[-1]], pivots[after[0]] - frame
+        share = d_before / (d_before + d_after)
+        weight = share if self.weights == "linear" else _sigmoid(share)
+        return [(after[0], weight), (before[-1], 1 - weight)]
+
+
+def _sigmoid(x: float) -> float:
+    return float(torch.tensor(x).sigmoid())
+
+
+class Neighbours:
+    """Which token of the key frames each token of some frames is nearest to, found as the source's layers come.
+
+    tokens: the source's inputs to each self-attention layer on the key frames, (pivots, tokens, channels).
+    mixtures: what each frame mixes, see `TokenFlowSettings.mixture`.
+    """
+
+    def __init__(self, tokens: dict[str, Tensor], mixtures: Sequence[Sequence[tuple[int, float]]]) -> None:
+        self._tokens = tokens
+        self._mixtures = mixtures
+        self._found: dict[str, dict[tuple[int, int], Tensor]] = {}
+
+    def look(self, tokens: Tensor, site: AttentionSite) -> None:
+        """Find the neighbours of the source's tokens (f t c) at a layer."""
+        pivots = self._tokens[site.name]
+        self._found[site.name] = {
+            (i, pivot): nearest(tokens[i], pivots[pivot])
+            for i, mixture in enumerate(self._mixtures)
+            for pivot, _ in mixture
+        }
+
+    def gather(self, outputs: Tensor, site: AttentionSite) -> Tensor:
+        """What the frames take from the key frames' outputs (pivots, t, c) of a layer: (f t c), paper Eq. 4."""
+        found = self._found[site.name]
+        frames = []
+        for i, mixture in enumerate(self._mixtures):
+            parts = [weight * outputs[pivot][found[i, pivot]] for pivot, weight in mixture]
+            frames.append(sum(parts[1:], parts[0]))
+        return torch.stack(frames)
+
+
+def nearest(tokens: Tensor, among: Tensor) -> Tensor:
+    """The index of the most similar token, by cosine: (t c), (s c) -> (t); in blocks, never all pairs at once."""
+    a, b = F.normalize(tokens, dim=-1), F.normalize(among, dim=-1).T
+    return torch.cat([(part @ b).argmax(-1) for part in a.split(max(1, BLOCK // b.shape[1]))])
+
+
+def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], looks: bool = False) -> Gather:
+    """What a branch's layers do on a batch. looks: the source's, which finds the neighbours."""
+
+    def gather(tokens: Tensor, site: AttentionSite) -> Tensor:
+        if looks:
+            neighbours.look(tokens, site)
+        return neighbours.gather(outputs[site.name], site)
+
+    return gather
+
+
+def piece_of(frames: Sequence[int], clip: int) -> Piece:
+    """Some frames of a clip alone."""
+    return Piece(tuple(frames), (1.0,) * len(frames), tuple(frames), clip)

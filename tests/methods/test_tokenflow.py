@@ -1,0 +1,216 @@
+"""TokenFlow and Plug-and-Play: the authors' numbers, and what must hold of any numbers."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings, edit, invert
+from fatezero.attention.control import Control
+from fatezero.attention.key_frames import KeyFrames, Piece
+from fatezero.attention.masks import GivenMask
+from fatezero.attention.store import Condition
+from fatezero.demo.model import build_scheduler
+from fatezero.diffusion import ddim
+from fatezero.diffusion.denoiser import Guidance
+from fatezero.diffusion.edit import Edit, edit_many
+from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.methods import tokenflow
+from fatezero.methods.tokenflow import nearest
+from small import FIXTURES, random_latents, random_text, relative, small_unet
+
+
+@pytest.fixture(scope="module")
+def reference() -> DiffusersDenoiser:
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(32, 32, 64, 64), cross_attention_dim=32, attention_head_dim=2,
+        norm_num_groups=8, layers_per_block=2, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )  # fmt: skip
+    unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
+    return DiffusersDenoiser(unet.double().eval(), build_scheduler())
+
+
+ROUNDED_OTHERWISE = {0.5771186947822571: -1, 0.840183675289154: 1, 0.9634535312652588: -1}
+"""Square roots that the reference's machine had off by a last digit (2**-24); see tests/hosts/test_parity.py."""
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "fusion", "emulated", "within"),
+    [("tokenflow_pnp", 5, PnPSettings(0.5, 0.8), True, 1e-6), ("tokenflow_extended", 4, None, False, 1e-5)],
+)
+def test_reference(reference, monkeypatch, name, steps, fusion, emulated, within):
+    """The reference inverts with coefficients in double precision, and edits with the scheduler's in single."""
+    given = load_file(FIXTURES / f"{name}.safetensors")
+    inversion = invert(reference, given["z0"], given["source"], steps=steps, key_frames="self")
+    assert relative(inversion.latents[-1], given["inverted"].double()) < 1e-6
+    if emulated:
+        right = ddim.root
+        monkeypatch.setattr(ddim, "as_exact", lambda alpha, z: alpha)
+        monkeypatch.setattr(ddim, "root", lambda x: right(x) + ROUNDED_OTHERWISE.get(x.item(), 0) * 2.0**-24)
+    propagation = TokenFlowSettings(batch_frames=4, pivots=given["pivots"])
+    edited = edit(reference, inversion, given["target"], given["uncond"], 7.5, fusion=fusion, propagation=propagation)
+    assert relative(edited, given["edited"].double()) < within
+
+
+# --- invariants -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> DiffusersDenoiser:
+    return DiffusersDenoiser(small_unet(), build_scheduler())
+
+
+def run(denoiser, latents, propagation=None, fusion=None, **more):
+    inversion = invert(denoiser, latents, random_text(2), steps=3, key_frames="self")
+    return edit(
+        denoiser, inversion, random_text(3), random_text(4), 3.0, fusion=fusion, propagation=propagation, **more
+    )
+
+
+@pytest.mark.parametrize("weights", ["authors", "paper", "linear"])
+@pytest.mark.parametrize("fusion", [None, PnPSettings(0.7, 0.7)])
+def test_a_clip_that_stands_still_is_edited_as_each_frame_alone(denoiser, weights, fusion):
+    still = random_latents(1).expand(5, -1, -1, -1)
+    flowing = run(denoiser, still, TokenFlowSettings(batch_frames=2, weights=weights), fusion)
+    assert relative(flowing, run(denoiser, still, None, fusion)) < 1e-9
+
+
+def test_one_frame_a_batch_is_extended_attention_over_all(denoiser):
+    """With linear weights each frame takes its own key frame, which sees all: a plain edit whose frames see all."""
+    clip = random_latents(3)
+    flowing = run(denoiser, clip, TokenFlowSettings(batch_frames=1, weights="linear"))
+    inversion = invert(denoiser, clip, random_text(2), steps=3, key_frames="self")
+    z = inversion.latents[-1]
+    schedule = denoiser.schedule(3)
+
+    def everyone():
+        control = Control(KeyFrames(("self",)), Piece.whole(3))
+        control.extended = True
+        return control
+
+    target, negative = (Condition.of(random_text(seed), "text") for seed in (3, 4))
+    with denoiser.hooked():
+        for step, timestep in enumerate(schedule.timesteps):
+            guidance = Guidance(negative, everyone(), 3.0)
+            noise = denoiser.predict_noise(z, timestep, target, everyone(), guidance)
+            z = ddim.ddim_move(z, noise, schedule.alphas[3 - step], schedule.alphas[2 - step])
+    assert relative(flowing, z) < 1e-9
+
+
+def test_the_source_itself_comes_back_with_all_injected(denoiser):
+    """Injected with its own prompt and no guidance, each frame alone, the edit is the source's own branch."""
+    inversion = invert(denoiser, random_latents(3), random_text(2), steps=3, key_frames="self")
+    plain = edit(denoiser, inversion, random_text(2), guidance_scale=1.0)
+    injected = edit(denoiser, inversion, random_text(2), guidance_scale=1.0, fusion=PnPSettings(0.4, 0.4))
+    assert relative(injected, plain) < 1e-9, "in the first step source and edit are the same"
+    other = edit(denoiser, inversion, random_text(3), guidance_scale=1.0, fusion=PnPSettings(1.0, 1.0))
+    assert relative(other, edit(denoiser, inversion, random_text(3), guidance_scale=1.0)) > 1e-3
+
+
+def test_shares_of_steps():
+    settings = PnPSettings()
+    assert sum(settings.takes_attention(step, 50) for step in range(50)) == 25
+    assert sum(settings.takes_feature(step, 50) for step in range(50)) == 40
+
+
+def test_the_authors_weights():
+    settings = TokenFlowSettings(batch_frames=8)
+    expected = [0.6225, 0.6514, 0.6792, 0.7058, 0.7311, 0.7109, 0.6971, 0.6869]
+    for offset, weight in enumerate(expected):
+        assert settings.mixture(8 + offset, 1, [3, 9]) == [
+            (1, pytest.approx(weight, abs=5e-5)),
+            (0, pytest.approx(1 - weight, abs=5e-5)),
+        ]
+        assert settings.mixture(offset, 0, [3, 9]) == [(0, 1.0)]
+    assert TokenFlowSettings(batch_frames=1).mixture(5, 5, [*range(8)])[0] == (5, pytest.approx(0.73106, abs=5e-6))
+
+
+def test_the_papers_weights_lie_between_two_key_frames():
+    linear, paper = (TokenFlowSettings(batch_frames=4, weights=w) for w in ("linear", "paper"))
+    assert linear.mixture(4, 1, [2, 6]) == [(1, 0.5), (0, 0.5)]
+    assert linear.mixture(3, 0, [2, 6]) == [(1, 0.25), (0, 0.75)]
+    assert paper.mixture(4, 1, [2, 6])[0] == (1, pytest.approx(0.62246, abs=5e-6))
+    for settings in (linear, paper):
+        assert settings.mixture(6, 1, [2, 6]) == [(1, 1.0)]
+        assert settings.mixture(0, 0, [2, 6]) == [(0, 1.0)]
+        assert settings.mixture(7, 1, [2, 6]) == [(1, 1.0)]
+
+
+def test_key_frames_are_one_of_each_batch_drawn_anew_and_again_the_same():
+    settings = TokenFlowSettings(batch_frames=8, seed=5)
+    drawn = settings.key_frames(43, 50)
+    assert drawn == settings.key_frames(43, 50) != TokenFlowSettings(batch_frames=8, seed=6).key_frames(43, 50)
+    assert len({tuple(row) for row in drawn}) > 40
+    assert all([frame // 8 for frame in row] == [0, 1, 2, 3, 4, 5] and max(row) < 43 for row in drawn)
+
+
+def test_nearest_neighbours(monkeypatch):
+    tokens = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(nearest(tokens, tokens), torch.arange(40))
+    assert torch.equal(nearest(tokens, tokens[order]), order.argsort())
+    assert torch.equal(nearest(3 * tokens, 0.1 * tokens[order]), order.argsort())
+    monkeypatch.setattr(tokenflow, "BLOCK", 7)
+    assert torch.equal(nearest(tokens, tokens[order]), order.argsort())
+
+
+def test_no_attention_is_computed_where_tokens_are_gathered(denoiser):
+    """In the second pass no queries, keys or values are projected: rows of `to_q` tell how many frames were."""
+    layer = denoiser.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    rows = []
+    handle = layer.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    inversion = invert(denoiser, random_latents(6), random_text(2), steps=1, key_frames="self")
+    rows.clear()
+    edit(denoiser, inversion, random_text(3), random_text(4), 3.0, propagation=TokenFlowSettings(batch_frames=3))
+    handle.remove()
+    assert rows == [2, 2, 2], "two key frames, in three branches"
+
+
+def prompt(**more) -> PromptEdit:
+    tokenizer = CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer")
+    return PromptEdit("a silver jeep", "a silver jeep", tokenizer, **more)
+
+
+def test_fatezeros_fusion_flows_too(denoiser):
+    fusion = FusionSettings(blend_self_attention=True, blend_latents=True)
+    pair = prompt(blend_words=(["jeep"], ["jeep"]))
+    still = random_latents(1).expand(4, -1, -1, -1)
+    flowing = run(denoiser, still, TokenFlowSettings(batch_frames=2), fusion, prompt=pair)
+    assert relative(flowing, run(denoiser, still, None, fusion, prompt=pair)) < 1e-9
+    moving = random_latents(4)
+    flowing = run(denoiser, moving, TokenFlowSettings(batch_frames=2), fusion, prompt=pair)
+    assert relative(flowing, run(denoiser, moving, None, fusion, prompt=pair)) > 1e-3
+
+
+def test_edits_of_one_pass_do_not_meet(denoiser):
+    inversion = invert(denoiser, random_latents(4), random_text(2), steps=3, key_frames="self")
+    flow = TokenFlowSettings(batch_frames=2)
+    edits = [
+        Edit(random_text(3), random_text(4), 3.0, propagation=flow),
+        Edit(random_text(5), random_text(4), 3.0, fusion=PnPSettings()),
+        Edit(random_text(3), random_text(4), 3.0, prompt=prompt(), fusion=FusionSettings()),
+    ]
+    for one, together in zip(edits, edit_many(denoiser, inversion, edits), strict=True):
+        assert torch.allclose(edit_many(denoiser, inversion, [one])[0], together)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: TokenFlowSettings(batch_frames=0), "batch_frames is 0"),
+        (lambda: TokenFlowSettings(weights="none"), "weights is 'none'"),
+        (lambda: PnPSettings(attention_steps=1.5), "attention_steps is 1.5"),
+        (lambda: TokenFlowSettings(2, pivots=torch.zeros(2, 2)).key_frames(4, 3), r"pivots has shape \(2, 2\)"),
+        (lambda: TokenFlowSettings(2, pivots=torch.zeros(3, 2)).key_frames(4, 3), "one frame of each batch"),
+    ],
+)
+def test_bad_settings_are_named(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_a_mask_needs_fatezeros_fusion(denoiser):
+    with pytest.raises(ValueError, match="a mask needs FateZero's fusion"):
+        run(denoiser, random_latents(2), fusion=PnPSettings(), mask=GivenMask(torch.ones(1, 4, 4)))
