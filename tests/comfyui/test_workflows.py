@@ -14,10 +14,14 @@ from fatezero.video.read import read_video
 
 FOLDER = REPO / "workflows"
 NAMES = (
-    "attribute", "controlnet_lora", "demo", "mask_correction", "measure", "one_inversion_three_edits", "shape", "style",
+    "attribute", "controlnet_lora", "custom_sampler", "demo", "mask_correction", "measure",
+    "one_inversion_three_edits", "shape", "style",
 )  # fmt: skip
-DEMO = {"demo": 10, "mask_correction": 9, "one_inversion_three_edits": 8, "measure": 7}
+DEMO = {"custom_sampler": 6, "demo": 10, "mask_correction": 9, "one_inversion_three_edits": 8, "measure": 7}
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
+
+
+WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas")
 
 
 def read(name: str, folder=FOLDER):
@@ -36,7 +40,7 @@ def of_demo(prompt, host, lora, controlnet):
             inputs |= {"width": 64, "height": 64, "count": 3} | ({} if "video" in inputs else {"file": "clip.mp4"})
         elif kind == "FateZeroPromptEdit" and isinstance(inputs["source"], str):
             inputs |= words | {"blend_source": "", "blend_target": ""}
-        elif kind == "FateZeroInvert":
+        elif kind in WITH_STEPS:
             inputs["steps"] = 4
         elif kind == "LoraLoaderModelOnly":
             inputs["lora_name"] = lora
@@ -109,7 +113,7 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     host.post("/free", {"free_memory": True, "unload_models": False})  # texts of cached nodes are not sent again
     workflow = read(name)
     for node in workflow["nodes"]:
-        if node["type"] == "FateZeroInvert":
+        if node["type"] in WITH_STEPS:
             node["widgets_values"][0] = DEMO[name]
     page.open(workflow, name)
     assert page.run() == "execution_success"
