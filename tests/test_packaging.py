@@ -25,6 +25,13 @@ def test_packages_that_collide_or_serve_one_figure_are_optional():
     assert names(project["optional-dependencies"]["metrics"]) == {"matplotlib", "opencv-python-headless"}
 
 
+def test_every_room_is_installed():
+    tomllib = pytest.importorskip("tomllib")
+    setuptools = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    rooms = {f"fatezero.{path.parent.name}" for path in REPO.glob("*/__init__.py")}
+    assert rooms | {"fatezero"} == set(setuptools["packages"])
+
+
 def test_metrics_load_without_them():
     code = """
 import sys

@@ -187,3 +187,39 @@ def test_without_fusion_an_edit_guider_is_the_hosts(host, name):
     theirs = graph.add("CFGGuider", model=graph.demo[0], positive=graph.words[1], negative=graph.negative[0], cfg=7.5)
     expected = host.latents(graph.prompt, custom(graph, theirs[0], begin, sampler=sampler)[0])
     assert relative(host.latents(graph.prompt, edit_with(graph, begin, store, sampler=sampler)[0]), expected) < 1e-4
+
+
+def test_one_guider_serves_two_samplings(host):
+    """Two clips inverted with one guider, and one store edited by one guider twice: none takes the other's."""
+    graph = DemoGraph()
+    other = graph.add("LatentFlip", samples=graph.latent[0], flip_method="y-axis: horizontally")
+    guider = invert_guider(graph)
+    noises = [custom(graph, guider[0], latent, flipped=True)[0] for latent in (graph.latent[0], other[0])]
+    stores = [graph.add("FateZeroStoreOfInversion", noise=noise)[0] for noise in noises]
+    found = [host.latents(graph.prompt, edit_with(graph, *pair)[0]) for pair in zip(noises, stores, strict=True)]
+    for latent, edit in zip((graph.latent[0], other[0]), found, strict=True):
+        graph.set(graph.invert, latent=latent)
+        assert relative(edit, edited(host, graph)) < 1e-5
+    assert relative(found[0], found[1]) > 0.1
+
+
+def test_guiders_take_lora_controlnets_and_chunks(host, lora, controlnet):
+    graph = DemoGraph(frames=5)
+    model = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=1.0)[0]
+    graph.set(graph.invert, source=graph.with_control(controlnet, graph.words[0], graph.negative[0], 1.0)[0])
+    pair = graph.with_control(controlnet, graph.words[1], graph.negative[0], 1.0)
+    graph.set(graph.edit, model=model, positive=pair[0], negative=pair[1], chunk_frames=2)
+    graph.set(graph.invert, chunk_frames=3)
+    expected = edited(host, graph)
+    assert relative(host.latents(graph.prompt, by_host(graph)), expected) < 1e-5
+
+
+def test_other_nodes_take_a_guiders_store(host):
+    graph = shape_graph()
+    begin, store = invert_with(graph)
+    save = graph.add("FateZeroSaveStore", store=store, filename_prefix="stores/guided")
+    file = host.text(host.run(graph.prompt), save.id)
+    del graph.prompt[save.id]
+    expected = edited(host, graph)
+    graph.set(graph.edit, store=graph.add("FateZeroLoadStore", file=file)[0])
+    assert relative(edited(host, graph), expected) < 1e-5
