@@ -60,6 +60,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """softmax(q k^T / sqrt(d)) v as `attention` has it, by whichever kernel a host prefers."""
 
 
+Gather = Callable[[Tensor, AttentionSite], Tensor]
+"""A self-attention layer's output (f t c) from its input tokens (f t c)."""
+
+
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)), in at least single precision: (f h t d), (f h c d) -> (f h t c)."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -83,8 +87,8 @@ class Control:
         """Whether every frame sees all the frames of the call, whatever the key frames are."""
         self.outputs: dict[str, Tensor] | None = None
         """Where self-attention layers leave their outputs (f t c), by name; None for nowhere."""
-        self.gather: Callable[[Tensor, AttentionSite], Tensor] | None = None
-        """What gives a self-attention layer's output (f t c) of its input tokens, in place of attention."""
+        self.gather: Gather | None = None
+        """What is asked for a self-attention layer's output, in place of attention."""
 
     def feature(self, x: Tensor, name: str) -> Tensor:
         """What goes on of a ResNet block's feature (f c y x), after its last convolution and before its shortcut."""

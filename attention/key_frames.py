@@ -28,9 +28,14 @@ class Piece:
     clip: int
 
     @classmethod
+    def of(cls, frames: Sequence[int], clip: int) -> Piece:
+        """Some frames of a clip, all in this piece alone."""
+        return cls(tuple(frames), (1.0,) * len(frames), tuple(frames), clip)
+
+    @classmethod
     def whole(cls, clip: int) -> Piece:
         """The whole clip in one."""
-        return cls(tuple(range(clip)), (1.0,) * clip, tuple(range(clip)), clip)
+        return cls.of(range(clip), clip)
 
     @property
     def is_whole(self) -> bool:

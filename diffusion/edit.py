@@ -43,8 +43,8 @@ class Injection(Protocol):
 class Propagation(Protocol):
     """How frames agree beyond the key frames that their attention sees."""
 
-    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[Prediction]:
-        """The predictions of a step for pieces of the clip, one after another."""
+    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[tuple[Piece, Prediction]]:
+        """The pieces of a clip that a step predicts, whose weights sum to 1 for each frame, and their predictions."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,11 @@ class EditPass:
     def _alone(self, run: _Run, z: Tensor, step: int) -> Prediction:
         """An edit whose source no other one shares."""
         branches = Branches(self._denoiser, self._store, run, z, step)
-        if run.propagation is None:
-            pieces = self._pieces[step]
-            return _joined(pieces, [branches.edit(branches.source(piece).step) for piece in pieces])
-        parts = run.propagation.predict(step, self._steps, self._store.frames, branches)
-        masks = [part.mask for part in parts if part.mask is not None]
-        return Prediction(torch.cat([part.noise for part in parts]), torch.cat(masks) if masks else None)
+        if run.propagation is not None:
+            found = run.propagation.predict(step, self._steps, self._store.frames, branches)
+        else:
+            found = [(piece, branches.edit(branches.source(piece).step)) for piece in self._pieces[step]]
+        return _joined([piece for piece, _ in found], [part for _, part in found])
 
     @torch.no_grad()
     def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from ..diffusion.ddim import Schedule
 from ..diffusion.edit import Edit, EditPass, check_store, edit_many, source_heats
 from ..diffusion.invert import Inversion, Progress, invert
 from .comfyui_conditions import HostCondition, plain_options
-from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, run_in_host, sigmas_of
+from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, sigmas_of
 from .comfyui_unet import HookedModel, schedule_at, schedule_of
 
 NOISE_MASK = "noise_mask"
@@ -87,8 +87,7 @@ class InvertGuider(LoopGuider):
         """
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
-        if noise.any():
-            raise ValueError("noise: an inversion adds none; connect Disable Noise")
+        check_quiet(noise, "an inversion adds none")
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
         self._mask = more.pop("denoise_mask", None)
@@ -178,6 +177,7 @@ class EditGuider(LoopGuider):
         """The edited latents of the last run, as the UNet knows them."""
         self._asked: Sequence[Edit] = edits
         self._running: EditPass | None = None
+        self._levels = torch.empty(0)  # the sigmas of the running pass, one for each step
         self._open = ExitStack()
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
@@ -196,8 +196,7 @@ class EditGuider(LoopGuider):
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
         """Raises ValueError for noise, latents or sigmas that are not those of the store."""
-        if noise.any():
-            raise ValueError("noise: an edit begins from the inverted noise; connect Disable Noise")
+        check_quiet(noise, "an edit begins from the inverted noise")
         self.schedule(sigmas)
         begin = noise_samples(self.model_patcher, self.store)
         same = latent_image.shape == begin.shape and torch.allclose(latent_image.cpu(), begin, rtol=1e-3, atol=1e-3)
@@ -238,6 +237,7 @@ class EditGuider(LoopGuider):
             options = create_model_options_clone(model_options)
             sigmas = options["transformer_options"]["sample_sigmas"]
             denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
+            self._levels = sigmas_of(denoiser.in_use)[:-1]
             edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
             if edits.blends_latents:
                 raise ValueError(
@@ -245,9 +245,8 @@ class EditGuider(LoopGuider):
                 )
             self._running = self._open.enter_context(edits)
         sigma = timestep[0].cpu()
-        own = sigmas_of(schedule_of_store(self.model_patcher, self.store))[:-1]
-        step = int((own - sigma).abs().argmin())
-        if abs(own[step] - sigma) > 1e-3 * own[step]:
+        step = int((self._levels - sigma).abs().argmin())
+        if abs(self._levels[step] - sigma) > 1e-3 * self._levels[step]:
             raise ValueError(
                 f"sampler: asks at sigma {sigma:.4g}, between those of the inversion; take one that keeps to the "
                 "steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"

@@ -263,9 +263,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
         return len(self.edited.reached | self.sourced.reached)
 
     def schedule(self, sigmas: Tensor) -> Schedule:
-        """The noise levels of a run that the host gives sigmas for, whichever way they go."""
-        sampling = self.model_patcher.get_model_object("model_sampling")
-        return schedule_along(sampling, sigmas.sort(descending=True).values)
+        """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""
+        return schedule_along(self.model_patcher.get_model_object("model_sampling"), sigmas)
 
     def inner_sample(
         self, noise: Tensor, latent_image: Tensor, device: torch.device, sampler: Any, sigmas: Tensor, *rest: Any,
@@ -346,8 +345,8 @@ def _plain_ddim(
     rises = bool(sigmas[0] < sigmas[-1])
     if denoise_mask is not None:
         raise ValueError("latent_image: has a noise mask, which DDIM Sampler takes with FateZero's own guiders alone")
-    if rises and noise.any():
-        raise ValueError("noise: an inversion adds none; connect Disable Noise")
+    if rises:
+        check_quiet(noise, "an inversion adds none")
     level = (1 + sigmas**2).sqrt()
     x = (latent_image + noise * sigmas[0]) if not rises else latent_image * level[0]
     for i, (here, there) in enumerate(pairwise(sigmas)):
@@ -358,6 +357,12 @@ def _plain_ddim(
         if callback is not None:
             callback(i, clean, x, len(sigmas) - 1)
     return x if rises else x / level[-1]
+
+
+def check_quiet(noise: Tensor, why: str) -> None:
+    """Raise ValueError, saying why, where random noise is connected."""
+    if noise.any():
+        raise ValueError(f"noise: {why}; connect Disable Noise")
 
 
 def check_options(model: Any) -> None:

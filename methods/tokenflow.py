@@ -7,7 +7,7 @@ the source's key frames, mixed over two of these (Eq. 3 and 4). No frame but the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.control import AttentionSite, Control
+from ..attention.control import AttentionSite, Control, Gather
 from ..attention.key_frames import Piece
 from ..attention.records import Recorder
 from ..diffusion.edit import Branches, Prediction
 
-Gather = Callable[[Tensor, AttentionSite], Tensor]
 Weights = Literal["authors", "paper", "linear"]
 BLOCK = 2**22
 """The most similarities that the neighbour search holds at once."""
@@ -71,7 +70,7 @@ class TokenFlowSettings:
             raise ValueError("pivots must hold one frame of each batch, in order")
         return given
 
-    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[Prediction]:
+    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[tuple[Piece, Prediction]]:
         """A step's predictions of the batches, by what its key frames did (paper Fig. 3, Alg. 1)."""
         pivots = self.key_frames(clip, steps)[step]
         outputs: dict[str, dict[str, Tensor]] = {"source": {}, "target": {}, "negative": {}}
@@ -82,7 +81,7 @@ class TokenFlowSettings:
             control.outputs = outputs[branch]
             control.extended = branch != "source" and branches.extends
 
-        source = branches.source(piece_of(pivots, clip), keep)
+        source = branches.source(Piece.of(pivots, clip), keep)
         branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
         assert source.inputs is not None
         found = []
@@ -92,8 +91,8 @@ class TokenFlowSettings:
             def take(branch: str, control: Control, neighbours: Neighbours = neighbours) -> None:
                 control.gather = _gathering(neighbours, outputs[branch], looks=branch == "source")
 
-            own = branches.source(piece_of(frames, clip), take)
-            found.append(branches.edit(own.step, take))
+            piece = Piece.of(frames, clip)
+            found.append((piece, branches.edit(branches.source(piece, take).step, take)))
         return found
 
     def mixture(self, frame: int, batch: int, pivots: Sequence[int]) -> list[tuple[int, float]]:
@@ -165,8 +164,3 @@ def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], looks: bool =
         return neighbours.gather(outputs[site.name], site)
 
     return gather
-
-
-def piece_of(frames: Sequence[int], clip: int) -> Piece:
-    """Some frames of a clip alone."""
-    return Piece(tuple(frames), (1.0,) * len(frames), tuple(frames), clip)

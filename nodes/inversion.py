@@ -37,6 +37,11 @@ from .sockets import (
     show_on_node,
 )
 
+MODEL_AND_SOURCE = [
+    io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA on it count."),
+    io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
+]
+STEPS = io.Int.Input("steps", default=50, min=1, max=999, tooltip="DDIM steps; the paper takes 50.")
 SETTINGS = [
     KEY_FRAMES,
     CLIP_NORM,
@@ -120,10 +125,9 @@ class FateZeroInvert(io.ComfyNode):
             "fusion settings do not run it again.",
             search_aliases=["ddim inversion", "unsampler", "invert", "noise"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA on it count."),
-                io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
+                *MODEL_AND_SOURCE,
                 io.Latent.Input("latent", tooltip="The clip, one latent for each frame (Encode Video)."),
-                io.Int.Input("steps", default=50, min=1, max=999, tooltip="DDIM steps; the paper takes 50."),
+                STEPS,
                 *SETTINGS,
             ],
             outputs=[

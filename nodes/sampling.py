@@ -11,7 +11,7 @@ from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_sampling import DDIMSampler, sigmas_of
 from ..hosts.comfyui_unet import check_model, schedule_of
 from .edit import INPUTS, Asked, report_of
-from .inversion import SETTINGS, asked_of
+from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, asked_of
 from .sockets import AttentionStoreSocket, schema, show_on_node
 
 
@@ -28,7 +28,7 @@ class FateZeroSigmas(io.ComfyNode):
             search_aliases=["scheduler", "sigmas", "ddim", "custom sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model."),
-                io.Int.Input("steps", default=50, min=1, max=999, tooltip="DDIM steps; the paper takes 50."),
+                STEPS,
             ],
             outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="From noise to the clip.")],
         )
@@ -71,11 +71,7 @@ class FateZeroInvertGuider(io.ComfyNode):
             description="Invert Video for SamplerCustomAdvanced: with DDIM Sampler, Disable Noise, flipped sigmas and "
             "the clip's latent it gives the noise, of which Inversion's Store makes the attention store.",
             search_aliases=["ddim inversion", "unsampler", "guider", "custom sampler"],
-            inputs=[
-                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA on it count."),
-                io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
-                *SETTINGS,
-            ],
+            inputs=[*MODEL_AND_SOURCE, *SETTINGS],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )

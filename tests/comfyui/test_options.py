@@ -121,35 +121,37 @@ def add(host, graph, kind, **inputs):
     return graph.add(kind, **{**defaults(host, kind), **inputs})
 
 
-def as_the_host(host, graph, guidance=7.5):
-    """(our edit without fusion, what the host's own guider and plain DDIM steps give of the same noise)."""
+def by_the_host(host, graph):
+    """What the host's own guider and plain DDIM steps give of the inverted noise."""
     asked = graph.prompt[graph.edit.id]["inputs"]
-    theirs = graph.add(
-        "CFGGuider", model=asked["model"], positive=asked["positive"], negative=asked["negative"], cfg=guidance
-    )
-    sampled = custom(graph, theirs[0], graph.invert[0])
-    return edited(host, graph), host.latents(graph.prompt, sampled[0])
+    theirs = graph.add("CFGGuider", **{name: asked[name] for name in ("model", "positive", "negative")}, cfg=7.5)
+    return host.latents(graph.prompt, custom(graph, theirs[0], graph.invert[0])[0])
+
+
+def as_the_host(host, graph):
+    """(our edit without fusion, the host's own)."""
+    return edited(host, graph), by_the_host(host, graph)
 
 
 OF_PROMPTS = {
-    "ControlNet of some steps": lambda h, g, p, file: g.add("ControlNetApplyAdvanced", positive=p, negative=p,
+    "ControlNet of some steps": lambda g, p, file: g.add("ControlNetApplyAdvanced", positive=p, negative=p,
         control_net=g.add("ControlNetLoader", control_net_name=file)[0], image=g.video[0], strength=1.0,
         start_percent=0.2, end_percent=0.8),
-    "GLIGEN": lambda h, g, p, file: g.add("OtherGligen", model=g.demo[0], positive=p),
-    "LoRA by a hook": lambda h, g, p, file: g.add("ConditioningSetProperties", cond_NEW=p, strength=1.0,
+    "GLIGEN": lambda g, p, file: g.add("OtherGligen", model=g.demo[0], positive=p),
+    "LoRA by a hook": lambda g, p, file: g.add("ConditioningSetProperties", cond_NEW=p, strength=1.0,
         set_cond_area="default", hooks=g.add("CreateHookLoraModelOnly", lora_name="random.safetensors",
         strength_model=1.0)[0]),
-    "LoRA by a hook that changes by step": lambda h, g, p, file: g.add("ConditioningSetProperties", cond_NEW=p,
+    "LoRA by a hook that changes by step": lambda g, p, file: g.add("ConditioningSetProperties", cond_NEW=p,
         strength=1.0, set_cond_area="default", hooks=g.add("SetHookKeyframes", hooks=g.add("CreateHookLoraModelOnly",
         lora_name="random.safetensors", strength_model=1.0)[0], hook_kf=g.add("CreateHookKeyframe", strength_mult=0.3,
         start_percent=0.5)[0])[0]),
-    "strength": lambda h, g, p, file: g.add("ConditioningSetAreaStrength", conditioning=p, strength=0.5),
-    "guidance of Flux": lambda h, g, p, file: g.add("FluxGuidance", conditioning=p, guidance=3.5),
-    "zeros": lambda h, g, p, file: g.add("ConditioningZeroOut", conditioning=p),
-    "prompts averaged": lambda h, g, p, file: g.add("ConditioningAverage", conditioning_to=p,
+    "strength": lambda g, p, file: g.add("ConditioningSetAreaStrength", conditioning=p, strength=0.5),
+    "guidance of Flux": lambda g, p, file: g.add("FluxGuidance", conditioning=p, guidance=3.5),
+    "zeros": lambda g, p, file: g.add("ConditioningZeroOut", conditioning=p),
+    "prompts averaged": lambda g, p, file: g.add("ConditioningAverage", conditioning_to=p,
         conditioning_from=g.add("CLIPTextEncode", clip=g.demo[1], text="a blue circle")[0],
         conditioning_to_strength=0.5),
-    "prompts joined": lambda h, g, p, file: g.add("ConditioningConcat", conditioning_to=p,
+    "prompts joined": lambda g, p, file: g.add("ConditioningConcat", conditioning_to=p,
         conditioning_from=g.add("CLIPTextEncode", clip=g.demo[1], text="a blue circle")[0]),
 }  # fmt: skip
 """What sets each option of a prompt, and is honoured."""
@@ -183,7 +185,7 @@ def test_an_option_of_a_prompt_is_honoured(host, option, socket, controlnet, lor
     if socket == "source":
         of_host = graph.add("BasicGuider", model=graph.demo[0], conditioning=graph.words[0])
         plain = host.latents(graph.prompt, graph.invert[0])
-        optioned = OF_PROMPTS[option](host, graph, graph.words[0], controlnet)[0]
+        optioned = OF_PROMPTS[option](graph, graph.words[0], controlnet)[0]
         graph.set(of_host, conditioning=optioned)
         graph.set(graph.invert, source=optioned)
         ours = host.latents(graph.prompt, graph.invert[0])
@@ -193,7 +195,7 @@ def test_an_option_of_a_prompt_is_honoured(host, option, socket, controlnet, lor
         graph.set(graph.edit, negative=negative[0])
         plain = edited(host, graph)
         prompt = graph.words[1] if socket == "positive" else negative[0]
-        graph.set(graph.edit, **{socket: OF_PROMPTS[option](host, graph, prompt, controlnet)[0]})
+        graph.set(graph.edit, **{socket: OF_PROMPTS[option](graph, prompt, controlnet)[0]})
         ours, theirs = as_the_host(host, graph)
     assert relative(ours, theirs) < 1e-4
     assert (relative(ours, plain) < 1e-5) == (option in WITHOUT_EFFECT)
@@ -204,7 +206,7 @@ def test_an_option_of_a_prompt_is_honoured(host, option, socket, controlnet, lor
 )
 def test_the_report_tells_a_text_that_is_not_the_pairs(host, option, other):
     graph = DemoGraph(steps=1)
-    graph.set(graph.edit, positive=OF_PROMPTS[option](host, graph, graph.words[1], None)[0])
+    graph.set(graph.edit, positive=OF_PROMPTS[option](graph, graph.words[1], None)[0])
     end = {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}
     run = host.run({**graph.prompt, "end": end})
     assert ("positive is not Prompt Edit's target" in host.text(run, "end")) == other
@@ -352,9 +354,7 @@ def test_context_windows_fuse_as_the_hosts_do(host, fuse_method, schedule):
         "FateZeroSpatioTemporalAttention", model=windowed[0], key_frames="self, previous", clip_norm=False
     )
     graph.set(graph.edit, model=seeing[0])
-    asked = graph.prompt[graph.edit.id]["inputs"]
-    theirs = graph.add("CFGGuider", model=seeing[0], positive=asked["positive"], negative=asked["negative"], cfg=7.5)
-    assert relative(ours, host.latents(graph.prompt, custom(graph, theirs[0], graph.invert[0])[0])) < 1e-4
+    assert relative(ours, by_the_host(host, graph)) < 1e-4
     assert relative(ours, whole) > 1e-3
 
 

@@ -22,15 +22,15 @@ def custom(graph, guider, latent, flipped=False, sampler=None, sigmas=None):
     )
 
 
-def invert_guider(graph, **settings):
+def invert_guider(graph):
     asked = {k: v for k, v in graph.prompt[graph.invert.id]["inputs"].items() if k not in ("steps", "latent")}
-    return graph.add("FateZeroInvertGuider", **{**asked, **settings})
+    return graph.add("FateZeroInvertGuider", **asked)
 
 
-def invert_with(graph, sigmas=None, **settings):
+def invert_with(graph, sigmas=None):
     """(noise, store) by a guider with the settings of the graph's own inversion."""
     latent = graph.prompt[graph.invert.id]["inputs"]["latent"]
-    sampled = custom(graph, invert_guider(graph, **settings)[0], latent, flipped=True, sigmas=sigmas)
+    sampled = custom(graph, invert_guider(graph)[0], latent, flipped=True, sigmas=sigmas)
     return sampled[0], graph.add("FateZeroStoreOfInversion", noise=sampled[0])[0]
 
 
@@ -41,9 +41,8 @@ def edit_with(graph, begin, store, **more):
     return custom(graph, guider[0], begin, **more)
 
 
-def by_host(graph, **more):
-    begin, store = invert_with(graph)
-    return edit_with(graph, begin, store, **more)[0]
+def by_host(graph):
+    return edit_with(graph, *invert_with(graph))[0]
 
 
 @pytest.mark.parametrize("memory", ["recompute", "queries_keys"])

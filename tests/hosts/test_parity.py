@@ -3,46 +3,25 @@
 import json
 
 import pytest
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
 from fatezero.attention.records import MEMORIES
-from fatezero.demo.model import build_scheduler
-from fatezero.diffusion import ddim
 from fatezero.hosts.diffusers import DiffusersDenoiser
-from small import FIXTURES, relative
+from small import FIXTURES, reference_denoiser, relative, round_as_the_reference
 
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def reference() -> DiffusersDenoiser:
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(32, 32, 64, 64),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        layers_per_block=2,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )
-    unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
-    return DiffusersDenoiser(unet.double().eval(), build_scheduler())
-
-
-ROUNDED_OTHERWISE = {0.5771186947822571: -1, 0.840183675289154: 1, 0.9634535312652588: -1}
-"""Three of the schedule's square roots that the reference's machine had off by a last digit (2**-24), as torch has them
-under MKL_CBWR=COMPATIBLE. With them the results agree to 5e-8, with the right ones to 2e-5."""
+    return reference_denoiser()
 
 
 @pytest.fixture
 def roots_of_the_reference(monkeypatch):
-    right = ddim.root
-    monkeypatch.setattr(ddim, "as_exact", lambda alpha, z: alpha)  # its coefficients are in single precision
-    monkeypatch.setattr(ddim, "root", lambda x: right(x) + ROUNDED_OTHERWISE.get(x.item(), 0) * 2.0**-24)
+    round_as_the_reference(monkeypatch)
 
 
 OFTEN = {"style": "maps", "shape_replace": "queries_keys"}

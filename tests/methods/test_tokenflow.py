@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
@@ -18,22 +17,20 @@ from fatezero.diffusion.edit import Edit, edit_many
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.methods import tokenflow
 from fatezero.methods.tokenflow import nearest
-from small import FIXTURES, random_latents, random_text, relative, small_unet
+from small import (
+    FIXTURES,
+    random_latents,
+    random_text,
+    reference_denoiser,
+    relative,
+    round_as_the_reference,
+    small_unet,
+)
 
 
 @pytest.fixture(scope="module")
 def reference() -> DiffusersDenoiser:
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(32, 32, 64, 64), cross_attention_dim=32, attention_head_dim=2,
-        norm_num_groups=8, layers_per_block=2, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )  # fmt: skip
-    unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
-    return DiffusersDenoiser(unet.double().eval(), build_scheduler())
-
-
-ROUNDED_OTHERWISE = {0.5771186947822571: -1, 0.840183675289154: 1, 0.9634535312652588: -1}
-"""Square roots that the reference's machine had off by a last digit (2**-24); see tests/hosts/test_parity.py."""
+    return reference_denoiser()
 
 
 @pytest.mark.parametrize(
@@ -46,9 +43,7 @@ def test_reference(reference, monkeypatch, name, steps, fusion, emulated, within
     inversion = invert(reference, given["z0"], given["source"], steps=steps, key_frames="self")
     assert relative(inversion.latents[-1], given["inverted"].double()) < 1e-6
     if emulated:
-        right = ddim.root
-        monkeypatch.setattr(ddim, "as_exact", lambda alpha, z: alpha)
-        monkeypatch.setattr(ddim, "root", lambda x: right(x) + ROUNDED_OTHERWISE.get(x.item(), 0) * 2.0**-24)
+        round_as_the_reference(monkeypatch)
     propagation = TokenFlowSettings(batch_frames=4, pivots=given["pivots"])
     edited = edit(reference, inversion, given["target"], given["uncond"], 7.5, fusion=fusion, propagation=propagation)
     assert relative(edited, given["edited"].double()) < within
