@@ -178,6 +178,11 @@ class Host:
             time.sleep(0.05)
         raise TimeoutError("the host kept no history of the prompt")
 
+    def forget(self) -> None:
+        """Have the host let go of what it keeps. It does so after a prompt, and before the next."""
+        self.post("/free", {"free_memory": True, "unload_models": False})
+        self.run({"1": {"class_type": "PreviewAny", "inputs": {"source": "x"}}})
+
     def text(self, run: Run, node: str) -> str:
         """The text a node shows."""
         return "".join(run.outputs[node]["text"])

@@ -110,7 +110,7 @@ def test_the_page_opens_a_workflow_whole(page, name):
 def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     """With fewer steps, for time. FATEZERO_PICTURES=folder keeps the picture that the README shows."""
     page.errors.clear()
-    host.post("/free", {"free_memory": True, "unload_models": False})  # texts of cached nodes are not sent again
+    host.forget()  # texts of cached nodes are not sent again
     workflow = read(name)
     for node in workflow["nodes"]:
         if node["type"] in WITH_STEPS:
