@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention.budget import StoreSettings
-    from .attention.fusion import FusionSettings
     from .attention.prompt import PromptEdit
-    from .attention.store import AttentionStore, Condition, StoreError
     from .diffusion.edit import Edit, edit, edit_many
     from .diffusion.invert import Inversion, invert
+    from .methods.fatezero import FusionSettings
     from .methods.plug_and_play import PnPSettings
     from .methods.tokenflow import TokenFlowSettings
+    from .store.budget import StoreSettings
+    from .store.store import AttentionStore, Condition, StoreError
 
 __version__ = "0.1.0"
 
@@ -31,13 +31,13 @@ _HOMES = {
     "edit_many": ".diffusion.edit",
     "Edit": ".diffusion.edit",
     "PromptEdit": ".attention.prompt",
-    "FusionSettings": ".attention.fusion",
-    "StoreSettings": ".attention.budget",
+    "FusionSettings": ".methods.fatezero",
+    "StoreSettings": ".store.budget",
     "PnPSettings": ".methods.plug_and_play",
     "TokenFlowSettings": ".methods.tokenflow",
-    "AttentionStore": ".attention.store",
-    "Condition": ".attention.store",
-    "StoreError": ".attention.store",
+    "AttentionStore": ".store.store",
+    "Condition": ".attention.condition",
+    "StoreError": ".store.store",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from .files.stopping import end_on_signals, leave
 def main() -> None:
     """Run the command and end the process with its status."""
     end_on_signals()
-    from .cli import main as run
+    from .cli.app import main as run
 
     try:
         run()

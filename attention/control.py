@@ -1,7 +1,7 @@
 """What a UNet's attention layers are asked to do.
 
 Shapes are given as einops strings: f frames, h heads, t tokens of a frame, s source
-columns, c target columns, n key frames, d channels of a head.
+text tokens, c target text tokens, n key frames, d channels of a head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .key_frames import KeyFrames, Piece
+from .key_frames import Chunk, KeyFrames
 
 Place = Literal["down", "mid", "up"]
 Kind = Literal["self", "cross"]
@@ -74,14 +74,14 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 class Control:
     """Attention as the model has it, but with keys and values from the clip's key frames.
 
-    A host calls the two methods once for every layer of a UNet call on the frames that `piece`
-    holds, with tensors (frames, heads, tokens, head_dim) of one branch; the text's keys and
+    A host calls the two methods once for every layer of a UNet call on the frames of a
+    `chunk`, with tensors (frames, heads, tokens, head_dim) of one branch; the text's keys and
     values may have one row for all frames. `attend` is the kernel, which a host may set.
     """
 
-    def __init__(self, key_frames: KeyFrames, piece: Piece) -> None:
+    def __init__(self, key_frames: KeyFrames, chunk: Chunk) -> None:
         self.key_frames = key_frames
-        self.piece = piece
+        self.chunk = chunk
         self.attend: Attend = attention
         self.extended = False
         """Whether every frame sees all the frames of the call, whatever the key frames are."""
@@ -98,14 +98,14 @@ class Control:
         """Told the input tokens (f t c) of a self-attention layer."""
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        return self.attend(q, self.seen(k, site), self.seen(v, site))
+        return self.attend(q, self.of_key_frames(k, site), self.of_key_frames(v, site))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         return self.attend(q, k, v)
 
-    def seen(self, k: Tensor, site: AttentionSite) -> Tensor:
-        """What each frame sees of its key frames: (f h t d) -> (f h (n t) d), or one row for all."""
+    def of_key_frames(self, k: Tensor, site: AttentionSite) -> Tensor:
+        """The key frames of each frame: (f h t d) -> (f h (n t) d), or one row for all."""
         if self.extended:
             return rearrange(k, "f h t d -> 1 h (f t) d")
-        held = self.piece.held
-        return self.key_frames.at(site.channels).gather(k, held, held, self.piece.clip)
+        frames = self.chunk.frame_indices
+        return self.key_frames.at(site.channels).gather(k, frames, frames, self.chunk.clip)

@@ -1,4 +1,4 @@
-"""Spatio-temporal self-attention: whose keys and values a frame sees (FateZero Eq. 8)."""
+"""Spatio-temporal self-attention: whose keys and values a frame attends to (FateZero Eq. 8)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ NAMES = ("self", *ANCHORS, "previous")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Frames of a clip that one UNet call holds.
 
-    held: the frames, in order. weights: of their results; over all pieces of a clip each frame's
+    frame_indices: of these frames, in order. weights: of their results; over all chunks of a clip each frame's
     sum to 1, and key frames that only came along have 0. owned: the frames whose attention is
-    recorded from this piece, each frame's in one piece. clip: the clip's length.
+    recorded from this chunk, each frame's in one chunk. clip: the clip's length.
     """
 
-    held: tuple[int, ...]
+    frame_indices: tuple[int, ...]
     weights: tuple[float, ...]
     owned: tuple[int, ...]
     clip: int
 
     @classmethod
-    def of(cls, frames: Sequence[int], clip: int) -> Piece:
-        """Some frames of a clip, all in this piece alone."""
+    def of(cls, frames: Sequence[int], clip: int) -> Chunk:
+        """Some frames of a clip, all in this chunk alone."""
         return cls(tuple(frames), (1.0,) * len(frames), tuple(frames), clip)
 
     @classmethod
-    def whole(cls, clip: int) -> Piece:
+    def whole(cls, clip: int) -> Chunk:
         """The whole clip in one."""
         return cls.of(range(clip), clip)
 
     @property
     def is_whole(self) -> bool:
-        return len(self.held) == self.clip
+        return len(self.frame_indices) == self.clip
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class KeyFrames:
 
     @property
     def anchored(self) -> bool:
-        """Whether frames meet only through fixed frames, so that a clip can run in pieces without loss."""
+        """Whether frames meet only through fixed frames, so that a clip can run in chunks without loss."""
         return all(entry in ("self", 0, *ANCHORS) for entry in self.entries)
 
     def anchors(self, clip: int) -> set[int]:
@@ -105,20 +105,20 @@ class KeyFrames:
 
     def used(self, frames: Iterable[int], clip: int) -> tuple[int, ...]:
         """The clip's frames whose keys some frames see, in order."""
-        return tuple(sorted({seen for f in frames for seen in self.of_frame(f, clip)}))
+        return tuple(sorted({key for f in frames for key in self.of_frame(f, clip)}))
 
-    def pieces(self, clip: int, chunk: int | None = None, clip_norm: bool = False) -> list[Piece]:
-        """A clip in pieces of up to `chunk` frames, to run one after another.
+    def chunks(self, clip: int, chunk: int | None = None, clip_norm: bool = False) -> list[Chunk]:
+        """A clip in chunks of up to `chunk` frames, to run one after another.
 
-        Each piece brings the fixed key frames along. Where frames meet only through these, the
-        pieces give what the whole clip gives. With neighbours among the key frames, or with
-        clip norm, pieces overlap by a quarter, their results are blended with weights that fall
-        towards a piece's ends, and the whole clip's result is approximated.
+        Each chunk brings the fixed key frames along. Where frames meet only through these, the
+        chunks give what the whole clip gives. With neighbours among the key frames, or with
+        clip norm, chunks overlap by a quarter, their results are blended with weights that fall
+        towards a chunk's ends, and the whole clip's result is approximated.
 
         Raises ValueError for a chunk that is too short.
         """
         if chunk is None or chunk >= clip:
-            return [Piece.whole(clip)]
+            return [Chunk.whole(clip)]
         exact = self.anchored and not clip_norm
         if chunk < (1 if exact else 2):
             least = "1" if exact else "2, with neighbours among the key frames or clip norm"
@@ -130,46 +130,46 @@ class KeyFrames:
         ramp = [float(min(i + 1, chunk - i)) for i in range(chunk)]
         return self.around([(range(at, at + chunk), ramp) for at in starts], clip)
 
-    def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Piece]:
+    def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Chunk]:
         """Pieces for windows of frames with a weight for each frame's result; they must cover the clip."""
         shares = [dict(zip(frames, weights, strict=False)) for frames, weights in windows]
         total = [sum(share.get(f, 0.0) for share in shares) for f in range(clip)]
-        pieces, seen = [], set[int]()
+        chunks, owned_before = [], set[int]()
         for share in shares:
-            held = tuple(sorted({*share, *self.anchors(clip)}))
-            weights = tuple(share.get(f, 0.0) / total[f] for f in held)
-            owned = tuple(f for f in held if f in share and f not in seen)
-            seen |= set(owned)
-            pieces.append(Piece(held, weights, owned, clip))
-        return pieces
+            frames = tuple(sorted({*share, *self.anchors(clip)}))
+            weights = tuple(share.get(f, 0.0) / total[f] for f in frames)
+            owned = tuple(f for f in frames if f in share and f not in owned_before)
+            owned_before |= set(owned)
+            chunks.append(Chunk(frames, weights, owned, clip))
+        return chunks
 
-    def gather(self, k: Tensor, held: Sequence[int], frames: Sequence[int], clip: int) -> Tensor:
+    def gather(self, k: Tensor, given: Sequence[int], frames: Sequence[int], clip: int) -> Tensor:
         """Keys or values of the key frames of each of `frames`.
 
-        k: (f h t d) of the clip's frames `held`; a key frame that is not held gives way to the
+        k: (f h t d) of the clip's frames `given`; a key frame that is not among them gives way to the
         nearest that is. Returns (frames, h, (n t), d), or a single frame's to broadcast when all
         see the same ones.
         """
-        columns = _columns(self, tuple(held), tuple(frames), clip)
+        rows = _rows(self, tuple(given), tuple(frames), clip)
         parts = []
-        for column in columns:
-            if column == tuple(range(len(held))):
+        for row in rows:
+            if row == tuple(range(len(given))):
                 parts.append(k)
-            elif len(set(column)) == 1:
-                parts.append(k[column[0] : column[0] + 1].expand(len(column), -1, -1, -1))
+            elif len(set(row)) == 1:
+                parts.append(k[row[0] : row[0] + 1].expand(len(row), -1, -1, -1))
             else:
-                parts.append(k[_index(column, k.device)])
+                parts.append(k[_index(row, k.device)])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 @lru_cache(maxsize=256)
-def _columns(keys: KeyFrames, held: tuple[int, ...], frames: tuple[int, ...], clip: int) -> tuple[tuple[int, ...], ...]:
-    """For each entry, which of the held frames each frame sees; for one frame alone where all see the same."""
+def _rows(keys: KeyFrames, given: tuple[int, ...], frames: tuple[int, ...], clip: int) -> tuple[tuple[int, ...], ...]:
+    """For each entry, which of the given frames each frame sees; for one frame alone where all see the same."""
 
-    def row(wanted: int) -> int:
-        return min(range(len(held)), key=lambda i: abs(held[i] - wanted))
+    def nearest(key_frame: int) -> int:
+        return min(range(len(given)), key=lambda i: abs(given[i] - key_frame))
 
-    table = [tuple(row(seen) for seen in keys.of_frame(frame, clip)) for frame in frames]
+    table = [tuple(nearest(key_frame) for key_frame in keys.of_frame(frame, clip)) for frame in frames]
     return tuple(zip(*(table[:1] if len(set(table)) == 1 else table), strict=True))
 
 

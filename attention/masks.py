@@ -12,8 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .control import AttentionSite
-from .prompt import CHUNK
-from .records import SourceStep
+from .prompt import BLOCK
 
 
 def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[AttentionSite]:
@@ -29,8 +28,8 @@ def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[Attenti
     return [site for site in cross if site.tokens == max(grids)]
 
 
-def column_heat(maps: Sequence[tuple[AttentionSite, Tensor]]) -> Tensor:
-    """Attention to each column, averaged over heads and layers.
+def token_heat(maps: Sequence[tuple[AttentionSite, Tensor]]) -> Tensor:
+    """Attention to each text token, averaged over heads and layers.
 
     maps: layers of one grid, each (f h t s). Returns (f, s, height, width).
     """
@@ -39,34 +38,22 @@ def column_heat(maps: Sequence[tuple[AttentionSite, Tensor]]) -> Tensor:
     return rearrange(heat, "f (y x) s -> f s y x", y=site.height, x=site.width)
 
 
-def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], columns: Sequence[int]) -> Tensor:
-    """Attention to some columns, summed over them: (f, height, width), from maps as `column_heat` takes them."""
-    return column_heat(maps)[:, list(columns)].sum(1)
+def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], tokens: Sequence[int]) -> Tensor:
+    """Attention to some text tokens, summed over them: (f, height, width), from maps as `token_heat` takes them."""
+    return token_heat(maps)[:, list(tokens)].sum(1)
 
 
-def maps_of(
-    source: SourceStep, sites: Sequence[AttentionSite], dtype: torch.dtype
-) -> list[tuple[AttentionSite, Tensor]]:
-    """A piece's cross-attention in some layers, as `column_heat` takes it."""
-    return [(site, source.cross_map(site, dtype)) for site in sites]
+def foreign_tokens(heat: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Where each text token belongs to something else: 1 where the places of `tokens` are, and it is looked at less.
 
-
-def foreign_columns(heat: Tensor, columns: Sequence[int]) -> Tensor:
-    """Where each column belongs to something else: 1 where the places of `columns` are, and it is looked at less.
-
-    heat (f, s, y, x) to zeros and ones of the same shape. A column and the mean of `columns` are compared each over
-    its own maximum in the frame; `columns` themselves are nowhere foreign, nor are the start marks.
+    heat (f, s, y, x) to zeros and ones of the same shape. A token and the mean of `tokens` are compared each over
+    its own maximum in the frame; `tokens` themselves are nowhere foreign, nor are the start marks.
     """
-    here = heat[:, list(columns)].mean(1, keepdim=True)
+    here = heat[:, list(tokens)].mean(1, keepdim=True)
     foreign = (over_maximum(here) > over_maximum(heat)).to(heat.dtype)
-    foreign[:, list(columns)] = 0
-    foreign[:, :: CHUNK + 2] = 0
+    foreign[:, list(tokens)] = 0
+    foreign[:, :: BLOCK + 2] = 0
     return foreign
-
-
-def heat_of(source: SourceStep, sites: Sequence[AttentionSite], columns: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Attention of a piece's source to some columns, on the grid of these layers: (held, y, x)."""
-    return word_heat(maps_of(source, sites, dtype), columns)
 
 
 def over_maximum(heat: Tensor) -> Tensor:
@@ -97,7 +84,7 @@ def soft_mask(heat: Tensor, threshold: float) -> Tensor:
 
 @dataclass(frozen=True)
 class GivenMask:
-    """A blend mask from outside, alone or joined with the attention's.
+    """A blend mask from outside, in place of the attention's or joined with the attention's.
 
     mask: (frames or 1, height, width) of any size, from 0 (keep the source) to 1 (take the
     edit). how: "replace" the attention's mask, or take its "union" or "intersection" with it.
@@ -115,7 +102,7 @@ class GivenMask:
             raise ValueError(f'how is {self.how!r}; it must be "replace", "union" or "intersection"')
 
     @property
-    def alone(self) -> bool:
+    def replaces(self) -> bool:
         return self.how == "replace"
 
     def at(self, size: tuple[int, int], frames: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prompt pair: which source column of a cross-attention map feeds which target column.
+"""The prompt pair: which source token of a cross-attention map feeds which target token.
 
 Alignment and reweighting follow Prompt-to-Prompt (arXiv 2208.01626, Sec. 3), on which
 FateZero builds.
@@ -6,6 +6,7 @@ FateZero builds.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -14,19 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-CHUNK = 75
-"""Content tokens of one 77-column block; longer prompts repeat start, 75 tokens, end."""
+from ..settings import setting
+
+BLOCK = 75
+"""Content tokens of one block of 77; longer prompts repeat start, 75 tokens, end."""
 
 Mode = Literal["refine", "replace"]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the source's columns make the target's.
+    """How the source's tokens make the target's.
 
-    matrix: (source columns, target columns); a column sums to the weight it takes.
-    copied: (target columns,), 1 where the source is used, 0 where the target keeps its own.
-    weights: (target columns,), multiplied into the fused map.
+    matrix: (source tokens, target tokens); a column sums to the weight it takes.
+    copied: (target tokens,), 1 where the source is used, 0 where the target keeps its own.
+    weights: (target tokens,), multiplied into the fused map.
     """
 
     matrix: Tensor
@@ -41,7 +44,7 @@ class Alignment:
         """What the source's map and the target's own are multiplied with: (f h c d) -> (f h s d), (f h c d).
 
         The fused map is A = (A_src M c + A_own (1 - c)) w, with the matrix M, copied c and weights w
-        by column. So A v = A_src (M c w v) + A_own ((1 - c) w v), and no map need be built.
+        by token. So A v = A_src (M c w v) + A_own ((1 - c) w v), and no map need be built.
         """
         return (self.matrix * self.copied * self.weights) @ v, ((1 - self.copied) * self.weights)[:, None] * v
 
@@ -54,11 +57,8 @@ class Alignment:
 class PromptEdit:
     """A source prompt, a target prompt and what to do with their words.
 
-    mode: "refine" copies the columns of tokens both prompts share; "replace" maps word to
-    word and needs equally many words in both.
     blend_words: (source words, target words) whose maps make the blend mask; one side may be empty:
     the target's where only self-attention is blended, either with a mask of both prompts.
-    reweight: target word -> factor on its column while cross fusion runs.
     Words are matched without regard to case and to punctuation around them; a phrase of
     several words is found as such; a repeated word means every place it stands.
 
@@ -69,9 +69,17 @@ class PromptEdit:
     source: str
     target: str
     tokenizer: Any = field(repr=False)
-    mode: Mode = "refine"
+    mode: Mode = setting(
+        "refine",
+        "refine: words both prompts share take the source's attention. replace: word for word, with as many words in "
+        "both, and also the words that change take it.",
+        group="The edit",
+    )
     blend_words: tuple[Sequence[str], Sequence[str]] | None = None
-    reweight: Mapping[str, float] = field(default_factory=dict)
+    reweight: Mapping[str, float] = setting(
+        dict, "word=factor: how much more, or less, a target word counts while cross-attention is fused.",
+        group="The edit",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reweight", dict(self.reweight or {}))
@@ -106,56 +114,56 @@ class PromptEdit:
             raise ValueError(f"this tokenizer's tokens cross word borders in {prompt!r}; a CLIP tokenizer is needed")
         return words
 
-    def columns(self, prompt: str, word: str, columns: int, what: str = "word") -> list[int]:
-        """The columns of every place of a word or phrase in embeddings of `columns` tokens."""
+    def token_indices(self, prompt: str, word: str, text_tokens: int, what: str = "word") -> list[int]:
+        """The tokens of every place of a word or phrase in embeddings of `text_tokens`."""
         spans = _spans(self.word_tokens(prompt))
         found = []
         for start, length in self._places(prompt, word, what):
-            found += [_column(token) for at in range(start, start + length) for token in range(*spans[at])]
-        if max(found, default=0) >= columns:
-            raise ValueError(f"{what}: {word!r} stands beyond the {columns} tokens of the embeddings of {prompt!r}")
+            found += [_index(token) for at in range(start, start + length) for token in range(*spans[at])]
+        if max(found, default=0) >= text_tokens:
+            raise ValueError(f"{what}: {word!r} stands beyond the {text_tokens} tokens of the embeddings of {prompt!r}")
         return found
 
-    def blend_columns(self, source_columns: int, target_columns: int) -> tuple[list[int], list[int]]:
-        """The blend words' columns in the source's and the target's maps."""
+    def blend_tokens(self, source_tokens: int, target_tokens: int) -> tuple[list[int], list[int]]:
+        """The blend words' tokens in the source's and the target's maps."""
         if self.blend_words is None:
             raise ValueError("blending needs blend_words: (source words, target words)")
         source, target = self.blend_words
         return (
-            [c for word in source for c in self.columns(self.source, word, source_columns, "blend_words")],
-            [c for word in target for c in self.columns(self.target, word, target_columns, "blend_words")],
+            [c for word in source for c in self.token_indices(self.source, word, source_tokens, "blend_words")],
+            [c for word in target for c in self.token_indices(self.target, word, target_tokens, "blend_words")],
         )
 
     def _places(self, prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
         """(first word, number of words) of every place of a phrase."""
-        words, wanted = [_bare(w) for w in prompt.split()], [_bare(w) for w in phrase.split()]
-        n = len(wanted)
-        places = [(i, n) for i in range(len(words) - n + 1) if wanted and words[i : i + n] == wanted]
+        words, sought = [_bare(w) for w in prompt.split()], [_bare(w) for w in phrase.split()]
+        n = len(sought)
+        places = [(i, n) for i in range(len(words) - n + 1) if sought and words[i : i + n] == sought]
         if not places:
             raise ValueError(f"{what}: {phrase!r} is not in the prompt {prompt!r}")
         return places
 
     # --- alignment --------------------------------------------------------------------
 
-    def align(self, source_columns: int, target_columns: int) -> Alignment:
-        """The alignment for embeddings of so many columns each (77, 154, ...)."""
+    def align(self, source_tokens: int, target_tokens: int) -> Alignment:
+        """The alignment for embeddings of so many tokens each (77, 154, ...)."""
         pairs = self._refined() if self.mode == "refine" else self._replaced()
-        matrix = torch.zeros(source_columns, target_columns)
+        matrix = torch.zeros(source_tokens, target_tokens)
         content = [sum(map(len, self.word_tokens(p))) for p in (self.source, self.target)]
         for source, target, share in pairs:
-            i, j = _column(source), _column(target)
-            if i < source_columns and j < target_columns:
+            i, j = _index(source), _index(target)
+            if i < source_tokens and j < target_tokens:
                 matrix[i, j] = share
         # Start and end marks of every block map to each other; padding keeps its place.
-        named = {_column(t) for t in range(content[1])}
-        for j in range(min(source_columns, target_columns)):
+        named = {_index(t) for t in range(content[1])}
+        for j in range(min(source_tokens, target_tokens)):
             if j not in named and j != _end(content[1]):
                 matrix[j, j] = 1.0
-        if _end(content[0]) < source_columns and _end(content[1]) < target_columns:
+        if _end(content[0]) < source_tokens and _end(content[1]) < target_tokens:
             matrix[_end(content[0]), _end(content[1])] = 1.0
-        weights = torch.ones(target_columns)
+        weights = torch.ones(target_tokens)
         for word, weight in self.reweight.items():
-            weights[self.columns(self.target, word, target_columns, "reweight")] = weight
+            weights[self.token_indices(self.target, word, target_tokens, "reweight")] = weight
         return Alignment(matrix, (matrix.sum(0) > 0).float(), weights)
 
     def _refined(self) -> list[tuple[int, int, float]]:
@@ -201,15 +209,15 @@ def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
     return spans
 
 
-def _column(token: int) -> int:
+def _index(token: int) -> int:
     """The column of a content token: blocks of a start mark, 75 tokens and an end mark."""
-    return token // CHUNK * (CHUNK + 2) + token % CHUNK + 1
+    return token // BLOCK * (BLOCK + 2) + token % BLOCK + 1
 
 
 def _end(content: int) -> int:
     """The column of the end mark that closes a prompt of so many content tokens."""
-    blocks = max(1, -(-content // CHUNK))
-    return (blocks - 1) * (CHUNK + 2) + content - (blocks - 1) * CHUNK + 1
+    blocks = max(1, -(-content // BLOCK))
+    return (blocks - 1) * (BLOCK + 2) + content - (blocks - 1) * BLOCK + 1
 
 
 def align_sequences(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
@@ -234,3 +242,11 @@ def align_sequences(source: Sequence[int], target: Sequence[int]) -> list[tuple[
             i, j = i - 1, j - 1
             pairs.append((i, j))
     return pairs[::-1]
+
+
+def changed_words(source: str, target: str) -> tuple[list[str], list[str]]:
+    """The words only the source has, and those only the target has, in order."""
+    a, b = source.split(), target.split()
+    moves = difflib.SequenceMatcher(None, [w.lower() for w in a], [w.lower() for w in b], autojunk=False).get_opcodes()
+    changed = [move for move in moves if move[0] == "replace"] or [move for move in moves if move[0] != "equal"]
+    return [w for _, i, j, _, _ in changed for w in a[i:j]], [w for _, _, _, i, j in changed for w in b[i:j]]

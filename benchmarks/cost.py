@@ -30,7 +30,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fatezero import FusionSettings, StoreSettings, edit, invert
-from fatezero.config import PRESETS
+from fatezero.cli.config import PRESETS
 from fatezero.diffusion.ddim import Schedule, ddim_move, guide
 from fatezero.diffusion.edit import unet_calls
 from fatezero.metrics.memory import PeakMemory

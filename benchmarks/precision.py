@@ -8,12 +8,12 @@ import torch
 from common import machine, table, write_section
 
 from fatezero import StoreSettings, edit, invert
-from fatezero.attention.budget import PRECISIONS, format_bytes
-from fatezero.config import EditConfig, with_preset
-from fatezero.demo.scenes import render
+from fatezero.cli.config import EditConfig, with_preset
 from fatezero.demo.show import EDITS, FRAMES, MOTION, SCENE
+from fatezero.demo.world import render
 from fatezero.hosts.checkpoint import Checkpoint
 from fatezero.metrics.preservation import psnr
+from fatezero.store.budget import PRECISIONS, format_bytes
 
 
 def main() -> None:

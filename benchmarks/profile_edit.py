@@ -25,9 +25,9 @@ from common import (
 
 from fatezero import FusionSettings, StoreSettings, edit, invert
 from fatezero.attention.control import Control
-from fatezero.attention.fusion import Fuser
-from fatezero.attention.records import Recorder
-from fatezero.config import PRESETS
+from fatezero.cli.config import PRESETS
+from fatezero.methods.fatezero import Fuser
+from fatezero.store.records import Recorder
 
 
 @contextmanager

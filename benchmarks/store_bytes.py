@@ -8,9 +8,9 @@ import torch
 from common import denoiser_of, random_unet
 
 from fatezero import StoreSettings
-from fatezero.attention.budget import PRECISIONS, Demand
 from fatezero.attention.key_frames import KeyFrames
-from fatezero.attention.records import MEMORIES
+from fatezero.store.budget import PRECISIONS, Demand
+from fatezero.store.records import MEMORIES
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..attention.prompt import PromptEdit
 from ..diffusion.ddim import ddim_move, guide
-from ..diffusion.edit import edit, source_heat
+from ..diffusion.edit import edit
 from ..diffusion.invert import invert
+from ..diffusion.source import source_heat
 from ..hosts.checkpoint import Checkpoint
 from ..metrics.preservation import intersection_over_union, psnr
 from .judge import close_up
 from .model import SceneClassifier, labels
-from .scenes import SIZE, random_motion, random_scene, render, scenes
+from .world import SIZE, random_motion, random_scene, render, scenes
 
 
 def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) -> float:

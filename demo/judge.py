@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..hosts.checkpoint import DEMO
 from .model import SceneClassifier
-from .scenes import SIZE, Place, Scene, Track
+from .world import SIZE, Place, Scene, Track
 
 
 @cache

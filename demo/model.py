@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, VOCABULARY, Scene
+from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, VOCABULARY, Scene
 
 LATENT_SCALE = 0.18215
 LATENT_SIZE = SIZE // 4
@@ -98,17 +98,17 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
     for word in VOCABULARY:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while len(pieces) > 1:
+        chunks = [*word[:-1], f"{word[-1]}</w>"]
+        while len(chunks) > 1:
             # An earlier word's merges come first in rank, so follow them where they apply.
-            ranked = [m for m in merges if m in pairwise(pieces)]
-            pair = ranked[0] if ranked else (pieces[0], pieces[1])
+            ranked = [m for m in merges if m in pairwise(chunks)]
+            pair = ranked[0] if ranked else (chunks[0], chunks[1])
             if not ranked:
                 merges.append(pair)
             if "".join(pair) not in tokens:
                 tokens.append("".join(pair))
-            at = next(i for i in range(len(pieces)) if (pieces[i], pieces[i + 1]) == pair)
-            pieces[at : at + 2] = ["".join(pair)]
+            at = next(i for i in range(len(chunks)) if (chunks[i], chunks[i + 1]) == pair)
+            chunks[at : at + 2] = ["".join(pair)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,22 +17,22 @@ from torch import Tensor
 
 from ..attention.masks import threshold_mask
 from ..attention.prompt import PromptEdit
-from ..config import EditConfig, with_preset
-from ..diffusion.edit import edit, source_heat
+from ..cli.config import EditConfig, with_preset
+from ..cli.run import find_frames, fit_frames, invert_video, pick_device
+from ..diffusion.edit import edit
 from ..diffusion.invert import Inversion
+from ..diffusion.source import source_heat
 from ..files.whole import whole_file
 from ..hosts.checkpoint import Checkpoint, quiet
 from ..metrics.memory import PeakMemory
 from ..metrics.preservation import psnr
 from ..metrics.temporal import warp_error
-from ..run import find_frames, fit_frames, invert_video, pick_device
 from ..video.sheet import contact_sheet, enlarge, mask_frames
 from ..video.size import to_bytes
 from ..video.write import write_picture, write_video
 from .judge import load_judge
-from .measure import seen_pixels
 from .model import labels
-from .scenes import SIZE, Clip, Motion, Scene, Track, render
+from .world import SIZE, Clip, Motion, Scene, Track, render, seen_pixels
 
 CLIP = Path(__file__).parent / "clip.mp4"
 SCENE = Scene.parse("a red square on water")

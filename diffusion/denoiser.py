@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
-from ..attention.identity import ModelIdentity
-from ..attention.key_frames import KeyFrames, Piece
-from ..attention.store import Condition
+from ..attention.key_frames import Chunk, KeyFrames
+from ..store.identity import ModelIdentity
 from .ddim import Schedule
 
 Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
@@ -58,41 +58,41 @@ class Denoiser(Protocol):
     def predict_noise(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
-        """Epsilon of the latents of a piece's frames (held, 4, h, w), guided away from a negative prompt.
+        """Epsilon of the latents of a chunk's frames (held, 4, h, w), guided away from a negative prompt.
 
-        `control` computes attention, and its `piece` tells which of the clip's frames these are.
+        `control` computes attention, and its `chunk` tells which of the clip's frames these are.
         """
 
 
-def pieces_of(
+def chunks_of(
     denoiser: Denoiser,
     key_frames: KeyFrames,
     latents: Tensor,
     timestep: float,
     chunk_frames: int | None,
     clip_norm: bool,
-) -> list[Piece]:
-    """The pieces a clip runs in at a timestep: chunks if asked for, else the host's windows, else one."""
+) -> list[Chunk]:
+    """The chunks a clip runs in at a timestep: chunks if asked for, else the host's windows, else one."""
     if chunk_frames is None:
         windows = denoiser.windows(latents, timestep)
         if windows is not None:
             return key_frames.around(windows, len(latents))
-    return key_frames.pieces(len(latents), chunk_frames, clip_norm)
+    return key_frames.chunks(len(latents), chunk_frames, clip_norm)
 
 
-def frames_of(latents: Tensor, piece: Piece) -> Tensor:
-    """The latents of a piece's frames."""
-    return latents if piece.is_whole else latents[list(piece.held)]
+def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:
+    """The latents of a chunk's frames."""
+    return latents if chunk.is_whole else latents[list(chunk.frame_indices)]
 
 
-def joined(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
-    """One result for each frame of the clip, from the pieces' weighted ones."""
-    if len(pieces) == 1 and pieces[0].is_whole:
+def joined(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Tensor:
+    """One result for each frame of the clip, from the chunks' weighted ones."""
+    if len(chunks) == 1 and chunks[0].is_whole:
         return parts[0]
-    whole = torch.zeros(pieces[0].clip, *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
-    for piece, part in zip(pieces, parts, strict=True):
-        weights = torch.tensor(piece.weights, dtype=part.dtype).to(part.device)
-        whole[list(piece.held)] += weights.view(-1, *[1] * (part.ndim - 1)) * part
+    whole = torch.zeros(chunks[0].clip, *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
+    for chunk, part in zip(chunks, parts, strict=True):
+        weights = torch.tensor(chunk.weights, dtype=part.dtype).to(part.device)
+        whole[list(chunk.frame_indices)] += weights.view(-1, *[1] * (part.ndim - 1)) * part
     return whole
 
 

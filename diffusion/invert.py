@@ -9,15 +9,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.budget import Demand, StoreSettings, plan_store
+from ..attention.condition import Condition
 from ..attention.key_frames import KeyFrames
-from ..attention.records import Recorder, whole_clip
-from ..attention.store import AttentionStore, Condition
+from ..settings import check, setting
+from ..store.budget import Demand, StoreSettings, plan_store
+from ..store.records import Recorder, whole_clip
+from ..store.store import AttentionStore
 from .ddim import ddim_move
-from .denoiser import Denoiser, check_finite, frames_of, joined, pieces_of
+from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
+
+
+GROUP = "The inversion"
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How a clip is carried to noise, beside its store. Raises ValueError for a number out of its range."""
+
+    steps: int = setting(50, "DDIM steps, of the inversion and of the edit; the paper takes 50.", least=1, group=GROUP)
+    key_frames: tuple[str | int, ...] = setting(
+        ("self", "middle"),
+        "Whose keys and values each frame attends to, which makes frames agree: self, first, middle, last, previous, "
+        "or whole offsets such as -1, by commas. The paper: self, middle. The authors' style settings: middle.",
+        group=GROUP,
+    )
+    key_frames_least_channels: int = setting(
+        0, "Layers with fewer channels attend to their own frame alone; the authors' least_sc_channel.", least=0,
+        group=GROUP,
+    )  # fmt: skip
+    clip_norm: bool = setting(
+        False,
+        "Take the normalisation statistics of the ResNet blocks over the whole clip instead of over each frame, as the "
+        "authors' code does. Steadier light, at times less detail.",
+        group=GROUP,
+    )
+    chunk_frames: int | None = setting(
+        None,
+        "Frames of one UNet call, for long clips. With key frames among self, first, middle and last the result is the "
+        "same; with neighbours or clip_norm, chunks overlap and come near it.",
+        least=1, shown="all", group="This run",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def keys(self) -> KeyFrames:
+        return KeyFrames(self.key_frames, self.key_frames_least_channels)
 
 
 @dataclass(frozen=True)
@@ -53,7 +94,7 @@ def invert(
     dim), or a `Condition`. key_frames: whose keys and values a frame sees, see `KeyFrames`.
     clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
     name, or `StoreSettings`. chunk_frames: frames of one UNet call, None for all; see
-    `KeyFrames.pieces` for when this approximates. prompt, extra, attachments: kept in the store, to check edits
+    `KeyFrames.chunks` for when this approximates. prompt, extra, attachments: kept in the store, to check edits
     against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors.
 
     At step i the UNet is called at the *target* timestep with the latent of the level
@@ -65,10 +106,10 @@ def invert(
         raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, 4, h, w), at least one frame")
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
-    keys.pieces(len(latents), chunk_frames, clip_norm)
+    keys.chunks(len(latents), chunk_frames, clip_norm)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
-    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.columns, source.nbytes)
+    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes)
     plan = plan_store(settings, demand, latents.device)
     store = AttentionStore(
         memory=plan.memory,
@@ -90,10 +131,10 @@ def invert(
         for i, timestep in enumerate(reversed(schedule.timesteps)):
             step = steps - 1 - i  # of the edit, which goes the other way
             kept = wanted if step < store.kept_steps else set()
-            pieces = pieces_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
-            recorders = [Recorder(keys, piece, kept, plan.memory, precision) for piece in pieces]
-            noise = [denoiser.predict_noise(frames_of(z, r.piece), timestep, source, r) for r in recorders]
-            z = ddim_move(z, joined(pieces, noise), schedule.alphas[i], schedule.alphas[i + 1])
+            chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
+            recorders = [Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks]
+            noise = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, source, r) for r in recorders]
+            z = ddim_move(z, joined(chunks, noise), schedule.alphas[i], schedule.alphas[i + 1])
             check_finite(z, f"the inversion's latents at step {i + 1} of {steps}")
             put(i + 1, z, whole_clip(recorders, sites) if kept else {})
             if progress:

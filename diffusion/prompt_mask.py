@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.condition import Condition
 from ..attention.control import AttentionSite
-from ..attention.key_frames import Piece
-from ..attention.masks import column_heat, maps_of, over_maximum
-from ..attention.records import Recorder, SourceStep
-from ..attention.store import AttentionStore, Condition
+from ..attention.key_frames import Chunk
+from ..attention.masks import over_maximum, token_heat
+from ..store.records import Recorder
+from ..store.store import AttentionStore
 from .denoiser import Denoiser, frames_of, joined
 
 LEVELS = (0.35, 0.5, 0.65, 0.8)
@@ -27,52 +28,51 @@ def difference_levels(steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class PromptHeat:
-    """How much each place of a clip is the edit's, and what the source's columns are looked at for.
+    """How much each place of a clip is the edit's, and what the source's tokens are looked at for.
 
-    edit: (frames, h, w), at least 0. columns: the source's attention to each of its columns, averaged over the
-    levels, (frames, columns, y, x); None where it has no blend words.
+    edit: (frames, h, w), at least 0. tokens: the source's attention to each of its tokens, averaged over the
+    levels, (frames, tokens, y, x); None where it has no blend words.
     """
 
     edit: Tensor
-    columns: Tensor | None
+    tokens: Tensor | None
 
 
 def prompt_heat(
     denoiser: Denoiser,
     store: AttentionStore,
     target: Condition,
-    columns: tuple[Sequence[int], Sequence[int]],
+    tokens: tuple[Sequence[int], Sequence[int]],
     sites: Sequence[AttentionSite],
-    pieces: Sequence[Sequence[Piece]],
+    chunks: Sequence[Sequence[Chunk]],
 ) -> PromptHeat:
     """Compare the two prompts on the inversion's own latents.
 
     `edit` is D, the mean over channels of |eps_target - eps_source| there (DiffEdit, arXiv
     2210.11427), times the square root of A, the greater of both prompts' cross-attention to their own blend
-    words (`columns`, in the layers `sites`), each over its maximum in the frame and averaged over a few
+    words (`tokens`, in the layers `sites`), each over its maximum in the frame and averaged over a few
     levels. A tells one thing from another; the root, for the words of a ground are looked at unevenly.
-    Without columns it is D alone. Two UNet calls for each level; to be called while the denoiser is hooked.
+    Without tokens it is D alone. Two UNet calls for each level; to be called while the denoiser is hooked.
     """
     size = store.levels.shape[-2:]
     names = {site.name for site in sites}
-    apart: list[Tensor] = []
-    looked: tuple[list[Tensor], list[Tensor]] = ([], [])
+    differences: list[Tensor] = []
+    attended: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in difference_levels(store.steps):
         step = store.steps - 1 - level
         z, timestep = store.level(level).to(denoiser.device), store.timesteps[step]
         noise = []
-        for condition, own, heats in zip((store.source, target), columns, looked, strict=True):
-            recorders = [Recorder(store.key_frames, piece, names if own else set()) for piece in pieces[step]]
-            parts = [denoiser.predict_noise(frames_of(z, r.piece), timestep, condition, r) for r in recorders]
-            noise.append(joined(pieces[step], parts))
+        for condition, own, heats in zip((store.source, target), tokens, attended, strict=True):
+            recorders = [Recorder(store.key_frames, chunk, names if own else set()) for chunk in chunks[step]]
+            parts = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, condition, r) for r in recorders]
+            noise.append(joined(chunks[step], parts))
             if own:
-                branches = [SourceStep(r.records, r.key_frames, r.piece) for r in recorders]
-                maps = [column_heat(maps_of(branch, sites, denoiser.dtype)) for branch in branches]
-                heats.append(joined(pieces[step], maps).to(z))
-        apart.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
-    difference = over_maximum(torch.stack(apart).mean(0))
-    of_source, of_target = (torch.stack(heats).mean(0) if heats else None for heats in looked)
-    both = ((of_source, columns[0]), (of_target, columns[1]))
+                maps = [token_heat(r.step.maps(sites, denoiser.dtype)) for r in recorders]
+                heats.append(joined(chunks[step], maps).to(z))
+        differences.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
+    difference = over_maximum(torch.stack(differences).mean(0))
+    of_source, of_target = (torch.stack(heats).mean(0) if heats else None for heats in attended)
+    both = ((of_source, tokens[0]), (of_target, tokens[1]))
     attention = [over_maximum(heat[:, list(own)].sum(1)) for heat, own in both if heat is not None]
     if not attention:
         return PromptHeat(difference, None)

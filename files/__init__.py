@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and tensors read from them piece by piece."""
+"""Files that appear whole or not at all, and tensors read from them chunk by chunk."""

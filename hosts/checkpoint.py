@@ -24,10 +24,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..attention.identity import ModelIdentity
-from ..attention.prompt import CHUNK
-from ..attention.store import Condition
+from ..attention.condition import Condition
+from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
+from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
@@ -128,7 +128,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
-        """Embeddings of a prompt of any length, in blocks of 77 columns.
+        """Embeddings of a prompt of any length, in blocks of 77 tokens.
 
         width, height: of the pictures, which SDXL is told. blocks: at least so many blocks.
         """
@@ -140,8 +140,8 @@ class Checkpoint:
         return Condition(self._encode(0, prompt, blocks, layer=None)[0])
 
     def blocks(self, *prompts: str) -> int:
-        """How many blocks of 77 columns the longest of the prompts takes."""
-        return max(1, *(-(-len(self._content(t, p)) // CHUNK) for t in self.tokenizers for p in prompts))
+        """How many blocks of 77 tokens the longest of the prompts takes."""
+        return max(1, *(-(-len(self._content(t, p)) // BLOCK) for t in self.tokenizers for p in prompts))
 
     def _content(self, tokenizer: Any, prompt: str) -> list[int]:
         return list(tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
@@ -149,11 +149,11 @@ class Checkpoint:
     def _encode(self, i: int, prompt: str, blocks: int | None, layer: int | None) -> tuple[Tensor, Tensor]:
         tokenizer, encoder = self.tokenizers[i], self.text_encoders[i]
         content = self._content(tokenizer, prompt)
-        count = max(blocks or 1, -(-len(content) // CHUNK), 1)
+        count = max(blocks or 1, -(-len(content) // BLOCK), 1)
         rows = []
         for n in range(count):
-            row = [tokenizer.bos_token_id, *content[n * CHUNK : (n + 1) * CHUNK], tokenizer.eos_token_id]
-            rows.append(row + [tokenizer.pad_token_id] * (CHUNK + 2 - len(row)))
+            row = [tokenizer.bos_token_id, *content[n * BLOCK : (n + 1) * BLOCK], tokenizer.eos_token_id]
+            rows.append(row + [tokenizer.pad_token_id] * (BLOCK + 2 - len(row)))
         output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=layer is not None)
         states = output.last_hidden_state if layer is None else output.hidden_states[layer]
         pooled = getattr(output, "text_embeds", None)

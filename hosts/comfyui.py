@@ -14,16 +14,17 @@ from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..attention.budget import Demand, StorePlan, StoreSettings, plan_store
-from ..attention.fusion import FusionSettings
 from ..attention.key_frames import KeyFrames
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..attention.shelves import FileLevels, FileShelf
-from ..attention.store import AttentionStore
 from ..diffusion.ddim import Schedule
-from ..diffusion.edit import Edit, EditPass, check_store, edit_many, source_heats
+from ..diffusion.edit import Edit, EditPass, edit_many
 from ..diffusion.invert import Inversion, Progress, invert
+from ..diffusion.source import check_store, source_heats
+from ..methods.fatezero import FusionSettings
+from ..store.backends import FileBackend, FileLevels
+from ..store.budget import Demand, StorePlan, StoreSettings, plan_store
+from ..store.store import AttentionStore
 from .comfyui_conditions import HostCondition, plain_options
 from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, sigmas_of
 from .comfyui_unet import HookedModel, schedule_at, schedule_of
@@ -46,7 +47,7 @@ class HostStore(AttentionStore):
 
     def get_ram_usage(self) -> int:
         """Bytes of memory, as the host's cache asks for them; what is on disk takes none."""
-        on_disk = [part.nbytes for part in (self.levels, self.shelf) if isinstance(part, (FileLevels, FileShelf))]
+        on_disk = [part.nbytes for part in (self.levels, self.backend) if isinstance(part, (FileLevels, FileBackend))]
         return self.nbytes - sum(on_disk)
 
     def with_model(self, model: Any) -> HostStore:
@@ -295,14 +296,14 @@ def heat_of_words(
     chunk_frames: int | None = None,
 ) -> dict[str, Tensor]:
     """The source's attention to each word, averaged over some edit steps: (frames, y, x)."""
-    columns = [prompt.columns(prompt.source, word, store.source.columns, "blend_words") for word in words]
+    tokens = [prompt.token_indices(prompt.source, word, store.source.text_tokens, "blend_words") for word in words]
     heats: list[Tensor] = []
     bar = comfy.utils.ProgressBar(len(steps))
 
     def look(denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         check_store(store, denoiser, denoiser.in_use, prompt)
         for step in steps:
-            found = source_heats(denoiser, Inversion(store), columns, step, chunk_frames=chunk_frames)
+            found = source_heats(denoiser, Inversion(store), tokens, step, chunk_frames=chunk_frames)
             heats.append(torch.stack(found).float().cpu())
             bar.update(1)
         return latents
@@ -328,7 +329,7 @@ def plan_in_host(
     """
     sites = list(HookedModel(model).sites(*samples.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    demand = Demand(sites, tuple(samples.shape), 4, steps, key_frames, dtype, source.columns, source.nbytes)
+    demand = Demand(sites, tuple(samples.shape), 4, steps, key_frames, dtype, source.text_tokens, source.nbytes)
     home = comfy.model_management.intermediate_device()
     return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
 

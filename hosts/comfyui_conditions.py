@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.store import Condition
+from ..attention.condition import Condition
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 """The host's CONDITIONING: (embeddings, options) pairs."""

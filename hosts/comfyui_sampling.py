@@ -23,13 +23,13 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
-from ..attention.identity import ModelIdentity
-from ..attention.key_frames import Piece
-from ..attention.store import Condition
+from ..attention.key_frames import Chunk
 from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance, Windows
 from ..diffusion.invert import Progress
+from ..store.identity import ModelIdentity
 from .comfyui_conditions import HostCondition
 from .comfyui_unet import HookedModel, check_sampling, identity_of, schedule_along, sigma_at
 
@@ -65,11 +65,11 @@ class ComfyDenoiser:
         self._model = guider.inner_model
         self.in_use = schedule
         """The schedule of the run."""
-        self._handler = options.pop("context_handler", None)  # our own pieces follow its windows
-        self._edited = _Branch(guider.edited, options, guider.conds | guider.apart)
+        self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
+        self._edited = _Branch(guider.edited, options, guider.conds | guider.others)
         of_source = guider.source_options(options)
         of_source.pop("context_handler", None)
-        self._source = _Branch(guider.sourced, of_source, guider.apart)
+        self._source = _Branch(guider.sourced, of_source, guider.others)
         self._clip_norm = False
         # All at once and on the CPU, for to read one from the device is to wait for its queue.
         self._sigmas = guider.model_patcher.get_model_object("model_sampling").sigmas.cpu()
@@ -118,11 +118,11 @@ class ComfyDenoiser:
         branch = self._source if condition.role == "source" else self._edited
         sigma = sigma_at(self._sigmas, timestep).to(latents)
         x = latents * (1 + sigma**2).sqrt()
-        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.columns)}
+        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
         if guidance is not None:  # a negative may be prompts of several lengths, none of which is looked into
             answers[1] = (guidance.control, None)
         with self._weights_of(branch), branch.hooked.answering(answers, self._clip_norm):
-            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.piece, guidance)
+            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.chunk, guidance)
         self.clean = clean
         return (x - clean) / sigma
 
@@ -132,27 +132,27 @@ class ComfyDenoiser:
         x: Tensor,
         sigma: Tensor,
         condition: HostCondition,
-        piece: Piece,
+        chunk: Chunk,
         guidance: Guidance | None,
     ) -> Tensor:
         """The clean latents: of the source plainly, of the edit with the model's guidance functions."""
-        wanted, negative, scale = branch.conditions[condition.role], None, 1.0
+        positive, negative, scale = branch.conditions[condition.role], None, 1.0
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
-        with _of_piece([wanted, negative], piece) as (wanted, negative):
+        with _of_chunk([positive, negative], chunk) as (positive, negative):
             if condition.role == "source":
-                return comfy.samplers.calc_cond_batch(self._model, [wanted], x, sigma, branch.options)[0]
-            return self._guided(x, sigma, negative, wanted, scale, branch.options)
+                return comfy.samplers.calc_cond_batch(self._model, [positive], x, sigma, branch.options)[0]
+            return self._guided(x, sigma, negative, positive, scale, branch.options)
 
     def _guided(
-        self, x: Tensor, sigma: Tensor, negative: Any, wanted: Any, scale: float, options: dict[str, Any]
+        self, x: Tensor, sigma: Tensor, negative: Any, positive: Any, scale: float, options: dict[str, Any]
     ) -> Tensor:
         """The host's guidance, inside what other nodes wrap around it; these may change the guider's `cfg`."""
 
         def predict(x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
             cfg = self._guider.cfg
-            return comfy.samplers.sampling_function(self._model, x, sigma, negative, wanted, cfg, options, seed=seed)
+            return comfy.samplers.sampling_function(self._model, x, sigma, negative, positive, cfg, options, seed=seed)
 
         wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
         if wrappers and negative is None:
@@ -189,15 +189,15 @@ def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tenso
 
 
 @contextmanager
-def _of_piece(conditions: list[Any], piece: Piece) -> Iterator[list[Any]]:
-    """The host's conditions with what they hold for each frame cut to a piece's frames, ControlNet hints too."""
-    if piece.is_whole:
+def _of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
+    """The host's conditions with what they hold for each frame cut to a chunk's frames, ControlNet hints too."""
+    if chunk.is_whole:
         yield conditions
         return
-    frames = list(piece.held)
+    frames = list(chunk.frame_indices)
 
     def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == piece.clip:
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
             return value[frames]
         if isinstance(getattr(value, "cond", None), Tensor):
             return value._copy_with(cut(value.cond))
@@ -270,20 +270,20 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self, noise: Tensor, latent_image: Tensor, device: torch.device, sampler: Any, sigmas: Tensor, *rest: Any,
         **more: Any,
     ) -> Any:  # fmt: skip
-        # The source and further edits apart from the first: a ControlNet of one target may ask to be
+        # The source and further edits separately from the first: a ControlNet of one target may ask to be
         # applied to every other prompt it is processed with.
-        apart = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
-        self.apart: dict[str, Any] = {}
-        for group in {role.partition(".")[2] if role != "source" else role for role in apart}:
+        others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
+        self.others: dict[str, Any] = {}
+        for group in {role.partition(".")[2] if role != "source" else role for role in others}:
             ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
-            named = {name: apart[role] for name, role in ends.items() if role in apart}
+            named = {name: others[role] for name, role in ends.items() if role in others}
             done = comfy.samplers.process_conds(self.inner_model, noise, named, device)
-            self.apart |= {ends[name]: processed for name, processed in done.items()}
+            self.others |= {ends[name]: processed for name, processed in done.items()}
         try:  # noisy to clean, also for an inversion: the host's nodes find their steps so
             falling = sigmas.sort(descending=True).values
             return super().inner_sample(noise, latent_image, device, sampler, falling, *rest, **more)
         finally:
-            self.conds |= self.apart
+            self.conds |= self.others
 
     def sample(self, *args: Any, **more: Any) -> Tensor:
         """The result is where the host keeps latents, so that it stays the same tensor in its outputs."""
@@ -294,7 +294,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         if self.sourced is self.edited:
             return options
         own = comfy.model_patcher.create_model_options_clone(self.sourced.patcher.model_options)
-        source = {role: conds for role, conds in self.apart.items() if role == "source"}
+        source = {role: conds for role, conds in self.others.items() if role == "source"}
         comfy.sampler_helpers.prepare_model_patcher(self.sourced.patcher, source, own)
         own["transformer_options"]["sample_sigmas"] = options["transformer_options"]["sample_sigmas"]
         return own

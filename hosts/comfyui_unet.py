@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.control import AttentionSite, Control, Kind, Place
-from ..attention.identity import IdentityCache, ModelIdentity
-from ..attention.key_frames import KeyFrames, Piece
+from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule
+from ..store.identity import IdentityCache, ModelIdentity
 
 WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, and LCM-free fine-tunes of them"
 
@@ -113,7 +113,7 @@ def _resizes(block: ResBlock, kind: type) -> bool:
 class HookedModel:
     """A clone of a MODEL whose attention layers ask a control.
 
-    `answers` says which control answers for which branch of a call, and how many columns its
+    `answers` says which control answers for which branch of a call, and how many text_tokens its
     prompt has, None for all that come: 0 is the positive one, 1 the negative, as in the host's `cond_or_uncond`.
     Attention replacements that other packs set stay: what they add to plain attention is
     added to the control's.
@@ -142,7 +142,7 @@ class HookedModel:
                 # reads first: a node that replaces a block during the run (PAG) then still does.
                 at = (block, number, index) if (block, number, index) in theirs else (block, number)
                 found = theirs.get(at)
-                patch = self._patch(layer_kind, getattr(found, "beneath", found))
+                patch = self._patch(layer_kind, getattr(found, "previous", found))
                 self.patcher.set_model_patch_replace(patch, name, *at)
         self._norms = clip_norms(model.model.diffusion_model)
         self._text_rows = self._one_row_a_branch()
@@ -180,7 +180,7 @@ class HookedModel:
         def attend(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any) -> Tensor:
             return self._attend(kind, theirs, q, k, v, extra_options)
 
-        attend.beneath = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
+        attend.previous = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
         return attend
 
     def _one_row_a_branch(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -211,7 +211,7 @@ class HookedModel:
             self._one_row = (
                 self.one_text
                 and patches[-1] is self._text_rows
-                and all(hasattr(patch, "beneath") for patch in replacements)
+                and all(hasattr(patch, "previous") for patch in replacements)
             )
             frames = len(x) // len(options["cond_or_uncond"])
             handles = [h for norm in self._norms for h in share_statistics(norm, frames)] if self.clip_norm else []
@@ -271,17 +271,17 @@ class HookedModel:
         def joined(t: Tensor) -> Tensor:
             return rearrange(t, "f h t d -> f t (h d)")
 
-        control, columns = self._answer(branch, len(q))
+        control, text_tokens = self._answer(branch, len(q))
         control.attend = attend
-        columns = columns if site.kind == "cross" else None
+        text_tokens = text_tokens if site.kind == "cross" else None
         own = control.cross_attention if site.kind == "cross" else control.self_attention
         # The host repeats a shorter prompt beside a longer one; the repetition changes nothing.
-        q4, k4, v4 = split(q), split(k[:, :columns]), split(v[:, :columns])
+        q4, k4, v4 = split(q), split(k[:, :text_tokens]), split(v[:, :text_tokens])
         output = joined(own(q4, k4, v4, site)).to(q)
         if theirs is None:
             return output
         if site.kind == "self":
-            k4, v4 = control.seen(k4, site), control.seen(v4, site)
+            k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)
         k4, v4 = (t.expand(len(q), -1, -1, -1) for t in (k4, v4))
         added = theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
         return output + added
@@ -301,7 +301,7 @@ def clip_norms(unet: UNetModel) -> list[nn.GroupNorm]:
 
 def share_key_frames(model: Any, key_frames: KeyFrames, clip_norm: bool) -> Any:
     """A MODEL whose frames see each other's key frames, for anyone's sampler; in context windows, the window's."""
-    return HookedModel(model, lambda frames: Control(key_frames, Piece.whole(frames)), clip_norm).patcher
+    return HookedModel(model, lambda frames: Control(key_frames, Chunk.whole(frames)), clip_norm).patcher
 
 
 def count_layers(model: Any) -> int:

@@ -18,12 +18,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..attention.condition import Condition
 from ..attention.control import Attend, AttentionSite, Control, Place, attention
-from ..attention.identity import IdentityCache, ModelIdentity
-from ..attention.store import Condition
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule, guide, root
 from ..diffusion.denoiser import Guidance
+from ..store.identity import IdentityCache, ModelIdentity
 
 _IDENTITIES = IdentityCache()
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)

@@ -1,1 +1,1 @@
-"""One file a method: its settings, its control, its step, in the paper's symbols."""
+"""The methods, one file each: settings, what they do to attention, features and latents, their paper's equations."""

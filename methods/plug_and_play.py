@@ -11,41 +11,59 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control
-from ..attention.records import QueriesKeys, SourceStep
+from ..attention.masks import GivenMask
+from ..diffusion.edit import Edit, EditContext, Injected
+from ..diffusion.source import Asks
+from ..settings import check, setting, whole_steps
+from ..store.records import QueriesKeys, SourceStep
+
+GROUP = "Plug-and-Play"
 
 
 @dataclass(frozen=True)
 class PnPSettings:
     """How long an edit takes the source's attention and feature.
 
-    attention_steps, feature_steps: the share of steps, from the noisy end, whose queries and keys, and whose
-    feature, are the source's (the paper's tau_A and tau_f): int(share * steps) of them.
-
-    Raises ValueError for a share outside 0 to 1.
+    Shares of steps count from the noisy end. Raises ValueError for a share outside 0 to 1.
     """
 
-    attention_steps: float = 0.5
-    feature_steps: float = 0.8
+    attention_steps: float = setting(
+        0.5,
+        "The share of steps in which the decoder's self-attention takes the source's queries and keys: the layout.",
+        least=0, most=1, symbol="tau_A", step=0.01, group=GROUP,
+    )  # fmt: skip
+    feature_steps: float = setting(
+        0.8,
+        "The share of steps in which one ResNet block of the decoder gives the source's feature: the coarse shapes.",
+        least=0, most=1, symbol="tau_f", step=0.01, group=GROUP,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("attention_steps", "feature_steps"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+        check(self)
 
     def takes_attention(self, step: int, steps: int) -> bool:
-        return step < int(self.attention_steps * steps + 1e-9)
+        return step < whole_steps(self.attention_steps, steps)
 
     def takes_feature(self, step: int, steps: int) -> bool:
-        return step < int(self.feature_steps * steps + 1e-9)
+        return step < whole_steps(self.feature_steps, steps)
 
-    def wanted(self, step: int, steps: int, sites: list[AttentionSite]) -> set[str]:
-        """Names of the layers whose queries and keys a step takes."""
-        return {site.name for site in sites if takes(site)} if self.takes_attention(step, steps) else set()
+    # --- as the sampling loop asks ------------------------------------------------------
 
-    def control(self, source: SourceStep, step: int, steps: int) -> Control:
-        """What a guided branch does at a step; the same for the target and the negative prompt."""
-        return PlugAndPlay(source, self.takes_attention(step, steps), self.takes_feature(step, steps))
+    def injected(self, asked: Edit, context: EditContext) -> Injected:
+        """Raises ValueError for a mask, which only FateZero's fusion knows."""
+        return PnPInjection(self, asked, context)
+
+    def reads_source(self, step: int, steps: int) -> bool:
+        return self.takes_attention(step, steps) or self.takes_feature(step, steps)
+
+    def preparing_calls(self, steps: int, mask: GivenMask | None) -> int:
+        return 0
+
+    def summary(self, steps: int) -> str:
+        return (
+            f"took queries and keys in {whole_steps(self.attention_steps, steps)} and the feature in "
+            f"{whole_steps(self.feature_steps, steps)} of {steps} steps"
+        )
 
 
 def takes(site: AttentionSite) -> bool:
@@ -53,11 +71,33 @@ def takes(site: AttentionSite) -> bool:
     return site.kind == "self" and site.place == "up" and site.index > 0
 
 
+class PnPInjection(Injected):
+    """Plug-and-Play in one edit: the same for the target and the negative prompt."""
+
+    def __init__(self, settings: PnPSettings, asked: Edit, context: EditContext) -> None:
+        super().__init__(asked, context)
+        self.settings = settings
+
+    def asks(self, step: int) -> Asks:
+        steps = self.context.steps
+        layers = {site.name for site in self.context.sites if takes(site)}
+        return Asks(
+            layers if self.settings.takes_attention(step, steps) else set(),
+            self.settings.takes_feature(step, steps),
+            self.own_level,
+        )
+
+    def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
+        attention = self.settings.takes_attention(step, self.context.steps)
+        feature = self.settings.takes_feature(step, self.context.steps)
+        return PlugAndPlay(source, attention, feature), PlugAndPlay(source, attention, feature)
+
+
 class PlugAndPlay(Control):
     """A guided branch with the source's queries and keys, and its feature."""
 
     def __init__(self, source: SourceStep, takes_attention: bool, takes_feature: bool) -> None:
-        super().__init__(source.key_frames, source.piece)
+        super().__init__(source.key_frames, source.chunk)
         self.source = source
         self.takes_attention = takes_attention
         self.takes_feature = takes_feature

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control, Gather
-from ..attention.key_frames import Piece
-from ..attention.records import Recorder
+from ..attention.key_frames import Chunk
 from ..diffusion.edit import Branches, Prediction
+from ..settings import check, setting
+from ..store.records import Recorder
 
 Weights = Literal["authors", "paper", "linear"]
+GROUP = "TokenFlow"
 BLOCK = 2**22
 """The most similarities that the neighbour search holds at once."""
 
@@ -29,25 +31,28 @@ BLOCK = 2**22
 class TokenFlowSettings:
     """How frames take over what the key frames did.
 
-    batch_frames: B; one key frame is drawn from each run of B frames, anew in each step. seed: of the draws. pivots:
-    (steps, batches) indices of the key frames, in the order of the steps, in place of draws.
-    weights: of the two key frames that a frame mixes. "paper": the nearest before and after, by
-    sigmoid(d- / (d+ + d-)); "linear": the same without the sigmoid; "authors": as their code has it, its own batch's
-    and the one's before, by the distances to the centres of these batches.
+    pivots: (steps, batches) indices of the key frames, in the order of the steps, in place of draws.
 
     Raises ValueError for another word or number.
     """
 
-    batch_frames: int = 8
-    weights: Weights = "authors"
-    seed: int = 0
+    batch_frames: int = setting(
+        8,
+        "One key frame is drawn from each run of so many frames, anew in each step; also the frames of one UNet call.",
+        least=1, symbol="B", group=GROUP,
+    )  # fmt: skip
+    weights: Weights = setting(
+        "authors",
+        "How a frame mixes two key frames: paper takes the nearest before and after, by sigmoid(d- / (d+ + d-)); "
+        "linear the same without the sigmoid; authors, as their code, its own batch's and the one's before, by the "
+        "distances to the centres of these batches.",
+        group=GROUP,
+    )
+    seed: int = setting(0, "Of the draws of key frames.", least=0, most=2**63 - 1, group=GROUP)
     pivots: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.batch_frames < 1:
-            raise ValueError(f"batch_frames is {self.batch_frames}; it must be at least 1")
-        if self.weights not in get_args(Weights):
-            raise ValueError(f"weights is {self.weights!r}; it must be one of {', '.join(get_args(Weights))}")
+        check(self)
 
     def batches(self, clip: int) -> list[range]:
         """The clip's frames in runs of B, the last one shorter where they do not divide."""
@@ -70,7 +75,7 @@ class TokenFlowSettings:
             raise ValueError("pivots must hold one frame of each batch, in order")
         return given
 
-    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[tuple[Piece, Prediction]]:
+    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[tuple[Chunk, Prediction]]:
         """A step's predictions of the batches, by what its key frames did (paper Fig. 3, Alg. 1)."""
         pivots = self.key_frames(clip, steps)[step]
         outputs: dict[str, dict[str, Tensor]] = {"source": {}, "target": {}, "negative": {}}
@@ -81,7 +86,7 @@ class TokenFlowSettings:
             control.outputs = outputs[branch]
             control.extended = branch != "source" and branches.extends
 
-        source = branches.source(Piece.of(pivots, clip), keep)
+        source = branches.source(Chunk.of(pivots, clip), keep)
         branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
         assert source.inputs is not None
         found = []
@@ -91,9 +96,18 @@ class TokenFlowSettings:
             def take(branch: str, control: Control, neighbours: Neighbours = neighbours) -> None:
                 control.gather = _gathering(neighbours, outputs[branch], looks=branch == "source")
 
-            piece = Piece.of(frames, clip)
-            found.append((piece, branches.edit(branches.source(piece, take).step, take)))
+            chunk = Chunk.of(frames, clip)
+            found.append((chunk, branches.edit(branches.source(chunk, take).step, take)))
         return found
+
+    def evaluated(self, clip: int) -> float:
+        return 1 + len(self.batches(clip)) / clip
+
+    def summary(self, clip: int) -> str:
+        return (
+            f"TokenFlow: {len(self.batches(clip))} key frames a step for {clip} frames, in batches of "
+            f"{self.batch_frames}, weights {self.weights}"
+        )
 
     def mixture(self, frame: int, batch: int, pivots: Sequence[int]) -> list[tuple[int, float]]:
         """(which key frame, weight) pairs of a frame; the weights sum to 1."""

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Peak memory of a chunk of work."""
 
 from __future__ import annotations
 

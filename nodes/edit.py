@@ -12,14 +12,13 @@ from comfy_api.latest import io, ui
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.fusion import FusionSettings, MaskFrom
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
-from ..config import PRESETS, preset_fusion
 from ..diffusion.edit import Edit, unet_calls
 from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_unet import count_layers
+from ..methods.fatezero import PRESETS, FusionSettings, MaskFrom, preset_fusion
 from ..video.sheet import heat_map
 from .sockets import (
     ADVANCED,
@@ -249,7 +248,7 @@ def _check(edit: Edit, positive: Any, preset: str) -> None:
             f"mask: preset {preset!r} blends nothing, so a mask would do nothing; take preset shape, or custom with "
             "blend_self_attention or blend_latents"
         )
-    needs_words = fusion.masks_by_step and (mask is None or not mask.alone)
+    needs_words = fusion.masks_by_step and (mask is None or not mask.replaces)
     if needs_words and not (prompt.blend_words or ([], []))[0]:
         raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
 

@@ -11,9 +11,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..attention.budget import PLACES, PRECISIONS, StoreSettings, format_bytes
 from ..attention.key_frames import KeyFrames
-from ..attention.records import MEMORIES
 from ..diffusion.edit import Edit
 from ..hosts.comfyui import (
     NOISE_MASK,
@@ -25,6 +23,8 @@ from ..hosts.comfyui import (
 )
 from ..hosts.comfyui_conditions import HostCondition, unsaveable
 from ..metrics.preservation import psnr
+from ..store.budget import PLACES, PRECISIONS, StoreSettings, format_bytes
+from ..store.records import MEMORIES
 from .files import inside
 from .sockets import (
     ADVANCED,
@@ -99,10 +99,10 @@ def asked_of(
     source: Any,
     key_frames: str,
     clip_norm: bool,
-    memory: str,
+    memory: Any,
     budget_gb: float,
-    place: str = "auto",
-    precision: str = "model",
+    place: Any = "auto",
+    precision: Any = "model",
     keep_steps: float = 1.0,
     chunk_frames: int = 0,
 ) -> InvertSettings:

@@ -7,8 +7,7 @@ from typing import Any
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from comfy_api.latest import io, ui
 
-from ..attention.prompt import CHUNK, PromptEdit
-from ..config import changed_words
+from ..attention.prompt import BLOCK, PromptEdit, changed_words
 from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_node
 
 
@@ -115,12 +114,12 @@ def _check_layout(tokens: dict[str, Any], words: list[list[int]], name: str) -> 
     """The host must put tokens where the alignment looks for them."""
     expected = [token for word in words for token in word]
     for rows in tokens.values():
-        content = [row[1 : CHUNK + 1] for row in rows]
+        content = [row[1 : BLOCK + 1] for row in rows]
         found = [item[0] for row in content for item in row][: len(expected)]
         if any(not isinstance(token, int) for token in found) or found != expected:
             raise ValueError(
                 f"{name}: its tokens do not stand one after another (an embedding:..., or weights at the border of "
-                f"{CHUNK} tokens); write it without them"
+                f"{BLOCK} tokens); write it without them"
             )
 
 

@@ -28,7 +28,9 @@ def test_packages_that_collide_or_serve_one_figure_are_optional():
 def test_every_room_is_installed():
     tomllib = pytest.importorskip("tomllib")
     setuptools = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    rooms = {f"fatezero.{path.parent.name}" for path in REPO.glob("*/__init__.py")}
+    rooms = {
+        ".".join(("fatezero", *path.parent.relative_to(REPO).parts)) for path in REPO.glob("[a-z]*/**/__init__.py")
+    }
     assert rooms | {"fatezero"} == set(setuptools["packages"])
 
 

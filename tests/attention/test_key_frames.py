@@ -36,18 +36,20 @@ def test_gather_stacks_the_tokens_of_the_frames_seen(names, frames):
 @given(entries, st.integers(1, 9), st.integers(2, 5), st.booleans())
 def test_pieces_give_every_frame_its_whole_weight_and_one_owner(names, frames, chunk, clip_norm):
     keys = KeyFrames.of(names)
-    pieces = keys.pieces(frames, chunk, clip_norm)
+    chunks = keys.chunks(frames, chunk, clip_norm)
     weights = torch.zeros(frames)
-    for piece in pieces:
-        weights[list(piece.held)] += torch.tensor(piece.weights)
+    for chunk in chunks:
+        weights[list(chunk.frame_indices)] += torch.tensor(chunk.weights)
     assert torch.allclose(weights, torch.ones(frames))
-    assert sorted(f for p in pieces for f in p.owned) == list(range(frames))
+    assert sorted(f for p in chunks for f in p.owned) == list(range(frames))
     if keys.anchored:
-        assert all(set(keys.of_frame(f, frames)) <= set(p.held) for p in pieces for f in p.held)
+        assert all(set(keys.of_frame(f, frames)) <= set(p.frame_indices) for p in chunks for f in p.frame_indices)
 
 
 def test_pieces_of_anchored_key_frames_do_not_overlap():
-    weighed = [[f for f, w in zip(p.held, p.weights, strict=True) if w] for p in KeyFrames.of("middle").pieces(7, 3)]
+    weighed = [
+        [f for f, w in zip(p.frame_indices, p.weights, strict=True) if w] for p in KeyFrames.of("middle").chunks(7, 3)
+    ]
     assert weighed == [[0, 1, 2], [3, 4, 5], [6]]
 
 

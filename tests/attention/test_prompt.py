@@ -50,14 +50,14 @@ def test_replace_needs_equal_word_counts(tokenizer):
 def test_repeated_words_are_found_at_every_place(tokenizer):
     prompt = "a red circle and a red star on sand"
     edit = PromptEdit(prompt, prompt, tokenizer, blend_words=(["red"], ["a"]), reweight={"red": 3.0})
-    assert edit.blend_columns(77, 77) == ([2, 6], [1, 5])
+    assert edit.blend_tokens(77, 77) == ([2, 6], [1, 5])
     assert edit.align(77, 77).weights.nonzero()[:, 0].tolist() == list(range(77))
     assert (edit.align(77, 77).weights == 3.0).nonzero()[:, 0].tolist() == [2, 6]
 
 
 def test_words_match_without_case_and_punctuation_and_as_phrases(tokenizer):
     edit = PromptEdit("a red circle, on sand", "a red circle, on sand", tokenizer, blend_words=(["Red Circle"], []))
-    source, target = edit.blend_columns(77, 77)
+    source, target = edit.blend_tokens(77, 77)
     assert source == [2, 3, 4], "the comma belongs to its word"
     assert target == []
 
@@ -91,12 +91,12 @@ def test_prompts_beyond_77_tokens_use_further_blocks(tokenizer):
     target = " ".join(["red"] * 74 + ["circle", "square"])
     edit = PromptEdit(source, target, tokenizer, blend_words=(["star"], ["square"]))
     # 75 content tokens fill the first block; the next starts at column 77 with a start mark.
-    assert edit.blend_columns(154, 154) == ([78], [78])
+    assert edit.blend_tokens(154, 154) == ([78], [78])
     alignment = edit.align(154, 154)
     assert alignment.copied[78] == 0
     assert alignment.copied.sum() == 153
     with pytest.raises(ValueError, match=r"beyond the 77 tokens"):
-        edit.blend_columns(77, 77)
+        edit.blend_tokens(77, 77)
 
 
 def test_a_longer_target_than_source_embedding(tokenizer):

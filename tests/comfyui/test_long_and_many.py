@@ -1,4 +1,4 @@
-"""Long clips in pieces, stores on disk, and many edits of one inversion."""
+"""Long clips in chunks, stores on disk, and many edits of one inversion."""
 
 import time
 
@@ -147,7 +147,7 @@ def test_a_list_of_inversions_is_edited_in_a_pass_each(host):
 
 
 def test_keys_and_values_of_a_text_are_computed_for_one_row_a_branch(host):
-    """Also beneath another pack's replacement, which gets them for every frame."""
+    """Also previous another pack's replacement, which gets them for every frame."""
     graph = graph_of()
     counted = graph.add("OtherTextRows", model=graph.demo[0])
     graph.both(graph.add("OtherAttn2", model=counted[0], scale=1.0)[0])

@@ -4,10 +4,10 @@ import pytest
 from comfyui.graph import SOURCE, DemoGraph
 
 from fatezero import edit
-from fatezero.config import EditConfig, with_preset
+from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.run import find_frames, fit_frames, invert_video
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import Checkpoint
-from fatezero.run import find_frames, fit_frames, invert_video
 from small import relative
 
 EDITS = {

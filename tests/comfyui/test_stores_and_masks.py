@@ -8,7 +8,7 @@ from comfyui.host import NodeError
 from PIL import Image
 from safetensors.torch import safe_open
 
-from fatezero.attention.budget import format_bytes
+from fatezero.store.budget import format_bytes
 from small import relative
 
 

@@ -71,7 +71,7 @@ def test_attention_of_the_object_word_lies_on_the_object(checkpoint):
 def test_the_demo_edits_and_keeps_better_than_plain_ddim(tmp_path):
     from rich.console import Console
 
-    from fatezero.cli import progress_bar
+    from fatezero.cli.app import progress_bar
 
     rows = show(tmp_path, 10, "cpu", Console(quiet=True), progress_bar)
     assert {p.name for p in tmp_path.iterdir()} == {

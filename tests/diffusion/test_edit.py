@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
-from fatezero.attention.records import MEMORIES
-from fatezero.attention.store import AttentionStore
-from fatezero.diffusion.edit import source_heat, unet_calls
+from fatezero.diffusion.edit import unet_calls
+from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.store.records import MEMORIES
+from fatezero.store.store import AttentionStore
 from small import random_latents, random_text, relative, small_unet
 
 SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
@@ -46,7 +47,7 @@ def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):
     edits = [run(denoiser, tokenizer, random_latents(2), memory) for memory in MEMORIES]
     assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
     store = invert(denoiser, random_latents(2), random_text(0), 1, memory="queries_keys").store
-    parts = {name: set(tensors) for name, tensors in store.shelf.tensors(0).items()}
+    parts = {name: set(tensors) for name, tensors in store.backend.tensors(0).items()}
     assert (parts["down.0.cross"], parts["mid.0.cross"], parts["mid.0.self"]) == ({"q", "k"}, {"map"}, {"q", "k"})
     assert store.nbytes == store.plan.nbytes
 
@@ -75,7 +76,7 @@ def test_prediction_kinds_agree_on_the_same_noise(unet):
     from diffusers import DDIMScheduler
 
     from fatezero.attention.control import Control
-    from fatezero.attention.key_frames import KeyFrames, Piece
+    from fatezero.attention.key_frames import Chunk, KeyFrames
     from fatezero.demo.model import build_scheduler
 
     z, text = random_latents(1), Condition(random_text(0))
@@ -90,7 +91,7 @@ def test_prediction_kinds_agree_on_the_same_noise(unet):
         scheduler = DDIMScheduler.from_config(build_scheduler().config, prediction_type=kind)
         denoiser = DiffusersDenoiser(unet, scheduler)
         with denoiser.hooked():
-            plain = Control(KeyFrames(("self",)), Piece.whole(1))
+            plain = Control(KeyFrames(("self",)), Chunk.whole(1))
             assert relative(denoiser.predict_noise(z, 500, text, plain), noise) < 1e-6
 
 

@@ -22,10 +22,10 @@ from fatezero import (
     edit_many,
     invert,
 )
-from fatezero.attention import store as stores
-from fatezero.attention.budget import PRECISIONS
 from fatezero.diffusion.edit import unet_calls
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.store import store as stores
+from fatezero.store.budget import PRECISIONS
 from small import random_latents, random_text, relative, small_unet
 
 SOURCE, TARGET = "a red circle on sand", "a blue square on sand"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fatezero import FusionSettings, PromptEdit, edit, invert
-from fatezero.attention.key_frames import Piece
+from fatezero.attention.condition import Condition
+from fatezero.attention.key_frames import Chunk
 from fatezero.attention.masks import GivenMask, mask_sites, soft_mask
-from fatezero.attention.store import Condition
 from fatezero.diffusion.edit import unet_calls
 from fatezero.diffusion.prompt_mask import difference_levels, prompt_heat
 from small import random_latents, random_text, relative
@@ -42,8 +42,8 @@ def heat(denoiser, columns, text=1, levels=5):
     store = invert(denoiser, random_latents(), random_text(0), steps=levels).store
     sites = mask_sites(denoiser.sites(16, 16), 256)
     with denoiser.hooked():
-        pieces = [[Piece.whole(3)]] * levels
-        return prompt_heat(denoiser, store, Condition(random_text(text)), columns, sites, pieces).edit
+        chunks = [[Chunk.whole(3)]] * levels
+        return prompt_heat(denoiser, store, Condition(random_text(text)), columns, sites, chunks).edit
 
 
 def test_without_words_it_is_the_difference_of_predictions(denoiser):

@@ -140,10 +140,10 @@ def test_sdxl_text_is_the_pipelines_own(sdxl_folder):
 def test_sdxl_edits_end_to_end(sdxl_folder, tmp_path):
     from rich.console import Console
 
-    from fatezero.cli import progress_bar
-    from fatezero.config import EditConfig, with_preset
+    from fatezero.cli.app import progress_bar
+    from fatezero.cli.config import EditConfig, with_preset
+    from fatezero.cli.run import Session, run_edits
     from fatezero.demo.show import CLIP
-    from fatezero.run import Session, run_edits
 
     config = EditConfig(
         video=str(CLIP), source="a red square on water", target="a red circle on water", model=str(sdxl_folder),

@@ -9,13 +9,13 @@ from diffusers.models.attention_processor import (
 
 from fatezero import Condition, edit, invert
 from fatezero.attention.control import Control, attention
-from fatezero.attention.key_frames import KeyFrames, Piece
+from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.hosts.diffusers import DiffusersDenoiser, kernel_of, xformers_attention
 from small import random_latents, random_text, relative, small_unet
 
 
 def own_frames(frames=2):
-    return Control(KeyFrames(("self",)), Piece.whole(frames))
+    return Control(KeyFrames(("self",)), Chunk.whole(frames))
 
 
 def hooks(unet):
@@ -71,7 +71,7 @@ def test_nothing_is_left_on_the_unet_after_an_error(unet, denoiser):
         pytest.raises(KeyboardInterrupt),
         denoiser.hooked(clip_norm=True),
     ):
-        failing = Failing(KeyFrames(("self",)), Piece.whole(2))
+        failing = Failing(KeyFrames(("self",)), Chunk.whole(2))
         denoiser.predict_noise(random_latents(2), 1, Condition(random_text(0)), failing)
     assert hooks(unet) == before
     assert all(unet.attn_processors[n] is p for n, p in processors.items())

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
-from fatezero.attention.records import MEMORIES
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.store.records import MEMORIES
 from small import FIXTURES, reference_denoiser, relative, round_as_the_reference
 
 CASES = json.loads((FIXTURES / "cases.json").read_text())

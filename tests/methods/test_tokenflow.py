@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings, edit, invert
+from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
-from fatezero.attention.key_frames import KeyFrames, Piece
+from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask
-from fatezero.attention.store import Condition
 from fatezero.demo.model import build_scheduler
 from fatezero.diffusion import ddim
 from fatezero.diffusion.denoiser import Guidance
@@ -81,7 +81,7 @@ def test_one_frame_a_batch_is_extended_attention_over_all(denoiser):
     schedule = denoiser.schedule(3)
 
     def everyone():
-        control = Control(KeyFrames(("self",)), Piece.whole(3))
+        control = Control(KeyFrames(("self",)), Chunk.whole(3))
         control.extended = True
         return control
 

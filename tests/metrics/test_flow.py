@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fatezero.demo.measure import seen_pixels
-from fatezero.demo.scenes import render
+from fatezero.benchmarks.quality.measure import seen_pixels
 from fatezero.demo.show import FRAMES, MOTION, SCENE
+from fatezero.demo.world import render
 from fatezero.metrics.evaluate import evaluate
 from fatezero.metrics.flow import flow_estimator
 from fatezero.metrics.temporal import warp_error

@@ -96,9 +96,9 @@ def test_occlusion_by_forward_and_backward_flow():
 
 
 def test_warping_by_the_demo_worlds_flow_follows_the_picture():
-    from fatezero.demo.measure import seen_pixels
-    from fatezero.demo.scenes import render
+    from fatezero.benchmarks.quality.measure import seen_pixels
     from fatezero.demo.show import FRAMES, MOTION, SCENE
+    from fatezero.demo.world import render
 
     clip = render(SCENE, MOTION, FRAMES)
     seen = seen_pixels(clip)

@@ -1,0 +1,41 @@
+"""What a prompt is to a UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a prompt tells the UNet.
+
+    embeddings: (1, tokens, dim). extras: further named inputs, (1, ...) each, such as SDXL's
+    `text_embeds` and `time_ids`.
+    """
+
+    embeddings: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Tensor | Condition, name: str) -> Condition:
+        """Wrap bare embeddings; ValueError naming the argument for another shape."""
+        condition = value if isinstance(value, Condition) else cls(value)
+        if condition.embeddings.ndim != 3 or len(condition.embeddings) != 1:
+            raise ValueError(f"{name} has shape {tuple(condition.embeddings.shape)}; it must be (1, tokens, dim)")
+        return condition
+
+    @property
+    def text_tokens(self) -> int:
+        return self.embeddings.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.embeddings, *self.extras.values()))
+
+    def to(self, like: Tensor) -> Condition:
+        """On the device and in the dtype of a tensor."""
+        return replace(
+            self, embeddings=self.embeddings.to(like), extras={k: v.to(like) for k, v in self.extras.items()}
+        )

@@ -1,0 +1,1 @@
+"""What edits are worth and what they cost: the scripts and results of this folder, and `quality` of the command."""

@@ -1,0 +1,1 @@
+"""`fatezero benchmark`: cases of the demo world, the rows compared on them, figures, tables."""

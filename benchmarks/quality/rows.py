@@ -1,0 +1,207 @@
+"""What the benchmark compares: FateZero, its ablations, and what people would use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention.condition import Condition
+from ...attention.control import Control
+from ...attention.key_frames import Chunk, KeyFrames
+from ...cli.config import EditConfig, with_preset
+from ...demo.world import SIZE
+from ...diffusion.ddim import ddim_move
+from ...diffusion.denoiser import Guidance
+from ...diffusion.edit import Edit, edit_many
+from ...diffusion.invert import Inversion, invert
+from ...hosts.checkpoint import Checkpoint
+from ...methods.plug_and_play import PnPSettings
+from ...methods.tokenflow import TokenFlowSettings
+from .cases import Case
+
+Source = str | None
+"""Where attention comes from: "inversion", "reconstruction", or None for no fusion at all."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    run: edits a trial's clip where no inversion is needed. Otherwise
+    settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
+    fused with attention of `source`.
+    """
+
+    name: str
+    run: Callable[[Trial], Tensor] | None = None
+    source: Source = "inversion"
+    settings: dict[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    plus: bool = False
+    key_frames: tuple[str | int, ...] = ("self", "middle")
+    clip_norm: bool = False
+    injection: PnPSettings | None = None
+    propagation: TokenFlowSettings | None = None
+
+
+@dataclass
+class Trial:
+    """One case on its way through the methods."""
+
+    checkpoint: Checkpoint
+    case: Case
+    steps: int
+    guidance_scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        self.latents = self.checkpoint.encode_frames(self.case.clip.frames)
+        self.source, self.target, self.negative = (
+            self.checkpoint.encode_prompt(text, SIZE, SIZE)
+            for text in (self.case.source.caption, self.case.target.caption, "")
+        )
+
+    def invert(self, key_frames: tuple[str | int, ...], clip_norm: bool) -> Inversion:
+        return invert(
+            self.checkpoint.denoiser, self.latents, self.source, self.steps, key_frames, clip_norm, "queries_keys",
+            prompt=self.case.source.caption,
+        )  # fmt: skip
+
+    def config(self, method: Method) -> EditConfig:
+        """The case's preset, the method's settings, the words that a mask is made of; an edit of style has none."""
+        case = self.case
+        config = EditConfig(
+            source=case.source.caption, target=case.target.caption, steps=self.steps,
+            guidance_scale=self.guidance_scale,
+        )  # fmt: skip
+        preset = method.preset or case.preset + ("+" if method.plus else "")
+        config = replace(with_preset(config, preset), **method.settings)
+        of_source, of_target = case.blend_words
+        if not of_source:
+            return replace(config, blend_self_attention=False, blend_latents=False)
+        return replace(config, blend_source=of_source, blend_target=of_target)
+
+    def edit(self, method: Method) -> Edit:
+        if method.source is None or method.injection is not None:
+            return Edit(
+                self.target, self.negative, self.guidance_scale, fusion=method.injection,
+                propagation=method.propagation,
+            )  # fmt: skip
+        config = self.config(method)
+        prompt = config.prompt_edit(self.checkpoint.tokenizer)
+        return Edit(
+            self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation
+        )
+
+
+def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
+    """The latents of every method, methods that share an inversion in one pass over it."""
+    found = {method.name: method.run(trial) for method in methods if method.run is not None}
+    passes: dict[tuple[Any, ...], list[Method]] = {}
+    for method in methods:
+        if method.run is None:
+            key = (method.key_frames, method.clip_norm, method.source == "reconstruction")
+            passes.setdefault(key, []).append(method)
+    inversions: dict[tuple[Any, ...], Inversion] = {}
+    for (key_frames, clip_norm, from_reconstruction), alike in passes.items():
+        if (key_frames, clip_norm) not in inversions:
+            inversions = {(key_frames, clip_norm): trial.invert(key_frames, clip_norm)}
+        inversion = inversions[key_frames, clip_norm]
+        if from_reconstruction:
+            inversion = reconstruction(trial, inversion)
+        results = edit_many(trial.checkpoint.denoiser, inversion, [trial.edit(method) for method in alike])
+        found |= {method.name: latents for method, latents in zip(alike, results, strict=True)}
+    return found
+
+
+@torch.no_grad()
+def denoised(
+    trial: Trial, start: Tensor, condition: Condition, key_frames: KeyFrames, first: int = 0, clip_norm: bool = False
+) -> Tensor:
+    """Guided DDIM from step `first` on, without fusion; the latents of every level, noisy to clean."""
+    denoiser = trial.checkpoint.denoiser
+    schedule, chunk = denoiser.schedule(trial.steps), Chunk.whole(len(start))
+    levels = [start]
+    with denoiser.hooked(clip_norm):
+        for step in range(first, trial.steps):
+            guidance = Guidance(trial.negative, Control(key_frames, chunk), trial.guidance_scale)
+            control, level = Control(key_frames, chunk), trial.steps - step
+            noise = denoiser.predict_noise(levels[-1], schedule.timesteps[step], condition, control, guidance)
+            levels.append(ddim_move(levels[-1], noise, schedule.alphas[level], schedule.alphas[level - 1]))
+    return torch.stack(levels)
+
+
+def autoencoded(trial: Trial) -> Tensor:
+    """The source through the autoencoder: the most that any method can preserve."""
+    return trial.latents
+
+
+def sdedit(strength: float) -> Callable[[Trial], Tensor]:
+    """SDEdit (arXiv 2108.01073) of single frames: noise up to a share of the schedule, then denoise."""
+
+    def run(trial: Trial) -> Tensor:
+        first = trial.steps - max(1, round(strength * trial.steps))
+        alpha = trial.checkpoint.denoiser.schedule(trial.steps).alphas[trial.steps - first]
+        noise = torch.randn(trial.latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(trial.latents)
+        start = alpha**0.5 * trial.latents + (1 - alpha) ** 0.5 * noise
+        return denoised(trial, start, trial.target, KeyFrames(("self",)), first)[-1]
+
+    return run
+
+
+def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
+    """An inversion whose attention is that of the guided reconstruction, as in Prompt-to-Prompt.
+
+    The paper's Fig. 8: there the source is denoised again from the inverted noise, guidance and all, and
+    drifts from the clip. The engine reads level L - 1 for the step that starts at L, and computes the
+    attention there anew, for what the store kept is the inversion's.
+    """
+    store = inversion.store
+    replay = denoised(trial, store.level(store.steps), trial.source, store.key_frames, clip_norm=store.clip_norm).flip(
+        0
+    )
+    latents = torch.cat([replay[1:], replay[-1:]])
+    return Inversion(replace(store, levels=latents, memory="recompute", backend=None, kept_steps=0))
+
+
+def _keys(*entries: str | int) -> Method:
+    return Method(f"key frames {', '.join(map(str, entries))}", key_frames=entries)
+
+
+PAPER = "FateZero (paper)"
+
+BEST = "FateZero+"
+
+METHODS: tuple[Method, ...] = (
+    Method("autoencoder only", run=autoencoded),
+    Method("DDIM inversion + prompt", source=None),
+    *(Method(f"SDEdit {s}", run=sdedit(s)) for s in (0.4, 0.6, 0.8)),
+    Method("attention of the reconstruction", source="reconstruction"),
+    Method(PAPER),
+    Method("no self fusion", settings={"self_replace_steps": 0.0, "blend_self_attention": False}),
+    Method("full self fusion", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
+    Method("blended self fusion", preset="shape"),
+    Method("latent blending", settings={"blend_latents": True}),
+    Method("clip norm", clip_norm=True),
+    _keys("self"),  # without spatio-temporal attention
+    _keys("middle"),
+    _keys("first"),
+    _keys("previous", "first"),
+    _keys("self", "middle", -1, 1),
+    Method("guidance 5", settings={"guidance_scale": 5.0}),
+    Method(BEST, plus=True),
+    Method("FateZero+, guidance 7.5", plus=True, settings={"guidance_scale": 7.5}),
+    Method(
+        "FateZero+, mask of attention",
+        plus=True,
+        settings={"mask_from": "attention", "blend_threshold": 0.3, "separate_words": 0.0},
+    ),
+    Method("FateZero+, words mixed", plus=True, settings={"separate_words": 0.0}),
+    Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
+)
+
+QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
+"""The rows of the quick form."""

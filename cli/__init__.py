@@ -1,0 +1,1 @@
+"""The command `fatezero`: its options made of the settings, YAML files, runs."""

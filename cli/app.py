@@ -1,0 +1,330 @@
+"""The command line: `fatezero demo`, `edit`, `invert`, `evaluate`, `benchmark` and `train-demo`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from .. import __version__
+from .config import (
+    PRESETS,
+    ConfigError,
+    EditConfig,
+    check_effect,
+    checked,
+    load_configs,
+    load_pairs,
+    of_methods,
+    with_preset,
+    with_values,
+)
+from .options import GROUPS, edit_options, given_of, invert_options, whole_numbers
+from .progress import complain, console, progress_bar, told
+
+app = App(
+    name="fatezero",
+    help="Edit real videos with a prompt and an image diffusion model: FateZero, Plug-and-Play, TokenFlow.",
+    help_format="plaintext",
+    version=f"fatezero {__version__}",
+    console=console,
+    group_parameters=Group("Options", sort_key=-1),
+)
+
+EditOptions, InvertOptions = edit_options(), invert_options(of_methods())
+
+_RUN = GROUPS["This run"]
+Video = Annotated[
+    str | None, Parameter(help='Video, picture, or pictures: a folder, "f_%04d.png" or "*.png".', negative="")
+]
+Config = Annotated[Path | None, Parameter(help="YAML of settings, ours or the authors' own.", group=_RUN)]
+ModelConfig = Annotated[
+    str | None,
+    Parameter(
+        help="For a .safetensors checkpoint: a diffusers folder with its tokenizer and configuration.",
+        group=GROUPS["Model"],
+    ),
+]
+Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps, or auto.", group=_RUN)]
+Dtype = Annotated[
+    str, Parameter(help="float32, float16, bfloat16, or auto: float16 on a GPU, else float32.", group=_RUN)
+]
+DryRun = Annotated[
+    bool, Parameter(negative="", help="Print the plan, with memory and UNet calls, and stop.", group=_RUN)
+]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace an output that is there.", group=_RUN)]
+Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Say nothing but errors.", group=_RUN)]
+
+
+@app.command
+def edit(
+    video: Video = None,
+    /,
+    *,
+    target: Annotated[
+        list[str] | None,
+        Parameter(
+            help="What it shall show; several are edited in one pass.", negative="", group=GROUPS["What to edit"]
+        ),
+    ] = None,
+    output: Annotated[
+        str,
+        Parameter(
+            name=("--output", "-o"),
+            group=GROUPS["What to edit"],
+            help='Where the edit goes: .mp4, .mov, .mkv, .webm, .gif; pictures: "folder/" or "f_%04d.png".',
+        ),
+    ] = "edit.mp4",
+    config: Config = None,
+    preset: Annotated[
+        str | None, Parameter(help=f"Settings that go together: {', '.join(PRESETS)}.", group=GROUPS["The edit"])
+    ] = None,
+    store: Annotated[
+        Path | None,
+        Parameter(help="A store of `fatezero invert`, in the place of an inversion.", group=GROUPS["The store"]),
+    ] = None,
+    model_config: ModelConfig = None,
+    options: Annotated[EditOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Edit a video: invert it, then denoise with the target prompt and what is taken of the source."""
+    console.quiet = quiet
+    configs = _configs(config, preset, _flags(video, options), target or [], store)
+    from .run import Session, run_edits  # diffusers takes seconds to import: after the cheap checks
+
+    inputs = tuple(path for path in (config, store) if path)
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    run_edits(session, configs, output, store, dry_run)
+
+
+@app.command
+def invert(
+    video: Video = None,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Where the store goes.")] = Path(
+        "store.safetensors"
+    ),
+    config: Config = None,
+    model_config: ModelConfig = None,
+    options: Annotated[InvertOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
+    console.quiet = quiet
+    configs = _configs(config, None, _flags(video, options), [], None, inverting=True)
+    from .run import Session, run_invert
+
+    inputs = (config,) if config else ()
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    run_invert(session, configs[0], output, dry_run)
+
+
+@app.command
+def evaluate(
+    original: Annotated[Path, Parameter(help="The video before the edit.")],
+    edited: Annotated[Path, Parameter(help="The video after it.")],
+    /,
+    *,
+    source: Annotated[str, Parameter(help="What the original shows; for CLIP.")] = "",
+    target: Annotated[str, Parameter(help="What the edit should show; for CLIP.")] = "",
+    mask: Annotated[Path | None, Parameter(help="White where the edit was meant to be: a video or picture.")] = None,
+    truth: Annotated[Path | None, Parameter(help="The edit as it should be, where it is known.")] = None,
+    flow: Annotated[
+        str, Parameter(help="auto, dis, raft, none, or a .safetensors file with tensors forward and backward.")
+    ] = "auto",
+    clip: Annotated[
+        str, Parameter(help="A CLIP of transformers, folder or hub name, e.g. openai/clip-vit-base-patch32.")
+    ] = "",
+    lpips: Annotated[Path | None, Parameter(help='Weights of lpips.LPIPS(net="alex") as .safetensors.')] = None,
+    judge: Annotated[bool, Parameter(negative="", help="Read the demo world's words from the frames.")] = False,
+    start: Annotated[int, Parameter(help="The original's first frame, as in `fatezero edit`.")] = 0,
+    stride: Annotated[int, Parameter(help="Take every n-th frame of the original.")] = 1,
+    crop: Annotated[str, Parameter(help="Pixels cut off the original: left,top,right,bottom.")] = "0,0,0,0",
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="The figures as JSON.")] = None,
+    plot: Annotated[Path | None, Parameter(help="Curves over the frames, a picture.")] = None,
+    comparison: Annotated[Path | None, Parameter(help="Both clips in one video.")] = None,
+    how: Annotated[str, Parameter(help="side by side, wipe, split or difference.")] = "side by side",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
+    console.quiet = quiet
+    left, top, right, bottom = whole_numbers("crop", crop, ",", 4)
+    from .evaluation import Evaluation, run_evaluate
+    from .run import Session
+
+    asked = Evaluation(
+        original, edited, (source, target), mask, truth, flow, clip, lpips, judge, start, stride,
+        (left, top, right, bottom), output, plot, comparison, how,  # type: ignore[arg-type]
+    )  # fmt: skip
+    run_evaluate(Session(console, progress_bar, device, overwrite=overwrite), asked)
+
+
+@app.command
+def demo(
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for the results.")] = Path("out"),
+    steps: Annotated[int, Parameter(help="DDIM steps.")] = 50,
+    device: Device = "auto",
+) -> None:
+    """Run an attribute, a shape and a style edit on the bundled clip with the bundled model."""
+    from ..demo.show import show
+
+    show(output, steps, device, console, progress_bar)
+
+
+@app.command
+def benchmark(
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder of the run; a run there goes on.")] = Path(
+        "benchmark"
+    ),
+    quick: Annotated[
+        bool, Parameter(negative="--full", help="4 cases of each kind and the main methods, or 10 and all.")
+    ] = True,
+    seed: Annotated[int, Parameter(help="Of scenes, motions and words.")] = 2303,
+    each: Annotated[int | None, Parameter(help="Cases of each kind.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        Parameter(help="attribute, texture, shape, style, background, swap, two objects or alike objects; may repeat."),
+    ] = None,
+    frames: Annotated[int, Parameter(help="Frames of every clip.")] = 4,
+    steps: Annotated[int, Parameter(help="DDIM steps.")] = 20,
+    guidance_scale: Annotated[float, Parameter(help="Classifier-free guidance.")] = 7.5,
+    method: Annotated[list[str] | None, Parameter(help="A method by its name in the table; may repeat.")] = None,
+    pairs: Annotated[
+        Path | None, Parameter(help="YAML list of [source caption, target caption], in the place of drawn cases.")
+    ] = None,
+    model: Annotated[str, Parameter(help="Another checkpoint of the demo world.")] = "demo",
+    clip: Annotated[str, Parameter(help="A CLIP of transformers, for Tem-Con and Frame-Acc.")] = "",
+    workers: Annotated[
+        int | None, Parameter(help="Processes.", show_default=lambda _: "one for each core; one on a GPU")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
+    captions = load_pairs(pairs) if pairs else ()
+    from ..benchmarks.quality.cases import KINDS
+    from ..benchmarks.quality.rows import BEST
+    from ..benchmarks.quality.run import BenchmarkSettings, chosen_methods, run_benchmark
+    from ..benchmarks.quality.table import write_tables
+    from .run import pick_device
+
+    settings = BenchmarkSettings(
+        seed, each or (4 if quick else 10), tuple(kind or KINDS), frames, steps, guidance_scale, model, clip, captions
+    )  # fmt: skip
+    where = pick_device(device)
+    processes = workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)
+    with progress_bar() as bar:
+        rows = run_benchmark(
+            output, settings, chosen_methods(method, quick), str(where), processes, bar("cases")
+        )  # fmt: skip
+    console.print(write_tables(output, rows, BEST), markup=False, soft_wrap=True)
+    console.print(f"written to {output}: table.md, table.csv, page.html", soft_wrap=True)
+
+
+@app.command(name="train-demo")
+def train_demo(
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for the checkpoint.")] = Path("checkpoint"),
+    state: Annotated[Path, Parameter(help="Folder for what a resume needs.")] = Path("training"),
+    device: Device = "auto",
+    unet_steps: Annotated[int | None, Parameter(help="Steps of the UNet, if fewer.")] = None,
+    images: Annotated[int | None, Parameter(help="Pictures to draw, if fewer.")] = None,
+) -> None:
+    """Train the bundled checkpoint again, from nothing; hours on a CPU, minutes on a GPU."""
+    from ..demo.judge import load_judge
+    from ..demo.train import TrainSettings, train
+    from .run import pick_device
+
+    settings = TrainSettings()
+    settings = replace(settings, unet_steps=unet_steps or settings.unet_steps, images=images or settings.images)
+    where = pick_device(device)
+    train(output, state, settings, where, console.print)
+    from ..demo.evaluate import evaluate
+    from ..hosts.checkpoint import Checkpoint
+
+    evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
+
+
+# --- from flags to configurations -------------------------------------------------------
+
+
+def _configs(
+    path: Path | None,
+    preset: str | None,
+    flags: dict[str, Any],
+    targets: list[str],
+    store: Path | None,
+    inverting: bool = False,
+) -> list[EditConfig]:
+    """Flags over the preset over the file over the defaults; one for each target."""
+    given = checked(flags)
+    texts = {"source": given["source"]} if "source" in given else {}
+    notes: list[str] = []
+    configs: list[EditConfig] = []
+    for target in (*targets,) or (None,):
+        own = texts | (checked({"target": target}) if target is not None else {})
+        if path:
+            found, told = load_configs(path, own, preset)
+            notes += told
+        else:
+            found = [with_values(EditConfig(), own)]
+            found = [with_preset(c, preset) for c in found] if preset else found
+        configs += [c for c in (with_values(c, given) for c in found) if c not in configs]
+    for note in dict.fromkeys(notes):
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    for c in configs:
+        missing = [] if store else [n for n in ("video", "source") if not getattr(c, n)]
+        missing += [] if inverting or c.target else ["target"]
+        if missing:
+            flag = {"video": "VIDEO", "source": "--source", "target": "--target"}
+            raise ConfigError(f"missing {', '.join(flag[m] for m in missing)}")
+        check_effect(c, () if store else list(given))
+    return configs
+
+
+def _flags(video: str | None, options: Any) -> dict[str, Any]:
+    """The settings that were given as options."""
+    return ({} if video is None else {"video": video}) | given_of(options)
+
+
+# --- entry ------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line; ends with one line and status 1 on bad input, and on whatever goes wrong."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except CycloptsError as error:
+        complain(f"error: {' '.join(str(error).split())}")
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("FATEZERO_DEBUG"):
+            raise
+        complain(told(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""Settings of an edit: presets, YAML files, and the authors' configuration files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from ..attention.key_frames import KeyFrames
+from ..attention.prompt import Mode, PromptEdit, changed_words
+from ..diffusion.edit import Edit, Injection, Propagation
+from ..diffusion.invert import InversionSettings
+from ..methods.fatezero import GROUP as FATEZERO
+from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
+from ..methods.fatezero import FusionSettings
+from ..methods.plug_and_play import PnPSettings
+from ..methods.tokenflow import TokenFlowSettings
+from ..settings import described, described_one, setting
+from ..store.budget import StoreSettings
+from ..video.read import ClipSettings, seconds_of
+
+T = TypeVar("T")
+InjectionName = Literal["fatezero", "pnp", "none"]
+PropagationName = Literal["none", "tokenflow"]
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong kind, or missing."""
+
+
+def _kept(settings: type, name: str, default: Any) -> Any:
+    """A setting of another dataclass with a default of its own."""
+    about = described_one(settings, name).about
+    return field(default=default, metadata={"setting": about})
+
+
+_TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO
+
+
+@dataclass(frozen=True)
+class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings):
+    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
+
+    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`.
+    """
+
+    video: str = ""
+    source: str = setting("", "What the video shows.", group=_TEXT)
+    target: str = setting("", "What it shall show; several are edited in one pass.", group=_TEXT)
+    negative: str = setting("", "What to keep away from.", shown="none", group=_TEXT)
+    model: str = setting(
+        "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
+    )
+    lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
+    guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
+    injection: InjectionName = setting(
+        "fatezero",
+        "What the edit takes of the source: fatezero its attention, word by word and under a mask; pnp the decoder's "
+        "queries, keys and one feature (Plug-and-Play); none nothing but the inverted noise.",
+        group=_EDIT,
+    )
+    propagation: PropagationName = setting(
+        "none",
+        "How frames agree beyond their key frames: tokenflow has each take its self-attention from key frames that "
+        "were edited together.",
+        group=_EDIT,
+    )
+    mode: Mode = _kept(PromptEdit, "mode", "refine")
+    blend_source: tuple[str, ...] = setting(
+        (), "Words of the source that draw the mask, by commas.", shown="those that change", group=_MASK
+    )
+    blend_target: tuple[str, ...] = setting(
+        (), "Words of the target that draw it too where latents are blended, by commas.", shown="those that change",
+        group=_MASK,
+    )  # fmt: skip
+    reweight: Mapping[str, float] = setting(dict, described_one(PromptEdit, "reweight").about.help, group=_MASK)
+    cross_replace_steps: float = _kept(FusionSettings, "cross_replace_steps", 0.7)
+    pnp: PnPSettings = PnPSettings()
+    tokenflow: TokenFlowSettings = TokenFlowSettings()
+
+    def __post_init__(self) -> None:
+        """Its parts check themselves where they are made."""
+
+    def part(self, settings: type[T]) -> T:
+        """The settings of one of the parts it is made of."""
+        return settings(**{one.name: getattr(self, one.name) for one in described(settings)})
+
+    @property
+    def fusion(self) -> FusionSettings:
+        return self.part(FusionSettings)
+
+    @property
+    def chosen_injection(self) -> Injection | None:
+        """What the edit takes of the source."""
+        chosen: dict[str, Injection | None] = {"fatezero": self.fusion, "pnp": self.pnp, "none": None}
+        return chosen[self.injection]
+
+    @property
+    def chosen_propagation(self) -> Propagation | None:
+        """How frames agree."""
+        return self.tokenflow if self.propagation == "tokenflow" else None
+
+    @property
+    def store(self) -> StoreSettings:
+        return self.part(StoreSettings)
+
+    @property
+    def keys(self) -> KeyFrames:
+        return self.part(InversionSettings).keys
+
+    def prompt_edit(self, tokenizer: Any) -> PromptEdit | None:
+        """The prompt pair, which FateZero's fusion alone needs; blend words not given are the words that change."""
+        if self.injection != "fatezero":
+            return None
+        blend = None
+        if self.fusion.blends:
+            changed = changed_words(self.source, self.target)
+            blend = (list(self.blend_source or changed[0]), list(self.blend_target or changed[1]))
+            if self.fusion.masks_by_prompts:
+                blend = blend if any(blend) else None
+            elif not blend[0] or (self.blend_latents and not blend[1]):
+                raise ConfigError(
+                    "blending needs words to blend: no word of the source changes, so give --blend-source and "
+                    f"--blend-target ({self.source!r} / {self.target!r})"
+                )
+        return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
+
+
+SECTIONS: dict[str, Any] = {"pnp": PnPSettings, "tokenflow": TokenFlowSettings}
+"""The sections of a configuration, and the settings in them."""
+_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
+_AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
+_OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **FATEZERO_PRESETS,
+    "pnp": {"injection": "pnp", "key_frames": ("self",)},
+    "tokenflow": {"injection": "pnp", "propagation": "tokenflow", "key_frames": ("self",)},
+}
+"""FateZero's, and the other papers' settings. Those attend to no other frame while they invert."""
+
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name != "key_frames"} | {"mode"}
+"""The settings that presets speak of; what one does not name has its default."""
+
+
+def with_preset(config: EditConfig, preset: str) -> EditConfig:
+    """A configuration with a preset's settings over its own.
+
+    The shape preset maps word to word where both prompts have equally many words, and
+    refines where they have not. Raises ConfigError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
+    mapped = preset.startswith("shape") and len(config.source.split()) == len(config.target.split())
+    default = EditConfig(mode="replace" if mapped else "refine")
+    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | PRESETS[preset])
+
+
+# --- values that are right --------------------------------------------------------------
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
+    of_sections = {name: _section_of(name, values[name]) for name in SECTIONS if name in values}
+    values = {name: value for name, value in values.items() if name not in SECTIONS}
+    found = _fitting(values, _KINDS)
+    for name in ("start", "end"):
+        if isinstance(found.get(name), str):
+            try:
+                seconds_of(found[name])
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
+    for name in ("video", "source", "target", "model"):
+        if isinstance(found.get(name), str) and name in values and not found[name].strip():
+            raise ConfigError(f"{name} is {values[name]!r}; it must not be blank")
+    return found | of_sections
+
+
+def _fitting(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    unknown = sorted(str(name) for name in values if name not in kinds)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], kinds, n=1)
+        hint = f" (did you mean {where + near[0]!r}?)" if near else ""
+        raise ConfigError(f"unknown setting {', '.join(repr(where + name) for name in unknown)}{hint}")
+    found = {name: _fitted(_plain_value(value, kinds[name]), kinds[name]) for name, value in values.items()}
+    for name, value in found.items():
+        if value is _WRONG:
+            raise ConfigError(f"{where}{name} is {values[name]!r}; it must be {_said(kinds[name])}")
+    return found
+
+
+def _section_of(name: str, given: Any) -> dict[str, Any]:
+    """The values given of a section."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {given!r}; it must be a section")
+    settings = SECTIONS[name]
+    found = _fitting(given, {one.name: one.kind for one in described(settings)}, f"{name}.")
+    try:
+        settings(**found)
+    except ValueError as error:
+        raise ConfigError(f"{name}.{error}") from error
+    return found
+
+
+def with_values(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
+    """A configuration with checked values over its own; of a section, those given alone."""
+    sections = {name: replace(getattr(config, name), **values[name]) for name in SECTIONS if name in values}
+    return replace(config, **{**values, **sections})
+
+
+_WRONG = object()
+
+
+def _plain_value(value: Any, kind: Any) -> Any:
+    """A single word or number where a list of them may stand."""
+    several = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+    return (value,) if several and isinstance(value, (str, int)) else value
+
+
+def _fitted(value: Any, kind: Any) -> Any:
+    """A value of a kind, or `_WRONG`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value if value in inner else _WRONG
+    if origin in (Union, UnionType):
+        return next((found for one in inner if (found := _fitted(value, one)) is not _WRONG), _WRONG)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        parts = [_fitted(v, k) for v, k in zip(value, kinds, strict=False)]
+        return _WRONG if len(value) != len(kinds) or any(part is _WRONG for part in parts) else tuple(parts)
+    if origin is Mapping and isinstance(value, Mapping):
+        parts = [(_fitted(k, inner[0]), _fitted(v, inner[1])) for k, v in value.items()]
+        return _WRONG if any(part is _WRONG for pair in parts for part in pair) else dict(parts)
+    if kind is type(None):
+        return None if value is None else _WRONG
+    if kind in (int, float):
+        number = isinstance(value, kind if kind is int else (int, float)) and not isinstance(value, bool)
+        return value if number and isfinite(value) else _WRONG
+    return value if kind in (str, bool) and isinstance(value, kind) else _WRONG
+
+
+def _said(kind: Any) -> str:
+    """A kind in words."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin in (Union, UnionType):
+        return " or ".join(_said(one) for one in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return f"a list, each {_said(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each {_said(inner[0])}"
+    if origin is Mapping:
+        return f"pairs of {_said(inner[0])} and {_said(inner[1])}"
+    return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(kind, "empty")
+
+
+_FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "max_tokens")
+
+
+def of_methods() -> list[str]:
+    """The settings that only edits have."""
+    return [*_FUSION, "injection", "propagation"]
+
+
+_NOTHING_BLENDED = "nothing is blended (blend_self_attention, blend_latents)"
+_NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...] = (
+    (
+        (*_FUSION, "mode", "blend_source", "blend_target", "reweight"),
+        lambda c: c.injection != "fatezero",
+        "injection is not fatezero",
+    ),
+    (("pnp",), lambda c: c.injection != "pnp", "injection is not pnp"),
+    (("tokenflow",), lambda c: c.propagation != "tokenflow", "propagation is not tokenflow"),
+    (("precision", "keep_steps"), lambda c: c.memory == "recompute", "memory recompute keeps no attention"),
+    (
+        ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens"),
+        lambda c: not c.fusion.blends,
+        _NOTHING_BLENDED,
+    ),
+    (("blend_latents_until",), lambda c: not c.blend_latents, "blend_latents is off"),
+    (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
+    (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
+    (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
+)
+
+
+def check_effect(config: EditConfig, asked: Sequence[str]) -> None:
+    """Raise ConfigError for a setting asked for that the others leave without effect."""
+    for names, idle, why in _NO_EFFECT:
+        for name in names:
+            if name in asked and idle(config):
+                raise ConfigError(f"{name} has no effect here: {why}")
+
+
+# --- files --------------------------------------------------------------------------------
+
+
+def load_configs(
+    path: str | Path, texts: Mapping[str, Any] | None = None, preset: str | None = None
+) -> tuple[list[EditConfig], list[str]]:
+    """The edits of a YAML file, and notes on what was left out of it.
+
+    Reads our own files (the fields of `EditConfig`, and `preset`) and the authors' files as
+    they are, one edit for each of their prompts. texts: a `source` or `target` given elsewhere, in the place of
+    the file's. preset: one given elsewhere, over all the file says of what presets speak of; the file's own
+    preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    texts = dict(texts or {})
+    with _naming(path):
+        data = _yaml(path)
+        if not isinstance(data, Mapping):
+            raise ConfigError("holds no settings")
+        if any(mark in data for mark in _OLDER_MARKS):
+            raise ConfigError(
+                "is in the authors' older layout (train_dataset); dataset_config and editing_config are read"
+            )
+        if any(mark in data for mark in _AUTHORS_MARKS):
+            configs, notes = authors_configs(data)
+            configs = [with_values(config, texts) for config in configs]
+        else:
+            values = dict(data)
+            own = values.pop("preset", None)
+            if own is not None and not isinstance(own, str):
+                raise ConfigError(f"preset is {own!r}; it must be text")
+            given = checked(values)
+            config = with_values(EditConfig(), given | texts)
+            if own is not None:
+                config = with_values(with_preset(config, own), given | texts)
+            configs, notes = [config], []
+        if preset is not None:
+            configs = [with_preset(config, preset) for config in configs]
+    return configs, notes
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of a file, with its name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}") from error
+
+
+def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
+    """Pairs of captions of a YAML list; ConfigError for anything else."""
+    with _naming(Path(path)):
+        held = _yaml(Path(path))
+        right = isinstance(held, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in held
+        )
+        if not right or not held:
+            raise ConfigError("must be a list of [source caption, target caption]")
+    return tuple((before, after) for before, after in held)
+
+
+# --- the authors' files ---------------------------------------------------------------
+
+_SILENT = {
+    "seed",
+    "clip_length",
+    "sample_seeds",
+    "prompt2prompt_edit",
+    "annotate",
+    "use_invertion_latents",
+    "test_pipeline_config",
+    "stride",  # of the tuning set's windows
+    "lora",  # rank of the authors' temporal layers, the identity in an untuned model
+    "disk_store",
+}
+_TUNING = {
+    "train_steps",
+    "validation_steps",
+    "checkpointing_steps",
+    "trainer_pipeline_config",
+    "learning_rate",
+    "train_temporal_conv",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "enable_xformers",
+    "class_data_root",
+    "class_data_prompt",
+    "strength",
+}
+_KEY_FRAME_NAMES = {"mid": "middle", "first": "first", "last": "last"}
+
+
+def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str]]:
+    """The authors' configuration as edits, one for each entry of `editing_prompts`.
+
+    Their defaults are kept: GroupNorm over the clip, layers of up to 32x32 tokens fused,
+    keys of the previous and the first frame unless told. Words that are not in the prompt,
+    which their code passes over in silence, are left out with a note.
+    """
+    notes: list[str] = []
+    _known(data, {"pretrained_model_path", "dataset_config", "editing_config", "model_config"}, "", notes)
+    dataset, editing, model = (_section(data, k) for k in ("dataset_config", "editing_config", "model_config"))
+    targets = editing.get("editing_prompts")
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        raise ConfigError("editing_config.editing_prompts must be a list of prompts")
+    _known(
+        dataset,
+        {"path", "prompt", "n_sample_frame", "sampling_rate", "start_sample_frame", "offset"},
+        "dataset_config",
+        notes,
+    )
+    _known(
+        editing,
+        {
+            "editing_prompts",
+            "p2p_config",
+            "guidance_scale",
+            "num_inference_steps",
+            "source_prompt",
+            "use_inversion_attention",
+        },
+        "editing_config",
+        notes,
+    )
+    _known(model, {"SparseCausalAttention_index", "least_sc_channel"}, "model_config", notes)
+    offset = _section(dataset, "offset")
+    left, top, right, bottom = (
+        _value(offset, side, 0, int, "dataset_config.offset") for side in ("left", "top", "right", "bottom")
+    )
+    entries = model.get("SparseCausalAttention_index", [-1, "first"])
+    if _fitted(entries, tuple[int | str, ...]) is _WRONG:
+        raise ConfigError(f"model_config.SparseCausalAttention_index is {entries!r}; it must be a list")
+    base = EditConfig(
+        video=_value(dataset, "path", "", str, "dataset_config"),
+        source=_value(dataset, "prompt", "", str, "dataset_config"),
+        model=_value(data, "pretrained_model_path", "demo", str, ""),
+        steps=_value(editing, "num_inference_steps", 50, int, "editing_config"),
+        guidance_scale=_value(editing, "guidance_scale", 7.5, float, "editing_config"),
+        key_frames=tuple(_KEY_FRAME_NAMES.get(str(entry), entry) for entry in entries) or ("self",),
+        key_frames_least_channels=_value(model, "least_sc_channel", 0, int, "model_config"),
+        clip_norm=True,
+        max_tokens=1024,
+        start=_value(dataset, "start_sample_frame", 0, int, "dataset_config"),
+        stride=_value(dataset, "sampling_rate", 1, int, "dataset_config"),
+        count=max(_value(dataset, "n_sample_frame", 8, int, "dataset_config"), 0),
+        crop=(left, top, right, bottom),
+        size=(512, 512),
+    )
+    controls = editing.get("p2p_config") or {}
+    controls = dict(enumerate(controls)) if isinstance(controls, list) else controls
+    if not isinstance(controls, Mapping):
+        raise ConfigError(f"editing_config.p2p_config is {controls!r}; it must have a section for each prompt")
+    edits = []
+    for i, target in enumerate(targets):
+        where = f"editing_config.p2p_config[{i}]"
+        control = controls.get(i, controls.get(str(i))) or {}
+        if not isinstance(control, Mapping):
+            raise ConfigError(f"{where} is {control!r}; it must be a section")
+        edits.append(_authors_edit(replace(base, target=target), control, where, notes))
+    return edits, notes
+
+
+def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of a file, empty where it is missing."""
+    section = data.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{name} is {section!r}; it must be a section")
+    return dict(section)
+
+
+def _value(section: Mapping[str, Any], key: str, default: Any, kind: Any, where: str) -> Any:
+    """A value of a kind, the default where it is missing or null; ConfigError naming it for another kind."""
+    value = section.get(key)
+    value = default if value is None else value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if _fitted(value, kind) is _WRONG:
+        raise ConfigError(f"{where + '.' if where else ''}{key} is {value!r}; it must be {_said(kind)}")
+    return kind(value)
+
+
+def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, notes: list[str]) -> EditConfig:
+    if not control:  # their plain DDIM pipeline, without fusion
+        return replace(base, cross_replace_steps=0.0, self_replace_steps=0.0)
+    names = {
+        "is_replace_controller",
+        "cross_replace_steps",
+        "self_replace_steps",
+        "eq_params",
+        "blend_words",
+        "blend_self_attention",
+        "blend_latents",
+        "blend_th",
+        "use_inversion_attention",
+    }
+    _known(control, names, where, notes)
+    shares = control.get("cross_replace_steps", 0.8)
+    if isinstance(shares, Mapping):
+        if set(shares) != {"default_"}:
+            raise ConfigError(f"{where}.cross_replace_steps: shares of single words are not supported: {dict(shares)}")
+        shares = shares["default_"]
+    weights = _section(control, "eq_params")
+    of_words, factors = (
+        _fitted(weights.get("words", ()), tuple[str, ...]),
+        _fitted(weights.get("values", ()), tuple[float, ...]),
+    )
+    if _WRONG in (of_words, factors) or len(of_words) != len(factors):
+        raise ConfigError(f"{where}.eq_params must have `words` and as many `values`")
+    reweight = {
+        word: float(factor)
+        for word, factor in zip(of_words, factors, strict=True)
+        if _present(word, base.target, where, notes)
+    }
+    words = _fitted(control.get("blend_words") or (), tuple[tuple[str, ...] | str, ...])
+    if words is _WRONG:
+        raise ConfigError(f"{where}.blend_words is {control['blend_words']!r}; it must be [source words, target words]")
+    pairs = [(side,) if isinstance(side, str) else side for side in [*words, (), ()][:2]]  # the target's may be missing
+    blend = [
+        tuple(w for w in side if _present(w, prompt, where, notes))
+        for side, prompt in zip(pairs, (base.source, base.target), strict=True)
+    ]
+    blends = bool(blend[0])
+    if control.get("blend_self_attention") and not blends:
+        notes.append(f"{where}: without blend_words all self-attention comes from the source")
+    thresholds = control.get("blend_th") or [0.3]
+    thresholds = thresholds if isinstance(thresholds, list) else [thresholds]
+    return replace(
+        base,
+        mode="replace" if control.get("is_replace_controller") else "refine",
+        cross_replace_steps=_value({"cross_replace_steps": shares}, "cross_replace_steps", 0.8, float, where),
+        self_replace_steps=_value(control, "self_replace_steps", 0.8, float, where),
+        reweight=reweight,
+        blend_source=blend[0] if blends else (),
+        blend_target=blend[1] if blends else (),
+        blend_self_attention=bool(control.get("blend_self_attention")) and blends,
+        blend_latents=bool(control.get("blend_latents")) and blends,
+        blend_threshold=_value({"blend_th": thresholds[0]}, "blend_th", 0.3, float, where),
+    )
+
+
+def _present(word: str, prompt: str, where: str, notes: list[str]) -> bool:
+    found = word.lower() in [w.lower().strip(".,;:!?\"'()[]") for w in prompt.split()]
+    if not found:
+        notes.append(f"{where}: {word!r} is not in {prompt!r}, left out")
+    return found
+
+
+def _known(section: Mapping[str, Any], names: set[str], where: str, notes: list[str]) -> None:
+    """ConfigError for a key nobody knows; a note for keys of the authors' tuning."""
+    for key in section:
+        if key in _TUNING:
+            notes.append(f"{where + '.' if where else ''}{key}: belongs to tuning, left out")
+        elif key not in names | _SILENT:
+            raise ConfigError(f"unknown key {where + '.' if where else ''}{key}")

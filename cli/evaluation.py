@@ -1,0 +1,159 @@
+"""What `fatezero evaluate` does: measure an edited video beside its source."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..files.whole import check_writable, whole_file
+from ..metrics.clip import ClipScorer
+from ..metrics.evaluate import Figure, Report, evaluate
+from ..metrics.flow import Estimator, flow_estimator
+from ..metrics.lpips import Lpips
+from ..metrics.plot import plot_report
+from ..video.compare import COMPARISONS, Comparison, compare
+from ..video.fitted import FittedVideo
+from ..video.read import PICTURES, Video, VideoSource, open_video
+from ..video.size import to_unit
+from ..video.write import check_output, write_picture, write_video
+from .run import Session, pick_device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure, and where the results go; see `fatezero evaluate --help`."""
+
+    source: Path
+    edited: Path
+    prompts: tuple[str, str] = ("", "")
+    mask: Path | None = None
+    truth: Path | None = None
+    flow: str = "auto"
+    clip: str = ""
+    lpips: Path | None = None
+    judge: bool = False
+    start: int = 0
+    stride: int = 1
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    output: Path | None = None
+    plot: Path | None = None
+    comparison: Path | None = None
+    how: Comparison = "side by side"
+
+
+def run_evaluate(session: Session, asked: Evaluation) -> Report:
+    """Measure, print a table, and write what was asked for."""
+    if asked.how not in COMPARISONS:
+        raise ValueError(f"--how is {asked.how!r}; it must be one of {', '.join(COMPARISONS)}")
+    if any(asked.prompts) and not (asked.clip or asked.judge):
+        raise ValueError("--source and --target have no effect here: they are for --clip and --judge")
+    if asked.how != Evaluation.how and not asked.comparison:
+        raise ValueError("--how has no effect here: it is for --comparison")
+    device = pick_device(session.device)
+    inputs = [path for path in (asked.source, asked.edited, asked.mask, asked.truth, asked.lpips) if path]
+    for path in (asked.output, asked.plot):
+        if path:
+            check_writable(path, session.overwrite, inputs)
+    found = open_video(asked.edited)
+    if asked.comparison:
+        check_output(asked.comparison, len(found), session.overwrite, inputs)
+    edited = found.read()
+    source = _like(open_video(asked.source, asked.start, asked.stride, len(edited.frames)), edited, asked.crop)
+    truth = _like(open_video(asked.truth, 0, 1, len(edited.frames)), edited) if asked.truth else None
+    judged = _judged(asked.prompts, edited) if asked.judge else {}
+    name, flow = _flow(asked.flow, device)
+    with session.bars() as bar:
+        report = evaluate(
+            to_unit(source),
+            to_unit(edited.frames),
+            mask=_mask(asked.mask, edited) if asked.mask else None,
+            truth=None if truth is None else to_unit(truth),
+            prompts=asked.prompts,
+            flow=flow,
+            clip=ClipScorer.load(asked.clip, device) if asked.clip else None,
+            lpips=Lpips.load(asked.lpips) if asked.lpips else None,
+            progress=bar("motion"),
+        )
+    report = Report({**judged, **report.figures})
+    table = Table("figure", "value", box=box.SIMPLE, pad_edge=False, title=f"flow: {name}")
+    for figure, value in report.figures.items():
+        table.add_row(figure, str(value))
+    session.console.print(table)
+    _write(asked, report, source, edited)
+    for path in (asked.output, asked.plot, asked.comparison):
+        if path:
+            session.say(f"written to {path}")
+    return report
+
+
+def _write(asked: Evaluation, report: Report, source: Tensor, edited: Video) -> None:
+    if asked.output:
+        figures = {
+            name: {"value": _finite(f.value), "unit": f.unit, "by_frame": [_finite(v) for v in f.by_frame]}
+            for name, f in report.figures.items()
+        }
+        with whole_file(asked.output) as partial:
+            partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if asked.plot:
+        from PIL import Image
+
+        write_picture(asked.plot, Image.fromarray(plot_report(report).numpy()))
+    if asked.comparison:
+        shown = compare(source, edited.frames, asked.how, ("source", "edit"))
+        write_video(asked.comparison, shown, edited.fps, edited.sound, times=edited.times)
+
+
+def _finite(value: float) -> float | str | None:
+    """JSON has no infinity and no NaN: "inf" and null."""
+    return None if math.isnan(value) else "inf" if math.isinf(value) else value
+
+
+def _like(video: VideoSource, edited: Video, cut: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
+    """Frames cut and scaled as `fatezero edit` does, to the edited video's size."""
+    return torch.stack(list(FittedVideo.of(video, cut, edited.size).frames()))
+
+
+def _mask(path: Path, edited: Video) -> Tensor:
+    """A video or picture, white where the edit was meant to be: (frames or 1, height, width)."""
+    still = path.is_file() and path.suffix.lower() in PICTURES
+    masks = _like(open_video(path, 0, 1, 1 if still else len(edited.frames)), edited)
+    return (to_unit(masks).mean(1) > 0.5).float()
+
+
+def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] | Estimator | None]:
+    """What finds the motion, by name; or a file with tensors `forward` and `backward`."""
+    if name == "none":
+        return "none", None
+    path = Path(name)
+    if path.suffix != ".safetensors":
+        return flow_estimator(name, device)  # type: ignore[arg-type]
+    if not path.is_file():
+        raise FileNotFoundError(f"no flow at {path}")
+    try:
+        held = load_file(path)
+        return path.name, (held["forward"].float(), held["backward"].float())
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} must hold tensors `forward` and `backward`: {error}") from error
+
+
+def _judged(prompts: tuple[str, str], edited: Video) -> dict[str, Figure]:
+    """What the demo world's classifier reads; the prompts must be captions of that world, of one thing."""
+    from ..demo.judge import read_words
+    from ..demo.world import SIZE, Scene
+
+    source, target = (Scene.parse(prompt) for prompt in prompts)
+    if len(source.things) != 1 or len(target.things) != 1:
+        raise ValueError("--judge reads one thing; of two, only `fatezero benchmark` knows where they are")
+    frames = F.interpolate(to_unit(edited.frames), size=(SIZE, SIZE), mode="area")
+    success, changed, kept = read_words(source, target, frames)
+    return {"edit success": Figure(success), "words changed": Figure(changed), "other words kept": Figure(kept)}

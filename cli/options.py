@@ -1,0 +1,136 @@
+"""Options of the command, made of the settings that their dataclasses describe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, make_dataclass
+from typing import Annotated, Any, get_origin
+
+from cyclopts import Group, Parameter
+
+from ..attention.key_frames import KeyFrames
+from ..settings import Described, described, is_union
+from .config import SECTIONS, ConfigError, EditConfig
+
+GROUPS = {
+    name: Group(name, sort_key=order)
+    for order, name in enumerate(
+        (
+            "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit", "FateZero",
+            "Plug-and-Play", "TokenFlow", "This run",
+        )
+    )
+}  # fmt: skip
+"""The headings of help, in order."""
+NOT_INVERTED = {"mode", "reweight", "blend_source", "blend_target", "target", "negative", "guidance_scale", "place"}
+"""Settings that an inversion kept in a file has no use for, beside those of the methods."""
+
+
+def edit_options() -> type:
+    """Every setting of an edit, and the sections of its methods, as options that are None unless given."""
+    own = [one for one in described(EditConfig) if one.name != "target"]
+    sections = {name: _options_of(settings.__name__, described(settings)) for name, settings in SECTIONS.items()}
+    return _options_of("EditOptions", own, sections)
+
+
+def invert_options(of_methods: Iterable[str]) -> type:
+    """The settings of an inversion. of_methods: those of edits alone."""
+    left_out = NOT_INVERTED | set(of_methods)
+    return _options_of("InvertOptions", [one for one in described(EditConfig) if one.name not in left_out])
+
+
+def given_of(options: Any) -> dict[str, Any]:
+    """The values that were given, by the names of their settings; lists and pairs read from their text."""
+    found: dict[str, Any] = {}
+    for one in fields(options) if options is not None else ():
+        value = getattr(options, one.name)
+        if one.name in SECTIONS:
+            section = given_of(value)
+            found |= {one.name: section} if section else {}
+        elif value is not None:
+            found[one.name] = _READ.get(one.name, lambda given: given)(value)
+    return found
+
+
+def _options_of(name: str, settings: Iterable[Described], sections: Mapping[str, type] | None = None) -> type:
+    parts: list[Any] = [(one.name, Annotated[_typed(one), _parameter(one)], None) for one in settings]
+    parts += [(key, Annotated[kind | None, Parameter()], None) for key, kind in (sections or {}).items()]
+    made = make_dataclass(name, parts)
+    made.__module__ = __name__  # cyclopts leaves those of `types`, where such classes are from, as they are
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+def _typed(one: Described) -> Any:
+    """What the command line reads: a number, a switch, or text."""
+    kind = one.plain
+    if get_origin(kind) is not None or is_union(kind):
+        kind = list[str] if get_origin(kind) is Mapping_ else str
+    return kind | None
+
+
+Mapping_ = get_origin(Mapping[str, float])
+
+
+def _parameter(one: Described) -> Parameter:
+    help = f"{one.about.text} ({', '.join(one.choices)})" if one.choices else one.about.text
+    shown = one.about.shown or _default_text(one.default)
+    return Parameter(
+        help=help,
+        group=GROUPS[one.about.group],
+        show_default=(lambda _: shown) if shown else False,
+        negative=None if one.plain is bool else "",
+    )
+
+
+def _default_text(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return "" if default is None or isinstance(default, Mapping) else str(default)
+
+
+# --- values written as text ---------------------------------------------------------------
+
+
+def whole_numbers(name: str, text: str, by: str, count: int) -> tuple[int, ...]:
+    """So many whole numbers of a text; ConfigError for anything else."""
+    parts = text.split(by)
+    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"{name} is {text!r}; it must be {count} whole numbers with {by!r} between")
+    return tuple(int(part) for part in parts)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _weights(pairs: list[str]) -> dict[str, float]:
+    return dict(_weight(pair) for pair in pairs)
+
+
+def _weight(pair: str) -> tuple[str, float]:
+    word, _, factor = pair.rpartition("=")
+    try:
+        return word, float(factor)
+    except ValueError:
+        raise ConfigError(f"reweight is {pair!r}; it must be word=factor, e.g. watercolor=10") from None
+
+
+def _moment(text: str) -> int | str:
+    return int(text) if text.strip().lstrip("+-").isdigit() else text
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "key_frames": lambda text: KeyFrames.parse(text).entries,
+    "blend_source": _words,
+    "blend_target": _words,
+    "reweight": _weights,
+    "crop": lambda text: whole_numbers("crop", text, ",", 4),
+    "size": lambda text: whole_numbers("size", text.lower(), "x", 2),
+    "start": _moment,
+    "end": _moment,
+}
+"""How the text of an option becomes its value, where it is not a number, a switch or a word."""

@@ -1,0 +1,78 @@
+"""How a command speaks: bars on a terminal, lines elsewhere, errors in one line."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+
+Bar = Callable[[int, int], None]
+_LINE_EVERY = 10.0
+"""Seconds between lines of progress where there is no terminal."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str], Bar]]:
+    """Progress of several things; each `add(title)` returns a callback (done, total).
+
+    On a terminal a table of bars, elsewhere lines: the first, then one every ten seconds, and the last.
+    """
+    if not console.is_terminal:
+        yield _progress_lines
+        return
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+
+        def add(title: str) -> Bar:
+            task = progress.add_task(title, total=None)
+
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield add
+
+
+def _progress_lines(title: str) -> Bar:
+    begun, told = time.monotonic(), float("-inf")
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= _LINE_EVERY or done == total:
+            told, left = now, (now - begun) / max(1, done) * (total - done)
+            rest = f", {_minutes(left)} left" if done < total else f" in {_minutes(now - begun)}"
+            console.print(f"{title} {done}/{total}{rest}", markup=False, soft_wrap=True)
+            console.file.flush()
+
+    return update
+
+
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02}"
+
+
+def told(error: Exception) -> str:
+    """An error in one line; of one that is no user's doing, where it came from."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
+        return f"error: out of memory: {text}; take fewer or smaller frames, --chunk-frames, or another --device"
+    if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError, MemoryError)):
+        return f"error: {text}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"error: {type(error).__name__}: {text} ({where}; FATEZERO_DEBUG=1 shows all of it)"
+
+
+def complain(text: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)

@@ -1,0 +1,468 @@
+"""From a video file to a video file: what `fatezero edit` and `fatezero invert` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..diffusion.edit import Edit, edit_many, unet_calls
+from ..diffusion.invert import Inversion, invert
+from ..diffusion.source import check_store
+from ..files.safetensors import format_bytes
+from ..files.whole import check_writable, disk_folder, remove_stale_folders
+from ..hosts.checkpoint import Checkpoint, quiet
+from ..settings import described
+from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
+from ..store.identity import ModelIdentity
+from ..store.records import MEMORIES
+from ..store.store import AttentionStore, StoreError, as_store_error
+from ..video.fitted import FittedVideo
+from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
+from ..video.size import check_size, fit_size, to_bytes, to_unit
+from ..video.write import check_output, has_sound, write_video
+from .config import EditConfig
+
+DEFAULT_FRAMES = 8
+"""Frames edited, at most, where nothing says how many."""
+
+Bars = Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]]
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" takes CUDA, then MPS, then the CPU. ValueError for one that is absent."""
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by name; "auto" is float16 on a GPU and float32 elsewhere."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; it must be auto or one of {', '.join(known)}")
+    return known[name]
+
+
+def find_frames(config: EditConfig) -> VideoSource:
+    """The frames to edit, found in their file and not decoded."""
+    at_most = DEFAULT_FRAMES if config.count is None and config.end is None else None
+    return open_video(
+        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate
+    )  # fmt: skip
+
+
+def fit_frames(config: EditConfig, source: VideoSource, factor: int, native: int) -> FittedVideo:
+    """The frames to edit as a model takes them; ValueError for a cut or a size it cannot take."""
+    left, top, right, bottom = config.crop
+    width, height = source.size[0] - left - right, source.size[1] - top - bottom
+    size = config.size or fit_size(max(1, width), max(1, height), native, factor)
+    check_size(*size, factor)
+    return FittedVideo.of(source, config.crop, size)
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a command runs and how it speaks.
+
+    model_config: for single-file checkpoints, a folder with tokenizer and configuration.
+    overwrite: replace outputs that are there. inputs: files of the run that are never replaced.
+    """
+
+    console: Console
+    bars: Bars
+    device: str = "auto"
+    dtype: str = "auto"
+    model_config: str | None = None
+    overwrite: bool = False
+    inputs: tuple[Path, ...] = ()
+
+    def open_model(self, config: EditConfig) -> Checkpoint:
+        where = pick_device(self.device)
+        if self.model_config is not None and not Path(config.model).is_file():
+            raise ValueError(f"model_config has no effect: {config.model!r} is no single file")
+        with quiet():
+            checkpoint = Checkpoint.load(
+                config.model, where, pick_dtype(self.dtype, where), self.model_config, config.lora or None
+            )
+        if config.model == "demo":
+            self.note("the bundled demo model knows only its own small world; for real videos give --model")
+        return checkpoint
+
+    def inputs_of(self, config: EditConfig) -> list[Path]:
+        """All the files that a run reads."""
+        named = [Path(name) for name in (config.video, config.model, config.lora, self.model_config) if name]
+        return [*self.inputs, *named]
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.say(f"note: {text}", style="yellow")
+
+
+# --- the commands ---------------------------------------------------------------------------
+
+
+def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
+    """`fatezero invert`: keep an inversion in a file, written while it runs."""
+    remove_stale_folders(disk_folder())
+    settings = replace(config.store, path=output)
+    check_writable(output, session.overwrite, session.inputs_of(config))
+    source = _found(session, config)
+    checkpoint = session.open_model(config)
+    video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
+    session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
+    if dry_run:
+        return
+    with session.bars() as bar:
+        inversion = invert_video(checkpoint, config, video, bar, settings)
+    session.say(f"store of {format_bytes(inversion.store.nbytes)} written to {output}")
+
+
+def run_edits(session: Session, configs: list[EditConfig], output: str, store_path: Path | None, dry_run: bool) -> None:
+    """`fatezero edit`: one inversion, or one from a file, and an edit for each configuration.
+
+    Everything that can be refused is refused before the inversion starts. One output that cannot be written in the
+    end loses none of the others; OSError then tells which.
+    """
+    remove_stale_folders(disk_folder())
+    store = AttentionStore.load(store_path) if store_path else None
+    origin = Origin.of(store) if store else None
+    if store is not None and origin is not None:
+        configs = [_with_store(config, store, origin) for config in configs]
+    first = configs[0]
+    for config in configs:
+        config.fusion, config.keys  # noqa: B018  raise for settings out of range
+    source = _found(session, first) if store is None else None
+    frames = len(source) if source else store.frames  # type: ignore[union-attr]
+    outputs = _outputs(output, len(configs))
+    for path in outputs:
+        check_output(
+            path, frames, session.overwrite, [*session.inputs_of(first), *([store_path] if store_path else [])]
+        )
+    checkpoint = session.open_model(first)
+    prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
+
+    if store is None or origin is None:
+        assert source is not None
+        video = fit_frames(first, source, checkpoint.factor, checkpoint.native_size)
+        fps, times = video.fps, video.times
+        shape: tuple[int, ...] = _latents_shape(video, checkpoint)
+        sound: Sound | SoundTrack | None = video.sound()
+    else:
+        _check_store(checkpoint, store, origin, prompts)
+        shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
+        sound = origin.sound_of(first.video, store)
+    session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
+    if sound is not None and not has_sound(output):
+        session.note(f"{output} holds no sound")
+    if dry_run:
+        return
+
+    with session.bars() as bar:
+        inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
+        edits = [one_edit(checkpoint, config, prompt, shape) for config, prompt in zip(configs, prompts, strict=True)]
+        title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
+        results = edit_many(checkpoint.denoiser, inversion, edits, first.chunk_frames, progress=bar(title))
+        failed = []
+        for path, config, latents in zip(outputs, configs, results, strict=True):
+            try:
+                write_video(path, decode(checkpoint, latents, bar(f"write {Path(path).name}")), fps, sound, times=times)
+                session.say(f"{config.target!r} written to {path}")
+            except (OSError, ArithmeticError) as error:
+                failed.append(str(error))
+    if failed:
+        raise OSError(f"{len(failed)} of {len(configs)} edits could not be written: {'; '.join(failed)}")
+
+
+def _found(session: Session, config: EditConfig) -> VideoSource:
+    """The frames to edit, with what should be known of their file said."""
+    source = find_frames(config)
+    for note in source.notes:
+        session.note(note)
+    if not source.even:
+        session.note(f"frames come at varying times, {float(source.fps):.3g} a second on average; each keeps its own")
+    return source
+
+
+def _outputs(output: str, count: int) -> list[str]:
+    """Where each edit goes: numbered, where there are several."""
+    if count == 1:
+        return [output]
+    path, end = Path(output), "/" if output.endswith(("/", "\\")) else ""
+    return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]
+
+
+def plan(
+    checkpoint: Checkpoint,
+    configs: list[EditConfig],
+    latents_shape: tuple[int, ...],
+    settings: StoreSettings,
+    edits: bool,
+    store: AttentionStore | None = None,
+) -> str:
+    """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
+    config, device = configs[0], checkpoint.unet.device
+    checkpoint.denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
+    frames, _, height, width = latents_shape
+    source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
+    demand = Demand(
+        checkpoint.denoiser.sites(height, width), latents_shape, 4, config.steps, config.keys, checkpoint.unet.dtype,
+        source.text_tokens, source.nbytes,
+    )  # fmt: skip
+    chosen = None if store else plan_store(settings, demand, device)
+    size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
+    lines = [f"{frames} frames of {size}, {config.steps} steps, {device}"]
+    for memory in MEMORIES:
+        mark = "->" if memory == (store or chosen or config).memory else "  "
+        lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
+    if chosen:
+        lines.append(f"   store: {chosen}")
+    lines.append(f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}")
+    models = (checkpoint.unet, checkpoint.vae, *checkpoint.text_encoders)
+    weights, free = sum(p.nbytes for model in models for p in model.parameters()), available_bytes(device)
+    lines.append(
+        f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
+    )
+    if store:
+        kept = store.kept_steps
+    else:
+        kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
+    lines.append(f"   UNet calls: {_calls(configs, kept, not store, edits, frames)}")
+    chunk = config.chunk_frames
+    if chunk is not None and chunk < frames and (config.clip_norm or not config.keys.anchored):
+        lines.append("   chunks approximate the whole clip: its frames meet through neighbours or clip norm")
+    return "\n".join(lines)
+
+
+def _calls(configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int) -> str:
+    """How often the UNet sees the clip."""
+    counted = [
+        unet_calls(c.steps, c.guidance_scale, kept_steps, c.chosen_injection, None, c.chosen_propagation, frames)
+        for c in configs
+    ]
+    source = max(calls.source for calls in counted)
+    parts = [f"{counted[0].invert} to invert"] if inverts else []
+    if edits:
+        parts.append(f"{sum(calls.edit for calls in counted):g} for {len(configs)} edit(s)")
+        parts += [f"{source:g} for the source beside"] if source else []
+    return ", ".join(parts)
+
+
+def invert_video(
+    checkpoint: Checkpoint,
+    config: EditConfig,
+    video: FittedVideo,
+    bar: Callable[[str], Callable[[int, int], None]],
+    settings: StoreSettings | None = None,
+) -> Inversion:
+    """Encode and invert a clip with a configuration's settings; its store's unless others are given.
+
+    A store that is kept remembers where the clip is from, and its sound.
+    """
+    source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
+    kept = settings is not None and settings.path is not None
+    extra, attachments = _origin_of(checkpoint, config, video) if kept else ({}, {})
+    return invert(
+        checkpoint.denoiser, encode(checkpoint, video, bar("encode")), source, config.steps, config.keys,
+        config.clip_norm, settings or config.store, config.chunk_frames, prompt=config.source,
+        extra=extra, attachments=attachments, progress=bar("invert"),
+    )  # fmt: skip
+
+
+def one_edit(checkpoint: Checkpoint, config: EditConfig, prompt: Any, latents_shape: tuple[int, ...]) -> Edit:
+    """A configuration's edit, its prompts encoded."""
+    height, width = (side * checkpoint.factor for side in latents_shape[-2:])
+    blocks = checkpoint.blocks(config.target, config.negative)
+    target, negative = (
+        checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
+    )
+    return Edit(
+        target, negative, config.guidance_scale, prompt, config.chosen_injection, propagation=config.chosen_propagation
+    )
+
+
+def encode(checkpoint: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
+    """Latents of a clip's frames, as they are decoded."""
+    parts, done = list[Tensor](), 0
+    coming, at_once = video.frames(), checkpoint.frames_at_once(*video.size)
+    while frames := list(islice(coming, at_once)):
+        parts.append(checkpoint.encode_frames(to_unit(torch.stack(frames))).float())
+        done += len(frames)
+        progress(done, len(video))
+    return torch.cat(parts)
+
+
+def decode(checkpoint: Checkpoint, latents: Tensor, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """The frames of latents, uint8 (height, width, 3), one after another."""
+    height, width = (side * checkpoint.factor for side in latents.shape[-2:])
+    done = 0
+    for some in latents.split(checkpoint.frames_at_once(height, width)):
+        yield from to_bytes(checkpoint.decode_latents(some))
+        done += len(some)
+        progress(done, len(latents))
+
+
+def _latents_shape(video: FittedVideo, checkpoint: Checkpoint) -> tuple[int, int, int, int]:
+    width, height = video.size
+    return len(video), 4, height // checkpoint.factor, width // checkpoint.factor
+
+
+# --- what a store remembers of where it is from ------------------------------------------------
+
+_OF_THE_CLIP = tuple(one.name for one in described(ClipSettings))
+_OF_THE_STORE = ("precision", "keep_steps")
+
+
+def _origin_of(
+    checkpoint: Checkpoint, config: EditConfig, video: FittedVideo
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    sound = video.sound()
+    extra = {
+        "model": config.model,
+        "vae": asdict(checkpoint.vae_identity),
+        "video": Path(config.video).name,
+        "settings": {name: getattr(config, name) for name in (*_OF_THE_CLIP, *_OF_THE_STORE)},
+        "size": video.size,
+        "fps": _pair(video.fps),
+        "times": video.times and [_pair(t) for t in video.times],
+        "sound_rate": sound and sound.rate,
+    }
+    if sound is None:
+        return extra, {}
+    samples = [np.round(block.clip(-1, 1) * 32767).astype(np.int16) for block in sound.blocks()]
+    return extra, {"sound": torch.from_numpy(np.concatenate(samples, axis=1))}
+
+
+def _pair(value: Fraction) -> list[int]:
+    return [value.numerator, value.denominator]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the clip of a store is from.
+
+    settings: the configuration's, of the clip and the store; empty for a store that another program made.
+    vae: its autoencoder. model: its name as the command was given it. video: the file's name. sound: of its frames.
+    """
+
+    fps: Fraction
+    times: tuple[Fraction, ...] | None
+    settings: dict[str, Any]
+    vae: ModelIdentity | None
+    model: str | None
+    video: str
+    sound: Sound | None
+
+    @classmethod
+    def of(cls, store: AttentionStore) -> Origin:
+        """Raises StoreError for what no inversion writes."""
+        extra = store.extra
+        with as_store_error("the store's account of its clip is damaged: "):
+            fps = _fraction(extra.get("fps", (8, 1)))
+            times = extra.get("times")
+            times = times and tuple(_fraction(pair) for pair in times)
+            if not 0 < fps <= 1000 or (times and (len(times) != store.frames or list(times) != sorted(set(times)))):
+                raise ValueError("its times are none that frames can have")
+            vae = extra.get("vae")
+            identity = vae and ModelIdentity(**{**vae, "traces": tuple(vae["traces"])})
+            settings = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in dict(extra.get("settings", {})).items()
+            }
+            rate, samples = extra.get("sound_rate"), store.attachments.get("sound")
+            sound = None
+            if rate is not None and samples is not None:
+                if not isinstance(rate, int) or not 0 < rate < 10**6 or samples.ndim != 2 or not 1 <= len(samples) <= 2:
+                    raise ValueError("its sound is none")
+                sound = Sound(samples.numpy().astype(np.float32) / 32767, rate)
+            model = extra.get("model")
+            if model is not None and not isinstance(model, str):
+                raise ValueError("its model's name is none")
+            return cls(fps, times, settings, identity, model, str(extra.get("video", "")), sound)
+
+    def sound_of(self, video: str, store: AttentionStore) -> Sound | SoundTrack | None:
+        """The store's own sound; that of the same frames of a video, where one is given beside the store."""
+        if not video:
+            return self.sound
+        named = {name: self.settings[name] for name in ("start", "end", "stride", "fps") if name in self.settings}
+        return find_frames(replace(EditConfig(video=video, count=store.frames), **named)).sound()
+
+
+def _fraction(pair: Sequence[int]) -> Fraction:
+    numerator, denominator = pair
+    if not isinstance(numerator, int) or not isinstance(denominator, int) or denominator < 1 or numerator < 0:
+        raise ValueError(f"{pair} is no time")
+    return Fraction(numerator, denominator)
+
+
+def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> EditConfig:
+    """A configuration that says what the store was made with; StoreError where it says otherwise."""
+    default = EditConfig()
+    made: dict[str, tuple[Any, ...]] = {
+        "steps": (store.steps,),
+        "memory": (store.memory, "auto"),
+        "clip_norm": (store.clip_norm,),
+        "key_frames": (store.key_frames.entries,),
+        "source": (store.prompt or config.source,),
+        **{name: (origin.settings.get(name),) for name in (*_OF_THE_CLIP, *_OF_THE_STORE)},
+    }
+    made["count"] += (store.frames,)
+    for name, told in made.items():
+        asked = getattr(config, name)
+        if asked not in (getattr(default, name), *told):
+            raise StoreError(f"the store was made with {name} {told[0]!r}, not {asked!r}")
+    for name in ("place", "budget_gb"):
+        if getattr(config, name) != getattr(default, name):
+            raise StoreError(f"{name} has no effect on a store that is made: it is in its file")
+    model = config.model if config.model != default.model else _model_of(origin)
+    return replace(
+        config, steps=store.steps, memory=store.memory, clip_norm=store.clip_norm, model=model,
+        key_frames=store.key_frames.entries, key_frames_least_channels=store.key_frames.least_channels,
+        source=store.prompt or config.source,
+    )  # fmt: skip
+
+
+def _model_of(origin: Origin) -> str:
+    """A store may name the bundled model or files that are here; what is fetched from a hub, its user names."""
+    name = origin.model or EditConfig().model
+    if name == EditConfig().model or Path(name).exists():
+        return name
+    raise StoreError(f"the store was made with the model {name!r}, which is not here: give it with --model")
+
+
+def _check_store(checkpoint: Checkpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
+    """StoreError for a store of another model, autoencoder or text encoder, or whose prompt is not its own."""
+    schedule = checkpoint.denoiser.schedule(store.steps)
+    for prompt in prompts:
+        check_store(store, checkpoint.denoiser, schedule, prompt)
+    if origin.vae is not None and not origin.vae.matches(checkpoint.vae_identity):
+        raise StoreError("the store's latents are of another autoencoder than this model's: invert again")
+    if store.prompt is None:
+        return
+    height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+    blocks = store.source.text_tokens // checkpoint.encode_prompt("", width, height).text_tokens
+    encoded = checkpoint.encode_prompt(store.prompt, width, height, blocks).embeddings.float().cpu()
+    kept = store.source.embeddings.float().cpu()
+    if encoded.shape != kept.shape or not torch.linalg.norm(encoded - kept) <= 0.02 * torch.linalg.norm(kept):
+        raise StoreError(
+            f"the store's prompt {store.prompt!r} has other embeddings by this model's text encoder: invert again"
+        )

@@ -1,0 +1,373 @@
+"""A procedural world whose every edit has a known answer.
+
+A `Scene` is what a caption says; a `Motion` is what it leaves open (places, speeds,
+texture phases). `render(scene, motion, frames)` gives the frames, the mask of every
+object and the optical flow, exactly. Rendering another scene with the same motion gives
+the ground truth of an edit: only what the words changed is different.
+
+Objects are signed distance functions, so edges are antialiased in closed form and a
+pixel's colour never depends on the size of the batch it was drawn in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+from torch import Tensor
+
+from ..metrics.temporal import inside, warp
+
+SIZE = 64
+"""Height and width of a frame in pixels."""
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.10, 0.12),
+    "yellow": (0.96, 0.86, 0.10),
+    "green": (0.08, 0.66, 0.16),
+    "cyan": (0.10, 0.80, 0.86),
+    "blue": (0.12, 0.20, 0.85),
+    "purple": (0.58, 0.12, 0.72),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+TEXTURES = ("plain", "striped", "dotted")
+BACKGROUNDS: dict[str, tuple[float, float, float]] = {
+    "grass": (0.40, 0.50, 0.30),
+    "sand": (0.80, 0.72, 0.58),
+    "water": (0.34, 0.46, 0.58),
+    "bricks": (0.58, 0.40, 0.34),
+}
+STYLES: dict[str, str] = {
+    "photo": "",
+    "watercolor": "watercolor painting of ",
+    "comic": "comic drawing of ",
+}
+
+_GLUE = ("a", "and", "on", "of", "painting", "drawing", "watercolor", "comic")
+VOCABULARY: tuple[str, ...] = (*_GLUE, *COLOURS, *SHAPES, *TEXTURES[1:], *BACKGROUNDS)
+"""Every word a caption can hold."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: the words that describe it."""
+
+    colour: str
+    shape: str
+    texture: str = "plain"
+
+    def __str__(self) -> str:
+        texture = "" if self.texture == "plain" else f"{self.texture} "
+        return f"a {texture}{self.colour} {self.shape}"
+
+
+Place = tuple[int | None, str]
+"""A word of a scene: of which thing, None for what belongs to the whole picture, and of what kind."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says. Things are named from left to right."""
+
+    things: tuple[Thing, ...]
+    background: str
+    style: str = "photo"
+
+    @property
+    def caption(self) -> str:
+        things = " and ".join(map(str, self.things))
+        return f"{STYLES[self.style]}{things} on {self.background}"
+
+    @classmethod
+    def parse(cls, caption: str) -> Scene:
+        """The scene of a caption; ValueError for one outside the closed grammar."""
+        style, rest = "photo", caption.strip()
+        for name, prefix in STYLES.items():
+            if prefix and rest.startswith(prefix):
+                style, rest = name, rest[len(prefix) :]
+        head, _, background = rest.rpartition(" on ")
+        things = []
+        for phrase in head.split(" and "):
+            found = re.fullmatch(r"a (?:(\w+) )?(\w+) (\w+)", phrase)
+            texture, colour, shape = found.groups() if found else ("?", "?", "?")
+            if (texture or "plain") not in TEXTURES or colour not in COLOURS or shape not in SHAPES:
+                raise ValueError(f"not a caption of the demo world: {caption!r}")
+            things.append(Thing(colour, shape, texture or "plain"))
+        if background not in BACKGROUNDS or not 1 <= len(things) <= 2:
+            raise ValueError(f"not a caption of the demo world: {caption!r}")
+        return cls(tuple(things), background, style)
+
+    def with_thing(self, index: int = 0, **words: str) -> Scene:
+        """This scene with words of one thing replaced, e.g. `colour="blue"`."""
+        things = list(self.things)
+        things[index] = replace(things[index], **words)
+        return replace(self, things=tuple(things))
+
+    def changed_from(self, other: Scene) -> list[Place]:
+        """The words in which this scene differs from one with as many things."""
+        places: list[Place] = [
+            (i, word)
+            for i, (a, b) in enumerate(zip(other.things, self.things, strict=True))
+            for word in ("colour", "shape", "texture")
+            if getattr(a, word) != getattr(b, word)
+        ]
+        return places + [(None, w) for w in ("background", "style") if getattr(other, w) != getattr(self, w)]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the trainer never sees this caption: one in eight combinations of words.
+
+        Decided by the things alone, so that every edit of background or style of a
+        held-out thing is held out too.
+        """
+        numbers = [
+            list(COLOURS).index(t.colour) + 2 * SHAPES.index(t.shape) + 3 * TEXTURES.index(t.texture)
+            for t in self.things
+        ]
+        return any(n % 8 == 3 for n in numbers)
+
+
+@dataclass(frozen=True)
+class Track:
+    """The affine path of one thing: where it is at frame t, in pixels and radians."""
+
+    x: float
+    y: float
+    radius: float
+    vx: float = 0.0
+    vy: float = 0.0
+    growth: float = 0.0  # share of the radius gained each frame
+    angle: float = 0.0
+    spin: float = 0.0  # radians a frame
+
+    def centre(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x + self.vx * t, self.y + self.vy * t
+
+    def scale(self, t: Tensor) -> Tensor:
+        return self.radius * (1 + self.growth * t)
+
+    def rotation(self, t: Tensor) -> Tensor:
+        return self.angle + self.spin * t
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What the caption leaves open: tracks, the camera's pan (pixels a frame), a phase."""
+
+    tracks: tuple[Track, ...]
+    pan: tuple[float, float] = (0.0, 0.0)
+    phase: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A rendered scene.
+
+    frames: (frames, 3, SIZE, SIZE) in 0..1.
+    masks: (things, frames, SIZE, SIZE), coverage in 0..1 of what is visible.
+    flow: (frames - 1, 2, SIZE, SIZE), (dx, dy) in pixels from frame t to frame t + 1.
+    """
+
+    frames: Tensor
+    masks: Tensor
+    flow: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """Any object: (frames, SIZE, SIZE)."""
+        return self.masks.sum(0).clamp(max=1)
+
+
+# --- drawing chance -------------------------------------------------------------------
+
+
+def random_scene(random: Random, things: int | None = None) -> Scene:
+    """A scene with words drawn evenly; two things in one of four unless told."""
+    count = things or (2 if random.random() < 0.25 else 1)
+    return Scene(
+        tuple(
+            Thing(
+                random.choice(list(COLOURS)),
+                random.choice(SHAPES),
+                random.choice(TEXTURES if random.random() < 0.6 else ("plain",)),
+            )
+            for _ in range(count)
+        ),
+        random.choice(list(BACKGROUNDS)),
+        random.choice(list(STYLES) if random.random() < 0.6 else ["photo"]),
+    )
+
+
+def random_motion(random: Random, things: int = 1, frames: int = 8) -> Motion:
+    """Tracks that keep every thing whole inside the picture and apart for `frames` frames."""
+
+    def track(low: float, high: float, radius: float) -> Track:
+        x0, x1 = (random.uniform(low, high) for _ in range(2))
+        y0, y1 = (random.uniform(radius + 3, SIZE - radius - 3) for _ in range(2))
+        steps = max(frames - 1, 1)
+        reach = min(1.0, 2.0 * steps / max(math.hypot(x1 - x0, y1 - y0), 1e-6))
+        return Track(
+            x0,
+            y0,
+            radius,
+            vx=(x1 - x0) * reach / steps,
+            vy=(y1 - y0) * reach / steps,
+            growth=random.uniform(-0.06, 0.06) / steps,
+            angle=random.uniform(-0.15, 0.15),
+            spin=random.uniform(-0.2, 0.2) / steps,
+        )
+
+    if things == 1:
+        radius = random.uniform(14, 19)
+        tracks: tuple[Track, ...] = (track(radius + 4, SIZE - radius - 4, radius),)
+    else:
+        tracks = tuple(track(middle - 1.5, middle + 1.5, random.uniform(11.0, 13.0)) for middle in (15.5, 48.5))
+    angle, speed = random.uniform(0, 2 * math.pi), random.uniform(0, 1.2)
+    pan = (speed * math.cos(angle), speed * math.sin(angle))
+    return Motion(tracks, pan, random.uniform(0, 100))
+
+
+def scenes(seed: int, held_out: bool, things: int | None = None) -> Iterator[tuple[Scene, Motion]]:
+    """An endless, repeatable stream of scenes the trainer does (or does not) see."""
+    random = Random(seed)
+    while True:
+        scene = random_scene(random, things)
+        if scene.held_out == held_out:
+            yield scene, random_motion(random, len(scene.things))
+
+
+# --- signed distances, in units of the thing's radius ---------------------------------
+
+
+def _polygon(u: Tensor, v: Tensor, corners: list[tuple[float, float]]) -> Tensor:
+    """Exact signed distance to a polygon: nearest edge, sign by crossings."""
+    nearest = torch.full_like(u, math.inf)
+    inside = torch.zeros_like(u, dtype=torch.bool)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+        ex, ey = bx - ax, by - ay
+        along = (((u - ax) * ex + (v - ay) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+        nearest = torch.minimum(nearest, torch.hypot(u - ax - along * ex, v - ay - along * ey))
+        if ay != by:
+            crosses = (ay > v) != (by > v)
+            inside = inside ^ (crosses & (u < ax + (v - ay) * ex / ey))
+    return torch.where(inside, -nearest, nearest)
+
+
+def _corners(count: int, radii: tuple[float, ...], turn: float = -math.pi / 2) -> list[tuple[float, float]]:
+    """Corners of a regular or star polygon, the first at the top."""
+    return [
+        (
+            radii[i % len(radii)] * math.cos(turn + 2 * math.pi * i / count),
+            radii[i % len(radii)] * math.sin(turn + 2 * math.pi * i / count),
+        )
+        for i in range(count)
+    ]
+
+
+_POLYGONS = {
+    "square": _corners(4, (1.19,), -math.pi / 4),
+    "triangle": [(x, y + 0.22) for x, y in _corners(3, (1.28,))],
+    "star": _corners(10, (1.25, 0.52)),
+}
+
+
+def _distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
+    if shape == "circle":
+        return torch.hypot(u, v) - 1
+    return _polygon(u, v, _POLYGONS[shape])
+
+
+# --- paint ----------------------------------------------------------------------------
+
+
+def _rgb(colour: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(colour).view(3, 1, 1, 1)
+
+
+def _ground(name: str, x: Tensor, y: Tensor, phase: float) -> Tensor:
+    """Background colour at world coordinates (frames, H, W): (3, frames, H, W)."""
+    base = _rgb(BACKGROUNDS[name])
+    x, y = x + 13.7 * phase, y + 7.3 * phase
+    if name == "grass":
+        light = 0.10 * torch.sin(1.05 * x + 1.5 * torch.sin(0.30 * y)) * torch.sin(0.35 * y + 0.2 * x)
+    elif name == "sand":
+        light = 0.06 * torch.sin(0.55 * y + 1.2 * torch.sin(0.13 * x))
+    elif name == "water":
+        light = 0.11 * torch.sin(0.80 * y + 1.6 * torch.sin(0.22 * x))
+    else:
+        row = torch.floor(y / 8)
+        across, up = (x + 8 * (row % 2)) % 16, y % 8
+        edge = torch.minimum(torch.minimum(across, 16 - across), torch.minimum(up, 8 - up))
+        light = 0.16 * (1.5 - edge).clamp(0, 1)
+    return base + light
+
+
+def _cover(texture: str, colour: Tensor, px: Tensor, py: Tensor) -> Tensor:
+    """The thing's paint at its own pixel coordinates: (3, frames, H, W)."""
+    if texture == "striped":
+        pale = (0.5 + 2.0 * torch.sin(2 * math.pi * (px + py) / 11.0)).clamp(0, 1)
+    elif texture == "dotted":
+        dx, dy = (px + 4.5) % 9 - 4.5, (py + 4.5) % 9 - 4.5
+        pale = (2.9 - torch.hypot(dx, dy)).clamp(0, 1)
+    else:
+        pale = torch.zeros_like(px)
+    return colour + 0.75 * pale * (1 - colour)
+
+
+def _stylise(style: str, colour: Tensor, distance: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The picture's style over its painted colours; distance (pixels) is to the nearest edge."""
+    if style == "photo":
+        return colour * (1.06 - 0.16 * (x + y) / (2 * SIZE))
+    if style == "watercolor":
+        paper = _rgb((0.97, 0.95, 0.90))
+        grain = 0.04 * torch.sin(0.9 * x + 2 * torch.sin(0.31 * y)) * torch.sin(0.7 * y + torch.sin(0.4 * x))
+        rim = 0.22 * torch.exp(-((distance / 1.6) ** 2))
+        return 0.56 * colour + 0.44 * paper + grain - rim * (1 - colour)
+    ink = (1.9 - distance.abs()).clamp(0, 1)
+    return (0.5 + 1.35 * (colour - 0.45)).clamp(0, 1) * (1 - 0.92 * ink)
+
+
+def render(scene: Scene, motion: Motion, frames: int = 8) -> Clip:
+    """Draw a scene: frames, visible masks and exact forward flow (see `Clip`)."""
+    if len(scene.things) != len(motion.tracks):
+        raise ValueError(f"{len(scene.things)} things but {len(motion.tracks)} tracks")
+    t = torch.arange(frames, dtype=torch.float32).view(-1, 1, 1)
+    y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    x, y = x.expand(frames, -1, -1), y.expand(frames, -1, -1)
+
+    picture = _ground(scene.background, x - motion.pan[0] * t, y - motion.pan[1] * t, motion.phase)
+    edge = torch.full_like(x, 99.0)
+    masks: list[Tensor] = []
+    flow = torch.tensor(motion.pan).view(1, 2, 1, 1).expand(frames, 2, SIZE, SIZE).clone()
+    for thing, track in zip(scene.things, motion.tracks, strict=True):
+        cx, cy = track.centre(t)
+        scale, angle = track.scale(t), track.rotation(t)
+        dx, dy = x - cx, y - cy
+        u = (torch.cos(angle) * dx + torch.sin(angle) * dy) / scale
+        v = (-torch.sin(angle) * dx + torch.cos(angle) * dy) / scale
+        distance = _distance(thing.shape, u, v) * scale
+        coverage = (0.5 - distance).clamp(0, 1)
+        paint = _cover(thing.texture, _rgb(COLOURS[thing.colour]), u * track.radius, v * track.radius)
+        picture = picture * (1 - coverage) + paint * coverage
+        masks = [m * (1 - coverage) for m in masks] + [coverage]
+        edge = torch.where(distance.abs() < edge.abs(), distance, edge)
+
+        nx, ny = track.centre(t + 1)
+        grown, turned = track.scale(t + 1), track.rotation(t + 1)
+        moved_x = nx + grown * (torch.cos(turned) * u - torch.sin(turned) * v) - x
+        moved_y = ny + grown * (torch.sin(turned) * u + torch.cos(turned) * v) - y
+        flow = torch.where((coverage > 0.5)[:, None], torch.stack([moved_x, moved_y], 1), flow)
+
+    picture = _stylise(scene.style, picture, edge, x, y).clamp(0, 1)
+    covered = torch.stack(masks) if masks else x.new_zeros(0, *x.shape)
+    return Clip(picture.transpose(0, 1).contiguous(), covered, flow[:-1])
+
+
+def seen_pixels(clip: Clip) -> Tensor:
+    """Pixels of frame t that frame t + 1 still shows: the flow stays inside and on the same thing."""
+    moved = warp(clip.mask[1:, None], clip.flow)[:, 0]
+    return inside(clip.flow) & ((moved - clip.mask[:-1]).abs() < 0.25)

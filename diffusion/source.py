@@ -1,0 +1,163 @@
+"""The source's branch: read from a store, or computed again, as a step of an edit asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention.key_frames import Chunk
+from ..attention.masks import mask_sites, word_heat
+from ..attention.prompt import PromptEdit
+from ..store.backends import FileBackend, Records, read_ahead
+from ..store.budget import record_shapes
+from ..store.records import Recorder, SourceStep
+from ..store.store import AttentionStore, StoreError
+from .ddim import Schedule
+from .denoiser import Denoiser, chunks_of, frames_of, joined
+from .invert import Inversion
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What a step reads of the source: the attention of some layers, and the feature.
+
+    own_level: of the source's latents at the edit's own level of noise, as Plug-and-Play and TokenFlow take them; else
+    of the inversion's call at that timestep, whose latents are one level cleaner, as FateZero takes them.
+    """
+
+    layers: set[str] = field(default_factory=set)
+    feature: bool = False
+    own_level: bool = False
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.layers or self.feature)
+
+
+SourceOf = Callable[[int, Chunk], SourceStep]
+"""The source at a step, on a chunk of the clip."""
+
+
+@contextmanager
+def sources(
+    denoiser: Denoiser, store: AttentionStore, chunks: list[list[Chunk]], asks: list[Asks], in_order: bool = True
+) -> Iterator[SourceOf]:
+    """The source's attention at each step and chunk: from the store, read ahead if in order, or computed again."""
+
+    def kept(step: int) -> bool:
+        return bool(asks[step].layers) and store.keeps(step)
+
+    def job(step: int, chunk: Chunk) -> Callable[[], Records]:
+        return lambda: store.fetch(step, asks[step].layers, chunk, denoiser.device)
+
+    steps = range(store.steps) if in_order else ()
+    jobs = (job(step, chunk) for step in steps if kept(step) for chunk in chunks[step])
+    with read_ahead(denoiser.device, store.on_disk, jobs) as take:
+
+        def source_of(step: int, chunk: Chunk) -> SourceStep:
+            if kept(step):
+                return SourceStep(take() if in_order else job(step, chunk)(), store.key_frames, chunk, stored=True)
+            return compute_source(denoiser, store, step, asks[step], chunk).step
+
+        yield source_of
+
+
+def compute_source(
+    denoiser: Denoiser,
+    store: AttentionStore,
+    step: int,
+    asks: Asks,
+    chunk: Chunk,
+    prepare: Callable[[Recorder], None] | None = None,
+) -> Recorder:
+    """The source's branch at an edit step (0 the noisiest); without a UNet call where nothing is asked of it.
+
+    prepare: called with the control before the call, which is then made in any case.
+    """
+    recorder = Recorder(store.key_frames, chunk, asks.layers)
+    recorder.features = {} if asks.feature else None
+    if prepare is not None:
+        prepare(recorder)
+    elif asks.nothing:
+        return recorder
+    level = store.steps - step - (0 if asks.own_level else 1)
+    z = store.level(level).to(denoiser.device, non_blocking=True)
+    denoiser.predict_noise(frames_of(z, chunk), store.timesteps[step], store.source, recorder)
+    return recorder
+
+
+# --- a look at the source -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def source_heats(
+    denoiser: Denoiser,
+    inversion: Inversion,
+    tokens: Sequence[Sequence[int]],
+    step: int,
+    mask_tokens: int = 256,
+    chunk_frames: int | None = None,
+) -> list[Tensor]:
+    """Where the source attends to some sets of its tokens at an edit step: (frames, y, x) for each.
+
+    Taken from the layers that masks come from, which are read, or computed, once for all.
+    """
+    store = inversion.store
+    sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
+    z = store.level(store.steps - step - 1).to(denoiser.device)
+    chunks = chunks_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
+    layers = {site.name for site in sites}
+    parts: list[list[Tensor]] = [[] for _ in tokens]
+    every_step = [Asks(layers if other == step else set()) for other in range(store.steps)]
+    by_step = [chunks] * store.steps
+    with denoiser.hooked(store.clip_norm), sources(denoiser, store, by_step, every_step) as source_of:
+        for chunk in chunks:
+            source = source_of(step, chunk)
+            for own, chosen in zip(parts, tokens, strict=True):
+                own.append(word_heat(source.maps(sites, denoiser.dtype), chosen))
+    return [joined(chunks, own) for own in parts]
+
+
+def source_heat(
+    denoiser: Denoiser, inversion: Inversion, prompt: PromptEdit, step: int, mask_tokens: int = 256
+) -> Tensor:
+    """Where the source attends to the source's blend words at an edit step: (frames, y, x)."""
+    count = inversion.store.source.text_tokens
+    return source_heats(denoiser, inversion, [prompt.blend_tokens(count, count)[0]], step, mask_tokens)[0]
+
+
+def check_store(
+    store: AttentionStore, denoiser: Denoiser, schedule: Schedule, prompt: PromptEdit | None = None
+) -> None:
+    """Raise StoreError where a store does not belong to this model, schedule or prompt."""
+    if not store.model.matches(denoiser.identity()):
+        raise StoreError(
+            "the store was made by another model: invert again with this one "
+            f"(store: {store.model.layout}; model: {denoiser.identity().layout})"
+        )
+    same = len(store.alphas) == len(schedule.alphas) and torch.allclose(torch.tensor(store.alphas), schedule.alphas)
+    if store.timesteps != schedule.timesteps or not same:
+        raise StoreError(
+            f"the store was made on another schedule: its timesteps start {store.timesteps[:3]}, "
+            f"this scheduler's {schedule.timesteps[:3]}"
+        )
+    if isinstance(store.backend, FileBackend):
+        _check_backend(store, store.backend, denoiser)
+    if prompt is not None and store.prompt is not None and store.prompt != prompt.source:
+        raise StoreError(f"the store was made with the prompt {store.prompt!r}, not {prompt.source!r}")
+
+
+def _check_backend(store: AttentionStore, backend: FileBackend, denoiser: Denoiser) -> None:
+    """StoreError where a file's attention is not of the shape that this model's layers have."""
+    sites = {site.name: site for site in denoiser.sites(*store.levels.shape[-2:])}
+    for step in backend.steps:
+        for name, parts in backend.tensors(step).items():
+            found = {part: tensor.shape for part, tensor in parts.items() if not part.endswith("_scale")}
+            if name not in sites or found != record_shapes(
+                sites[name], store.frames, store.key_frames, store.source.text_tokens, as_map="map" in parts
+            ):
+                raise StoreError(f"the store's attention of {name} at step {step} does not fit this model")

@@ -1,0 +1,402 @@
+"""FateZero (Qi et al., ICCV 2023, arXiv 2303.09535): the source's attention, fused without ever building a map.
+
+The blend of self-attention (paper Eq. 7) has one mask value for each query row, so
+    (M A_edit + (1 - M) A_src) V = M attn(Q_edit, K_edit, V) + (1 - M) attn(Q_src, K_src, V)
+exactly, with V from the edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.key_frames import Chunk
+from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
+from ..attention.prompt import Alignment
+from ..diffusion.edit import Edit, EditContext, Injected
+from ..diffusion.prompt_mask import difference_levels, prompt_heat
+from ..diffusion.source import Asks
+from ..settings import check, described, setting, steps_of_share, whole_steps
+from ..store.records import SourceStep
+
+MaskFrom = Literal["attention", "prompts"]
+GROUP = "FateZero"
+Grid = tuple[int, int]
+"""Height and width of a grid of tokens."""
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """How much of the source's attention the edit takes.
+
+    Shares of steps count from the noisy end. Raises ValueError for a value outside its range.
+    """
+
+    cross_replace_steps: float = setting(
+        0.8,
+        "The share of steps in which words that both prompts share take the source's cross-attention.",
+        least=0, most=1, symbol="1 - t_c/T", step=0.01, group=GROUP,
+    )  # fmt: skip
+    self_replace_steps: float = setting(
+        0.8,
+        "The share of steps in which self-attention, the layout, comes from the source.",
+        least=0, most=1, symbol="1 - t_s/T", step=0.01, group=GROUP,
+    )  # fmt: skip
+    blend_self_attention: bool = setting(
+        False, "Inside the blend mask the edit keeps its own self-attention: shapes may change.", group=GROUP
+    )
+    blend_latents: bool = setting(
+        False, "Outside the mask, put the inversion's latents back: a background kept exactly.", group=GROUP
+    )
+    blend_threshold: float = setting(
+        0.3,
+        "How much of a frame's strongest attention counts as the object; from 1 on the mask of attention is empty.",
+        least=0, symbol="tau", step=0.01, group=GROUP,
+    )  # fmt: skip
+    max_tokens: int | None = setting(
+        None,
+        "Record and fuse attention layers of up to this many tokens a frame; the authors' code takes 1024.",
+        least=1, shown="all", group="The store",
+    )  # fmt: skip
+    mask_tokens: int = setting(
+        256, "The mask of attention comes from the finest grid of at most this many tokens.", least=1, group=GROUP
+    )
+    mask_from: MaskFrom = setting(
+        "attention",
+        "attention is the paper's mask of the source's cross-attention to the blend words, anew in each step; prompts "
+        "a soft mask of where both prompts' predictions differ and their blend words are looked at, the same in all.",
+        group=GROUP,
+    )
+    blend_latents_until: float = setting(
+        0.8,
+        "The share of steps up to which blend_latents keeps the background, from a fifth of them on. The authors' "
+        "code stops at 0.8; 1 keeps most.",
+        least=0, most=1, step=0.01, group=GROUP,
+    )  # fmt: skip
+    separate_words: float = setting(
+        0.0,
+        "Inside the mask of both prompts, how little to look at words that belong to a neighbour or to the ground, so "
+        "that things do not mix: this share of the attention to them goes to the other words.",
+        least=0, most=1, step=0.01, group=GROUP,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.separate_words and not self.masks_by_prompts:
+            raise ValueError(
+                'separate_words needs a mask of both prompts: mask_from="prompts", with blend_self_attention or '
+                "blend_latents"
+            )
+
+    def cross_steps(self, steps: int) -> int:
+        """How many steps fuse cross-attention."""
+        return steps_of_share(self.cross_replace_steps, steps)
+
+    def self_steps(self, steps: int) -> int:
+        """How many steps fuse self-attention."""
+        return whole_steps(self.self_replace_steps, steps)
+
+    def latent_steps(self, steps: int) -> range:
+        """The steps after which latents are blended."""
+        if not self.blend_latents:
+            return range(0)
+        until = self.blend_latents_until
+        return range(whole_steps(0.2, steps), steps if until == 1 else whole_steps(until, steps) - 1)
+
+    @property
+    def blends(self) -> bool:
+        return self.blend_self_attention or self.blend_latents
+
+    @property
+    def masks_by_step(self) -> bool:
+        """Whether it takes the paper's mask, anew in each step."""
+        return self.blends and self.mask_from == "attention"
+
+    @property
+    def masks_by_prompts(self) -> bool:
+        """Whether it takes the mask of both prompts."""
+        return self.blends and self.mask_from == "prompts"
+
+    def fuses(self, site: AttentionSite) -> bool:
+        return self.max_tokens is None or site.tokens <= self.max_tokens
+
+    # --- as the sampling loop asks ------------------------------------------------------
+
+    def reads_source(self, step: int, steps: int) -> bool:
+        plan = StepPlan.of(self, step, steps)
+        return plan.fuse_cross or plan.fuse_self or plan.mask
+
+    def preparing_calls(self, steps: int, mask: GivenMask | None) -> int:
+        """UNet calls for the mask of both prompts."""
+        own_mask = self.masks_by_prompts and not (mask is not None and mask.replaces)
+        return 2 * len(difference_levels(steps)) if own_mask else 0
+
+    def summary(self, steps: int) -> str:
+        return (
+            f"fused cross-attention in {self.cross_steps(steps)} and self-attention in {self.self_steps(steps)} of "
+            f"{steps} steps"
+        )
+
+    def injected(self, asked: Edit, context: EditContext) -> Injected:
+        """Raises ValueError for a prompt pair, blend words or mask that do not fit."""
+        return Injected(asked, context) if asked.prompt is None and not self.blends else Fusion(self, asked, context)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step of the edit fuses, and whether it needs a mask of the source's attention."""
+
+    fuse_cross: bool
+    fuse_self: bool
+    blend_latents: bool
+    mask: bool
+
+    @classmethod
+    def of(cls, fusion: FusionSettings, step: int, steps: int) -> StepPlan:
+        """The plan of step `step` of `steps`, 0 being the noisiest."""
+        fuse_self = step < fusion.self_steps(steps)
+        blend_latents = step in fusion.latent_steps(steps)
+        mask = blend_latents or (fuse_self and fusion.blend_self_attention)
+        return cls(step < fusion.cross_steps(steps), fuse_self, blend_latents, mask and fusion.masks_by_step)
+
+    def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
+        """Names of the layers whose source attention this step reads."""
+        fused = {"cross": self.fuse_cross, "self": self.fuse_self}
+        names = {site.name for site in sites if fusion.fuses(site) and fused[site.kind]}
+        return names | {site.name for site in mask_sites} if self.mask else names
+
+
+_MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
+PRESETS: dict[str, dict[str, Any]] = {
+    "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
+    "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
+    "shape": {
+        "cross_replace_steps": 0.5,
+        "self_replace_steps": 0.5,
+        "blend_self_attention": True,
+        "blend_threshold": 0.3,
+    },
+    "style+": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
+    "attribute+": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.9,
+        "self_replace_steps": 0.8,
+        "blend_threshold": 0.2,
+        **_MASKED,
+    },
+    "shape+": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.4,
+        "self_replace_steps": 0.3,
+        "blend_self_attention": True,
+        "blend_threshold": 0.15,
+        **_MASKED,
+    },
+}
+"""style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
+style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
+(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, fewer looks
+inside of it at words of elsewhere, and other shares of steps."""
+
+
+def preset_fusion(preset: str) -> FusionSettings:
+    """A preset's fusion alone, without its guidance."""
+    own = {one.name for one in described(FusionSettings)}
+    return FusionSettings(**{name: value for name, value in PRESETS[preset].items() if name in own})
+
+
+class Fusion(Injected):
+    """FateZero's fusion in one edit, its inputs checked."""
+
+    own_level = False
+    extends = False
+
+    def __init__(self, settings: FusionSettings, asked: Edit, context: EditContext) -> None:
+        super().__init__(asked, context, takes_mask=True)
+        self.settings = settings
+        prompt, given = asked.prompt, asked.mask
+        if prompt is None:
+            raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
+        source, target = context.store.source, context.target
+        self.alignment: Alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
+        self.given = given
+        self.given_at: dict[Grid, Tensor] = {}
+        """The given mask on each grid."""
+        self.of_prompts: dict[Grid, Tensor] = {}
+        """The mask of the prompts' difference on each grid, where the edit takes one."""
+        self.foreign: Tensor | None = None
+        """Where each target token belongs to something else, (frames, tokens, y, x), with `separate_words`."""
+        self.mask_sites: list[AttentionSite] = []
+        self.blend_tokens: tuple[list[int], list[int]] = ([], [])
+        if given is not None:
+            if not settings.blends:
+                raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
+            self.given_at = self._on_grids(given)
+        if settings.blends and not (given is not None and given.replaces):
+            if settings.masks_by_step or prompt.blend_words is not None:
+                self.blend_tokens = prompt.blend_tokens(source.text_tokens, target.text_tokens)
+            if settings.masks_by_step:
+                if not self.blend_tokens[0]:
+                    raise ValueError("a mask of attention needs blend_words of the source prompt")
+                if settings.blend_latents and not self.blend_tokens[1]:
+                    raise ValueError("blend_latents needs blend_words of the target prompt too")
+                self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
+
+    def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """Make the mask of the two prompts, where the edit takes one."""
+        replaced = self.given is not None and self.given.replaces
+        if replaced or not self.settings.masks_by_prompts:
+            return
+        context, words = self.context, self.blend_tokens
+        sites = mask_sites(context.sites, self.settings.mask_tokens) if any(words) else []
+        heat = prompt_heat(context.denoiser, context.store, context.target, words, sites, chunks)
+        if self.settings.separate_words and heat.tokens is not None:
+            of_source = foreign_tokens(heat.tokens, words[0])
+            self.foreign = torch.einsum("fsyx,sc->fcyx", of_source, self.alignment.matrix.to(of_source))
+            self.foreign[:, words[1]] = 0
+        self.of_prompts = self._on_grids(GivenMask(soft_mask(heat.edit, self.settings.blend_threshold)))
+
+    def _on_grids(self, mask: GivenMask) -> dict[Grid, Tensor]:
+        """A mask on the latents' grid and those of the attention layers."""
+        store, sites = self.context.store, self.context.sites
+        height, width = store.levels.shape[-2:]
+        grids = {(height, width)} | {(site.height, site.width) for site in sites}
+        return {grid: mask.at(grid, store.frames).to(self.context.latents_like) for grid in grids}
+
+    def plan(self, step: int) -> StepPlan:
+        return StepPlan.of(self.settings, step, self.context.steps)
+
+    def asks(self, step: int) -> Asks:
+        layers = self.plan(step).layers(self.settings, self.context.sites, self.mask_sites)
+        return Asks(layers, own_level=self.own_level)
+
+    def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
+        """Of the target's branch, and of the negative's, which is left alone."""
+        return self._control(source, self.plan(step)), Control(source.key_frames, source.chunk)
+
+    def _control(self, source: SourceStep, plan: StepPlan) -> Control:
+        fuses = plan.fuse_cross or plan.fuse_self or plan.blend_latents or self.foreign is not None
+        if not fuses:
+            return Control(source.key_frames, source.chunk)
+        masks = None
+        if plan.fuse_self and self.settings.blend_self_attention:
+            sites = self.context.sites
+            grids = {(s.height, s.width) for s in sites if s.kind == "self" and self.settings.fuses(s)}
+            masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [], source.chunk)
+        keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
+        return Fuser(source, self.alignment, self.settings, plan, masks, self.shares(source.chunk), keep)
+
+    def shares(self, chunk: Chunk) -> dict[Grid, Tensor] | None:
+        """What each place of a chunk keeps of its attention to each target token, less inside the mask to foreign
+        ones: (frames of the chunk, tokens, y, x) on each grid.
+        """
+        if self.foreign is None:
+            return None
+        foreign = self.foreign[list(chunk.frame_indices)]
+        grids = {(site.height, site.width) for site in self.context.sites if site.kind == "cross"}
+        masks = self.masks(grids, [], chunk)
+        scaled = {grid: F.interpolate(foreign, size=grid, mode="bilinear", align_corners=False) for grid in grids}
+        less = self.settings.separate_words
+        return {grid: 1 - less * masks[grid][:, None] * scaled[grid] for grid in grids}
+
+    def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
+        """Where source or target show a blend word: (frames of the chunk, 1, h, w)."""
+        if not (self.plan(step).blend_latents and isinstance(control, Fuser)):
+            return None
+        heats = []
+        if self.mask_sites:
+            maps = [(site, control.maps[site.name]) for site in self.mask_sites]
+            heats = [self.source_heat(source), word_heat(maps, self.blend_tokens[1])]
+        height, width = self.context.store.levels.shape[-2:]
+        return self.masks({(height, width)}, heats, source.chunk)[height, width][:, None]
+
+    def blends_latents(self, step: int) -> bool:
+        return self.plan(step).blend_latents
+
+    def source_heat(self, source: SourceStep) -> Tensor:
+        return word_heat(source.maps(self.mask_sites, self.context.denoiser.dtype), self.blend_tokens[0])
+
+    def masks(self, grids: set[Grid], heats: list[Tensor], chunk: Chunk) -> dict[Grid, Tensor]:
+        """The blend mask of a chunk on some grids: the union of the masks found, with the mask given."""
+        frames, found = list(chunk.frame_indices), {}
+        for grid in grids:
+            masks = [threshold_mask(heat, grid, self.settings.blend_threshold) for heat in heats]
+            masks += [self.of_prompts[grid][frames]] if self.of_prompts else []
+            if self.given is not None:
+                given = self.given_at[grid][frames]
+                masks = [self.given.joined(given, torch.stack(masks).amax(0)) if masks else given]
+            found[grid] = torch.stack(masks).amax(0)
+        return found
+
+
+class Fuser(Control):
+    """The conditional branch of the edit at one step, fused with the source's.
+
+    masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where
+    the edit keeps its own self-attention; None for none. shares: grid -> what each place keeps of its
+    attention to each target token, (f, c, height, width) in 0..1; None for all of it. keep: names of the
+    layers whose own cross maps are kept in `maps`.
+    """
+
+    def __init__(
+        self,
+        source: SourceStep,
+        alignment: Alignment,
+        fusion: FusionSettings,
+        plan: StepPlan,
+        masks: dict[tuple[int, int], Tensor] | None = None,
+        shares: dict[tuple[int, int], Tensor] | None = None,
+        keep: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(source.key_frames, source.chunk)
+        self.source = source
+        self.alignment = alignment
+        self.fusion = fusion
+        self.plan = plan
+        self.masks = masks
+        self.shares = shares
+        self.keep = keep
+        self.maps: dict[str, Tensor] = {}
+        """A host's guidance may evaluate the branch again; the first time counts."""
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if not (self.plan.fuse_self and self.fusion.fuses(site)):
+            return super().self_attention(q, k, v, site)
+        of_key_frames = self.of_key_frames(v, site)
+        source = self.source.apply_self(site, of_key_frames, self.attend, self.extended)
+        if self.masks is None:
+            return source
+        mask = rearrange(self.masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(q)
+        return mask * self.attend(q, self.of_key_frames(k, site), of_key_frames) + (1 - mask) * source
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        fuses, keeps = self.plan.fuse_cross and self.fusion.fuses(site), site.name in self.keep
+        if not (fuses or keeps or self.shares):
+            return super().cross_attention(q, k, v, site)
+        attend = self.attend
+        if keeps or self.shares:
+            own = attention_map(q, k)
+            attend = lambda q, k, v: own @ v  # noqa: E731
+        if keeps:
+            self.maps.setdefault(site.name, own)
+        if self.shares:
+            fused = self.alignment.fused(self.source.cross_map(site, q.dtype), own) if fuses else own
+            return _shared(fused, self.shares[site.height, site.width]) @ v
+        if not fuses:
+            return attend(q, k, v)
+        of_source, of_own = self.alignment.values(v)
+        return self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
+
+
+def _shared(map: Tensor, shares: Tensor) -> Tensor:
+    """A map (f h t c) without what places do not keep of it (shares of `Fuser`); what they do has the same sum."""
+    kept = map * rearrange(shares, "f c y x -> f 1 (y x) c").to(map)
+    tiny = torch.finfo(map.dtype).tiny
+    return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))

@@ -1,0 +1,118 @@
+"""A setting, written once: command options, YAML keys, node widgets, tooltips and tables are made of its field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from math import inf, isfinite
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a dataclass field is to the one who sets it.
+
+    help: one or two sentences. least, most: the range, both included. unit: of the number. symbol: what the paper
+    calls it. shown: how help tells a default that is None. step: of a widget. group: the heading in the command's help.
+    """
+
+    help: str
+    least: float = -inf
+    most: float = inf
+    unit: str = ""
+    symbol: str = ""
+    shown: str = ""
+    step: float | None = None
+    group: str = ""
+
+    @property
+    def text(self) -> str:
+        """Help with unit and symbol."""
+        more = [f"in {self.unit}" if self.unit else "", f"the paper's {self.symbol}" if self.symbol else ""]
+        told = "; ".join(part for part in more if part)
+        return f"{self.help} ({told})" if told else self.help
+
+
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field that is a `Setting`; a callable default makes a new one each time."""
+    made: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
+    return field(**made, metadata={"setting": Setting(help, **more)})
+
+
+@dataclass(frozen=True)
+class Described:
+    """A setting with its name, type and default."""
+
+    name: str
+    kind: Any
+    default: Any
+    about: Setting
+
+    @property
+    def optional(self) -> bool:
+        return NoneType in get_args(self.kind)
+
+    @property
+    def plain(self) -> Any:
+        """The type without None."""
+        left = [kind for kind in get_args(self.kind) if kind is not NoneType]
+        return left[0] if is_union(self.kind) and len(left) == 1 else self.kind
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words it may be; none for other types."""
+        return get_args(self.plain) if get_origin(self.plain) is Literal else ()
+
+
+def is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def described(settings: type) -> Iterator[Described]:
+    """The settings of a dataclass, in order."""
+    kinds = get_type_hints(settings)
+    for one in fields(settings):
+        if "setting" in one.metadata:
+            yield Described(one.name, kinds[one.name], _default(one), one.metadata["setting"])
+
+
+def described_one(settings: type, name: str) -> Described:
+    """One of them by its name."""
+    return next(one for one in described(settings) if one.name == name)
+
+
+def _default(one: Field[Any]) -> Any:
+    made: Any = one.default_factory
+    return made() if one.default is MISSING else one.default
+
+
+def check(settings: Any) -> None:
+    """Raise ValueError, naming it, for a setting of a dataclass that is out of its range or none of its words."""
+    for one in described(type(settings)):
+        value, about = getattr(settings, one.name), one.about
+        if one.choices and value not in one.choices:
+            raise ValueError(f"{one.name} is {value!r}; it must be one of {', '.join(one.choices)}")
+        if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
+            raise ValueError(f"{one.name} is {value}; it must be {range_in_words(about)}")
+
+
+def _fits(value: Any, one: Described) -> bool:
+    return isinstance(value, (int, float)) and isfinite(value) and one.about.least <= value <= one.about.most
+
+
+def range_in_words(about: Setting) -> str:
+    """The range a number must be in."""
+    if isfinite(about.least) and isfinite(about.most):
+        return f"between {about.least:g} and {about.most:g}"
+    return f"a number of at least {about.least:g}" if isfinite(about.least) else "a finite number"
+
+
+def steps_of_share(share: float, steps: int) -> int:
+    """int(share * (steps + 1)) steps, as Prompt-to-Prompt counts cross-attention's; at most all."""
+    return min(steps, int(share * (steps + 1) + 1e-9))
+
+
+def whole_steps(share: float, steps: int) -> int:
+    """int(share * steps) steps."""
+    return int(share * steps + 1e-9)

@@ -1,0 +1,1 @@
+"""The attention store: records, memories, budget, disk."""

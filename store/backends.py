@@ -1,0 +1,256 @@
+"""Where a store's records stand, and how they come and go beside the UNet's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..attention.key_frames import Chunk, KeyFrames
+from ..files.safetensors import FileTensor, SafetensorsReader
+from .records import Record, pick, record_from
+
+T = TypeVar("T")
+Records = dict[str, Record]
+"""A step's records by the name of their layer."""
+
+
+Stored = Tensor | FileTensor
+"""A tensor in memory, or one of a file that is read when it is asked for."""
+
+
+class Backend(Protocol):
+    """Keeps the records of a store's steps."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+
+    def tensors(self, step: int) -> Mapping[str, Mapping[str, Stored]]:
+        """A step's tensors, by layer and part."""
+
+
+class MemoryBackend:
+    """Records in memory: on the device that made them, or in RAM, pinned beside a CUDA device."""
+
+    def __init__(self, device: torch.device, pinned: bool = False) -> None:
+        self.device = device
+        self.pinned = pinned
+        self._steps: dict[int, Records] = {}
+
+    def put(self, step: int, records: Records) -> None:
+        """Keep a step's records."""
+        self._steps[step] = {
+            name: record_from({part: self._kept(t) for part, t in record.tensors.items()})
+            for name, record in records.items()
+        }
+
+    def _kept(self, x: Tensor) -> Tensor:
+        if not self.pinned:
+            # A copy of its own where it is a view, or it would hold a larger tensor alive.
+            whole = x.untyped_storage().nbytes() == x.nbytes
+            return x.to(self.device) if whole or x.device != self.device else x.clone()
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
+        return {name: record.tensors for name, record in self._steps[step].items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for step in self._steps.values() for r in step.values() for t in r.tensors.values())
+
+
+class FileBackend:
+    """Records in a file, read and checked where they are asked for."""
+
+    def __init__(self, file: SafetensorsReader) -> None:
+        self.nbytes = 0
+        self._steps: dict[int, dict[str, dict[str, FileTensor]]] = {}
+        for name, tensor in file.tensors.items():
+            if name.startswith("step."):
+                layer, _, part = name[10:].rpartition(".")
+                self._steps.setdefault(int(name[5:9]), {}).setdefault(layer, {})[part] = tensor
+                self.nbytes += tensor.nbytes
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._steps)
+
+    def tensors(self, step: int) -> Mapping[str, Mapping[str, FileTensor]]:
+        return self._steps[step]
+
+
+class FileLevels:
+    """The latents of every level, clean to noisy, in a file; as a tensor (levels, frames, 4, h, w) would, it gives
+    one level for one index.
+    """
+
+    def __init__(self, levels: Sequence[FileTensor]) -> None:
+        self._levels = levels
+        self.shape = torch.Size((len(levels), *levels[0].shape))
+        self.dtype = levels[0].dtype
+        self.nbytes = sum(level.nbytes for level in levels)
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __getitem__(self, level: int) -> Tensor:
+        return self._levels[level].read()
+
+
+Levels = Tensor | FileLevels
+
+
+def tensor_name(step: int, name: str) -> str:
+    """How a step's tensor is called in a file."""
+    return f"step.{step:04d}.{name}"
+
+
+def level_name(level: int) -> str:
+    """How a level's latents are called in a file."""
+    return f"latents.{level:04d}"
+
+
+def read(x: Stored) -> Tensor:
+    """A tensor, from its file where it is in one."""
+    return x.read() if isinstance(x, FileTensor) else x
+
+
+def fetch(
+    backend: Backend, step: int, layers: set[str], key_frames: KeyFrames, chunk: Chunk, device: torch.device
+) -> Records:
+    """A step's records of some layers and the frames of a chunk, on a device.
+
+    Layers that were not kept are left out.
+    """
+    records = {}
+    for name, parts in backend.tensors(step).items():
+        if name in layers:
+            rows = {} if chunk.is_whole else _rows_of_chunk(parts, name.endswith("cross"), key_frames, chunk)
+            records[name] = record_from({part: _brought(t, rows.get(part), device) for part, t in parts.items()})
+    return records
+
+
+def _rows_of_chunk(
+    parts: Mapping[str, Stored], cross: bool, key_frames: KeyFrames, chunk: Chunk
+) -> dict[str, Sequence[int]]:
+    """Where a chunk's frames are among a record's rows, and the keys they attend to."""
+    rows: dict[str, Sequence[int]] = {"map": chunk.frame_indices, "q": chunk.frame_indices}
+    if not cross and "k" in parts:
+        keys = key_frames.at(parts["k"].shape[1] * parts["k"].shape[3])
+        kept = keys.used(range(chunk.clip), chunk.clip)
+        rows["k"] = [kept.index(f) for f in keys.used(chunk.frame_indices, chunk.clip)]
+    return rows
+
+
+def _brought(x: Stored, rows: Sequence[int] | None, device: torch.device) -> Tensor:
+    """Rows on a device."""
+    if isinstance(x, FileTensor):
+        x = x.read(rows)
+    elif rows is not None:
+        x = pick(x, rows)
+    if device.type == "cuda" and not x.is_pinned() and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+# --- beside the UNet ----------------------------------------------------------------------
+
+
+class Background:
+    """One chunk of work at a time in a thread, on a CUDA device in a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """Do this after what is queued on the caller's stream; done when it has left the device's queue."""
+        inference = torch.is_inference_mode_enabled()
+        if self._stream is None:
+            return self._pool.submit(self._in_mode, work, inference)
+        stream = self._stream
+        ready = torch.cuda.current_stream(stream.device).record_event()
+
+        def on_stream() -> T:
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                done = work()
+            stream.synchronize()
+            return done
+
+        return self._pool.submit(self._in_mode, on_stream, inference)
+
+    @staticmethod
+    def _in_mode(work: Callable[[], T], inference: bool) -> T:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work()
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def written_behind(device: torch.device, on_disk: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Do chunks of work while the caller goes on: one at a time, its errors told at the next.
+
+    From a CPU's work to its own memory there is nothing to wait for, and each is done at once.
+    """
+    if device.type == "cpu" and not on_disk:
+        yield lambda work: work()
+        return
+    background = Background(device)
+    pending: list[Future[None]] = []
+
+    def start(work: Callable[[], None]) -> None:
+        if pending:
+            pending.pop().result()
+        pending.append(background.start(work))
+
+    try:
+        yield start
+        if pending:
+            pending.pop().result()
+    finally:
+        background.close()
+
+
+@contextmanager
+def read_ahead(
+    device: torch.device, on_disk: bool, jobs: Iterable[Callable[[], Records]]
+) -> Iterator[Callable[[], Records]]:
+    """The results of some jobs in order, each fetched while the one before it is in use.
+
+    Where a CPU reads its own memory there is nothing to wait for, and each is done as it is asked for.
+    """
+    waiting = iter(jobs)
+    if device.type == "cpu" and not on_disk:
+        yield lambda: next(waiting)()
+        return
+    background = Background(device)
+    pending: list[Future[Records]] = []
+
+    def begin() -> None:
+        job = next(waiting, None)
+        if job is not None:
+            pending.append(background.start(job))
+
+    def take() -> Records:
+        records = pending.pop().result()
+        if device.type == "cuda":
+            for record in records.values():
+                for tensor in record.tensors.values():
+                    tensor.record_stream(torch.cuda.current_stream(device))
+        begin()
+        return records
+
+    begin()
+    try:
+        yield take
+    finally:
+        background.close()

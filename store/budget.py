@@ -1,0 +1,255 @@
+"""What a store takes and where it goes, decided before anything is run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from ..attention.control import AttentionSite
+from ..attention.key_frames import KeyFrames
+from ..files.safetensors import Layout, format_bytes, layout_bytes
+from ..files.whole import disk_folder, existing, is_in_memory
+from ..settings import check, setting, steps_of_share
+from .records import FLOAT8, MEMORIES, Memory, kept_as_map, map_precision
+
+Place = Literal["device", "ram", "disk"]
+PLACES: tuple[Place, ...] = get_args(Place)
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FLOAT8}
+GROUP = "The store"
+USABLE = 0.8
+"""The share of free memory that a store may take; the model's work needs the rest."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What of the source's attention an inversion keeps, and where.
+
+    path: a safetensors file to write and keep. folder: where else a store on disk goes, to be removed with it;
+    None for the system's temporary folder.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    memory: Literal["auto", Memory] = setting(
+        "recompute",
+        "What is kept: recompute keeps latents alone and runs the source beside the edit; queries_keys is faster and "
+        "bigger; maps keeps the paper's maps, for study; auto takes the fastest that fits. The edit is the same.",
+        group=GROUP,
+    )
+    place: Literal["auto", Place] = setting(
+        "auto",
+        "Where the store is; auto takes the fastest place that has room. RAM is pinned beside a GPU.",
+        group=GROUP,
+    )
+    budget_gb: float | None = setting(
+        None,
+        "The most the store may take, wherever it is, latents included.",
+        least=0,
+        unit="gigabytes (1e9 bytes)",
+        shown="what is free",
+        step=0.1,
+        group=GROUP,
+    )
+    precision: Literal["model", "float16", "bfloat16", "float8"] = setting(
+        "model",
+        "Of kept queries and keys; model keeps what the model computes. float8 (e4m3, a scale for each head) halves "
+        "the store again and errs visibly little.",
+        group=GROUP,
+    )
+    keep_steps: float = setting(
+        1.0,
+        "The share of steps, from the noisy end, whose attention is kept: 0.8 serves the paper's settings. Others are "
+        "computed again where an edit asks for them.",
+        least=0,
+        most=1,
+        group=GROUP,
+    )
+    max_tokens: int | None = setting(
+        None,
+        "Record and fuse attention layers of up to this many tokens a frame; the authors' code takes 1024.",
+        least=1,
+        shown="all",
+        group=GROUP,
+    )
+    path: Path | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.memory == "maps" and self.precision != "model":
+            raise ValueError("maps are kept in the model's own precision: set precision to model")
+
+    @classmethod
+    def of(cls, value: str | StoreSettings) -> StoreSettings:
+        """From what a user writes: the settings, or a memory's name alone."""
+        return value if isinstance(value, StoreSettings) else cls(value)  # type: ignore[arg-type]
+
+    def kept_steps(self, steps: int) -> int:
+        """How many steps' attention is kept: as many as a fusion of this share reads."""
+        return steps_of_share(self.keep_steps, steps)
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that queries and keys of one are kept in."""
+        return PRECISIONS.get(self.precision, dtype)
+
+    def keeps(self, site: AttentionSite) -> bool:
+        """Whether a layer's attention is kept."""
+        return self.max_tokens is None or site.tokens <= self.max_tokens
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the size of a store depends on.
+
+    latents_shape: (frames, 4, h, w). latent_size: bytes of a latent's number. dtype: what the
+    model computes in. text_tokens, text_bytes: of the source prompt.
+    """
+
+    sites: Sequence[AttentionSite]
+    latents_shape: tuple[int, ...]
+    latent_size: int
+    steps: int
+    key_frames: KeyFrames
+    dtype: torch.dtype
+    text_tokens: int
+    text_bytes: int
+
+    def layout(self, memory: Memory, settings: StoreSettings) -> Layout:
+        """The tensors of one step's attention."""
+        if memory == "recompute":
+            return {}
+        stored = settings.stored(self.dtype)
+        found: Layout = {}
+        for site in self.sites:
+            if settings.keeps(site):
+                found |= {f"{site.name}.{part}": t for part, t in self._record(memory, site, stored).items()}
+        return found
+
+    def _record(self, memory: Memory, site: AttentionSite, stored: torch.dtype) -> Layout:
+        keys_of = self.key_frames.at(site.channels)
+        key_tokens = self.text_tokens if site.kind == "cross" else len(keys_of.entries) * site.tokens
+        as_map = kept_as_map(memory, site, key_tokens, stored)
+        shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.text_tokens, as_map)
+        parts: Layout = {part: (map_precision(stored) if as_map else stored, shape) for part, shape in shapes.items()}
+        if stored == FLOAT8 and not as_map:
+            parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
+        return parts
+
+    @property
+    def latents_bytes(self) -> int:
+        """Bytes of the latents of every level, which every store holds."""
+        return (self.steps + 1) * prod(self.latents_shape) * self.latent_size
+
+    def nbytes(self, memory: Memory, settings: StoreSettings) -> int:
+        """Bytes of the whole store: latents of every level, text, and the kept steps' attention."""
+        return (
+            self.latents_bytes
+            + self.text_bytes
+            + settings.kept_steps(self.steps) * layout_bytes(self.layout(memory, settings))
+        )
+
+
+def record_shapes(
+    site: AttentionSite, frames: int, key_frames: KeyFrames, text_tokens: int, as_map: bool
+) -> dict[str, tuple[int, ...]]:
+    """The parts of a layer's record of one step, without scales. text_tokens: of the source prompt."""
+    cross, keys_of = site.kind == "cross", key_frames.at(site.channels)
+    if as_map:
+        return {"map": (frames, site.heads, site.tokens, text_tokens if cross else len(keys_of.entries) * site.tokens)}
+    keys = (1, text_tokens) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
+    return {
+        "q": (frames, site.heads, site.tokens, site.head_dim),
+        "k": (keys[0], site.heads, keys[1], site.head_dim),
+    }
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What was chosen: the memory, its place, its bytes, and why. folder: of a store on disk."""
+
+    memory: Memory
+    place: Place
+    nbytes: int
+    why: str
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        where = f" in {self.folder}" if self.folder else ""
+        return f"{self.memory} {_IN[self.place]}{where}, {format_bytes(self.nbytes)}: {self.why}"
+
+
+_IN = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
+
+
+def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) -> StorePlan:
+    """Choose the fastest memory and place that fit the budget and what is free.
+
+    From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises
+    MemoryError, with the bytes of each memory, where nothing fits.
+    """
+    if settings.precision == "float8" and device.type == "mps":
+        raise ValueError("precision float8 is unknown to MPS devices; take float16")
+    memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
+    folder = _disk(settings)
+    refused = []
+    for memory in (m for m in MEMORIES[::-1] if m in memories):
+        needed = demand.nbytes(memory, settings)
+        if settings.budget_gb is not None and needed > settings.budget_gb * 1e9:
+            refused.append(f"{memory} takes {format_bytes(needed)} of budget_gb {settings.budget_gb:g}")
+            continue
+        for place in _places(settings, device):
+            if place == "disk" and folder is None:
+                refused.append(f"no disk for {memory}: the folders for temporary files are kept in memory")
+                continue
+            room = _free_bytes(place, folder, device)
+            if room is None or needed <= (room if place == "disk" else USABLE * room):
+                why = "; ".join(refused) or _chosen(settings, room)
+                return StorePlan(memory, place, needed, why, folder if place == "disk" else None)
+            refused.append(f"{memory} takes {format_bytes(needed)} of {format_bytes(room)} free {_IN[place]}")
+    sizes = ", ".join(f"{m} {format_bytes(demand.nbytes(m, settings))}" for m in MEMORIES)
+    raise MemoryError(f'memory "{settings.memory}" does not fit: {"; ".join(refused)}. Needed by each: {sizes}')
+
+
+def _chosen(settings: StoreSettings, room: int | None) -> str:
+    asked = "the fastest" if "auto" in (settings.memory, settings.place) and settings.path is None else "as asked"
+    return asked if room is None else f"{asked}, {format_bytes(room)} free"
+
+
+def _places(settings: StoreSettings, device: torch.device) -> tuple[Place, ...]:
+    """Where the store may go, fastest first; beside a CPU, its own memory is the RAM."""
+    if settings.path is not None:
+        return ("disk",)
+    places: tuple[Place, ...] = ("ram", "disk") if device.type == "cpu" else PLACES
+    return tuple(p for p in places if p == settings.place) or places[:1] if settings.place != "auto" else places
+
+
+def _disk(settings: StoreSettings) -> Path | None:
+    """The folder of a store on disk; None where a temporary one would be kept in memory after all."""
+    if settings.path is not None:
+        return settings.path.parent
+    folders = [folder for folder in (settings.folder, disk_folder()) if folder is not None]
+    return next((folder for folder in folders if not is_in_memory(folder)), None)
+
+
+def _free_bytes(place: Place, folder: Path | None, device: torch.device) -> int | None:
+    if place == "disk" and folder is not None:
+        return shutil.disk_usage(existing(folder)).free
+    return available_bytes(device if place == "device" else torch.device("cpu"))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free bytes of a device's memory; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,239 @@
+"""What the source branch did at one layer of one step, kept in one of two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.control import Attend, AttentionSite, Control, attention, attention_map
+from ..attention.key_frames import Chunk, KeyFrames
+
+Memory = Literal["recompute", "queries_keys", "maps"]
+MEMORIES: tuple[Memory, ...] = get_args(Memory)
+FLOAT8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class QueriesKeys:
+    """Queries (f h t d) and keys of the key frames (used h t d) of one layer.
+
+    Cross-attention keys are the text's, the same for every frame: (1 h s d). In float8, scales
+    (1 h 1 1) bring each head's largest value to the format's largest.
+    """
+
+    q: Tensor
+    k: Tensor
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {"q": self.q, "k": self.k, "q_scale": self.q_scale, "k_scale": self.k_scale}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def stored(self, dtype: torch.dtype) -> QueriesKeys:
+        """In the precision they are kept in."""
+        if dtype == FLOAT8:
+            (q, q_scale), (k, k_scale) = _to_float8(self.q), _to_float8(self.k)
+            return QueriesKeys(q, k, q_scale, k_scale)
+        return QueriesKeys(self.q.to(dtype), self.k.to(dtype))
+
+    def queries(self, dtype: torch.dtype) -> Tensor:
+        """In the precision they are used in."""
+        return _from_float8(self.q, self.q_scale, dtype)
+
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """In the precision they are used in."""
+        return _from_float8(self.k, self.k_scale, dtype)
+
+
+@dataclass(frozen=True)
+class Map:
+    """The attention map itself: (f h t (n t)) for self-, (f h t s) for cross-attention."""
+
+    probabilities: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"map": self.probabilities}
+
+    def stored(self, dtype: torch.dtype) -> Map:
+        """In the precision they are kept in; float8 is too coarse for shares, and gives way to float16."""
+        return Map(self.probabilities.to(map_precision(dtype)))
+
+
+def map_precision(dtype: torch.dtype) -> torch.dtype:
+    """The precision of maps beside queries and keys of one."""
+    return torch.float16 if dtype == FLOAT8 else dtype
+
+
+def kept_as_map(memory: Memory, site: AttentionSite, key_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a store keeps a layer's map: in memory "queries_keys" where the text's takes fewer bytes than queries."""
+    of_map, of_queries = site.heads * key_tokens * map_precision(dtype).itemsize, site.channels * dtype.itemsize
+    return memory == "maps" or (memory == "queries_keys" and site.kind == "cross" and of_map < of_queries)
+
+
+Record = QueriesKeys | Map
+
+
+def record_from(tensors: dict[str, Tensor]) -> Record:
+    """The inverse of `Record.tensors`."""
+    if "map" in tensors:
+        return Map(tensors["map"])
+    return QueriesKeys(tensors["q"], tensors["k"], tensors.get("q_scale"), tensors.get("k_scale"))
+
+
+def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor (f h t d) in float8 and the scale of each head, to multiply it with again."""
+    largest = x.abs().amax((0, 2, 3), keepdim=True).float().clamp(min=1e-12)
+    limit = torch.finfo(FLOAT8).max
+    scale = largest / limit
+    return (x / scale.to(x)).clamp(-limit, limit).to(FLOAT8), scale
+
+
+def _from_float8(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)
+
+
+@dataclass(frozen=True)
+class SourceStep:
+    """What the source branch did at one step, for one chunk of a clip.
+
+    Queries and maps have a row for each frame that the chunk holds. Keys are of the chunk's
+    frames too, or with `stored` of their key frames, as a store keeps them.
+    """
+
+    records: dict[str, Record]
+    key_frames: KeyFrames
+    chunk: Chunk
+    stored: bool = False
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Of ResNet blocks, (f c y x) by name."""
+
+    def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention, extended: bool = False) -> Tensor:
+        """A_src @ v, v being of the key frames of each frame: (f h (n t) d) -> (f h t d).
+
+        extended: v is of all frames of the chunk, which every frame attends to, in the source too.
+        """
+        record = self.records[site.name]
+        if isinstance(record, Map):
+            return record.probabilities.to(v) @ v
+        if extended:
+            return attend(record.queries(v.dtype), rearrange(record.keys(v.dtype), "f h t d -> 1 h (f t) d"), v)
+        keys, frames, clip = self.key_frames.at(site.channels), self.chunk.frame_indices, self.chunk.clip
+        k = keys.gather(record.keys(v.dtype), keys.used(frames, clip) if self.stored else frames, frames, clip)
+        return attend(record.queries(v.dtype), k, v)
+
+    def apply_cross(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
+        """A_src @ v for one value of each source token: (f or 1, h s d) -> (f h t d)."""
+        record = self.records[site.name]
+        if isinstance(record, Map):
+            return record.probabilities.to(v) @ v
+        return attend(record.queries(v.dtype), record.keys(v.dtype), v)
+
+    def cross_map(self, site: AttentionSite, dtype: torch.dtype) -> Tensor:
+        """(f h t s)."""
+        record = self.records[site.name]
+        if isinstance(record, Map):
+            return record.probabilities.to(dtype)
+        return attention_map(record.queries(dtype), record.keys(dtype))
+
+    def maps(self, sites: Sequence[AttentionSite], dtype: torch.dtype) -> list[tuple[AttentionSite, Tensor]]:
+        """Cross-attention in some layers of one grid, as `attention.masks.token_heat` takes it."""
+        return [(site, self.cross_map(site, dtype)) for site in sites]
+
+
+class Recorder(Control):
+    """Runs the source branch and keeps the chosen layers' attention, in the form a memory has it.
+
+    dtype: the precision it will be kept in; None where it stays as it is.
+    """
+
+    def __init__(
+        self,
+        key_frames: KeyFrames,
+        chunk: Chunk,
+        layers: set[str],
+        memory: Memory = "recompute",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(key_frames, chunk)
+        self.layers = layers
+        self.memory = memory
+        self.dtype = dtype
+        self.records: dict[str, Record] = {}
+        self.features: dict[str, Tensor] | None = None
+        """Where features of ResNet blocks (f c y x) are kept, by name; None for nowhere."""
+        self.inputs: dict[str, Tensor] | None = None
+        """Where the inputs of self-attention layers (f t c) are kept, by name; None for nowhere."""
+
+    @property
+    def step(self) -> SourceStep:
+        """What it has recorded, for the same chunk."""
+        return SourceStep(self.records, self.key_frames, self.chunk, features=self.features or {})
+
+    def feature(self, x: Tensor, name: str) -> Tensor:
+        if self.features is not None:
+            self.features[name] = x
+        return x
+
+    def tokens(self, x: Tensor, site: AttentionSite) -> None:
+        if self.inputs is not None:
+            self.inputs[site.name] = x
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if site.name in self.layers:
+            as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
+            self.records[site.name] = (
+                Map(attention_map(q, self.of_key_frames(k, site))) if as_map else QueriesKeys(q, k)
+            )
+        return super().self_attention(q, k, v, site)
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if site.name in self.layers:
+            as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
+            self.records[site.name] = Map(attention_map(q, k[:1])) if as_map else QueriesKeys(q, k[:1])
+        return super().cross_attention(q, k, v, site)
+
+
+def whole_clip(recorders: Sequence[Recorder], sites: Sequence[AttentionSite]) -> dict[str, Record]:
+    """The records of a step as a store keeps them: every frame once, keys of the key frames alone."""
+    return {site.name: _whole(recorders, site) for site in sites if site.name in recorders[0].records}
+
+
+def _whole(recorders: Sequence[Recorder], site: AttentionSite) -> Record:
+    first = recorders[0].records[site.name]
+    everyone = tuple(range(recorders[0].chunk.clip))
+    if isinstance(first, Map):
+        return Map(_rows_of(recorders, [_tensors(r, site)["map"] for r in recorders], everyone))
+    q = _rows_of(recorders, [_tensors(r, site)["q"] for r in recorders], everyone)
+    if site.kind == "cross":
+        return QueriesKeys(q, first.k)
+    used = recorders[0].key_frames.at(site.channels).used(everyone, len(everyone))
+    return QueriesKeys(q, _rows_of(recorders, [_tensors(r, site)["k"] for r in recorders], used))
+
+
+def _tensors(recorder: Recorder, site: AttentionSite) -> dict[str, Tensor]:
+    return recorder.records[site.name].tensors
+
+
+def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
+    """Some frames' rows, each from the chunk that owns the frame, in the clip's order."""
+    if len(parts) == 1:
+        return pick(parts[0], frames)
+    found: dict[int, Tensor] = {}
+    for recorder, part in zip(recorders, parts, strict=True):
+        found |= {f: part[recorder.chunk.frame_indices.index(f)] for f in recorder.chunk.owned if f in frames}
+    return torch.stack([found[f] for f in frames])
+
+
+def pick(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor, without a copy where they follow one another."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return x[rows[0] : rows[0] + len(rows)]
+    return x[list(rows)]

@@ -1,0 +1,364 @@
+"""What an inversion leaves behind, in one of three memories with the same results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..attention.condition import Condition
+from ..attention.key_frames import Chunk, KeyFrames
+from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
+from ..files.whole import remove_folder, temporary_folder
+from .backends import (
+    Backend,
+    FileBackend,
+    FileLevels,
+    Levels,
+    MemoryBackend,
+    Records,
+    fetch,
+    level_name,
+    read,
+    tensor_name,
+    written_behind,
+)
+from .budget import Demand, StorePlan, StoreSettings
+from .identity import ModelIdentity
+from .records import MEMORIES, Memory, SourceStep
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FORMAT = "fatezero-store-3"
+TOLD = 1e9
+"""Bytes from which on a store on disk that nobody named is told before it is written."""
+
+log = logging.getLogger("fatezero")
+
+
+class StoreError(ValueError):
+    """A store that cannot be used: damaged, or made by another model, schedule or prompt."""
+
+
+@dataclass
+class AttentionStore:
+    """An inversion: its latents, and the attention of its steps unless it is recomputed.
+
+    memory: "recompute" keeps latents only and runs the source branch again beside the
+    edit; "queries_keys" keeps queries and keys; "maps" keeps the paper's attention maps.
+    levels: the latents of every level, clean to noisy: (steps + 1, frames, 4, h, w), or the same in a file.
+    timesteps: noisy to clean. kept_steps: how many edit steps, from the noisiest, have their attention on the
+    backend. backend: where attention is; None for "recompute". plan: what was chosen and why; None for a
+    store from a file. extra, attachments: the caller's own, as JSON and as tensors.
+    """
+
+    memory: Memory
+    levels: Levels
+    source: Condition
+    timesteps: tuple[float, ...]
+    alphas: tuple[float, ...]
+    key_frames: KeyFrames
+    clip_norm: bool
+    model: ModelIdentity
+    prompt: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    attachments: dict[str, Tensor] = field(default_factory=dict)
+    kept_steps: int = 0
+    backend: Backend | None = None
+    plan: StorePlan | None = None
+
+    @property
+    def latents(self) -> Tensor:
+        """The latents of every level in one tensor; of a store on disk they are read for it."""
+        levels = self.levels
+        return levels if isinstance(levels, Tensor) else torch.stack([levels[i] for i in range(len(levels))])
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def frames(self) -> int:
+        return self.levels.shape[1]
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.levels, FileLevels) or isinstance(self.backend, FileBackend)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held for the edit, on disk or in memory."""
+        return self.levels.nbytes + self.source.nbytes + (self.backend.nbytes if self.backend else 0)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same store with its latents on a device; what is on disk, and attention, stay where they are."""
+        levels = self.levels.to(device) if isinstance(self.levels, Tensor) else self.levels
+        return replace(self, levels=levels, source=self.source.to(levels[0].to(device)[:0]))
+
+    def keeps(self, step: int) -> bool:
+        """Whether an edit step's attention (0 the noisiest) is on the backend."""
+        return self.backend is not None and step < self.kept_steps
+
+    def fetch(self, step: int, layers: set[str], chunk: Chunk, device: torch.device) -> Records:
+        """The records of an edit step for some layers and a chunk of the clip, on a device.
+
+        Raises StoreError for a layer that was not kept, or one that is not as it was written.
+        """
+        assert self.backend is not None
+        with as_store_error():
+            records = fetch(self.backend, step, layers, self.key_frames, chunk, device)
+        missing = sorted(layers - set(records))
+        if missing:
+            raise StoreError(
+                f"the store holds no attention of {missing[0]} ({len(missing)} layers missing): "
+                "invert with a larger max_tokens, or lower max_tokens of the edit"
+            )
+        return records
+
+    def source_step(self, step: int, layers: set[str], chunk: Chunk | None = None) -> SourceStep:
+        """What `fetch` gives, for the whole clip or a chunk of it, on the latents' device."""
+        chunk = chunk or Chunk.whole(self.frames)
+        records = self.fetch(step, layers, chunk, self.source.embeddings.device)
+        return SourceStep(records, self.key_frames, chunk, stored=True)
+
+    def level(self, level: int) -> Tensor:
+        """The latents of a level, 0 the clean one: (frames, 4, h, w); StoreError where they are not as written."""
+        with as_store_error():
+            return self.levels[level]
+
+    # --- on disk ----------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, a step at a time.
+
+        Raises OSError, saying the bytes, where the disk has no room.
+        """
+        path = Path(path)
+        layout = self._layout()
+        for step in range(self.kept_steps):
+            for name, tensor in self._tensors(step).items():
+                layout[name] = (tensor.dtype, tuple(tensor.shape))
+        with SafetensorsWriter(path, layout, self._about()) as file:
+            for level in range(self.steps + 1):
+                file.put(level_name(level), self.level(level))
+            for step in range(self.kept_steps):
+                for name, tensor in self._tensors(step).items():
+                    file.put(name, read(tensor))
+            self._put_own(file)
+        return path
+
+    def _tensors(self, step: int) -> dict[str, Any]:
+        """A step's tensors by their names in a file."""
+        assert self.backend is not None
+        parts = self.backend.tensors(step)
+        return {tensor_name(step, f"{layer}.{part}"): t for layer, of in parts.items() for part, t in of.items()}
+
+    def _own(self) -> dict[str, Tensor]:
+        """All but levels and backend."""
+        extras = {f"source.extras.{name}": t for name, t in self.source.extras.items()}
+        attached = {f"attached.{name}": t for name, t in self.attachments.items()}
+        return {"source.embeddings": self.source.embeddings, **extras, **attached}
+
+    def _layout(self) -> Layout:
+        """Of all but the backend."""
+        own: Layout = {name: (t.dtype, tuple(t.shape)) for name, t in self._own().items()}
+        level = (self.levels.dtype, tuple(self.levels.shape[1:]))
+        return own | {level_name(i): level for i in range(self.steps + 1)}
+
+    def _put_own(self, file: SafetensorsWriter) -> None:
+        for name, tensor in self._own().items():
+            file.put(name, tensor)
+
+    def _about(self) -> dict[str, str]:
+        about = {
+            "format": FORMAT,
+            "memory": self.memory,
+            "timesteps": self.timesteps,
+            "alphas": self.alphas,
+            "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
+            "clip_norm": self.clip_norm,
+            "model": asdict(self.model),
+            "prompt": self.prompt,
+            "extra": self.extra,
+            "kept_steps": self.kept_steps,
+        }
+        return {"fatezero": json.dumps(about)}
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read a store; latents and attention stay on disk until a step asks for them.
+
+        Raises FileNotFoundError, or StoreError for a file that is damaged, not a store, or says of itself
+        what does not fit what it holds.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no store at {path}")
+        with as_store_error(f"{path} is not a whole store: "):
+            file = SafetensorsReader(path)
+            about = _about_of(file)
+        with as_store_error(f"{path} is damaged: "):
+            return cls._from(file, about, torch.device(device))
+
+    @classmethod
+    def _from(cls, file: SafetensorsReader, about: dict[str, Any], device: torch.device) -> Self:
+        backend = FileBackend(file)
+        keys = KeyFrames(tuple(about["key_frames"]["entries"]), about["key_frames"]["least_channels"])
+        identity = {**about["model"], "traces": tuple(about["model"]["traces"])}
+        store = cls(
+            memory=about["memory"],
+            levels=_levels_of(file, len(about["timesteps"])),
+            source=Condition(
+                file.read("source.embeddings").to(device),
+                {name: t.to(device) for name, t in _read_all(file, "source.extras.").items()},
+            ),
+            timesteps=tuple(about["timesteps"]),
+            alphas=tuple(about["alphas"]),
+            key_frames=keys,
+            clip_norm=about["clip_norm"],
+            model=ModelIdentity(**identity),
+            prompt=about["prompt"],
+            extra=about["extra"],
+            attachments=_read_all(file, "attached."),
+            kept_steps=about["kept_steps"],
+            backend=None if about["memory"] == "recompute" else backend,
+        )
+        _check_claims(store, backend)
+        return store
+
+    # --- as an inversion fills it -----------------------------------------------------------
+
+    @contextmanager
+    def filling(
+        self, plan: StorePlan, settings: StoreSettings, demand: Demand, device: torch.device
+    ) -> Iterator[Callable[[int, Tensor, Records], None]]:
+        """Lay the store out as planned; gives `put(level, latents, records)`, which works beside the caller.
+
+        The records are those of the edit step that ends at the level below. After the block the store is whole;
+        where the block fails nothing of it is left.
+        """
+        layout = demand.layout(plan.memory, settings)
+        self.plan = plan
+        self.kept_steps = settings.kept_steps(self.steps) if layout else 0
+        precision = settings.stored(demand.dtype)
+
+        def stored(records: Records) -> Records:
+            return {name: record.stored(precision) for name, record in records.items()}
+
+        if plan.place == "disk":
+            with self._filling_file(plan, settings, layout, device, stored) as put:
+                yield put
+            return
+        home = torch.device("cpu") if plan.place == "ram" else device
+        pinned = plan.place == "ram" and device.type == "cuda"
+        levels = torch.empty(tuple(self.levels.shape), dtype=self.levels.dtype, device=home, pin_memory=pinned)
+        backend = MemoryBackend(home, pinned)
+        with written_behind(device, on_disk=False) as start:
+
+            def keep(level: int, latents: Tensor, records: Records) -> None:
+                levels[level].copy_(latents, non_blocking=True)
+                if records:
+                    backend.put(self.steps - level, stored(records))
+
+            yield lambda *given: start(lambda: keep(*given))
+        self.levels, self.backend = levels, backend if layout else None
+
+    @contextmanager
+    def _filling_file(
+        self,
+        plan: StorePlan,
+        settings: StoreSettings,
+        layout: Layout,
+        device: torch.device,
+        stored: Callable[[Records], Records],
+    ) -> Iterator[Callable[[int, Tensor, Records], None]]:
+        temporary = settings.path is None
+        if temporary and "auto" in (settings.memory, settings.place) and plan.nbytes > TOLD:
+            log.warning("writing a store of %s to %s", format_bytes(plan.nbytes), plan.folder)
+        path = settings.path or temporary_folder(plan.folder) / "store.safetensors"
+        whole = self._layout()
+        for step in range(self.kept_steps):
+            whole |= {tensor_name(step, name): t for name, t in layout.items()}
+        try:
+            with (
+                SafetensorsWriter(path, whole, self._about()) as file,
+                written_behind(device, on_disk=True) as start,
+            ):
+
+                def write(level: int, latents: Tensor, records: Records) -> None:
+                    file.put(level_name(level), latents)
+                    for layer, record in stored(records).items():
+                        for part, tensor in record.tensors.items():
+                            file.put(tensor_name(self.steps - level, f"{layer}.{part}"), tensor)
+
+                yield lambda *given: start(lambda: write(*given))
+                start(lambda: self._put_own(file))
+            reader = SafetensorsReader(path, temporary)
+        except BaseException:
+            if temporary:
+                remove_folder(path.parent)
+            raise
+        self.levels = _levels_of(reader, self.steps)
+        self.backend = FileBackend(reader) if layout else None
+
+
+@contextmanager
+def as_store_error(before: str = "") -> Iterator[None]:
+    """Tell what a damaged file raises as a StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (DamagedFileError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise StoreError(f"{before}{error}") from error
+
+
+def _about_of(file: SafetensorsReader) -> dict[str, Any]:
+    """What a file says of itself; StoreError for one that is no store."""
+    about = json.loads(file.metadata.get("fatezero", "{}"))
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise StoreError(f"{file.path} is a safetensors file, but not a store of this version of fatezero")
+    if not file.checked:
+        raise StoreError(f"{file.path} has no checksums, so it is not a store as it was written")
+    return about
+
+
+def _levels_of(file: SafetensorsReader, steps: int) -> FileLevels:
+    return FileLevels([file.tensors[level_name(level)] for level in range(steps + 1)])
+
+
+def _read_all(file: SafetensorsReader, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name[len(prefix) :]: file.read(name) for name in file.tensors if name.startswith(prefix)}
+
+
+def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
+    """StoreError where what a store says of itself does not fit what it holds."""
+    steps, levels, text = store.steps, store.levels, store.source.embeddings
+    kept = list(range(store.kept_steps)) if store.memory != "recompute" else []
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    claims = {
+        "memory": store.memory in MEMORIES,
+        "timesteps": steps > 0 and all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in store.timesteps)
+        and list(store.timesteps) == sorted(set(store.timesteps), reverse=True),
+        "alphas": len(store.alphas) == steps + 1 and all(0 < a <= 1 for a in store.alphas),
+        "latents": len(levels.shape) == 5 and levels.dtype in floats
+        and all(levels[i].shape == levels.shape[1:] for i in (0, steps)),
+        "kept_steps": isinstance(store.kept_steps, int) and 0 <= store.kept_steps <= steps and backend.steps == kept,
+        "clip_norm": isinstance(store.clip_norm, bool),
+        "prompt": store.prompt is None or isinstance(store.prompt, str),
+        "source": text.ndim == 3 and len(text) == 1 and text.dtype in floats,
+        "extra": isinstance(store.extra, dict),
+    }  # fmt: skip
+    wrong = [name for name, holds in claims.items() if not holds]
+    if wrong:
+        raise StoreError(f"what it says of its {', '.join(wrong)} does not fit what it holds")

@@ -1,0 +1,536 @@
+"""The command line as a user runs it: its own process, real files, the bundled model."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from clips import beep_times, flashes
+from fatezero.cli.app import main
+from fatezero.demo.show import CLIP
+from fatezero.hosts.checkpoint import DEMO
+from fatezero.store.store import AttentionStore
+from fatezero.video.read import Sound, read_video
+from fatezero.video.write import write_video
+
+SOURCE, TARGET = "a red square on water", "a green square on water"
+WORDS = ("--source", SOURCE, "--target", TARGET)
+COMMAND = (sys.executable, "-m", "fatezero")
+
+
+def fatezero(*arguments, cwd, code=0, **options):
+    """Run the command line in a folder; its output. The exit status must be `code`."""
+    result = subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, **options
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path):
+    """Run the command line in this process and in the test's folder; what it says. Its status must be `code`."""
+
+    def run(*arguments, code=0, cwd=tmp_path):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = "".join(capfd.readouterr())
+        assert ended.value.code == code, said
+        assert "Traceback" not in said
+        return said
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Run the command line as `command` does: what it says as it ends with status 1."""
+    return lambda *arguments: command(*arguments, code=1).replace("\n", " ")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """A store of two steps of the bundled clip."""
+    folder = tmp_path_factory.mktemp("store")
+    fatezero(
+        "invert", CLIP, "--source", SOURCE, "--steps", 2, "--memory", "queries_keys", "-o", "s.safetensors", cwd=folder
+    )
+    return folder / "s.safetensors"
+
+
+def test_edit_keeps_frames_rate_and_sound(command, tmp_path):
+    wave = 0.3 * np.sin(np.arange(48000) / 20)[None].repeat(2, 0).astype(np.float32)
+    write_video(tmp_path / "in.mp4", read_video(CLIP).frames, Fraction(8), Sound(wave, 48000))
+    command("edit", "in.mp4", *WORDS, "--steps", 2, "-o", "out.mp4")
+    edited = read_video(tmp_path / "out.mp4")
+    assert edited.frames.shape == (8, 64, 64, 3)
+    assert edited.fps == 8
+    assert edited.sound is not None
+    assert edited.sound.samples.shape == (2, 48000)
+
+
+def test_a_picture_and_odd_sizes(command, tmp_path):
+    Image.fromarray(read_video(CLIP).frames[0].numpy()).resize((65, 131)).save(tmp_path / "in.png")
+    command("edit", "in.png", *WORDS, "--steps", 1, "-o", "out.png")
+    assert Image.open(tmp_path / "out.png").size == (64, 128)
+    said = command("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", code=1)
+    assert "size 65x64: both sides must be multiples of 4" in said
+
+
+def test_a_store_serves_many_edits(command, store, tmp_path):
+    for preset, target in (("attribute", TARGET), ("shape", "a red circle on water")):
+        command("edit", "--store", store, "--target", target, "--preset", preset, "-o", f"{preset}.mp4")
+        assert read_video(tmp_path / f"{preset}.mp4").frames.shape == (8, 64, 64, 3)
+    loaded = AttentionStore.load(store)
+    assert (loaded.steps, loaded.prompt, loaded.memory) == (2, SOURCE, "queries_keys")
+
+
+def test_a_config_of_several_prompts_shares_one_inversion(command, tmp_path):
+    config = {
+        "pretrained_model_path": "demo",
+        "dataset_config": {"path": str(CLIP), "prompt": SOURCE, "n_sample_frame": 2},
+        "editing_config": {
+            "editing_prompts": [SOURCE, TARGET],
+            "p2p_config": {0: {"is_replace_controller": False}, 1: {"is_replace_controller": True}},
+            "num_inference_steps": 2,
+        },
+        "model_config": {"SparseCausalAttention_index": ["mid"]},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    said = command("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4")
+    assert said.count("invert 2/2") == 1
+    assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
+
+
+def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(command, tmp_path):
+    budget = (
+        "--memory",
+        "auto",
+        "--budget-gb",
+        "1",
+        "--place",
+        "disk",
+        "--keep-steps",
+        "0.8",
+        "--precision",
+        "float16",
+    )
+    said = command(
+        "edit", CLIP, *WORDS, "--target", "a blue square on water", *budget, "--steps", "5", "--count", "3",
+        "--chunk-frames", "2", "-o", "out.mp4",
+    )  # fmt: skip
+    assert re.search(r"store: queries_keys on disk in \S+, 6\.", said)
+    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in said
+    assert "2 edits in one pass" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out_0.mp4", "out_1.mp4"]
+
+
+def test_an_inversion_is_written_as_it_runs_in_any_memory(command, tmp_path):
+    said = command(
+        "invert", CLIP, "--source", SOURCE, "--memory", "auto", "--steps", "3", "--count", "2", "-o", "s.safetensors",
+
+    )  # fmt: skip
+    assert "store: queries_keys on disk in " in said
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+    assert AttentionStore.load(tmp_path / "s.safetensors").kept_steps == 3
+
+
+def test_a_missing_video_ends_the_process_with_one_line(tmp_path):
+    said = fatezero("edit", "missing.mp4", *WORDS, cwd=tmp_path, code=1)
+    assert said.strip() == "error: no video at missing.mp4"
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
+    chunks = ("--clip-norm", "--chunk-frames", "4")
+    said = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
+    assert "chunks approximate the whole clip" in said
+    assert "8 frames of 64x64, 50 steps" in said
+    assert "-> store with memory recompute: 1." in said
+    assert "   store: recompute in RAM, 1." in said
+    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source beside" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.mp4", *WORDS], "no video at missing.mp4"),
+        (["empty.mp4", *WORDS], "empty.mp4 is empty"),
+        (["text.mp4", *WORDS], "text.mp4 is not a readable video"),
+        ([CLIP, "--source", SOURCE], "missing --target"),
+        ([CLIP, *WORDS, "--place", "cloud"], "place is 'cloud'; it must be one of auto, device, ram, disk"),
+        (
+            [CLIP, *WORDS, "--memory", "maps", "--budget-gb", "0.1"],
+            "maps takes 6.46 GB of budget_gb 0.1. Needed by each: recompute",
+        ),
+        (["--source", SOURCE, "--target", TARGET], "missing VIDEO"),
+        ([CLIP, *WORDS, "--count", 9], "gives 8 frames from 0 in steps of 1, but 9 are needed"),
+        ([CLIP, *WORDS, "--crop", "200,0,200,0"], "does not fit 256x256"),
+        ([CLIP, *WORDS, "--crop", "1,2"], "crop is '1,2'"),
+        ([CLIP, *WORDS, "--size", "64"], "size is '64'"),
+        ([CLIP, *WORDS, "--reweight", "jeep=2"], "reweight: 'jeep' is not in the prompt"),
+        ([CLIP, *WORDS, "--reweight", "green"], "reweight is 'green'"),
+        ([CLIP, "--source", SOURCE, "--target", "a square", "--mode", "replace"], "5 words and the target 2"),
+        ([CLIP, *WORDS, "--preset", "cubism"], "preset 'cubism' is unknown"),
+        ([CLIP, *WORDS, "--memory", "disk"], "memory is 'disk'"),
+        ([CLIP, *WORDS, "--key-frames", "centre"], "'centre'"),
+        ([CLIP, *WORDS, "--model", "nowhere/"], "nowhere"),
+        ([CLIP, *WORDS, "--model", "text.safetensors"], "text.safetensors"),
+        ([CLIP, *WORDS, "--model", "model.ckpt"], "pickled checkpoints are not read"),
+        ([CLIP, *WORDS, "--device", "cuda:99"], "cuda:99"),
+        ([CLIP, *WORDS, "-o", "out.wmv"], "cannot write 8 frames to 'out.wmv'"),
+        ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to the one picture out.png: take a folder (out/)"),
+        ([CLIP, *WORDS, "--config", "none.yaml"], "no configuration at none.yaml"),
+        ([CLIP, *WORDS, "--steps", 0], "steps is 0"),
+        ([CLIP, *WORDS, "--steps", 1000, "--dry-run"], "steps is 1000"),
+        ([CLIP, *WORDS, "--self-replace-steps", 1.5], "self_replace_steps is 1.5"),
+        ([CLIP, *WORDS, "--guidance-scale", "nan"], "guidance_scale is nan; it must be a finite number"),
+        ([CLIP, *WORDS, "--guidance-scale", "inf"], "guidance_scale is inf; it must be a finite number"),
+        ([CLIP, *WORDS, "--guidance-scale", "1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),
+        ([CLIP, *WORDS, "--reweight", "green=nan"], "reweight is {'green': nan}"),
+        ([CLIP, *WORDS, "--reweight", "green=1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),
+        ([CLIP, *WORDS, "--blend-threshold", "nan"], "blend_threshold is nan"),
+        ([CLIP, *WORDS, "--budget-gb", "nan"], "budget_gb is nan"),
+        ([CLIP, *WORDS, "--keep-steps", "0.5"], "keep_steps has no effect here: memory recompute"),
+        ([CLIP, *WORDS, "--blend-threshold", "0.5"], "blend_threshold has no effect here: nothing is blended"),
+        ([CLIP, *WORDS, "--blend-latents-until", "0.5"], "blend_latents_until has no effect here"),
+        ([CLIP, *WORDS, "--pnp.feature-steps", "0.5"], "pnp has no effect here: injection is not pnp"),
+        ([CLIP, *WORDS, "--tokenflow.seed", "1"], "tokenflow has no effect here: propagation is not tokenflow"),
+        ([CLIP, *WORDS, "--injection", "pnp", "--blend-latents"], "blend_latents has no effect here: injection is not"),
+        ([CLIP, *WORDS, "--injection", "magic"], "injection is 'magic'; it must be one of fatezero, pnp, none"),
+        ([CLIP, *WORDS, "--tokenflow.weights", "even"], "tokenflow.weights is 'even'; it must be one of authors"),
+        ([CLIP, *WORDS, "--tokenflow.batch-frames", "0"], "tokenflow.batch_frames is 0; it must be a number of at"),
+        ([CLIP, *WORDS, "--steps", "many"], "many"),
+        ([CLIP, *WORDS, "--stepps", "4"], "stepps"),
+        ([CLIP, "second.mp4", *WORDS], "second.mp4"),
+        ([CLIP, *WORDS, "--negative", "blur", "--guidance-scale", 1], "negative has no effect here"),
+        ([CLIP, *WORDS, "--model-config", "."], "model_config has no effect"),
+        ([CLIP, "--source", " ", "--target", TARGET], "source is ' '; it must not be blank"),
+        ([CLIP, *WORDS, "--lora", "nowhere"], "no LoRA at nowhere"),
+        ([CLIP, *WORDS, "--start", "soon"], "start: 'soon' is no moment"),
+        ([CLIP, *WORDS, "--start", "9s"], "no frame from number 9s on"),
+        ([CLIP, *WORDS, "--fps", 0], "fps is 0"),
+        ([CLIP, *WORDS, "--size", "100000x100000"], "does not fit"),
+        ([CLIP, *WORDS, "-o", "there.mp4"], "there.mp4 exists; give --overwrite"),
+        ([CLIP, *WORDS, "-o", "there.mp4/x.mp4"], "cannot write there.mp4/x.mp4"),
+        ([CLIP, *WORDS, "-o", f"{'x' * 300}.mp4"], "File name too long"),
+        (["there.mp4", *WORDS, "-o", "there.mp4", "--overwrite"], "there.mp4 is an input of this run"),
+        ([CLIP, *WORDS, "--model", "no-tokenizer"], "no-tokenizer lacks its tokenizer"),
+        (["--store", "none.safetensors", "--target", TARGET], "no store at none.safetensors"),
+        (["--store", "text.safetensors", "--target", TARGET], "not a whole store"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
+    (tmp_path / "empty.mp4").touch()
+    for name in ("text.mp4", "text.safetensors", "model.ckpt"):
+        (tmp_path / name).write_text("hello " * 50)
+    shutil.copy(CLIP, tmp_path / "there.mp4")
+    if "no-tokenizer" in arguments:
+        shutil.copytree(DEMO, tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer"))
+    before = sorted(tmp_path.iterdir())
+    assert message in refused("edit", *arguments)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 5], "made with steps 2, not 5"),
+        (["--source", "a blue square on water"], "made with source 'a red square on water'"),
+        (["--memory", "maps"], "made with memory 'queries_keys'"),
+    ],
+)
+def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, message):
+    assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "32x32"], "made with size None, not (32, 32)"),
+        (["--count", 3], "made with count None, not 3"),
+        (["--start", 1], "made with start 0, not 1"),
+        (["--fps", 30], "made with fps None, not 30"),
+        (["--keep-steps", 0.5], "made with keep_steps 1.0, not 0.5"),
+        (["--place", "disk"], "place has no effect on a store that is made"),
+        (["--budget-gb", 5], "budget_gb has no effect on a store that is made"),
+    ],
+)
+def test_options_that_a_store_leaves_without_effect_are_refused(refused, store, arguments, message):
+    assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
+
+
+def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
+    write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
+    assert "gives 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
+
+
+def test_a_truncated_store_is_refused(refused, store, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(store.read_bytes()[:-1000])
+    assert "not a whole store" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
+
+
+def _hear_signals():
+    """Tests that a shell runs in the background are deaf to some, and so are their children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["edit", "invert"])
+def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ended_by):
+    arguments = ["edit", CLIP, *WORDS, "--place", "disk"] if command == "edit" else ["invert", CLIP, *WORDS[:2]]
+    (tmp_path / "tmp").mkdir()
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments), "--memory", "queries_keys", "--steps", "900"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        preexec_fn=_hear_signals,
+    )
+    assert process.stdout is not None
+    while "invert 1/" not in (line := process.stdout.readline()):
+        assert line, "ended before it could be interrupted"
+    assert list(tmp_path.rglob("*.partial")), "the store is being written"
+    process.send_signal(ended_by)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + ended_by
+    assert "nothing half-written is left" in errors
+    assert "Traceback" not in errors
+    assert [p for p in tmp_path.rglob("*") if p.is_file() or p.name.startswith("fatezero")] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
+def test_the_next_start_removes_the_temporary_stores_of_dead_processes(command, tmp_path, monkeypatch):
+    for name in ("fatezero-dead", "fatezero-alive", "other-dead"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "store.safetensors").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = os.open(tmp_path / "fatezero-alive", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    command("edit", CLIP, *WORDS, "--dry-run")
+    os.close(held)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fatezero-alive", "other-dead"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
+def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "edit", CLIP, *WORDS], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_hear_signals,
+    )  # fmt: skip
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (143, "ended by SIGTERM; nothing half-written is left")
+
+
+def _limit_file_size():
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
+def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
+    edit = ["edit", CLIP, *WORDS, "--steps", 1, "-o", "out.mp4"]
+    invert = ["invert", CLIP, "--source", SOURCE, "--steps", 1, "-o", "s.safetensors"]
+    for arguments in (edit, invert):
+        said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
+        assert "could not" in said.replace("\n", " ")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_imports_without_torch_as_a_folder_with_dashes(tmp_path):
+    """What ComfyUI does: load the folder by path, under a name that is no identifier."""
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "fate-zero.nodes").symlink_to(root)
+    code = f"""
+import importlib.util, sys
+folder = {str(tmp_path / "fate-zero.nodes")!r}
+name = folder.replace(".", "_x_")
+spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
+module = importlib.util.module_from_spec(spec)
+sys.modules[name] = module
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+assert module.FusionSettings().cross_replace_steps == 0.8
+assert "fatezero" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path)
+    assert torch.__version__
+
+
+# --- stores and where they are from -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sounding(tmp_path_factory) -> Path:
+    """A clip of flashes and beeps, two seconds long, in a file that begins late."""
+    return flashes(
+        tmp_path_factory.mktemp("sounding") / "beep.mkv", times=[Fraction(i, 8) for i in range(20)], late=1.0
+    )
+
+
+def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sounding, tmp_path):
+    part = ("--start", "0.5s", "--count", 10, "--size", "32x32")
+    command("invert", sounding, *WORDS[:2], "--steps", 1, *part, "-o", "s.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    command("edit", "--store", "../s.safetensors", "--target", TARGET, "-o", "o.mp4", cwd=tmp_path / "elsewhere")
+    command("edit", sounding, *WORDS, "--steps", 1, *part, "-o", "direct.mp4")
+    stored, direct = read_video(tmp_path / "elsewhere" / "o.mp4"), read_video(tmp_path / "direct.mp4")
+    assert alike(stored.frames, direct.frames)
+    assert beep_times(stored.sound) == pytest.approx([0.5], abs=0.01)
+    assert np.abs(stored.sound.samples - direct.sound.samples).max() < 0.01
+    command(
+        "edit", sounding, "--store", "s.safetensors", "--target", TARGET, "-o", "beside.mp4", "--start", "0.5s",
+
+    )  # fmt: skip
+    beside = read_video(tmp_path / "beside.mp4")
+    assert alike(beside.frames, direct.frames)
+    assert np.abs(beside.sound.samples - direct.sound.samples).max() < 1e-4
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """But for the UNet's last digits, which follow where in memory its input lies, and what the codec makes of them."""
+    apart = (a.int() - b.int()).abs().float()
+    return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
+
+
+def _changed(path: Path, out: Path, **extra) -> Path:
+    """A store whose account of its clip is another."""
+    store = AttentionStore.load(path)
+    store.extra.update(extra)
+    return store.save(out)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model": "somebody/some-repo"}, "made with the model 'somebody/some-repo', which is not here"),
+        ({"fps": [25, 0]}, "damaged"),
+        ({"fps": "fast"}, "damaged"),
+        ({"times": [[0, 1]]}, "damaged"),
+        ({"vae": {"layout": "x", "digest": "", "dtype": "torch.float32", "traces": []}}, "another autoencoder"),
+        ({"sound_rate": -1}, None),
+        ({"settings": 3}, "damaged"),
+    ],
+)
+def test_a_stores_account_of_its_clip_is_checked(command, refused, store, tmp_path, monkeypatch, extra, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    changed = _changed(store, tmp_path / "s.safetensors", **extra)
+    arguments = ("edit", "--store", changed, "--target", TARGET, "--preset", "style", "-o", "o.mp4")
+    if message is None:  # it has no sound, so the rate of it is nothing
+        command(*arguments)
+    else:
+        assert message in refused(*arguments)
+
+
+def test_a_prompt_that_does_not_give_the_stores_embeddings_is_refused(refused, store, tmp_path):
+    loaded = AttentionStore.load(store)
+    loaded.prompt = "a blue circle on sand"
+    loaded.save(tmp_path / "s.safetensors")
+    said = refused("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "o.mp4")
+    assert "has other embeddings by this model's text encoder" in said
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monkeypatch):
+    import fatezero.cli.run as run
+
+    plain = run.write_video
+
+    def failing(path, *given, **more):
+        if path.endswith("_1.mp4"):
+            raise OSError(f"could not write {path}: the disk is full")
+        return plain(path, *given, **more)
+
+    monkeypatch.setattr(run, "write_video", failing)
+    targets = [w for colour in ("green", "blue", "yellow") for w in ("--target", f"a {colour} square on water")]
+    said = refused("edit", CLIP, *WORDS[:2], *targets, "--steps", 1, "--count", 2, "-o", "o.mp4")
+    assert "1 of 3 edits could not be written: could not write o_1.mp4" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o_0.mp4", "o_2.mp4"]
+
+
+def test_outputs_are_replaced_only_where_asked(command, tmp_path):
+    (tmp_path / "o.mp4").write_text("mine")
+    edit = ("edit", CLIP, *WORDS, "--steps", 1, "--count", 2, "-o", "o.mp4")
+    command(*edit, code=1)
+    assert (tmp_path / "o.mp4").read_text() == "mine"
+    command(*edit, "--overwrite")
+    assert len(read_video(tmp_path / "o.mp4").frames) == 2
+    said = command("invert", CLIP, *WORDS[:2], "-o", "o.mp4", code=1)
+    assert "o.mp4 exists" in said
+
+
+@pytest.mark.parametrize("output", ["o.webm", "o.gif", "o/", "o/f_%02d.jpg", "o.mkv"])
+def test_other_kinds_of_output(command, tmp_path, output):
+    command("edit", CLIP, *WORDS, "--steps", 1, "--count", 3, "-o", output)
+    found = tmp_path / output.replace("/f_%02d.jpg", "")
+    assert read_video(found).frames.shape == (3, 64, 64, 3)
+
+
+def test_other_methods_and_their_settings(command, tmp_path):
+    part = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 5, "--preset", "tokenflow")
+    said = command(*part, "--tokenflow.batch-frames", 2, "-o", "flow.mp4")
+    assert "UNet calls: 2 to invert, 6.4 for 1 edit(s), 3.2 for the source beside" in said
+    command(*part, "--propagation", "none", "-o", "pnp.mp4")
+    flow, pnp = (read_video(tmp_path / f"{name}.mp4").frames for name in ("flow", "pnp"))
+    assert flow.shape == pnp.shape == (5, 64, 64, 3) and not alike(flow, pnp)
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def test_help_shows_every_default_and_no_name_is_cut(tmp_path):
+    from fatezero.cli.config import SECTIONS, EditConfig
+    from fatezero.settings import described
+
+    said = fatezero("edit", "-h", cwd=tmp_path, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"})
+    words = " ".join(said.replace("\u2502", " ").split())
+    names = [one.name for one in described(EditConfig)]
+    names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in described(settings)]
+    for name in names:
+        assert f"--{name.replace('_', '-')}" in words
+    for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "at most 8; with --end all"):
+        assert f"[default: {default}]" in words
+    assert "\u2026" not in said
+    assert fatezero("--version", cwd=tmp_path).startswith("fatezero 0.")
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal_and_quiet_says_nothing(tmp_path):
+    run = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
+    said = fatezero(*run, "-o", "a.mp4", cwd=tmp_path)
+    assert re.search(r"^invert 1/2, 0:\d\d left$", said, re.M)
+    assert re.search(r"^edit 2/2 in 0:\d\d$", said, re.M)
+    assert fatezero(*run, "-o", "b.mp4", "--quiet", cwd=tmp_path) == ""
+
+
+def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path):
+    (tmp_path / "c.yaml").write_text("preset: shape\n")
+    target = ("--target", "a red circle on water")
+    part = ("--source", SOURCE, *target, "--steps", 2, "--count", 2)
+    command("edit", CLIP, *part, "--config", "c.yaml", "-o", "file.mp4")
+    command("edit", CLIP, *part, "--preset", "shape", "-o", "flag.mp4")
+    assert alike(*(read_video(tmp_path / f"{name}.mp4").frames for name in ("file", "flag")))

@@ -1,0 +1,138 @@
+import pytest
+import torch
+
+from fatezero.attention.control import AttentionSite, attention, attention_map
+from fatezero.attention.key_frames import Chunk, KeyFrames
+from fatezero.attention.prompt import Alignment
+from fatezero.methods.fatezero import Fuser, FusionSettings, StepPlan
+from fatezero.store.records import Recorder, SourceStep
+
+FRAMES, HEADS, SIDE, DIM, COLUMNS = 3, 2, 4, 8, 7
+SELF = AttentionSite("down", 0, "self", HEADS, DIM, SIDE, SIDE)
+CROSS = AttentionSite("down", 0, "cross", HEADS, DIM, SIDE, SIDE)
+KEYS = KeyFrames(("self", "middle"))
+CLIP = Chunk.whole(FRAMES)
+BOTH = StepPlan(fuse_cross=True, fuse_self=True, blend_latents=False, mask=False)
+
+
+def tensors(tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(FRAMES, HEADS, n, DIM, generator=generator).double() for n in (SIDE**2, tokens, tokens)]
+
+
+def identity_alignment():
+    ones = torch.ones(COLUMNS).double()
+    return Alignment(torch.eye(COLUMNS).double(), ones, ones)
+
+
+def recorded(maps=False, keys=KEYS):
+    recorder = Recorder(keys, CLIP, {SELF.name, CROSS.name}, "maps" if maps else "recompute")
+    recorder.self_attention(*tensors(SIDE**2, 0), SELF)
+    recorder.cross_attention(*tensors(COLUMNS, 1), CROSS)
+    return SourceStep(recorder.records, keys, CLIP)
+
+
+def fuser(plan=BOTH, masks=None, maps=False, settings=None):
+    return Fuser(recorded(maps), identity_alignment(), settings or FusionSettings(), plan, masks)
+
+
+def explicit_self(mask):
+    """(M A_edit + (1 - M) A_src) V with every map built, as the paper writes it."""
+    q, k, v = tensors(SIDE**2, 2)
+    source_q, source_k, _ = tensors(SIDE**2, 0)
+    everyone = range(FRAMES)
+    seen = [KEYS.gather(x, everyone, everyone, FRAMES) for x in (k, source_k, v)]
+    m = mask.view(FRAMES, 1, -1, 1)
+    return (m * attention_map(q, seen[0]) + (1 - m) * attention_map(source_q, seen[1])) @ seen[2]
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("kind", ["none", "all", "half"])
+def test_masked_self_fusion_equals_equation_7(kind, maps):
+    mask = {"none": torch.zeros, "all": torch.ones}.get(kind, torch.zeros)(FRAMES, SIDE, SIDE).double()
+    if kind == "half":
+        mask[:, :2] = 1
+    got = fuser(masks={(SIDE, SIDE): mask}, maps=maps).self_attention(*tensors(SIDE**2, 2), SELF)
+    assert torch.allclose(got, explicit_self(mask), atol=1e-12)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_full_self_fusion_is_the_sources_map_on_the_edits_values(maps):
+    got = fuser(maps=maps).self_attention(*tensors(SIDE**2, 2), SELF)
+    assert torch.allclose(got, explicit_self(torch.zeros(FRAMES, SIDE, SIDE).double()), atol=1e-12)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_cross_fusion_takes_the_aligned_columns(maps):
+    q, k, v = tensors(COLUMNS, 3)
+    control = fuser(maps=maps)
+    copied = torch.tensor([1.0, 1, 0, 1, 1, 1, 1]).double()
+    weights = torch.arange(COLUMNS).double()
+    control.alignment = Alignment(torch.diag(copied), copied, weights)
+    source_q, source_k, _ = tensors(COLUMNS, 1)
+    source, own = attention_map(source_q, source_k[:1]), attention_map(q, k)
+    expected = (torch.where(copied.bool(), source, own) * weights) @ v
+    assert torch.allclose(control.cross_attention(q, k, v, CROSS), expected, atol=1e-12)
+    assert torch.allclose(control.alignment.fused(source, own) @ v, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_what_a_place_does_not_keep_goes_to_the_other_columns(maps, fuse):
+    q, k, v = tensors(COLUMNS, 3)
+    control = fuser(plan=StepPlan(fuse, False, False, False), maps=maps)
+    source_q, source_k, _ = tensors(COLUMNS, 1)
+    whole = attention_map(source_q, source_k[:1]) if fuse else attention_map(q, k)
+    shares = torch.ones(FRAMES, COLUMNS, SIDE, SIDE).double()
+    control.shares = {(SIDE, SIDE): shares}
+    assert torch.allclose(control.cross_attention(q, k, v, CROSS), whole @ v, atol=1e-12)
+    shares[:, 2, :2] = 0.25  # the upper half of the picture
+    kept = whole.clone()
+    kept[:, :, : SIDE**2 // 2, 2] /= 4
+    expected = kept / kept.sum(-1, keepdim=True) @ v
+    assert torch.allclose(control.cross_attention(q, k, v, CROSS), expected, atol=1e-12)
+
+
+def test_without_a_plan_nothing_is_fused():
+    control = fuser(plan=StepPlan(False, False, False, False))
+    q, k, v = tensors(COLUMNS, 3)
+    assert torch.equal(control.cross_attention(q, k, v, CROSS), attention(q, k, v))
+
+
+def test_layers_above_max_tokens_are_left_alone():
+    control = fuser(settings=FusionSettings(max_tokens=SIDE**2 - 1))
+    q, k, v = tensors(COLUMNS, 3)
+    assert torch.equal(control.cross_attention(q, k, v, CROSS), attention(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "cross", "self_"), [(0.8, 50, 40, 40), (0.7, 50, 35, 35), (0.6, 5, 3, 3), (0.5, 5, 3, 2)]
+)
+def test_shares_of_steps_count_as_the_authors_do(share, steps, cross, self_):
+    settings = FusionSettings(cross_replace_steps=share, self_replace_steps=share)
+    assert (settings.cross_steps(steps), settings.self_steps(steps)) == (cross, self_)
+
+
+def test_shares_at_the_ends():
+    assert FusionSettings(0, 0).cross_steps(50) == 0
+    assert FusionSettings(1, 1).cross_steps(50) == FusionSettings(1, 1).self_steps(50) == 50
+
+
+def test_latents_blend_between_a_fifth_and_four_fifths():
+    assert FusionSettings(blend_latents=True).latent_steps(50) == range(10, 39)
+    assert len(FusionSettings().latent_steps(50)) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cross_replace_steps": 1.1},
+        {"self_replace_steps": -1},
+        {"separate_words": 2},
+        {"blend_threshold": -0.1},
+        {"max_tokens": 0},
+    ],
+)
+def test_settings_out_of_range_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        FusionSettings(**wrong)

@@ -1,0 +1,127 @@
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fatezero import AttentionStore, StoreError, StoreSettings, invert
+from fatezero.attention.condition import Condition
+from fatezero.attention.key_frames import KeyFrames
+from fatezero.store.budget import PRECISIONS
+from fatezero.store.records import MEMORIES
+from small import random_latents, random_text
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("key_frames", [("self", "middle"), ("middle",), ("previous", "first")])
+def test_bytes_told_before_the_run_are_those_held_after(denoiser, memory, key_frames, place):
+    latents, text = random_latents(height=12), random_text(0)
+    store = invert(denoiser, latents, text, 3, key_frames, memory=StoreSettings(memory, place, keep_steps=0.7)).store
+    assert store.nbytes == store.plan.nbytes
+    assert store.kept_steps == (0 if memory == "recompute" else 2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_of_smaller_precisions(denoiser, precision):
+    """The UNet's float64 is 8 bytes wide; float8 has a scale for each head beside it."""
+
+    def attention(settings):
+        store = invert(denoiser, random_latents(), random_text(0), 2, memory=settings).store
+        assert store.nbytes == store.plan.nbytes
+        return store.backend.nbytes
+
+    whole = attention(StoreSettings("queries_keys"))
+    share = attention(StoreSettings("queries_keys", precision=precision)) / whole
+    assert share == pytest.approx({"float8": 1 / 8}.get(precision, 1 / 4), rel=0.01)
+
+
+def test_recompute_is_smaller_than_queries_and_keys_and_these_than_maps(denoiser):
+    sizes = [invert(denoiser, random_latents(), random_text(0), steps=2, memory=m).store.nbytes for m in MEMORIES]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_store_comes_back_from_disk_as_it_was(denoiser, tmp_path, memory):
+    store = invert(denoiser, random_latents(), random_text(0), steps=2, memory=memory, prompt="a red circle").store
+    store.save(tmp_path / "s.safetensors")
+    back = AttentionStore.load(tmp_path / "s.safetensors")
+    assert torch.equal(back.latents, store.latents)
+    assert (back.nbytes, back.prompt, back.key_frames, back.model) == (
+        store.nbytes, store.prompt, store.key_frames, store.model,
+    )  # fmt: skip
+    if memory != "recompute":
+        names = {s.name for s in denoiser.sites(16, 16)}
+        kept, read = store.source_step(1, names).records, back.source_step(1, names).records
+        for name in names:
+            for part, tensor in kept[name].tensors.items():
+                assert torch.equal(read[name].tensors[part], tensor)
+        assert AttentionStore.load(back.save(tmp_path / "again.safetensors")).nbytes == store.nbytes
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_a_truncated_store_is_refused(denoiser, tmp_path):
+    path = invert(denoiser, random_latents(), random_text(0), steps=2).store.save(tmp_path / "s.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="truncated or damaged"):
+        AttentionStore.load(path)
+
+
+def test_files_that_are_no_store_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="no store at"):
+        AttentionStore.load(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(StoreError, match="damaged"):
+        AttentionStore.load(tmp_path / "text.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(StoreError, match="not a store"):
+        AttentionStore.load(tmp_path / "lora.safetensors")
+
+
+def test_a_layer_that_was_not_recorded_is_named(denoiser):
+    settings = StoreSettings("queries_keys", max_tokens=64)
+    store = invert(denoiser, random_latents(), random_text(0), steps=1, memory=settings).store
+    with pytest.raises(StoreError, match=r"down\.0\.self.*max_tokens"):
+        store.source_step(0, {"down.0.self"})
+
+
+def test_an_unknown_memory_lists_the_three(denoiser):
+    with pytest.raises(ValueError, match="recompute, queries_keys, maps"):
+        invert(denoiser, random_latents(), random_text(0), steps=1, memory="disk")
+
+
+def test_a_memory_that_does_not_fit_says_the_bytes_before_any_work(denoiser):
+    latents = torch.empty(1, dtype=torch.float64).expand(4096, 4, 512, 512)
+    with pytest.raises(MemoryError, match=r'"maps" does not fit.*recompute [\d.]+ [GM]B'):
+        invert(denoiser, latents, random_text(0), steps=500, memory="maps")
+
+
+def _save_with_file_size_limit(folder):
+    """Run in a process of its own: a disk that takes only 10 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    from fatezero.store.identity import ModelIdentity
+
+    store = AttentionStore(
+        "recompute", torch.zeros(3, 2, 4, 32, 32), Condition(torch.zeros(1, 77, 8)), (2, 1), (1.0, 0.5, 0.2),
+        KeyFrames(("self",)), False, ModelIdentity("x", "", "float32"),
+    )  # fmt: skip
+    try:
+        store.save(f"{folder}/s.safetensors")
+    except OSError as error:
+        print(f"OSError: {error}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
+def test_a_full_disk_leaves_no_half_written_store(tmp_path):
+    code = (
+        "import sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"sys.path.insert(0, {str(__file__).rsplit('/', 1)[0]!r}); "
+        f"sys.path.insert(0, {str(__file__).rsplit('/', 2)[0]!r}); "
+        f"import test_store; test_store._save_with_file_size_limit({str(tmp_path)!r})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "OSError: the store of" in result.stdout, result.stderr
+    assert list(tmp_path.iterdir()) == []
