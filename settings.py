@@ -29,9 +29,8 @@ class Setting:
     @property
     def text(self) -> str:
         """Help with unit and symbol."""
-        more = [f"in {self.unit}" if self.unit else "", f"the paper's {self.symbol}" if self.symbol else ""]
-        told = "; ".join(part for part in more if part)
-        return f"{self.help} ({told})" if told else self.help
+        more = "; ".join(part for part in (self.unit, f"the paper's {self.symbol}" if self.symbol else "") if part)
+        return f"{self.help.removesuffix('.')} ({more})." if more else self.help
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:

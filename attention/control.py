@@ -84,9 +84,9 @@ class Control:
         self.chunk = chunk
         self.attend: Attend = attention
         self.extended = False
-        """Whether every frame sees all the frames of the call, whatever the key frames are."""
+        """Whether every frame attends to all the frames of the call, whatever the key frames are."""
         self.outputs: dict[str, Tensor] | None = None
-        """Where self-attention layers leave their outputs (f t c), by name; None for nowhere."""
+        """Where self-attention layers leave their outputs (f t c), before or after their last projection, by name."""
         self.gather: Gather | None = None
         """What is asked for a self-attention layer's output, in place of attention."""
 
@@ -94,10 +94,18 @@ class Control:
         """What goes on of a ResNet block's feature (f c y x), after its last convolution and before its shortcut."""
         return x
 
-    def tokens(self, x: Tensor, site: AttentionSite) -> None:
+    def input_tokens(self, x: Tensor, site: AttentionSite) -> None:
         """Told the input tokens (f t c) of a self-attention layer."""
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether it has a use for them; a host may pay for their telling."""
+        return self.gather is not None
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if self.extended:  # as one long frame, so that no key is copied for each
+            folded = (rearrange(x, "f h t d -> 1 h (f t) d") for x in (q, k, v))
+            return rearrange(self.attend(*folded), "1 h (f t) d -> f h t d", f=len(q))
         return self.attend(q, self.of_key_frames(k, site), self.of_key_frames(v, site))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
@@ -105,7 +113,5 @@ class Control:
 
     def of_key_frames(self, k: Tensor, site: AttentionSite) -> Tensor:
         """The key frames of each frame: (f h t d) -> (f h (n t) d), or one row for all."""
-        if self.extended:
-            return rearrange(k, "f h t d -> 1 h (f t) d")
         frames = self.chunk.frame_indices
         return self.key_frames.at(site.channels).gather(k, frames, frames, self.chunk.clip)

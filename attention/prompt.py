@@ -77,7 +77,7 @@ class PromptEdit:
     )
     blend_words: tuple[Sequence[str], Sequence[str]] | None = None
     reweight: Mapping[str, float] = setting(
-        dict, "word=factor: how much more, or less, a target word counts while cross-attention is fused.",
+        dict, "How much more, or less, words of the target count while cross-attention is fused: watercolor=10.",
         group="The edit",
     )  # fmt: skip
 

@@ -60,6 +60,7 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
     )
     lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
     guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
+    strength: float = _kept(Edit, "strength", 1.0)
     injection: InjectionName = setting(
         "fatezero",
         "What the edit takes of the source: fatezero its attention, word by word and under a mask; pnp the decoder's "

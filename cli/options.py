@@ -23,7 +23,17 @@ GROUPS = {
     )
 }  # fmt: skip
 """The headings of help, in order."""
-NOT_INVERTED = {"mode", "reweight", "blend_source", "blend_target", "target", "negative", "guidance_scale", "place"}
+NOT_INVERTED = {
+    "mode",
+    "reweight",
+    "blend_source",
+    "blend_target",
+    "target",
+    "negative",
+    "guidance_scale",
+    "strength",
+    "place",
+}
 """Settings that an inversion kept in a file has no use for, beside those of the methods."""
 
 

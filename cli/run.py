@@ -256,7 +256,9 @@ def plan(
 def _calls(configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int) -> str:
     """How often the UNet sees the clip."""
     counted = [
-        unet_calls(c.steps, c.guidance_scale, kept_steps, c.chosen_injection, None, c.chosen_propagation, frames)
+        unet_calls(
+            c.steps, c.guidance_scale, kept_steps, c.chosen_injection, None, c.chosen_propagation, frames, c.strength
+        )
         for c in configs
     ]
     source = max(calls.source for calls in counted)
@@ -296,7 +298,13 @@ def one_edit(checkpoint: Checkpoint, config: EditConfig, prompt: Any, latents_sh
         checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
     )
     return Edit(
-        target, negative, config.guidance_scale, prompt, config.chosen_injection, propagation=config.chosen_propagation
+        target,
+        negative,
+        config.guidance_scale,
+        prompt,
+        config.chosen_injection,
+        propagation=config.chosen_propagation,
+        strength=config.strength,
     )
 
 

@@ -16,10 +16,10 @@ from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..settings import setting
+from ..settings import setting, whole_steps
 from ..store.records import Recorder, SourceStep
 from ..store.store import AttentionStore
-from .ddim import Schedule, ddim_move
+from .ddim import Schedule, ddim_move, root
 from .denoiser import Denoiser, Guidance, check_finite, chunks_of, frames_of, joined
 from .invert import Inversion, Progress
 from .source import Asks, check_store, compute_source, sources
@@ -46,8 +46,13 @@ class Injection(Protocol):
 class Propagation(Protocol):
     """How frames agree beyond the key frames that their attention sees: `TokenFlowSettings`."""
 
-    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[tuple[Chunk, Prediction]]:
-        """The chunks of a clip that a step predicts, whose weights sum to 1 for each frame, and their predictions."""
+    def predict(
+        self, step: int, steps: int, clip: int, branches: Branches, chunk_frames: int | None
+    ) -> list[tuple[Chunk, Prediction]]:
+        """The chunks of a clip that a step predicts, whose weights sum to 1 for each frame, and their predictions.
+
+        chunk_frames: the most frames of one UNet call, where the method leaves a choice.
+        """
 
     def evaluated(self, clip: int) -> float:
         """How many frames a branch evaluates in a step, as a multiple of the clip's."""
@@ -71,19 +76,25 @@ class EditContext:
 
 
 class Injected:
-    """What one edit takes of the source, step by step; this one takes nothing.
+    """What one edit takes of the source, step by step; this one takes nothing, and keeps latents outside a mask given.
 
-    own_level: see `Asks`. extends: whether key frames that run together may all see each other.
-    Raises ValueError for a mask, unless it takes_mask.
+    own_level: see `Asks`. extends: whether key frames that run together may all attend to each other.
     """
 
     own_level = True
     extends = True
 
-    def __init__(self, asked: Edit, context: EditContext, takes_mask: bool = False) -> None:
-        if asked.mask is not None and (not takes_mask or asked.prompt is None):
-            raise ValueError("a mask needs FateZero's fusion: prompt=PromptEdit(...) and fusion=FusionSettings(...)")
+    def __init__(self, asked: Edit, context: EditContext) -> None:
         self.context = context
+        self._inside = None if asked.mask is None else self.of_latents(asked.mask)
+
+    def of_latents(self, mask: GivenMask) -> Tensor:
+        """A mask on the latents' grid, (frames, 1, h, w); ValueError for one to be joined with another."""
+        if not mask.replaces:
+            raise ValueError(f"a mask joined as \"{mask.how}\" needs one of the edit's own: FateZero's, that blends")
+        store = self.context.store
+        height, width = store.levels.shape[-2:]
+        return mask.at((height, width), store.frames).to(self.context.latents_like)[:, None]
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         """Called once, while the denoiser is hooked; chunks: of every step."""
@@ -98,11 +109,11 @@ class Injected:
 
     def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
         """Where latents stay the edit's own, told after its branch: (frames of the chunk, 1, h, w); None for all."""
-        return None
+        return None if self._inside is None else self._inside[list(source.chunk.frame_indices)]
 
     def blends_latents(self, step: int) -> bool:
         """Whether a step has such a mask."""
-        return False
+        return self._inside is not None
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,12 @@ class Edit:
     fusion: Injection | None = None
     mask: GivenMask | None = None
     propagation: Propagation | None = None
+    strength: float = setting(
+        1.0,
+        "How far towards noise the edit begins, as a share of the steps: below 1 it starts from the clip with so much "
+        "of the inverted noise (SDEdit), and stays nearer to it.",
+        least=0, most=1, step=0.01, group="The edit",
+    )  # fmt: skip
 
     @property
     def injection(self) -> Injection | None:
@@ -141,6 +158,7 @@ def edit(
     *,
     propagation: Propagation | None = None,
     mask: GivenMask | None = None,
+    strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip; (frames, 4, h, w).
@@ -149,8 +167,8 @@ def edit(
     ones may be None at guidance 1. prompt: how source and target words meet; without it there is no FateZero
     fusion. fusion: what is taken of the source: `FusionSettings`, or `PnPSettings`, which need no prompt; with neither
     the edit is plain DDIM from the inverted noise. propagation: how frames agree beyond their key frames
-    (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins the blend mask of self-attention
-    and latents.
+    (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask of self-attention
+    and latents; without FateZero, latents outside it are the inversion's. strength: see `Edit`.
 
     Fusion touches the conditional branch alone. UNet calls: two a step (one at guidance 1), and
     one more in every step that reads a source that is not kept (`unet_calls`).
@@ -158,7 +176,7 @@ def edit(
     Raises StoreError for a store of another model, schedule or prompt, and ValueError for
     options that do not fit each other, before the first step; ArithmeticError where numbers leave their range.
     """
-    one = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation)
+    one = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, strength)
     return edit_many(denoiser, inversion, [one], chunk_frames, progress=progress)[0]
 
 
@@ -218,11 +236,12 @@ class EditPass:
         for one in edits:
             check_store(store, denoiser, self._schedule, one.prompt)
         self._denoiser, self._store, self._in_order = denoiser, store, in_order
+        self._chunk_frames = chunk_frames
         self._steps = store.steps
         self._runs = [_Run(denoiser, store, self._schedule, one) for one in edits]
         start = store.level(store.steps).to(denoiser.device)
-        self.start = [start] * len(self._runs)
-        """The inverted noise, for each edit."""
+        self.start = [run.start(start) for run in self._runs]
+        """Where each edit begins: the inverted noise, or with less strength the clip with so much of it."""
         self._chunks = [
             chunks_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
             for timestep in store.timesteps
@@ -234,8 +253,11 @@ class EditPass:
         with ExitStack() as opened:
             opened.enter_context(self._denoiser.hooked(self._store.clip_norm))
             # One source serves all edits that take the inversion's own calls; each of the others asks for its own.
-            together = [run.injected for run in self._runs if run.shares_source]
-            layers = [set().union(*(one.asks(step).layers for one in together)) for step in range(self._steps)]
+            together = [run for run in self._runs if run.shares_source]
+            layers = [
+                set().union(*(run.injected.asks(step).layers for run in together if step >= run.first))
+                for step in range(self._steps)
+            ]
             asks = [Asks(names) for names in layers]
             shared = sources(self._denoiser, self._store, self._chunks, asks, self._in_order)
             self._source_of = opened.enter_context(shared)
@@ -248,16 +270,16 @@ class EditPass:
         self._open.__exit__(*error)
 
     @torch.no_grad()
-    def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction]:
-        """Each edit's prediction for its latents (frames, 4, h, w)."""
+    def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
+        """Each edit's prediction for its latents (frames, 4, h, w); None before its first step."""
         chunks, parts = self._chunks[step], [list[Prediction]() for _ in self._runs]
-        together = [i for i, run in enumerate(self._runs) if run.shares_source]
+        together = [i for i, run in enumerate(self._runs) if run.shares_source and step >= run.first]
         for chunk in chunks if together else []:
             source = self._source_of(step, chunk)
             for i in together:
                 parts[i].append(self._runs[i].predict(zs[i], step, source))
         return [
-            _joined(chunks, own) if run.shares_source else self._by_itself(run, z, step)
+            None if step < run.first else _joined(chunks, own) if run.shares_source else self._by_itself(run, z, step)
             for run, z, own in zip(self._runs, zs, parts, strict=True)
         ]
 
@@ -265,15 +287,15 @@ class EditPass:
         """An edit whose source no other one shares."""
         branches = Branches(self._denoiser, self._store, run, z, step)
         if run.propagation is not None:
-            found = run.propagation.predict(step, self._steps, self._store.frames, branches)
+            found = run.propagation.predict(step, self._steps, self._store.frames, branches, self._chunk_frames)
         else:
             found = [(chunk, branches.edit(branches.source(chunk).step)) for chunk in self._chunks[step]]
         return _joined([chunk for chunk, _ in found], [part for _, part in found])
 
     @torch.no_grad()
-    def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction]) -> list[Tensor]:
+    def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction | None]) -> list[Tensor]:
         """Each edit's latents one level cleaner."""
-        return [run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]
+        return [z if p is None else run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]
 
     @property
     def blends_latents(self) -> bool:
@@ -333,8 +355,18 @@ class _Run:
                 raise ValueError(f"guidance_scale={asked.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(asked.negative_embeddings, "negative_embeddings").to(like)
         self.guidance_scale, self.propagation = asked.guidance_scale, asked.propagation
+        self.first = first_step(asked.strength, schedule.steps)
         context, injection = EditContext(denoiser, store, self.target), asked.injection
         self.injected = Injected(asked, context) if injection is None else injection.injected(asked, context)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The latents of the first step: sqrt(abar) z_0 + sqrt(1 - abar) eps, with the eps that made the noise."""
+        if self.first == 0:
+            return noise
+        clip, alphas = self.store.level(0).to(noise.device), self.schedule.alphas
+        eps = (noise - root(alphas[-1]) * clip) / root(1 - alphas[-1])
+        alpha = alphas[self.schedule.steps - self.first]
+        return root(alpha) * clip + root(1 - alpha) * eps
 
     @property
     def shares_source(self) -> bool:
@@ -363,6 +395,13 @@ class _Run:
         return z
 
 
+def first_step(strength: float, steps: int) -> int:
+    """The step, 0 the noisiest, at which an edit of a strength begins; ValueError for a strength that leaves none."""
+    if not 0 < strength <= 1 or steps - whole_steps(strength, steps) >= steps:
+        raise ValueError(f"strength is {strength}; it must be above 0 and leave a step of {steps}, and at most 1")
+    return steps - whole_steps(strength, steps)
+
+
 class Calls(NamedTuple):
     """UNet calls on the whole clip: to invert, to edit once, and for the source beside all edits of a pass."""
 
@@ -379,6 +418,7 @@ def unet_calls(
     mask: GivenMask | None = None,
     propagation: Propagation | None = None,
     frames: int = 1,
+    strength: float = 1.0,
 ) -> Calls:
     """What a run costs where the store keeps the attention of so many steps, none with memory "recompute".
 
@@ -386,8 +426,11 @@ def unet_calls(
     """
     branches = 1 if guidance_scale == 1 else 2
     preparing = 0 if injection is None else injection.preparing_calls(steps, mask)
+    first = first_step(strength, steps)
     if propagation is not None:
-        times = steps * propagation.evaluated(frames)
+        times = (steps - first) * propagation.evaluated(frames)
         return Calls(steps, branches * times + preparing, times)
-    computed = 0 if injection is None else sum(injection.reads_source(s, steps) for s in range(kept_steps, steps))
-    return Calls(steps, branches * steps + preparing, computed)
+    computed = (
+        0 if injection is None else sum(injection.reads_source(s, steps) for s in range(max(first, kept_steps), steps))
+    )
+    return Calls(steps, branches * (steps - first) + preparing, computed)

@@ -168,10 +168,12 @@ class EditGuider(LoopGuider):
     ) -> None:
         """tell: called at the end with the number of attention layers that were reached.
 
-        Raises NotImplementedError for methods that this host has no hooks for yet.
+        Raises ValueError for context windows beside a propagation, which has batches of its own.
         """
-        if any(e.propagation or not isinstance(e.fusion, FusionSettings | None) for e in edits):
-            raise NotImplementedError("Plug-and-Play and TokenFlow run on diffusers models so far, not in ComfyUI")
+        if model.model_options.get("context_handler") is not None and any(e.propagation for e in edits):
+            raise ValueError(
+                "model: context windows are set, but TokenFlow runs a clip in batches of its own: remove them, or it"
+            )
         self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
         self.tell = tell or (lambda reached: None)
         self.done: list[Tensor] = []
@@ -242,8 +244,10 @@ class EditGuider(LoopGuider):
             edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
             if edits.blends_latents:
                 raise ValueError(
-                    "sampler: this edit blends latents (blend_latents), which needs DDIM Sampler (FateZero)"
+                    "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
                 )
+            if any(edit.strength < 1 for edit in self._asked):
+                raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
             self._running = self._open.enter_context(edits)
         sigma = timestep[0].cpu()
         step = int((self._levels - sigma).abs().argmin())
@@ -254,6 +258,7 @@ class EditGuider(LoopGuider):
             )
         scale = (1 + sigma.to(x) ** 2).sqrt()
         (predicted,) = self._running.predict([x / scale], step)
+        assert predicted is not None  # `sample` refuses less strength
         return x - sigma.to(x) * predicted.noise
 
 
@@ -273,8 +278,9 @@ def edit_clip(
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
     """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
-    own = edit.fusion if isinstance(edit.fusion, FusionSettings) else FusionSettings()
-    fusion = replace(own, blend_latents=True, blend_latents_until=1.0)
+    fusion = edit.injection
+    if isinstance(fusion, FusionSettings):
+        fusion = replace(fusion, blend_latents=True, blend_latents_until=1.0)
     return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
 
 

@@ -322,7 +322,7 @@ class DDIMSampler(comfy.samplers.Sampler):
         denoiser = ComfyDenoiser(guider, extra_args["model_options"], latent_image.device, guider.schedule(sigmas))
 
         def progress(done: int, of: int) -> None:
-            if callback is not None:
+            if callback is not None and denoiser.clean is not None:  # None while an edit of less strength waits
                 callback(done - 1, denoiser.clean, denoiser.clean, of)
 
         return guider.loop(denoiser, latent_image, progress)

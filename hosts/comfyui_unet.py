@@ -145,9 +145,15 @@ class HookedModel:
                 patch = self._patch(layer_kind, getattr(found, "previous", found))
                 self.patcher.set_model_patch_replace(patch, name, *at)
         self._norms = clip_norms(model.model.diffusion_model)
+        self._feature = feature_of(model.model.diffusion_model)
+        self._tokens: Tensor | None = None
+        """The input tokens of the self-attention layer under way, where a control has a use for them."""
+        self._ours: set[Layer] = set()
+        """The self-attention layers that ask us in this call."""
         self._text_rows = self._one_row_a_branch()
         if standing is None:
             self.patcher.set_model_attn2_patch(self._text_rows)
+            self.patcher.set_model_attn1_patch(self._told_tokens())
         around = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         self.patcher.remove_wrappers_with_key(around, "fatezero")
         self.patcher.add_wrapper_with_key(around, "fatezero", self._around())
@@ -194,6 +200,26 @@ class HookedModel:
 
         return one_row
 
+    def _told_tokens(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def told(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+            layer: Layer = (*options["block"], options["block_index"], "self")
+            branches = options["cond_or_uncond"]
+            controls = [self._answer(branch, len(n) // len(branches))[0] for branch in branches]
+            if layer not in self._ours or not any(control.wants_tokens for control in controls):
+                return n, context, value
+            site = self.sites(*options["original_shape"][-2:])[layer]
+            self._check_tokens(site, n)
+            gathers = all(control.gather is not None for control in controls)
+            for control, part in zip(controls, n.chunk(len(branches)), strict=True):
+                control.input_tokens(part, site)
+            if not gathers:
+                return n, context, value
+            # Nothing is projected but one token, and the layer's replacement answers for all.
+            self._tokens = n
+            return n[:, :1], context[:, :1], value[:, :1]
+
+        return told
+
     def _around(self) -> Callable[..., Tensor]:
         def around(
             executor: Any,
@@ -213,15 +239,34 @@ class HookedModel:
                 and patches[-1] is self._text_rows
                 and all(hasattr(patch, "previous") for patch in replacements)
             )
-            frames = len(x) // len(options["cond_or_uncond"])
+            of_self = options.get("patches_replace", {}).get("attn1", {})
+            self._ours = {
+                (name, number, i, kind)
+                for name, number, i, kind in self._layers
+                if kind == "self" and hasattr(of_self.get((name, number, i), of_self.get((name, number))), "previous")
+            }
+            branches = options["cond_or_uncond"]
+            frames = len(x) // len(branches)
             handles = [h for norm in self._norms for h in share_statistics(norm, frames)] if self.clip_norm else []
+            if self._feature is not None and self.answers:
+                handles.append(self._feature.conv.register_forward_hook(self._featured(branches)))
             try:
                 return executor(x, t, context, y, control, options, **more)
             finally:
+                self._tokens = None
                 for handle in handles:
                     handle.remove()
 
         return around
+
+    def _featured(self, branches: Sequence[int]) -> Callable[..., Tensor]:
+        def featured(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            assert self._feature is not None
+            parts = zip(branches, output.chunk(len(branches)), strict=True)
+            done = [self._answer(b, len(part))[0].feature(part, self._feature.name) for b, part in parts]
+            return torch.cat(done)
+
+        return featured
 
     def _attend(
         self,
@@ -234,12 +279,11 @@ class HookedModel:
     ) -> Tensor:
         """One layer of one UNet call: every branch by its control. (branches*frames, tokens, channels)."""
         site = self.sites(*options["original_shape"][-2:])[(*options["block"], options["block_index"], kind)]
-        if q.shape[1] != site.tokens:
-            raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens where {site.height}x{site.width} are expected: another node "
-                "on the model merges or rescales tokens (ToMe, HyperTile, Deep Shrink); remove it"
-            )
         branches = options["cond_or_uncond"]
+        if kind == "self" and self._tokens is not None:
+            tokens, self._tokens = self._tokens, None
+            return self._gather(site, tokens, branches, theirs)
+        self._check_tokens(site, q)
         parts = zip(branches, *(t.chunk(len(branches)) for t in (q, k, v)), strict=True)
         done = []
         for branch, q_part, k_part, v_part in parts:
@@ -247,6 +291,31 @@ class HookedModel:
             done.append(self._branch(branch, site, theirs, q_part, k_part, v_part, alone))
         self.reached.add(site.name)
         return torch.cat(done)
+
+    def _gather(
+        self, site: AttentionSite, tokens: Tensor, branches: Sequence[int], theirs: Callable[..., Tensor] | None
+    ) -> Tensor:
+        """One self-attention layer whose output is taken from elsewhere: of (branches*frames, tokens, channels)."""
+        if theirs is not None:
+            raise ValueError(
+                f"model: another node replaces self-attention ({site.name}), which TokenFlow does not compute; "
+                "remove it"
+            )
+        done = []
+        for branch, part in zip(branches, tokens.chunk(len(branches)), strict=True):
+            gather = self._answer(branch, len(part))[0].gather
+            assert gather is not None
+            done.append(gather(part, site))
+        self.reached.add(site.name)
+        return torch.cat(done).to(tokens)
+
+    @staticmethod
+    def _check_tokens(site: AttentionSite, x: Tensor) -> None:
+        if x.shape[1] != site.tokens:
+            raise ValueError(
+                f"{site.name} has {x.shape[1]} tokens where {site.height}x{site.width} are expected: another node "
+                "on the model merges or rescales tokens (ToMe, HyperTile, Deep Shrink); remove it"
+            )
 
     def _branch(
         self,
@@ -278,19 +347,44 @@ class HookedModel:
         # The host repeats a shorter prompt beside a longer one; the repetition changes nothing.
         q4, k4, v4 = split(q), split(k[:, :text_tokens]), split(v[:, :text_tokens])
         output = joined(own(q4, k4, v4, site)).to(q)
-        if theirs is None:
-            return output
-        if site.kind == "self":
-            k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)
-        k4, v4 = (t.expand(len(q), -1, -1, -1) for t in (k4, v4))
-        added = theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
-        return output + added
+        if theirs is not None:
+            if site.kind == "self":
+                k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)
+            k4, v4 = (t.expand(len(q), -1, -1, -1) for t in (k4, v4))
+            output = output + theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
+        if control.outputs is not None and site.kind == "self":
+            control.outputs[site.name] = output
+        return output
 
     def _answer(self, branch: int, frames: int) -> tuple[Control, int | None]:
         """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
         if self.standing is not None:
             return self.standing(frames), None
         return self.answers.get(branch) or self.answers.get(1, self.answers[0])
+
+
+@dataclass(frozen=True)
+class Feature:
+    """The convolution whose output Plug-and-Play takes, and the name it has."""
+
+    name: str
+    conv: nn.Module
+
+
+def feature_of(unet: UNetModel) -> Feature | None:
+    """The last convolution of the second ResNet block in the first level of the decoder that has attention."""
+    levels: list[list[nn.Module]] = [[]]
+    for block in unet.output_blocks:
+        levels[-1].append(block)
+        if any(
+            isinstance(m, Upsample) or (isinstance(m, ResBlock) and _resizes(m, Upsample)) for m in block.children()
+        ):
+            levels.append([])
+    for i, level in enumerate(levels):
+        if len(level) > 1 and any(isinstance(m, SpatialTransformer) for block in level for m in block.children()):
+            resnet = next(m for m in level[1].children() if isinstance(m, ResBlock))
+            return Feature(f"up.{i}.1", resnet.out_layers[-1])
+    return None
 
 
 def clip_norms(unet: UNetModel) -> list[nn.GroupNorm]:

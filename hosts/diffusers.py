@@ -230,7 +230,7 @@ class _ControlledProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if site.kind == "self":
-            control.tokens(hidden_states, site)
+            control.input_tokens(hidden_states, site)
             if control.gather is not None:
                 return control.gather(hidden_states, site)
         q = _heads(attn.to_q(hidden_states), attn)

@@ -24,7 +24,7 @@ from ..diffusion.edit import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
 from ..diffusion.source import Asks
 from ..settings import check, described, setting, steps_of_share, whole_steps
-from ..store.records import SourceStep
+from ..store.records import QueriesKeys, SourceStep
 
 MaskFrom = Literal["attention", "prompts"]
 GROUP = "FateZero"
@@ -146,7 +146,9 @@ class FusionSettings:
 
     def injected(self, asked: Edit, context: EditContext) -> Injected:
         """Raises ValueError for a prompt pair, blend words or mask that do not fit."""
-        return Injected(asked, context) if asked.prompt is None and not self.blends else Fusion(self, asked, context)
+        if asked.prompt is None and not self.blends:
+            return Injected(asked, context)
+        return Fusion(self, asked, context)
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class Fusion(Injected):
     extends = False
 
     def __init__(self, settings: FusionSettings, asked: Edit, context: EditContext) -> None:
-        super().__init__(asked, context, takes_mask=True)
+        self.context = context
         self.settings = settings
         prompt, given = asked.prompt, asked.mask
         if prompt is None:
@@ -369,12 +371,18 @@ class Fuser(Control):
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if not (self.plan.fuse_self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
-        of_key_frames = self.of_key_frames(v, site)
-        source = self.source.apply_self(site, of_key_frames, self.attend, self.extended)
+        source = self._source(v, site)
         if self.masks is None:
             return source
         mask = rearrange(self.masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(q)
-        return mask * self.attend(q, self.of_key_frames(k, site), of_key_frames) + (1 - mask) * source
+        return mask * super().self_attention(q, k, v, site) + (1 - mask) * source
+
+    def _source(self, v: Tensor, site: AttentionSite) -> Tensor:
+        """A_src @ v; where key frames attend to all of each other, the source's queries and keys do so too."""
+        record = self.source.records[site.name]
+        if self.extended and isinstance(record, QueriesKeys):
+            return super().self_attention(record.queries(v.dtype), record.keys(v.dtype), v, site)
+        return self.source.apply_self(site, self.of_key_frames(v, site), self.attend)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         fuses, keeps = self.plan.fuse_cross and self.fusion.fuses(site), site.name in self.keep

@@ -50,7 +50,6 @@ class PnPSettings:
     # --- as the sampling loop asks ------------------------------------------------------
 
     def injected(self, asked: Edit, context: EditContext) -> Injected:
-        """Raises ValueError for a mask, which only FateZero's fusion knows."""
         return PnPInjection(self, asked, context)
 
     def reads_source(self, step: int, steps: int) -> bool:

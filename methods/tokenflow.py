@@ -58,6 +58,15 @@ class TokenFlowSettings:
         """The clip's frames in runs of B, the last one shorter where they do not divide."""
         return [range(clip)[at : at + self.batch_frames] for at in range(0, clip, self.batch_frames)]
 
+    def chunks(self, clip: int, chunk_frames: int | None) -> list[tuple[int, range]]:
+        """(number of the batch, frames) of each call: the batches, or parts of them where they are longer."""
+        longest = min(self.batch_frames, chunk_frames or clip)
+        return [
+            (number, batch[at : at + longest])
+            for number, batch in enumerate(self.batches(clip))
+            for at in range(0, len(batch), longest)
+        ]
+
     def key_frames(self, clip: int, steps: int) -> list[list[int]]:
         """The key frames of every step, one from each batch.
 
@@ -75,7 +84,9 @@ class TokenFlowSettings:
             raise ValueError("pivots must hold one frame of each batch, in order")
         return given
 
-    def predict(self, step: int, steps: int, clip: int, branches: Branches) -> list[tuple[Chunk, Prediction]]:
+    def predict(
+        self, step: int, steps: int, clip: int, branches: Branches, chunk_frames: int | None
+    ) -> list[tuple[Chunk, Prediction]]:
         """A step's predictions of the batches, by what its key frames did (paper Fig. 3, Alg. 1)."""
         pivots = self.key_frames(clip, steps)[step]
         outputs: dict[str, dict[str, Tensor]] = {"source": {}, "target": {}, "negative": {}}
@@ -90,7 +101,7 @@ class TokenFlowSettings:
         branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
         assert source.inputs is not None
         found = []
-        for batch, frames in enumerate(self.batches(clip)):
+        for batch, frames in self.chunks(clip, chunk_frames):
             neighbours = Neighbours(source.inputs, [self.mixture(frame, batch, pivots) for frame in frames])
 
             def take(branch: str, control: Control, neighbours: Neighbours = neighbours) -> None:

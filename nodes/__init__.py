@@ -8,7 +8,9 @@ from .attention import FateZeroSpatioTemporalAttention
 from .demo import FateZeroDemoModel
 from .edit import FateZeroMaskPreview, FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
+from .fatezero import FateZeroFusion
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
+from .plug_and_play import FateZeroPnP
 from .prompt import FateZeroPromptEdit
 from .sampling import (
     FateZeroDDIM,
@@ -17,6 +19,7 @@ from .sampling import (
     FateZeroSigmas,
     FateZeroStoreOfInversion,
 )
+from .tokenflow import FateZeroTokenFlow
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
 
 
@@ -30,6 +33,9 @@ class FateZeroExtension(ComfyExtension):
             FateZeroPromptEdit,
             FateZeroInvert,
             FateZeroSampler,
+            FateZeroFusion,
+            FateZeroPnP,
+            FateZeroTokenFlow,
             FateZeroMaskPreview,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,

@@ -7,8 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.key_frames import KeyFrames
+from ..diffusion.invert import InversionSettings
 from ..hosts.comfyui_unet import share_key_frames
-from .sockets import CLIP_NORM, KEY_FRAMES, schema
+from .settings import widgets
+from .sockets import schema
 
 
 class FateZeroSpatioTemporalAttention(io.ComfyNode):
@@ -22,7 +24,10 @@ class FateZeroSpatioTemporalAttention(io.ComfyNode):
             description="Every frame of a batch also attends to key frames of the clip (FateZero, Eq. 8), so that a "
             "plain KSampler draws frames that agree. Invert and Edit do this by themselves.",
             search_aliases=["temporal consistency", "sparse causal attention", "cross-frame attention"],
-            inputs=[io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model."), KEY_FRAMES, CLIP_NORM],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model."),
+                *widgets(InversionSettings, "key_frames", "clip_norm"),
+            ],
             outputs=[io.Model.Output("patched", display_name="model", tooltip="For any sampler of a batch.")],
         )
 

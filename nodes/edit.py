@@ -14,84 +14,60 @@ from torch import Tensor
 
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
-from ..diffusion.edit import Edit, unet_calls
+from ..diffusion.edit import Edit, Injection, Propagation, first_step, unet_calls
 from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_unet import count_layers
-from ..methods.fatezero import PRESETS, FusionSettings, MaskFrom, preset_fusion
+from ..methods.fatezero import PRESETS, FusionSettings, preset_fusion
+from ..methods.plug_and_play import PnPSettings
 from ..video.sheet import heat_map
+from .inversion import CHUNK_FRAMES
+from .settings import widget
 from .sockets import (
-    ADVANCED,
-    CHUNK_FRAMES,
     PROMPT_KEY,
     TEXT_KEY,
     AttentionStoreSocket,
+    InjectionSocket,
     PromptEditSocket,
+    PropagationSocket,
     schema,
     show_on_node,
 )
+
+INJECTIONS: dict[str, Injection | None] = {
+    **{name: preset_fusion(name) for name in PRESETS},
+    "pnp": PnPSettings(),
+    "none": None,
+}
+"""What an edit takes of the source, by the name of its preset."""
+CUSTOM = "custom"
 
 INPUTS = [
     io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
     io.Conditioning.Input("positive", tooltip="The target prompt; ControlNets on it count."),
     io.Conditioning.Input("negative", tooltip="What to keep away from; an empty prompt will do."),
     AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
-    PromptEditSocket.Input("prompt_edit", tooltip="How source and target words meet (Prompt Edit)."),
-    io.Float.Input(
-        "guidance",
-        default=7.5,
-        min=1.0,
-        max=100.0,
-        step=0.1,
-        tooltip="Classifier-free guidance; the paper takes 7.5.",
+    PromptEditSocket.Input(
+        "prompt_edit",
+        optional=True,
+        tooltip="How source and target words meet (Prompt Edit); only FateZero needs it.",
     ),
+    InjectionSocket.Input(
+        "settings",
+        optional=True,
+        tooltip="For preset custom: what to take of the source (FateZero Settings, Plug-and-Play Settings).",
+    ),
+    PropagationSocket.Input(
+        "propagation", optional=True, tooltip="How frames agree beyond their key frames (TokenFlow)."
+    ),
+    widget(Edit, "guidance_scale", "guidance"),
     io.Combo.Input(
         "preset",
-        options=[*PRESETS, "custom"],
+        options=[*INJECTIONS, CUSTOM],
         default="style+",
-        tooltip="Fusion settings for a style, an attribute or a shape: the paper's, or with a plus those "
-        "that edited and kept better in our benchmark. custom takes the values below; the others ignore "
-        "them.",
-    ),
-    io.Float.Input(
-        "cross_replace_steps",
-        **ADVANCED,
-        default=0.7,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="Custom: the share of steps, from the noisy end, in which shared words take the source's "
-        "cross-attention.",
-    ),
-    io.Float.Input(
-        "self_replace_steps",
-        **ADVANCED,
-        default=0.8,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="Custom: the share of steps in which self-attention, the layout, comes from the source.",
-    ),
-    io.Boolean.Input(
-        "blend_self_attention",
-        **ADVANCED,
-        default=False,
-        tooltip="Custom: inside the blend mask the edit keeps its own self-attention: shapes may change.",
-    ),
-    io.Boolean.Input(
-        "blend_latents",
-        **ADVANCED,
-        default=False,
-        tooltip="Custom: outside the mask, put the inversion's latents back: a background kept exactly.",
-    ),
-    io.Float.Input(
-        "blend_threshold",
-        **ADVANCED,
-        default=0.3,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        tooltip="Custom: how much of a frame's strongest attention counts as the object.",
+        tooltip="What to take of the source. style, attribute and shape: FateZero's attention as the paper sets it, or "
+        "with a plus as edited and kept better in our benchmark. pnp: Plug-and-Play. none: nothing but the inverted "
+        "noise. custom: what is connected to settings.",
     ),
     io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
     io.Combo.Input(
@@ -102,37 +78,7 @@ INPUTS = [
         tooltip="Whether the mask replaces the edit's own, adds to it, or limits it.",
     ),
     CHUNK_FRAMES,
-    io.Combo.Input(
-        "mask_from",
-        **ADVANCED,
-        options=["attention", "prompts"],
-        default="attention",
-        optional=True,
-        tooltip="Custom: attention is the paper's blend mask, anew in each step; prompts a soft mask of "
-        "where both prompts' predictions differ and their blend words are looked at.",
-    ),
-    io.Float.Input(
-        "blend_latents_until",
-        **ADVANCED,
-        default=0.8,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        optional=True,
-        tooltip="Custom: the share of steps up to which blend_latents keeps the background. The authors' "
-        "code stops at 0.8; 1 keeps most.",
-    ),
-    io.Float.Input(
-        "separate_words",
-        **ADVANCED,
-        default=0.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        optional=True,
-        tooltip="Custom: inside the mask of both prompts, how little to look at words that belong to a "
-        "neighbour or to the ground, so that things do not mix.",
-    ),
+    widget(Edit, "strength", advanced=True, optional=True),
 ]
 """What an edit is asked for."""
 
@@ -189,30 +135,26 @@ class Asked:
     positive: Any
     negative: Any
     store: HostStore
-    prompt_edit: PromptEdit
     guidance: float
     preset: str
-    cross_replace_steps: float
-    self_replace_steps: float
-    blend_self_attention: bool
-    blend_latents: bool
-    blend_threshold: float
+    prompt_edit: PromptEdit | None = None
+    settings: Injection | None = None
+    propagation: Propagation | None = None
     mask: Tensor | None = None
     mask_mode: Literal["replace", "union", "intersection"] = "replace"
     chunk_frames: int = 0
-    mask_from: MaskFrom = "attention"
-    blend_latents_until: float = 0.8
-    separate_words: float = 0.0
+    strength: float = 1.0
 
     @property
-    def fusion(self) -> FusionSettings:
-        if self.preset != "custom":
-            return preset_fusion(self.preset)
-        return FusionSettings(
-            self.cross_replace_steps, self.self_replace_steps, self.blend_self_attention, self.blend_latents,
-            self.blend_threshold, mask_from=self.mask_from, blend_latents_until=self.blend_latents_until,
-            separate_words=self.separate_words,
-        )  # fmt: skip
+    def injection(self) -> Injection | None:
+        """What to take of the source; ValueError for settings that the preset would ignore, or that are missing."""
+        if (self.preset == CUSTOM) != (self.settings is not None):
+            raise ValueError(
+                f"settings: are connected, but preset {self.preset!r} would ignore them; set it to custom"
+                if self.settings is not None
+                else "settings: preset custom needs them (FateZero Settings, Plug-and-Play Settings)"
+            )
+        return self.settings if self.preset == CUSTOM else INJECTIONS[self.preset]
 
     def edit(self, suffix: str = "") -> Edit:
         """The edit asked for; suffix: tells its prompts from those of other edits of the pass."""
@@ -221,12 +163,19 @@ class Asked:
         negative = None
         if self.guidance != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
-        edit = Edit(positive, negative, self.guidance, self.prompt_edit, self.fusion, mask)
+        injection = self.injection
+        fuses = isinstance(injection, FusionSettings)
+        if fuses and self.prompt_edit is None:
+            raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
+        edit = Edit(
+            positive, negative, self.guidance, self.prompt_edit if fuses else None, injection, mask, self.propagation,
+            self.strength,
+        )  # fmt: skip
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if mask is None and clips_mask is not None:
             edit = only_inside(edit, clips_mask)
-        _check(edit, self.positive, self.preset)
+        _check(edit, self.positive, self.preset, self.store.steps)
         return edit
 
 
@@ -236,10 +185,12 @@ def _groups(asked: list[Asked]) -> list[list[Asked]]:
     return [list(group) for _, group in groupby(asked, key)]
 
 
-def _check(edit: Edit, positive: Any, preset: str) -> None:
+def _check(edit: Edit, positive: Any, preset: str, steps: int) -> None:
     """Say what would otherwise do nothing, or fail far from its socket."""
     prompt, fusion, mask = edit.prompt, edit.fusion, edit.mask
-    assert prompt is not None and isinstance(fusion, FusionSettings)
+    first_step(edit.strength, steps)
+    if prompt is None or not isinstance(fusion, FusionSettings):
+        return
     said = positive[0][1].get(PROMPT_KEY, prompt.target)
     if said != prompt.target:
         raise ValueError(f"positive: was made from {said!r}, but prompt_edit's target is {prompt.target!r}")
@@ -255,16 +206,21 @@ def _check(edit: Edit, positive: Any, preset: str) -> None:
 
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> str:
     """What an edit fuses and spends; hooked: the attention layers that were reached, None before it ran."""
-    steps, fusion = store.steps, edit.fusion
-    assert isinstance(fusion, FusionSettings)
-    calls = unet_calls(steps, edit.guidance_scale, store.kept_steps, fusion, edit.mask)
-    reached = "" if hooked is None else f"hooked {hooked} of {count_layers(model)} attention layers\n"
-    return (
-        f"{reached}fused cross-attention in {fusion.cross_steps(steps)} and self-attention in "
-        f"{fusion.self_steps(steps)} of {steps} steps\n"
-        f"{calls.edit} UNet evaluations of {store.frames} frames, {calls.source} more for the source; "
-        f"store of memory {store.memory}" + ("" if _is_text_of_pair(edit.target_embeddings) else f"\n{OTHER_TEXT}")
+    calls = unet_calls(
+        store.steps, edit.guidance_scale, store.kept_steps, edit.injection, edit.mask, edit.propagation, store.frames,
+        edit.strength,
+    )  # fmt: skip
+    lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
+    lines.append("took nothing of the source" if edit.injection is None else edit.injection.summary(store.steps))
+    if edit.propagation is not None:
+        lines.append(edit.propagation.summary(store.frames))
+    lines.append(
+        f"{calls.edit:g} UNet evaluations of {store.frames} frames, {calls.source:g} more for the source; "
+        f"store of memory {store.memory}"
     )
+    if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
+        lines.append(OTHER_TEXT)
+    return "\n".join(lines)
 
 
 OTHER_TEXT = "positive is not Prompt Edit's target as it was encoded: words are matched as if it were"

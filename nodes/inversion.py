@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attention.key_frames import KeyFrames
 from ..diffusion.edit import Edit
+from ..diffusion.invert import InversionSettings
 from ..hosts.comfyui import (
     NOISE_MASK,
     HostStore,
@@ -23,14 +24,11 @@ from ..hosts.comfyui import (
 )
 from ..hosts.comfyui_conditions import HostCondition, unsaveable
 from ..metrics.preservation import psnr
-from ..store.budget import PLACES, PRECISIONS, StoreSettings, format_bytes
-from ..store.records import MEMORIES
+from ..settings import described_one
+from ..store.budget import StoreSettings, format_bytes
 from .files import inside
+from .settings import widget, widgets
 from .sockets import (
-    ADVANCED,
-    CHUNK_FRAMES,
-    CLIP_NORM,
-    KEY_FRAMES,
     PROMPT_KEY,
     AttentionStoreSocket,
     schema,
@@ -41,55 +39,16 @@ MODEL_AND_SOURCE = [
     io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA on it count."),
     io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
 ]
-STEPS = io.Int.Input("steps", default=50, min=1, max=999, tooltip="DDIM steps; the paper takes 50.")
+_BUDGET, _PLACE = (described_one(StoreSettings, name).about.text for name in ("budget_gb", "place"))
+STEPS = widget(InversionSettings, "steps", max=999)
+CHUNK_FRAMES = widget(InversionSettings, "chunk_frames", optional=True)
 SETTINGS = [
-    KEY_FRAMES,
-    CLIP_NORM,
-    io.Combo.Input(
-        "memory",
-        options=["auto", *MEMORIES],
-        default="auto",
-        tooltip="recompute keeps latents alone and runs the source beside the edit. queries_keys is faster "
-        "and bigger. maps keeps the paper's maps, for study. The edit is the same. auto takes queries_keys "
-        "where budget and place allow.",
-    ),
-    io.Float.Input(
-        "budget_gb",
-        default=2.0,
-        min=0.0,
-        max=10_000.0,
-        step=0.1,
-        tooltip="The most gigabytes the store may take, wherever it is; 0 sets no limit.",
-    ),
-    io.Combo.Input(
-        "place",
-        **ADVANCED,
-        options=["auto", *PLACES],
-        default="auto",
-        optional=True,
-        tooltip="Where the store is: on the device, in RAM, or on disk in the host's temp folder. auto "
-        "takes RAM, then disk, and leaves the device to the models.",
-    ),
-    io.Combo.Input(
-        "precision",
-        **ADVANCED,
-        options=["model", *PRECISIONS],
-        default="model",
-        optional=True,
-        tooltip="Of kept queries and keys; model keeps what the model computes. float8 halves the store "
-        "again and errs visibly little.",
-    ),
-    io.Float.Input(
-        "keep_steps",
-        **ADVANCED,
-        default=1.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        optional=True,
-        tooltip="The share of steps, from the noisy end, whose attention is kept: 0.8 serves the paper's "
-        "settings. Steps that are not kept are computed again.",
-    ),
+    *widgets(InversionSettings, "key_frames", "clip_norm"),
+    widget(StoreSettings, "memory", default="auto"),
+    widget(StoreSettings, "budget_gb", default=2.0, tooltip=f"{_BUDGET} 0 sets no limit."),
+    widget(StoreSettings, "place", advanced=True, optional=True, tooltip=f"{_PLACE} In ComfyUI auto leaves the device to the models."),
+    widget(StoreSettings, "precision", advanced=True, optional=True),
+    widget(StoreSettings, "keep_steps", advanced=True, optional=True),
     CHUNK_FRAMES,
 ]
 """The widgets of an inversion, beside its steps."""

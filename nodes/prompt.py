@@ -8,6 +8,7 @@ from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from comfy_api.latest import io, ui
 
 from ..attention.prompt import BLOCK, PromptEdit, changed_words
+from .settings import widget
 from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_node
 
 
@@ -35,13 +36,7 @@ class FateZeroPromptEdit(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="What the edited video shall show. Words it shares with the source keep their place.",
                 ),
-                io.Combo.Input(
-                    "mode",
-                    options=["refine", "replace"],
-                    default="refine",
-                    tooltip="refine keeps the attention of the words both prompts share. replace maps word to word and "
-                    "needs as many words in both.",
-                ),
+                widget(PromptEdit, "mode"),
                 io.String.Input(
                     "blend_source",
                     default="",
@@ -52,11 +47,7 @@ class FateZeroPromptEdit(io.ComfyNode):
                     default="",
                     tooltip="Words of the target that draw it too when latents are blended. Empty: those that change.",
                 ),
-                io.String.Input(
-                    "reweight",
-                    default="",
-                    tooltip="Strengthen words of the target while cross-attention is fused: watercolor=10, red=2.",
-                ),
+                widget(PromptEdit, "reweight", default=""),
             ],
             outputs=[
                 io.Conditioning.Output("source_conditioning", display_name="source", tooltip="For Invert."),

@@ -14,9 +14,11 @@ import folder_paths
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-from ..video.read import VideoError, open_video
+from ..settings import described_one
+from ..video.read import ClipSettings, VideoError, open_video
 from ..video.size import check_crop, crop, fit_size, resize_to_fill
 from .files import inside
+from .settings import widget
 from .sockets import schema, show_on_node
 
 
@@ -44,14 +46,8 @@ class FateZeroLoadVideo(io.ComfyNode):
                     tooltip="A video in the input folder. Leave empty when the video socket is connected.",
                 ),
                 io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="The first frame, counted from 0."),
-                io.Int.Input("stride", default=1, min=1, max=1000, tooltip="Take every so many-th frame."),
-                io.Int.Input(
-                    "count",
-                    default=8,
-                    min=0,
-                    max=100_000,
-                    tooltip="How many frames; 0 takes all that follow. Fewer in the video is an error.",
-                ),
+                widget(ClipSettings, "stride"),
+                widget(ClipSettings, "count", default=8, tooltip=described_one(ClipSettings, "count").about.text),
                 io.Int.Input(
                     "width",
                     default=512,

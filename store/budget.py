@@ -51,7 +51,7 @@ class StoreSettings:
         None,
         "The most the store may take, wherever it is, latents included.",
         least=0,
-        unit="gigabytes (1e9 bytes)",
+        unit="gigabytes of 1e9 bytes",
         shown="what is free",
         step=0.1,
         group=GROUP,

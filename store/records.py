@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..attention.control import Attend, AttentionSite, Control, attention, attention_map
@@ -115,16 +114,11 @@ class SourceStep:
     features: dict[str, Tensor] = field(default_factory=dict)
     """Of ResNet blocks, (f c y x) by name."""
 
-    def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention, extended: bool = False) -> Tensor:
-        """A_src @ v, v being of the key frames of each frame: (f h (n t) d) -> (f h t d).
-
-        extended: v is of all frames of the chunk, which every frame attends to, in the source too.
-        """
+    def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
+        """A_src @ v, v being of the key frames of each frame: (f h (n t) d) -> (f h t d)."""
         record = self.records[site.name]
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
-        if extended:
-            return attend(record.queries(v.dtype), rearrange(record.keys(v.dtype), "f h t d -> 1 h (f t) d"), v)
         keys, frames, clip = self.key_frames.at(site.channels), self.chunk.frame_indices, self.chunk.clip
         k = keys.gather(record.keys(v.dtype), keys.used(frames, clip) if self.stored else frames, frames, clip)
         return attend(record.queries(v.dtype), k, v)
@@ -182,7 +176,11 @@ class Recorder(Control):
             self.features[name] = x
         return x
 
-    def tokens(self, x: Tensor, site: AttentionSite) -> None:
+    @property
+    def wants_tokens(self) -> bool:
+        return self.inputs is not None or super().wants_tokens
+
+    def input_tokens(self, x: Tensor, site: AttentionSite) -> None:
         if self.inputs is not None:
             self.inputs[site.name] = x
 

@@ -62,9 +62,22 @@ class DemoGraph(Graph):
         self.edit = self.add(
             "FateZeroSampler", model=self.demo[0], positive=self.words[1], negative=self.negative[0],
             store=self.invert[1], prompt_edit=self.words[2], guidance=7.5, preset="attribute",
-            cross_replace_steps=0.7, self_replace_steps=0.8, blend_self_attention=False, blend_latents=False,
-            blend_threshold=0.3,
         )  # fmt: skip
+
+    def fuse(self, **settings: Any) -> Node:
+        """Have the edit fuse with these settings in place of a preset; the other ones have the widgets' values."""
+        values = {
+            "cross_replace_steps": 0.7, "self_replace_steps": 0.8, "blend_self_attention": False,
+            "blend_latents": False, "blend_threshold": 0.3, "max_tokens": 0, "mask_tokens": 256,
+            "mask_from": "attention", "blend_latents_until": 0.8, "separate_words": 0.0,
+        }  # fmt: skip
+        return self.take("FateZeroFusion", **values | settings)
+
+    def take(self, kind: str, **settings: Any) -> Node:
+        """Have the edit take what a node of settings says, in place of a preset."""
+        held = self.add(kind, **settings)
+        self.set(self.edit, preset="custom", settings=held[0])
+        return held
 
     def both(self, model: list[Any]) -> None:
         """Invert and edit with this MODEL."""

@@ -22,7 +22,7 @@ def graph_of(key_frames="self, middle", clip_norm=False, **invert) -> DemoGraph:
     graph = DemoGraph(frames=FRAMES, steps=3)
     graph.set(graph.words, target="a red circle on water", mode="replace")
     graph.set(graph.invert, key_frames=key_frames, clip_norm=clip_norm, **invert)
-    graph.set(graph.edit, preset="custom", blend_self_attention=True, blend_latents=True)
+    graph.fuse(blend_self_attention=True, blend_latents=True)
     return graph
 
 

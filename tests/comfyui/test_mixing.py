@@ -21,10 +21,7 @@ def shape_graph(memory="recompute") -> DemoGraph:
     graph = DemoGraph()
     graph.set(graph.words, target="a red circle on water", mode="replace")
     graph.set(graph.invert, memory=memory)
-    graph.set(
-        graph.edit, preset="custom", cross_replace_steps=0.7, self_replace_steps=0.8, blend_self_attention=True,
-        blend_latents=True,
-    )  # fmt: skip
+    graph.fuse(blend_self_attention=True, blend_latents=True)
     return graph
 
 

@@ -1,11 +1,14 @@
 """One method, two hosts: the nodes and the diffusers host edit the demo clip alike."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from comfyui.graph import SOURCE, DemoGraph
 
-from fatezero import edit
+from fatezero import edit_many
 from fatezero.cli.config import EditConfig, with_preset
-from fatezero.cli.run import find_frames, fit_frames, invert_video
+from fatezero.cli.run import find_frames, fit_frames, invert_video, one_edit
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import Checkpoint
 from small import relative
@@ -36,22 +39,26 @@ def checkpoint() -> Checkpoint:
 )
 def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
     config = EditConfig(
-        video=str(CLIP), source=SOURCE, target=EDITS[preset.rstrip("+")], steps=6, count=4, memory=memory,
+        source=SOURCE, target=EDITS[preset.rstrip("+")], steps=6, count=4, memory=memory,
         clip_norm=clip_norm,
     )  # fmt: skip
     config = with_preset(config, preset)
+    graph = DemoGraph(steps=6, frames=4)
+    graph.set(graph.invert, memory=memory, clip_norm=clip_norm)
+    graph.set(graph.edit, preset=preset)
+    assert relative(*parity(host, checkpoint, graph, config)) < 1e-4
+
+
+def parity(host, checkpoint, graph, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents of a graph's edit by the nodes, and by the diffusers host with a configuration."""
+    config = replace(config, video=str(CLIP))
     inversion = invert_video(
         checkpoint, config, fit_frames(config, find_frames(config), 4, 64), lambda _: lambda done, of: None
     )
-    ours = edit(
-        checkpoint.denoiser, inversion, checkpoint.encode_prompt(config.target, 64, 64),
-        checkpoint.encode_prompt("", 64, 64), config.guidance_scale, config.prompt_edit(checkpoint.tokenizer),
-        config.fusion,
-    )  # fmt: skip
+    one = one_edit(checkpoint, config, config.prompt_edit(checkpoint.tokenizer), inversion.latents.shape[1:])
+    (ours,) = edit_many(checkpoint.denoiser, inversion, [one])
 
-    graph = DemoGraph(steps=6, frames=4)
     graph.set(graph.words, target=config.target, mode=config.mode)
-    graph.set(graph.invert, memory=memory, clip_norm=clip_norm)
-    graph.set(graph.edit, preset=preset, guidance=config.guidance_scale)
+    graph.set(graph.edit, guidance=config.guidance_scale)
     scale = checkpoint.vae.config["scaling_factor"]  # a LATENT is the autoencoder's own
-    assert relative(host.latents(graph.prompt, graph.edit[0]) * scale, ours) < 1e-4
+    return host.latents(graph.prompt, graph.edit[0]) * scale, ours

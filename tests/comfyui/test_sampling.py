@@ -60,7 +60,7 @@ def test_a_sampler_of_the_host_draws_on_the_edits_predictions(host):
     graph = DemoGraph()
     expected = edited(host, graph)
     plain = DemoGraph()
-    plain.set(plain.edit, preset="custom", cross_replace_steps=0.0, self_replace_steps=0.0)
+    plain.set(plain.edit, preset="none")
     begin, store = invert_with(graph)
     euler = graph.add("KSamplerSelect", sampler_name="euler")[0]
     by_euler = host.latents(graph.prompt, edit_with(graph, begin, store, sampler=euler)[0])
@@ -163,7 +163,7 @@ def test_what_an_inversion_cannot_follow_is_refused(host):
 
 def without_fusion(graph):
     graph.set(graph.invert, key_frames="self")
-    graph.set(graph.edit, preset="custom", cross_replace_steps=0.0, self_replace_steps=0.0)
+    graph.set(graph.edit, preset="none")
     return graph
 
 

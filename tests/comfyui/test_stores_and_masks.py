@@ -74,10 +74,7 @@ def add_mask(graph, host, name, values):
 def blended(**settings):
     graph = DemoGraph()
     graph.set(graph.words, target="a red circle on water", mode="replace")
-    graph.set(
-        graph.edit, preset="custom", cross_replace_steps=0.7, self_replace_steps=0.8, blend_self_attention=True,
-        **settings,
-    )  # fmt: skip
+    graph.fuse(**{"blend_self_attention": True, **settings})
     return graph
 
 
@@ -90,10 +87,7 @@ def test_masks_of_all_none_and_half(host):
         graph = blended()
         graph.set(graph.edit, mask=add_mask(graph, host, name, values), mask_mode="replace")
         results[name] = edited(host, graph)
-    fused = blended()
-    fused.set(fused.edit, blend_self_attention=False)
-    own = blended()
-    own.set(own.edit, self_replace_steps=0.0)
+    fused, own = blended(blend_self_attention=False), blended(self_replace_steps=0.0)
     assert relative(results["none"], edited(host, fused)) < 1e-5
     assert relative(results["all"], edited(host, own)) < 1e-5
     assert relative(results["half"], results["none"]) > 1e-2

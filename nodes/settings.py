@@ -1,0 +1,61 @@
+"""Widgets made of the settings that their dataclasses describe, and the nodes that hold a method's."""
+
+from __future__ import annotations
+
+from inspect import signature
+from math import isfinite
+from typing import Any, TypeVar
+
+from comfy_api.latest import io
+
+from ..settings import Described, described, described_one
+
+T = TypeVar("T")
+
+ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in signature(io.Float.Input.__init__).parameters else {}
+"""Has the page, where it can, put a widget away until it is asked for: what few change."""
+
+MOST = {int: 1_000_000, float: 10_000.0}
+"""The most that a widget takes where its setting has no bound."""
+
+
+def widget(settings: type, name: str, id: str | None = None, advanced: bool = False, **other: Any) -> Any:
+    """The widget of a setting. id: its name on the node, if another. other: in the place of what the setting says.
+
+    A number that may be None is so at 0.
+    """
+    one = described_one(settings, name)
+    about, kind = one.about, one.plain
+    given: dict[str, Any] = {"default": _default(one), "tooltip": about.text, **(ADVANCED if advanced else {})}
+    if one.optional and kind in (int, float):
+        given |= {"min": 0, "tooltip": f"{about.text} 0: {about.shown}."}
+    elif kind in (int, float):
+        given |= {"min": kind(about.least) if isfinite(about.least) else -MOST[kind]}
+    if kind in (int, float):
+        given |= {"max": kind(about.most) if isfinite(about.most) else MOST[kind], "step": about.step or {int: 1, float: 0.01}[kind]}
+    if one.choices:
+        return io.Combo.Input(id or name, **{"options": list(one.choices), **given, **other})
+    inputs: dict[Any, Any] = {bool: io.Boolean.Input, int: io.Int.Input, float: io.Float.Input}
+    return inputs.get(kind, io.String.Input)(id or name, **{**given, **other})
+
+
+def widgets(settings: type, *names: str, advanced: tuple[str, ...] = ()) -> list[Any]:
+    """The widgets of some settings, or of all."""
+    chosen = names or tuple(one.name for one in described(settings))
+    return [widget(settings, name, advanced=name in advanced) for name in chosen]
+
+
+def made(settings: type[T], values: dict[str, Any]) -> T:
+    """The settings of what widgets hold; ValueError for values that do not fit each other."""
+    kinds = {one.name: one for one in described(settings)}
+    return settings(**{name: _value(kinds[name], value) for name, value in values.items()})
+
+
+def _default(one: Described) -> Any:
+    if isinstance(one.default, tuple):
+        return ", ".join(map(str, one.default))
+    return 0 if one.default is None else one.default
+
+
+def _value(one: Described, value: Any) -> Any:
+    return None if one.optional and one.plain in (int, float) and not value else value

@@ -1,0 +1,160 @@
+"""Plug-and-Play and TokenFlow on a real host: the diffusers host's numbers, and what other nodes may be mixed in."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui.graph import SOURCE, DemoGraph
+from comfyui.host import NodeError
+from comfyui.test_mixing import controlnet_on, edited, lora_on, noise
+from comfyui.test_parity import checkpoint, parity  # noqa: F401
+
+from fatezero import PnPSettings, TokenFlowSettings
+from fatezero.cli.config import EditConfig, with_preset
+
+FRAMES = 5
+FLOW = {"batch_frames": 2, "weights": "authors", "seed": 3}
+
+
+def flowing(preset="pnp", frames=FRAMES, key_frames="self", **settings) -> DemoGraph:
+    graph = DemoGraph(steps=5, frames=frames)
+    graph.set(graph.invert, key_frames=key_frames)
+    graph.set(graph.edit, preset=preset)
+    return with_flow(graph, **settings)
+
+
+def with_flow(graph, **settings) -> DemoGraph:
+    graph.set(graph.edit, propagation=graph.add("FateZeroTokenFlow", **FLOW | settings)[0])
+    return graph
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize(
+    ("preset", "flow"),
+    [
+        ("pnp", None),
+        ("pnp", FLOW),
+        ("none", FLOW | {"weights": "linear"}),
+        ("style", FLOW | {"weights": "paper"}),
+        ("shape+", FLOW),
+    ],
+)
+def test_the_two_hosts_agree(host, checkpoint, preset, flow):  # noqa: F811
+    config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
+    config = replace(config, injection="none") if preset == "none" else with_preset(config, preset)
+    config = replace(config, key_frames=("self",))
+    graph = flowing(preset)
+    if flow is None:
+        del graph.prompt[graph.edit.id]["inputs"]["propagation"]
+    else:
+        graph = flowing(preset, **flow)
+        config = replace(config, propagation="tokenflow", tokenflow=TokenFlowSettings(**flow))
+    theirs, ours = parity(host, checkpoint, graph, config)
+    assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
+    other = flowing("pnp" if preset == "none" else "none")
+    assert torch.linalg.norm(edited(host, other) - theirs) > 1e-2
+
+
+def test_settings_come_from_their_nodes(host):
+    """The presets are those nodes' own values; others change the edit."""
+    by_preset = edited(host, flowing("pnp"))
+    graph = flowing("pnp")
+    held = graph.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8)
+    assert torch.equal(edited(host, graph), by_preset)
+    graph.set(held, feature_steps=0.0)
+    assert (edited(host, graph) - by_preset).abs().max() > 1e-2
+    graph = flowing("pnp", seed=4)
+    assert (edited(host, graph) - by_preset).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
+def test_lora_and_controlnet_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
+    file = request.getfixturevalue(file)
+
+    def run(strength, *places):
+        graph = flowing()
+        mixed_in(graph, file, strength, *places)
+        return edited(host, graph), noise(host, graph)
+
+    plain, plain_noise = run(0.0, False, False)
+    seen = [plain]
+    for places in ((True, False), (False, True), (True, True)):
+        assert torch.equal(run(0.0, *places)[0], plain)
+        result, inverted = run(1.0, *places)
+        assert ((inverted - plain_noise).abs().max() > 1e-3) == places[0]
+        assert all((result - other).abs().max() > 1e-3 for other in seen)
+        seen.append(result)
+
+
+def test_any_length_and_chunks(host):
+    """A batch that is cut into chunks gives what it gives whole; one frame, and remainders, run."""
+    whole = edited(host, flowing(batch_frames=3))
+    graph = flowing(batch_frames=3)
+    graph.set(graph.edit, chunk_frames=2)
+    assert (edited(host, graph) - whole).abs().max() < 1e-4
+    assert edited(host, flowing(frames=1)).isfinite().all()
+
+
+def test_less_strength_stays_nearer_to_the_clip(host):
+    """SDEdit: from the clip with some of the inverted noise."""
+    clip = None
+    changes = []
+    for strength in (1.0, 0.6, 0.2):
+        graph = flowing("none")
+        graph.set(graph.edit, strength=strength)
+        result, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
+        changes.append((result - clip).norm().item())
+    assert changes[0] > changes[1] > changes[2] > 0
+    graph.set(graph.edit, strength=0.0)
+    with pytest.raises(NodeError, match="strength is 0"):
+        edited(host, graph)
+
+
+def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(host):
+    graph = flowing("pnp")
+    image = graph.add("SolidMask", value=0.0, width=64, height=64)
+    graph.set(graph.edit, mask=image[0])
+    assert (edited(host, graph) - host.latents(graph.prompt, graph.latent[0])).abs().max() < 1e-4
+
+
+def test_guidance_nodes_run_beside_it(host):
+    for kind in ("PerturbedAttentionGuidance", "FreeU_V2"):
+        graph, plain = flowing(), edited(host, flowing())
+        values = {"scale": 2.0} if kind.startswith("Perturbed") else {"b1": 1.2, "b2": 1.3, "s1": 0.9, "s2": 0.2}
+        graph.set(graph.edit, model=graph.add(kind, model=graph.demo[0], **values)[0])
+        result = edited(host, graph)
+        assert result.isfinite().all() and (result - plain).abs().max() > 1e-3, kind
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda g: g.set(g.edit, preset="custom"), "settings: preset custom needs them"),
+        (lambda g: (g.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8), g.set(g.edit, preset="style")),
+         "settings: are connected, but preset 'style' would ignore them"),
+        (lambda g: (g.set(g.edit, preset="style"), g.prompt[g.edit.id]["inputs"].pop("prompt_edit")),
+         "prompt_edit: FateZero needs it"),
+        (lambda g: g.set(g.edit, mask=g.add("SolidMask", value=1.0, width=64, height=64)[0], mask_mode="union"),
+         'a mask joined as "union"'),
+        (lambda g: g.both(g.add(
+            "ContextWindowsManual", model=g.demo[0], context_length=3, context_overlap=1, context_stride=1,
+            context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0)[0]),
+         "model: context windows are set, but TokenFlow"),
+        (lambda g: g.both(g.add("TomePatchModel", model=g.demo[0], ratio=0.5)[0]), "merges or rescales tokens"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(host, change, told):
+    graph = flowing()
+    change(graph)
+    with pytest.raises(NodeError, match=told):
+        edited(host, graph)
+
+
+def test_the_report_tells_what_was_taken_and_spent(host):
+    graph = flowing(frames=5)
+    shown = graph.add("PreviewAny", source=graph.edit[1])
+    told = str(host.run(graph.prompt).outputs[shown.id])
+    assert "took queries and keys in 2 and the feature in 4 of 5 steps" in told
+    assert "3 key frames a step for 5 frames, in batches of 2, weights authors" in told
+    assert "16 UNet evaluations of 5 frames, 8 more for the source" in told
+    assert PnPSettings().attention_steps == 0.5
