@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .diffusion.edit import Edit, edit, edit_many
     from .diffusion.invert import Inversion, invert
     from .methods.fatezero import FusionSettings
+    from .methods.flow_smoothing import FlowSmoothing
     from .methods.plug_and_play import PnPSettings
     from .methods.tokenflow import TokenFlowSettings
     from .store.budget import StoreSettings
@@ -33,6 +34,7 @@ _HOMES = {
     "PromptEdit": ".attention.prompt",
     "FusionSettings": ".methods.fatezero",
     "StoreSettings": ".store.budget",
+    "FlowSmoothing": ".methods.flow_smoothing",
     "PnPSettings": ".methods.plug_and_play",
     "TokenFlowSettings": ".methods.tokenflow",
     "AttentionStore": ".store.store",
@@ -44,6 +46,7 @@ __all__ = [
     "AttentionStore",
     "Condition",
     "Edit",
+    "FlowSmoothing",
     "FusionSettings",
     "Inversion",
     "PnPSettings",

@@ -1,1 +1,1 @@
-"""The methods, on query, key and value tensors alone: no host, no UNet."""
+"""What methods share: layers and what they are asked to do, key frames, prompt alignment, masks. No host, no UNet."""

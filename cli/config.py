@@ -20,10 +20,13 @@ from ..diffusion.invert import InversionSettings
 from ..methods.fatezero import GROUP as FATEZERO
 from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
+from ..methods.flow_smoothing import GROUP as FLOW
+from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..settings import described, described_one, setting
 from ..store.budget import StoreSettings
+from ..video.flow import FlowName
 from ..video.read import ClipSettings, seconds_of
 
 T = TypeVar("T")
@@ -73,6 +76,11 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         "were edited together.",
         group=_EDIT,
     )
+    smoothing: float = _kept(FlowSmoothing, "amount", 0.0)
+    flow: FlowName = setting(
+        "auto", "What finds the motion: raft (torchvision) or dis (OpenCV); auto takes raft where its weights are.",
+        group=FLOW,
+    )  # fmt: skip
     mode: Mode = _kept(PromptEdit, "mode", "refine")
     blend_source: tuple[str, ...] = setting(
         (), "Words of the source that draw the mask, by commas.", shown="those that change", group=_MASK
@@ -269,7 +277,7 @@ _FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "ma
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, "injection", "propagation"]
+    return [*_FUSION, "injection", "propagation", "smoothing", "flow"]
 
 
 _NOTHING_BLENDED = "nothing is blended (blend_self_attention, blend_latents)"
@@ -281,6 +289,7 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
     ),
     (("pnp",), lambda c: c.injection != "pnp", "injection is not pnp"),
     (("tokenflow",), lambda c: c.propagation != "tokenflow", "propagation is not tokenflow"),
+    (("flow",), lambda c: c.smoothing == 0, "smoothing is 0"),
     (("precision", "keep_steps"), lambda c: c.memory == "recompute", "memory recompute keeps no attention"),
     (
         ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens"),

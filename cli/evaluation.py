@@ -18,11 +18,11 @@ from torch import Tensor
 from ..files.whole import check_writable, whole_file
 from ..metrics.clip import ClipScorer
 from ..metrics.evaluate import Figure, Report, evaluate
-from ..metrics.flow import Estimator, flow_estimator
 from ..metrics.lpips import Lpips
 from ..metrics.plot import plot_report
 from ..video.compare import COMPARISONS, Comparison, compare
 from ..video.fitted import FittedVideo
+from ..video.flow import Estimator, flow_estimator
 from ..video.read import PICTURES, Video, VideoSource, open_video
 from ..video.size import to_unit
 from ..video.write import check_output, write_picture, write_video

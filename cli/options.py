@@ -18,7 +18,7 @@ GROUPS = {
     for order, name in enumerate(
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit", "FateZero",
-            "Plug-and-Play", "TokenFlow", "This run",
+            "Plug-and-Play", "TokenFlow", "Flow smoothing", "This run",
         )
     )
 }  # fmt: skip

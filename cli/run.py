@@ -16,17 +16,20 @@ from rich.console import Console
 from torch import Tensor
 
 from ..diffusion.edit import Edit, edit_many, unet_calls
-from ..diffusion.invert import Inversion, invert
+from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..files.safetensors import format_bytes
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, quiet
+from ..methods.flow_smoothing import FlowSmoothing
 from ..settings import described
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.identity import ModelIdentity
 from ..store.records import MEMORIES
 from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
+from ..video.flow import flow_estimator
+from ..video.motion import Motion
 from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
@@ -179,7 +182,10 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
 
     with session.bars() as bar:
         inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
-        edits = [one_edit(checkpoint, config, prompt, shape) for config, prompt in zip(configs, prompts, strict=True)]
+        motion = _motion(checkpoint, configs, inversion, bar)
+        edits = [
+            one_edit(checkpoint, config, prompt, shape, motion) for config, prompt in zip(configs, prompts, strict=True)
+        ]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(checkpoint.denoiser, inversion, edits, first.chunk_frames, progress=bar(title))
         failed = []
@@ -290,8 +296,31 @@ def invert_video(
     )  # fmt: skip
 
 
-def one_edit(checkpoint: Checkpoint, config: EditConfig, prompt: Any, latents_shape: tuple[int, ...]) -> Edit:
-    """A configuration's edit, its prompts encoded."""
+def _motion(
+    checkpoint: Checkpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+) -> Motion | None:
+    """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
+    if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
+        return None
+    _, estimate = flow_estimator(configs[0].flow, checkpoint.unet.device)
+    clip, progress = inversion.store.level(0), bar("motion")
+
+    def frames() -> Iterator[Tensor]:
+        for i, latents in enumerate(clip.split(1)):
+            yield checkpoint.decode_latents(latents)[0].cpu()
+            progress(i + 1, len(clip))
+
+    return Motion.of(frames(), estimate, checkpoint.factor)
+
+
+def one_edit(
+    checkpoint: Checkpoint,
+    config: EditConfig,
+    prompt: Any,
+    latents_shape: tuple[int, ...],
+    motion: Motion | None = None,
+) -> Edit:
+    """A configuration's edit, its prompts encoded. motion: the clip's, where it smooths along it."""
     height, width = (side * checkpoint.factor for side in latents_shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
     target, negative = (
@@ -304,6 +333,7 @@ def one_edit(checkpoint: Checkpoint, config: EditConfig, prompt: Any, latents_sh
         prompt,
         config.chosen_injection,
         propagation=config.chosen_propagation,
+        smoothing=FlowSmoothing(config.smoothing, motion) if config.smoothing else None,
         strength=config.strength,
     )
 

@@ -20,7 +20,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ..metrics.temporal import inside, warp
+from ..video.motion import inside, warp
 
 SIZE = 64
 """Height and width of a frame in pixels."""

@@ -58,7 +58,7 @@ class Denoiser(Protocol):
     def predict_noise(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
-        """Epsilon of the latents of a chunk's frames (held, 4, h, w), guided away from a negative prompt.
+        """Epsilon of the latents of a chunk's frames, (frames, 4, h, w), guided away from a negative prompt.
 
         `control` computes attention, and its `chunk` tells which of the clip's frames these are.
         """

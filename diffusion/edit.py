@@ -61,6 +61,16 @@ class Propagation(Protocol):
         """What it does with so many frames, in a line."""
 
 
+class Smoothing(Protocol):
+    """What becomes of the clean latents that a step predicts: `FlowSmoothing`."""
+
+    def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
+        """Those of the whole clip (frames, 4, h, w), beside the source's."""
+
+    def summary(self) -> str:
+        """What it does, in a line."""
+
+
 class EditContext:
     """What the parts of an edit know of its run.
 
@@ -78,11 +88,10 @@ class EditContext:
 class Injected:
     """What one edit takes of the source, step by step; this one takes nothing, and keeps latents outside a mask given.
 
-    own_level: see `Asks`. extends: whether key frames that run together may all attend to each other.
+    own_level: see `Asks`.
     """
 
     own_level = True
-    extends = True
 
     def __init__(self, asked: Edit, context: EditContext) -> None:
         self.context = context
@@ -129,6 +138,7 @@ class Edit:
     fusion: Injection | None = None
     mask: GivenMask | None = None
     propagation: Propagation | None = None
+    smoothing: Smoothing | None = None
     strength: float = setting(
         1.0,
         "How far towards noise the edit begins, as a share of the steps: below 1 it starts from the clip with so much "
@@ -158,6 +168,7 @@ def edit(
     *,
     propagation: Propagation | None = None,
     mask: GivenMask | None = None,
+    smoothing: Smoothing | None = None,
     strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -168,7 +179,8 @@ def edit(
     fusion. fusion: what is taken of the source: `FusionSettings`, or `PnPSettings`, which need no prompt; with neither
     the edit is plain DDIM from the inverted noise. propagation: how frames agree beyond their key frames
     (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask of self-attention
-    and latents; without FateZero, latents outside it are the inversion's. strength: see `Edit`.
+    and latents; without FateZero, latents outside it are the inversion's. smoothing: of what the edit changes, over
+    time (`FlowSmoothing`). strength: see `Edit`.
 
     Fusion touches the conditional branch alone. UNet calls: two a step (one at guidance 1), and
     one more in every step that reads a source that is not kept (`unet_calls`).
@@ -176,7 +188,9 @@ def edit(
     Raises StoreError for a store of another model, schedule or prompt, and ValueError for
     options that do not fit each other, before the first step; ArithmeticError where numbers leave their range.
     """
-    one = Edit(target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, strength)
+    one = Edit(
+        target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, strength
+    )
     return edit_many(denoiser, inversion, [one], chunk_frames, progress=progress)[0]
 
 
@@ -279,12 +293,16 @@ class EditPass:
             for i in together:
                 parts[i].append(self._runs[i].predict(zs[i], step, source))
         return [
-            None if step < run.first else _joined(chunks, own) if run.shares_source else self._by_itself(run, z, step)
+            None if step < run.first else run.smoothed(z, step, self._of_run(run, z, step, chunks, own))
             for run, z, own in zip(self._runs, zs, parts, strict=True)
         ]
 
-    def _by_itself(self, run: _Run, z: Tensor, step: int) -> Prediction:
-        """An edit whose source no other one shares."""
+    def _of_run(
+        self, run: _Run, z: Tensor, step: int, chunks: Sequence[Chunk], shared: Sequence[Prediction]
+    ) -> Prediction:
+        """An edit's prediction; shared: what was made of the source that others use too."""
+        if run.shares_source:
+            return _joined(chunks, shared)
         branches = Branches(self._denoiser, self._store, run, z, step)
         if run.propagation is not None:
             found = run.propagation.predict(step, self._steps, self._store.frames, branches, self._chunk_frames)
@@ -325,11 +343,6 @@ class Branches:
     z: Tensor
     step: int
 
-    @property
-    def extends(self) -> bool:
-        """Whether key frames that run together may all see each other."""
-        return self.run.injected.extends
-
     def source(self, chunk: Chunk, prepare: Prepare | None = None) -> Recorder:
         """The source on a chunk."""
         prepared = None if prepare is None else lambda recorder: prepare("source", recorder)
@@ -354,7 +367,8 @@ class _Run:
             if asked.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={asked.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(asked.negative_embeddings, "negative_embeddings").to(like)
-        self.guidance_scale, self.propagation = asked.guidance_scale, asked.propagation
+        self.guidance_scale = asked.guidance_scale
+        self.propagation, self.smoothing = asked.propagation, asked.smoothing
         self.first = first_step(asked.strength, schedule.steps)
         context, injection = EditContext(denoiser, store, self.target), asked.injection
         self.injected = Injected(asked, context) if injection is None else injection.injected(asked, context)
@@ -384,6 +398,19 @@ class _Run:
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance)
         mask = self.injected.latent_mask(source, control, step)
         return Prediction(noise, None if mask is None else mask.to(z))
+
+    def smoothed(self, z: Tensor, step: int, predicted: Prediction) -> Prediction:
+        """A prediction whose clean latents agree over time."""
+        if self.smoothing is None:
+            return predicted
+        alpha = self.schedule.alphas[self.schedule.steps - step]
+        signal, noise = root(alpha).item(), root(1 - alpha).item()
+        source = self.store.level(0).to(z.device, non_blocking=True)
+        clean = (z - noise * predicted.noise) / signal
+        smoothed = self.smoothing.smoothed(clean, source)
+        if smoothed is clean:
+            return predicted
+        return Prediction((z - signal * smoothed) / noise, predicted.mask)
 
     def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
         """One DDIM step from level steps - step to the cleaner one."""

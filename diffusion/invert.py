@@ -124,13 +124,13 @@ def invert(
         extra=extra or {},
         attachments=attachments or {},
     )
-    wanted, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
+    recorded, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
     z = latents
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
         put(0, z, {})
         for i, timestep in enumerate(reversed(schedule.timesteps)):
             step = steps - 1 - i  # of the edit, which goes the other way
-            kept = wanted if step < store.kept_steps else set()
+            kept = recorded if step < store.kept_steps else set()
             chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
             recorders = [Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks]
             noise = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, source, r) for r in recorders]

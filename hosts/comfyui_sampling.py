@@ -351,9 +351,9 @@ def _plain_ddim(
     x = (latent_image + noise * sigmas[0]) if not rises else latent_image * level[0]
     for i, (here, there) in enumerate(pairwise(sigmas)):
         at = torch.maximum(here, there)
-        seen = x * ((1 + at**2) / (1 + here**2)).sqrt()
-        clean = guider(seen, at.expand(len(x)), **extra_args)
-        x = x + (seen - clean) / at * (there - here)
+        scaled = x * ((1 + at**2) / (1 + here**2)).sqrt()
+        clean = guider(scaled, at.expand(len(x)), **extra_args)
+        x = x + (scaled - clean) / at * (there - here)
         if callback is not None:
             callback(i, clean, x, len(sigmas) - 1)
     return x if rises else x / level[-1]

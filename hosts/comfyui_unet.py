@@ -287,8 +287,8 @@ class HookedModel:
         parts = zip(branches, *(t.chunk(len(branches)) for t in (q, k, v)), strict=True)
         done = []
         for branch, q_part, k_part, v_part in parts:
-            alone = {**options, "cond_or_uncond": [branch]}
-            done.append(self._branch(branch, site, theirs, q_part, k_part, v_part, alone))
+            of_branch = {**options, "cond_or_uncond": [branch]}
+            done.append(self._branch(branch, site, theirs, q_part, k_part, v_part, of_branch))
         self.reached.add(site.name)
         return torch.cat(done)
 

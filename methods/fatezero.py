@@ -218,7 +218,6 @@ class Fusion(Injected):
     """FateZero's fusion in one edit, its inputs checked."""
 
     own_level = False
-    extends = False
 
     def __init__(self, settings: FusionSettings, asked: Edit, context: EditContext) -> None:
         self.context = context

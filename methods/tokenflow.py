@@ -95,7 +95,7 @@ class TokenFlowSettings:
             if isinstance(control, Recorder):
                 control.inputs = {}
             control.outputs = outputs[branch]
-            control.extended = branch != "source" and branches.extends
+            control.extended = branch != "source"
 
         source = branches.source(Chunk.of(pivots, clip), keep)
         branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below

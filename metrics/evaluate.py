@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..video.flow import Estimator
+from ..video.motion import visible
 from .clip import ClipScorer
-from .flow import Estimator
 from .lpips import Lpips
 from .preservation import SSIM_WINDOW, changed_pixels, intersection_over_union, psnr, ssim
-from .temporal import frame_accuracy, temporal_consistency, visible, warp_error
+from .temporal import frame_accuracy, temporal_consistency, warp_error
 
 Progress = Callable[[int, int], None]
 

@@ -9,6 +9,7 @@ from .demo import FateZeroDemoModel
 from .edit import FateZeroMaskPreview, FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .fatezero import FateZeroFusion
+from .flow_smoothing import FateZeroFlowSmoothing
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .plug_and_play import FateZeroPnP
 from .prompt import FateZeroPromptEdit
@@ -36,6 +37,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroFusion,
             FateZeroPnP,
             FateZeroTokenFlow,
+            FateZeroFlowSmoothing,
             FateZeroMaskPreview,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,

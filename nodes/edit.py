@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
-from ..diffusion.edit import Edit, Injection, Propagation, first_step, unet_calls
+from ..diffusion.edit import Edit, Injection, Propagation, Smoothing, first_step, unet_calls
 from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_unet import count_layers
@@ -30,6 +30,7 @@ from .sockets import (
     InjectionSocket,
     PromptEditSocket,
     PropagationSocket,
+    SmoothingSocket,
     schema,
     show_on_node,
 )
@@ -59,6 +60,9 @@ INPUTS = [
     ),
     PropagationSocket.Input(
         "propagation", optional=True, tooltip="How frames agree beyond their key frames (TokenFlow)."
+    ),
+    SmoothingSocket.Input(
+        "smoothing", optional=True, tooltip="Less flicker along the video's own motion (Flow Smoothing)."
     ),
     widget(Edit, "guidance_scale", "guidance"),
     io.Combo.Input(
@@ -140,6 +144,7 @@ class Asked:
     prompt_edit: PromptEdit | None = None
     settings: Injection | None = None
     propagation: Propagation | None = None
+    smoothing: Smoothing | None = None
     mask: Tensor | None = None
     mask_mode: Literal["replace", "union", "intersection"] = "replace"
     chunk_frames: int = 0
@@ -169,7 +174,7 @@ class Asked:
             raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
         edit = Edit(
             positive, negative, self.guidance, self.prompt_edit if fuses else None, injection, mask, self.propagation,
-            self.strength,
+            self.smoothing, self.strength,
         )  # fmt: skip
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
@@ -214,6 +219,8 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
     lines.append("took nothing of the source" if edit.injection is None else edit.injection.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))
+    if edit.smoothing is not None:
+        lines.append(edit.smoothing.summary())
     lines.append(
         f"{calls.edit:g} UNet evaluations of {store.frames} frames, {calls.source:g} more for the source; "
         f"store of memory {store.memory}"

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..metrics.clip import ClipScorer
 from ..metrics.evaluate import evaluate
-from ..metrics.flow import flow_estimator
 from ..metrics.lpips import Lpips
 from ..metrics.plot import plot_report
 from ..video.compare import COMPARISONS, compare
+from ..video.flow import flow_estimator
 from ..video.sheet import heat_map
 from ..video.size import to_bytes
 from .sockets import schema, show_on_node

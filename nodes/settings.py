@@ -32,7 +32,10 @@ def widget(settings: type, name: str, id: str | None = None, advanced: bool = Fa
     elif kind in (int, float):
         given |= {"min": kind(about.least) if isfinite(about.least) else -MOST[kind]}
     if kind in (int, float):
-        given |= {"max": kind(about.most) if isfinite(about.most) else MOST[kind], "step": about.step or {int: 1, float: 0.01}[kind]}
+        given |= {
+            "max": kind(about.most) if isfinite(about.most) else MOST[kind],
+            "step": about.step or {int: 1, float: 0.01}[kind],
+        }
     if one.choices:
         return io.Combo.Input(id or name, **{"options": list(one.choices), **given, **other})
     inputs: dict[Any, Any] = {bool: io.Boolean.Input, int: io.Int.Input, float: io.Float.Input}

@@ -10,6 +10,7 @@ AttentionStoreSocket = io.Custom("ATTENTION_STORE")
 PromptEditSocket = io.Custom("PROMPT_EDIT")
 InjectionSocket = io.Custom("VIDEO_EDIT_SETTINGS")
 PropagationSocket = io.Custom("VIDEO_PROPAGATION")
+SmoothingSocket = io.Custom("VIDEO_SMOOTHING")
 
 CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"

@@ -38,7 +38,7 @@ def test_metrics_load_without_them():
     code = """
 import sys
 sys.modules["matplotlib"] = sys.modules["cv2"] = None
-import fatezero.metrics.evaluate, fatezero.metrics.flow, fatezero.metrics.plot
+import fatezero.metrics.evaluate, fatezero.video.flow, fatezero.metrics.plot
 from fatezero.metrics.evaluate import Figure, Report
 try:
     fatezero.metrics.plot.plot_report(Report({"PSNR": Figure(1.0, by_frame=(1.0, 2.0))}))

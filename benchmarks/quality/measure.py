@@ -12,9 +12,10 @@ from torch import Tensor
 from ...demo.judge import read_words
 from ...demo.world import seen_pixels
 from ...metrics.clip import ClipScorer
-from ...metrics.flow import flow_estimator
 from ...metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
-from ...metrics.temporal import frame_accuracy, temporal_consistency, visible, warp_error
+from ...metrics.temporal import frame_accuracy, temporal_consistency, warp_error
+from ...video.flow import flow_estimator
+from ...video.motion import visible
 from .cases import Case
 
 LEAST_PIXELS = 0.02

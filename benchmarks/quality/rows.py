@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from ...diffusion.denoiser import Guidance
 from ...diffusion.edit import Edit, edit_many
 from ...diffusion.invert import Inversion, invert
 from ...hosts.checkpoint import Checkpoint
+from ...methods.flow_smoothing import FlowSmoothing
 from ...methods.plug_and_play import PnPSettings
 from ...methods.tokenflow import TokenFlowSettings
+from ...video.flow import flow_estimator
+from ...video.motion import Motion, steadied
 from .cases import Case
 
 Source = str | None
@@ -33,7 +37,8 @@ class Method:
 
     run: edits a trial's clip where no inversion is needed. Otherwise
     settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
-    fused with attention of `source`.
+    fused with attention of `source`. smoothing: along the source's flow, in each step; steady: of the frames that came
+    of it.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Method:
     clip_norm: bool = False
     injection: PnPSettings | None = None
     propagation: TokenFlowSettings | None = None
+    smoothing: float = 0.0
+    steady: float = 0.0
 
 
 @dataclass
@@ -88,13 +95,27 @@ class Trial:
         if method.source is None or method.injection is not None:
             return Edit(
                 self.target, self.negative, self.guidance_scale, fusion=method.injection,
-                propagation=method.propagation,
+                propagation=method.propagation, smoothing=self.smoothing(method),
             )  # fmt: skip
         config = self.config(method)
         prompt = config.prompt_edit(self.checkpoint.tokenizer)
         return Edit(
-            self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation
-        )
+            self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation,
+            smoothing=self.smoothing(method),
+        )  # fmt: skip
+
+    def smoothing(self, method: Method) -> FlowSmoothing | None:
+        return FlowSmoothing(method.smoothing, self.motion) if method.smoothing else None
+
+    @cached_property
+    def motion(self) -> Motion:
+        """The source's, as DIS sees it, in pixels."""
+        _, estimate = flow_estimator("dis")
+        return Motion.of(self.case.clip.frames, estimate)
+
+    def finished(self, method: Method, frames: Tensor) -> Tensor:
+        """A method's decoded frames, made steady where it asks for it."""
+        return steadied(self.case.clip.frames, frames, self.motion, method.steady) if method.steady else frames
 
 
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
@@ -202,6 +223,26 @@ METHODS: tuple[Method, ...] = (
     Method("FateZero+, words mixed", plus=True, settings={"separate_words": 0.0}),
     Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
 )
+
+PNP = PnPSettings()
+EXTENDED = TokenFlowSettings(1, "linear")
+"""Every frame is a key frame, and attends to all: extended attention alone."""
+FLOW = TokenFlowSettings(4)
+ONE = ("self",)
+LONG = (
+    Method("PnP", injection=PNP, key_frames=ONE),
+    Method("PnP, extended attention", injection=PNP, key_frames=ONE, propagation=EXTENDED),
+    Method("PnP, TokenFlow", injection=PNP, key_frames=ONE, propagation=FLOW),
+    Method("PnP, flow smoothing", injection=PNP, key_frames=ONE, smoothing=0.8),
+    Method("FateZero (paper), TokenFlow", propagation=FLOW),
+    Method("FateZero+, extended attention", plus=True, propagation=EXTENDED),
+    Method("FateZero+, TokenFlow", plus=True, propagation=FLOW),
+    Method("FateZero+, flow smoothing", plus=True, smoothing=0.8),
+    Method("FateZero+, flow smoothing, steady", plus=True, smoothing=0.8, steady=0.8),
+    Method("FateZero+, TokenFlow, flow smoothing", plus=True, propagation=FLOW, smoothing=0.8),
+)
+"""How frames agree: rows for clips of 16 frames and more."""
+METHODS += LONG
 
 QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
 """The rows of the quick form."""

@@ -8,7 +8,7 @@ from comfyui.host import NodeError
 from PIL import Image
 
 from fatezero.metrics.evaluate import evaluate
-from fatezero.metrics.flow import flow_estimator
+from fatezero.video.flow import flow_estimator
 from fatezero.video.read import read_video
 from fatezero.video.size import to_unit
 

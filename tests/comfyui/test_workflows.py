@@ -15,9 +15,16 @@ from fatezero.video.read import read_video
 FOLDER = REPO / "workflows"
 NAMES = (
     "attribute", "controlnet_lora", "custom_sampler", "demo", "mask_correction", "measure",
-    "one_inversion_three_edits", "shape", "style",
+    "one_inversion_three_edits", "shape", "style", "tokenflow",
 )  # fmt: skip
-DEMO = {"custom_sampler": 6, "demo": 10, "mask_correction": 9, "one_inversion_three_edits": 8, "measure": 7}
+DEMO = {
+    "custom_sampler": 6,
+    "demo": 10,
+    "mask_correction": 9,
+    "one_inversion_three_edits": 8,
+    "measure": 7,
+    "tokenflow": 5,
+}
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 
 

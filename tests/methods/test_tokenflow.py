@@ -13,7 +13,7 @@ from fatezero.attention.masks import GivenMask
 from fatezero.demo.model import build_scheduler
 from fatezero.diffusion import ddim
 from fatezero.diffusion.denoiser import Guidance
-from fatezero.diffusion.edit import Edit, edit_many
+from fatezero.diffusion.edit import Edit, edit_many, unet_calls
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.methods import tokenflow
 from fatezero.methods.tokenflow import nearest
@@ -206,6 +206,24 @@ def test_bad_settings_are_named(make, told):
         make()
 
 
-def test_a_mask_needs_fatezeros_fusion(denoiser):
-    with pytest.raises(ValueError, match="a mask needs FateZero's fusion"):
-        run(denoiser, random_latents(2), fusion=PnPSettings(), mask=GivenMask(torch.ones(1, 4, 4)))
+@pytest.mark.parametrize("fusion", [None, PnPSettings()])
+def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(denoiser, fusion):
+    clip, mask = random_latents(4), torch.zeros(1, 8, 8)
+    mask[..., :4] = 1
+    edited = run(denoiser, clip, TokenFlowSettings(2), fusion, mask=GivenMask(mask))
+    half = clip.shape[-1] // 2
+    assert torch.equal(edited[..., half:], clip[..., half:])
+    assert relative(edited[..., :half], clip[..., :half]) > 1e-2
+    with pytest.raises(ValueError, match='a mask joined as "union"'):
+        run(denoiser, clip, None, fusion, mask=GivenMask(mask, "union"))
+
+
+def test_less_strength_starts_from_the_clip_with_less_noise(denoiser):
+    """SDEdit, with the noise that the inversion found: the first step then is what the inversion came from."""
+    inversion = invert(denoiser, random_latents(2), random_text(2), steps=4, key_frames="self")
+    whole, half = (edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=s) for s in (1.0, 0.5))
+    clip = inversion.latents[0]
+    assert 0 < relative(half, clip) < relative(whole, clip)
+    assert unet_calls(4, 7.5, 0, None, strength=0.5) == (4, 4, 0)
+    with pytest.raises(ValueError, match="strength is 0.1; it must be above 0 and leave a step of 4"):
+        edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=0.1)

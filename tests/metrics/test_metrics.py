@@ -5,7 +5,8 @@ import torch
 
 from fatezero.metrics.memory import PeakMemory
 from fatezero.metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
-from fatezero.metrics.temporal import frame_accuracy, inside, temporal_consistency, visible, warp, warp_error
+from fatezero.metrics.temporal import frame_accuracy, temporal_consistency, warp_error
+from fatezero.video.motion import inside, visible, warp
 
 
 def test_psnr_of_known_errors():

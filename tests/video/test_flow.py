@@ -6,8 +6,8 @@ from fatezero.benchmarks.quality.measure import seen_pixels
 from fatezero.demo.show import FRAMES, MOTION, SCENE
 from fatezero.demo.world import render
 from fatezero.metrics.evaluate import evaluate
-from fatezero.metrics.flow import flow_estimator
 from fatezero.metrics.temporal import warp_error
+from fatezero.video.flow import flow_estimator
 
 
 def test_dis_finds_a_whole_translation():
@@ -44,7 +44,7 @@ def test_both_flows_tell_a_steady_clip_from_a_flickering_one():
 
 
 def _backward(clip):
-    from fatezero.metrics.temporal import warp
+    from fatezero.video.motion import warp
 
     return -warp(clip.flow, -clip.flow)
 

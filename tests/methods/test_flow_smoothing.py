@@ -1,0 +1,80 @@
+"""Flow smoothing: what it leaves, what it evens out, and that it needs the clip's own motion."""
+
+import pytest
+import torch
+
+from fatezero import FlowSmoothing, PnPSettings, TokenFlowSettings, edit, invert
+from fatezero.demo.model import build_scheduler
+from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.video.motion import Motion, averaged_along
+from small import random_latents, random_text, relative, small_unet
+
+
+def moving(frames: int, dx: float, size: int = 8) -> Motion:
+    """Everything moves to the right by dx cells a frame."""
+    flow = torch.zeros(frames - 1, 2, size, size)
+    flow[:, 0] = dx
+    seen = torch.ones(frames - 1, size, size)
+    seen[..., size - int(dx) :] = 0 if dx else 1
+    before = seen.flip(-1)
+    return Motion(flow, -flow, seen, before)
+
+
+def test_what_moves_along_stays_and_what_does_not_is_evened_out():
+    clip = torch.zeros(4, 1, 8, 8)
+    for i in range(4):
+        clip[i, :, :, 1 + i] = 1
+    assert torch.allclose(averaged_along(clip, moving(4, 1.0), 0.8), clip, atol=1e-6)
+    flicker = clip * torch.tensor([1.0, 1.4, 0.6, 1.2]).view(4, 1, 1, 1)
+    even = averaged_along(flicker, moving(4, 1.0), 0.9)
+    strengths = [even[i, 0, 0, 1 + i].item() for i in range(4)]
+    assert max(strengths) - min(strengths) < 0.3 < 0.8
+    still = averaged_along(flicker, moving(4, 0.0), 0.9)
+    assert relative(still, flicker) > 0.5, "along another motion it smears"
+    assert torch.equal(averaged_along(flicker, moving(4, 1.0), 0.0), flicker)
+
+
+def test_nothing_is_taken_from_where_nothing_is_seen():
+    values = torch.randn(3, 2, 8, 8)
+    motion = moving(3, 0.0)
+    hidden = Motion(motion.forward, motion.backward, 0 * motion.seen, 0 * motion.seen)
+    assert torch.equal(averaged_along(values, hidden, 0.9), values)
+
+
+def test_motion_on_a_coarser_grid_is_counted_in_its_cells():
+    coarse = moving(3, 2.0, 16).at((8, 8))
+    assert coarse.forward.shape == (2, 2, 8, 8)
+    assert torch.allclose(coarse.forward[:, 0], torch.tensor(1.0)) and coarse.seen.max() == 1
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> DiffusersDenoiser:
+    return DiffusersDenoiser(small_unet(), build_scheduler())
+
+
+def run(denoiser, smoothing, **more):
+    clip = random_latents(4)
+    inversion = invert(denoiser, clip, random_text(2), steps=3, key_frames="self")
+    return edit(denoiser, inversion, random_text(3), random_text(4), 3.0, smoothing=smoothing, **more), clip
+
+
+@pytest.mark.parametrize("more", [{}, {"fusion": PnPSettings(), "propagation": TokenFlowSettings(2)}])
+def test_the_edits_difference_is_steadier_and_none_at_all_is_exact(denoiser, more):
+    size = random_latents(1).shape[-1]
+    plain, clip = run(denoiser, None, **more)
+    assert torch.equal(run(denoiser, FlowSmoothing(0.0), **more)[0], plain)
+    steady, _ = run(denoiser, FlowSmoothing(0.8, moving(4, 0.0, size)), **more)
+
+    def unrest(result):
+        return (result - clip).diff(dim=0).norm().item()
+
+    assert unrest(steady) < 0.6 * unrest(plain)
+
+
+def test_another_clips_motion_is_refused(denoiser):
+    with pytest.raises(ValueError, match="needs the motion of the clip's 4 frames, and has that of 3"):
+        run(denoiser, FlowSmoothing(0.8, moving(3, 0.0)))
+    with pytest.raises(ValueError, match="and has none"):
+        run(denoiser, FlowSmoothing(0.8))
+    with pytest.raises(ValueError, match="amount is 1.5"):
+        FlowSmoothing(1.5)

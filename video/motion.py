@@ -1,0 +1,121 @@
+"""What moves where in a clip, and values averaged along it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .flow import Estimator
+
+
+def warp(frames: Tensor, flow: Tensor) -> Tensor:
+    """Sample (n, c, h, w) at x + flow(x), flow (n, 2, h, w) in pixels (dx, dy); zero outside."""
+    n, _, h, w = frames.shape
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    grid_x = (x.to(flow) + flow[:, 0] + 0.5) * 2 / w - 1
+    grid_y = (y.to(flow) + flow[:, 1] + 0.5) * 2 / h - 1
+    grid = torch.stack([grid_x, grid_y], -1)
+    return F.grid_sample(frames, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def inside(flow: Tensor) -> Tensor:
+    """Where the flow stays in the picture: boolean (n, h, w)."""
+    n, _, h, w = flow.shape
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    at_x, at_y = x.to(flow) + flow[:, 0], y.to(flow) + flow[:, 1]
+    return (at_x >= 0) & (at_x <= w - 1) & (at_y >= 0) & (at_y <= h - 1)
+
+
+def visible(forward: Tensor, backward: Tensor) -> Tensor:
+    """Pixels not occluded, after Lai et al.: boolean (n, h, w) from flows (n, 2, h, w).
+
+    Occluded where |w~b + wf|^2 > 0.01 (|w~b|^2 + |wf|^2) + 0.5, w~b being the backward flow brought
+    to frame t, or at motion boundaries, |grad wf|^2 > 0.01 |wf|^2 + 0.002. The paper tells it for the
+    pixels of frame t + 1, with the flows in each other's place.
+    """
+    back = warp(backward, forward)
+    size = (forward**2).sum(1) + (back**2).sum(1)
+    consistent = ((forward + back) ** 2).sum(1) <= 0.01 * size + 0.5
+    dx = F.pad(forward.diff(dim=-1), (0, 1))
+    dy = F.pad(forward.diff(dim=-2), (0, 0, 0, 1))
+    smooth = (dx**2 + dy**2).sum(1) <= 0.01 * (forward**2).sum(1) + 0.002
+    return consistent & smooth & inside(forward)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The optical flow between the frames of a clip, both ways.
+
+    forward: from each frame to the next, backward: from each but the first to the one before, in cells (dx, dy):
+    (frames - 1, 2, h, w). seen: where forward flow ends in something that the next frame shows, seen_before: where
+    backward flow does, 0 to 1: (frames - 1, h, w).
+    """
+
+    forward: Tensor
+    backward: Tensor
+    seen: Tensor
+    seen_before: Tensor
+
+    @classmethod
+    def of(cls, frames: Iterable[Tensor], estimate: Estimator, reduce: int = 1) -> Motion:
+        """Of frames (3, h, w) in 0..1, two of which are looked at at a time. reduce: pixels of a cell's side."""
+        parts = [_between(a, b, estimate, reduce) for a, b in pairwise(frames)]
+        if not parts:
+            raise ValueError("motion needs two frames at least")
+        return cls(*(torch.stack(part) for part in zip(*parts, strict=True)))
+
+    @property
+    def frames(self) -> int:
+        return len(self.forward) + 1
+
+    def at(self, size: tuple[int, int]) -> Motion:
+        """On a coarser grid, by area."""
+        height, width = self.forward.shape[-2:]
+        if size == (height, width):
+            return self
+        scale = torch.tensor([size[1] / width, size[0] / height]).view(2, 1, 1).to(self.forward)
+        flows = [F.interpolate(flow, size=size, mode="area") * scale for flow in (self.forward, self.backward)]
+        seen = [F.interpolate(s[:, None], size=size, mode="area")[:, 0] for s in (self.seen, self.seen_before)]
+        return Motion(*flows, *seen)
+
+    def to(self, like: Tensor) -> Motion:
+        """On the device and in the dtype of a tensor."""
+        return Motion(*(t.to(like) for t in (self.forward, self.backward, self.seen, self.seen_before)))
+
+
+def _between(a: Tensor, b: Tensor, estimate: Estimator, reduce: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward, backward = estimate(a, b)[None], estimate(b, a)[None]
+    seen, before = visible(forward, backward).float(), visible(backward, forward).float()
+    flows = [F.avg_pool2d(flow, reduce)[0] / reduce for flow in (forward, backward)]
+    return (*flows, *(F.avg_pool2d(s[:, None], reduce)[0, 0] for s in (seen, before)))  # type: ignore[return-value]
+
+
+def averaged_along(values: Tensor, motion: Motion, amount: float) -> Tensor:
+    """Values (frames, c, h, w) of one grid with the motion, averaged over time along it.
+
+    Each frame takes `amount` of what the frame before had come to, where that is seen, and the same from the end;
+    the mean of both. 0 leaves all as it is.
+    """
+    onwards = _carried(values, motion.backward, amount * motion.seen_before)
+    back = _carried(values.flip(0), motion.forward.flip(0), amount * motion.seen.flip(0)).flip(0)
+    return (onwards + back) / 2
+
+
+def _carried(values: Tensor, flow: Tensor, weights: Tensor) -> Tensor:
+    """Every frame with a share of the one before, brought along by the flow to it."""
+    done = [values[0]]
+    for value, to_before, weight in zip(values[1:], flow, weights, strict=True):
+        before = warp(done[-1][None], to_before[None])[0]
+        done.append(value + weight * (before - value))
+    return torch.stack(done)
+
+
+def steadied(source: Tensor, edited: Tensor, motion: Motion, amount: float) -> Tensor:
+    """Frames of an edit (frames, 3, h, w) in 0..1 whose difference to the source's is averaged along its motion."""
+    along = motion.at((source.shape[-2], source.shape[-1])).to(edited)
+    return (source + averaged_along(edited - source, along, amount)).clamp(0, 1)
