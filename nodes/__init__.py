@@ -9,7 +9,7 @@ from .demo import FateZeroDemoModel
 from .edit import FateZeroMaskPreview, FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .fatezero import FateZeroFusion
-from .flow_smoothing import FateZeroFlowSmoothing
+from .flow_smoothing import FateZeroFlowSmoothing, FateZeroSteady
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .plug_and_play import FateZeroPnP
 from .prompt import FateZeroPromptEdit
@@ -38,6 +38,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroPnP,
             FateZeroTokenFlow,
             FateZeroFlowSmoothing,
+            FateZeroSteady,
             FateZeroMaskPreview,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,

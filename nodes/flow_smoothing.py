@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
@@ -11,12 +12,38 @@ from torch import Tensor
 
 from ..methods.flow_smoothing import FlowSmoothing
 from ..video.flow import flow_estimator
-from ..video.motion import Motion
+from ..video.motion import Motion, steadied
 from .settings import widget
 from .sockets import SmoothingSocket, schema, show_on_node
 
-CELL = 4
-"""Pixels of a cell's side that motion is kept on; the latents' grid is coarser, or as coarse."""
+CELL, PICTURE_CELL = 4, 2
+"""Pixels of a cell's side that motion is kept on: for latents, whose grid is as coarse or coarser, and for pictures."""
+
+FLOW = io.Combo.Input(
+    "flow",
+    options=["auto", "dis", "raft"],
+    default="auto",
+    tooltip="How motion is found: OpenCV's DIS, or torchvision's RAFT, which fetches its weights. auto takes RAFT "
+    "where they are here already.",
+)
+
+
+def motion_of(images: Tensor, flow: Any, cell: int, node: str | None) -> Motion:
+    """The motion of a clip's frames, told on the node; ValueError for one frame."""
+    if len(images) < 2:
+        raise ValueError("images: one frame, which has no motion; two are needed at least")
+    name, estimate = flow_estimator(flow, comfy.model_management.get_torch_device())
+    bar = comfy.utils.ProgressBar(len(images))
+
+    def frames() -> Iterator[Tensor]:
+        for frame in images[..., :3].movedim(-1, 1):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            yield frame.float()
+            bar.update(1)
+
+    motion = Motion.of(frames(), estimate, cell)
+    show_on_node(node, f"motion of {motion.frames} frames by {name}")
+    return motion
 
 
 class FateZeroFlowSmoothing(io.ComfyNode):
@@ -33,13 +60,7 @@ class FateZeroFlowSmoothing(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The frames of the clip that is edited."),
                 widget(FlowSmoothing, "amount"),
-                io.Combo.Input(
-                    "flow",
-                    options=["auto", "dis", "raft"],
-                    default="auto",
-                    tooltip="How motion is found: OpenCV's DIS, or torchvision's RAFT, which fetches its weights. auto "
-                    "takes RAFT where they are here already.",
-                ),
+                FLOW,
             ],
             outputs=[SmoothingSocket.Output("smoothing", display_name="smoothing", tooltip="For Edit Video.")],
             hidden=[io.Hidden.unique_id],
@@ -47,17 +68,37 @@ class FateZeroFlowSmoothing(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, amount: float, flow: Any) -> io.NodeOutput:
-        if len(images) < 2:
-            raise ValueError("images: one frame, which has no motion; flow smoothing needs two at least")
-        name, estimate = flow_estimator(flow, comfy.model_management.get_torch_device())
-        bar = comfy.utils.ProgressBar(len(images))
+        return io.NodeOutput(FlowSmoothing(amount, motion_of(images, flow, CELL, cls.hidden.unique_id)))
 
-        def frames() -> Any:
-            for frame in images[..., :3].movedim(-1, 1):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                yield frame.float()
-                bar.update(1)
 
-        motion = Motion.of(frames(), estimate, CELL)
-        show_on_node(cls.hidden.unique_id, f"motion of {motion.frames} frames by {name}")
-        return io.NodeOutput(FlowSmoothing(amount, motion))
+class FateZeroSteady(io.ComfyNode):
+    """Frames of an edit that move as the source does."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroSteady",
+            display_name="Steady Video (FateZero)",
+            description="Less flicker in an edit that is done, of any node or program: its difference to the source is "
+            "averaged along the source's motion, and the source itself stays sharp.",
+            search_aliases=["deflicker", "temporal consistency", "optical flow", "flicker", "stabilize"],
+            inputs=[
+                io.Image.Input("images", tooltip="The frames before the edit."),
+                io.Image.Input("edited", tooltip="The frames after it: as many, of the same size."),
+                widget(FlowSmoothing, "amount"),
+                FLOW,
+            ],
+            outputs=[io.Image.Output("steady", display_name="images", tooltip="The edit, steadier.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, edited: Tensor, amount: float, flow: Any) -> io.NodeOutput:
+        source, edit = images[..., :3].movedim(-1, 1), edited[..., :3].movedim(-1, 1)
+        if source.shape != edit.shape:
+            raise ValueError(
+                f"edited: {len(edit)} frames of {edit.shape[-1]}x{edit.shape[-2]}, but images are {len(source)} of "
+                f"{source.shape[-1]}x{source.shape[-2]}"
+            )
+        motion = motion_of(images, flow, PICTURE_CELL, cls.hidden.unique_id)
+        return io.NodeOutput(steadied(source, edit, motion, amount).movedim(1, -1))

@@ -74,13 +74,20 @@ class Motion:
         return len(self.forward) + 1
 
     def at(self, size: tuple[int, int]) -> Motion:
-        """On a coarser grid, by area."""
+        """On another grid: a coarser one by area, a finer one by bilinear interpolation."""
         height, width = self.forward.shape[-2:]
         if size == (height, width):
             return self
         scale = torch.tensor([size[1] / width, size[0] / height]).view(2, 1, 1).to(self.forward)
-        flows = [F.interpolate(flow, size=size, mode="area") * scale for flow in (self.forward, self.backward)]
-        seen = [F.interpolate(s[:, None], size=size, mode="area")[:, 0] for s in (self.seen, self.seen_before)]
+
+        def resized(x: Tensor) -> Tensor:
+            finer = size[0] > height
+            return F.interpolate(
+                x, size=size, mode="bilinear" if finer else "area", align_corners=False if finer else None
+            )
+
+        flows = [resized(flow) * scale for flow in (self.forward, self.backward)]
+        seen = [resized(s[:, None])[:, 0] for s in (self.seen, self.seen_before)]
         return Motion(*flows, *seen)
 
     def to(self, like: Tensor) -> Motion:

@@ -158,3 +158,47 @@ def test_the_report_tells_what_was_taken_and_spent(host):
     assert "3 key frames a step for 5 frames, in batches of 2, weights authors" in told
     assert "16 UNet evaluations of 5 frames, 8 more for the source" in told
     assert PnPSettings().attention_steps == 0.5
+
+
+def test_flow_smoothing_makes_an_edit_steadier_beside_any_method(host):
+    pytest.importorskip("cv2", reason="the host's motion is found with OpenCV")
+
+    def unrest(graph):
+        result, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
+        return (result - clip).diff(dim=2 if result.ndim == 5 else 0).norm().item()
+
+    for preset in ("pnp", "style"):
+        graph = flowing(preset)
+        plain = unrest(graph)
+        smoothing = graph.add("FateZeroFlowSmoothing", images=graph.video[0], amount=0.9, flow="dis")
+        graph.set(graph.edit, smoothing=smoothing[0])
+        assert unrest(graph) < 0.95 * plain, preset
+        graph.set(smoothing, amount=0.0)
+        assert unrest(graph) == plain
+    other = graph.add(
+        "ImageFromBatch", image=graph.video[0], batch_index=0, length=3
+    )  # fmt: skip
+    graph.set(smoothing, images=other[0], amount=0.5)
+    with pytest.raises(NodeError, match="needs the motion of the clip's 5 frames, and has that of 3"):
+        edited(host, graph)
+
+
+def test_a_finished_edit_is_made_steady(host):
+    graph = flowing("none")
+    decoded = graph.add("VAEDecode", samples=graph.edit[0], vae=graph.demo[2])
+    steady = graph.add("FateZeroSteady", images=graph.video[0], edited=decoded[0], amount=0.8, flow="dis")
+    saved = [
+        graph.add("SaveImage", images=node[0], filename_prefix=name) for node, name in ((decoded, "a"), (steady, "b"))
+    ]
+    run = host.run(graph.prompt)
+    assert [len(run.outputs[node.id]["images"]) for node in saved] == [5, 5]
+    first, second = (host.file(run, node.id).read_bytes() for node in saved)
+    assert first != second
+    graph.set(
+        steady,
+        images=graph.add(
+            "ImageScale", image=graph.video[0], upscale_method="area", width=32, height=32, crop="disabled"
+        )[0],
+    )
+    with pytest.raises(NodeError, match="edited: 5 frames of 64x64, but images are 5 of 32x32"):
+        host.run(graph.prompt)

@@ -12,7 +12,7 @@ IDS = {
     "FateZeroLoadVideo", "FateZeroEncodeVideo", "FateZeroPromptEdit", "FateZeroInvert", "FateZeroSampler",
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
-    "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing",
+    "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing", "FateZeroSteady",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
 }  # fmt: skip
 JPEG = b"\xff\xd8\xff"
