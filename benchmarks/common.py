@@ -78,7 +78,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a chunk of work, the device's queue emptied before and after."""
+    """Seconds that some work takes, the device's queue emptied before and after."""
     settle(device)
     start = time.perf_counter()
     work()

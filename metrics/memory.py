@@ -1,4 +1,4 @@
-"""Peak memory of a chunk of work."""
+"""Peak memory of some work."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _brought(x: Stored, rows: Sequence[int] | None, device: torch.device) -> Ten
 
 
 class Background:
-    """One chunk of work at a time in a thread, on a CUDA device in a stream of its own."""
+    """One job at a time in a thread, on a CUDA device in a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -197,7 +197,7 @@ class Background:
 
 @contextmanager
 def written_behind(device: torch.device, on_disk: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Do chunks of work while the caller goes on: one at a time, its errors told at the next.
+    """Do jobs while the caller goes on: one at a time, its errors told at the next.
 
     From a CPU's work to its own memory there is nothing to wait for, and each is done at once.
     """
