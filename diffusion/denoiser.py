@@ -40,6 +40,10 @@ class Denoiser(Protocol):
     def device(self) -> torch.device:
         """Where the UNet computes."""
 
+    @property
+    def frames_meet(self) -> bool:
+        """Whether layers of the model mix all frames of a call, so that chunks only come near the whole clip."""
+
     def schedule(self, steps: int) -> Schedule:
         """The noise levels of a run of `steps`."""
 
@@ -77,7 +81,7 @@ def chunks_of(
         windows = denoiser.windows(latents, timestep)
         if windows is not None:
             return key_frames.around(windows, len(latents))
-    return key_frames.chunks(len(latents), chunk_frames, clip_norm)
+    return key_frames.chunks(len(latents), chunk_frames, clip_norm or denoiser.frames_meet)
 
 
 def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:

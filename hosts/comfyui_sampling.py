@@ -77,6 +77,10 @@ class ComfyDenoiser:
         """The last prediction of the clean latents, for previews."""
 
     @property
+    def frames_meet(self) -> bool:
+        return False
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._model.manual_cast_dtype or self._model.get_dtype()
 

@@ -23,7 +23,11 @@ from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule, guide, root
 from ..diffusion.denoiser import Guidance
+from ..methods.tune_a_video import noised, trained_of, trains
 from ..store.identity import IdentityCache, ModelIdentity
+from .diffusers_temporal import temporal_layers, with_temporal_layers, without_temporal_layers
+
+__all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
 
 _IDENTITIES = IdentityCache()
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -99,6 +103,49 @@ class DiffusersDenoiser:
 
     def windows(self, latents: Tensor, timestep: float) -> None:
         return None
+
+    @property
+    def frames_meet(self) -> bool:
+        return temporal_layers(self.unet) is not None
+
+    # --- for tuning ---------------------------------------------------------------------
+
+    @property
+    def predicts_v(self) -> bool:
+        return bool(self.scheduler.config["prediction_type"] == "v_prediction")
+
+    def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        """Raises ValueError for a timestep outside the schedule."""
+        alphas = self.scheduler.alphas_cumprod
+        if not 0 <= timestep < len(alphas):
+            raise ValueError(f"timestep is {timestep}; it must be from 0 to {len(alphas) - 1}")
+        alpha = alphas[timestep].to(latents)
+        return noised(latents, noise, alpha), alpha
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Raises ValueError for a UNet without temporal layers."""
+        layers = temporal_layers(self.unet)
+        if layers is None:
+            raise ValueError("unet has no temporal layers to tune: attach some with with_temporal_layers(unet)")
+        own = {name: weight for name, weight in self.unet.named_parameters() if trains(name)}
+        return own | trained_of(layers)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        before = {name: weight.requires_grad for name, weight in self.unet.named_parameters()}
+        recomputed = self.unet.is_gradient_checkpointing
+        try:
+            self.unet.requires_grad_(False)
+            for weight in self.trained().values():
+                weight.requires_grad_(True)
+            self.unet.enable_gradient_checkpointing()
+            yield
+        finally:
+            for name, weight in self.unet.named_parameters():
+                weight.requires_grad_(before[name])
+                weight.grad = None
+            if not recomputed:
+                self.unet.disable_gradient_checkpointing()
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:

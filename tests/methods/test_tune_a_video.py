@@ -1,0 +1,228 @@
+"""Tune-A-Video: both authors' numbers, steps of training among them, and what must hold of any temporal layers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fatezero import FusionSettings, PnPSettings, TokenFlowSettings, edit, invert
+from fatezero.attention.condition import Condition
+from fatezero.attention.control import Control
+from fatezero.attention.key_frames import Chunk, KeyFrames
+from fatezero.demo.model import build_scheduler
+from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
+from fatezero.hosts.diffusers_temporal import temporal_layers
+from fatezero.methods.tune_a_video import TuneSettings, tune
+from small import (
+    FIXTURES,
+    random_latents,
+    random_text,
+    reference_denoiser,
+    relative,
+    small_unet,
+)
+
+KEYS = ("first", "previous")
+CASES = ("tav_official", "tav_fatezero_lora")
+
+
+def given(name):
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    weights = {k.removeprefix("weights."): t.double() for k, t in tensors.items() if k.startswith("weights.")}
+    return tensors, weights
+
+
+def with_layers(weights):
+    denoiser = reference_denoiser()
+    with_temporal_layers(denoiser.unet, weights)
+    return denoiser
+
+
+@pytest.mark.parametrize(("name", "within"), [("tav_official", 1e-4), ("tav_fatezero_lora", 1e-6)])
+def test_the_authors_prediction_inversion_and_sampling(name, within):
+    """The reference takes coefficients in double precision. Its official case is chaotic: to change z0 by 1e-15 changes
+    what is sampled by 3e-5; ours is 1.2e-5 from it."""
+    tensors, weights = given(name)
+    denoiser = with_layers(weights)
+    source = Condition.of(tensors["source"], "source")
+    with torch.no_grad(), denoiser.hooked(clip_norm=True):
+        control = Control(KeyFrames(KEYS), Chunk.whole(5))
+        predicted = denoiser.predict_noise(tensors["z0"], 401, source, control)
+    assert relative(predicted, tensors["predicted"]) < 1e-6
+    inversion = invert(denoiser, tensors["z0"], tensors["uncond"], steps=5, key_frames=KEYS, clip_norm=True)
+    assert relative(inversion.latents, tensors["inverted"].double()) < 1e-6
+    sampled = edit(denoiser, inversion, tensors["target"], tensors["uncond"], 12.5)
+    assert relative(sampled, tensors["sampled"][-1].double()) < within
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_authors_training(name):
+    tensors, weights = given(name)
+    denoiser = with_layers(weights)
+    before = {k: w.detach().clone() for k, w in denoiser.trained().items()}
+    frozen = {k: w.detach().clone() for k, w in denoiser.unet.state_dict().items()}
+    norms = []
+    draws = list(zip(tensors["train_timesteps"].tolist(), tensors["train_noise"], strict=True))
+    losses = tune(
+        denoiser,
+        tensors["z0"],
+        tensors["source"],
+        TuneSettings(steps=3),
+        draws,
+        progress=lambda *told: norms.append(told[3]),
+    )
+    assert relative(torch.tensor(losses), tensors["train_losses"]) < 1e-6
+    assert relative(torch.tensor(norms), tensors["train_grad_norms"]) < 1e-6
+    after = denoiser.trained()
+    expected = {k.removeprefix("tuned."): t.double() for k, t in tensors.items() if k.startswith("tuned.")}
+    assert after.keys() == expected.keys()
+    for key, tensor in expected.items():
+        change = (tensor - before[key]).norm()
+        assert (after[key] - tensor).norm() < 1e-3 * change + 1e-7 * tensor.norm(), key
+    tuned = {weight.data_ptr() for weight in after.values()}
+    for key, weight in denoiser.unet.state_dict().items():
+        assert weight.data_ptr() in tuned or torch.equal(weight, frozen[key]), key
+    assert not any(w.grad is not None for w in denoiser.unet.parameters())
+
+
+# --- invariants -------------------------------------------------------------------------
+
+
+def randomized(unet, seed=3):
+    """A fresh set with random output weights, so that frames meet."""
+    random = torch.Generator().manual_seed(seed)
+    for layer in temporal_layers(with_temporal_layers(unet)).attentions.values():
+        for weight in (layer.to_out.weight, layer.to_out.bias):
+            weight.data = 0.3 * torch.randn(weight.shape, generator=random, dtype=torch.float64)
+    return unet
+
+
+def predicted(unet, latents, key_frames=("self",)):
+    denoiser = DiffusersDenoiser(unet, build_scheduler())
+    with torch.no_grad(), denoiser.hooked():
+        control = Control(KeyFrames(tuple(key_frames)), Chunk.whole(len(latents)))
+        return denoiser.predict_noise(latents, 401, Condition.of(random_text(2), "text"), control)
+
+
+def test_a_fresh_set_changes_nothing_and_leaves_no_trace():
+    unet, latents = small_unet(), random_latents(3)
+    weights = {name: w.clone() for name, w in unet.state_dict().items()}
+    plain = predicted(unet, latents)
+    assert torch.equal(predicted(with_temporal_layers(unet), latents), plain)
+    other = predicted(randomized(unet), latents)
+    assert relative(other, plain) > 1e-2
+    without_temporal_layers(unet)
+    assert unet.state_dict().keys() == weights.keys()
+    assert torch.equal(predicted(unet, latents), plain)
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_a_checkpoints_other_weights_take_the_models_place_until_it_is_taken_off():
+    unet, latents = small_unet(), random_latents(2)
+    plain = predicted(unet, latents)
+    name = next(n for n, _ in unet.named_parameters() if n.endswith("attn1.to_q.weight"))
+    tuned = unet.get_parameter(name).data.flip(0)
+    weights = temporal_layers(with_temporal_layers(unet)).named()
+    state = {n: w.detach().clone() for n, w in weights.items()} | {name: tuned}
+    with_temporal_layers(unet, state)
+    assert torch.equal(unet.get_parameter(name).data, tuned)
+    assert relative(predicted(unet, latents), plain) > 1e-6
+    without_temporal_layers(unet)
+    assert torch.equal(predicted(unet, latents), plain)
+
+
+def test_a_change_of_one_frame_reaches_all():
+    unet, latents = randomized(small_unet()), random_latents(4)
+    changed = latents.clone()
+    changed[2] += 1
+    difference = (predicted(unet, changed) - predicted(unet, latents)).abs().amax((1, 2, 3))
+    assert (difference > 1e-8).all()
+
+
+def test_which_frames_sparse_causal_attention_reaches():
+    """Without temporal layers a change of frame j is seen by itself and the next, of the first by all."""
+    latents = random_latents(4)
+    for frame, reached in ((2, [2, 3]), (0, [0, 1, 2, 3])):
+        changed = latents.clone()
+        changed[frame] += 1
+        unet = small_unet()
+        difference = (predicted(unet, changed, KEYS) - predicted(unet, latents, KEYS)).abs().amax((1, 2, 3))
+        assert (difference > 1e-9).nonzero()[:, 0].tolist() == reached
+
+
+def test_names_and_numbers_on_sds_shapes():
+    """On the meta device: 686 keys of the base, 798 with the official set, 74,354,880 trained numbers."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        base = set(unet.state_dict())
+        with_temporal_layers(unet)
+    layers = temporal_layers(unet)
+    names = base | set(layers.named())
+    assert (len(base), len(names)) == (686, 798)
+    trained = DiffusersDenoiser(unet, build_scheduler()).trained()
+    assert sum(weight.numel() for weight in trained.values()) == 74_354_880
+
+
+def test_the_variant_with_convolutions_has_902_keys():
+    _, weights = given("tav_fatezero_lora")
+    assert sum("conv_temporal" in name for name in weights) == 104, "52 modules, two tensors each"
+    assert 686 + sum("conv_temporal" in n or "temporal." in n for n in weights) == 902
+
+
+@pytest.mark.parametrize(
+    ("fusion", "propagation"), [(FusionSettings(), None), (PnPSettings(), None), (PnPSettings(), TokenFlowSettings(2))]
+)
+def test_other_methods_run_on_it(fusion, propagation):
+    denoiser = DiffusersDenoiser(randomized(small_unet()), build_scheduler())
+    inversion = invert(denoiser, random_latents(4), random_text(2), steps=2, key_frames=KEYS)
+    edited = edit(denoiser, inversion, random_text(3), random_text(4), 3.0, fusion=fusion, propagation=propagation)
+    assert edited.isfinite().all()
+    chunked = edit(denoiser, inversion, random_text(3), random_text(4), 3.0, fusion=fusion, chunk_frames=3)
+    assert relative(chunked, edited) > 1e-6, "windows come near the whole clip and are not it"
+
+
+def test_tuning_repeats_lowers_the_loss_and_leaves_gradients_as_they_were():
+    latents, text = random_latents(3, 8, 8), random_text(2)
+
+    def tuned(seed):
+        denoiser = DiffusersDenoiser(with_temporal_layers(small_unet()), build_scheduler())
+        torch.manual_seed(5)
+        settings = TuneSettings(steps=6, learning_rate=3e-3, seed=seed)
+        return tune(denoiser, latents, text, settings), denoiser
+
+    torch.manual_seed(0)
+    first, denoiser = tuned(1)
+    assert not any(weight.requires_grad for weight in small_unet().parameters())
+    fixed = [(401, random_latents(3, 8, 8, seed=9))] * 12
+    losses = tune(denoiser, latents, text, TuneSettings(learning_rate=3e-3), fixed)
+    assert losses[-1] < losses[0]
+    assert len(first) == 6
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ({"down_blocks.0.temp_convs.0.conv1.0.weight": torch.zeros(1)}, "ModelScope's temporal layers"),
+        ({"down_blocks.0.motion_modules.0.proj.weight": torch.zeros(1)}, "AnimateDiff's temporal layers"),
+        ({"conv_in.weight": torch.zeros(1)}, "holds no temporal layers"),
+        ({"nowhere.attn_temp.to_q.weight": torch.zeros(2, 2)}, "the checkpoint lacks"),
+    ],
+)
+def test_other_layers_are_refused_by_name(weights, told):
+    unet = small_unet()
+    with pytest.raises(ValueError, match=told):
+        with_temporal_layers(unet, weights)
+    assert temporal_layers(unet) is None
+
+
+def test_layers_that_do_not_fit_are_refused_by_name():
+    unet = small_unet()
+    weights = {n: w.detach().clone() for n, w in temporal_layers(with_temporal_layers(unet)).named().items()}
+    name = next(iter(weights))
+    with pytest.raises(ValueError, match=f"{name} is .*; this model needs"):
+        with_temporal_layers(unet, weights | {name: torch.zeros(1, 1)})
+    with pytest.raises(ValueError, match="has a weight conv_never.weight, which this model lacks"):
+        with_temporal_layers(unet, weights | {"conv_never.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="no temporal layers to tune"):
+        tune(DiffusersDenoiser(small_unet(), build_scheduler()), random_latents(2), random_text(1))
