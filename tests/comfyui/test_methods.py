@@ -202,3 +202,26 @@ def test_a_finished_edit_is_made_steady(host):
     )
     with pytest.raises(NodeError, match="edited: 5 frames of 64x64, but images are 5 of 32x32"):
         host.run(graph.prompt)
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
+def test_other_families(host, kind):
+    """A clip that stands still is edited by TokenFlow as each frame by itself, whatever the model; PnP takes of it."""
+    graph = DemoGraph(steps=4)
+    model = graph.add("OtherRandomModel", kind=kind)[0]
+    source, positive, negative = (
+        graph.add("OtherConditioning", seed=seed, pooled=kind == "sdxl")[0] for seed in (1, 2, 3)
+    )
+    one = graph.add("LatentFromBatch", samples=graph.latent[0], batch_index=0, length=1)
+    still = graph.add("RepeatLatentBatch", samples=one[0], amount=4)
+    graph.set(graph.invert, model=model, source=source, latent=still[0], key_frames="self")
+    graph.set(graph.edit, model=model, positive=positive, negative=negative, guidance=3.0)
+    results = {}
+    for preset in ("pnp", "none"):
+        graph.set(graph.edit, preset=preset)
+        graph.prompt[graph.edit.id]["inputs"].pop("propagation", None)
+        results[preset] = edited(host, graph)
+        with_flow(graph, weights="paper")
+        flowed = edited(host, graph)
+        assert torch.linalg.norm(flowed - results[preset]) < 1e-4 * torch.linalg.norm(flowed)
+    assert torch.linalg.norm(results["pnp"] - results["none"]) > 1e-3 * torch.linalg.norm(results["pnp"])
