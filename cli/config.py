@@ -62,6 +62,9 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
     )
     lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
+    temporal: str = setting(
+        "", "A .safetensors file of temporal layers for the model, Tune-A-Video's or FateZero's.", group=_MODEL
+    )
     guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
     strength: float = _kept(Edit, "strength", 1.0)
     injection: InjectionName = setting(

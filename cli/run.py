@@ -103,15 +103,18 @@ class Session:
             raise ValueError(f"model_config has no effect: {config.model!r} is no single file")
         with quiet():
             checkpoint = Checkpoint.load(
-                config.model, where, pick_dtype(self.dtype, where), self.model_config, config.lora or None
-            )
+                config.model, where, pick_dtype(self.dtype, where), self.model_config, config.lora or None,
+                temporal=config.temporal or None,
+            )  # fmt: skip
         if config.model == "demo":
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
         return checkpoint
 
     def inputs_of(self, config: EditConfig) -> list[Path]:
         """All the files that a run reads."""
-        named = [Path(name) for name in (config.video, config.model, config.lora, self.model_config) if name]
+        named = [
+            Path(name) for name in (config.video, config.model, config.lora, config.temporal, self.model_config) if name
+        ]
         return [*self.inputs, *named]
 
     def say(self, text: str, style: str | None = None) -> None:

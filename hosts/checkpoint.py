@@ -29,6 +29,7 @@ from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
+from .diffusers_temporal import load_temporal_layers, with_temporal_layers
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -57,11 +58,12 @@ class Checkpoint:
         config: str | None = None,
         lora: str | None = None,
         lora_scale: float = 1.0,
+        temporal: str | None = None,
     ) -> Checkpoint:
         """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
 
         config: for a single file, a diffusers folder with the tokenizer and configuration of
-        its kind. Only a hub name uses the network. lora: a LoRA file or folder.
+        its kind. Only a hub name uses the network. lora: a LoRA file or folder. temporal: a file of temporal layers.
 
         Raises CheckpointError, saying what was looked for.
         """
@@ -76,6 +78,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{name} is a {type(pipeline).__name__}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL"
             )
+        if temporal is not None:
+            try:
+                with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{temporal}: {error}") from error
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
         ]

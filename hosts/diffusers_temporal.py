@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..methods.tune_a_video import TemporalLayers, is_temporal
+from ..files.whole import whole_file
+from ..methods.tune_a_video import TemporalLayers, is_temporal, trains
 
 NAME = "temporal_layers"
 """The submodule that holds them while they are attached."""
@@ -55,6 +59,29 @@ def temporal_layers(unet: UNet2DConditionModel) -> TemporalLayers | None:
     """The layers attached to a UNet."""
     attached = getattr(unet, NAME, None)
     return None if attached is None else attached.layers
+
+
+def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path) -> None:
+    """Write the layers attached to a UNet, and the queries that are tuned with them, whole or not at all.
+
+    For any model of the same shape; `load_temporal_layers` reads it. Raises ValueError for a UNet without layers.
+    """
+    layers = temporal_layers(unet)
+    if layers is None:
+        raise ValueError("unet has no temporal layers to save")
+    weights = {name: w for name, w in unet.named_parameters() if trains(name)} | layers.named()
+    with whole_file(Path(path)) as partial:
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+
+
+def load_temporal_layers(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a file for `with_temporal_layers`; FileNotFoundError, or ValueError for no safetensors file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no temporal layers at {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
 class _Attached(nn.Module):

@@ -151,7 +151,7 @@ class TemporalLayers(nn.Module):
         for name, parameter in own.items():
             if parameter.shape != given[name].shape:
                 raise ValueError(f"{name} is {tuple(given[name].shape)}; this model needs {tuple(parameter.shape)}")
-            parameter.data = given[name].to(parameter).clone()
+            parameter.data = given[name].clone()
 
     def after(self, name: str) -> nn.Module:
         """The layer that follows a module."""

@@ -20,7 +20,9 @@ from PIL import Image
 from clips import beep_times, flashes
 from fatezero.cli.app import main
 from fatezero.demo.show import CLIP
-from fatezero.hosts.checkpoint import DEMO
+from fatezero.hosts.checkpoint import DEMO, Checkpoint
+from fatezero.hosts.diffusers import with_temporal_layers
+from fatezero.hosts.diffusers_temporal import save_temporal_layers, temporal_layers
 from fatezero.store.store import AttentionStore
 from fatezero.video.read import Sound, read_video
 from fatezero.video.write import write_video
@@ -498,6 +500,19 @@ def test_other_methods_and_their_settings(command, tmp_path):
     command(*part, "--propagation", "none", "-o", "pnp.mp4")
     flow, pnp = (read_video(tmp_path / f"{name}.mp4").frames for name in ("flow", "pnp"))
     assert flow.shape == pnp.shape == (5, 64, 64, 3) and not alike(flow, pnp)
+
+
+def test_temporal_layers_of_a_file(command, refused, tmp_path):
+    unet = Checkpoint.load("demo").unet
+    for layer in temporal_layers(with_temporal_layers(unet)).attentions.values():
+        torch.nn.init.constant_(layer.to_out.bias, 0.2)
+    save_temporal_layers(unet, tmp_path / "layers.safetensors")
+    part = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
+    command(*part, "-o", "plain.mp4")
+    command(*part, "--temporal", "layers.safetensors", "-o", "temporal.mp4")
+    plain, temporal = (read_video(tmp_path / f"{name}.mp4").frames for name in ("plain", "temporal"))
+    assert not alike(plain, temporal)
+    assert "no temporal layers at none.safetensors" in refused(*part, "--temporal", "none.safetensors")
 
 
 # --- what is said ---------------------------------------------------------------------------------

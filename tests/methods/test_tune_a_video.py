@@ -10,7 +10,7 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.hosts.diffusers_temporal import temporal_layers
+from fatezero.hosts.diffusers_temporal import load_temporal_layers, save_temporal_layers, temporal_layers
 from fatezero.methods.tune_a_video import TuneSettings, tune
 from small import (
     FIXTURES,
@@ -198,6 +198,20 @@ def test_tuning_repeats_lowers_the_loss_and_leaves_gradients_as_they_were():
     losses = tune(denoiser, latents, text, TuneSettings(learning_rate=3e-3), fixed)
     assert losses[-1] < losses[0]
     assert len(first) == 6
+
+
+def test_a_file_of_temporal_layers_serves_any_model_of_the_shape(tmp_path):
+    unet, latents = randomized(small_unet()), random_latents(3)
+    save_temporal_layers(unet, tmp_path / "layers.safetensors")
+    other = with_temporal_layers(small_unet(), load_temporal_layers(tmp_path / "layers.safetensors"))
+    assert torch.equal(predicted(other, latents), predicted(unet, latents))
+    with pytest.raises(ValueError, match="no temporal layers to save"):
+        save_temporal_layers(small_unet(), tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="no temporal layers at"):
+        load_temporal_layers(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        load_temporal_layers(tmp_path / "text.safetensors")
 
 
 @pytest.mark.parametrize(
