@@ -1,11 +1,12 @@
 """Flow smoothing: what an edit changes moves as the source does.
 
 A video is steady, and an edit of it flickers, so the flicker is in their difference. In each step the edit predicts
-clean latents x_0; their difference to the source's z_0 is averaged along the source's optical flow:
-    x_0 <- z_0 + S(x_0 - z_0)
-and the steps that follow draw on what came of it. The difference is even where the video is not: an average that is
-off by a pixel costs little of it, and nothing of the source. No UNet call is added; measured in
-`benchmarks/QUALITY.md`.
+clean latents x_0, which are averaged along the source's optical flow, S, in two ways:
+    z_0 + S(x_0 - z_0), the difference to the source's z_0, and S(x_0).
+The difference is mostly even where the video is not, so that an average that is off by a pixel costs little of it, and
+nothing of the source. But where the edit takes a texture away, its difference holds that texture. So, place by place,
+each counts the more the less it changes; the steps that follow draw on what came of it. No UNet call is added; measured
+in `benchmarks/QUALITY.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..settings import check, setting
-from ..video.motion import Motion, averaged_along
+from ..video.motion import Motion, steadied
 
 GROUP = "Flow smoothing"
 
@@ -44,8 +45,7 @@ class FlowSmoothing:
         if self.motion is None or self.motion.frames != len(source):
             known = "none" if self.motion is None else f"that of {self.motion.frames} frames"
             raise ValueError(f"flow smoothing needs the motion of the clip's {len(source)} frames, and has {known}")
-        height, width = source.shape[-2:]
-        return source + averaged_along(clean - source, self.motion.at((height, width)).to(clean), self.amount)
+        return steadied(source, clean, self.motion, self.amount)
 
     def summary(self) -> str:
         return f"smoothed the edit along the source's motion by {self.amount:g}"

@@ -101,4 +101,4 @@ class FateZeroSteady(io.ComfyNode):
                 f"{source.shape[-1]}x{source.shape[-2]}"
             )
         motion = motion_of(images, flow, PICTURE_CELL, cls.hidden.unique_id)
-        return io.NodeOutput(steadied(source, edit, motion, amount).movedim(1, -1))
+        return io.NodeOutput(steadied(source, edit, motion, amount).clamp(0, 1).movedim(1, -1))

@@ -123,6 +123,20 @@ def _carried(values: Tensor, flow: Tensor, weights: Tensor) -> Tensor:
 
 
 def steadied(source: Tensor, edited: Tensor, motion: Motion, amount: float) -> Tensor:
-    """Frames of an edit (frames, 3, h, w) in 0..1 whose difference to the source's is averaged along its motion."""
+    """An edit (frames, c, h, w) averaged over time along the motion of its source.
+
+    What is averaged is its difference to the source, which is mostly even, so that little is lost where the flow errs;
+    or itself, where that is more even than the difference, as where it takes a texture away. Place by place, each
+    counts the more the less it changes.
+    """
     along = motion.at((source.shape[-2], source.shape[-1])).to(edited)
-    return (source + averaged_along(edited - source, along, amount)).clamp(0, 1)
+    by_difference = source + averaged_along(edited - source, along, amount)
+    by_itself = averaged_along(edited, along, amount)
+    changes = [_even(((found - edited) ** 2).mean(1, keepdim=True)) for found in (by_difference, by_itself)]
+    share = changes[1] / (changes[0] + changes[1]).clamp(min=torch.finfo(edited.dtype).tiny)
+    return by_itself + share * (by_difference - by_itself)
+
+
+def _even(x: Tensor) -> Tensor:
+    """The mean over each place and its neighbours."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)

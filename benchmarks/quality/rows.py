@@ -115,7 +115,9 @@ class Trial:
 
     def finished(self, method: Method, frames: Tensor) -> Tensor:
         """A method's decoded frames, made steady where it asks for it."""
-        return steadied(self.case.clip.frames, frames, self.motion, method.steady) if method.steady else frames
+        if not method.steady:
+            return frames
+        return steadied(self.case.clip.frames, frames, self.motion, method.steady).clamp(0, 1)
 
 
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from fatezero import FlowSmoothing, PnPSettings, TokenFlowSettings, edit, invert
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser
-from fatezero.video.motion import Motion, averaged_along
+from fatezero.video.motion import Motion, averaged_along, steadied
 from small import random_latents, random_text, relative, small_unet
 
 
@@ -39,6 +39,21 @@ def test_nothing_is_taken_from_where_nothing_is_seen():
     motion = moving(3, 0.0)
     hidden = Motion(motion.forward, motion.backward, 0 * motion.seen, 0 * motion.seen)
     assert torch.equal(averaged_along(values, hidden, 0.9), values)
+
+
+def test_a_texture_that_the_edit_takes_away_stays_away():
+    """Where the flow errs, the difference smears that texture over the edit, and the edit itself does not."""
+    texture = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    source = torch.cat([texture.roll(i, -1) for i in range(4)])
+    plain = torch.zeros_like(source)
+    wrong = moving(4, 0.0)
+    by_difference = source + averaged_along(plain - source, wrong, 0.8)
+    assert by_difference.abs().mean() > 0.3
+    assert steadied(source, plain, wrong, 0.8).abs().max() < 1e-5
+    coloured = source + 2
+    assert relative(steadied(source, coloured, wrong, 0.8), coloured) < 1e-5, (
+        "and the source stays sharp where it stays"
+    )
 
 
 def test_motion_on_a_coarser_grid_is_counted_in_its_cells():
