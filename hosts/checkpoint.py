@@ -29,7 +29,7 @@ from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
-from .diffusers_temporal import load_temporal_layers, with_temporal_layers
+from .diffusers_temporal import inflated_unet, load_temporal_layers, with_temporal_layers
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -222,6 +222,11 @@ def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
+            unet = inflated_unet(path / "unet", dtype)
+            if unet is not None:
+                return StableDiffusionPipeline.from_pretrained(
+                    path, unet=unet, torch_dtype=dtype, local_files_only=True, safety_checker=None
+                )
             return DiffusionPipeline.from_pretrained(
                 path, torch_dtype=dtype, local_files_only=True, safety_checker=None
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files.whole import whole_file
-from ..methods.tune_a_video import TemporalLayers, is_temporal, trains
+from ..methods.tune_a_video import TemporalLayers, is_temporal, kind_of, trains
 
 NAME = "temporal_layers"
 """The submodule that holds them while they are attached."""
@@ -82,6 +84,67 @@ def load_temporal_layers(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+# --- folders of the official codes ----------------------------------------------------------
+
+
+def inflated_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel | None:
+    """The UNet of a folder that Tune-A-Video's or FateZero's code wrote; None for a folder of another UNet.
+
+    Their classes are image UNets with temporal layers, under names that collide with diffusers' video UNets: the
+    weights tell them. Raises ValueError for other temporal layers, or weights that do not fit.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("_class_name") not in ("UNet3DConditionModel", "UNetPseudo3DConditionModel"):
+        return None
+    weights = _weights_of(folder)
+    kind_of(weights)
+    unet = UNet2DConditionModel.from_config(_as_pictures(config))
+    unet.load_state_dict({name: w for name, w in weights.items() if not is_temporal(name)})
+    return with_temporal_layers(unet.to(dtype), {n: w.to(dtype) for n, w in weights.items() if is_temporal(n)})
+
+
+def save_inflated_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write a UNet with its temporal layers into a folder, as the official code of their kind reads it."""
+    layers = temporal_layers(unet)
+    if layers is None:
+        raise ValueError("unet has no temporal layers to save")
+    name, block = _CLASSES[layers.kind]
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    config |= {key: _renamed(config[key], "2D", block) for key in _BLOCKS if config.get(key)}
+    weights = {n: w for n, w in unet.state_dict().items() if not n.startswith(f"{NAME}.")} | layers.named()
+    with whole_file(folder / _BIN) as partial:
+        torch.save({n: w.detach().cpu().contiguous() for n, w in weights.items()}, partial)
+    with whole_file(folder / "config.json") as partial:
+        partial.write_text(json.dumps({"_class_name": name, **config}, indent=2) + "\n", encoding="utf-8")
+
+
+_CLASSES = {"official": ("UNet3DConditionModel", "3D"), "fatezero": ("UNetPseudo3DConditionModel", "Pseudo3D")}
+_BLOCKS = ("down_block_types", "mid_block_type", "up_block_types")
+_SAFE, _BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+"""What the official codes write is the second; the first is taken where it is there."""
+
+
+def _weights_of(folder: Path) -> dict[str, Tensor]:
+    if (folder / _SAFE).is_file():
+        return load_file(folder / _SAFE)
+    loaded: dict[str, Tensor] = torch.load(folder / _BIN, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _as_pictures(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the image UNet beneath: its blocks' names, and none of what images do not know."""
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    plain = {key: value for key, value in config.items() if key in known}
+    for inflated in ("Pseudo3D", "3D"):
+        plain |= {key: _renamed(plain[key], inflated, "2D") for key in _BLOCKS if plain.get(key)}
+    return plain
+
+
+def _renamed(blocks: Any, old: str, new: str) -> Any:
+    return blocks.replace(old, new) if isinstance(blocks, str) else [block.replace(old, new) for block in blocks]
 
 
 class _Attached(nn.Module):

@@ -1,5 +1,7 @@
 """Tune-A-Video: both authors' numbers, steps of training among them, and what must hold of any temporal layers."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,13 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.hosts.diffusers_temporal import load_temporal_layers, save_temporal_layers, temporal_layers
+from fatezero.hosts.diffusers_temporal import (
+    inflated_unet,
+    load_temporal_layers,
+    save_inflated_unet,
+    save_temporal_layers,
+    temporal_layers,
+)
 from fatezero.methods.tune_a_video import TuneSettings, tune
 from small import (
     FIXTURES,
@@ -212,6 +220,23 @@ def test_a_file_of_temporal_layers_serves_any_model_of_the_shape(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match="is no whole safetensors file"):
         load_temporal_layers(tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_of_the_official_layout(tmp_path, name):
+    """Under the official classes' names, told by its weights; read again it is the same function."""
+    _, weights = given(name)
+    denoiser = with_layers(weights)
+    save_inflated_unet(denoiser.unet, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "3D" in config["_class_name"] and all("3D" in block for block in config["down_block_types"])
+    held = torch.load(tmp_path / "diffusion_pytorch_model.bin", weights_only=True)
+    base = reference_denoiser().unet.state_dict()
+    assert held.keys() == base.keys() | weights.keys()
+    again = inflated_unet(tmp_path, torch.float64)
+    assert all(torch.equal(w, again.state_dict()[n]) for n, w in denoiser.unet.state_dict().items())
+    (tmp_path / "other").mkdir()
+    assert inflated_unet(tmp_path / "other", torch.float64) is None
 
 
 @pytest.mark.parametrize(
