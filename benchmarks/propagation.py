@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -21,8 +20,11 @@ from fatezero import PnPSettings, TokenFlowSettings, edit, invert
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.checkpoint import Checkpoint
 from fatezero.methods import tokenflow
+from fatezero.metrics.memory import PeakMemory
 
-PNP = PnPSettings()
+CPU = torch.device("cpu")
+PNP = PnPSettings(1.0, 1.0)
+"""In every step, so that both run the source as often."""
 LENGTHS = ((16, None, 16), (16, 8, 8), (64, 8, 8), (300, 20, 8))
 """Frames, TokenFlow's batch (None: frame by frame), and frames of one call."""
 
@@ -40,7 +42,7 @@ def measure_time(given: argparse.Namespace) -> str:
     latents, (source, target, negative) = random_inputs(unet, given.frames, given.size)
     inversion = invert(denoiser, latents, source, given.steps, "self", chunk_frames=given.batch)
     flow, searched = TokenFlowSettings(given.batch), [0.0]
-    search = tokenflow.nearest
+    search = tokenflow.search
 
     def timed_search(*tokens: Any) -> Any:
         settle(device)
@@ -57,13 +59,13 @@ def measure_time(given: argparse.Namespace) -> str:
         return timed(work, device)
 
     run(None)
-    tokenflow.nearest = timed_search
+    tokenflow.search = timed_search
     rounds = []
     for _ in range(given.rounds):
         searched[0] = 0.0
         plain, flowing = run(None), run(flow)
         rounds.append((flowing, flowing / plain, flowing / plain / flow.evaluated(given.frames), searched[0] / flowing))
-    tokenflow.nearest = search
+    tokenflow.search = search
     seconds, ratio, each, share = (median(column) for column in zip(*rounds, strict=True))
     head = [
         "work",
@@ -87,15 +89,17 @@ def measure_time(given: argparse.Namespace) -> str:
 
 
 def measure_memory(frames: int, batch: int | None, chunk: int) -> dict[str, float]:
-    """Peak bytes of an inversion and edit in this process."""
+    """Peak bytes of an edit in this process."""
     checkpoint = Checkpoint.load("demo")
     latents = torch.randn(frames, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     source, target, negative = (checkpoint.encode_prompt(t, 64, 64) for t in ("a red square", "a blue star", ""))
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     inversion = invert(checkpoint.denoiser, latents, source, 2, "self", chunk_frames=chunk)
     flow = None if batch is None else TokenFlowSettings(batch)
-    edit(checkpoint.denoiser, inversion, target, negative, 7.5, None, PNP, chunk, propagation=flow)
-    return {"bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)}
+    with PeakMemory(CPU) as before:
+        time.sleep(0.2)
+    with PeakMemory(CPU) as peak:
+        edit(checkpoint.denoiser, inversion, target, negative, 7.5, None, PNP, chunk, propagation=flow)
+    return {"bytes": peak.bytes - before.bytes}
 
 
 def main() -> None:
@@ -104,7 +108,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
@@ -124,7 +128,7 @@ def main() -> None:
         name = "frame by frame" if batch is None else f"TokenFlow, batches of {batch}"
         rows.append([str(frames), name, str(chunk), str(keys), f"{size / 1e6:.0f} MB"])
         print(*rows[-1], flush=True)
-    head = ["frames", "PnP", "frames of a call", "key frames", "memory beyond the loaded model"]
+    head = ["frames", "PnP", "frames of a call", "key frames", "memory of the edit, beyond model and store"]
     text += (
         f"\n\nThe bundled model, memory recompute. A key frame of SD 1.5 at 512x512 in half precision keeps "
         f"{format_bytes(key_frame_bytes(512))} during a step.\n\n{table(head, rows)}"

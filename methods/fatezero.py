@@ -24,6 +24,7 @@ from ..diffusion.edit import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
 from ..diffusion.source import Asks
 from ..settings import check, described, setting, steps_of_share, whole_steps
+from ..store.budget import max_tokens
 from ..store.records import QueriesKeys, SourceStep
 
 MaskFrom = Literal["attention", "prompts"]
@@ -60,11 +61,7 @@ class FusionSettings:
         "How much of a frame's strongest attention counts as the object; from 1 on the mask of attention is empty.",
         least=0, symbol="tau", step=0.01, group=GROUP,
     )  # fmt: skip
-    max_tokens: int | None = setting(
-        None,
-        "Record and fuse attention layers of up to this many tokens a frame; the authors' code takes 1024.",
-        least=1, shown="all", group="The store",
-    )  # fmt: skip
+    max_tokens: int | None = max_tokens()
     mask_tokens: int = setting(
         256, "The mask of attention comes from the finest grid of at most this many tokens.", least=1, group=GROUP
     )

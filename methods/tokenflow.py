@@ -23,8 +23,8 @@ from ..store.records import Recorder
 
 Weights = Literal["authors", "paper", "linear"]
 GROUP = "TokenFlow"
-BLOCK = 2**22
-"""The most similarities that the neighbour search holds at once."""
+BLOCK = {"cpu": 2**20, "gpu": 2**24}
+"""The most similarities that the neighbour search holds at once: what stays in a CPU's cache, or fills a GPU."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class TokenFlowSettings:
         source = branches.source(Chunk.of(pivots, clip), keep)
         branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
         assert source.inputs is not None
+        keys = KeyTokens(source.inputs)
         found = []
         for batch, frames in self.chunks(clip, chunk_frames):
-            neighbours = Neighbours(source.inputs, [self.mixture(frame, batch, pivots) for frame in frames])
+            neighbours = Neighbours(keys, [self.mixture(frame, batch, pivots) for frame in frames])
 
             def take(branch: str, control: Control, neighbours: Neighbours = neighbours) -> None:
                 control.gather = _gathering(neighbours, outputs[branch], looks=branch == "source")
@@ -143,41 +144,56 @@ def _sigmoid(x: float) -> float:
     return float(torch.tensor(x).sigmoid())
 
 
+class KeyTokens:
+    """The source's inputs to each self-attention layer on the key frames of a step: (pivots, tokens, channels)."""
+
+    def __init__(self, tokens: dict[str, Tensor]) -> None:
+        self._unit = {name: F.normalize(x, dim=-1) for name, x in tokens.items()}
+
+    def nearest(self, layer: str, pivot: int, unit: Tensor) -> Tensor:
+        """For tokens (f t c) of length 1, which token of a key frame is the most similar: (f t)."""
+        return search(unit.flatten(0, 1), self._unit[layer][pivot]).view(unit.shape[:2])
+
+
 class Neighbours:
     """Which token of the key frames each token of some frames is nearest to, found as the source's layers come.
 
-    tokens: the source's inputs to each self-attention layer on the key frames, (pivots, tokens, channels).
     mixtures: what each frame mixes, see `TokenFlowSettings.mixture`.
     """
 
-    def __init__(self, tokens: dict[str, Tensor], mixtures: Sequence[Sequence[tuple[int, float]]]) -> None:
-        self._tokens = tokens
+    def __init__(self, keys: KeyTokens, mixtures: Sequence[Sequence[tuple[int, float]]]) -> None:
+        self._keys = keys
         self._mixtures = mixtures
         self._found: dict[str, dict[tuple[int, int], Tensor]] = {}
 
     def look(self, tokens: Tensor, site: AttentionSite) -> None:
         """Find the neighbours of the source's tokens (f t c) at a layer."""
-        pivots = self._tokens[site.name]
-        self._found[site.name] = {
-            (i, pivot): nearest(tokens[i], pivots[pivot])
-            for i, mixture in enumerate(self._mixtures)
-            for pivot, _ in mixture
-        }
+        unit, found = F.normalize(tokens, dim=-1), dict[tuple[int, int], Tensor]()
+        for pivot in {pivot for mixture in self._mixtures for pivot, _ in mixture}:
+            frames = [i for i, mixture in enumerate(self._mixtures) if pivot in dict(mixture)]
+            of_frames = self._keys.nearest(site.name, pivot, unit[frames])
+            found |= {(i, pivot): nearest for i, nearest in zip(frames, of_frames, strict=True)}
+        self._found[site.name] = found
 
     def gather(self, outputs: Tensor, site: AttentionSite) -> Tensor:
         """What the frames take from the key frames' outputs (pivots, t, c) of a layer: (f t c), paper Eq. 4."""
         found = self._found[site.name]
         frames = []
         for i, mixture in enumerate(self._mixtures):
-            parts = [weight * outputs[pivot][found[i, pivot]] for pivot, weight in mixture]
+            parts = [weight * outputs[pivot].index_select(0, found[i, pivot]) for pivot, weight in mixture]
             frames.append(sum(parts[1:], parts[0]))
         return torch.stack(frames)
 
 
 def nearest(tokens: Tensor, among: Tensor) -> Tensor:
-    """The index of the most similar token, by cosine: (t c), (s c) -> (t); in blocks, never all pairs at once."""
-    a, b = F.normalize(tokens, dim=-1), F.normalize(among, dim=-1).T
-    return torch.cat([(part @ b).argmax(-1) for part in a.split(max(1, BLOCK // b.shape[1]))])
+    """The index of the most similar token, by cosine: (t c), (s c) -> (t)."""
+    return search(F.normalize(tokens, dim=-1), F.normalize(among, dim=-1))
+
+
+def search(unit: Tensor, among: Tensor) -> Tensor:
+    """`nearest` of vectors of length 1; in blocks, never all pairs at once."""
+    block = BLOCK["cpu" if unit.device.type == "cpu" else "gpu"]
+    return torch.cat([(part @ among.T).max(-1).indices for part in unit.split(max(1, block // len(among)))])
 
 
 def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], looks: bool = False) -> Gather:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,6 +24,15 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FL
 GROUP = "The store"
 USABLE = 0.8
 """The share of free memory that a store may take; the model's work needs the rest."""
+
+
+def max_tokens() -> Any:
+    """The setting that a store and a fusion share."""
+    return setting(
+        None,
+        "Record and fuse attention layers of up to this many tokens a frame; the authors' code takes 1024.",
+        least=1, shown="all", group=GROUP,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,7 @@ class StoreSettings:
         most=1,
         group=GROUP,
     )
-    max_tokens: int | None = setting(
-        None,
-        "Record and fuse attention layers of up to this many tokens a frame; the authors' code takes 1024.",
-        least=1,
-        shown="all",
-        group=GROUP,
-    )
+    max_tokens: int | None = max_tokens()
     path: Path | None = None
     folder: Path | None = None
 

@@ -24,7 +24,7 @@ def test_entries_name_frames_and_are_clipped_to_the_clip(entry, seen):
 
 
 @given(entries, st.integers(1, 6))
-def test_gather_stacks_the_tokens_of_the_frames_seen(names, frames):
+def test_gather_stacks_the_tokens_of_the_key_frames(names, frames):
     keys = KeyFrames.of(names)
     k = torch.arange(frames * 2.0).view(frames, 1, 2, 1)
     seen = keys.gather(k, range(frames), range(frames), frames).expand(frames, -1, -1, -1)
@@ -34,7 +34,7 @@ def test_gather_stacks_the_tokens_of_the_frames_seen(names, frames):
 
 
 @given(entries, st.integers(1, 9), st.integers(2, 5), st.booleans())
-def test_pieces_give_every_frame_its_whole_weight_and_one_owner(names, frames, chunk, clip_norm):
+def test_chunks_give_every_frame_its_whole_weight_and_one_owner(names, frames, chunk, clip_norm):
     keys = KeyFrames.of(names)
     chunks = keys.chunks(frames, chunk, clip_norm)
     weights = torch.zeros(frames)
@@ -46,14 +46,14 @@ def test_pieces_give_every_frame_its_whole_weight_and_one_owner(names, frames, c
         assert all(set(keys.of_frame(f, frames)) <= set(p.frame_indices) for p in chunks for f in p.frame_indices)
 
 
-def test_pieces_of_anchored_key_frames_do_not_overlap():
+def test_chunks_of_anchored_key_frames_do_not_overlap():
     weighed = [
         [f for f, w in zip(p.frame_indices, p.weights, strict=True) if w] for p in KeyFrames.of("middle").chunks(7, 3)
     ]
     assert weighed == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_a_key_frame_that_is_not_held_gives_way_to_the_nearest():
+def test_a_key_frame_that_is_not_there_gives_way_to_the_nearest():
     k = torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1, 1)
     seen = KeyFrames.of(("previous", "first")).gather(k, (4, 5, 6), (4, 5, 6), 9)
     assert seen.view(3, 2).tolist() == [[4, 4], [4, 4], [5, 4]]

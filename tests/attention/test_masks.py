@@ -46,7 +46,7 @@ def test_thresholds_at_the_ends_and_empty_heat():
     assert not threshold_mask(torch.zeros(1, 4, 4), (4, 4), 0.3).any()
 
 
-def test_a_column_is_foreign_where_the_words_are_looked_at_more():
+def test_a_token_is_foreign_where_the_words_are_looked_at_more():
     heat = torch.zeros(2, 4, 3, 3)
     heat[:, 0] = 1.0  # the start mark, seen everywhere
     heat[:, 1, :, 0] = 0.2  # the words, on the left

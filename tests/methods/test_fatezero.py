@@ -63,7 +63,7 @@ def test_full_self_fusion_is_the_sources_map_on_the_edits_values(maps):
 
 
 @pytest.mark.parametrize("maps", [False, True])
-def test_cross_fusion_takes_the_aligned_columns(maps):
+def test_cross_fusion_takes_the_aligned_tokens(maps):
     q, k, v = tensors(COLUMNS, 3)
     control = fuser(maps=maps)
     copied = torch.tensor([1.0, 1, 0, 1, 1, 1, 1]).double()
@@ -78,7 +78,7 @@ def test_cross_fusion_takes_the_aligned_columns(maps):
 
 @pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_what_a_place_does_not_keep_goes_to_the_other_columns(maps, fuse):
+def test_what_a_place_does_not_keep_goes_to_the_other_tokens(maps, fuse):
     q, k, v = tensors(COLUMNS, 3)
     control = fuser(plan=StepPlan(fuse, False, False, False), maps=maps)
     source_q, source_k, _ = tensors(COLUMNS, 1)
