@@ -281,8 +281,8 @@ def _configs(
     for target in (*targets,) or (None,):
         own = texts | (checked({"target": target}) if target is not None else {})
         if path:
-            found, told = load_configs(path, own, preset)
-            notes += told
+            found, left_out = load_configs(path, own, preset)
+            notes += left_out
         else:
             found = [with_values(EditConfig(), own)]
             found = [with_preset(c, preset) for c in found] if preset else found

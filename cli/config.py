@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -24,7 +23,7 @@ from ..methods.flow_smoothing import GROUP as FLOW
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
-from ..settings import described, described_one, setting
+from ..settings import described, described_one, is_union, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
 from ..video.read import ClipSettings, seconds_of
@@ -242,7 +241,7 @@ def _fitted(value: Any, kind: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value if value in inner else _WRONG
-    if origin in (Union, UnionType):
+    if is_union(kind):
         return next((found for one in inner if (found := _fitted(value, one)) is not _WRONG), _WRONG)
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
@@ -264,7 +263,7 @@ def _said(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(inner)}"
-    if origin in (Union, UnionType):
+    if is_union(kind):
         return " or ".join(_said(one) for one in inner)
     if origin is tuple and inner[-1] is Ellipsis:
         return f"a list, each {_said(inner[0])}"

@@ -76,11 +76,8 @@ def _typed(one: Described) -> Any:
     """What the command line reads: a number, a switch, or text."""
     kind = one.plain
     if get_origin(kind) is not None or is_union(kind):
-        kind = list[str] if get_origin(kind) is Mapping_ else str
+        kind = list[str] if get_origin(kind) is Mapping else str
     return kind | None
-
-
-Mapping_ = get_origin(Mapping[str, float])
 
 
 def _parameter(one: Described) -> Parameter:

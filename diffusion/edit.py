@@ -77,12 +77,12 @@ class EditContext:
     like, latents_like: of the device and dtype of the model, and of the latents.
     """
 
-    def __init__(self, denoiser: Denoiser, store: AttentionStore, target: Condition) -> None:
+    def __init__(self, denoiser: Denoiser, store: AttentionStore, target: Condition, latents_like: Tensor) -> None:
         self.denoiser, self.store, self.target = denoiser, store, target
         self.steps = store.steps
         self.sites: list[AttentionSite] = denoiser.sites(*store.levels.shape[-2:])
-        self.latents_like = store.level(0)[:1].to(denoiser.device)
-        self.like = self.latents_like.to(denoiser.dtype)
+        self.latents_like = latents_like
+        self.like = latents_like.to(denoiser.dtype)
 
 
 class Injected:
@@ -370,7 +370,7 @@ class _Run:
         self.guidance_scale = asked.guidance_scale
         self.propagation, self.smoothing = asked.propagation, asked.smoothing
         self.first = first_step(asked.strength, schedule.steps)
-        context, injection = EditContext(denoiser, store, self.target), asked.injection
+        context, injection = EditContext(denoiser, store, self.target, like), asked.injection
         self.injected = Injected(asked, context) if injection is None else injection.injected(asked, context)
 
     def start(self, noise: Tensor) -> Tensor:

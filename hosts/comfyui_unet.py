@@ -262,9 +262,11 @@ class HookedModel:
     def _featured(self, branches: Sequence[int]) -> Callable[..., Tensor]:
         def featured(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             assert self._feature is not None
-            parts = zip(branches, output.chunk(len(branches)), strict=True)
-            done = [self._answer(b, len(part))[0].feature(part, self._feature.name) for b, part in parts]
-            return torch.cat(done)
+            parts = output.chunk(len(branches))
+            named = zip(branches, parts, strict=True)
+            done = [self._answer(b, len(part))[0].feature(part, self._feature.name) for b, part in named]
+            unchanged = all(new is old for new, old in zip(done, parts, strict=True))
+            return output if unchanged else torch.cat(done)
 
         return featured
 
