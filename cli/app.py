@@ -1,4 +1,4 @@
-"""The command line: `fatezero demo`, `edit`, `invert`, `evaluate`, `benchmark` and `train-demo`."""
+"""The command line: `fatezero demo`, `edit`, `invert`, `tune`, `evaluate`, `benchmark` and `train-demo`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from .config import (
     load_configs,
     load_pairs,
     of_methods,
+    tune_config,
     with_preset,
     with_values,
 )
-from .options import GROUPS, edit_options, given_of, invert_options, whole_numbers
+from .options import GROUPS, edit_options, given_of, invert_options, tune_options, whole_numbers
 from .progress import complain, console, progress_bar, told
 
 app = App(
     name="fatezero",
-    help="Edit real videos with a prompt and an image diffusion model: FateZero, Plug-and-Play, TokenFlow.",
+    help="Edit real videos with a prompt and an image diffusion model: FateZero, Plug-and-Play, TokenFlow, "
+    "Tune-A-Video.",
     help_format="plaintext",
     version=f"fatezero {__version__}",
     console=console,
     group_parameters=Group("Options", sort_key=-1),
 )
 
-EditOptions, InvertOptions = edit_options(), invert_options(of_methods())
+EditOptions, InvertOptions, TuneOptions = edit_options(), invert_options(of_methods()), tune_options()
 
 _RUN = GROUPS["This run"]
 Video = Annotated[
@@ -131,6 +133,49 @@ def invert(
     inputs = (config,) if config else ()
     session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
     run_invert(session, configs[0], output, dry_run)
+
+
+@app.command
+def tune(
+    video: Video = None,
+    /,
+    *,
+    output: Annotated[
+        Path,
+        Parameter(
+            name=("--output", "-o"), help="Folder for the temporal layers, the losses and their plot.", group=_RUN
+        ),
+    ] = Path("tuned"),
+    model_config: ModelConfig = None,
+    options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    resume: Annotated[
+        bool, Parameter(negative="", help="Go on with the tuning in the folder, where it was stopped.", group=_RUN)
+    ] = False,
+    keep_every: Annotated[int, Parameter(help="Steps between two states to go on from.", group=_RUN)] = 50,
+    folder: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Write the whole model too, as the authors' code reads it and --model takes it.",
+            group=_RUN,
+        ),
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
+    console.quiet = quiet
+    config = tune_config(_flags(video, options))
+    if keep_every < 1:
+        raise ConfigError(f"keep_every is {keep_every}; it must be a number of at least 1")
+    from .run import Session
+    from .tuning import TuneRun, run_tune
+
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite)
+    run_tune(session, config, TuneRun(output, resume, folder, keep_every, dry_run))
 
 
 @app.command
@@ -290,7 +335,8 @@ def _configs(
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     for c in configs:
-        missing = [] if store else [n for n in ("video", "source") if not getattr(c, n)]
+        needed = ("video", "source") if inverting or c.injection == "fatezero" else ("video",)
+        missing = [] if store else [n for n in needed if not getattr(c, n)]
         missing += [] if inverting or c.target else ["target"]
         if missing:
             flag = {"video": "VIDEO", "source": "--source", "target": "--target"}

@@ -22,8 +22,10 @@ from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import GROUP as FLOW
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
+from ..methods.temporal_layers import Kind
 from ..methods.tokenflow import TokenFlowSettings
-from ..settings import described, described_one, is_union, setting
+from ..methods.tune_a_video import TuneSettings
+from ..settings import check, described, described_one, is_union, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
 from ..video.read import ClipSettings, seconds_of
@@ -62,7 +64,11 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
     )
     lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
     temporal: str = setting(
-        "", "A .safetensors file of temporal layers for the model, Tune-A-Video's or FateZero's.", group=_MODEL
+        "",
+        "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
+        "`fatezero tune`, or demo, which make the demo model one of videos.",
+        shown="none",
+        group=_MODEL,
     )
     guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
     strength: float = _kept(Edit, "strength", 1.0)
@@ -101,7 +107,7 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
 
     def part(self, settings: type[T]) -> T:
         """The settings of one of the parts it is made of."""
-        return settings(**{one.name: getattr(self, one.name) for one in described(settings)})
+        return _part(self, settings)
 
     @property
     def fusion(self) -> FusionSettings:
@@ -144,9 +150,44 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
 
 
+def _part(config: Any, settings: type[T]) -> T:
+    return settings(**{one.name: getattr(config, one.name) for one in described(settings)})
+
+
+@dataclass(frozen=True)
+class TuneConfig(ClipSettings, TuneSettings):
+    """Every setting of `fatezero tune`; the names are those of the flags."""
+
+    video: str = ""
+    prompt: str = setting("", "What the video shows.", group=_TEXT)
+    model: str = _kept(EditConfig, "model", "demo")
+    temporal: str = setting(
+        "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
+    )
+    layers: Kind = setting(
+        "official",
+        "Fresh layers: official ones attend over frames (Tune-A-Video); fatezero ones have convolutions over frames "
+        "too, which its authors' code leaves untrained.",
+        group=_MODEL,
+    )
+    rank: int | None = setting(
+        None, "Of fatezero's convolutions; its authors take 160.", least=1, most=4096, shown="full ones", group=_MODEL
+    )
+    key_frames: tuple[str | int, ...] = _kept(InversionSettings, "key_frames", ("first", "previous"))
+    clip_norm: bool = _kept(InversionSettings, "clip_norm", True)
+
+    def __post_init__(self) -> None:
+        """Its parts check themselves where they are made."""
+
+    @property
+    def tuning(self) -> TuneSettings:
+        return _part(self, TuneSettings)
+
+
 SECTIONS: dict[str, Any] = {"pnp": PnPSettings, "tokenflow": TokenFlowSettings}
 """The sections of a configuration, and the settings in them."""
 _KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
+_TUNE_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(TuneConfig)}
 _AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
 _OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
 
@@ -155,10 +196,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     **FATEZERO_PRESETS,
     "pnp": {"injection": "pnp", "key_frames": ("self",)},
     "tokenflow": {"injection": "pnp", "propagation": "tokenflow", "key_frames": ("self",)},
-}
-"""FateZero's, and the other papers' settings. Those attend to no other frame while they invert."""
+    "tune_a_video": {
+        "injection": "none", "guidance_scale": 12.5, "key_frames": ("first", "previous"), "clip_norm": True,
+    },
+}  # fmt: skip
+"""FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to no other frame while they invert."""
 
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name != "key_frames"} | {"mode"}
+_OF_CLIPS = {"key_frames", "clip_norm"}
+"""Settings of the inversion that a preset may name, and leaves as they are where it does not."""
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_CLIPS} | {"mode"}
 """The settings that presets speak of; what one does not name has its default."""
 
 
@@ -182,17 +228,35 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
     of_sections = {name: _section_of(name, values[name]) for name in SECTIONS if name in values}
     values = {name: value for name, value in values.items() if name not in SECTIONS}
-    found = _fitting(values, _KINDS)
+    return _checked(values, _KINDS) | of_sections
+
+
+def tune_config(values: Mapping[str, Any]) -> TuneConfig:
+    """A tuning by its settings that were given; ConfigError naming what is wrong or missing."""
+    config = TuneConfig(**_checked(values, _TUNE_KINDS))
+    for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
+        if not getattr(config, name):
+            raise ConfigError(f"missing {flag}")
+    if config.temporal and (config.layers, config.rank) != (TuneConfig.layers, TuneConfig.rank):
+        raise ConfigError("layers and rank have no effect on temporal layers of a file")
+    if config.rank is not None and config.layers != "fatezero":
+        raise ConfigError("rank has no effect without --layers fatezero")
+    check(config)
+    return config
+
+
+def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    found = _fitting(values, kinds)
     for name in ("start", "end"):
         if isinstance(found.get(name), str):
             try:
                 seconds_of(found[name])
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from error
-    for name in ("video", "source", "target", "model"):
+    for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
             raise ConfigError(f"{name} is {values[name]!r}; it must not be blank")
-    return found | of_sections
+    return found
 
 
 def _fitting(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -11,14 +11,14 @@ from cyclopts import Group, Parameter
 
 from ..attention.key_frames import KeyFrames
 from ..settings import Described, described, is_union
-from .config import SECTIONS, ConfigError, EditConfig
+from .config import SECTIONS, ConfigError, EditConfig, TuneConfig
 
 GROUPS = {
     name: Group(name, sort_key=order)
     for order, name in enumerate(
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit", "FateZero",
-            "Plug-and-Play", "TokenFlow", "Flow smoothing", "This run",
+            "Plug-and-Play", "TokenFlow", "Flow smoothing", "Tuning", "This run",
         )
     )
 }  # fmt: skip
@@ -48,6 +48,11 @@ def invert_options(of_methods: Iterable[str]) -> type:
     """The settings of an inversion. of_methods: those of edits alone."""
     left_out = NOT_INVERTED | set(of_methods)
     return _options_of("InvertOptions", [one for one in described(EditConfig) if one.name not in left_out])
+
+
+def tune_options() -> type:
+    """Every setting of a tuning."""
+    return _options_of("TuneOptions", described(TuneConfig))
 
 
 def given_of(options: Any) -> dict[str, Any]:

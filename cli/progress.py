@@ -7,13 +7,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(highlight=False)
 
-Bar = Callable[[int, int], None]
+
+class Bar(Protocol):
+    """Told how far a thing is, and what else there is to say."""
+
+    def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
+
+
 _LINE_EVERY = 10.0
 """Seconds between lines of progress where there is no terminal."""
 
@@ -36,7 +43,10 @@ def progress_bar() -> Iterator[Callable[[str], Bar]]:
         def add(title: str) -> Bar:
             task = progress.add_task(title, total=None)
 
-            return lambda done, total: progress.update(task, completed=done, total=total)
+            def update(done: int, total: int, note: str = "") -> None:
+                progress.update(task, completed=done, total=total, description=f"{title} {note}")
+
+            return update
 
         yield add
 
@@ -44,13 +54,13 @@ def progress_bar() -> Iterator[Callable[[str], Bar]]:
 def _progress_lines(title: str) -> Bar:
     begun, told = time.monotonic(), float("-inf")
 
-    def update(done: int, total: int) -> None:
+    def update(done: int, total: int, note: str = "") -> None:
         nonlocal told
         now = time.monotonic()
         if now - told >= _LINE_EVERY or done == total:
             told, left = now, (now - begun) / max(1, done) * (total - done)
             rest = f", {_minutes(left)} left" if done < total else f" in {_minutes(now - begun)}"
-            console.print(f"{title} {done}/{total}{rest}", markup=False, soft_wrap=True)
+            console.print(f"{title} {done}/{total}{note and ', '}{note}{rest}", markup=False, soft_wrap=True)
             console.file.flush()
 
     return update

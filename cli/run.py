@@ -21,6 +21,7 @@ from ..diffusion.source import check_store
 from ..files.safetensors import format_bytes
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, quiet
+from ..hosts.diffusers_temporal import about_temporal_layers
 from ..methods.flow_smoothing import FlowSmoothing
 from ..settings import described
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
@@ -33,7 +34,7 @@ from ..video.motion import Motion
 from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
-from .config import EditConfig
+from .config import EditConfig, TuneConfig
 
 DEFAULT_FRAMES = 8
 """Frames edited, at most, where nothing says how many."""
@@ -64,15 +65,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def find_frames(config: EditConfig) -> VideoSource:
-    """The frames to edit, found in their file and not decoded."""
-    at_most = DEFAULT_FRAMES if config.count is None and config.end is None else None
+def find_frames(config: EditConfig | TuneConfig, default: int = DEFAULT_FRAMES) -> VideoSource:
+    """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says."""
+    at_most = default if config.count is None and config.end is None else None
     return open_video(
         config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate
     )  # fmt: skip
 
 
-def fit_frames(config: EditConfig, source: VideoSource, factor: int, native: int) -> FittedVideo:
+def fit_frames(config: EditConfig | TuneConfig, source: VideoSource, factor: int, native: int) -> FittedVideo:
     """The frames to edit as a model takes them; ValueError for a cut or a size it cannot take."""
     left, top, right, bottom = config.crop
     width, height = source.size[0] - left - right, source.size[1] - top - bottom
@@ -97,16 +98,15 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, config: EditConfig) -> Checkpoint:
+    def open_model(self, model: str, lora: str = "", temporal: str = "") -> Checkpoint:
         where = pick_device(self.device)
-        if self.model_config is not None and not Path(config.model).is_file():
-            raise ValueError(f"model_config has no effect: {config.model!r} is no single file")
+        if self.model_config is not None and not Path(model).is_file():
+            raise ValueError(f"model_config has no effect: {model!r} is no single file")
         with quiet():
             checkpoint = Checkpoint.load(
-                config.model, where, pick_dtype(self.dtype, where), self.model_config, config.lora or None,
-                temporal=config.temporal or None,
-            )  # fmt: skip
-        if config.model == "demo":
+                model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None
+            )
+        if model == "demo":
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
         return checkpoint
 
@@ -133,7 +133,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     settings = replace(config.store, path=output)
     check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
-    checkpoint = session.open_model(config)
+    checkpoint = session.open_model(config.model, config.lora, config.temporal)
     video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
     session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
     if dry_run:
@@ -164,7 +164,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         check_output(
             path, frames, session.overwrite, [*session.inputs_of(first), *([store_path] if store_path else [])]
         )
-    checkpoint = session.open_model(first)
+    checkpoint = session.open_model(first.model, first.lora, first.temporal)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
 
     if store is None or origin is None:
@@ -178,6 +178,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
         sound = origin.sound_of(first.video, store)
     session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
+    _note_of_layers(session, first)
     if sound is not None and not has_sound(output):
         session.note(f"{output} holds no sound")
     if dry_run:
@@ -210,6 +211,15 @@ def _found(session: Session, config: EditConfig) -> VideoSource:
     if not source.even:
         session.note(f"frames come at varying times, {float(source.fps):.3g} a second on average; each keeps its own")
     return source
+
+
+def _note_of_layers(session: Session, config: EditConfig) -> None:
+    """Say where a clip is seen otherwise than its temporal layers were tuned."""
+    about = about_temporal_layers(config.temporal) if config.temporal else {}
+    ours = {"key_frames": ", ".join(map(str, config.key_frames)), "clip_norm": str(config.clip_norm).lower()}
+    other = [f"{name} {about[name]}, not {mine}" for name, mine in ours.items() if about.get(name, mine) != mine]
+    if other:
+        session.note(f"the temporal layers were tuned with {'; '.join(other)}")
 
 
 def _outputs(output: str, count: int) -> list[str]:
@@ -343,13 +353,21 @@ def one_edit(
 
 def encode(checkpoint: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
     """Latents of a clip's frames, as they are decoded."""
-    parts, done = list[Tensor](), 0
+    return posterior(checkpoint, video, progress)[0]
+
+
+def posterior(
+    checkpoint: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a clip's latents, its frames encoded as they are decoded."""
+    parts, done = list[tuple[Tensor, Tensor]](), 0
     coming, at_once = video.frames(), checkpoint.frames_at_once(*video.size)
     while frames := list(islice(coming, at_once)):
-        parts.append(checkpoint.encode_frames(to_unit(torch.stack(frames))).float())
+        parts.append(checkpoint.encode_posterior(to_unit(torch.stack(frames))))
         done += len(frames)
         progress(done, len(video))
-    return torch.cat(parts)
+    mean, deviation = (torch.cat(list(some)).float() for some in zip(*parts, strict=True))
+    return mean, deviation
 
 
 def decode(checkpoint: Checkpoint, latents: Tensor, progress: Callable[[int, int], None]) -> Iterator[Tensor]:

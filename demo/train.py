@@ -84,7 +84,7 @@ def _shown(job: Job) -> Iterator[tuple[Scene, Motion]]:
 
 def _draw(job: Job) -> Tensor:
     """The pictures of a share, uint8."""
-    return torch.cat([_bytes(render(scene, motion, frames=1).frames) for scene, motion in _shown(job)])
+    return torch.cat([in_bytes(render(scene, motion, frames=1).frames) for scene, motion in _shown(job)])
 
 
 def _subjects(job: Job) -> Iterator[tuple[Scene, Motion, int]]:
@@ -95,7 +95,7 @@ def _subjects(job: Job) -> Iterator[tuple[Scene, Motion, int]]:
 def _draw_close(job: Job) -> Tensor:
     """Close-ups of the things of a share: as many as pictures, of one thing each."""
     shown = ((render(scene, motion, frames=1).frames, motion.tracks[at]) for scene, motion, at in _subjects(job))
-    return torch.cat([_bytes(close_up(frames, track)) for frames, track in shown])
+    return torch.cat([in_bytes(close_up(frames, track)) for frames, track in shown])
 
 
 def _scenes_close(job: Job) -> list[Scene]:
@@ -103,7 +103,7 @@ def _scenes_close(job: Job) -> list[Scene]:
     return [replace(scene, things=(scene.things[at],)) for scene, _, at in _subjects(job)]
 
 
-def _bytes(frames: Tensor) -> Tensor:
+def in_bytes(frames: Tensor) -> Tensor:
     return (frames * 255).round().byte()
 
 
@@ -132,19 +132,25 @@ def _batch(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.G
     return torch.randint(count, (size,), generator=generator), generator
 
 
-def _rate(step: int, steps: int, warmup: int = 200, tail: float = 0.3) -> float:
+def rate_at(step: int, steps: int, warmup: int = 200, tail: float = 0.3) -> float:
     """Warm up, hold, and fall to zero by a cosine over the last `tail` of the steps."""
     fall = max(0.0, (step - (1 - tail) * steps) / (tail * steps))
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
 
 
-def _optimiser(parameters: list[nn.Parameter], rate: float) -> torch.optim.AdamW:
+def optimiser_of(parameters: list[nn.Parameter], rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate
+
+
+def noise_weight(signal: Tensor) -> Tensor:
+    """What the error at a cumulative alpha counts: min-SNR's weight, and more where there is more noise than signal."""
+    ratio = signal / (1 - signal)
+    return (5 / ratio).clamp(max=1) * ratio.rsqrt().clamp(min=1)
 
 
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -166,7 +172,7 @@ def train_vae(pictures: Pictures, settings: TrainSettings, device: torch.device,
     with torch.no_grad():  # start almost without noise, or the decoder learns to ignore the latents
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -6.0
-    optimiser = _optimiser(list(vae.parameters()), settings.vae_rate)
+    optimiser = optimiser_of(list(vae.parameters()), settings.vae_rate)
 
     def loss_of(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(x).latent_dist
@@ -181,7 +187,7 @@ def train_vae(pictures: Pictures, settings: TrainSettings, device: torch.device,
         chosen, generator = _batch(settings.seed + 1, step, settings.vae_batch, len(pictures.frames))
         x = pictures.frames[chosen].to(device).float() / 127.5 - 1
         noise = torch.randn(len(x), 4, demo.LATENT_SIZE, demo.LATENT_SIZE, generator=generator).to(device)
-        _set_rate(optimiser, settings.vae_rate * _rate(step, settings.vae_steps, tail=0.5))
+        set_rate(optimiser, settings.vae_rate * rate_at(step, settings.vae_steps, tail=0.5))
         loss, mse = loss_of(x, noise)
         optimiser.zero_grad()
         loss.backward()
@@ -236,7 +242,7 @@ def train_classifier(
     """Cross entropy over every head, on rendered frames with noise, blur, and shifts of light and place."""
     torch.manual_seed(settings.seed)
     judge = demo.SceneClassifier().to(device)
-    optimiser = _optimiser(list(judge.parameters()), 2e-3)
+    optimiser = optimiser_of(list(judge.parameters()), 2e-3)
     answers = {
         name: torch.tensor([words.index(demo.labels(s)[name]) for s in pictures.scenes])
         for name, words in judge.HEADS.items()
@@ -250,7 +256,7 @@ def train_classifier(
         x = (x * (0.92 + 0.16 * torch.rand(len(x), 3, 1, 1, generator=generator))).clamp(0, 1).to(device)
         logits = judge(x)
         loss = sum((F.cross_entropy(logits[n], a[chosen].to(device)) for n, a in answers.items()), torch.zeros(()))
-        _set_rate(optimiser, 2e-3 * _rate(step, settings.classifier_steps))
+        set_rate(optimiser, 2e-3 * rate_at(step, settings.classifier_steps))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -315,7 +321,7 @@ def train_painter(
     live.unet.to(device).train()
     live.text.to(device).train()
     average = deepcopy(live)
-    optimiser = _optimiser(live.parameters(), settings.unet_rate)
+    optimiser = optimiser_of(live.parameters(), settings.unet_rate)
     done = _resume(state / "painter.safetensors", live, average, optimiser)
 
     live.unet.set_attn_processor(AttnProcessor())  # explicit maps: on a CPU, heads this narrow gain from no kernel
@@ -327,10 +333,8 @@ def train_painter(
         with _autocast(device):
             states = live.text(text).last_hidden_state
             predicted = live.unet(signal.sqrt() * z + (1 - signal).sqrt() * noise, t, states).sample
-        ratio = signal / (1 - signal)
-        weight = (5 / ratio).clamp(max=1) * ratio.rsqrt().clamp(min=1)
         error = (predicted.float() - noise) ** 2
-        return (weight * error).mean(), error.mean()
+        return (noise_weight(signal) * error).mean(), error.mean()
 
     loss_of = _compiled(loss_of, settings)
     seen = 0.0
@@ -341,7 +345,7 @@ def train_painter(
         t = torch.randint(1000, (len(z),), generator=generator)
         blind = torch.rand(len(z), generator=generator) < settings.text_dropout
         text = torch.where(blind[:, None], ids[-1], ids[chosen]).to(device)
-        _set_rate(optimiser, settings.unet_rate * _rate(step, settings.unet_steps))
+        set_rate(optimiser, settings.unet_rate * rate_at(step, settings.unet_steps))
         loss, error = loss_of(z, noise, t.to(device), text)
         optimiser.zero_grad()
         loss.backward()
@@ -374,7 +378,7 @@ def _resume(path: Path, live: Painter, average: Painter, optimiser: torch.optim.
     """Load a saved state; the number of steps done."""
     if not path.exists():
         return 0
-    tensors, step = load_file(path), _saved_step(path)
+    tensors, step = load_file(path), saved_step(path)
     live.load(tensors, "live")
     average.load(tensors, "average")
     for i, parameter in enumerate(live.parameters()):
@@ -385,7 +389,7 @@ def _resume(path: Path, live: Painter, average: Painter, optimiser: torch.optim.
     return step
 
 
-def _saved_step(path: Path) -> int:
+def saved_step(path: Path) -> int:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return int(header["__metadata__"]["step"])

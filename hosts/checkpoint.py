@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
+from ..files.whole import whole_file
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
-from .diffusers_temporal import inflated_unet, load_temporal_layers, with_temporal_layers
+from .diffusers_temporal import inflated_unet, load_temporal_layers, save_inflated_unet, with_temporal_layers
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -63,17 +65,14 @@ class Checkpoint:
         """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
 
         config: for a single file, a diffusers folder with the tokenizer and configuration of
-        its kind. Only a hub name uses the network. lora: a LoRA file or folder. temporal: a file of temporal layers.
+        its kind. Only a hub name uses the network. lora: a LoRA file or folder. temporal: temporal layers, as
+        `load_temporal_layers` takes them.
 
         Raises CheckpointError, saying what was looked for.
         """
         if lora is not None and not Path(lora).exists():
             raise CheckpointError(f"no LoRA at {lora}")
         pipeline = _pipeline(name, dtype, config)
-        if lora is not None:
-            pipeline.load_lora_weights(lora, local_files_only=True)
-            pipeline.fuse_lora(lora_scale=lora_scale)
-            pipeline.unload_lora_weights()
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
             raise CheckpointError(
                 f"{name} is a {type(pipeline).__name__}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL"
@@ -83,6 +82,10 @@ class Checkpoint:
                 with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{temporal}: {error}") from error
+        if lora is not None:  # after the tuned queries, which take the place of the model's and would take its too
+            pipeline.load_lora_weights(lora, local_files_only=True)
+            pipeline.fuse_lora(lora_scale=lora_scale)
+            pipeline.unload_lora_weights()
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
         ]
@@ -178,12 +181,18 @@ class Checkpoint:
     @torch.no_grad()
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames (f, 3, h, w) in 0..1 to scaled latents (f, 4, h/factor, w/factor), `frames_at_once`."""
-        parts = []
+        return self.encode_posterior(frames)[0]
+
+    @torch.no_grad()
+    def encode_posterior(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of frames' scaled latents, as `encode_frames` has them."""
+        means, deviations, scale = [], [], self.vae.config["scaling_factor"]
         for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
             pixels = (2 * frame - 1).to(self.vae.device, self.vae.dtype)
-            latent = self.vae.encode(pixels).latent_dist.mean
-            parts.append((latent - self._shift) * self.vae.config["scaling_factor"])
-        return torch.cat(parts)
+            posterior = self.vae.encode(pixels).latent_dist
+            means.append((posterior.mean - self._shift) * scale)
+            deviations.append(posterior.std * scale)
+        return torch.cat(means), torch.cat(deviations)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -198,6 +207,34 @@ class Checkpoint:
     @property
     def _shift(self) -> float:
         return self.vae.config.get("shift_factor") or 0.0
+
+
+def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a model with its temporal layers as a diffusers folder: `Checkpoint.load` and the layers' own code read it.
+
+    ValueError for SDXL, which that code does not know.
+    """
+    if checkpoint.sdxl:
+        raise ValueError(f"{checkpoint.name} is an SDXL model, which the authors' code does not read")
+    parts = {
+        "vae": checkpoint.vae,
+        "text_encoder": checkpoint.text_encoders[0],
+        "tokenizer": checkpoint.tokenizer,
+        "scheduler": checkpoint.scheduler,
+    }
+    save_inflated_unet(checkpoint.unet, folder / "unet")
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    libraries = {name: [type(part).__module__.partition(".")[0], type(part).__name__] for name, part in parts.items()}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        **{name: [None, None] for name in ("feature_extractor", "safety_checker")},
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        **libraries,
+    }
+    with whole_file(folder / "model_index.json") as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

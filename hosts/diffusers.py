@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -23,7 +24,8 @@ from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule, guide, root
 from ..diffusion.denoiser import Guidance
-from ..methods.tune_a_video import noised, trained_of, trains
+from ..methods.temporal_layers import CastLinear, trained_of, trains
+from ..methods.tune_a_video import noised
 from ..store.identity import IdentityCache, ModelIdentity
 from .diffusers_temporal import temporal_layers, with_temporal_layers, without_temporal_layers
 
@@ -132,15 +134,24 @@ class DiffusersDenoiser:
 
     @contextmanager
     def training(self) -> Iterator[None]:
+        """What is trained is kept in single precision at least, and computed in the model's."""
         before = {name: weight.requires_grad for name, weight in self.unet.named_parameters()}
-        recomputed = self.unet.is_gradient_checkpointing
+        recomputed, dtype, trained = self.unet.is_gradient_checkpointing, self.unet.dtype, self.trained()
+        queries = [layer.to_q for layer, *_ in self._layers.values()]
         try:
             self.unet.requires_grad_(False)
-            for weight in self.trained().values():
+            for weight in trained.values():
+                weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
                 weight.requires_grad_(True)
+            for query in queries:
+                query.forward = partial(CastLinear.forward, query)
             self.unet.enable_gradient_checkpointing()
             yield
         finally:
+            for query in queries:
+                del query.forward
+            for weight in trained.values():
+                weight.data = weight.data.to(dtype)
             for name, weight in self.unet.named_parameters():
                 weight.requires_grad_(before[name])
                 weight.grad = None

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files.whole import whole_file
-from ..methods.tune_a_video import TemporalLayers, is_temporal, kind_of, trains
+from ..methods.temporal_layers import Kind, TemporalLayers, is_temporal, kind_of, trains
 
 NAME = "temporal_layers"
 """The submodule that holds them while they are attached."""
 
 
 def with_temporal_layers(
-    unet: UNet2DConditionModel, state_dict: Mapping[str, Tensor] | None = None
+    unet: UNet2DConditionModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    kind: Kind = "official",
+    rank: int | None = None,
 ) -> UNet2DConditionModel:
     """Attach temporal layers to a UNet, and return it; its batch then is the frames of one clip.
 
     state_dict: of Tune-A-Video, or of FateZero with low-rank or full convolutions, told by its keys; other weights in
-    it take the place of the UNet's. None attaches a fresh set, with which the UNet computes what it did.
+    it take the place of the UNet's. None attaches a fresh set, with which the UNet computes what it did: Tune-A-Video's
+    or, of `kind` "fatezero", with convolutions over frames of a rank, full ones for None.
     Raises ValueError for ModelScope's and AnimateDiff's layers, and for weights that do not fit.
     """
     blocks = {
@@ -36,7 +41,10 @@ def with_temporal_layers(
         for name, module in unet.named_modules()
         if isinstance(module, BasicTransformerBlock)
     }
-    layers = TemporalLayers.fresh(blocks) if state_dict is None else TemporalLayers.of(state_dict, blocks)
+    if state_dict is None:
+        layers = TemporalLayers.fresh(blocks, convolutions_of(unet) if kind == "fatezero" else None, rank)
+    else:
+        layers = TemporalLayers.of(state_dict, blocks)
     for name in layers.places:
         _submodule(unet, name)
     base = {} if state_dict is None else {name: w for name, w in state_dict.items() if not is_temporal(name)}
@@ -57,31 +65,87 @@ def without_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
+def convert_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Give the layers attached to a UNet the other code's form, for the same function: see `TemporalLayers.converted`.
+
+    Raises ValueError for a UNet without layers, and where a convolution over frames is no identity.
+    """
+    layers = _attached_layers(unet)
+    weights = {name: w for name, w in unet.named_parameters() if trains(name)}
+    converted = layers.converted(convolutions_of(unet)).named()
+    return with_temporal_layers(unet, {name: w.detach() for name, w in (weights | converted).items()})
+
+
+def convolutions_of(unet: UNet2DConditionModel) -> dict[str, int]:
+    """The 3x3 convolutions of a UNet, by name, and the channels they give: FateZero's go after them."""
+    return {
+        name: module.out_channels
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+    }
+
+
 def temporal_layers(unet: UNet2DConditionModel) -> TemporalLayers | None:
     """The layers attached to a UNet."""
     attached = getattr(unet, NAME, None)
     return None if attached is None else attached.layers
 
 
-def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path) -> None:
-    """Write the layers attached to a UNet, and the queries that are tuned with them, whole or not at all.
-
-    For any model of the same shape; `load_temporal_layers` reads it. Raises ValueError for a UNet without layers.
-    """
+def _attached_layers(unet: UNet2DConditionModel) -> TemporalLayers:
     layers = temporal_layers(unet)
     if layers is None:
-        raise ValueError("unet has no temporal layers to save")
+        raise ValueError("unet has no temporal layers")
+    return layers
+
+
+FILE = "temporal.safetensors"
+"""What a folder of a tuning calls them."""
+DEMO_LAYERS = Path(__file__).resolve().parent.parent / "demo" / FILE
+"""Those that make the bundled image model one of videos; known as "demo"."""
+
+
+def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path, about: Mapping[str, str] | None = None) -> None:
+    """Write the layers attached to a UNet, and the queries that are tuned with them, whole or not at all.
+
+    For any model of the same shape; `load_temporal_layers` reads it. about: texts to keep with them, such as
+    `key_frames` and `clip_norm` of the tuning. Raises ValueError for a UNet without layers.
+    """
+    layers = _attached_layers(unet)
     weights = {name: w for name, w in unet.named_parameters() if trains(name)} | layers.named()
     with whole_file(Path(path)) as partial:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, dict(about or {}))
+
+
+def temporal_file(path: str | Path) -> Path:
+    """The file of temporal layers by what names it: itself, the folder of a tuning, or "demo"."""
+    if str(path) == "demo":
+        return DEMO_LAYERS
+    return Path(path) / FILE if Path(path).is_dir() else Path(path)
 
 
 def load_temporal_layers(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a file for `with_temporal_layers`; FileNotFoundError, or ValueError for no safetensors file."""
-    if not Path(path).is_file():
+    """The weights of a file, or of a tuning's folder, for `with_temporal_layers`; "demo" for the bundled ones.
+
+    FileNotFoundError, or ValueError for no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+
+
+def about_temporal_layers(path: str | Path) -> dict[str, str]:
+    """The texts that were kept with the weights of a file; errors as `load_temporal_layers`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    file = temporal_file(path)
+    if not file.is_file():
         raise FileNotFoundError(f"no temporal layers at {path}")
     try:
-        return load_file(path)
+        with safe_open(file, framework="pt") as opened:
+            yield opened
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
@@ -108,9 +172,7 @@ def inflated_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel | No
 
 def save_inflated_unet(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write a UNet with its temporal layers into a folder, as the official code of their kind reads it."""
-    layers = temporal_layers(unet)
-    if layers is None:
-        raise ValueError("unet has no temporal layers to save")
+    layers = _attached_layers(unet)
     name, block = _CLASSES[layers.kind]
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     config |= {key: _renamed(config[key], "2D", block) for key in _BLOCKS if config.get(key)}

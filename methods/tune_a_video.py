@@ -1,20 +1,19 @@
-"""Tune-A-Video (Wu et al., ICCV 2023, arXiv 2212.11565): temporal layers in an image model, tuned on one clip.
+"""Tune-A-Video (Wu et al., ICCV 2023, arXiv 2212.11565): an image model with temporal layers, tuned on one clip.
 
-At the end of each transformer block every place attends over the frames; FateZero's variant also convolves over them
-after each 3x3 convolution. The layers are modules of their own, which a host attaches to its UNet and takes off again.
-A fresh set changes nothing: its output weights are zero, and its biases too (both official codes leave these random).
+What is trained are the queries of its attention and the attention over frames (`temporal_layers`), on the noise of the
+whole clip at one timestep a step (Sec. 3.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import islice
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.condition import Condition
@@ -24,180 +23,23 @@ from ..diffusion.ddim import root
 from ..diffusion.denoiser import Denoiser, check_finite
 from ..settings import check, setting
 
-Kind = Literal["official", "fatezero"]
-NAMES: dict[Kind, tuple[str, str]] = {
-    "official": ("attn_temp", "norm_temp"),
-    "fatezero": ("attn_temporal", "norm_temporal"),
-}
-"""What each code calls the attention over frames, and its norm."""
-CONV = "conv_temporal"
-OTHERS = {
-    "temp_convs.": "ModelScope's",
-    "temp_attentions.": "ModelScope's",
-    "motion_modules.": "AnimateDiff's",
-    "temporal_transformer.": "AnimateDiff's",
-}
-"""Parts of names that tell other temporal layers."""
 GROUP = "Tuning"
-
-
-# --- the layers ---------------------------------------------------------------------------
-
-
-class TemporalAttention(nn.Module):
-    """Every place attends over the frames, without a mask or positions: (f t c) -> (f t c)."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(channels)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
-        self.to_out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = rearrange(self.norm(x), "f t c -> t f c")
-        q, k, v = (
-            rearrange(to(places), "t f (h d) -> t h f d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v)
-        )
-        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "t h f d -> t f (h d)")
-        return x + rearrange(self.to_out(seen), "t f c -> f t c")
-
-
-class TemporalConv(nn.Module):
-    """A convolution over three frames, (f c y x) -> (f c y x): of low rank and added, or full.
-
-    rank: None for a full one, which starts as the identity.
-    """
-
-    def __init__(self, channels: int, rank: int | None) -> None:
-        super().__init__()
-        self.rank = rank
-        if rank is None:
-            self.full = nn.Conv1d(channels, channels, 3, padding=1)
-            nn.init.dirac_(self.full.weight)
-            nn.init.zeros_(self.full.bias)  # type: ignore[arg-type]
-        else:
-            self.down = nn.Conv1d(channels, rank, 3, padding=1, bias=False)
-            self.up = nn.Conv1d(rank, channels, 3, padding=1, bias=False)
-            nn.init.normal_(self.down.weight, std=1 / rank)
-            nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = rearrange(x, "f c y x -> (y x) c f")
-        done = self.full(places) if self.rank is None else places + self.up(self.down(places))
-        return rearrange(done, "(y x) c f -> f c y x", y=x.shape[2])
-
-
-class TemporalLayers(nn.Module):
-    """The temporal layers of a UNet, by the names of the modules they follow.
-
-    attentions: of transformer blocks, convolutions: of 3x3 ones. kind: whose names they have in a file.
-    """
-
-    def __init__(
-        self, attentions: Mapping[str, TemporalAttention], convolutions: Mapping[str, TemporalConv], kind: Kind
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        self._names = {_key(name): name for name in (*attentions, *convolutions)}
-        self.attentions = nn.ModuleDict({_key(name): layer for name, layer in attentions.items()})
-        self.convolutions = nn.ModuleDict({_key(name): layer for name, layer in convolutions.items()})
-
-    @classmethod
-    def fresh(cls, blocks: Mapping[str, tuple[int, int]]) -> TemporalLayers:
-        """The official set, which changes nothing yet. blocks: channels and heads of each transformer block."""
-        return cls({name: TemporalAttention(*shape) for name, shape in blocks.items()}, {}, "official")
-
-    @classmethod
-    def of(cls, weights: Mapping[str, Tensor], blocks: Mapping[str, tuple[int, int]]) -> TemporalLayers:
-        """From a checkpoint's weights, told by their names; what is not temporal among them is left alone.
-
-        Raises ValueError for another model's layers, or where one is missing or does not fit.
-        """
-        kind = kind_of(weights)
-        convolutions = {}
-        for name, tensor in weights.items():
-            module, found, part = name.partition(f".{CONV}.")
-            if found and part in ("weight", "down.weight"):
-                rank = None if part == "weight" else tensor.shape[0]
-                convolutions[module] = TemporalConv(tensor.shape[1], rank)
-        layers = cls({name: TemporalAttention(*shape) for name, shape in blocks.items()}, convolutions, kind)
-        layers.load(weights)
-        return layers
-
-    def named(self) -> dict[str, nn.Parameter]:
-        """Every parameter by its name in a file."""
-        attention, norm = NAMES[self.kind]
-        found: dict[str, nn.Parameter] = {}
-        for key, layer in self.attentions.items():
-            for name, parameter in layer.named_parameters():
-                part, _, leaf = name.partition(".")
-                home = norm if part == "norm" else f"{attention}.{'to_out.0' if part == 'to_out' else part}"
-                found[f"{self._names[key]}.{home}.{leaf}"] = parameter
-        for key, layer in self.convolutions.items():
-            for name, parameter in layer.named_parameters():
-                found[f"{self._names[key]}.{CONV}.{name.removeprefix('full.')}"] = parameter
-        return found
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of a file; ValueError naming one that is missing, that fits nothing, or of another shape."""
-        own = self.named()
-        given = {name: tensor for name, tensor in weights.items() if is_temporal(name)}
-        for problem, names in (("lacks", own.keys() - given.keys()), ("should not have", given.keys() - own.keys())):
-            if names:
-                raise ValueError(f"the checkpoint {problem} {min(names)} ({len(names)} such weights)")
-        for name, parameter in own.items():
-            if parameter.shape != given[name].shape:
-                raise ValueError(f"{name} is {tuple(given[name].shape)}; this model needs {tuple(parameter.shape)}")
-            parameter.data = given[name].clone()
-
-    def after(self, name: str) -> nn.Module:
-        """The layer that follows a module."""
-        key = _key(name)
-        return self.attentions[key] if key in self.attentions else self.convolutions[key]
-
-    @property
-    def places(self) -> list[str]:
-        """The names of the modules that layers follow."""
-        return list(self._names.values())
-
-
-def _key(name: str) -> str:
-    """A module's name as a ModuleDict takes it."""
-    return name.replace(".", "/")
-
-
-def kind_of(weights: Iterable[str]) -> Kind:
-    """Whose temporal layers a checkpoint holds; ValueError for others, or none."""
-    names = list(weights)
-    for kind, (attention, _) in NAMES.items():
-        if any(f".{attention}." in name for name in names):
-            return kind
-    for part, whose in OTHERS.items():
-        if any(part in name for name in names):
-            raise ValueError(f"the checkpoint holds {whose} temporal layers; Tune-A-Video's and FateZero's are read")
-    raise ValueError("the checkpoint holds no temporal layers (attn_temp, attn_temporal)")
-
-
-def is_temporal(name: str) -> bool:
-    """Whether a weight of a checkpoint is of a temporal layer."""
-    parts = {part for names in NAMES.values() for part in names} | {CONV}
-    return not parts.isdisjoint(name.split("."))
-
-
-# --- tuning -------------------------------------------------------------------------------
+Optimizer = Literal["adamw", "adamw8bit"]
 
 
 @dataclass(frozen=True)
 class TuneSettings:
     """How temporal layers are tuned on a clip; the defaults are the authors'. Raises ValueError out of range."""
 
-    steps: int = setting(300, "Steps of training; the authors take 300 to 500.", least=1, group=GROUP)
-    learning_rate: float = setting(3e-5, "Of AdamW, the same in all steps.", least=0, most=1, group=GROUP)
+    steps: int = setting(300, "Steps of training; the authors take 300 to 500.", least=1, most=100_000, group=GROUP)
+    learning_rate: float = setting(
+        3e-5, "Of AdamW, the same in all steps.", least=0, most=1, step=1e-6, symbol="lr", group=GROUP
+    )
     weight_decay: float = setting(1e-2, "Of AdamW.", least=0, most=1, group=GROUP)
-    clip_gradients: float = setting(1.0, "The largest norm of all gradients together.", least=0, group=GROUP)
+    clip_gradients: float = setting(1.0, "The largest norm of all gradients together.", least=0, most=1000, group=GROUP)
+    optimizer: Optimizer = setting(
+        "adamw", "adamw8bit keeps its moments in 8 bits, a quarter of the bytes; it needs bitsandbytes.", group=GROUP
+    )
     seed: int = setting(0, "Of the draws of timesteps and noise.", least=0, most=2**63 - 1, group=GROUP)
 
     def __post_init__(self) -> None:
@@ -211,7 +53,9 @@ class Tunable(Denoiser, Protocol):
         """What Tune-A-Video trains: queries of self- and cross-attention, and the attention over frames."""
 
     def training(self) -> AbstractContextManager[None]:
-        """Gradients for what is trained alone, activations recomputed; all as it was after the `with` block."""
+        """Gradients for what is trained alone, in single precision at least; activations recomputed. All as it was
+        after the `with` block.
+        """
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """Latents at a timestep, and the cumulative alpha there."""
@@ -223,6 +67,8 @@ class Tunable(Denoiser, Protocol):
 
 Told = Callable[[int, int, float, float], None]
 """Called after each step with (steps done, steps in all, loss, norm of the gradients before it is clipped)."""
+State = Mapping[str, Tensor]
+"""A tuning that can go on: weights, optimizer and losses."""
 
 
 def tune(
@@ -234,42 +80,55 @@ def tune(
     key_frames: KeyFrames | Iterable[str | int] | str | int = ("first", "previous"),
     clip_norm: bool = True,
     *,
+    deviation: Tensor | None = None,
+    resume: State | None = None,
+    keep: Callable[[State], None] | None = None,
+    keep_every: int = 100,
+    accelerator: Any = None,
     progress: Told | None = None,
 ) -> list[float]:
-    """Train a model's temporal layers on one clip (paper Sec. 3.3); the loss of each step.
+    """Train a model's temporal layers on one clip (paper Sec. 3.3); each step's loss, those before `resume` too.
 
     latents: (frames, 4, h, w). embeddings: of the clip's prompt. draws: (timestep, noise (frames, 4, h, w)) of each
-    step, in place of random ones. The loss is the mean squared error of the noise, or of v where a model predicts it.
-    Raises ValueError for a model without temporal layers, and ArithmeticError where numbers leave their range.
+    step, in place of random ones. deviation: of the latents under the autoencoder, in their shape; each step then takes
+    a sample, as the authors do. The loss is the mean squared error of the noise, or of v where a model predicts it.
+    keep: called with the state every so many steps, and at the end; `resume` goes on from one as if there had been
+    no break. accelerator: accelerate's, for mixed precision and several processes, each with draws of its own.
+    Raises ValueError for a model without temporal layers or a state of another tuning, and ArithmeticError where
+    numbers leave their range.
     """
     settings = settings or TuneSettings()
     keys, condition = KeyFrames.of(key_frames), Condition.of(embeddings, "embeddings").to(latents)
-    trained = denoiser.trained()
-    optimizer = torch.optim.AdamW(trained.values(), settings.learning_rate, (0.9, 0.999), 1e-8, settings.weight_decay)
-    losses: list[float] = []
-    with torch.enable_grad(), denoiser.hooked(clip_norm), denoiser.training():
-        for timestep, noise in draws or random_draws(latents, settings):
-            z, alpha = denoiser.noised(latents, noise.to(latents), timestep)
-            control = Control(keys, Chunk.whole(len(latents)))
-            predicted = denoiser.predict_noise(z, timestep, condition, control)
-            loss = F.mse_loss(predicted, noise.to(latents)) / (alpha if denoiser.predicts_v else 1.0)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip_gradients)
-            check_finite(norm, f"the gradients of step {len(losses) + 1}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
+    with torch.enable_grad(), denoiser.training(), denoiser.hooked(clip_norm):
+        tuning = _Tuning(denoiser.trained(), settings, accelerator or _Alone())
+        if resume is not None:
+            tuning.load(resume)
+        done = len(tuning.losses)
+        given = (
+            random_draws(latents, settings, done, tuning.accelerator) if draws is None else islice(draws, done, None)
+        )
+        for timestep, noise in given:
+            sample = latents if deviation is None else latents + deviation * _posterior_noise(latents, settings, done)
+            loss = clip_loss(denoiser, sample, noise.to(latents), timestep, condition, keys)
+            norm = tuning.step(loss)
+            done += 1
             if progress:
-                progress(len(losses), settings.steps, losses[-1], norm.item())
-    return losses
+                progress(done, settings.steps, tuning.losses[-1], norm)
+            if keep and (done % keep_every == 0 or done == settings.steps):
+                keep(tuning.state())
+    return tuning.losses
 
 
-def random_draws(latents: Tensor, settings: TuneSettings) -> Iterable[tuple[int, Tensor]]:
-    """A timestep for the clip and noise of its own for each frame, for every step; the same for a seed."""
-    random = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.steps):
-        timestep = int(torch.randint(1000, (1,), generator=random))
-        yield timestep, torch.randn(latents.shape, generator=random, dtype=torch.float32)
+def clip_loss(
+    denoiser: Tunable, latents: Tensor, noise: Tensor, timestep: int, condition: Condition, keys: KeyFrames
+) -> Tensor:
+    """The mean squared error of the noise, or of v where a model predicts it, of a whole clip at one timestep.
+
+    That of v is that of the noise divided by the cumulative alpha.
+    """
+    z, alpha = denoiser.noised(latents, noise, timestep)
+    predicted = denoiser.predict_noise(z, timestep, condition, Control(keys, Chunk.whole(len(latents))))
+    return F.mse_loss(predicted, noise) / (alpha if denoiser.predicts_v else 1.0)
 
 
 def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
@@ -277,12 +136,113 @@ def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     return root(alpha) * latents + root(1 - alpha) * noise
 
 
-def trains(name: str) -> bool:
-    """Whether Tune-A-Video trains a weight of a UNet itself: queries of self- and cross-attention."""
-    return name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight"))
+# --- chance ---------------------------------------------------------------------------
 
 
-def trained_of(layers: TemporalLayers) -> dict[str, nn.Parameter]:
-    """The temporal weights that are trained: all of the attention over frames; norms and convolutions stay."""
-    attention, _ = NAMES[layers.kind]
-    return {name: weight for name, weight in layers.named().items() if f".{attention}." in name}
+def random_draws(
+    latents: Tensor, settings: TuneSettings, done: int = 0, accelerator: Any = None
+) -> Iterator[tuple[int, Tensor]]:
+    """A timestep for the clip and noise of its own for each frame, for every step left; the same for a seed."""
+    processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    for step in range(done, settings.steps):
+        random = _random(settings, 2 * (step * processes + process))
+        timestep = int(torch.randint(1000, (1,), generator=random))
+        yield timestep, torch.randn(latents.shape, generator=random, dtype=torch.float32)
+
+
+def _posterior_noise(latents: Tensor, settings: TuneSettings, step: int) -> Tensor:
+    return torch.randn(latents.shape, generator=_random(settings, 2 * step + 1), dtype=torch.float32).to(latents)
+
+
+def _random(settings: TuneSettings, number: int) -> torch.Generator:
+    """Chance that depends on the seed and a number alone, so that a run can go on at any step."""
+    return torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
+
+
+# --- steps ------------------------------------------------------------------------------
+
+
+class _Alone:
+    """What is asked of accelerate's Accelerator, by one process that computes as its weights are."""
+
+    num_processes, process_index, scaler = 1, 0, None
+    clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def reduce(self, gradient: Tensor, how: str) -> Tensor:
+        return gradient
+
+
+class _Tuning:
+    """The steps of a tuning: weights, optimizer and losses so far."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], settings: TuneSettings, accelerator: Any) -> None:
+        self.trained, self.settings, self.accelerator = trained, settings, accelerator
+        self.losses: list[float] = []
+        kind = optimizer_class(settings.optimizer)
+        made = kind(trained.values(), settings.learning_rate, (0.9, 0.999), 1e-8, settings.weight_decay)
+        self.optimizer = accelerator.prepare(made)
+
+    def step(self, loss: Tensor) -> float:
+        """Change the weights by the gradients of a loss; their norm before it is clipped."""
+        what = f"step {len(self.losses) + 1} of the tuning"
+        check_finite(loss.detach(), f"the loss of {what}")
+        self.accelerator.backward(loss)
+        if self.accelerator.num_processes > 1:
+            for weight in self.trained.values():
+                weight.grad = self.accelerator.reduce(weight.grad, "mean")
+        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.settings.clip_gradients)
+        if self.accelerator.scaler is None:  # which finds its scale by leaving out steps that are not finite
+            check_finite(norm, f"the gradients of {what}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
+        return float(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load` needs, on the CPU."""
+        found = {f"weight.{name}": weight.detach() for name, weight in self.trained.items()}
+        of_weights = self.optimizer.state_dict()["state"]
+        for name, moments in zip(self.trained, of_weights.values(), strict=True):
+            found |= {f"{key}.{name}": torch.as_tensor(value) for key, value in moments.items()}
+        found["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        found["seed"] = torch.tensor(self.settings.seed)
+        return {name: tensor.cpu().clone().contiguous() for name, tensor in found.items()}
+
+    def load(self, state: State) -> None:
+        """Take a state of before; ValueError for one of other weights or another seed."""
+        names = {name.partition(".")[2] for name in state if name.startswith("weight.")}
+        if names != self.trained.keys():
+            raise ValueError("the checkpoint of the tuning is of another model, or of other temporal layers")
+        if int(state["seed"]) != self.settings.seed:
+            raise ValueError(f"the tuning began with seed {int(state['seed'])}, not {self.settings.seed}")
+        self.losses = state["losses"].tolist()
+        held = self.optimizer.state_dict()
+        for number, (name, weight) in enumerate(self.trained.items()):
+            if state[f"weight.{name}"].shape != weight.shape:
+                raise ValueError(f"{name} of the checkpoint is of another shape than this model's")
+            weight.data.copy_(state[f"weight.{name}"])
+            own = {key.removesuffix(f".{name}"): value for key, value in state.items() if key.endswith(f".{name}")}
+            del own["weight"]
+            # What an optimizer counts in whole numbers it wants back as one.
+            held["state"][number] = {
+                key: value if value.is_floating_point() or value.ndim else int(value) for key, value in own.items()
+            }
+        self.optimizer.load_state_dict(held)
+
+
+def optimizer_class(name: Optimizer) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW, or bitsandbytes' with moments of 8 bits; ImportError where that is not installed."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("optimizer adamw8bit needs bitsandbytes, which is not installed") from error
+    made: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
+    return made

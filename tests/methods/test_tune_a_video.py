@@ -213,7 +213,7 @@ def test_a_file_of_temporal_layers_serves_any_model_of_the_shape(tmp_path):
     save_temporal_layers(unet, tmp_path / "layers.safetensors")
     other = with_temporal_layers(small_unet(), load_temporal_layers(tmp_path / "layers.safetensors"))
     assert torch.equal(predicted(other, latents), predicted(unet, latents))
-    with pytest.raises(ValueError, match="no temporal layers to save"):
+    with pytest.raises(ValueError, match="has no temporal layers"):
         save_temporal_layers(small_unet(), tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="no temporal layers at"):
         load_temporal_layers(tmp_path / "none.safetensors")

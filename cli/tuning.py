@@ -1,0 +1,187 @@
+"""`fatezero tune`: temporal layers for a model, tuned on a clip."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..attention.key_frames import KeyFrames
+from ..files.safetensors import format_bytes
+from ..files.whole import check_writable, whole_file
+from ..hosts.checkpoint import Checkpoint, save_tuned
+from ..hosts.diffusers import with_temporal_layers
+from ..hosts.diffusers_memory import activation_bytes
+from ..hosts.diffusers_temporal import FILE, save_temporal_layers, temporal_layers
+from ..methods.tune_a_video import tune
+from ..metrics.losses import plot_losses
+from ..store.budget import available_bytes
+from ..video.fitted import FittedVideo
+from ..video.write import write_picture
+from .config import TuneConfig
+from .run import Session, find_frames, fit_frames, pick_device, pick_dtype, posterior
+
+DEFAULT_FRAMES = 24
+"""Frames tuned on, at most, where nothing says how many: the authors' number."""
+STATE = "state.safetensors"
+"""What a tuning goes on from."""
+
+
+@dataclass(frozen=True)
+class TuneRun:
+    """What a run of `fatezero tune` is asked for beside its settings."""
+
+    output: Path
+    resume: bool
+    folder: bool
+    keep_every: int
+    dry_run: bool
+
+
+def run_tune(session: Session, config: TuneConfig, asked: TuneRun) -> None:
+    """Tune a model on a clip; writes layers, losses and their plot into a folder, and at times a state to go on from.
+
+    Raises what is wrong with the input before the model is loaded, and ValueError for a state of other settings.
+    """
+    settings, keys = config.tuning, KeyFrames.of(config.key_frames)
+    state = _state_of(asked.output / STATE, config) if asked.resume else None
+    if not asked.resume:
+        for name in (FILE, STATE, "loss.csv", "loss.png"):
+            check_writable(asked.output / name, session.overwrite)
+    accelerator = _accelerator(session)
+    session.console.quiet = session.console.quiet or not accelerator.is_main_process
+    source = find_frames(config, DEFAULT_FRAMES)
+    checkpoint = _model(session, config, accelerator)
+    video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
+    text = checkpoint.encode_prompt(config.prompt, *video.size, checkpoint.blocks(config.prompt))
+    session.say(_plan(checkpoint, config, video, text, accelerator.num_processes))
+    if asked.dry_run:
+        return
+    with session.bars() as bar:
+        latents, deviation = posterior(checkpoint, video, bar("encode"))
+        for part in (checkpoint.vae, *checkpoint.text_encoders):  # their room is the training's
+            part.to("cpu")
+        losses: list[float] = [] if state is None else state["losses"].tolist()
+        update = bar("tune")
+
+        def progress(done: int, of: int, loss: float, norm: float) -> None:
+            losses.append(loss)
+            update(done, of, f"loss {fmean(losses[-25:]):.4f}")
+
+        done = tune(
+            checkpoint.denoiser, latents, text, settings, None, keys, config.clip_norm, deviation=deviation,
+            resume=state, keep=lambda held: _keep(asked.output / STATE, held, config, accelerator),
+            keep_every=asked.keep_every, accelerator=accelerator, progress=progress,
+        )  # fmt: skip
+    if not accelerator.is_main_process:
+        return
+    _write(checkpoint, config, asked, done)
+    session.say(
+        f"loss {fmean(done[:25]):.4f} at first, {fmean(done[-25:]):.4f} in the end (means of 25 steps)\n"
+        f"temporal layers written to {asked.output / FILE}; edit with them by\n"
+        f"   fatezero edit {config.video} --temporal {asked.output} --key-frames {','.join(map(str, keys.entries))}"
+        f"{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
+    )
+
+
+def _accelerator(session: Session) -> Any:
+    from accelerate import Accelerator  # seconds to import
+
+    device = pick_device(session.device)
+    dtype = pick_dtype(session.dtype, device)
+    mixed = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no") if device.type == "cuda" else "no"
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+
+
+def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint:
+    if accelerator.num_processes > 1:
+        session = replace(session, device=str(accelerator.device))
+    checkpoint = session.open_model(config.model, temporal=config.temporal)
+    if temporal_layers(checkpoint.unet) is None:
+        with_temporal_layers(checkpoint.unet, kind=config.layers, rank=config.rank)
+    return checkpoint
+
+
+def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: Any, processes: int) -> str:
+    """What will run and what it takes, in a few lines."""
+    denoiser, settings = checkpoint.denoiser, config.tuning
+    (width, height), factor = video.size, checkpoint.factor
+    shape = (len(video), 4, height // factor, width // factor)
+    numbers = sum(weight.numel() for weight in denoiser.trained().values())
+    moments = 8 if settings.optimizer == "adamw" else 2
+    parts = {
+        "model": sum(p.nbytes for p in checkpoint.unet.parameters()),
+        "what is trained, its gradients and moments": numbers * (8 + moments),
+        "activations of a step": activation_bytes(
+            denoiser, shape, text, KeyFrames.of(config.key_frames), config.clip_norm
+        ),
+    }
+    device = checkpoint.unet.device
+    free = available_bytes(device)
+    whole = f"{len(video)} frames of {width}x{height}, {settings.steps} steps, {device}"
+    lines = [whole + (f", {processes} processes with draws of their own" if processes > 1 else "")]
+    lines.append(f"   {numbers:,} numbers are trained")
+    lines += [f"   {name}: {format_bytes(nbytes)}" for name, nbytes in parts.items()]
+    lines.append(
+        f"   together {format_bytes(sum(parts.values()))}; free on {device}: "
+        f"{'unknown' if free is None else format_bytes(free)}"
+    )
+    return "\n".join(lines)
+
+
+# --- what is kept -------------------------------------------------------------------------
+
+
+def _keep(path: Path, state: Mapping[str, Tensor], config: TuneConfig, accelerator: Any) -> None:
+    if accelerator.is_main_process:
+        with whole_file(path) as partial:
+            save_file(dict(state), partial, {"settings": json.dumps(_of_the_run(config))})
+
+
+def _of_the_run(config: TuneConfig) -> dict[str, Any]:
+    """The settings that a tuning must go on with: all but where it ends."""
+    return {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name != "steps"}
+
+
+def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
+    """What a stopped tuning left; ValueError naming a setting that it did not have."""
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: no {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            made = json.loads((file.metadata() or {}).get("settings", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no state of a tuning: {error}") from error
+    for name, value in _of_the_run(config).items():
+        if made.get(name) != value:
+            raise ValueError(f"the tuning in {path.parent} was begun with {name} {made.get(name)!r}, not {value!r}")
+    if len(state["losses"]) >= config.steps:
+        raise ValueError(f"the tuning in {path.parent} has done {len(state['losses'])} steps: give more with --steps")
+    return state
+
+
+def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: list[float]) -> None:
+    about = {
+        "prompt": config.prompt,
+        "key_frames": ", ".join(map(str, config.key_frames)),
+        "clip_norm": str(config.clip_norm).lower(),
+        "steps": str(len(losses)),
+        "model": config.model,
+    }
+    save_temporal_layers(checkpoint.unet, asked.output / FILE, about)
+    if asked.folder:
+        save_tuned(checkpoint, asked.output)
+    with whole_file(asked.output / "loss.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("step", "loss"), *enumerate(losses, 1)])
+    write_picture(asked.output / "loss.png", Image.fromarray(plot_losses(losses).numpy()))

@@ -1,0 +1,184 @@
+"""Train temporal layers for the demo checkpoint on its world's moving scenes: a text-to-video model of it.
+
+The image model stays as it is but for the queries of its attention, as in Tune-A-Video; the layers are FateZero's, with
+full convolutions over frames, for these alone tell before from after. The latents of the clips and the state of the
+training lie in a folder, and a run that was stopped goes on from there as if it had not been.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..attention.key_frames import KeyFrames
+from ..files.whole import whole_file
+from ..hosts.checkpoint import Checkpoint
+from ..hosts.diffusers import with_temporal_layers
+from ..hosts.diffusers_temporal import save_temporal_layers, temporal_layers
+from ..methods.temporal_layers import trains
+from ..methods.tune_a_video import clip_loss
+from .train import Report, encode, in_bytes, noise_weight, optimiser_of, rate_at, saved_step, set_rate
+from .world import SIZE, Scene, random_motion, random_scene, render
+
+KEYS = KeyFrames(("first", "previous"))
+"""The key frames of the training, and those to edit and draw with."""
+
+
+@dataclass(frozen=True)
+class TemporalSettings:
+    """How long and on how much; the defaults made the bundled layers."""
+
+    seed: int = 0
+    clips: int = 3_000
+    frames: int = 16
+    """Of each clip; every second step sees one whole, the others two of half the length."""
+    steps: int = 4_000
+    rate: float = 1e-3
+    text_dropout: float = 0.1
+    average: float = 0.998
+    save_every: int = 250
+
+
+# --- the data -------------------------------------------------------------------------
+
+
+Job = tuple[int, int, int]
+"""A worker's share: its seed, how many clips, frames of each."""
+
+
+def _jobs(settings: TemporalSettings, share: int = 50) -> list[Job]:
+    starts = range(0, settings.clips, share)
+    return [(settings.seed * 100_003 + at, min(share, settings.clips - at), settings.frames) for at in starts]
+
+
+def _scenes(job: Job) -> list[Scene]:
+    """The scenes of a share: captions that are not held out."""
+    seed, count, _ = job
+    random = Random(f"clips {seed}")
+    drawn = (random_scene(random) for _ in iter(int, 1))
+    return list(islice((scene for scene in drawn if not scene.held_out), count))
+
+
+def _draw(job: Job) -> Tensor:
+    """The clips of a share: (clips, frames, 3, 64, 64), uint8."""
+    seed, _, frames = job
+    random = Random(f"motions {seed}")
+    motions = ((scene, random_motion(random, len(scene.things), frames)) for scene in _scenes(job))
+    return torch.stack([in_bytes(render(scene, motion, frames).frames) for scene, motion in motions])
+
+
+def draw_latents(vae: AutoencoderKL, settings: TemporalSettings, report: Report) -> Tensor:
+    """The latents of all clips, (clips, frames, 4, 16, 16) in float16; drawn by every core as they are encoded."""
+    jobs, parts = _jobs(settings), list[Tensor]()
+    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for frames in pool.imap(_draw, jobs):
+            parts.append(encode(vae, frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).half())
+            if len(parts) % 10 == 0:
+                report(f"clips {sum(map(len, parts))}/{settings.clips}")
+    return torch.cat(parts)
+
+
+# --- the training -----------------------------------------------------------------------
+
+
+def train_temporal(output: Path, state: Path, settings: TemporalSettings, report: Report = print) -> None:
+    """Train temporal layers and write their running average to `output`; goes on from the state folder."""
+    state.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.load("demo")
+    kept = state / "clips.safetensors"
+    if not kept.exists():
+        save_file({"latents": draw_latents(checkpoint.vae, settings, report)}, kept)
+    latents = load_file(kept)["latents"]
+    captions = [scene.caption for job in _jobs(settings) for scene in _scenes(job)]
+
+    torch.manual_seed(settings.seed)
+    unet = with_temporal_layers(checkpoint.unet, kind="fatezero")
+    trained = trained_weights(unet)
+    for weight in trained.values():
+        weight.requires_grad_(True)
+    optimiser = optimiser_of(list(trained.values()), settings.rate)
+    average = {name: weight.detach().clone() for name, weight in trained.items()}
+    done = _resume(state / "temporal.safetensors", trained, average, optimiser)
+    seen = 0.0
+    for step in range(done, settings.steps):
+        set_rate(optimiser, settings.rate * rate_at(step, settings.steps))
+        error = _step(checkpoint, latents, captions, step, settings)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        decay = min(settings.average, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), [w.detach() for w in trained.values()], 1 - decay)
+        seen = error if step == done else 0.98 * seen + 0.02 * error
+        if step % 50 == 49:
+            report(f"temporal layers {step + 1}/{settings.steps}: error {seen:.4f}")
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            _save_state(state / "temporal.safetensors", trained, average, optimiser, step + 1)
+    for name, weight in trained.items():
+        weight.data = average[name].half().float()
+    save_temporal_layers(unet.half(), output)
+    report(f"temporal layers written to {output}")
+
+
+def trained_weights(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """All temporal layers of a UNet, and the queries of its attention."""
+    layers = temporal_layers(unet)
+    assert layers is not None
+    return {name: w for name, w in unet.named_parameters() if trains(name)} | layers.named()
+
+
+def _step(checkpoint: Checkpoint, latents: Tensor, captions: list[str], step: int, settings: TemporalSettings) -> float:
+    """The gradients of a step: its clips one after another, each at a timestep of its own. Their plain error.
+
+    The loss weighs noise as `train.train_painter` does: what moves where is settled where there is much of it.
+    """
+    random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
+    clips = 1 if step % 2 else 2
+    frames, errors = settings.frames // clips, []
+    for _ in range(clips):
+        at, first, timestep = (
+            int(torch.randint(top, (), generator=random)) for top in (len(latents), settings.frames - frames + 1, 1000)
+        )
+        z = latents[at, first : first + frames].float()
+        noise = torch.randn(z.shape, generator=random)
+        told = float(torch.rand((), generator=random)) >= settings.text_dropout
+        condition = checkpoint.encode_prompt(captions[at] if told else "", SIZE, SIZE)
+        denoiser = checkpoint.denoiser
+        with torch.enable_grad(), denoiser.hooked(clip_norm=True):
+            error = clip_loss(denoiser, z, noise, timestep, condition, KEYS)
+            (noise_weight(denoiser.scheduler.alphas_cumprod[timestep]) * error / clips).backward()
+        errors.append(error.item())
+    return sum(errors) / clips
+
+
+def _save_state(
+    path: Path, live: dict[str, nn.Parameter], average: dict[str, Tensor], optimiser: torch.optim.Optimizer, step: int
+) -> None:
+    tensors = {f"live.{name}": weight.detach() for name, weight in live.items()}
+    tensors |= {f"average.{name}": weight for name, weight in average.items()}
+    for name, weight in live.items():
+        tensors |= {f"adam.{name}.{key}": optimiser.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
+    with whole_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step)})
+
+
+def _resume(
+    path: Path, live: dict[str, nn.Parameter], average: dict[str, Tensor], optimiser: torch.optim.Optimizer
+) -> int:
+    """Load a saved state; the number of steps done."""
+    if not path.exists():
+        return 0
+    tensors, step = load_file(path), saved_step(path)
+    for name, weight in live.items():
+        weight.data = tensors[f"live.{name}"]
+        average[name].copy_(tensors[f"average.{name}"])
+        moments = {key: tensors[f"adam.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    return step

@@ -1,0 +1,95 @@
+"""What a training step holds of activations, told before it runs by a run on no data."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..attention.condition import Condition
+from ..attention.key_frames import KeyFrames
+from ..methods.tune_a_video import clip_loss
+from .diffusers import DiffusersDenoiser
+from .diffusers_temporal import temporal_layers, with_temporal_layers
+
+
+def activation_bytes(
+    denoiser: DiffusersDenoiser,
+    latents_shape: tuple[int, ...],
+    condition: Condition,
+    keys: KeyFrames,
+    clip_norm: bool,
+    recompute: bool = True,
+) -> int:
+    """The most bytes that a step on latents (frames, 4, h, w) holds beside weights, gradients and optimizer.
+
+    A model of the same shapes runs forward and backward on torch's meta device, where every tensor has its size and
+    no memory; what a kernel takes for itself is not in it. recompute: as `DiffusersDenoiser.training` has it.
+    """
+    layers = temporal_layers(denoiser.unet)
+    assert layers is not None
+    rank = next((conv.rank for conv in layers.convolutions.values()), None)
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(denoiser.unet.config)
+        with_temporal_layers(unet.to(denoiser.dtype), None, layers.kind, rank)  # type: ignore[arg-type]
+        latents, noise = (torch.empty(latents_shape) for _ in range(2))
+        text = Condition(
+            torch.empty(condition.embeddings.shape), {n: torch.empty(v.shape) for n, v in condition.extras.items()}
+        )
+    own = DiffusersDenoiser(unet, denoiser.scheduler)
+    with torch.enable_grad(), own.training(), own.hooked(clip_norm):
+        if not recompute:
+            unet.disable_gradient_checkpointing()
+        for layer, *_ in own._layers.values():
+            layer.processor.kernel = _Kernel.apply
+        kept = sum(weight.nbytes for weight in own.trained().values())  # the gradients, which are told for themselves
+        with _Live() as live:
+            clip_loss(own, latents, noise, 500, text, keys).backward()
+    return live.most - kept
+
+
+class _Kernel(torch.autograd.Function):
+    """Attention as the kernels hold it, without a map; torch's meta device knows the plain way alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.shapes = [x.shape for x in (q, k, v)]
+        ctx.save_for_backward(q, *(x.expand(len(q), -1, -1, -1).contiguous() for x in (k, v)))
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient[0].new_empty(shape) for shape in ctx.shapes)
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and not gone yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= nbytes

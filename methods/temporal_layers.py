@@ -1,0 +1,231 @@
+"""The temporal layers of Tune-A-Video (arXiv 2212.11565), and of FateZero's code, for an image model.
+
+At the end of each transformer block every place attends over the frames; FateZero's variant also convolves over them
+after each 3x3 convolution. The layers are modules of their own, which a host attaches to its UNet and takes off again.
+A fresh set changes nothing: its output weights are zero, and its biases too (both official codes leave these random).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Kind = Literal["official", "fatezero"]
+NAMES: dict[Kind, tuple[str, str]] = {
+    "official": ("attn_temp", "norm_temp"),
+    "fatezero": ("attn_temporal", "norm_temporal"),
+}
+"""What each code calls the attention over frames, and its norm."""
+CONV = "conv_temporal"
+OTHERS = {
+    "temp_convs.": "ModelScope's",
+    "temp_attentions.": "ModelScope's",
+    "motion_modules.": "AnimateDiff's",
+    "temporal_transformer.": "AnimateDiff's",
+}
+"""Parts of names that tell other temporal layers."""
+Blocks = Mapping[str, tuple[int, int]]
+"""Channels and heads of a UNet's transformer blocks, by name."""
+
+
+# --- the layers ---------------------------------------------------------------------------
+
+
+class CastLinear(nn.Linear):
+    """A linear layer in the precision of what it is given, whatever its weights are kept in: for training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class TemporalAttention(nn.Module):
+    """Every place attends over the frames, without a mask or positions: (f t c) -> (f t c)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.to_q, self.to_k, self.to_v = (CastLinear(channels, channels, bias=False) for _ in range(3))
+        self.to_out = CastLinear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = rearrange(self.norm(x), "f t c -> t f c")
+        q, k, v = (
+            rearrange(to(places), "t f (h d) -> t h f d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v)
+        )
+        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "t h f d -> t f (h d)")
+        return x + rearrange(self.to_out(seen), "t f c -> f t c")
+
+
+class TemporalConv(nn.Module):
+    """A convolution over three frames, (f c y x) -> (f c y x): of low rank and added, or full.
+
+    rank: None for a full one, which starts as the identity.
+    """
+
+    def __init__(self, channels: int, rank: int | None) -> None:
+        super().__init__()
+        self.rank = rank
+        if rank is None:
+            self.full = nn.Conv1d(channels, channels, 3, padding=1)
+            nn.init.dirac_(self.full.weight)
+            nn.init.zeros_(self.full.bias)  # type: ignore[arg-type]
+        else:
+            self.down = nn.Conv1d(channels, rank, 3, padding=1, bias=False)
+            self.up = nn.Conv1d(rank, channels, 3, padding=1, bias=False)
+            nn.init.normal_(self.down.weight, std=1 / rank)
+            nn.init.zeros_(self.up.weight)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it gives what it is given."""
+        if self.rank is not None:
+            return not self.up.weight.any()
+        same = nn.init.dirac_(torch.empty_like(self.full.weight))
+        return torch.equal(self.full.weight, same) and not self.full.bias.any()  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = rearrange(x, "f c y x -> (y x) c f")
+        done = self.full(places) if self.rank is None else places + self.up(self.down(places))
+        return rearrange(done, "(y x) c f -> f c y x", y=x.shape[2])
+
+
+class TemporalLayers(nn.Module):
+    """The temporal layers of a UNet, by the names of the modules they follow.
+
+    attentions: of transformer blocks, convolutions: of 3x3 ones. kind: whose names they have in a file.
+    """
+
+    def __init__(
+        self, attentions: Mapping[str, TemporalAttention], convolutions: Mapping[str, TemporalConv], kind: Kind
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self._names = {_key(name): name for name in (*attentions, *convolutions)}
+        self.attentions = nn.ModuleDict({_key(name): layer for name, layer in attentions.items()})
+        self.convolutions = nn.ModuleDict({_key(name): layer for name, layer in convolutions.items()})
+
+    @classmethod
+    def fresh(
+        cls, blocks: Blocks, convolved: Mapping[str, int] | None = None, rank: int | None = None
+    ) -> TemporalLayers:
+        """A set that changes nothing yet: the official one, or FateZero's where there are convolutions to follow.
+
+        blocks: channels and heads of each transformer block. convolved: channels of each 3x3 convolution. rank: of
+        the convolutions over frames, None for full ones.
+        """
+        convolutions = {name: TemporalConv(channels, rank) for name, channels in (convolved or {}).items()}
+        attentions = {name: TemporalAttention(*shape) for name, shape in blocks.items()}
+        return cls(attentions, convolutions, "fatezero" if convolutions else "official")
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], blocks: Blocks) -> TemporalLayers:
+        """From a checkpoint's weights, told by their names; what is not temporal among them is left alone.
+
+        Raises ValueError for another model's layers, or where one is missing or does not fit.
+        """
+        kind = kind_of(weights)
+        convolutions = {}
+        for name, tensor in weights.items():
+            module, found, part = name.partition(f".{CONV}.")
+            if found and part in ("weight", "down.weight"):
+                rank = None if part == "weight" else tensor.shape[0]
+                convolutions[module] = TemporalConv(tensor.shape[1], rank)
+        layers = cls({name: TemporalAttention(*shape) for name, shape in blocks.items()}, convolutions, kind)
+        layers.load(weights)
+        return layers
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every parameter by its name in a file."""
+        attention, norm = NAMES[self.kind]
+        found: dict[str, nn.Parameter] = {}
+        for key, layer in self.attentions.items():
+            for name, parameter in layer.named_parameters():
+                part, _, leaf = name.partition(".")
+                home = norm if part == "norm" else f"{attention}.{'to_out.0' if part == 'to_out' else part}"
+                found[f"{self._names[key]}.{home}.{leaf}"] = parameter
+        for key, layer in self.convolutions.items():
+            for name, parameter in layer.named_parameters():
+                found[f"{self._names[key]}.{CONV}.{name.removeprefix('full.')}"] = parameter
+        return found
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a file; ValueError naming one that is missing, that fits nothing, or of another shape."""
+        own = self.named()
+        given = {name: tensor for name, tensor in weights.items() if is_temporal(name)}
+        for problem, names in (("lacks", own.keys() - given.keys()), ("should not have", given.keys() - own.keys())):
+            if names:
+                raise ValueError(f"the checkpoint {problem} {min(names)} ({len(names)} such weights)")
+        for name, parameter in own.items():
+            if parameter.shape != given[name].shape:
+                raise ValueError(f"{name} is {tuple(given[name].shape)}; this model needs {tuple(parameter.shape)}")
+            parameter.data = given[name].clone()
+
+    def converted(self, convolved: Mapping[str, int]) -> TemporalLayers:
+        """The same layers for the other code: FateZero's get identity convolutions, the official ones lose them.
+
+        convolved: channels of each 3x3 convolution. Raises ValueError where a convolution is no identity.
+        """
+        attentions = {self._names[key]: layer for key, layer in self.attentions.items()}
+        if self.kind == "official":
+            identities = {name: TemporalConv(channels, None) for name, channels in convolved.items()}
+            return TemporalLayers(attentions, identities, "fatezero")  # type: ignore[arg-type]
+        changing = [name for name, layer in self.convolutions.items() if not layer.is_identity]  # type: ignore[operator]
+        if changing:
+            raise ValueError(
+                f"the convolution over frames at {self._names[changing[0]]} changes what it is given "
+                f"({len(changing)} do); Tune-A-Video's code has no place for it"
+            )
+        return TemporalLayers(attentions, {}, "official")  # type: ignore[arg-type]
+
+    def after(self, name: str) -> nn.Module:
+        """The layer that follows a module."""
+        key = _key(name)
+        return self.attentions[key] if key in self.attentions else self.convolutions[key]
+
+    @property
+    def places(self) -> list[str]:
+        """The names of the modules that layers follow."""
+        return list(self._names.values())
+
+
+def _key(name: str) -> str:
+    """A module's name as a ModuleDict takes it."""
+    return name.replace(".", "/")
+
+
+def kind_of(weights: Iterable[str]) -> Kind:
+    """Whose temporal layers a checkpoint holds; ValueError for others, or none."""
+    names = list(weights)
+    for kind, (attention, _) in NAMES.items():
+        if any(f".{attention}." in name for name in names):
+            return kind
+    for part, whose in OTHERS.items():
+        if any(part in name for name in names):
+            raise ValueError(f"the checkpoint holds {whose} temporal layers; Tune-A-Video's and FateZero's are read")
+    raise ValueError("the checkpoint holds no temporal layers (attn_temp, attn_temporal)")
+
+
+def is_temporal(name: str) -> bool:
+    """Whether a weight of a checkpoint is of a temporal layer."""
+    parts = {part for names in NAMES.values() for part in names} | {CONV}
+    return not parts.isdisjoint(name.split("."))
+
+
+def trains(name: str) -> bool:
+    """Whether Tune-A-Video trains a weight of a UNet itself: queries of self- and cross-attention."""
+    return name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight"))
+
+
+def trained_of(layers: TemporalLayers) -> dict[str, nn.Parameter]:
+    """The temporal weights that are trained: all of the attention over frames; norms and convolutions stay."""
+    attention, _ = NAMES[layers.kind]
+    return {name: weight for name, weight in layers.named().items() if f".{attention}." in name}
