@@ -22,7 +22,7 @@ from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import GROUP as FLOW
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
-from ..methods.temporal_layers import Kind
+from ..methods.temporal_layers import LayerSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import TuneSettings
 from ..settings import check, described, described_one, is_union, setting
@@ -155,7 +155,7 @@ def _part(config: Any, settings: type[T]) -> T:
 
 
 @dataclass(frozen=True)
-class TuneConfig(ClipSettings, TuneSettings):
+class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
     """Every setting of `fatezero tune`; the names are those of the flags."""
 
     video: str = ""
@@ -164,20 +164,15 @@ class TuneConfig(ClipSettings, TuneSettings):
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
-    layers: Kind = setting(
-        "official",
-        "Fresh layers: official ones attend over frames (Tune-A-Video); fatezero ones have convolutions over frames "
-        "too, which its authors' code leaves untrained.",
-        group=_MODEL,
-    )
-    rank: int | None = setting(
-        None, "Of fatezero's convolutions; its authors take 160.", least=1, most=4096, shown="full ones", group=_MODEL
-    )
     key_frames: tuple[str | int, ...] = _kept(InversionSettings, "key_frames", ("first", "previous"))
     clip_norm: bool = _kept(InversionSettings, "clip_norm", True)
 
     def __post_init__(self) -> None:
         """Its parts check themselves where they are made."""
+
+    @property
+    def fresh(self) -> LayerSettings:
+        return _part(self, LayerSettings)
 
     @property
     def tuning(self) -> TuneSettings:
@@ -200,7 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "injection": "none", "guidance_scale": 12.5, "key_frames": ("first", "previous"), "clip_norm": True,
     },
 }  # fmt: skip
-"""FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to no other frame while they invert."""
+"""FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to one frame while they invert."""
 
 _OF_CLIPS = {"key_frames", "clip_norm"}
 """Settings of the inversion that a preset may name, and leaves as they are where it does not."""
@@ -237,7 +232,7 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
     for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
         if not getattr(config, name):
             raise ConfigError(f"missing {flag}")
-    if config.temporal and (config.layers, config.rank) != (TuneConfig.layers, TuneConfig.rank):
+    if config.temporal and config.fresh != LayerSettings():
         raise ConfigError("layers and rank have no effect on temporal layers of a file")
     if config.rank is not None and config.layers != "fatezero":
         raise ConfigError("rank has no effect without --layers fatezero")

@@ -19,9 +19,9 @@ from ..diffusion.edit import Edit, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..files.safetensors import format_bytes
+from ..files.temporal_layers import about_temporal_layers
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, quiet
-from ..hosts.diffusers_temporal import about_temporal_layers
 from ..methods.flow_smoothing import FlowSmoothing
 from ..settings import described
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
@@ -267,8 +267,11 @@ def plan(
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
     lines.append(f"   UNet calls: {_calls(configs, kept, not store, edits, frames)}")
     chunk = config.chunk_frames
-    if chunk is not None and chunk < frames and (config.clip_norm or not config.keys.anchored):
-        lines.append("   chunks approximate the whole clip: its frames meet through neighbours or clip norm")
+    meet = config.clip_norm or not config.keys.anchored or checkpoint.denoiser.frames_meet
+    if chunk is not None and chunk < frames and meet:
+        lines.append(
+            "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
+        )
     return "\n".join(lines)
 
 

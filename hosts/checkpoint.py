@@ -28,10 +28,11 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
+from ..files.temporal_layers import load_temporal_layers
 from ..files.whole import whole_file
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
-from .diffusers_temporal import inflated_unet, load_temporal_layers, save_inflated_unet, with_temporal_layers
+from .diffusers_temporal import inflated_unet, save_inflated_unet, with_temporal_layers
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 

@@ -31,6 +31,7 @@ from ..diffusion.denoiser import Guidance, Windows
 from ..diffusion.invert import Progress
 from ..store.identity import ModelIdentity
 from .comfyui_conditions import HostCondition
+from .comfyui_temporal import temporal_layers
 from .comfyui_unet import HookedModel, check_sampling, identity_of, schedule_along, sigma_at
 
 WrappersMP = comfy.patcher_extension.WrappersMP
@@ -78,7 +79,7 @@ class ComfyDenoiser:
 
     @property
     def frames_meet(self) -> bool:
-        return False
+        return any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,12 +176,12 @@ class ComfyDenoiser:
         if main.is_clone(other) and _weights(main) == _weights(other):
             yield
             return
-        comfy.model_management.load_models_gpu([other])
+        comfy.model_management.load_models_gpu(_with_parts(other))
         other.pre_run()
         try:
             yield
         finally:
-            comfy.model_management.load_models_gpu([main])
+            comfy.model_management.load_models_gpu(_with_parts(main))
             main.pre_run()
 
 
@@ -223,9 +224,14 @@ def _of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
             control.cond_hint_original, control.cond_hint = hint, None
 
 
-def _weights(patcher: Any) -> tuple[Any, Any]:
-    """What a MODEL changes of the weights and parts that its clones share."""
-    return patcher.patches_uuid, patcher.object_patches
+def _weights(patcher: Any) -> tuple[Any, Any, Any]:
+    """What a MODEL changes of the weights and parts that its clones share, and the models it brings along."""
+    return patcher.patches_uuid, patcher.object_patches, [id(part.model) for part in _with_parts(patcher)[1:]]
+
+
+def _with_parts(patcher: Any) -> list[Any]:
+    """A MODEL and the models that it brings along, such as temporal layers."""
+    return [patcher, *patcher.get_nested_additional_models()]
 
 
 # --- guiders and the sampler ------------------------------------------------------------

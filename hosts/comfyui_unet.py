@@ -47,21 +47,21 @@ def check_sampling(model: Any) -> None:
     """Raise ValueError for a MODEL whose noise schedule DDIM cannot invert."""
     sampling = model.get_model_object("model_sampling")
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
-    if not known or _prediction(sampling) not in (EPS, V_PREDICTION):
+    if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
             f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
             f"FateZero works with {WORKING_MODELS}, predicting epsilon or v"
         )
 
 
-def _prediction(sampling: Any) -> type | None:
+def prediction_of(sampling: Any) -> type | None:
     """The class by which a model's output becomes clean latents; LCM, X0 and others derive from EPS."""
     kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))
     return next(kinds, None)
 
 
 def _named(sampling: Any) -> str:
-    kind = _prediction(sampling)
+    kind = prediction_of(sampling)
     return type(sampling).__name__ if kind is None else f"{type(sampling).__name__} ({kind.__name__})"
 
 
@@ -463,13 +463,13 @@ def identity_of(patcher: Any) -> ModelIdentity:
     layout = (
         f"{type(model).__name__} in={config['in_channels']} width={config['model_channels']}"
         f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)} "
-        f"predicts={'v' if _prediction(patcher.get_model_object('model_sampling')) is V_PREDICTION else 'epsilon'}"
+        f"predicts={'v' if prediction_of(patcher.get_model_object('model_sampling')) is V_PREDICTION else 'epsilon'}"
     )
     keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
-    return _IDENTITIES.of(model, layout, model.get_dtype(), {key: _unpatched(patcher, key) for key in keys})
+    return _IDENTITIES.of(model, layout, model.get_dtype(), {key: unpatched(patcher, key) for key in keys})
 
 
-def _unpatched(patcher: Any, key: str) -> Tensor:
+def unpatched(patcher: Any, key: str) -> Tensor:
     """A weight as the checkpoint has it; LoRA may have been written into the live one."""
     if key in patcher.backup:
         return patcher.backup[key].weight

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..files.temporal_layers import load_temporal_layers, write_temporal_layers
 from ..files.whole import whole_file
 from ..methods.temporal_layers import Kind, TemporalLayers, is_temporal, kind_of, trains
+
+__all__ = [
+    "convert_temporal_layers",
+    "load_temporal_layers",
+    "save_temporal_layers",
+    "temporal_layers",
+    "with_temporal_layers",
+    "without_temporal_layers",
+]
 
 NAME = "temporal_layers"
 """The submodule that holds them while they are attached."""
@@ -98,12 +106,6 @@ def _attached_layers(unet: UNet2DConditionModel) -> TemporalLayers:
     return layers
 
 
-FILE = "temporal.safetensors"
-"""What a folder of a tuning calls them."""
-DEMO_LAYERS = Path(__file__).resolve().parent.parent / "demo" / FILE
-"""Those that make the bundled image model one of videos; known as "demo"."""
-
-
 def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path, about: Mapping[str, str] | None = None) -> None:
     """Write the layers attached to a UNet, and the queries that are tuned with them, whole or not at all.
 
@@ -112,42 +114,7 @@ def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path, about: Ma
     """
     layers = _attached_layers(unet)
     weights = {name: w for name, w in unet.named_parameters() if trains(name)} | layers.named()
-    with whole_file(Path(path)) as partial:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, dict(about or {}))
-
-
-def temporal_file(path: str | Path) -> Path:
-    """The file of temporal layers by what names it: itself, the folder of a tuning, or "demo"."""
-    if str(path) == "demo":
-        return DEMO_LAYERS
-    return Path(path) / FILE if Path(path).is_dir() else Path(path)
-
-
-def load_temporal_layers(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a file, or of a tuning's folder, for `with_temporal_layers`; "demo" for the bundled ones.
-
-    FileNotFoundError, or ValueError for no safetensors file.
-    """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-
-
-def about_temporal_layers(path: str | Path) -> dict[str, str]:
-    """The texts that were kept with the weights of a file; errors as `load_temporal_layers`."""
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    file = temporal_file(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no temporal layers at {path}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    write_temporal_layers(path, weights, about)
 
 
 # --- folders of the official codes ----------------------------------------------------------

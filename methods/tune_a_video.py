@@ -22,8 +22,8 @@ from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.ddim import root
 from ..diffusion.denoiser import Denoiser, check_finite
 from ..settings import check, setting
+from .temporal_layers import GROUP
 
-GROUP = "Tuning"
 Optimizer = Literal["adamw", "adamw8bit"]
 
 

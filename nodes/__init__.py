@@ -21,6 +21,7 @@ from .sampling import (
     FateZeroStoreOfInversion,
 )
 from .tokenflow import FateZeroTokenFlow
+from .tune_a_video import FateZeroLoadTemporalLayers, FateZeroTuneOnVideo
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
 
 
@@ -39,6 +40,8 @@ class FateZeroExtension(ComfyExtension):
             FateZeroTokenFlow,
             FateZeroFlowSmoothing,
             FateZeroSteady,
+            FateZeroLoadTemporalLayers,
+            FateZeroTuneOnVideo,
             FateZeroMaskPreview,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,

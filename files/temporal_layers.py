@@ -1,0 +1,61 @@
+"""Temporal layers in one safetensors file, by diffusers' names, with the queries that were tuned beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .whole import whole_file
+
+FILE = "temporal.safetensors"
+"""What a folder of a tuning calls them."""
+DEMO_LAYERS = Path(__file__).resolve().parent.parent / "demo" / FILE
+"""Those that make the bundled image model one of videos; known as "demo"."""
+
+
+def write_temporal_layers(
+    path: str | Path, weights: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """Write weights, and texts to keep with them, whole or not at all."""
+    with whole_file(Path(path)) as partial:
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, dict(about or {}))
+
+
+def temporal_file(path: str | Path) -> Path:
+    """The file of temporal layers by what names it: itself, the folder of a tuning, or "demo"."""
+    if str(path) == "demo":
+        return DEMO_LAYERS
+    return Path(path) / FILE if Path(path).is_dir() else Path(path)
+
+
+def load_temporal_layers(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a file, or of a tuning's folder, for `with_temporal_layers`; "demo" for the bundled ones.
+
+    FileNotFoundError, or ValueError for no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+
+
+def about_temporal_layers(path: str | Path) -> dict[str, str]:
+    """The texts that were kept with the weights of a file; errors as `load_temporal_layers`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    file = temporal_file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no temporal layers at {path}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error

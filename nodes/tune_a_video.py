@@ -1,0 +1,155 @@
+"""Tune-A-Video: temporal layers, tuned on a clip or from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..attention.key_frames import KeyFrames
+from ..diffusion.invert import InversionSettings
+from ..files.temporal_layers import about_temporal_layers, load_temporal_layers, write_temporal_layers
+from ..hosts.comfyui_conditions import HostCondition
+from ..hosts.comfyui_temporal import temporal_layers, weights_of, with_temporal_layers
+from ..hosts.comfyui_tuning import tune_model
+from ..methods.temporal_layers import LayerSettings
+from ..methods.tune_a_video import TuneSettings
+from ..metrics.losses import plot_losses
+from .settings import made, widget, widgets
+from .sockets import PROMPT_KEY, schema, show_on_node
+
+FOLDER = "temporal_layers"
+"""The host's folder of models that holds files of temporal layers."""
+DEMO = "demo"
+"""The name of the bundled ones."""
+
+
+def _folder() -> Path:
+    """Where files of temporal layers are, made known to the host."""
+    home = Path(folder_paths.models_dir) / FOLDER
+    folder_paths.folder_names_and_paths.setdefault(FOLDER, ([str(home)], {".safetensors"}))
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def _free_path(name: str) -> Path:
+    """Where a file of a name goes: numbered where there is one. ValueError for a name that is more than one."""
+    if Path(name).name != name or "\\" in name or name.startswith("."):
+        raise ValueError(f"name: {name!r} is no plain name of a file")
+    stem = name.removesuffix(".safetensors")
+    paths = (_folder() / f"{stem}{f'_{number}' if number else ''}.safetensors" for number in range(10_000))
+    return next(path for path in paths if not path.exists())
+
+
+class FateZeroLoadTemporalLayers(io.ComfyNode):
+    """A MODEL with temporal layers of a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        _folder()
+        return schema(
+            node_id="FateZeroLoadTemporalLayers",
+            display_name="Load Temporal Layers (FateZero)",
+            description="Make an image model one of videos: layers through which the frames of a batch see each other, "
+            "of Tune-A-Video or FateZero, from a .safetensors file in models/temporal_layers.",
+            search_aliases=["tune-a-video", "text to video", "temporal attention", "motion module"],
+            inputs=[
+                io.Model.Input("model", tooltip="Of the shape that the layers were trained for. LoRA before or after."),
+                io.Combo.Input(
+                    "name",
+                    options=[DEMO, *folder_paths.get_filename_list(FOLDER)],
+                    tooltip="demo makes the demo model draw moving scenes.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "patched",
+                    display_name="model",
+                    tooltip="For any sampler of a batch, whose pictures then are the frames of a clip; for Invert and "
+                    "Edit too.",
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: Any, name: str) -> str:
+        path = Path(_path_of(name))
+        return f"{name} {path.stat().st_mtime_ns if path.is_file() else 'absent'}"
+
+    @classmethod
+    def execute(cls, model: Any, name: str) -> io.NodeOutput:
+        path = _path_of(name)
+        about = about_temporal_layers(path)
+        if about:
+            show_on_node(cls.hidden.unique_id, "\n".join(f"{key}: {value}" for key, value in about.items()))
+        return io.NodeOutput(with_temporal_layers(model, load_temporal_layers(path)))
+
+
+def _path_of(name: str) -> str:
+    return DEMO if name == DEMO else folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+class FateZeroTuneOnVideo(io.ComfyNode):
+    """Tune a MODEL's temporal layers on a clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroTuneOnVideo",
+            display_name="Tune on Video (FateZero)",
+            description="One-shot tuning (Tune-A-Video, arXiv 2212.11565): the model learns the motion of one clip, in "
+            "some hundred steps, so that edits may change shapes much. Trains on a copy; takes a GPU minutes.",
+            search_aliases=["tune-a-video", "one-shot tuning", "train", "temporal layers"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model, with or without temporal layers."),
+                io.Latent.Input("latent", tooltip="The clip, of Encode Video."),
+                io.Conditioning.Input("prompt", tooltip="What the clip shows."),
+                *widgets(TuneSettings, advanced=("weight_decay", "clip_gradients", "optimizer")),
+                widget(InversionSettings, "key_frames", default="first, previous"),
+                widget(InversionSettings, "clip_norm", default=True),
+                *widgets(LayerSettings, advanced=("layers", "rank")),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="Saved under this name in models/temporal_layers, for Load Temporal Layers; numbered where "
+                    "there is one. Empty: not saved.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("tuned", display_name="model", tooltip="The model with its temporal layers."),
+                io.Image.Output("losses", display_name="losses", tooltip="The loss of every step."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, latent: dict[str, Any], prompt: Any, key_frames: str, clip_norm: bool, layers: Any, rank: int,
+        name: str, **values: Any,
+    ) -> io.NodeOutput:  # fmt: skip
+        settings, fresh = made(TuneSettings, values), made(LayerSettings, {"layers": layers, "rank": rank})
+        if temporal_layers(model) is not None and fresh != LayerSettings():
+            raise ValueError("layers: have no effect, for the model carries temporal layers already")
+        path = _free_path(name) if name else None
+        condition = HostCondition.of_socket(prompt, "positive", "prompt")
+        bar = comfy.utils.ProgressBar(settings.steps)
+
+        def progress(done: int, of: int, loss: float, norm: float) -> None:
+            bar.update(1)
+            if done % 10 == 0 or done == of:
+                show_on_node(cls.hidden.unique_id, f"step {done} of {of}, loss {loss:.4f}")
+
+        tuned, losses = tune_model(
+            model, latent["samples"], condition, settings, KeyFrames.parse(key_frames), clip_norm, fresh.layers,
+            fresh.rank, progress,
+        )  # fmt: skip
+        if path is not None:
+            text = prompt[0][1].get(PROMPT_KEY)
+            about = {"prompt": text} if isinstance(text, str) else {}
+            about |= {"key_frames": key_frames, "clip_norm": str(clip_norm).lower(), "steps": str(len(losses))}
+            write_temporal_layers(path, weights_of(tuned), about)
+            show_on_node(cls.hidden.unique_id, f"{len(losses)} steps, loss {losses[-1]:.4f}; saved as {path.name}")
+        return io.NodeOutput(tuned, plot_losses(losses)[None].float() / 255)
