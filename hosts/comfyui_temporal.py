@@ -23,7 +23,7 @@ _AROUND = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
 @dataclass(frozen=True)
 class HostLayers:
-    """What a MODEL carries: temporal layers, and what is added to the queries of the model beneath, by a file's names."""
+    """What a MODEL carries: temporal layers, and what is added to the queries of the model beneath."""
 
     layers: TemporalLayers
     queries: Mapping[str, Tensor]

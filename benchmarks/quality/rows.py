@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,10 +20,13 @@ from ...diffusion.ddim import ddim_move
 from ...diffusion.denoiser import Guidance
 from ...diffusion.edit import Edit, edit_many
 from ...diffusion.invert import Inversion, invert
+from ...files.temporal_layers import load_temporal_layers
 from ...hosts.checkpoint import Checkpoint
+from ...hosts.diffusers import with_temporal_layers
 from ...methods.flow_smoothing import FlowSmoothing
 from ...methods.plug_and_play import PnPSettings
 from ...methods.tokenflow import TokenFlowSettings
+from ...methods.tune_a_video import TuneSettings, tune
 from ...video.flow import flow_estimator
 from ...video.motion import Motion, steadied
 from .cases import Case
@@ -38,7 +42,8 @@ class Method:
     run: edits a trial's clip where no inversion is needed. Otherwise
     settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
     fused with attention of `source`. smoothing: along the source's flow, in each step; steady: of the frames that came
-    of it.
+    of it. layers: temporal ones on the image model, "fresh" or those of the demo world ("demo"), tuned on the clip in
+    so many steps. blind: invert under the empty prompt. guidance: of an edit without fusion, if not the run's.
     """
 
     name: str
@@ -53,6 +58,10 @@ class Method:
     propagation: TokenFlowSettings | None = None
     smoothing: float = 0.0
     steady: float = 0.0
+    layers: str = ""
+    tuned: int = 0
+    blind: bool = False
+    guidance: float | None = None
 
 
 @dataclass
@@ -65,17 +74,26 @@ class Trial:
     guidance_scale: float = 7.5
 
     def __post_init__(self) -> None:
-        self.latents = self.checkpoint.encode_frames(self.case.clip.frames)
+        self.latents, self.deviation = self.checkpoint.encode_posterior(self.case.clip.frames)
         self.source, self.target, self.negative = (
             self.checkpoint.encode_prompt(text, SIZE, SIZE)
             for text in (self.case.source.caption, self.case.target.caption, "")
         )
 
-    def invert(self, key_frames: tuple[str | int, ...], clip_norm: bool) -> Inversion:
+    def invert(self, key_frames: tuple[str | int, ...], clip_norm: bool, blind: bool = False) -> Inversion:
         return invert(
-            self.checkpoint.denoiser, self.latents, self.source, self.steps, key_frames, clip_norm, "queries_keys",
-            prompt=self.case.source.caption,
+            self.checkpoint.denoiser, self.latents, self.negative if blind else self.source, self.steps, key_frames,
+            clip_norm, "queries_keys", prompt=self.case.source.caption,
         )  # fmt: skip
+
+    def tuned(self, layers: str, steps: int) -> Trial:
+        """The same case on a copy of the model with temporal layers, tuned on the clip for so many steps."""
+        checkpoint = replace(self.checkpoint, unet=deepcopy(self.checkpoint.unet))
+        with_temporal_layers(checkpoint.unet, load_temporal_layers("demo") if layers == "demo" else None)
+        if steps:
+            settings = TuneSettings(steps, learning_rate=RATE)
+            tune(checkpoint.denoiser, self.latents, self.source, settings, deviation=self.deviation)
+        return replace(self, checkpoint=checkpoint)
 
     def config(self, method: Method) -> EditConfig:
         """The case's preset, the method's settings, the words that a mask is made of; an edit of style has none."""
@@ -94,7 +112,7 @@ class Trial:
     def edit(self, method: Method) -> Edit:
         if method.source is None or method.injection is not None:
             return Edit(
-                self.target, self.negative, self.guidance_scale, fusion=method.injection,
+                self.target, self.negative, method.guidance or self.guidance_scale, fusion=method.injection,
                 propagation=method.propagation, smoothing=self.smoothing(method),
             )  # fmt: skip
         config = self.config(method)
@@ -121,18 +139,27 @@ class Trial:
 
 
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
-    """The latents of every method, methods that share an inversion in one pass over it."""
+    """The latents of every method; those on one model share it, and those that share an inversion one pass over it."""
     found = {method.name: method.run(trial) for method in methods if method.run is not None}
+    models = dict.fromkeys((m.layers, m.tuned) for m in methods if m.run is None)
+    for layers, steps in models:
+        own = trial.tuned(layers, steps) if layers else trial
+        alike = [m for m in methods if m.run is None and (m.layers, m.tuned) == (layers, steps)]
+        found |= _edited_on_one_model(own, alike)
+    return found
+
+
+def _edited_on_one_model(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     passes: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
-        if method.run is None:
-            key = (method.key_frames, method.clip_norm, method.source == "reconstruction")
-            passes.setdefault(key, []).append(method)
+        key = (method.key_frames, method.clip_norm, method.blind, method.source == "reconstruction")
+        passes.setdefault(key, []).append(method)
     inversions: dict[tuple[Any, ...], Inversion] = {}
-    for (key_frames, clip_norm, from_reconstruction), alike in passes.items():
-        if (key_frames, clip_norm) not in inversions:
-            inversions = {(key_frames, clip_norm): trial.invert(key_frames, clip_norm)}
-        inversion = inversions[key_frames, clip_norm]
+    for (*of_inversion, from_reconstruction), alike in passes.items():
+        if tuple(of_inversion) not in inversions:
+            inversions = {tuple(of_inversion): trial.invert(*of_inversion)}
+        inversion = inversions[tuple(of_inversion)]
         if from_reconstruction:
             inversion = reconstruction(trial, inversion)
         results = edit_many(trial.checkpoint.denoiser, inversion, [trial.edit(method) for method in alike])
@@ -245,6 +272,28 @@ LONG = (
 )
 """How frames agree: rows for clips of 16 frames and more."""
 METHODS += LONG
+
+RATE = 3e-4
+"""Of tuning: ten times the authors', for a model with a thousandth of the weights."""
+
+
+def _on_video(name: str, layers: str = "fresh", tuned: int = 150, **more: Any) -> Method:
+    """A row on a model with temporal layers, seen as they were trained."""
+    return Method(name, layers=layers, tuned=tuned, key_frames=("first", "previous"), clip_norm=True, **more)
+
+
+_AS_PAPER: dict[str, Any] = {"source": None, "blind": True, "guidance": 12.5}
+TUNED = (
+    *(_on_video(f"Tune-A-Video, {steps} steps", tuned=steps, **_AS_PAPER) for steps in (0, 50, 150)),
+    *(_on_video(f"FateZero (paper), tuned {steps} steps", tuned=steps) for steps in (50, 150)),
+    *(_on_video(f"FateZero+, tuned {steps} steps", tuned=steps, plus=True) for steps in (0, 50, 150)),
+    _on_video("video model, inversion + prompt", "demo", 0, source=None),
+    _on_video("FateZero+, video model", "demo", 0, plus=True),
+    _on_video("Tune-A-Video of the video model, 50 steps", "demo", 50, **_AS_PAPER),
+    _on_video("FateZero+, video model tuned 50 steps", "demo", 50, plus=True),
+)
+"""Temporal layers: tuned on the clip from nothing, trained on many moving scenes, or both."""
+METHODS += TUNED
 
 QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
 """The rows of the quick form."""
