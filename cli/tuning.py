@@ -109,7 +109,7 @@ def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint
         session = replace(session, device=str(accelerator.device))
     checkpoint = session.open_model(config.model, temporal=config.temporal)
     if temporal_layers(checkpoint.unet) is None:
-        with_temporal_layers(checkpoint.unet, kind=config.layers, rank=config.rank)
+        with_temporal_layers(checkpoint.unet, None, config.layers, config.rank, config.seed)
     return checkpoint
 
 

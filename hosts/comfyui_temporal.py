@@ -84,11 +84,11 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return queries | weights
 
 
-def fresh_layers(model: Any, kind: Kind, rank: int | None) -> TemporalLayers:
+def fresh_layers(model: Any, kind: Kind, rank: int | None, seed: int) -> TemporalLayers:
     """A set for a MODEL that changes nothing yet."""
     names = host_names(model)
     convolved = convolutions_of(model, names) if kind == "fatezero" else None
-    return TemporalLayers.fresh(blocks_of(model, names), convolved, rank)
+    return TemporalLayers.fresh(blocks_of(model, names), convolved, rank, seed)
 
 
 # --- names and places -----------------------------------------------------------------------

@@ -51,7 +51,7 @@ def tune_model(
     check_model(model)
     before = temporal_layers(model)
     with torch.inference_mode(False):
-        layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank)
+        layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, settings.seed)
         own = _copied(model)
         hooked = HookedModel(own, lambda frames: Control(key_frames, Chunk.whole(frames)))
         guider = comfy.samplers.CFGGuider(hooked.patcher)

@@ -36,12 +36,14 @@ def with_temporal_layers(
     state_dict: Mapping[str, Tensor] | None = None,
     kind: Kind = "official",
     rank: int | None = None,
+    seed: int = 0,
 ) -> UNet2DConditionModel:
     """Attach temporal layers to a UNet, and return it; its batch then is the frames of one clip.
 
     state_dict: of Tune-A-Video, or of FateZero with low-rank or full convolutions, told by its keys; other weights in
     it take the place of the UNet's. None attaches a fresh set, with which the UNet computes what it did: Tune-A-Video's
-    or, of `kind` "fatezero", with convolutions over frames of a rank, full ones for None.
+    or, of `kind` "fatezero", with convolutions over frames of a rank, full ones for None; drawn by
+    a seed.
     Raises ValueError for ModelScope's and AnimateDiff's layers, and for weights that do not fit.
     """
     blocks = {
@@ -50,7 +52,7 @@ def with_temporal_layers(
         if isinstance(module, BasicTransformerBlock)
     }
     if state_dict is None:
-        layers = TemporalLayers.fresh(blocks, convolutions_of(unet) if kind == "fatezero" else None, rank)
+        layers = TemporalLayers.fresh(blocks, convolutions_of(unet) if kind == "fatezero" else None, rank, seed)
     else:
         layers = TemporalLayers.of(state_dict, blocks)
     for name in layers.places:

@@ -139,15 +139,17 @@ class TemporalLayers(nn.Module):
 
     @classmethod
     def fresh(
-        cls, blocks: Blocks, convolved: Mapping[str, int] | None = None, rank: int | None = None
+        cls, blocks: Blocks, convolved: Mapping[str, int] | None = None, rank: int | None = None, seed: int = 0
     ) -> TemporalLayers:
         """A set that changes nothing yet: the official one, or FateZero's where there are convolutions to follow.
 
         blocks: channels and heads of each transformer block. convolved: channels of each 3x3 convolution. rank: of
-        the convolutions over frames, None for full ones.
+        the convolutions over frames, None for full ones. seed: of the weights that do not matter yet.
         """
-        convolutions = {name: TemporalConv(channels, rank) for name, channels in (convolved or {}).items()}
-        attentions = {name: TemporalAttention(*shape) for name, shape in blocks.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            convolutions = {name: TemporalConv(channels, rank) for name, channels in (convolved or {}).items()}
+            attentions = {name: TemporalAttention(*shape) for name, shape in blocks.items()}
         return cls(attentions, convolutions, "fatezero" if convolutions else "official")
 
     @classmethod

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import COMMAND, alike, fatezero
 from PIL import Image
 
 from clips import beep_times, flashes
-from fatezero.cli.app import main
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import DEMO, Checkpoint
 from fatezero.hosts.diffusers import with_temporal_layers
@@ -29,40 +29,6 @@ from fatezero.video.write import write_video
 
 SOURCE, TARGET = "a red square on water", "a green square on water"
 WORDS = ("--source", SOURCE, "--target", TARGET)
-COMMAND = (sys.executable, "-m", "fatezero")
-
-
-def fatezero(*arguments, cwd, code=0, **options):
-    """Run the command line in a folder; its output. The exit status must be `code`."""
-    result = subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, **options
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stdout + result.stderr
-
-
-@pytest.fixture
-def command(monkeypatch, capfd, tmp_path):
-    """Run the command line in this process and in the test's folder; what it says. Its status must be `code`."""
-
-    def run(*arguments, code=0, cwd=tmp_path):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = "".join(capfd.readouterr())
-        assert ended.value.code == code, said
-        assert "Traceback" not in said
-        return said
-
-    return run
-
-
-@pytest.fixture
-def refused(command):
-    """Run the command line as `command` does: what it says as it ends with status 1."""
-    return lambda *arguments: command(*arguments, code=1).replace("\n", " ")
 
 
 @pytest.fixture(scope="module")
@@ -410,12 +376,6 @@ def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sou
     beside = read_video(tmp_path / "beside.mp4")
     assert alike(beside.frames, direct.frames)
     assert np.abs(beside.sound.samples - direct.sound.samples).max() < 1e-4
-
-
-def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """But for the UNet's last digits, which follow where in memory its input lies, and what the codec makes of them."""
-    apart = (a.int() - b.int()).abs().float()
-    return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
 
 
 def _changed(path: Path, out: Path, **extra) -> Path:

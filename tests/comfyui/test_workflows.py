@@ -16,6 +16,7 @@ FOLDER = REPO / "workflows"
 NAMES = (
     "attribute", "controlnet_lora", "custom_sampler", "demo", "mask_correction", "measure",
     "one_inversion_three_edits", "shape", "style", "tokenflow",
+    "tune_a_video",
 )  # fmt: skip
 DEMO = {
     "custom_sampler": 6,
@@ -24,6 +25,7 @@ DEMO = {
     "one_inversion_three_edits": 8,
     "measure": 7,
     "tokenflow": 5,
+    "tune_a_video": 11,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 
@@ -49,6 +51,8 @@ def of_demo(prompt, host, lora, controlnet):
             inputs |= words | {"blend_source": "", "blend_target": ""}
         elif kind in WITH_STEPS:
             inputs["steps"] = 4
+        elif kind == "FateZeroTuneOnVideo":
+            inputs["steps"] = 2
         elif kind == "LoraLoaderModelOnly":
             inputs["lora_name"] = lora
         elif kind == "ControlNetLoader":
@@ -122,6 +126,8 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     for node in workflow["nodes"]:
         if node["type"] in WITH_STEPS:
             node["widgets_values"][0] = DEMO[name]
+        elif node["type"] == "FateZeroTuneOnVideo":
+            node["widgets_values"][0] = 2
     page.open(workflow, name)
     assert page.run() == "execution_success"
     page.picture(Path(os.environ.get("FATEZERO_PICTURES", tmp_path)) / f"page_{name}.jpg")

@@ -1,9 +1,11 @@
 """Tune-A-Video: both authors' numbers, steps of training among them, and what must hold of any temporal layers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from fatezero import FusionSettings, PnPSettings, TokenFlowSettings, edit, invert
@@ -12,14 +14,17 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
+from fatezero.hosts.diffusers_memory import _Live, activation_bytes
 from fatezero.hosts.diffusers_temporal import (
+    convert_temporal_layers,
     inflated_unet,
     load_temporal_layers,
     save_inflated_unet,
     save_temporal_layers,
     temporal_layers,
 )
-from fatezero.methods.tune_a_video import TuneSettings, tune
+from fatezero.methods.temporal_layers import LayerSettings
+from fatezero.methods.tune_a_video import TuneSettings, clip_loss, optimizer_class, tune
 from small import (
     FIXTURES,
     random_latents,
@@ -265,3 +270,167 @@ def test_layers_that_do_not_fit_are_refused_by_name():
         with_temporal_layers(unet, weights | {"conv_never.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="no temporal layers to tune"):
         tune(DiffusersDenoiser(small_unet(), build_scheduler()), random_latents(2), random_text(1))
+
+
+# --- fresh layers and the two kinds -------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_fresh_layers_with_convolutions_change_nothing(rank):
+    unet, latents = small_unet(), random_latents(3)
+    plain = predicted(unet, latents)
+    names = temporal_layers(with_temporal_layers(unet, kind="fatezero", rank=rank)).named()
+    assert torch.equal(predicted(unet, latents), plain)
+    convolved = [name for name, m in small_unet().named_modules() if getattr(m, "kernel_size", None) == (3, 3)]
+    assert sum("conv_temporal" in name for name in names) == 2 * len(convolved)
+
+
+def test_a_rank_needs_convolutions():
+    with pytest.raises(ValueError, match="rank has no effect without convolutions"):
+        LayerSettings(rank=4)
+
+
+def test_the_two_kinds_convert_without_loss():
+    unet, latents = randomized(small_unet()), random_latents(3)
+    before = {name: w.detach().clone() for name, w in temporal_layers(unet).named().items()}
+    expected = predicted(unet, latents)
+    convert_temporal_layers(unet)
+    assert temporal_layers(unet).kind == "fatezero"
+    assert torch.equal(predicted(unet, latents), expected)
+    convert_temporal_layers(unet)
+    after = temporal_layers(unet).named()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ValueError, match="no temporal layers"):
+        convert_temporal_layers(small_unet())
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_convolutions_that_do_something_are_not_dropped(rank):
+    unet = with_temporal_layers(small_unet(), kind="fatezero", rank=rank)
+    convert_temporal_layers(unet)
+    assert temporal_layers(unet).kind == "official", "identities go without loss"
+    unet = with_temporal_layers(small_unet(), kind="fatezero", rank=rank)
+    conv = next(iter(temporal_layers(unet).convolutions.values()))
+    (conv.full if rank is None else conv.up).weight.data[0, 0, 0] = 0.5
+    with pytest.raises(ValueError, match=r"the convolution over frames at .* changes what it is given \(1 do\)"):
+        convert_temporal_layers(unet)
+
+
+# --- how it is tuned ----------------------------------------------------------------------
+
+
+def fresh_denoiser(dtype=torch.float64, **scheduler):
+    torch.manual_seed(4)
+    unet = with_temporal_layers(small_unet()).to(dtype)
+    return DiffusersDenoiser(unet, DDIMScheduler.from_config(build_scheduler().config, **scheduler))
+
+
+LATENTS, TEXT, FAST = random_latents(3, 8, 8), random_text(2), TuneSettings(steps=5, learning_rate=1e-2, seed=3)
+
+
+def test_a_tuning_that_was_stopped_goes_on_as_if_it_had_not_been():
+    whole, states = fresh_denoiser(), []
+    losses = tune(whole, LATENTS, TEXT, FAST, deviation=0.1 * torch.ones_like(LATENTS))
+    first = fresh_denoiser()
+    short = replace(FAST, steps=3)
+    tune(first, LATENTS, TEXT, short, deviation=0.1 * torch.ones_like(LATENTS), keep=states.append, keep_every=2)
+    assert [len(state["losses"]) for state in states] == [2, 3]
+    for state in states:
+        again = fresh_denoiser()
+        done = tune(again, LATENTS, TEXT, FAST, deviation=0.1 * torch.ones_like(LATENTS), resume=state)
+        assert done == losses
+        assert all(torch.equal(w, whole.trained()[n]) for n, w in again.trained().items())
+
+
+def test_a_state_of_another_tuning_is_refused():
+    states = []
+    tune(fresh_denoiser(), LATENTS, TEXT, replace(FAST, steps=1), keep=states.append)
+    with pytest.raises(ValueError, match="began with seed 3, not 4"):
+        tune(fresh_denoiser(), LATENTS, TEXT, replace(FAST, seed=4), resume=states[0])
+    other = DiffusersDenoiser(with_temporal_layers(small_unet(), kind="fatezero"), build_scheduler())
+    with pytest.raises(ValueError, match="of another model, or of other temporal layers"):
+        tune(other, LATENTS, TEXT, FAST, resume=states[0])
+
+
+def test_the_autoencoders_spread_is_sampled_anew_in_each_step():
+    plain, spread, again = (
+        tune(fresh_denoiser(), LATENTS, TEXT, replace(FAST, learning_rate=0.0), deviation=deviation)
+        for deviation in (None, *(0.5 * torch.ones_like(LATENTS),) * 2)
+    )
+    assert spread == again and all(a != b for a, b in zip(plain, spread, strict=True))
+
+
+def test_a_model_that_predicts_v_is_trained_on_v():
+    """v = sqrt(abar) eps - sqrt(1 - abar) z (arXiv 2202.00512)."""
+    denoiser, timestep, noise = fresh_denoiser(prediction_type="v_prediction"), 601, random_latents(3, 8, 8, seed=7)
+    signal = denoiser.scheduler.alphas_cumprod[timestep].double()
+    noisy = signal.sqrt() * LATENTS + (1 - signal).sqrt() * noise
+    with torch.no_grad(), denoiser.hooked(clip_norm=True):
+        epsilon = denoiser.predict_noise(
+            noisy, timestep, Condition.of(TEXT, "text"), Control(KeyFrames(KEYS), Chunk.whole(3))
+        )
+    v = (epsilon - (1 - signal).sqrt() * noisy) / signal.sqrt()
+    wanted = ((v - (signal.sqrt() * noise - (1 - signal).sqrt() * LATENTS)) ** 2).mean()
+    (loss,) = tune(denoiser, LATENTS, TEXT, TuneSettings(steps=1), [(timestep, noise)])
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_of_a_model_in_half_precision_what_is_trained_is_not():
+    denoiser, seen = fresh_denoiser(torch.bfloat16), []
+    begun = {name: w.detach().clone() for name, w in denoiser.trained().items()}
+
+    def look(*_):
+        seen.append({weight.dtype for weight in denoiser.trained().values()})
+
+    losses = tune(denoiser, LATENTS.float(), TEXT.float(), FAST, progress=look)
+    assert seen == [{torch.float32}] * 5 and all(loss == loss for loss in losses)
+    assert all(w.dtype == torch.bfloat16 for w in denoiser.trained().values())
+    assert any(not torch.equal(w, begun[name]) for name, w in denoiser.trained().items())
+    assert not any("forward" in vars(module) for module in denoiser.unet.modules())
+    exact = tune(fresh_denoiser(torch.float32), LATENTS.float(), TEXT.float(), FAST)
+    assert losses == pytest.approx(exact, rel=0.05)
+
+
+def test_a_tuned_model_reconstructs_its_clip_better():
+    """At each timestep the noise is told better than by the model before."""
+
+    def error(denoiser):
+        with torch.no_grad(), denoiser.hooked(clip_norm=True):
+            return [
+                clip_loss(
+                    denoiser, LATENTS, random_latents(3, 8, 8, seed=t), t, Condition.of(TEXT, "t"), KeyFrames(KEYS)
+                ).item()
+                for t in range(50, 1000, 150)
+            ]
+
+    denoiser = fresh_denoiser()
+    before = error(denoiser)
+    tune(denoiser, LATENTS, TEXT, replace(FAST, steps=60))
+    assert sum(error(denoiser)) < 0.97 * sum(before)
+
+
+def test_the_optimizer_of_eight_bits_is_asked_for_by_name():
+    with pytest.raises(ImportError, match="needs bitsandbytes"):
+        optimizer_class("adamw8bit")
+
+
+def test_values_that_are_no_numbers_end_a_tuning():
+    with pytest.raises(ArithmeticError, match="step 1 of the tuning"):
+        tune(fresh_denoiser(), LATENTS * float("inf"), TEXT, FAST)
+
+
+def test_memory_is_told_before_it_is_taken():
+    """As counted in a real step of a model that is wide enough for small tensors not to matter."""
+    torch.manual_seed(0)
+    unet = small_unet(block_out_channels=(32, 32, 32), attention_head_dim=4).float()
+    denoiser = DiffusersDenoiser(with_temporal_layers(unet), build_scheduler())
+    shape, text, keys = (8, 4, 32, 32), Condition.of(random_text(2).float(), "text"), KeyFrames(KEYS)
+    told = activation_bytes(denoiser, shape, text, keys, clip_norm=True)
+    latents = torch.randn(shape)
+    with torch.enable_grad(), denoiser.training(), denoiser.hooked(True):
+        gradients = sum(weight.nbytes for weight in denoiser.trained().values())
+        with _Live() as live:
+            clip_loss(denoiser, latents, torch.randn(shape), 500, text, keys).backward()
+    assert told == pytest.approx(live.most - gradients, rel=0.15)
+    assert told < 0.5 * activation_bytes(denoiser, shape, text, keys, True, recompute=False)

@@ -1,0 +1,124 @@
+"""`fatezero tune` as a user runs it: files, refusals, a run that is killed and goes on, several processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import COMMAND, alike, fatezero
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fatezero.demo.show import CLIP
+from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.hosts.diffusers_temporal import temporal_layers
+from fatezero.video.read import read_video
+
+TARGET = "a green square on water"
+PROMPT = ("--prompt", "a red square on water")
+TUNE = ("tune", CLIP, *PROMPT, "--count", 2, "--learning-rate", 0.003)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The folder of three steps, with the whole model beside."""
+    folder = tmp_path_factory.mktemp("tuned")
+    said = fatezero(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
+    assert "467,648 numbers are trained" in said and "activations of a step" in said
+    assert "tune 3/3, loss 0." in said
+    assert "--temporal mine --key-frames first,previous --clip-norm" in said
+    return folder / "mine"
+
+
+def test_a_tuning_leaves_layers_losses_a_plot_and_a_state(tuned):
+    assert {"temporal.safetensors", "state.safetensors", "loss.csv", "loss.png"} <= {p.name for p in tuned.iterdir()}
+    rows = (tuned / "loss.csv").read_text().split()
+    assert rows[0] == "step,loss" and [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
+    with safe_open(tuned / "temporal.safetensors", framework="pt") as file:
+        about = file.metadata()
+    assert about["key_frames"] == "first, previous" and about["clip_norm"] == "true" and about["steps"] == "3"
+
+
+def test_the_folder_and_the_file_are_the_same_model(tuned):
+    whole, part = Checkpoint.load(str(tuned)), Checkpoint.load("demo", temporal=str(tuned))
+    assert temporal_layers(whole.unet) is not None
+    ours, theirs = whole.unet.state_dict(), part.unet.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    config = json.loads((tuned / "unet" / "config.json").read_text())
+    assert config["_class_name"] == "UNet3DConditionModel"
+
+
+def test_edits_with_it(command, tuned, tmp_path):
+    part = ("edit", CLIP, "--target", TARGET, "--steps", 2, "--count", 2)
+    said = command(*part, "--preset", "tune_a_video", "--temporal", tuned, "-o", "file.mp4")
+    assert "were tuned with" not in said
+    command(*part, "--preset", "tune_a_video", "--model", tuned, "-o", "folder.mp4")
+    command(*part, "--preset", "tune_a_video", "-o", "base.mp4")
+    file, folder, base = (read_video(tmp_path / f"{name}.mp4").frames for name in ("file", "folder", "base"))
+    assert alike(file, folder) and not alike(file, base)
+    said = command(*part, *("--source", "a red square on water"), "--temporal", tuned, "-o", "fused.mp4", "--dry-run")
+    told = " ".join(said.split())
+    assert "tuned with key_frames first, previous, not self, middle; clip_norm true, not false" in told
+    said = command(*part, "--preset", "tune_a_video", "--temporal", tuned, "-o", "c.mp4", "--dry-run")
+    assert "approximate" not in said
+
+
+def test_a_source_is_needed_for_fusion_alone(refused, command, tmp_path):
+    part = ("edit", CLIP, "--target", TARGET, "--steps", 1, "--count", 2, "-o", "x.mp4", "--dry-run")
+    assert "missing --source" in refused(*part)
+    command(*part, "--preset", "pnp")
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
+    part = (*TUNE, "--steps", 8, "--keep-every", 1)
+    command(*part, "-o", "whole")
+    run = subprocess.Popen([*COMMAND, *map(str, part), "-o", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    state = tmp_path / "stopped" / "state.safetensors"
+    while not state.exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(30) == 130
+    assert 1 <= len(load_file(state)["losses"]) < 8
+    assert not (tmp_path / "stopped" / "temporal.safetensors").exists()
+    command(*part, "-o", "stopped", "--resume")
+    ours, theirs = (load_file(tmp_path / name / "temporal.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_refused(refused, tuned, tmp_path):
+    assert "missing --prompt" in refused("tune", CLIP)
+    assert "missing VIDEO" in refused("tune", *PROMPT)
+    assert "exists" in refused(*TUNE, "--steps", 1, "-o", tuned)
+    assert "nothing to resume" in refused(*TUNE, "--resume", "-o", "new")
+    assert "has done 3 steps: give more with --steps" in refused(*TUNE, "--steps", 3, "--resume", "-o", tuned)
+    said = refused("tune", CLIP, *PROMPT, "--count", 2, "--steps", 9, "--resume", "-o", tuned)
+    assert "begun with learning_rate 0.003, not 3e-05" in said
+    assert "rank has no effect" in refused(*TUNE, "--rank", 4)
+    assert "no effect on temporal layers of a file" in refused(*TUNE, "--temporal", tuned, "--layers", "fatezero")
+    assert "steps is 0; it must be between 1 and 100000" in refused(*TUNE, "--steps", 0)
+    assert "keep_every is 0" in refused(*TUNE, "--keep-every", 0)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "state.safetensors").write_text("no tensors")
+    assert "is no state of a tuning" in refused(*TUNE, "--resume", "-o", "bad")
+    assert "needs bitsandbytes" in refused(*TUNE, "--steps", 1, "--optimizer", "adamw8bit", "-o", "new")
+
+
+def test_two_processes_draw_for_themselves_and_agree(command, tmp_path):
+    """Through accelerate: a step of two processes goes by the mean of both draws' gradients."""
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero")
+    part = (*map(str, TUNE), "--steps", "2", "--device", "cpu")
+    done = subprocess.run(
+        [sys.executable, *launch, *part, "-o", "two"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("temporal layers written to") == 1
+    assert "2 processes with draws of their own" in done.stdout
+    command(*part, "-o", "one")
+    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    assert one["losses"].shape == two["losses"].shape == (2,)
+    assert not torch.equal(one["losses"], two["losses"])
