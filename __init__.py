@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention.prompt import PromptEdit
     from .diffusion.edit import Edit, edit, edit_many
+    from .diffusion.generate import generate
     from .diffusion.invert import Inversion, invert
     from .methods.fatezero import FusionSettings
     from .methods.flow_smoothing import FlowSmoothing
     from .methods.plug_and_play import PnPSettings
+    from .methods.temporal_layers import LayerSettings
     from .methods.tokenflow import TokenFlowSettings
+    from .methods.tune_a_video import TuneSettings, tune
     from .store.budget import StoreSettings
     from .store.store import AttentionStore, Condition, StoreError
 
@@ -31,12 +34,16 @@ _HOMES = {
     "edit": ".diffusion.edit",
     "edit_many": ".diffusion.edit",
     "Edit": ".diffusion.edit",
+    "generate": ".diffusion.generate",
     "PromptEdit": ".attention.prompt",
     "FusionSettings": ".methods.fatezero",
     "StoreSettings": ".store.budget",
     "FlowSmoothing": ".methods.flow_smoothing",
     "PnPSettings": ".methods.plug_and_play",
+    "LayerSettings": ".methods.temporal_layers",
     "TokenFlowSettings": ".methods.tokenflow",
+    "TuneSettings": ".methods.tune_a_video",
+    "tune": ".methods.tune_a_video",
     "AttentionStore": ".store.store",
     "Condition": ".attention.condition",
     "StoreError": ".store.store",
@@ -49,14 +56,18 @@ __all__ = [
     "FlowSmoothing",
     "FusionSettings",
     "Inversion",
+    "LayerSettings",
     "PnPSettings",
     "PromptEdit",
     "StoreError",
     "StoreSettings",
     "TokenFlowSettings",
+    "TuneSettings",
     "edit",
     "edit_many",
+    "generate",
     "invert",
+    "tune",
 ]
 
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
@@ -286,25 +286,39 @@ def benchmark(
 @app.command(name="train-demo")
 def train_demo(
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for the checkpoint.")] = Path("checkpoint"),
+    part: Annotated[
+        Literal["image", "video"],
+        Parameter(help="The image model, or the temporal layers that make the bundled one a model of videos."),
+    ] = "image",
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for what is trained.")] = Path(
+        "checkpoint"
+    ),
     state: Annotated[Path, Parameter(help="Folder for what a resume needs.")] = Path("training"),
     device: Device = "auto",
-    unet_steps: Annotated[int | None, Parameter(help="Steps of the UNet, if fewer.")] = None,
-    images: Annotated[int | None, Parameter(help="Pictures to draw, if fewer.")] = None,
+    steps: Annotated[int | None, Parameter(help="Steps of the UNet or the layers, if fewer.")] = None,
+    images: Annotated[int | None, Parameter(help="Pictures or clips to draw, if fewer.")] = None,
 ) -> None:
-    """Train the bundled checkpoint again, from nothing; hours on a CPU, minutes on a GPU."""
+    """Train the bundled models again; hours on a CPU, minutes on a GPU."""
+    from ..demo.evaluate import evaluate, moving_figures
     from ..demo.judge import load_judge
+    from ..demo.temporal import TemporalSettings, train_temporal
     from ..demo.train import TrainSettings, train
+    from ..files.temporal_layers import FILE
+    from ..hosts.checkpoint import Checkpoint
     from .run import pick_device
 
-    settings = TrainSettings()
-    settings = replace(settings, unet_steps=unet_steps or settings.unet_steps, images=images or settings.images)
     where = pick_device(device)
-    train(output, state, settings, where, console.print)
-    from ..demo.evaluate import evaluate
-    from ..hosts.checkpoint import Checkpoint
-
-    evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
+    if part == "image":
+        settings = TrainSettings()
+        settings = replace(settings, unet_steps=steps or settings.unet_steps, images=images or settings.images)
+        train(output, state, settings, where, console.print)
+        evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
+        return
+    of_layers = TemporalSettings()
+    of_layers = replace(of_layers, steps=steps or of_layers.steps, clips=images or of_layers.clips)
+    train_temporal(output / FILE, state, of_layers, where, console.print)
+    for name, value in moving_figures(Checkpoint.load("demo", where, temporal=str(output)), load_judge()).items():
+        console.print(f"{name}: {value:.3f}")
 
 
 # --- from flags to configurations -------------------------------------------------------

@@ -35,11 +35,12 @@ from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_vide
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
 from .config import EditConfig, TuneConfig
+from .progress import Bar
 
 DEFAULT_FRAMES = 8
 """Frames edited, at most, where nothing says how many."""
 
-Bars = Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]]
+Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random
 
 import torch
@@ -13,10 +13,14 @@ from torch import Tensor
 from ..attention.prompt import PromptEdit
 from ..diffusion.ddim import ddim_move, guide
 from ..diffusion.edit import edit
+from ..diffusion.generate import generate
 from ..diffusion.invert import invert
 from ..diffusion.source import source_heat
 from ..hosts.checkpoint import Checkpoint
 from ..metrics.preservation import intersection_over_union, psnr
+from ..metrics.temporal import warp_error
+from ..video.flow import Estimator, flow_estimator
+from ..video.motion import visible
 from .judge import close_up
 from .model import SceneClassifier, labels
 from .world import SIZE, random_motion, random_scene, render, scenes
@@ -123,6 +127,36 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
         for t in (n / 20 for n in range(1, 20))
     ]
     return max(scores)
+
+
+def moving_figures(
+    checkpoint: Checkpoint, judge: SceneClassifier, clips: int = 24, frames: int = 16
+) -> dict[str, float]:
+    """What clips drawn of held-out captions show: right words, how frames agree, and that something moves.
+
+    The warp error (x 1000) is along DIS's flow of the clip itself; `rendered` ones are those of true clips.
+    """
+    _, estimate = flow_estimator("dis")
+    drawn, side = list(islice(scenes(456, held_out=True, things=1), clips)), SIZE // checkpoint.factor
+    rows = []
+    for n, (scene, _) in enumerate(drawn):
+        noise = torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(n))
+        text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
+        made = checkpoint.decode_latents(generate(checkpoint.denoiser, noise, text, empty, 30, 5.0))
+        motion = random_motion(Random(n), 1, frames)
+        seen = [all(s[head] == labels(scene)[head] for head in judge.HEADS) for s in judge.read(made)]
+        rows.append(
+            (sum(seen) / frames, *_moves(made, estimate), *_moves(render(scene, motion, frames).frames, estimate))
+        )
+    names = ("frames right", "warp", "pixels moved a frame", "warp, rendered", "pixels moved a frame, rendered")
+    return dict(zip(names, torch.tensor(rows).mean(0).tolist(), strict=True))
+
+
+def _moves(frames: Tensor, estimate: Estimator) -> tuple[float, float]:
+    """The warp error (x 1000) along a clip's own flow, and the flow's mean length in pixels."""
+    pairs = list(pairwise(frames))
+    forward, backward = (torch.stack([estimate(*p) for p in some]) for some in (pairs, [(b, a) for a, b in pairs]))
+    return 1000 * warp_error(frames, forward, visible(forward, backward)), forward.norm(dim=1).mean().item()
 
 
 def evaluate(checkpoint: Checkpoint, judge: SceneClassifier, report: Callable[[str], None] = print) -> dict[str, float]:

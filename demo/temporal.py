@@ -40,7 +40,7 @@ class TemporalSettings:
     clips: int = 3_000
     frames: int = 16
     """Of each clip; every second step sees one whole, the others two of half the length."""
-    steps: int = 4_000
+    steps: int = 2_400
     rate: float = 1e-3
     text_dropout: float = 0.1
     average: float = 0.998
@@ -89,10 +89,12 @@ def draw_latents(vae: AutoencoderKL, settings: TemporalSettings, report: Report)
 # --- the training -----------------------------------------------------------------------
 
 
-def train_temporal(output: Path, state: Path, settings: TemporalSettings, report: Report = print) -> None:
+def train_temporal(
+    output: Path, state: Path, settings: TemporalSettings, device: torch.device, report: Report = print
+) -> None:
     """Train temporal layers and write their running average to `output`; goes on from the state folder."""
     state.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint.load("demo")
+    checkpoint = Checkpoint.load("demo", device)
     kept = state / "clips.safetensors"
     if not kept.exists():
         save_file({"latents": draw_latents(checkpoint.vae, settings, report)}, kept)
@@ -122,8 +124,9 @@ def train_temporal(output: Path, state: Path, settings: TemporalSettings, report
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             _save_state(state / "temporal.safetensors", trained, average, optimiser, step + 1)
     for name, weight in trained.items():
-        weight.data = average[name].half().float()
-    save_temporal_layers(unet.half(), output)
+        weight.data = average[name]
+    about = {"key_frames": ", ".join(map(str, KEYS.entries)), "clip_norm": "true"}
+    save_temporal_layers(unet.half(), output, about | {"trained on": f"{settings.clips} moving scenes"})
     report(f"temporal layers written to {output}")
 
 
@@ -147,12 +150,12 @@ def _step(checkpoint: Checkpoint, latents: Tensor, captions: list[str], step: in
             int(torch.randint(top, (), generator=random)) for top in (len(latents), settings.frames - frames + 1, 1000)
         )
         z = latents[at, first : first + frames].float()
-        noise = torch.randn(z.shape, generator=random)
+        noise = torch.randn(z.shape, generator=random).to(checkpoint.unet.device)
         told = float(torch.rand((), generator=random)) >= settings.text_dropout
         condition = checkpoint.encode_prompt(captions[at] if told else "", SIZE, SIZE)
         denoiser = checkpoint.denoiser
         with torch.enable_grad(), denoiser.hooked(clip_norm=True):
-            error = clip_loss(denoiser, z, noise, timestep, condition, KEYS)
+            error = clip_loss(denoiser, z.to(noise), noise, timestep, condition, KEYS)
             (noise_weight(denoiser.scheduler.alphas_cumprod[timestep]) * error / clips).backward()
         errors.append(error.item())
     return sum(errors) / clips
@@ -177,8 +180,8 @@ def _resume(
         return 0
     tensors, step = load_file(path), saved_step(path)
     for name, weight in live.items():
-        weight.data = tensors[f"live.{name}"]
+        weight.data.copy_(tensors[f"live.{name}"])
         average[name].copy_(tensors[f"average.{name}"])
-        moments = {key: tensors[f"adam.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
         optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
     return step

@@ -216,6 +216,6 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return dict(value) if isinstance(value, dict) else value
 
         args, named = tuple(map(kept, args)), {name: kept(value) for name, value in named.items()}
-        return checkpoint(forward, *args, use_reentrant=False, **named)  # type: ignore[no-any-return]
+        return checkpoint(forward, *args, use_reentrant=False, **named)
 
     return again

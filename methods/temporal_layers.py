@@ -204,7 +204,7 @@ class TemporalLayers(nn.Module):
         if self.kind == "official":
             identities = {name: TemporalConv(channels, None) for name, channels in convolved.items()}
             return TemporalLayers(attentions, identities, "fatezero")  # type: ignore[arg-type]
-        changing = [name for name, layer in self.convolutions.items() if not layer.is_identity]  # type: ignore[operator]
+        changing = [name for name, layer in self.convolutions.items() if not layer.is_identity]
         if changing:
             raise ValueError(
                 f"the convolution over frames at {self._names[changing[0]]} changes what it is given "

@@ -71,7 +71,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(pictures, token
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "_save_state", save_and_stop)
         painted(pictures, tokenizer, tmp_path / "parts")
-    assert train._saved_step(tmp_path / "parts" / "painter.safetensors") == 2
+    assert train.saved_step(tmp_path / "parts" / "painter.safetensors") == 2
     resumed = painted(pictures, tokenizer, tmp_path / "parts")
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)

@@ -1,0 +1,48 @@
+"""New clips from noise: DDIM under classifier-free guidance, with nothing of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..attention.condition import Condition
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
+from .ddim import ddim_move
+from .denoiser import Denoiser, Guidance, check_finite
+from .invert import Progress
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Denoiser,
+    noise: Tensor,
+    text: Tensor | Condition,
+    negative: Tensor | Condition,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    key_frames: KeyFrames | Iterable[str | int] | str | int = ("first", "previous"),
+    clip_norm: bool = True,
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The latents (frames, 4, h, w) that DDIM makes of noise in that shape; frames agree on a model that knows videos.
+
+    text, negative: embeddings of the prompts. key_frames, clip_norm: as the model was trained. progress: called with
+    (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where numbers leave
+    their range.
+    """
+    keys, schedule, chunk = KeyFrames.of(key_frames), denoiser.schedule(steps), Chunk.whole(len(noise))
+    z = noise.to(denoiser.device)
+    positive, away = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
+    with denoiser.hooked(clip_norm):
+        for step, timestep in enumerate(schedule.timesteps):
+            guidance = Guidance(away, Control(keys, chunk), guidance_scale)
+            predicted = denoiser.predict_noise(z, timestep, positive, Control(keys, chunk), guidance)
+            z = ddim_move(z, predicted, schedule.alphas[steps - step], schedule.alphas[steps - step - 1])
+            check_finite(z, f"latents of step {step + 1}")
+            if progress:
+                progress(step + 1, steps)
+    return z
