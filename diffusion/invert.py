@@ -49,7 +49,7 @@ class InversionSettings:
     chunk_frames: int | None = setting(
         None,
         "Frames of one UNet call, for long clips. With key frames among self, first, middle and last the result is the "
-        "same; with neighbours or clip_norm, chunks overlap and come near it.",
+        "same; with neighbours, clip_norm or temporal layers, chunks overlap and come near it.",
         least=1, shown="all", group="This run",
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from ...hosts.diffusers import with_temporal_layers
 from ...methods.flow_smoothing import FlowSmoothing
 from ...methods.plug_and_play import PnPSettings
 from ...methods.tokenflow import TokenFlowSettings
-from ...methods.tune_a_video import TuneSettings, tune
+from ...methods.tune_a_video import State, TuneSettings, tune
 from ...video.flow import flow_estimator
 from ...video.motion import Motion, steadied
 from .cases import Case
@@ -72,6 +72,8 @@ class Trial:
     case: Case
     steps: int
     guidance_scale: float = 7.5
+    states: dict[tuple[str, int], State] = field(default_factory=dict)
+    """What tunings of this clip came to, by layers and steps: longer ones go on from there."""
 
     def __post_init__(self) -> None:
         self.latents, self.deviation = self.checkpoint.encode_posterior(self.case.clip.frames)
@@ -91,8 +93,12 @@ class Trial:
         checkpoint = replace(self.checkpoint, unet=deepcopy(self.checkpoint.unet))
         with_temporal_layers(checkpoint.unet, load_temporal_layers("demo") if layers == "demo" else None)
         if steps:
-            settings = TuneSettings(steps, learning_rate=RATE)
-            tune(checkpoint.denoiser, self.latents, self.source, settings, deviation=self.deviation)
+            fewer = [done for of, done in self.states if of == layers and done < steps]
+            tune(
+                checkpoint.denoiser, self.latents, self.source, TuneSettings(steps, learning_rate=RATE),
+                deviation=self.deviation, resume=self.states[layers, max(fewer)] if fewer else None,
+                keep=lambda state: self.states.update({(layers, steps): state}), keep_every=steps,
+            )  # fmt: skip
         return replace(self, checkpoint=checkpoint)
 
     def config(self, method: Method) -> EditConfig:
@@ -285,11 +291,10 @@ def _on_video(name: str, layers: str = "fresh", tuned: int = 150, **more: Any) -
 _AS_PAPER: dict[str, Any] = {"source": None, "blind": True, "guidance": 12.5}
 TUNED = (
     *(_on_video(f"Tune-A-Video, {steps} steps", tuned=steps, **_AS_PAPER) for steps in (0, 50, 150)),
-    *(_on_video(f"FateZero (paper), tuned {steps} steps", tuned=steps) for steps in (50, 150)),
+    _on_video("FateZero (paper), tuned 150 steps"),
     *(_on_video(f"FateZero+, tuned {steps} steps", tuned=steps, plus=True) for steps in (0, 50, 150)),
     _on_video("video model, inversion + prompt", "demo", 0, source=None),
     _on_video("FateZero+, video model", "demo", 0, plus=True),
-    _on_video("Tune-A-Video of the video model, 50 steps", "demo", 50, **_AS_PAPER),
     _on_video("FateZero+, video model tuned 50 steps", "demo", 50, plus=True),
 )
 """Temporal layers: tuned on the clip from nothing, trained on many moving scenes, or both."""
