@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class Denoiser(Protocol):
 
         `control` computes attention, and its `chunk` tells which of the clip's frames these are.
         """
+
+
+@runtime_checkable
+class Differentiable(Denoiser, Protocol):
+    """A denoiser whose latents can have gradients."""
+
+    def differentiable(self) -> AbstractContextManager[None]:
+        """Gradients pass from what layers show to the latents; activations are computed twice, and not kept."""
 
 
 def chunks_of(

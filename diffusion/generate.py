@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,25 @@ from ..attention.key_frames import Chunk, KeyFrames
 from .ddim import ddim_move
 from .denoiser import Denoiser, Guidance, check_finite
 from .invert import Progress
+
+
+class Steering(Protocol):
+    """What has a say in the steps of a run."""
+
+    def check_fits(self, frames: int, text_tokens: int) -> None:
+        """Raise ValueError where it is for another clip or text."""
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether it has one in a step."""
+
+    def moved(
+        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
+        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
+    ) -> Tensor:  # fmt: skip
+        """The latents that the step begins from. alpha: the cumulative one there."""
+
+    def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
+        """Of the conditional branch."""
 
 
 @torch.no_grad()
@@ -26,21 +46,31 @@ def generate(
     key_frames: KeyFrames | Iterable[str | int] | str | int = ("first", "previous"),
     clip_norm: bool = True,
     *,
+    layout: Steering | None = None,
+    chunk_frames: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """The latents (frames, 4, h, w) that DDIM makes of noise in that shape; frames agree on a model that knows videos.
 
-    text, negative: embeddings of the prompts. key_frames, clip_norm: as the model was trained. progress: called with
+    text, negative: embeddings of the prompts. layout: where objects shall be (`LayoutGuidance`), which may take its
+    gradients in chunks of so many frames. key_frames, clip_norm: as the model was trained. progress: called with
     (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where numbers leave
     their range.
     """
     keys, schedule, chunk = KeyFrames.of(key_frames), denoiser.schedule(steps), Chunk.whole(len(noise))
     z = noise.to(denoiser.device)
     positive, away = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
+    if layout is not None:
+        layout.check_fits(len(z), positive.text_tokens)
     with denoiser.hooked(clip_norm):
         for step, timestep in enumerate(schedule.timesteps):
+            control = Control(keys, chunk)
+            if layout is not None and layout.guides(step, steps):
+                alpha = schedule.alphas[steps - step]
+                z = layout.moved(denoiser, z, timestep, alpha, positive, keys, clip_norm, chunk_frames)
+                control = layout.control(keys, chunk)
             guidance = Guidance(away, Control(keys, chunk), guidance_scale)
-            predicted = denoiser.predict_noise(z, timestep, positive, Control(keys, chunk), guidance)
+            predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
             z = ddim_move(z, predicted, schedule.alphas[steps - step], schedule.alphas[steps - step - 1])
             check_finite(z, f"latents of step {step + 1}")
             if progress:

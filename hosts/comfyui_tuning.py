@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any
@@ -16,7 +16,6 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_sampling import V_PREDICTION
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
@@ -30,6 +29,7 @@ from ..store.identity import ModelIdentity
 from .comfyui_conditions import HostCondition
 from .comfyui_temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
 from .comfyui_unet import HookedModel, check_model, clip_norms, prediction_of
+from .recompute import recomputed
 
 
 def tune_model(
@@ -167,13 +167,10 @@ class _HostTunable:
         for weight in self.trained().values():
             weight.requires_grad_(True)
         blocks = [m for m in self._unet.modules() if isinstance(m, (ResBlock, SpatialTransformer))]
-        for block in blocks:
-            block.forward = _recomputed(block.forward)
         try:
-            yield
+            with recomputed(blocks):
+                yield
         finally:
-            for block in blocks:
-                del block.forward
             self._layers.requires_grad_(False)
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
@@ -206,16 +203,3 @@ class _HostTunable:
 
     def windows(self, latents: Tensor, timestep: float) -> Sequence[Any] | None:
         return None
-
-
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A block's forward, computed again for its gradients; with the host's notes of where it is as they were."""
-
-    def again(*args: Any, **named: Any) -> Tensor:
-        def kept(value: Any) -> Any:
-            return dict(value) if isinstance(value, dict) else value
-
-        args, named = tuple(map(kept, args)), {name: kept(value) for name, value in named.items()}
-        return checkpoint(forward, *args, use_reentrant=False, **named)
-
-    return again

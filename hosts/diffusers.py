@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -15,7 +16,9 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -28,10 +31,14 @@ from ..methods.temporal_layers import CastLinear, trained_of, trains
 from ..methods.tune_a_video import noised
 from ..store.identity import IdentityCache, ModelIdentity
 from .diffusers_temporal import temporal_layers, with_temporal_layers, without_temporal_layers
+from .recompute import frozen, recomputed
 
 __all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
 
 _IDENTITIES = IdentityCache()
+DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCKS = (ResnetBlock2D, Transformer2DModel, TransformerTemporalModel, TemporalConvLayer)
+"""What is computed twice where gradients are asked for."""
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
@@ -46,17 +53,21 @@ class DiffusersDenoiser:
     carries attention processors that compute something else.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
-        if not isinstance(unet, UNet2DConditionModel):
+    kind: ClassVar[type] = UNet2DConditionModel
+    """What UNet it takes."""
+    known: ClassVar[str] = "SD 1.x, SD 2.x, SDXL"
+
+    def __init__(self, unet: Any, scheduler: DDIMScheduler) -> None:
+        if not isinstance(unet, self.kind):
             raise TypeError(
-                f"unet is a {type(unet).__name__}; FateZero edits through the attention of a UNet2DConditionModel "
-                "(SD 1.x, SD 2.x, SDXL)"
+                f"unet is a {type(unet).__name__}; FateZero works through the attention of a {self.kind.__name__} "
+                f"({self.known})"
             )
         if not hasattr(scheduler, "alphas_cumprod"):
             raise TypeError(f"scheduler is a {type(scheduler).__name__}; a DDIMScheduler is needed")
         if not isinstance(scheduler, DDIMScheduler):
             scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
-        self.unet = unet
+        self.unet: Any = unet
         self.scheduler = scheduler
         self._control: Control | None = None
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
@@ -97,7 +108,7 @@ class DiffusersDenoiser:
     def identity(self) -> ModelIdentity:
         config = self.unet.config
         layout = (
-            f"UNet2DConditionModel in={config['in_channels']} width={tuple(config['block_out_channels'])} "
+            f"{self.kind.__name__} in={config['in_channels']} width={tuple(config['block_out_channels'])} "
             f"text={config['cross_attention_dim']} attention={len(self._layers)} "
             f"predicts={self.scheduler.config['prediction_type']}"
         )
@@ -109,6 +120,16 @@ class DiffusersDenoiser:
     @property
     def frames_meet(self) -> bool:
         return temporal_layers(self.unet) is not None
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Raises ValueError for weights that have no gradients."""
+        odd = {str(w.dtype) for w in self.unet.parameters() if w.dtype not in DIFFERENTIABLE}
+        if odd:
+            raise ValueError(f"unet has weights in {', '.join(sorted(odd))}, through which no gradient passes")
+        blocks = [m for m in self.unet.modules() if isinstance(m, _BLOCKS)]
+        with frozen(self.unet), recomputed(blocks):
+            yield
 
     # --- for tuning ---------------------------------------------------------------------
 
@@ -194,13 +215,14 @@ class DiffusersDenoiser:
         # The text is the same for all frames and steps: one row, whose keys and values are kept for the run.
         _, self._text = self._texts.setdefault(id(condition), (condition, {}))
         extras = {k: v.to(latents.device, dtype).expand(frames, *v.shape[1:]) for k, v in condition.extras.items()}
-        output = self.unet(
-            latents.to(dtype),
-            timestep,
-            encoder_hidden_states=condition.embeddings.to(latents.device, dtype),
-            added_cond_kwargs=extras or None,
-        ).sample.to(latents.dtype)
-        return self._epsilon(output, latents, timestep)
+        output = self._output(latents.to(dtype), timestep, condition.embeddings.to(latents.device, dtype), extras)
+        return self._epsilon(output.to(latents.dtype), latents, timestep)
+
+    def _output(self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor]) -> Tensor:
+        output: Tensor = self.unet(
+            latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extras or None
+        ).sample
+        return output
 
     def _epsilon(self, output: Tensor, latents: Tensor, timestep: float) -> Tensor:
         """The model's output as epsilon (v: arXiv 2202.00512, App. D)."""
@@ -221,7 +243,7 @@ class DiffusersDenoiser:
             raise ValueError(f"latents have {latents.shape[1]} channels; this UNet takes {channels}")
         if isinstance(width, int) and condition.embeddings.shape[-1] != width:
             raise ValueError(f"embeddings are {condition.embeddings.shape[-1]} wide; this UNet takes {width}")
-        if self.unet.config["addition_embed_type"] == "text_time":
+        if self.unet.config.get("addition_embed_type") == "text_time":
             missing = {"text_embeds", "time_ids"} - set(condition.extras)
             if missing:
                 raise ValueError(
@@ -297,7 +319,7 @@ class _ControlledProcessor:
             k, v = _keys_values(attn, hidden_states)
         else:
             if self.name not in self.denoiser._text:
-                self.denoiser._text[self.name] = _keys_values(attn, encoder_hidden_states)
+                self.denoiser._text[self.name] = _keys_values(attn, encoder_hidden_states[:1])
             k, v = self.denoiser._text[self.name]
         attend = control.cross_attention if site.kind == "cross" else control.self_attention
         output = rearrange(attend(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
@@ -322,13 +344,13 @@ def _keys_values(attn: Attention, of: Tensor) -> tuple[Tensor, Tensor]:
     return (k if attn.norm_k is None else attn.norm_k(k)), v
 
 
-def _attention_layers(unet: UNet2DConditionModel) -> dict[str, tuple[Attention, Place, int, int]]:
+def _attention_layers(unet: Any) -> dict[str, tuple[Attention, Place, int, int]]:
     """name -> (layer, place, index within place and kind, times the picture was halved)."""
     found: dict[str, tuple[Attention, Place, int, int]] = {}
 
     def add(block: nn.Module, prefix: str, place: Place, level: int) -> None:
         for name, module in block.named_modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention) and not name.startswith("temp_"):  # those attend over frames
                 kind = module.is_cross_attention
                 index = sum(p == place and a.is_cross_attention == kind for a, p, *_ in found.values())
                 found[f"{prefix}.{name}"] = (module, place, index, level)
@@ -345,7 +367,7 @@ def _attention_layers(unet: UNet2DConditionModel) -> dict[str, tuple[Attention, 
     return found
 
 
-def _features(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+def _features(unet: Any) -> dict[str, nn.Module]:
     """The last convolution of the ResNet block whose feature Plug-and-Play takes: the second of the first decoder
     block with attention.
     """
@@ -355,7 +377,7 @@ def _features(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     return {}
 
 
-def _refuse_foreign_processors(unet: UNet2DConditionModel) -> None:
+def _refuse_foreign_processors(unet: Any) -> None:
     for name, processor in unet.attn_processors.items():
         if type(processor) not in _PLAIN:
             raise ValueError(
@@ -369,7 +391,7 @@ def _base_weights(unet: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer", ""): w for name, w in unet.state_dict().items() if ".lora_" not in name}
 
 
-def _clip_norms(unet: UNet2DConditionModel) -> list[nn.GroupNorm]:
+def _clip_norms(unet: Any) -> list[nn.GroupNorm]:
     """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
     norms = [n for m in unet.modules() if isinstance(m, ResnetBlock2D) for n in (m.norm1, m.norm2)]
     return [n for n in (*norms, unet.conv_norm_out) if isinstance(n, nn.GroupNorm)]

@@ -1,0 +1,322 @@
+"""Cross-attention guidance (arXiv 2404.05519): where an object is, frame by frame, through its words' attention.
+
+Backward guidance moves the latents so that attention to the words takes the target's shape, by the gradient of an
+energy; forward guidance draws the target into the attention itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.condition import Condition
+from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.key_frames import Chunk, KeyFrames
+from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of
+from ..settings import check, setting
+
+GROUP = "Layout"
+Mode = Literal["backward", "forward"]
+Energy = Literal["shape", "centroid", "size", "inside"]
+MAPS = (64, 256)
+"""Tokens of the layers whose maps give the energy: 8x8 to 16x16, where a word's attention shows an object."""
+EPSILON = 1e-12
+SHARPNESS = 20.0
+"""Of the sigmoid that tells an object from its ground (s of self-guidance, arXiv 2306.00986)."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object and where it shall be.
+
+    target: (frames, h, w) in 0..1, 1 where the object shall be. columns: of its words among the text's tokens.
+    Raises ValueError for a target of another shape or no word.
+    """
+
+    target: Tensor
+    columns: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if self.target.ndim != 3 or not 0 <= self.target.min() <= self.target.max() <= 1:
+            raise ValueError("target must be (frames, height, width) with values from 0 to 1")
+        if not self.columns or min(self.columns) < 0:
+            raise ValueError(f"columns is {list(self.columns)}; it must name tokens of the text, counted from 0")
+
+    def on(self, site: AttentionSite, frames: Sequence[int]) -> Tensor:
+        """The target of some frames on a layer's grid, by area: (frames, tokens)."""
+        chosen = self.target[list(frames)]
+        return F.interpolate(chosen[:, None], (site.height, site.width), mode="area")[:, 0].flatten(1)
+
+
+@dataclass(frozen=True)
+class LayoutSettings:
+    """How strongly, and in which steps. The defaults are the paper's. Raises ValueError out of range."""
+
+    mode: Mode = setting(
+        "backward",
+        "backward moves the latents by the gradient of an energy of the words' attention; forward draws the target "
+        "into the attention, which costs nothing and is held to be weaker.",
+        group=GROUP,
+    )
+    energy: Energy = setting(
+        "shape",
+        "What the attention is compared by: its shape (the paper), its centroid, its size, or the share of it inside "
+        "the target.",
+        group=GROUP,
+    )
+    scale: float = setting(15.0, "How far the latents go along the gradient.", least=0, most=10_000, group=GROUP)
+    weight: float = setting(4.0, "Of the energy.", least=0, most=10_000, group=GROUP)
+    amount: float = setting(
+        0.7, "Share of the target in the attention, of forward guidance.", least=0, most=1, symbol="lambda", group=GROUP
+    )
+    repeats: int = setting(
+        1, "Times that a step is guided, at most; the paper takes one.", least=1, most=100, group=GROUP
+    )
+    enough: float = setting(
+        0.0, "An energy, before its weight and a frame, at which a step is guided no further.", least=0, group=GROUP
+    )
+    most_change: float = setting(
+        0.0, "The most that the latents of a frame change at once, as a root mean square. 0: no bound.", least=0,
+        group=GROUP,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class LayoutGuidance(LayoutSettings):
+    """Guidance of one object, or more.
+
+    target, columns: see `Placed`. more: further objects. steps: those that are guided; None takes the paper's 33 of 50,
+    in proportion.
+    """
+
+    target: Tensor = field(kw_only=True)
+    columns: Sequence[int] = field(kw_only=True)
+    more: Sequence[Placed] = field(default=(), kw_only=True)
+    steps: Sequence[int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objects  # noqa: B018  raise for what is none
+
+    @property
+    def objects(self) -> tuple[Placed, ...]:
+        return (Placed(self.target, self.columns), *self.more)
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether a step of a run is guided."""
+        if not (self.scale if self.mode == "backward" else self.amount):
+            return False
+        return in_schedule(step, steps) if self.steps is None else step in self.steps
+
+    def moved(
+        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
+        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
+    ) -> Tensor:  # fmt: skip
+        """The latents that a guided step begins from."""
+        if self.mode == "forward":
+            return latents
+        return guided(denoiser, latents, timestep, alpha, condition, self, key_frames, clip_norm, chunk_frames)
+
+    def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
+        """Of the conditional branch in a guided step."""
+        return ForwardControl(key_frames, chunk, self) if self.mode == "forward" else Control(key_frames, chunk)
+
+    def check_fits(self, frames: int, text_tokens: int) -> None:
+        """Raise ValueError for targets of another clip, or columns that the text lacks."""
+        for placed in self.objects:
+            if len(placed.target) != frames:
+                raise ValueError(f"target has {len(placed.target)} frames; the clip has {frames}")
+            if max(placed.columns) >= text_tokens:
+                raise ValueError(f"columns name token {max(placed.columns)}; the text has {text_tokens}")
+
+
+def in_schedule(step: int, steps: int) -> bool:
+    """The paper's steps: of 50, the first 21 and every second one up to step 44; of other numbers, in proportion."""
+    return 50 * step <= 20 * steps or (50 * step <= 44 * steps and step % 2 == 0)
+
+
+# --- energies -------------------------------------------------------------------------------
+
+
+def normalized(x: Tensor) -> Tensor:
+    """N: min-max over the heads and places of each frame, (f h t) -> (f h t)."""
+    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+    return (x - low) / (high - low + EPSILON)
+
+
+def shape_of(x: Tensor) -> Tensor:
+    """N(sigmoid(s (N(x) - .5))): an object's outline, (f h t) -> (f h t) in 0..1."""
+    return normalized(torch.sigmoid(SHARPNESS * (normalized(x) - 0.5)))
+
+
+def shape_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean over heads and places of (shape(T) - shape(A))^2, of each frame."""
+    return ((shape_of(target[:, None]) - shape_of(maps)) ** 2).mean((1, 2))
+
+
+def centroid_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Squared distance of the centres, sum((x, y) A) / sum(A), in shares of the picture; mean over heads."""
+    apart = _centroid(maps, grid) - _centroid(target[:, None], grid)
+    return (apart**2).sum(-1).mean(1)
+
+
+def size_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Squared difference of the shares of the picture that are taken, the map's by a soft threshold (s = 10)."""
+    taken = torch.sigmoid(10 * (normalized(maps) - 0.5)).mean(-1)
+    return ((taken - target.mean(-1)[:, None]) ** 2).mean(1)
+
+
+def inside_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(1 - sum(A m) / sum(A))^2, the share of attention that is outside; mean over heads."""
+    share = (maps * target[:, None]).sum(-1) / (maps.sum(-1) + EPSILON)
+    return ((1 - share) ** 2).mean(1)
+
+
+ENERGIES: dict[Energy, Callable[[Tensor, Tensor, tuple[int, int]], Tensor]] = {
+    "shape": shape_energy,
+    "centroid": centroid_energy,
+    "size": size_energy,
+    "inside": inside_energy,
+}
+"""Of maps (f h t) and a target (f t) on a grid (height, width): (f)."""
+
+
+def _centroid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    height, width = grid
+    y = ((torch.arange(height) + 0.5) / height).repeat_interleave(width).to(x)
+    across = ((torch.arange(width) + 0.5) / width).repeat(height).to(x)
+    total = x.sum(-1) + EPSILON
+    return torch.stack([(x * across).sum(-1) / total, (x * y).sum(-1) / total], -1)
+
+
+# --- controls -------------------------------------------------------------------------------
+
+
+class EnergyControl(Control):
+    """Attention as the model has it, and the energy of its words' maps."""
+
+    def __init__(self, key_frames: KeyFrames, chunk: Chunk, layout: LayoutGuidance) -> None:
+        super().__init__(key_frames, chunk)
+        self.layout = layout
+        self._found: dict[str, Tensor] = {}
+        """Of each layer that counts, the energy of each frame: kept by name, for a layer may be computed twice."""
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if MAPS[0] <= site.tokens <= MAPS[1]:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            maps = attention_map(q.to(wide), k.to(wide))
+            energy, grid = ENERGIES[self.layout.energy], (site.height, site.width)
+            parts = []
+            for placed in self.layout.objects:
+                target = placed.on(site, self.chunk.frame_indices).to(maps)
+                of_words = [energy(maps[..., column], target, grid) for column in placed.columns]
+                parts.append(torch.stack(of_words).mean(0))
+            self._found[site.name] = torch.stack(parts).sum(0)
+        return super().cross_attention(q, k, v, site)
+
+    def energy(self) -> Tensor:
+        """The mean over layers for each frame (f); ValueError where no layer has a grid that counts."""
+        if not self._found:
+            raise ValueError(
+                f"no cross-attention layer has {MAPS[0]} to {MAPS[1]} places on latents of this size, as guidance needs"
+            )
+        return torch.stack(list(self._found.values())).mean(0)
+
+
+class ForwardControl(Control):
+    """A <- (1 - lambda) A + lambda g sum(A) in the words' columns, g the target with sum 1 in each frame."""
+
+    def __init__(self, key_frames: KeyFrames, chunk: Chunk, layout: LayoutGuidance) -> None:
+        super().__init__(key_frames, chunk)
+        self.layout = layout
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        maps = attention_map(q, k)
+        for placed in self.layout.objects:
+            target = placed.on(site, self.chunk.frame_indices).to(maps)
+            total = target.sum(-1, keepdim=True)
+            share = (target / total.clamp(min=EPSILON))[:, None]
+            there = (total > 0)[:, None]  # in a frame without the object, attention stays
+            for column in placed.columns:
+                own = maps[..., column]
+                drawn = (1 - self.layout.amount) * own + self.layout.amount * share * own.sum(-1, keepdim=True)
+                maps[..., column] = torch.where(there, drawn, own)
+        return maps @ v
+
+
+# --- the guided step ------------------------------------------------------------------------
+
+
+def guided(
+    denoiser: Denoiser,
+    latents: Tensor,
+    timestep: float,
+    alpha: Tensor,
+    condition: Condition,
+    layout: LayoutGuidance,
+    key_frames: KeyFrames,
+    clip_norm: bool = False,
+    chunk_frames: int | None = None,
+    told: Callable[[float, Tensor], None] | None = None,
+) -> Tensor:
+    """z <- z - scale (1 - abar) grad E, before a step, `repeats` times at most.
+
+    told: called with each energy, and its gradient in the latents.
+    """
+    z = latents
+    for _ in range(layout.repeats):
+        energy, gradient = energy_gradient(
+            denoiser, z, timestep, condition, layout, key_frames, clip_norm, chunk_frames
+        )
+        if told:
+            told(energy, gradient)
+        if energy <= layout.enough * layout.weight * len(z):
+            break
+        change = layout.scale * (1 - alpha).to(z) * gradient
+        if layout.most_change:
+            size = change.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+            change = change * (layout.most_change / size.clamp(min=EPSILON)).clamp(max=1)
+        z = z - change
+        check_finite(z, "the guided latents")
+    return z
+
+
+def energy_gradient(
+    denoiser: Denoiser,
+    latents: Tensor,
+    timestep: float,
+    condition: Condition,
+    layout: LayoutGuidance,
+    key_frames: KeyFrames,
+    clip_norm: bool = False,
+    chunk_frames: int | None = None,
+) -> tuple[float, Tensor]:
+    """E and its gradient in the latents, of the conditional branch. Frames that do not meet go by in chunks.
+
+    Raises TypeError for a denoiser without gradients.
+    """
+    if not isinstance(denoiser, Differentiable):
+        raise TypeError(f"a {type(denoiser).__name__} has no gradients, which backward guidance needs; take forward")
+    alone = key_frames.entries == ("self",) and not clip_norm and not denoiser.frames_meet
+    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames if alone else None, clip_norm)
+    gradient, energy = torch.zeros_like(latents), 0.0
+    # Half precision has no room for gradients this small.
+    loud = 1024.0 if denoiser.dtype == torch.float16 else 1.0
+    for chunk in chunks:
+        with torch.enable_grad(), denoiser.differentiable():
+            z = frames_of(latents, chunk).detach().requires_grad_(True)
+            control = EnergyControl(key_frames, chunk, layout)
+            denoiser.predict_noise(z, timestep, condition, control)
+            found = layout.weight * control.energy().sum()
+            (of_chunk,) = torch.autograd.grad(loud * found, z)
+        gradient[list(chunk.frame_indices)] += of_chunk.to(gradient) / loud
+        energy += found.item()
+    return energy, gradient

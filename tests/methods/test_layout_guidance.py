@@ -1,0 +1,248 @@
+"""Layout guidance: the reference's numbers on a video UNet, gradients, and what must hold of energies and steps."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from safetensors.torch import load_file
+
+from fatezero import generate
+from fatezero.attention.condition import Condition
+from fatezero.attention.control import AttentionSite, Control
+from fatezero.attention.key_frames import Chunk, KeyFrames
+from fatezero.demo.model import build_scheduler
+from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
+from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
+from fatezero.methods.layout_guidance import (
+    ENERGIES,
+    EnergyControl,
+    ForwardControl,
+    LayoutGuidance,
+    Placed,
+    energy_gradient,
+    in_schedule,
+    shape_of,
+)
+from small import FIXTURES, random_latents, random_text, relative, small_unet
+
+SELF = KeyFrames(("self",))
+
+
+def video_denoiser():
+    """The UNet of the reference results, in float64."""
+    unet = UNet3DConditionModel(
+        sample_size=32, block_out_channels=(16, 16, 32, 32), layers_per_block=2, cross_attention_dim=32,
+        attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+    unet.load_state_dict(load_file(FIXTURES / "unet3d.safetensors"))
+    return DiffusersVideoDenoiser(unet.double().eval(), build_scheduler())
+
+
+def test_backward_guidance_is_the_references(monkeypatch):
+    tensors, told = load_file(FIXTURES / "guidance_backward.safetensors"), []
+    layout = LayoutGuidance(target=tensors["target"], columns=[3], steps=(0, 1, 2))
+    found = LayoutGuidance.moved
+
+    def moved(self, denoiser, latents, timestep, alpha, condition, keys, *rest):
+        told.append(energy_gradient(denoiser, latents, timestep, condition, self, keys))
+        return found(self, denoiser, latents, timestep, alpha, condition, keys, *rest)
+
+    monkeypatch.setattr(LayoutGuidance, "moved", moved)
+    made = generate(
+        video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 15.0, "self", False, layout=layout
+    )
+    energies, gradients = zip(*told, strict=True)
+    assert relative(torch.tensor(energies), tensors["energies"]) < 1e-6
+    assert relative(torch.stack(gradients), tensors["gradients"].double()) < 1e-6
+    assert relative(made, tensors["levels"][-1].double()) < 1e-6
+
+
+def test_forward_guidance_is_the_references():
+    tensors = load_file(FIXTURES / "guidance_forward.safetensors")
+    layout = LayoutGuidance(target=tensors["target"], columns=[3], mode="forward", steps=(0, 1))
+    made = generate(
+        video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 7.5, "self", False, layout=layout
+    )
+    assert relative(made, tensors["levels"][-1].double()) < 1e-6
+
+
+def test_sixteen_layers_are_captured_and_ten_used():
+    denoiser = video_denoiser()
+    assert sum(site.kind == "cross" for site in denoiser.sites(32, 32)) == 16
+    control = EnergyControl(SELF, Chunk.whole(2), LayoutGuidance(target=torch.ones(2, 8, 8), columns=[1]))
+    with torch.no_grad(), denoiser.hooked():
+        denoiser.predict_noise(random_latents(2, 32, 32), 401, Condition.of(torch.zeros(1, 77, 32), "text"), control)
+    assert len(control._found) == 10
+
+
+# --- energies -----------------------------------------------------------------------------
+
+
+def disc(frames=2, side=16):
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    discs = [((x - 4 - 2 * f) ** 2 + (y - 7) ** 2 < 10).double() for f in range(frames)]
+    return torch.stack(discs)
+
+
+def test_the_shape_of_a_binary_map_is_itself_and_scale_does_not_matter():
+    binary = disc().flatten(1)[:, None]
+    assert torch.allclose(shape_of(binary), binary, atol=1e-4)
+    maps = torch.rand(2, 3, 256, dtype=torch.float64)
+    assert torch.allclose(shape_of(7 * maps + 3), shape_of(maps), atol=1e-9)
+    assert shape_of(maps).min() >= 0 and shape_of(maps).max() <= 1
+    assert shape_of(torch.ones(1, 2, 9)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_energies_vanish_at_the_target_and_rise_away_from_it(kind):
+    target = disc().flatten(1)
+    at, away = (
+        ENERGIES[kind](maps[:, None], target, (16, 16)) for maps in (target, (target + target.roll(5, 1)).clamp(max=1))
+    )
+    assert at.shape == (2,) and (at < 1e-4).all()
+    assert (away > 3 * at).all()
+
+
+def energy_of(denoiser, z, layout, keys=SELF):
+    return energy_gradient(denoiser, z, 401, Condition.of(random_text(2), "text"), layout, keys)
+
+
+def small_denoiser(layers=False):
+    unet = small_unet()
+    if layers:
+        with_temporal_layers(unet)
+    return DiffusersDenoiser(unet, build_scheduler())
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+def test_the_gradient_is_that_of_finite_differences(kind):
+    denoiser, z = small_denoiser(), random_latents(2)
+    layout = LayoutGuidance(target=disc(), columns=[2, 5], energy=kind)
+    with denoiser.hooked():
+        _, gradient = energy_of(denoiser, z, layout)
+        direction = random_latents(2, seed=8)
+        step = 1e-5
+        up, down = (energy_of(denoiser, z + sign * step * direction, layout)[0] for sign in (1, -1))
+    slope = (gradient * direction).sum().item()
+    assert slope == pytest.approx((up - down) / (2 * step), rel=1e-4)
+
+
+def test_a_small_step_along_the_gradient_lowers_the_energy():
+    denoiser, z, layout = small_denoiser(), random_latents(2), LayoutGuidance(target=disc(), columns=[2])
+    with denoiser.hooked():
+        energy, gradient = energy_of(denoiser, z, layout)
+        assert energy_of(denoiser, z - 1e-2 * gradient / gradient.norm(), layout)[0] < energy
+
+
+def test_words_are_averaged_and_objects_added():
+    denoiser, z = small_denoiser(), random_latents(2)
+
+    def energy(columns, more=()):
+        with denoiser.hooked():
+            return energy_of(denoiser, z, LayoutGuidance(target=disc(), columns=columns, more=more))[0]
+
+    one, other = energy([2]), energy([5])
+    assert energy([2, 5]) == pytest.approx((one + other) / 2)
+    assert energy([2], [Placed(disc(), [5])]) == pytest.approx(one + other)
+
+
+def test_frames_that_do_not_meet_have_no_share_in_each_other_and_go_by_in_chunks():
+    denoiser, z = small_denoiser(), random_latents(3)
+    layout = LayoutGuidance(target=disc(3), columns=[2])
+    with denoiser.hooked():
+        energy, gradient = energy_of(denoiser, z, layout)
+        changed = z.clone()
+        changed[1] += 1
+        _, other = energy_of(denoiser, changed, layout)
+        in_chunks = energy_gradient(
+            denoiser, z, 401, Condition.of(random_text(2), "text"), layout, SELF, chunk_frames=1
+        )
+    assert torch.allclose(other[[0, 2]], gradient[[0, 2]], atol=1e-12)
+    assert not torch.allclose(other[1], gradient[1])
+    assert in_chunks[0] == pytest.approx(energy) and torch.allclose(in_chunks[1], gradient, atol=1e-12)
+
+
+def test_the_papers_schedule():
+    assert [step for step in range(50) if in_schedule(step, 50)] == [*range(21), *range(22, 45, 2)]
+    assert sum(in_schedule(step, 50) for step in range(50)) == 33
+
+
+# --- steps --------------------------------------------------------------------------------
+
+
+def drawn(layout=None, layers=False, **options):
+    return generate(
+        small_denoiser(layers), random_latents(2), random_text(2), random_text(3), 4, 5.0, layout=layout, **options
+    )
+
+
+@pytest.mark.parametrize("still", [{"scale": 0.0}, {"mode": "forward", "amount": 0.0}, {"steps": ()}])
+def test_guidance_of_no_strength_is_bit_exact(still):
+    assert torch.equal(drawn(LayoutGuidance(target=disc(), columns=[2], **still)), drawn())
+
+
+def test_it_runs_on_key_frames_and_temporal_layers():
+    guided = drawn(LayoutGuidance(target=disc(), columns=[2]), layers=True)
+    assert guided.isfinite().all() and relative(guided, drawn(layers=True)) > 1e-4
+
+
+def test_repeats_end_where_the_energy_is_low_enough_and_steps_are_bounded():
+    once, often = (drawn(LayoutGuidance(target=disc(), columns=[2], repeats=n)) for n in (1, 3))
+    assert not torch.equal(once, often)
+    enough = drawn(LayoutGuidance(target=disc(), columns=[2], repeats=3, enough=1e9))
+    assert torch.equal(enough, drawn())
+    denoiser, z = small_denoiser(), random_latents(2)
+    layout = LayoutGuidance(target=disc(), columns=[2], scale=1e4, most_change=0.01)
+    with denoiser.hooked():
+        moved = layout.moved(
+            denoiser, z, 401, torch.tensor(0.5), Condition.of(random_text(2), "text"), SELF, False, None
+        )
+    assert (moved - z).pow(2).mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.01, 0.01])
+
+
+def test_forward_guidance_keeps_a_words_mass():
+    site, random = AttentionSite("down", 0, "cross", 2, 4, 4, 4), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 2, tokens, 4, generator=random) for tokens in (16, 7))
+    v = torch.eye(7).expand(2, 2, 7, 7)
+    target = torch.zeros(2, 16, 16)
+    target[0, :8, :8] = 1  # in the second frame the object is nowhere
+    layout = LayoutGuidance(target=target, columns=[3], mode="forward")
+    maps = ForwardControl(SELF, Chunk.whole(2), layout).cross_attention(q, k, v, site)
+    plain = Control(SELF, Chunk.whole(2)).cross_attention(q, k, v, site)
+    assert torch.allclose(maps[..., 3].sum(-1), plain[..., 3].sum(-1), atol=1e-5)
+    assert torch.allclose(maps[1], plain[1], atol=1e-6)
+    inside = maps[0, :, :, 3].view(2, 4, 4)[:, :2, :2].sum((1, 2)) / maps[0, :, :, 3].sum(-1)
+    assert (inside > 0.7).all()
+    others = [c for c in range(7) if c != 3]
+    assert torch.allclose(maps[..., others], plain[..., others], atol=1e-6)
+
+
+def test_the_models_weights_keep_their_gradients_to_themselves():
+    unet = small_unet().requires_grad_(True)
+    denoiser = DiffusersDenoiser(unet, build_scheduler())
+    with denoiser.hooked():
+        energy_of(denoiser, random_latents(2), LayoutGuidance(target=disc(), columns=[2]))
+    assert all(w.requires_grad and w.grad is None for w in unet.parameters())
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"target must be \(frames, height, width\)"):
+        LayoutGuidance(target=torch.full((1, 4, 4), 2.0), columns=[1])
+    with pytest.raises(ValueError, match="columns is .*must name tokens"):
+        LayoutGuidance(target=torch.ones(1, 4, 4), columns=[])
+    with pytest.raises(ValueError, match="target has 3 frames; the clip has 2"):
+        drawn(LayoutGuidance(target=disc(3), columns=[2]))
+    with pytest.raises(ValueError, match="columns name token 99; the text has 77"):
+        drawn(LayoutGuidance(target=disc(), columns=[99]))
+    with pytest.raises(ValueError, match="scale is -1"):
+        LayoutGuidance(target=disc(), columns=[2], scale=-1)
+    with pytest.raises(TypeError, match="unet is a UNet2DConditionModel; .* UNet3DConditionModel"):
+        DiffusersVideoDenoiser(small_unet(), build_scheduler())
+    coarse = DiffusersDenoiser(small_unet(), build_scheduler())
+    with pytest.raises(ValueError, match="no cross-attention layer has 64 to 256 places"), coarse.hooked():
+        energy_of(coarse, random_latents(2, 4, 4), LayoutGuidance(target=disc(), columns=[2]))
+    odd = DiffusersDenoiser(small_unet(), build_scheduler())
+    assert isinstance(odd.unet, UNet2DConditionModel)
+    odd.unet.conv_in.weight.data = odd.unet.conv_in.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="weights in torch.float8_e4m3fn, through which"), odd.differentiable():
+        pass
