@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .diffusion.invert import Inversion, invert
     from .methods.fatezero import FusionSettings
     from .methods.flow_smoothing import FlowSmoothing
+    from .methods.layout_guidance import LayoutGuidance
     from .methods.plug_and_play import PnPSettings
     from .methods.temporal_layers import LayerSettings
     from .methods.tokenflow import TokenFlowSettings
@@ -39,6 +40,7 @@ _HOMES = {
     "FusionSettings": ".methods.fatezero",
     "StoreSettings": ".store.budget",
     "FlowSmoothing": ".methods.flow_smoothing",
+    "LayoutGuidance": ".methods.layout_guidance",
     "PnPSettings": ".methods.plug_and_play",
     "LayerSettings": ".methods.temporal_layers",
     "TokenFlowSettings": ".methods.tokenflow",
@@ -57,6 +59,7 @@ __all__ = [
     "FusionSettings",
     "Inversion",
     "LayerSettings",
+    "LayoutGuidance",
     "PnPSettings",
     "PromptEdit",
     "StoreError",

@@ -1,4 +1,4 @@
-"""The command line: `fatezero demo`, `edit`, `invert`, `tune`, `evaluate`, `benchmark` and `train-demo`."""
+"""The command line: `fatezero demo`, `edit`, `invert`, `tune`, `generate`, `evaluate`, `benchmark` and `train-demo`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .config import (
     EditConfig,
     check_effect,
     checked,
+    generate_config,
     load_configs,
     load_pairs,
     of_methods,
@@ -25,7 +26,7 @@ from .config import (
     with_preset,
     with_values,
 )
-from .options import GROUPS, edit_options, given_of, invert_options, tune_options, whole_numbers
+from .options import GROUPS, edit_options, generate_options, given_of, invert_options, tune_options, whole_numbers
 from .progress import complain, console, progress_bar, told
 
 app = App(
@@ -38,7 +39,8 @@ app = App(
     group_parameters=Group("Options", sort_key=-1),
 )
 
-EditOptions, InvertOptions, TuneOptions = edit_options(), invert_options(of_methods()), tune_options()
+EditOptions, InvertOptions = edit_options(), invert_options(of_methods())
+TuneOptions, GenerateOptions = tune_options(), generate_options()
 
 _RUN = GROUPS["This run"]
 Video = Annotated[
@@ -176,6 +178,46 @@ def tune(
 
     session = Session(console, progress_bar, device, dtype, model_config, overwrite)
     run_tune(session, config, TuneRun(output, resume, folder, keep_every, dry_run))
+
+
+@app.command(name="generate")
+def generate_clip(
+    *,
+    output: Annotated[
+        str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Where the clip goes, as in an edit.")
+    ] = "clip.mp4",
+    box: Annotated[
+        list[str] | None,
+        Parameter(
+            help='Where words shall be: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size (or '
+            "width and height) as shares of the picture; may repeat.",
+            negative="",
+            group=GROUPS["Layout"],
+        ),
+    ] = None,
+    ellipse: Annotated[
+        list[str] | None, Parameter(help="The same as an ellipse.", negative="", group=GROUPS["Layout"])
+    ] = None,
+    mask: Annotated[
+        list[str] | None,
+        Parameter(help='The same by a video or pictures: "burger: mask.mp4".', negative="", group=GROUPS["Layout"]),
+    ] = None,
+    model_config: ModelConfig = None,
+    options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a new clip of a prompt, with objects where they are asked for (cross-attention guidance)."""
+    console.quiet = quiet
+    config = generate_config(given_of(options))
+    from .generation import Objects, run_generate
+    from .run import Session
+
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite)
+    run_generate(session, config, Objects(box or (), ellipse or (), mask or ()), output, dry_run)
 
 
 @app.command

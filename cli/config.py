@@ -21,6 +21,7 @@ from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import GROUP as FLOW
 from ..methods.flow_smoothing import FlowSmoothing
+from ..methods.layout_guidance import LayoutSettings
 from ..methods.plug_and_play import PnPSettings
 from ..methods.temporal_layers import LayerSettings
 from ..methods.tokenflow import TokenFlowSettings
@@ -46,6 +47,7 @@ def _kept(settings: type, name: str, default: Any) -> Any:
 
 
 _TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO
+_CLIP, _DRAWN = "The clip", "The edit"
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,41 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
         return _part(self, TuneSettings)
 
 
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
+
+    prompt: str = setting("", "What the clip shall show.", group=_TEXT)
+    negative: str = _kept(EditConfig, "negative", "")
+    model: str = _kept(EditConfig, "model", "demo")
+    lora: str = _kept(EditConfig, "lora", "")
+    temporal: str = _kept(EditConfig, "temporal", "")
+    frames: int = setting(16, "How many.", least=1, most=1000, group=_CLIP)
+    size: tuple[int, int] | None = setting(None, "WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP)
+    fps: float = setting(8.0, "Of the video.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
+    seed: int = setting(0, "Of the noise.", least=0, most=2**63 - 1, group=_CLIP)
+    steps: int = _kept(InversionSettings, "steps", 50)
+    guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
+    key_frames: tuple[str | int, ...] | None = setting(
+        None, "Whose keys and values each frame attends to, as in `fatezero edit`.",
+        shown="as the model was trained", group=_DRAWN,
+    )  # fmt: skip
+    clip_norm: bool | None = setting(
+        None, "Take the normalisation statistics of the ResNet blocks over the whole clip.",
+        shown="as the model was trained", group=_DRAWN,
+    )  # fmt: skip
+    layout: LayoutSettings = LayoutSettings()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 SECTIONS: dict[str, Any] = {"pnp": PnPSettings, "tokenflow": TokenFlowSettings}
-"""The sections of a configuration, and the settings in them."""
+"""The sections of an edit's configuration, and the settings in them."""
+ALL_SECTIONS: dict[str, Any] = SECTIONS | {"layout": LayoutSettings}
+"""Those of other commands too."""
 _KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
+_GENERATE_KINDS: dict[str, Any] = {one.name: one.kind for one in described(GenerateConfig)}
 _TUNE_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(TuneConfig)}
 _AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
 _OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
@@ -240,6 +274,16 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
     return config
 
 
+def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
+    """A clip to draw by its settings that were given; ConfigError naming what is wrong or missing."""
+    layout = LayoutSettings(**_section_of("layout", values.get("layout", {})))
+    found = _checked({name: value for name, value in values.items() if name != "layout"}, _GENERATE_KINDS)
+    config = GenerateConfig(**found, layout=layout)
+    if not config.prompt:
+        raise ConfigError("missing --prompt")
+    return config
+
+
 def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
     found = _fitting(values, kinds)
     for name in ("start", "end"):
@@ -271,7 +315,7 @@ def _section_of(name: str, given: Any) -> dict[str, Any]:
     """The values given of a section."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name} is {given!r}; it must be a section")
-    settings = SECTIONS[name]
+    settings = ALL_SECTIONS[name]
     found = _fitting(given, {one.name: one.kind for one in described(settings)}, f"{name}.")
     try:
         settings(**found)

@@ -10,15 +10,16 @@ from typing import Annotated, Any, get_origin
 from cyclopts import Group, Parameter
 
 from ..attention.key_frames import KeyFrames
+from ..methods.layout_guidance import LayoutSettings
 from ..settings import Described, described, is_union
-from .config import SECTIONS, ConfigError, EditConfig, TuneConfig
+from .config import ALL_SECTIONS, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 
 GROUPS = {
     name: Group(name, sort_key=order)
     for order, name in enumerate(
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit", "FateZero",
-            "Plug-and-Play", "TokenFlow", "Flow smoothing", "Tuning", "This run",
+            "Plug-and-Play", "TokenFlow", "Flow smoothing", "Tuning", "The clip", "Layout", "This run",
         )
     )
 }  # fmt: skip
@@ -55,12 +56,19 @@ def tune_options() -> type:
     return _options_of("TuneOptions", described(TuneConfig))
 
 
+def generate_options() -> type:
+    """Every setting of a new clip, and the section of its layout."""
+    own = [one for one in described(GenerateConfig) if one.name != "layout"]
+    sections = {"layout": _options_of(LayoutSettings.__name__, described(LayoutSettings))}
+    return _options_of("GenerateOptions", own, sections)
+
+
 def given_of(options: Any) -> dict[str, Any]:
     """The values that were given, by the names of their settings; lists and pairs read from their text."""
     found: dict[str, Any] = {}
     for one in fields(options) if options is not None else ():
         value = getattr(options, one.name)
-        if one.name in SECTIONS:
+        if one.name in ALL_SECTIONS:
             section = given_of(value)
             found |= {one.name: section} if section else {}
         elif value is not None:

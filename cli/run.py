@@ -34,7 +34,7 @@ from ..video.motion import Motion
 from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
-from .config import EditConfig, TuneConfig
+from .config import EditConfig, GenerateConfig, TuneConfig
 from .progress import Bar
 
 DEFAULT_FRAMES = 8
@@ -99,24 +99,24 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "") -> Checkpoint:
+    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
         where = pick_device(self.device)
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         with quiet():
             checkpoint = Checkpoint.load(
-                model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None
-            )
+                model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None,
+                videos=videos,
+            )  # fmt: skip
         if model == "demo":
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
         return checkpoint
 
-    def inputs_of(self, config: EditConfig) -> list[Path]:
+    def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
         """All the files that a run reads."""
-        named = [
-            Path(name) for name in (config.video, config.model, config.lora, config.temporal, self.model_config) if name
-        ]
-        return [*self.inputs, *named]
+        video = config.video if isinstance(config, EditConfig) else ""
+        named = (video, config.model, config.lora, config.temporal, self.model_config)
+        return [*self.inputs, *(Path(name) for name in named if name)]
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet3DConditionModel,
 )
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ from ..files.whole import whole_file
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
 from .diffusers_temporal import inflated_unet, save_inflated_unet, with_temporal_layers
+from .diffusers_video import DiffusersVideoDenoiser
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -62,23 +64,27 @@ class Checkpoint:
         lora: str | None = None,
         lora_scale: float = 1.0,
         temporal: str | None = None,
+        videos: bool = False,
     ) -> Checkpoint:
         """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
 
         config: for a single file, a diffusers folder with the tokenizer and configuration of
         its kind. Only a hub name uses the network. lora: a LoRA file or folder. temporal: temporal layers, as
-        `load_temporal_layers` takes them.
+        `load_temporal_layers` takes them. videos: take text-to-video UNets (ModelScope) too.
 
         Raises CheckpointError, saying what was looked for.
         """
         if lora is not None and not Path(lora).exists():
             raise CheckpointError(f"no LoRA at {lora}")
         pipeline = _pipeline(name, dtype, config)
-        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+        kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
+        if not isinstance(getattr(pipeline, "unet", None), kinds):
             raise CheckpointError(
                 f"{name} is a {type(pipeline).__name__}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL"
             )
         if temporal is not None:
+            if isinstance(pipeline.unet, UNet3DConditionModel):
+                raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
             try:
                 with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
             except (OSError, ValueError) as error:
@@ -109,7 +115,8 @@ class Checkpoint:
 
     @property
     def denoiser(self) -> DiffusersDenoiser:
-        return DiffusersDenoiser(self.unet, self.scheduler)
+        kind = DiffusersVideoDenoiser if isinstance(self.unet, UNet3DConditionModel) else DiffusersDenoiser
+        return kind(self.unet, self.scheduler)
 
     @cached_property
     def vae_identity(self) -> ModelIdentity:
@@ -123,7 +130,7 @@ class Checkpoint:
 
     @property
     def sdxl(self) -> bool:
-        return self.unet.config["addition_embed_type"] == "text_time"
+        return self.unet.config.get("addition_embed_type") == "text_time"
 
     @property
     def factor(self) -> int:

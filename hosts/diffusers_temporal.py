@@ -133,6 +133,8 @@ def inflated_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel | No
     if config.get("_class_name") not in ("UNet3DConditionModel", "UNetPseudo3DConditionModel"):
         return None
     weights = _weights_of(folder)
+    if any(name.partition(".temp_convs.")[1] for name in weights):  # ModelScope's, which has the same class name
+        return None
     kind_of(weights)
     unet = UNet2DConditionModel.from_config(_as_pictures(config))
     unet.load_state_dict({name: w for name, w in weights.items() if not is_temporal(name)})

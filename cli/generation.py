@@ -1,0 +1,113 @@
+"""`fatezero generate`: new clips, with objects where they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..attention.key_frames import KeyFrames
+from ..attention.prompt import PromptEdit
+from ..diffusion.generate import generate
+from ..files.temporal_layers import about_temporal_layers
+from ..hosts.checkpoint import Checkpoint
+from ..hosts.diffusers_video import DiffusersVideoDenoiser
+from ..methods.layout import Form, named_path
+from ..methods.layout_guidance import LayoutGuidance, Placed
+from ..video.read import open_video
+from ..video.size import check_size, to_unit
+from ..video.write import check_output, write_video
+from .config import GenerateConfig
+from .run import Session, decode
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was asked for of objects: "words: path" of boxes and ellipses, "words: file" of masks."""
+
+    boxes: Sequence[str] = ()
+    ellipses: Sequence[str] = ()
+    masks: Sequence[str] = ()
+
+    def placed(
+        self, checkpoint: Checkpoint, prompt: str, shape: tuple[int, int, int], text_tokens: int
+    ) -> list[Placed]:
+        """Each with its target (frames, height, width) and its words' tokens; ValueError for words not in the prompt.
+
+        shape: frames, height and width of the targets.
+        """
+        frames, height, width = shape
+        forms: list[tuple[Form, Sequence[str]]] = [("box", self.boxes), ("ellipse", self.ellipses)]
+        found = []
+        for form, texts in forms:
+            for text in texts:
+                words, path = named_path(text, form)
+                found.append((words, path.mask(frames, height, width)))
+        for text in self.masks:
+            words, _, file = text.partition(":")
+            found.append((words.strip(), _mask(file.strip(), frames)))
+        pair = PromptEdit(prompt, prompt, checkpoint.tokenizer)
+        return [Placed(mask, pair.token_indices(prompt, words, text_tokens, "layout")) for words, mask in found]
+
+
+def run_generate(session: Session, config: GenerateConfig, objects: Objects, output: str, dry_run: bool) -> None:
+    """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
+    check_output(output, config.frames, session.overwrite, session.inputs_of(config))
+    checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
+    side = checkpoint.native_size
+    width, height = config.size or (side, side)
+    check_size(width, height, checkpoint.factor)
+    text, empty = (
+        checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
+        for words in (config.prompt, config.negative)
+    )
+    denoiser = checkpoint.denoiser
+    denoiser.schedule(config.steps)
+    found = objects.placed(checkpoint, config.prompt, (config.frames, height, width), text.text_tokens)
+    layout = None
+    if found:
+        (first, *more), settings = found, vars(config.layout)
+        layout = LayoutGuidance(target=first.target, columns=first.columns, more=more, **settings)
+        layout.check_fits(config.frames, text.text_tokens)
+    guided = sum(layout.guides(step, config.steps) for step in range(config.steps)) if layout else 0
+    session.say(
+        f"{config.frames} frames of {width}x{height}, {config.steps} steps, {guided} of them guided, "
+        f"{checkpoint.unet.device}"
+    )
+    keys, norm = _as_trained(checkpoint, config)
+    if not denoiser.frames_meet:
+        session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")
+    if dry_run:
+        return
+    noise = torch.randn(
+        config.frames, 4, height // checkpoint.factor, width // checkpoint.factor,
+        generator=torch.Generator().manual_seed(config.seed),
+    )  # fmt: skip
+    with session.bars() as bar:
+        latents = generate(
+            denoiser, noise, text, empty, config.steps, config.guidance_scale, keys, norm, layout=layout,
+            progress=bar("draw"),
+        )  # fmt: skip
+        rate = Fraction(str(config.fps))
+        write_video(output, decode(checkpoint, latents, bar(f"write {Path(output).name}")), rate)
+    session.say(f"{config.prompt!r} written to {output}")
+
+
+def _as_trained(checkpoint: Checkpoint, config: GenerateConfig) -> tuple[KeyFrames, bool]:
+    """The key frames and clip norm that are asked for, or those the model was trained with."""
+    of_videos = isinstance(checkpoint.denoiser, DiffusersVideoDenoiser)
+    about = about_temporal_layers(config.temporal) if config.temporal else {}
+    told = "self" if of_videos else about.get("key_frames", "first, previous")
+    keys = KeyFrames.parse(told) if config.key_frames is None else KeyFrames.of(config.key_frames)
+    norm = not of_videos and about.get("clip_norm", "true") == "true" if config.clip_norm is None else config.clip_norm
+    return keys, norm
+
+
+def _mask(file: str, frames: int) -> Tensor:
+    """A video or pictures, white where an object shall be: (frames, height, width)."""
+    shown = open_video(file, 0, 1, frames)
+    return torch.stack([to_unit(frame[None])[0].mean(0) for frame in shown.frames()])

@@ -1,0 +1,75 @@
+"""`fatezero generate` as a user runs it."""
+
+import pytest
+import torch
+from commands import fatezero
+from diffusers import AutoencoderKL, TextToVideoSDPipeline, UNet3DConditionModel
+
+from fatezero.demo.world import SIZE
+from fatezero.hosts.checkpoint import DEMO, Checkpoint
+from fatezero.video.read import read_video
+
+PROMPT = ("--prompt", "a red circle on grass")
+DRAW = ("generate", *PROMPT, "--frames", 4, "--temporal", "demo", "--guidance-scale", 5)
+
+
+def test_an_object_is_where_it_is_sent(command, tmp_path):
+    """The same noise with a box at the left and at the right: red is there, in every frame."""
+    strong = ("--layout.energy", "inside", "--layout.scale", 60, "--layout.most-change", 0.1, "--layout.repeats", 3)
+    for name, x in (("left", 0.3), ("right", 0.7)):
+        said = command(*DRAW, *strong, "--steps", 10, "--box", f"red circle: 0:{x},0.5,0.5", "-o", f"{name}.mp4")
+        assert "10 steps, 7 of them guided" in " ".join(said.split()) and "single pictures" not in said
+        frames = read_video(tmp_path / f"{name}.mp4").frames.float() / 255
+        red = (frames[..., 0] - frames[..., 1:].amax(-1)).clamp(min=0)
+        across = (red.sum(1) * (torch.arange(SIZE) + 0.5) / SIZE).sum(-1) / red.sum((1, 2))
+        assert ((across - x).abs() < 0.08).all()
+
+
+def test_seeds_sizes_masks_and_a_plan(command, tmp_path):
+    command(*DRAW, "--steps", 2, "--seed", 1, "--size", "80x64", "-o", "a.mp4")
+    assert read_video(tmp_path / "a.mp4").frames.shape == (4, 64, 80, 3)
+    said = command(*DRAW, "--steps", 4, "--mask", "circle: a.mp4", "-o", "b.mp4", "--dry-run")
+    assert "4 frames of 64x64, 4 steps, 3 of them guided" in " ".join(said.split())
+    said = command("generate", *PROMPT, "--frames", 2, "--steps", 1, "-o", "c.mp4", "--dry-run")
+    assert "a model of single pictures" in " ".join(said.split())
+
+
+def test_what_is_refused(refused):
+    assert "missing --prompt" in refused("generate")
+    assert "'square' is not in the prompt" in refused(*DRAW, "--box", "square: 0:0.5,0.5,0.5")
+    assert "must be frame:x,y,size" in refused(*DRAW, "--box", "circle: here")
+    assert "both sides must be multiples" in refused(*DRAW, "--size", "65x64")
+    assert "mode is 'sideways'" in refused(*DRAW, "--layout.mode", "sideways")
+    assert "frames is 0" in refused("generate", *PROMPT, "--frames", 0)
+
+
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory):
+    """A random text-to-video model in ModelScope's layout, with the demo's text encoder and autoencoder."""
+    torch.manual_seed(0)
+    demo = Checkpoint.load("demo")
+    unet = UNet3DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=64, attention_head_dim=4,
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("video model")
+    TextToVideoSDPipeline(
+        AutoencoderKL.from_pretrained(DEMO / "vae"), demo.text_encoders[0], demo.tokenizer, unet, demo.scheduler
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_text_to_video_model_draws_a_clip(command, refused, video_model, tmp_path):
+    part = ("generate", *PROMPT, "--model", video_model, "--frames", 3, "--steps", 2)
+    command(*part, "--box", "circle: 0:0.5,0.5,0.5", "-o", "v.mp4")
+    assert read_video(tmp_path / "v.mp4").frames.shape == (3, 64, 64, 3)
+    assert "is a model of videos already" in refused(*part, "--temporal", "demo", "-o", "w.mp4")
+    said = refused("edit", tmp_path / "v.mp4", "--source", "a", "--target", "b", "--model", video_model, "-o", "x.mp4")
+    assert "needs an attention UNet" in said
+
+
+def test_help_names_every_setting(tmp_path):
+    said = fatezero("generate", "-h", cwd=tmp_path)
+    for name in ("--box", "--ellipse", "--mask", "--layout.scale", "--layout.mode", "--key-frames", "--seed"):
+        assert name in said
