@@ -73,7 +73,7 @@ def test_a_source_is_needed_for_fusion_alone(refused, command, tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
-    part = (*TUNE, "--steps", 8, "--keep-every", 1)
+    part = (*TUNE, "--steps", 5, "--keep-every", 1)
     command(*part, "-o", "whole")
     run = subprocess.Popen([*COMMAND, *map(str, part), "-o", "stopped"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     state = tmp_path / "stopped" / "state.safetensors"
@@ -82,7 +82,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     assert run.wait(30) == 130
-    assert 1 <= len(load_file(state)["losses"]) < 8
+    assert 1 <= len(load_file(state)["losses"]) < 5
     assert not (tmp_path / "stopped" / "temporal.safetensors").exists()
     command(*part, "-o", "stopped", "--resume")
     ours, theirs = (load_file(tmp_path / name / "temporal.safetensors") for name in ("stopped", "whole"))
@@ -107,8 +107,7 @@ def test_what_is_refused(refused, tuned, tmp_path):
     assert "needs bitsandbytes" in refused(*TUNE, "--steps", 1, "--optimizer", "adamw8bit", "-o", "new")
 
 
-def test_two_processes_draw_for_themselves_and_agree(command, tmp_path):
-    """Through accelerate: a step of two processes goes by the mean of both draws' gradients."""
+def test_two_processes_tune_and_one_of_them_writes(tmp_path):
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero")
     part = (*map(str, TUNE), "--steps", "2", "--device", "cpu")
     done = subprocess.run(
@@ -118,7 +117,4 @@ def test_two_processes_draw_for_themselves_and_agree(command, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("temporal layers written to") == 1
     assert "2 processes with draws of their own" in done.stdout
-    command(*part, "-o", "one")
-    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
-    assert one["losses"].shape == two["losses"].shape == (2,)
-    assert not torch.equal(one["losses"], two["losses"])
+    assert load_file(tmp_path / "two" / "state.safetensors")["losses"].shape == (2,)
