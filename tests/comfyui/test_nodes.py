@@ -13,6 +13,7 @@ IDS = {
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing", "FateZeroSteady",
+    "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
 }  # fmt: skip
 JPEG = b"\xff\xd8\xff"
