@@ -107,6 +107,7 @@ def test_what_is_refused(refused, tuned, tmp_path):
     assert "needs bitsandbytes" in refused(*TUNE, "--steps", 1, "--optimizer", "adamw8bit", "-o", "new")
 
 
+@pytest.mark.slow
 def test_two_processes_tune_and_one_of_them_writes(tmp_path):
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero")
     part = (*map(str, TUNE), "--steps", "2", "--device", "cpu")

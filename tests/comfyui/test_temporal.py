@@ -94,6 +94,7 @@ def test_fresh_layers_change_nothing_and_go_without_trace(host, files):
     assert torch.equal(host.latents(graph.prompt, sampled(graph, graph.demo[0])[0]), plain)
 
 
+@pytest.mark.slow
 def test_frames_meet_in_a_plain_sampler(host, files):
     """Another picture among the frames changes the others; without layers it does not."""
     results = {}
