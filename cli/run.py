@@ -19,7 +19,7 @@ from ..diffusion.edit import Edit, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..files.safetensors import format_bytes
-from ..files.temporal_layers import about_temporal_layers
+from ..files.temporal_layers import about_temporal_layers, seen_with
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, quiet
 from ..methods.flow_smoothing import FlowSmoothing
@@ -217,7 +217,7 @@ def _found(session: Session, config: EditConfig) -> VideoSource:
 def _note_of_layers(session: Session, config: EditConfig) -> None:
     """Say where a clip is seen otherwise than its temporal layers were tuned."""
     about = about_temporal_layers(config.temporal) if config.temporal else {}
-    ours = {"key_frames": ", ".join(map(str, config.key_frames)), "clip_norm": str(config.clip_norm).lower()}
+    ours = seen_with(config.key_frames, config.clip_norm)
     other = [f"{name} {about[name]}, not {mine}" for name, mine in ours.items() if about.get(name, mine) != mine]
     if other:
         session.note(f"the temporal layers were tuned with {'; '.join(other)}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.key_frames import KeyFrames
 from ..files.safetensors import format_bytes
-from ..files.temporal_layers import FILE
+from ..files.temporal_layers import FILE, seen_with
 from ..files.whole import check_writable, whole_file
 from ..hosts.checkpoint import Checkpoint, save_tuned
 from ..hosts.diffusers import with_temporal_layers
@@ -175,8 +175,7 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
 def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: list[float]) -> None:
     about = {
         "prompt": config.prompt,
-        "key_frames": ", ".join(map(str, config.key_frames)),
-        "clip_norm": str(config.clip_norm).lower(),
+        **seen_with(config.key_frames, config.clip_norm),
         "steps": str(len(losses)),
         "model": config.model,
     }

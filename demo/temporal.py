@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
+from ..files.temporal_layers import seen_with
 from ..files.whole import whole_file
 from ..hosts.checkpoint import Checkpoint
 from ..hosts.diffusers import with_temporal_layers
-from ..hosts.diffusers_temporal import save_temporal_layers, temporal_layers
-from ..methods.temporal_layers import trains
+from ..hosts.diffusers_temporal import queries_of, save_temporal_layers, temporal_layers
 from ..methods.tune_a_video import clip_loss
 from .train import Report, encode, in_bytes, noise_weight, optimiser_of, rate_at, saved_step, set_rate
 from .world import SIZE, Scene, random_motion, random_scene, render
@@ -125,8 +125,9 @@ def train_temporal(
             _save_state(state / "temporal.safetensors", trained, average, optimiser, step + 1)
     for name, weight in trained.items():
         weight.data = average[name]
-    about = {"key_frames": ", ".join(map(str, KEYS.entries)), "clip_norm": "true"}
-    save_temporal_layers(unet.half(), output, about | {"trained on": f"{settings.clips} moving scenes"})
+    save_temporal_layers(
+        unet.half(), output, seen_with(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
+    )
     report(f"temporal layers written to {output}")
 
 
@@ -134,7 +135,7 @@ def trained_weights(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
     """All temporal layers of a UNet, and the queries of its attention."""
     layers = temporal_layers(unet)
     assert layers is not None
-    return {name: w for name, w in unet.named_parameters() if trains(name)} | layers.named()
+    return queries_of(unet) | layers.named()
 
 
 def _step(checkpoint: Checkpoint, latents: Tensor, captions: list[str], step: int, settings: TemporalSettings) -> float:

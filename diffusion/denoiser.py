@@ -29,8 +29,23 @@ class Guidance:
     scale: float
 
 
-class Denoiser(Protocol):
-    """A UNet with its schedule, hooked by a host adapter (`hosts/`)."""
+class Predictor(Protocol):
+    """A UNet that tells the noise of latents, hooked by a host adapter (`hosts/`)."""
+
+    def hooked(self, clip_norm: bool = False) -> AbstractContextManager[None]:
+        """Hook the UNet for a run; leave no trace after the `with` block."""
+
+    def predict_noise(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
+    ) -> Tensor:
+        """Epsilon of the latents of a chunk's frames, (frames, 4, h, w), guided away from a negative prompt.
+
+        `control` computes attention, and its `chunk` tells which of the clip's frames these are.
+        """
+
+
+class Denoiser(Predictor, Protocol):
+    """A UNet with its schedule."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,17 +70,6 @@ class Denoiser(Protocol):
 
     def windows(self, latents: Tensor, timestep: float) -> Windows | None:
         """The windows a host was told to see a clip through at a timestep; None for none."""
-
-    def hooked(self, clip_norm: bool = False) -> AbstractContextManager[None]:
-        """Hook the UNet for a run; leave no trace after the `with` block."""
-
-    def predict_noise(
-        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
-    ) -> Tensor:
-        """Epsilon of the latents of a chunk's frames, (frames, 4, h, w), guided away from a negative prompt.
-
-        `control` computes attention, and its `chunk` tells which of the clip's frames these are.
-        """
 
 
 @runtime_checkable

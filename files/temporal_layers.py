@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,11 @@ FILE = "temporal.safetensors"
 """What a folder of a tuning calls them."""
 DEMO_LAYERS = Path(__file__).resolve().parent.parent / "demo" / FILE
 """Those that make the bundled image model one of videos; known as "demo"."""
+
+
+def seen_with(key_frames: Iterable[str | int], clip_norm: bool) -> dict[str, str]:
+    """The texts that say how a clip was seen in training, for a file to keep."""
+    return {"key_frames": ", ".join(map(str, key_frames)), "clip_norm": str(clip_norm).lower()}
 
 
 def write_temporal_layers(

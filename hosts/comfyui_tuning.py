@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any
@@ -18,14 +18,12 @@ from comfy.model_sampling import V_PREDICTION
 from torch import Tensor, nn
 
 from ..attention.condition import Condition
-from ..attention.control import AttentionSite, Control
+from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance
 from ..methods.temporal_layers import CastLinear, Kind, TemporalLayers, trained_of, trains
 from ..methods.tune_a_video import Told, TuneSettings, noised, tune
-from ..store.identity import ModelIdentity
 from .comfyui_conditions import HostCondition
 from .comfyui_temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
 from .comfyui_unet import HookedModel, check_model, clip_norms, prediction_of
@@ -128,7 +126,6 @@ class _HostTunable:
     """The host's UNet as `tune` calls it. Its hooks stay for a whole training: activations are computed twice."""
 
     def __init__(self, guider: Any, options: dict[str, Any], layers: TemporalLayers, latents: Tensor) -> None:
-        self.device = latents.device
         self._model, self._conditions, self._options = guider.inner_model, guider.conds["positive"], options
         self._unet = self._model.diffusion_model
         self._names = host_names(guider.model_patcher)
@@ -137,11 +134,6 @@ class _HostTunable:
         self._sigmas = self._sampling.sigmas.clone().cpu()  # one of inference cannot be trained through
         weights = dict(self._model.named_parameters())
         self.queries = {name: weights[key] for name, key in self._names.items() if trains(name)}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._model.manual_cast_dtype or self._model.get_dtype()
-        return dtype
 
     @property
     def predicts_v(self) -> bool:
@@ -187,19 +179,3 @@ class _HostTunable:
             self._model, [self._conditions], x, sigma.expand(len(x)), self._options
         )
         return (x - clean) / sigma
-
-    # What a tuning has no use for.
-
-    frames_meet = True
-
-    def schedule(self, steps: int) -> Schedule:
-        raise NotImplementedError
-
-    def sites(self, height: int, width: int) -> list[AttentionSite]:
-        raise NotImplementedError
-
-    def identity(self) -> ModelIdentity:
-        raise NotImplementedError
-
-    def windows(self, latents: Tensor, timestep: float) -> Sequence[Any] | None:
-        return None

@@ -27,10 +27,10 @@ from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule, guide, root
 from ..diffusion.denoiser import Guidance
-from ..methods.temporal_layers import CastLinear, trained_of, trains
+from ..methods.temporal_layers import CastLinear, trained_of
 from ..methods.tune_a_video import noised
 from ..store.identity import IdentityCache, ModelIdentity
-from .diffusers_temporal import temporal_layers, with_temporal_layers, without_temporal_layers
+from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
 from .recompute import frozen, recomputed
 
 __all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
@@ -150,8 +150,7 @@ class DiffusersDenoiser:
         layers = temporal_layers(self.unet)
         if layers is None:
             raise ValueError("unet has no temporal layers to tune: attach some with with_temporal_layers(unet)")
-        own = {name: weight for name, weight in self.unet.named_parameters() if trains(name)}
-        return own | trained_of(layers)
+        return queries_of(self.unet) | trained_of(layers)
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -80,10 +80,13 @@ def convert_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
     Raises ValueError for a UNet without layers, and where a convolution over frames is no identity.
     """
-    layers = _attached_layers(unet)
-    weights = {name: w for name, w in unet.named_parameters() if trains(name)}
-    converted = layers.converted(convolutions_of(unet)).named()
-    return with_temporal_layers(unet, {name: w.detach() for name, w in (weights | converted).items()})
+    converted = _attached_layers(unet).converted(convolutions_of(unet)).named()
+    return with_temporal_layers(unet, {name: w.detach() for name, w in (queries_of(unet) | converted).items()})
+
+
+def queries_of(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """The weights of a UNet itself that Tune-A-Video trains, by name."""
+    return {name: weight for name, weight in unet.named_parameters() if trains(name)}
 
 
 def convolutions_of(unet: UNet2DConditionModel) -> dict[str, int]:
@@ -114,9 +117,7 @@ def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path, about: Ma
     For any model of the same shape; `load_temporal_layers` reads it. about: texts to keep with them, such as
     `key_frames` and `clip_norm` of the tuning. Raises ValueError for a UNet without layers.
     """
-    layers = _attached_layers(unet)
-    weights = {name: w for name, w in unet.named_parameters() if trains(name)} | layers.named()
-    write_temporal_layers(path, weights, about)
+    write_temporal_layers(path, queries_of(unet) | _attached_layers(unet).named(), about)
 
 
 # --- folders of the official codes ----------------------------------------------------------

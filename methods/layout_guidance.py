@@ -265,19 +265,13 @@ def guided(
     key_frames: KeyFrames,
     clip_norm: bool = False,
     chunk_frames: int | None = None,
-    told: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
-    """z <- z - scale (1 - abar) grad E, before a step, `repeats` times at most.
-
-    told: called with each energy, and its gradient in the latents.
-    """
+    """z <- z - scale (1 - abar) grad E, before a step, `repeats` times at most."""
     z = latents
     for _ in range(layout.repeats):
         energy, gradient = energy_gradient(
             denoiser, z, timestep, condition, layout, key_frames, clip_norm, chunk_frames
         )
-        if told:
-            told(energy, gradient)
         if energy <= layout.enough * layout.weight * len(z):
             break
         change = layout.scale * (1 - alpha).to(z) * gradient

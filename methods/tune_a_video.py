@@ -20,7 +20,7 @@ from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.ddim import root
-from ..diffusion.denoiser import Denoiser, check_finite
+from ..diffusion.denoiser import Predictor, check_finite
 from ..settings import check, setting
 from .temporal_layers import GROUP
 
@@ -46,8 +46,8 @@ class TuneSettings:
         check(self)
 
 
-class Tunable(Denoiser, Protocol):
-    """A denoiser whose weights can be trained."""
+class Tunable(Predictor, Protocol):
+    """A predictor whose weights can be trained."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What Tune-A-Video trains: queries of self- and cross-attention, and the attention over frames."""

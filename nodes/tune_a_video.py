@@ -11,7 +11,12 @@ from comfy_api.latest import io
 
 from ..attention.key_frames import KeyFrames
 from ..diffusion.invert import InversionSettings
-from ..files.temporal_layers import about_temporal_layers, load_temporal_layers, write_temporal_layers
+from ..files.temporal_layers import (
+    about_temporal_layers,
+    load_temporal_layers,
+    seen_with,
+    write_temporal_layers,
+)
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_temporal import temporal_layers, weights_of, with_temporal_layers
 from ..hosts.comfyui_tuning import tune_model
@@ -133,7 +138,7 @@ class FateZeroTuneOnVideo(io.ComfyNode):
         settings, fresh = made(TuneSettings, values), made(LayerSettings, {"layers": layers, "rank": rank})
         if temporal_layers(model) is not None and fresh != LayerSettings():
             raise ValueError("layers: have no effect, for the model carries temporal layers already")
-        path = _free_path(name) if name else None
+        path, keys = _free_path(name) if name else None, KeyFrames.parse(key_frames)
         condition = HostCondition.of_socket(prompt, "positive", "prompt")
         bar = comfy.utils.ProgressBar(settings.steps)
 
@@ -143,13 +148,13 @@ class FateZeroTuneOnVideo(io.ComfyNode):
                 show_on_node(cls.hidden.unique_id, f"step {done} of {of}, loss {loss:.4f}")
 
         tuned, losses = tune_model(
-            model, latent["samples"], condition, settings, KeyFrames.parse(key_frames), clip_norm, fresh.layers,
+            model, latent["samples"], condition, settings, keys, clip_norm, fresh.layers,
             fresh.rank, progress,
         )  # fmt: skip
         if path is not None:
             text = prompt[0][1].get(PROMPT_KEY)
             about = {"prompt": text} if isinstance(text, str) else {}
-            about |= {"key_frames": key_frames, "clip_norm": str(clip_norm).lower(), "steps": str(len(losses))}
+            about |= seen_with(keys.entries, clip_norm) | {"steps": str(len(losses))}
             write_temporal_layers(path, weights_of(tuned), about)
             show_on_node(cls.hidden.unique_id, f"{len(losses)} steps, loss {losses[-1]:.4f}; saved as {path.name}")
         return io.NodeOutput(tuned, plot_losses(losses)[None].float() / 255)
