@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ..attention.key_frames import KeyFrames
-from ..attention.prompt import PromptEdit
 from ..diffusion.generate import generate
 from ..files.temporal_layers import about_temporal_layers
 from ..hosts.checkpoint import Checkpoint
 from ..hosts.diffusers_video import DiffusersVideoDenoiser
-from ..methods.layout import Form, named_path
-from ..methods.layout_guidance import LayoutGuidance, Placed
+from ..methods.layout import Form, Layout, Wanted, named_path
 from ..video.read import open_video
 from ..video.size import check_size, to_unit
 from ..video.write import check_output, write_video
@@ -33,25 +31,14 @@ class Objects:
     ellipses: Sequence[str] = ()
     masks: Sequence[str] = ()
 
-    def placed(
-        self, checkpoint: Checkpoint, prompt: str, shape: tuple[int, int, int], text_tokens: int
-    ) -> list[Placed]:
-        """Each with its target (frames, height, width) and its words' tokens; ValueError for words not in the prompt.
-
-        shape: frames, height and width of the targets.
-        """
-        frames, height, width = shape
+    def layout(self, checkpoint: Checkpoint, config: GenerateConfig) -> Layout | None:
+        """Where they shall be; ValueError for words not in the prompt."""
         forms: list[tuple[Form, Sequence[str]]] = [("box", self.boxes), ("ellipse", self.ellipses)]
-        found = []
-        for form, texts in forms:
-            for text in texts:
-                words, path = named_path(text, form)
-                found.append((words, path.mask(frames, height, width)))
+        found = [Wanted(*named_path(text, form)) for form, texts in forms for text in texts]
         for text in self.masks:
             words, _, file = text.partition(":")
-            found.append((words.strip(), _mask(file.strip(), frames)))
-        pair = PromptEdit(prompt, prompt, checkpoint.tokenizer)
-        return [Placed(mask, pair.token_indices(prompt, words, text_tokens, "layout")) for words, mask in found]
+            found.append(Wanted(words.strip(), _mask(file.strip(), config.frames)))
+        return Layout(config.prompt, checkpoint.tokenizer, tuple(found), config.layout) if found else None
 
 
 def run_generate(session: Session, config: GenerateConfig, objects: Objects, output: str, dry_run: bool) -> None:
@@ -67,11 +54,9 @@ def run_generate(session: Session, config: GenerateConfig, objects: Objects, out
     )
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
-    found = objects.placed(checkpoint, config.prompt, (config.frames, height, width), text.text_tokens)
-    layout = None
-    if found:
-        (first, *more), settings = found, vars(config.layout)
-        layout = LayoutGuidance(target=first.target, columns=first.columns, more=more, **settings)
+    asked = objects.layout(checkpoint, config)
+    layout = asked.guidance(config.frames, height, width, text.text_tokens) if asked else None
+    if layout is not None:
         layout.check_fits(config.frames, text.text_tokens)
     guided = sum(layout.guides(step, config.steps) for step in range(config.steps)) if layout else 0
     session.say(

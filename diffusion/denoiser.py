@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -76,8 +76,13 @@ class Denoiser(Predictor, Protocol):
 class Differentiable(Denoiser, Protocol):
     """A denoiser whose latents can have gradients."""
 
-    def differentiable(self) -> AbstractContextManager[None]:
-        """Gradients pass from what layers show to the latents; activations are computed twice, and not kept."""
+    def gradient(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
+    ) -> tuple[float, Tensor]:
+        """A number that a control has after a UNet call, and its gradient in the latents, of their shape.
+
+        Activations are computed twice, and not kept. Raises ValueError for weights that no gradient passes through.
+        """
 
 
 def chunks_of(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import comfy.context_windows
 import comfy.model_management
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..attention.condition import Condition
-from ..attention.control import AttentionSite, Control
+from ..attention.control import AttentionSite, Control, Kind
 from ..attention.key_frames import Chunk
 from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance, Windows
@@ -59,13 +59,16 @@ class ComfyDenoiser:
     carry other weights (a LoRA before the edit only), and is then brought in and out.
     """
 
-    def __init__(self, guider: LoopGuider, options: dict[str, Any], device: torch.device, schedule: Schedule) -> None:
-        """options: the MODEL's, of this run. device: where the host runs the model."""
+    def __init__(
+        self, guider: LoopGuider, options: dict[str, Any], device: torch.device, schedule: Schedule | None
+    ) -> None:
+        """options: the MODEL's, of this run. device: where the host runs the model. schedule: of the run, where a loop
+        of the library asks for it.
+        """
         self.device = device
         self._guider = guider
         self._model = guider.inner_model
-        self.in_use = schedule
-        """The schedule of the run."""
+        self._schedule = schedule
         self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others)
         of_source = guider.source_options(options)
@@ -76,6 +79,12 @@ class ComfyDenoiser:
         self._sigmas = guider.model_patcher.get_model_object("model_sampling").sigmas.cpu()
         self.clean: Tensor | None = None
         """The last prediction of the clean latents, for previews."""
+
+    @property
+    def in_use(self) -> Schedule:
+        """The schedule of the run."""
+        assert self._schedule is not None
+        return self._schedule
 
     @property
     def frames_meet(self) -> bool:
@@ -130,6 +139,28 @@ class ComfyDenoiser:
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.chunk, guidance)
         self.clean = clean
         return (x - clean) / sigma
+
+    def gradient(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
+    ) -> tuple[float, Tensor]:
+        """Raises the host's InterruptProcessingException before it begins."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        assert isinstance(condition, HostCondition)
+        branch, sigma = self._edited, sigma_at(self._sigmas, timestep).to(latents)
+        held = temporal_layers(branch.hooked.patcher)
+        parts = [self._model.diffusion_model, *([held.layers] if held else [])]
+        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
+        x = latents * (1 + sigma**2).sqrt()
+        with (
+            self._weights_of(branch),
+            branch.hooked.answering(answers, self._clip_norm),
+            branch.hooked.deriving(value, parts) as derived,
+            _of_chunk([branch.conditions[condition.role]], control.chunk) as (positive,),
+        ):
+            comfy.samplers.calc_cond_batch(self._model, [positive], x, sigma.expand(len(x)), branch.options)
+        assert derived.found is not None
+        energy, gradient = derived.found
+        return energy, gradient.to(latents)
 
     def _evaluate(
         self,
@@ -246,14 +277,15 @@ class LoopGuider(comfy.samplers.CFGGuider):
         conditions: Sequence[HostCondition],
         source_model: Any = None,
         chunk_frames: int | None = None,
+        kinds: Sequence[Kind] = get_args(Kind),
     ) -> None:
         """source_model: the MODEL that evaluates the source prompt, if not the same. chunk_frames: frames of one
-        UNet call, for which the host then makes room.
+        UNet call, for which the host then makes room. kinds: of attention layers that are hooked.
 
         Raises ValueError for a MODEL that is no attention UNet, or with options that cannot be honoured.
         """
         check_options(model)
-        self.edited = HookedModel(model)
+        self.edited = HookedModel(model, kinds=kinds)
         source_model = source_model or model
         self.sourced = self.edited if source_model is model else HookedModel(source_model)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
@@ -264,8 +296,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({c.role: c.conditioning for c in conditions})
         self.edited.patcher = self.model_patcher  # the host may take a delegate for conditions with hooks
 
-    loop: Loop
-    """What `DDIMSampler` runs: a method of those that derive from this, or a function."""
+    loop: Loop | None
+    """What `DDIMSampler` runs: a method of those that derive from this, or a function; None for its own steps."""
 
     @property
     def reached(self) -> int:
@@ -327,7 +359,7 @@ class DDIMSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        if not isinstance(guider, LoopGuider):
+        if not isinstance(guider, LoopGuider) or guider.loop is None:
             return _plain_ddim(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask)
         denoiser = ComfyDenoiser(guider, extra_args["model_options"], latent_image.device, guider.schedule(sigmas))
 
@@ -361,11 +393,11 @@ def _plain_ddim(
     x = (latent_image + noise * sigmas[0]) if not rises else latent_image * level[0]
     for i, (here, there) in enumerate(pairwise(sigmas)):
         at = torch.maximum(here, there)
-        scaled = x * ((1 + at**2) / (1 + here**2)).sqrt()
+        scaled = x if at == here else x * ((1 + at**2) / (1 + here**2)).sqrt()  # a guider may move it
         clean = guider(scaled, at.expand(len(x)), **extra_args)
         x = x + (scaled - clean) / at * (there - here)
         if callback is not None:
-            callback(i, clean, x, len(sigmas) - 1)
+            callback(i, clean, scaled, len(sigmas) - 1)
     return x if rises else x / level[-1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.ddim import Schedule
 from ..store.identity import IdentityCache, ModelIdentity
+from .recompute import check_differentiable, frozen, gradient_of, recomputed
 
 WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, and LCM-free fine-tunes of them"
 
@@ -119,8 +120,16 @@ class HookedModel:
     added to the control's.
     """
 
-    def __init__(self, model: Any, standing: Callable[[int], Control] | None = None, clip_norm: bool = False) -> None:
-        """standing: makes the control of so many frames, where no run of ours says it."""
+    def __init__(
+        self,
+        model: Any,
+        standing: Callable[[int], Control] | None = None,
+        clip_norm: bool = False,
+        kinds: Sequence[Kind] = get_args(Kind),
+    ) -> None:
+        """standing: makes the control of so many frames, where no run of ours says it. kinds: of the layers that ask;
+        those of self-attention stay as the MODEL has them where cross-attention alone does.
+        """
         check_model(model)
         self.patcher = model.clone()
         self.answers: dict[int, tuple[Control, int | None]] = {}
@@ -136,7 +145,7 @@ class HookedModel:
         for name, kind in (("attn1", "self"), ("attn2", "cross")):
             theirs = replaced.get(name, {})
             for block, number, index, layer_kind in self._layers:
-                if layer_kind != kind:
+                if layer_kind != kind or kind not in kinds:
                     continue
                 # At the block's own key unless another pack sits at the layer's, which the host
                 # reads first: a node that replaces a block during the run (PAG) then still does.
@@ -146,17 +155,21 @@ class HookedModel:
                 self.patcher.set_model_patch_replace(patch, name, *at)
         self._norms = clip_norms(model.model.diffusion_model)
         self._feature = feature_of(model.model.diffusion_model)
+        self._derived: Derived | None = None
+        """What is to be known of the UNet call under way, where its gradient is asked for."""
         self._tokens: Tensor | None = None
         """The input tokens of the self-attention layer under way, where a control has a use for them."""
         self._ours: set[Layer] = set()
         """The self-attention layers that ask us in this call."""
         self._text_rows = self._one_row_a_branch()
-        if standing is None:
+        if standing is None and "self" in kinds:
             self.patcher.set_model_attn2_patch(self._text_rows)
             self.patcher.set_model_attn1_patch(self._told_tokens())
-        around = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-        self.patcher.remove_wrappers_with_key(around, "fatezero")
-        self.patcher.add_wrapper_with_key(around, "fatezero", self._around())
+        around, key = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "fatezero"
+        if "self" not in kinds:  # beside key frames that stand
+            key = "fatezero words"
+        self.patcher.remove_wrappers_with_key(around, key)
+        self.patcher.add_wrapper_with_key(around, key, self._around())
 
     def sites(self, height: int, width: int) -> dict[Layer, AttentionSite]:
         """The attention layers on latents of this size."""
@@ -179,6 +192,18 @@ class HookedModel:
                 )
         finally:
             self.answers, self.clip_norm = {}, False
+
+    @contextmanager
+    def deriving(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> Iterator[Derived]:
+        """Have the next UNet call tell a value that its controls have after it, and its gradient; inside `answering`.
+
+        parts: the models that the call runs through.
+        """
+        self._derived = Derived(value, parts)
+        try:
+            yield self._derived
+        finally:
+            self._derived = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
@@ -231,6 +256,8 @@ class HookedModel:
             options: dict[str, Any],
             **more: Any,
         ) -> Tensor:
+            if self.standing is None and not self.answers:
+                return executor(x, t, context, y, control, options, **more)
             # Where all that sees the text's keys is ours, one row of it serves all frames.
             patches = options.get("patches", {}).get("attn2_patch", [None])
             replacements = options.get("patches_replace", {}).get("attn2", {}).values()
@@ -251,6 +278,8 @@ class HookedModel:
             if self._feature is not None and self.answers:
                 handles.append(self._feature.conv.register_forward_hook(self._featured(branches)))
             try:
+                if self._derived is not None:
+                    return self._derived.of(lambda z, *of: executor(z, *of, control, options, **more), x, t, context, y)
                 return executor(x, t, context, y, control, options, **more)
             finally:
                 self._tokens = None
@@ -280,6 +309,8 @@ class HookedModel:
         options: dict[str, Any],
     ) -> Tensor:
         """One layer of one UNet call: every branch by its control. (branches*frames, tokens, channels)."""
+        if self.standing is None and not self.answers:
+            return _as_host(theirs, q, k, v, options)
         site = self.sites(*options["original_shape"][-2:])[(*options["block"], options["block_index"], kind)]
         branches = options["cond_or_uncond"]
         if kind == "self" and self._tokens is not None:
@@ -363,6 +394,62 @@ class HookedModel:
         if self.standing is not None:
             return self.standing(frames), None
         return self.answers.get(branch) or self.answers.get(1, self.answers[0])
+
+
+def _as_host(theirs: Callable[..., Tensor] | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """A layer as it is without us."""
+    if theirs is not None:
+        return theirs(q, k, v, options)
+    output: Tensor = host_attention.optimized_attention(
+        q, k, v, options["n_heads"], attn_precision=options.get("attn_precision"), transformer_options=options
+    )
+    return output
+
+
+class Derived:
+    """What a value is after a UNet call, and its gradient in the call's latents, which are DDIM's z.
+
+    Taken inside the call, where all that other nodes hook for its time is in place; the host's inference mode is left.
+    """
+
+    def __init__(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> None:
+        """Raises ValueError for weights that no gradient passes through."""
+        for part in parts:
+            check_differentiable(part, "model:")
+        self.value, self.parts = value, parts
+        self.found: tuple[float, Tensor] | None = None
+
+    def of(self, call: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+        """In the place of a call with these: what the host goes on with is of no use to anyone."""
+        blocks = [m for part in self.parts for m in part.modules() if isinstance(m, (ResBlock, SpatialTransformer))]
+        with torch.inference_mode(False), ExitStack() as opened:
+            for part in self.parts:
+                opened.enter_context(_known_to_autograd(part))
+                opened.enter_context(frozen(part))
+            opened.enter_context(recomputed(blocks))
+            plain = [other if other is None else other.clone() for other in others]  # not of inference
+            self.found = gradient_of(lambda z: call(z, *plain), x, self.value, x.dtype)
+        return torch.zeros_like(x)
+
+
+@contextmanager
+def _known_to_autograd(model: nn.Module) -> Iterator[None]:
+    """Show weights made in inference mode, which autograd refuses, as plain tensors of the same memory."""
+    held = [
+        (module._parameters, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.is_inference()
+    ]
+    try:
+        for weights, name, weight in held:
+            plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride())  # type: ignore[call-overload]
+            weights[name] = nn.Parameter(plain, requires_grad=False)
+        yield
+    finally:
+        for weights, name, weight in held:
+            weights[name] = weight
 
 
 @dataclass(frozen=True)
@@ -450,9 +537,14 @@ def schedule_along(sampling: Any, sigmas: Tensor) -> Schedule:
             f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model knows {low:.4g} to "
             f"{high:.4g}"
         )
-    found = np.interp(sigmas[:-1].log().numpy(), table.log().numpy(), np.arange(len(table)))
-    timesteps = [round(t) if abs(t - round(t)) < 2e-3 else float(t) for t in found]
+    timesteps = [round(t) if abs(t - round(t)) < 2e-3 else t for t in timesteps_at(table, sigmas[:-1])]
     return schedule_at(sampling, timesteps, 1 / (1 + sigmas[-1].float() ** 2))
+
+
+def timesteps_at(table: Tensor, sigmas: Tensor) -> list[float]:
+    """Where sigmas lie in a model's table of them, as the host interpolates it."""
+    found = np.interp(sigmas.double().log().numpy(), table.double().log().numpy(), np.arange(len(table)))
+    return [float(t) for t in found]
 
 
 def identity_of(patcher: Any) -> ModelIdentity:

@@ -31,12 +31,11 @@ from ..methods.temporal_layers import CastLinear, trained_of
 from ..methods.tune_a_video import noised
 from ..store.identity import IdentityCache, ModelIdentity
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
-from .recompute import frozen, recomputed
+from .recompute import check_differentiable, frozen, gradient_of, recomputed
 
 __all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
 
 _IDENTITIES = IdentityCache()
-DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCKS = (ResnetBlock2D, Transformer2DModel, TransformerTemporalModel, TemporalConvLayer)
 """What is computed twice where gradients are asked for."""
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -121,15 +120,15 @@ class DiffusersDenoiser:
     def frames_meet(self) -> bool:
         return temporal_layers(self.unet) is not None
 
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """Raises ValueError for weights that have no gradients."""
-        odd = {str(w.dtype) for w in self.unet.parameters() if w.dtype not in DIFFERENTIABLE}
-        if odd:
-            raise ValueError(f"unet has weights in {', '.join(sorted(odd))}, through which no gradient passes")
+    def gradient(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
+    ) -> tuple[float, Tensor]:
+        check_differentiable(self.unet, "unet")
         blocks = [m for m in self.unet.modules() if isinstance(m, _BLOCKS)]
         with frozen(self.unet), recomputed(blocks):
-            yield
+            return gradient_of(
+                lambda z: self.predict_noise(z, timestep, condition, control), latents, value, self.dtype
+            )
 
     # --- for tuning ---------------------------------------------------------------------
 

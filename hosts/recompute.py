@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,3 +47,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in free:
             weight.requires_grad_(True)
+
+
+def gradient_of(
+    call: Callable[[Tensor], Any], at: Tensor, value: Callable[[], Tensor], dtype: torch.dtype
+) -> tuple[float, Tensor]:
+    """What a value is after a call, and its gradient in the call's argument. dtype: what the model computes in."""
+    loud = 1024.0 if dtype == torch.float16 else 1.0  # half precision has no room for gradients this small
+    with torch.enable_grad():
+        x = at.detach().clone().requires_grad_(True)
+        call(x)
+        found = value()
+        (gradient,) = torch.autograd.grad(loud * found, x)
+    return found.item(), (gradient.float() if loud != 1 else gradient) / loud
+
+
+DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_differentiable(model: nn.Module, what: str) -> None:
+    """Raise ValueError, saying of what, for weights that no gradient passes through: fp8, GGUF and the like."""
+    for name, weight in model.named_parameters():
+        plain = type(weight) in (nn.Parameter, Tensor) and type(weight.data) is Tensor
+        if weight.dtype not in DIFFERENTIABLE or not plain:
+            kind = str(weight.dtype).removeprefix("torch.") if plain else type(weight).__name__
+            raise ValueError(f"{what} has weights in {kind} ({name}), through which no gradient passes")

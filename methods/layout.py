@@ -1,14 +1,18 @@
-"""Where objects shall be, frame by frame: boxes and ellipses on paths with key frames."""
+"""Where objects shall be, frame by frame: boxes and ellipses on paths with key frames, or masks."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..attention.masks import GivenMask
+from ..attention.prompt import PromptEdit
+from .layout_guidance import LayoutGuidance, LayoutSettings, Placed
 
 Form = Literal["box", "ellipse"]
 _FINE = 4
@@ -72,6 +76,55 @@ class Path:
         """How much of each pixel is taken: (frames, height, width) in 0..1."""
         draw = _box if self.form == "box" else _ellipse
         return torch.stack([draw(self.at(frame), height, width) for frame in range(frames)])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An object by its words, and where it shall be: a path, or a mask (frames or 1, height, width) in 0..1."""
+
+    words: str
+    where: Path | Tensor
+
+    def mask(self, frames: int, height: int, width: int) -> Tensor:
+        """How much of each pixel is taken: (frames, height, width) in 0..1; ValueError for a mask of another clip."""
+        if isinstance(self.where, Path):
+            return self.where.mask(frames, height, width)
+        return GivenMask(self.where).at((height, width), frames)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Objects of a prompt, where they shall be, and how they are brought there.
+
+    Raises ValueError for no object, or words that are not in the prompt.
+    """
+
+    prompt: str
+    tokenizer: Any
+    objects: tuple[Wanted, ...]
+    settings: LayoutSettings
+
+    def __post_init__(self) -> None:
+        if not self.objects:
+            raise ValueError("a layout has no object")
+        for wanted in self.objects:
+            self._columns(wanted.words, BLOCKS)
+
+    def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance:
+        """For a clip of so many frames, with targets of a size; ValueError for masks, or a text, that do not fit."""
+        first, *more = (
+            Placed(wanted.mask(frames, height, width), self._columns(wanted.words, text_tokens))
+            for wanted in self.objects
+        )
+        return LayoutGuidance(target=first.target, columns=first.columns, more=more, **vars(self.settings))
+
+    def _columns(self, words: str, text_tokens: int) -> list[int]:
+        pair = PromptEdit(self.prompt, self.prompt, self.tokenizer)
+        return pair.token_indices(self.prompt, words, text_tokens, "layout")
+
+
+BLOCKS = 1 << 30
+"""More tokens than any text has."""
 
 
 def named_path(text: str, form: Form = "box") -> tuple[str, Path]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, KeyFrames
-from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of
+from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
 from ..settings import check, setting
 
 GROUP = "Layout"
@@ -230,6 +230,10 @@ class EnergyControl(Control):
             )
         return torch.stack(list(self._found.values())).mean(0)
 
+    def weighed(self) -> Tensor:
+        """The sum over frames, times the weight: what is made small."""
+        return self.layout.weight * self.energy().sum()
+
 
 class ForwardControl(Control):
     """A <- (1 - lambda) A + lambda g sum(A) in the words' columns, g the target with sum 1 in each frame."""
@@ -301,16 +305,10 @@ def energy_gradient(
         raise TypeError(f"a {type(denoiser).__name__} has no gradients, which backward guidance needs; take forward")
     alone = key_frames.entries == ("self",) and not clip_norm and not denoiser.frames_meet
     chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames if alone else None, clip_norm)
-    gradient, energy = torch.zeros_like(latents), 0.0
-    # Half precision has no room for gradients this small.
-    loud = 1024.0 if denoiser.dtype == torch.float16 else 1.0
+    energy, gradients = 0.0, []
     for chunk in chunks:
-        with torch.enable_grad(), denoiser.differentiable():
-            z = frames_of(latents, chunk).detach().requires_grad_(True)
-            control = EnergyControl(key_frames, chunk, layout)
-            denoiser.predict_noise(z, timestep, condition, control)
-            found = layout.weight * control.energy().sum()
-            (of_chunk,) = torch.autograd.grad(loud * found, z)
-        gradient[list(chunk.frame_indices)] += of_chunk.to(gradient) / loud
-        energy += found.item()
-    return energy, gradient
+        control = EnergyControl(key_frames, chunk, layout)
+        found, gradient = denoiser.gradient(frames_of(latents, chunk), timestep, condition, control, control.weighed)
+        energy += found
+        gradients.append(gradient.to(latents))
+    return energy, joined(chunks, gradients)

@@ -11,6 +11,7 @@ from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .fatezero import FateZeroFusion
 from .flow_smoothing import FateZeroFlowSmoothing, FateZeroSteady
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
+from .layout import FateZeroLayout, FateZeroLayoutGuider
 from .plug_and_play import FateZeroPnP
 from .prompt import FateZeroPromptEdit
 from .sampling import (
@@ -40,6 +41,8 @@ class FateZeroExtension(ComfyExtension):
             FateZeroTokenFlow,
             FateZeroFlowSmoothing,
             FateZeroSteady,
+            FateZeroLayout,
+            FateZeroLayoutGuider,
             FateZeroLoadTemporalLayers,
             FateZeroTuneOnVideo,
             FateZeroMaskPreview,

@@ -62,8 +62,7 @@ class FateZeroPromptEdit(io.ComfyNode):
     def execute(
         cls, clip: Any, source: str, target: str, mode: str, blend_source: str, blend_target: str, reweight: str
     ) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError("clip: nothing is connected, or the checkpoint has no text encoder")
+        check_clip(clip)
         words = {"source": unweighted(source), "target": unweighted(target)}
         for name, text in words.items():
             if not text:
@@ -74,15 +73,27 @@ class FateZeroPromptEdit(io.ComfyNode):
         prompt = PromptEdit(
             words["source"], words["target"], tokenizer, mode, blend if any(blend) else None, _weights(reweight)  # type: ignore[arg-type]
         )  # fmt: skip
-        conditionings = []
-        for name, text in (("source", source), ("target", target)):
-            tokens = clip.tokenize(text)
-            _check_layout(tokens, prompt.word_tokens(words[name]), name)
-            encoded = clip.encode_from_tokens_scheduled(tokens)
-            conditionings.append([[e, {**options, PROMPT_KEY: words[name], TEXT_KEY: e}] for e, options in encoded])
+        conditionings = [encoded(clip, text, prompt, name) for name, text in (("source", source), ("target", target))]
         alignment = prompt.describe()
         show_on_node(cls.hidden.unique_id, alignment)
         return io.NodeOutput(*conditionings, prompt, alignment, ui=ui.PreviewText(alignment))
+
+
+def check_clip(clip: Any) -> None:
+    """Raise ValueError where nothing is connected."""
+    if clip is None:
+        raise ValueError("clip: nothing is connected, or the checkpoint has no text encoder")
+
+
+def encoded(clip: Any, text: str, pair: PromptEdit, name: str) -> list[list[Any]]:
+    """The CONDITIONING of a text, which knows its words; ValueError, naming the socket, for tokens that lie otherwise.
+
+    pair: any with the text's tokenizer.
+    """
+    words, tokens = unweighted(text), clip.tokenize(text)
+    _check_layout(tokens, pair.word_tokens(words), name)
+    found = clip.encode_from_tokens_scheduled(tokens)
+    return [[embeddings, {**options, PROMPT_KEY: words, TEXT_KEY: embeddings}] for embeddings, options in found]
 
 
 def unweighted(prompt: str) -> str:

@@ -11,6 +11,7 @@ PromptEditSocket = io.Custom("PROMPT_EDIT")
 InjectionSocket = io.Custom("VIDEO_EDIT_SETTINGS")
 PropagationSocket = io.Custom("VIDEO_PROPAGATION")
 SmoothingSocket = io.Custom("VIDEO_SMOOTHING")
+LayoutSocket = io.Custom("LAYOUT")
 
 CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"
