@@ -86,6 +86,11 @@ def _default(one: Field[Any]) -> Any:
     return made() if one.default is MISSING else one.default
 
 
+def kept(settings: type, name: str, default: Any) -> Any:
+    """A setting of another dataclass with a default of its own."""
+    return field(default=default, metadata={"setting": described_one(settings, name).about})
+
+
 def check(settings: Any) -> None:
     """Raise ValueError, naming it, for a setting of a dataclass that is out of its range or none of its words."""
     for one in described(type(settings)):

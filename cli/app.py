@@ -186,22 +186,6 @@ def generate_clip(
     output: Annotated[
         str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Where the clip goes, as in an edit.")
     ] = "clip.mp4",
-    box: Annotated[
-        list[str] | None,
-        Parameter(
-            help='Where words shall be: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size (or '
-            "width and height) as shares of the picture; may repeat.",
-            negative="",
-            group=GROUPS["Layout"],
-        ),
-    ] = None,
-    ellipse: Annotated[
-        list[str] | None, Parameter(help="The same as an ellipse.", negative="", group=GROUPS["Layout"])
-    ] = None,
-    mask: Annotated[
-        list[str] | None,
-        Parameter(help='The same by a video or pictures: "burger: mask.mp4".', negative="", group=GROUPS["Layout"]),
-    ] = None,
     model_config: ModelConfig = None,
     options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     device: Device = "auto",
@@ -213,11 +197,11 @@ def generate_clip(
     """Draw a new clip of a prompt, with objects where they are asked for (cross-attention guidance)."""
     console.quiet = quiet
     config = generate_config(given_of(options))
-    from .generation import Objects, run_generate
+    from .generation import run_generate
     from .run import Session
 
     session = Session(console, progress_bar, device, dtype, model_config, overwrite)
-    run_generate(session, config, Objects(box or (), ellipse or (), mask or ()), output, dry_run)
+    run_generate(session, config, output, dry_run)
 
 
 @app.command
@@ -390,6 +374,7 @@ def _configs(
         configs += [c for c in (with_values(c, given) for c in found) if c not in configs]
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    configs = [replace(c, target=c.target or c.source) if c.wanted else c for c in configs]
     for c in configs:
         needed = ("video", "source") if inverting or c.injection == "fatezero" else ("video",)
         missing = [] if store else [n for n in needed if not getattr(c, n)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -21,12 +21,14 @@ from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import GROUP as FLOW
 from ..methods.flow_smoothing import FlowSmoothing
+from ..methods.layout_guidance import GROUP as LAYOUT
 from ..methods.layout_guidance import LayoutSettings
+from ..methods.move_objects import MoveSettings
 from ..methods.plug_and_play import PnPSettings
 from ..methods.temporal_layers import LayerSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import TuneSettings
-from ..settings import check, described, described_one, is_union, setting
+from ..settings import check, described, described_one, is_union, kept, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
 from ..video.read import ClipSettings, seconds_of
@@ -40,21 +42,38 @@ class ConfigError(ValueError):
     """A setting that is unknown, of the wrong kind, or missing."""
 
 
-def _kept(settings: type, name: str, default: Any) -> Any:
-    """A setting of another dataclass with a default of its own."""
-    about = described_one(settings, name).about
-    return field(default=default, metadata={"setting": about})
-
-
 _TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO
 _CLIP, _DRAWN = "The clip", "The edit"
 
 
 @dataclass(frozen=True)
-class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings):
+class ObjectSettings:
+    """Where objects shall be, each a text of its own."""
+
+    box: tuple[str, ...] = setting(
+        (), 'Where words shall be: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size (or width '
+        "and height) as shares of the picture; may repeat.", group=LAYOUT,
+    )  # fmt: skip
+    ellipse: tuple[str, ...] = setting((), "The same as an ellipse.", group=LAYOUT)
+    mask: tuple[str, ...] = setting((), 'The same by a video or pictures: "burger: mask.mp4".', group=LAYOUT)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is any."""
+        return any(getattr(self, one.name) for one in described(type(self)) if one.name in OBJECTS)
+
+
+OBJECTS = ("box", "ellipse", "mask", "shift")
+"""The settings that name an object and where it shall be."""
+REPEATED = (*OBJECTS, "object_mask")
+"""Settings that are given once for each object."""
+
+
+@dataclass(frozen=True)
+class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings):
     """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
 
-    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`.
+    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
     """
 
     video: str = ""
@@ -72,8 +91,8 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         shown="none",
         group=_MODEL,
     )
-    guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
-    strength: float = _kept(Edit, "strength", 1.0)
+    guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
+    strength: float = kept(Edit, "strength", 1.0)
     injection: InjectionName = setting(
         "fatezero",
         "What the edit takes of the source: fatezero its attention, word by word and under a mask; pnp the decoder's "
@@ -86,12 +105,12 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         "were edited together.",
         group=_EDIT,
     )
-    smoothing: float = _kept(FlowSmoothing, "amount", 0.0)
+    smoothing: float = kept(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
         "auto", "What finds the motion: raft (torchvision) or dis (OpenCV); auto takes raft where its weights are.",
         group=FLOW,
     )  # fmt: skip
-    mode: Mode = _kept(PromptEdit, "mode", "refine")
+    mode: Mode = kept(PromptEdit, "mode", "refine")
     blend_source: tuple[str, ...] = setting(
         (), "Words of the source that draw the mask, by commas.", shown="those that change", group=_MASK
     )
@@ -100,9 +119,18 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         group=_MASK,
     )  # fmt: skip
     reweight: Mapping[str, float] = setting(dict, described_one(PromptEdit, "reweight").about.help, group=_MASK)
-    cross_replace_steps: float = _kept(FusionSettings, "cross_replace_steps", 0.7)
+    cross_replace_steps: float = kept(FusionSettings, "cross_replace_steps", 0.7)
+    shift: tuple[str, ...] = setting(
+        (), 'How words are moved from where they are: "jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames how far right and '
+        "down as shares of the picture, and the growth; may repeat.", group=LAYOUT,
+    )  # fmt: skip
+    object_mask: tuple[str, ...] = setting(
+        (), 'Where words are in the clip, by a video or pictures: "jeep: mask.mp4". Else their attention tells.',
+        group=LAYOUT,
+    )  # fmt: skip
     pnp: PnPSettings = PnPSettings()
     tokenflow: TokenFlowSettings = TokenFlowSettings()
+    layout: MoveSettings = MoveSettings()
 
     def __post_init__(self) -> None:
         """Its parts check themselves where they are made."""
@@ -139,7 +167,7 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings)
         if self.injection != "fatezero":
             return None
         blend = None
-        if self.fusion.blends:
+        if self.fusion.blends and not self.wanted:  # a layout has an area of its own
             changed = changed_words(self.source, self.target)
             blend = (list(self.blend_source or changed[0]), list(self.blend_target or changed[1]))
             if self.fusion.masks_by_prompts:
@@ -162,12 +190,12 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
 
     video: str = ""
     prompt: str = setting("", "What the video shows.", group=_TEXT)
-    model: str = _kept(EditConfig, "model", "demo")
+    model: str = kept(EditConfig, "model", "demo")
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
-    key_frames: tuple[str | int, ...] = _kept(InversionSettings, "key_frames", ("first", "previous"))
-    clip_norm: bool = _kept(InversionSettings, "clip_norm", True)
+    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", ("first", "previous"))
+    clip_norm: bool = kept(InversionSettings, "clip_norm", True)
 
     def __post_init__(self) -> None:
         """Its parts check themselves where they are made."""
@@ -182,20 +210,20 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(ObjectSettings):
     """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
 
     prompt: str = setting("", "What the clip shall show.", group=_TEXT)
-    negative: str = _kept(EditConfig, "negative", "")
-    model: str = _kept(EditConfig, "model", "demo")
-    lora: str = _kept(EditConfig, "lora", "")
-    temporal: str = _kept(EditConfig, "temporal", "")
+    negative: str = kept(EditConfig, "negative", "")
+    model: str = kept(EditConfig, "model", "demo")
+    lora: str = kept(EditConfig, "lora", "")
+    temporal: str = kept(EditConfig, "temporal", "")
     frames: int = setting(16, "How many.", least=1, most=1000, group=_CLIP)
     size: tuple[int, int] | None = setting(None, "WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP)
     fps: float = setting(8.0, "Of the video.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
     seed: int = setting(0, "Of the noise.", least=0, most=2**63 - 1, group=_CLIP)
-    steps: int = _kept(InversionSettings, "steps", 50)
-    guidance_scale: float = _kept(Edit, "guidance_scale", 7.5)
+    steps: int = kept(InversionSettings, "steps", 50)
+    guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     key_frames: tuple[str | int, ...] | None = setting(
         None, "Whose keys and values each frame attends to, as in `fatezero edit`.",
         shown="as the model was trained", group=_DRAWN,
@@ -210,10 +238,8 @@ class GenerateConfig:
         check(self)
 
 
-SECTIONS: dict[str, Any] = {"pnp": PnPSettings, "tokenflow": TokenFlowSettings}
+SECTIONS: dict[str, Any] = {"pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings}
 """The sections of an edit's configuration, and the settings in them."""
-ALL_SECTIONS: dict[str, Any] = SECTIONS | {"layout": LayoutSettings}
-"""Those of other commands too."""
 _KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
 _GENERATE_KINDS: dict[str, Any] = {one.name: one.kind for one in described(GenerateConfig)}
 _TUNE_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(TuneConfig)}
@@ -255,7 +281,7 @@ def with_preset(config: EditConfig, preset: str) -> EditConfig:
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
-    of_sections = {name: _section_of(name, values[name]) for name in SECTIONS if name in values}
+    of_sections = {name: _section_of(name, values[name], kind) for name, kind in SECTIONS.items() if name in values}
     values = {name: value for name, value in values.items() if name not in SECTIONS}
     return _checked(values, _KINDS) | of_sections
 
@@ -276,11 +302,13 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
 
 def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     """A clip to draw by its settings that were given; ConfigError naming what is wrong or missing."""
-    layout = LayoutSettings(**_section_of("layout", values.get("layout", {})))
+    layout = LayoutSettings(**_section_of("layout", values.get("layout", {}), LayoutSettings))
     found = _checked({name: value for name, value in values.items() if name != "layout"}, _GENERATE_KINDS)
     config = GenerateConfig(**found, layout=layout)
     if not config.prompt:
         raise ConfigError("missing --prompt")
+    if values.get("layout") and not config.wanted:
+        raise ConfigError(f"layout has no effect here: {_NOTHING_PLACED}")
     return config
 
 
@@ -311,11 +339,10 @@ def _fitting(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "
     return found
 
 
-def _section_of(name: str, given: Any) -> dict[str, Any]:
+def _section_of(name: str, given: Any, settings: type) -> dict[str, Any]:
     """The values given of a section."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name} is {given!r}; it must be a section")
-    settings = ALL_SECTIONS[name]
     found = _fitting(given, {one.name: one.kind for one in described(settings)}, f"{name}.")
     try:
         settings(**found)
@@ -382,9 +409,10 @@ _FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "ma
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, "injection", "propagation", "smoothing", "flow"]
+    return [*_FUSION, *REPEATED, "injection", "propagation", "smoothing", "flow"]
 
 
+_NOTHING_PLACED = "no object is named (box, ellipse, mask)"
 _NOTHING_BLENDED = "nothing is blended (blend_self_attention, blend_latents)"
 _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...] = (
     (
@@ -394,12 +422,18 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
     ),
     (("pnp",), lambda c: c.injection != "pnp", "injection is not pnp"),
     (("tokenflow",), lambda c: c.propagation != "tokenflow", "propagation is not tokenflow"),
+    (("layout", "object_mask"), lambda c: not c.wanted, "no object is named (box, ellipse, mask, shift)"),
     (("flow",), lambda c: c.smoothing == 0, "smoothing is 0"),
     (("precision", "keep_steps"), lambda c: c.memory == "recompute", "memory recompute keeps no attention"),
     (
         ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens"),
         lambda c: not c.fusion.blends,
         _NOTHING_BLENDED,
+    ),
+    (
+        ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens", "separate_words"),
+        lambda c: c.wanted,
+        "the mask is that of the objects' layout",
     ),
     (("blend_latents_until",), lambda c: not c.blend_latents, "blend_latents is off"),
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..attention.key_frames import KeyFrames
 from ..diffusion.generate import generate
 from ..files.temporal_layers import about_temporal_layers
 from ..hosts.checkpoint import Checkpoint
 from ..hosts.diffusers_video import DiffusersVideoDenoiser
-from ..methods.layout import Form, Layout, Wanted, named_path
-from ..video.read import open_video
-from ..video.size import check_size, to_unit
+from ..video.size import check_size
 from ..video.write import check_output, write_video
 from .config import GenerateConfig
+from .objects import layout_of
 from .run import Session, decode
 
 
-@dataclass(frozen=True)
-class Objects:
-    """What was asked for of objects: "words: path" of boxes and ellipses, "words: file" of masks."""
-
-    boxes: Sequence[str] = ()
-    ellipses: Sequence[str] = ()
-    masks: Sequence[str] = ()
-
-    def layout(self, checkpoint: Checkpoint, config: GenerateConfig) -> Layout | None:
-        """Where they shall be; ValueError for words not in the prompt."""
-        forms: list[tuple[Form, Sequence[str]]] = [("box", self.boxes), ("ellipse", self.ellipses)]
-        found = [Wanted(*named_path(text, form)) for form, texts in forms for text in texts]
-        for text in self.masks:
-            words, _, file = text.partition(":")
-            found.append(Wanted(words.strip(), _mask(file.strip(), config.frames)))
-        return Layout(config.prompt, checkpoint.tokenizer, tuple(found), config.layout) if found else None
-
-
-def run_generate(session: Session, config: GenerateConfig, objects: Objects, output: str, dry_run: bool) -> None:
+def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
     check_output(output, config.frames, session.overwrite, session.inputs_of(config))
     checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
@@ -54,7 +32,7 @@ def run_generate(session: Session, config: GenerateConfig, objects: Objects, out
     )
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
-    asked = objects.layout(checkpoint, config)
+    asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)
     layout = asked.guidance(config.frames, height, width, text.text_tokens) if asked else None
     if layout is not None:
         layout.check_fits(config.frames, text.text_tokens)
@@ -90,9 +68,3 @@ def _as_trained(checkpoint: Checkpoint, config: GenerateConfig) -> tuple[KeyFram
     keys = KeyFrames.parse(told) if config.key_frames is None else KeyFrames.of(config.key_frames)
     norm = not of_videos and about.get("clip_norm", "true") == "true" if config.clip_norm is None else config.clip_norm
     return keys, norm
-
-
-def _mask(file: str, frames: int) -> Tensor:
-    """A video or pictures, white where an object shall be: (frames, height, width)."""
-    shown = open_video(file, 0, 1, frames)
-    return torch.stack([to_unit(frame[None])[0].mean(0) for frame in shown.frames()])

@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter
 from ..attention.key_frames import KeyFrames
 from ..methods.layout_guidance import LayoutSettings
 from ..settings import Described, described, is_union
-from .config import ALL_SECTIONS, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
+from .config import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 
 GROUPS = {
     name: Group(name, sort_key=order)
@@ -68,7 +68,7 @@ def given_of(options: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in fields(options) if options is not None else ():
         value = getattr(options, one.name)
-        if one.name in ALL_SECTIONS:
+        if one.name in SECTIONS:
             section = given_of(value)
             found |= {one.name: section} if section else {}
         elif value is not None:
@@ -89,7 +89,7 @@ def _typed(one: Described) -> Any:
     """What the command line reads: a number, a switch, or text."""
     kind = one.plain
     if get_origin(kind) is not None or is_union(kind):
-        kind = list[str] if get_origin(kind) is Mapping else str
+        kind = list[str] if get_origin(kind) is Mapping or one.name in REPEATED else str
     return kind | None
 
 
@@ -150,6 +150,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "reweight": _weights,
     "crop": lambda text: whole_numbers("crop", text, ",", 4),
     "size": lambda text: whole_numbers("size", text.lower(), "x", 2),
+    **dict.fromkeys(REPEATED, tuple),
     "start": _moment,
     "end": _moment,
 }

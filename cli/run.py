@@ -23,6 +23,8 @@ from ..files.temporal_layers import about_temporal_layers, seen_with
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, quiet
 from ..methods.flow_smoothing import FlowSmoothing
+from ..methods.layout import Layout
+from ..methods.move_objects import moves_of
 from ..settings import described
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.identity import ModelIdentity
@@ -35,6 +37,7 @@ from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_vide
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig
+from .objects import files_of, layout_of
 from .progress import Bar
 
 DEFAULT_FRAMES = 8
@@ -116,7 +119,7 @@ class Session:
         """All the files that a run reads."""
         video = config.video if isinstance(config, EditConfig) else ""
         named = (video, config.model, config.lora, config.temporal, self.model_config)
-        return [*self.inputs, *(Path(name) for name in named if name)]
+        return [*self.inputs, *(Path(name) for name in named if name), *files_of(config)]
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
@@ -167,6 +170,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         )
     checkpoint = session.open_model(first.model, first.lora, first.temporal)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
+    layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
 
     if store is None or origin is None:
         assert source is not None
@@ -189,7 +193,8 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
         motion = _motion(checkpoint, configs, inversion, bar)
         edits = [
-            one_edit(checkpoint, config, prompt, shape, motion) for config, prompt in zip(configs, prompts, strict=True)
+            one_edit(checkpoint, config, prompt, shape, motion, layout)
+            for config, prompt, layout in zip(configs, prompts, layouts, strict=True)
         ]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(checkpoint.denoiser, inversion, edits, first.chunk_frames, progress=bar(title))
@@ -289,6 +294,8 @@ def _calls(configs: list[EditConfig], kept_steps: int, inverts: bool, edits: boo
     if edits:
         parts.append(f"{sum(calls.edit for calls in counted):g} for {len(configs)} edit(s)")
         parts += [f"{source:g} for the source beside"] if source else []
+        gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.wanted)
+        parts += [f"{gradients} with gradients, each some four calls long, for the layout"] if gradients else []
     return ", ".join(parts)
 
 
@@ -336,13 +343,20 @@ def one_edit(
     prompt: Any,
     latents_shape: tuple[int, ...],
     motion: Motion | None = None,
+    layout: Layout | None = None,
 ) -> Edit:
-    """A configuration's edit, its prompts encoded. motion: the clip's, where it smooths along it."""
+    """A configuration's edit, its prompts encoded. motion: the clip's, where it smooths along it. layout: its own."""
     height, width = (side * checkpoint.factor for side in latents_shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
     target, negative = (
         checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
     )
+    moves = None
+    if layout is not None:
+        source_tokens = checkpoint.encode_prompt(
+            config.source, width, height, checkpoint.blocks(config.source)
+        ).text_tokens
+        moves = moves_of(layout, config.source, source_tokens, target.text_tokens)
     return Edit(
         target,
         negative,
@@ -351,6 +365,7 @@ def one_edit(
         config.chosen_injection,
         propagation=config.chosen_propagation,
         smoothing=FlowSmoothing(config.smoothing, motion) if config.smoothing else None,
+        layout=moves,
         strength=config.strength,
     )
 

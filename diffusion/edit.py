@@ -23,6 +23,7 @@ from .ddim import Schedule, ddim_move, root
 from .denoiser import Denoiser, Guidance, check_finite, chunks_of, frames_of, joined
 from .invert import Inversion, Progress
 from .source import Asks, check_store, compute_source, sources
+from .steering import EditSteering
 
 # --- the parts of an edit -----------------------------------------------------------------
 
@@ -71,11 +72,30 @@ class Smoothing(Protocol):
         """What it does, in a line."""
 
 
+class Layouts(Protocol):
+    """Where things shall be: `LayoutGuidance`, `MoveObjects`."""
+
+    @property
+    def keeps_rest(self) -> bool:
+        """Whether the clip changes in an area alone, which is known once it is prepared."""
+
+    def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> EditSteering:
+        """The same in one edit, while the denoiser is hooked; chunks: of every step.
+
+        Raises ValueError for what does not fit.
+        """
+
+    def summary(self, steps: int) -> str:
+        """What it does in so many steps, in a line."""
+
+
 class EditContext:
     """What the parts of an edit know of its run.
 
-    like, latents_like: of the device and dtype of the model, and of the latents.
+    like, latents_like: of the device and dtype of the model, and of the latents. area: see `EditSteering`.
     """
+
+    area: Tensor | None = None
 
     def __init__(self, denoiser: Denoiser, store: AttentionStore, target: Condition, latents_like: Tensor) -> None:
         self.denoiser, self.store, self.target = denoiser, store, target
@@ -139,6 +159,7 @@ class Edit:
     mask: GivenMask | None = None
     propagation: Propagation | None = None
     smoothing: Smoothing | None = None
+    layout: Layouts | None = None
     strength: float = setting(
         1.0,
         "How far towards noise the edit begins, as a share of the steps: below 1 it starts from the clip with so much "
@@ -169,6 +190,7 @@ def edit(
     propagation: Propagation | None = None,
     mask: GivenMask | None = None,
     smoothing: Smoothing | None = None,
+    layout: Layouts | None = None,
     strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -180,7 +202,7 @@ def edit(
     the edit is plain DDIM from the inverted noise. propagation: how frames agree beyond their key frames
     (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask of self-attention
     and latents; without FateZero, latents outside it are the inversion's. smoothing: of what the edit changes, over
-    time (`FlowSmoothing`). strength: see `Edit`.
+    time (`FlowSmoothing`). layout: where objects shall be (`MoveObjects`, `LayoutGuidance`). strength: see `Edit`.
 
     Fusion touches the conditional branch alone. UNet calls: two a step (one at guidance 1), and
     one more in every step that reads a source that is not kept (`unet_calls`).
@@ -189,8 +211,9 @@ def edit(
     options that do not fit each other, before the first step; ArithmeticError where numbers leave their range.
     """
     one = Edit(
-        target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, strength
-    )
+        target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, layout,
+        strength,
+    )  # fmt: skip
     return edit_many(denoiser, inversion, [one], chunk_frames, progress=progress)[0]
 
 
@@ -212,6 +235,7 @@ def edit_many(
     with EditPass(denoiser, inversion, edits, chunk_frames) as run:
         zs = run.start
         for step in range(steps):
+            zs = run.steered(zs, step)
             zs = run.move(zs, step, run.predict(zs, step))
             for z in zs:
                 check_finite(z, f"the edit's latents at step {step + 1} of {steps}")
@@ -254,7 +278,7 @@ class EditPass:
         self._steps = store.steps
         self._runs = [_Run(denoiser, store, self._schedule, one) for one in edits]
         start = store.level(store.steps).to(denoiser.device)
-        self.start = [run.start(start) for run in self._runs]
+        self.start: list[Tensor] = []
         """Where each edit begins: the inverted noise, or with less strength the clip with so much of it."""
         self._chunks = [
             chunks_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
@@ -276,12 +300,19 @@ class EditPass:
             shared = sources(self._denoiser, self._store, self._chunks, asks, self._in_order)
             self._source_of = opened.enter_context(shared)
             for run in self._runs:
-                run.injected.prepare(self._chunks)
+                run.prepare(self._chunks)
+            noise = self._store.level(self._steps).to(self._denoiser.device)
+            self.start = [run.start(noise) for run in self._runs]
             self._open = opened.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
+
+    @torch.no_grad()
+    def steered(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:
+        """Each edit's latents as the step begins from, moved where a layout guides it."""
+        return [run.steered(z, step, self._chunk_frames) for run, z in zip(self._runs, zs, strict=True)]
 
     @torch.no_grad()
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
@@ -314,6 +345,11 @@ class EditPass:
     def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction | None]) -> list[Tensor]:
         """Each edit's latents one level cleaner."""
         return [z if p is None else run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]
+
+    @property
+    def steers(self) -> bool:
+        """Whether an edit has a layout, which moves latents before a step."""
+        return any(run.layout is not None for run in self._runs)
 
     @property
     def blends_latents(self) -> bool:
@@ -370,17 +406,36 @@ class _Run:
         self.guidance_scale = asked.guidance_scale
         self.propagation, self.smoothing = asked.propagation, asked.smoothing
         self.first = first_step(asked.strength, schedule.steps)
-        context, injection = EditContext(denoiser, store, self.target, like), asked.injection
-        self.injected = Injected(asked, context) if injection is None else injection.injected(asked, context)
+        self.context, injection = EditContext(denoiser, store, self.target, like), asked.injection
+        self.injected = Injected(asked, self.context) if injection is None else injection.injected(asked, self.context)
+        self.layout = asked.layout
+        self._steering: EditSteering | None = None
+
+    def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """Called once, while the denoiser is hooked; chunks: of every step."""
+        if self.layout is not None:
+            self._steering = self.layout.prepared(self.context, chunks)
+            self.context.area = self._steering.area
+        self.injected.prepare(chunks)
 
     def start(self, noise: Tensor) -> Tensor:
         """The latents of the first step: sqrt(abar) z_0 + sqrt(1 - abar) eps, with the eps that made the noise."""
-        if self.first == 0:
-            return noise
-        clip, alphas = self.store.level(0).to(noise.device), self.schedule.alphas
-        eps = (noise - root(alphas[-1]) * clip) / root(1 - alphas[-1])
-        alpha = alphas[self.schedule.steps - self.first]
-        return root(alpha) * clip + root(1 - alpha) * eps
+        alphas = self.schedule.alphas
+        alpha, z = alphas[self.schedule.steps - self.first], noise
+        if self.first:
+            clip = self.store.level(0).to(noise.device)
+            eps = (noise - root(alphas[-1]) * clip) / root(1 - alphas[-1])
+            z = root(alpha) * clip + root(1 - alpha) * eps
+        return z if self._steering is None else self._steering.started(z, root(1 - alpha).item())
+
+    def steered(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
+        """The latents that a step begins from."""
+        steps, steering = self.schedule.steps, self._steering
+        if steering is None or step < self.first or not steering.guides(step, steps):
+            return z
+        timestep, alpha = self.schedule.timesteps[step], self.schedule.alphas[steps - step]
+        keys, norm = self.store.key_frames, self.store.clip_norm
+        return steering.moved(self.denoiser, z, timestep, alpha, self.target, keys, norm, chunk_frames)
 
     @property
     def shares_source(self) -> bool:
@@ -416,6 +471,8 @@ class _Run:
         """One DDIM step from level steps - step to the cleaner one."""
         level = self.schedule.steps - step
         z = ddim_move(z, predicted.noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
+        if self._steering is not None:
+            z = self._steering.carried(z, level - 1, step)
         if predicted.mask is not None:
             kept = self.store.level(level - 1).to(z.device, non_blocking=True)
             z = kept + predicted.mask * (z - kept)
@@ -449,7 +506,8 @@ def unet_calls(
 ) -> Calls:
     """What a run costs where the store keeps the attention of so many steps, none with memory "recompute".
 
-    A propagation evaluates its key frames once more, and the source in every step.
+    A propagation evaluates its key frames once more, and the source in every step. A layout's gradients are not
+    counted: it tells them itself.
     """
     branches = 1 if guidance_scale == 1 else 2
     preparing = 0 if injection is None else injection.preparing_calls(steps, mask)

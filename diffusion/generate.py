@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,25 +13,7 @@ from ..attention.key_frames import Chunk, KeyFrames
 from .ddim import ddim_move
 from .denoiser import Denoiser, Guidance, check_finite
 from .invert import Progress
-
-
-class Steering(Protocol):
-    """What has a say in the steps of a run."""
-
-    def check_fits(self, frames: int, text_tokens: int) -> None:
-        """Raise ValueError where it is for another clip or text."""
-
-    def guides(self, step: int, steps: int) -> bool:
-        """Whether it has one in a step."""
-
-    def moved(
-        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
-        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
-    ) -> Tensor:  # fmt: skip
-        """The latents that the step begins from. alpha: the cumulative one there."""
-
-    def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
-        """Of the conditional branch."""
+from .steering import ClipSteering
 
 
 @torch.no_grad()
@@ -46,7 +27,7 @@ def generate(
     key_frames: KeyFrames | Iterable[str | int] | str | int = ("first", "previous"),
     clip_norm: bool = True,
     *,
-    layout: Steering | None = None,
+    layout: ClipSteering | None = None,
     chunk_frames: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:

@@ -38,6 +38,24 @@ class PromptHeat:
     tokens: Tensor | None
 
 
+def source_tokens_heat(
+    denoiser: Denoiser, store: AttentionStore, sites: Sequence[AttentionSite], chunks: Sequence[Sequence[Chunk]]
+) -> Tensor:
+    """The source's attention to each of its tokens in some layers of one grid, averaged over a few levels.
+
+    (frames, tokens, y, x). One UNet call for each level; to be called while the denoiser is hooked.
+    """
+    names, heats = {site.name for site in sites}, []
+    for level in difference_levels(store.steps):
+        step = store.steps - 1 - level
+        z, recorders = store.level(level).to(denoiser.device), []
+        for chunk in chunks[step]:
+            recorders.append(Recorder(store.key_frames, chunk, names))
+            denoiser.predict_noise(frames_of(z, chunk), store.timesteps[step], store.source, recorders[-1])
+        heats.append(joined(chunks[step], [token_heat(r.step.maps(sites, denoiser.dtype)) for r in recorders]).to(z))
+    return torch.stack(heats).mean(0)
+
+
 def prompt_heat(
     denoiser: Denoiser,
     store: AttentionStore,

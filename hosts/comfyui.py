@@ -246,6 +246,8 @@ class EditGuider(LoopGuider):
                 raise ValueError(
                     "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
                 )
+            if edits.steers:
+                raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
             if any(edit.strength < 1 for edit in self._asked):
                 raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
             self._running = self._open.enter_context(edits)

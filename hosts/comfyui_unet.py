@@ -444,7 +444,7 @@ def _known_to_autograd(model: nn.Module) -> Iterator[None]:
     try:
         for weights, name, weight in held:
             plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
-            plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride())  # type: ignore[call-overload]
+            plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride())
             weights[name] = nn.Parameter(plain, requires_grad=False)
         yield
     finally:

@@ -8,7 +8,7 @@ exactly, with V from the edit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -172,6 +172,11 @@ class StepPlan:
         return names | {site.name for site in mask_sites} if self.mask else names
 
 
+_ALL_BUT_AN_AREA: dict[str, Any] = {
+    "blend_self_attention": True, "blend_latents": True, "blend_latents_until": 1.0, "mask_from": "attention",
+    "separate_words": 0.0,
+}  # fmt: skip
+"""What keeps the source wherever a layout does not move objects."""
 _MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
 PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
@@ -220,6 +225,9 @@ class Fusion(Injected):
         self.context = context
         self.settings = settings
         prompt, given = asked.prompt, asked.mask
+        self.in_area = asked.layout is not None and asked.layout.keeps_rest
+        if self.in_area:
+            self.settings = settings = replace(settings, **_ALL_BUT_AN_AREA)
         if prompt is None:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         source, target = context.store.source, context.target
@@ -237,7 +245,7 @@ class Fusion(Injected):
             if not settings.blends:
                 raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
             self.given_at = self._on_grids(given)
-        if settings.blends and not (given is not None and given.replaces):
+        if settings.blends and not self.in_area and not (given is not None and given.replaces):
             if settings.masks_by_step or prompt.blend_words is not None:
                 self.blend_tokens = prompt.blend_tokens(source.text_tokens, target.text_tokens)
             if settings.masks_by_step:
@@ -248,7 +256,16 @@ class Fusion(Injected):
                 self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
-        """Make the mask of the two prompts, where the edit takes one."""
+        """Make the mask of the two prompts, or of a layout's area, where the edit takes one."""
+        if self.context.area is not None:
+            area = self.context.area
+            if self.given is None:
+                self.given = GivenMask(area)
+            elif not self.given.replaces:
+                own = self.given.at((area.shape[1], area.shape[2]), len(area))
+                self.given = GivenMask(self.given.joined(own, area))
+            self.given_at = self._on_grids(self.given)
+            return
         replaced = self.given is not None and self.given.replaces
         if replaced or not self.settings.masks_by_prompts:
             return
@@ -284,12 +301,13 @@ class Fusion(Injected):
         if not fuses:
             return Control(source.key_frames, source.chunk)
         masks = None
-        if plan.fuse_self and self.settings.blend_self_attention:
+        if (plan.fuse_self and self.settings.blend_self_attention) or self.in_area:
             sites = self.context.sites
-            grids = {(s.height, s.width) for s in sites if s.kind == "self" and self.settings.fuses(s)}
+            grids = {(s.height, s.width) for s in sites if self.settings.fuses(s)}
             masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [], source.chunk)
         keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
-        return Fuser(source, self.alignment, self.settings, plan, masks, self.shares(source.chunk), keep)
+        shares = self.shares(source.chunk)
+        return Fuser(source, self.alignment, self.settings, plan, masks, shares, keep, self.in_area)
 
     def shares(self, chunk: Chunk) -> dict[Grid, Tensor] | None:
         """What each place of a chunk keeps of its attention to each target token, less inside the mask to foreign
@@ -340,7 +358,8 @@ class Fuser(Control):
     masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where
     the edit keeps its own self-attention; None for none. shares: grid -> what each place keeps of its
     attention to each target token, (f, c, height, width) in 0..1; None for all of it. keep: names of the
-    layers whose own cross maps are kept in `maps`.
+    layers whose own cross maps are kept in `maps`. own_words: whether the edit keeps its own cross-attention too where
+    a mask is 1.
     """
 
     def __init__(
@@ -352,6 +371,7 @@ class Fuser(Control):
         masks: dict[tuple[int, int], Tensor] | None = None,
         shares: dict[tuple[int, int], Tensor] | None = None,
         keep: frozenset[str] = frozenset(),
+        own_words: bool = False,
     ) -> None:
         super().__init__(source.key_frames, source.chunk)
         self.source = source
@@ -361,6 +381,7 @@ class Fuser(Control):
         self.masks = masks
         self.shares = shares
         self.keep = keep
+        self.own_words = own_words
         self.maps: dict[str, Tensor] = {}
         """A host's guidance may evaluate the branch again; the first time counts."""
 
@@ -396,7 +417,11 @@ class Fuser(Control):
         if not fuses:
             return attend(q, k, v)
         of_source, of_own = self.alignment.values(v)
-        return self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
+        fused = self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
+        if not (self.own_words and self.masks):
+            return fused
+        mask = rearrange(self.masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(q)
+        return mask * attend(q, k, v) + (1 - mask) * fused
 
 
 def _shared(map: Tensor, shares: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from .layout_guidance import LayoutGuidance, LayoutSettings, Placed
+from .layout_guidance import LayoutGuidance, LayoutSettings, Placed, guidance_of
 
 Form = Literal["box", "ellipse"]
 _FINE = 4
@@ -39,6 +40,47 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Move:
+    """How far from its place an object is at a frame, in shares of the picture, and its growth. ValueError for none."""
+
+    frame: int
+    x: float
+    y: float
+    growth: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.frame < 0:
+            raise ValueError(f"a layout's frame is {self.frame}; frames count from 0")
+        if not 0.1 <= self.growth <= 10:
+            raise ValueError(f"a layout's growth is {self.growth:g}; it must be from 0.1 to 10")
+        if not (abs(self.x) <= 2 and abs(self.y) <= 2):
+            raise ValueError(f"a layout's shift is {self.x:g},{self.y:g}; it must be in shares of the picture, to 2")
+
+
+def _between(stops: Sequence[Any], frame: int) -> Any:
+    """A stop at any frame: even between stops, still before the first and after the last."""
+    after = bisect_right([stop.frame for stop in stops], frame)
+    if after in (0, len(stops)):
+        return replace(stops[max(0, after - 1)], frame=frame)
+    a, b = stops[after - 1 : after + 1]
+    share = (frame - a.frame) / (b.frame - a.frame)
+    mixed = {
+        one.name: (1 - share) * getattr(a, one.name) + share * getattr(b, one.name)
+        for one in fields(a)
+        if one.name != "frame"
+    }
+    return replace(a, frame=frame, **mixed)
+
+
+def _check_rising(stops: Sequence[Any]) -> None:
+    frames = [stop.frame for stop in stops]
+    if not frames:
+        raise ValueError("a layout has no place")
+    if frames != sorted(set(frames)):
+        raise ValueError(f"a layout's frames are {', '.join(map(str, frames))}; they must rise")
+
+
+@dataclass(frozen=True)
 class Path:
     """The way of an object: straight and even between stops, still before the first and after the last.
 
@@ -49,11 +91,7 @@ class Path:
     form: Form = "box"
 
     def __post_init__(self) -> None:
-        frames = [stop.frame for stop in self.stops]
-        if not frames:
-            raise ValueError("a layout has no place")
-        if frames != sorted(set(frames)):
-            raise ValueError(f"a layout's frames are {', '.join(map(str, frames))}; they must rise")
+        _check_rising(self.stops)
 
     @classmethod
     def parse(cls, text: str, form: Form = "box") -> Path:
@@ -62,15 +100,8 @@ class Path:
 
     def at(self, frame: int) -> Stop:
         """The place at any frame."""
-        after = bisect_right([stop.frame for stop in self.stops], frame)
-        if after in (0, len(self.stops)):
-            return self.stops[max(0, after - 1)]
-        a, b = self.stops[after - 1 : after + 1]
-        share = (frame - a.frame) / (b.frame - a.frame)
-        x, y, width, height = (
-            (1 - share) * getattr(a, name) + share * getattr(b, name) for name in ("x", "y", "width", "height")
-        )
-        return Stop(frame, x, y, width, height)
+        found: Stop = _between(self.stops, frame)
+        return found
 
     def mask(self, frames: int, height: int, width: int) -> Tensor:
         """How much of each pixel is taken: (frames, height, width) in 0..1."""
@@ -79,14 +110,43 @@ class Path:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """How an object of a clip is moved from where it is: even between stops, as a `Path`, with its errors."""
+
+    stops: tuple[Move, ...]
+
+    def __post_init__(self) -> None:
+        _check_rising(self.stops)
+
+    @classmethod
+    def parse(cls, text: str) -> Shift:
+        """From "0:0.2,0; 15:0.2,-0.1,1.5": at each frame how far right and down, as shares, and the growth."""
+        return cls(tuple(_move(part) for part in text.split(";") if part.strip()))
+
+    def at(self, frame: int) -> Move:
+        """The shift at any frame."""
+        found: Move = _between(self.stops, frame)
+        return found
+
+
+@dataclass(frozen=True)
 class Wanted:
-    """An object by its words, and where it shall be: a path, or a mask (frames or 1, height, width) in 0..1."""
+    """An object by its words, and where it shall be: a path, or a mask (frames or 1, height, width) in 0..1.
+
+    Of an edit also a shift; source: a mask of where it is in the clip, (frames or 1, height, width).
+    """
 
     words: str
-    where: Path | Tensor
+    where: Path | Shift | Tensor
+    source: Tensor | None = None
 
     def mask(self, frames: int, height: int, width: int) -> Tensor:
-        """How much of each pixel is taken: (frames, height, width) in 0..1; ValueError for a mask of another clip."""
+        """How much of each pixel is taken: (frames, height, width) in 0..1.
+
+        Raises ValueError for a mask of another clip, and for a shift, which is from somewhere.
+        """
+        if isinstance(self.where, Shift):
+            raise ValueError(f"{self.words!r} is shifted from where it is, and a new clip has it nowhere: give a place")
         if isinstance(self.where, Path):
             return self.where.mask(frames, height, width)
         return GivenMask(self.where).at((height, width), frames)
@@ -108,46 +168,53 @@ class Layout:
         if not self.objects:
             raise ValueError("a layout has no object")
         for wanted in self.objects:
-            self._columns(wanted.words, BLOCKS)
+            self.columns(wanted.words, BLOCKS)
 
     def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance:
         """For a clip of so many frames, with targets of a size; ValueError for masks, or a text, that do not fit."""
         first, *more = (
-            Placed(wanted.mask(frames, height, width), self._columns(wanted.words, text_tokens))
+            Placed(wanted.mask(frames, height, width), self.columns(wanted.words, text_tokens))
             for wanted in self.objects
         )
-        return LayoutGuidance(target=first.target, columns=first.columns, more=more, **vars(self.settings))
+        return LayoutGuidance(target=first.target, columns=first.columns, more=more, **guidance_of(self.settings))
 
-    def _columns(self, words: str, text_tokens: int) -> list[int]:
-        pair = PromptEdit(self.prompt, self.prompt, self.tokenizer)
-        return pair.token_indices(self.prompt, words, text_tokens, "layout")
+    def columns(self, words: str, text_tokens: int, prompt: str | None = None) -> list[int]:
+        """The tokens of some words in the layout's prompt, or another; ValueError where they are not in it."""
+        prompt = self.prompt if prompt is None else prompt
+        return PromptEdit(prompt, prompt, self.tokenizer).token_indices(prompt, words, text_tokens, "layout")
 
 
 BLOCKS = 1 << 30
 """More tokens than any text has."""
 
 
-def named_path(text: str, form: Form = "box") -> tuple[str, Path]:
-    """Words and their path: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3"."""
+def named_path(text: str, form: Form | Literal["shift"] = "box") -> tuple[str, Path | Shift]:
+    """Words and their way: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", or of a shift "burger: 0:0.2,0"."""
     words, found, rest = text.partition(":")
     if not found or not words.strip() or words.strip().isdigit():
         raise ValueError(f'layout {text!r} must begin with the words it is for: "burger: 0:0.1,0.5,0.3"')
-    return words.strip(), Path.parse(rest, form)
+    return words.strip(), Shift.parse(rest) if form == "shift" else Path.parse(rest, form)
 
 
 def _stop(text: str) -> Stop:
+    frame, (x, y, width, *height) = _numbers(text, (3, 4), "frame:x,y,size or frame:x,y,width,height", "0:0.1,0.5,0.3")
+    return Stop(frame, x, y, width, *(height or [width]))
+
+
+def _move(text: str) -> Move:
+    frame, found = _numbers(text, (2, 3), "frame:right,down or frame:right,down,growth", "0:0.2,0")
+    return Move(frame, *found)
+
+
+def _numbers(text: str, counts: tuple[int, ...], form: str, example: str) -> tuple[int, list[float]]:
     frame, _, place = text.partition(":")
     try:
-        x, y, width, *height = (float(number) for number in place.split(","))
-        if len(height) > 1:
+        found = [float(number) for number in place.split(",")]
+        if len(found) not in counts:
             raise ValueError
-        return Stop(int(frame), x, y, width, *(height or [width]))
-    except ValueError as error:
-        if str(error).startswith("a layout's"):
-            raise
-        raise ValueError(
-            f"layout {text.strip()!r} must be frame:x,y,size or frame:x,y,width,height, such as 0:0.1,0.5,0.3"
-        ) from None
+        return int(frame), found
+    except ValueError:
+        raise ValueError(f"layout {text.strip()!r} must be {form}, such as {example}") from None
 
 
 def _box(stop: Stop, height: int, width: int) -> Tensor:

@@ -7,8 +7,8 @@ energy; forward guidance draws the target into the attention itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
+from ..diffusion.edit import EditContext
 from ..settings import check, setting
 
 GROUP = "Layout"
@@ -85,22 +86,33 @@ class LayoutSettings:
         group=GROUP,
     )  # fmt: skip
 
+    steps: Sequence[int] | None = field(default=None, kw_only=True)
+    """Those that are guided; None takes the paper's 33 of 50, in proportion."""
+
     def __post_init__(self) -> None:
         check(self)
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether a step of a run is guided."""
+        if not (self.scale if self.mode == "backward" else self.amount):
+            return False
+        return in_schedule(step, steps) if self.steps is None else step in self.steps
+
+    def guided_calls(self, steps: int) -> int:
+        """UNet calls, with their gradients, at most."""
+        return self.repeats * sum(self.guides(step, steps) for step in range(steps)) if self.mode == "backward" else 0
 
 
 @dataclass(frozen=True)
 class LayoutGuidance(LayoutSettings):
     """Guidance of one object, or more.
 
-    target, columns: see `Placed`. more: further objects. steps: those that are guided; None takes the paper's 33 of 50,
-    in proportion.
+    target, columns: see `Placed`. more: further objects.
     """
 
     target: Tensor = field(kw_only=True)
     columns: Sequence[int] = field(kw_only=True)
     more: Sequence[Placed] = field(default=(), kw_only=True)
-    steps: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,12 +121,6 @@ class LayoutGuidance(LayoutSettings):
     @property
     def objects(self) -> tuple[Placed, ...]:
         return (Placed(self.target, self.columns), *self.more)
-
-    def guides(self, step: int, steps: int) -> bool:
-        """Whether a step of a run is guided."""
-        if not (self.scale if self.mode == "backward" else self.amount):
-            return False
-        return in_schedule(step, steps) if self.steps is None else step in self.steps
 
     def moved(
         self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
@@ -129,6 +135,27 @@ class LayoutGuidance(LayoutSettings):
         """Of the conditional branch in a guided step."""
         return ForwardControl(key_frames, chunk, self) if self.mode == "forward" else Control(key_frames, chunk)
 
+    # --- in an edit ---------------------------------------------------------------------
+
+    keeps_rest = False
+    area = None
+
+    def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> LayoutGuidance:
+        """Raises ValueError for what does not fit, and for forward guidance: there the edit has maps of its own."""
+        if self.mode == "forward":
+            raise ValueError("mode is forward; an edit takes backward guidance alone")
+        self.check_fits(context.store.frames, context.target.text_tokens)
+        return self
+
+    def started(self, z: Tensor, noisy: float) -> Tensor:
+        return z
+
+    def carried(self, z: Tensor, level: int, step: int) -> Tensor:
+        return z
+
+    def summary(self, steps: int) -> str:
+        return f"guided the layout of {len(self.objects)} object(s) in {self.guided_calls(steps)} gradients"
+
     def check_fits(self, frames: int, text_tokens: int) -> None:
         """Raise ValueError for targets of another clip, or columns that the text lacks."""
         for placed in self.objects:
@@ -136,6 +163,11 @@ class LayoutGuidance(LayoutSettings):
                 raise ValueError(f"target has {len(placed.target)} frames; the clip has {frames}")
             if max(placed.columns) >= text_tokens:
                 raise ValueError(f"columns name token {max(placed.columns)}; the text has {text_tokens}")
+
+
+def guidance_of(settings: LayoutSettings) -> dict[str, Any]:
+    """The values of settings that are of guidance, without those of moved objects."""
+    return {one.name: getattr(settings, one.name) for one in fields(LayoutSettings)}
 
 
 def in_schedule(step: int, steps: int) -> bool:

@@ -50,6 +50,9 @@ class PnPSettings:
     # --- as the sampling loop asks ------------------------------------------------------
 
     def injected(self, asked: Edit, context: EditContext) -> Injected:
+        """Raises ValueError for a layout: queries, keys and feature of the source hold all things where they are."""
+        if asked.layout is not None:
+            raise ValueError("a layout goes with FateZero, or with no injection: Plug-and-Play holds things in place")
         return PnPInjection(self, asked, context)
 
     def reads_source(self, step: int, steps: int) -> bool:

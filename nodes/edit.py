@@ -19,15 +19,19 @@ from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, hea
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_unet import count_layers
 from ..methods.fatezero import PRESETS, FusionSettings, preset_fusion
+from ..methods.layout import Layout
+from ..methods.move_objects import MoveObjects, moves_of
 from ..methods.plug_and_play import PnPSettings
 from ..video.sheet import heat_map
 from .inversion import CHUNK_FRAMES
+from .layout import check_prompt
 from .settings import widget
 from .sockets import (
     PROMPT_KEY,
     TEXT_KEY,
     AttentionStoreSocket,
     InjectionSocket,
+    LayoutSocket,
     PromptEditSocket,
     PropagationSocket,
     SmoothingSocket,
@@ -64,6 +68,7 @@ INPUTS = [
     SmoothingSocket.Input(
         "smoothing", optional=True, tooltip="Less flicker along the video's own motion (Flow Smoothing)."
     ),
+    LayoutSocket.Input("layout", optional=True, tooltip="Objects of the clip, moved to where they shall be (Layout)."),
     widget(Edit, "guidance_scale", "guidance"),
     io.Combo.Input(
         "preset",
@@ -145,6 +150,7 @@ class Asked:
     settings: Injection | None = None
     propagation: Propagation | None = None
     smoothing: Smoothing | None = None
+    layout: Layout | None = None
     mask: Tensor | None = None
     mask_mode: Literal["replace", "union", "intersection"] = "replace"
     chunk_frames: int = 0
@@ -174,7 +180,7 @@ class Asked:
             raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
         edit = Edit(
             positive, negative, self.guidance, self.prompt_edit if fuses else None, injection, mask, self.propagation,
-            self.smoothing, self.strength,
+            self.smoothing, self._moves(positive), self.strength,
         )  # fmt: skip
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
@@ -182,6 +188,14 @@ class Asked:
             edit = only_inside(edit, clips_mask)
         _check(edit, self.positive, self.preset, self.store.steps)
         return edit
+
+    def _moves(self, positive: HostCondition) -> MoveObjects | None:
+        """The layout's objects, moved from where the source prompt's words, or a mask, tell they are."""
+        if self.layout is None:
+            return None
+        check_prompt(self.layout, self.positive)
+        source = self.prompt_edit.source if self.prompt_edit is not None else self.store.prompt or ""
+        return moves_of(self.layout, source, self.store.source.text_tokens, positive.text_tokens)
 
 
 def _groups(asked: list[Asked]) -> list[list[Asked]]:
@@ -199,6 +213,8 @@ def _check(edit: Edit, positive: Any, preset: str, steps: int) -> None:
     said = positive[0][1].get(PROMPT_KEY, prompt.target)
     if said != prompt.target:
         raise ValueError(f"positive: was made from {said!r}, but prompt_edit's target is {prompt.target!r}")
+    if edit.layout is not None:
+        return
     if mask is not None and not fusion.blends:
         raise ValueError(
             f"mask: preset {preset!r} blends nothing, so a mask would do nothing; take preset shape, or custom with "
@@ -221,6 +237,8 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
         lines.append(edit.propagation.summary(store.frames))
     if edit.smoothing is not None:
         lines.append(edit.smoothing.summary())
+    if edit.layout is not None:
+        lines.append(edit.layout.summary(store.steps))
     lines.append(
         f"{calls.edit:g} UNet evaluations of {store.frames} frames, {calls.source:g} more for the source; "
         f"store of memory {store.memory}"

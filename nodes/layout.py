@@ -12,13 +12,15 @@ from ..attention.prompt import PromptEdit
 from ..diffusion.edit import Edit
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_layout import LayoutGuider
-from ..methods.layout import Form, Layout, Wanted, named_path
-from ..methods.layout_guidance import LayoutGuidance, LayoutSettings
+from ..methods.layout import Form, Layout, Shift, Wanted, named_path
+from ..methods.layout_guidance import LayoutGuidance
+from ..methods.move_objects import MoveSettings
 from ..video.sheet import outlined
 from .prompt import check_clip, clip_tokenizer, encoded, unweighted
 from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, LayoutSocket, schema, show_on_node
 
+SHIFT = "shift"
 FINE = 8
 """Points of a target for each latent, by side: a pixel of most models."""
 _BLANK = 256
@@ -51,9 +53,20 @@ class FateZeroLayout(io.ComfyNode):
                     tooltip='A line for each: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size '
                     "(or width and height) as shares of the picture. Words alone take the mask.",
                 ),
-                io.Combo.Input("form", options=list(get_args(Form)), default="box", tooltip="Of what is on a path."),
+                io.Combo.Input(
+                    "form",
+                    options=[*get_args(Form), SHIFT],
+                    default="box",
+                    tooltip="Of what is on a path. shift, for edits alone, moves an object from where it is: "
+                    '"jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames how far right and down, and the growth.',
+                ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Of words without a path: one mask, or one for each frame."
+                ),
+                io.Mask.Input(
+                    "object_mask",
+                    optional=True,
+                    tooltip="Of edits: where the object is in the clip. Else the attention to its words tells.",
                 ),
                 LayoutSocket.Input(
                     "more", optional=True, tooltip="Another layout of the same prompt, whose objects come along."
@@ -62,7 +75,7 @@ class FateZeroLayout(io.ComfyNode):
                 io.Int.Input(
                     "frames", default=16, min=1, max=1000, tooltip="Of the picture, where no image is connected."
                 ),
-                *widgets(LayoutSettings, advanced=("weight", "amount", "enough", "most_change")),
+                *widgets(MoveSettings, advanced=("weight", "amount", "enough", "most_change")),
             ],
             outputs=[
                 io.Conditioning.Output("conditioning", display_name="positive", tooltip="The prompt, encoded."),
@@ -73,41 +86,53 @@ class FateZeroLayout(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: Any, prompt: str, objects: str, form: Form, frames: int, mask: Tensor | None = None,
-        more: Layout | None = None, image: Tensor | None = None, **values: Any,
+        cls, clip: Any, prompt: str, objects: str, form: Any, frames: int, mask: Tensor | None = None,
+        object_mask: Tensor | None = None, more: Layout | None = None, image: Tensor | None = None, **values: Any,
     ) -> io.NodeOutput:  # fmt: skip
         check_clip(clip)
-        words, tokenizer, settings = unweighted(prompt), clip_tokenizer(clip), made(LayoutSettings, values)
+        words, tokenizer, settings = unweighted(prompt), clip_tokenizer(clip), made(MoveSettings, values)
         if not words:
             raise ValueError("prompt: is empty; describe the clip")
-        found = _wanted(objects, form, mask)
+        found = _wanted(objects, form, _masks(mask), _masks(object_mask))
         if more is not None:
             if more.prompt != words:
                 raise ValueError(f"more: is of the prompt {more.prompt!r}, not {words!r}")
             found += more.objects
         layout = Layout(words, tokenizer, found, settings)
         over = torch.full((frames, _BLANK, _BLANK, 3), 0.2) if image is None else image[..., :3]
-        masks = [(one.words, one.mask(*over.shape[:3])) for one in found]
+        masks = [(one.words, one.mask(*over.shape[:3])) for one in found if not isinstance(one.where, Shift)]
         positive = encoded(clip, prompt, PromptEdit(words, words, tokenizer), "prompt")
         return io.NodeOutput(positive, layout, outlined(over, masks))
 
 
-def _wanted(objects: str, form: Form, mask: Tensor | None) -> tuple[Wanted, ...]:
-    """The objects of the lines of a text."""
-    masks, found, masked = None if mask is None else mask.reshape(-1, *mask.shape[-2:]), [], False
-    for line in filter(None, map(str.strip, objects.splitlines())):
-        if ":" in line:
-            found.append(Wanted(*named_path(line, form)))
-            continue
-        if masks is None:
-            raise ValueError(f'objects: {line!r} has no path ("{line}: 0:0.5,0.5,0.3"), and no mask is connected')
-        found.append(Wanted(line, masks))
-        masked = True
-    if not found:
+def _masks(mask: Tensor | None) -> Tensor | None:
+    """A MASK as (frames, height, width)."""
+    return None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+
+
+def _wanted(objects: str, form: Any, mask: Tensor | None, source: Tensor | None) -> tuple[Wanted, ...]:
+    """The objects of the lines of a text. mask: of those without a path; source: where the object is."""
+    lines = [line.strip() for line in objects.splitlines() if line.strip()]
+    if not lines:
         raise ValueError('objects: is empty; a line for each, such as "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3"')
-    if masks is not None and not masked:
+    bare = [line for line in lines if ":" not in line]
+    if bare and mask is None:
+        raise ValueError(f'objects: {bare[0]!r} has no path ("{bare[0]}: 0:0.5,0.5,0.3"), and no mask is connected')
+    if mask is not None and not bare:
         raise ValueError("mask: is connected, but every object has a path; write its words alone on a line")
-    return tuple(found)
+    if source is not None and len(lines) > 1:
+        raise ValueError("object_mask: is of one object, but there are several; join two layouts by `more`")
+    return tuple(
+        Wanted(line, mask, source) if line in bare else Wanted(*named_path(line, form), source)  # type: ignore[arg-type]
+        for line in lines
+    )
+
+
+def check_prompt(layout: Layout, positive: Any) -> None:
+    """Raise ValueError for a CONDITIONING that is known to be of another prompt than a layout."""
+    said = positive[0][1].get(PROMPT_KEY, layout.prompt)
+    if said != layout.prompt:
+        raise ValueError(f"positive: was made from {said!r}, but the layout's prompt is {layout.prompt!r}")
 
 
 def guidance_on(layout: Layout, positive: Any, shape: tuple[int, int, int], text_tokens: int) -> LayoutGuidance:
@@ -115,9 +140,7 @@ def guidance_on(layout: Layout, positive: Any, shape: tuple[int, int, int], text
 
     Raises ValueError for a CONDITIONING of another prompt, and for masks of another clip.
     """
-    said = positive[0][1].get(PROMPT_KEY, layout.prompt)
-    if said != layout.prompt:
-        raise ValueError(f"positive: was made from {said!r}, but the layout's prompt is {layout.prompt!r}")
+    check_prompt(layout, positive)
     frames, height, width = shape
     return layout.guidance(frames, FINE * height, FINE * width, text_tokens)
 
