@@ -61,7 +61,7 @@ def _between(stops: Sequence[Any], frame: int) -> Any:
     """A stop at any frame: even between stops, still before the first and after the last."""
     after = bisect_right([stop.frame for stop in stops], frame)
     if after in (0, len(stops)):
-        return replace(stops[max(0, after - 1)], frame=frame)
+        return stops[max(0, after - 1)]
     a, b = stops[after - 1 : after + 1]
     share = (frame - a.frame) / (b.frame - a.frame)
     mixed = {

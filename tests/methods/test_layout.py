@@ -12,7 +12,7 @@ def test_a_path_is_straight_between_stops_and_still_outside_them():
     assert PATH.at(0) == Stop(0, 0.25, 0.5, 0.5, 0.5)
     middle = PATH.at(2)
     assert (middle.x, middle.y, middle.width, middle.height) == (0.5, 0.5, 0.375, 0.5)
-    assert PATH.at(9) == Stop(9, 0.75, 0.5, 0.25, 0.5)
+    assert PATH.at(9) == Stop(4, 0.75, 0.5, 0.25, 0.5)
     late = Path.parse("3:0.5,0.5,0.2")
     assert late.at(0) == late.at(7) == Stop(3, 0.5, 0.5, 0.2, 0.2)
 

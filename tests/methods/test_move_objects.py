@@ -1,0 +1,210 @@
+"""Moved objects of a clip: their ways, what is left alone, and that they arrive."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fatezero import FusionSettings, PnPSettings, PromptEdit, edit, invert
+from fatezero.demo.world import SIZE, Motion, Scene, Track, render
+from fatezero.diffusion.edit import Edit, EditPass
+from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.methods.layout import Layout, Move, Path, Shift, Wanted
+from fatezero.methods.layout_guidance import LayoutGuidance
+from fatezero.methods.move_objects import Moved, MoveObjects, MoveSettings, _way, bounds, moves_of
+from fatezero.metrics.preservation import changed_pixels, intersection_over_union, psnr
+from small import random_latents, random_text, relative
+
+PROMPT, WORDS = "a red circle on grass", "red circle"
+COLUMNS = [2, 3]
+
+
+def box(left, top, right, bottom, frames=2, side=16):
+    mask = torch.zeros(frames, side, side, dtype=torch.bool)
+    mask[:, top:bottom, left:right] = True
+    return mask
+
+
+def shift(x, y, growth=1.0):
+    return Shift((Move(0, x, y, growth),))
+
+
+# --- ways -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [0.0, 0.25, 0.5 - 1e-9, 0.5, 0.5 + 1e-9, 0.75])
+def test_a_shift_is_by_whole_places_and_nothing_is_torn(off):
+    x = random_latents(2, 16, 16)
+    way = _way(box(3, 3, 7, 8), shift((2 + off) / 16, -3 / 16))
+    right = 2 + (off > 0.6)  # half a place is cut off
+    moved = way.carried(x)
+    assert torch.equal(moved[:, :, : 16 - 3, right:], x[:, :, 3:, : 16 - right])
+    assert not moved[:, :, :, :right].any() and not moved[:, :, 13:].any()
+
+
+def test_a_growth_is_about_the_objects_middle():
+    source = box(4, 4, 8, 8)
+    way = _way(source, shift(0.25, 0, 2.0))
+    grown = way.carried(source[:, None].float())[:, 0] > 0.5
+    assert torch.equal(grown, box(6, 2, 14, 10))
+    assert torch.equal(_way(grown, shift(-0.25, 0, 0.5)).carried(grown[:, None].float())[:, 0] > 0.5, source)
+
+
+def test_a_path_brings_it_there_in_its_size_and_a_tremble_is_no_growth():
+    source = box(2, 2, 6, 6, frames=3)
+    source[1, 6, 2:6] = True  # attention found one row more
+    way = _way(source, Path.parse("0:0.75,0.75,0.25"))
+    assert torch.equal(way.growth, torch.ones(3))
+    assert torch.allclose(bounds(way.carried(source[:, None].float())[:, 0] > 0.5)[0][0], torch.tensor([0.75, 0.75]))
+    assert torch.allclose(_way(source, Path.parse("0:0.5,0.5,0.5")).growth[0], torch.tensor(2.0))
+    mask = box(8, 8, 12, 12, frames=1)
+    assert torch.equal(_way(source, mask.float()).end, torch.tensor([[0.625, 0.625]] * 3))
+
+
+def test_bounds_of_nothing_are_the_picture():
+    centre, extent = bounds(torch.zeros(1, 4, 8, dtype=torch.bool))
+    assert centre.tolist() == [[0.5, 0.5]] and extent.tolist() == [[1, 1]]
+    centre, extent = bounds(box(2, 0, 4, 3, 1, 8))
+    assert centre.tolist() == [[3 / 8, 1.5 / 8]] and extent.tolist() == [[2 / 8, 3 / 8]]
+
+
+# --- an edit in float64 ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def inversion(denoiser):
+    return invert(denoiser, random_latents(), random_text(1), steps=5, key_frames="self", prompt=PROMPT)
+
+
+@pytest.fixture
+def pair(tokenizer):
+    return PromptEdit(PROMPT, PROMPT, tokenizer)
+
+
+def moving(where=None, source=None, **settings):
+    source = box(2, 2, 7, 7, frames=1).float() if source is None else source
+    return MoveObjects(objects=[Moved(where or shift(0.4, 0.3), COLUMNS, source=source)], **settings)
+
+
+def edited(denoiser, inversion, pair, layout, **more):
+    more = {"prompt": pair, "fusion": FusionSettings(0.8, 0.8)} | more
+    return edit(denoiser, inversion, random_text(2), random_text(3), 5.0, layout=layout, **more)
+
+
+def test_all_but_the_area_is_the_clips(denoiser, inversion, pair):
+    """The object's old and new place, and a place around, may change; nothing else does, to the last digit."""
+    moved = edited(denoiser, inversion, pair, moving())
+    clip = inversion.latents[0]
+    may = box(1, 1, 15, 13, frames=3)
+    assert torch.equal(moved.movedim(1, -1)[~may], clip.movedim(1, -1)[~may])
+    assert relative(moved, clip) > 1e-2
+
+
+def test_it_is_carried_whole_where_all_steps_carry_it(denoiser, inversion, pair):
+    moved = edited(denoiser, inversion, pair, moving(carry=1.0, scale=0))
+    clip = inversion.latents[0]
+    right, down = 6, 5  # 0.4 and 0.3 of sixteen places, rounded
+    assert torch.allclose(moved[..., 2 + down : 7 + down, 2 + right : 7 + right], clip[..., 2:7, 2:7])
+    kept = edited(denoiser, inversion, pair, moving(shift(0, 0), carry=1.0, scale=0))
+    assert torch.allclose(kept[..., 2:7, 2:7], clip[..., 2:7, 2:7])
+
+
+def test_no_strength_takes_no_gradient_and_changes_nothing(denoiser, inversion, pair, monkeypatch):
+    monkeypatch.setattr(type(denoiser), "gradient", None)
+    layout = LayoutGuidance(target=box(8, 8, 12, 12, 3).float(), columns=COLUMNS, scale=0)
+    assert torch.equal(edited(denoiser, inversion, pair, layout), edited(denoiser, inversion, pair, None))
+    edited(denoiser, inversion, pair, moving(scale=0))
+
+
+def test_guidance_lowers_the_energy_in_an_edit(denoiser, inversion, pair):
+    target = box(8, 8, 12, 12, 3).float()
+    layout = LayoutGuidance(target=target, columns=COLUMNS, energy="inside", scale=200.0)
+    asked = Edit(random_text(2), random_text(3), 5.0, pair, FusionSettings(0.8, 0.8), layout=layout)
+    from fatezero.methods.layout_guidance import energy_gradient
+
+    with EditPass(denoiser, inversion, [asked]) as run:
+        text, store = run._runs[0].target, inversion.store
+
+        def energy(z):
+            return energy_gradient(denoiser, z, store.timesteps[0], text, layout, store.key_frames)[0]
+
+        (moved,) = run.steered(run.start, 0)
+        assert energy(moved) < energy(run.start[0])
+
+
+@pytest.mark.parametrize("memory", ["queries_keys", "maps"])
+def test_the_memories_agree(denoiser, inversion, pair, memory):
+    other = invert(denoiser, random_latents(), random_text(1), 5, "self", memory=memory, prompt=PROMPT)
+    source = replace(moving(), objects=[Moved(shift(0.3, 0), COLUMNS, source_columns=COLUMNS)])
+    assert relative(edited(denoiser, other, pair, source), edited(denoiser, inversion, pair, source)) < 1e-9
+
+
+def test_chunks_and_several_objects_and_masks(denoiser, inversion, pair):
+    two = MoveObjects(
+        objects=[
+            Moved(shift(0.4, 0), [2], source=box(1, 1, 5, 5, 1).float()),
+            Moved(shift(-0.4, 0), [3], source=box(9, 9, 14, 14, 1).float()),
+        ]
+    )
+    whole = edited(denoiser, inversion, pair, two)
+    assert relative(edited(denoiser, inversion, pair, two, chunk_frames=2), whole) < 1e-9
+    assert relative(whole, edited(denoiser, inversion, pair, replace(two, objects=two.objects[:1]))) > 1e-3
+    from fatezero.attention.masks import GivenMask
+
+    only = edited(denoiser, inversion, pair, two, mask=GivenMask(box(0, 0, 16, 8, 1).float()))
+    assert torch.equal(only[:, :, 8:], inversion.latents[0][:, :, 8:]), "a mask of one's own bounds the layout's"
+
+
+def test_words_tell_where_it_is_and_columns_where_it_goes(tokenizer):
+    layout = Layout("a blue circle on grass", tokenizer, (Wanted("circle", shift(0.1, 0)),), MoveSettings())
+    moves = moves_of(layout, "big red circle", 77, 77)
+    assert moves.objects[0].columns == [3] and len(moves.objects[0].source_columns) == 1
+    with pytest.raises(ValueError, match="'circle' is not in the prompt"):
+        moves_of(layout, "a red square", 77, 77)
+    with pytest.raises(ValueError, match="shifted from where it is"):
+        layout.guidance(2, 16, 16, 77)
+
+
+def test_what_is_refused(denoiser, inversion, pair):
+    with pytest.raises(ValueError, match="mode is forward"):
+        moving(mode="forward")
+    with pytest.raises(ValueError, match="objects is empty"):
+        MoveObjects(objects=[])
+    with pytest.raises(ValueError, match="words in the source prompt, or a mask"):
+        Moved(shift(0, 0), [1])
+    with pytest.raises(ValueError, match="Plug-and-Play holds things"):
+        edited(denoiser, inversion, pair, moving(), fusion=PnPSettings())
+    with pytest.raises(ValueError, match="mask has 2 frames; the clip has 3"):
+        edited(denoiser, inversion, pair, moving(source=box(2, 2, 7, 7, 2).float()))
+    with pytest.raises(ValueError, match="columns name token 99"):
+        edited(denoiser, inversion, pair, replace(moving(), objects=[Moved(shift(0, 0), [99], [1])]))
+    with pytest.raises(ValueError, match="an edit takes backward"):
+        forward = LayoutGuidance(target=box(8, 8, 12, 12, 3).float(), columns=COLUMNS, mode="forward")
+        edited(denoiser, inversion, pair, forward)
+    for text, told in (("0:0.1", "must be frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "no place")):
+        with pytest.raises(ValueError, match=told):
+            Shift.parse(text)
+
+
+# --- the demo world ---------------------------------------------------------------------------
+
+
+def test_an_object_of_the_demo_world_arrives():
+    """Nearer to the scene with another track, by far, than the prompt alone brings it; the ground is kept."""
+    checkpoint, scene = Checkpoint.load("demo"), Scene.parse("a red circle on water")
+    track = Track(22, 24, 14)
+    before, after = (render(scene, Motion((t,), (0.3, 0.1), 5), 3) for t in (track, replace(track, x=42, y=40)))
+    ground = render(replace(scene, things=()), Motion((), (0.3, 0.1), 5), 3).frames
+    text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
+    inverted = invert(checkpoint.denoiser, checkpoint.encode_frames(before.frames), text, 10, prompt=scene.caption)
+    pair = PromptEdit(scene.caption, scene.caption, checkpoint.tokenizer)
+    layout = Layout(scene.caption, checkpoint.tokenizer, (Wanted(WORDS, shift(20 / 64, 16 / 64)),), MoveSettings())
+    moves = moves_of(layout, scene.caption, text.text_tokens, text.text_tokens)
+    latents = edit(
+        checkpoint.denoiser, inverted, text, empty, 5.0, prompt=pair, fusion=FusionSettings(0.8, 0.8), layout=moves
+    )
+    shown = checkpoint.decode_latents(latents)
+    seen, wanted = (changed_pixels(ground, frames, 0.1) for frames in (shown, after.frames))
+    assert intersection_over_union(seen, wanted) > 0.6
+    unchanged = ((before.frames - after.frames).abs().amax(1) < 1 / 255).float()
+    assert psnr(shown, after.frames, unchanged) > 30
