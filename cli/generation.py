@@ -9,8 +9,10 @@ import torch
 
 from ..attention.key_frames import KeyFrames
 from ..diffusion.generate import generate
+from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers
 from ..hosts.checkpoint import Checkpoint
+from ..hosts.diffusers_memory import guidance_bytes
 from ..hosts.diffusers_video import DiffusersVideoDenoiser
 from ..video.size import check_size
 from ..video.write import check_output, write_video
@@ -42,14 +44,15 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
         f"{checkpoint.unet.device}"
     )
     keys, norm = _as_trained(checkpoint, config)
+    shape = (config.frames, 4, height // checkpoint.factor, width // checkpoint.factor)
+    if layout is not None and layout.guided_calls(config.steps):
+        most, plain = guidance_bytes(denoiser, shape, text, keys, norm, layout)
+        session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
         session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")
     if dry_run:
         return
-    noise = torch.randn(
-        config.frames, 4, height // checkpoint.factor, width // checkpoint.factor,
-        generator=torch.Generator().manual_seed(config.seed),
-    )  # fmt: skip
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
     with session.bars() as bar:
         latents = generate(
             denoiser, noise, text, empty, config.steps, config.guidance_scale, keys, norm, layout=layout,

@@ -78,7 +78,7 @@ class Differentiable(Denoiser, Protocol):
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
-    ) -> tuple[float, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """A number that a control has after a UNet call, and its gradient in the latents, of their shape.
 
         Activations are computed twice, and not kept. Raises ValueError for weights that no gradient passes through.

@@ -49,6 +49,7 @@ class LayoutGuider(LoopGuider):
         )
         self._layout: LayoutGuidance | None = None
         self._moved: Tensor | None = None
+        self._guided = 0
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
         """Raises ValueError for a sampler that steps from a copy of its latents, and for a latent with a mask."""
@@ -68,8 +69,11 @@ class LayoutGuider(LoopGuider):
             if told is not None:
                 told(step, clean, x, steps)
 
+        self._guided = 0
         try:
-            return super().sample(noise, latent_image, sampler, sigmas, **{**more, "callback": callback})
+            result = super().sample(noise, latent_image, sampler, sigmas, **{**more, "callback": callback})
+            self.tell(f"guided in {self._guided} predictions of {len(sigmas) - 1} steps")
+            return result
         finally:
             self._layout = self._moved = None
 
@@ -85,6 +89,7 @@ class LayoutGuider(LoopGuider):
         self._moved = None
         if not layout.guides(step, steps):
             return super().outer_predict_noise(x, timestep, model_options, seed)
+        self._guided += 1
         control = layout.control(_ALONE, Chunk.whole(len(x)))
         if layout.mode == "backward":
             self._move(x, sigma, layout, model_options)

@@ -417,7 +417,7 @@ class Derived:
         for part in parts:
             check_differentiable(part, "model:")
         self.value, self.parts = value, parts
-        self.found: tuple[float, Tensor] | None = None
+        self.found: tuple[Tensor, Tensor] | None = None
 
     def of(self, call: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
         """In the place of a call with these: what the host goes on with is of no use to anyone."""

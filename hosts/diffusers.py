@@ -122,7 +122,7 @@ class DiffusersDenoiser:
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
-    ) -> tuple[float, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         check_differentiable(self.unet, "unet")
         blocks = [m for m in self.unet.modules() if isinstance(m, _BLOCKS)]
         with frozen(self.unet), recomputed(blocks):

@@ -1,4 +1,4 @@
-"""What a training step holds of activations, told before it runs by a run on no data."""
+"""What training and guidance hold of activations, told before they run by a run on no data."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import weakref
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..attention.condition import Condition
-from ..attention.key_frames import KeyFrames
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
+from ..methods.layout_guidance import EnergyControl, LayoutGuidance
 from ..methods.tune_a_video import clip_loss
 from .diffusers import DiffusersDenoiser
 from .diffusers_temporal import temporal_layers, with_temporal_layers
@@ -26,31 +27,68 @@ def activation_bytes(
     clip_norm: bool,
     recompute: bool = True,
 ) -> int:
-    """The most bytes that a step on latents (frames, 4, h, w) holds beside weights, gradients and optimizer.
+    """The most bytes that a training step on latents (frames, 4, h, w) holds beside weights, gradients and optimizer.
 
     A model of the same shapes runs forward and backward on torch's meta device, where every tensor has its size and
     no memory; what a kernel takes for itself is not in it. recompute: as `DiffusersDenoiser.training` has it.
     """
-    layers = temporal_layers(denoiser.unet)
-    assert layers is not None
-    rank = next((conv.rank for conv in layers.convolutions.values()), None)
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(denoiser.unet.config)
-        with_temporal_layers(unet.to(denoiser.dtype), None, layers.kind, rank)  # type: ignore[arg-type]
-        latents, noise = (torch.empty(latents_shape) for _ in range(2))
-        text = Condition(
-            torch.empty(condition.embeddings.shape), {n: torch.empty(v.shape) for n, v in condition.extras.items()}
-        )
-    own = DiffusersDenoiser(unet, denoiser.scheduler)
+    own, latents, text = _without_data(denoiser, latents_shape, condition)
+    noise = torch.empty_like(latents)
     with torch.enable_grad(), own.training(), own.hooked(clip_norm):
         if not recompute:
-            unet.disable_gradient_checkpointing()
-        for layer, *_ in own._layers.values():
-            layer.processor.kernel = _Kernel.apply
+            own.unet.disable_gradient_checkpointing()
+        _without_maps(own)
         kept = sum(weight.nbytes for weight in own.trained().values())  # the gradients, which are told for themselves
         with _Live() as live:
             clip_loss(own, latents, noise, 500, text, keys).backward()
     return live.most - kept
+
+
+def guidance_bytes(
+    denoiser: DiffusersDenoiser,
+    latents_shape: tuple[int, ...],
+    condition: Condition,
+    keys: KeyFrames,
+    clip_norm: bool,
+    layout: LayoutGuidance,
+) -> tuple[int, int]:
+    """The most bytes that a guided step holds beside the weights: (of a gradient, of a plain call beside)."""
+    own, latents, text = _without_data(denoiser, latents_shape, condition)
+    chunk, most = Chunk.whole(len(latents)), []
+    with own.hooked(clip_norm):
+        _without_maps(own)
+        for guided in (True, False):
+            with _Live() as live, torch.no_grad():
+                if guided:
+                    control = EnergyControl(keys, chunk, layout)
+                    own.gradient(latents, 500, text, control, control.weighed)
+                else:
+                    own.predict_noise(latents, 500, text, Control(keys, chunk))
+            most.append(live.most)
+    return most[0], most[1]
+
+
+def _without_data(
+    denoiser: DiffusersDenoiser, latents_shape: tuple[int, ...], condition: Condition
+) -> tuple[DiffusersDenoiser, Tensor, Condition]:
+    """A model of the same shapes, latents and a text on torch's meta device."""
+    layers = temporal_layers(denoiser.unet)
+    with torch.device("meta"):
+        kind: Any = denoiser.kind
+        unet = kind.from_config(denoiser.unet.config).to(denoiser.dtype)
+        if layers is not None:
+            rank = next((conv.rank for conv in layers.convolutions.values()), None)
+            with_temporal_layers(unet, None, layers.kind, rank)  # type: ignore[arg-type]
+        text = Condition(
+            torch.empty(condition.embeddings.shape), {n: torch.empty(v.shape) for n, v in condition.extras.items()}
+        )
+        return type(denoiser)(unet, denoiser.scheduler), torch.empty(latents_shape), text
+
+
+def _without_maps(denoiser: DiffusersDenoiser) -> None:
+    """Have a hooked model attend as kernels do."""
+    for layer, *_ in denoiser._layers.values():
+        layer.processor.kernel = _Kernel.apply
 
 
 class _Kernel(torch.autograd.Function):

@@ -51,7 +51,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def gradient_of(
     call: Callable[[Tensor], Any], at: Tensor, value: Callable[[], Tensor], dtype: torch.dtype
-) -> tuple[float, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What a value is after a call, and its gradient in the call's argument. dtype: what the model computes in."""
     loud = 1024.0 if dtype == torch.float16 else 1.0  # half precision has no room for gradients this small
     with torch.enable_grad():
@@ -59,7 +59,7 @@ def gradient_of(
         call(x)
         found = value()
         (gradient,) = torch.autograd.grad(loud * found, x)
-    return found.item(), (gradient.float() if loud != 1 else gradient) / loud
+    return found.detach(), (gradient.float() if loud != 1 else gradient) / loud
 
 
 DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -341,6 +341,6 @@ def energy_gradient(
     for chunk in chunks:
         control = EnergyControl(key_frames, chunk, layout)
         found, gradient = denoiser.gradient(frames_of(latents, chunk), timestep, condition, control, control.weighed)
-        energy += found
+        energy += found.item()
         gradients.append(gradient.to(latents))
     return energy, joined(chunks, gradients)

@@ -68,7 +68,6 @@ INPUTS = [
     SmoothingSocket.Input(
         "smoothing", optional=True, tooltip="Less flicker along the video's own motion (Flow Smoothing)."
     ),
-    LayoutSocket.Input("layout", optional=True, tooltip="Objects of the clip, moved to where they shall be (Layout)."),
     widget(Edit, "guidance_scale", "guidance"),
     io.Combo.Input(
         "preset",
@@ -88,6 +87,7 @@ INPUTS = [
     ),
     CHUNK_FRAMES,
     widget(Edit, "strength", advanced=True, optional=True),
+    LayoutSocket.Input("layout", optional=True, tooltip="Objects of the clip, moved to where they shall be (Layout)."),
 ]
 """What an edit is asked for."""
 

@@ -10,7 +10,7 @@ from fatezero.benchmarks.quality.rows import BEST, PAPER, QUICK
 from fatezero.benchmarks.quality.run import BenchmarkSettings, chosen_methods, run_benchmark
 from fatezero.benchmarks.quality.table import Results, markdown
 
-OFTEN = ("shape", "two objects")
+OFTEN = ("two objects",)
 HERE = Path(__file__).parents[2] / "benchmarks"
 
 

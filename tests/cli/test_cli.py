@@ -259,9 +259,18 @@ def _hear_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+OFTEN = {("edit", signal.SIGINT), ("invert", signal.SIGTERM)}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
-@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("command", ["edit", "invert"])
+@pytest.mark.parametrize(
+    ("command", "ended_by"),
+    [
+        pytest.param(command, number, marks=[] if (command, number) in OFTEN else pytest.mark.slow)
+        for command in ("edit", "invert")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ],
+)
 def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ended_by):
     arguments = ["edit", CLIP, *WORDS, "--place", "disk"] if command == "edit" else ["invert", CLIP, *WORDS[:2]]
     (tmp_path / "tmp").mkdir()

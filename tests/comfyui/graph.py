@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+SIDE = 32
+"""Pixels of the clip's sides: half of what the demo model was trained on, for its numbers are what is compared."""
 SOURCE, TARGET = "a red square on water", "a green square on water"
 
 
@@ -42,11 +44,12 @@ class DemoGraph(Graph):
 
     steps: int = 4
     frames: int = 3
+    side: int = SIDE
 
     def __post_init__(self) -> None:
         self.demo = self.add("FateZeroDemoModel")
         self.video = self.add(
-            "FateZeroLoadVideo", file="", start=0, stride=1, count=self.frames, width=64, height=64,
+            "FateZeroLoadVideo", file="", start=0, stride=1, count=self.frames, width=self.side, height=self.side,
             crop_left=0, crop_top=0, crop_right=0, crop_bottom=0, video=self.demo[3],
         )  # fmt: skip
         self.latent = self.add("FateZeroEncodeVideo", images=self.video[0], vae=self.demo[2], chunk_size=8)

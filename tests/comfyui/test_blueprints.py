@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from comfyui import page as browser
-from comfyui.graph import SOURCE, TARGET, DemoGraph
+from comfyui.graph import SIDE, SOURCE, TARGET, DemoGraph
 from comfyui.host import REPO
 from comfyui.test_mixing import edited
 
@@ -31,7 +31,7 @@ CONNECT = """([title, values]) => {
 
 def values(kind, target=TARGET):
     words = {"reweight": ""} if kind == "Style" else {"blend_source": "", "blend_target": ""}
-    sizes = {"frames": 3, "width": 64, "height": 64, "steps": 4, "guidance": 7.5}
+    sizes = {"frames": 3, "width": SIDE, "height": SIDE, "steps": 4, "guidance": 7.5}
     return {"source": SOURCE, "target": target, **words, **sizes}
 
 

@@ -58,7 +58,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "options",
-    ["", "--cache-ram 1000", *(pytest.param(o, marks=SLOW) for o in ("--cache-classic", "--cache-lru 3"))],
+    ["--cache-ram 1000", *(pytest.param(o, marks=SLOW) for o in ("", "--cache-classic", "--cache-lru 3"))],
 )
 def test_a_walk_of_changes_gives_what_fresh_runs_give(fresh, tmp_path, options):
     """--cache-ram 1000: the host wants more memory free than there is, and lets go of all it can."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from comfyui.graph import SOURCE, TARGET, DemoGraph
+from comfyui.graph import SIDE, SOURCE, TARGET, DemoGraph
 from comfyui.host import NodeError
 from PIL import Image
 
@@ -74,7 +74,7 @@ def test_two_clips_become_one_video(host, comparison):
     graph.set(graph.compare, comparison=comparison)
     run = host.run(graph.prompt)
     video = read_video(host.file(run, graph.saved.id))
-    assert video.frames.shape == (3, 64, 128 if comparison == "side by side" else 64, 3)
+    assert video.frames.shape == (3, SIDE, 2 * SIDE if comparison == "side by side" else SIDE, 3)
     assert video.fps == 8
 
 
@@ -85,7 +85,7 @@ def test_clips_that_differ_are_told(host):
     assert "edited has shape" in failure(host, graph)
     graph.set(graph.evaluate, edited=graph.edited[0])
     graph.set(graph.compare, b=fewer[0])
-    assert "3 frames of 64x64 and 2 frames" in failure(host, graph)
+    assert f"3 frames of {SIDE}x{SIDE} and 2 frames" in failure(host, graph)
 
 
 def failure(host, graph):

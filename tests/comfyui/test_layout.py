@@ -28,7 +28,7 @@ def drawing(layers="demo", sampler=None, sigmas=None, cfg=SCALE, prompt=PROMPT, 
         )[0]
     values = {
         "mode": "backward", "energy": "shape", "scale": 15.0, "weight": 4.0, "amount": 0.7, "repeats": 1,
-        "enough": 0.0, "most_change": 0.0, "form": "box", "frames": FRAMES,
+        "enough": 0.0, "most_change": 0.0, "carry": 0.7, "object_threshold": 0.4, "form": "box", "frames": FRAMES,
     }  # fmt: skip
     graph.layout = graph.add("FateZeroLayout", clip=graph.demo[1], prompt=prompt, objects=objects, **values | settings)
     graph.guider = graph.add(

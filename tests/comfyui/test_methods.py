@@ -11,6 +11,7 @@ from comfyui.test_parity import checkpoint, parity  # noqa: F401
 
 from fatezero import PnPSettings, TokenFlowSettings
 from fatezero.cli.config import EditConfig, with_preset
+from small import relative
 
 FRAMES = 5
 FLOW = {"batch_frames": 2, "weights": "authors", "seed": 3}
@@ -67,7 +68,9 @@ def test_settings_come_from_their_nodes(host):
     assert (edited(host, graph) - by_preset).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
+@pytest.mark.parametrize(
+    ("mixed_in", "file"), [(lora_on, "lora"), pytest.param(controlnet_on, "controlnet", marks=pytest.mark.slow)]
+)
 def test_lora_and_controlnet_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
     file = request.getfixturevalue(file)
 
@@ -91,7 +94,7 @@ def test_any_length_and_chunks(host):
     whole = edited(host, flowing(batch_frames=3))
     graph = flowing(batch_frames=3)
     graph.set(graph.edit, chunk_frames=2)
-    assert (edited(host, graph) - whole).abs().max() < 1e-4
+    assert relative(edited(host, graph), whole) < 1e-4  # latents of the host reach ten and more
     assert edited(host, flowing(frames=1)).isfinite().all()
 
 
@@ -101,6 +104,7 @@ def test_less_strength_stays_nearer_to_the_clip(host):
     changes = []
     for strength in (1.0, 0.6, 0.2):
         graph = flowing("none")
+        graph.set(graph.video, width=64, height=64)
         graph.set(graph.edit, strength=strength)
         result, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
         changes.append((result - clip).norm().item())
@@ -197,10 +201,10 @@ def test_a_finished_edit_is_made_steady(host):
     graph.set(
         steady,
         images=graph.add(
-            "ImageScale", image=graph.video[0], upscale_method="area", width=32, height=32, crop="disabled"
+            "ImageScale", image=graph.video[0], upscale_method="area", width=16, height=16, crop="disabled"
         )[0],
     )
-    with pytest.raises(NodeError, match="edited: 5 frames of 64x64, but images are 5 of 32x32"):
+    with pytest.raises(NodeError, match="edited: 5 frames of 32x32, but images are 5 of 16x16"):
         host.run(graph.prompt)
 
 

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from comfyui.graph import SOURCE, DemoGraph
+from comfyui.graph import SIDE, SOURCE, DemoGraph
 from comfyui.host import NodeError
 
 from fatezero.video.read import read_video
@@ -13,6 +13,7 @@ IDS = {
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing", "FateZeroSteady",
+    "FateZeroLayout", "FateZeroLayoutGuider",
     "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
 }  # fmt: skip
@@ -37,7 +38,7 @@ def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
     saved = graph.save_video()
     run = host.run(graph.prompt)
     video = read_video(host.file(run, saved.id))
-    assert video.frames.shape == (3, 64, 64, 3)
+    assert video.frames.shape == (3, SIDE, SIDE, 3)
     assert video.fps == 8
     for node in (graph.invert, graph.edit):
         steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == node.id]
@@ -184,7 +185,7 @@ def test_conditioning_that_does_not_fit_is_refused(host):
 
 
 def test_the_replay_is_checked_frame_by_frame(host):
-    graph = DemoGraph(steps=50)
+    graph = DemoGraph(steps=50, side=64)
     check = graph.add(
         "FateZeroReconstructionCheck", model=graph.demo[0], store=graph.invert[1], vae=graph.demo[2],
         images=graph.video[0],

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui.graph import SOURCE, DemoGraph
+from comfyui.graph import SIDE, SOURCE, DemoGraph
 
 from fatezero import edit_many
 from fatezero.cli.config import EditConfig, with_preset
@@ -53,7 +53,7 @@ def parity(host, checkpoint, graph, config) -> tuple[torch.Tensor, torch.Tensor]
     """The latents of a graph's edit by the nodes, and by the diffusers host with a configuration."""
     config = replace(config, video=str(CLIP))
     inversion = invert_video(
-        checkpoint, config, fit_frames(config, find_frames(config), 4, 64), lambda _: lambda done, of: None
+        checkpoint, config, fit_frames(config, find_frames(config), 4, SIDE), lambda _: lambda done, of: None
     )
     one = one_edit(checkpoint, config, config.prompt_edit(checkpoint.tokenizer), inversion.latents.shape[1:])
     (ours,) = edit_many(checkpoint.denoiser, inversion, [one])

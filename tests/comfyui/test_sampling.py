@@ -45,7 +45,7 @@ def by_host(graph):
     return edit_with(graph, *invert_with(graph))[0]
 
 
-@pytest.mark.parametrize("memory", ["recompute", "queries_keys"])
+@pytest.mark.parametrize("memory", ["recompute", pytest.param("queries_keys", marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_our_nodes(host, memory):
     graph = shape_graph(memory)
     expected = edited(host, graph)

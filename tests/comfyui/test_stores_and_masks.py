@@ -110,6 +110,7 @@ def test_latents_outside_a_mask_are_the_clips(host):
     half = np.zeros((64, 64))
     half[:, :32] = 1
     graph = blended(blend_latents=True)
+    graph.set(graph.video, width=64, height=64)
     graph.set(graph.invert, steps=20)
     drawn = add_mask(graph, host, "left", 1 - half)
     graph.set(graph.edit, mask=graph.add("InvertMask", mask=drawn)[0], guidance=7.5)

@@ -123,7 +123,7 @@ def test_the_noise_gives_the_clip_back_in_a_ksampler(host):
 def test_a_single_picture_is_a_clip_of_one_frame(host):
     (host.base / "input" / "one.mp4").write_bytes((REPO / "demo" / "clip.mp4").read_bytes())
     graph = DemoGraph(frames=1)
-    assert host.latents(graph.prompt, graph.edit[0]).shape == (1, 4, 16, 16)
+    assert host.latents(graph.prompt, graph.edit[0]).shape == (1, 4, 8, 8)
 
 
 @pytest.mark.every_host

@@ -14,13 +14,16 @@ from fatezero.video.read import read_video
 
 FOLDER = REPO / "workflows"
 NAMES = (
-    "attribute", "controlnet_lora", "custom_sampler", "demo", "mask_correction", "measure",
+    "attribute", "controlnet_lora", "custom_sampler", "demo", "layout_move_object", "layout_new_clip",
+    "mask_correction", "measure",
     "one_inversion_three_edits", "shape", "style", "tokenflow",
     "tune_a_video",
 )  # fmt: skip
 DEMO = {
     "custom_sampler": 6,
     "demo": 10,
+    "layout_move_object": 4,
+    "layout_new_clip": 3,
     "mask_correction": 9,
     "one_inversion_three_edits": 8,
     "measure": 7,
@@ -28,6 +31,8 @@ DEMO = {
     "tune_a_video": 11,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
+OFTEN = ("demo", "layout_new_clip", "layout_move_object")
+"""Those that run in the page by default; the others do so as prompts, which the page makes the same."""
 
 
 WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas")
@@ -117,7 +122,7 @@ def test_the_page_opens_a_workflow_whole(page, name):
     assert page.errors == []
 
 
-@pytest.mark.parametrize("name", DEMO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
 def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     """With fewer steps, for time. FATEZERO_PICTURES=folder keeps the picture that the README shows."""
     page.errors.clear()
@@ -135,5 +140,6 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     shown = page.tab.evaluate(
         "() => app.graph._nodes.flatMap(n => (n.widgets ?? []).map(w => String(w.value))).join('\\n')"
     )
-    for text in (f"8 frames, {DEMO[name]} steps", " <- square", "hooked 14 of 14 attention layers"):
+    told = (f"8 frames, {DEMO[name]} steps", " <- square", "hooked 14 of 14 attention layers")
+    for text in ("guided in 2 predictions of 3 steps",) if name == "layout_new_clip" else told:
         assert text in shown  # the store's bytes, the alignment and the report stand on their nodes

@@ -51,18 +51,21 @@ def test_the_judge_reads_two_things_one_by_one(checkpoint):
     assert close_up_accuracy(load_judge(), checkpoint, count=60) >= 0.98
 
 
+@pytest.mark.slow
 def test_it_paints_held_out_captions(checkpoint):
     right = painting_accuracy(checkpoint, load_judge(), count=16, batch=16)
     assert right["colour"] >= 0.9
     assert right["shape"] >= 0.8
 
 
+@pytest.mark.slow
 def test_inversion_and_replay_stay_near_the_autoencoder(checkpoint):
     coded, replayed = replay_psnr(checkpoint, clips=2)
     assert coded > 30
     assert replayed > coded - 2
 
 
+@pytest.mark.slow
 def test_attention_of_the_object_word_lies_on_the_object(checkpoint):
     overlap, _ = map_overlap(checkpoint, clips=4)
     assert overlap >= 0.5

@@ -24,6 +24,7 @@ def test_clips_repeat_move_and_show_no_held_out_scene():
     assert all((clip[0] != clip[3]).any() for clip in clips)
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     def trained(name):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -229,7 +229,10 @@ class Watcher(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("memory", "words"), [("recompute", True), ("recompute", False), ("queries_keys", True)])
+@pytest.mark.parametrize(("memory", "words"), [
+    pytest.param("recompute", True, marks=pytest.mark.slow), ("recompute", False),
+    pytest.param("queries_keys", True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_no_self_attention_map_is_ever_built(scheduler, prompt, memory, words):
     """64x64 tokens fused, one head: a map of one frame has 16.8 million numbers."""
     unet = small_unet(

@@ -1,0 +1,328 @@
+"""Layout guidance in the demo world: objects of new clips sent along a path, and objects of real clips moved.
+
+    python benchmarks/layout.py [--cases 8]
+
+Writes two tables into QUALITY.md and their rows into `results/`. Times are ratios of one run on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from common import write_section
+from torch import Tensor
+
+from fatezero import FusionSettings, PromptEdit, edit, generate, invert
+from fatezero.demo.evaluate import _moves
+from fatezero.demo.judge import load_judge, read_words
+from fatezero.demo.model import labels
+from fatezero.demo.world import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, seen_pixels
+from fatezero.files.temporal_layers import load_temporal_layers
+from fatezero.hosts.checkpoint import Checkpoint, quiet
+from fatezero.hosts.diffusers import with_temporal_layers
+from fatezero.methods.layout import Layout, Move, Shift, Stop, Wanted
+from fatezero.methods.layout import Path as Way
+from fatezero.methods.layout_guidance import LayoutGuidance, LayoutSettings
+from fatezero.methods.move_objects import MoveSettings, moves_of
+from fatezero.metrics.preservation import changed_pixels, psnr
+from fatezero.metrics.temporal import warp_error
+from fatezero.video.flow import flow_estimator
+
+HERE = Path(__file__).parent
+PAGE = HERE / "QUALITY.md"
+STEPS, GUIDANCE = 20, 5.0
+INSIDE: dict[str, Any] = {"energy": "inside", "scale": 60.0, "most_change": 0.1}
+Row = dict[str, float | str]
+
+
+def mean(x: Tensor) -> float:
+    return x.float().mean().item()
+
+
+def centre(masks: Tensor) -> Tensor:
+    """Of masks (frames, h, w), in pixels: (frames, 2); the picture's middle where there is nothing."""
+    places = torch.arange(SIZE) + 0.5
+    total = masks.sum((1, 2))
+    x, y = (masks * places).sum((1, 2)), (masks * places[:, None]).sum((1, 2))
+    return torch.where(total[:, None] > 0, torch.stack([x, y], 1) / total.clamp(min=1)[:, None], SIZE / 2)
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of each frame."""
+    return (a * b).sum((1, 2)) / torch.maximum(a, b).sum((1, 2)).clamp(min=1)
+
+
+# --- new clips ------------------------------------------------------------------------------
+
+NEW: dict[str, dict[str, Any] | None] = {
+    "no guidance": None,
+    "backward, the paper's": {},
+    "backward, inside": INSIDE,
+    "backward, inside, 3 times a step": {**INSIDE, "repeats": 3},
+    "forward": {"mode": "forward"},
+}
+NEW_FRAMES = 8
+
+
+def new_cases(count: int) -> list[tuple[Scene, Motion]]:
+    """Held-out captions of one plain thing in a photo, whose colour tells where it is, and paths of the world."""
+    found = (
+        (scene, motion)
+        for scene, motion in scenes(777, held_out=True, things=1)
+        if scene.style == "photo" and scene.things[0].texture == "plain"
+    )
+    return [(scene, random_motion(Random(i), 1, NEW_FRAMES)) for i, (scene, _) in enumerate(islice(found, count))]
+
+
+def run_new(index: int, scene: Scene, motion: Motion) -> list[Row]:
+    checkpoint, judge = loaded(True), load_judge()
+    thing, track = scene.things[0], motion.tracks[0]
+    truth = render(scene, motion, NEW_FRAMES)
+    t = torch.arange(NEW_FRAMES)
+    stops = tuple(
+        Stop(int(f), x / SIZE, y / SIZE, 2 * r / SIZE, 2 * r / SIZE)
+        for f, x, y, r in zip(t, *[v.tolist() for v in (*track.centre(t), track.scale(t))], strict=True)
+    )
+    text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
+    noise = torch.randn(NEW_FRAMES, 4, 16, 16, generator=torch.Generator().manual_seed(index))
+    _, estimate = flow_estimator("dis")
+    rows, plain = list[Row](), 0.0
+    for name, settings in NEW.items():
+        layout = None
+        if settings is not None:
+            asked = Layout(
+                scene.caption, checkpoint.tokenizer,
+                (Wanted(f"{thing.colour} {thing.shape}", Way(stops, "ellipse")),), LayoutSettings(**settings),
+            )  # fmt: skip
+            layout = asked.guidance(NEW_FRAMES, SIZE, SIZE, text.text_tokens)
+        begun = time.perf_counter()
+        latents = generate(checkpoint.denoiser, noise, text, empty, STEPS, GUIDANCE, layout=layout)
+        took = time.perf_counter() - begun
+        plain = plain or took
+        frames = checkpoint.decode_latents(latents)
+        colour = torch.tensor(COLOURS[thing.colour]).view(1, 3, 1, 1)
+        seen = ((frames - colour).abs().mean(1) < 0.15).float()
+        wanted = (truth.mask > 0.5).float()
+        right = [all(s[head] == labels(scene)[head] for head in judge.HEADS) for s in judge.read(frames)]
+        rows.append(
+            {
+                "case": index, "method": name, "caption": scene.caption,
+                "there": mean(overlap(seen, wanted) >= 0.5),
+                "apart": mean((centre(seen) - centre(wanted)).norm(dim=1)),
+                "right": sum(right) / NEW_FRAMES, "warp": _moves(frames, estimate)[0], "time": took / plain,
+            }
+        )  # fmt: skip
+    return rows
+
+
+# --- moved objects ----------------------------------------------------------------------------
+
+FRAMES = 4
+KINDS = ("elsewhere", "another path", "grown")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A clip, and the same with its object on another track."""
+
+    kind: str
+    scene: Scene
+    motion: Motion
+    shift: Shift
+
+    @property
+    def moved(self) -> Motion:
+        first, last = self.shift.at(0), self.shift.at(FRAMES - 1)
+        track, steps = self.motion.tracks[0], FRAMES - 1
+        other = replace(
+            track, x=track.x + first.x * SIZE, y=track.y + first.y * SIZE, radius=track.radius * first.growth,
+            vx=track.vx + (last.x - first.x) * SIZE / steps, vy=track.vy + (last.y - first.y) * SIZE / steps,
+        )  # fmt: skip
+        return replace(self.motion, tracks=(other,))
+
+
+def inside(track: Track) -> bool:
+    """Whether a thing stays whole in the picture."""
+    t = torch.arange(FRAMES).float()
+    reach = 1.25 * track.scale(t) + 1
+    return all(((reach <= c) & (c <= SIZE - reach)).all() for c in track.centre(t))
+
+
+def moved_cases(count: int) -> list[Case]:
+    """Of every kind as many: shifts by a fifth of the picture at least, a path that turns, a growth by a third."""
+    found, random = list[Case](), Random(5)
+    stream = scenes(4242, held_out=True, things=1)
+    while len(found) < count:
+        scene, motion = next(stream)
+        kind = KINDS[len(found) % len(KINDS)]
+        for _ in range(200):
+            a, b = ((random.uniform(-0.4, 0.4), random.uniform(-0.4, 0.4)) for _ in range(2))
+            growth = 1.0
+            if kind == "elsewhere":
+                b = a
+            elif kind == "grown":
+                a = b = (random.uniform(-0.1, 0.1), random.uniform(-0.1, 0.1))
+                growth = 1.35
+            elif max(abs(a[0] - b[0]), abs(a[1] - b[1])) * SIZE / (FRAMES - 1) > 2.5:
+                continue
+            if kind != "grown" and min(sum(v * v for v in p) for p in (a, b)) < 0.04:
+                continue
+            case = Case(kind, scene, motion, Shift((Move(0, *a, growth), Move(FRAMES - 1, *b, growth))))
+            if inside(case.moved.tracks[0]):
+                found.append(case)
+                break
+    return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an object is moved. settings: of the move; None for none. known: where it is, is told by its true mask."""
+
+    settings: dict[str, Any] | None = None
+    alone: bool = False  # guidance towards the true place, and nothing else
+    known: bool = False
+    fused: bool = True
+    video: bool = False
+
+
+MOVED: dict[str, Method] = {
+    "inversion + prompt": Method(fused=False),
+    "FateZero": Method(),
+    "guidance alone": Method(INSIDE, alone=True, fused=False),
+    "carried, not guided": Method({"scale": 0.0}),
+    "guided, not carried": Method({"carry": 0.0}),
+    "without fusion": Method({}, fused=False),
+    "all (ours)": Method({}),
+    "with the paper's energy": Method({"energy": "shape", "scale": 15.0, "most_change": 0.0}),
+    "with the object's true mask": Method({}, known=True),
+    "on the video model": Method({}, video=True),
+}
+
+
+def run_moved(index: int, case: Case) -> list[Row]:
+    source, truth = (render(case.scene, motion, FRAMES) for motion in (case.motion, case.moved))
+    ground = render(replace(case.scene, things=()), replace(case.motion, tracks=()), FRAMES).frames
+    wanted = changed_pixels(ground, truth.frames, 0.1).float()
+    kept = ((source.frames - truth.frames).abs().amax(1) < 1 / 255).float()
+    thing, caption = case.scene.things[0], case.scene.caption
+    words, rows, inversions = f"{thing.colour} {thing.shape}", list[Row](), {}
+    for name, method in MOVED.items():
+        checkpoint = loaded(method.video)
+        text, empty = (checkpoint.encode_prompt(some, SIZE, SIZE) for some in (caption, ""))
+        keys, norm = (("first", "previous"), True) if method.video else (("self", "middle"), False)
+        if method.video not in inversions:
+            latents = checkpoint.encode_frames(source.frames)
+            inversions[method.video] = invert(
+                checkpoint.denoiser, latents, text, STEPS, keys, norm, "queries_keys", prompt=caption
+            )
+        layout: Any = None
+        if method.settings is not None:
+            known = source.mask if method.known else None
+            asked = Layout(
+                caption, checkpoint.tokenizer, (Wanted(words, case.shift, known),), MoveSettings(**method.settings)
+            )
+            if method.alone:
+                columns = asked.columns(words, text.text_tokens)
+                layout = LayoutGuidance(target=truth.mask, columns=columns, **method.settings)
+            else:
+                layout = moves_of(asked, caption, text.text_tokens, text.text_tokens)
+        pair = PromptEdit(caption, caption, checkpoint.tokenizer) if method.fused else None
+        fusion = FusionSettings(0.8, 0.8) if method.fused else None
+        made = edit(
+            checkpoint.denoiser, inversions[method.video], text, empty, GUIDANCE, prompt=pair, fusion=fusion,
+            layout=layout,
+        )  # fmt: skip
+        frames = checkpoint.decode_latents(made)
+        seen = changed_pixels(ground, frames, 0.1).float()
+        rows.append(
+            {
+                "case": index, "kind": case.kind, "method": name, "caption": caption,
+                "overlap": mean(overlap(seen, wanted)),
+                "apart": mean((centre(seen) - centre(wanted)).norm(dim=1)),
+                "right": read_words(case.scene, case.scene, frames, case.moved.tracks)[0],
+                "kept": psnr(frames, truth.frames, kept), "truth": psnr(frames, truth.frames),
+                "warp": 1000 * warp_error(frames, truth.flow, seen_pixels(truth)),
+            }
+        )  # fmt: skip
+    return rows
+
+
+# --- the run -------------------------------------------------------------------------------
+
+_MODELS: dict[bool, Checkpoint] = {}
+
+
+def loaded(video: bool) -> Checkpoint:
+    """The demo model, with its temporal layers for videos."""
+    if video not in _MODELS:
+        with quiet():
+            _MODELS[video] = Checkpoint.load("demo")
+        if video:
+            with_temporal_layers(_MODELS[video].unet, load_temporal_layers("demo"))
+    return _MODELS[video]
+
+
+def job(given: tuple[Callable[..., list[Row]], tuple[Any, ...]]) -> list[Row]:
+    torch.set_num_threads(1)
+    run, arguments = given
+    return run(*arguments)
+
+
+def rows_of(run: Callable[..., list[Row]], cases: list[tuple[Any, ...]]) -> Iterator[list[Row]]:
+    with get_context("spawn").Pool(os.cpu_count()) as pool:
+        yield from pool.imap(job, [(run, case) for case in cases])
+
+
+def table(rows: list[Row], columns: dict[str, tuple[str, str]]) -> str:
+    """Means of each method; columns: figure -> (heading, format)."""
+    lines = [f"| | {' | '.join(head for head, _ in columns.values())} |", f"|---|{'---:|' * len(columns)}"]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        told = [form.format(sum(float(r[figure]) for r in own) / len(own)) for figure, (_, form) in columns.items()]
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def rows_kept(name: str, run: Callable[..., list[Row]], cases: list[tuple[Any, ...]]) -> list[Row]:
+    found = list[Row]()
+    for n, rows in enumerate(rows_of(run, cases)):
+        found += [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        print(f"{name}: {n + 1} of {len(cases)} cases", flush=True)
+    (HERE / "results" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=9)
+    count = parser.parse_args().cases
+    percent, pixels, decibel = "{:.0%}", "{:.1f} px", "{:.1f} dB"
+    moved = rows_kept("layout_moved", run_moved, list(enumerate(moved_cases(count))))
+    columns = {
+        "overlap": ("overlap", percent), "apart": ("centres apart", pixels), "right": ("frames right", percent),
+        "kept": ("kept", decibel), "truth": ("to the truth", decibel), "warp": ("warp x1000", "{:.1f}"),
+    }  # fmt: skip
+    told = f"{count} clips of {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}."
+    write_section("Table: moved objects", f"{told}\n\n{table(moved, columns)}", PAGE)
+    new = rows_kept("layout_new", run_new, [(i, *case) for i, case in enumerate(new_cases(count))])
+    columns = {
+        "there": ("overlap by half", percent), "apart": ("centres apart", pixels), "right": ("frames right", percent),
+        "warp": ("warp x1000", "{:.2f}"), "time": ("time", "{:.1f}"),
+    }  # fmt: skip
+    told = f"{count} captions, {NEW_FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}; time beside no guidance."
+    write_section("Table: layouts of new clips", f"{told}\n\n{table(new, columns)}", PAGE)
+
+
+if __name__ == "__main__":
+    main()
