@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from .diffusion.invert import Inversion, invert
     from .methods.fatezero import FusionSettings
     from .methods.flow_smoothing import FlowSmoothing
+    from .methods.layout import Path, Shift
     from .methods.layout_guidance import LayoutGuidance
+    from .methods.move_objects import Moved, MoveObjects
     from .methods.plug_and_play import PnPSettings
     from .methods.temporal_layers import LayerSettings
     from .methods.tokenflow import TokenFlowSettings
@@ -41,6 +43,10 @@ _HOMES = {
     "StoreSettings": ".store.budget",
     "FlowSmoothing": ".methods.flow_smoothing",
     "LayoutGuidance": ".methods.layout_guidance",
+    "Moved": ".methods.move_objects",
+    "MoveObjects": ".methods.move_objects",
+    "Path": ".methods.layout",
+    "Shift": ".methods.layout",
     "PnPSettings": ".methods.plug_and_play",
     "LayerSettings": ".methods.temporal_layers",
     "TokenFlowSettings": ".methods.tokenflow",
@@ -60,8 +66,12 @@ __all__ = [
     "Inversion",
     "LayerSettings",
     "LayoutGuidance",
+    "MoveObjects",
+    "Moved",
+    "Path",
     "PnPSettings",
     "PromptEdit",
+    "Shift",
     "StoreError",
     "StoreSettings",
     "TokenFlowSettings",

@@ -427,6 +427,7 @@ class Derived:
                 opened.enter_context(_known_to_autograd(part))
                 opened.enter_context(frozen(part))
             opened.enter_context(recomputed(blocks))
+            opened.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())  # FreeU writes over features
             plain = [other if other is None else other.clone() for other in others]  # not of inference
             self.found = gradient_of(lambda z: call(z, *plain), x, self.value, x.dtype)
         return torch.zeros_like(x)

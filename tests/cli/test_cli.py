@@ -518,3 +518,23 @@ def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path)
     command("edit", CLIP, *part, "--config", "c.yaml", "-o", "file.mp4")
     command("edit", CLIP, *part, "--preset", "shape", "-o", "flag.mp4")
     assert alike(*(read_video(tmp_path / f"{name}.mp4").frames for name in ("file", "flag")))
+
+
+def test_an_object_of_a_clip_is_moved_and_the_rest_stays(command, refused, tmp_path):
+    """The same clip with its square further down: red is there, and only there."""
+    move = ("--source", SOURCE, "--count", 3, "--steps", 6, "--guidance-scale", 5)
+    said = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")
+    assert "with gradients, each some four calls long, for the layout" in " ".join(said.split())
+    red = []
+    for file in (CLIP, tmp_path / "down.mp4"):
+        frames = read_video(file).frames[:3].float() / 255
+        there = ((frames[..., 0] - frames[..., 1:].amax(-1)) > 0.3).float()
+        down = torch.arange(there.shape[1]) / there.shape[1]
+        red.append((there.sum(2) * down).sum(1) / there.sum((1, 2)))
+    assert (red[1] - red[0] > 0.15).all()
+    command("edit", "down.mp4", *move, "--box", "square: 0:0.5,0.5,0.5", "-o", "box.mp4", "--dry-run")
+    assert "'circle' is not in the prompt" in refused("edit", CLIP, *move, "--shift", "circle: 0:0,0")
+    assert "object_mask: 'circle' is given no place" in refused(
+        "edit", CLIP, *move, "--shift", "square: 0:0.1,0", "--object-mask", f"circle: {CLIP}"
+    )
+    assert "layout has no effect here" in refused("edit", CLIP, *WORDS, "--layout.scale", 5)

@@ -128,7 +128,7 @@ class Lines(io.ComfyNode):
         return io.NodeOutput(text.split("\n"))
 
 
-@node("OtherDemoModel", [io.Combo.Input("dtype", options=["fp16", "bf16"])], [io.Model.Output()])
+@node("OtherDemoModel", [io.Combo.Input("dtype", options=["fp16", "bf16", "fp8_e4m3fn"])], [io.Model.Output()])
 class DemoModel(io.ComfyNode):
     """The demo model as the host loads it when it is told to keep UNets in another precision."""
 

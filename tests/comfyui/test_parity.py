@@ -8,6 +8,7 @@ from comfyui.graph import SIDE, SOURCE, DemoGraph
 
 from fatezero import edit_many
 from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.objects import layout_of
 from fatezero.cli.run import find_frames, fit_frames, invert_video, one_edit
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import Checkpoint
@@ -49,13 +50,15 @@ def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
     assert relative(*parity(host, checkpoint, graph, config)) < 1e-4
 
 
-def parity(host, checkpoint, graph, config) -> tuple[torch.Tensor, torch.Tensor]:
+def parity(host, checkpoint, graph, config, side=SIDE) -> tuple[torch.Tensor, torch.Tensor]:
     """The latents of a graph's edit by the nodes, and by the diffusers host with a configuration."""
     config = replace(config, video=str(CLIP))
     inversion = invert_video(
-        checkpoint, config, fit_frames(config, find_frames(config), 4, SIDE), lambda _: lambda done, of: None
+        checkpoint, config, fit_frames(config, find_frames(config), 4, side), lambda _: lambda done, of: None
     )
-    one = one_edit(checkpoint, config, config.prompt_edit(checkpoint.tokenizer), inversion.latents.shape[1:])
+    layout = layout_of(config, checkpoint.tokenizer, config.target, config.count)
+    pair, shape = config.prompt_edit(checkpoint.tokenizer), inversion.latents.shape[1:]
+    one = one_edit(checkpoint, config, pair, shape, layout=layout)
     (ours,) = edit_many(checkpoint.denoiser, inversion, [one])
 
     graph.set(graph.words, target=config.target, mode=config.mode)

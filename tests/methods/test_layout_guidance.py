@@ -11,6 +11,7 @@ from fatezero.attention.control import AttentionSite, Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
+from fatezero.hosts.diffusers_memory import _Live, guidance_bytes
 from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
 from fatezero.methods.layout_guidance import (
     ENERGIES,
@@ -246,3 +247,23 @@ def test_what_is_refused():
     odd.unet.conv_in.weight.data = odd.unet.conv_in.weight.data.to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"weights in float8_e4m3fn \(conv_in.weight\), through which"):
         energy_of(odd, random_latents(2), LayoutGuidance(target=disc(), columns=[2]))
+
+
+@pytest.mark.parametrize("kind", ["image", "layers", "video"])
+def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
+    """As many bytes as the tensors that a gradient really makes."""
+    torch.manual_seed(0)
+    if kind == "video":
+        own, text = video_denoiser(), random_text(1).repeat(1, 1, 2)
+    else:
+        unet = small_unet()
+        own = DiffusersDenoiser(with_temporal_layers(unet) if kind == "layers" else unet, build_scheduler())
+        text = random_text(1)
+    layout, shape = LayoutGuidance(target=disc(2), columns=[2]), (2, 4, 16, 16)
+    condition = Condition.of(text, "text")
+    told, plain = guidance_bytes(own, shape, condition, SELF, False, layout)
+    with own.hooked(), torch.no_grad(), _Live() as live:
+        control = EnergyControl(SELF, Chunk.whole(2), layout)
+        own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.weighed)
+    assert abs(told / live.most - 1) < 0.25
+    assert plain < told
