@@ -54,7 +54,7 @@ class Placed:
         return F.interpolate(chosen[:, None], (site.height, site.width), mode="area")[:, 0].flatten(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayoutSettings:
     """How strongly, and in which steps. The defaults are the paper's. Raises ValueError out of range."""
 
@@ -86,7 +86,7 @@ class LayoutSettings:
         group=GROUP,
     )  # fmt: skip
 
-    steps: Sequence[int] | None = field(default=None, kw_only=True)
+    steps: Sequence[int] | None = None
     """Those that are guided; None takes the paper's 33 of 50, in proportion."""
 
     def __post_init__(self) -> None:
@@ -110,8 +110,8 @@ class LayoutGuidance(LayoutSettings):
     target, columns: see `Placed`. more: further objects.
     """
 
-    target: Tensor = field(kw_only=True)
-    columns: Sequence[int] = field(kw_only=True)
+    target: Tensor
+    columns: Sequence[int]
     more: Sequence[Placed] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:

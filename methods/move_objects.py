@@ -8,7 +8,7 @@ is in the clip, the source's attention to its words says.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ SAME = 1.15
 """A growth up to this, or its inverse, is none: attention does not tell an object's size better."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoveSettings(LayoutSettings):
     """How objects of a clip are moved; the guidance is what moved most in our world. Raises ValueError out of range."""
 
@@ -75,7 +75,7 @@ class MoveObjects(MoveSettings):
     Raises ValueError for forward guidance, which a moved object has no use for.
     """
 
-    objects: Sequence[Moved] = field(kw_only=True)
+    objects: Sequence[Moved]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +113,7 @@ class MoveObjects(MoveSettings):
         found = []
         for one in self.objects:
             if one.source is not None:
-                found.append(GivenMask(one.source).at((height, width), frames) > 0.5)
+                found.append((GivenMask(one.source).at((height, width), frames) > 0.5).cpu())
                 continue
             assert heat is not None
             own = over_maximum(heat[:, list(one.source_columns)].sum(1))[:, None]
@@ -183,7 +183,7 @@ def _way(source: Tensor, where: Path | Shift | Tensor) -> Way:
         end = torch.tensor([(place.x, place.y) for place in places])
         size = torch.tensor([(place.width, place.height) for place in places])
     else:
-        end, size = bounds(GivenMask(where).at((height, width), frames) > 0.5)
+        end, size = bounds((GivenMask(where).at((height, width), frames) > 0.5).cpu())
     growth = (size.prod(1) / extent.prod(1).clamp(min=1e-6)).sqrt()
     # One growth for the whole clip where all frames ask for about the same: attention trembles.
     middle = growth[source.flatten(1).any(1)].median() if source.any() else torch.ones(())

@@ -1,5 +1,6 @@
 """Layout and its guider on a real host: the diffusers host's numbers, any sampler, and what other nodes mix in."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -142,6 +143,54 @@ def test_other_nodes_go_with_it(host, lora, controlnet):
         changed = drawn(host, graph)
         assert changed.isfinite().all() and relative(changed, plain) > 1e-3, change.__name__
     assert torch.equal(drawn(host, drawing("", **STRONG)), plain)
+
+
+def test_weights_brought_in_layer_by_layer_give_the_same(host):
+    graph = drawing("demo", **STRONG)
+    whole = drawn(host, graph)
+    graph.set(graph.guider, model=graph.add("OtherLowVram", model=graph.model)[0])
+    assert relative(drawn(host, graph), whole) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
+def test_other_families_are_guided(host, kind):
+    """Random models of other shapes, in epsilon and v: what guides them is the layout, and at scale 0 nothing does."""
+    results = {}
+    for scale in (0.0, 60.0):
+        graph = drawing("", **STRONG | {"scale": scale})
+        model = graph.add("OtherRandomModel", kind=kind)[0]
+        positive, negative = (graph.add("OtherConditioning", seed=seed, pooled=kind == "sdxl")[0] for seed in (2, 3))
+        graph.set(graph.guider, model=model, positive=positive, negative=negative)
+        graph.set(graph.empty, width=128, height=128)
+        results[scale] = drawn(host, graph)
+        plain = graph.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=SCALE)
+        graph.set(graph.sampled, guider=plain[0])
+        results["plain"] = drawn(host, graph)
+    assert torch.equal(results[0.0], results["plain"])
+    assert results[60.0].isfinite().all() and relative(results[60.0], results[0.0]) > 1e-3
+
+
+def test_an_interrupt_ends_it_and_leaves_no_trace(host):
+    graph = drawing("demo", **STRONG | {"repeats": 8})
+    expected = drawn(host, named(drawing("demo"), "euler"))
+    seen = []
+
+    def watch(kind, data):
+        if kind == "progress" and data["node"] == graph.sampled.id and not seen:
+            seen.append(data["value"])
+            threading.Thread(target=host.post, args=("/interrupt", {})).start()
+
+    with pytest.raises(NodeError) as stopped:
+        end = {"class_type": "PreviewAny", "inputs": {"source": graph.sampled[0]}}
+        host.run({**graph.prompt, "end": end}, watch)
+    assert stopped.value.report["node_id"] == graph.sampled.id
+    state = graph.add("OtherHooks", model=graph.demo[0])
+    run = host.run({name: graph.prompt[name] for name in (graph.demo.id, state.id)})
+    assert host.text(run, state.id) == "0 hooks, 0 forwards, options [], wrappers []"
+    again = named(drawing("demo"), "euler")
+    again.set(again.noise, noise_seed=9)
+    drawn(host, again)
+    assert torch.equal(drawn(host, named(drawing("demo"), "euler")), expected)
 
 
 def test_half_precision_follows_single(host):

@@ -40,7 +40,7 @@ def video_denoiser():
 
 def test_backward_guidance_is_the_references(monkeypatch):
     tensors, told = load_file(FIXTURES / "guidance_backward.safetensors"), []
-    layout = LayoutGuidance(target=tensors["target"], columns=[3], steps=(0, 1, 2))
+    layout = LayoutGuidance(tensors["target"], columns=[3], steps=(0, 1, 2))
     found = LayoutGuidance.moved
 
     def moved(self, denoiser, latents, timestep, alpha, condition, keys, *rest):
