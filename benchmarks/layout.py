@@ -21,16 +21,22 @@ from typing import Any
 
 import torch
 from common import write_section
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor
 
 from fatezero import FusionSettings, PromptEdit, edit, generate, invert
+from fatezero.attention.condition import Condition
+from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.evaluate import _moves
 from fatezero.demo.judge import load_judge, read_words
-from fatezero.demo.model import labels
+from fatezero.demo.model import build_scheduler, labels
 from fatezero.demo.world import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, seen_pixels
+from fatezero.files.safetensors import format_bytes
 from fatezero.files.temporal_layers import load_temporal_layers
 from fatezero.hosts.checkpoint import Checkpoint, quiet
-from fatezero.hosts.diffusers import with_temporal_layers
+from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
+from fatezero.hosts.diffusers_memory import guidance_bytes
+from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
 from fatezero.methods.layout import Layout, Move, Shift, Stop, Wanted
 from fatezero.methods.layout import Path as Way
 from fatezero.methods.layout_guidance import LayoutGuidance, LayoutSettings
@@ -303,10 +309,34 @@ def rows_kept(name: str, run: Callable[..., list[Row]], cases: list[tuple[Any, .
     return found
 
 
+def memory() -> str:
+    """What a guided step holds beside the weights, by shapes alone: rows of SD 1.x and ModelScope in half precision."""
+    with torch.device("meta"):
+        image = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).half()
+        video = UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64).half()
+    kinds = {
+        "SD 1.x, 16 frames of 512x512": (DiffusersDenoiser(image, build_scheduler()), 64, 768),
+        "ModelScope, 16 frames of 256x256": (DiffusersVideoDenoiser(video, build_scheduler()), 32, 1024),
+    }
+    lines = ["| | weights | a plain call | a gradient |", "|---|---:|---:|---:|"]
+    for name, (denoiser, side, wide) in kinds.items():
+        layout = LayoutGuidance(torch.ones(16, side, side), columns=[2])
+        text = Condition(torch.empty(1, 77, wide))
+        most, plain = guidance_bytes(denoiser, (16, 4, side, side), text, KeyFrames(("self",)), False, layout)
+        weights = sum(weight.nbytes for weight in denoiser.unet.parameters())
+        lines.append(f"| {name} | {' | '.join(map(format_bytes, (weights, plain, most)))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=9)
-    count = parser.parse_args().cases
+    parser.add_argument("--memory", action="store_true", help="tell the memory alone")
+    given = parser.parse_args()
+    count = given.cases
+    write_section("Table: memory of guidance", memory(), PAGE)
+    if given.memory:
+        return
     percent, pixels, decibel = "{:.0%}", "{:.1f} px", "{:.1f} dB"
     moved = rows_kept("layout_moved", run_moved, list(enumerate(moved_cases(count))))
     columns = {
