@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fatezero import FusionSettings, PnPSettings, PromptEdit, edit, invert
+from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings, edit, invert
 from fatezero.demo.world import SIZE, Motion, Scene, Track, render
 from fatezero.diffusion.edit import Edit, EditPass
 from fatezero.hosts.checkpoint import Checkpoint
@@ -153,6 +153,18 @@ def test_chunks_and_several_objects_and_masks(denoiser, inversion, pair):
 
     only = edited(denoiser, inversion, pair, two, mask=GivenMask(box(0, 0, 16, 8, 1).float()))
     assert torch.equal(only[:, :, 8:], inversion.latents[0][:, :, 8:]), "a mask of one's own bounds the layout's"
+
+
+def test_other_parts_of_an_edit_go_with_it(denoiser, inversion, pair):
+    """TokenFlow, less strength, and another prompt: all but the area stays the clip's."""
+    may, clip = box(1, 1, 15, 13, frames=3), inversion.latents[0]
+    plain = edited(denoiser, inversion, pair, moving())
+    for more in ({"propagation": TokenFlowSettings(2)}, {"strength": 0.6}, {"chunk_frames": 1}):
+        made = edited(denoiser, inversion, pair, moving(), **more)
+        assert torch.equal(made.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]), more
+        assert relative(made, plain) > 1e-3 or "chunk_frames" in more
+    free = edited(denoiser, inversion, pair, moving(), prompt=None, fusion=None)
+    assert relative(free.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]) > 1e-2, "nothing is taken of the source"
 
 
 def test_words_tell_where_it_is_and_columns_where_it_goes(tokenizer):
