@@ -58,6 +58,8 @@ class LayoutGuider(LoopGuider):
         frames, _, height, width = latent_image.shape
         self._layout = self._asked((frames, height, width))
         self._layout.check_fits(frames, self.positive.text_tokens)
+        if self._layout.mode == "forward" and self.model_options.get("context_handler") is not None:
+            raise ValueError("model: context windows are set, which forward guidance does not follow; take backward")
         told = more.get("callback")
 
         def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:

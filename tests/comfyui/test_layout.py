@@ -152,6 +152,13 @@ def test_weights_brought_in_layer_by_layer_give_the_same(host):
     assert relative(drawn(host, graph), whole) < 1e-4
 
 
+def test_context_windows_are_guided_one_by_one(host):
+    graph = drawing("", **STRONG)
+    graph.set(graph.guider, model=in_windows(graph))
+    whole = drawn(host, drawing("", **STRONG))
+    assert relative(drawn(host, graph), whole) < 1e-3, "frames of a model of pictures do not meet"
+
+
 @pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
 def test_other_families_are_guided(host, kind):
     """Random models of other shapes, in epsilon and v: what guides them is the layout, and at scale 0 nothing does."""
@@ -205,6 +212,13 @@ def test_half_precision_follows_single(host):
     assert drawn(host, eighth).isfinite().all()
 
 
+def in_windows(graph):
+    return graph.add(
+        "ContextWindowsManual", model=graph.demo[0], context_length=3, context_overlap=1, context_stride=1,
+        context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0,
+    )[0]  # fmt: skip
+
+
 def white(graph):
     return graph.add("SolidMask", value=1.0, width=64, height=64)[0]
 
@@ -218,6 +232,7 @@ def white(graph):
         (lambda g: g.set(g.layout, form="shift", objects="circle: 0:0.1,0"), "shifted from where it is"),
         (lambda g: g.set(g.layout, mask=white(g)), "mask: is connected, but"),
         (lambda g: g.set(g.guider, positive=g.words[1]), "positive: was made from"),
+        (lambda g: (g.set(g.layout, mode="forward"), g.set(g.guider, model=in_windows(g))), "context windows are set"),
         (lambda g: g.set(
             g.sampled, latent_image=g.add("SetLatentNoiseMask", samples=g.empty[0], mask=white(g))[0]
         ), "has a noise mask"),

@@ -46,14 +46,17 @@ def of_demo(prompt, host, lora, controlnet):
     """A workflow for real models, with the demo's model and clip in their place and few steps."""
     shutil.copy(REPO / "demo" / "clip.mp4", host.base / "input")
     words = {"source": "a red square on water", "target": "a blue circle on water"}
+    placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # whose words are its prompt's
     for node in prompt.values():
         inputs, kind = node["inputs"], node["class_type"]
         if kind == "CheckpointLoaderSimple":
             node |= {"class_type": "FateZeroDemoModel", "inputs": {}}
         elif kind == "FateZeroLoadVideo":
             inputs |= {"width": 64, "height": 64, "count": 3} | ({} if "video" in inputs else {"file": "clip.mp4"})
-        elif kind == "FateZeroPromptEdit" and isinstance(inputs["source"], str):
+        elif kind == "FateZeroPromptEdit" and isinstance(inputs["source"], str) and not placed:
             inputs |= words | {"blend_source": "", "blend_target": ""}
+        elif kind == "EmptyLatentImage":
+            inputs["batch_size"] = 3
         elif kind in WITH_STEPS:
             inputs["steps"] = 4
         elif kind == "FateZeroTuneOnVideo":
@@ -141,5 +144,5 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
         "() => app.graph._nodes.flatMap(n => (n.widgets ?? []).map(w => String(w.value))).join('\\n')"
     )
     told = (f"8 frames, {DEMO[name]} steps", " <- square", "hooked 14 of 14 attention layers")
-    for text in ("guided in 2 predictions of 3 steps",) if name == "layout_new_clip" else told:
+    for text in ("guided in 3 predictions of 3 steps",) if name == "layout_new_clip" else told:
         assert text in shown  # the store's bytes, the alignment and the report stand on their nodes
