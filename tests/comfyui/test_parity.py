@@ -50,11 +50,11 @@ def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
     assert relative(*parity(host, checkpoint, graph, config)) < 1e-4
 
 
-def parity(host, checkpoint, graph, config, side=SIDE) -> tuple[torch.Tensor, torch.Tensor]:
+def parity(host, checkpoint, graph, config) -> tuple[torch.Tensor, torch.Tensor]:
     """The latents of a graph's edit by the nodes, and by the diffusers host with a configuration."""
     config = replace(config, video=str(CLIP))
     inversion = invert_video(
-        checkpoint, config, fit_frames(config, find_frames(config), 4, side), lambda _: lambda done, of: None
+        checkpoint, config, fit_frames(config, find_frames(config), 4, SIDE), lambda _: lambda done, of: None
     )
     layout = layout_of(config, checkpoint.tokenizer, config.target, config.count)
     pair, shape = config.prompt_edit(checkpoint.tokenizer), inversion.latents.shape[1:]

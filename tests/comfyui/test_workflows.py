@@ -136,6 +136,8 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
             node["widgets_values"][0] = DEMO[name]
         elif node["type"] == "FateZeroTuneOnVideo":
             node["widgets_values"][0] = 2
+        elif node["type"] == "EmptyLatentImage":
+            node["widgets_values"][2] = 4
     page.open(workflow, name)
     assert page.run() == "execution_success"
     page.picture(Path(os.environ.get("FATEZERO_PICTURES", tmp_path)) / f"page_{name}.jpg")
