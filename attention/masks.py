@@ -66,9 +66,20 @@ def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Ten
 
     heat (f, y, x) to a mask of 0 and 1, (f, *size).
     """
-    grown = F.max_pool2d(heat[:, None], 3, stride=1, padding=1)
-    resized = F.interpolate(grown, size=size, mode="nearest")[:, 0]
+    pooled = F.max_pool2d(heat[:, None], 3, stride=1, padding=1)
+    resized = F.interpolate(pooled, size=size, mode="nearest")[:, 0]
     return (over_maximum(resized) > threshold).to(heat.dtype)
+
+
+def reach_on(size: Sequence[int]) -> int:
+    """How many places count as near on a grid: a sixteenth of the shorter side."""
+    return max(1, min(size) // 16)
+
+
+def grown(mask: Tensor) -> Tensor:
+    """A mask (f, y, x) and what is near it."""
+    reach = reach_on(mask.shape[1:])
+    return F.max_pool2d(mask[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
 
 
 def soft_mask(heat: Tensor, threshold: float) -> Tensor:
@@ -77,7 +88,7 @@ def soft_mask(heat: Tensor, threshold: float) -> Tensor:
     heat (f, y, x) to a mask in 0..1 of the same shape; at threshold 0 all of it is 1. The blur is a mean over
     three sixteenths of the shorter side.
     """
-    reach = max(1, min(heat.shape[1:]) // 16)
+    reach = reach_on(heat.shape[1:])
     even = F.avg_pool2d(heat[:, None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[:, 0]
     return (over_maximum(even) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
 

@@ -1,8 +1,8 @@
 """Layout guidance in the demo world: objects of new clips sent along a path, and objects of real clips moved.
 
-    python benchmarks/layout.py [--cases 8]
+    python benchmarks/layout.py [--cases 9]
 
-Writes two tables into QUALITY.md and their rows into `results/`. Times are ratios of one run on one machine.
+Writes three tables into QUALITY.md and the rows of two into `results/`. Times are ratios of one run on one machine.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from fatezero import FusionSettings, PromptEdit, edit, generate, invert
 from fatezero.attention.condition import Condition
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.evaluate import _moves
-from fatezero.demo.judge import load_judge, read_words
-from fatezero.demo.model import build_scheduler, labels
+from fatezero.demo.judge import read_words
+from fatezero.demo.model import build_scheduler
 from fatezero.demo.world import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, seen_pixels
 from fatezero.files.safetensors import format_bytes
-from fatezero.files.temporal_layers import load_temporal_layers
 from fatezero.hosts.checkpoint import Checkpoint, quiet
-from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
+from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.hosts.diffusers_memory import guidance_bytes
 from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
 from fatezero.methods.layout import Layout, Move, Shift, Stop, Wanted
@@ -92,7 +91,7 @@ def new_cases(count: int) -> list[tuple[Scene, Motion]]:
 
 
 def run_new(index: int, scene: Scene, motion: Motion) -> list[Row]:
-    checkpoint, judge = loaded(True), load_judge()
+    checkpoint = loaded(True)
     thing, track = scene.things[0], motion.tracks[0]
     truth = render(scene, motion, NEW_FRAMES)
     t = torch.arange(NEW_FRAMES)
@@ -120,13 +119,12 @@ def run_new(index: int, scene: Scene, motion: Motion) -> list[Row]:
         colour = torch.tensor(COLOURS[thing.colour]).view(1, 3, 1, 1)
         seen = ((frames - colour).abs().mean(1) < 0.15).float()
         wanted = (truth.mask > 0.5).float()
-        right = [all(s[head] == labels(scene)[head] for head in judge.HEADS) for s in judge.read(frames)]
         rows.append(
             {
                 "case": index, "method": name, "caption": scene.caption,
                 "there": mean(overlap(seen, wanted) >= 0.5),
                 "apart": mean((centre(seen) - centre(wanted)).norm(dim=1)),
-                "right": sum(right) / NEW_FRAMES, "warp": _moves(frames, estimate)[0], "time": took / plain,
+                "right": read_words(scene, scene, frames)[0], "warp": _moves(frames, estimate)[0], "time": took / plain,
             }
         )  # fmt: skip
     return rows
@@ -273,9 +271,7 @@ def loaded(video: bool) -> Checkpoint:
     """The demo model, with its temporal layers for videos."""
     if video not in _MODELS:
         with quiet():
-            _MODELS[video] = Checkpoint.load("demo")
-        if video:
-            with_temporal_layers(_MODELS[video].unet, load_temporal_layers("demo"))
+            _MODELS[video] = Checkpoint.load("demo", temporal="demo" if video else None)
     return _MODELS[video]
 
 

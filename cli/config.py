@@ -60,7 +60,7 @@ class ObjectSettings:
     @property
     def wanted(self) -> bool:
         """Whether there is any."""
-        return any(getattr(self, one.name) for one in described(type(self)) if one.name in OBJECTS)
+        return any(getattr(self, name, ()) for name in OBJECTS)
 
 
 OBJECTS = ("box", "ellipse", "mask", "shift")

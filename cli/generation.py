@@ -36,8 +36,6 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
     denoiser.schedule(config.steps)
     asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)
     layout = asked.guidance(config.frames, height, width, text.text_tokens) if asked else None
-    if layout is not None:
-        layout.check_fits(config.frames, text.text_tokens)
     guided = sum(layout.guides(step, config.steps) for step in range(config.steps)) if layout else 0
     session.say(
         f"{config.frames} frames of {width}x{height}, {config.steps} steps, {guided} of them guided, "

@@ -193,7 +193,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
         motion = _motion(checkpoint, configs, inversion, bar)
         edits = [
-            one_edit(checkpoint, config, prompt, shape, motion, layout)
+            one_edit(checkpoint, config, prompt, inversion.store, motion, layout)
             for config, prompt, layout in zip(configs, prompts, layouts, strict=True)
         ]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
@@ -341,22 +341,19 @@ def one_edit(
     checkpoint: Checkpoint,
     config: EditConfig,
     prompt: Any,
-    latents_shape: tuple[int, ...],
+    store: AttentionStore,
     motion: Motion | None = None,
     layout: Layout | None = None,
 ) -> Edit:
-    """A configuration's edit, its prompts encoded. motion: the clip's, where it smooths along it. layout: its own."""
-    height, width = (side * checkpoint.factor for side in latents_shape[-2:])
+    """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
+    height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
     target, negative = (
         checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
     )
     moves = None
     if layout is not None:
-        source_tokens = checkpoint.encode_prompt(
-            config.source, width, height, checkpoint.blocks(config.source)
-        ).text_tokens
-        moves = moves_of(layout, config.source, source_tokens, target.text_tokens)
+        moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
     return Edit(
         target,
         negative,

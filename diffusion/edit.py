@@ -277,11 +277,11 @@ class EditPass:
         self._chunk_frames = chunk_frames
         self._steps = store.steps
         self._runs = [_Run(denoiser, store, self._schedule, one) for one in edits]
-        start = store.level(store.steps).to(denoiser.device)
+        self._noise = store.level(store.steps).to(denoiser.device)
         self.start: list[Tensor] = []
         """Where each edit begins: the inverted noise, or with less strength the clip with so much of it."""
         self._chunks = [
-            chunks_of(denoiser, store.key_frames, start, timestep, chunk_frames, store.clip_norm)
+            chunks_of(denoiser, store.key_frames, self._noise, timestep, chunk_frames, store.clip_norm)
             for timestep in store.timesteps
         ]
         self._open = ExitStack()
@@ -301,8 +301,7 @@ class EditPass:
             self._source_of = opened.enter_context(shared)
             for run in self._runs:
                 run.prepare(self._chunks)
-            noise = self._store.level(self._steps).to(self._denoiser.device)
-            self.start = [run.start(noise) for run in self._runs]
+            self.start = [run.start(self._noise) for run in self._runs]
             self._open = opened.pop_all()
         return self
 

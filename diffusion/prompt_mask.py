@@ -38,6 +38,29 @@ class PromptHeat:
     tokens: Tensor | None
 
 
+def _at_level(
+    denoiser: Denoiser,
+    store: AttentionStore,
+    z: Tensor,
+    level: int,
+    condition: Condition,
+    sites: Sequence[AttentionSite],
+    chunks: Sequence[Sequence[Chunk]],
+) -> tuple[Tensor, Tensor | None]:
+    """The noise of a text on the latents z of a level, and its attention to each of its tokens in some layers.
+
+    (frames, 4, h, w) and (frames, tokens, y, x), None for no layers.
+    """
+    step, names = store.steps - 1 - level, {site.name for site in sites}
+    recorders = [Recorder(store.key_frames, chunk, names) for chunk in chunks[step]]
+    parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in recorders]
+    noise = joined(chunks[step], parts)
+    if not sites:
+        return noise, None
+    maps = [token_heat(r.step.maps(sites, denoiser.dtype)) for r in recorders]
+    return noise, joined(chunks[step], maps).to(z)
+
+
 def source_tokens_heat(
     denoiser: Denoiser, store: AttentionStore, sites: Sequence[AttentionSite], chunks: Sequence[Sequence[Chunk]]
 ) -> Tensor:
@@ -45,14 +68,11 @@ def source_tokens_heat(
 
     (frames, tokens, y, x). One UNet call for each level; to be called while the denoiser is hooked.
     """
-    names, heats = {site.name for site in sites}, []
+    heats = []
     for level in difference_levels(store.steps):
-        step = store.steps - 1 - level
-        z, recorders = store.level(level).to(denoiser.device), []
-        for chunk in chunks[step]:
-            recorders.append(Recorder(store.key_frames, chunk, names))
-            denoiser.predict_noise(frames_of(z, chunk), store.timesteps[step], store.source, recorders[-1])
-        heats.append(joined(chunks[step], [token_heat(r.step.maps(sites, denoiser.dtype)) for r in recorders]).to(z))
+        z = store.level(level).to(denoiser.device)
+        _, heat = _at_level(denoiser, store, z, level, store.source, sites, chunks)
+        heats += [] if heat is None else [heat]
     return torch.stack(heats).mean(0)
 
 
@@ -73,20 +93,14 @@ def prompt_heat(
     Without tokens it is D alone. Two UNet calls for each level; to be called while the denoiser is hooked.
     """
     size = store.levels.shape[-2:]
-    names = {site.name for site in sites}
     differences: list[Tensor] = []
     attended: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in difference_levels(store.steps):
-        step = store.steps - 1 - level
-        z, timestep = store.level(level).to(denoiser.device), store.timesteps[step]
-        noise = []
+        z, noise = store.level(level).to(denoiser.device), []
         for condition, own, heats in zip((store.source, target), tokens, attended, strict=True):
-            recorders = [Recorder(store.key_frames, chunk, names if own else set()) for chunk in chunks[step]]
-            parts = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, condition, r) for r in recorders]
-            noise.append(joined(chunks[step], parts))
-            if own:
-                maps = [token_heat(r.step.maps(sites, denoiser.dtype)) for r in recorders]
-                heats.append(joined(chunks[step], maps).to(z))
+            predicted, heat = _at_level(denoiser, store, z, level, condition, sites if own else (), chunks)
+            noise.append(predicted)
+            heats += [] if heat is None else [heat]
         differences.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
     difference = over_maximum(torch.stack(differences).mean(0))
     of_source, of_target = (torch.stack(heats).mean(0) if heats else None for heats in attended)

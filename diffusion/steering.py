@@ -24,12 +24,12 @@ class Steering(Protocol):
     ) -> Tensor:  # fmt: skip
         """The latents that the step begins from. alpha: the cumulative one there."""
 
-    def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
-        """Of the conditional branch."""
-
 
 class ClipSteering(Steering, Protocol):
     """The same of new clips."""
+
+    def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
+        """Of the conditional branch."""
 
     def check_fits(self, frames: int, text_tokens: int) -> None:
         """Raise ValueError where it is for another clip or text."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import comfy.patcher_extension
 from torch import Tensor
 
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..methods.layout_guidance import LayoutGuidance
 from .comfyui_conditions import HostCondition
-from .comfyui_sampling import ComfyDenoiser, LoopGuider
+from .comfyui_sampling import ComfyDenoiser, LoopGuider, WrappersMP, room_for
 from .comfyui_unet import timesteps_at
 
 _ALONE = KeyFrames(("self",))
@@ -44,9 +43,8 @@ class LayoutGuider(LoopGuider):
         super().__init__(model, [positive, negative], kinds=("cross",))
         self.set_cfg(guidance_scale)
         self.positive, self._asked, self.tell = positive, layout, tell or (lambda text: None)
-        self.edited.patcher.add_wrapper_with_key(
-            comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "fatezero layout", _twice
-        )
+        twice = room_for(lambda frames: 2 * frames)  # what a gradient holds beside a call is about as much again
+        self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
         self._layout: LayoutGuidance | None = None
         self._moved: Tensor | None = None
         self._guided = 0
@@ -57,7 +55,6 @@ class LayoutGuider(LoopGuider):
             raise ValueError("latent_image: has a noise mask, which layout guidance does not take; Edit Video does")
         frames, _, height, width = latent_image.shape
         self._layout = self._asked((frames, height, width))
-        self._layout.check_fits(frames, self.positive.text_tokens)
         if self._layout.mode == "forward" and self.model_options.get("context_handler") is not None:
             raise ValueError("model: context windows are set, which forward guidance does not follow; take backward")
         told = more.get("callback")
@@ -92,12 +89,12 @@ class LayoutGuider(LoopGuider):
         if not layout.guides(step, steps):
             return super().outer_predict_noise(x, timestep, model_options, seed)
         self._guided += 1
-        control = layout.control(_ALONE, Chunk.whole(len(x)))
         if layout.mode == "backward":
             self._move(x, sigma, layout, model_options)
             return super().outer_predict_noise(x, timestep, model_options, seed)
+        chunk = Chunk.whole(len(x))
         answers: dict[int, tuple[Control, int | None]] = {
-            0: (control, self.positive.text_tokens), 1: (Control(_ALONE, control.chunk), None),
+            0: (layout.control(_ALONE, chunk), self.positive.text_tokens), 1: (Control(_ALONE, chunk), None),
         }  # fmt: skip
         with self.edited.answering(answers, False):
             return super().outer_predict_noise(x, timestep, model_options, seed)
@@ -113,8 +110,3 @@ class LayoutGuider(LoopGuider):
         z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _ALONE, False, None)
         x.copy_(z * scale)
         self._moved = x
-
-
-def _twice(executor: Any, model: Any, shape: Any, *rest: Any, **more: Any) -> Any:
-    """Have the host make room for what a gradient holds beside a call: about as much again."""
-    return executor(model, [2 * shape[0], *shape[1:]], *rest, **more)

@@ -291,7 +291,9 @@ class LoopGuider(comfy.samplers.CFGGuider):
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
         if chunk_frames is not None:
-            self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero", _room_for(chunk_frames))
+            most = chunk_frames + 3  # with their key frames
+            room = room_for(lambda frames: min(frames, most))
+            self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero", room)
         super().__init__(self.edited.patcher)
         self.inner_set_conds({c.role: c.conditioning for c in conditions})
         self.edited.patcher = self.model_patcher  # the host may take a delegate for conditions with hooks
@@ -437,10 +439,10 @@ def sigmas_of(schedule: Schedule) -> Tensor:
     return (1 / schedule.alphas - 1).sqrt().flip(0)
 
 
-def _room_for(frames: int) -> Callable[..., Any]:
-    """A wrapper that has the host make room for so many frames and their key frames, not for the whole clip."""
+def room_for(frames: Callable[[int], int]) -> Callable[..., Any]:
+    """A wrapper that has the host make room for other numbers of frames than a clip's."""
 
     def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
-        return executor(model, [min(shape[0], frames + 3), *shape[1:]], *rest, **more)
+        return executor(model, [frames(shape[0]), *shape[1:]], *rest, **more)
 
     return prepare

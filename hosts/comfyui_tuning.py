@@ -12,8 +12,6 @@ import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_sampling import V_PREDICTION
 from torch import Tensor, nn
 
@@ -26,7 +24,7 @@ from ..methods.temporal_layers import CastLinear, Kind, TemporalLayers, trained_
 from ..methods.tune_a_video import Told, TuneSettings, noised, tune
 from .comfyui_conditions import HostCondition
 from .comfyui_temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
-from .comfyui_unet import HookedModel, check_model, clip_norms, prediction_of
+from .comfyui_unet import BLOCKS, HookedModel, check_model, clip_norms, prediction_of
 from .recompute import recomputed
 
 
@@ -158,9 +156,8 @@ class _HostTunable:
         self._layers.requires_grad_(False)
         for weight in self.trained().values():
             weight.requires_grad_(True)
-        blocks = [m for m in self._unet.modules() if isinstance(m, (ResBlock, SpatialTransformer))]
         try:
-            with recomputed(blocks):
+            with recomputed(self._unet, BLOCKS):
                 yield
         finally:
             self._layers.requires_grad_(False)

@@ -28,6 +28,8 @@ from .recompute import check_differentiable, frozen, gradient_of, recomputed
 WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, and LCM-free fine-tunes of them"
 
 _IDENTITIES = IdentityCache()
+BLOCKS = (ResBlock, SpatialTransformer)
+"""What is computed twice where gradients are asked for."""
 
 Layer = tuple[str, int, int, Kind]
 """Where the host has an attention layer: block name, block number, transformer index, kind."""
@@ -179,6 +181,11 @@ class HookedModel:
             }
         return self._grids[height, width]
 
+    @property
+    def _idle(self) -> bool:
+        """Whether nobody answers: then the MODEL is as it was without us."""
+        return self.standing is None and not self.answers
+
     @contextmanager
     def answering(self, answers: dict[int, tuple[Control, int | None]], clip_norm: bool) -> Iterator[None]:
         """Raises ValueError where the UNet call inside reached none of its attention layers."""
@@ -256,7 +263,7 @@ class HookedModel:
             options: dict[str, Any],
             **more: Any,
         ) -> Tensor:
-            if self.standing is None and not self.answers:
+            if self._idle:
                 return executor(x, t, context, y, control, options, **more)
             # Where all that sees the text's keys is ours, one row of it serves all frames.
             patches = options.get("patches", {}).get("attn2_patch", [None])
@@ -309,7 +316,7 @@ class HookedModel:
         options: dict[str, Any],
     ) -> Tensor:
         """One layer of one UNet call: every branch by its control. (branches*frames, tokens, channels)."""
-        if self.standing is None and not self.answers:
+        if self._idle:
             return _as_host(theirs, q, k, v, options)
         site = self.sites(*options["original_shape"][-2:])[(*options["block"], options["block_index"], kind)]
         branches = options["cond_or_uncond"]
@@ -421,12 +428,11 @@ class Derived:
 
     def of(self, call: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
         """In the place of a call with these: what the host goes on with is of no use to anyone."""
-        blocks = [m for part in self.parts for m in part.modules() if isinstance(m, (ResBlock, SpatialTransformer))]
         with torch.inference_mode(False), ExitStack() as opened:
             for part in self.parts:
                 opened.enter_context(_known_to_autograd(part))
                 opened.enter_context(frozen(part))
-            opened.enter_context(recomputed(blocks))
+                opened.enter_context(recomputed(part, BLOCKS))
             opened.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())  # FreeU writes over features
             plain = [other if other is None else other.clone() for other in others]  # not of inference
             self.found = gradient_of(lambda z: call(z, *plain), x, self.value, x.dtype)

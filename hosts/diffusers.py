@@ -124,8 +124,7 @@ class DiffusersDenoiser:
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         check_differentiable(self.unet, "unet")
-        blocks = [m for m in self.unet.modules() if isinstance(m, _BLOCKS)]
-        with frozen(self.unet), recomputed(blocks):
+        with frozen(self.unet), recomputed(self.unet, _BLOCKS):
             return gradient_of(
                 lambda z: self.predict_noise(z, timestep, condition, control), latents, value, self.dtype
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Have the forward of each block run again in the backward pass, with the dicts it was given as they were then."""
-    held = list(blocks)
+def recomputed(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[None]:
+    """Have the forward of each block of some kinds run again in the backward pass, with the dicts it was given as they
+    were then.
+    """
+    held = [module for module in model.modules() if isinstance(module, kinds)]
     for block in held:
         block.forward = _again(block.forward)
     try:

@@ -391,8 +391,13 @@ class Fuser(Control):
         source = self._source(v, site)
         if self.masks is None:
             return source
-        mask = rearrange(self.masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(q)
-        return mask * super().self_attention(q, k, v, site) + (1 - mask) * source
+        return self._blended(super().self_attention(q, k, v, site), source, self.masks, site)
+
+    @staticmethod
+    def _blended(own: Tensor, source: Tensor, masks: dict[Grid, Tensor], site: AttentionSite) -> Tensor:
+        """M own + (1 - M) source, of outputs (f h t d)."""
+        mask = rearrange(masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(own)
+        return mask * own + (1 - mask) * source
 
     def _source(self, v: Tensor, site: AttentionSite) -> Tensor:
         """A_src @ v; where key frames attend to all of each other, the source's queries and keys do so too."""
@@ -420,8 +425,7 @@ class Fuser(Control):
         fused = self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
         if not (self.own_words and self.masks):
             return fused
-        mask = rearrange(self.masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(q)
-        return mask * attend(q, k, v) + (1 - mask) * fused
+        return self._blended(attend(q, k, v), fused, self.masks, site)
 
 
 def _shared(map: Tensor, shares: Tensor) -> Tensor:

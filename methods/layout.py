@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from .layout_guidance import LayoutGuidance, LayoutSettings, Placed, guidance_of
+from .layout_guidance import LayoutGuidance, LayoutSettings, Placed
 
 Form = Literal["box", "ellipse"]
+_ANY_LENGTH = 1 << 30
+"""More tokens than any text has."""
 _FINE = 4
 """Points of a pixel's side, of which each counts as in or out of an ellipse."""
 
@@ -31,8 +33,7 @@ class Stop:
     height: float
 
     def __post_init__(self) -> None:
-        if self.frame < 0:
-            raise ValueError(f"a layout's frame is {self.frame}; frames count from 0")
+        _check_frame(self.frame)
         if not (0 < self.width <= 2 and 0 < self.height <= 2):
             raise ValueError(f"a layout's size is {self.width:g},{self.height:g}; it must be above 0 and at most 2")
         if not (-1 <= self.x <= 2 and -1 <= self.y <= 2):
@@ -49,15 +50,22 @@ class Move:
     growth: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.frame < 0:
-            raise ValueError(f"a layout's frame is {self.frame}; frames count from 0")
+        _check_frame(self.frame)
         if not 0.1 <= self.growth <= 10:
             raise ValueError(f"a layout's growth is {self.growth:g}; it must be from 0.1 to 10")
         if not (abs(self.x) <= 2 and abs(self.y) <= 2):
             raise ValueError(f"a layout's shift is {self.x:g},{self.y:g}; it must be in shares of the picture, to 2")
 
 
-def _between(stops: Sequence[Any], frame: int) -> Any:
+def _check_frame(frame: int) -> None:
+    if frame < 0:
+        raise ValueError(f"a layout's frame is {frame}; frames count from 0")
+
+
+S = TypeVar("S", Stop, Move)
+
+
+def _between(stops: Sequence[S], frame: int) -> S:
     """A stop at any frame: even between stops, still before the first and after the last."""
     after = bisect_right([stop.frame for stop in stops], frame)
     if after in (0, len(stops)):
@@ -72,7 +80,7 @@ def _between(stops: Sequence[Any], frame: int) -> Any:
     return replace(a, frame=frame, **mixed)
 
 
-def _check_rising(stops: Sequence[Any]) -> None:
+def _check_rising(stops: Sequence[S]) -> None:
     frames = [stop.frame for stop in stops]
     if not frames:
         raise ValueError("a layout has no place")
@@ -100,8 +108,7 @@ class Path:
 
     def at(self, frame: int) -> Stop:
         """The place at any frame."""
-        found: Stop = _between(self.stops, frame)
-        return found
+        return _between(self.stops, frame)
 
     def mask(self, frames: int, height: int, width: int) -> Tensor:
         """How much of each pixel is taken: (frames, height, width) in 0..1."""
@@ -125,8 +132,7 @@ class Shift:
 
     def at(self, frame: int) -> Move:
         """The shift at any frame."""
-        found: Move = _between(self.stops, frame)
-        return found
+        return _between(self.stops, frame)
 
 
 @dataclass(frozen=True)
@@ -168,24 +174,20 @@ class Layout:
         if not self.objects:
             raise ValueError("a layout has no object")
         for wanted in self.objects:
-            self.columns(wanted.words, BLOCKS)
+            self.columns(wanted.words, _ANY_LENGTH)
 
     def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance:
         """For a clip of so many frames, with targets of a size; ValueError for masks, or a text, that do not fit."""
-        first, *more = (
+        placed = [
             Placed(wanted.mask(frames, height, width), self.columns(wanted.words, text_tokens))
             for wanted in self.objects
-        )
-        return LayoutGuidance(target=first.target, columns=first.columns, more=more, **guidance_of(self.settings))
+        ]
+        return LayoutGuidance.of(placed, self.settings)
 
     def columns(self, words: str, text_tokens: int, prompt: str | None = None) -> list[int]:
         """The tokens of some words in the layout's prompt, or another; ValueError where they are not in it."""
         prompt = self.prompt if prompt is None else prompt
         return PromptEdit(prompt, prompt, self.tokenizer).token_indices(prompt, words, text_tokens, "layout")
-
-
-BLOCKS = 1 << 30
-"""More tokens than any text has."""
 
 
 def named_path(text: str, form: Form | Literal["shift"] = "box") -> tuple[str, Path | Shift]:

@@ -118,6 +118,13 @@ class LayoutGuidance(LayoutSettings):
         super().__post_init__()
         self.objects  # noqa: B018  raise for what is none
 
+    @classmethod
+    def of(cls, placed: Sequence[Placed], settings: LayoutSettings) -> LayoutGuidance:
+        """Of some objects, with settings, of which those of moved objects are left out."""
+        first, *more = placed
+        values: dict[str, Any] = {one.name: getattr(settings, one.name) for one in fields(LayoutSettings)}
+        return cls(first.target, first.columns, more=more, **values)
+
     @property
     def objects(self) -> tuple[Placed, ...]:
         return (Placed(self.target, self.columns), *self.more)
@@ -163,11 +170,6 @@ class LayoutGuidance(LayoutSettings):
                 raise ValueError(f"target has {len(placed.target)} frames; the clip has {frames}")
             if max(placed.columns) >= text_tokens:
                 raise ValueError(f"columns name token {max(placed.columns)}; the text has {text_tokens}")
-
-
-def guidance_of(settings: LayoutSettings) -> dict[str, Any]:
-    """The values of settings that are of guidance, without those of moved objects."""
-    return {one.name: getattr(settings, one.name) for one in fields(LayoutSettings)}
 
 
 def in_schedule(step: int, steps: int) -> bool:

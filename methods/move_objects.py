@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.condition import Condition
-from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..attention.masks import GivenMask, mask_sites, over_maximum
+from ..attention.masks import GivenMask, grown, mask_sites, over_maximum
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.edit import EditContext
 from ..diffusion.prompt_mask import source_tokens_heat
 from ..settings import kept, setting, whole_steps
 from .layout import Layout, Path, Shift
-from .layout_guidance import GROUP, Energy, LayoutGuidance, LayoutSettings, Placed, guidance_of
+from .layout_guidance import GROUP, Energy, LayoutGuidance, LayoutSettings, Placed
 
 SAME = 1.15
 """A growth up to this, or its inverse, is none: attention does not tell an object's size better."""
@@ -88,20 +87,17 @@ class MoveObjects(MoveSettings):
 
     def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> Rearranged:
         """Called while the denoiser is hooked. Raises ValueError for masks or a text that do not fit."""
-        frames, _, height, width = context.store.levels.shape[1:]
         sources = self._sources(context, chunks)
         ways = [_way(source, one.where) for source, one in zip(sources, self.objects, strict=True)]
-        moved = [way.carried(source[:, None].float())[:, 0] for way, source in zip(ways, sources, strict=True)]
-        placed = [Placed(mask, one.columns) for mask, one in zip(moved, self.objects, strict=True)]
-        guidance = LayoutGuidance(
-            target=placed[0].target, columns=placed[0].columns, more=placed[1:], **guidance_of(self)
-        )
-        guidance.check_fits(frames, context.target.text_tokens)
+        there = [source[:, None].float() for source in sources]
+        moved = [way.carried(mask) for way, mask in zip(ways, there, strict=True)]
+        placed = [Placed(mask[:, 0], one.columns) for mask, one in zip(moved, self.objects, strict=True)]
+        guidance = LayoutGuidance.of(placed, self)
+        guidance.check_fits(context.store.frames, context.target.text_tokens)
         like = context.latents_like
-        area = grown(torch.stack([*(s.float() for s in sources), *moved]).amax(0), max(1, min(height, width) // 16))
-        holes = torch.stack([s.float() for s in sources]).amax(0)
-        own = [mask[:, None].to(like) for mask in moved]
-        return Rearranged(self, context, guidance, ways, own, holes[:, None].to(like), area.to(like))
+        area = grown(torch.stack([*there, *moved]).amax(0)[:, 0]).to(like)
+        holes = torch.stack(there).amax(0).to(like)
+        return Rearranged(self, context, guidance, ways, [mask.to(like) for mask in moved], holes, area)
 
     def _sources(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> list[Tensor]:
         """Where each object is, on the latents' grid: bool (frames, height, width)."""
@@ -113,7 +109,7 @@ class MoveObjects(MoveSettings):
         found = []
         for one in self.objects:
             if one.source is not None:
-                found.append((GivenMask(one.source).at((height, width), frames) > 0.5).cpu())
+                found.append(_taken(one.source, frames, height, width))
                 continue
             assert heat is not None
             own = over_maximum(heat[:, list(one.source_columns)].sum(1))[:, None]
@@ -183,13 +179,18 @@ def _way(source: Tensor, where: Path | Shift | Tensor) -> Way:
         end = torch.tensor([(place.x, place.y) for place in places])
         size = torch.tensor([(place.width, place.height) for place in places])
     else:
-        end, size = bounds((GivenMask(where).at((height, width), frames) > 0.5).cpu())
+        end, size = bounds(_taken(where, frames, height, width))
     growth = (size.prod(1) / extent.prod(1).clamp(min=1e-6)).sqrt()
     # One growth for the whole clip where all frames ask for about the same: attention trembles.
     middle = growth[source.flatten(1).any(1)].median() if source.any() else torch.ones(())
     growth = torch.where((growth / middle).log().abs() < torch.tensor(SAME).log(), middle, growth)
     same = growth.log().abs() < torch.tensor(SAME).log()
     return Way(begin, end, torch.where(same, torch.ones_like(growth), growth).clamp(0.05, 20))
+
+
+def _taken(mask: Tensor, frames: int, height: int, width: int) -> Tensor:
+    """The places that a mask takes by half: bool (frames, height, width)."""
+    return (GivenMask(mask).at((height, width), frames) > 0.5).cpu()
 
 
 def bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,11 +209,6 @@ def bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
         centres.append(torch.where(there, (first + last) / (2 * size), 0.5))
         extents.append(torch.where(there, (last - first) / size, 1.0))
     return torch.stack(centres, 1), torch.stack(extents, 1)
-
-
-def grown(mask: Tensor, reach: int) -> Tensor:
-    """A mask (frames, h, w) and what is near it."""
-    return F.max_pool2d(mask[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
 
 
 # --- in one edit --------------------------------------------------------------------------------
@@ -263,6 +259,3 @@ class Rearranged:
         key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
     ) -> Tensor:  # fmt: skip
         return self.guidance.moved(denoiser, latents, timestep, alpha, condition, key_frames, clip_norm, chunk_frames)
-
-    def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
-        return self.guidance.control(key_frames, chunk)

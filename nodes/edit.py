@@ -24,10 +24,9 @@ from ..methods.move_objects import MoveObjects, moves_of
 from ..methods.plug_and_play import PnPSettings
 from ..video.sheet import heat_map
 from .inversion import CHUNK_FRAMES
-from .layout import check_prompt
+from .prompt import check_words
 from .settings import widget
 from .sockets import (
-    PROMPT_KEY,
     TEXT_KEY,
     AttentionStoreSocket,
     InjectionSocket,
@@ -193,7 +192,7 @@ class Asked:
         """The layout's objects, moved from where the source prompt's words, or a mask, tell they are."""
         if self.layout is None:
             return None
-        check_prompt(self.layout, self.positive)
+        check_words(self.positive, self.layout.prompt, "the layout's prompt")
         source = self.prompt_edit.source if self.prompt_edit is not None else self.store.prompt or ""
         return moves_of(self.layout, source, self.store.source.text_tokens, positive.text_tokens)
 
@@ -210,9 +209,7 @@ def _check(edit: Edit, positive: Any, preset: str, steps: int) -> None:
     first_step(edit.strength, steps)
     if prompt is None or not isinstance(fusion, FusionSettings):
         return
-    said = positive[0][1].get(PROMPT_KEY, prompt.target)
-    if said != prompt.target:
-        raise ValueError(f"positive: was made from {said!r}, but prompt_edit's target is {prompt.target!r}")
+    check_words(positive, prompt.target, "prompt_edit's target")
     if edit.layout is not None:
         return
     if mask is not None and not fusion.blends:

@@ -16,9 +16,9 @@ from ..methods.layout import Form, Layout, Shift, Wanted, named_path
 from ..methods.layout_guidance import LayoutGuidance
 from ..methods.move_objects import MoveSettings
 from ..video.sheet import outlined
-from .prompt import check_clip, clip_tokenizer, encoded, unweighted
+from .prompt import check_clip, check_words, clip_tokenizer, encoded, unweighted
 from .settings import made, widget, widgets
-from .sockets import PROMPT_KEY, LayoutSocket, schema, show_on_node
+from .sockets import LayoutSocket, schema, show_on_node
 
 SHIFT = "shift"
 FINE = 8
@@ -128,19 +128,12 @@ def _wanted(objects: str, form: Any, mask: Tensor | None, source: Tensor | None)
     )
 
 
-def check_prompt(layout: Layout, positive: Any) -> None:
-    """Raise ValueError for a CONDITIONING that is known to be of another prompt than a layout."""
-    said = positive[0][1].get(PROMPT_KEY, layout.prompt)
-    if said != layout.prompt:
-        raise ValueError(f"positive: was made from {said!r}, but the layout's prompt is {layout.prompt!r}")
-
-
 def guidance_on(layout: Layout, positive: Any, shape: tuple[int, int, int], text_tokens: int) -> LayoutGuidance:
     """A layout for so many frames, with latents of a height and width.
 
     Raises ValueError for a CONDITIONING of another prompt, and for masks of another clip.
     """
-    check_prompt(layout, positive)
+    check_words(positive, layout.prompt, "the layout's prompt")
     frames, height, width = shape
     return layout.guidance(frames, FINE * height, FINE * width, text_tokens)
 

@@ -85,6 +85,13 @@ def check_clip(clip: Any) -> None:
         raise ValueError("clip: nothing is connected, or the checkpoint has no text encoder")
 
 
+def check_words(positive: Any, words: str, whose: str) -> None:
+    """Raise ValueError for a CONDITIONING that is known to be of another prompt than these words, which are whose."""
+    said = positive[0][1].get(PROMPT_KEY, words)
+    if said != words:
+        raise ValueError(f"positive: was made from {said!r}, but {whose} is {words!r}")
+
+
 def encoded(clip: Any, text: str, pair: PromptEdit, name: str) -> list[list[Any]]:
     """The CONDITIONING of a text, which knows its words; ValueError, naming the socket, for tokens that lie otherwise.
 

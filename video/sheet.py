@@ -66,14 +66,13 @@ OUTLINES = ((230, 60, 60), (60, 150, 240), (250, 190, 40), (90, 200, 110), (190,
 
 def outlined(frames: Tensor, masks: Sequence[tuple[str, Tensor]]) -> Tensor:
     """Masks (frames, height, width) in 0..1, each tinted and named over frames (frames, height, width, 3) in 0..1."""
-    shown, places = frames.clone(), []
-    for i, (label, mask) in enumerate(masks):
+    shown = frames.clone()
+    for i, (_, mask) in enumerate(masks):
         colour = torch.tensor(OUTLINES[i % len(OUTLINES)]).to(shown) / 255
         inner = -F.max_pool2d(-mask[:, None], 5, stride=1, padding=2)[:, 0]
         share = (0.25 * mask + 0.75 * (mask - inner).clamp(min=0)).to(shown)[..., None]
         shown = torch.lerp(shown, colour.expand_as(shown), share)
-        places.append((label, mask))
-    return torch.stack([_named(frame, [(label, mask[f]) for label, mask in places]) for f, frame in enumerate(shown)])
+    return torch.stack([_named(frame, [(label, mask[f]) for label, mask in masks]) for f, frame in enumerate(shown)])
 
 
 def _named(frame: Tensor, objects: Sequence[tuple[str, Tensor]]) -> Tensor:

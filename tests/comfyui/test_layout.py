@@ -24,7 +24,13 @@ STEPS, FRAMES, SCALE = 4, 4, 5.0
 STRONG = {"energy": "inside", "scale": 60.0, "repeats": 2, "most_change": 0.2}
 
 
-def drawing(layers="demo", sampler=None, sigmas=None, cfg=SCALE, prompt=PROMPT, objects=OBJECTS, **settings):
+VALUES = {
+    "mode": "backward", "energy": "shape", "scale": 15.0, "weight": 4.0, "amount": 0.7, "repeats": 1, "enough": 0.0,
+    "most_change": 0.0, "carry": 0.7, "object_threshold": 0.4,
+}  # fmt: skip
+
+
+def drawing(layers="demo", prompt=PROMPT, **settings):
     """A clip drawn by SamplerCustomAdvanced with a Layout Guider; `graph.layout` and `graph.guider` may be changed."""
     graph = DemoGraph(steps=STEPS)
     graph.model = graph.demo[0]
@@ -33,21 +39,20 @@ def drawing(layers="demo", sampler=None, sigmas=None, cfg=SCALE, prompt=PROMPT, 
         graph.model = graph.add(
             "FateZeroSpatioTemporalAttention", model=layered[0], key_frames="first, previous", clip_norm=True
         )[0]
-    values = {
-        "mode": "backward", "energy": "shape", "scale": 15.0, "weight": 4.0, "amount": 0.7, "repeats": 1,
-        "enough": 0.0, "most_change": 0.0, "carry": 0.7, "object_threshold": 0.4, "form": "box", "frames": FRAMES,
-    }  # fmt: skip
-    graph.layout = graph.add("FateZeroLayout", clip=graph.demo[1], prompt=prompt, objects=objects, **values | settings)
+    graph.layout = graph.add(
+        "FateZeroLayout", clip=graph.demo[1], prompt=prompt, objects=OBJECTS, form="box", frames=FRAMES,
+        **VALUES | settings,
+    )  # fmt: skip
     graph.guider = graph.add(
         "FateZeroLayoutGuider", model=graph.model, positive=graph.layout[0], negative=graph.negative[0],
-        layout=graph.layout[1], guidance=cfg,
+        layout=graph.layout[1], guidance=SCALE,
     )  # fmt: skip
     graph.noise = graph.add("RandomNoise", noise_seed=7)
     graph.empty = graph.add("EmptyLatentImage", width=64, height=64, batch_size=FRAMES)
     graph.sampled = graph.add(
         "SamplerCustomAdvanced", noise=graph.noise[0], guider=graph.guider[0],
-        sampler=sampler or graph.add("FateZeroDDIM")[0],
-        sigmas=sigmas or graph.add("FateZeroSigmas", model=graph.model, steps=STEPS)[0], latent_image=graph.empty[0],
+        sampler=graph.add("FateZeroDDIM")[0],
+        sigmas=graph.add("FateZeroSigmas", model=graph.model, steps=STEPS)[0], latent_image=graph.empty[0],
     )  # fmt: skip
     return graph
 
@@ -273,17 +278,14 @@ def test_masks_and_several_layouts(host):
 SHIFTED = "red square: 0:0.2,0.1; 2:-0.2,0.2,1.3"
 
 
-def moving(preset="style+", form="shift", objects=SHIFTED, **settings):
+def moving(preset="style+"):
     """A demo graph whose edit moves the square; `graph.layout` may be changed."""
     graph = DemoGraph(steps=5)
     graph.set(graph.words, target=SOURCE)
-    values = {
-        "mode": "backward", "energy": "inside", "scale": 60.0, "weight": 4.0, "amount": 0.7, "repeats": 1,
-        "enough": 0.0, "most_change": 0.1, "carry": 0.7, "object_threshold": 0.4, "frames": 3,
-    }  # fmt: skip
     graph.layout = graph.add(
-        "FateZeroLayout", clip=graph.demo[1], prompt=SOURCE, form=form, objects=objects, **values | settings
-    )
+        "FateZeroLayout", clip=graph.demo[1], prompt=SOURCE, form="shift", objects=SHIFTED, frames=3,
+        **VALUES | {"energy": "inside", "scale": 60.0, "most_change": 0.1},
+    )  # fmt: skip
     graph.set(graph.edit, preset=preset, layout=graph.layout[1])
     return graph
 

@@ -57,8 +57,8 @@ def parity(host, checkpoint, graph, config) -> tuple[torch.Tensor, torch.Tensor]
         checkpoint, config, fit_frames(config, find_frames(config), 4, SIDE), lambda _: lambda done, of: None
     )
     layout = layout_of(config, checkpoint.tokenizer, config.target, config.count)
-    pair, shape = config.prompt_edit(checkpoint.tokenizer), inversion.latents.shape[1:]
-    one = one_edit(checkpoint, config, pair, shape, layout=layout)
+    pair = config.prompt_edit(checkpoint.tokenizer)
+    one = one_edit(checkpoint, config, pair, inversion.store, layout=layout)
     (ours,) = edit_many(checkpoint.denoiser, inversion, [one])
 
     graph.set(graph.words, target=config.target, mode=config.mode)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings, edit, invert
+from fatezero.attention.masks import GivenMask
 from fatezero.demo.world import SIZE, Motion, Scene, Track, render
 from fatezero.diffusion.edit import Edit, EditPass
 from fatezero.hosts.checkpoint import Checkpoint
 from fatezero.methods.layout import Layout, Move, Path, Shift, Wanted
-from fatezero.methods.layout_guidance import LayoutGuidance
+from fatezero.methods.layout_guidance import LayoutGuidance, energy_gradient
 from fatezero.methods.move_objects import Moved, MoveObjects, MoveSettings, _way, bounds, moves_of
 from fatezero.metrics.preservation import changed_pixels, intersection_over_union, psnr
 from small import random_latents, random_text, relative
@@ -120,8 +121,6 @@ def test_guidance_lowers_the_energy_in_an_edit(denoiser, inversion, pair):
     target = box(8, 8, 12, 12, 3).float()
     layout = LayoutGuidance(target=target, columns=COLUMNS, energy="inside", scale=200.0)
     asked = Edit(random_text(2), random_text(3), 5.0, pair, FusionSettings(0.8, 0.8), layout=layout)
-    from fatezero.methods.layout_guidance import energy_gradient
-
     with EditPass(denoiser, inversion, [asked]) as run:
         text, store = run._runs[0].target, inversion.store
 
@@ -149,8 +148,6 @@ def test_chunks_and_several_objects_and_masks(denoiser, inversion, pair):
     whole = edited(denoiser, inversion, pair, two)
     assert relative(edited(denoiser, inversion, pair, two, chunk_frames=2), whole) < 1e-9
     assert relative(whole, edited(denoiser, inversion, pair, replace(two, objects=two.objects[:1]))) > 1e-3
-    from fatezero.attention.masks import GivenMask
-
     only = edited(denoiser, inversion, pair, two, mask=GivenMask(box(0, 0, 16, 8, 1).float()))
     assert torch.equal(only[:, :, 8:], inversion.latents[0][:, :, 8:]), "a mask of one's own bounds the layout's"
 
