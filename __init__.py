@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .diffusion.generate import generate
     from .diffusion.invert import Inversion, invert
     from .methods.fatezero import FusionSettings
+    from .methods.flow_edit import FlowEditSettings, draw
     from .methods.flow_smoothing import FlowSmoothing
     from .methods.layout import Path, Shift
     from .methods.layout_guidance import LayoutGuidance
@@ -34,6 +35,7 @@ WEB_DIRECTORY = "./web"
 _HOMES = {
     "invert": ".diffusion.invert",
     "Inversion": ".diffusion.invert",
+    "draw": ".methods.flow_edit",
     "edit": ".diffusion.edit",
     "edit_many": ".diffusion.edit",
     "Edit": ".diffusion.edit",
@@ -41,6 +43,7 @@ _HOMES = {
     "PromptEdit": ".attention.prompt",
     "FusionSettings": ".methods.fatezero",
     "StoreSettings": ".store.budget",
+    "FlowEditSettings": ".methods.flow_edit",
     "FlowSmoothing": ".methods.flow_smoothing",
     "LayoutGuidance": ".methods.layout_guidance",
     "Moved": ".methods.move_objects",
@@ -61,6 +64,7 @@ __all__ = [
     "AttentionStore",
     "Condition",
     "Edit",
+    "FlowEditSettings",
     "FlowSmoothing",
     "FusionSettings",
     "Inversion",
@@ -76,6 +80,7 @@ __all__ = [
     "StoreSettings",
     "TokenFlowSettings",
     "TuneSettings",
+    "draw",
     "edit",
     "edit_many",
     "generate",

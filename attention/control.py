@@ -1,4 +1,4 @@
-"""What a UNet's attention layers are asked to do.
+"""What a model's attention layers are asked to do.
 
 Shapes are given as einops strings: f frames, h heads, t tokens of a frame, s source
 text tokens, c target text tokens, n key frames, d channels of a head.
@@ -6,7 +6,7 @@ text tokens, c target text tokens, n key frames, d channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,17 +17,18 @@ from torch import Tensor
 
 from .key_frames import Chunk, KeyFrames
 
-Place = Literal["down", "mid", "up"]
+Place = Literal["down", "mid", "up", "block"]
+"""Of a UNet; a transformer has blocks alone."""
 Kind = Literal["self", "cross"]
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention layer of a UNet on one size of picture.
+    """One attention layer on one size of picture.
 
     place, index: where it is; index counts the layers of its kind within its place.
     heads, head_dim: its attention heads and their channels.
-    height, width: its grid of tokens.
+    height, width: the grid of a frame's tokens.
     """
 
     place: Place
@@ -62,6 +63,30 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Gather = Callable[[Tensor, AttentionSite], Tensor]
 """A self-attention layer's output (f t c) from its input tokens (f t c)."""
+
+
+def as_one(x: Tensor) -> Tensor:
+    """All frames as one long frame, (f h t d) -> (1 h (f t) d): a view of what a transformer projects."""
+    return rearrange(x, "f h t d -> 1 h (f t) d")
+
+
+def attend_as_one(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every frame of q (f h t d) attends to keys and values that all see, (1 h n d), which are copied for none."""
+    return rearrange(attend(as_one(q), k, v), "1 h (f t) d -> f h t d", f=len(q))
+
+
+def token_shares(q: Tensor, k: Tensor, tokens: Sequence[int], attend: Attend = attention) -> Tensor:
+    """How much each place looks at some text tokens, averaged over heads, without a map: (f t n).
+
+    Attention whose values are a one for each of these tokens, as many at a time as a head has channels.
+    """
+    parts = []
+    for at in range(0, len(tokens), q.shape[-1]):
+        own = list(tokens[at : at + q.shape[-1]])
+        ones = torch.zeros(1, *k.shape[1:], dtype=k.dtype, device=k.device)
+        ones[:, :, own, range(len(own))] = 1
+        parts.append(attend(q, k, ones).mean(1)[..., : len(own)])
+    return torch.cat(parts, -1)
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
@@ -102,10 +127,12 @@ class Control:
         """Whether it has a use for them; a host may pay for their telling."""
         return self.gather is not None
 
+    def forget(self, layer: str) -> None:
+        """Told that nobody will ask for what it recorded of a layer, by its name."""
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        if self.extended:  # as one long frame, so that no key is copied for each
-            folded = (rearrange(x, "f h t d -> 1 h (f t) d") for x in (q, k, v))
-            return rearrange(self.attend(*folded), "1 h (f t) d -> f h t d", f=len(q))
+        if self.extended or self.key_frames.everyone:
+            return attend_as_one(self.attend, q, as_one(k), as_one(v))
         return self.attend(q, self.of_key_frames(k, site), self.of_key_frames(v, site))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:

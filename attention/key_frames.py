@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 ANCHORS = ("first", "middle", "last")
 NAMES = ("self", *ANCHORS, "previous")
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class KeyFrames:
     entries: each one of "self", "first", "middle", "last", "previous", or an int offset
     from the frame, clipped to the clip. The middle is frame (frames - 1) // 2. Paper Eq. 8
     is ("self", "middle"); the authors' style configurations are ("middle",), their
-    Tune-A-Video ones ("previous", "first").
+    Tune-A-Video ones ("previous", "first"). ("all",) alone is every frame of a call, as video transformers have it.
     least_channels: layers with fewer channels keep to their own frame (the authors'
     `least_sc_channel`).
 
@@ -62,10 +64,12 @@ class KeyFrames:
     def __post_init__(self) -> None:
         if not self.entries:
             raise ValueError('key_frames is empty: name at least one, e.g. ("self", "middle")')
-        for entry in self.entries:
+        for entry in () if self.everyone else self.entries:
             known = (isinstance(entry, int) and not isinstance(entry, bool)) or entry in NAMES
             if not known:
-                raise ValueError(f"key_frames: {entry!r} is neither one of {', '.join(NAMES)} nor a whole offset")
+                raise ValueError(
+                    f"key_frames: {entry!r} is neither one of {', '.join(NAMES)} nor a whole offset, nor all alone"
+                )
 
     @classmethod
     def of(cls, entries: KeyFrames | Iterable[str | int] | str | int) -> KeyFrames:
@@ -80,12 +84,19 @@ class KeyFrames:
         words = [word.strip() for word in text.split(",") if word.strip()]
         return cls(tuple(int(word) if word.lstrip("+-").isdigit() else word for word in words))
 
+    @property
+    def everyone(self) -> bool:
+        """Whether each frame sees all frames of its call."""
+        return self.entries == (ALL,)
+
     def at(self, channels: int) -> KeyFrames:
         """The key frames of a layer of so many channels."""
         return self if channels >= self.least_channels else KeyFrames(("self",))
 
     def of_frame(self, frame: int, frames: int) -> tuple[int, ...]:
         """The clip's frames that `frame` sees, one for each entry."""
+        if self.everyone:
+            return tuple(range(frames))
 
         def resolve(entry: str | int) -> int:
             named = {"self": frame, "first": 0, "middle": (frames - 1) // 2, "last": frames - 1, "previous": frame - 1}
@@ -97,14 +108,16 @@ class KeyFrames:
     @property
     def anchored(self) -> bool:
         """Whether frames meet only through fixed frames, so that a clip can run in chunks without loss."""
-        return all(entry in ("self", 0, *ANCHORS) for entry in self.entries)
+        return not self.everyone and all(entry in ("self", 0, *ANCHORS) for entry in self.entries)
 
     def anchors(self, clip: int) -> set[int]:
         """The fixed frames that every frame sees."""
         return {self.of_frame(0, clip)[i] for i, entry in enumerate(self.entries) if entry in ANCHORS}
 
     def used(self, frames: Iterable[int], clip: int) -> tuple[int, ...]:
-        """The clip's frames whose keys some frames see, in order."""
+        """The clip's frames whose keys some frames of one call see, in order."""
+        if self.everyone:
+            return tuple(sorted(frames))
         return tuple(sorted({key for f in frames for key in self.of_frame(f, clip)}))
 
     def chunks(self, clip: int, chunk: int | None = None, clip_norm: bool = False) -> list[Chunk]:
@@ -150,6 +163,8 @@ class KeyFrames:
         nearest that is. Returns (frames, h, (n t), d), or a single frame's to broadcast when all
         see the same ones.
         """
+        if self.everyone:
+            return rearrange(k, "f h t d -> 1 h (f t) d")
         rows = _rows(self, tuple(given), tuple(frames), clip)
         parts = []
         for row in rows:

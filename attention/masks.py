@@ -12,15 +12,17 @@ from einops import rearrange
 from torch import Tensor
 
 from .control import AttentionSite
-from .prompt import BLOCK
 
 
 def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[AttentionSite]:
     """The cross-attention layers on the finest grid of at most `mask_tokens` tokens.
 
-    Raises ValueError where every grid is finer.
+    Of a transformer, whose blocks have one grid, the middle half: the first know little of the picture, the last paint.
+    Raises ValueError where every grid of a UNet is finer.
     """
     cross = [site for site in sites if site.kind == "cross"]
+    if cross and all(site.place == "block" for site in cross):
+        return cross[len(cross) // 4 : -(len(cross) // 4) or None]
     grids = {site.tokens for site in cross if site.tokens <= mask_tokens}
     if not grids:
         smallest = min((site.tokens for site in cross), default=0)
@@ -43,16 +45,16 @@ def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], tokens: Sequence[int
     return token_heat(maps)[:, list(tokens)].sum(1)
 
 
-def foreign_tokens(heat: Tensor, tokens: Sequence[int]) -> Tensor:
+def foreign_tokens(heat: Tensor, tokens: Sequence[int], wordless: Sequence[int]) -> Tensor:
     """Where each text token belongs to something else: 1 where the places of `tokens` are, and it is looked at less.
 
     heat (f, s, y, x) to zeros and ones of the same shape. A token and the mean of `tokens` are compared each over
-    its own maximum in the frame; `tokens` themselves are nowhere foreign, nor are the start marks.
+    its own maximum in the frame; `tokens` themselves are nowhere foreign, nor are columns without words.
     """
     here = heat[:, list(tokens)].mean(1, keepdim=True)
     foreign = (over_maximum(here) > over_maximum(heat)).to(heat.dtype)
     foreign[:, list(tokens)] = 0
-    foreign[:, :: BLOCK + 2] = 0
+    foreign[:, list(wordless)] = 0
     return foreign
 
 

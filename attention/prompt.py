@@ -23,6 +23,57 @@ BLOCK = 75
 Mode = Literal["refine", "replace"]
 
 
+class ClipColumns:
+    """Where tokens stand in CLIP's embeddings: blocks of a start mark, 75 tokens and an end mark."""
+
+    def of(self, token: int) -> int:
+        """The column of a content token."""
+        return token // BLOCK * (BLOCK + 2) + token % BLOCK + 1
+
+    def end(self, content: int) -> int:
+        """The column of the end mark that closes a prompt of so many content tokens."""
+        blocks = max(1, -(-content // BLOCK))
+        return (blocks - 1) * (BLOCK + 2) + content - (blocks - 1) * BLOCK + 1
+
+    def wordless(self, content: int, text_tokens: int) -> list[int]:
+        """Columns that no place can belong to: the start marks."""
+        return list(range(0, text_tokens, BLOCK + 2))
+
+    def pad(self, matrix: Tensor, source: int, target: int) -> None:
+        """Feed what follows the words of a target, whose prompts have so many content tokens.
+
+        Start and end marks of every block map to each other; padding keeps its place.
+        """
+        named = {self.of(token) for token in range(target)}
+        for j in range(min(matrix.shape)):
+            if j not in named and j != self.end(target):
+                matrix[j, j] = 1.0
+
+
+class SentenceColumns(ClipColumns):
+    """Where tokens stand in T5's embeddings: content from the first column, one end mark, padding that is all alike."""
+
+    def of(self, token: int) -> int:
+        return token
+
+    def end(self, content: int) -> int:
+        return content
+
+    def wordless(self, content: int, text_tokens: int) -> list[int]:
+        return list(range(content + 1, text_tokens))
+
+    def pad(self, matrix: Tensor, source: int, target: int) -> None:
+        """All of the source's padding feeds all of the target's, evenly: only its sum counts."""
+        padding = matrix[source + 1 :, target + 1 :]
+        if padding.numel():
+            padding[:] = 1 / padding.shape[1]
+
+
+def columns_of(tokenizer: Any) -> ClipColumns:
+    """By whether a tokenizer has a start mark; one that does not say has CLIP's."""
+    return ClipColumns() if getattr(tokenizer, "bos_token_id", 0) is not None else SentenceColumns()
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How the source's tokens make the target's.
@@ -106,12 +157,28 @@ class PromptEdit:
 
     # --- words and tokens -------------------------------------------------------------
 
+    @property
+    def columns(self) -> ClipColumns:
+        """Where the text encoder puts tokens."""
+        return columns_of(self.tokenizer)
+
+    def content(self, prompt: str) -> int:
+        """How many tokens a prompt has, without start and end."""
+        return sum(map(len, self.word_tokens(prompt)))
+
+    def wordless(self, prompt: str, text_tokens: int) -> list[int]:
+        """Columns of a prompt's embeddings that no place can belong to."""
+        return self.columns.wordless(self.content(prompt), text_tokens)
+
     def word_tokens(self, prompt: str) -> list[list[int]]:
         """The token ids of every word of a prompt, without start and end."""
         words = [list(self.tokenizer(word, add_special_tokens=False).input_ids) for word in prompt.split()]
         whole = list(self.tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
         if [token for word in words for token in word] != whole:
-            raise ValueError(f"this tokenizer's tokens cross word borders in {prompt!r}; a CLIP tokenizer is needed")
+            raise ValueError(
+                f"this tokenizer's tokens cross word borders in {prompt!r}; one is needed whose tokens keep to words, "
+                "as CLIP's and T5's"
+            )
         return words
 
     def token_indices(self, prompt: str, word: str, text_tokens: int, what: str = "word") -> list[int]:
@@ -119,7 +186,7 @@ class PromptEdit:
         spans = _spans(self.word_tokens(prompt))
         found = []
         for start, length in self._places(prompt, word, what):
-            found += [_index(token) for at in range(start, start + length) for token in range(*spans[at])]
+            found += [self.columns.of(token) for at in range(start, start + length) for token in range(*spans[at])]
         if max(found, default=0) >= text_tokens:
             raise ValueError(f"{what}: {word!r} stands beyond the {text_tokens} tokens of the embeddings of {prompt!r}")
         return found
@@ -146,21 +213,18 @@ class PromptEdit:
     # --- alignment --------------------------------------------------------------------
 
     def align(self, source_tokens: int, target_tokens: int) -> Alignment:
-        """The alignment for embeddings of so many tokens each (77, 154, ...)."""
+        """The alignment for embeddings of so many tokens each (77, 154, ..., or 512)."""
         pairs = self._refined() if self.mode == "refine" else self._replaced()
-        matrix = torch.zeros(source_tokens, target_tokens)
-        content = [sum(map(len, self.word_tokens(p))) for p in (self.source, self.target)]
+        matrix, columns = torch.zeros(source_tokens, target_tokens), self.columns
+        content = self.content(self.source), self.content(self.target)
         for source, target, share in pairs:
-            i, j = _index(source), _index(target)
+            i, j = columns.of(source), columns.of(target)
             if i < source_tokens and j < target_tokens:
                 matrix[i, j] = share
-        # Start and end marks of every block map to each other; padding keeps its place.
-        named = {_index(t) for t in range(content[1])}
-        for j in range(min(source_tokens, target_tokens)):
-            if j not in named and j != _end(content[1]):
-                matrix[j, j] = 1.0
-        if _end(content[0]) < source_tokens and _end(content[1]) < target_tokens:
-            matrix[_end(content[0]), _end(content[1])] = 1.0
+        columns.pad(matrix, *content)
+        ends = columns.end(content[0]), columns.end(content[1])
+        if ends[0] < source_tokens and ends[1] < target_tokens:
+            matrix[ends] = 1.0
         weights = torch.ones(target_tokens)
         for word, weight in self.reweight.items():
             weights[self.token_indices(self.target, word, target_tokens, "reweight")] = weight
@@ -207,17 +271,6 @@ def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
         spans.append((at, at + len(word)))
         at += len(word)
     return spans
-
-
-def _index(token: int) -> int:
-    """The column of a content token: blocks of a start mark, 75 tokens and an end mark."""
-    return token // BLOCK * (BLOCK + 2) + token % BLOCK + 1
-
-
-def _end(content: int) -> int:
-    """The column of the end mark that closes a prompt of so many content tokens."""
-    blocks = max(1, -(-content // BLOCK))
-    return (blocks - 1) * (BLOCK + 2) + content - (blocks - 1) * BLOCK + 1
 
 
 def align_sequences(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from fatezero import FusionSettings, StoreSettings, edit, invert
 from fatezero.cli.config import PRESETS
-from fatezero.diffusion.ddim import Schedule, ddim_move, guide
+from fatezero.diffusion.ddim import ddim_move, guide
 from fatezero.diffusion.edit import unet_calls
+from fatezero.diffusion.schedule import Schedule
 from fatezero.metrics.memory import PeakMemory
 
 KEY_FRAMES = (("middle",), ("self", "middle"))

@@ -75,6 +75,11 @@ def _draw(job: Job) -> Tensor:
     return torch.stack([in_bytes(render(scene, motion, frames).frames) for scene, motion in motions])
 
 
+def captions_of(settings: TemporalSettings) -> list[str]:
+    """What each clip shows."""
+    return [scene.caption for job in _jobs(settings) for scene in _scenes(job)]
+
+
 def draw_latents(vae: AutoencoderKL, settings: TemporalSettings, report: Report) -> Tensor:
     """The latents of all clips, (clips, frames, 4, 16, 16) in float16; drawn by every core as they are encoded."""
     jobs, parts = _jobs(settings), list[Tensor]()
@@ -99,7 +104,7 @@ def train_temporal(
     if not kept.exists():
         save_file({"latents": draw_latents(checkpoint.vae, settings, report)}, kept)
     latents = load_file(kept)["latents"]
-    captions = [scene.caption for job in _jobs(settings) for scene in _scenes(job)]
+    captions = captions_of(settings)
 
     torch.manual_seed(settings.seed)
     unet = with_temporal_layers(checkpoint.unet, kind="fatezero")

@@ -2,28 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The noise levels of a run.
-
-    timesteps: where the UNet is called, noisy to clean; whole ones of the model's, or in a host with noise levels of
-    its own between two. alphas: (steps + 1,), the cumulative
-    alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
-    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They are in the scheduler's own single precision.
-    """
-
-    timesteps: tuple[float, ...]
-    alphas: Tensor
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
 
 
 def ddim_move(z: Tensor, noise: Tensor, alpha: Tensor, alpha_to: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..store.identity import ModelIdentity
-from .ddim import Schedule
+from ..store.records import Beside
+from .schedule import Schedule
 
 Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
 """Frames to look at together, and how much each frame's result counts."""
@@ -30,34 +31,54 @@ class Guidance:
 
 
 class Predictor(Protocol):
-    """A UNet that tells the noise of latents, hooked by a host adapter (`hosts/`)."""
+    """A model that tells the noise of latents, hooked by a host adapter (`hosts/`)."""
 
     def hooked(self, clip_norm: bool = False) -> AbstractContextManager[None]:
-        """Hook the UNet for a run; leave no trace after the `with` block."""
+        """Hook the model for a run; leave no trace after the `with` block."""
 
     def predict_noise(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
-        """Epsilon of the latents of a chunk's frames, (frames, 4, h, w), guided away from a negative prompt.
+        """What a step goes along (`schedule`) of the latents of a chunk's frames, (frames, c, h, w), guided away from a
+        negative prompt: epsilon, or the velocity of a flow.
 
         `control` computes attention, and its `chunk` tells which of the clip's frames these are.
         """
 
 
 class Denoiser(Predictor, Protocol):
-    """A UNet with its schedule."""
+    """A model with its schedule."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the UNet computes in."""
+        """What the model computes in."""
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet computes."""
+        """Where the model computes."""
+
+    @property
+    def spans_clip(self) -> bool:
+        """Whether self-attention sees all frames of a call by itself, as a video transformer's does."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether `predict_noise` takes a branch beside."""
 
     @property
     def frames_meet(self) -> bool:
         """Whether layers of the model mix all frames of a call, so that chunks only come near the whole clip."""
+
+    def predict_noise(
+        self,
+        latents: Tensor,
+        timestep: float,
+        condition: Condition,
+        control: Control,
+        guidance: Guidance | None = None,
+        beside: Beside | None = None,
+    ) -> Tensor:
+        """beside: a branch to be evaluated within the call, by hosts that pair branches."""
 
     def schedule(self, steps: int) -> Schedule:
         """The noise levels of a run of `steps`."""

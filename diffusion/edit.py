@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,12 +17,14 @@ from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..settings import setting, whole_steps
+from ..store.backends import DrawnLevels
 from ..store.records import Recorder, SourceStep
 from ..store.store import AttentionStore
-from .ddim import Schedule, ddim_move, root
+from .ddim import guide
 from .denoiser import Denoiser, Guidance, check_finite, chunks_of, frames_of, joined
 from .invert import Inversion, Progress
-from .source import Asks, check_store, compute_source, sources
+from .schedule import Schedule, Solver
+from .source import Asks, check_store, compute_source, source_for, sources
 from .steering import EditSteering
 
 # --- the parts of an edit -----------------------------------------------------------------
@@ -66,7 +68,7 @@ class Smoothing(Protocol):
     """What becomes of the clean latents that a step predicts: `FlowSmoothing`."""
 
     def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
-        """Those of the whole clip (frames, 4, h, w), beside the source's."""
+        """Those of the whole clip (frames, c, h, w), beside the source's."""
 
     def summary(self) -> str:
         """What it does, in a line."""
@@ -101,6 +103,7 @@ class EditContext:
         self.denoiser, self.store, self.target = denoiser, store, target
         self.steps = store.steps
         self.sites: list[AttentionSite] = denoiser.sites(*store.levels.shape[-2:])
+        self.spans_clip = denoiser.spans_clip
         self.latents_like = latents_like
         self.like = latents_like.to(denoiser.dtype)
 
@@ -194,7 +197,7 @@ def edit(
     strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Edit an inverted clip; (frames, 4, h, w).
+    """Edit an inverted clip; (frames, c, h, w).
 
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative
     ones may be None at guidance 1. prompt: how source and target words meet; without it there is no FateZero
@@ -246,13 +249,15 @@ def edit_many(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step gives: noise (frames, 4, h, w), and the mask of latents (frames, 1, h, w) where it blends them.
+    """What a step gives: noise (frames, c, h, w), and the mask of latents (frames, 1, h, w) where it blends them.
 
     Of the whole clip, or of a chunk of it.
     """
 
     noise: Tensor
     mask: Tensor | None
+    source: Tensor | None = None
+    """What the same step predicts of the source, where its noise was drawn."""
 
 
 class EditPass:
@@ -315,13 +320,15 @@ class EditPass:
 
     @torch.no_grad()
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
-        """Each edit's prediction for its latents (frames, 4, h, w); None before its first step."""
+        """Each edit's prediction for its latents (frames, c, h, w); None before its first step."""
         chunks, parts = self._chunks[step], [list[Prediction]() for _ in self._runs]
         together = [i for i, run in enumerate(self._runs) if run.shares_source and step >= run.first]
         for chunk in chunks if together else []:
             source = self._source_of(step, chunk)
             for i in together:
                 parts[i].append(self._runs[i].predict(zs[i], step, source))
+                if source.beside is not None and i != together[-1]:  # it was evaluated for this one alone
+                    source = self._source_of(step, chunk)
         return [
             None if step < run.first else run.smoothed(z, step, self._of_run(run, z, step, chunks, own))
             for run, z, own in zip(self._runs, zs, parts, strict=True)
@@ -336,9 +343,24 @@ class EditPass:
         branches = Branches(self._denoiser, self._store, run, z, step)
         if run.propagation is not None:
             found = run.propagation.predict(step, self._steps, self._store.frames, branches, self._chunk_frames)
+        elif self._store.drawn is not None:
+            return self._drawn(self._store.drawn, run, z, step)
         else:
-            found = [(chunk, branches.edit(branches.source(chunk).step)) for chunk in self._chunks[step]]
+            found = [(chunk, branches.edit(branches.source_for(chunk))) for chunk in self._chunks[step]]
         return _joined([chunk for chunk, _ in found], [part for _, part in found])
+
+    def _drawn(self, levels: DrawnLevels, run: _Run, z: Tensor, step: int) -> Prediction:
+        """The mean prediction over draws of noise, z being of the first."""
+        level, found = self._steps - step, list[Prediction]()
+        first = levels[level].to(z.device)
+        for draw in range(levels.draws):
+            levels.draw = draw
+            branches = Branches(self._denoiser, self._store, run, z + (levels[level].to(z.device) - first), step)
+            chunks = self._chunks[step]
+            found.append(_joined(chunks, [branches.edit(branches.source_for(chunk)) for chunk in chunks]))
+        levels.draw = 0
+        noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
+        return Prediction(noise, found[0].mask, source)
 
     @torch.no_grad()
     def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction | None]) -> list[Tensor]:
@@ -357,8 +379,12 @@ class EditPass:
 
 
 def _joined(chunks: Sequence[Chunk], parts: Sequence[Prediction]) -> Prediction:
-    masks = [part.mask for part in parts if part.mask is not None]
-    return Prediction(joined(chunks, [part.noise for part in parts]), joined(chunks, masks) if masks else None)
+    def whole(found: list[Tensor | None]) -> Tensor | None:
+        given = [part for part in found if part is not None]
+        return joined(chunks, given) if given else None
+
+    noise = joined(chunks, [part.noise for part in parts])
+    return Prediction(noise, whole([part.mask for part in parts]), whole([part.source for part in parts]))
 
 
 # --- one edit -----------------------------------------------------------------------------
@@ -381,7 +407,11 @@ class Branches:
     def source(self, chunk: Chunk, prepare: Prepare | None = None) -> Recorder:
         """The source on a chunk."""
         prepared = None if prepare is None else lambda recorder: prepare("source", recorder)
-        return compute_source(self.denoiser, self.store, self.step, self.run.injected.asks(self.step), chunk, prepared)
+        return compute_source(self.denoiser, self.store, self.step, self.run.asks(self.step), chunk, prepared)
+
+    def source_for(self, chunk: Chunk) -> SourceStep:
+        """The source on a chunk for `edit`, which may evaluate it."""
+        return source_for(self.denoiser, self.store, self.step, self.run.asks(self.step), chunk)
 
     def edit(self, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
         """The guided prediction of the edit on the source's chunk."""
@@ -403,6 +433,7 @@ class _Run:
                 raise ValueError(f"guidance_scale={asked.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(asked.negative_embeddings, "negative_embeddings").to(like)
         self.guidance_scale = asked.guidance_scale
+        self._solver = Solver(schedule, store.order)
         self.propagation, self.smoothing = asked.propagation, asked.smoothing
         self.first = first_step(asked.strength, schedule.steps)
         self.context, injection = EditContext(denoiser, store, self.target, like), asked.injection
@@ -418,14 +449,15 @@ class _Run:
         self.injected.prepare(chunks)
 
     def start(self, noise: Tensor) -> Tensor:
-        """The latents of the first step: sqrt(abar) z_0 + sqrt(1 - abar) eps, with the eps that made the noise."""
-        alphas = self.schedule.alphas
-        alpha, z = alphas[self.schedule.steps - self.first], noise
+        """The latents of the first step: the clip with so much of the eps that made the noise."""
+        schedule, level, z = self.schedule, self.schedule.steps - self.first, noise
+        if self.store.drawn is not None:
+            return self.store.level(level).to(noise.device)
         if self.first:
             clip = self.store.level(0).to(noise.device)
-            eps = (noise - root(alphas[-1]) * clip) / root(1 - alphas[-1])
-            z = root(alpha) * clip + root(1 - alpha) * eps
-        return z if self._steering is None else self._steering.started(z, root(1 - alpha).item())
+            eps = (noise - schedule.signal(schedule.steps) * clip) / schedule.noise(schedule.steps)
+            z = (schedule.signal(level) * clip + schedule.noise(level) * eps).to(noise.dtype)
+        return z if self._steering is None else self._steering.started(z, schedule.noise(level).item())
 
     def steered(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
         """The latents that a step begins from."""
@@ -436,10 +468,25 @@ class _Run:
         keys, norm = self.store.key_frames, self.store.clip_norm
         return steering.moved(self.denoiser, z, timestep, alpha, self.target, keys, norm, chunk_frames)
 
+    def _moved_beside(self, levels: DrawnLevels, z: Tensor, predicted: Prediction, level: int) -> Tensor:
+        """FlowEdit's step (arXiv 2412.08629): x_edit' = x_edit + (sigma' - sigma) (d_edit - d_source), in latents that
+        hold the level's noise: x_edit - x_0 = x - x_source.
+        """
+        assert predicted.source is not None
+        here, there = (levels[at].to(z.device) for at in (level, level - 1))
+        change = self.schedule.move(z - here, predicted.noise - predicted.source, level, level - 1)
+        if level == 1:  # the clean clip itself, of which even DDIM's first level has a little less
+            change = change / self.schedule.scale(0)
+        return there + change
+
     @property
     def shares_source(self) -> bool:
         """Whether other edits of the pass can be served by the same evaluation of the source."""
-        return self.propagation is None and not self.injected.own_level
+        return self.propagation is None and not self.injected.own_level and self.store.drawn is None
+
+    def asks(self, step: int) -> Asks:
+        """What a step reads of the source."""
+        return replace(self.injected.asks(step), prediction=self.store.drawn is not None)
 
     def predict(self, z: Tensor, step: int, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
         """Noise of the source's chunk, and where its latents are the edit's own. prepare: both branches' controls."""
@@ -449,27 +496,44 @@ class _Run:
             prepare("negative", negative)
         guidance = None if self.negative is None else Guidance(self.negative, negative, self.guidance_scale)
         latents, timestep = frames_of(z, source.chunk), self.schedule.timesteps[step]
-        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance)
+        beside = {} if source.beside is None else {"beside": source.beside}
+        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, **beside)
         mask = self.injected.latent_mask(source, control, step)
-        return Prediction(noise, None if mask is None else mask.to(z))
+        return Prediction(noise, None if mask is None else mask.to(z), self._of_source(source, step))
+
+    def _of_source(self, source: SourceStep, step: int) -> Tensor | None:
+        """The source's guided prediction, where its noise was drawn."""
+        levels = self.store.drawn
+        if levels is None:
+            return None
+        predicted = source.predicted if source.beside is None else source.beside.predicted
+        assert predicted is not None
+        if self.negative is None or levels.source_guidance == 1:
+            return predicted
+        z = frames_of(levels[self.schedule.steps - step].to(predicted.device), source.chunk)
+        plain = Control(source.key_frames, source.chunk)
+        away = self.denoiser.predict_noise(z, self.schedule.timesteps[step], self.negative, plain)
+        return guide(away, predicted, levels.source_guidance)
 
     def smoothed(self, z: Tensor, step: int, predicted: Prediction) -> Prediction:
         """A prediction whose clean latents agree over time."""
         if self.smoothing is None:
             return predicted
-        alpha = self.schedule.alphas[self.schedule.steps - step]
-        signal, noise = root(alpha).item(), root(1 - alpha).item()
+        level = self.schedule.steps - step
         source = self.store.level(0).to(z.device, non_blocking=True)
-        clean = (z - noise * predicted.noise) / signal
+        clean = self.schedule.clean(z, predicted.noise, level)
         smoothed = self.smoothing.smoothed(clean, source)
         if smoothed is clean:
             return predicted
-        return Prediction((z - signal * smoothed) / noise, predicted.mask)
+        return Prediction(self.schedule.towards(z, smoothed, level), predicted.mask)
 
     def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
-        """One DDIM step from level steps - step to the cleaner one."""
+        """One step from level steps - step to the cleaner one."""
         level = self.schedule.steps - step
-        z = ddim_move(z, predicted.noise, self.schedule.alphas[level], self.schedule.alphas[level - 1])
+        if self.store.drawn is None:
+            z = self._solver.move(z, predicted.noise, level, level - 1)
+        else:
+            z = self._moved_beside(self.store.drawn, z, predicted, level)
         if self._steering is not None:
             z = self._steering.carried(z, level - 1, step)
         if predicted.mask is not None:

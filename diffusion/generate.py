@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
-from .ddim import ddim_move
+from ..attention.key_frames import ALL, Chunk, KeyFrames
 from .denoiser import Denoiser, Guidance, check_finite
 from .invert import Progress
 from .steering import ClipSteering
@@ -38,7 +37,9 @@ def generate(
     (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where numbers leave
     their range.
     """
-    keys, schedule, chunk = KeyFrames.of(key_frames), denoiser.schedule(steps), Chunk.whole(len(noise))
+    keys = KeyFrames((ALL,)) if denoiser.spans_clip else KeyFrames.of(key_frames)
+    clip_norm = clip_norm and not denoiser.spans_clip
+    schedule, chunk = denoiser.schedule(steps), Chunk.whole(len(noise))
     z = noise.to(denoiser.device)
     positive, away = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
     if layout is not None:
@@ -52,7 +53,7 @@ def generate(
                 control = layout.control(keys, chunk)
             guidance = Guidance(away, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
-            z = ddim_move(z, predicted, schedule.alphas[steps - step], schedule.alphas[steps - step - 1])
+            z = schedule.move(z, predicted, steps - step, steps - step - 1)
             check_finite(z, f"latents of step {step + 1}")
             if progress:
                 progress(step + 1, steps)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..attention.condition import Condition
-from ..attention.key_frames import KeyFrames
+from ..attention.key_frames import ALL, KeyFrames
 from ..settings import check, setting
+from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .ddim import ddim_move
 from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined
+from .schedule import Solver, timestep_at
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
@@ -39,6 +40,11 @@ class InversionSettings:
     key_frames_least_channels: int = setting(
         0, "Layers with fewer channels attend to their own frame alone; the authors' least_sc_channel.", least=0,
         group=GROUP,
+    )  # fmt: skip
+    order: int = setting(
+        1,
+        "Of the solver, of inversion and edit alike: 2 takes steps in pairs by the midpoint method, at the same calls.",
+        least=1, most=2, group=GROUP,
     )  # fmt: skip
     clip_norm: bool = setting(
         False,
@@ -63,7 +69,7 @@ class InversionSettings:
 
 @dataclass(frozen=True)
 class Inversion:
-    """A clip carried to noise. `latents`: (steps + 1, frames, 4, h, w), clean to noisy."""
+    """A clip carried to noise. `latents`: (steps + 1, frames, c, h, w), clean to noisy."""
 
     store: AttentionStore
 
@@ -83,27 +89,35 @@ def invert(
     memory: str | StoreSettings = "recompute",
     chunk_frames: int | None = None,
     *,
+    order: int = 1,
     prompt: str | None = None,
     extra: dict[str, Any] | None = None,
     attachments: dict[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Inversion:
-    """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1).
+    """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1), or that of a rectified flow.
 
-    latents: (frames, 4, h, w), scaled as the UNet knows them. source_embeddings: (1, tokens,
-    dim), or a `Condition`. key_frames: whose keys and values a frame sees, see `KeyFrames`.
-    clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
-    name, or `StoreSettings`. chunk_frames: frames of one UNet call, None for all; see
-    `KeyFrames.chunks` for when this approximates. prompt, extra, attachments: kept in the store, to check edits
-    against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors.
+    latents: (frames, c, h, w), scaled as the model knows them. source_embeddings: (1, tokens,
+    dim), or a `Condition`. key_frames: whose keys and values a frame sees, see `KeyFrames`; a video transformer's see
+    all, whatever is asked. clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
+    name, or `StoreSettings`. chunk_frames: frames of one call, None for all; see `KeyFrames.chunks` for when this
+    approximates. order: of the solver, 1 or 2, see `Solver`. prompt, extra, attachments: kept in the store, to check
+    edits against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors.
 
-    At step i the UNet is called at the *target* timestep with the latent of the level
-    before, as the authors' code does. Raises ValueError for bad shapes or options, ArithmeticError where the
-    model's numbers leave their range, and MemoryError, with the bytes, where the chosen memory does not fit.
+    In first order the model is called at the *target* timestep with the latent of the level
+    before, as the authors' code does; in second order at the latent's own. Raises ValueError for bad shapes or
+    options, ArithmeticError where the model's numbers leave their range, and MemoryError, with the bytes, where the
+    chosen memory does not fit.
     """
     settings, keys = StoreSettings.of(memory), KeyFrames.of(key_frames)
     if latents.ndim != 4 or not len(latents):
-        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, 4, h, w), at least one frame")
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}; it must be 1 or 2")
+    if denoiser.spans_clip:
+        keys = KeyFrames((ALL,))
+        if clip_norm:
+            raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
     keys.chunks(len(latents), chunk_frames, clip_norm)
@@ -111,6 +125,8 @@ def invert(
     shape, size = tuple(latents.shape), latents.element_size()
     demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes)
     plan = plan_store(settings, demand, latents.device)
+    if plan.memory == "maps" and keys.everyone and chunk_frames is not None and chunk_frames < len(latents):
+        raise ValueError('memory "maps" keeps a whole clip\'s attention to all frames: leave chunk_frames out')
     store = AttentionStore(
         memory=plan.memory,
         levels=latents.expand(steps + 1, *latents.shape),  # their shape; the values come as they are computed
@@ -119,24 +135,38 @@ def invert(
         alphas=tuple(schedule.alphas.tolist()),
         key_frames=keys,
         clip_norm=clip_norm,
+        world=schedule.world,
+        order=order,
         model=denoiser.identity(),
         prompt=prompt,
         extra=extra or {},
         attachments=attachments or {},
     )
     recorded, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
-    z = latents
+
+    def called(z: Tensor, level: int) -> tuple[Tensor, Records]:
+        """The prediction at a level's timestep, and what the edit's step there will need."""
+        step = steps - level  # of the edit, which goes the other way
+        kept, timestep = recorded if step < store.kept_steps else set(), timestep_at(schedule, level)
+        chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
+        recorders = [Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks]
+        predicted = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, source, r) for r in recorders]
+        return joined(chunks, predicted), whole_clip(recorders, sites) if kept else {}
+
+    z, solver, records = latents, Solver(schedule, order), Records()
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-        put(0, z, {})
-        for i, timestep in enumerate(reversed(schedule.timesteps)):
-            step = steps - 1 - i  # of the edit, which goes the other way
-            kept = recorded if step < store.kept_steps else set()
-            chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
-            recorders = [Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks]
-            noise = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, source, r) for r in recorders]
-            z = ddim_move(z, joined(chunks, noise), schedule.alphas[i], schedule.alphas[i + 1])
-            check_finite(z, f"the inversion's latents at step {i + 1} of {steps}")
-            put(i + 1, z, whole_clip(recorders, sites) if kept else {})
+        if order == 1:
+            put(0, z, {})
+        for level in range(steps):
+            predicted, records = called(z, level + (order == 1))
+            if order == 2:
+                put(level, z, records)
+            z = solver.move(z, predicted, level, level + 1)
+            check_finite(z, f"the inversion's latents at step {level + 1} of {steps}")
+            if order == 1:
+                put(level + 1, z, records)
             if progress:
-                progress(i + 1, steps)
+                progress(level + 1, steps)
+        if order == 2:
+            put(steps, z, called(z, steps)[1] if store.kept_steps else {})
     return Inversion(store)

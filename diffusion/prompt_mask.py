@@ -16,6 +16,7 @@ from ..attention.masks import over_maximum, token_heat
 from ..store.records import Recorder
 from ..store.store import AttentionStore
 from .denoiser import Denoiser, frames_of, joined
+from .source import look
 
 LEVELS = (0.35, 0.5, 0.65, 0.8)
 """Shares of the way to noise at which the prompts are compared."""
@@ -31,11 +32,13 @@ class PromptHeat:
     """How much each place of a clip is the edit's, and what the source's tokens are looked at for.
 
     edit: (frames, h, w), at least 0. tokens: the source's attention to each of its tokens, averaged over the
-    levels, (frames, tokens, y, x); None where it has no blend words.
+    levels, (frames, tokens, y, x); None where it has no blend words. words: that of both prompts to their own blend
+    words, where they have some, (frames, y, x) each.
     """
 
     edit: Tensor
     tokens: Tensor | None
+    words: list[Tensor]
 
 
 def _at_level(
@@ -46,12 +49,17 @@ def _at_level(
     condition: Condition,
     sites: Sequence[AttentionSite],
     chunks: Sequence[Sequence[Chunk]],
+    named: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The noise of a text on the latents z of a level, and its attention to each of its tokens in some layers.
 
-    (frames, 4, h, w) and (frames, tokens, y, x), None for no layers.
+    (frames, c, h, w) and (frames, tokens, y, x), None for no layers. named: the tokens to tell of, of a video
+    transformer.
     """
     step, names = store.steps - 1 - level, {site.name for site in sites}
+    if denoiser.spans_clip and sites:
+        named = range(condition.text_tokens) if named is None else named
+        return look(denoiser, store, z, step, condition, sites, chunks[step], named)
     recorders = [Recorder(store.key_frames, chunk, names) for chunk in chunks[step]]
     parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in recorders]
     noise = joined(chunks[step], parts)
@@ -98,15 +106,16 @@ def prompt_heat(
     for level in difference_levels(store.steps):
         z, noise = store.level(level).to(denoiser.device), []
         for condition, own, heats in zip((store.source, target), tokens, attended, strict=True):
-            predicted, heat = _at_level(denoiser, store, z, level, condition, sites if own else (), chunks)
+            predicted, heat = _at_level(denoiser, store, z, level, condition, sites if own else (), chunks, own)
             noise.append(predicted)
             heats += [] if heat is None else [heat]
         differences.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
     difference = over_maximum(torch.stack(differences).mean(0))
     of_source, of_target = (torch.stack(heats).mean(0) if heats else None for heats in attended)
     both = ((of_source, tokens[0]), (of_target, tokens[1]))
-    attention = [over_maximum(heat[:, list(own)].sum(1)) for heat, own in both if heat is not None]
+    words = [heat[:, list(own)].sum(1) for heat, own in both if heat is not None]
+    attention = [over_maximum(heat) for heat in words]
     if not attention:
-        return PromptHeat(difference, None)
+        return PromptHeat(difference, None, [])
     where = F.interpolate(torch.stack(attention).amax(0)[:, None], size=size, mode="bilinear", align_corners=False)
-    return PromptHeat(difference * where[:, 0].sqrt(), of_source)
+    return PromptHeat(difference * where[:, 0].sqrt(), of_source, words)

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..attention.condition import Condition
+from ..attention.control import AttentionSite
 from ..attention.key_frames import Chunk
 from ..attention.masks import mask_sites, word_heat
 from ..attention.prompt import PromptEdit
 from ..store.backends import FileBackend, Records, read_ahead
 from ..store.budget import record_shapes
-from ..store.records import Recorder, SourceStep
+from ..store.records import Beside, Onlooker, Recorder, SourceStep
 from ..store.store import AttentionStore, StoreError
-from .ddim import Schedule
 from .denoiser import Denoiser, chunks_of, frames_of, joined
 from .invert import Inversion
+from .schedule import Schedule, same_levels
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,19 @@ class Asks:
     """What a step reads of the source: the attention of some layers, and the feature.
 
     own_level: of the source's latents at the edit's own level of noise, as Plug-and-Play and TokenFlow take them; else
-    of the inversion's call at that timestep, whose latents are one level cleaner, as FateZero takes them.
+    of the inversion's call at that timestep, whose latents are one level cleaner, as FateZero takes them, unless the
+    solver is of second order, whose inversion calls the model at the latents' own level. prediction: what the model
+    predicts of the source.
     """
 
     layers: set[str] = field(default_factory=set)
     feature: bool = False
     own_level: bool = False
+    prediction: bool = False
 
     @property
     def nothing(self) -> bool:
-        return not (self.layers or self.feature)
+        return not (self.layers or self.feature or self.prediction)
 
 
 SourceOf = Callable[[int, Chunk], SourceStep]
@@ -61,9 +66,24 @@ def sources(
         def source_of(step: int, chunk: Chunk) -> SourceStep:
             if kept(step):
                 return SourceStep(take() if in_order else job(step, chunk)(), store.key_frames, chunk, stored=True)
-            return compute_source(denoiser, store, step, asks[step], chunk).step
+            return source_for(denoiser, store, step, asks[step], chunk)
 
         yield source_of
+
+
+def source_for(denoiser: Denoiser, store: AttentionStore, step: int, asks: Asks, chunk: Chunk) -> SourceStep:
+    """The source's branch at an edit step, evaluated now, or by hosts that pair branches within the edit's call."""
+    if asks.nothing or not denoiser.pairs:
+        return compute_source(denoiser, store, step, asks, chunk).step
+    recorder = Recorder(store.key_frames, chunk, asks.layers)
+    z = _latents(denoiser, store, step, asks, chunk)
+    return SourceStep(recorder.records, store.key_frames, chunk, beside=Beside(z, store.source, recorder))
+
+
+def _latents(denoiser: Denoiser, store: AttentionStore, step: int, asks: Asks, chunk: Chunk) -> Tensor:
+    """The source's latents that an edit step looks at."""
+    level = store.steps - step - (0 if asks.own_level or store.calls_own_level else 1)
+    return frames_of(store.level(level).to(denoiser.device, non_blocking=True), chunk)
 
 
 def compute_source(
@@ -84,9 +104,8 @@ def compute_source(
         prepare(recorder)
     elif asks.nothing:
         return recorder
-    level = store.steps - step - (0 if asks.own_level else 1)
-    z = store.level(level).to(denoiser.device, non_blocking=True)
-    denoiser.predict_noise(frames_of(z, chunk), store.timesteps[step], store.source, recorder)
+    z = _latents(denoiser, store, step, asks, chunk)
+    recorder.predicted = denoiser.predict_noise(z, store.timesteps[step], store.source, recorder)
     return recorder
 
 
@@ -107,6 +126,9 @@ def source_heats(
     Taken from the layers that masks come from, which are read, or computed, once for all.
     """
     store = inversion.store
+    if denoiser.spans_clip:
+        heat = _heat_without_maps(denoiser, store, step, chunk_frames)
+        return [heat[:, list(chosen)].sum(1) for chosen in tokens]
     sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
     z = store.level(store.steps - step - 1).to(denoiser.device)
     chunks = chunks_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
@@ -120,6 +142,34 @@ def source_heats(
             for own, chosen in zip(parts, tokens, strict=True):
                 own.append(word_heat(source.maps(sites, denoiser.dtype), chosen))
     return [joined(chunks, own) for own in parts]
+
+
+def _heat_without_maps(denoiser: Denoiser, store: AttentionStore, step: int, chunk_frames: int | None) -> Tensor:
+    """What the source looks at in a video transformer: (frames, tokens, y, x)."""
+    z, timestep = store.level(store.steps - step - 1).to(denoiser.device), store.timesteps[step]
+    chunks = chunks_of(denoiser, store.key_frames, z, timestep, chunk_frames, store.clip_norm)
+    sites, tokens = mask_sites(denoiser.sites(*z.shape[-2:]), 0), range(store.source.text_tokens)
+    with denoiser.hooked():
+        return look(denoiser, store, z, step, store.source, sites, chunks, tokens)[1]
+
+
+def look(
+    denoiser: Denoiser,
+    store: AttentionStore,
+    z: Tensor,
+    step: int,
+    condition: Condition,
+    sites: Sequence[AttentionSite],
+    chunks: Sequence[Chunk],
+    tokens: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The noise of a text on latents z at a step's timestep, (frames, c, h, w), and its attention to some of its
+    tokens in some layers of one grid, (frames, all tokens, y, x), without maps. While the denoiser is hooked.
+    """
+    names, count = {site.name for site in sites}, condition.text_tokens
+    lookers = [Onlooker(store.key_frames, chunk, names, tokens) for chunk in chunks]
+    parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in lookers]
+    return joined(chunks, parts), joined(chunks, [r.heat(count) for r in lookers])
 
 
 def source_heat(
@@ -139,7 +189,7 @@ def check_store(
             "the store was made by another model: invert again with this one "
             f"(store: {store.model.layout}; model: {denoiser.identity().layout})"
         )
-    same = len(store.alphas) == len(schedule.alphas) and torch.allclose(torch.tensor(store.alphas), schedule.alphas)
+    same = store.world == schedule.world and same_levels(store.alphas, schedule)
     if store.timesteps != schedule.timesteps or not same:
         raise StoreError(
             f"the store was made on another schedule: its timesteps start {store.timesteps[:3]}, "

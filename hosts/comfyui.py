@@ -17,9 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..attention.key_frames import KeyFrames
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..diffusion.ddim import Schedule
 from ..diffusion.edit import Edit, EditPass, edit_many
 from ..diffusion.invert import Inversion, Progress, invert
+from ..diffusion.schedule import Schedule
 from ..diffusion.source import check_store, source_heats
 from ..methods.fatezero import FusionSettings
 from ..store.backends import FileBackend, FileLevels

@@ -26,10 +26,11 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control, Kind
 from ..attention.key_frames import Chunk
-from ..diffusion.ddim import Schedule
 from ..diffusion.denoiser import Guidance, Windows
 from ..diffusion.invert import Progress
+from ..diffusion.schedule import Schedule
 from ..store.identity import ModelIdentity
+from ..store.records import Beside
 from .comfyui_conditions import HostCondition
 from .comfyui_temporal import temporal_layers
 from .comfyui_unet import HookedModel, check_sampling, identity_of, schedule_along, sigma_at
@@ -86,6 +87,9 @@ class ComfyDenoiser:
         assert self._schedule is not None
         return self._schedule
 
+    spans_clip = False
+    pairs = False
+
     @property
     def frames_meet(self) -> bool:
         return any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
@@ -124,7 +128,13 @@ class ComfyDenoiser:
             self._clip_norm = False
 
     def predict_noise(
-        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
+        self,
+        latents: Tensor,
+        timestep: float,
+        condition: Condition,
+        control: Control,
+        guidance: Guidance | None = None,
+        beside: Beside | None = None,
     ) -> Tensor:
         """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
         comfy.model_management.throw_exception_if_processing_interrupted()

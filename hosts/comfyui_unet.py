@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..attention.control import AttentionSite, Control, Kind, Place
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.ddim import Schedule
+from ..diffusion.schedule import Schedule
 from ..store.identity import IdentityCache, ModelIdentity
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
 

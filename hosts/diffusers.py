@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 from ..attention.condition import Condition
 from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.ddim import Schedule, guide, root
+from ..diffusion.ddim import guide, root
 from ..diffusion.denoiser import Guidance
+from ..diffusion.schedule import Schedule
 from ..methods.temporal_layers import CastLinear, trained_of
 from ..methods.tune_a_video import noised
 from ..store.identity import IdentityCache, ModelIdentity
+from ..store.records import Beside
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
 
@@ -55,6 +58,8 @@ class DiffusersDenoiser:
     kind: ClassVar[type] = UNet2DConditionModel
     """What UNet it takes."""
     known: ClassVar[str] = "SD 1.x, SD 2.x, SDXL"
+    spans_clip = False
+    pairs = False
 
     def __init__(self, unet: Any, scheduler: DDIMScheduler) -> None:
         if not isinstance(unet, self.kind):
@@ -197,9 +202,16 @@ class DiffusersDenoiser:
             self._control, self._text, self._texts = None, {}, {}
 
     def predict_noise(
-        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
+        self,
+        latents: Tensor,
+        timestep: float,
+        condition: Condition,
+        control: Control,
+        guidance: Guidance | None = None,
+        beside: Beside | None = None,
     ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
+        assert beside is None, "a UNet's branches run one after another"
         noise = self._predict(latents, timestep, condition, control)
         if guidance is None:
             return noise
@@ -392,3 +404,11 @@ def _clip_norms(unet: Any) -> list[nn.GroupNorm]:
     """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
     norms = [n for m in unet.modules() if isinstance(m, ResnetBlock2D) for n in (m.norm1, m.norm2)]
     return [n for n in (*norms, unet.conv_norm_out) if isinstance(n, nn.GroupNorm)]
+
+
+def __getattr__(name: str) -> Any:
+    """The denoisers of video models, which build on this one or stand beside it."""
+    homes = {"DiffusersVideoDenoiser": ".diffusers_video", "VideoTransformerDenoiser": ".diffusers_transformer"}
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(homes[name], __package__), name)

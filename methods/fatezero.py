@@ -2,7 +2,9 @@
 
 The blend of self-attention (paper Eq. 7) has one mask value for each query row, so
     (M A_edit + (1 - M) A_src) V = M attn(Q_edit, K_edit, V) + (1 - M) attn(Q_src, K_src, V)
-exactly, with V from the edit.
+exactly, with V from the edit. In a video transformer a row is a token of the whole clip, and each kernel is called for
+the rows alone whose mask asks for it. Its masks are made before the first step, from a few levels of the inversion:
+those of a step would have to wait for the source's last blocks, beside which the edit's first ones run.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.control import AttentionSite, Control, as_one, attention_map
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment
@@ -25,7 +27,7 @@ from ..diffusion.prompt_mask import difference_levels, prompt_heat
 from ..diffusion.source import Asks
 from ..settings import check, described, setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
-from ..store.records import QueriesKeys, SourceStep
+from ..store.records import Map, QueriesKeys, SourceStep
 
 MaskFrom = Literal["attention", "prompts"]
 GROUP = "FateZero"
@@ -232,6 +234,7 @@ class Fusion(Injected):
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         source, target = context.store.source, context.target
         self.alignment: Alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
+        self.wordless = prompt.wordless(prompt.source, source.text_tokens)
         self.given = given
         self.given_at: dict[Grid, Tensor] = {}
         """The given mask on each grid."""
@@ -239,6 +242,8 @@ class Fusion(Injected):
         """The mask of the prompts' difference on each grid, where the edit takes one."""
         self.foreign: Tensor | None = None
         """Where each target token belongs to something else, (frames, tokens, y, x), with `separate_words`."""
+        self.masks_by_step = settings.masks_by_step and not context.spans_clip
+        """Whether a step's own attention makes its mask."""
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
         if given is not None:
@@ -253,6 +258,7 @@ class Fusion(Injected):
                     raise ValueError("a mask of attention needs blend_words of the source prompt")
                 if settings.blend_latents and not self.blend_tokens[1]:
                     raise ValueError("blend_latents needs blend_words of the target prompt too")
+            if self.masks_by_step:
                 self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
@@ -267,26 +273,35 @@ class Fusion(Injected):
             self.given_at = self._on_grids(self.given)
             return
         replaced = self.given is not None and self.given.replaces
-        if replaced or not self.settings.masks_by_prompts:
+        if replaced or not self.settings.blends or self.masks_by_step:
             return
-        context, words = self.context, self.blend_tokens
+        context, words, threshold = self.context, self.blend_tokens, self.settings.blend_threshold
         sites = mask_sites(context.sites, self.settings.mask_tokens) if any(words) else []
         heat = prompt_heat(context.denoiser, context.store, context.target, words, sites, chunks)
-        if self.settings.separate_words and heat.tokens is not None:
-            of_source = foreign_tokens(heat.tokens, words[0])
+        if self.settings.masks_by_step:
+            by_grid = [{grid: threshold_mask(own, grid, threshold) for grid in self._grids()} for own in heat.words]
+            like = context.latents_like
+            self.of_prompts = {grid: torch.stack([m[grid] for m in by_grid]).amax(0).to(like) for grid in by_grid[0]}
+            return
+        if self.settings.separate_words and heat.tokens is not None and not context.spans_clip:
+            of_source = foreign_tokens(heat.tokens, words[0], self.wordless)
             self.foreign = torch.einsum("fsyx,sc->fcyx", of_source, self.alignment.matrix.to(of_source))
             self.foreign[:, words[1]] = 0
-        self.of_prompts = self._on_grids(GivenMask(soft_mask(heat.edit, self.settings.blend_threshold)))
+        self.of_prompts = self._on_grids(GivenMask(soft_mask(heat.edit, threshold)))
 
     def _on_grids(self, mask: GivenMask) -> dict[Grid, Tensor]:
         """A mask on the latents' grid and those of the attention layers."""
-        store, sites = self.context.store, self.context.sites
-        height, width = store.levels.shape[-2:]
-        grids = {(height, width)} | {(site.height, site.width) for site in sites}
-        return {grid: mask.at(grid, store.frames).to(self.context.latents_like) for grid in grids}
+        frames, like = self.context.store.frames, self.context.latents_like
+        return {grid: mask.at(grid, frames).to(like) for grid in self._grids()}
+
+    def _grids(self) -> set[Grid]:
+        """Of the latents and of the attention layers."""
+        height, width = self.context.store.levels.shape[-2:]
+        return {(height, width)} | {(site.height, site.width) for site in self.context.sites}
 
     def plan(self, step: int) -> StepPlan:
-        return StepPlan.of(self.settings, step, self.context.steps)
+        plan = StepPlan.of(self.settings, step, self.context.steps)
+        return plan if self.masks_by_step else replace(plan, mask=False)
 
     def asks(self, step: int) -> Asks:
         layers = self.plan(step).layers(self.settings, self.context.sites, self.mask_sites)
@@ -388,10 +403,31 @@ class Fuser(Control):
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if not (self.plan.fuse_self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
+        if self.masks is not None and self.key_frames.everyone:
+            return self._blended_by_token(q, k, v, self.masks[site.height, site.width], site)
         source = self._source(v, site)
         if self.masks is None:
             return source
         return self._blended(super().self_attention(q, k, v, site), source, self.masks, site)
+
+    def _blended_by_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, site: AttentionSite) -> Tensor:
+        """The same where all tokens of the clip attend to each other: each of both only where it counts."""
+        m, v = rearrange(mask, "f y x -> (f y x)").to(q), as_one(v)
+        record = self.source.records[site.name]
+        if isinstance(record, Map):
+            source = rearrange(record.probabilities.to(v), "f h t n -> 1 h (f t) n") @ v
+            own = self.attend(as_one(q), as_one(k), v)
+            return rearrange(m[:, None] * own + (1 - m[:, None]) * source, "1 h (f t) d -> f h t d", f=len(q))
+        output = torch.zeros_like(as_one(q))
+        sides = ((m, q, k), (1 - m, record.queries(q.dtype), record.keys(q.dtype)))
+        for share, queries, keys in sides:
+            rows = share.nonzero()[:, 0]
+            if len(rows) == len(share):
+                output += share[:, None] * self.attend(as_one(queries), as_one(keys), v)
+            elif len(rows):
+                found = self.attend(as_one(queries)[:, :, rows], as_one(keys), v)
+                output.index_add_(2, rows, share[rows, None] * found)
+        return rearrange(output, "1 h (f t) d -> f h t d", f=len(q))
 
     @staticmethod
     def _blended(own: Tensor, source: Tensor, masks: dict[Grid, Tensor], site: AttentionSite) -> Tensor:

@@ -102,7 +102,47 @@ class FileLevels:
         return self._levels[level].read()
 
 
-Levels = Tensor | FileLevels
+class DrawnLevels:
+    """The latents of every level as noise of a seed gives them, clean to noisy: signal * clip + deviation * eps, with
+    other noise for each level and draw. It gives one level for one index, of the draw that is set.
+
+    clip: (frames, c, h, w). source_guidance, draws: what FlowEdit does with them (`methods.flow_edit`).
+    """
+
+    def __init__(
+        self,
+        clip: Tensor,
+        signals: Sequence[float],
+        deviations: Sequence[float],
+        seed: int,
+        source_guidance: float,
+        draws: int,
+    ) -> None:
+        self.clip, self.signals, self.deviations, self.seed = clip, signals, deviations, seed
+        self.source_guidance, self.draws = source_guidance, draws
+        self.draw = 0
+        self.shape = torch.Size((len(signals), *clip.shape))
+        self.dtype = clip.dtype
+        self.nbytes = clip.nbytes
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+    def __getitem__(self, level: int) -> Tensor:
+        if level == 0:
+            return self.clip
+        random = torch.Generator().manual_seed(self.seed + 1_000_003 * (self.draw * len(self) + level))
+        eps = torch.randn(self.clip.shape, generator=random).to(self.clip)  # on the CPU: the same on every device
+        return self.signals[level] * self.clip + self.deviations[level] * eps
+
+    def to(self, device: torch.device | str) -> DrawnLevels:
+        """With its clip on a device."""
+        return DrawnLevels(
+            self.clip.to(device), self.signals, self.deviations, self.seed, self.source_guidance, self.draws
+        )
+
+
+Levels = Tensor | FileLevels | DrawnLevels
 
 
 def tensor_name(step: int, name: str) -> str:

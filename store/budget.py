@@ -136,7 +136,9 @@ class Demand:
 
     def _record(self, memory: Memory, site: AttentionSite, stored: torch.dtype) -> Layout:
         keys_of = self.key_frames.at(site.channels)
-        key_tokens = self.text_tokens if site.kind == "cross" else len(keys_of.entries) * site.tokens
+        key_tokens = (
+            self.text_tokens if site.kind == "cross" else len(keys_of.of_frame(0, self.latents_shape[0])) * site.tokens
+        )
         as_map = kept_as_map(memory, site, key_tokens, stored)
         shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.text_tokens, as_map)
         parts: Layout = {part: (map_precision(stored) if as_map else stored, shape) for part, shape in shapes.items()}
@@ -164,7 +166,8 @@ def record_shapes(
     """The parts of a layer's record of one step, without scales. text_tokens: of the source prompt."""
     cross, keys_of = site.kind == "cross", key_frames.at(site.channels)
     if as_map:
-        return {"map": (frames, site.heads, site.tokens, text_tokens if cross else len(keys_of.entries) * site.tokens)}
+        seen = text_tokens if cross else len(keys_of.of_frame(0, frames)) * site.tokens
+        return {"map": (frames, site.heads, site.tokens, seen)}
     keys = (1, text_tokens) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
     return {
         "q": (frames, site.heads, site.tokens, site.head_dim),

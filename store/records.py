@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ..attention.control import Attend, AttentionSite, Control, attention, attention_map
+from ..attention.condition import Condition
+from ..attention.control import (
+    Attend,
+    AttentionSite,
+    Control,
+    attend_as_one,
+    attention,
+    attention_map,
+    token_shares,
+)
 from ..attention.key_frames import Chunk, KeyFrames
 
 Memory = Literal["recompute", "queries_keys", "maps"]
@@ -99,12 +109,27 @@ def _from_float8(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)
 
 
+@dataclass
+class Beside:
+    """A branch that a host evaluates within the call of another, each layer just before the other's: what it records
+    there is gone after the layer.
+
+    latents: (frames, c, h, w), as in `predict_noise`. predicted: its result, after the call.
+    """
+
+    latents: Tensor
+    condition: Condition
+    control: Recorder
+    predicted: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class SourceStep:
     """What the source branch did at one step, for one chunk of a clip.
 
     Queries and maps have a row for each frame that the chunk holds. Keys are of the chunk's
-    frames too, or with `stored` of their key frames, as a store keeps them.
+    frames too, or with `stored` of their key frames, as a store keeps them. beside: where the branch is still to be
+    evaluated within the edit's call.
     """
 
     records: dict[str, Record]
@@ -113,6 +138,9 @@ class SourceStep:
     stored: bool = False
     features: dict[str, Tensor] = field(default_factory=dict)
     """Of ResNet blocks, (f c y x) by name."""
+    beside: Beside | None = None
+    predicted: Tensor | None = None
+    """What the model predicted of the source, where it was asked and evaluated before."""
 
     def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v, v being of the key frames of each frame: (f h (n t) d) -> (f h t d)."""
@@ -121,7 +149,8 @@ class SourceStep:
             return record.probabilities.to(v) @ v
         keys, frames, clip = self.key_frames.at(site.channels), self.chunk.frame_indices, self.chunk.clip
         k = keys.gather(record.keys(v.dtype), keys.used(frames, clip) if self.stored else frames, frames, clip)
-        return attend(record.queries(v.dtype), k, v)
+        q = record.queries(v.dtype)
+        return attend_as_one(attend, q, k, v) if keys.everyone else attend(q, k, v)
 
     def apply_cross(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v for one value of each source token: (f or 1, h s d) -> (f h t d)."""
@@ -163,13 +192,20 @@ class Recorder(Control):
         self.records: dict[str, Record] = {}
         self.features: dict[str, Tensor] | None = None
         """Where features of ResNet blocks (f c y x) are kept, by name; None for nowhere."""
+        self.predicted: Tensor | None = None
+        """What the call gave, where its caller left it."""
         self.inputs: dict[str, Tensor] | None = None
         """Where the inputs of self-attention layers (f t c) are kept, by name; None for nowhere."""
 
     @property
     def step(self) -> SourceStep:
         """What it has recorded, for the same chunk."""
-        return SourceStep(self.records, self.key_frames, self.chunk, features=self.features or {})
+        return SourceStep(
+            self.records, self.key_frames, self.chunk, features=self.features or {}, predicted=self.predicted
+        )
+
+    def forget(self, layer: str) -> None:
+        self.records.pop(layer, None)
 
     def feature(self, x: Tensor, name: str) -> Tensor:
         if self.features is not None:
@@ -196,6 +232,30 @@ class Recorder(Control):
         if site.name in self.layers:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
             self.records[site.name] = Map(attention_map(q, k[:1])) if as_map else QueriesKeys(q, k[:1])
+        return super().cross_attention(q, k, v, site)
+
+
+class Onlooker(Control):
+    """Sums up how much the text's tokens are looked at in some layers of one grid, without their maps."""
+
+    def __init__(self, key_frames: KeyFrames, chunk: Chunk, layers: set[str], tokens: Sequence[int]) -> None:
+        super().__init__(key_frames, chunk)
+        self.layers, self.tokens = layers, tokens
+        self._sum: Tensor | None = None
+
+    def heat(self, text_tokens: int) -> Tensor:
+        """Averaged over heads and layers, as `attention.masks.token_heat` has it: (f s y x), 0 for tokens not asked."""
+        assert self._sum is not None
+        whole = self._sum.new_zeros(len(self._sum), text_tokens, *self._sum.shape[-2:])
+        whole[:, list(self.tokens)] = self._sum / len(self.layers)
+        return whole
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if site.name in self.layers:
+            shares = token_shares(q, k, self.tokens, self.attend)
+            shares = rearrange(shares, "f (y x) n -> f n y x", y=site.height, x=site.width)
+            shares = shares.to(torch.promote_types(shares.dtype, torch.float32))
+            self._sum = shares if self._sum is None else self._sum + shares
         return super().cross_attention(q, k, v, site)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, Saf
 from ..files.whole import remove_folder, temporary_folder
 from .backends import (
     Backend,
+    DrawnLevels,
     FileBackend,
     FileLevels,
     Levels,
@@ -55,10 +56,11 @@ class AttentionStore:
 
     memory: "recompute" keeps latents only and runs the source branch again beside the
     edit; "queries_keys" keeps queries and keys; "maps" keeps the paper's attention maps.
-    levels: the latents of every level, clean to noisy: (steps + 1, frames, 4, h, w), or the same in a file.
-    timesteps: noisy to clean. kept_steps: how many edit steps, from the noisiest, have their attention on the
-    backend. backend: where attention is; None for "recompute". plan: what was chosen and why; None for a
-    store from a file. extra, attachments: the caller's own, as JSON and as tensors.
+    levels: the latents of every level, clean to noisy: (steps + 1, frames, c, h, w), or the same in a file.
+    timesteps: noisy to clean. alphas: of every level, clean to noisy: the cumulative ones of DDIM, and in a flow's
+    `world` 1 - sigma. order: of the solver that inverted. kept_steps: how many edit steps, from the noisiest, have
+    their attention on the backend. backend: where attention is; None for "recompute". plan: what was chosen and why;
+    None for a store from a file. extra, attachments: the caller's own, as JSON and as tensors.
     """
 
     memory: Memory
@@ -73,6 +75,8 @@ class AttentionStore:
     extra: dict[str, Any] = field(default_factory=dict)
     attachments: dict[str, Tensor] = field(default_factory=dict)
     kept_steps: int = 0
+    world: Literal["ddim", "flow"] = "ddim"
+    order: int = 1
     backend: Backend | None = None
     plan: StorePlan | None = None
 
@@ -95,13 +99,23 @@ class AttentionStore:
         return isinstance(self.levels, FileLevels) or isinstance(self.backend, FileBackend)
 
     @property
+    def drawn(self) -> DrawnLevels | None:
+        """The levels where they were drawn, not inverted: its edits are FlowEdit's."""
+        return self.levels if isinstance(self.levels, DrawnLevels) else None
+
+    @property
+    def calls_own_level(self) -> bool:
+        """Whether an edit's step looks at the source's latents of its own level, not at those one level cleaner."""
+        return self.order == 2 or self.drawn is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything held for the edit, on disk or in memory."""
         return self.levels.nbytes + self.source.nbytes + (self.backend.nbytes if self.backend else 0)
 
     def to(self, device: torch.device | str) -> Self:
         """The same store with its latents on a device; what is on disk, and attention, stay where they are."""
-        levels = self.levels.to(device) if isinstance(self.levels, Tensor) else self.levels
+        levels = self.levels if isinstance(self.levels, FileLevels) else self.levels.to(device)
         return replace(self, levels=levels, source=self.source.to(levels[0].to(device)[:0]))
 
     def keeps(self, step: int) -> bool:
@@ -140,8 +154,10 @@ class AttentionStore:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, a step at a time.
 
-        Raises OSError, saying the bytes, where the disk has no room.
+        Raises OSError, saying the bytes, where the disk has no room, and ValueError for a store of drawn noise.
         """
+        if self.drawn is not None:
+            raise ValueError("a store of drawn noise holds nothing but its clip and seed: draw it again")
         path = Path(path)
         layout = self._layout()
         for step in range(self.kept_steps):
@@ -184,6 +200,8 @@ class AttentionStore:
             "memory": self.memory,
             "timesteps": self.timesteps,
             "alphas": self.alphas,
+            "world": self.world,
+            "order": self.order,
             "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
             "clip_norm": self.clip_norm,
             "model": asdict(self.model),
@@ -230,6 +248,8 @@ class AttentionStore:
             extra=about["extra"],
             attachments=_read_all(file, "attached."),
             kept_steps=about["kept_steps"],
+            world=about.get("world", "ddim"),
+            order=about.get("order", 1),
             backend=None if about["memory"] == "recompute" else backend,
         )
         _check_claims(store, backend)
@@ -350,7 +370,10 @@ def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
         "memory": store.memory in MEMORIES,
         "timesteps": steps > 0 and all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in store.timesteps)
         and list(store.timesteps) == sorted(set(store.timesteps), reverse=True),
-        "alphas": len(store.alphas) == steps + 1 and all(0 < a <= 1 for a in store.alphas),
+        "world": store.world in ("ddim", "flow"),
+        "order": store.order in (1, 2),
+        "alphas": len(store.alphas) == steps + 1 and all(0 <= a <= 1 for a in store.alphas)
+        and (store.world == "flow" or 0 not in store.alphas),
         "latents": len(levels.shape) == 5 and levels.dtype in floats
         and all(levels[i].shape == levels.shape[1:] for i in (0, steps)),
         "kept_steps": isinstance(store.kept_steps, int) and 0 <= store.kept_steps <= steps and backend.steps == kept,

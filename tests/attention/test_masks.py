@@ -53,9 +53,9 @@ def test_a_token_is_foreign_where_the_words_are_looked_at_more():
     heat[:, 2, :, 2] = 5.0  # a neighbour, on the right
     heat[:, 2, :, 0] = 4.0
     heat[:, 3] = 0.1  # a word that is seen alike everywhere
-    foreign = foreign_tokens(heat, [1])
+    foreign = foreign_tokens(heat, [1], [0])
     assert foreign[:, 2, :, 0].all() and foreign[:, 2].sum() == 6, "each over its own maximum: 1 against 0.8"
     assert (foreign[:, [0, 1, 3]] == 0).all()
-    assert torch.equal(foreign_tokens(heat * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1), [1]), foreign)
-    both = foreign_tokens(heat, [1, 2])
+    assert torch.equal(foreign_tokens(heat * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1), [1], [0]), foreign)
+    both = foreign_tokens(heat, [1, 2], [0])
     assert (both[:, [1, 2]] == 0).all(), "the words are nowhere foreign to each other"

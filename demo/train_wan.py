@@ -1,0 +1,141 @@
+"""Train the demo world's video transformer from nothing on its moving scenes, as rectified flow (arXiv 2209.03003).
+
+Mostly single frames first, then clips of all lengths. The latents of the clips and the state of the training lie in a
+folder, and a run that was stopped goes on from there as if it had not been.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..files.whole import whole_file
+from ..hosts.checkpoint import Checkpoint
+from .temporal import TemporalSettings, captions_of, draw_latents
+from .train import Report, optimiser_of, rate_at, saved_step, set_rate
+from .wan import SHIFT, VideoPainter, build_tokenizer, save_wan, token_ids
+
+LENGTHS = (1, 8, 16)
+"""Frames of the clips of a step."""
+
+
+@dataclass(frozen=True)
+class WanSettings:
+    """How long and on how much; the defaults made the bundled transformer."""
+
+    seed: int = 0
+    clips: int = 3_000
+    steps: int = 12_000
+    frames: int = 32
+    """Of all clips of a step."""
+    rate: float = 1e-3
+    text_dropout: float = 0.1
+    average: float = 0.999
+    save_every: int = 250
+
+
+def length_at(step: int, settings: WanSettings, random: torch.Generator) -> int:
+    """Frames of a step's clips: mostly one in the first half, then all lengths."""
+    shares = (0.7, 0.2, 0.1) if step < settings.steps / 2 else (0.2, 0.4, 0.4)
+    return LENGTHS[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips (clips, 4, frames, 16, 16), noise of their shape, a sigma for each, and which caption tells it."""
+
+    clips: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    captions: Tensor
+
+
+def batch_at(latents: Tensor, step: int, settings: WanSettings) -> Batch:
+    """The batch of a step, which depends on the seed and the step alone; the last caption is the empty one."""
+    random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
+    length = length_at(step, settings, random)
+    count = settings.frames // length
+    chosen = torch.randint(len(latents), (count,), generator=random)
+    first = torch.randint(latents.shape[1] - length + 1, (count,), generator=random)
+    clips = (
+        torch.stack([latents[c, f : f + length] for c, f in zip(chosen, first, strict=True)]).float().transpose(1, 2)
+    )
+    u = torch.randn(count, generator=random).sigmoid()
+    blind = torch.rand(count, generator=random) < settings.text_dropout
+    sigmas = SHIFT * u / (1 + (SHIFT - 1) * u)
+    return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(blind, len(latents), chosen))
+
+
+def train_wan(folder: Path, state: Path, settings: WanSettings, device: torch.device, report: Report = print) -> None:
+    """Train the transformer with its text encoder and write their running averages to `folder`."""
+    state.mkdir(parents=True, exist_ok=True)
+    drawn = TemporalSettings(clips=settings.clips)
+    kept = state / "clips.safetensors"
+    if not kept.exists():
+        save_file({"latents": draw_latents(Checkpoint.load("demo", device).vae, drawn, report)}, kept)
+    latents = load_file(kept)["latents"]
+    tokenizer = build_tokenizer()
+    ids, mask = token_ids(tokenizer, [*captions_of(drawn), ""])
+
+    torch.manual_seed(settings.seed)
+    live = VideoPainter(tokenizer).to(device)
+    average = deepcopy(live).requires_grad_(False)
+    optimiser = optimiser_of(list(live.parameters()), settings.rate)
+    done, seen = _resume(state / "wan.safetensors", live, average, optimiser), 0.0
+    for step in range(done, settings.steps):
+        batch = batch_at(latents, step, settings)
+        clips, noise, sigmas = (x.to(device) for x in (batch.clips, batch.noise, batch.sigmas))
+        s = sigmas.view(-1, 1, 1, 1, 1)
+        text = (x[batch.captions].to(device) for x in (ids, mask))
+        error = (live((1 - s) * clips + s * noise, sigmas, *text) - (noise - clips)).square().mean()
+        set_rate(optimiser, settings.rate * rate_at(step, settings.steps))
+        optimiser.zero_grad()
+        error.backward()
+        nn.utils.clip_grad_norm_(live.parameters(), 1.0)
+        optimiser.step()
+        decay = min(settings.average, (step + 1) / (step + 10))
+        weights = [weight.data for weight in live.parameters()]
+        torch._foreach_lerp_([weight.data for weight in average.parameters()], weights, 1 - decay)
+        seen = error.item() if step == done else 0.98 * seen + 0.02 * error.item()
+        if step % 50 == 49:
+            report(f"video transformer {step + 1}/{settings.steps}: error {seen:.4f}")
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            _save_state(state / "wan.safetensors", live, average, optimiser, step + 1)
+    save_wan(folder, average.eval(), tokenizer)
+    report(f"video transformer written to {folder}")
+
+
+def _save_state(
+    path: Path, live: VideoPainter, average: VideoPainter, optimiser: torch.optim.Optimizer, step: int
+) -> None:
+    tensors = {f"{name}.{k}": v for name, part in (("live", live), ("average", average)) for k, v in _own(part).items()}
+    for name, weight in live.named_parameters():
+        tensors |= {f"adam.{name}.{key}": optimiser.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
+    with whole_file(path) as partial:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step)}
+        )
+
+
+def _own(painter: VideoPainter) -> dict[str, Tensor]:
+    """Its weights, each once: an encoder's embeddings go by two names."""
+    return {name: weight.data for name, weight in painter.named_parameters()}
+
+
+def _resume(path: Path, live: VideoPainter, average: VideoPainter, optimiser: torch.optim.Optimizer) -> int:
+    """Load a saved state; the number of steps done."""
+    if not path.exists():
+        return 0
+    tensors, step = load_file(path), saved_step(path)
+    for name, part in (("live", live), ("average", average)):
+        for key, weight in part.named_parameters():
+            weight.data.copy_(tensors[f"{name}.{key}"])
+    for name, weight in live.named_parameters():
+        moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    return step

@@ -1,0 +1,105 @@
+"""The demo world's video transformer: Wan's parts, hundreds of times smaller.
+
+Stock classes: `WanTransformer3DModel` and the UMT5 encoder it reads, with Wan's layout of text (no start mark, one end
+mark, the rest padding of zeros). Its autoencoder is the demo checkpoint's, which knows single pictures: a latent for
+each frame.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from .world import VOCABULARY
+
+TEXT_TOKENS = 32
+"""Of every prompt, its padding included; Wan takes 512."""
+SHIFT = 2.0
+"""Of the schedule's sigmas."""
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """A flow-predicting transformer over 8x8 tokens a frame of latents (4, frames, 16, 16)."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=256,
+        ffn_dim=768,
+        num_layers=6,
+        rope_max_seq_len=128,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)  # it begins with no opinion
+    return transformer
+
+
+def build_text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    """A two-layer UMT5 encoder of width 64."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=16,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+
+
+def build_tokenizer() -> T5Tokenizer:
+    """Pieces in which each word of the world is one token; any other text is letters."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -2.0) for word in VOCABULARY]
+    others = [(piece, -10.0) for piece in ("\N{LOWER ONE EIGHTH BLOCK}", *letters)]
+    marks = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
+    return T5Tokenizer(vocab=[*marks, *words, *others], extra_ids=0, model_max_length=TEXT_TOKENS)
+
+
+def token_ids(tokenizer: T5Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask, (captions, TEXT_TOKENS) each."""
+    found = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    return found.input_ids, found.attention_mask
+
+
+def encode_ids(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """(captions, TEXT_TOKENS, 64), zeros where there is no text."""
+    states: Tensor = encoder(ids, attention_mask=mask).last_hidden_state
+    return states * mask[..., None]
+
+
+class VideoPainter(nn.Module):
+    """The two networks that learn together."""
+
+    def __init__(self, tokenizer: T5Tokenizer) -> None:
+        super().__init__()
+        self.transformer = build_transformer()
+        self.text = build_text_encoder(tokenizer)
+
+    def forward(self, latents: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The velocity, noise less clip, of latents (clips, 4, frames, 16, 16) at sigmas (clips,)."""
+        text = encode_ids(self.text, ids, mask)
+        velocity: Tensor = self.transformer(latents, 1000 * sigmas, text, return_dict=False)[0]
+        return velocity
+
+
+def save_wan(folder: Path, painter: VideoPainter, tokenizer: T5Tokenizer) -> None:
+    """In diffusers' folder layout in fp16, without an autoencoder."""
+    for module, name in ((painter.transformer, "transformer"), (painter.text, "text_encoder")):
+        module.to(torch.float16).save_pretrained(folder / name, safe_serialization=True)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    build_scheduler().save_pretrained(folder / "scheduler")

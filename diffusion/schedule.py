@@ -1,0 +1,154 @@
+"""The noise levels of a run, and the one step between two of them.
+
+With d = (x - clean) / sigma, which a model predicts, a step of either world is
+    x' = x + (sigma' - sigma) d.
+Deterministic DDIM (arXiv 2010.02502, Eq. 12 with eta 0) is this in x = z / sqrt(abar) with sigma = sqrt(1 / abar - 1),
+where d is the noise; Euler of a rectified flow (arXiv 2209.03003) in x = z, whose sigma goes from 0 to 1, where d is
+the velocity, noise less clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .ddim import as_exact, ddim_move, root
+
+World = Literal["ddim", "flow"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a run of DDIM: z = signal * clean + noise * eps at each.
+
+    timesteps: where the model is called, noisy to clean; whole ones of the model's, or in a host with noise levels of
+    its own between two. alphas: (steps + 1,), the cumulative
+    alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
+    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They are in the scheduler's own single precision.
+    """
+
+    timesteps: tuple[float, ...]
+    alphas: Tensor
+    world: ClassVar[World] = "ddim"
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    def signal(self, level: int) -> Tensor:
+        """How much of the clean latents is in those of a level."""
+        return root(self.alphas[level])
+
+    def noise(self, level: int) -> Tensor:
+        """How much noise is in the latents of a level."""
+        return root(1 - self.alphas[level])
+
+    def scale(self, level: int) -> float:
+        """z over x, the latents in which a step is straight."""
+        return self.signal(level).item()
+
+    def sigma(self, level: int) -> float:
+        """Noise over signal, in which a step is straight."""
+        alpha = self.alphas[level].double()
+        return float((1 / alpha - 1).sqrt())
+
+    def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
+        """One step from a level to another along a prediction."""
+        return ddim_move(z, d, self.alphas[level], self.alphas[to])
+
+    def clean(self, z: Tensor, d: Tensor, level: int) -> Tensor:
+        """The clean latents that a prediction implies."""
+        return (z - self.noise(level).item() * d) / self.signal(level).item()
+
+    def towards(self, z: Tensor, clean: Tensor, level: int) -> Tensor:
+        """The prediction that implies these clean latents."""
+        return (z - self.signal(level).item() * clean) / self.noise(level).item()
+
+
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """The noise levels of a run of a rectified flow: z = (1 - sigma) clean + sigma noise.
+
+    alphas: 1 - sigma of every level, clean to noisy, in double precision, from which sigmas come back unrounded.
+    """
+
+    world: ClassVar[World] = "flow"
+
+    @classmethod
+    def of(cls, timesteps: tuple[float, ...], sigmas: Tensor) -> FlowSchedule:
+        """Of sigmas (steps + 1,), clean to noisy."""
+        return cls(timesteps, 1 - sigmas.double())
+
+    def signal(self, level: int) -> Tensor:
+        return self.alphas[level]
+
+    def noise(self, level: int) -> Tensor:
+        return 1 - self.alphas[level]
+
+    def scale(self, level: int) -> float:
+        return 1.0
+
+    def sigma(self, level: int) -> float:
+        return float(1 - self.alphas[level])
+
+    def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
+        return z + as_exact(self.alphas[level] - self.alphas[to], z).to(z.dtype) * d
+
+    def clean(self, z: Tensor, d: Tensor, level: int) -> Tensor:
+        return z - self.sigma(level) * d
+
+    def towards(self, z: Tensor, clean: Tensor, level: int) -> Tensor:
+        return (z - clean) / self.sigma(level)
+
+
+def schedule_of(world: World, timesteps: tuple[float, ...], alphas: Tensor) -> Schedule:
+    """A schedule of either world."""
+    return (FlowSchedule if world == "flow" else Schedule)(timesteps, alphas)
+
+
+class Solver:
+    """Carries latents from level to level, one after another in either direction.
+
+    order: 1 takes each step along its own prediction. 2 takes two of them together, by the second-order Runge-Kutta
+    method whose second prediction is made at the level between (the midpoint method, which RF-Solver, arXiv 2411.04746,
+    comes to), at the same calls. A pair whose level between lies too near to an end takes single steps.
+    """
+
+    def __init__(self, schedule: Schedule, order: int) -> None:
+        self.schedule, self.order = schedule, order
+        self._began: tuple[Tensor, Tensor, int] | None = None
+
+    def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
+        """The latents of the level `to`, next to the one that z and its prediction d are of."""
+        if self._began is not None:
+            (before, first, began), self._began = self._began, None
+            if level == (began + to) / 2:  # latents may begin anew elsewhere
+                weight = 1 / (2 * self._share(began, level, to))
+                return self.schedule.move(before, (1 - weight) * first + weight * d, began, to)
+        if self.order == 2 and self._begins_pair(level, to):
+            self._began = z, d, level
+        return self.schedule.move(z, d, level, to)
+
+    def _begins_pair(self, level: int, to: int) -> bool:
+        """Pairs are counted from the noisy end, so that an inversion and its edit have the same."""
+        end, steps = 2 * to - level, self.schedule.steps
+        return (steps - level) % 2 == 0 and 0 <= end <= steps and 0.25 <= self._share(level, to, end) <= 0.75
+
+    def _share(self, level: int, between: int, end: int) -> float:
+        """How far the level between lies on the way."""
+        start, middle, stop = map(self.schedule.sigma, (level, between, end))
+        return (middle - start) / (stop - start)
+
+
+def timestep_at(schedule: Schedule, level: int) -> float:
+    """Where the model is called on latents of a level; on clean ones as on the next level's: it wants some noise."""
+    return schedule.timesteps[schedule.steps - max(level, 1)]
+
+
+def same_levels(alphas: tuple[float, ...], schedule: Schedule) -> bool:
+    """Whether these are a schedule's own, but for rounding."""
+    own = schedule.alphas.double()
+    return len(alphas) == len(own) and torch.allclose(torch.tensor(alphas, dtype=torch.float64), own)

@@ -1,0 +1,159 @@
+"""Wan's transformer on diffusers: the plain model, the memories, masks, and what is refused."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+
+from fatezero import FusionSettings, PromptEdit, edit, invert
+from fatezero.attention.condition import Condition
+from fatezero.attention.control import Control
+from fatezero.attention.key_frames import Chunk, KeyFrames
+from fatezero.attention.masks import GivenMask
+from fatezero.demo.wan import build_tokenizer
+from fatezero.diffusion.denoiser import Guidance
+from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from tests.small import relative
+
+TEXT, CHANNELS = 16, 4
+SOURCE, TARGET = "a red circle on grass", "a blue striped star on grass"
+
+
+def small_wan(seed: int = 0, **options) -> WanTransformer3DModel:
+    """A random Wan transformer of four blocks in float64; its own code takes norms in float32."""
+    torch.manual_seed(seed)
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": CHANNELS, "out_channels": CHANNELS,
+        "text_dim": TEXT, "freq_dim": 32, "ffn_dim": 32, "num_layers": 4, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    return WanTransformer3DModel(**{**settings, **options}).double().eval().requires_grad_(False)
+
+
+def random_text(seed: int, tokens: int = 512) -> torch.Tensor:
+    """Of a few words, and zeros after them, as Wan's encoder gives it."""
+    text = torch.randn(1, tokens, TEXT, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    text[:, 8:] = 0
+    return text
+
+
+def random_latents(frames: int = 3, height: int = 8, width: int = 6, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(frames, CHANNELS, height, width, dtype=torch.float64, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> VideoTransformerDenoiser:
+    return VideoTransformerDenoiser(small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+@pytest.fixture(scope="module")
+def prompt() -> PromptEdit:
+    return PromptEdit(SOURCE, TARGET, build_tokenizer(), blend_words=(["circle"], ["star"]))
+
+
+def everyone(frames: int = 3) -> Control:
+    return Control(KeyFrames(("all",)), Chunk.whole(frames))
+
+
+def test_hooked_it_is_the_plain_model(denoiser):
+    z, text, negative = random_latents(), random_text(2), random_text(3)
+    at, clip = torch.tensor([700.0]), z.transpose(0, 1)[None]
+    plain = [denoiser.transformers[0](clip, at, t, return_dict=False)[0][0].transpose(0, 1) for t in (negative, text)]
+    with denoiser.hooked():
+        guidance = Guidance(Condition(negative), everyone(), 5.0)
+        found = denoiser.predict_noise(z, 700.0, Condition(text), everyone(), guidance)
+    assert relative(found, plain[0] + 5 * (plain[1] - plain[0])) < 1e-6
+    again = denoiser.transformers[0](clip, at, text, return_dict=False)[0][0]
+    assert torch.equal(again.transpose(0, 1), plain[1]), "no trace is left"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0),
+    ],
+)
+def test_the_schedule_is_the_schedulers_own(scheduler):
+    schedule = VideoTransformerDenoiser(small_wan(), scheduler).schedule(10)
+    scheduler.set_timesteps(10)
+    assert [schedule.sigma(level) for level in range(10, -1, -1)] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-7)
+    assert schedule.timesteps == pytest.approx([1000 * s for s in scheduler.sigmas.tolist()[:-1]], abs=1e-3)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        FusionSettings(0.7, 0.6),
+        FusionSettings(0.7, 0.6, blend_self_attention=True, blend_threshold=0.9),
+        FusionSettings(0.7, 0.6, blend_self_attention=True, blend_latents=True, mask_from="prompts"),
+    ],
+)
+def test_the_memories_agree(denoiser, prompt, fusion, order):
+    results = []
+    for memory in ("recompute", "queries_keys", "maps"):
+        inversion = invert(denoiser, random_latents(), random_text(2), 4, memory=memory, order=order)
+        results.append(edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, fusion))
+    assert relative(results[1], results[0]) < 1e-6
+    assert relative(results[2], results[0]) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def inversion(denoiser):
+    return invert(denoiser, random_latents(), random_text(2), 4)
+
+
+def edited(denoiser, inversion, prompt, mask=None, **fusion):
+    given = None if mask is None else GivenMask(torch.as_tensor(mask))
+    settings = FusionSettings(cross_replace_steps=0.0, self_replace_steps=1.0, **fusion)
+    return edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, settings, mask=given)
+
+
+def test_a_mask_of_ones_is_no_self_fusion_and_of_zeros_the_sources_attention(denoiser, inversion, prompt):
+    ones = edited(denoiser, inversion, prompt, torch.ones(1, 8, 6), blend_self_attention=True)
+    none = edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.0, 0.0))
+    assert relative(ones, none) < 1e-9
+    zeros = edited(denoiser, inversion, prompt, torch.zeros(1, 8, 6), blend_self_attention=True)
+    assert relative(zeros, edited(denoiser, inversion, prompt)) < 1e-9
+    assert relative(zeros, ones) > 1e-3
+
+
+def test_a_soft_mask_is_the_papers_mean_of_maps(denoiser, inversion, prompt, monkeypatch):
+    """Eq. 7 with the maps themselves, on rows of which some are the edit's, some the source's, some both."""
+    mask = torch.zeros(1, 8, 6)
+    mask[:, :4], mask[:, 4:6] = 1.0, 0.4
+    by_rows = edited(denoiser, inversion, prompt, mask, blend_self_attention=True)
+    kept = invert(denoiser, random_latents(), random_text(2), 4, memory="maps")
+    assert relative(by_rows, edited(denoiser, kept, prompt, mask, blend_self_attention=True)) < 1e-6
+
+
+def test_outside_the_mask_latents_are_the_sources(denoiser, inversion, prompt):
+    mask = torch.zeros(1, 8, 6)
+    mask[:, :4, :3] = 1
+    settings = FusionSettings(0.5, 0.5, blend_latents=True, blend_latents_until=1.0)
+    done = edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, settings, mask=GivenMask(mask))
+    outside = (mask == 0).expand(3, -1, -1)[:, None].expand_as(done)
+    assert torch.equal(done[outside], inversion.latents[0][outside])
+    assert relative(done[~outside], inversion.latents[0][~outside]) > 1e-2
+
+
+def test_second_order_replays_better_at_equal_calls(denoiser):
+    lost = {}
+    for order in (1, 2):
+        inversion = invert(denoiser, random_latents(), random_text(2), 20, order=order)
+        lost[order] = relative(edit(denoiser, inversion, random_text(2), guidance_scale=1.0), random_latents())
+    assert lost[2] < 0.6 * lost[1]
+
+
+def test_two_transformers_share_a_run_at_the_boundary():
+    high, low = small_wan(0), small_wan(1)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pair = VideoTransformerDenoiser(high, scheduler, low, 0.8)
+    z, text = random_latents(), Condition(random_text(2))
+    for timestep, alone in ((900.0, high), (700.0, low)):
+        one = VideoTransformerDenoiser(alone, scheduler)
+        with one.hooked():
+            expected = one.predict_noise(z, timestep, text, everyone())
+        with pair.hooked():
+            assert torch.equal(pair.predict_noise(z, timestep, text, everyone()), expected)
+    assert not pair.identity().matches(VideoTransformerDenoiser(high, scheduler).identity())
