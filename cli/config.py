@@ -19,6 +19,8 @@ from ..diffusion.invert import InversionSettings
 from ..methods.fatezero import GROUP as FATEZERO
 from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
+from ..methods.flow_edit import PRESET as FLOW_EDIT_PRESET
+from ..methods.flow_edit import FlowEditSettings
 from ..methods.flow_smoothing import GROUP as FLOW
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout_guidance import GROUP as LAYOUT
@@ -36,6 +38,7 @@ from ..video.read import ClipSettings, seconds_of
 T = TypeVar("T")
 InjectionName = Literal["fatezero", "pnp", "none"]
 PropagationName = Literal["none", "tokenflow"]
+NoiseName = Literal["inverted", "drawn"]
 
 
 class ConfigError(ValueError):
@@ -93,6 +96,12 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
     )
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     strength: float = kept(Edit, "strength", 1.0)
+    noise: NoiseName = setting(
+        "inverted",
+        "What the edit begins from: inverted the clip's own noise; drawn any, and the edit goes along the difference "
+        "of both prompts' predictions (FlowEdit), without an inversion.",
+        group=_EDIT,
+    )
     injection: InjectionName = setting(
         "fatezero",
         "What the edit takes of the source: fatezero its attention, word by word and under a mask; pnp the decoder's "
@@ -128,6 +137,7 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
         (), 'Where words are in the clip, by a video or pictures: "jeep: mask.mp4". Else their attention tells.',
         group=LAYOUT,
     )  # fmt: skip
+    flow_edit: FlowEditSettings = FlowEditSettings()
     pnp: PnPSettings = PnPSettings()
     tokenflow: TokenFlowSettings = TokenFlowSettings()
     layout: MoveSettings = MoveSettings()
@@ -238,7 +248,9 @@ class GenerateConfig(ObjectSettings):
         check(self)
 
 
-SECTIONS: dict[str, Any] = {"pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings}
+SECTIONS: dict[str, Any] = {
+    "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
+}  # fmt: skip
 """The sections of an edit's configuration, and the settings in them."""
 _KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
 _GENERATE_KINDS: dict[str, Any] = {one.name: one.kind for one in described(GenerateConfig)}
@@ -254,6 +266,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tune_a_video": {
         "injection": "none", "guidance_scale": 12.5, "key_frames": ("first", "previous"), "clip_norm": True,
     },
+    "flow_edit": {"noise": "drawn", "injection": "none", **FLOW_EDIT_PRESET},
 }  # fmt: skip
 """FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to one frame while they invert."""
 
@@ -409,7 +422,7 @@ _FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "ma
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, *REPEATED, "injection", "propagation", "smoothing", "flow"]
+    return [*_FUSION, *REPEATED, "injection", "propagation", "smoothing", "flow", "noise"]
 
 
 _NOTHING_PLACED = "no object is named (box, ellipse, mask)"
@@ -419,6 +432,12 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
         (*_FUSION, "mode", "blend_source", "blend_target", "reweight"),
         lambda c: c.injection != "fatezero",
         "injection is not fatezero",
+    ),
+    (("flow_edit",), lambda c: c.noise != "drawn", "noise is not drawn"),
+    (
+        ("order", "memory", "place", "budget_gb", "precision", "keep_steps"),
+        lambda c: c.noise == "drawn",
+        "noise is drawn, not inverted",
     ),
     (("pnp",), lambda c: c.injection != "pnp", "injection is not pnp"),
     (("tokenflow",), lambda c: c.propagation != "tokenflow", "propagation is not tokenflow"),

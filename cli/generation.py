@@ -11,14 +11,14 @@ from ..attention.key_frames import KeyFrames
 from ..diffusion.generate import generate
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers
-from ..hosts.checkpoint import Checkpoint
 from ..hosts.diffusers_memory import guidance_bytes
+from ..hosts.diffusers_transformer import VideoTransformerDenoiser
 from ..hosts.diffusers_video import DiffusersVideoDenoiser
 from ..video.size import check_size
 from ..video.write import check_output, write_video
 from .config import GenerateConfig
 from .objects import layout_of
-from .run import Session, decode
+from .run import AnyCheckpoint, Session, decode
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
@@ -27,7 +27,7 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
     checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
-    check_size(width, height, checkpoint.factor)
+    check_size(width, height, checkpoint.multiple)
     text, empty = (
         checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
         for words in (config.prompt, config.negative)
@@ -39,11 +39,14 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
     guided = sum(layout.guides(step, config.steps) for step in range(config.steps)) if layout else 0
     session.say(
         f"{config.frames} frames of {width}x{height}, {config.steps} steps, {guided} of them guided, "
-        f"{checkpoint.unet.device}"
+        f"{checkpoint.device}"
     )
     keys, norm = _as_trained(checkpoint, config)
-    shape = (config.frames, 4, height // checkpoint.factor, width // checkpoint.factor)
-    if layout is not None and layout.guided_calls(config.steps):
+    sides = height // checkpoint.factor, width // checkpoint.factor
+    shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
+    if layout is not None and isinstance(denoiser, VideoTransformerDenoiser):
+        raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
+    if layout is not None and not isinstance(denoiser, VideoTransformerDenoiser) and layout.guided_calls(config.steps):
         most, plain = guidance_bytes(denoiser, shape, text, keys, norm, layout)
         session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
@@ -57,11 +60,11 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
             progress=bar("draw"),
         )  # fmt: skip
         rate = Fraction(str(config.fps))
-        write_video(output, decode(checkpoint, latents, bar(f"write {Path(output).name}")), rate)
+        write_video(output, decode(checkpoint, latents, config.frames, bar(f"write {Path(output).name}")), rate)
     session.say(f"{config.prompt!r} written to {output}")
 
 
-def _as_trained(checkpoint: Checkpoint, config: GenerateConfig) -> tuple[KeyFrames, bool]:
+def _as_trained(checkpoint: AnyCheckpoint, config: GenerateConfig) -> tuple[KeyFrames, bool]:
     """The key frames and clip norm that are asked for, or those the model was trained with."""
     of_videos = isinstance(checkpoint.denoiser, DiffusersVideoDenoiser)
     about = about_temporal_layers(config.temporal) if config.temporal else {}

@@ -19,7 +19,7 @@ GROUPS = {
     for order, name in enumerate(
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit", "FateZero",
-            "Plug-and-Play", "TokenFlow", "Flow smoothing", "Tuning", "The clip", "Layout", "This run",
+            "FlowEdit", "Plug-and-Play", "TokenFlow", "Flow smoothing", "Tuning", "The clip", "Layout", "This run",
         )
     )
 }  # fmt: skip

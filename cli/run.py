@@ -15,16 +15,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..diffusion.edit import Edit, edit_many, unet_calls
+from ..diffusion.denoiser import keys_on
+from ..diffusion.edit import Edit, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
-from ..hosts.checkpoint import Checkpoint, quiet
+from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
+from ..hosts.checkpoint_wan import NAME as DEMO_WAN
+from ..hosts.checkpoint_wan import WanCheckpoint
+from ..methods.flow_edit import draw
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import moves_of
+from ..methods.plug_and_play import OF_UNETS
 from ..settings import described
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.identity import ModelIdentity
@@ -41,6 +46,7 @@ from .objects import files_of, layout_of
 from .progress import Bar
 
 DEFAULT_FRAMES = 8
+AnyCheckpoint = Checkpoint | WanCheckpoint
 """Frames edited, at most, where nothing says how many."""
 
 Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
@@ -77,12 +83,12 @@ def find_frames(config: EditConfig | TuneConfig, default: int = DEFAULT_FRAMES) 
     )  # fmt: skip
 
 
-def fit_frames(config: EditConfig | TuneConfig, source: VideoSource, factor: int, native: int) -> FittedVideo:
+def fit_frames(config: EditConfig | TuneConfig, source: VideoSource, multiple: int, native: int) -> FittedVideo:
     """The frames to edit as a model takes them; ValueError for a cut or a size it cannot take."""
     left, top, right, bottom = config.crop
     width, height = source.size[0] - left - right, source.size[1] - top - bottom
-    size = config.size or fit_size(max(1, width), max(1, height), native, factor)
-    check_size(*size, factor)
+    size = config.size or fit_size(max(1, width), max(1, height), native, multiple)
+    check_size(*size, multiple)
     return FittedVideo.of(source, config.crop, size)
 
 
@@ -102,7 +108,24 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
+    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
+        """A model that edits: Wan's by what a folder or hub name says it is. videos: see `open_unet`."""
+        where = pick_device(self.device)
+        if model != DEMO_WAN and not kind_of(model).startswith("Wan"):
+            return self.open_unet(model, lora, temporal, videos)
+        if temporal:
+            raise CheckpointError(f"{model} is a model of videos already, which {temporal} is not for")
+        if self.model_config is not None:
+            raise ValueError(f"model_config has no effect: {model!r} is no single file")
+        dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
+        with quiet():
+            checkpoint = WanCheckpoint.load(model, where, dtype, lora or None)
+        if model == DEMO_WAN:
+            self.note("the bundled demo model knows only its own small world; for real videos give --model")
+        return checkpoint
+
+    def open_unet(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
+        """A model with a UNet. videos: take text-to-video UNets too."""
         where = pick_device(self.device)
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
@@ -138,7 +161,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
     checkpoint = session.open_model(config.model, config.lora, config.temporal)
-    video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
+    video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
     if dry_run:
         return
@@ -162,7 +185,7 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
     for config in configs:
         config.fusion, config.keys  # noqa: B018  raise for settings out of range
     source = _found(session, first) if store is None else None
-    frames = len(source) if source else store.frames  # type: ignore[union-attr]
+    frames = len(source) if source else origin.frames  # type: ignore[union-attr]
     outputs = _outputs(output, len(configs))
     for path in outputs:
         check_output(
@@ -171,17 +194,20 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
     checkpoint = session.open_model(first.model, first.lora, first.temporal)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
+    if isinstance(checkpoint, WanCheckpoint):
+        for config, layout in zip(configs, layouts, strict=True):
+            _check_of_wan(config, layout)
 
     if store is None or origin is None:
         assert source is not None
-        video = fit_frames(first, source, checkpoint.factor, checkpoint.native_size)
+        video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
         fps, times = video.fps, video.times
         shape: tuple[int, ...] = _latents_shape(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
         _check_store(checkpoint, store, origin, prompts)
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
-        sound = origin.sound_of(first.video, store)
+        sound = origin.sound_of(first.video)
     session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
     _note_of_layers(session, first)
     if sound is not None and not has_sound(output):
@@ -201,7 +227,8 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         failed = []
         for path, config, latents in zip(outputs, configs, results, strict=True):
             try:
-                write_video(path, decode(checkpoint, latents, bar(f"write {Path(path).name}")), fps, sound, times=times)
+                finished = decode(checkpoint, latents, frames, bar(f"write {Path(path).name}"))
+                write_video(path, finished, fps, sound, times=times)
                 session.say(f"{config.target!r} written to {path}")
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
@@ -217,6 +244,15 @@ def _found(session: Session, config: EditConfig) -> VideoSource:
     if not source.even:
         session.note(f"frames come at varying times, {float(source.fps):.3g} a second on average; each keeps its own")
     return source
+
+
+def _check_of_wan(config: EditConfig, layout: Layout | None) -> None:
+    """Raise ValueError for settings that a video transformer has no use for."""
+    check_of_transformers(config.chosen_propagation, config.smoothing, layout)
+    if config.clip_norm:
+        raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+    if config.injection == "pnp":
+        raise ValueError(OF_UNETS)
 
 
 def _note_of_layers(session: Session, config: EditConfig) -> None:
@@ -237,7 +273,7 @@ def _outputs(output: str, count: int) -> list[str]:
 
 
 def plan(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     configs: list[EditConfig],
     latents_shape: tuple[int, ...],
     settings: StoreSettings,
@@ -245,25 +281,29 @@ def plan(
     store: AttentionStore | None = None,
 ) -> str:
     """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
-    config, device = configs[0], checkpoint.unet.device
-    checkpoint.denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
+    config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
+    denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
     demand = Demand(
-        checkpoint.denoiser.sites(height, width), latents_shape, 4, config.steps, config.keys, checkpoint.unet.dtype,
+        denoiser.sites(height, width), latents_shape, 4, config.steps, keys_on(denoiser, config.keys), checkpoint.dtype,
         source.text_tokens, source.nbytes,
     )  # fmt: skip
-    chosen = None if store else plan_store(settings, demand, device)
+    inverts = not store and config.noise == "inverted"
+    chosen = plan_store(settings, demand, device) if inverts else None
     size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
     lines = [f"{frames} frames of {size}, {config.steps} steps, {device}"]
-    for memory in MEMORIES:
+    if isinstance(checkpoint, WanCheckpoint):
+        coding = checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor)
+        lines = [f"{frames} latents of {size}, {config.steps} steps, {device}", f"   autoencoder: {coding}"]
+    for memory in MEMORIES if store or inverts else ():
         mark = "->" if memory == (store or chosen or config).memory else "  "
         lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
     if chosen:
         lines.append(f"   store: {chosen}")
-    lines.append(f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}")
-    models = (checkpoint.unet, checkpoint.vae, *checkpoint.text_encoders)
-    weights, free = sum(p.nbytes for model in models for p in model.parameters()), available_bytes(device)
+    if store or inverts:
+        lines.append(f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}")
+    weights, free = sum(p.nbytes for part in checkpoint.parts for p in part.parameters()), available_bytes(device)
     lines.append(
         f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
     )
@@ -271,9 +311,10 @@ def plan(
         kept = store.kept_steps
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
-    lines.append(f"   UNet calls: {_calls(configs, kept, not store, edits, frames)}")
+    counted = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
+    lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
     chunk = config.chunk_frames
-    meet = config.clip_norm or not config.keys.anchored or checkpoint.denoiser.frames_meet
+    meet = config.clip_norm or not config.keys.anchored or denoiser.frames_meet
     if chunk is not None and chunk < frames and meet:
         lines.append(
             "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
@@ -281,11 +322,22 @@ def plan(
     return "\n".join(lines)
 
 
-def _calls(configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int) -> str:
-    """How often the UNet sees the clip."""
+def _calls(
+    configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
+) -> str:
+    """How often the model sees the clip."""
     counted = [
         unet_calls(
-            c.steps, c.guidance_scale, kept_steps, c.chosen_injection, None, c.chosen_propagation, frames, c.strength
+            c.steps,
+            c.guidance_scale,
+            kept_steps,
+            c.chosen_injection,
+            None,
+            c.chosen_propagation,
+            frames,
+            c.strength,
+            spans_clip,
+            c.flow_edit.draws if c.noise == "drawn" else 0,
         )
         for c in configs
     ]
@@ -300,45 +352,52 @@ def _calls(configs: list[EditConfig], kept_steps: int, inverts: bool, edits: boo
 
 
 def invert_video(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     config: EditConfig,
     video: FittedVideo,
     bar: Callable[[str], Callable[[int, int], None]],
     settings: StoreSettings | None = None,
 ) -> Inversion:
-    """Encode and invert a clip with a configuration's settings; its store's unless others are given.
+    """Encode and invert a clip with a configuration's settings, or draw its noise; its store's unless others are given.
 
     A store that is kept remembers where the clip is from, and its sound.
     """
     source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
+    latents = encode(checkpoint, video, bar("encode"))
+    if config.noise == "drawn":
+        return draw(
+            checkpoint.denoiser, latents.to(checkpoint.device), source, config.steps, config.flow_edit, config.keys,
+            config.clip_norm, prompt=config.source,
+        )  # fmt: skip
     kept = settings is not None and settings.path is not None
     extra, attachments = _origin_of(checkpoint, config, video) if kept else ({}, {})
     return invert(
-        checkpoint.denoiser, encode(checkpoint, video, bar("encode")), source, config.steps, config.keys,
-        config.clip_norm, settings or config.store, config.chunk_frames, prompt=config.source,
+        checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
+        config.chunk_frames, order=config.order, prompt=config.source,
         extra=extra, attachments=attachments, progress=bar("invert"),
     )  # fmt: skip
 
 
 def _motion(
-    checkpoint: Checkpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+    checkpoint: AnyCheckpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
 ) -> Motion | None:
     """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
     if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
         return None
-    _, estimate = flow_estimator(configs[0].flow, checkpoint.unet.device)
-    clip, progress = inversion.store.level(0), bar("motion")
+    _, estimate = flow_estimator(configs[0].flow, checkpoint.device)
+    assert isinstance(checkpoint, Checkpoint)  # `check_of_transformers` refuses others
+    clip, progress, decoded = inversion.store.level(0), bar("motion"), checkpoint.decode_latents
 
     def frames() -> Iterator[Tensor]:
         for i, latents in enumerate(clip.split(1)):
-            yield checkpoint.decode_latents(latents)[0].cpu()
+            yield decoded(latents)[0].cpu()
             progress(i + 1, len(clip))
 
     return Motion.of(frames(), estimate, checkpoint.factor)
 
 
 def one_edit(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     config: EditConfig,
     prompt: Any,
     store: AttentionStore,
@@ -367,9 +426,13 @@ def one_edit(
     )
 
 
-def encode(checkpoint: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
+def encode(checkpoint: AnyCheckpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
     """Latents of a clip's frames, as they are decoded."""
-    return posterior(checkpoint, video, progress)[0]
+    if isinstance(checkpoint, Checkpoint):
+        return posterior(checkpoint, video, progress)[0]
+    latents = checkpoint.encode_clip(to_unit(torch.stack(list(video.frames()))))
+    progress(len(video), len(video))
+    return latents
 
 
 def posterior(
@@ -386,8 +449,14 @@ def posterior(
     return mean, deviation
 
 
-def decode(checkpoint: Checkpoint, latents: Tensor, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
+def decode(
+    checkpoint: AnyCheckpoint, latents: Tensor, frames: int, progress: Callable[[int, int], None]
+) -> Iterator[Tensor]:
     """The frames of latents, uint8 (height, width, 3), one after another."""
+    if not isinstance(checkpoint, Checkpoint):
+        yield from to_bytes(checkpoint.decode_clip(latents, frames))
+        progress(frames, frames)
+        return
     height, width = (side * checkpoint.factor for side in latents.shape[-2:])
     done = 0
     for some in latents.split(checkpoint.frames_at_once(height, width)):
@@ -396,9 +465,10 @@ def decode(checkpoint: Checkpoint, latents: Tensor, progress: Callable[[int, int
         progress(done, len(latents))
 
 
-def _latents_shape(video: FittedVideo, checkpoint: Checkpoint) -> tuple[int, int, int, int]:
+def _latents_shape(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
     width, height = video.size
-    return len(video), 4, height // checkpoint.factor, width // checkpoint.factor
+    frames = checkpoint.latent_frames(len(video))
+    return frames, checkpoint.channels, height // checkpoint.factor, width // checkpoint.factor
 
 
 # --- what a store remembers of where it is from ------------------------------------------------
@@ -408,7 +478,7 @@ _OF_THE_STORE = ("precision", "keep_steps")
 
 
 def _origin_of(
-    checkpoint: Checkpoint, config: EditConfig, video: FittedVideo
+    checkpoint: AnyCheckpoint, config: EditConfig, video: FittedVideo
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sound = video.sound()
     extra = {
@@ -417,6 +487,7 @@ def _origin_of(
         "video": Path(config.video).name,
         "settings": {name: getattr(config, name) for name in (*_OF_THE_CLIP, *_OF_THE_STORE)},
         "size": video.size,
+        "frames": len(video),
         "fps": _pair(video.fps),
         "times": video.times and [_pair(t) for t in video.times],
         "sound_rate": sound and sound.rate,
@@ -436,10 +507,12 @@ class Origin:
     """Where the clip of a store is from.
 
     settings: the configuration's, of the clip and the store; empty for a store that another program made.
-    vae: its autoencoder. model: its name as the command was given it. video: the file's name. sound: of its frames.
+    frames: of the clip, whose latents may be fewer. vae: its autoencoder. model: its name as the command was given it.
+    video: the file's name. sound: of its frames.
     """
 
     fps: Fraction
+    frames: int
     times: tuple[Fraction, ...] | None
     settings: dict[str, Any]
     vae: ModelIdentity | None
@@ -453,9 +526,11 @@ class Origin:
         extra = store.extra
         with as_store_error("the store's account of its clip is damaged: "):
             fps = _fraction(extra.get("fps", (8, 1)))
-            times = extra.get("times")
+            frames, times = extra.get("frames", store.frames), extra.get("times")
+            if not isinstance(frames, int) or not store.frames <= frames <= 100 * store.frames:
+                raise ValueError("it has no such number of frames")
             times = times and tuple(_fraction(pair) for pair in times)
-            if not 0 < fps <= 1000 or (times and (len(times) != store.frames or list(times) != sorted(set(times)))):
+            if not 0 < fps <= 1000 or (times and (len(times) != frames or list(times) != sorted(set(times)))):
                 raise ValueError("its times are none that frames can have")
             vae = extra.get("vae")
             identity = vae and ModelIdentity(**{**vae, "traces": tuple(vae["traces"])})
@@ -472,14 +547,14 @@ class Origin:
             model = extra.get("model")
             if model is not None and not isinstance(model, str):
                 raise ValueError("its model's name is none")
-            return cls(fps, times, settings, identity, model, str(extra.get("video", "")), sound)
+            return cls(fps, frames, times, settings, identity, model, str(extra.get("video", "")), sound)
 
-    def sound_of(self, video: str, store: AttentionStore) -> Sound | SoundTrack | None:
+    def sound_of(self, video: str) -> Sound | SoundTrack | None:
         """The store's own sound; that of the same frames of a video, where one is given beside the store."""
         if not video:
             return self.sound
         named = {name: self.settings[name] for name in ("start", "end", "stride", "fps") if name in self.settings}
-        return find_frames(replace(EditConfig(video=video, count=store.frames), **named)).sound()
+        return find_frames(replace(EditConfig(video=video, count=self.frames), **named)).sound()
 
 
 def _fraction(pair: Sequence[int]) -> Fraction:
@@ -494,13 +569,14 @@ def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Ed
     default = EditConfig()
     made: dict[str, tuple[Any, ...]] = {
         "steps": (store.steps,),
+        "order": (store.order,),
         "memory": (store.memory, "auto"),
         "clip_norm": (store.clip_norm,),
         "key_frames": (store.key_frames.entries,),
         "source": (store.prompt or config.source,),
         **{name: (origin.settings.get(name),) for name in (*_OF_THE_CLIP, *_OF_THE_STORE)},
     }
-    made["count"] += (store.frames,)
+    made["count"] += (origin.frames,)
     for name, told in made.items():
         asked = getattr(config, name)
         if asked not in (getattr(default, name), *told):
@@ -510,7 +586,7 @@ def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Ed
             raise StoreError(f"{name} has no effect on a store that is made: it is in its file")
     model = config.model if config.model != default.model else _model_of(origin)
     return replace(
-        config, steps=store.steps, memory=store.memory, clip_norm=store.clip_norm, model=model,
+        config, steps=store.steps, order=store.order, memory=store.memory, clip_norm=store.clip_norm, model=model,
         key_frames=store.key_frames.entries, key_frames_least_channels=store.key_frames.least_channels,
         source=store.prompt or config.source,
     )  # fmt: skip
@@ -524,7 +600,7 @@ def _model_of(origin: Origin) -> str:
     raise StoreError(f"the store was made with the model {name!r}, which is not here: give it with --model")
 
 
-def _check_store(checkpoint: Checkpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
+def _check_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
     """StoreError for a store of another model, autoencoder or text encoder, or whose prompt is not its own."""
     schedule = checkpoint.denoiser.schedule(store.steps)
     for prompt in prompts:

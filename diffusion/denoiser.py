@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import ALL, Chunk, KeyFrames
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .schedule import Schedule
@@ -104,6 +104,12 @@ class Differentiable(Denoiser, Protocol):
 
         Activations are computed twice, and not kept. Raises ValueError for weights that no gradient passes through.
         """
+
+
+def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | str | int) -> KeyFrames:
+    """The key frames that are asked for, on a model that has none of its own: a video transformer's frames see all."""
+    asked = KeyFrames.of(key_frames)
+    return KeyFrames((ALL,)) if denoiser.spans_clip else asked
 
 
 def chunks_of(

@@ -39,8 +39,8 @@ class Injection(Protocol):
     def reads_source(self, step: int, steps: int) -> bool:
         """Whether a step reads the source."""
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None) -> int:
-        """UNet calls before the first step."""
+    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
+        """Calls of the model before the first step. spans_clip: whether it is a video transformer."""
 
     def summary(self, steps: int) -> str:
         """What it does in so many steps, in a line."""
@@ -418,12 +418,24 @@ class Branches:
         return self.run.predict(self.z, self.step, source, prepare)
 
 
+def check_of_transformers(propagation: Any, smoothing: Any, layout: Any) -> None:
+    """Raise ValueError for a part of an edit that is for UNets alone, where a video transformer edits."""
+    for part, what in ((propagation, "TokenFlow"), (smoothing, "flow smoothing"), (layout, "a layout")):
+        if part:
+            raise ValueError(
+                f"{what} is for UNets, whose latents are single frames: a video transformer's frames agree by "
+                "themselves; leave it out"
+            )
+
+
 class _Run:
     """One edit with its inputs checked, on the device it runs on."""
 
     def __init__(self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, asked: Edit) -> None:
         if not math.isfinite(asked.guidance_scale):
             raise ValueError(f"guidance_scale is {asked.guidance_scale}; it must be a finite number")
+        if denoiser.spans_clip:
+            check_of_transformers(asked.propagation, asked.smoothing, asked.layout)
         self.denoiser, self.store, self.schedule = denoiser, store, schedule
         like = store.level(0)[:1].to(denoiser.device)
         self.target = Condition.of(asked.target_embeddings, "target_embeddings").to(like)
@@ -550,7 +562,7 @@ def first_step(strength: float, steps: int) -> int:
 
 
 class Calls(NamedTuple):
-    """UNet calls on the whole clip: to invert, to edit once, and for the source beside all edits of a pass."""
+    """Calls of the model on the whole clip: to invert, to edit once, and for the source beside all edits of a pass."""
 
     invert: float
     edit: float
@@ -566,15 +578,19 @@ def unet_calls(
     propagation: Propagation | None = None,
     frames: int = 1,
     strength: float = 1.0,
+    spans_clip: bool = False,
+    draws: int = 0,
 ) -> Calls:
     """What a run costs where the store keeps the attention of so many steps, none with memory "recompute".
 
     A propagation evaluates its key frames once more, and the source in every step. A layout's gradients are not
-    counted: it tells them itself.
+    counted: it tells them itself. draws: of FlowEdit's noise, where there is no inversion.
     """
     branches = 1 if guidance_scale == 1 else 2
-    preparing = 0 if injection is None else injection.preparing_calls(steps, mask)
+    preparing = 0 if injection is None else injection.preparing_calls(steps, mask, spans_clip)
     first = first_step(strength, steps)
+    if draws:
+        return Calls(0, draws * branches * (steps - first) + preparing, draws * branches * (steps - first))
     if propagation is not None:
         times = (steps - first) * propagation.evaluated(frames)
         return Calls(steps, branches * times + preparing, times)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import ALL, Chunk, KeyFrames
-from .denoiser import Denoiser, Guidance, check_finite
+from ..attention.key_frames import Chunk, KeyFrames
+from .denoiser import Denoiser, Guidance, check_finite, keys_on
 from .invert import Progress
 from .steering import ClipSteering
 
@@ -37,7 +37,7 @@ def generate(
     (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where numbers leave
     their range.
     """
-    keys = KeyFrames((ALL,)) if denoiser.spans_clip else KeyFrames.of(key_frames)
+    keys = keys_on(denoiser, key_frames)
     clip_norm = clip_norm and not denoiser.spans_clip
     schedule, chunk = denoiser.schedule(steps), Chunk.whole(len(noise))
     z = noise.to(denoiser.device)

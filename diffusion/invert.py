@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..attention.condition import Condition
-from ..attention.key_frames import ALL, KeyFrames
+from ..attention.key_frames import KeyFrames
 from ..settings import check, setting
 from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined
+from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined, keys_on
 from .schedule import Solver, timestep_at
 
 Progress = Callable[[int, int], None]
@@ -109,15 +109,13 @@ def invert(
     options, ArithmeticError where the model's numbers leave their range, and MemoryError, with the bytes, where the
     chosen memory does not fit.
     """
-    settings, keys = StoreSettings.of(memory), KeyFrames.of(key_frames)
+    settings, keys = StoreSettings.of(memory), keys_on(denoiser, key_frames)
     if latents.ndim != 4 or not len(latents):
         raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
-    if denoiser.spans_clip:
-        keys = KeyFrames((ALL,))
-        if clip_norm:
-            raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+    if denoiser.spans_clip and clip_norm:
+        raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
     keys.chunks(len(latents), chunk_frames, clip_norm)

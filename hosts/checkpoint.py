@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -37,6 +37,9 @@ from .diffusers_temporal import inflated_unet, save_inflated_unet, with_temporal
 from .diffusers_video import DiffusersVideoDenoiser
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
+
+
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -112,6 +115,33 @@ class Checkpoint:
         for part in (pipeline.unet, pipeline.vae, *(e for _, e in known)):
             part.to(device).eval().requires_grad_(False)
         return cls(name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known))
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def parts(self) -> list[Any]:
+        """Its networks."""
+        return [self.unet, self.vae, *self.text_encoders]
+
+    @property
+    def channels(self) -> int:
+        """Of its latents."""
+        return int(self.unet.config["in_channels"])
+
+    @property
+    def multiple(self) -> int:
+        """What both sides of a frame must be multiples of."""
+        return self.factor
+
+    def latent_frames(self, frames: int) -> int:
+        """How many latents a clip of so many frames has."""
+        return frames
 
     @property
     def denoiser(self) -> DiffusersDenoiser:
@@ -261,29 +291,47 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:
+def opened(name: str, load: Callable[..., T]) -> T:
+    """What `load` makes of a diffusers folder, or of a hub name that may be fetched; CheckpointError for neither."""
     path = DEMO if name == "demo" else Path(name)
     try:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
-            unet = inflated_unet(path / "unet", dtype)
-            if unet is not None:
-                return StableDiffusionPipeline.from_pretrained(
-                    path, unet=unet, torch_dtype=dtype, local_files_only=True, safety_checker=None
-                )
-            return DiffusionPipeline.from_pretrained(
-                path, torch_dtype=dtype, local_files_only=True, safety_checker=None
-            )
-        if path.is_file():
-            return _single_file(path, dtype, config)
+            return load(path, local_files_only=True)
         if path.suffix or name.startswith((".", "/", "~")):
             raise CheckpointError(f"no model at {name}")
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, safety_checker=None)
+        return load(name)
     except CheckpointError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"could not load the model {name!r}: {error}") from error
+
+
+def kind_of(name: str) -> str:
+    """The class of pipeline that a diffusers folder or hub name says it is; "" for a single file."""
+    if Path(name).is_file():
+        return ""
+    found: dict[str, Any] = opened(name, DiffusionPipeline.load_config)
+    return str(found.get("_class_name", ""))
+
+
+def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:
+    def load(where: Any, **local: Any) -> Any:
+        unet = inflated_unet(where / "unet", dtype) if isinstance(where, Path) else None
+        if unet is not None:
+            local["unet"] = unet
+        kind = DiffusionPipeline if unet is None else StableDiffusionPipeline
+        return kind.from_pretrained(where, torch_dtype=dtype, safety_checker=None, **local)
+
+    if name != "demo" and Path(name).is_file():
+        try:
+            return _single_file(Path(name), dtype, config)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"could not load the model {name!r}: {error}") from error
+    return opened(name, load)
 
 
 def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:

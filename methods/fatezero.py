@@ -132,9 +132,9 @@ class FusionSettings:
         plan = StepPlan.of(self, step, steps)
         return plan.fuse_cross or plan.fuse_self or plan.mask
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None) -> int:
-        """UNet calls for the mask of both prompts."""
-        own_mask = self.masks_by_prompts and not (mask is not None and mask.replaces)
+    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
+        """Calls for the mask of both prompts, and on a video transformer for any."""
+        own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not (mask is not None and mask.replaces)
         return 2 * len(difference_levels(steps)) if own_mask else 0
 
     def summary(self, steps: int) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..attention.condition import Condition
-from ..attention.key_frames import ALL, KeyFrames
-from ..diffusion.denoiser import Denoiser
+from ..attention.key_frames import KeyFrames
+from ..diffusion.denoiser import Denoiser, keys_on
 from ..diffusion.invert import Inversion
 from ..settings import check, setting
 from ..store.backends import DrawnLevels
@@ -82,7 +82,7 @@ def draw(
             source=Condition.of(source_embeddings, "source_embeddings").to(latents),
             timesteps=schedule.timesteps,
             alphas=tuple(schedule.alphas.tolist()),
-            key_frames=KeyFrames((ALL,)) if denoiser.spans_clip else KeyFrames.of(key_frames),
+            key_frames=keys_on(denoiser, key_frames),
             clip_norm=clip_norm,
             world=schedule.world,
             model=denoiser.identity(),

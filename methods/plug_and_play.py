@@ -50,7 +50,11 @@ class PnPSettings:
     # --- as the sampling loop asks ------------------------------------------------------
 
     def injected(self, asked: Edit, context: EditContext) -> Injected:
-        """Raises ValueError for a layout: queries, keys and feature of the source hold all things where they are."""
+        """Raises ValueError for a layout: queries, keys and feature of the source hold all things where they are; and
+        for a video transformer, which has no such layers.
+        """
+        if context.spans_clip:
+            raise ValueError(OF_UNETS)
         if asked.layout is not None:
             raise ValueError("a layout goes with FateZero, or with no injection: Plug-and-Play holds things in place")
         return PnPInjection(self, asked, context)
@@ -58,7 +62,7 @@ class PnPSettings:
     def reads_source(self, step: int, steps: int) -> bool:
         return self.takes_attention(step, steps) or self.takes_feature(step, steps)
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None) -> int:
+    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
         return 0
 
     def summary(self, steps: int) -> str:
@@ -66,6 +70,9 @@ class PnPSettings:
             f"took queries and keys in {whole_steps(self.attention_steps, steps)} and the feature in "
             f"{whole_steps(self.feature_steps, steps)} of {steps} steps"
         )
+
+
+OF_UNETS = "Plug-and-Play takes a feature of a UNet's decoder, which a video transformer has not: take FateZero or none"
 
 
 def takes(site: AttentionSite) -> bool:
