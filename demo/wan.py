@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from .wan_names import MARKS
 from .world import VOCABULARY
 
 TEXT_TOKENS = 32
@@ -50,8 +51,6 @@ def build_text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
             d_ff=128,
             num_layers=2,
             num_heads=4,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=16,
             dropout_rate=0.0,
         )
     )
@@ -61,13 +60,16 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
-def build_tokenizer() -> T5Tokenizer:
-    """Pieces in which each word of the world is one token; any other text is letters."""
+def pieces() -> list[tuple[str, float]]:
+    """The vocabulary with its scores: each word of the world is one token, any other text is letters."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -2.0) for word in VOCABULARY]
     others = [(piece, -10.0) for piece in ("\N{LOWER ONE EIGHTH BLOCK}", *letters)]
-    marks = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
-    return T5Tokenizer(vocab=[*marks, *words, *others], extra_ids=0, model_max_length=TEXT_TOKENS)
+    return [*((mark, 0.0) for mark in MARKS), *words, *others]
+
+
+def build_tokenizer() -> T5Tokenizer:
+    return T5Tokenizer(vocab=pieces(), extra_ids=0, model_max_length=TEXT_TOKENS)
 
 
 def token_ids(tokenizer: T5Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:

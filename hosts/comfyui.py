@@ -22,12 +22,15 @@ from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.schedule import Schedule
 from ..diffusion.source import check_store, source_heats
 from ..methods.fatezero import FusionSettings
+from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.backends import FileBackend, FileLevels
 from ..store.budget import Demand, StorePlan, StoreSettings, plan_store
+from ..store.identity import ModelIdentity
 from ..store.store import AttentionStore
 from .comfyui_conditions import HostCondition, plain_options
-from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, sigmas_of
-from .comfyui_unet import HookedModel, schedule_at, schedule_of
+from .comfyui_noise import noise_of
+from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host
+from .comfyui_transformer import HookedTransformer, hooked
 
 NOISE_MASK = "noise_mask"
 """What the host calls the mask of a LATENT, and the store its copy."""
@@ -67,6 +70,7 @@ class InvertSettings:
     store: StoreSettings
     chunk_frames: int | None = None
     prompt: str | None = None
+    order: int = 1
 
 
 class InvertGuider(LoopGuider):
@@ -107,14 +111,14 @@ class InvertGuider(LoopGuider):
         memory = replace(asked.store, memory=plan.memory, place=plan.place)
         inversion = invert(
             denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,
-            asked.chunk_frames, prompt=asked.prompt,
+            asked.chunk_frames, order=asked.order, prompt=asked.prompt,
             extra={"conditioning": plain_options(self.source.conditioning)},
             attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
             progress=progress,
         )  # fmt: skip
         self._made = store = inversion.store
         self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
-        return inversion.store.level(schedule.steps).to(denoiser.device) / schedule.alphas[-1] ** 0.5
+        return denoiser.noise.at_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
 
 
 _STORES = WeakTensorKeyDictionary()
@@ -147,9 +151,41 @@ def invert_clip(
     noise_mask: where alone edits of this store may change the clip; the store keeps it.
     """
     guider = InvertGuider(model, source, settings, tell)
-    sigmas = sigmas_of(schedule_of(model.get_model_object("model_sampling"), steps))
+    noisy = noise_of(model)
+    sigmas = noisy.sigmas(noisy.schedule(steps))
     noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
     return noise, store_of(noise)
+
+
+class _Idle:
+    """What `draw` asks of a MODEL that it does not call."""
+
+    def __init__(self, model: Any) -> None:
+        self._noise, self._hooked = noise_of(model), hooked(model)
+        self.spans_clip = isinstance(self._hooked, HookedTransformer)
+
+    def schedule(self, steps: int) -> Schedule:
+        return self._noise.schedule(steps)
+
+    def identity(self) -> ModelIdentity:
+        return self._hooked.identity()
+
+
+def draw_clip(
+    model: Any,
+    samples: Tensor,
+    source: HostCondition,
+    steps: int,
+    settings: FlowEditSettings,
+    prompt: str | None = None,
+    noise_mask: Tensor | None = None,
+) -> HostStore:
+    """The store of LATENT samples with drawn noise, whose edits are FlowEdit's. noise_mask: as for `invert_clip`."""
+    latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
+    store = draw(_Idle(model), latents, source, steps, settings, prompt=prompt).store  # type: ignore[arg-type]
+    if noise_mask is not None:
+        store.attachments[NOISE_MASK] = noise_mask.float().cpu()
+    return HostStore(**vars(store), patcher=model)
 
 
 class EditGuider(LoopGuider):
@@ -189,7 +225,7 @@ class EditGuider(LoopGuider):
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The store's own, which the sigmas must be."""
         own = schedule_of_store(self.model_patcher, self.store)
-        of_store, given = sigmas_of(own), sigmas.cpu()
+        of_store, given = noise_of(self.model_patcher).sigmas(own), sigmas.cpu()
         if given.shape != of_store.shape or not torch.allclose(given, of_store, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"sigmas: {len(given) - 1} steps from {given[0]:.4g} to {given[-1]:.4g} are not those of the "
@@ -208,7 +244,8 @@ class EditGuider(LoopGuider):
         mask = more.pop("denoise_mask", None)
         check_masking(self.model_patcher, mask)
         masked = mask is not None and NOISE_MASK not in self.store.attachments
-        self._asked = [only_inside(edit, mask) for edit in self.edits] if masked else self.edits
+        inside = noise_of(self.model_patcher).mask_of_host(mask) if masked else None
+        self._asked = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
         self.done = []
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
         self.tell(self.reached)
@@ -240,7 +277,7 @@ class EditGuider(LoopGuider):
             options = create_model_options_clone(model_options)
             sigmas = options["transformer_options"]["sample_sigmas"]
             denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
-            self._levels = sigmas_of(denoiser.in_use)[:-1]
+            self._levels = denoiser.noise.sigmas(denoiser.in_use)[:-1]
             edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
             if edits.blends_latents:
                 raise ValueError(
@@ -258,10 +295,10 @@ class EditGuider(LoopGuider):
                 f"sampler: asks at sigma {sigma:.4g}, between those of the inversion; take one that keeps to the "
                 "steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
             )
-        scale = (1 + sigma.to(x) ** 2).sqrt()
-        (predicted,) = self._running.predict([x / scale], step)
+        noisy, sigma = noise_of(self.model_patcher), sigma.to(x)
+        (predicted,) = self._running.predict([noisy.of_host(x) / noisy.scale(sigma)], step)
         assert predicted is not None  # `sample` refuses less strength
-        return x - sigma.to(x) * predicted.noise
+        return x - sigma * noisy.to_host(predicted.noise)
 
 
 def edit_clip(
@@ -272,9 +309,11 @@ def edit_clip(
     Their conditions are `HostCondition`s, whose roles tell the edits apart.
     """
     guider = EditGuider(model, store, edits, chunk_frames)
-    sigmas = sigmas_of(schedule_of_store(model, store))
+    noisy = noise_of(model)
+    sigmas = noisy.sigmas(schedule_of_store(model, store))
     first = run_in_host(guider, noise_samples(model, store), sigmas)
-    others = [model.model.process_latent_out(z.float()).to(first.device) for z in guider.done[1:]]
+    done = (noisy.to_host(z.float()) for z in guider.done[1:])
+    others = [model.model.process_latent_out(z).to(first.device) for z in done]
     return [first, *others], guider.reached
 
 
@@ -318,26 +357,26 @@ def heat_of_words(
 
     guider = LoopGuider(model, [source_of(store)], store.patcher, chunk_frames)
     guider.loop = look
-    run_in_host(guider, noise_samples(model, store), sigmas_of(schedule_of_store(model, store)))
+    run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))
 
 
 def plan_in_host(
     model: Any,
-    samples: Tensor,
+    latents: Tensor,
     source: HostCondition,
     steps: int,
     key_frames: KeyFrames,
     settings: StoreSettings,
 ) -> StorePlan:
-    """What store an inversion of LATENT samples will make.
+    """What store an inversion of latents (frames, c, h, w) will make.
 
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
     Raises MemoryError, with the bytes of each memory, where nothing fits.
     """
-    sites = list(HookedModel(model).sites(*samples.shape[-2:]).values())
+    sites = list(hooked(model).sites(*latents.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    demand = Demand(sites, tuple(samples.shape), 4, steps, key_frames, dtype, source.text_tokens, source.nbytes)
+    demand = Demand(sites, tuple(latents.shape), 4, steps, key_frames, dtype, source.text_tokens, source.nbytes)
     home = comfy.model_management.intermediate_device()
     return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
 
@@ -349,11 +388,13 @@ def source_of(store: AttentionStore) -> HostCondition:
 
 def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     """The noise levels that a MODEL has at a store's timesteps."""
-    clean = torch.tensor(store.alphas[0], dtype=torch.float32)
-    return schedule_at(model.get_model_object("model_sampling"), store.timesteps, clean)
+    noisy = noise_of(model)
+    if noisy.world != store.world:
+        raise ValueError(f"store: was made by another model, of a {store.world} schedule; this one's is {noisy.world}")
+    return noisy.again(store.timesteps, store.alphas)
 
 
 def noise_samples(model: Any, store: AttentionStore) -> Tensor:
     """The inverted noise as LATENT samples."""
-    noise = store.level(store.steps).float().cpu() / store.alphas[-1] ** 0.5
-    return model.model.process_latent_out(noise)
+    noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
+    return model.model.process_latent_out(noisy.to_host(noisy.at_end(noise, store.alphas[-1])))

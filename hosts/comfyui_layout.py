@@ -11,8 +11,8 @@ from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..methods.layout_guidance import LayoutGuidance
 from .comfyui_conditions import HostCondition
+from .comfyui_noise import noise_of
 from .comfyui_sampling import ComfyDenoiser, LoopGuider, WrappersMP, room_for
-from .comfyui_unet import timesteps_at
 
 _ALONE = KeyFrames(("self",))
 """Self-attention stays as the MODEL has it, key frames of other nodes too."""
@@ -103,8 +103,7 @@ class LayoutGuider(LoopGuider):
         """Move the sampler's own latents, in place."""
         options = {**options, "transformer_options": dict(options["transformer_options"])}
         denoiser = ComfyDenoiser(self, options, x.device, None)
-        table = self.model_patcher.get_model_object("model_sampling").sigmas.cpu()
-        (timestep,) = timesteps_at(table, sigma[None])
+        (timestep,) = noise_of(self.model_patcher).timesteps(sigma[None])
         scale = (1 + sigma.to(x) ** 2).sqrt()
         alpha = 1 / (1 + sigma**2)
         z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _ALONE, False, None)

@@ -32,8 +32,10 @@ from ..diffusion.schedule import Schedule
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .comfyui_conditions import HostCondition
+from .comfyui_noise import noise_of
 from .comfyui_temporal import temporal_layers
-from .comfyui_unet import HookedModel, check_sampling, identity_of, schedule_along, sigma_at
+from .comfyui_transformer import HookedTransformer, hooked, is_transformer
+from .comfyui_unet import HookedModel
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -48,7 +50,7 @@ Loop = Callable[["ComfyDenoiser", Tensor, Progress], Tensor]
 class _Branch:
     """What evaluates some roles: a hooked model, its options during the run, its conditions."""
 
-    hooked: HookedModel
+    hooked: HookedModel | HookedTransformer
     options: dict[str, Any]
     conditions: dict[str, Any]
 
@@ -76,8 +78,7 @@ class ComfyDenoiser:
         of_source.pop("context_handler", None)
         self._source = _Branch(guider.sourced, of_source, guider.others)
         self._clip_norm = False
-        # All at once and on the CPU, for to read one from the device is to wait for its queue.
-        self._sigmas = guider.model_patcher.get_model_object("model_sampling").sigmas.cpu()
+        self.noise = noise_of(guider.model_patcher)
         self.clean: Tensor | None = None
         """The last prediction of the clean latents, for previews."""
 
@@ -87,12 +88,17 @@ class ComfyDenoiser:
         assert self._schedule is not None
         return self._schedule
 
-    spans_clip = False
-    pairs = False
+    @property
+    def spans_clip(self) -> bool:
+        return isinstance(self._edited.hooked, HookedTransformer)
+
+    @property
+    def pairs(self) -> bool:
+        return self.spans_clip
 
     @property
     def frames_meet(self) -> bool:
-        return any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
+        return self.spans_clip or any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,16 +113,16 @@ class ComfyDenoiser:
         return list(self._edited.hooked.sites(height, width).values())
 
     def identity(self) -> ModelIdentity:
-        return identity_of(self._edited.hooked.patcher)
+        return self._edited.hooked.identity()
 
     def windows(self, latents: Tensor, timestep: float) -> Windows | None:
         """The context windows that a node set on the MODEL, with the weights of its fuse method."""
         handler = self._handler
         if handler is None or len(latents) <= handler.context_length:
             return None
-        sigma, options = sigma_at(self._sigmas, timestep)[None], self._edited.options
+        sigma, options = self.noise.sigma(timestep)[None], self._edited.options
         handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
-        windows = handler.get_context_windows(self._model, latents, options)
+        windows = handler.get_context_windows(self._model, self.noise.to_host(latents), options)
         return [(w.index_list, _window_weights(handler, w.index_list, len(latents), sigma)) for w in windows]
 
     @contextmanager
@@ -140,15 +146,43 @@ class ComfyDenoiser:
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
-        sigma = sigma_at(self._sigmas, timestep).to(latents)
-        x = latents * (1 + sigma**2).sqrt()
+        sigma = self.noise.sigma(timestep).to(latents)
+        x = self.noise.to_host(latents * self.noise.scale(sigma))
         answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
         if guidance is not None:  # a negative may be prompts of several lengths, none of which is looked into
             answers[1] = (guidance.control, None)
-        with self._weights_of(branch), branch.hooked.answering(answers, self._clip_norm):
+        if beside is not None and not self._joins(beside, condition):
+            beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
+            beside = None
+        with (
+            self._weights_of(branch),
+            self._with_source(beside, control.chunk) as pair,
+            branch.hooked.answering(answers, self._clip_norm, pair),
+        ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.chunk, guidance)
         self.clean = clean
-        return (x - clean) / sigma
+        return self.noise.of_host((x - clean) / sigma)
+
+    def _joins(self, beside: Beside, condition: HostCondition) -> bool:
+        """Whether the source can run in the edit's calls: on the same weights, without any that a prompt brings."""
+        assert isinstance(beside.condition, HostCondition)
+        entries = (self._branch_conditions(c) for c in (beside.condition, condition))
+        plain = not any(entry.get("hooks") for conds in entries for entry in conds)
+        return plain and self._same_weights(self._source)
+
+    def _branch_conditions(self, condition: HostCondition) -> Any:
+        branch = self._source if condition.role == "source" else self._edited
+        return branch.conditions[condition.role]
+
+    @contextmanager
+    def _with_source(self, beside: Beside | None, chunk: Chunk) -> Iterator[tuple[Beside, Any] | None]:
+        """The source's branch and its conditions on a chunk's frames, for `HookedTransformer.answering`."""
+        if beside is None:
+            yield None
+            return
+        assert isinstance(beside.condition, HostCondition)
+        with _of_chunk([self._branch_conditions(beside.condition)], chunk) as (conditions,):
+            yield beside, conditions
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
@@ -156,7 +190,8 @@ class ComfyDenoiser:
         """Raises the host's InterruptProcessingException before it begins."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
-        branch, sigma = self._edited, sigma_at(self._sigmas, timestep).to(latents)
+        branch, sigma = self._edited, self.noise.sigma(timestep).to(latents)
+        assert isinstance(branch.hooked, HookedModel)
         held = temporal_layers(branch.hooked.patcher)
         parts = [self._model.diffusion_model, *([held.layers] if held else [])]
         answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
@@ -210,11 +245,16 @@ class ComfyDenoiser:
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(predict, self._guider, wrappers)
         return executor.execute(x, sigma, options, None)
 
+    def _same_weights(self, branch: _Branch) -> bool:
+        """Whether a branch's weights are the edit's."""
+        main, other = self._edited.hooked.patcher, branch.hooked.patcher
+        return bool(main.is_clone(other)) and _weights(main) == _weights(other)
+
     @contextmanager
     def _weights_of(self, branch: _Branch) -> Iterator[None]:
         """Bring in a branch's weights where they differ from the edit's."""
         main, other = self._edited.hooked.patcher, branch.hooked.patcher
-        if main.is_clone(other) and _weights(main) == _weights(other):
+        if self._same_weights(branch):
             yield
             return
         comfy.model_management.load_models_gpu(_with_parts(other))
@@ -295,9 +335,9 @@ class LoopGuider(comfy.samplers.CFGGuider):
         Raises ValueError for a MODEL that is no attention UNet, or with options that cannot be honoured.
         """
         check_options(model)
-        self.edited = HookedModel(model, kinds=kinds)
+        self.edited = hooked(model, kinds)
         source_model = source_model or model
-        self.sourced = self.edited if source_model is model else HookedModel(source_model)
+        self.sourced = self.edited if source_model is model else hooked(source_model)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
         if chunk_frames is not None:
@@ -318,7 +358,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
 
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""
-        return schedule_along(self.model_patcher.get_model_object("model_sampling"), sigmas)
+        return noise_of(self.model_patcher).along(sigmas)
 
     def inner_sample(
         self, noise: Tensor, latent_image: Tensor, device: torch.device, sampler: Any, sigmas: Tensor, *rest: Any,
@@ -379,7 +419,7 @@ class DDIMSampler(comfy.samplers.Sampler):
             if callback is not None and denoiser.clean is not None:  # None while an edit of less strength waits
                 callback(done - 1, denoiser.clean, denoiser.clean, of)
 
-        return guider.loop(denoiser, latent_image, progress)
+        return denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.of_host(latent_image), progress))
 
 
 def _plain_ddim(
@@ -391,26 +431,26 @@ def _plain_ddim(
     latent_image: Tensor,
     denoise_mask: Tensor | None,
 ) -> Tensor:
-    """DDIM steps with anyone's guider: x' = x + eps (sigma' - sigma).
+    """Steps with anyone's guider, DDIM's or a flow's: x' = x + d (sigma' - sigma).
 
     Each evaluates the noisier of its two levels, x scaled to it, as FateZero's inversion does.
     """
-    check_sampling(guider.model_patcher)
+    noisy = noise_of(guider.model_patcher)
     rises = bool(sigmas[0] < sigmas[-1])
     if denoise_mask is not None:
         raise ValueError("latent_image: has a noise mask, which DDIM Sampler takes with FateZero's own guiders alone")
     if rises:
         check_quiet(noise, "an inversion adds none")
-    level = (1 + sigmas**2).sqrt()
-    x = (latent_image + noise * sigmas[0]) if not rises else latent_image * level[0]
+    begin = noisy.scale(sigmas[0])
+    x = latent_image * begin if rises else noisy.noised(latent_image, noise, sigmas[0])
     for i, (here, there) in enumerate(pairwise(sigmas)):
         at = torch.maximum(here, there)
-        scaled = x if at == here else x * ((1 + at**2) / (1 + here**2)).sqrt()  # a guider may move it
+        scaled = x if at == here else noisy.rescaled(x, here, at)  # a guider may move it
         clean = guider(scaled, at.expand(len(x)), **extra_args)
         x = x + (scaled - clean) / at * (there - here)
         if callback is not None:
             callback(i, clean, scaled, len(sigmas) - 1)
-    return x if rises else x / level[-1]
+    return x if rises else x / noisy.scale(sigmas[-1])
 
 
 def check_quiet(noise: Tensor, why: str) -> None:
@@ -423,10 +463,9 @@ def check_options(model: Any) -> None:
     """Raise ValueError for options of a MODEL that an edit cannot honour."""
     handler = model.model_options.get("context_handler")
     if handler is not None:
-        if getattr(handler, "dim", None) != 0:
-            raise ValueError(
-                f"model: context windows along dim {getattr(handler, 'dim', None)}; frames lie along dim 0"
-            )
+        dim, own = getattr(handler, "dim", None), 2 if is_transformer(model) else 0
+        if dim != own:
+            raise ValueError(f"model: context windows along dim {dim}; frames lie along dim {own}")
         for name in ("freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"):
             if getattr(handler, name, None):
                 raise ValueError(f"model: context windows with {name}, which an edit has no use for: switch it off")
@@ -442,11 +481,6 @@ def run_in_host(guider: LoopGuider, samples: Tensor, sigmas: Tensor, noise_mask:
         torch.zeros_like(samples), samples, DDIMSampler(), sigmas, denoise_mask=noise_mask, callback=callback,
         disable_pbar=True, seed=0,
     )  # fmt: skip
-
-
-def sigmas_of(schedule: Schedule) -> Tensor:
-    """A schedule as the host's SIGMAS, noisy to clean."""
-    return (1 / schedule.alphas - 1).sqrt().flip(0)
 
 
 def room_for(frames: Callable[[int], int]) -> Callable[..., Any]:

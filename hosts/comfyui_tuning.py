@@ -23,8 +23,9 @@ from ..diffusion.denoiser import Guidance
 from ..methods.temporal_layers import CastLinear, Kind, TemporalLayers, trained_of, trains
 from ..methods.tune_a_video import Told, TuneSettings, noised, tune
 from .comfyui_conditions import HostCondition
+from .comfyui_noise import prediction_of
 from .comfyui_temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
-from .comfyui_unet import BLOCKS, HookedModel, check_model, clip_norms, prediction_of
+from .comfyui_unet import BLOCKS, HookedModel, check_model, clip_norms
 from .recompute import recomputed
 
 

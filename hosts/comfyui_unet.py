@@ -10,22 +10,19 @@ from typing import Any, get_args
 import comfy.ldm.modules.attention as host_attention
 import comfy.patcher_extension
 import comfy.utils
-import numpy as np
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-from comfy.model_sampling import EPS, V_PREDICTION, ModelSamplingDiscrete, StableCascadeSampling
+from comfy.model_sampling import V_PREDICTION
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.control import AttentionSite, Control, Kind, Place
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.schedule import Schedule
 from ..store.identity import IdentityCache, ModelIdentity
+from .comfyui_noise import WORKING_MODELS, noise_of, prediction_of
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
-
-WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, and LCM-free fine-tunes of them"
 
 _IDENTITIES = IdentityCache()
 BLOCKS = (ResBlock, SpatialTransformer)
@@ -36,36 +33,14 @@ Layer = tuple[str, int, int, Kind]
 
 
 def check_model(model: Any) -> None:
-    """Raise ValueError for a MODEL whose attention FateZero does not know."""
+    """Raise ValueError for a MODEL that is no attention UNet, or whose noise FateZero cannot invert."""
     unet = model.model.diffusion_model
     if not isinstance(unet, UNetModel) or any(isinstance(m, SpatialVideoTransformer) for m in unet.modules()):
         raise ValueError(
             f"model: {type(model.model).__name__} with a {type(unet).__name__} is no attention UNet for pictures. "
-            f"FateZero works with {WORKING_MODELS}; not with Flux, SD3, Wan and other transformers"
+            f"FateZero works with {WORKING_MODELS}; not with Flux, SD3, LTX, Hunyuan and other transformers"
         )
-    check_sampling(model)
-
-
-def check_sampling(model: Any) -> None:
-    """Raise ValueError for a MODEL whose noise schedule DDIM cannot invert."""
-    sampling = model.get_model_object("model_sampling")
-    known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
-    if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
-        raise ValueError(
-            f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
-            f"FateZero works with {WORKING_MODELS}, predicting epsilon or v"
-        )
-
-
-def prediction_of(sampling: Any) -> type | None:
-    """The class by which a model's output becomes clean latents; LCM, X0 and others derive from EPS."""
-    kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))
-    return next(kinds, None)
-
-
-def _named(sampling: Any) -> str:
-    kind = prediction_of(sampling)
-    return type(sampling).__name__ if kind is None else f"{type(sampling).__name__} ({kind.__name__})"
+    noise_of(model)
 
 
 @dataclass(frozen=True)
@@ -173,6 +148,10 @@ class HookedModel:
         self.patcher.remove_wrappers_with_key(around, key)
         self.patcher.add_wrapper_with_key(around, key, self._around())
 
+    def identity(self) -> ModelIdentity:
+        """What tells the MODEL from another, LoRA on it or not."""
+        return identity_of(self.patcher)
+
     def sites(self, height: int, width: int) -> dict[Layer, AttentionSite]:
         """The attention layers on latents of this size."""
         if (height, width) not in self._grids:
@@ -187,7 +166,9 @@ class HookedModel:
         return self.standing is None and not self.answers
 
     @contextmanager
-    def answering(self, answers: dict[int, tuple[Control, int | None]], clip_norm: bool) -> Iterator[None]:
+    def answering(
+        self, answers: dict[int, tuple[Control, int | None]], clip_norm: bool, beside: Any = None
+    ) -> Iterator[None]:
         """Raises ValueError where the UNet call inside reached none of its attention layers."""
         self.answers, self.clip_norm, self.reached = answers, clip_norm, set()
         try:
@@ -492,66 +473,6 @@ def clip_norms(unet: UNetModel) -> list[nn.GroupNorm]:
 def share_key_frames(model: Any, key_frames: KeyFrames, clip_norm: bool) -> Any:
     """A MODEL whose frames see each other's key frames, for anyone's sampler; in context windows, the window's."""
     return HookedModel(model, lambda frames: Control(key_frames, Chunk.whole(frames)), clip_norm).patcher
-
-
-def count_layers(model: Any) -> int:
-    """How many attention layers a MODEL has."""
-    return len(attention_layers(model.model.diffusion_model))
-
-
-def sigma_at(sigmas: Tensor, timestep: float) -> Tensor:
-    """The sigma of a timestep, which may lie between two whole ones of a table, as the host interpolates it."""
-    low = int(timestep)
-    if low == timestep:
-        return sigmas[low]
-    share = timestep - low
-    return ((1 - share) * sigmas[low].log() + share * sigmas[low + 1].log()).exp()
-
-
-def schedule_of(sampling: Any, steps: int) -> Schedule:
-    """FateZero's timesteps (leading, offset 1) and the cumulative alphas of a host's schedule.
-
-    Raises ValueError for a number of steps or a schedule that DDIM cannot invert.
-    """
-    total = len(sampling.sigmas)
-    if not 1 <= steps < total:
-        raise ValueError(f"steps is {steps}; it must be between 1 and {total - 1}")
-    timesteps = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
-    return schedule_at(sampling, timesteps, 1 / (1 + sampling.sigmas[0].cpu() ** 2))
-
-
-def schedule_at(sampling: Any, timesteps: Sequence[float], clean: Tensor) -> Schedule:
-    """The schedule of some timesteps, noisy to clean, that ends at the cumulative alpha `clean`."""
-    table = sampling.sigmas.cpu()
-    sigmas = torch.stack([sigma_at(table, t) for t in reversed(timesteps)])
-    alphas = torch.cat([clean[None], 1 / (1 + sigmas**2)])
-    if alphas.min() < 1e-6:
-        raise ValueError("a schedule that ends at zero signal (zsnr) cannot be inverted")
-    return Schedule(tuple(timesteps), alphas)
-
-
-def schedule_along(sampling: Any, sigmas: Tensor) -> Schedule:
-    """The schedule of a SIGMAS that falls; whole timesteps where it comes near them.
-
-    Raises ValueError, naming `sigmas`, for one that does not fall or leaves the model's own range.
-    """
-    table, sigmas = sampling.sigmas.cpu().double(), sigmas.cpu().double()
-    if len(sigmas) < 2 or not (sigmas[:-1] > sigmas[1:]).all():
-        raise ValueError(f"sigmas: {[round(s, 4) for s in sigmas.tolist()]}; they must fall, or rise, in steps")
-    low, high = table[0].item(), table[-1].item()
-    if sigmas[0] > high * 1.001 or sigmas[-2] < low * 0.999 or sigmas[-1] < 0:
-        raise ValueError(
-            f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model knows {low:.4g} to "
-            f"{high:.4g}"
-        )
-    timesteps = [round(t) if abs(t - round(t)) < 2e-3 else t for t in timesteps_at(table, sigmas[:-1])]
-    return schedule_at(sampling, timesteps, 1 / (1 + sigmas[-1].float() ** 2))
-
-
-def timesteps_at(table: Tensor, sigmas: Tensor) -> list[float]:
-    """Where sigmas lie in a model's table of them, as the host interpolates it."""
-    found = np.interp(sigmas.double().log().numpy(), table.double().log().numpy(), np.arange(len(table)))
-    return [float(t) for t in found]
 
 
 def identity_of(patcher: Any) -> ModelIdentity:

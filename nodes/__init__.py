@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import FateZeroSpatioTemporalAttention
-from .demo import FateZeroDemoModel
+from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
 from .edit import FateZeroMaskPreview, FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .fatezero import FateZeroFusion
+from .flow_edit import FateZeroFlowEdit
 from .flow_smoothing import FateZeroFlowSmoothing, FateZeroSteady
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .layout import FateZeroLayout, FateZeroLayoutGuider
@@ -35,6 +36,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroEncodeVideo,
             FateZeroPromptEdit,
             FateZeroInvert,
+            FateZeroFlowEdit,
             FateZeroSampler,
             FateZeroFusion,
             FateZeroPnP,
@@ -58,4 +60,5 @@ class FateZeroExtension(ComfyExtension):
             FateZeroEvaluate,
             FateZeroCompareVideos,
             FateZeroDemoModel,
+            FateZeroDemoVideoModel,
         ]

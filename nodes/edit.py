@@ -17,11 +17,12 @@ from ..attention.prompt import PromptEdit
 from ..diffusion.edit import Edit, Injection, Propagation, Smoothing, first_step, unet_calls
 from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
 from ..hosts.comfyui_conditions import HostCondition
-from ..hosts.comfyui_unet import count_layers
+from ..hosts.comfyui_noise import noise_of
+from ..hosts.comfyui_transformer import count_layers, is_transformer
 from ..methods.fatezero import PRESETS, FusionSettings, preset_fusion
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of
-from ..methods.plug_and_play import PnPSettings
+from ..methods.plug_and_play import OF_UNETS, PnPSettings
 from ..video.sheet import heat_map
 from .inversion import CHUNK_FRAMES
 from .prompt import check_words
@@ -177,6 +178,8 @@ class Asked:
         fuses = isinstance(injection, FusionSettings)
         if fuses and self.prompt_edit is None:
             raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
+        if self.preset == "pnp" and is_transformer(self.model):
+            raise ValueError(f"preset: {OF_UNETS}")
         edit = Edit(
             positive, negative, self.guidance, self.prompt_edit if fuses else None, injection, mask, self.propagation,
             self.smoothing, self._moves(positive), self.strength,
@@ -184,7 +187,7 @@ class Asked:
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if mask is None and clips_mask is not None:
-            edit = only_inside(edit, clips_mask)
+            edit = only_inside(edit, noise_of(self.model).mask_of_host(clips_mask))
         _check(edit, self.positive, self.preset, self.store.steps)
         return edit
 
@@ -226,7 +229,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
     """What an edit fuses and spends; hooked: the attention layers that were reached, None before it ran."""
     calls = unet_calls(
         store.steps, edit.guidance_scale, store.kept_steps, edit.injection, edit.mask, edit.propagation, store.frames,
-        edit.strength,
+        edit.strength, is_transformer(model), 0 if store.drawn is None else store.drawn.draws,
     )  # fmt: skip
     lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
     lines.append("took nothing of the source" if edit.injection is None else edit.injection.summary(store.steps))
@@ -237,8 +240,8 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
     if edit.layout is not None:
         lines.append(edit.layout.summary(store.steps))
     lines.append(
-        f"{calls.edit:g} UNet evaluations of {store.frames} frames, {calls.source:g} more for the source; "
-        f"store of memory {store.memory}"
+        f"{calls.edit:g} model evaluations of {store.frames} frames, {calls.source:g} more for the source; "
+        + (f"store of memory {store.memory}" if store.drawn is None else "noise drawn (FlowEdit)")
     )
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
         lines.append(OTHER_TEXT)

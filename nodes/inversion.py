@@ -23,6 +23,7 @@ from ..hosts.comfyui import (
     source_of,
 )
 from ..hosts.comfyui_conditions import HostCondition, unsaveable
+from ..hosts.comfyui_noise import noise_of
 from ..metrics.preservation import psnr
 from ..settings import described_one
 from ..store.budget import StoreSettings, format_bytes
@@ -36,7 +37,7 @@ from .sockets import (
 )
 
 MODEL_AND_SOURCE = [
-    io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA on it count."),
+    io.Model.Input("model", tooltip="An SD 1.x, SD 2.x, SDXL or Wan text-to-video model; LoRA on it count."),
     io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
 ]
 _BUDGET, _PLACE = (described_one(StoreSettings, name).about.text for name in ("budget_gb", "place"))
@@ -56,6 +57,7 @@ SETTINGS = [
     widget(StoreSettings, "precision", advanced=True, optional=True),
     widget(StoreSettings, "keep_steps", advanced=True, optional=True),
     CHUNK_FRAMES,
+    widget(InversionSettings, "order", advanced=True, optional=True),
 ]
 """The widgets of an inversion, beside its steps."""
 
@@ -70,12 +72,13 @@ def asked_of(
     precision: Any = "model",
     keep_steps: float = 1.0,
     chunk_frames: int = 0,
+    order: int = 1,
 ) -> InvertSettings:
     """What `SETTINGS` hold."""
     folder = Path(folder_paths.get_temp_directory())
     store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
     prompt = source[0][1].get(PROMPT_KEY)
-    return InvertSettings(KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt)
+    return InvertSettings(KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order)
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -91,7 +94,9 @@ class FateZeroInvert(io.ComfyNode):
             search_aliases=["ddim inversion", "unsampler", "invert", "noise"],
             inputs=[
                 *MODEL_AND_SOURCE,
-                io.Latent.Input("latent", tooltip="The clip, one latent for each frame (Encode Video)."),
+                io.Latent.Input(
+                    "latent", tooltip="The clip: a latent for each frame, or a video autoencoder's (Encode Video)."
+                ),
                 STEPS,
                 *SETTINGS,
             ],
@@ -105,8 +110,7 @@ class FateZeroInvert(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **settings: Any) -> io.NodeOutput:
         samples, told = latent["samples"], [""]
-        if samples.ndim != 4:
-            raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
+        noise_of(model).of_host(samples)  # which raises for latents of another kind
 
         def tell(text: str) -> None:
             told[0] = text
@@ -145,15 +149,15 @@ class FateZeroReconstructionCheck(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor, chunk_frames: int = 0) -> io.NodeOutput:
-        if len(images) != store.frames:
-            raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
         store = store.with_model(model)
         positive = replace(source_of(store), role="positive")
         (samples,), _ = edit_clip(model, store, [Edit(positive, guidance_scale=1.0)], chunk_frames or None)
         replay = vae.decode(samples)
+        replay = replay.reshape(-1, *replay.shape[-3:])[: len(images)]  # a video's has its clips first
         if replay.shape != images[..., :3].shape:
             raise ValueError(
-                f"images: {images.shape[2]}x{images.shape[1]}, but the store gives {replay.shape[2]}x{replay.shape[1]}"
+                f"images: {len(images)} of {images.shape[2]}x{images.shape[1]}, but the store gives {len(replay)} of "
+                f"{replay.shape[2]}x{replay.shape[1]}"
             )
         pairs = zip(replay.movedim(-1, 1).split(1), images[..., :3].movedim(-1, 1).split(1), strict=True)
         values = [psnr(a.cpu(), b.cpu()) for a, b in pairs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
@@ -23,7 +25,9 @@ class FateZeroPromptEdit(io.ComfyNode):
             description="A prompt that describes the video as it is, and one as it shall be.",
             search_aliases=["prompt to prompt", "p2p", "clip text encode", "refine", "replace", "reweight"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of the model: CLIP of SD 1.x, SD 2.x or SDXL."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the model: CLIP of SD 1.x, SD 2.x or SDXL, UMT5 of Wan."
+                ),
                 io.String.Input(
                     "source",
                     multiline=True,
@@ -98,7 +102,7 @@ def encoded(clip: Any, text: str, pair: PromptEdit, name: str) -> list[list[Any]
     pair: any with the text's tokenizer.
     """
     words, tokens = unweighted(text), clip.tokenize(text)
-    _check_layout(tokens, pair.word_tokens(words), name)
+    _check_layout(tokens, pair, words, name)
     found = clip.encode_from_tokens_scheduled(tokens)
     return [[embeddings, {**options, PROMPT_KEY: words, TEXT_KEY: embeddings}] for embeddings, options in found]
 
@@ -109,21 +113,36 @@ def unweighted(prompt: str) -> str:
     return " ".join(unescape_important("".join(text for text, _ in parts)).split())
 
 
+@dataclass(frozen=True)
+class _Sentences:
+    """The host's sentencepiece tokenizer as `PromptEdit` asks one: content alone, without marks."""
+
+    of_host: Any
+    bos_token_id: None = None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=self.of_host.tokenizer.encode(text, add_bos=False, add_eos=False))
+
+
 def clip_tokenizer(clip: Any) -> Any:
-    """The CLIP tokenizer inside a CLIP; ValueError for a text encoder of another kind."""
+    """The tokenizer inside a CLIP of SD's, or inside Wan's UMT5; ValueError for a text encoder of another kind."""
     for name in ("clip_l", "clip_h", "clip_g"):
         if hasattr(clip.tokenizer, name):
             return getattr(clip.tokenizer, name).tokenizer
+    if hasattr(clip.tokenizer, "clip_umt5xxl"):
+        return _Sentences(clip.tokenizer.clip_umt5xxl.tokenizer)
     raise ValueError(
-        f"clip: {type(clip.tokenizer).__name__} is no CLIP; FateZero needs the text encoder of SD 1.x, SD 2.x or SDXL"
+        f"clip: {type(clip.tokenizer).__name__} is neither CLIP nor UMT5; FateZero needs the text encoder of SD 1.x, "
+        "SD 2.x, SDXL or Wan"
     )
 
 
-def _check_layout(tokens: dict[str, Any], words: list[list[int]], name: str) -> None:
+def _check_layout(tokens: dict[str, Any], pair: PromptEdit, words: str, name: str) -> None:
     """The host must put tokens where the alignment looks for them."""
-    expected = [token for word in words for token in word]
+    expected = [token for word in pair.word_tokens(words) for token in word]
+    first = pair.columns.of(0)
     for rows in tokens.values():
-        content = [row[1 : BLOCK + 1] for row in rows]
+        content = [row[first : BLOCK + first] if first else row for row in rows]
         found = [item[0] for row in content for item in row][: len(expected)]
         if any(not isinstance(token, int) for token in found) or found != expected:
             raise ValueError(

@@ -8,8 +8,9 @@ from comfy_api.latest import io, ui
 
 from ..hosts.comfyui import EditGuider, InvertGuider, store_of
 from ..hosts.comfyui_conditions import HostCondition
-from ..hosts.comfyui_sampling import DDIMSampler, sigmas_of
-from ..hosts.comfyui_unet import check_model, schedule_of
+from ..hosts.comfyui_noise import noise_of
+from ..hosts.comfyui_sampling import DDIMSampler
+from ..hosts.comfyui_transformer import hooked
 from .edit import INPUTS, Asked, report_of
 from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, asked_of
 from .sockets import AttentionStoreSocket, schema, show_on_node
@@ -35,8 +36,9 @@ class FateZeroSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, steps: int) -> io.NodeOutput:
-        check_model(model)
-        return io.NodeOutput(sigmas_of(schedule_of(model.get_model_object("model_sampling"), steps)))
+        hooked(model)  # which raises for a model that is not known
+        noisy = noise_of(model)
+        return io.NodeOutput(noisy.sigmas(noisy.schedule(steps)))
 
 
 class FateZeroDDIM(io.ComfyNode):

@@ -204,14 +204,21 @@ class FateZeroEncodeVideo(io.ComfyNode):
         return schema(
             node_id="FateZeroEncodeVideo",
             display_name="Encode Video (FateZero)",
-            description="VAE-encode frames in chunks, so that long clips fit in memory.",
+            description="VAE-encode frames in chunks, so that long clips fit in memory. A video VAE (Wan's) sees all "
+            "at once; the last frame is repeated where it wants more.",
             search_aliases=["vae encode video", "vae encode batch"],
             inputs=[
                 io.Image.Input("images", tooltip="The frames of a clip."),
                 io.Vae.Input("vae", tooltip="The VAE of the model that will edit."),
                 io.Int.Input("chunk_size", default=8, min=1, max=4096, tooltip="Frames encoded at a time."),
             ],
-            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="One latent for each frame.")],
+            outputs=[
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="One latent for each frame, or of a video VAE for each few.",
+                )
+            ],
         )
 
     @classmethod
@@ -220,6 +227,11 @@ class FateZeroEncodeVideo(io.ComfyNode):
         height, width = images.shape[1:3]
         if height % ratio or width % ratio:
             raise ValueError(f"images: {width}x{height} must be multiples of {ratio}; use Load Video Frames (FateZero)")
+        if getattr(vae, "latent_dim", 2) == 3:  # a video's, which sees all frames and wants a number of its own
+            of_latent = vae.temporal_compression_decode() or 1
+            missing = -(len(images) - 1) % of_latent
+            clip = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+            return io.NodeOutput({"samples": vae.encode(clip[..., :3])})
         bar = comfy.utils.ProgressBar(len(images))
         parts = []
         for chunk in images.split(chunk_size):

@@ -3,7 +3,9 @@
 The host loads this file by itself; it knows nothing of the tests.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import comfy.cli_args
 import comfy.gligen
@@ -14,6 +16,7 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import load_file
 
 UNET = {
     "image_size": 32,
@@ -140,6 +143,29 @@ class DemoModel(io.ComfyNode):
             return io.NodeOutput(sys.modules[pack].load_demo()[0])
         finally:
             setattr(comfy.cli_args.args, f"{dtype}_unet", False)
+
+
+@node("OtherWan", [io.String.Input("folder"), io.Float.Input("shift")], [io.Model.Output(), io.Clip.Output()])
+class Wan(io.ComfyNode):
+    """The transformer and text encoder of a Wan folder of diffusers'."""
+
+    @classmethod
+    def execute(cls, folder, shift):
+        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui_demo"))
+        folder = Path(folder)
+        weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        about = json.loads((folder / "transformer" / "config.json").read_text())
+        return io.NodeOutput(sys.modules[pack].wan_model(weights, about, shift), sys.modules[pack].wan_clip(folder))
+
+
+@node("OtherLatent", [io.Int.Input("seed"), io.String.Input("shape")], [io.Latent.Output()])
+class Latent(io.ComfyNode):
+    """Random latents of a shape, by commas."""
+
+    @classmethod
+    def execute(cls, seed, shape):
+        generator = torch.Generator().manual_seed(seed)
+        return io.NodeOutput({"samples": torch.randn([int(n) for n in shape.split(",")], generator=generator)})
 
 
 SCALE = [io.Model.Input("model"), io.Float.Input("scale", min=-10)]
@@ -299,7 +325,7 @@ class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
-            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs,
+            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent,
         ]  # fmt: skip
 
 

@@ -1,0 +1,276 @@
+"""A ComfyUI MODEL's video transformer: Wan's attention, hooked on a clone by the host's public hooks.
+
+`patches_replace["dit"]` wraps each block, which then takes the branches of a call one after another, the source's
+first; `optimized_attention_override` sees every attention of a block: the first of a branch is self-, the second
+cross-attention. Overrides and block patches that other packs set stay: the first as the kernel, the second around the
+block's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import comfy.patcher_extension
+import torch
+from comfy.ldm.wan.model import WanModel
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.control import AttentionSite, Control, Kind
+from ..store.identity import IdentityCache, ModelIdentity
+from ..store.records import Beside
+from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
+from .comfyui_unet import HookedModel, attention_layers, unpatched
+
+WrappersMP = comfy.patcher_extension.WrappersMP
+
+_IDENTITIES = IdentityCache()
+_HERE = "fatezero_here"
+"""What options are told of the branch and block under way."""
+
+
+def is_transformer(model: Any) -> bool:
+    """Whether a MODEL is a video transformer of a kind that is known."""
+    return isinstance(model.model.diffusion_model, WanModel)
+
+
+def check_transformer(model: Any) -> None:
+    """Raise ValueError for a Wan of another kind than text to video, or sampled otherwise than as a flow."""
+    unet = model.model.diffusion_model
+    plain = type(unet) is WanModel and unet.model_type == "t2v" and unet.in_dim == unet.out_dim
+    if not plain or getattr(unet, "ref_conv", None) is not None:
+        raise ValueError(
+            f"model: {type(model.model).__name__} takes more than text (Wan {unet.model_type}, {unet.in_dim} channels "
+            f"in). FateZero works with {WORKING_MODELS}"
+        )
+    if not isinstance(noise_of(model), FlowNoise):
+        raise ValueError("model: is a video transformer that is not sampled as a flow")
+
+
+@dataclass
+class _Here:
+    """Where an attention call is: the block, the branch, and how many calls the branch has made in it."""
+
+    block: int
+    branch: int
+    calls: int = 0
+
+
+class HookedTransformer:
+    """A clone of a MODEL whose attention layers ask a control, with `HookedModel`'s interface.
+
+    `answers` says which control answers for which branch of a call, and how many text tokens its prompt has: 0 is the
+    positive one, 1 the negative, as in the host's `cond_or_uncond`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Raises ValueError for a MODEL that is no Wan for text to video."""
+        check_transformer(model)
+        self.patcher = model.clone()
+        self.answers: dict[int, tuple[Control, int | None]] = {}
+        self.one_text = False
+        self.reached: set[str] = set()
+        self._unet = model.model.diffusion_model
+        self._sites: dict[tuple[int, int], dict[str, AttentionSite]] = {}
+        self._grid = (0, 0)
+        self._beside: Beside | None = None
+        self._conditions: Any = None
+        self._source = -1
+        """Which branch of the call under way is the source's, where it is beside the edit's."""
+        options = self.patcher.model_options["transformer_options"]
+        found = options.get("optimized_attention_override")
+        self._kernel = getattr(found, "previous", found)
+        options["optimized_attention_override"] = self._override(self._kernel)
+        replaced = options.get("patches_replace", {}).get("dit", {})
+        for i in range(len(self._unet.blocks)):
+            theirs = replaced.get(("double_block", i))
+            self.patcher.set_model_patch_replace(
+                self._block(i, getattr(theirs, "previous", theirs)), "dit", "double_block", i
+            )
+        around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
+        for kind, wrapper in around.items():
+            self.patcher.remove_wrappers_with_key(kind, "fatezero")
+            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+
+    def identity(self) -> ModelIdentity:
+        """What tells the MODEL from another, LoRA on it or not."""
+        model, unet = self.patcher.model, self._unet
+        layout = (
+            f"{type(model).__name__} in={unet.in_dim} {len(unet.blocks)} blocks of {unet.num_heads} heads, {unet.dim}"
+        )
+        keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
+        return _IDENTITIES.of(model, layout, model.get_dtype(), {key: unpatched(self.patcher, key) for key in keys})
+
+    def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
+        """The attention layers on latents of this size, which the host pads to whole patches."""
+        if (height, width) not in self._sites:
+            _, down, across = self._unet.patch_size
+            grid = -(-height // down), -(-width // across)
+            heads, kinds = self._unet.num_heads, ("self", "cross")
+            found = [
+                AttentionSite("block", i, kind, heads, self._unet.dim // heads, *grid)  # type: ignore[arg-type]
+                for i in range(len(self._unet.blocks))
+                for kind in kinds
+            ]
+            self._sites[height, width] = {site.name: site for site in found}
+        return self._sites[height, width]
+
+    @contextmanager
+    def answering(
+        self,
+        answers: dict[int, tuple[Control, int | None]],
+        clip_norm: bool,
+        beside: tuple[Beside, Any] | None = None,
+    ) -> Iterator[None]:
+        """beside: the source's branch, to run in the same calls, and the host's conditions of it.
+
+        Raises ValueError where the call inside reached none of its attention layers.
+        """
+        if clip_norm:
+            raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+        self.answers, self.reached = answers, set()
+        self._beside, self._conditions = beside or (None, None)
+        try:
+            yield
+            if not self.reached:
+                raise ValueError(
+                    "model: a call reached none of its attention layers: another node on the model skips calls "
+                    "(EasyCache, LazyCache, TeaCache) or replaces its attention; remove it"
+                )
+        finally:
+            self.answers, self._source = {}, -1
+            self._beside = self._conditions = None
+
+    # Plain closures, because the host copies what it finds in a model's options.
+
+    def _joined(self) -> Callable[..., Any]:
+        """The source's conditions beside those of a call, its latents in the place of the call's (`_around`)."""
+
+        def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, *rest: Any) -> Any:
+            beside = self._beside
+            if beside is None or not self.answers or conds[0] is None:
+                return executor(model, conds, x, sigma, *rest)
+            self._source = len(conds)
+            try:
+                *results, clean = executor(model, [*conds, self._conditions], x, sigma, *rest)
+            finally:
+                self._source = -1
+            beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
+            return results
+
+        return joined
+
+    def _around(self) -> Callable[..., Tensor]:
+        def around(executor: Any, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+            if not self.answers:
+                return executor(x, *rest, **more)
+            self._grid = x.shape[-2], x.shape[-1]
+            # of the host's (x, t, context, clip_fea, time_dim_concat, transformer_options)
+            options = more["transformer_options"] if "transformer_options" in more else rest[4]
+            branches = options["cond_or_uncond"]
+            if len(x) != len(branches):
+                raise ValueError(f"latent: holds {len(x) // len(branches)} clips; FateZero edits one")
+            if self._beside is not None and self._source in branches:
+                x = x.clone()
+                x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
+            return executor(x, *rest, **more)
+
+        return around
+
+    def _block(self, index: int, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
+        """A block that takes its branches one after another."""
+
+        def block(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+            forward = extra["original_block"] if theirs is None else lambda own: theirs(own, extra)
+            if not self.answers:
+                return forward(args)
+            options = args["transformer_options"]
+            branches = options["cond_or_uncond"]
+            order = sorted(range(len(branches)), key=lambda row: branches[row] != self._source)
+            done: list[Tensor | None] = [None] * len(branches)
+            for row in order:
+                here = _Here(index, branches[row])
+                of_row = {**options, "cond_or_uncond": [branches[row]], _HERE: here}
+                own = {name: _row_of(value, row, len(branches)) for name, value in args.items()}
+                done[row] = forward({**own, "transformer_options": of_row})["img"]
+            return {"img": done[0] if len(done) == 1 else torch.cat(done)}  # type: ignore[arg-type]
+
+        block.previous = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
+        return block
+
+    def _override(self, theirs: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+        def override(
+            func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: Any, **more: Any
+        ) -> Tensor:
+            kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
+            here = (more.get("transformer_options") or {}).get(_HERE)
+            if here is None or not self.answers:
+                return kernel(q, k, v, heads, *rest, **more)
+            kind: Kind = "cross" if here.calls else "self"
+            here.calls += 1
+            more = {name: value for name, value in more.items() if name not in ("skip_reshape", "skip_output_reshape")}
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                k, v = (t.expand(len(q), -1, -1, -1) for t in (k, v))
+                q, k, v = (t.contiguous() for t in (q, k, v))
+                return kernel(q, k, v, heads, *rest, **more, skip_reshape=True, skip_output_reshape=True)
+
+            return self._attend(here, kind, q, k, v, heads, attend)
+
+        override.previous = theirs  # type: ignore[attr-defined]
+        return override
+
+    def _attend(
+        self, here: _Here, kind: Kind, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Callable[..., Tensor]
+    ) -> Tensor:
+        """One layer of one branch, (1, tokens, channels), by its control."""
+        site = self.sites(*self._grid)[f"block.{here.block}.{kind}"]
+        frames, rest = divmod(q.shape[1], site.tokens)
+        if rest:
+            raise ValueError(
+                f"{site.name} has {q.shape[1]} tokens, no multiple of {site.height}x{site.width}: another node on the "
+                "model adds or merges tokens; remove it"
+            )
+        control, text_tokens = self._answer(here.branch)
+        control.attend = attend
+        q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
+        if kind == "cross":
+            k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
+            output = control.cross_attention(q4, k4, v4, site)
+        else:
+            k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
+            output = control.self_attention(q4, k4, v4, site)
+        if self._beside is not None and here.branch == 0 and self._source >= 0:
+            self._beside.control.forget(site.name)
+        self.reached.add(site.name)
+        return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
+
+    def _answer(self, branch: int) -> tuple[Control, int | None]:
+        """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
+        if self._beside is not None and branch == self._source:
+            return self._beside.control, self._beside.condition.text_tokens
+        return self.answers.get(branch) or self.answers.get(1, self.answers[0])
+
+
+def _row_of(value: Any, row: int, rows: int) -> Any:
+    """A branch's row of what a block is given; what all share as it is."""
+    return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
+
+
+def hooked(model: Any, kinds: Sequence[Kind] = get_args(Kind)) -> HookedModel | HookedTransformer:
+    """A clone of a MODEL, hooked as its kind asks for; ValueError for one that FateZero does not know.
+
+    kinds: of attention layers, of a UNet; some alone are hooked of no transformer.
+    """
+    if is_transformer(model) and len(kinds) == len(get_args(Kind)):
+        return HookedTransformer(model)
+    return HookedModel(model, kinds=kinds)
+
+
+def count_layers(model: Any) -> int:
+    """How many attention layers a MODEL has."""
+    unet = model.model.diffusion_model
+    return 2 * len(unet.blocks) if is_transformer(model) else len(attention_layers(unet))

@@ -1,0 +1,45 @@
+"""FlowEdit: a clip with drawn noise, in the place of its inversion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..hosts.comfyui import NOISE_MASK, draw_clip
+from ..hosts.comfyui_conditions import HostCondition
+from ..methods.flow_edit import FlowEditSettings
+from .inversion import MODEL_AND_SOURCE, STEPS
+from .settings import made, widgets
+from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
+
+
+class FateZeroFlowEdit(io.ComfyNode):
+    """What Edit Video edits without an inversion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroFlowEdit",
+            display_name="FlowEdit (FateZero)",
+            description="In the place of Invert Video: the clip with noise that is drawn, not inverted, so that Edit "
+            "Video goes along the difference of both prompts' predictions (FlowEdit). For Edit Video with preset none, "
+            "guidance 8 to 13 and strength 0.7, or with what it takes of the source, and masks, as for an inversion.",
+            search_aliases=["flow edit", "inversion-free", "rectified flow", "rf edit"],
+            inputs=[
+                *MODEL_AND_SOURCE,
+                io.Latent.Input("latent", tooltip="The clip, as for Invert Video (Encode Video)."),
+                STEPS,
+                *widgets(FlowEditSettings),
+            ],
+            outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **values: Any) -> io.NodeOutput:
+        condition = HostCondition.of_socket(source, "source", "source")
+        settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
+        return io.NodeOutput(
+            draw_clip(model, latent["samples"], condition, steps, settings, prompt, latent.get(NOISE_MASK))
+        )
