@@ -247,6 +247,8 @@ class EditGuider(LoopGuider):
         inside = noise_of(self.model_patcher).mask_of_host(mask) if masked else None
         self._asked = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
         self.done = []
+        if not isinstance(sampler, DDIMSampler):
+            noise, latent_image = noise_of(self.model_patcher).begun(self.model_patcher.model, latent_image, sigmas[0])
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
         self.tell(self.reached)
         return result

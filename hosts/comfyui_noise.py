@@ -105,6 +105,10 @@ class HostNoise:
         """The host's latents of a sigma."""
         return clean + noise * sigma
 
+    def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(noise, latent_image) from which a sampler of the host's begins at these noisy LATENT samples."""
+        return torch.zeros_like(samples), samples
+
     def at_end(self, latents: Tensor, alpha: float) -> Tensor:
         """The library's latents of a run's noisy end, whose alpha this is, at the host's scale."""
         return latents / alpha**0.5
@@ -166,6 +170,10 @@ class FlowNoise(HostNoise):
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return (1 - sigma) * clean + sigma * noise
+
+    def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The host takes (1 - sigma) of the latents, which is nothing of them where there is noise alone."""
+        return model.process_latent_in(samples) / sigma, torch.zeros_like(samples)
 
     def at_end(self, latents: Tensor, alpha: float) -> Tensor:
         return latents

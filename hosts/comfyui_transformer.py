@@ -23,7 +23,7 @@ from ..attention.control import AttentionSite, Control, Kind
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
-from .comfyui_unet import HookedModel, attention_layers, unpatched
+from .comfyui_unet import HookedModel, attention_layers, check_model, unpatched
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -268,6 +268,11 @@ def hooked(model: Any, kinds: Sequence[Kind] = get_args(Kind)) -> HookedModel | 
     if is_transformer(model) and len(kinds) == len(get_args(Kind)):
         return HookedTransformer(model)
     return HookedModel(model, kinds=kinds)
+
+
+def check_known(model: Any) -> None:
+    """Raise ValueError for a MODEL that FateZero does not know."""
+    (check_transformer if is_transformer(model) else check_model)(model)
 
 
 def count_layers(model: Any) -> int:

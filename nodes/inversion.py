@@ -24,6 +24,7 @@ from ..hosts.comfyui import (
 )
 from ..hosts.comfyui_conditions import HostCondition, unsaveable
 from ..hosts.comfyui_noise import noise_of
+from ..hosts.comfyui_transformer import check_known
 from ..metrics.preservation import psnr
 from ..settings import described_one
 from ..store.budget import StoreSettings, format_bytes
@@ -110,6 +111,7 @@ class FateZeroInvert(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **settings: Any) -> io.NodeOutput:
         samples, told = latent["samples"], [""]
+        check_known(model)
         noise_of(model).of_host(samples)  # which raises for latents of another kind
 
         def tell(text: str) -> None:

@@ -10,7 +10,7 @@ from ..hosts.comfyui import EditGuider, InvertGuider, store_of
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_noise import noise_of
 from ..hosts.comfyui_sampling import DDIMSampler
-from ..hosts.comfyui_transformer import hooked
+from ..hosts.comfyui_transformer import check_known
 from .edit import INPUTS, Asked, report_of
 from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, asked_of
 from .sockets import AttentionStoreSocket, schema, show_on_node
@@ -36,7 +36,7 @@ class FateZeroSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, steps: int) -> io.NodeOutput:
-        hooked(model)  # which raises for a model that is not known
+        check_known(model)
         noisy = noise_of(model)
         return io.NodeOutput(noisy.sigmas(noisy.schedule(steps)))
 

@@ -63,6 +63,10 @@ FLUX = {
 }
 if "txt_ids_dims" in getattr(FluxParams, "__dataclass_fields__", {}):
     FLUX["txt_ids_dims"] = []  # newer hosts
+WAN_I2V = {
+    "image_model": "wan2.1", "model_type": "i2v", "dim": 24, "ffn_dim": 24, "num_heads": 2, "num_layers": 1,
+    "in_dim": 36, "out_dim": 16, "text_dim": 16,
+}  # fmt: skip
 V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
 """What tells the host that an SD 2.x predicts v."""
 
@@ -74,6 +78,7 @@ def random_model(kind):
         "sd2_v": (known.SD20(UNET), V_PREDICTION),
         "sdxl": (known.SDXL({**UNET, **SDXL}), {}),
         "flux": (known.Flux(FLUX), {}),
+        "wan_i2v": (known.WAN21_I2V(WAN_I2V), {}),
     }[kind]
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(mark)
@@ -99,7 +104,7 @@ def node(name, inputs, outputs, **more):
     return of
 
 
-KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux"])
+KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v"])
 
 
 @node("OtherRandomModel", [KIND], [io.Model.Output()])
@@ -145,17 +150,56 @@ class DemoModel(io.ComfyNode):
             setattr(comfy.cli_args.args, f"{dtype}_unet", False)
 
 
-@node("OtherWan", [io.String.Input("folder"), io.Float.Input("shift")], [io.Model.Output(), io.Clip.Output()])
+SCALE = [io.Model.Input("model"), io.Float.Input("scale", min=-10)]
+WAN = [
+    io.String.Input("folder"),
+    io.Float.Input("shift"),
+    io.Combo.Input("dtype", options=["fp32", "bf16", "fp8_e4m3fn"], default="fp32"),
+]
+
+
+@node("OtherWan", WAN, [io.Model.Output(), io.Clip.Output()])
 class Wan(io.ComfyNode):
-    """The transformer and text encoder of a Wan folder of diffusers'."""
+    """The transformer and text encoder of a Wan folder of diffusers', in a precision."""
 
     @classmethod
-    def execute(cls, folder, shift):
+    def execute(cls, folder, shift, dtype):
         pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui_demo"))
         folder = Path(folder)
         weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         about = json.loads((folder / "transformer" / "config.json").read_text())
-        return io.NodeOutput(sys.modules[pack].wan_model(weights, about, shift), sys.modules[pack].wan_clip(folder))
+        setattr(comfy.cli_args.args, f"{dtype}_unet", True)
+        try:
+            return io.NodeOutput(sys.modules[pack].wan_model(weights, about, shift), sys.modules[pack].wan_clip(folder))
+        finally:
+            setattr(comfy.cli_args.args, f"{dtype}_unet", False)
+
+
+@node("OtherAttention", SCALE, [io.Model.Output()])
+class Attention(io.ComfyNode):
+    """Every attention's output times a number, as packs for other kernels take its place."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        patched = model.clone()
+        options = patched.model_options["transformer_options"]
+        options["optimized_attention_override"] = lambda func, *args, **kwargs: scale * func(*args, **kwargs)
+        return io.NodeOutput(patched)
+
+
+@node("OtherBlock", SCALE, [io.Model.Output()])
+class Block(io.ComfyNode):
+    """What the second block adds times a number, by a replacement of the block."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        def block(args, extra):
+            before = args["img"]
+            return {"img": before + scale * (extra["original_block"](args)["img"] - before)}
+
+        patched = model.clone()
+        patched.set_model_patch_replace(block, "dit", "double_block", 1)
+        return io.NodeOutput(patched)
 
 
 @node("OtherLatent", [io.Int.Input("seed"), io.String.Input("shape")], [io.Latent.Output()])
@@ -166,9 +210,6 @@ class Latent(io.ComfyNode):
     def execute(cls, seed, shape):
         generator = torch.Generator().manual_seed(seed)
         return io.NodeOutput({"samples": torch.randn([int(n) for n in shape.split(",")], generator=generator)})
-
-
-SCALE = [io.Model.Input("model"), io.Float.Input("scale", min=-10)]
 
 
 @node("OtherAttn2", SCALE, [io.Model.Output()])
@@ -325,7 +366,7 @@ class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
-            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent,
+            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block,
         ]  # fmt: skip
 
 

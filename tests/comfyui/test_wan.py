@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui.graph import Graph, Node
+from comfyui.host import NodeError
+from safetensors.torch import save_file
 from wan import write_wan
 
-from fatezero import FlowEditSettings, FusionSettings, PromptEdit, draw, edit, invert
+from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
 from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.hosts.checkpoint_wan import WanCheckpoint
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
@@ -133,9 +135,164 @@ def test_flow_edit_agrees(host, graph, checkpoint, preset):
     assert relative(by_host(host, graph, checkpoint), ours) < 1e-4
 
 
-def test_calls_of_their_own_give_the_same(host, graph, checkpoint):
+# --- with other nodes in the chain ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(host, folder, checkpoint) -> torch.Tensor:
+    return by_host(host, WanGraph(folder=str(folder)), checkpoint)
+
+
+def test_calls_of_their_own_give_the_same(host, graph, checkpoint, plain):
     """Where a card is full, the host runs branches one by one: the source's first."""
-    together = by_host(host, graph, checkpoint)
     graph.both(graph.add("OtherSeparateCalls", model=graph.model[0])[0])
-    assert relative(by_host(host, graph, checkpoint), together) < 1e-5
-    assert isinstance(preset_fusion("style"), FusionSettings)
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["OtherAttention", "OtherBlock"])
+def test_other_packs_attention_and_blocks_stay(host, graph, checkpoint, plain, kind):
+    other = graph.add(kind, model=graph.model[0], scale=1.0)
+    graph.both(other[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+    graph.set(other, scale=0.5)
+    assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
+
+
+def test_weights_that_wait_elsewhere(host, graph, checkpoint, plain):
+    graph.both(graph.add("OtherLowVram", model=graph.model[0])[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("bf16", 0.1), ("fp8_e4m3fn", 0.3)])
+def test_other_precisions_come_near(host, graph, checkpoint, plain, dtype, near):
+    graph.set(graph.model, dtype=dtype)
+    assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < near
+
+
+def test_the_shift_is_the_models(host, graph, checkpoint, plain):
+    graph.set(graph.model, shift=8.0)
+    shifted = graph.add("ModelSamplingSD3", model=graph.model[0], shift=SHIFT)
+    graph.both(shifted[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+
+
+@pytest.fixture
+def lora(host, folder) -> str:
+    """A random LoRA of all attention layers."""
+    random, tensors = torch.Generator().manual_seed(0), {}
+    for i in range(4):
+        for layer in (f"blocks.{i}.{kind}_attn.{name}" for kind in ("self", "cross") for name in "qkvo"):
+            tensors[f"diffusion_model.{layer}.lora_B.weight"] = 0.3 * torch.randn(24, 2, generator=random)
+            tensors[f"diffusion_model.{layer}.lora_A.weight"] = 0.3 * torch.randn(2, 24, generator=random)
+    save_file(tensors, host.base / "models/loras/wan.safetensors")
+    return "wan.safetensors"
+
+
+def test_a_lora_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, checkpoint, plain, lora):
+    """The source then runs on its own weights, in calls of its own."""
+    loaded = graph.add("LoraLoaderModelOnly", model=graph.model[0], lora_name=lora, strength_model=1.0)
+    graph.both(loaded[0])
+    both = by_host(host, graph, checkpoint)
+    graph.set(graph.invert, model=graph.model[0])
+    alone = by_host(host, graph, checkpoint)
+    assert min(relative(both, plain), relative(alone, plain), relative(alone, both)) > 1e-3
+    graph.set(loaded, strength_model=0.0)
+    assert torch.equal(by_host(host, graph, checkpoint), plain)
+
+
+def test_windows_over_frames(host, graph, checkpoint, plain):
+    windows = graph.add(
+        "ContextWindowsManual", model=graph.model[0], context_length=FRAMES, context_overlap=1,
+        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
+        freenoise=False,
+    )  # fmt: skip
+    graph.both(windows[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5, "one window holds all frames"
+    graph.set(windows, context_length=2)
+    assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < 1
+    graph.set(windows, dim=0)
+    with pytest.raises(NodeError, match="along dim 0; frames lie along dim 2"):
+        by_host(host, graph, checkpoint)
+
+
+SLG = {
+    "double_layers": "1", "single_layers": "", "scale": 2.0, "start_percent": 0.0, "end_percent": 1.0,
+    "rescaling_scale": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("SkipLayerGuidanceDiT", SLG), ("CFGZeroStar", {})])
+def test_other_guidance(host, graph, checkpoint, plain, kind, settings):
+    graph.set(graph.edit, model=graph.add(kind, model=graph.model[0], **settings)[0])
+    assert relative(by_host(host, graph, checkpoint), plain) > 1e-4
+
+
+def test_a_mask_of_the_latent_keeps_the_rest(host, graph, checkpoint):
+    solid = graph.add("SolidMask", value=0.0, width=48, height=32)
+    box = graph.add("SolidMask", value=1.0, width=24, height=32)
+    mask = graph.add("MaskComposite", destination=solid[0], source=box[0], x=0, y=0, operation="add")
+    masked = graph.add("SetLatentNoiseMask", samples=graph.latent[0], mask=mask[0])
+    graph.set(graph.invert, latent=masked[0])
+    done, clip = by_host(host, graph, checkpoint), library_latents(checkpoint)
+    assert relative(done[..., 3:], clip[..., 3:]) < 1e-5
+    assert relative(done[..., :3], clip[..., :3]) > 1e-2
+
+
+@pytest.mark.parametrize("sampler", ["FateZeroDDIM", "euler"])
+def test_the_guiders_do_the_same(host, graph, checkpoint, plain, sampler):
+    sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
+    guider = graph.add(
+        "FateZeroInvertGuider", model=graph.model[0], source=graph.words[0], key_frames="self, middle",
+        clip_norm=False, memory="recompute", budget_gb=2.0,
+    )  # fmt: skip
+    ours, quiet = graph.add("FateZeroDDIM"), graph.add("DisableNoise")
+    flipped = graph.add("FlipSigmas", sigmas=sigmas[0])
+    noise = graph.add(
+        "SamplerCustomAdvanced", noise=quiet[0], guider=guider[0], sampler=ours[0], sigmas=flipped[0],
+        latent_image=graph.latent[0],
+    )  # fmt: skip
+    store = graph.add("FateZeroStoreOfInversion", noise=noise[0])
+    edited = graph.add(
+        "FateZeroEditGuider", model=graph.model[0], positive=graph.words[1], negative=graph.negative[0],
+        store=store[0], prompt_edit=graph.words[2], guidance=5.0, preset="style",
+    )  # fmt: skip
+    chosen = ours if sampler == "FateZeroDDIM" else graph.add("KSamplerSelect", sampler_name=sampler)
+    graph.edit = graph.add(
+        "SamplerCustomAdvanced", noise=quiet[0], guider=edited[0], sampler=chosen[0], sigmas=sigmas[0],
+        latent_image=noise[0],
+    )  # fmt: skip
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-4
+
+
+def test_no_trace_is_left_on_the_model(host, graph):
+    before = graph.add("OtherHooks", model=graph.model[0])
+    told = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
+    host.latents(graph.prompt, graph.edit[0])
+    after = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
+    assert told.outputs[before.id]["text"] == after.outputs[before.id]["text"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("wan_i2v", "takes more than text .Wan i2v"), ("flux", "no attention UNet for pictures")]
+)
+def test_other_transformers_are_refused(host, graph, kind, error):
+    graph.both(graph.add("OtherRandomModel", kind=kind)[0])
+    with pytest.raises(NodeError, match=error):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"preset": "pnp"}, "Plug-and-Play takes a feature"),
+        ({"propagation": "FateZeroTokenFlow"}, "TokenFlow is for UNets"),
+    ],
+)
+def test_parts_that_are_of_unets(host, graph, part, error):
+    for name, value in part.items():
+        given = value
+        if name == "propagation":
+            given = graph.add(value, batch_frames=2, weights="authors", seed=0)[0]
+        graph.set(graph.edit, **{name: given})
+    with pytest.raises(NodeError, match=error):
+        host.latents(graph.prompt, graph.edit[0])
