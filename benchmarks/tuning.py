@@ -19,7 +19,7 @@ from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
-from fatezero.hosts.diffusers_memory import _Live, activation_bytes
+from fatezero.hosts.diffusers_memory import LiveBytes, activation_bytes
 from fatezero.methods.tune_a_video import clip_loss
 
 KEYS = KeyFrames(("first", "previous"))
@@ -65,7 +65,7 @@ def counted() -> str:
     before = activation_bytes(denoiser, shape, text, KEYS, True)
     with torch.enable_grad(), denoiser.training(), denoiser.hooked(True):
         gradients = sum(weight.nbytes for weight in denoiser.trained().values())
-        with _Live() as live:
+        with LiveBytes() as live:
             clip_loss(denoiser, torch.randn(shape), torch.randn(shape), 500, text, KEYS).backward()
     return f"{format_bytes(before)} told, {format_bytes(live.most - gradients)} counted"
 

@@ -30,11 +30,12 @@ GROUP = "The inversion"
 class InversionSettings:
     """How a clip is carried to noise, beside its store. Raises ValueError for a number out of its range."""
 
-    steps: int = setting(50, "DDIM steps, of the inversion and of the edit; the paper takes 50.", least=1, group=GROUP)
+    steps: int = setting(50, "Steps of the inversion and of the edit; the paper takes 50.", least=1, group=GROUP)
     key_frames: tuple[str | int, ...] = setting(
         ("self", "middle"),
         "Whose keys and values each frame attends to, which makes frames agree: self, first, middle, last, previous, "
-        "or whole offsets such as -1, by commas. The paper: self, middle. The authors' style settings: middle.",
+        "or whole offsets such as -1, by commas. The paper: self, middle. The authors' style settings: middle. A video "
+        "transformer's frames see all.",
         group=GROUP,
     )
     key_frames_least_channels: int = setting(
@@ -49,13 +50,14 @@ class InversionSettings:
     clip_norm: bool = setting(
         False,
         "Take the normalisation statistics of the ResNet blocks over the whole clip instead of over each frame, as the "
-        "authors' code does. Steadier light, at times less detail.",
+        "authors' code does. Steadier light, at times less detail. For UNets.",
         group=GROUP,
     )
     chunk_frames: int | None = setting(
         None,
-        "Frames of one UNet call, for long clips. With key frames among self, first, middle and last the result is the "
-        "same; with neighbours, clip_norm or temporal layers, chunks overlap and come near it.",
+        "Frames of one call of the model, for long clips; latents of a video autoencoder. With key frames among self, "
+        "first, middle and last the result is the same; with neighbours, clip_norm, temporal layers, or a video "
+        "transformer, chunks overlap and come near it.",
         least=1, shown="all", group="This run",
     )  # fmt: skip
 

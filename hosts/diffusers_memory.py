@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,7 +42,7 @@ def activation_bytes(
             own.unet.disable_gradient_checkpointing()
         _without_maps(own)
         kept = sum(weight.nbytes for weight in own.trained().values())  # the gradients, which are told for themselves
-        with _Live() as live:
+        with LiveBytes() as live:
             clip_loss(own, latents, noise, 500, text, keys).backward()
     return live.most - kept
 
@@ -58,7 +61,7 @@ def guidance_bytes(
     with own.hooked(clip_norm):
         _without_maps(own)
         for guided in (True, False):
-            with _Live() as live, torch.no_grad():
+            with LiveBytes() as live, torch.no_grad():
                 if guided:
                     control = EnergyControl(keys, chunk, layout)
                     own.gradient(latents, 500, text, control, control.weighed)
@@ -91,6 +94,17 @@ def _without_maps(denoiser: DiffusersDenoiser) -> None:
         layer.processor.kernel = _Kernel.apply
 
 
+@contextmanager
+def attend_without_data() -> Iterator[None]:
+    """Have attention on torch's meta device be held as kernels hold it, without a map."""
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, **_: torch.empty_like(q)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
 class _Kernel(torch.autograd.Function):
     """Attention as the kernels hold it, without a map; torch's meta device knows the plain way alone."""
 
@@ -105,13 +119,13 @@ class _Kernel(torch.autograd.Function):
         return tuple(gradient[0].new_empty(shape) for shape in ctx.shapes)
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and not gone yet."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and not gone yet; known: models whose weights are not."""
 
-    def __init__(self) -> None:
+    def __init__(self, *known: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._seen: set[int] = set()
+        self._seen = {w.untyped_storage()._cdata for model in known for w in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

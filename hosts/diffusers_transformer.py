@@ -134,21 +134,22 @@ class VideoTransformerDenoiser:
             _refuse_foreign_processors(model)
         layers = [layer for model in self.transformers for layer in _layers(model)]
         blocks = [block for model in self.transformers for block in model.blocks]
+        wrapped = dict.fromkeys(blocks, self._by_row) | {block.ffn: self._in_parts for block in blocks}
         processors = [layer.attention.processor for layer in layers]
-        forwards = [block.__dict__.get("forward") for block in blocks]
+        forwards = {module: module.__dict__.get("forward") for module in wrapped}
         try:
             for layer in layers:
                 layer.attention.processor = _ControlledProcessor(self, layer, kernel_of(layer.attention.processor))
-            for block in blocks:
-                block.forward = self._by_row(block.forward)
+            for module, wrap in wrapped.items():
+                module.forward = wrap(module.forward)
             yield
         finally:
             for layer, processor in zip(layers, processors, strict=True):
                 layer.attention.processor = processor
-            for block, forward in zip(blocks, forwards, strict=True):
-                block.__dict__.pop("forward", None)
+            for module, forward in forwards.items():
+                module.__dict__.pop("forward", None)
                 if forward is not None:
-                    block.forward = forward
+                    module.forward = forward
             self._rows = ()
 
     def predict_noise(
@@ -214,6 +215,18 @@ class VideoTransformerDenoiser:
             return done[0] if len(done) == 1 else torch.cat(done)
 
         return by_row
+
+    def _in_parts(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A feed-forward that takes a branch beside another by halves: it is what a block holds most of, and then
+        there is what the branches hold for each other.
+        """
+
+        def in_parts(tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
+            if len(self._rows) == 1:
+                return forward(tokens, *rest, **more)
+            return torch.cat([forward(part, *rest, **more) for part in tokens.chunk(2, 1)], 1)
+
+        return in_parts
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, kernel: Attend) -> Tensor:
         """One layer of one row, (1, tokens, heads, channels), by its control."""

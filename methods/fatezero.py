@@ -69,8 +69,9 @@ class FusionSettings:
     )
     mask_from: MaskFrom = setting(
         "attention",
-        "attention is the paper's mask of the source's cross-attention to the blend words, anew in each step; prompts "
-        "a soft mask of where both prompts' predictions differ and their blend words are looked at, the same in all.",
+        "attention is the paper's mask of the source's cross-attention to the blend words, anew in each step (of a "
+        "video transformer that of both prompts', the same in all); prompts a soft mask of where both prompts' "
+        "predictions differ and their blend words are looked at, the same in all.",
         group=GROUP,
     )
     blend_latents_until: float = setting(
@@ -82,7 +83,7 @@ class FusionSettings:
     separate_words: float = setting(
         0.0,
         "Inside the mask of both prompts, how little to look at words that belong to a neighbour or to the ground, so "
-        "that things do not mix: this share of the attention to them goes to the other words.",
+        "that things do not mix: this share of the attention to them goes to the other words. For UNets.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ INPUTS = [
     io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
     io.Conditioning.Input("positive", tooltip="The target prompt; ControlNets on it count."),
     io.Conditioning.Input("negative", tooltip="What to keep away from; an empty prompt will do."),
-    AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
+    AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video), or drawn noise (FlowEdit)."),
     PromptEditSocket.Input(
         "prompt_edit",
         optional=True,
@@ -74,8 +74,8 @@ INPUTS = [
         options=[*INJECTIONS, CUSTOM],
         default="style+",
         tooltip="What to take of the source. style, attribute and shape: FateZero's attention as the paper sets it, or "
-        "with a plus as edited and kept better in our benchmark. pnp: Plug-and-Play. none: nothing but the inverted "
-        "noise. custom: what is connected to settings.",
+        "with a plus as edited and kept better in our benchmark. pnp: Plug-and-Play, of UNets. none: nothing but the "
+        "noise, inverted or drawn (FlowEdit). custom: what is connected to settings.",
     ),
     io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
     io.Combo.Input(

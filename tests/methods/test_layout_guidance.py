@@ -11,7 +11,7 @@ from fatezero.attention.control import AttentionSite, Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
-from fatezero.hosts.diffusers_memory import _Live, guidance_bytes
+from fatezero.hosts.diffusers_memory import LiveBytes, guidance_bytes
 from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
 from fatezero.methods.layout_guidance import (
     ENERGIES,
@@ -262,7 +262,7 @@ def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
     layout, shape = LayoutGuidance(target=disc(2), columns=[2]), (2, 4, 16, 16)
     condition = Condition.of(text, "text")
     told, plain = guidance_bytes(own, shape, condition, SELF, False, layout)
-    with own.hooked(), torch.no_grad(), _Live() as live:
+    with own.hooked(), torch.no_grad(), LiveBytes() as live:
         control = EnergyControl(SELF, Chunk.whole(2), layout)
         own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.weighed)
     assert abs(told / live.most - 1) < 0.25

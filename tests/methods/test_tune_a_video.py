@@ -14,7 +14,7 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.hosts.diffusers_memory import _Live, activation_bytes
+from fatezero.hosts.diffusers_memory import LiveBytes, activation_bytes
 from fatezero.hosts.diffusers_temporal import (
     convert_temporal_layers,
     inflated_unet,
@@ -430,7 +430,7 @@ def test_memory_is_told_before_it_is_taken():
     latents = torch.randn(shape)
     with torch.enable_grad(), denoiser.training(), denoiser.hooked(True):
         gradients = sum(weight.nbytes for weight in denoiser.trained().values())
-        with _Live() as live:
+        with LiveBytes() as live:
             clip_loss(denoiser, latents, torch.randn(shape), 500, text, keys).backward()
     assert told == pytest.approx(live.most - gradients, rel=0.15)
     assert told < 0.5 * activation_bytes(denoiser, shape, text, keys, True, recompute=False)
