@@ -20,6 +20,8 @@ from .temporal import TemporalSettings, captions_of, draw_latents
 from .train import Report, optimiser_of, rate_at, saved_step, set_rate
 from .wan import SHIFT, VideoPainter, build_tokenizer, save_wan, token_ids
 
+NOISY_SHIFT = 8.0
+"""Of the sigmas of every other clip: outlines and paths are settled where there is hardly anything but noise."""
 LENGTHS = (1, 8, 16)
 """Frames of the clips of a step."""
 
@@ -30,7 +32,7 @@ class WanSettings:
 
     seed: int = 0
     clips: int = 3_000
-    steps: int = 12_000
+    steps: int = 8_000
     frames: int = 32
     """Of all clips of a step."""
     rate: float = 1e-3
@@ -67,7 +69,8 @@ def batch_at(latents: Tensor, step: int, settings: WanSettings) -> Batch:
     )
     u = torch.randn(count, generator=random).sigmoid()
     blind = torch.rand(count, generator=random) < settings.text_dropout
-    sigmas = SHIFT * u / (1 + (SHIFT - 1) * u)
+    shift = torch.where(torch.rand(count, generator=random) < 0.5, SHIFT, NOISY_SHIFT)
+    sigmas = shift * u / (1 + (shift - 1) * u)
     return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(blind, len(latents), chosen))
 
 

@@ -22,7 +22,9 @@ from ...diffusion.edit import Edit, edit_many
 from ...diffusion.invert import Inversion, invert
 from ...files.temporal_layers import load_temporal_layers
 from ...hosts.checkpoint import Checkpoint
+from ...hosts.checkpoint_wan import WanCheckpoint
 from ...hosts.diffusers import with_temporal_layers
+from ...methods.flow_edit import FlowEditSettings, draw
 from ...methods.flow_smoothing import FlowSmoothing
 from ...methods.plug_and_play import PnPSettings
 from ...methods.tokenflow import TokenFlowSettings
@@ -43,7 +45,8 @@ class Method:
     settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
     fused with attention of `source`. smoothing: along the source's flow, in each step; steady: of the frames that came
     of it. layers: temporal ones on the image model, "fresh" or those of the demo world ("demo"), tuned on the clip in
-    so many steps. blind: invert under the empty prompt. guidance: of an edit without fusion, if not the run's.
+    so many steps. wan: on the demo world's video transformer. order: of the solver. drawn: FlowEdit, in the place of an
+    inversion. blind: invert under the empty prompt. guidance: of an edit without fusion, if not the run's.
     """
 
     name: str
@@ -60,6 +63,10 @@ class Method:
     steady: float = 0.0
     layers: str = ""
     tuned: int = 0
+    wan: bool = False
+    order: int = 1
+    drawn: FlowEditSettings | None = None
+    strength: float = 1.0
     blind: bool = False
     guidance: float | None = None
 
@@ -68,7 +75,7 @@ class Method:
 class Trial:
     """One case on its way through the methods."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | WanCheckpoint
     case: Case
     steps: int
     guidance_scale: float = 7.5
@@ -76,20 +83,31 @@ class Trial:
     """What tunings of this clip came to, by layers and steps: longer ones go on from there."""
 
     def __post_init__(self) -> None:
-        self.latents, self.deviation = self.checkpoint.encode_posterior(self.case.clip.frames)
+        if isinstance(self.checkpoint, WanCheckpoint):
+            self.latents = self.checkpoint.encode_clip(self.case.clip.frames)
+        else:
+            self.latents, self.deviation = self.checkpoint.encode_posterior(self.case.clip.frames)
         self.source, self.target, self.negative = (
             self.checkpoint.encode_prompt(text, SIZE, SIZE)
             for text in (self.case.source.caption, self.case.target.caption, "")
         )
 
-    def invert(self, key_frames: tuple[str | int, ...], clip_norm: bool, blind: bool = False) -> Inversion:
+    def invert(self, method: Method) -> Inversion:
+        source, memory = self.negative if method.blind else self.source, "recompute" if method.wan else "queries_keys"
+        if method.drawn is not None:
+            return draw(self.checkpoint.denoiser, self.latents, source, self.steps, method.drawn, method.key_frames)
         return invert(
-            self.checkpoint.denoiser, self.latents, self.negative if blind else self.source, self.steps, key_frames,
-            clip_norm, "queries_keys", prompt=self.case.source.caption,
+            self.checkpoint.denoiser, self.latents, source, self.steps, method.key_frames, method.clip_norm, memory,
+            order=method.order, prompt=self.case.source.caption,
         )  # fmt: skip
+
+    def on_wan(self) -> Trial:
+        """The same case on the demo world's video transformer."""
+        return replace(self, checkpoint=WanCheckpoint.load("demo-wan", self.latents.device))
 
     def tuned(self, layers: str, steps: int) -> Trial:
         """The same case on a copy of the model with temporal layers, tuned on the clip for so many steps."""
+        assert isinstance(self.checkpoint, Checkpoint)
         checkpoint = replace(self.checkpoint, unet=deepcopy(self.checkpoint.unet))
         with_temporal_layers(checkpoint.unet, load_temporal_layers("demo") if layers == "demo" else None)
         if steps:
@@ -119,13 +137,13 @@ class Trial:
         if method.source is None or method.injection is not None:
             return Edit(
                 self.target, self.negative, method.guidance or self.guidance_scale, fusion=method.injection,
-                propagation=method.propagation, smoothing=self.smoothing(method),
+                propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength,
             )  # fmt: skip
         config = self.config(method)
         prompt = config.prompt_edit(self.checkpoint.tokenizer)
         return Edit(
             self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation,
-            smoothing=self.smoothing(method),
+            smoothing=self.smoothing(method), strength=method.strength,
         )  # fmt: skip
 
     def smoothing(self, method: Method) -> FlowSmoothing | None:
@@ -147,10 +165,10 @@ class Trial:
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
     """The latents of every method; those on one model share it, and those that share an inversion one pass over it."""
     found = {method.name: method.run(trial) for method in methods if method.run is not None}
-    models = dict.fromkeys((m.layers, m.tuned) for m in methods if m.run is None)
-    for layers, steps in models:
-        own = trial.tuned(layers, steps) if layers else trial
-        alike = [m for m in methods if m.run is None and (m.layers, m.tuned) == (layers, steps)]
+    models = dict.fromkeys((m.layers, m.tuned, m.wan) for m in methods if m.run is None)
+    for layers, steps, wan in models:
+        own = trial.on_wan() if wan else trial.tuned(layers, steps) if layers else trial
+        alike = [m for m in methods if m.run is None and (m.layers, m.tuned, m.wan) == (layers, steps, wan)]
         found |= _edited_on_one_model(own, alike)
     return found
 
@@ -159,12 +177,15 @@ def _edited_on_one_model(trial: Trial, methods: Sequence[Method]) -> dict[str, T
     found: dict[str, Tensor] = {}
     passes: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
-        key = (method.key_frames, method.clip_norm, method.blind, method.source == "reconstruction")
+        key = (
+            method.key_frames, method.clip_norm, method.blind, method.order, method.drawn,
+            method.source == "reconstruction",
+        )  # fmt: skip
         passes.setdefault(key, []).append(method)
     inversions: dict[tuple[Any, ...], Inversion] = {}
     for (*of_inversion, from_reconstruction), alike in passes.items():
         if tuple(of_inversion) not in inversions:
-            inversions = {tuple(of_inversion): trial.invert(*of_inversion)}
+            inversions = {tuple(of_inversion): trial.invert(alike[0])}
         inversion = inversions[tuple(of_inversion)]
         if from_reconstruction:
             inversion = reconstruction(trial, inversion)
@@ -299,6 +320,31 @@ TUNED = (
 )
 """Temporal layers: tuned on the clip from nothing, trained on many moving scenes, or both."""
 METHODS += TUNED
+
+_FLOW_EDIT = FlowEditSettings()
+
+
+def _on_wan(name: str, **more: Any) -> Method:
+    """A row on the demo world's video transformer."""
+    return Method(f"Wan: {name}", wan=True, **more)
+
+
+WAN = (
+    _on_wan("inversion + prompt", source=None, guidance=5.0),
+    _on_wan("inversion of second order + prompt", source=None, guidance=5.0, order=2),
+    _on_wan("FateZero (paper)", settings={"guidance_scale": 5.0}),
+    _on_wan("FateZero+", plus=True),
+    _on_wan("FateZero+, second order", plus=True, order=2),
+    _on_wan("FlowEdit", source=None, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
+    _on_wan("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
+        "guidance_scale": 10.0, "cross_replace_steps": 0.0, "self_replace_steps": 0.0,
+    }, strength=0.7),
+    _on_wan("FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7),
+    Method("DDIM inversion of second order + prompt", source=None, order=2),
+    Method("FateZero+, second order", plus=True, order=2),
+)  # fmt: skip
+"""A true video model, inversion-free edits on it, and solvers of second order on either."""
+METHODS += WAN
 
 QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
 """The rows of the quick form."""

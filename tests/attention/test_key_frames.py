@@ -69,3 +69,15 @@ def test_layers_of_few_channels_keep_to_their_own_frame():
 def test_unknown_entries_are_named(wrong):
     with pytest.raises(ValueError, match="key_frames"):
         KeyFrames.of(wrong)
+
+
+def test_all_frames_of_a_call_alone():
+    keys = KeyFrames.of("all")
+    assert keys.of_frame(1, 4) == (0, 1, 2, 3)
+    assert keys.used((1, 2), 4) == (1, 2), "of one call"
+    k = torch.arange(6.0).view(3, 1, 2, 1)
+    assert keys.gather(k, range(3), range(3), 3).flatten().tolist() == list(range(6))
+    assert not keys.anchored
+    assert [chunk.frame_indices for chunk in keys.chunks(6, 4)] == [(0, 1, 2, 3), (2, 3, 4, 5)]
+    with pytest.raises(ValueError, match="nor all alone"):
+        KeyFrames.of(("all", "self"))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fatezero.attention.prompt import PromptEdit, align_sequences
+from fatezero.demo.wan import build_tokenizer as build_wan_tokenizer
 
 
 def fed(edit: PromptEdit, columns: int = 77) -> dict[int, dict[int, float]]:
@@ -115,3 +116,42 @@ def test_alignment_of_sequences_is_global():
 def test_describe_tells_where_every_word_comes_from(tokenizer):
     edit = PromptEdit("a red circle", "a blue circle", tokenizer)
     assert edit.describe().splitlines() == ["a <- a", "blue <- (new)", "circle <- circle"]
+
+
+# --- T5's layout ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    return build_wan_tokenizer()
+
+
+def test_t5_has_content_first_one_end_and_padding_that_is_all_alike(sentences):
+    pair = PromptEdit("a red circle on grass", "a blue striped circle on grass", sentences)
+    assert pair.token_indices(pair.target, "striped", 32) == [2]
+    found = pair.align(32, 40)
+    source, target = (sentences(text).input_ids for text in (pair.source, pair.target))
+    assert [source[i] for i in found.matrix[:, :6].argmax(0).tolist()][3:] == target[3:6], "shared words meet"
+    assert found.copied[:7].tolist() == [1, 0, 0, 1, 1, 1, 1], "blue and striped are new"
+    assert found.matrix[5, 6] == 1, "end meets end"
+    assert found.matrix[:, 6].sum() == 1
+    padding = found.matrix[6:, 7:]
+    assert torch.allclose(padding, torch.full_like(padding, 1 / 33))
+    assert found.matrix[6:, :7].sum() == 0 and found.matrix[:6, 7:].sum() == 0
+
+
+def test_all_of_a_sources_attention_to_padding_reaches_the_targets(sentences):
+    """Padding tokens have one key and value; what counts is the sum of the attention to them."""
+    pair = PromptEdit("a red circle on grass", "a red circle", sentences)
+    found = pair.align(16, 16)
+    attention = torch.rand(1, 1, 5, 16).softmax(-1)
+    fused = found.fused(attention, torch.zeros(1, 1, 5, 16))
+    assert torch.allclose(fused[..., 4:].sum(-1), attention[..., 6:].sum(-1))
+
+
+def test_words_of_several_pieces_and_beyond_the_text(sentences):
+    pair = PromptEdit("a jeep on grass", "a Porsche on grass", sentences)
+    assert pair.token_indices(pair.source, "jeep", 16) == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="beyond the 3 tokens"):
+        pair.token_indices(pair.source, "jeep", 3)
+    assert pair.wordless(pair.source, 12) == [9, 10, 11]

@@ -1,18 +1,32 @@
 """Wan's transformer on diffusers: the plain model, the memories, masks, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
 
-from fatezero import FusionSettings, PromptEdit, edit, invert
+from fatezero import (
+    AttentionStore,
+    FusionSettings,
+    Inversion,
+    PnPSettings,
+    PromptEdit,
+    StoreError,
+    TokenFlowSettings,
+    edit,
+    invert,
+)
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
-from fatezero.attention.masks import GivenMask
+from fatezero.attention.masks import GivenMask, word_heat
+from fatezero.demo.model import build_scheduler
 from fatezero.demo.wan import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
+from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
-from tests.small import relative
+from tests.small import relative, small_unet
 
 TEXT, CHANNELS = 16, 4
 SOURCE, TARGET = "a red circle on grass", "a blue striped star on grass"
@@ -157,3 +171,83 @@ def test_two_transformers_share_a_run_at_the_boundary():
         with pair.hooked():
             assert torch.equal(pair.predict_noise(z, timestep, text, everyone()), expected)
     assert not pair.identity().matches(VideoTransformerDenoiser(high, scheduler).identity())
+
+
+def test_a_store_takes_what_it_tells(denoiser):
+    for memory in ("recompute", "queries_keys", "maps"):
+        store = invert(denoiser, random_latents(), random_text(2), 3, memory=memory).store
+        assert store.plan is not None
+        assert store.plan.nbytes == store.nbytes
+
+
+def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
+    """A flow's levels and the solver's order with it; chunks overlap, and come near the whole."""
+    made = invert(denoiser, random_latents(6), random_text(2), 4, memory="queries_keys", order=2)
+    made.store.save(tmp_path / "store.safetensors")
+    loaded = Inversion(AttentionStore.load(tmp_path / "store.safetensors"))
+    assert (loaded.store.world, loaded.store.order) == ("flow", 2)
+    settings = (random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6))
+    whole = edit(denoiser, made, *settings)
+    assert torch.equal(edit(denoiser, loaded, *settings), whole)
+    assert 1e-4 < relative(edit(denoiser, made, *settings, chunk_frames=4), whole) < 1
+
+
+def test_a_store_of_a_unet_is_refused(denoiser, inversion):
+    broken = Inversion(replace(inversion.store, world="ddim"))
+    with pytest.raises(StoreError, match="another schedule"):
+        edit(denoiser, broken, random_text(3), guidance_scale=1.0)
+
+
+def test_where_words_are_looked_at_without_maps(denoiser, inversion, prompt):
+    """The same as from maps of the layers that masks come from, the middle half of the blocks."""
+    heat = source_heat(denoiser, inversion, prompt, step=1)
+    store = invert(denoiser, random_latents(), random_text(2), 4, memory="maps").store
+    sites = [site for site in denoiser.sites(8, 6) if site.kind == "cross"][1:3]
+    kept = store.source_step(1, {site.name for site in sites})
+    assert relative(heat, word_heat(kept.maps(sites, torch.float64), [2])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"fusion": PnPSettings()}, "Plug-and-Play takes a feature"),
+        ({"propagation": TokenFlowSettings()}, "TokenFlow is for UNets"),
+    ],
+)
+def test_parts_that_are_of_unets(denoiser, inversion, part, error):
+    with pytest.raises(ValueError, match=error):
+        edit(denoiser, inversion, random_text(3), random_text(4), 5.0, **part)
+
+
+def test_what_it_does_not_take(denoiser):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(TypeError, match="a WanTransformer3DModel"):
+        VideoTransformerDenoiser(small_unet(), scheduler)
+    with pytest.raises(ValueError, match="I2V"):
+        VideoTransformerDenoiser(small_wan(in_channels=9), scheduler)
+    with pytest.raises(TypeError, match="without a flow's sigmas"):
+        VideoTransformerDenoiser(small_wan(), build_scheduler())
+    with pytest.raises(ValueError, match="belong together"):
+        VideoTransformerDenoiser(small_wan(), scheduler, small_wan())
+    with pytest.raises(ValueError, match="clip_norm"):
+        invert(denoiser, random_latents(), random_text(2), 2, clip_norm=True)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        invert(denoiser, random_latents(height=7), random_text(2), 2)
+    with pytest.raises(ValueError, match="embeddings are 5 wide"):
+        invert(denoiser, random_latents(), torch.zeros(1, 8, 5, dtype=torch.float64), 2)
+    with pytest.raises(ValueError, match="order is 3"):
+        invert(denoiser, random_latents(), random_text(2), 2, order=3)
+    with pytest.raises(ValueError, match="leave chunk_frames out"):
+        invert(denoiser, random_latents(), random_text(2), 2, memory="maps", chunk_frames=2)
+    other = small_wan()
+    other.blocks[0].attn1.processor = object()
+    with pytest.raises(ValueError, match="cannot reproduce"):
+        VideoTransformerDenoiser(other, scheduler)
+
+
+def test_an_error_inside_leaves_no_trace(denoiser):
+    with pytest.raises(RuntimeError, match="stop"), denoiser.hooked():
+        raise RuntimeError("stop")
+    model = denoiser.transformers[0]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert {type(block.attn1.processor).__name__ for block in model.blocks} == {"WanAttnProcessor"}
