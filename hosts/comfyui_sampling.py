@@ -53,6 +53,11 @@ class _Branch:
     hooked: HookedModel | HookedTransformer
     options: dict[str, Any]
     conditions: dict[str, Any]
+    low: _Branch | None = None
+
+    def at(self, sigma: float) -> _Branch:
+        """What evaluates them at a sigma: of Wan 2.2's pair the one or the other."""
+        return self if self.low is None or sigma >= self.hooked.boundary else self.low  # type: ignore[union-attr]
 
 
 class ComfyDenoiser:
@@ -77,6 +82,10 @@ class ComfyDenoiser:
         of_source = guider.source_options(options)
         of_source.pop("context_handler", None)
         self._source = _Branch(guider.sourced, of_source, guider.others)
+        for branch in (self._edited, self._source):
+            branch.low = _low_of(branch)
+        self._here = guider.edited.patcher
+        """The MODEL whose weights are in place."""
         self._clip_norm = False
         self.noise = noise_of(guider.model_patcher)
         self.clean: Tensor | None = None
@@ -151,11 +160,12 @@ class ComfyDenoiser:
         answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
         if guidance is not None:  # a negative may be prompts of several lengths, none of which is looked into
             answers[1] = (guidance.control, None)
-        if beside is not None and not self._joins(beside, condition):
+        if beside is not None and not self._joins(beside, condition, float(sigma)):
             beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
             beside = None
+        branch = branch.at(float(sigma))
+        self._bring(branch)
         with (
-            self._weights_of(branch),
             self._with_source(beside, control.chunk) as pair,
             branch.hooked.answering(answers, self._clip_norm, pair),
         ):
@@ -163,12 +173,12 @@ class ComfyDenoiser:
         self.clean = clean
         return self.noise.of_host((x - clean) / sigma)
 
-    def _joins(self, beside: Beside, condition: HostCondition) -> bool:
+    def _joins(self, beside: Beside, condition: HostCondition, sigma: float) -> bool:
         """Whether the source can run in the edit's calls: on the same weights, without any that a prompt brings."""
         assert isinstance(beside.condition, HostCondition)
         entries = (self._branch_conditions(c) for c in (beside.condition, condition))
         plain = not any(entry.get("hooks") for conds in entries for entry in conds)
-        return plain and self._same_weights(self._source)
+        return plain and _same_weights(self._edited.at(sigma).hooked.patcher, self._source.at(sigma).hooked.patcher)
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited
@@ -196,8 +206,8 @@ class ComfyDenoiser:
         parts = [self._model.diffusion_model, *([held.layers] if held else [])]
         answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
         x = latents * (1 + sigma**2).sqrt()
+        self._bring(branch)
         with (
-            self._weights_of(branch),
             branch.hooked.answering(answers, self._clip_norm),
             branch.hooked.deriving(value, parts) as derived,
             _of_chunk([branch.conditions[condition.role]], control.chunk) as (positive,),
@@ -222,18 +232,19 @@ class ComfyDenoiser:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
         with _of_chunk([positive, negative], chunk) as (positive, negative):
+            model = branch.hooked.patcher.model
             if condition.role == "source":
-                return comfy.samplers.calc_cond_batch(self._model, [positive], x, sigma, branch.options)[0]
-            return self._guided(x, sigma, negative, positive, scale, branch.options)
+                return comfy.samplers.calc_cond_batch(model, [positive], x, sigma, branch.options)[0]
+            return self._guided(model, x, sigma, negative, positive, scale, branch.options)
 
     def _guided(
-        self, x: Tensor, sigma: Tensor, negative: Any, positive: Any, scale: float, options: dict[str, Any]
+        self, model: Any, x: Tensor, sigma: Tensor, negative: Any, positive: Any, scale: float, options: dict[str, Any]
     ) -> Tensor:
         """The host's guidance, inside what other nodes wrap around it; these may change the guider's `cfg`."""
 
         def predict(x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
             cfg = self._guider.cfg
-            return comfy.samplers.sampling_function(self._model, x, sigma, negative, positive, cfg, options, seed=seed)
+            return comfy.samplers.sampling_function(model, x, sigma, negative, positive, cfg, options, seed=seed)
 
         wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
         if wrappers and negative is None:
@@ -245,25 +256,34 @@ class ComfyDenoiser:
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(predict, self._guider, wrappers)
         return executor.execute(x, sigma, options, None)
 
-    def _same_weights(self, branch: _Branch) -> bool:
-        """Whether a branch's weights are the edit's."""
-        main, other = self._edited.hooked.patcher, branch.hooked.patcher
-        return bool(main.is_clone(other)) and _weights(main) == _weights(other)
+    def _bring(self, branch: _Branch) -> None:
+        """Bring in a branch's weights where they differ from those in place."""
+        wanted = branch.hooked.patcher
+        if not _same_weights(self._here, wanted):
+            comfy.model_management.load_models_gpu(_with_parts(wanted))
+            wanted.pre_run()
+            self._here = wanted
 
-    @contextmanager
-    def _weights_of(self, branch: _Branch) -> Iterator[None]:
-        """Bring in a branch's weights where they differ from the edit's."""
-        main, other = self._edited.hooked.patcher, branch.hooked.patcher
-        if self._same_weights(branch):
-            yield
-            return
-        comfy.model_management.load_models_gpu(_with_parts(other))
-        other.pre_run()
-        try:
-            yield
-        finally:
-            comfy.model_management.load_models_gpu(_with_parts(main))
-            main.pre_run()
+    def restore(self) -> None:
+        """Bring the edit's own weights in again, as the host left them."""
+        self._bring(self._edited)
+
+
+def _low_of(branch: _Branch) -> _Branch | None:
+    """What takes over from a branch's model, with options of its own."""
+    low = getattr(branch.hooked, "low", None)
+    if low is None:
+        return None
+    options = comfy.model_patcher.create_model_options_clone(low.patcher.model_options)
+    comfy.sampler_helpers.prepare_model_patcher(low.patcher, branch.conditions, options)
+    options.pop("context_handler", None)
+    options["transformer_options"]["sample_sigmas"] = branch.options["transformer_options"]["sample_sigmas"]
+    return _Branch(low, options, branch.conditions)
+
+
+def _same_weights(one: Any, other: Any) -> bool:
+    """Whether two MODELs have the same weights."""
+    return bool(one.is_clone(other)) and _weights(one) == _weights(other)
 
 
 def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
@@ -354,7 +374,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
     @property
     def reached(self) -> int:
         """How many attention layers the last UNet calls reached."""
-        return len(self.edited.reached | self.sourced.reached)
+        lows = (getattr(hooked, "low", None) for hooked in (self.edited, self.sourced))
+        return len(set().union(self.edited.reached, self.sourced.reached, *(low.reached for low in lows if low)))
 
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""
@@ -419,7 +440,10 @@ class DDIMSampler(comfy.samplers.Sampler):
             if callback is not None and denoiser.clean is not None:  # None while an edit of less strength waits
                 callback(done - 1, denoiser.clean, denoiser.clean, of)
 
-        return denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.of_host(latent_image), progress))
+        try:
+            return denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.of_host(latent_image), progress))
+        finally:
+            denoiser.restore()
 
 
 def _plain_ddim(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import comfy.patcher_extension
@@ -28,8 +28,26 @@ from .comfyui_unet import HookedModel, attention_layers, check_model, unpatched
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 _IDENTITIES = IdentityCache()
+PAIR = "fatezero_low_noise"
+"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise, and the sigma below which it takes over."""
 _HERE = "fatezero_here"
 """What options are told of the branch and block under way."""
+
+
+def paired(model: Any, low_noise: Any, boundary: float) -> Any:
+    """A MODEL that gives way to another below a sigma, in FateZero's own sampling.
+
+    Raises ValueError for MODELs that are no Wan of the same shape.
+    """
+    for one, socket in ((model, "model"), (low_noise, "low_noise")):
+        if not is_transformer(one):
+            raise ValueError(f"{socket}: {type(one.model).__name__} is no Wan transformer")
+    shapes = [(u.in_dim, u.dim, len(u.blocks)) for u in (m.model.diffusion_model for m in (model, low_noise))]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"low_noise: has another shape than the model, {shapes[1]} and {shapes[0]}")
+    both = model.clone()
+    both.model_options[PAIR] = (low_noise, boundary)
+    return both
 
 
 def is_transformer(model: Any) -> bool:
@@ -70,6 +88,9 @@ class HookedTransformer:
         """Raises ValueError for a MODEL that is no Wan for text to video."""
         check_transformer(model)
         self.patcher = model.clone()
+        other, self.boundary = self.patcher.model_options.pop(PAIR, (None, 0.0))
+        self.low: HookedTransformer | None = None if other is None else HookedTransformer(other)
+        """What takes over below the boundary."""
         self.answers: dict[int, tuple[Control, int | None]] = {}
         self.one_text = False
         self.reached: set[str] = set()
@@ -102,7 +123,16 @@ class HookedTransformer:
             f"{type(model).__name__} in={unet.in_dim} {len(unet.blocks)} blocks of {unet.num_heads} heads, {unet.dim}"
         )
         keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
-        return _IDENTITIES.of(model, layout, model.get_dtype(), {key: unpatched(self.patcher, key) for key in keys})
+        found = _IDENTITIES.of(model, layout, model.get_dtype(), {key: unpatched(self.patcher, key) for key in keys})
+        if self.low is None:
+            return found
+        low = self.low.identity()
+        return replace(
+            found,
+            layout=f"{found.layout}, and below sigma {self.boundary:g} {low.layout}",
+            digest=f"{found.digest} {low.digest}",
+            traces=(*found.traces, *low.traces),
+        )
 
     def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
         """The attention layers on latents of this size, which the host pads to whole patches."""

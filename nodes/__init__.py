@@ -25,6 +25,7 @@ from .sampling import (
 from .tokenflow import FateZeroTokenFlow
 from .tune_a_video import FateZeroLoadTemporalLayers, FateZeroTuneOnVideo
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
+from .wan import FateZeroWanPair
 
 
 class FateZeroExtension(ComfyExtension):
@@ -52,6 +53,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroSaveStore,
             FateZeroLoadStore,
             FateZeroSpatioTemporalAttention,
+            FateZeroWanPair,
             FateZeroSigmas,
             FateZeroDDIM,
             FateZeroInvertGuider,

@@ -7,9 +7,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 from fatezero.demo.wan import build_tokenizer
 
 
-def write_wan(folder, pair=False):
+def write_wan(folder, pair=False, seed=0):
     """A random Wan pipeline of a few thousand weights, with the causal autoencoder in its own layout."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 512
     text = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

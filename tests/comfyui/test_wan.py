@@ -94,15 +94,15 @@ def by_host(host, graph, checkpoint) -> torch.Tensor:
     return ((host.latents(graph.prompt, graph.edit[0]) - mean) / deviation)[0].transpose(0, 1)
 
 
-def by_library(checkpoint, fusion, drawn=None, memory="recompute", order=1, mode="refine", **more) -> torch.Tensor:
-    denoiser = Hosts(checkpoint.transformer, checkpoint.scheduler)
+def by_library(checkpoint, fusion, drawn=None, memory="recompute", order=1, denoiser=None, **more) -> torch.Tensor:
+    denoiser = denoiser or Hosts(checkpoint.transformer, checkpoint.scheduler)
     source, target, empty = (checkpoint.encode_prompt(text, 48, 32) for text in (SOURCE, TARGET, ""))
     latents = library_latents(checkpoint)
     if drawn is None:
         inversion = invert(denoiser, latents, source, STEPS, memory=memory, order=order)
     else:
         inversion = draw(denoiser, latents, source, STEPS, drawn)
-    prompt = PromptEdit(SOURCE, TARGET, checkpoint.tokenizer, mode, (["square"], ["striped"]))
+    prompt = PromptEdit(SOURCE, TARGET, checkpoint.tokenizer, "refine", (["square"], ["striped"]))
     return edit(denoiser, inversion, target, empty, 5.0, prompt if fusion else None, fusion, **more)
 
 
@@ -133,6 +133,22 @@ def test_flow_edit_agrees(host, graph, checkpoint, preset):
     fusion = None if preset == "none" else preset_fusion(preset)
     ours = by_library(checkpoint, fusion, settings, strength=0.75)
     assert relative(by_host(host, graph, checkpoint), ours) < 1e-4
+
+
+@pytest.mark.every_host
+def test_a_pair_of_models_shares_the_steps(host, graph, checkpoint, tmp_path):
+    """Wan 2.2's: each on its side of the boundary, as on diffusers; the source on the same."""
+    other = write_wan(tmp_path / "low", seed=1)
+    low = graph.add("OtherWan", folder=str(other), shift=SHIFT)
+    both = graph.add("FateZeroWanPair", model=graph.model[0], low_noise=low[0], boundary=0.8)
+    graph.both(both[0])
+    denoiser = Hosts(checkpoint.transformer, checkpoint.scheduler, WanCheckpoint.load(str(other)).transformer, 0.8)
+    ours = by_library(checkpoint, preset_fusion("style"), denoiser=denoiser)
+    assert relative(by_host(host, graph, checkpoint), ours) < 1e-4
+    assert relative(ours, by_library(checkpoint, preset_fusion("style"))) > 1e-2
+    graph.set(graph.invert, model=graph.model[0])
+    with pytest.raises(NodeError, match="the store was made by another model"):
+        by_host(host, graph, checkpoint)
 
 
 # --- with other nodes in the chain ----------------------------------------------------------
