@@ -313,8 +313,11 @@ def benchmark(
 def train_demo(
     *,
     part: Annotated[
-        Literal["image", "video"],
-        Parameter(help="The image model, or the temporal layers that make the bundled one a model of videos."),
+        Literal["image", "video", "transformer"],
+        Parameter(
+            help="The image model, the temporal layers that make the bundled one a model of videos, or the video "
+            "transformer."
+        ),
     ] = "image",
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for what is trained.")] = Path(
         "checkpoint"
@@ -329,6 +332,7 @@ def train_demo(
     from ..demo.judge import load_judge
     from ..demo.temporal import TemporalSettings, train_temporal
     from ..demo.train import TrainSettings, train
+    from ..demo.train_wan import WanSettings, train_wan
     from ..files.temporal_layers import FILE
     from ..hosts.checkpoint import Checkpoint
     from .run import pick_device
@@ -339,6 +343,11 @@ def train_demo(
         settings = replace(settings, unet_steps=steps or settings.unet_steps, images=images or settings.images)
         train(output, state, settings, where, console.print)
         evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
+        return
+    if part == "transformer":
+        of_wan = WanSettings()
+        of_wan = replace(of_wan, steps=steps or of_wan.steps, clips=images or of_wan.clips)
+        train_wan(output, state, of_wan, where, console.print)
         return
     of_layers = TemporalSettings()
     of_layers = replace(of_layers, steps=steps or of_layers.steps, clips=images or of_layers.clips)

@@ -14,6 +14,8 @@ from fatezero.benchmarks.quality.rows import (
     METHODS,
     PAPER,
     QUICK,
+    WAN,
+    Method,
     Trial,
     denoised,
     edited,
@@ -56,10 +58,10 @@ def test_every_row_the_issue_of_the_paper_asks_for_is_there():
     assert {PAPER, BEST} <= set(QUICK) <= set(names)
 
 
-TUNED_LONG = [m for m in METHODS if m.tuned]
+LONGEST = [m for m in METHODS if m.tuned or m in WAN]
 
 
-@pytest.mark.parametrize("left_out", [TUNED_LONG, pytest.param([], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("left_out", [LONGEST, pytest.param([], marks=pytest.mark.slow)])
 def test_every_method_edits_and_no_two_alike(trial, left_out):
     methods = [m for m in METHODS if m not in left_out]
     latents = edited(trial, methods)
@@ -90,7 +92,7 @@ def test_sdedit_keeps_less_the_stronger_it_is(trial):
 
 def test_the_reconstruction_is_what_guided_denoising_of_the_source_gives(trial):
     """Its latents are one level noisier than the inversion's, as the engine reads them."""
-    inversion = trial.invert(("self",), False)
+    inversion = trial.invert(Method("each frame alone", key_frames=("self",)))
     replay = denoised(trial, inversion.latents[-1], trial.source, inversion.store.key_frames)
     shifted = reconstruction(trial, inversion).latents
     assert shifted.shape == inversion.latents.shape
