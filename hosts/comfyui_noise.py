@@ -201,10 +201,10 @@ def falling(sigmas: Tensor) -> Tensor:
     return sigmas
 
 
-def noise_of(model: Any) -> HostNoise:
-    """A MODEL's noise; ValueError for a schedule that FateZero cannot invert."""
+def noise_of(model: Any, flows: bool = True) -> HostNoise:
+    """A MODEL's noise; ValueError for a schedule that FateZero cannot invert. flows: whether it may be a flow."""
     sampling = model.get_model_object("model_sampling")
-    if isinstance(sampling, CONST) and isinstance(sampling, ModelSamplingDiscreteFlow):
+    if flows and isinstance(sampling, CONST) and isinstance(sampling, ModelSamplingDiscreteFlow):
         return FlowNoise(sampling)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):

@@ -40,7 +40,7 @@ def check_model(model: Any) -> None:
             f"model: {type(model.model).__name__} with a {type(unet).__name__} is no attention UNet for pictures. "
             f"FateZero works with {WORKING_MODELS}; not with Flux, SD3, LTX, Hunyuan and other transformers"
         )
-    noise_of(model)
+    noise_of(model, flows=False)
 
 
 @dataclass(frozen=True)

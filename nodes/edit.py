@@ -231,6 +231,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
         store.steps, edit.guidance_scale, store.kept_steps, edit.injection, edit.mask, edit.propagation, store.frames,
         edit.strength, is_transformer(model), 0 if store.drawn is None else store.drawn.draws,
     )  # fmt: skip
+    kind = "model" if is_transformer(model) else "UNet"
     lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
     lines.append("took nothing of the source" if edit.injection is None else edit.injection.summary(store.steps))
     if edit.propagation is not None:
@@ -240,7 +241,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
     if edit.layout is not None:
         lines.append(edit.layout.summary(store.steps))
     lines.append(
-        f"{calls.edit:g} model evaluations of {store.frames} frames, {calls.source:g} more for the source; "
+        f"{calls.edit:g} {kind} evaluations of {store.frames} frames, {calls.source:g} more for the source; "
         + (f"store of memory {store.memory}" if store.drawn is None else "noise drawn (FlowEdit)")
     )
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):

@@ -24,7 +24,7 @@ from ..hosts.comfyui import (
 )
 from ..hosts.comfyui_conditions import HostCondition, unsaveable
 from ..hosts.comfyui_noise import noise_of
-from ..hosts.comfyui_transformer import check_known
+from ..hosts.comfyui_transformer import check_known, is_transformer
 from ..metrics.preservation import psnr
 from ..settings import described_one
 from ..store.budget import StoreSettings, format_bytes
@@ -151,6 +151,8 @@ class FateZeroReconstructionCheck(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor, chunk_frames: int = 0) -> io.NodeOutput:
+        if not is_transformer(model) and len(images) != store.frames:
+            raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
         store = store.with_model(model)
         positive = replace(source_of(store), role="positive")
         (samples,), _ = edit_clip(model, store, [Edit(positive, guidance_scale=1.0)], chunk_frames or None)

@@ -13,7 +13,7 @@ IDS = {
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing", "FateZeroSteady",
-    "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroFlowEdit", "FateZeroDemoVideoModel", "FateZeroWanPair",
+    "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroFlowEdit", "FateZeroWanPair",
     "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
 }  # fmt: skip
