@@ -140,7 +140,7 @@ def wan_model(tensors: dict[str, Tensor], about: dict[str, Any], shift: float) -
     config = comfy.supported_models.WAN21_T2V(known)
     config.sampling_settings = {"shift": shift}
     if about["in_channels"] == 4:  # latents of the demo's own autoencoder, not of Wan's
-        config.latent_format = _DemoLatents
+        config.latent_format = _DemoLatents()
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     count = sum(t.numel() for t in weights.values())
     dtype = comfy.model_management.unet_dtype(model_params=count, supported_dtypes=config.supported_inference_dtypes)
@@ -212,7 +212,7 @@ def _of_videos(vae: Any) -> Any:
     vae.downscale_ratio = (lambda frames: frames, ratio, ratio)
     vae.upscale_index_formula = vae.downscale_index_formula = (1, ratio, ratio)
     encode, decode = vae.memory_used_encode, vae.memory_used_decode
-    vae.memory_used_encode = lambda shape, dtype: encode((shape[0] * shape[2], *shape[3:]), dtype)
+    vae.memory_used_encode = lambda shape, dtype: encode((shape[0] * shape[2], shape[1], *shape[3:]), dtype)
     vae.memory_used_decode = lambda shape, dtype: decode((shape[0] * shape[2], shape[1], *shape[3:]), dtype)
     return vae
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from wan import write_wan
 
 from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
+from fatezero.demo.wan import VideoPainter, build_tokenizer, save_wan
 from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.hosts.checkpoint_wan import WanCheckpoint
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
@@ -312,3 +313,55 @@ def test_parts_that_are_of_unets(host, graph, part, error):
         graph.set(graph.edit, **{name: given})
     with pytest.raises(NodeError, match=error):
         host.latents(graph.prompt, graph.edit[0])
+
+
+# --- from frames to frames --------------------------------------------------------------------
+
+
+@pytest.mark.every_host
+def test_a_clip_goes_through_a_video_autoencoder(host, tmp_path):
+    """Encoded, inverted, checked, looked at, edited, decoded, saved and loaded, with nodes of ours and the host's."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    painter = VideoPainter(tokenizer)
+    torch.nn.init.normal_(painter.transformer.proj_out.weight, std=0.1)
+    save_wan(tmp_path, painter, tokenizer)
+    graph = Graph()
+    model, demo = graph.add("OtherVideoDemo", folder=str(tmp_path)), graph.add("FateZeroDemoModel")
+    video = graph.add(
+        "FateZeroLoadVideo", file="", start=0, stride=1, count=3, width=32, height=32,
+        crop_left=0, crop_top=0, crop_right=0, crop_bottom=0, video=demo[3],
+    )  # fmt: skip
+    latent = graph.add("FateZeroEncodeVideo", images=video[0], vae=model[2], chunk_size=8)
+    words = graph.add(
+        "FateZeroPromptEdit", clip=model[1], source=SOURCE, target=TARGET, mode="refine", blend_source="square",
+        blend_target="striped", reweight="",
+    )  # fmt: skip
+    negative = graph.add("CLIPTextEncode", clip=model[1], text="")
+    inverted = graph.add(
+        "FateZeroInvert", model=model[0], source=words[0], latent=latent[0], steps=4, key_frames="self, middle",
+        clip_norm=False, memory="recompute", budget_gb=2.0, order=2,
+    )  # fmt: skip
+    kept = graph.add("FateZeroSaveStore", store=inverted[1], filename_prefix="fatezero/wan")
+    checked = graph.add("FateZeroReconstructionCheck", model=model[0], store=inverted[1], vae=model[2], images=video[0])
+    looked = graph.add(
+        "FateZeroMaskPreview", store=inverted[1], prompt_edit=words[2], words="square", from_share=0.2, to_share=0.8,
+        threshold=0.3, width=32, height=32,
+    )  # fmt: skip
+    edited = graph.add(
+        "FateZeroSampler", model=model[0], positive=words[1], negative=negative[0], store=inverted[1],
+        prompt_edit=words[2], guidance=5.0, preset="shape+",
+    )  # fmt: skip
+    frames = graph.add("VAEDecode", samples=edited[0], vae=model[2])
+    shown = [graph.add("PreviewImage", images=images[0]) for images in (checked, looked, frames)]
+    run = host.run(graph.prompt)
+    assert [len(run.outputs[node.id]["images"]) for node in shown] == [3, 3, 3]
+    average = float(host.text(run, checked.id).split()[1])
+    assert average > 15, "random weights bend the path little"
+    report = host.text(run, edited.id)
+    assert "hooked 12 of 12 attention layers" in report and "model evaluations of 3 frames" in report
+    file = host.text(run, kept.id).split(":")[0]
+    loaded = graph.add("FateZeroLoadStore", file=file)
+    before = host.latents(graph.prompt, edited[0])
+    graph.set(edited, store=loaded[0])
+    assert torch.equal(host.latents(graph.prompt, edited[0]), before)
