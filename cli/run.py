@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..diffusion.denoiser import keys_on
-from ..diffusion.edit import Edit, check_of_transformers, edit_many, unet_calls
+from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..files.safetensors import format_bytes
@@ -156,6 +156,8 @@ class Session:
 
 def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     """`fatezero invert`: keep an inversion in a file, written while it runs."""
+    if config.noise == "drawn":
+        raise ValueError("noise is drawn, so there is nothing to invert")
     remove_stale_folders(disk_folder())
     settings = replace(config.store, path=output)
     check_writable(output, session.overwrite, session.inputs_of(config))
@@ -177,6 +179,8 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
     end loses none of the others; OSError then tells which.
     """
     remove_stale_folders(disk_folder())
+    if store_path and configs[0].noise == "drawn":
+        raise ValueError("noise is drawn, which a store has no use for")
     store = AttentionStore.load(store_path) if store_path else None
     origin = Origin.of(store) if store else None
     if store is not None and origin is not None:
@@ -194,9 +198,11 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
     checkpoint = session.open_model(first.model, first.lora, first.temporal)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
-    if isinstance(checkpoint, WanCheckpoint):
-        for config, layout in zip(configs, layouts, strict=True):
+    for config, layout in zip(configs, layouts, strict=True):
+        if isinstance(checkpoint, WanCheckpoint):
             _check_of_wan(config, layout)
+        if config.noise == "drawn":
+            check_of_drawn(config.chosen_propagation, config.smoothing, layout)
 
     if store is None or origin is None:
         assert source is not None

@@ -428,6 +428,13 @@ def check_of_transformers(propagation: Any, smoothing: Any, layout: Any) -> None
             )
 
 
+def check_of_drawn(propagation: Any, smoothing: Any, layout: Any) -> None:
+    """Raise ValueError for a part of an edit that has no meaning where noise is drawn."""
+    for part, what in ((propagation, "TokenFlow"), (smoothing, "flow smoothing"), (layout, "a layout")):
+        if part:
+            raise ValueError(f"{what} needs an inversion, and does not go with drawn noise (FlowEdit)")
+
+
 class _Run:
     """One edit with its inputs checked, on the device it runs on."""
 
@@ -436,6 +443,8 @@ class _Run:
             raise ValueError(f"guidance_scale is {asked.guidance_scale}; it must be a finite number")
         if denoiser.spans_clip:
             check_of_transformers(asked.propagation, asked.smoothing, asked.layout)
+        if store.drawn is not None:
+            check_of_drawn(asked.propagation, asked.smoothing, asked.layout)
         self.denoiser, self.store, self.schedule = denoiser, store, schedule
         like = store.level(0)[:1].to(denoiser.device)
         self.target = Condition.of(asked.target_embeddings, "target_embeddings").to(like)

@@ -20,11 +20,21 @@ from .source import look
 
 LEVELS = (0.35, 0.5, 0.65, 0.8)
 """Shares of the way to noise at which the prompts are compared."""
+SIGMAS = (0.49, 0.62, 0.73, 0.83)
+"""The same on a flow, whose shift says where on the way they lie: what noise is of noise and signal there."""
 
 
 def difference_levels(steps: int) -> list[int]:
-    """These levels of a run, counted from the clean end."""
+    """These levels of a run of DDIM, counted from the clean end."""
     return sorted({int(share * steps) for share in LEVELS})
+
+
+def levels_compared(store: AttentionStore) -> list[int]:
+    """The levels of a store at which the prompts are compared."""
+    if store.world == "ddim":
+        return difference_levels(store.steps)
+    sigmas = {level: 1 - store.alphas[level] for level in range(min(1, store.steps - 1), store.steps)}
+    return sorted({min(sigmas, key=lambda level: abs(sigmas[level] - sigma)) for sigma in SIGMAS})
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def _at_level(
     (frames, c, h, w) and (frames, tokens, y, x), None for no layers. named: the tokens to tell of, of a video
     transformer.
     """
-    step, names = store.steps - 1 - level, {site.name for site in sites}
+    step, names = store.step_at(level), {site.name for site in sites}
     if denoiser.spans_clip and sites:
         named = range(condition.text_tokens) if named is None else named
         return look(denoiser, store, z, step, condition, sites, chunks[step], named)
@@ -77,7 +87,7 @@ def source_tokens_heat(
     (frames, tokens, y, x). One UNet call for each level; to be called while the denoiser is hooked.
     """
     heats = []
-    for level in difference_levels(store.steps):
+    for level in levels_compared(store):
         z = store.level(level).to(denoiser.device)
         _, heat = _at_level(denoiser, store, z, level, store.source, sites, chunks)
         heats += [] if heat is None else [heat]
@@ -103,7 +113,7 @@ def prompt_heat(
     size = store.levels.shape[-2:]
     differences: list[Tensor] = []
     attended: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for level in difference_levels(store.steps):
+    for level in levels_compared(store):
         z, noise = store.level(level).to(denoiser.device), []
         for condition, own, heats in zip((store.source, target), tokens, attended, strict=True):
             predicted, heat = _at_level(denoiser, store, z, level, condition, sites if own else (), chunks, own)

@@ -82,7 +82,7 @@ def source_for(denoiser: Denoiser, store: AttentionStore, step: int, asks: Asks,
 
 def _latents(denoiser: Denoiser, store: AttentionStore, step: int, asks: Asks, chunk: Chunk) -> Tensor:
     """The source's latents that an edit step looks at."""
-    level = store.steps - step - (0 if asks.own_level or store.calls_own_level else 1)
+    level = store.steps - step if asks.own_level else store.looked_at(step)
     return frames_of(store.level(level).to(denoiser.device, non_blocking=True), chunk)
 
 
@@ -130,7 +130,7 @@ def source_heats(
         heat = _heat_without_maps(denoiser, store, step, chunk_frames)
         return [heat[:, list(chosen)].sum(1) for chosen in tokens]
     sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
-    z = store.level(store.steps - step - 1).to(denoiser.device)
+    z = store.level(store.looked_at(step)).to(denoiser.device)
     chunks = chunks_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
     layers = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in tokens]
@@ -146,7 +146,7 @@ def source_heats(
 
 def _heat_without_maps(denoiser: Denoiser, store: AttentionStore, step: int, chunk_frames: int | None) -> Tensor:
     """What the source looks at in a video transformer: (frames, tokens, y, x)."""
-    z, timestep = store.level(store.steps - step - 1).to(denoiser.device), store.timesteps[step]
+    z, timestep = store.level(store.looked_at(step)).to(denoiser.device), store.timesteps[step]
     chunks = chunks_of(denoiser, store.key_frames, z, timestep, chunk_frames, store.clip_norm)
     sites, tokens = mask_sites(denoiser.sites(*z.shape[-2:]), 0), range(store.source.text_tokens)
     with denoiser.hooked():

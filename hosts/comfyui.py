@@ -287,6 +287,8 @@ class EditGuider(LoopGuider):
                 )
             if edits.steers:
                 raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
+            if self.store.drawn is not None:
+                raise ValueError("sampler: this edit's noise is drawn (FlowEdit), which needs DDIM Sampler (FateZero)")
             if any(edit.strength < 1 for edit in self._asked):
                 raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
             self._running = self._open.enter_context(edits)

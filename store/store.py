@@ -108,6 +108,14 @@ class AttentionStore:
         """Whether an edit's step looks at the source's latents of its own level, not at those one level cleaner."""
         return self.order == 2 or self.drawn is not None
 
+    def looked_at(self, step: int) -> int:
+        """The level whose latents an edit's step looks at."""
+        return self.steps - step - (0 if self.calls_own_level else 1)
+
+    def step_at(self, level: int) -> int:
+        """The edit's step that looks at a level, the clean one together with the next where it is no step's own."""
+        return self.steps - max(level, 1) if self.calls_own_level else self.steps - 1 - level
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything held for the edit, on disk or in memory."""

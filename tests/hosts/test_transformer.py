@@ -14,6 +14,7 @@ from fatezero import (
     PromptEdit,
     StoreError,
     TokenFlowSettings,
+    draw,
     edit,
     invert,
 )
@@ -24,6 +25,7 @@ from fatezero.attention.masks import GivenMask, word_heat
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.wan import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
+from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
 from tests.small import relative, small_unet
@@ -251,3 +253,12 @@ def test_an_error_inside_leaves_no_trace(denoiser):
     model = denoiser.transformers[0]
     assert not any("forward" in vars(module) for module in model.modules())
     assert {type(block.attn1.processor).__name__ for block in model.blocks} == {"WanAttnProcessor"}
+
+
+@pytest.mark.parametrize("shift", [1.0, 8.0])
+def test_prompts_are_compared_where_there_is_as_much_noise_whatever_the_shift(shift):
+    shifted = VideoTransformerDenoiser(small_wan(), FlowMatchEulerDiscreteScheduler(shift=shift))
+    store = draw(shifted, random_latents(), random_text(2), 30).store
+    sigmas = [1 - store.alphas[level] for level in levels_compared(store)]
+    assert sigmas == pytest.approx(SIGMAS, abs=0.06)
+    assert levels_compared(draw(shifted, random_latents(), random_text(2), 1).store) == [0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fatezero import FlowEditSettings, FusionSettings, PromptEdit, draw, edit
+from fatezero import FlowEditSettings, FusionSettings, PromptEdit, TokenFlowSettings, draw, edit
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk
@@ -105,3 +105,9 @@ def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
     with pytest.raises(ValueError, match="drawn"):
         draw(world.denoiser, world.clip, world.text(2), STEPS).store.save(tmp_path / "store.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", [{"propagation": TokenFlowSettings(2)}, {"smoothing": object()}, {"layout": object()}])
+def test_parts_that_need_an_inversion(part):
+    with pytest.raises(ValueError, match="does not go with drawn noise"):
+        World("ddim").edited(**part)
