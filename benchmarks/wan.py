@@ -8,6 +8,7 @@ that are alive, on torch's meta device at full size: 81 frames of 832x480, 32,76
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -90,14 +91,20 @@ def full_memory() -> list[list[str]]:
         denoiser.predict_noise(z, 500.0, text, recorder)
         guided(fused(recorder.step))
 
+    def unhooked() -> None:
+        clip = rearrange(z, "f c y x -> 1 c f y x").to(model.dtype)
+        at, embeddings = torch.empty(1, device="meta"), text.embeddings.to(model.dtype)
+        guide(*(model(clip, at, embeddings, return_dict=False)[0] for _ in range(2)), 5.0)
+
     rows, base = [], 0
     works = {
-        "plain guided sampling": lambda: guided(Control(keys, chunk)),
+        "plain guided sampling, diffusers' own model": unhooked,
         "edit, the source beside, block by block": beside,
         "edit, the source before, its queries and keys kept": before,
     }
     for name, work in works.items():
-        with denoiser.hooked(), attend_without_data(), LiveBytes(model) as live, torch.no_grad():
+        hooked = contextlib.nullcontext() if work is unhooked else denoiser.hooked()
+        with hooked, attend_without_data(), LiveBytes(model) as live, torch.no_grad():
             work()
         whole = weights + live.most
         base = base or whole

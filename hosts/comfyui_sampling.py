@@ -34,7 +34,7 @@ from ..store.records import Beside
 from .comfyui_conditions import HostCondition
 from .comfyui_noise import noise_of
 from .comfyui_temporal import temporal_layers
-from .comfyui_transformer import HookedTransformer, hooked, is_transformer
+from .comfyui_transformer import ROOM, HookedTransformer, hooked, is_transformer
 from .comfyui_unet import HookedModel
 
 WrappersMP = comfy.patcher_extension.WrappersMP
@@ -174,11 +174,17 @@ class ComfyDenoiser:
         return self.noise.of_host((x - clean) / sigma)
 
     def _joins(self, beside: Beside, condition: HostCondition, sigma: float) -> bool:
-        """Whether the source can run in the edit's calls: on the same weights, without any that a prompt brings."""
+        """Whether the source can run in the edit's calls: on the same weights, without any that a prompt brings, and
+        with the same of other nodes on the MODEL.
+        """
         assert isinstance(beside.condition, HostCondition)
         entries = (self._branch_conditions(c) for c in (beside.condition, condition))
         plain = not any(entry.get("hooks") for conds in entries for entry in conds)
-        return plain and _same_weights(self._edited.at(sigma).hooked.patcher, self._source.at(sigma).hooked.patcher)
+        edit, source = (branch.at(sigma).hooked for branch in (self._edited, self._source))
+        if not (isinstance(edit, HookedTransformer) and isinstance(source, HookedTransformer)):
+            return False
+        alike = edit is source or (_same_weights(edit.patcher, source.patcher) and edit.others == source.others)
+        return plain and alike
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited
@@ -327,7 +333,8 @@ def _of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
 
 def _weights(patcher: Any) -> tuple[Any, Any, Any]:
     """What a MODEL changes of the weights and parts that its clones share, and the models it brings along."""
-    return patcher.patches_uuid, patcher.object_patches, [id(part.model) for part in _with_parts(patcher)[1:]]
+    parts = {name: part for name, part in patcher.object_patches.items() if name != ROOM}
+    return patcher.patches_uuid, parts, [id(part.model) for part in _with_parts(patcher)[1:]]
 
 
 def _with_parts(patcher: Any) -> list[Any]:

@@ -30,6 +30,8 @@ WrappersMP = comfy.patcher_extension.WrappersMP
 _IDENTITIES = IdentityCache()
 PAIR = "fatezero_low_noise"
 """Where a MODEL's options hold Wan 2.2's other MODEL, for low noise, and the sigma below which it takes over."""
+ROOM = "memory_required"
+"""The host's method that tells what memory a call takes."""
 _HERE = "fatezero_here"
 """What options are told of the branch and block under way."""
 
@@ -106,15 +108,22 @@ class HookedTransformer:
         self._kernel = getattr(found, "previous", found)
         options["optimized_attention_override"] = self._override(self._kernel)
         replaced = options.get("patches_replace", {}).get("dit", {})
-        for i in range(len(self._unet.blocks)):
-            theirs = replaced.get(("double_block", i))
-            self.patcher.set_model_patch_replace(
-                self._block(i, getattr(theirs, "previous", theirs)), "dit", "double_block", i
-            )
+        found = [replaced.get(("double_block", i)) for i in range(len(self._unet.blocks))]
+        blocks = [getattr(theirs, "previous", theirs) for theirs in found]
+        for i, theirs in enumerate(blocks):
+            self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
-        for kind, wrapper in around.items():
+        for kind in around:
             self.patcher.remove_wrappers_with_key(kind, "fatezero")
+        patches = {name: list(held) for name, held in options.get("patches", {}).items()}
+        wrappers = {
+            kind: {key: list(held) for key, held in of.items() if held} for kind, of in self.patcher.wrappers.items()
+        }
+        self.others = self._kernel, blocks, patches, wrappers
+        """What other nodes hung on the MODEL's blocks and calls."""
+        for kind, wrapper in around.items():
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+        self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
 
     def identity(self) -> ModelIdentity:
         """What tells the MODEL from another, LoRA on it or not."""
@@ -175,6 +184,18 @@ class HookedTransformer:
             self._beside = self._conditions = None
 
     # Plain closures, because the host copies what it finds in a model's options.
+
+    def _room(self, of_host: Callable[..., Any]) -> Callable[..., Any]:
+        """What the host asks before it calls branches together: they run one after another, so that parting them would
+        save nothing, and would have the source's attention kept for all blocks.
+        """
+        of_host = getattr(of_host, "previous", of_host)
+
+        def room(*args: Any, **more: Any) -> Any:
+            return 0 if self._source >= 0 else of_host(*args, **more)
+
+        room.previous = of_host  # type: ignore[attr-defined]
+        return room
 
     def _joined(self) -> Callable[..., Any]:
         """The source's conditions beside those of a call, its latents in the place of the call's (`_around`)."""

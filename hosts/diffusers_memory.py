@@ -98,7 +98,7 @@ def _without_maps(denoiser: DiffusersDenoiser) -> None:
 def attend_without_data() -> Iterator[None]:
     """Have attention on torch's meta device be held as kernels hold it, without a map."""
     plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, **_: torch.empty_like(q)
+    F.scaled_dot_product_attention = lambda query, key, value, **_: torch.empty_like(query)
     try:
         yield
     finally:

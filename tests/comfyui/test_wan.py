@@ -161,8 +161,14 @@ def plain(host, folder, checkpoint) -> torch.Tensor:
 
 
 def test_calls_of_their_own_give_the_same(host, graph, checkpoint, plain):
-    """Where a card is full, the host runs branches one by one: the source's first."""
+    """Where a card is full, the host runs branches one by one; the source stays beside the edit, to save memory."""
     graph.both(graph.add("OtherSeparateCalls", model=graph.model[0])[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+
+
+def test_a_source_with_other_nodes_on_its_model_runs_as_it_was_inverted(host, graph, checkpoint, plain):
+    """Another node on the edit's MODEL alone leaves the source's branch as the inversion had it."""
+    graph.set(graph.edit, model=graph.add("OtherBlock", model=graph.model[0], scale=1.0)[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
 
 

@@ -28,6 +28,7 @@ from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from fatezero.store.records import Recorder
 from tests.small import relative, small_unet
 
 TEXT, CHANNELS = 16, 4
@@ -262,3 +263,11 @@ def test_prompts_are_compared_where_there_is_as_much_noise_whatever_the_shift(sh
     sigmas = [1 - store.alphas[level] for level in levels_compared(store)]
     assert sigmas == pytest.approx(SIGMAS, abs=0.06)
     assert levels_compared(draw(shifted, random_latents(), random_text(2), 1).store) == [0]
+
+
+def test_what_a_branch_leaves_beside_another_is_held_for_one_block(denoiser, prompt, inversion, monkeypatch):
+    held, plain = [], Recorder.forget
+    monkeypatch.setattr(Recorder, "forget", lambda self, layer: (held.append(len(self.records)), plain(self, layer)))
+    edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(1.0, 1.0))
+    assert max(held) == 2, "self- and cross-attention of a block"
+    assert len(held) == 4 * 8, "of each of the steps' layers"

@@ -1,0 +1,63 @@
+"""How far an inversion and its replay at guidance 1 come from the clip, by the solver's order, at equal calls.
+
+On clips of the demo world whose captions are held out, with the bundled model; into QUALITY.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+from common import table, write_section
+
+from fatezero import edit, invert
+from fatezero.demo.world import SIZE, render, scenes
+from fatezero.hosts.checkpoint import Checkpoint, quiet
+from fatezero.hosts.checkpoint_wan import NAME, WanCheckpoint
+from fatezero.metrics.preservation import psnr
+
+FRAMES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo", choices=["demo", NAME])
+    parser.add_argument("--clips", type=int, default=6)
+    given = parser.parse_args()
+    with quiet():
+        pictures = Checkpoint.load("demo")
+        checkpoint = pictures if given.model == "demo" else WanCheckpoint.load(given.model)
+    clips = []
+    for scene, motion in islice(scenes(321, held_out=True), given.clips):
+        frames = render(scene, motion, FRAMES).frames
+        latents, text = pictures.encode_frames(frames), checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
+        clips.append((frames, latents, text))
+    sources = torch.cat([frames for frames, *_ in clips])
+    rows = [["autoencoder alone", "", "", f"{psnr(_decoded(pictures, [z for _, z, _ in clips]), sources):.1f} dB"]]
+    for steps in (10, 20, 50):
+        for order in (1, 2):
+            replays = []
+            for _, latents, text in clips:
+                inversion = invert(checkpoint.denoiser, latents, text, steps, order=order)
+                replays.append(edit(checkpoint.denoiser, inversion, text, guidance_scale=1.0))
+            far = torch.cat([a - z for a, (_, z, _) in zip(replays, clips, strict=True)]).square().mean().sqrt()
+            rows.append(
+                [f"{steps} calls", str(order), f"{far:.3f}", f"{psnr(_decoded(pictures, replays), sources):.1f} dB"]
+            )
+            print(*rows[-1], flush=True)
+    text = (
+        f"{given.clips} clips of {FRAMES} frames whose captions are held out; latents have a deviation of 1 "
+        f"(`python benchmarks/replay.py --model {given.model}`).\n\n"
+        f"{table(['inversion', 'order', 'latents apart', 'replay'], rows)}"
+    )
+    write_section(f"Replay, first and second order: {given.model}", text, Path(__file__).parent / "QUALITY.md")
+
+
+def _decoded(checkpoint: Checkpoint, clips: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([checkpoint.decode_latents(latents) for latents in clips])
+
+
+if __name__ == "__main__":
+    main()
