@@ -328,6 +328,7 @@ def _limit_file_size():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
     edit = ["edit", CLIP, *WORDS, "--steps", 1, "-o", "out.mp4"]
     invert = ["invert", CLIP, "--source", SOURCE, "--steps", 1, "-o", "s.safetensors"]

@@ -174,7 +174,7 @@ def test_presets_are_the_papers_settings():
     assert flow.key_frames == ("self",)
     assert with_preset(flow, "style").chosen_propagation is None
     fatezeros = {name + plus for name in ("style", "attribute", "shape") for plus in ("", "+")}
-    assert set(PRESETS) == fatezeros | {"pnp", "tokenflow", "tune_a_video"}
+    assert set(PRESETS) == fatezeros | {"flow_edit", "pnp", "tokenflow", "tune_a_video"}
 
 
 def test_presets_with_a_plus_keep_the_latents_of_the_background():

@@ -13,6 +13,7 @@ PROMPT = ("--prompt", "a red circle on grass")
 DRAW = ("generate", *PROMPT, "--frames", 4, "--temporal", "demo", "--guidance-scale", 5)
 
 
+@pytest.mark.slow
 def test_an_object_is_where_it_is_sent(command, tmp_path):
     """The same noise with a box at the left and at the right: red is there, in every frame."""
     strong = ("--layout.energy", "inside", "--layout.scale", 60, "--layout.most-change", 0.1, "--layout.repeats", 2)

@@ -170,7 +170,9 @@ def test_context_windows_are_guided_one_by_one(host):
     assert relative(drawn(host, graph), whole) < 1e-3, "frames of a model of pictures do not meet"
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sd2", marks=pytest.mark.slow), "sd2_v", pytest.param("sdxl", marks=pytest.mark.slow)]
+)
 def test_other_families_are_guided(host, kind):
     """Random models of other shapes, in epsilon and v: what guides them is the layout, and at scale 0 nothing does."""
     results = {}

@@ -71,6 +71,7 @@ def test_attention_of_the_object_word_lies_on_the_object(checkpoint):
     assert overlap >= 0.5
 
 
+@pytest.mark.slow
 def test_the_demo_edits_and_keeps_better_than_plain_ddim(tmp_path):
     from rich.console import Console
 
