@@ -2,8 +2,8 @@
 
 `patches_replace["dit"]` wraps each block, which then takes the branches of a call one after another, the source's
 first; `optimized_attention_override` sees every attention of a block: the first of a branch is self-, the second
-cross-attention. Overrides and block patches that other packs set stay: the first as the kernel, the second around the
-block's own forward.
+cross-attention, and what other packs add is left to them. Overrides and block patches that they set stay: the first as
+the kernel, the second around the block's own forward.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ class HookedTransformer:
                 *results, clean = executor(model, [*conds, self._conditions], x, sigma, *rest)
             finally:
                 self._source = -1
-            beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
+            if beside.predicted is None:  # a guidance node may call again, with layers left out
+                beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
             return results
 
         return joined
@@ -258,7 +259,7 @@ class HookedTransformer:
         ) -> Tensor:
             kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
             here = (more.get("transformer_options") or {}).get(_HERE)
-            if here is None or not self.answers:
+            if here is None or not self.answers or here.calls > 1:  # more of them are other packs' own
                 return kernel(q, k, v, heads, *rest, **more)
             kind: Kind = "cross" if here.calls else "self"
             here.calls += 1
