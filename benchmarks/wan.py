@@ -171,8 +171,8 @@ def main() -> None:
         f"{given.steps} steps, median of {given.rounds} rounds.\n\n"
         f"{table(['edit', 'time', 'of plain'], rows)}\n\n"
         "The source's branch is a third call beside plain sampling's two, in the steps that read it: in half of them "
-        "that is 1.25, in 0.8 of them 1.4. The rest is fusion of words, which at this size are nearly as many as tokens "
-        "are; a mask of both prompts is eight calls, whatever the steps. Maps are quick of so few tokens.\n\n"
+        "that is 1.25, in 0.8 of them 1.4. The rest is fusion of words, which at this size are nearly as many as tokens"
+        " are; a mask of both prompts is eight calls, whatever the steps. Maps are quick of so few tokens.\n\n"
         "Bytes alive in a step of the whole Wan 1.3B in bfloat16, 81 frames of 832x480, as shapes tell them:\n\n"
         f"{table(['work', 'activations', 'with weights', 'of plain'], full_memory())}"
     )
