@@ -489,17 +489,6 @@ class _Run:
         keys, norm = self.store.key_frames, self.store.clip_norm
         return steering.moved(self.denoiser, z, timestep, alpha, self.target, keys, norm, chunk_frames)
 
-    def _moved_beside(self, levels: DrawnLevels, z: Tensor, predicted: Prediction, level: int) -> Tensor:
-        """FlowEdit's step (arXiv 2412.08629): x_edit' = x_edit + (sigma' - sigma) (d_edit - d_source), in latents that
-        hold the level's noise: x_edit - x_0 = x - x_source.
-        """
-        assert predicted.source is not None
-        here, there = (levels[at].to(z.device) for at in (level, level - 1))
-        change = self.schedule.move(z - here, predicted.noise - predicted.source, level, level - 1)
-        if level == 1:  # the clean clip itself, of which even DDIM's first level has a little less
-            change = change / self.schedule.scale(0)
-        return there + change
-
     @property
     def shares_source(self) -> bool:
         """Whether other edits of the pass can be served by the same evaluation of the source."""
@@ -517,8 +506,7 @@ class _Run:
             prepare("negative", negative)
         guidance = None if self.negative is None else Guidance(self.negative, negative, self.guidance_scale)
         latents, timestep = frames_of(z, source.chunk), self.schedule.timesteps[step]
-        beside = {} if source.beside is None else {"beside": source.beside}
-        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, **beside)
+        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.beside)
         mask = self.injected.latent_mask(source, control, step)
         return Prediction(noise, None if mask is None else mask.to(z), self._of_source(source, step))
 
@@ -561,6 +549,17 @@ class _Run:
             kept = self.store.level(level - 1).to(z.device, non_blocking=True)
             z = kept + predicted.mask * (z - kept)
         return z
+
+    def _moved_beside(self, levels: DrawnLevels, z: Tensor, predicted: Prediction, level: int) -> Tensor:
+        """FlowEdit's step (arXiv 2412.08629): x_edit' = x_edit + (sigma' - sigma) (d_edit - d_source), in latents that
+        hold the level's noise: x_edit - x_0 = x - x_source.
+        """
+        assert predicted.source is not None
+        here, there = (levels[at].to(z.device) for at in (level, level - 1))
+        change = self.schedule.move(z - here, predicted.noise - predicted.source, level, level - 1)
+        if level == 1:  # the clean clip itself, of which even DDIM's first level has a little less
+            change = change / self.schedule.scale(0)
+        return there + change
 
 
 def first_step(strength: float, steps: int) -> int:
