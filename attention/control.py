@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .key_frames import Chunk, KeyFrames
+from .key_frames import Chunk, KeyFrames, as_one
 
 Place = Literal["down", "mid", "up", "block"]
 """Of a UNet; a transformer has blocks alone."""
@@ -63,11 +63,6 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Gather = Callable[[Tensor, AttentionSite], Tensor]
 """A self-attention layer's output (f t c) from its input tokens (f t c)."""
-
-
-def as_one(x: Tensor) -> Tensor:
-    """All frames as one long frame, (f h t d) -> (1 h (f t) d): a view of what a transformer projects."""
-    return rearrange(x, "f h t d -> 1 h (f t) d")
 
 
 def attend_as_one(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

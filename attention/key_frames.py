@@ -15,6 +15,11 @@ NAMES = ("self", *ANCHORS, "previous")
 ALL = "all"
 
 
+def as_one(x: Tensor) -> Tensor:
+    """All frames as one long frame, (f h t d) -> (1 h (f t) d): a view of what a transformer projects."""
+    return rearrange(x, "f h t d -> 1 h (f t) d")
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Frames of a clip that one UNet call holds.
@@ -164,7 +169,7 @@ class KeyFrames:
         see the same ones.
         """
         if self.everyone:
-            return rearrange(k, "f h t d -> 1 h (f t) d")
+            return as_one(k)
         rows = _rows(self, tuple(given), tuple(frames), clip)
         parts = []
         for row in rows:

@@ -44,11 +44,12 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
     keys, norm = _as_trained(checkpoint, config)
     sides = height // checkpoint.factor, width // checkpoint.factor
     shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
-    if layout is not None and isinstance(denoiser, VideoTransformerDenoiser):
-        raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
-    if layout is not None and not isinstance(denoiser, VideoTransformerDenoiser) and layout.guided_calls(config.steps):
-        most, plain = guidance_bytes(denoiser, shape, text, keys, norm, layout)
-        session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
+    if layout is not None:
+        if isinstance(denoiser, VideoTransformerDenoiser):
+            raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
+        if layout.guided_calls(config.steps):
+            most, plain = guidance_bytes(denoiser, shape, text, keys, norm, layout)
+            session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
         session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")
     if dry_run:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..diffusion.denoiser import keys_on
+from ..diffusion.denoiser import keys_on, refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
@@ -255,8 +255,7 @@ def _found(session: Session, config: EditConfig) -> VideoSource:
 def _check_of_wan(config: EditConfig, layout: Layout | None) -> None:
     """Raise ValueError for settings that a video transformer has no use for."""
     check_of_transformers(config.chosen_propagation, config.smoothing, layout)
-    if config.clip_norm:
-        raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+    refuse_clip_norm(config.clip_norm)
     if config.injection == "pnp":
         raise ValueError(OF_UNETS)
 

@@ -106,6 +106,12 @@ class Differentiable(Denoiser, Protocol):
         """
 
 
+def refuse_clip_norm(clip_norm: bool) -> None:
+    """Raise ValueError where clip norm is asked of a video transformer."""
+    if clip_norm:
+        raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+
+
 def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | str | int) -> KeyFrames:
     """The key frames that are asked for, on a model that has none of its own: a video transformer's frames see all."""
     asked = KeyFrames.of(key_frames)

@@ -420,19 +420,23 @@ class Branches:
 
 def check_of_transformers(propagation: Any, smoothing: Any, layout: Any) -> None:
     """Raise ValueError for a part of an edit that is for UNets alone, where a video transformer edits."""
-    for part, what in ((propagation, "TokenFlow"), (smoothing, "flow smoothing"), (layout, "a layout")):
-        if part:
-            raise ValueError(
-                f"{what} is for UNets, whose latents are single frames: a video transformer's frames agree by "
-                "themselves; leave it out"
-            )
+    if part := _part_asked(propagation, smoothing, layout):
+        raise ValueError(
+            f"{part} is for UNets, whose latents are single frames: a video transformer's frames agree by themselves; "
+            "leave it out"
+        )
 
 
 def check_of_drawn(propagation: Any, smoothing: Any, layout: Any) -> None:
     """Raise ValueError for a part of an edit that has no meaning where noise is drawn."""
-    for part, what in ((propagation, "TokenFlow"), (smoothing, "flow smoothing"), (layout, "a layout")):
-        if part:
-            raise ValueError(f"{what} needs an inversion, and does not go with drawn noise (FlowEdit)")
+    if part := _part_asked(propagation, smoothing, layout):
+        raise ValueError(f"{part} needs an inversion, and does not go with drawn noise (FlowEdit)")
+
+
+def _part_asked(propagation: Any, smoothing: Any, layout: Any) -> str | None:
+    """The name of the first of these parts that an edit has."""
+    parts = ((propagation, "TokenFlow"), (smoothing, "flow smoothing"), (layout, "a layout"))
+    return next((name for part, name in parts if part), None)
 
 
 class _Run:

@@ -16,7 +16,7 @@ from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined, keys_on
+from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined, keys_on, refuse_clip_norm
 from .schedule import Solver, timestep_at
 
 Progress = Callable[[int, int], None]
@@ -116,8 +116,8 @@ def invert(
         raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
-    if denoiser.spans_clip and clip_norm:
-        raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+    if denoiser.spans_clip:
+        refuse_clip_norm(clip_norm)
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
     keys.chunks(len(latents), chunk_frames, clip_norm)

@@ -104,11 +104,6 @@ class FlowSchedule(Schedule):
         return (z - clean) / self.sigma(level)
 
 
-def schedule_of(world: World, timesteps: tuple[float, ...], alphas: Tensor) -> Schedule:
-    """A schedule of either world."""
-    return (FlowSchedule if world == "flow" else Schedule)(timesteps, alphas)
-
-
 class Solver:
     """Carries latents from level to level, one after another in either direction.
 

@@ -77,8 +77,7 @@ class Checkpoint:
 
         Raises CheckpointError, saying what was looked for.
         """
-        if lora is not None and not Path(lora).exists():
-            raise CheckpointError(f"no LoRA at {lora}")
+        check_lora(lora)
         pipeline = _pipeline(name, dtype, config)
         kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
         if not isinstance(getattr(pipeline, "unet", None), kinds):
@@ -93,9 +92,7 @@ class Checkpoint:
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{temporal}: {error}") from error
         if lora is not None:  # after the tuned queries, which take the place of the model's and would take its too
-            pipeline.load_lora_weights(lora, local_files_only=True)
-            pipeline.fuse_lora(lora_scale=lora_scale)
-            pipeline.unload_lora_weights()
+            fuse_lora(pipeline, lora, lora_scale)
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
         ]
@@ -314,6 +311,19 @@ def kind_of(name: str) -> str:
         return ""
     found: dict[str, Any] = opened(name, DiffusionPipeline.load_config)
     return str(found.get("_class_name", ""))
+
+
+def check_lora(lora: str | None) -> None:
+    """Raise CheckpointError for a LoRA that is not there."""
+    if lora is not None and not Path(lora).exists():
+        raise CheckpointError(f"no LoRA at {lora}")
+
+
+def fuse_lora(pipeline: Any, lora: str, scale: float) -> None:
+    """A LoRA file or folder, put into the weights of a pipeline's networks for good."""
+    pipeline.load_lora_weights(lora, local_files_only=True)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
 
 
 def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:

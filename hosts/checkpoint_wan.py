@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..diffusion.denoiser import check_finite
 from ..files.safetensors import format_bytes
 from ..store.budget import available_bytes
 from ..store.identity import ModelIdentity
-from .checkpoint import DEMO, CheckpointError, opened
+from .checkpoint import DEMO, CheckpointError, check_lora, fuse_lora, opened
 from .diffusers_transformer import VideoTransformerDenoiser
 
 DEMO_WAN = DEMO.parent / "wan"
@@ -62,17 +61,14 @@ class WanCheckpoint:
         Raises CheckpointError, saying what was looked for.
         """
         device = torch.device(device)
-        if lora is not None and not Path(lora).exists():
-            raise CheckpointError(f"no LoRA at {lora}")
+        check_lora(lora)
         if name == NAME:
             return cls._bundled(device, dtype)
         pipeline: Any = opened(name, partial(DiffusionPipeline.from_pretrained, torch_dtype=dtype))
         if not isinstance(getattr(pipeline, "transformer", None), WanTransformer3DModel):
             raise CheckpointError(f"{name} is a {type(pipeline).__name__} without a Wan transformer for text to video")
         if lora is not None:
-            pipeline.load_lora_weights(lora, local_files_only=True)
-            pipeline.fuse_lora(lora_scale=lora_scale)
-            pipeline.unload_lora_weights()
+            fuse_lora(pipeline, lora, lora_scale)
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # whose numbers leave half precision's range
         low_noise = getattr(pipeline, "transformer_2", None)

@@ -45,16 +45,20 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _model(unet: dict[str, Tensor]) -> Any:
     config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(unet, ""))
     config.unet_config |= config.unet_extra_config  # SD 1.x's eight heads, which weights do not tell
-    device = comfy.model_management.get_torch_device()
-    dtype = comfy.model_management.unet_dtype(
-        model_params=sum(t.numel() for t in unet.values()), supported_dtypes=config.supported_inference_dtypes
-    )
+    patcher = _patcher(config, unet)
+    patcher.model.latent_format.latent_rgb_factors = LATENT_RGB
+    patcher.model.latent_format.latent_rgb_factors_bias = LATENT_RGB_BIAS
+    return patcher
+
+
+def _patcher(config: Any, weights: dict[str, Tensor]) -> Any:
+    """A MODEL of a host's configuration, at the precision that the host chooses."""
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    count = sum(t.numel() for t in weights.values())
+    dtype = comfy.model_management.unet_dtype(model_params=count, supported_dtypes=config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device))
-    offload = comfy.model_management.unet_offload_device()
     model = config.get_model({}, "", device=offload)
-    model.load_model_weights({f"diffusion_model.{k}": v for k, v in unet.items()}, "diffusion_model.")
-    model.latent_format.latent_rgb_factors = LATENT_RGB
-    model.latent_format.latent_rgb_factors_bias = LATENT_RGB_BIAS
+    model.load_model_weights({f"diffusion_model.{k}": v for k, v in weights.items()}, "diffusion_model.")
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 
@@ -141,13 +145,7 @@ def wan_model(tensors: dict[str, Tensor], about: dict[str, Any], shift: float) -
     config.sampling_settings = {"shift": shift}
     if about["in_channels"] == 4:  # latents of the demo's own autoencoder, not of Wan's
         config.latent_format = _DemoLatents()
-    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    count = sum(t.numel() for t in weights.values())
-    dtype = comfy.model_management.unet_dtype(model_params=count, supported_dtypes=config.supported_inference_dtypes)
-    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device))
-    model = config.get_model({}, "", device=offload)
-    model.load_model_weights({f"diffusion_model.{k}": v for k, v in weights.items()}, "diffusion_model.")
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    return _patcher(config, weights)
 
 
 class _DemoLatents(comfy.latent_formats.LatentFormat):

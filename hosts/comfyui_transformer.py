@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention.control import AttentionSite, Control, Kind
+from ..diffusion.denoiser import refuse_clip_norm
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
@@ -168,8 +169,7 @@ class HookedTransformer:
 
         Raises ValueError where the call inside reached none of its attention layers.
         """
-        if clip_norm:
-            raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+        refuse_clip_norm(clip_norm)
         self.answers, self.reached = answers, set()
         self._beside, self._conditions = beside or (None, None)
         try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attention.condition import Condition
 from ..attention.control import Attend, AttentionSite, Control, Kind, attention
 from ..diffusion.ddim import guide
-from ..diffusion.denoiser import Guidance
+from ..diffusion.denoiser import Guidance, refuse_clip_norm
 from ..diffusion.schedule import FlowSchedule
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
@@ -128,8 +128,7 @@ class VideoTransformerDenoiser:
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
         """Raises ValueError for clip norm, which is of UNets, and for attention processors that were set meanwhile."""
-        if clip_norm:
-            raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
+        refuse_clip_norm(clip_norm)
         for model in self.transformers:
             _refuse_foreign_processors(model)
         layers = [layer for model in self.transformers for layer in _layers(model)]

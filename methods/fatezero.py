@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.control import AttentionSite, Control, as_one, attention_map
-from ..attention.key_frames import Chunk
+from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.key_frames import Chunk, as_one
 from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment
 from ..diffusion.edit import Edit, EditContext, Injected
