@@ -25,6 +25,7 @@ from .denoiser import Denoiser, Guidance, check_finite, chunks_of, frames_of, jo
 from .invert import Inversion, Progress
 from .schedule import Schedule, Solver
 from .source import Asks, check_store, compute_source, source_for, sources
+from .spread import ALONE, Spread
 from .steering import EditSteering
 
 # --- the parts of an edit -----------------------------------------------------------------
@@ -226,16 +227,17 @@ def edit_many(
     edits: Sequence[Edit],
     chunk_frames: int | None = None,
     *,
+    spread: Spread = ALONE,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Several edits of an inverted clip in one pass: each step's source is read, or computed, once for all.
 
-    Errors are those of `edit`.
+    spread: the processes that share the chunks. Errors are those of `edit`.
     """
     if not edits:
         return []
     steps = inversion.store.steps
-    with EditPass(denoiser, inversion, edits, chunk_frames) as run:
+    with EditPass(denoiser, inversion, edits, chunk_frames, spread=spread) as run:
         zs = run.start
         for step in range(steps):
             zs = run.steered(zs, step)
@@ -247,8 +249,7 @@ def edit_many(
     return zs
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What a step gives: noise (frames, c, h, w), and the mask of latents (frames, 1, h, w) where it blends them.
 
     Of the whole clip, or of a chunk of it.
@@ -264,7 +265,7 @@ class EditPass:
     """Several edits of an inverted clip, step by step (0 the noisiest); inside `with`, the denoiser is hooked.
 
     in_order: whether each step is predicted once and after the one before, so that a store on disk can be read
-    ahead. Errors are those of `edit`.
+    ahead. spread: see `edit_many`. Errors are those of `edit`.
     """
 
     def __init__(
@@ -274,12 +275,13 @@ class EditPass:
         edits: Sequence[Edit],
         chunk_frames: int | None = None,
         in_order: bool = True,
+        spread: Spread = ALONE,
     ) -> None:
         store, self._schedule = inversion.store, denoiser.schedule(inversion.store.steps)
         for one in edits:
             check_store(store, denoiser, self._schedule, one.prompt)
         self._denoiser, self._store, self._in_order = denoiser, store, in_order
-        self._chunk_frames = chunk_frames
+        self._chunk_frames, self._spread = chunk_frames, spread
         self._steps = store.steps
         self._runs = [_Run(denoiser, store, self._schedule, one) for one in edits]
         self._noise = store.level(store.steps).to(denoiser.device)
@@ -321,17 +323,23 @@ class EditPass:
     @torch.no_grad()
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
         """Each edit's prediction for its latents (frames, c, h, w); None before its first step."""
-        chunks, parts = self._chunks[step], [list[Prediction]() for _ in self._runs]
+        chunks, parts = self._chunks[step], dict[int, list[Prediction]]()
         together = [i for i, run in enumerate(self._runs) if run.shares_source and step >= run.first]
-        for chunk in chunks if together else []:
-            source = self._source_of(step, chunk)
+
+        def of_chunk(chunk: Chunk) -> tuple[Prediction, ...]:
+            source, found = self._source_of(step, chunk), list[Prediction]()
             for i in together:
-                parts[i].append(self._runs[i].predict(zs[i], step, source))
+                found.append(self._runs[i].predict(zs[i], step, source))
                 if source.beside is not None and i != together[-1]:  # it was evaluated for this one alone
                     source = self._source_of(step, chunk)
+            return tuple(found)
+
+        if together:
+            by_run = zip(*self._spread.each(chunks, of_chunk), strict=True)
+            parts = {i: list(own) for i, own in zip(together, by_run, strict=True)}
         return [
-            None if step < run.first else run.smoothed(z, step, self._of_run(run, z, step, chunks, own))
-            for run, z, own in zip(self._runs, zs, parts, strict=True)
+            None if step < run.first else run.smoothed(z, step, self._of_run(run, z, step, chunks, parts.get(i, [])))
+            for i, (run, z) in enumerate(zip(self._runs, zs, strict=True))
         ]
 
     def _of_run(
@@ -346,8 +354,14 @@ class EditPass:
         elif self._store.drawn is not None:
             return self._drawn(self._store.drawn, run, z, step)
         else:
-            found = [(chunk, branches.edit(branches.source_for(chunk))) for chunk in self._chunks[step]]
+            return self._of_chunks(branches, step)
         return _joined([chunk for chunk, _ in found], [part for _, part in found])
+
+    def _of_chunks(self, branches: Branches, step: int) -> Prediction:
+        """An edit's prediction with a source of its own."""
+        chunks = self._chunks[step]
+        parts = self._spread.each(chunks, lambda chunk: branches.edit(branches.source_for(chunk)))
+        return _joined(chunks, parts)
 
     def _drawn(self, levels: DrawnLevels, run: _Run, z: Tensor, step: int) -> Prediction:
         """The mean prediction over draws of noise, z being of the first."""
@@ -356,8 +370,7 @@ class EditPass:
         for draw in range(levels.draws):
             levels.draw = draw
             branches = Branches(self._denoiser, self._store, run, z + (levels[level].to(z.device) - first), step)
-            chunks = self._chunks[step]
-            found.append(_joined(chunks, [branches.edit(branches.source_for(chunk)) for chunk in chunks]))
+            found.append(self._of_chunks(branches, step))
         levels.draw = 0
         noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
         return Prediction(noise, found[0].mask, source)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.condition import Condition
-from ..attention.key_frames import KeyFrames
+from ..attention.key_frames import Chunk, KeyFrames
 from ..settings import check, setting
 from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
@@ -18,6 +18,7 @@ from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
 from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined, keys_on, refuse_clip_norm
 from .schedule import Solver, timestep_at
+from .spread import ALONE, Spread
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
@@ -95,6 +96,7 @@ def invert(
     prompt: str | None = None,
     extra: dict[str, Any] | None = None,
     attachments: dict[str, Tensor] | None = None,
+    spread: Spread = ALONE,
     progress: Progress | None = None,
 ) -> Inversion:
     """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1), or that of a rectified flow.
@@ -104,7 +106,8 @@ def invert(
     all, whatever is asked. clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
     name, or `StoreSettings`. chunk_frames: frames of one call, None for all; see `KeyFrames.chunks` for when this
     approximates. order: of the solver, 1 or 2, see `Solver`. prompt, extra, attachments: kept in the store, to check
-    edits against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors.
+    edits against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors. spread:
+    the processes that share the chunks, with memory "recompute".
 
     In first order the model is called at the *target* timestep with the latent of the level
     before, as the authors' code does; in second order at the latent's own. Raises ValueError for bad shapes or
@@ -127,6 +130,8 @@ def invert(
     plan = plan_store(settings, demand, latents.device)
     if plan.memory == "maps" and keys.everyone and chunk_frames is not None and chunk_frames < len(latents):
         raise ValueError('memory "maps" keeps a whole clip\'s attention to all frames: leave chunk_frames out')
+    if plan.memory != "recompute" and spread is not ALONE:
+        raise ValueError(f'memory "{plan.memory}" keeps attention in one process: several take "recompute"')
     store = AttentionStore(
         memory=plan.memory,
         levels=latents.expand(steps + 1, *latents.shape),  # their shape; the values come as they are computed
@@ -149,9 +154,13 @@ def invert(
         step = steps - level  # of the edit, which goes the other way
         kept, timestep = recorded if step < store.kept_steps else set(), timestep_at(schedule, level)
         chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
-        recorders = [Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks]
-        predicted = [denoiser.predict_noise(frames_of(z, r.chunk), timestep, source, r) for r in recorders]
-        return joined(chunks, predicted), whole_clip(recorders, sites) if kept else {}
+        recorders = {chunk: Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks}
+
+        def predict(chunk: Chunk) -> Tensor:
+            return denoiser.predict_noise(frames_of(z, chunk), timestep, source, recorders[chunk])
+
+        predicted = joined(chunks, spread.each(chunks, predict))
+        return predicted, whole_clip(list(recorders.values()), sites) if kept else {}
 
     z, solver, records = latents, Solver(schedule, order), Records()
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
