@@ -18,6 +18,7 @@ from .config import (
     EditConfig,
     check_effect,
     checked,
+    completed,
     generate_config,
     load_configs,
     load_pairs,
@@ -28,6 +29,7 @@ from .config import (
 )
 from .options import GROUPS, edit_options, generate_options, given_of, invert_options, tune_options, whole_numbers
 from .progress import complain, console, progress_bar, told
+from .record import apart_from, made_by
 
 app = App(
     name="fatezero",
@@ -43,10 +45,16 @@ EditOptions, InvertOptions = edit_options(), invert_options(of_methods())
 TuneOptions, GenerateOptions = tune_options(), generate_options()
 
 _RUN = GROUPS["This run"]
+_RAY = Group("On a Ray cluster", sort_key=100)
 Video = Annotated[
     str | None, Parameter(help='Video, picture, or pictures: a folder, "f_%04d.png" or "*.png".', negative="")
 ]
-Config = Annotated[Path | None, Parameter(help="YAML of settings, ours or the authors' own.", group=_RUN)]
+Config = Annotated[
+    Path | None,
+    Parameter(
+        help="YAML of settings, ours or the authors' own; or a result or its .json, to make it again.", group=_RUN
+    ),
+]
 ModelConfig = Annotated[
     str | None,
     Parameter(
@@ -102,12 +110,20 @@ def edit(
 ) -> None:
     """Edit a video: invert it, then denoise with the target prompt and what is taken of the source."""
     console.quiet = quiet
-    configs = _configs(config, preset, _flags(video, options), target or [], store)
+    flags = _flags(video, options)
+    made = made_by(config) if config else None
+    if made is not None:  # a result's record: made again with what it was made with
+        given = {*flags, *(name for name, value in (("store", store), ("model_config", model_config)) if value)}
+        made = apart_from(made, given)
+        store = store or (Path(made.store) if made.store else None)
+        model_config = model_config or made.model_config
+        device, dtype = (b if a == "auto" else a for a, b in ((device, made.device), (dtype, made.dtype)))
+    configs = _configs(config, preset, flags, target or [], store)
     from .run import Session, run_edits  # diffusers takes seconds to import: after the cheap checks
 
     inputs = tuple(path for path in (config, store) if path)
     session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
-    run_edits(session, configs, output, store, dry_run)
+    run_edits(session, configs, output, store, dry_run, made)
 
 
 @app.command
@@ -259,6 +275,77 @@ def demo(
     show(output, steps, device, console, progress_bar)
 
 
+@app.command(name="batch")
+def batch_of_jobs(
+    jobs: Annotated[Path, Parameter(help="YAML: clips, targets, settings and methods, which are combined; or jobs.")],
+    /,
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name=("--output", "-o"),
+            help="Folder for results and summary; a run there goes on.",
+            show_default=lambda _: "that of the jobs, without .yaml",
+        ),
+    ] = None,
+    workers: Annotated[int, Parameter(help="Processes on each device.")] = 1,
+    timeout: Annotated[float | None, Parameter(help="Seconds that a job may take.")] = None,
+    retries: Annotated[int, Parameter(help="How often a job whose process died is tried again.")] = 1,
+    measure: Annotated[bool, Parameter(help="Measure each result beside its source.")] = True,
+    clip: Annotated[str, Parameter(help="A CLIP of transformers that measures too.")] = "",
+    redo: Annotated[bool, Parameter(negative="", help="Do again what is done.")] = False,
+    ray: Annotated[
+        str | None,
+        Parameter(
+            help="Address of a Ray cluster that does the jobs; auto, or local for one of this machine.", group=_RAY
+        ),
+    ] = None,
+    ray_gpus: Annotated[
+        float | None, Parameter(help="GPUs of each job.", show_default=lambda _: "1 where there are any", group=_RAY)
+    ] = None,
+    ray_cpus: Annotated[float, Parameter(help="CPU cores of each job.", group=_RAY)] = 1,
+    ray_inputs: Annotated[
+        Literal["shared", "sent"],
+        Parameter(
+            help="Clips, masks and LoRAs lie on a path that all machines share, or are sent through Ray.", group=_RAY
+        ),
+    ] = "shared",
+    comfyui: Annotated[
+        list[str] | None,
+        Parameter(help="Address of a ComfyUI server that does the jobs by their workflow; may repeat.", negative=""),
+    ] = None,
+    device: Annotated[
+        str, Parameter(help="cpu, cuda, mps, auto: all GPUs there are, or several by commas: cuda:0,cuda:1.")
+    ] = "auto",
+    dtype: Dtype = "auto",
+    model_config: ModelConfig = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do many edits: those not done yet, an inversion that several share once; a failed one leaves the others alone."""
+    console.quiet = quiet
+    from .batch.jobs import load_batch
+
+    held = load_batch(jobs)
+    from .batch.cluster import Cluster
+    from .batch.processes import Patience
+    from .batch.run import Asked, run_batch
+    from .batch.work import How
+    from .run import Session
+
+    if ray is not None and comfyui:
+        raise ConfigError("give --ray or --comfyui: a job is done in one place")
+    if model_config is not None and comfyui:
+        raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
+    if ray is not None and timeout is not None:
+        raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
+    cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
+    folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)
+    how = How(dtype, model_config, measure, clip)
+    asked = Asked(folder, how, device, workers, patience, cluster, tuple(comfyui or ()), redo, dry_run)
+    run_batch(Session(console, progress_bar), held, asked)
+
+
 @app.command
 def benchmark(
     *,
@@ -383,14 +470,8 @@ def _configs(
         configs += [c for c in (with_values(c, given) for c in found) if c not in configs]
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-    configs = [replace(c, target=c.target or c.source) if c.wanted else c for c in configs]
+    configs = [completed(c, inverting, store is not None) for c in configs]
     for c in configs:
-        needed = ("video", "source") if inverting or c.injection == "fatezero" else ("video",)
-        missing = [] if store else [n for n in needed if not getattr(c, n)]
-        missing += [] if inverting or c.target else ["target"]
-        if missing:
-            flag = {"video": "VIDEO", "source": "--source", "target": "--target"}
-            raise ConfigError(f"missing {', '.join(flag[m] for m in missing)}")
         check_effect(c, () if store else list(given))
     return configs
 

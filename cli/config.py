@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ from ..methods.tune_a_video import TuneSettings
 from ..settings import check, described, described_one, is_union, kept, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
-from ..video.read import ClipSettings, seconds_of
+from ..video.read import ClipSettings, read_metadata, seconds_of
+from ..video.write import METADATA_SUFFIXES
 
 T = TypeVar("T")
 InjectionName = Literal["fatezero", "pnp", "none"]
@@ -255,6 +257,10 @@ SECTIONS: dict[str, Any] = {
 _KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
 _GENERATE_KINDS: dict[str, Any] = {one.name: one.kind for one in described(GenerateConfig)}
 _TUNE_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(TuneConfig)}
+MADE = "made"
+"""The section of a result's record that is no setting: see `record.py`."""
+METADATA = "fatezero"
+"""What a video's metadata call its record."""
 _AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
 _OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
 
@@ -475,19 +481,19 @@ def check_effect(config: EditConfig, asked: Sequence[str]) -> None:
 def load_configs(
     path: str | Path, texts: Mapping[str, Any] | None = None, preset: str | None = None
 ) -> tuple[list[EditConfig], list[str]]:
-    """The edits of a YAML file, and notes on what was left out of it.
+    """The edits of a file, and notes on what was left out of it.
 
-    Reads our own files (the fields of `EditConfig`, and `preset`) and the authors' files as
-    they are, one edit for each of their prompts. texts: a `source` or `target` given elsewhere, in the place of
-    the file's. preset: one given elsewhere, over all the file says of what presets speak of; the file's own
-    preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
+    Reads our own files (the fields of `EditConfig`, and `preset`), a result's record (JSON, or the result itself), and
+    the authors' files as they are, one edit for each of their prompts. texts: a `source` or `target` given elsewhere,
+    in the place of the file's. preset: one given elsewhere, over all the file says of what presets speak of; the
+    file's own preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}")
     texts = dict(texts or {})
     with _naming(path):
-        data = _yaml(path)
+        data = _held(path)
         if not isinstance(data, Mapping):
             raise ConfigError("holds no settings")
         if any(mark in data for mark in _OLDER_MARKS):
@@ -498,18 +504,42 @@ def load_configs(
             configs, notes = authors_configs(data)
             configs = [with_values(config, texts) for config in configs]
         else:
-            values = dict(data)
-            own = values.pop("preset", None)
-            if own is not None and not isinstance(own, str):
-                raise ConfigError(f"preset is {own!r}; it must be text")
-            given = checked(values)
-            config = with_values(EditConfig(), given | texts)
-            if own is not None:
-                config = with_values(with_preset(config, own), given | texts)
+            config = config_of({name: value for name, value in data.items() if name != MADE}, texts)
             configs, notes = [config], []
         if preset is not None:
             configs = [with_preset(config, preset) for config in configs]
     return configs, notes
+
+
+def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:
+    """An edit by the values of a file, its preset beneath its other settings. texts: see `load_configs`.
+
+    Raises ConfigError naming what is wrong.
+    """
+    values, texts = dict(values), dict(texts or {})
+    preset = values.pop("preset", None)
+    if preset is not None and not isinstance(preset, str):
+        raise ConfigError(f"preset is {preset!r}; it must be text")
+    given = checked(values) | texts
+    config = with_values(EditConfig(), given)
+    return config if preset is None else with_values(with_preset(config, preset), given)
+
+
+def completed(config: EditConfig, inverting: bool = False, stored: bool = False) -> EditConfig:
+    """A configuration that has all its run needs; ConfigError naming what is missing.
+
+    inverting: for an inversion alone. stored: beside a store, which knows clip and source.
+    """
+    config = replace(config, target=config.target or config.source) if config.wanted else config
+    needed = ("video", "source") if inverting or config.injection == "fatezero" else ("video",)
+    missing = [] if stored else [name for name in needed if not getattr(config, name)]
+    missing += [] if inverting or config.target else ["target"]
+    if missing:
+        raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
+    return config
+
+
+_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target"}
 
 
 @contextmanager
@@ -519,6 +549,25 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def held_by(path: Path) -> Any:
+    """What a configuration holds: YAML, JSON, or a video's own record; ConfigError naming the file."""
+    with _naming(path):
+        return _held(path)
+
+
+def _held(path: Path) -> Any:
+    if path.suffix.lower() not in (".json", *METADATA_SUFFIXES):
+        return _yaml(path)
+    try:
+        if path.suffix.lower() == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_metadata(path)[METADATA])
+    except KeyError:
+        raise ConfigError("has no settings in its metadata: it is no result of `fatezero edit`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"is not JSON: {error}") from error
 
 
 def _yaml(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +29,6 @@ def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, 
     if known:
         raise ValueError(f"object_mask: {next(iter(known))!r} is given no place (--shift, --box, --ellipse or --mask)")
     return Layout(prompt, tokenizer, tuple(found), config.layout) if found else None
-
-
-def files_of(config: EditConfig | GenerateConfig) -> list[Path]:
-    """The files that its objects are read from."""
-    texts = (*config.mask, *getattr(config, "object_mask", ()))
-    return [Path(text.partition(":")[2].strip()) for text in texts]
 
 
 def _by_words(name: str, texts: tuple[str, ...], frames: int) -> dict[str, Tensor]:

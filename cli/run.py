@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..diffusion.denoiser import keys_on, refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
+from ..diffusion.spread import ALONE, Spread
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
 from ..files.whole import check_writable, disk_folder, remove_stale_folders
@@ -42,8 +44,24 @@ from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_vide
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig
-from .objects import files_of, layout_of
-from .progress import Bar
+from .files import files_of
+from .objects import layout_of
+from .progress import Bar, no_bars
+from .record import (
+    Made,
+    check_same,
+    differences,
+    files_read,
+    metadata_of,
+    record_of,
+    record_path,
+    threads_on,
+    versions,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from ..hosts.processes import Processes
 
 DEFAULT_FRAMES = 8
 AnyCheckpoint = Checkpoint | WanCheckpoint
@@ -140,9 +158,8 @@ class Session:
 
     def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
         """All the files that a run reads."""
-        video = config.video if isinstance(config, EditConfig) else ""
-        named = (video, config.model, config.lora, config.temporal, self.model_config)
-        return [*self.inputs, *(Path(name) for name in named if name), *files_of(config)]
+        named = (*files_of(config).values(), self.model_config)
+        return [*self.inputs, *(Path(name) for name in named if name)]
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
@@ -172,17 +189,29 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     session.say(f"store of {format_bytes(inversion.store.nbytes)} written to {output}")
 
 
-def run_edits(session: Session, configs: list[EditConfig], output: str, store_path: Path | None, dry_run: bool) -> None:
-    """`fatezero edit`: one inversion, or one from a file, and an edit for each configuration.
+def run_edits(
+    session: Session,
+    configs: list[EditConfig],
+    output: str,
+    store_path: Path | None,
+    dry_run: bool,
+    made: Made | None = None,
+    lent: bool = False,
+) -> None:
+    """`fatezero edit`: one inversion, or one from a file, and an edit for each configuration, with its record beside.
 
-    Everything that can be refused is refused before the inversion starts. One output that cannot be written in the
-    end loses none of the others; OSError then tells which.
+    made: what an earlier result was made with, which this shall be again. lent: the store is one of the caller's, made
+    with these very settings, which records leave out. Everything that can be refused is refused before the inversion
+    starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
     """
     remove_stale_folders(disk_folder())
+    if made is not None and made.threads is not None:
+        torch.set_num_threads(made.threads)
+    session, team = _team_of(session)
     if store_path and configs[0].noise == "drawn":
         raise ValueError("noise is drawn, which a store has no use for")
     store = AttentionStore.load(store_path) if store_path else None
-    origin = Origin.of(store) if store else None
+    origin, asked = Origin.of(store) if store else None, configs
     if store is not None and origin is not None:
         configs = [_with_store(config, store, origin) for config in configs]
     first = configs[0]
@@ -190,11 +219,19 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         config.fusion, config.keys  # noqa: B018  raise for settings out of range
     source = _found(session, first) if store is None else None
     frames = len(source) if source else origin.frames  # type: ignore[union-attr]
+    if team is not None:
+        configs = [_in_team(config, team.count, frames) for config in configs]
+        first = configs[0]
     outputs = _outputs(output, len(configs))
-    for path in outputs:
-        check_output(
-            path, frames, session.overwrite, [*session.inputs_of(first), *([store_path] if store_path else [])]
-        )
+    if team is None or team.is_main:
+        inputs = [*session.inputs_of(first), *([store_path] if store_path else [])]
+        for path in outputs:
+            check_output(path, frames, session.overwrite, inputs)
+            check_writable(record_path(path), session.overwrite, inputs)
+    named = None if lent else store_path
+    files = [files_read(config, named) for config in configs]
+    if made is not None:
+        check_same(Made(files=files[0]), replace(made, model="", vae=""))
     checkpoint = session.open_model(first.model, first.lora, first.temporal)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
@@ -216,30 +253,114 @@ def run_edits(session: Session, configs: list[EditConfig], output: str, store_pa
         sound = origin.sound_of(first.video)
     session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
     _note_of_layers(session, first)
+    now = _made(session, checkpoint, shape, named)
+    if made is not None:
+        check_same(now, made)
+        if other := differences(now, made):
+            session.note(f"the result was made with {', '.join(other)}: its last digits may differ")
     if sound is not None and not has_sound(output):
         session.note(f"{output} holds no sound")
     if dry_run:
         return
 
+    spread: Spread = ALONE if team is None else team
     with session.bars() as bar:
-        inversion = invert_video(checkpoint, first, video, bar) if store is None else Inversion(store)
+        inversion = Inversion(store) if store else invert_video(checkpoint, first, video, bar, spread=spread)
         motion = _motion(checkpoint, configs, inversion, bar)
         edits = [
             one_edit(checkpoint, config, prompt, inversion.store, motion, layout)
             for config, prompt, layout in zip(configs, prompts, layouts, strict=True)
         ]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
-        results = edit_many(checkpoint.denoiser, inversion, edits, first.chunk_frames, progress=bar(title))
+        results = edit_many(
+            checkpoint.denoiser, inversion, edits, first.chunk_frames, spread=spread, progress=bar(title)
+        )
+        if team is not None and not team.is_main:
+            return
+        writing = [
+            _Writing(path, _recorded(config, inversion.store), replace(now, files=read))
+            for path, config, read in zip(outputs, asked if lent else configs, files, strict=True)
+        ]
         failed = []
-        for path, config, latents in zip(outputs, configs, results, strict=True):
+        for one, latents in zip(writing, results, strict=True):
             try:
-                finished = decode(checkpoint, latents, frames, bar(f"write {Path(path).name}"))
-                write_video(path, finished, fps, sound, times=times)
-                session.say(f"{config.target!r} written to {path}")
+                pictures = decode(checkpoint, latents, frames, bar(f"write {Path(one.path).name}"))
+                one.write(pictures, fps, sound, times)
+                session.say(f"{one.config.target!r} written to {one.path}")
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
         raise OSError(f"{len(failed)} of {len(configs)} edits could not be written: {'; '.join(failed)}")
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A result on its way to a file, with what its record says."""
+
+    path: str
+    config: EditConfig
+    made: Made
+
+    def write(
+        self,
+        pictures: Iterable[Tensor],
+        fps: Fraction,
+        sound: Sound | SoundTrack | None,
+        times: Sequence[Fraction] | None,
+    ) -> None:
+        """The record comes last: where it is, the result is whole."""
+        metadata = metadata_of(self.config, self.made)
+        write_video(self.path, pictures, fps, sound, times=times, metadata=metadata)
+        write_record(self.path, record_of(self.config, self.made))
+
+
+def _team_of(session: Session) -> tuple[Session, Processes | None]:
+    """The processes that `accelerate launch` started to edit one clip together, and what this one of them runs in; None
+    for this process alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return session, None
+    from accelerate import Accelerator  # seconds to import
+
+    from ..hosts.processes import Processes
+
+    team = Processes(Accelerator(cpu=pick_device(session.device).type == "cpu"))
+    session.console.quiet = session.console.quiet or not team.is_main
+    return replace(session, device=str(team.device), bars=session.bars if team.is_main else no_bars), team
+
+
+def _in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
+    """A configuration for several processes: with chunks for each, and no attention kept in one of them.
+
+    ValueError where the whole clip must run in one.
+    """
+    if config.memory not in ("auto", "recompute"):
+        raise ValueError(f"memory {config.memory} keeps attention in one process; several take recompute")
+    if config.propagation != "none" or config.wanted:
+        raise ValueError("TokenFlow and layouts run in one process: accelerate spreads chunks of other edits")
+    chunk = config.chunk_frames
+    if chunk is None and not (config.keys.anchored and not config.clip_norm):
+        raise ValueError(
+            "several processes need chunks, which only come near the whole clip where frames meet through neighbours "
+            "or clip norm: give --chunk-frames, or key frames among self, first, middle and last"
+        )
+    return replace(config, memory="recompute", chunk_frames=chunk or -(-frames // count))
+
+
+def _made(session: Session, checkpoint: AnyCheckpoint, shape: Sequence[int], store: Path | None) -> Made:
+    """What a run edits with, beside its settings and files. shape: of the clip's latents."""
+    height, width = (side * checkpoint.factor for side in shape[-2:])
+    return Made(
+        versions(), str(checkpoint.device), str(checkpoint.dtype).removeprefix("torch."), threads_on(checkpoint.device),
+        checkpoint.coding(height, width) if isinstance(checkpoint, WanCheckpoint) else "",
+        checkpoint.denoiser.identity().digest, checkpoint.vae_identity.digest,
+        store=None if store is None else str(store), model_config=session.model_config,
+    )  # fmt: skip
+
+
+def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
+    """A configuration that gives the same again, whatever memory is free by then."""
+    return config if config.noise == "drawn" else replace(config, memory=store.memory)
 
 
 def _found(session: Session, config: EditConfig) -> VideoSource:
@@ -362,10 +483,11 @@ def invert_video(
     video: FittedVideo,
     bar: Callable[[str], Callable[[int, int], None]],
     settings: StoreSettings | None = None,
+    spread: Spread = ALONE,
 ) -> Inversion:
     """Encode and invert a clip with a configuration's settings, or draw its noise; its store's unless others are given.
 
-    A store that is kept remembers where the clip is from, and its sound.
+    A store that is kept remembers where the clip is from, and its sound. spread: the processes that share the chunks.
     """
     source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
     latents = encode(checkpoint, video, bar("encode"))
@@ -379,7 +501,7 @@ def invert_video(
     return invert(
         checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
         config.chunk_frames, order=config.order, prompt=config.source,
-        extra=extra, attachments=attachments, progress=bar("invert"),
+        extra=extra, attachments=attachments, spread=spread, progress=bar("invert"),
     )  # fmt: skip
 
 

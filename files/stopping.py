@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _SHOW_CURSOR = b"\x1b[?25h\n"
+
+
+_last: list[Callable[[], None]] = []
+
+
+def at_end(last: Callable[[], None]) -> None:
+    """Have something called, quickly, where a signal ends the process."""
+    _last.append(last)
 
 
 def end_on_signals() -> None:
@@ -43,6 +52,9 @@ def _end(number: int, frame: FrameType | None) -> None:
     whole = sys.modules.get(f"{__package__}.whole")
     if whole is not None:
         whole.remove_leftovers()
+    for last in _last:
+        with suppress(Exception):
+            last()
     for worker in getattr(sys.modules.get("multiprocessing.process"), "active_children", list)():
         worker.terminate()
     with suppress(Exception):  # this may have come in the middle of a line

@@ -14,6 +14,8 @@ Prompt = dict[str, dict[str, Any]]
 """A workflow in API format: {node id: {"class_type": ..., "inputs": ...}}."""
 
 NODE = "FateZeroPromptEdit"
+_OF_TWINS = ".source"
+"""Ends a twin's name; a colon would read as a node inside a subgraph."""
 SOURCE = 0
 """Which of its outputs is the source conditioning."""
 
@@ -40,10 +42,13 @@ def with_source_apart(prompt: Prompt) -> Prompt:
         node = prompt.get(str(value[0]), {})
         if node.get("class_type") != NODE or "source" not in node.get("inputs", {}):
             return value
-        twin = f"{value[0]}.source"  # a colon would read as a node inside a subgraph
         source = node["inputs"]["source"]
         alone = {"target": source, "mode": "refine", "blend_source": "", "blend_target": "", "reweight": ""}
-        twins[twin] = {**node, "inputs": {**node["inputs"], **alone}}
+        inputs = {**node["inputs"], **alone}
+        if str(value[0]).endswith(_OF_TWINS) and inputs == node["inputs"]:  # of a prompt that a result holds
+            return value
+        twin = f"{value[0]}{_OF_TWINS}"
+        twins[twin] = {**node, "inputs": inputs}
         return [twin, SOURCE]
 
     apart = {

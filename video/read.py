@@ -340,6 +340,12 @@ def read_video(
     return open_video(path, start, stride, count, at_most).read()
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a video holds beside its streams, by their names in small letters; errors are those of `opened`."""
+    with opened(path) as video:
+        return {name.lower(): text for name, text in video.metadata.items()}
+
+
 def _needed(start: Moment, stride: int, count: int | None) -> int | None:
     """The number of the last frame that is needed, where that can be told before the file is looked at."""
     return None if count is None or not isinstance(start, int) else start + stride * (count - 1)

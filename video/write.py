@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -38,6 +38,8 @@ _CODECS = {
     ".webm": _Codecs("libvpx-vp9", "libopus", (48000, 24000, 16000, 12000, 8000)),
 }
 VIDEO_SUFFIXES = (*_CODECS, ".gif")
+METADATA_SUFFIXES = tuple(_CODECS)
+"""Of the files that hold texts beside their streams."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _CLOCK = 90000
 """Ticks a second of frames that are not evenly spaced."""
@@ -83,11 +85,13 @@ def write_video(
     sound: Sound | SoundTrack | None = None,
     crf: int = 14,
     times: Sequence[Fraction] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write uint8 frames (height, width, 3), taken one at a time: H.264 with AAC, .webm VP9 with Opus, or a GIF.
 
     A picture's suffix takes a single frame; a folder or a pattern a picture for each (`is_sequence`); these and GIFs
-    have no sound. times: when each frame is shown, in seconds; None where they are evenly spaced. Odd sizes are
+    have no sound. times: when each frame is shown, in seconds; None where they are evenly spaced. metadata: texts by
+    name, for files that hold some (`METADATA_SUFFIXES`). Odd sizes are
     padded by a pixel, for the codecs need even ones; sound is resampled where a codec cannot have its rate.
 
     Raises ValueError for an unknown suffix or no frame, and OSError where the disk fails.
@@ -104,7 +108,7 @@ def write_video(
             elif _suffix(path) == ".gif":
                 _write_gif(partial, pictures, fps, times)
             elif _suffix(path) in _CODECS:
-                _encode(partial, _CODECS[_suffix(path)], pictures, fps, sound, crf, times)
+                _encode(partial, _CODECS[_suffix(path)], pictures, fps, sound, crf, times, metadata or {})
             else:
                 raise ValueError(f"cannot write {path.name!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
         except FFmpegError as error:
@@ -135,11 +139,13 @@ def _encode(
     sound: Sound | SoundTrack | None,
     crf: int,
     times: Sequence[Fraction] | None,
+    metadata: Mapping[str, str],
 ) -> None:
     settings = {"fflags": "+bitexact"}  # the same bytes for the same frames
     if path.suffix in (".mp4", ".mov"):
-        settings["movflags"] = "+faststart"
+        settings["movflags"] = "+faststart+use_metadata_tags"
     with av.open(f"file:{path}", "w", options=settings) as file:
+        file.metadata.update(metadata)
         options = (
             {"crf": str(crf), "preset": "medium"} if codecs is _H264 else {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
         )

@@ -1,0 +1,1 @@
+"""Many edits of one file of jobs: on the processes of a machine, on a Ray cluster, or on ComfyUI servers."""

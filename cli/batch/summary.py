@@ -1,0 +1,211 @@
+"""How a batch went: a CSV, and a page with source and result side by side, playing, and their figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ...files.whole import whole_file
+from ...video.fitted import FittedVideo
+from ...video.read import open_video
+from ...video.write import write_video
+from ..config import EditConfig
+from ..files import digest_of
+from ..record import record_path
+from ..run import find_frames
+from .jobs import AXES, Job
+
+SOURCES = "sources"
+"""The folder of clips as they were edited."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job and how it ended. status: done, failed or open. where, attempts, seconds: of its last try."""
+
+    job: Job
+    result: Path
+    status: str
+    error: str = ""
+    seconds: float | None = None
+    attempts: int = 0
+    where: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Job, result: Path, told: Mapping[str, Any] | None) -> Row:
+        """told: the last line of the log on it."""
+        told = told or {}
+        there = result.is_file() and record_path(result).is_file()
+        status = "failed" if told.get("error") else "done" if there else "open"
+        return cls(
+            job, result, status, told.get("error") or "", told.get("seconds"), told.get("attempts", 0),
+            told.get("where", ""), told.get("figures", {}),
+        )  # fmt: skip
+
+
+def write_summary(output: Path, rows: Sequence[Row], clips: Mapping[str, Path]) -> None:
+    """clips: the sources that can be shown, by the names of jobs."""
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    _write(output / "summary.csv", _csv(rows, names))
+    _write(output / "index.html", _page(output, rows, names, clips))
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def _csv(rows: Sequence[Row], names: Sequence[str]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(
+        [
+            "job",
+            "status",
+            *(axis.removesuffix("s") for axis in AXES),
+            "result",
+            "seconds",
+            "tries",
+            "where",
+            *names,
+            "error",
+        ]
+    )
+    for row in rows:
+        labels = [row.job.labels.get(axis, "") for axis in AXES]
+        figures = [row.figures.get(name, "") for name in names]
+        result = row.result.name if row.status == "done" else ""
+        table.writerow(
+            [row.job.name, row.status, *labels, result, row.seconds, row.attempts or "", row.where, *figures, row.error]
+        )
+    return text.getvalue()
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+
+def sources_of(output: Path, rows: Sequence[Row], configs: Mapping[str, EditConfig]) -> dict[str, Path]:
+    """The clip of each job that is done, as it was edited, written once into the folder `sources`."""
+    found = dict[str, Path]()
+    for row in rows:
+        if row.status == "done":
+            path = _source_of(output, row, configs[row.job.name])
+            if path is not None:
+                found[row.job.name] = path
+    return found
+
+
+def _source_of(output: Path, row: Row, config: EditConfig) -> Path | None:
+    try:
+        found = find_frames(config)
+        size = open_video(row.result).size
+        about = (digest_of(config.video), found.indices, config.crop, size)
+        path = output / SOURCES / f"{Path(config.video).stem[:40]}_{sha256(repr(about).encode()).hexdigest()[:8]}.mp4"
+        if not path.exists():
+            clip = FittedVideo.of(found, config.crop, size)
+            write_video(path, clip.frames(), clip.fps, times=clip.times)
+        return path
+    except (OSError, ValueError):  # a clip that is gone by now leaves its place empty
+        return None
+
+
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+input { font: inherit; padding: .35rem .6rem; width: min(30rem, 100%); }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
+article { border: 1px solid #8886; border-radius: .5rem; padding: .8rem; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; }
+figure { margin: 0; } figcaption { font-size: .8rem; opacity: .75; }
+video { width: 100%; image-rendering: auto; background: #0003; display: block; }
+p { margin: .5rem 0; } small { opacity: .75; }
+table { border-collapse: collapse; font-size: .85rem; } td { padding: 0 .8rem 0 0; } td + td { text-align: right; }
+.failed { border-color: #c33; } .failed p { color: #c33; }
+[hidden] { display: none; }
+"""
+_SCRIPT = """
+for (const pair of document.querySelectorAll('.pair')) {
+  const [source, result] = pair.querySelectorAll('video');
+  if (!result) continue;
+  // Both begin anew together, so that they stay in step however often they go round.
+  result.loop = false;
+  result.addEventListener('ended', () => [source, result].forEach(video => { video.currentTime = 0; video.play(); }));
+  result.addEventListener('pause', () => { if (!result.ended) source.pause(); });
+  result.addEventListener('play', () => source.play());
+  result.addEventListener('seeked', () => { source.currentTime = result.currentTime; });
+}
+// Only what can be seen plays: a hundred clips at once are too many for a browser.
+const seen = new IntersectionObserver(entries => entries.forEach(({ target, isIntersecting }) =>
+  isIntersecting ? target.play().catch(() => {}) : target.pause()));
+document.querySelectorAll('video').forEach(video => seen.observe(video));
+document.querySelector('input').addEventListener('input', ({ target }) => {
+  const words = target.value.toLowerCase().split(/\\s+/);
+  for (const card of document.querySelectorAll('article'))
+    card.hidden = !words.every(word => card.textContent.toLowerCase().includes(word));
+});
+"""
+
+
+def _page(output: Path, rows: Sequence[Row], names: Sequence[str], clips: Mapping[str, Path]) -> str:
+    counts = {status: sum(row.status == status for row in rows) for status in ("done", "failed", "open")}
+    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    name = escape(output.resolve().name)
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{name}: {told}</title><style>{_STYLE}</style>",
+        f"<h1>{name}</h1><p>{len(rows)} jobs: {told}. <a href='summary.csv'>summary.csv</a></p>",
+        "<label>Show only jobs with these words <input type='search'></label>",
+    ]
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        parts += ["<h2>Failed</h2><section>", *(_failure(row) for row in failed), "</section>"]
+    done = [row for row in rows if row.status == "done"]
+    for clip in dict.fromkeys(row.job.labels.get("clips", "") for row in done):
+        parts.append(f"<h2>{escape(clip)}</h2><section>")
+        parts += [_card(output, row, names, clips) for row in done if row.job.labels.get("clips", "") == clip]
+        parts.append("</section>")
+    return "\n".join([*parts, f"<script>{_SCRIPT}</script></html>", ""])
+
+
+def _failure(row: Row) -> str:
+    told = f"<p>{escape(row.error)}</p><small>{escape(row.job.name)}</small>"
+    return f"<article class='failed'>{_title(row)}{told}</article>"
+
+
+def _title(row: Row) -> str:
+    labels = row.job.labels
+    how = " &middot; ".join(escape(labels[axis]) for axis in ("methods", "settings") if labels.get(axis))
+    return f"<p><b>{escape(labels.get('targets', ''))}</b>{'<br>' if how else ''}{how}</p>"
+
+
+def _card(output: Path, row: Row, names: Sequence[str], clips: Mapping[str, Path]) -> str:
+    shown = [(clips.get(row.job.name), "source"), (row.result, "result")]
+    figures = "".join(_figure(path.relative_to(output), what) for path, what in shown if path is not None)
+    table = "".join(f"<tr><td>{escape(name)}<td>{_told(row.figures[name])}" for name in names if name in row.figures)
+    time = f"{row.seconds:g} s" if row.seconds is not None else ""
+    return (
+        f"<article>{_title(row)}<div class='pair'>{figures}</div><table>{table}</table>"
+        f"<small>{escape(row.result.name)} {time}</small></article>"
+    )
+
+
+def _figure(path: Path, what: str) -> str:
+    return (
+        f"<figure><video src='{quote(path.as_posix())}' loop muted playsinline preload='metadata' controls></video>"
+        f"<figcaption>{what}</figcaption></figure>"
+    )
+
+
+def _told(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,187 @@
+"""What one process of a batch does: an inversion that edits share, or one edit with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ...diffusion.invert import InversionSettings
+from ...metrics.clip import ClipScorer
+from ...metrics.evaluate import evaluate
+from ...settings import described
+from ...store.budget import StoreSettings
+from ...video.fitted import FittedVideo
+from ...video.flow import Estimator, flow_estimator
+from ...video.read import ClipSettings, open_video
+from ...video.size import to_unit
+from ..config import ConfigError, EditConfig, completed, config_of
+from ..progress import no_bars
+from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
+from .jobs import Job
+
+_OF_INVERSIONS = (
+    "video", "source", "model", "lora", "temporal",
+    *(one.name for part in (ClipSettings, InversionSettings, StoreSettings) for one in described(part)),
+)  # fmt: skip
+"""The settings that an inversion is made of."""
+_OF_PLACES = ("place", "budget_gb")
+"""Settings that say where an inversion is kept while it is made and read."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, or an inversion that several share (`job` is None).
+
+    config: what to do. store: the name of the inversion that is made, or edited. Names are of files in the batch's
+    folder.
+    """
+
+    config: EditConfig
+    name: str
+    store: str | None = None
+    job: Job | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended. error: None where it did what it should. attempts: it took. figures: by name."""
+
+    name: str
+    error: str | None = None
+    seconds: float = 0.0
+    attempts: int = 1
+    where: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Edits of one clip, and the inversion they share, if they do."""
+
+    inversion: Task | None
+    edits: tuple[Task, ...]
+
+    def __iter__(self) -> Iterator[Task]:
+        yield from (self.inversion,) if self.inversion else ()
+        yield from self.edits
+
+
+def config_for(job: Job) -> EditConfig:
+    """A job as an edit; ConfigError, naming the job, for settings that are none."""
+    try:
+        return completed(config_of(job.values))
+    except ValueError as error:
+        raise ConfigError(f"{job.name}: {error}") from error
+
+
+def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
+    """Jobs by the inversion they need; those that share one with no other make their own."""
+    sharing = dict[str, list[tuple[Job, EditConfig]]]()
+    for job, config in jobs:
+        key = job.name if config.noise == "drawn" else _digest(inversion_of(config))
+        sharing.setdefault(key, []).append((job, config))
+    groups = []
+    for key, members in sharing.items():
+        store = f"{key[:16]}.safetensors" if len(members) > 1 else None
+        inversion = store and Task(inversion_of(members[0][1]), store, store)
+        groups.append(Group(inversion or None, tuple(Task(config, job.name, store, job) for job, config in members)))
+    return groups
+
+
+def inversion_of(config: EditConfig) -> EditConfig:
+    """An edit's settings that its inversion is made of, the others at their defaults."""
+    return replace(EditConfig(), **{name: getattr(config, name) for name in _OF_INVERSIONS})
+
+
+def _digest(config: EditConfig) -> str:
+    return sha256(repr(asdict(config)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class How:
+    """What all jobs of a run have in common, wherever they are done.
+
+    model_config: see `Session`. measures: whether results are measured; clip: by which CLIP of transformers too.
+    """
+
+    dtype: str = "auto"
+    model_config: str | None = None
+    measures: bool = True
+    clip: str = ""
+
+    def measure(self, device: str) -> Measure | None:
+        return Measure(device, self.clip) if self.measures else None
+
+
+class Measure:
+    """Measures results beside their sources. clip: a CLIP of transformers that measures too."""
+
+    def __init__(self, device: str = "auto", clip: str = "") -> None:
+        self._device, self._clip = pick_device(device), clip
+
+    def __call__(self, config: EditConfig, output: Path) -> dict[str, float]:
+        """The figures of an edit by name; config: which frames of its clip were edited."""
+        edited = open_video(output).read()
+        found = find_frames(replace(config, count=len(edited.frames)))
+        source = torch.stack(list(FittedVideo.of(found, config.crop, edited.size).frames()))
+        report = evaluate(
+            to_unit(source), to_unit(edited.frames), prompts=(config.source, config.target), flow=self._flow,
+            clip=self._scorer,
+        )  # fmt: skip
+        return {name: figure.value for name, figure in report.figures.items()}
+
+    @cached_property
+    def _flow(self) -> Estimator | None:
+        try:
+            return flow_estimator("auto", self._device)[1]
+        except ImportError:  # without OpenCV the warp error is left out
+            return None
+
+    @cached_property
+    def _scorer(self) -> ClipScorer | None:
+        return ClipScorer.load(self._clip, self._device) if self._clip else None
+
+
+class Worker:
+    """Does tasks one after another, and keeps the model it had last.
+
+    threads: of a CPU; None leaves them as they are.
+    """
+
+    def __init__(self, how: How, device: str, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._measure = how.measure(device)
+        self._session = _Keeping(Console(quiet=True), no_bars, device, how.dtype, how.model_config, overwrite=True)
+
+    def invert(self, task: Task, store: Path) -> None:
+        run_invert(self._session, task.config, store, dry_run=False)
+
+    def edit(self, task: Task, output: Path, store: Path | None = None) -> dict[str, float]:
+        """Edit and measure; the figures by name."""
+        config, usual = task.config, EditConfig()
+        if store is not None:
+            config = replace(config, **{name: getattr(usual, name) for name in _OF_PLACES})
+        run_edits(self._session, [config], str(output), store, dry_run=False, lent=store is not None)
+        return {} if self._measure is None else self._measure(config, output)
+
+
+@dataclass(frozen=True)
+class _Keeping(Session):
+    """A session that keeps the model it opened last."""
+
+    kept: dict[tuple[Any, ...], AnyCheckpoint] = field(default_factory=dict)
+
+    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
+        asked = (model, lora, temporal, videos)
+        if asked not in self.kept:
+            self.kept.clear()  # before the next is loaded: there may not be room for both
+            self.kept[asked] = super().open_model(model, lora, temporal, videos)
+        return self.kept[asked]

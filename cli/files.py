@@ -1,0 +1,73 @@
+"""The files that an edit names: which, what is in them, and under other names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..video.read import numbered, picture_files
+from .config import EditConfig, GenerateConfig
+
+_FILES = ("video", "lora", "model", "temporal")
+"""The settings that name a file."""
+_BUNDLED = ("demo", "demo-wan")
+"""What is no file's name, though a folder may be called so."""
+_OF_OBJECTS = ("mask", "object_mask")
+"""Those that name files for words: "burger: mask.mp4"."""
+
+
+def files_of(config: EditConfig | GenerateConfig) -> dict[str, str]:
+    """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger."""
+    found = {name: getattr(config, name, "") for name in _FILES}
+    found = {name: file for name, file in found.items() if name == "video" or file not in _BUNDLED}
+    for kind in _OF_OBJECTS:
+        for text in getattr(config, kind, ()):
+            words, _, file = text.partition(":")
+            found[f"{kind} {words.strip()}"] = file.strip()
+    return {name: file for name, file in found.items() if file}
+
+
+def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
+    """An edit whose files go by other names."""
+
+    def of_object(text: str) -> str:
+        words, _, file = text.partition(":")
+        return f"{words}: {named(file.strip())}"
+
+    changed: dict[str, Any] = {name: named(file) for name, file in files_of(config).items() if name in _FILES}
+    changed |= {kind: tuple(map(of_object, getattr(config, kind))) for kind in _OF_OBJECTS}
+    return replace(config, **changed)
+
+
+def full_name(name: str) -> str:
+    """The whole path of what is here; other names, as of a hub's models, as they are."""
+    path = Path(name)
+    pattern = path.parent.is_dir() and ("*" in path.name or numbered(path))
+    return str(path.absolute()) if path.exists() or pattern else name
+
+
+def bare_name(name: str) -> str:
+    """A file's name without its folder; other names as they are."""
+    path = Path(full_name(name))
+    return path.name if path.is_absolute() else name
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file, or of the pictures that a folder or a pattern names, with their names."""
+    if Path(path).is_file():
+        return _sha256(Path(path))
+    whole = hashlib.sha256()
+    for picture in picture_files(Path(path)):
+        whole.update(f"{picture.name} {_sha256(picture)}\n".encode())
+    return whole.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,270 @@
+"""A batch as a user runs it: files of jobs, processes that die, runs that are stopped, a cluster."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import COMMAND
+
+from fatezero.cli.batch.jobs import load_batch
+from fatezero.cli.batch.processes import Patience, Places, run_here
+from fatezero.cli.batch.work import How, config_for, groups_of
+from fatezero.cli.config import ConfigError
+from fatezero.demo.show import CLIP
+
+SOURCE = "a red square on water"
+COLOURS = ("green", "blue", "yellow", "cyan", "purple")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def write(folder: Path, held, name="jobs.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(held, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two clips, and here."""
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(CLIP, tmp_path / "clips" / f"{name}.mp4")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- files of jobs ------------------------------------------------------------------------------
+
+
+def test_axes_are_combined_and_later_ones_stand_over_earlier(folder):
+    batch = load_batch(write(folder, {
+        "steps": 9,
+        "source": SOURCE,
+        "clips": ["clips/*.mp4", {"video": "clips/a.mp4", "name": "short", "count": 2}],
+        "methods": {"soft": {"preset": "style", "guidance_scale": 3}, "hard": {"preset": "shape"}},
+        "settings": [{"steps": 4}, {"steps": 5, "guidance_scale": 6}],
+        "targets": ["a green square on water", {"target": "a red star on water", "steps": 7}],
+        "jobs": [{"video": "clips/b.mp4", "target": "a blue square on water", "preset": "pnp"}],
+    }))  # fmt: skip
+    assert len(batch.jobs) == 3 * 2 * 2 * 2 + 1
+    assert len({job.name for job in batch.jobs}) == len(batch.jobs)
+    configs = [config_for(job) for job in batch.jobs]
+    of_star = [config for config in configs if "star" in config.target]
+    assert {config.steps for config in of_star} == {7}
+    green = [(c.guidance_scale, c.steps, c.self_replace_steps) for c in configs[:8] if "green" in c.target]
+    assert green == [(3, 4, 0.8), (6, 5, 0.8), (7.5, 4, 0.5), (6, 5, 0.5)]
+    assert configs[-1].injection == "pnp" and configs[-1].steps == 9
+    assert batch.jobs[0].labels == {
+        "clips": "a", "methods": "soft", "settings": "steps 4", "targets": "a green square on water",
+    }  # fmt: skip
+    assert Counter(job.labels["clips"] for job in batch.jobs) == {"a": 8, "b": 9, "short": 8}
+
+
+def test_a_name_does_not_follow_what_else_there_is(folder):
+    held = {"source": SOURCE, "clips": "clips/a.mp4", "targets": ["x", "y"]}
+    before = {job.name for job in load_batch(write(folder, held)).jobs}
+    held |= {"clips": "clips/*.mp4", "targets": ["z", "y", "x"]}
+    after = {job.name for job in load_batch(write(folder, held)).jobs}
+    assert before < after
+    held["steps"] = 3
+    assert not before & {job.name for job in load_batch(write(folder, held)).jobs}
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({}, "holds no jobs"),
+        ([1], "holds no jobs"),
+        ({"clips": []}, "clips is empty"),
+        ({"clips": [3]}, "clips: 3 must be a text"),
+        ({"clips": "nowhere/*.mp4", "targets": "x"}, "there is none at nowhere/*.mp4"),
+        ({"clips": "a.mp4", "suffix": ".txt"}, "suffix is '.txt'"),
+        ({"clips": "a.mp4", "inputs": [1]}, "inputs is [1]"),
+        ({"jobs": "a.mp4", "workflow": 3}, "workflow is 3"),
+    ],
+)
+def test_files_that_hold_no_jobs(folder, held, says):
+    with pytest.raises(ConfigError, match=r"jobs\.yaml") as refused:
+        load_batch(write(folder, held))
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        ({"target": "x"}, "missing --source"),
+        ({"source": "x"}, "missing --target"),
+        ({"source": "x", "target": "y", "stebs": 3}, "did you mean 'steps'?"),
+        ({"source": "x", "target": "y", "preset": "nonsense"}, "preset 'nonsense' is unknown"),
+    ],
+)
+def test_settings_that_are_none_are_refused_before_any_job_runs(refused, folder, job, says):
+    write(folder, {"jobs": [{"video": "clips/a.mp4", **job}]})
+    assert says in refused("batch", "jobs.yaml")
+    assert not (folder / "jobs").exists()
+
+
+def test_jobs_that_need_the_same_inversion_share_it(folder):
+    held = {"source": SOURCE, "clips": "clips/*.mp4", "targets": list(COLOURS), "settings": [{"guidance_scale": 3}, {}]}
+    held["jobs"] = [
+        {"video": "clips/a.mp4", "target": "x", "steps": 3},
+        {"video": "clips/a.mp4", "target": "y", "preset": "flow_edit"},
+        {"video": "clips/a.mp4", "target": "z", "preset": "flow_edit"},
+    ]
+    batch = load_batch(write(folder, held))
+    groups = groups_of([(job, config_for(job)) for job in batch.jobs])
+    assert [(bool(group.inversion), len(group.edits)) for group in groups] == [
+        (True, 10), (True, 10), (False, 1), (False, 1), (False, 1),
+    ]  # fmt: skip
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
+    held = {
+        "source": SOURCE, "steps": 2, "count": 3, "clips": ["clips/a.mp4", "clips/none.mp4"],
+        "targets": ["a green square on water", "a red circle on water"], "methods": ["shape", "pnp"],
+    }  # fmt: skip
+    write(folder, held)
+    said = command("batch", "jobs.yaml", code=1)
+    assert "4 inversions are shared, which saves 4" in said
+    assert "4 of 8 jobs failed" in said and "its inversion: no video at clips/none.mp4" in said
+    found = rows(folder / "jobs")
+    assert Counter(row["status"] for row in found) == {"done": 4, "failed": 4}
+    assert all(float(row["PSNR to source"]) > 5 for row in found if row["status"] == "done")
+    names = [row["result"] for row in found if row["status"] == "done"]
+    shown = (folder / "jobs" / "index.html").read_text()
+    assert all(name in shown for name in names) and "no video at clips/none.mp4" in shown
+    assert len(list((folder / "jobs" / "sources").iterdir())) == 1
+    assert not (folder / "jobs" / "stores").exists()
+
+    name = next(name for name in names if "shape" in name and "circle" in name)
+    command("edit", "--config", f"jobs/{name}.json", "-o", "again.mp4")
+    assert (folder / "again.mp4").read_bytes() == (folder / "jobs" / name).read_bytes()
+
+    times = {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
+    shutil.copy(folder / "jobs" / name, folder / "clips" / "none.mp4")
+    held["targets"] += ["a blue square on water"]
+    write(folder, held)
+    said = command("batch", "jobs.yaml", "--no-measure")
+    assert "12 jobs, 4 of them done" in said
+    assert {row["status"] for row in rows(folder / "jobs")} == {"done"}
+    assert times == {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
+    shutil.copy(CLIP, folder / "clips" / "none.mp4")  # another clip under the name of one that is done
+    assert "12 jobs, 6 of them done" in command("batch", "jobs.yaml", "--dry-run")
+    assert "12 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
+
+
+def children(process: int) -> list[int]:
+    """The worker processes of a run."""
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_for(what, seconds=120):
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return found
+
+
+def lines(folder: Path) -> list[dict]:
+    log = folder / "jobs.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]) -> None:
+    """Jobs of which some fail and one is too slow, with processes killed and the run stopped in the middle."""
+    clip = {"video": "clips/a.mp4", "count": 1, "source": SOURCE}
+    jobs = [
+        {**clip, "target": f"a {COLOURS[i % 5]} square on water", "guidance_scale": 2 + i / 100} for i in range(count)
+    ]
+    for i in range(0, count, 10):
+        jobs[i] |= {"video": f"clips/missing_{i}.mp4"}
+    jobs[5] |= {"steps": 900, "count": 8}
+    write(folder, {"steps": 1, "jobs": jobs})
+    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--timeout", "20", "--no-measure"]
+    for stop in (*stops, None):
+        before = len(lines(folder / "jobs"))
+        run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
+        if stop is not None:
+            wait_for(lambda at=before: len(lines(folder / "jobs")) > at + 2)
+            os.kill(wait_for(lambda r=run: children(r.pid))[0], signal.SIGKILL)
+            wait_for(lambda at=before: len(lines(folder / "jobs")) > at + 4)
+            workers = children(run.pid)
+            run.send_signal(stop)
+            wait_for(lambda ws=workers: not any(Path(f"/proc/{w}").exists() for w in ws), 30)
+        said = run.communicate(timeout=300)[0].decode()
+        assert "Traceback" not in said
+    found = rows(folder / "jobs")
+    failed = {row["job"]: row["error"] for row in found if row["status"] == "failed"}
+    assert len(failed) == len(range(0, count, 10)) + 1, failed
+    assert sum("no video at" in error for error in failed.values()) == len(failed) - 1
+    assert sum("longer than 20 seconds" in error for error in failed.values()) == 1
+    assert Counter(row["status"] for row in found) == {"done": count - len(failed), "failed": len(failed)}
+    done = Counter(line["name"] for line in lines(folder / "jobs") if line["error"] is None)
+    assert max(done.values()) == 1, "nothing was done twice"
+    assert not list((folder / "jobs").rglob("*partial*"))
+
+
+def test_trouble_with_some_jobs_leaves_the_others_alone(folder):
+    run_with_trouble(folder, 14, (signal.SIGKILL,))
+
+
+@pytest.mark.slow
+def test_trouble_with_a_hundred_jobs(folder):
+    run_with_trouble(folder, 100, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
+
+
+def test_a_job_whose_process_dies_is_tried_again_and_then_reported(folder):
+    jobs = {"jobs": [{"video": "clips/a.mp4", "source": SOURCE, "target": "a green square on water", "steps": 600}]}
+    write(folder, jobs)
+    run = subprocess.Popen([*COMMAND, "batch", "jobs.yaml", "--retries", "1"], cwd=folder, env=ONE_THREAD,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    first = wait_for(lambda: children(run.pid))[0]
+    os.kill(first, signal.SIGKILL)
+    second = wait_for(lambda: [child for child in children(run.pid) if child != first])[0]
+    os.kill(second, signal.SIGKILL)
+    said = run.communicate(timeout=60)[0].decode()
+    assert run.returncode == 1
+    assert "its process was ended by SIGKILL: the machine may have run out of memory" in said
+    assert [(line["attempts"], line["error"] is None) for line in lines(folder / "jobs")] == [(2, False)]
+
+
+def test_two_runs_in_one_folder(refused, folder):
+    import fcntl
+
+    write(folder, {"jobs": [{"video": "clips/a.mp4", "source": SOURCE, "target": "x"}]})
+    (folder / "jobs").mkdir()
+    held = os.open(folder / "jobs", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert "jobs is in use by another run" in refused("batch", "jobs.yaml")
+    os.close(held)
+
+
+def test_an_inversion_that_fails_fails_its_edits_alone(folder):
+    (folder / "clips" / "broken.mp4").write_bytes(b"no video")
+    held = {"source": SOURCE, "steps": 1, "count": 1, "clips": "clips/*.mp4", "targets": ["x", "y"]}
+    batch = load_batch(write(folder, held))
+    groups = groups_of([(job, config_for(job)) for job in batch.jobs])
+    places = Places(("cpu",), How(measures=False), 1)
+    (folder / "out").mkdir()
+    ended = list(run_here(groups, folder / "out", folder / "out" / "stores", ".mp4", places, Patience()))
+    assert len(ended) == 6
+    assert all(("broken" in one.name) == (one.error is not None) for one in ended)
+    assert all("its inversion: " in one.error and "not a readable video" in one.error for one in ended if one.error)

@@ -1,0 +1,121 @@
+"""Jobs on a Ray cluster of several nodes, and one clip on several processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import COMMAND, fatezero
+
+from fatezero.demo.show import CLIP
+from fatezero.video.read import read_metadata
+
+SOURCE = "a red square on water"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def cluster():
+    """A head without cores, and two nodes of one core each."""
+    Cluster = pytest.importorskip("ray.cluster_utils").Cluster  # noqa: N806
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+    yield made, nodes
+    made.shutdown()
+
+
+def test_a_node_that_is_killed_loses_no_job(cluster, tmp_path):
+    made, nodes = cluster
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(CLIP, tmp_path / "clips" / f"{name}.mp4")
+    held = {
+        "source": SOURCE, "steps": 2, "count": 2, "clips": "clips/*.mp4",
+        "targets": ["a green square on water", "a blue square on water"],
+        "jobs": [{"video": "clips/none.mp4", "target": "x"}],
+    }  # fmt: skip
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(held))
+    command = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
+    run = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = tmp_path / "jobs" / "jobs.jsonl"
+    until = time.monotonic() + 200
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    made.remove_node(nodes[0], allow_graceful=False)
+    said = run.communicate(timeout=300)[0].decode()
+    assert run.returncode == 1 and "1 of 5 jobs failed" in said, said
+    ended = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len({one["name"] for one in ended}) == len(ended) == 5, "each ended once"
+    failed = [one["error"] for one in ended if one["error"]]
+    assert failed == ["no video at clips/none.mp4"]
+    results = sorted(path for path in (tmp_path / "jobs").glob("*.mp4"))
+    assert len(results) == 4
+    record = json.loads(Path(f"{results[0]}.json").read_text())
+    assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "where the clip is here, and not where it was sent"
+    fatezero("edit", "--config", f"{results[0]}.json", "-o", "again.mp4", cwd=tmp_path, env=ONE_THREAD)
+    assert (tmp_path / "again.mp4").read_bytes() == results[0].read_bytes()
+
+
+def test_a_cluster_that_is_not_there(refused, tmp_path):
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"source": "x", "clips": str(CLIP), "targets": "y"}))
+    assert "no Ray cluster answers at 127.0.0.1:1: Connection refused" in refused(
+        "batch", "jobs.yaml", "--ray", "127.0.0.1:1"
+    )
+    assert "a job is done in one place" in refused("batch", "jobs.yaml", "--ray", "auto", "--comfyui", "http://x")
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("preset", ["shape", pytest.param("attribute+", marks=SLOW), pytest.param("pnp", marks=SLOW)])
+def test_two_processes_edit_one_clip_as_one_does(tmp_path, preset):
+    words = (
+        CLIP,
+        "--source",
+        SOURCE,
+        "--target",
+        "a red circle on water",
+        "--steps",
+        2,
+        "--preset",
+        preset,
+        "--device",
+        "cpu",
+    )
+    fatezero("edit", *words, "--chunk-frames", 4, "-o", "one.mp4", cwd=tmp_path, env=ONE_THREAD)
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero"]
+    done = subprocess.run(
+        [*launched, "edit", *map(str, words), "-o", "two.mp4"],
+        cwd=tmp_path,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to two.mp4") == 1, "one process speaks and writes"
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    assert json.loads(read_metadata(tmp_path / "two.mp4")["fatezero"])["chunk_frames"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--key-frames", "previous"), "give --chunk-frames"),
+        (("--memory", "maps"), "memory maps keeps attention in one process"),
+        (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),
+    ],
+)
+def test_what_several_processes_cannot_share(refused, monkeypatch, options, says):
+    monkeypatch.setattr("fatezero.cli.run._team_of", lambda session: (session, _Two()))
+    words = ("--source", SOURCE, "--target", "x", "--steps", 2)
+    assert says in refused("edit", CLIP, *words, *options, "-o", "o.mp4")
+
+
+class _Two:
+    count, is_main = 2, True

@@ -1,0 +1,158 @@
+"""A result made again from what is kept beside it and within it."""
+
+import json
+import os
+import shutil
+
+import pytest
+from commands import fatezero
+
+from fatezero import __version__
+from fatezero.cli.config import ConfigError, EditConfig, load_configs
+from fatezero.cli.record import Made, differences, made_by, record_of, settings_of
+from fatezero.demo.show import CLIP
+from fatezero.hosts.checkpoint import DEMO
+from fatezero.video.read import read_metadata
+
+SOURCE, TARGET = "a red square on water", "a red circle on water"
+WORDS = ("--source", SOURCE, "--target", TARGET, "--steps", 2)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    shutil.copy(CLIP, tmp_path / "clip.mp4")
+    return tmp_path / "clip.mp4"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--preset", "shape", "--memory", "auto", "--reweight", "circle=2"),
+        ("--preset", "tokenflow", "--tokenflow.seed", 3, "--count", 4),
+        ("--preset", "flow_edit", "--flow-edit.seed", 5),
+    ],
+    ids=["shape", "tokenflow", "flow_edit"],
+)
+def test_a_result_is_made_again_bit_for_bit(command, clip, tmp_path, options):
+    command("edit", "clip.mp4", *WORDS, *options, "-o", "first.mp4")
+    other = tmp_path / "other"
+    other.mkdir()
+    command("edit", "--config", "../first.mp4.json", "-o", "again.mp4", cwd=other)
+    command("edit", "../clip.mp4", "--config", "../first.mp4", "-o", "of_itself.mp4", cwd=other)
+    first = (tmp_path / "first.mp4").read_bytes()
+    assert (other / "again.mp4").read_bytes() == first
+    assert (other / "of_itself.mp4").read_bytes() == first
+    assert (other / "again.mp4.json").read_text() == (tmp_path / "first.mp4.json").read_text()
+
+
+def test_of_several_edits_and_of_a_store(command, clip, tmp_path):
+    command("edit", "clip.mp4", *WORDS, "--target", "a blue square on water", "-o", "two.mp4")
+    command("edit", "--config", "two_1.mp4.json", "-o", "alone.mp4")
+    assert (tmp_path / "alone.mp4").read_bytes() == (tmp_path / "two_1.mp4").read_bytes()
+    command("invert", "clip.mp4", "--source", SOURCE, "--steps", 2, "-o", "s.safetensors")
+    command("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "stored.mp4")
+    clip.unlink()  # its store is enough
+    command("edit", "--config", "stored.mp4.json", "-o", "again.mp4")
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "stored.mp4").read_bytes()
+
+
+def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_path):
+    command("edit", clip, *WORDS, "--clip-norm", "-o", "out.mp4")
+    record = json.loads((tmp_path / "out.mp4.json").read_text())
+    assert record["video"] == str(clip)
+    assert (record["steps"], record["clip_norm"], record["source"], record["target"]) == (2, True, SOURCE, TARGET)
+    assert "guidance_scale" not in record, "a default"
+    made = record["made"]
+    assert made["versions"]["fatezero"] == __version__
+    assert made["device"] == "cpu" and made["dtype"] == "float32" and made["threads"] >= 1
+    assert len(made["model"]) == len(made["vae"]) == len(made["files"]["video"]) == 64
+    within = json.loads(read_metadata(tmp_path / "out.mp4")["fatezero"])
+    assert within["video"] == "clip.mp4"
+    assert str(tmp_path) not in json.dumps(within)
+    assert {**within, "video": record["video"]} == record
+
+
+def test_pictures_have_their_record_too(command, clip, tmp_path):
+    command("edit", "clip.mp4", *WORDS, "-o", "frames/")
+    assert (tmp_path / "frames" / "edit.json").is_file()
+    command("edit", "clip.mp4", *WORDS, "-o", "f_%03d.png")
+    command("edit", "--config", "f_%03d.png.json", "-o", "g_%03d.png")
+    assert (tmp_path / "f_003.png").read_bytes() == (tmp_path / "g_003.png").read_bytes()
+    said = command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", "--dry-run")
+    assert "error" not in said
+    (tmp_path / "new.mp4.json").write_text("mine")
+    assert "new.mp4.json exists" in command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", code=1)
+
+
+def test_another_clip_or_model_is_refused(command, clip, tmp_path):
+    command("edit", "clip.mp4", *WORDS, "-o", "out.mp4")
+    whole = clip.read_bytes()
+    command("edit", "clip.mp4", *WORDS, "-o", "other.mp4", "--target", "a blue square on water")
+    clip.write_bytes((tmp_path / "out.mp4").read_bytes())
+    said = command("edit", "--config", "out.mp4.json", "-o", "again.mp4", code=1)
+    assert "the video is not the file that the result was made of" in said
+    command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as asked
+    clip.write_bytes(whole)
+    record = json.loads((tmp_path / "out.mp4.json").read_text())
+    record["made"]["model"] = "0" * 64
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    said = command("edit", "--config", "r.json", "-o", "b.mp4", code=1)
+    assert "the model's weights are not those the result was made with" in said
+    command("edit", "--config", "r.json", "--model", DEMO, "-o", "b.mp4")
+
+
+def test_what_may_change_last_digits_is_told(command, clip, tmp_path):
+    command("edit", "clip.mp4", *WORDS, "-o", "out.mp4")
+    record = json.loads((tmp_path / "out.mp4.json").read_text())
+    record["made"]["versions"]["torch"] = "1.0"
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    said = command("edit", "--config", "r.json", "-o", "b.mp4").replace("\n", " ")
+    assert "made with torch 1.0 (here" in said and "last digits may differ" in said
+
+
+def test_threads_are_those_of_the_record(clip, tmp_path):
+    fatezero("edit", "clip.mp4", *WORDS, "-o", "one.mp4", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads((tmp_path / "one.mp4.json").read_text())["made"]["threads"] == 1
+    fatezero(
+        "edit", "--config", "one.mp4.json", "-o", "two.mp4", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no settings"),
+        ('{"stebs": 2}', "unknown setting 'stebs' (did you mean 'steps'?)"),
+        ('{"made": 3}', "made must be a section"),
+        ('{"made": {"threads": 0}}', "made.threads is 0"),
+        ('{"made": {"threads": "many"}}', "made.threads is 'many'"),
+        ('{"made": {"files": {"video": 3}}}', "made.files is"),
+        ('{"made": {"wheels": 4}}', "made.wheels is 4"),
+    ],
+)
+def test_records_that_are_none(refused, tmp_path, text, says):
+    (tmp_path / "r.json").write_text(text)
+    assert says in refused("edit", CLIP, *WORDS[:4], "--config", "r.json", "-o", "o.mp4")
+
+
+def test_a_video_without_a_record(refused):
+    assert "it is no result of `fatezero edit`" in refused("edit", "--config", CLIP, "-o", "o.mp4")
+
+
+def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # which is not the bundled model
+    config = EditConfig(
+        video="a.mp4", source="x", target="y", key_frames=("self", -1), size=(64, 32), reweight={"y": 1e-7},
+        start="1.5s", temporal="demo", box=("y: 0:0.1,0.5,0.3",), mask=("x: nothing here.mp4",),
+    )  # fmt: skip
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(record_of(config, Made(files={"video": "1"}))))
+    assert load_configs(path) == ([config], [])
+    assert made_by(path) == Made(files={"video": "1"})
+    assert settings_of(EditConfig()) == {}
+    with pytest.raises(ConfigError):
+        Made.of({"dtype": 3})
+    assert differences(Made(threads=2), Made(threads=1)) == ["threads 1 (here 2)"]

@@ -1,0 +1,136 @@
+"""A batch on real servers, and a result of Save Video that holds all that made it."""
+
+import csv
+import json
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from comfyui.conftest import HOSTS
+from comfyui.host import REPO, started
+from commands import COMMAND
+
+from fatezero.demo.show import CLIP
+from fatezero.video.read import read_metadata, read_video
+
+WORKFLOW = REPO / "workflows/api/demo.json"
+SOURCE = "a red square on water"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(CLIP, tmp_path / "clips" / f"{name}.mp4")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder, **held) -> None:
+    shared = {"workflow": str(WORKFLOW), "inputs": {"source": "4.source", "target": "4.target"}, "source": SOURCE}
+    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "steps": 2, **held}, sort_keys=False))
+
+
+def batch(folder, *options, wait=True):
+    command = [*COMMAND, "batch", "jobs.yaml", "--no-measure", *options]
+    run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return run.communicate(timeout=300)[0] if wait else run
+
+
+def rows(folder):
+    with (folder / "jobs" / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return {row["job"]: row for row in csv.DictReader(file)}
+
+
+def test_jobs_on_two_servers_and_one_that_is_gone(host, folder, tmp_path_factory):
+    write(
+        folder, clips="clips/*.mp4", targets=["a green square on water", "a red star on water"],
+        jobs=[
+            {"video": "clips/a.mp4", "target": "x", "preset": "nonsense", "name": "refused"},
+            {"video": "clips/a.mp4", "target": "x", "key_frames": ["nonsense"], "name": "failing"},
+        ],
+    )  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with started(HOSTS[0], tmp_path_factory.mktemp("second")) as other:
+        said = batch(folder, "--comfyui", host.url, "--comfyui", other.url, "--comfyui", gone)
+    assert "2 of 6 jobs failed" in said, said
+    found = rows(folder)
+    errors = {name.partition("_")[0]: row["error"] for name, row in found.items() if row["status"] == "failed"}
+    assert "preset: 'nonsense' not in" in errors["refused"]
+    assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: 'nonsense' is neither")
+    done = [row for row in found.values() if row["status"] == "done"]
+    assert {row["where"] for row in done} == {host.url, other.url}, "both had some to do"
+    for row in done:
+        within = json.loads(read_metadata(folder / "jobs" / row["result"])["prompt"])
+        assert within["4"]["inputs"]["target"] == row["target"], "the job's own"
+        assert read_video(folder / "jobs" / row["result"]).frames.shape == (8, 64, 64, 3)
+    assert "6 jobs, 4 of them done" in batch(folder, "--comfyui", host.url, "--dry-run")
+
+
+@pytest.mark.parametrize("how", ["on the server", "by a signal", "by a timeout"])
+def test_a_job_is_interrupted(host, folder, how):
+    write(folder, jobs=[{"video": "clips/a.mp4", "target": "a green square on water", "steps": 400}])
+    options = ("--timeout", "4") if how == "by a timeout" else ()
+    run = batch(folder, "--comfyui", host.url, *options, wait=False)
+    until = time.monotonic() + 100
+    while not host.get("/queue")["queue_running"]:
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    if how == "on the server":
+        host.post("/interrupt", {})
+    elif how == "by a signal":
+        run.terminate()
+    said = run.communicate(timeout=100)[0]
+    told = {
+        "on the server": "it was interrupted on the server",
+        "by a signal": "nothing half-written is left",
+        "by a timeout": "it took longer than 4 seconds",
+    }
+    assert told[how] in said, said
+    while host.get("/queue")["queue_running"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert not list((folder / "jobs").glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({}, "nodes (6, 7, 9, 13) have an input chunk_frames"),
+        ({"nonsense": 3}, "no node has an input nonsense"),
+        ({"inputs": {"source": "99.source"}}, "inputs: source is '99.source'"),
+        ({"workflow": "workflows/demo.json"}, "is no API form of a workflow"),
+        ({"workflow": None}, "name no workflow"),
+    ],
+)
+def test_workflows_that_a_job_does_not_fit(folder, held, says):
+    if held.get("workflow"):
+        held = {"workflow": str(REPO / held["workflow"])}
+    chunk = {"chunk_frames": 4} if "chunk_frames" in says else {}
+    write(folder, jobs=[{"video": "clips/a.mp4", "target": "x", **chunk}], **held)
+    said = batch(folder, "--comfyui", "http://127.0.0.1:9").replace("\n", " ")
+    assert says in said
+
+
+def test_what_save_video_embeds_makes_it_again(host):
+    """The prompt in the file's metadata, queued on a host that remembers nothing, gives the same frames."""
+    prompt = json.loads(WORKFLOW.read_text())
+    prompt["6"]["inputs"]["steps"] = 4
+    first = host.file(host.run(prompt), "12")
+    within = json.loads(read_metadata(Path(first))["prompt"])
+    frames = read_video(first).frames
+    host.forget()
+    run = host.run(within)
+    assert "9" in run.executed(), "edited anew"
+    again = host.file(run, "12")
+    assert again != first
+    assert torch.equal(read_video(again).frames, frames)
+    kept = json.loads(read_metadata(again)["prompt"])
+    assert {name: node["inputs"] for name, node in kept.items()} == {n: node["inputs"] for n, node in within.items()}
