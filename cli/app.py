@@ -422,6 +422,7 @@ def train_demo(
     from ..demo.train_wan import WanSettings, train_wan
     from ..files.temporal_layers import FILE
     from ..hosts.checkpoint import Checkpoint
+    from ..hosts.checkpoint_wan import WanCheckpoint
     from .run import pick_device
 
     where = pick_device(device)
@@ -435,11 +436,16 @@ def train_demo(
         of_wan = WanSettings()
         of_wan = replace(of_wan, steps=steps or of_wan.steps, clips=images or of_wan.clips)
         train_wan(output, state, of_wan, where, console.print)
+        _tell(moving_figures(WanCheckpoint.of_demo(where, folder=output), load_judge()))
         return
     of_layers = TemporalSettings()
     of_layers = replace(of_layers, steps=steps or of_layers.steps, clips=images or of_layers.clips)
     train_temporal(output / FILE, state, of_layers, where, console.print)
-    for name, value in moving_figures(Checkpoint.load("demo", where, temporal=str(output)), load_judge()).items():
+    _tell(moving_figures(Checkpoint.load("demo", where, temporal=str(output)), load_judge()))
+
+
+def _tell(figures: dict[str, float]) -> None:
+    for name, value in figures.items():
         console.print(f"{name}: {value:.3f}")
 
 

@@ -488,12 +488,9 @@ def load_configs(
     in the place of the file's. preset: one given elsewhere, over all the file says of what presets speak of; the
     file's own preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    texts = dict(texts or {})
+    path, texts = Path(path), dict(texts or {})
+    data = held_by(path)
     with _naming(path):
-        data = _held(path)
         if not isinstance(data, Mapping):
             raise ConfigError("holds no settings")
         if any(mark in data for mark in _OLDER_MARKS):
@@ -553,6 +550,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 def held_by(path: Path) -> Any:
     """What a configuration holds: YAML, JSON, or a video's own record; ConfigError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
     with _naming(path):
         return _held(path)
 

@@ -17,6 +17,7 @@ from ..diffusion.generate import generate
 from ..diffusion.invert import invert
 from ..diffusion.source import source_heat
 from ..hosts.checkpoint import Checkpoint
+from ..hosts.checkpoint_wan import WanCheckpoint
 from ..metrics.preservation import intersection_over_union, psnr
 from ..metrics.temporal import warp_error
 from ..video.flow import Estimator, flow_estimator
@@ -24,6 +25,9 @@ from ..video.motion import visible
 from .judge import close_up
 from .model import SceneClassifier, labels
 from .world import SIZE, random_motion, random_scene, render, scenes
+
+Drawing = Checkpoint | WanCheckpoint
+"""A model that draws the world."""
 
 
 def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) -> float:
@@ -86,17 +90,17 @@ def painting_accuracy(
     }
 
 
-def replay_psnr(checkpoint: Checkpoint, clips: int = 6, steps: int = 50) -> tuple[float, float]:
+def replay_psnr(checkpoint: Drawing, clips: int = 6, steps: int = 50) -> tuple[float, float]:
     """PSNR in dB to the source of (the autoencoder alone, inversion and replay at guidance 1)."""
     sources, coded, replayed = [], [], []
     for scene, motion in islice(scenes(321, held_out=True), clips):
         frames = render(scene, motion, 8).frames
-        latents = checkpoint.encode_frames(frames)
+        latents = _encoded(checkpoint, frames)
         text = checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
         inversion = invert(checkpoint.denoiser, latents, text, steps)
         sources.append(frames)
-        coded.append(checkpoint.decode_latents(latents))
-        replayed.append(checkpoint.decode_latents(edit(checkpoint.denoiser, inversion, text, guidance_scale=1)))
+        coded.append(_decoded(checkpoint, latents))
+        replayed.append(_decoded(checkpoint, edit(checkpoint.denoiser, inversion, text, guidance_scale=1)))
     source = torch.cat(sources)
     return psnr(torch.cat(coded), source), psnr(torch.cat(replayed), source)
 
@@ -129,10 +133,9 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
     return max(scores)
 
 
-def moving_figures(
-    checkpoint: Checkpoint, judge: SceneClassifier, clips: int = 24, frames: int = 16
-) -> dict[str, float]:
-    """What clips drawn of held-out captions show: right words, how frames agree, and that something moves.
+def moving_figures(checkpoint: Drawing, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
+    """What clips drawn of held-out captions show: right words, each kind and all, how frames agree, and that something
+    moves.
 
     The warp error (x 1000) is along DIS's flow of the clip itself; `rendered` ones are those of true clips.
     """
@@ -142,14 +145,31 @@ def moving_figures(
     for n, (scene, _) in enumerate(drawn):
         noise = torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(n))
         text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
-        made = checkpoint.decode_latents(generate(checkpoint.denoiser, noise, text, empty, 30, 5.0))
+        made = _decoded(checkpoint, generate(checkpoint.denoiser, noise, text, empty, 30, 5.0))
         motion = random_motion(Random(n), 1, frames)
-        seen = [all(s[head] == labels(scene)[head] for head in judge.HEADS) for s in judge.read(made)]
-        rows.append(
-            (sum(seen) / frames, *_moves(made, estimate), *_moves(render(scene, motion, frames).frames, estimate))
-        )
-    names = ("frames right", "warp", "pixels moved a frame", "warp, rendered", "pixels moved a frame, rendered")
+        right = torch.tensor([[s[head] == labels(scene)[head] for head in judge.HEADS] for s in judge.read(made)])
+        seen = (*right.float().mean(0).tolist(), right.all(1).float().mean().item())
+        rows.append((*seen, *_moves(made, estimate), *_moves(render(scene, motion, frames).frames, estimate)))
+    kinds = tuple(f"frames whose {head} is right" for head in judge.HEADS)
+    names = (
+        *kinds,
+        "frames wholly right",
+        "warp",
+        "pixels moved a frame",
+        "warp, rendered",
+        "pixels moved a frame, rendered",
+    )
     return dict(zip(names, torch.tensor(rows).mean(0).tolist(), strict=True))
+
+
+def _encoded(checkpoint: Drawing, frames: Tensor) -> Tensor:
+    return checkpoint.encode_frames(frames) if isinstance(checkpoint, Checkpoint) else checkpoint.encode_clip(frames)
+
+
+def _decoded(checkpoint: Drawing, latents: Tensor) -> Tensor:
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.decode_latents(latents).cpu()
+    return checkpoint.decode_clip(latents, len(latents)).cpu()
 
 
 def _moves(frames: Tensor, estimate: Estimator) -> tuple[float, float]:

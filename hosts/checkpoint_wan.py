@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class WanCheckpoint:
         device = torch.device(device)
         check_lora(lora)
         if name == NAME:
-            return cls._bundled(device, dtype)
+            return cls.of_demo(device, dtype)
         pipeline: Any = opened(name, partial(DiffusionPipeline.from_pretrained, torch_dtype=dtype))
         if not isinstance(getattr(pipeline, "transformer", None), WanTransformer3DModel):
             raise CheckpointError(f"{name} is a {type(pipeline).__name__} without a Wan transformer for text to video")
@@ -88,18 +89,22 @@ class WanCheckpoint:
         )  # fmt: skip
 
     @classmethod
-    def _bundled(cls, device: torch.device, dtype: torch.dtype) -> WanCheckpoint:
-        if not DEMO_WAN.is_dir():
-            raise CheckpointError(f"no model at {DEMO_WAN}")
+    def of_demo(
+        cls, device: torch.device, dtype: torch.dtype = torch.float32, folder: Path | None = None
+    ) -> WanCheckpoint:
+        """The demo world's, whose autoencoder is that of its image model; `folder` in the place of the bundled one."""
+        folder = folder or DEMO_WAN
+        if not folder.is_dir():
+            raise CheckpointError(f"no model at {folder}")
         local: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
         parts = [
-            WanTransformer3DModel.from_pretrained(DEMO_WAN / "transformer", **local),
+            WanTransformer3DModel.from_pretrained(folder / "transformer", **local),
             AutoencoderKL.from_pretrained(DEMO / "vae", **local),
-            UMT5EncoderModel.from_pretrained(DEMO_WAN / "text_encoder", dtype=dtype, local_files_only=True),
+            UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True),
         ]
         transformer, vae, text_encoder = (part.to(device).eval().requires_grad_(False) for part in parts)
-        tokenizer = T5Tokenizer.from_pretrained(DEMO_WAN / "tokenizer", local_files_only=True)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(DEMO_WAN / "scheduler", local_files_only=True)
+        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         return cls(NAME, transformer, vae, scheduler, tokenizer, text_encoder, device)
 
     @cached_property

@@ -341,7 +341,7 @@ def read_video(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a video holds beside its streams, by their names in small letters; errors are those of `opened`."""
+    """The texts that a video holds beside its streams, by name in small letters; errors are those of `opened`."""
     with opened(path) as video:
         return {name.lower(): text for name, text in video.metadata.items()}
 
