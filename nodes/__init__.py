@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import FateZeroSpatioTemporalAttention
-from .demo import FateZeroDemoModel
+from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
 from .edit import FateZeroMaskPreview, FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .fatezero import FateZeroFusion
@@ -62,4 +62,5 @@ class FateZeroExtension(ComfyExtension):
             FateZeroEvaluate,
             FateZeroCompareVideos,
             FateZeroDemoModel,
+            FateZeroDemoVideoModel,
         ]

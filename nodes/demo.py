@@ -1,10 +1,10 @@
-"""The bundled model and clip, so that a workflow runs with nothing downloaded."""
+"""The bundled models and clip, so that a workflow runs with nothing downloaded."""
 
 from __future__ import annotations
 
 from comfy_api.latest import InputImpl, io
 
-from ..hosts.comfyui_demo import CLIP, load_demo
+from ..hosts.comfyui_demo import CLIP, load_demo, load_demo_wan
 from .sockets import schema
 
 
@@ -31,3 +31,28 @@ class FateZeroDemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*load_demo(), InputImpl.VideoFromFile(str(CLIP)))
+
+
+class FateZeroDemoVideoModel(io.ComfyNode):
+    """The tiny video transformer of moving shapes, and a clip of its world."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="FateZeroDemoVideoModel",
+            display_name="Demo Video Model (FateZero)",
+            description="A tiny video transformer of Wan's make that ships with the pack and draws moving shapes, 64 "
+            "pixels square. For trying the nodes without a download; it edits no real video.",
+            search_aliases=["test model", "example checkpoint", "wan"],
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="Wan 2.1 in all but its sizes."),
+                io.Clip.Output("clip", display_name="clip", tooltip="UMT5; knows the words of its small world."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Four pixels and one frame to a latent."),
+                io.Video.Output("video", display_name="video", tooltip="A red square on water, eight frames."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_wan(), InputImpl.VideoFromFile(str(CLIP)))

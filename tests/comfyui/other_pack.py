@@ -202,16 +202,6 @@ class Block(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
-@node("OtherVideoDemo", [io.String.Input("folder")], [io.Model.Output(), io.Clip.Output(), io.Vae.Output()])
-class VideoDemo(io.ComfyNode):
-    """A video transformer of the demo world's make, with the demo's autoencoder as a video's."""
-
-    @classmethod
-    def execute(cls, folder):
-        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui_demo"))
-        return io.NodeOutput(*sys.modules[pack].load_demo_wan(Path(folder)))
-
-
 @node("OtherLatent", [io.Int.Input("seed"), io.String.Input("shape")], [io.Latent.Output()])
 class Latent(io.ComfyNode):
     """Random latents of a shape, by commas."""
@@ -376,7 +366,7 @@ class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
-            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, VideoDemo, Latent, Attention, Block,
+            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block,
         ]  # fmt: skip
 
 

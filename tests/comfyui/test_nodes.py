@@ -12,6 +12,7 @@ IDS = {
     "FateZeroLoadVideo", "FateZeroEncodeVideo", "FateZeroPromptEdit", "FateZeroInvert", "FateZeroSampler",
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
+    "FateZeroDemoVideoModel",
     "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing", "FateZeroSteady",
     "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroFlowEdit", "FateZeroWanPair",
     "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",

@@ -17,7 +17,7 @@ NAMES = (
     "attribute", "controlnet_lora", "custom_sampler", "demo", "layout_move_object", "layout_new_clip",
     "mask_correction", "measure",
     "one_inversion_three_edits", "shape", "style", "tokenflow",
-    "tune_a_video",
+    "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 DEMO = {
     "custom_sampler": 6,
@@ -29,13 +29,16 @@ DEMO = {
     "measure": 7,
     "tokenflow": 5,
     "tune_a_video": 11,
+    "wan_demo": 12,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 OFTEN = ("demo", "layout_new_clip", "layout_move_object")
 """Those that run in the page by default; the others do so as prompts, which the page makes the same."""
 
 
-WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas")
+WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas", "FateZeroFlowEdit")
+WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
+"""The nodes that load Wan's parts, and which output of the demo's video model takes the place of each."""
 
 
 def read(name: str, folder=FOLDER):
@@ -47,9 +50,13 @@ def of_demo(prompt, host, lora, controlnet):
     shutil.copy(REPO / "demo" / "clip.mp4", host.base / "input")
     words = {"source": "a red square on water", "target": "a blue circle on water"}
     placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # whose words are its prompt's
+    parts = {name: WAN_FILES[node["class_type"]] for name, node in prompt.items() if node["class_type"] in WAN_FILES}
     for node in prompt.values():
         inputs, kind = node["inputs"], node["class_type"]
-        if kind == "CheckpointLoaderSimple":
+        inputs |= {k: [v[0], parts[v[0]]] for k, v in inputs.items() if isinstance(v, list) and v[0] in parts}
+        if kind in WAN_FILES:
+            node |= {"class_type": "FateZeroDemoVideoModel", "inputs": {}}
+        elif kind == "CheckpointLoaderSimple":
             node |= {"class_type": "FateZeroDemoModel", "inputs": {}}
         elif kind == "FateZeroLoadVideo":
             inputs |= {"width": 64, "height": 64, "count": 3} | ({} if "video" in inputs else {"file": "clip.mp4"})
@@ -84,7 +91,7 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
     prompt = of_demo(read(name, FOLDER / "api"), host, lora, controlnet)
     run = host.run(prompt)
     saved = [node for node in prompt if prompt[node]["class_type"] == "SaveVideo"]
-    assert len(saved) == {"one_inversion_three_edits": 3, "measure": 2}.get(name, 1)
+    assert len(saved) == {"one_inversion_three_edits": 3, "measure": 2, "wan_demo": 2}.get(name, 1)
     for node in saved:
         beside = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
         assert read_video(host.file(run, node)).frames.shape == (3, 64, 128 if beside else 64, 3)
@@ -145,6 +152,7 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     shown = page.tab.evaluate(
         "() => app.graph._nodes.flatMap(n => (n.widgets ?? []).map(w => String(w.value))).join('\\n')"
     )
-    told = (f"8 frames, {DEMO[name]} steps", " <- square", "hooked 14 of 14 attention layers")
+    layers = "12 of 12" if name == "wan_demo" else "14 of 14"
+    told = (f"8 frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
     for text in ("guided in 3 predictions of 3 steps",) if name == "layout_new_clip" else told:
         assert text in shown  # the store's bytes, the alignment and the report stand on their nodes
