@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from fatezero.cli.app import main
 
@@ -14,8 +15,10 @@ def command(monkeypatch, capfd, tmp_path):
     def run(*arguments, code=0, cwd=tmp_path):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
+        threads = torch.get_num_threads()
         with pytest.raises(SystemExit) as ended:
             main()
+        torch.set_num_threads(threads)  # a record may have asked for others
         said = "".join(capfd.readouterr())
         assert ended.value.code == code, said
         assert "Traceback" not in said
