@@ -74,7 +74,7 @@ def test_jobs_on_two_servers_and_one_that_is_gone(host, folder, tmp_path_factory
     assert "6 jobs, 4 of them done" in batch(folder, "--comfyui", host.url, "--dry-run")
 
 
-@pytest.mark.parametrize("how", ["on the server", "by a signal", "by a timeout"])
+@pytest.mark.parametrize("how", ["on the server", "by a signal", pytest.param("by a timeout", marks=pytest.mark.slow)])
 def test_a_job_is_interrupted(host, folder, how):
     write(folder, jobs=[{"video": "clips/a.mp4", "target": "a green square on water", "steps": 400}])
     options = ("--timeout", "4") if how == "by a timeout" else ()
