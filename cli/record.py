@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,11 @@ def made_by(path: Path) -> Made | None:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def files_read(config: EditConfig, store: str | Path | None) -> dict[str, str]:
-    """The digest of each file that a run reads, by what it is for; not of the model, whose weights are known."""
-    named = {name: file for name, file in files_of(config).items() if name not in ("model", "temporal")}
-    return {name: digest for name, file in (named | {"store": store}).items() if file and (digest := digest_of(file))}
+def files_read(configs: Sequence[EditConfig], store: str | Path | None) -> list[dict[str, str]]:
+    """The digest of each file that each edit reads, by what it is for; not of the model, whose weights are known."""
+    digest = cache(digest_of)  # edits of one run share most of them
+    named = [files_of(config) | ({"store": str(store)} if store else {}) for config in configs]
+    return [{what: digest(file) for what, file in of.items() if what not in ("model", "temporal")} for of in named]
 
 
 def differences(now: Made, then: Made) -> list[str]:

@@ -229,7 +229,7 @@ def run_edits(
             check_output(path, frames, session.overwrite, inputs)
             check_writable(record_path(path), session.overwrite, inputs)
     named = None if lent else store_path
-    files = [files_read(config, named) for config in configs]
+    files = files_read(configs, named)
     if made is not None:
         check_same(Made(files=files[0]), replace(made, model="", vae=""))
     checkpoint = session.open_model(first.model, first.lora, first.temporal)

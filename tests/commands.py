@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
+
+from fatezero.demo.show import CLIP
 
 COMMAND = (sys.executable, "-m", "fatezero")
 
@@ -24,3 +29,17 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """But for the UNet's last digits, which follow where in memory its input lies, and what the codec makes of them."""
     apart = (a.int() - b.int()).abs().float()
     return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
+
+
+def two_clips(folder: Path) -> Path:
+    """The folder, with the bundled clip in it twice."""
+    (folder / "clips").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(CLIP, folder / "clips" / f"{name}.mp4")
+    return folder
+
+
+def summary_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of a batch's summary."""
+    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

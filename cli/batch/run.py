@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .cluster import Cluster, run_on_cluster
 from .jobs import Batch, Job
 from .processes import Patience, Places, run_here
 from .servers import run_on_servers, shown_of
-from .summary import Row, sources_of, write_summary
+from .summary import Digest, Row, sources_of, write_summary
 from .work import Ended, How, config_for, groups_of
 
 LOG = "jobs.jsonl"
@@ -61,16 +61,18 @@ def run_batch(session: Session, batch: Batch, asked: Asked) -> None:
     """Do the jobs that are not done yet, and write the summary; BatchError, in the end, where some failed."""
     of_job = shown_of if asked.servers else config_for
     configs = {job.name: of_job(job) for job in batch.jobs}
+    digest = cache(digest_of)  # of clips, each for many jobs
     with lock_folder(asked.output):
-        todo = [job for job in batch.jobs if asked.redo or not _is_done(job, configs[job.name], asked, batch)]
+        todo = [job for job in batch.jobs if asked.redo or not _is_done(job, configs[job.name], asked, batch, digest)]
         done = len(batch.jobs) - len(todo)
         session.say(f"{len(batch.jobs)} jobs" + (f", {done} of them done" if done else ""))
         ended = _begun(session, batch, [(job, configs[job.name]) for job in todo], asked)
         if asked.dry_run:
             return
-        failed = _followed(session, asked.output, len(todo), ended, lambda: _summed_up(batch, asked.output, configs))
+        sum_up = partial(_summed_up, batch, asked.output, configs, digest)
+        failed = _followed(session, asked.output, len(todo), ended, sum_up)
         shutil.rmtree(asked.output / STORES, ignore_errors=True)
-        rows = _summed_up(batch, asked.output, configs)
+        rows = sum_up()
         done = sum(row.status == "done" for row in rows)
         session.say(f"{done} of {len(rows)} jobs done; summary.csv and index.html are in {asked.output}")
         if failed:
@@ -112,9 +114,9 @@ def _followed(session: Session, output: Path, count: int, ended: Iterator[Ended]
     return failed
 
 
-def _summed_up(batch: Batch, output: Path, configs: Mapping[str, EditConfig]) -> list[Row]:
+def _summed_up(batch: Batch, output: Path, configs: Mapping[str, EditConfig], digest: Digest) -> list[Row]:
     rows = rows_of(batch, output)
-    write_summary(output, rows, sources_of(output, rows, configs))
+    write_summary(output, rows, sources_of(output, rows, configs, digest))
     return rows
 
 
@@ -138,7 +140,7 @@ def _cores() -> int:
 # --- what is done -----------------------------------------------------------------------------
 
 
-def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch) -> bool:
+def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch, digest: Digest) -> bool:
     """Whether the result is there, with the record of its making, of the clip as it is now.
 
     The settings are those of the name.
@@ -148,15 +150,10 @@ def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch) -> bool:
     if not result.is_file() or not record.is_file():
         return False
     try:
-        digest = json.loads(record.read_text(encoding="utf-8"))[MADE]["files"].get("video")
-        return bool(digest == _digest(config.video)) if config.video else True
+        made_of = json.loads(record.read_text(encoding="utf-8"))[MADE]["files"].get("video")
+        return bool(made_of == digest(config.video)) if config.video else True
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-@cache
-def _digest(video: str) -> str:
-    return digest_of(video)
 
 
 def _keep(output: Path, ended: Ended) -> None:

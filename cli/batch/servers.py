@@ -22,7 +22,7 @@ from ...files.stopping import at_end
 from ...files.whole import whole_file
 from ..config import MADE, ConfigError, EditConfig
 from ..files import digest_of
-from ..record import record_path
+from ..record import write_record
 from .jobs import Batch, Job
 from .processes import Patience
 from .work import Ended, Measure
@@ -270,8 +270,7 @@ def _done(
         partial.write_bytes(server.fetch(_video_of(made, batch)))
     files = {"video": digest_of(video)} if video.is_file() else {}
     record = {"prompt": asked, MADE: {"versions": {"comfyui": server.version()}, "files": files}}
-    with whole_file(record_path(result)) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(result, record)
     return measure(shown_of(job), result) if measure is not None and video.is_file() else {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from html import escape
@@ -18,11 +18,12 @@ from ...video.fitted import FittedVideo
 from ...video.read import open_video
 from ...video.write import write_video
 from ..config import EditConfig
-from ..files import digest_of
 from ..record import record_path
 from ..run import find_frames
 from .jobs import AXES, Job
 
+Digest = Callable[[str], str]
+"""`digest_of`, which may remember."""
 SOURCES = "sources"
 """The folder of clips as they were edited."""
 
@@ -93,22 +94,22 @@ def _csv(rows: Sequence[Row], names: Sequence[str]) -> str:
 # --- the page ---------------------------------------------------------------------------------
 
 
-def sources_of(output: Path, rows: Sequence[Row], configs: Mapping[str, EditConfig]) -> dict[str, Path]:
+def sources_of(output: Path, rows: Sequence[Row], configs: Mapping[str, EditConfig], digest: Digest) -> dict[str, Path]:
     """The clip of each job that is done, as it was edited, written once into the folder `sources`."""
     found = dict[str, Path]()
     for row in rows:
         if row.status == "done":
-            path = _source_of(output, row, configs[row.job.name])
+            path = _source_of(output, row, configs[row.job.name], digest)
             if path is not None:
                 found[row.job.name] = path
     return found
 
 
-def _source_of(output: Path, row: Row, config: EditConfig) -> Path | None:
+def _source_of(output: Path, row: Row, config: EditConfig, digest: Digest) -> Path | None:
     try:
         found = find_frames(config)
         size = open_video(row.result).size
-        about = (digest_of(config.video), found.indices, config.crop, size)
+        about = (digest(config.video), found.indices, config.crop, size)
         path = output / SOURCES / f"{Path(config.video).stem[:40]}_{sha256(repr(about).encode()).hexdigest()[:8]}.mp4"
         if not path.exists():
             clip = FittedVideo.of(found, config.crop, size)

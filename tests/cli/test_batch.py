@@ -1,6 +1,5 @@
 """A batch as a user runs it: files of jobs, processes that die, runs that are stopped, a cluster."""
 
-import csv
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND
+from commands import COMMAND, summary_rows, two_clips
 
 from fatezero.cli.batch.jobs import load_batch
 from fatezero.cli.batch.processes import Patience, Places, run_here
@@ -34,16 +33,8 @@ def write(folder: Path, held, name="jobs.yaml") -> Path:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Two clips, and here."""
-    (tmp_path / "clips").mkdir()
-    for name in ("a", "b"):
-        shutil.copy(CLIP, tmp_path / "clips" / f"{name}.mp4")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return two_clips(tmp_path)
 
 
 # --- files of jobs ------------------------------------------------------------------------------
@@ -143,7 +134,7 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     said = command("batch", "jobs.yaml", code=1)
     assert "4 inversions are shared, which saves 4" in said
     assert "4 of 8 jobs failed" in said and "its inversion: no video at clips/none.mp4" in said
-    found = rows(folder / "jobs")
+    found = summary_rows(folder / "jobs")
     assert Counter(row["status"] for row in found) == {"done": 4, "failed": 4}
     assert all(float(row["PSNR to source"]) > 5 for row in found if row["status"] == "done")
     names = [row["result"] for row in found if row["status"] == "done"]
@@ -162,7 +153,7 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     write(folder, held)
     said = command("batch", "jobs.yaml", "--no-measure")
     assert "12 jobs, 4 of them done" in said
-    assert {row["status"] for row in rows(folder / "jobs")} == {"done"}
+    assert {row["status"] for row in summary_rows(folder / "jobs")} == {"done"}
     assert times == {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     shutil.copy(CLIP, folder / "clips" / "none.mp4")  # another clip under the name of one that is done
     assert "12 jobs, 6 of them done" in command("batch", "jobs.yaml", "--dry-run")
@@ -211,7 +202,7 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
             wait_for(lambda ws=workers: not any(Path(f"/proc/{w}").exists() for w in ws), 30)
         said = run.communicate(timeout=300)[0].decode()
         assert "Traceback" not in said
-    found = rows(folder / "jobs")
+    found = summary_rows(folder / "jobs")
     failed = {row["job"]: row["error"] for row in found if row["status"] == "failed"}
     assert len(failed) == len(range(0, count, 10)) + 1, failed
     assert sum("no video at" in error for error in failed.values()) == len(failed) - 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND, fatezero
+from commands import COMMAND, fatezero, two_clips
 
 from fatezero.demo.show import CLIP
 from fatezero.video.read import read_metadata
@@ -31,9 +30,7 @@ def cluster():
 
 def test_a_node_that_is_killed_loses_no_job(cluster, tmp_path):
     made, nodes = cluster
-    (tmp_path / "clips").mkdir()
-    for name in ("a", "b"):
-        shutil.copy(CLIP, tmp_path / "clips" / f"{name}.mp4")
+    two_clips(tmp_path)
     held = {
         "source": SOURCE, "steps": 2, "count": 2, "clips": "clips/*.mp4",
         "targets": ["a green square on water", "a blue square on water"],

@@ -1,8 +1,6 @@
 """A batch on real servers, and a result of Save Video that holds all that made it."""
 
-import csv
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -13,9 +11,8 @@ import torch
 import yaml
 from comfyui.conftest import HOSTS
 from comfyui.host import REPO, started
-from commands import COMMAND
+from commands import COMMAND, summary_rows, two_clips
 
-from fatezero.demo.show import CLIP
 from fatezero.video.read import read_metadata, read_video
 
 WORKFLOW = REPO / "workflows/api/demo.json"
@@ -24,11 +21,8 @@ SOURCE = "a red square on water"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "clips").mkdir()
-    for name in ("a", "b"):
-        shutil.copy(CLIP, tmp_path / "clips" / f"{name}.mp4")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return two_clips(tmp_path)
 
 
 def write(folder, **held) -> None:
@@ -40,11 +34,6 @@ def batch(folder, *options, wait=True):
     command = [*COMMAND, "batch", "jobs.yaml", "--no-measure", *options]
     run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return run.communicate(timeout=300)[0] if wait else run
-
-
-def rows(folder):
-    with (folder / "jobs" / "summary.csv").open(newline="", encoding="utf-8") as file:
-        return {row["job"]: row for row in csv.DictReader(file)}
 
 
 def test_jobs_on_two_servers_and_one_that_is_gone(host, folder, tmp_path_factory):
@@ -61,7 +50,7 @@ def test_jobs_on_two_servers_and_one_that_is_gone(host, folder, tmp_path_factory
     with started(HOSTS[0], tmp_path_factory.mktemp("second")) as other:
         said = batch(folder, "--comfyui", host.url, "--comfyui", other.url, "--comfyui", gone)
     assert "2 of 6 jobs failed" in said, said
-    found = rows(folder)
+    found = {row["job"]: row for row in summary_rows(folder / "jobs")}
     errors = {name.partition("_")[0]: row["error"] for name, row in found.items() if row["status"] == "failed"}
     assert "preset: 'nonsense' not in" in errors["refused"]
     assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: 'nonsense' is neither")
