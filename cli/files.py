@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..video.read import numbered, picture_files
+from ..video.read import VideoError, numbered, picture_files
 from .config import EditConfig, GenerateConfig
 
 _FILES = ("video", "lora", "model", "temporal")
@@ -56,12 +56,19 @@ def bare_name(name: str) -> str:
 
 
 def digest_of(path: str | Path) -> str:
-    """SHA-256 of a file, or of the pictures that a folder or a pattern names, with their names."""
-    if Path(path).is_file():
-        return _sha256(Path(path))
+    """SHA-256 of a file, or of the pictures that a folder or a pattern names, with their names; of a folder without
+    pictures, as a LoRA's, of all its files.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _sha256(path)
+    try:
+        files: Sequence[Path] = picture_files(path)
+    except VideoError:
+        files = sorted(file for file in path.rglob("*") if file.is_file())
     whole = hashlib.sha256()
-    for picture in picture_files(Path(path)):
-        whole.update(f"{picture.name} {_sha256(picture)}\n".encode())
+    for file in files:
+        whole.update(f"{file.name} {_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 

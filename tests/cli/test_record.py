@@ -9,7 +9,7 @@ from commands import fatezero
 
 from fatezero import __version__
 from fatezero.cli.config import ConfigError, EditConfig, load_configs
-from fatezero.cli.record import Made, differences, made_by, record_of, settings_of
+from fatezero.cli.record import Made, differences, files_read, made_by, record_of, settings_of
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import DEMO
 from fatezero.video.read import read_metadata
@@ -156,3 +156,13 @@ def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
     with pytest.raises(ConfigError):
         Made.of({"dtype": 3})
     assert differences(Made(threads=2), Made(threads=1)) == ["threads 1 (here 2)"]
+
+
+def test_a_lora_may_be_a_folder(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"one")
+    config = EditConfig(lora=str(tmp_path / "lora"))
+    (first,) = files_read([config], None)
+    assert first.keys() == {"lora"} and files_read([config], None) == [first]
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"two")
+    assert files_read([config], None) != [first]
