@@ -36,10 +36,14 @@ class PeakMemory:
         else:
             self._done.set()
             self._watcher.join()
+            self._look()  # work that ended before the first look
 
     def _watch(self) -> None:
         while not self._done.wait(0.02):
-            self.bytes = max(self.bytes, _resident_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, _resident_bytes())
 
 
 def _resident_bytes() -> int:
