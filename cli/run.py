@@ -64,9 +64,8 @@ if TYPE_CHECKING:
     from ..hosts.processes import Processes
 
 DEFAULT_FRAMES = 8
-AnyCheckpoint = Checkpoint | WanCheckpoint
 """Frames edited, at most, where nothing says how many."""
-
+AnyCheckpoint = Checkpoint | WanCheckpoint
 Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
 
@@ -138,8 +137,7 @@ class Session:
         dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
         with quiet():
             checkpoint = WanCheckpoint.load(model, where, dtype, lora or None)
-        if model == DEMO_WAN:
-            self.note("the bundled demo model knows only its own small world; for real videos give --model")
+        self._note_of_demo(model)
         return checkpoint
 
     def open_unet(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
@@ -152,9 +150,12 @@ class Session:
                 model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None,
                 videos=videos,
             )  # fmt: skip
-        if model == "demo":
-            self.note("the bundled demo model knows only its own small world; for real videos give --model")
+        self._note_of_demo(model)
         return checkpoint
+
+    def _note_of_demo(self, model: str) -> None:
+        if model in ("demo", DEMO_WAN):
+            self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
     def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
         """All the files that a run reads."""

@@ -95,12 +95,13 @@ def replay_psnr(checkpoint: Drawing, clips: int = 6, steps: int = 50) -> tuple[f
     sources, coded, replayed = [], [], []
     for scene, motion in islice(scenes(321, held_out=True), clips):
         frames = render(scene, motion, 8).frames
-        latents = _encoded(checkpoint, frames)
+        latents = checkpoint.encode_clip(frames)
         text = checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
         inversion = invert(checkpoint.denoiser, latents, text, steps)
         sources.append(frames)
-        coded.append(_decoded(checkpoint, latents))
-        replayed.append(_decoded(checkpoint, edit(checkpoint.denoiser, inversion, text, guidance_scale=1)))
+        coded.append(checkpoint.decode_clip(latents, len(frames)))
+        replay = edit(checkpoint.denoiser, inversion, text, guidance_scale=1)
+        replayed.append(checkpoint.decode_clip(replay, len(frames)))
     source = torch.cat(sources)
     return psnr(torch.cat(coded), source), psnr(torch.cat(replayed), source)
 
@@ -145,7 +146,8 @@ def moving_figures(checkpoint: Drawing, judge: SceneClassifier, clips: int = 24,
     for n, (scene, _) in enumerate(drawn):
         noise = torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(n))
         text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
-        made = _decoded(checkpoint, generate(checkpoint.denoiser, noise, text, empty, 30, 5.0))
+        latents = generate(checkpoint.denoiser, noise, text, empty, 30, 5.0)
+        made = checkpoint.decode_clip(latents, frames)
         motion = random_motion(Random(n), 1, frames)
         right = torch.tensor([[s[head] == labels(scene)[head] for head in judge.HEADS] for s in judge.read(made)])
         seen = (*right.float().mean(0).tolist(), right.all(1).float().mean().item())
@@ -160,16 +162,6 @@ def moving_figures(checkpoint: Drawing, judge: SceneClassifier, clips: int = 24,
         "pixels moved a frame, rendered",
     )
     return dict(zip(names, torch.tensor(rows).mean(0).tolist(), strict=True))
-
-
-def _encoded(checkpoint: Drawing, frames: Tensor) -> Tensor:
-    return checkpoint.encode_frames(frames) if isinstance(checkpoint, Checkpoint) else checkpoint.encode_clip(frames)
-
-
-def _decoded(checkpoint: Drawing, latents: Tensor) -> Tensor:
-    if isinstance(checkpoint, Checkpoint):
-        return checkpoint.decode_latents(latents).cpu()
-    return checkpoint.decode_clip(latents, len(latents)).cpu()
 
 
 def _moves(frames: Tensor, estimate: Estimator) -> tuple[float, float]:

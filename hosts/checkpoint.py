@@ -229,6 +229,14 @@ class Checkpoint:
             deviations.append(posterior.std * scale)
         return torch.cat(means), torch.cat(deviations)
 
+    def encode_clip(self, frames: Tensor) -> Tensor:
+        """`encode_frames`, as models of videos name it."""
+        return self.encode_frames(frames)
+
+    def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
+        """The first so many frames of `decode_latents`, as models of videos name it."""
+        return self.decode_latents(latents[:frames])
+
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to frames in 0..1 on the CPU, `frames_at_once`."""
@@ -291,14 +299,19 @@ def quiet() -> Iterator[None]:
 def opened(name: str, load: Callable[..., T]) -> T:
     """What `load` makes of a diffusers folder, or of a hub name that may be fetched; CheckpointError for neither."""
     path = DEMO if name == "demo" else Path(name)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
+    if not path.is_dir() and (path.suffix or name.startswith((".", "/", "~"))):
+        raise CheckpointError(f"no model at {name}")
+    with _as_checkpoint_error(name):
+        return load(path, local_files_only=True) if path.is_dir() else load(name)
+
+
+@contextmanager
+def _as_checkpoint_error(name: str) -> Iterator[None]:
+    """A failure to read a model as a CheckpointError that names it."""
     try:
-        if path.is_dir():
-            if not (path / "model_index.json").is_file():
-                raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
-            return load(path, local_files_only=True)
-        if path.suffix or name.startswith((".", "/", "~")):
-            raise CheckpointError(f"no model at {name}")
-        return load(name)
+        yield
     except CheckpointError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -335,12 +348,8 @@ def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:
         return kind.from_pretrained(where, torch_dtype=dtype, safety_checker=None, **local)
 
     if name != "demo" and Path(name).is_file():
-        try:
+        with _as_checkpoint_error(name):
             return _single_file(Path(name), dtype, config)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"could not load the model {name!r}: {error}") from error
     return opened(name, load)
 
 

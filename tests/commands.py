@@ -6,8 +6,11 @@ import csv
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
+import pytest
 import torch
 
 from fatezero.demo.show import CLIP
@@ -23,6 +26,23 @@ def fatezero(*arguments, cwd, code=0, **options):
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result.stdout + result.stderr
+
+
+def here(*arguments, cwd, code=0, threads=None):
+    """Run the command line in this process and in a folder; its output. The exit status must be `code`."""
+    from fatezero.cli.app import main
+
+    said, before = StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
+        torch.set_num_threads(threads or before)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        torch.set_num_threads(before)  # a record may have asked for others
+    assert ended.value.code == code, said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    return said.getvalue()
 
 
 def alike(a: torch.Tensor, b: torch.Tensor) -> bool:

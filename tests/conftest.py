@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+from commands import here
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from fatezero.demo.model import build_scheduler, build_tokenizer
@@ -29,3 +32,15 @@ def scheduler() -> DDIMScheduler:
 @pytest.fixture
 def denoiser(unet, scheduler) -> DiffusersDenoiser:
     return DiffusersDenoiser(unet, scheduler)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run the command line as `here` does, in the test's folder."""
+    return partial(here, cwd=tmp_path)
+
+
+@pytest.fixture
+def refused(command):
+    """Run the command line as `command` does: what it says as it ends with status 1."""
+    return lambda *arguments: command(*arguments, code=1).replace("\n", " ")

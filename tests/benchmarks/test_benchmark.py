@@ -11,11 +11,9 @@ import torch
 from fatezero.benchmarks.quality.cases import KINDS, cases_of
 from fatezero.benchmarks.quality.rows import (
     BEST,
-    LONG,
     METHODS,
     PAPER,
     QUICK,
-    WAN,
     Method,
     Trial,
     denoised,
@@ -59,12 +57,14 @@ def test_every_row_the_issue_of_the_paper_asks_for_is_there():
     assert {PAPER, BEST} <= set(QUICK) <= set(names)
 
 
-LONGEST = [m for m in METHODS if m.tuned or m in WAN or m in LONG]
+ONE_OF_EACH = (
+    *QUICK, "attention of the reconstruction", "blended self fusion", "clip norm", "FateZero+, mask of attention",
+    "FateZero+, words mixed", "FateZero+, flow smoothing", "PnP, TokenFlow",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("left_out", [LONGEST, pytest.param([], marks=pytest.mark.slow)])
-def test_every_method_edits_and_no_two_alike(trial, left_out):
-    methods = [m for m in METHODS if m not in left_out]
+@pytest.mark.parametrize("methods", [chosen_methods(ONE_OF_EACH, False), pytest.param(METHODS, marks=pytest.mark.slow)])
+def test_every_method_edits_and_no_two_alike(trial, methods):
     latents = edited(trial, methods)
     assert list(latents) != [] and set(latents) == {m.name for m in methods}
     assert all(z.shape == (3, 4, 16, 16) and z.isfinite().all() for z in latents.values())

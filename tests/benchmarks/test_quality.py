@@ -43,6 +43,7 @@ def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
             assert interval.low - room <= now.mean(method, figure).value <= interval.high + room, (method, figure)
 
 
+@pytest.mark.slow
 def test_words_kept_apart_keep_a_neighbours_texture_out(tmp_path):
     """Of two striped things one becomes dotted, which it does not where words mix."""
     pair = (

@@ -128,14 +128,14 @@ def test_jobs_that_need_the_same_inversion_share_it(folder):
 def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     held = {
         "source": SOURCE, "steps": 2, "count": 3, "clips": ["clips/a.mp4", "clips/none.mp4"],
-        "targets": ["a green square on water", "a red circle on water"], "methods": ["shape", "pnp"],
+        "targets": ["a green square on water", "a red circle on water"], "methods": ["shape"],
     }  # fmt: skip
     write(folder, held)
     said = command("batch", "jobs.yaml", code=1)
-    assert "4 inversions are shared, which saves 4" in said
-    assert "4 of 8 jobs failed" in said and "its inversion: no video at clips/none.mp4" in said
+    assert "2 inversions are shared, which saves 2" in said
+    assert "2 of 4 jobs failed" in said and "its inversion: no video at clips/none.mp4" in said
     found = summary_rows(folder / "jobs")
-    assert Counter(row["status"] for row in found) == {"done": 4, "failed": 4}
+    assert Counter(row["status"] for row in found) == {"done": 2, "failed": 2}
     assert all(float(row["PSNR to source"]) > 5 for row in found if row["status"] == "done")
     names = [row["result"] for row in found if row["status"] == "done"]
     shown = (folder / "jobs" / "index.html").read_text()
@@ -143,7 +143,7 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     assert len(list((folder / "jobs" / "sources").iterdir())) == 1
     assert not (folder / "jobs" / "stores").exists()
 
-    name = next(name for name in names if "shape" in name and "circle" in name)
+    name = next(name for name in names if "circle" in name)
     command("edit", "--config", f"jobs/{name}.json", "-o", "again.mp4")
     assert (folder / "again.mp4").read_bytes() == (folder / "jobs" / name).read_bytes()
 
@@ -152,12 +152,12 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     held["targets"] += ["a blue square on water"]
     write(folder, held)
     said = command("batch", "jobs.yaml", "--no-measure")
-    assert "12 jobs, 4 of them done" in said
+    assert "6 jobs, 2 of them done" in said
     assert {row["status"] for row in summary_rows(folder / "jobs")} == {"done"}
     assert times == {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     shutil.copy(CLIP, folder / "clips" / "none.mp4")  # another clip under the name of one that is done
-    assert "12 jobs, 6 of them done" in command("batch", "jobs.yaml", "--dry-run")
-    assert "12 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
+    assert "6 jobs, 3 of them done" in command("batch", "jobs.yaml", "--dry-run")
+    assert "6 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
 
 
 def children(process: int) -> list[int]:
@@ -214,7 +214,7 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
 
 
 def test_trouble_with_some_jobs_leaves_the_others_alone(folder):
-    run_with_trouble(folder, 14, (signal.SIGKILL,))
+    run_with_trouble(folder, 10, (signal.SIGKILL,))
 
 
 @pytest.mark.slow

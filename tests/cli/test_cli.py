@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import COMMAND, alike, fatezero
+from commands import COMMAND, alike, fatezero, here
 from PIL import Image
 
 from clips import beep_times, flashes
@@ -35,7 +35,7 @@ WORDS = ("--source", SOURCE, "--target", TARGET)
 def store(tmp_path_factory) -> Path:
     """A store of two steps of the bundled clip."""
     folder = tmp_path_factory.mktemp("store")
-    fatezero(
+    here(
         "invert", CLIP, "--source", SOURCE, "--steps", 2, "--memory", "queries_keys", "-o", "s.safetensors", cwd=folder
     )
     return folder / "s.safetensors"
@@ -488,7 +488,7 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def test_help_shows_every_default_and_no_name_is_cut(tmp_path):
+def test_help_shows_every_default_and_no_name_is_cut(command, tmp_path):
     from fatezero.cli.config import SECTIONS, EditConfig
     from fatezero.settings import described
 
@@ -501,15 +501,15 @@ def test_help_shows_every_default_and_no_name_is_cut(tmp_path):
     for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "at most 8; with --end all"):
         assert f"[default: {default}]" in words
     assert "\u2026" not in said
-    assert fatezero("--version", cwd=tmp_path).startswith("fatezero 0.")
+    assert command("--version").startswith("fatezero 0.")
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal_and_quiet_says_nothing(tmp_path):
+def test_progress_is_told_in_lines_where_there_is_no_terminal_and_quiet_says_nothing(command):
     run = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
-    said = fatezero(*run, "-o", "a.mp4", cwd=tmp_path)
+    said = command(*run, "-o", "a.mp4")
     assert re.search(r"^invert 1/2, 0:\d\d left$", said, re.M)
     assert re.search(r"^edit 2/2 in 0:\d\d$", said, re.M)
-    assert fatezero(*run, "-o", "b.mp4", "--quiet", cwd=tmp_path) == ""
+    assert command(*run, "-o", "b.mp4", "--quiet") == ""
 
 
 def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND, fatezero, two_clips
+from commands import COMMAND, two_clips
 
 from fatezero.demo.show import CLIP
 from fatezero.video.read import read_metadata
@@ -28,7 +28,7 @@ def cluster():
     made.shutdown()
 
 
-def test_a_node_that_is_killed_loses_no_job(cluster, tmp_path):
+def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     made, nodes = cluster
     two_clips(tmp_path)
     held = {
@@ -37,8 +37,8 @@ def test_a_node_that_is_killed_loses_no_job(cluster, tmp_path):
         "jobs": [{"video": "clips/none.mp4", "target": "x"}],
     }  # fmt: skip
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(held))
-    command = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
-    run = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    batch = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
+    run = subprocess.Popen(batch, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = tmp_path / "jobs" / "jobs.jsonl"
     until = time.monotonic() + 200
     while not log.exists() or len(log.read_text().splitlines()) < 2:
@@ -55,7 +55,7 @@ def test_a_node_that_is_killed_loses_no_job(cluster, tmp_path):
     assert len(results) == 4
     record = json.loads(Path(f"{results[0]}.json").read_text())
     assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "where the clip is here, and not where it was sent"
-    fatezero("edit", "--config", f"{results[0]}.json", "-o", "again.mp4", cwd=tmp_path, env=ONE_THREAD)
+    command("edit", "--config", f"{results[0]}.json", "-o", "again.mp4")
     assert (tmp_path / "again.mp4").read_bytes() == results[0].read_bytes()
 
 
@@ -71,7 +71,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("preset", ["shape", pytest.param("attribute+", marks=SLOW), pytest.param("pnp", marks=SLOW)])
-def test_two_processes_edit_one_clip_as_one_does(tmp_path, preset):
+def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     words = (
         CLIP,
         "--source",
@@ -85,7 +85,7 @@ def test_two_processes_edit_one_clip_as_one_does(tmp_path, preset):
         "--device",
         "cpu",
     )
-    fatezero("edit", *words, "--chunk-frames", 4, "-o", "one.mp4", cwd=tmp_path, env=ONE_THREAD)
+    command("edit", *words, "--chunk-frames", 4, "-o", "one.mp4", threads=1)
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero"]
     done = subprocess.run(
         [*launched, "edit", *map(str, words), "-o", "two.mp4"],

@@ -1,11 +1,9 @@
 """A result made again from what is kept beside it and within it."""
 
 import json
-import os
 import shutil
 
 import pytest
-from commands import fatezero
 
 from fatezero import __version__
 from fatezero.cli.config import ConfigError, EditConfig, load_configs
@@ -15,7 +13,7 @@ from fatezero.hosts.checkpoint import DEMO
 from fatezero.video.read import read_metadata
 
 SOURCE, TARGET = "a red square on water", "a red circle on water"
-WORDS = ("--source", SOURCE, "--target", TARGET, "--steps", 2)
+WORDS = ("--source", SOURCE, "--target", TARGET, "--steps", 2, "--count", 3)
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def clip(tmp_path):
     "options",
     [
         ("--preset", "shape", "--memory", "auto", "--reweight", "circle=2"),
-        ("--preset", "tokenflow", "--tokenflow.seed", 3, "--count", 4),
+        ("--preset", "tokenflow", "--tokenflow.seed", 3),
         ("--preset", "flow_edit", "--flow-edit.seed", 5),
     ],
     ids=["shape", "tokenflow", "flow_edit"],
@@ -49,7 +47,7 @@ def test_of_several_edits_and_of_a_store(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "--target", "a blue square on water", "-o", "two.mp4")
     command("edit", "--config", "two_1.mp4.json", "-o", "alone.mp4")
     assert (tmp_path / "alone.mp4").read_bytes() == (tmp_path / "two_1.mp4").read_bytes()
-    command("invert", "clip.mp4", "--source", SOURCE, "--steps", 2, "-o", "s.safetensors")
+    command("invert", "clip.mp4", "--source", SOURCE, "--steps", 2, "--count", 3, "-o", "s.safetensors")
     command("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "stored.mp4")
     clip.unlink()  # its store is enough
     command("edit", "--config", "stored.mp4.json", "-o", "again.mp4")
@@ -77,7 +75,7 @@ def test_pictures_have_their_record_too(command, clip, tmp_path):
     assert (tmp_path / "frames" / "edit.json").is_file()
     command("edit", "clip.mp4", *WORDS, "-o", "f_%03d.png")
     command("edit", "--config", "f_%03d.png.json", "-o", "g_%03d.png")
-    assert (tmp_path / "f_003.png").read_bytes() == (tmp_path / "g_003.png").read_bytes()
+    assert (tmp_path / "f_002.png").read_bytes() == (tmp_path / "g_002.png").read_bytes()
     said = command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", "--dry-run")
     assert "error" not in said
     (tmp_path / "new.mp4.json").write_text("mine")
@@ -110,12 +108,11 @@ def test_what_may_change_last_digits_is_told(command, clip, tmp_path):
     assert "made with torch 1.0 (here" in said and "last digits may differ" in said
 
 
-def test_threads_are_those_of_the_record(clip, tmp_path):
-    fatezero("edit", "clip.mp4", *WORDS, "-o", "one.mp4", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_threads_are_those_of_the_record(command, clip, tmp_path):
+    command("edit", "clip.mp4", *WORDS, "-o", "one.mp4", threads=1)
     assert json.loads((tmp_path / "one.mp4.json").read_text())["made"]["threads"] == 1
-    fatezero(
-        "edit", "--config", "one.mp4.json", "-o", "two.mp4", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "2"}
-    )
+    command("edit", "--config", "one.mp4.json", "-o", "two.mp4", threads=2)
+    assert json.loads((tmp_path / "two.mp4.json").read_text())["made"]["threads"] == 1
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
 
 

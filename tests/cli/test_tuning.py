@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from commands import COMMAND, alike, fatezero
+from commands import COMMAND, alike, here
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,7 +26,7 @@ TUNE = ("tune", CLIP, *PROMPT, "--count", 2, "--learning-rate", 0.003)
 def tuned(tmp_path_factory):
     """The folder of three steps, with the whole model beside."""
     folder = tmp_path_factory.mktemp("tuned")
-    said = fatezero(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
+    said = here(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
     assert "467,648 numbers are trained" in said and "activations of a step" in said
     assert "tune 3/3, loss 0." in said
     assert "--temporal mine --key-frames first,previous --clip-norm" in said

@@ -70,6 +70,7 @@ def opened(host: Host, width: int = 1900, height: int = 1000) -> Iterator[Page]:
         {
             "Comfy.TutorialCompleted": True,
             "Comfy.Minimap.Visible": False,
+            "LiteGraph.Canvas.MaximumFps": 5,
             "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
         },
     )

@@ -51,9 +51,10 @@ def find(page, title, tries=3):
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.HOW)
-def test_a_newcomer_finds_one_node_and_edits(host):
+@pytest.mark.parametrize("kinds", [KINDS[1:2], pytest.param(KINDS, marks=pytest.mark.slow)])
+def test_a_newcomer_finds_one_node_and_edits(host, kinds):
     with browser.opened(host) as page:
-        for kind in KINDS:
+        for kind in kinds:
             title = f"{kind} Edit (FateZero)"
             page.open({"nodes": [], "links": [], "version": 0.4}, kind)
             find(page, title)

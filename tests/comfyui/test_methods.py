@@ -68,9 +68,8 @@ def test_settings_come_from_their_nodes(host):
     assert (edited(host, graph) - by_preset).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("mixed_in", "file"), [(lora_on, "lora"), pytest.param(controlnet_on, "controlnet", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
+@pytest.mark.slow
 def test_lora_and_controlnet_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
     file = request.getfixturevalue(file)
 
@@ -102,13 +101,13 @@ def test_less_strength_stays_nearer_to_the_clip(host):
     """SDEdit: from the clip with some of the inverted noise."""
     clip = None
     changes = []
-    for strength in (1.0, 0.6, 0.2):
+    for strength in (1.0, 0.2):
         graph = flowing("none")
         graph.set(graph.video, width=64, height=64)
         graph.set(graph.edit, strength=strength)
         result, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
         changes.append((result - clip).norm().item())
-    assert changes[0] > changes[1] > changes[2] > 0
+    assert changes[0] > changes[1] > 0
     graph.set(graph.edit, strength=0.0)
     with pytest.raises(NodeError, match="strength is 0"):
         edited(host, graph)

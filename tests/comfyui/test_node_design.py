@@ -11,7 +11,7 @@ def test_the_newer_node_design_keeps_lines_and_puts_away_what_presets_ignore(hos
     workflow = read("demo")
     for node in workflow["nodes"]:
         if node["type"] == "FateZeroInvert":
-            node["widgets_values"][0] = 6
+            node["widgets_values"][0] = 2
     host.forget()  # texts of cached nodes are not sent again
     host.post("/settings", {"Comfy.VueNodes.Enabled": True})
     try:

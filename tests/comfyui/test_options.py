@@ -176,11 +176,19 @@ OF_NEGATIVES = {
 """What a negative may have beside these, for its attention is left alone."""
 
 WITHOUT_EFFECT = ("strength", "guidance of Flux")
+IMPLIED = {("negative", option) for option in OF_PROMPTS if option not in ("LoRA by a hook", "prompts averaged")}
+"""A negative goes the way of a positive, and no control reads it."""
 
 
-@pytest.mark.parametrize("option", OF_PROMPTS)
-@pytest.mark.parametrize("socket", ["positive", "source", "negative"])
-def test_an_option_of_a_prompt_is_honoured(host, option, socket, controlnet, lora):
+@pytest.mark.parametrize(
+    ("socket", "option"),
+    [
+        pytest.param(socket, option, marks=pytest.mark.slow if (socket, option) in IMPLIED else [])
+        for socket in ("positive", "source", "negative")
+        for option in OF_PROMPTS
+    ],
+)
+def test_an_option_of_a_prompt_is_honoured(host, socket, option, controlnet, lora):
     graph = without_fusion(DemoGraph())
     if socket == "source":
         of_host = graph.add("BasicGuider", model=graph.demo[0], conditioning=graph.words[0])

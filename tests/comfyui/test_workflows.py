@@ -32,7 +32,7 @@ DEMO = {
     "wan_demo": 12,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
-OFTEN = ("demo", "layout_new_clip", "layout_move_object")
+OFTEN = ("demo", "layout_new_clip")
 """Those that run in the page by default; the others do so as prompts, which the page makes the same."""
 
 

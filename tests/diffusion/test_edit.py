@@ -31,8 +31,10 @@ def run(denoiser, tokenizer, latents, memory="recompute", fusion=BLENDED, condit
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 12, 20), (1, 16, 16), (2, 10, 14)])
-@pytest.mark.parametrize("clip_norm", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "clip_norm"),
+    [((3, 16, 16), False), ((2, 12, 20), True), ((1, 16, 16), False), ((2, 10, 14), False), ((3, 16, 16), True)],
+)
 def test_the_three_memories_agree(denoiser, tokenizer, shape, clip_norm):
     latents = random_latents(*shape)
     edits = [run(denoiser, tokenizer, latents, memory, clip_norm=clip_norm) for memory in MEMORIES]
@@ -119,8 +121,8 @@ def test_sdxl_shaped_unets_with_several_transformer_layers(tokenizer, scheduler)
 
 @pytest.mark.parametrize("key_frames", [("self",), ("self", "middle"), ("first", "last"), ("middle",)])
 def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
-    latents, whole = random_latents(5), None
-    for chunk, memory in ((None, "recompute"), (1, "queries_keys"), (2, "recompute"), (2, "queries_keys"), (4, "maps")):
+    latents, whole = random_latents(3), None
+    for chunk, memory in ((None, "recompute"), (1, "queries_keys"), (2, "recompute"), (2, "queries_keys"), (2, "maps")):
         inversion = invert(
             denoiser, latents, random_text(0), 3, key_frames=key_frames, memory=memory, chunk_frames=chunk
         )
