@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,19 +21,27 @@ TEXT = 16
 
 
 def small_unet(seed: int = 0, **options) -> UNet2DConditionModel:
-    """A random UNet of SD's layout in float64: attention on the full, the half and the quarter grid."""
+    """A random UNet of SD's layout in float64: attention on the full grid and the half, or what `options` ask for."""
     torch.manual_seed(seed)
     settings = {
         "sample_size": 16,
-        "block_out_channels": (8, 16, 16),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "layers_per_block": 1,
         "cross_attention_dim": TEXT,
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     }
     return UNet2DConditionModel(**{**settings, **options}).double().eval().requires_grad_(False)
+
+
+THREE_LEVELS = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+"""Options for attention on the full, the half and the quarter grid."""
 
 
 def random_latents(frames: int = 3, height: int = 16, width: int = 16, seed: int = 1) -> torch.Tensor:
@@ -77,3 +88,16 @@ def round_as_the_reference(monkeypatch) -> None:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference over the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The exit status of a copy of this process that does the work; 1 where it fails. On one thread, as others are not
+    copied."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            work()
+        finally:
+            os._exit(sys.exc_info()[0] is not None)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -189,7 +189,7 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
         jobs[i] |= {"video": f"clips/missing_{i}.mp4"}
     jobs[5] |= {"steps": 900, "count": 8}
     write(folder, {"steps": 1, "jobs": jobs})
-    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--timeout", "20", "--no-measure"]
+    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--timeout", "12", "--no-measure"]
     for stop in (*stops, None):
         before = len(lines(folder / "jobs"))
         run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
@@ -206,7 +206,7 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
     failed = {row["job"]: row["error"] for row in found if row["status"] == "failed"}
     assert len(failed) == len(range(0, count, 10)) + 1, failed
     assert sum("no video at" in error for error in failed.values()) == len(failed) - 1
-    assert sum("longer than 20 seconds" in error for error in failed.values()) == 1
+    assert sum("longer than 12 seconds" in error for error in failed.values()) == 1
     assert Counter(row["status"] for row in found) == {"done": count - len(failed), "failed": len(failed)}
     done = Counter(line["name"] for line in lines(folder / "jobs") if line["error"] is None)
     assert max(done.values()) == 1, "nothing was done twice"

@@ -259,7 +259,7 @@ def _hear_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-OFTEN = {("edit", signal.SIGINT), ("invert", signal.SIGTERM)}
+OFTEN = {("edit", signal.SIGTERM)}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")

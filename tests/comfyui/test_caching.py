@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
+from comfyui.conftest import HOSTS
 from comfyui.graph import DemoGraph
-from comfyui.host import HOW, find_hosts, started
+from comfyui.host import started
 from comfyui.test_mixing import edited
 from comfyui.test_sampling import edit_with, invert_with
 
@@ -44,15 +45,6 @@ def walk(host, length, seed):
     return found
 
 
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory):
-    """A host that keeps nothing: every run is a fresh one."""
-    if not find_hosts():
-        pytest.skip(HOW)
-    with started(find_hosts()[0], tmp_path_factory.mktemp("fresh"), options="--cache-none") as running:
-        yield running
-
-
 SLOW = pytest.mark.slow
 
 
@@ -60,10 +52,11 @@ SLOW = pytest.mark.slow
     "options",
     ["--cache-ram 1000", *(pytest.param(o, marks=SLOW) for o in ("", "--cache-classic", "--cache-lru 3"))],
 )
-def test_a_walk_of_changes_gives_what_fresh_runs_give(fresh, tmp_path, options):
+def test_a_walk_of_changes_gives_what_fresh_runs_give(host, tmp_path, options):
     """--cache-ram 1000: the host wants more memory free than there is, and lets go of all it can."""
-    with started(find_hosts()[0], tmp_path / "walked", options=options) as host:
-        found = walk(host, 5, seed=3)
+    with started(HOSTS[0], tmp_path / "walked", options=options) as walked:
+        found = walk(walked, 5, seed=3)
     assert len(found) > 2
     for asked, latents in found.items():
-        assert torch.allclose(result(fresh, dict(asked)), latents, atol=1e-4), asked
+        host.forget()
+        assert torch.allclose(result(host, dict(asked)), latents, atol=1e-4), asked

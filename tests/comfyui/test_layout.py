@@ -131,14 +131,11 @@ def test_other_nodes_go_with_it(host, lora, controlnet):
     def with_lora(graph):
         graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=lora, strength_model=1.0)[0]
 
-    def with_pag(graph):
-        graph.model = graph.add("PerturbedAttentionGuidance", model=graph.model, scale=2.0)[0]
-
     def with_control(graph):
         pair = graph.with_control(controlnet, graph.layout[0], graph.negative[0], 1.0)
         graph.set(graph.guider, positive=pair[0], negative=pair[1])
 
-    for change in (with_lora, with_pag, with_control):
+    for change in (with_lora, with_control):
         graph = drawing("", **STRONG)
         change(graph)
         graph.set(graph.guider, model=graph.model)
@@ -167,9 +164,8 @@ def test_context_windows_are_guided_one_by_one(host):
     assert relative(drawn(host, graph), whole) < 1e-3, "frames of a model of pictures do not meet"
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("sd2", marks=pytest.mark.slow), "sd2_v", pytest.param("sdxl", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
+@pytest.mark.slow
 def test_other_families_are_guided(host, kind):
     """Random models of other shapes, in epsilon and v: what guides them is the layout, and at scale 0 nothing does."""
     results = {}
@@ -210,6 +206,7 @@ def test_an_interrupt_ends_it_and_leaves_no_trace(host):
     assert torch.equal(drawn(host, named(drawing("demo"), "euler")), expected)
 
 
+@pytest.mark.slow
 def test_half_precision_follows_single(host):
     single, half = (drawing("", energy="inside", scale=60.0, most_change=0.1) for _ in range(2))
     half.set(half.guider, model=half.add("OtherDemoModel", dtype="bf16")[0])
@@ -290,7 +287,7 @@ def moving(preset="style+"):
 
 
 @pytest.mark.every_host
-@pytest.mark.parametrize("preset", ["style+", "shape+", "none"])
+@pytest.mark.parametrize("preset", ["style+", pytest.param("shape+", marks=pytest.mark.slow), "none"])
 def test_the_two_hosts_move_an_object_alike(host, checkpoint, preset):  # noqa: F811
     config = EditConfig(source=SOURCE, target=SOURCE, steps=5, count=3, shift=(SHIFTED,))
     config = replace(config, injection="none") if preset == "none" else with_preset(config, preset)
@@ -321,6 +318,7 @@ def test_what_cannot_be_moved_is_refused(host):
     assert relative(by_guider, edited(host, graph)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_mask_tells_where_the_object_is(host):
     """The true mask is near to what attention tells, and another mask moves something else."""
     told = edited(host, moving())

@@ -124,7 +124,7 @@ def test_half_precision_storage_follows_single(host, dtype, within):
     assert torch.equal(half, single) == (dtype == "fp16")
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sd2_v", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd2", marks=pytest.mark.slow), "sd2_v", "sdxl"])
 def test_other_unets(host, kind):
     """SD 2.x, with epsilon and v, and SDXL with its pooled text: all memories agree, and a replay comes back."""
     edits = {}

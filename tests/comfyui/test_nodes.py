@@ -186,7 +186,7 @@ def test_conditioning_that_does_not_fit_is_refused(host):
 
 
 def test_the_replay_is_checked_frame_by_frame(host):
-    graph = DemoGraph(steps=50, side=64)
+    graph = DemoGraph(steps=20, side=64)
     check = graph.add(
         "FateZeroReconstructionCheck", model=graph.demo[0], store=graph.invert[1], vae=graph.demo[2],
         images=graph.video[0],

@@ -267,7 +267,16 @@ NO_EFFECT = ["DifferentialDiffusion", "ModelAttentionBackend", "SkipLayerGuidanc
 """Nodes that change nothing here, nor under the host's samplers."""
 
 
-@pytest.mark.parametrize("kind", [*HONOURED, *NO_EFFECT])
+HOOKED_ALIKE = {
+    "CFGNorm", "CFGZeroStar", "Epsilon Scaling", "FreSca", "FreeU", "Mahiro", "RescaleCFG", "TCFG",
+    "UNetSelfAttentionMultiply", "VideoTriangleCFGGuidance", *NO_EFFECT[1:],
+}  # fmt: skip
+"""Nodes that hang on a hook of which another node runs by default."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if k in HOOKED_ALIKE else []) for k in [*HONOURED, *NO_EFFECT]]
+)
 def test_a_node_on_the_model_is_honoured(host, kind, lora):
     graph = without_fusion(DemoGraph())
     negative = graph.add("CLIPTextEncode", clip=graph.demo[1], text="a red square")

@@ -21,7 +21,7 @@ NAMES = (
 )  # fmt: skip
 DEMO = {
     "custom_sampler": 6,
-    "demo": 10,
+    "demo": 3,
     "layout_move_object": 4,
     "layout_new_clip": 3,
     "mask_correction": 9,
@@ -32,7 +32,7 @@ DEMO = {
     "wan_demo": 12,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
-OFTEN = ("demo", "layout_new_clip")
+OFTEN = ("demo",)
 """Those that run in the page by default; the others do so as prompts, which the page makes the same."""
 
 
@@ -97,6 +97,7 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
         assert read_video(host.file(run, node)).frames.shape == (3, 64, 128 if beside else 64, 3)
 
 
+@pytest.mark.slow
 def test_one_of_three_edits_changes_alone(host, lora, controlnet):
     prompt = of_demo(read("one_inversion_three_edits", FOLDER / "api"), host, lora, controlnet)
     host.run(prompt)

@@ -9,7 +9,7 @@ from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store.records import MEMORIES
 from fatezero.store.store import AttentionStore
-from small import random_latents, random_text, relative, small_unet
+from small import THREE_LEVELS, random_latents, random_text, relative, small_unet
 
 SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
 
@@ -44,7 +44,7 @@ def test_the_three_memories_agree(denoiser, tokenizer, shape, clip_norm):
 
 def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):
     """One head of 80 channels is wider than a map of 77 columns."""
-    unet = small_unet(block_out_channels=(8, 80, 80), attention_head_dim=1)
+    unet = small_unet(block_out_channels=(8, 80), attention_head_dim=1)
     denoiser = DiffusersDenoiser(unet, scheduler)
     edits = [run(denoiser, tokenizer, random_latents(2), memory) for memory in MEMORIES]
     assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
@@ -68,7 +68,7 @@ def test_sd2_predicting_v_inverts_and_replays(tokenizer):
     from fatezero.demo.model import build_scheduler
 
     scheduler = DDIMScheduler.from_config(build_scheduler().config, prediction_type="v_prediction")
-    denoiser = DiffusersDenoiser(small_unet(use_linear_projection=True, attention_head_dim=(2, 4, 4)), scheduler)
+    denoiser = DiffusersDenoiser(small_unet(use_linear_projection=True, attention_head_dim=(2, 4)), scheduler)
     edits = [run(denoiser, tokenizer, random_latents(2), memory) for memory in MEMORIES]
     assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
 
@@ -99,6 +99,7 @@ def test_prediction_kinds_agree_on_the_same_noise(unet):
 
 def test_sdxl_shaped_unets_with_several_transformer_layers(tokenizer, scheduler):
     unet = small_unet(
+        **THREE_LEVELS,
         transformer_layers_per_block=(1, 2, 1),
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -119,7 +120,7 @@ def test_sdxl_shaped_unets_with_several_transformer_layers(tokenizer, scheduler)
         invert(denoiser, random_latents(2), random_text(0), steps=1)
 
 
-@pytest.mark.parametrize("key_frames", [("self",), ("self", "middle"), ("first", "last"), ("middle",)])
+@pytest.mark.parametrize("key_frames", [("self",), ("self", "middle"), ("first", "last")])
 def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
     latents, whole = random_latents(3), None
     for chunk, memory in ((None, "recompute"), (1, "queries_keys"), (2, "recompute"), (2, "queries_keys"), (2, "maps")):
@@ -137,7 +138,7 @@ def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
 @pytest.mark.parametrize(("key_frames", "clip_norm"), [(("previous", "first"), False), (("self", "middle"), True)])
 def test_where_frames_meet_otherwise_chunks_overlap_and_come_near(denoiser, tokenizer, key_frames, clip_norm):
     """Frames that change slowly, as a video's do."""
-    latents = random_latents(1) + 0.02 * random_latents(9).cumsum(0)
+    latents = random_latents(1) + 0.02 * random_latents(7).cumsum(0)
 
     def edited(chunk):
         inversion = invert(denoiser, latents, random_text(0), 3, key_frames, clip_norm, chunk_frames=chunk)
@@ -149,7 +150,7 @@ def test_where_frames_meet_otherwise_chunks_overlap_and_come_near(denoiser, toke
         denoiser, invert(denoiser, latents, random_text(0), 3, "self"), random_text(1), random_text(2), 7.5,
         replace_edit(tokenizer),
     )  # fmt: skip
-    error = relative(edited(6), whole)
+    error = relative(edited(5), whole)
     assert 0 < error < 0.5 * relative(alone, whole)
 
 
@@ -258,7 +259,7 @@ def test_heat_of_the_source_words_is_a_share_of_attention(denoiser, tokenizer):
 
 def test_a_store_of_another_model_is_refused(denoiser, scheduler):
     inversion = invert(denoiser, random_latents(1), random_text(0), steps=1)
-    for other in (small_unet(seed=7), small_unet(block_out_channels=(8, 8, 16))):
+    for other in (small_unet(seed=7), small_unet(block_out_channels=(8, 8))):
         with pytest.raises(StoreError, match="another model"):
             edit(DiffusersDenoiser(other, scheduler), inversion, random_text(1), guidance_scale=1)
 

@@ -1,11 +1,9 @@
 """What a run holds, where, and for how long."""
 
 import gc
-import subprocess
-import sys
+import os
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from fatezero.diffusion.edit import unet_calls
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store import store as stores
 from fatezero.store.budget import PRECISIONS
-from small import random_latents, random_text, relative, small_unet
+from small import forked, random_latents, random_text, relative, small_unet
 
 SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
 FUSION = FusionSettings(0.8, 0.8, blend_self_attention=True, blend_latents=True, blend_threshold=0.9)
@@ -49,8 +47,7 @@ def edited(denoiser, inversion, prompt, chunk=None):
 # --- places -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
-@pytest.mark.parametrize("memory", ["queries_keys", "maps"])
+@pytest.mark.parametrize(("memory", "chunk"), [("queries_keys", 2), ("maps", None)])
 def test_a_store_edits_the_same_wherever_it_is(denoiser, prompt, tmp_path, memory, chunk):
     expected = edited(denoiser, inverted(denoiser), prompt)
     for place in ("ram", "disk"):
@@ -94,23 +91,16 @@ def test_an_interrupted_inversion_leaves_no_file(denoiser, tmp_path, keep):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_crash_leaves_nothing_that_passes_for_a_store(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_crash_leaves_nothing_that_passes_for_a_store(denoiser, tmp_path):
     """The process ends without a word in the middle of the inversion."""
-    tests = Path(__file__).resolve().parents[1]
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(tests)!r})
-from pathlib import Path
-from small import random_latents, random_text, small_unet
-from fatezero import StoreSettings, invert
-from fatezero.demo.model import build_scheduler
-from fatezero.hosts.diffusers import DiffusersDenoiser
-denoiser = DiffusersDenoiser(small_unet(), build_scheduler())
-settings = StoreSettings("queries_keys", path=Path({str(tmp_path)!r}) / "s.safetensors")
-crash = lambda done, of: done == 2 and os._exit(9)
-invert(denoiser, random_latents(), random_text(0), 3, memory=settings, progress=crash)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+    def crash():
+        settings = StoreSettings("queries_keys", path=tmp_path / "s.safetensors")
+        progress = lambda done, of: done == 2 and os._exit(9)  # noqa: E731
+        invert(denoiser, random_latents(), random_text(0), 3, memory=settings, progress=progress)
+
+    assert forked(crash) == 9
     left = list(tmp_path.iterdir())
     assert [p.suffix for p in left] == [".partial"]
     with pytest.raises(FileNotFoundError):

@@ -11,7 +11,7 @@ from fatezero import Condition, edit, invert
 from fatezero.attention.control import Control, attention
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.hosts.diffusers import DiffusersDenoiser, kernel_of, xformers_attention
-from small import random_latents, random_text, relative, small_unet
+from small import THREE_LEVELS, random_latents, random_text, relative, small_unet
 
 
 def own_frames(frames=2):
@@ -26,7 +26,7 @@ def hooks(unet):
     "options",
     [
         {},
-        {"down_block_types": ("AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")},
+        THREE_LEVELS | {"down_block_types": ("AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")},
         {"transformer_layers_per_block": 2, "use_linear_projection": True},
         {"mid_block_type": None},
         {"upcast_attention": True},
@@ -42,7 +42,8 @@ def test_a_control_of_own_frames_is_the_unet_itself(scheduler, options, size):
         assert relative(denoiser.predict_noise(latents, 300, Condition(text), own_frames()), plain) < 1e-12
 
 
-def test_sites_name_every_layer_once_with_its_grid(denoiser):
+def test_sites_name_every_layer_once_with_its_grid(scheduler):
+    denoiser = DiffusersDenoiser(small_unet(**THREE_LEVELS), scheduler)
     sites = denoiser.sites(10, 14)
     assert len({site.name for site in sites}) == len(sites) == len(denoiser.unet.attn_processors)
     by_name = {site.name: site for site in sites}

@@ -227,7 +227,7 @@ def test_a_file_of_temporal_layers_serves_any_model_of_the_shape(tmp_path):
         load_temporal_layers(tmp_path / "text.safetensors")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [CASES[1], pytest.param(CASES[0], marks=pytest.mark.slow)])
 def test_a_folder_of_the_official_layout(tmp_path, name):
     """Under the official classes' names, told by its weights; read again it is the same function."""
     _, weights = given(name)
@@ -406,7 +406,7 @@ def test_a_tuned_model_reconstructs_its_clip_better():
 
     denoiser = fresh_denoiser()
     before = error(denoiser)
-    tune(denoiser, LATENTS, TEXT, replace(FAST, steps=60))
+    tune(denoiser, LATENTS, TEXT, replace(FAST, steps=30))
     assert sum(error(denoiser)) < 0.97 * sum(before)
 
 
@@ -423,7 +423,7 @@ def test_values_that_are_no_numbers_end_a_tuning():
 def test_memory_is_told_before_it_is_taken():
     """As counted in a real step of a model that is wide enough for small tensors not to matter."""
     torch.manual_seed(0)
-    unet = small_unet(block_out_channels=(32, 32, 32), attention_head_dim=4).float()
+    unet = small_unet(block_out_channels=(32, 32), attention_head_dim=4).float()
     denoiser = DiffusersDenoiser(with_temporal_layers(unet), build_scheduler())
     shape, text, keys = (8, 4, 32, 32), Condition.of(random_text(2).float(), "text"), KeyFrames(KEYS)
     told = activation_bytes(denoiser, shape, text, keys, clip_norm=True)

@@ -1,5 +1,5 @@
 import resource
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -9,8 +9,9 @@ from fatezero import AttentionStore, StoreError, StoreSettings, invert
 from fatezero.attention.condition import Condition
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.store.budget import PRECISIONS
+from fatezero.store.identity import ModelIdentity
 from fatezero.store.records import MEMORIES
-from small import random_latents, random_text
+from small import forked, random_latents, random_text
 
 
 @pytest.mark.parametrize("place", ["ram", "disk"])
@@ -99,29 +100,19 @@ def test_a_memory_that_does_not_fit_says_the_bytes_before_any_work(denoiser):
         invert(denoiser, latents, random_text(0), steps=500, memory="maps")
 
 
-def _save_with_file_size_limit(folder):
-    """Run in a process of its own: a disk that takes only 10 kB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    from fatezero.store.identity import ModelIdentity
-
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
+def test_a_full_disk_leaves_no_half_written_store(tmp_path):
     store = AttentionStore(
         "recompute", torch.zeros(3, 2, 4, 32, 32), Condition(torch.zeros(1, 77, 8)), (2, 1), (1.0, 0.5, 0.2),
         KeyFrames(("self",)), False, ModelIdentity("x", "", "float32"),
     )  # fmt: skip
-    try:
-        store.save(f"{folder}/s.safetensors")
-    except OSError as error:
-        print(f"OSError: {error}")
 
+    def save():
+        """On a disk that takes only 10 kB."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        with pytest.raises(OSError, match="the store of"):
+            store.save(tmp_path / "s.safetensors")
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
-def test_a_full_disk_leaves_no_half_written_store(tmp_path):
-    code = (
-        "import sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"sys.path.insert(0, {str(__file__).rsplit('/', 1)[0]!r}); "
-        f"sys.path.insert(0, {str(__file__).rsplit('/', 2)[0]!r}); "
-        f"import test_store; test_store._save_with_file_size_limit({str(tmp_path)!r})"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "OSError: the store of" in result.stdout, result.stderr
+    assert forked(save) == 0
     assert list(tmp_path.iterdir()) == []

@@ -228,9 +228,9 @@ run = lambda inversion: edit(denoiser, inversion, text(1), text(2), 7.5, prompt,
 warm = invert(denoiser, random_latents(4, 16, 16).float(), text(0), 1, memory="maps")
 run(warm)
 used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (used + 200_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (used + 90_000_000,) * 2)
 settings = StoreSettings("maps", path=folder / "s.safetensors")
-invert(denoiser, random_latents(4, 16, 16).float(), text(0), 25, memory=settings)
+invert(denoiser, random_latents(4, 16, 16).float(), text(0), 12, memory=settings)
 run(Inversion(AttentionStore.load(folder / "s.safetensors")))
 try:
     with safe_open(folder / "s.safetensors", framework="pt") as file:
@@ -247,7 +247,7 @@ def test_a_store_larger_than_memory_is_written_and_read(tmp_path):
     tests = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", LARGE, tmp_path, tests], capture_output=True, text=True, check=False)
     assert "edited from" in done.stdout, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) > 300_000_000
+    assert int(done.stdout.split()[-1]) > 130_000_000
     assert "mapped: " in done.stdout, "the store fits this limit, so the test shows nothing"
 
 

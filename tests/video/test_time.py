@@ -69,8 +69,9 @@ def test_clips_that_begin_late(tmp_path, name, late):
     assert read_video(path, count=8).sound is not None
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "vp9.webm"])
-@pytest.mark.parametrize("out", ["o.mp4", "o.mov", "o.mkv", "o.webm"])
+@pytest.mark.parametrize(
+    ("name", "out"), [("a.mp4", "o.mkv"), ("a.mkv", "o.mp4"), ("vp9.webm", "o.mov"), ("a.mkv", "o.webm")]
+)
 def test_varying_frame_times_are_kept_from_file_to_file(tmp_path, name, out):
     path = written(tmp_path / name, *FORMATS[name], times=VARYING, clock=Fraction(1, 90000))
     found = open_video(path)
@@ -91,7 +92,7 @@ def test_varying_frame_times_at_a_rate_asked_for(tmp_path):
     assert beep_times(part.sound) == pytest.approx([0.25, 1.25, 2.25], abs=0.005)
 
 
-@pytest.mark.parametrize("fps", [Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60), Fraction(12)])
+@pytest.mark.parametrize("fps", [Fraction(24000, 1001), Fraction(60)])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
 def test_rates_survive(tmp_path, fps, suffix):
     times = tuple(i / fps for i in range(40))
@@ -110,7 +111,7 @@ def test_h264_in_avi_has_its_own_rate(tmp_path, clock):
     in_step(read_video(path))
 
 
-@pytest.mark.parametrize("rate", [6000, 8000, 11025, 22050, 44100, 96000, 192000])
+@pytest.mark.parametrize("rate", [6000, 11025, 96000, 192000])
 @pytest.mark.parametrize("out", ["o.mp4", "o.webm"])
 def test_any_sample_rate_is_written(tmp_path, rate, out):
     t = np.arange(3 * rate) / rate
