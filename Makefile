@@ -7,7 +7,7 @@ demo: .venv/.installed
 	$(BIN)/fatezero demo --output out
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -13,6 +13,17 @@ from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import small_unet
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """One process runs the tests of a ComfyUI, for one server and one page; others go wherever there is time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "comfyui" if "tests/comfyui/" in nodeid else nodeid
+
+    return OneServer(config, log)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A CLIP tokenizer in which "red", "circle", ... are one token and other letters a token each."""

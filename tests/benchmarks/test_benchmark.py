@@ -58,8 +58,7 @@ def test_every_row_the_issue_of_the_paper_asks_for_is_there():
 
 
 ONE_OF_EACH = (
-    *QUICK, "attention of the reconstruction", "blended self fusion", "clip norm", "FateZero+, mask of attention",
-    "FateZero+, words mixed", "FateZero+, flow smoothing", "PnP, TokenFlow",
+    *QUICK, "attention of the reconstruction", "blended self fusion", "FateZero+, flow smoothing", "PnP, TokenFlow",
 )  # fmt: skip
 
 

@@ -213,16 +213,36 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
     assert not list((folder / "jobs").rglob("*partial*"))
 
 
-def test_trouble_with_some_jobs_leaves_the_others_alone(folder):
-    run_with_trouble(folder, 10, (signal.SIGKILL,))
-
-
 @pytest.mark.slow
 def test_trouble_with_a_hundred_jobs(folder):
     run_with_trouble(folder, 100, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
 
 
-def test_a_job_whose_process_dies_is_tried_again_and_then_reported(folder):
+def test_trouble_with_some_jobs_leaves_the_others_alone(folder):
+    """One whose process dies is tried again and then reported, one is too slow, and one has no clip."""
+    clip = {"video": "clips/a.mp4", "source": SOURCE, "count": 1, "steps": 1}
+    dies, slow, lost, good = (f"a {colour} square on water" for colour in COLOURS[:4])
+    write(folder, {"jobs": [
+        {**clip, "target": dies, "count": 2}, {**clip, "target": slow, "steps": 900, "count": 8},
+        {**clip, "target": lost, "video": "clips/lost.mp4"}, {**clip, "target": good},
+    ]})  # fmt: skip
+    command = [*COMMAND, "batch", "jobs.yaml", "--retries", "1", "--timeout", "8", "--no-measure"]
+    run = subprocess.Popen(command, cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = wait_for(lambda: children(run.pid))[0]
+    os.kill(first, signal.SIGKILL)
+    said = run.communicate(timeout=200)[0].decode()
+    assert run.returncode == 1 and "2 of 4 jobs failed" in said
+    ended = {line["name"].split("-")[1]: line for line in lines(folder / "jobs")}
+    told = {colour: (line["error"], line["attempts"]) for colour, line in ended.items()}
+    assert told == {
+        "green": (None, 2), "blue": ("it took longer than 8 seconds", 1), "yellow": ("no video at clips/lost.mp4", 1),
+        "cyan": (None, 1),
+    }  # fmt: skip
+    assert not list((folder / "jobs").rglob("*partial*"))
+
+
+@pytest.mark.slow
+def test_a_job_whose_processes_die_is_reported(folder):
     jobs = {"jobs": [{"video": "clips/a.mp4", "source": SOURCE, "target": "a green square on water", "steps": 600}]}
     write(folder, jobs)
     run = subprocess.Popen([*COMMAND, "batch", "jobs.yaml", "--retries", "1"], cwd=folder, env=ONE_THREAD,

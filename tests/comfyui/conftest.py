@@ -23,13 +23,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("host", hosts, indirect=True, ids=names, scope="session")
 
 
-def pytest_collection_modifyitems(items):
-    """One process runs them, for one server and one page."""
-    for item in items:
-        if "comfyui" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("comfyui"))
-
-
 @pytest.fixture(scope="session")
 def host(request, tmp_path_factory) -> Host:
     if request.param is None:

@@ -17,6 +17,7 @@ from fatezero.video.read import read_metadata, read_video
 
 WORKFLOW = REPO / "workflows/api/demo.json"
 SOURCE = "a red square on water"
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -58,7 +59,9 @@ def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_pat
     assert "6 jobs, 4 of them done" in command("batch", "jobs.yaml", "--comfyui", host.url, "--dry-run")
 
 
-@pytest.mark.parametrize("how", ["on the server", "by a signal", pytest.param("by a timeout", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["on the server", pytest.param("by a signal", marks=SLOW), pytest.param("by a timeout", marks=SLOW)]
+)
 def test_a_job_is_interrupted(host, folder, how):
     write(folder, jobs=[{"video": "clips/a.mp4", "target": "a green square on water", "steps": 400}])
     options = ("--timeout", "4") if how == "by a timeout" else ()

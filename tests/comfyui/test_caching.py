@@ -45,13 +45,11 @@ def walk(host, length, seed):
     return found
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "options",
-    ["--cache-ram 1000", *(pytest.param(o, marks=SLOW) for o in ("", "--cache-classic", "--cache-lru 3"))],
+    ["--cache-ram 1000", "", "--cache-classic", "--cache-lru 3"],
 )
+@pytest.mark.slow  # test_nodes, test_sampling and test_workflows change one thing and run again
 def test_a_walk_of_changes_gives_what_fresh_runs_give(host, tmp_path, options):
     """--cache-ram 1000: the host wants more memory free than there is, and lets go of all it can."""
     with started(HOSTS[0], tmp_path / "walked", options=options) as walked:

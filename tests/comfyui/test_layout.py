@@ -144,6 +144,7 @@ def test_other_nodes_go_with_it(host, lora, controlnet):
     assert torch.equal(drawn(host, drawing("", **STRONG)), plain)
 
 
+@pytest.mark.slow
 def test_weights_brought_in_layer_by_layer_give_the_same(host):
     graph = drawing("demo", **STRONG)
     whole = drawn(host, graph)

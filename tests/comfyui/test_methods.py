@@ -120,6 +120,7 @@ def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(host):
     assert (edited(host, graph) - host.latents(graph.prompt, graph.latent[0])).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_guidance_nodes_run_beside_it(host):
     for kind in ("PerturbedAttentionGuidance", "FreeU_V2"):
         graph, plain = flowing(), edited(host, flowing())

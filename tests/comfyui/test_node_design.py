@@ -5,6 +5,7 @@ from comfyui import page as browser
 from comfyui.test_workflows import read
 
 
+@pytest.mark.slow
 def test_the_newer_node_design_keeps_lines_and_puts_away_what_presets_ignore(host):
     if browser.CHROMIUM is None:
         pytest.skip(browser.HOW)

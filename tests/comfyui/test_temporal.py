@@ -152,7 +152,7 @@ def tuned(graph, model, **values):
 
 
 @pytest.mark.every_host
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
 def test_tuning_is_that_of_the_diffusers_host(host, files, prediction):
     """Beginning from layers of a file, whose weights it then holds; what the model was loaded with stays as it was."""
     graph = DemoGraph(frames=3)

@@ -64,9 +64,7 @@ def of_demo(prompt, host, lora, controlnet):
             inputs |= words | {"blend_source": "", "blend_target": ""}
         elif kind == "EmptyLatentImage":
             inputs["batch_size"] = 3
-        elif kind in WITH_STEPS:
-            inputs["steps"] = 4
-        elif kind == "FateZeroTuneOnVideo":
+        elif kind in WITH_STEPS or kind == "FateZeroTuneOnVideo":
             inputs["steps"] = 2
         elif kind == "LoraLoaderModelOnly":
             inputs["lora_name"] = lora

@@ -47,8 +47,8 @@ def test_the_judge_reads_rendered_scenes():
 
 
 def test_the_judge_reads_two_things_one_by_one(checkpoint):
-    assert close_up_accuracy(load_judge(), count=60) >= 0.99
-    assert close_up_accuracy(load_judge(), checkpoint, count=60) >= 0.98
+    assert close_up_accuracy(load_judge(), count=30) >= 0.99
+    assert close_up_accuracy(load_judge(), checkpoint, count=30) >= 0.98
 
 
 @pytest.mark.slow
