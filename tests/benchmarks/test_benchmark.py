@@ -58,7 +58,7 @@ def test_every_row_the_issue_of_the_paper_asks_for_is_there():
 
 
 ONE_OF_EACH = (
-    *QUICK, "attention of the reconstruction", "blended self fusion", "FateZero+, flow smoothing", "PnP, TokenFlow",
+    *QUICK, "attention of the reconstruction", "blended self fusion", "PnP, TokenFlow",
 )  # fmt: skip
 
 

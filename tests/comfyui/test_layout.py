@@ -124,6 +124,7 @@ def test_any_sampler_and_no_trace(host):
         drawn(host, named(drawing(**STRONG), "uni_pc"))
 
 
+@pytest.mark.slow
 def test_other_nodes_go_with_it(host, lora, controlnet):
     """LoRA, ControlNet and guidance of other packs change a guided drawing as they change a plain one."""
     plain = drawn(host, drawing("", **STRONG))
@@ -131,11 +132,17 @@ def test_other_nodes_go_with_it(host, lora, controlnet):
     def with_lora(graph):
         graph.model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=lora, strength_model=1.0)[0]
 
+    def with_freeu(graph):
+        graph.model = graph.add("FreeU_V2", model=graph.model, b1=1.2, b2=1.3, s1=0.9, s2=0.2)[0]
+
+    def with_pag(graph):
+        graph.model = graph.add("PerturbedAttentionGuidance", model=graph.model, scale=2.0)[0]
+
     def with_control(graph):
         pair = graph.with_control(controlnet, graph.layout[0], graph.negative[0], 1.0)
         graph.set(graph.guider, positive=pair[0], negative=pair[1])
 
-    for change in (with_lora, with_control):
+    for change in (with_lora, with_freeu, with_pag, with_control):
         graph = drawing("", **STRONG)
         change(graph)
         graph.set(graph.guider, model=graph.model)
@@ -152,6 +159,7 @@ def test_weights_brought_in_layer_by_layer_give_the_same(host):
     assert relative(drawn(host, graph), whole) < 1e-4
 
 
+@pytest.mark.slow
 def test_context_windows_are_guided_one_by_one(host):
     graph = drawing("", **STRONG)
     graph.set(graph.guider, model=in_windows(graph))

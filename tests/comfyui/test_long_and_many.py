@@ -59,6 +59,7 @@ def test_chunks_take_their_own_frames_of_a_controlnet(host, controlnet):
 
 
 @pytest.mark.parametrize(("key_frames", "clip_norm"), [("previous, first", False), ("self, middle", True)])
+@pytest.mark.slow
 def test_where_frames_meet_otherwise_chunks_come_near(host, key_frames, clip_norm):
     whole = edited(host, graph_of(key_frames, clip_norm))
     assert 1e-5 < relative(edited(host, in_chunks(graph_of(key_frames, clip_norm), 3)), whole) < 0.5
@@ -70,6 +71,7 @@ def test_context_windows_give_the_whole_clips_result_through_fixed_key_frames(ho
     assert relative(windowed, edited(host, graph_of())) < 1e-5
 
 
+@pytest.mark.slow
 def test_context_windows_come_near_it_through_neighbours(host):
     near = edited(host, in_windows(graph_of("previous"), 4, 2, "standard_uniform", "pyramid"))
     assert 1e-5 < relative(near, edited(host, graph_of("previous"))) < 0.5

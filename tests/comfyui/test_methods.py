@@ -97,6 +97,7 @@ def test_any_length_and_chunks(host):
     assert edited(host, flowing(frames=1)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_less_strength_stays_nearer_to_the_clip(host):
     """SDEdit: from the clip with some of the inverted noise."""
     clip = None

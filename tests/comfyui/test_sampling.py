@@ -213,6 +213,7 @@ def test_guiders_take_lora_controlnets_and_chunks(host, lora, controlnet):
     assert relative(host.latents(graph.prompt, by_host(graph)), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_other_nodes_take_a_guiders_store(host):
     graph = shape_graph()
     begin, store = invert_with(graph)

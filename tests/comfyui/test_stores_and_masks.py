@@ -105,6 +105,7 @@ def test_a_mask_joins_the_attentions_own(host):
         assert relative(results[mode], plain) < 1e-5
 
 
+@pytest.mark.slow
 def test_latents_outside_a_mask_are_the_clips(host):
     """A mask of the left half, by ordinary mask nodes: the right half keeps to the replay, the left does not."""
     half = np.zeros((64, 64))

@@ -188,6 +188,7 @@ def test_tuning_is_that_of_the_diffusers_host(host, files, prediction):
     (files / "mine.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_a_tuned_model_is_edited_with_lora_and_controlnet(host, files, lora, controlnet):
     graph = DemoGraph(frames=3)
     styled = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=0.3)

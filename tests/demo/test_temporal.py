@@ -49,6 +49,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, mon
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_the_bundled_layers_draw_a_clip_whose_frames_agree():
     """Of a caption that no training saw: the words in nearly every frame, near its neighbours in colour and place."""
     checkpoint, judge = Checkpoint.load("demo", temporal="demo"), load_judge()

@@ -249,7 +249,7 @@ def test_what_is_refused():
         energy_of(odd, random_latents(2), LayoutGuidance(target=disc(), columns=[2]))
 
 
-@pytest.mark.parametrize("kind", ["image", "layers", "video"])
+@pytest.mark.parametrize("kind", ["image", "layers", pytest.param("video", marks=pytest.mark.slow)])
 def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
     """As many bytes as the tensors that a gradient really makes."""
     torch.manual_seed(0)
