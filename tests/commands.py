@@ -37,9 +37,11 @@ def here(*arguments, cwd, code=0, threads=None):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
         torch.set_num_threads(threads or before)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        torch.set_num_threads(before)  # a record may have asked for others
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            torch.set_num_threads(before)  # a record may have asked for others
     assert ended.value.code == code, said.getvalue()
     assert "Traceback" not in said.getvalue()
     return said.getvalue()

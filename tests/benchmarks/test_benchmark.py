@@ -57,9 +57,7 @@ def test_every_row_the_issue_of_the_paper_asks_for_is_there():
     assert {PAPER, BEST} <= set(QUICK) <= set(names)
 
 
-ONE_OF_EACH = (
-    *QUICK, "attention of the reconstruction", "blended self fusion", "PnP, TokenFlow",
-)  # fmt: skip
+ONE_OF_EACH = (*QUICK, "attention of the reconstruction", "blended self fusion", "PnP, TokenFlow")
 
 
 @pytest.mark.parametrize("methods", [chosen_methods(ONE_OF_EACH, False), pytest.param(METHODS, marks=pytest.mark.slow)])
@@ -70,8 +68,8 @@ def test_every_method_edits_and_no_two_alike(trial, methods):
     assert torch.equal(latents["autoencoder only"], trial.latents)
     # The case is one of shape, for which the paper's settings are the blend, and key frames self and middle; what is
     # made steady is so when it is decoded; of so few steps FlowEdit leaves none in which FateZero+ fuses.
-    same = {PAPER, "blended self fusion", "key frames self, middle", "FateZero+, flow smoothing, steady"}
-    same |= {"Wan: FlowEdit with FateZero+"}
+    same = {PAPER, "blended self fusion", "key frames self, middle", "FateZero+, flow smoothing, steady",
+            "Wan: FlowEdit with FateZero+"}  # fmt: skip
     others = [(name, z) for name, z in latents.items() if name not in same]
     assert [(n, m) for i, (n, a) in enumerate(others) for m, b in others[:i] if torch.allclose(a, b)] == []
     assert torch.allclose(latents[PAPER], latents["blended self fusion"])

@@ -112,7 +112,7 @@ def test_no_strength_is_the_host_alone_to_the_bit(host):
 @pytest.mark.every_host
 def test_any_sampler_and_no_trace(host):
     """A guided run changes the drawing under samplers of all kinds, and leaves the model as it was."""
-    for sampler in ("euler_ancestral", "dpmpp_2m"):
+    for sampler in ("euler_ancestral", "heun", "dpmpp_2m"):
         plain = drawn(host, plainly(named(drawing(), sampler)))
         guided = drawn(host, named(drawing(**STRONG), sampler))
         assert guided.isfinite().all() and relative(guided, plain) > 1e-2, sampler

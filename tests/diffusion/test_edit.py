@@ -120,7 +120,7 @@ def test_sdxl_shaped_unets_with_several_transformer_layers(tokenizer, scheduler)
         invert(denoiser, random_latents(2), random_text(0), steps=1)
 
 
-@pytest.mark.parametrize("key_frames", [("self",), ("self", "middle"), ("first", "last")])
+@pytest.mark.parametrize("key_frames", [("self",), ("self", "middle"), ("first", "last"), ("middle",)])
 def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
     latents, whole = random_latents(3), None
     for chunk, memory in ((None, "recompute"), (1, "queries_keys"), (2, "recompute"), (2, "queries_keys"), (2, "maps")):

@@ -110,6 +110,7 @@ def test_words_are_separated_inside_the_mask_alone(denoiser, worded):
 
     nowhere = GivenMask(torch.zeros(1, 16, 16), "intersection")
     assert relative(run(0.8), run(0.0)) > 1e-3
+    assert relative(run(0.8), run(0.4)) > 1e-4
     assert relative(run(0.8, nowhere), run(0.0, nowhere)) < 1e-12
 
 

@@ -156,10 +156,10 @@ def test_other_parts_of_an_edit_go_with_it(denoiser, inversion, pair):
     """TokenFlow, less strength, and another prompt: all but the area stays the clip's."""
     may, clip = box(1, 1, 15, 13, frames=3), inversion.latents[0]
     plain = edited(denoiser, inversion, pair, moving())
-    for more in ({"propagation": TokenFlowSettings(2)}, {"strength": 0.6}):
+    for more in ({"propagation": TokenFlowSettings(2)}, {"strength": 0.6}, {"chunk_frames": 1}):
         made = edited(denoiser, inversion, pair, moving(), **more)
         assert torch.equal(made.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]), more
-        assert relative(made, plain) > 1e-3
+        assert relative(made, plain) > 1e-3 or "chunk_frames" in more
     free = edited(denoiser, inversion, pair, moving(), prompt=None, fusion=None)
     assert relative(free.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]) > 1e-2, "nothing is taken of the source"
 
