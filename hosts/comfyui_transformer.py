@@ -24,7 +24,7 @@ from ..diffusion.denoiser import refuse_clip_norm
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
-from .comfyui_unet import HookedModel, attention_layers, check_model, unpatched
+from .comfyui_unet import HookedModel, attention_layers, beneath, check_model, unpatched
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -71,11 +71,6 @@ def check_transformer(model: Any) -> None:
         raise ValueError("model: is a video transformer that is not sampled as a flow")
 
 
-def _beneath(hook: Any) -> Any:
-    """What another node hung there, where the hook is ours and calls it."""
-    return getattr(hook, "previous", hook)
-
-
 @dataclass
 class _Here:
     """Where an attention call is: the block, the branch, and how many calls the branch has made in it."""
@@ -110,10 +105,10 @@ class HookedTransformer:
         self._source = -1
         """Which branch of the call under way is the source's, where it is beside the edit's."""
         options = self.patcher.model_options["transformer_options"]
-        self._kernel = _beneath(options.get("optimized_attention_override"))
+        self._kernel = beneath(options.get("optimized_attention_override"))
         options["optimized_attention_override"] = self._override(self._kernel)
         replaced = options.get("patches_replace", {}).get("dit", {})
-        blocks = [_beneath(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
+        blocks = [beneath(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
         for i, theirs in enumerate(blocks):
             self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
@@ -192,7 +187,7 @@ class HookedTransformer:
         """What the host asks before it calls branches together: they run one after another, so that parting them would
         save nothing, and would have the source's attention kept for all blocks.
         """
-        of_host = _beneath(of_host)
+        of_host = beneath(of_host)
 
         def room(*args: Any, **more: Any) -> Any:
             return 0 if self._source >= 0 else of_host(*args, **more)

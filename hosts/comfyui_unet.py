@@ -88,6 +88,11 @@ def _resizes(block: ResBlock, kind: type) -> bool:
     return isinstance(getattr(block, "h_upd", None), kind)
 
 
+def beneath(hook: Any) -> Any:
+    """What another node hung there, where the hook is ours and calls it."""
+    return getattr(hook, "previous", hook)
+
+
 class HookedModel:
     """A clone of a MODEL whose attention layers ask a control.
 
@@ -127,8 +132,7 @@ class HookedModel:
                 # At the block's own key unless another pack sits at the layer's, which the host
                 # reads first: a node that replaces a block during the run (PAG) then still does.
                 at = (block, number, index) if (block, number, index) in theirs else (block, number)
-                found = theirs.get(at)
-                patch = self._patch(layer_kind, getattr(found, "previous", found))
+                patch = self._patch(layer_kind, beneath(theirs.get(at)))
                 self.patcher.set_model_patch_replace(patch, name, *at)
         self._norms = clip_norms(model.model.diffusion_model)
         self._feature = feature_of(model.model.diffusion_model)
