@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from inspect import get_annotations
 from math import inf, isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -70,10 +71,19 @@ def is_union(kind: Any) -> bool:
 
 def described(settings: type) -> Iterator[Described]:
     """The settings of a dataclass, in order."""
-    kinds = get_type_hints(settings)
+    kinds = _kinds(settings)
     for one in fields(settings):
         if "setting" in one.metadata:
             yield Described(one.name, kinds[one.name], _default(one), one.metadata["setting"])
+
+
+def _kinds(settings: type) -> dict[str, Any]:
+    """The types of a dataclass's settings. Those of its other fields may be names that only type checkers import."""
+    named, found = {one.name for one in fields(settings) if "setting" in one.metadata}, dict[str, Any]()
+    for base in reversed(settings.__mro__):
+        own = {name: kind for name, kind in get_annotations(base).items() if name in named}
+        found |= get_type_hints(type(base.__name__, (), {"__annotations__": own, "__module__": base.__module__}))
+    return found
 
 
 def described_one(settings: type, name: str) -> Described:
@@ -86,9 +96,9 @@ def _default(one: Field[Any]) -> Any:
     return made() if one.default is MISSING else one.default
 
 
-def kept(settings: type, name: str, default: Any) -> Any:
-    """A setting of another dataclass with a default of its own."""
-    return field(default=default, metadata={"setting": described_one(settings, name).about})
+def kept(settings: type, name: str, default: Any, **more: Any) -> Any:
+    """A setting of another dataclass with a default of its own, and whatever else differs."""
+    return field(default=default, metadata={"setting": replace(described_one(settings, name).about, **more)})
 
 
 def check(settings: Any) -> None:

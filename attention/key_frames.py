@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange
-from torch import Tensor
+
+from ..imports import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ANCHORS = ("first", "middle", "last")
 NAMES = ("self", *ANCHORS, "previous")

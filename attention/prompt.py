@@ -10,12 +10,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
+from ..imports import torch
 from ..settings import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 75
 """Content tokens of one block of 77; longer prompts repeat start, 75 tokens, end."""

@@ -27,6 +27,7 @@ from .config import (
     with_preset,
     with_values,
 )
+from .help import show_help
 from .options import GROUPS, edit_options, generate_options, given_of, invert_options, tune_options, whole_numbers
 from .progress import complain, console, progress_bar, told
 from .record import apart_from, made_by
@@ -52,7 +53,7 @@ Video = Annotated[
 Config = Annotated[
     Path | None,
     Parameter(
-        help="YAML of settings, ours or the authors' own; or a result or its .json, to make it again.", group=_RUN
+        help="YAML file of settings, ours or the authors'. Or a result or its .json, to make it again.", group=_RUN
     ),
 ]
 ModelConfig = Annotated[
@@ -64,13 +65,12 @@ ModelConfig = Annotated[
 ]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps, or auto.", group=_RUN)]
 Dtype = Annotated[
-    str, Parameter(help="float32, float16, bfloat16, or auto: float16 on a GPU, else float32.", group=_RUN)
+    str,
+    Parameter(help="float32, float16, bfloat16 or auto. auto is float16 on a GPU and float32 elsewhere.", group=_RUN),
 ]
-DryRun = Annotated[
-    bool, Parameter(negative="", help="Print the plan, with memory and UNet calls, and stop.", group=_RUN)
-]
-Overwrite = Annotated[bool, Parameter(negative="", help="Replace an output that is there.", group=_RUN)]
-Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Say nothing but errors.", group=_RUN)]
+DryRun = Annotated[bool, Parameter(negative="", help="Print the plan with its memory and time, and stop.", group=_RUN)]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace an existing output.", group=_RUN)]
+Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Print errors only.", group=_RUN)]
 
 
 @app.command
@@ -81,7 +81,9 @@ def edit(
     target: Annotated[
         list[str] | None,
         Parameter(
-            help="What it shall show; several are edited in one pass.", negative="", group=GROUPS["What to edit"]
+            help="Prompt that describes the edit. Repeat it for several edits in one pass.",
+            negative="",
+            group=GROUPS["What to edit"],
         ),
     ] = None,
     output: Annotated[
@@ -89,7 +91,7 @@ def edit(
         Parameter(
             name=("--output", "-o"),
             group=GROUPS["What to edit"],
-            help='Where the edit goes: .mp4, .mov, .mkv, .webm, .gif; pictures: "folder/" or "f_%04d.png".',
+            help='Output: .mp4, .mov, .mkv, .webm, .gif, or pictures, "folder/" or "f_%04d.png".',
         ),
     ] = "edit.mp4",
     config: Config = None,
@@ -131,7 +133,7 @@ def invert(
     video: Video = None,
     /,
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Where the store goes.")] = Path(
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Output file of the store.")] = Path(
         "store.safetensors"
     ),
     config: Config = None,
@@ -160,21 +162,17 @@ def tune(
     *,
     output: Annotated[
         Path,
-        Parameter(
-            name=("--output", "-o"), help="Folder for the temporal layers, the losses and their plot.", group=_RUN
-        ),
+        Parameter(name=("--output", "-o"), help="Folder for the layers, the losses and their plot.", group=_RUN),
     ] = Path("tuned"),
     model_config: ModelConfig = None,
     options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    resume: Annotated[
-        bool, Parameter(negative="", help="Go on with the tuning in the folder, where it was stopped.", group=_RUN)
-    ] = False,
+    resume: Annotated[bool, Parameter(negative="", help="Continue the tuning in the folder.", group=_RUN)] = False,
     keep_every: Annotated[int, Parameter(help="Steps between two states to go on from.", group=_RUN)] = 50,
     folder: Annotated[
         bool,
         Parameter(
             negative="",
-            help="Write the whole model too, as the authors' code reads it and --model takes it.",
+            help="Write the whole model too. The authors' code and --model read it.",
             group=_RUN,
         ),
     ] = False,
@@ -200,7 +198,7 @@ def tune(
 def generate_clip(
     *,
     output: Annotated[
-        str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Where the clip goes, as in an edit.")
+        str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Output, as in `fatezero edit`.")
     ] = "clip.mp4",
     model_config: ModelConfig = None,
     options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
@@ -496,6 +494,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
+        if show_help(app, sys.argv[1:], console):
+            sys.exit(0)
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         sys.exit(130)

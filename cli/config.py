@@ -28,9 +28,8 @@ from ..methods.layout_guidance import GROUP as LAYOUT
 from ..methods.layout_guidance import LayoutSettings
 from ..methods.move_objects import MoveSettings
 from ..methods.plug_and_play import PnPSettings
-from ..methods.temporal_layers import LayerSettings
 from ..methods.tokenflow import TokenFlowSettings
-from ..methods.tune_a_video import TuneSettings
+from ..methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
 from ..settings import check, described, described_one, is_union, kept, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
@@ -82,9 +81,11 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
     """
 
     video: str = ""
-    source: str = setting("", "What the video shows.", group=_TEXT)
-    target: str = setting("", "What it shall show; several are edited in one pass.", group=_TEXT)
-    negative: str = setting("", "What to keep away from.", shown="none", group=_TEXT)
+    source: str = setting("", "Prompt that describes the video.", group=_TEXT)
+    target: str = setting(
+        "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
+    )
+    negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
     model: str = setting(
         "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
     )
@@ -201,12 +202,13 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
     """Every setting of `fatezero tune`; the names are those of the flags."""
 
     video: str = ""
-    prompt: str = setting("", "What the video shows.", group=_TEXT)
+    prompt: str = setting("", "Prompt that describes the video.", group=_TEXT)
     model: str = kept(EditConfig, "model", "demo")
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
-    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", ("first", "previous"))
+    count: int | None = kept(ClipSettings, "count", None, shown="at most 24; with --end all")
+    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", TRAINED_KEYS)
     clip_norm: bool = kept(InversionSettings, "clip_norm", True)
 
     def __post_init__(self) -> None:
@@ -225,15 +227,17 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
 class GenerateConfig(ObjectSettings):
     """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
 
-    prompt: str = setting("", "What the clip shall show.", group=_TEXT)
+    prompt: str = setting("", "Prompt that describes the clip.", group=_TEXT)
     negative: str = kept(EditConfig, "negative", "")
     model: str = kept(EditConfig, "model", "demo")
     lora: str = kept(EditConfig, "lora", "")
     temporal: str = kept(EditConfig, "temporal", "")
-    frames: int = setting(16, "How many.", least=1, most=1000, group=_CLIP)
-    size: tuple[int, int] | None = setting(None, "WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP)
-    fps: float = setting(8.0, "Of the video.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
-    seed: int = setting(0, "Of the noise.", least=0, most=2**63 - 1, group=_CLIP)
+    frames: int = setting(16, "Number of frames.", least=1, most=1000, group=_CLIP)
+    size: tuple[int, int] | None = setting(
+        None, "Size of the clip, WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP
+    )
+    fps: float = setting(8.0, "Frame rate.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
+    seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=_CLIP)
     steps: int = kept(InversionSettings, "steps", 50)
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     key_frames: tuple[str | int, ...] | None = setting(

@@ -77,6 +77,13 @@ def _minutes(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02}"
 
 
+def in_words(seconds: float) -> str:
+    """A time to wait: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def told(error: Exception) -> str:
     """An error in one line; of one that is no user's doing, where it came from."""
     text = " ".join(str(error).split()) or type(error).__name__

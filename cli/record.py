@@ -16,10 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
 from ..files.whole import whole_file
+from ..imports import torch
 from ..video.write import is_sequence
 from .config import MADE, METADATA, ConfigError, EditConfig, held_by
 from .files import bare_name, digest_of, files_of, full_name, renamed

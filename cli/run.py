@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..attention.condition import Condition
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.denoiser import keys_on, refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
@@ -27,6 +31,7 @@ from ..files.whole import check_writable, disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
 from ..hosts.checkpoint_wan import NAME as DEMO_WAN
 from ..hosts.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers_memory import call_bytes
 from ..methods.flow_edit import draw
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -46,7 +51,7 @@ from ..video.write import check_output, has_sound, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig
 from .files import files_of
 from .objects import layout_of
-from .progress import Bar, no_bars
+from .progress import Bar, in_words, no_bars
 from .record import (
     Made,
     check_same,
@@ -63,8 +68,8 @@ from .record import (
 if TYPE_CHECKING:
     from ..hosts.processes import Processes
 
-DEFAULT_FRAMES = 8
-"""Frames edited, at most, where nothing says how many."""
+CHUNK_FRAMES = 16
+"""Frames of one call where nothing says how many, and chunks give the whole clip's result."""
 AnyCheckpoint = Checkpoint | WanCheckpoint
 Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
@@ -92,8 +97,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def find_frames(config: EditConfig | TuneConfig, default: int = DEFAULT_FRAMES) -> VideoSource:
-    """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says."""
+def find_frames(config: EditConfig | TuneConfig, default: int | None = None) -> VideoSource:
+    """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says; None
+    for all."""
     at_most = default if config.count is None and config.end is None else None
     return open_video(
         config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate
@@ -182,7 +188,9 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     source = _found(session, config)
     checkpoint = session.open_model(config.model, config.lora, config.temporal)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
-    session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
+    shape = _latents_shape(video, checkpoint)
+    config = _in_chunks(config, checkpoint, shape[0])
+    session.say(plan(checkpoint, [config], shape, settings, edits=False))
     if dry_run:
         return
     with session.bars() as bar:
@@ -252,6 +260,8 @@ def run_edits(
         _check_store(checkpoint, store, origin, prompts)
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
         sound = origin.sound_of(first.video)
+    configs = [_in_chunks(config, checkpoint, shape[0]) for config in configs]
+    first = configs[0]
     session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
     _note_of_layers(session, first)
     now = _made(session, checkpoint, shape, named)
@@ -348,6 +358,14 @@ def _in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
     return replace(config, memory="recompute", chunk_frames=chunk or -(-frames // count))
 
 
+def _in_chunks(config: EditConfig, checkpoint: AnyCheckpoint, frames: int) -> EditConfig:
+    """A configuration with the chunks of a long clip, where it sets none and they give the whole clip's result."""
+    exact = config.keys.anchored and not config.clip_norm and not checkpoint.denoiser.frames_meet
+    if config.chunk_frames is not None or frames <= CHUNK_FRAMES or not exact:
+        return config
+    return replace(config, chunk_frames=CHUNK_FRAMES)
+
+
 def _made(session: Session, checkpoint: AnyCheckpoint, shape: Sequence[int], store: Path | None) -> Made:
     """What a run edits with, beside its settings and files. shape: of the clip's latents."""
     height, width = (side * checkpoint.factor for side in shape[-2:])
@@ -438,9 +456,16 @@ def plan(
         kept = store.kept_steps
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
-    counted = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
+    counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
     chunk = config.chunk_frames
+    at_once = min(chunk or frames, frames)
+    keys = keys_on(denoiser, config.keys)
+    if not isinstance(checkpoint, WanCheckpoint):
+        nbytes = call_bytes(checkpoint.denoiser, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+        lines.append(f"   a call of {at_once} frames: {format_bytes(nbytes)} of activations")
+    seconds = _seconds_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+    lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
     meet = config.clip_norm or not config.keys.anchored or denoiser.frames_meet
     if chunk is not None and chunk < frames and meet:
         lines.append(
@@ -451,8 +476,8 @@ def plan(
 
 def _calls(
     configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
-) -> str:
-    """How often the model sees the clip."""
+) -> tuple[str, float]:
+    """How often the model sees the clip: in words, and in all, a call with gradients as four."""
     counted = [
         unet_calls(
             c.steps,
@@ -469,13 +494,32 @@ def _calls(
         for c in configs
     ]
     source = max(calls.source for calls in counted)
-    parts = [f"{counted[0].invert} to invert"] if inverts else []
+    parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)
     if edits:
-        parts.append(f"{sum(calls.edit for calls in counted):g} for {len(configs)} edit(s)")
+        edit = sum(calls.edit for calls in counted)
+        parts.append(f"{edit:g} for {len(configs)} edit(s)")
         parts += [f"{source:g} for the source beside"] if source else []
         gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.wanted)
         parts += [f"{gradients} with gradients, each some four calls long, for the layout"] if gradients else []
-    return ", ".join(parts)
+        whole += edit + source + 4 * gradients
+    return ", ".join(parts), whole
+
+
+@torch.no_grad()
+def _seconds_of_call(
+    checkpoint: AnyCheckpoint, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
+) -> float:
+    """How long a call of the model takes, by one that is made; a quick one twice, for the first makes things ready."""
+    denoiser, chunk = checkpoint.denoiser, Chunk.whole(shape[0])
+    latents, seconds = torch.zeros(shape, device=denoiser.device), 0.0
+    with denoiser.hooked(clip_norm):
+        for _ in range(2):
+            begun = time.perf_counter()
+            denoiser.predict_noise(latents, 500, source, Control(keys, chunk)).sum().item()  # waits for the device
+            seconds = time.perf_counter() - begun
+            if seconds > 1:
+                break
+    return seconds
 
 
 def invert_video(

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import ALL, Chunk, KeyFrames
+from ..imports import torch
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
 """Frames to look at together, and how much each frame's result counts."""
@@ -68,6 +69,10 @@ class Denoiser(Predictor, Protocol):
     @property
     def frames_meet(self) -> bool:
         """Whether layers of the model mix all frames of a call, so that chunks only come near the whole clip."""
+
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        """The key frames, and whether clip norm, that the model was trained with."""
 
     def predict_noise(
         self,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite
 from ..attention.key_frames import Chunk
 from ..attention.masks import mask_sites, word_heat
 from ..attention.prompt import PromptEdit
+from ..imports import no_grad
 from ..store.backends import FileBackend, Records, read_ahead
 from ..store.budget import record_shapes
 from ..store.records import Beside, Onlooker, Recorder, SourceStep
@@ -21,6 +20,9 @@ from ..store.store import AttentionStore, StoreError
 from .denoiser import Denoiser, chunks_of, frames_of, joined
 from .invert import Inversion
 from .schedule import Schedule, same_levels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def compute_source(
 # --- a look at the source -------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad
 def source_heats(
     denoiser: Denoiser,
     inversion: Inversion,

@@ -29,6 +29,7 @@ from ..attention.key_frames import Chunk
 from ..diffusion.denoiser import Guidance, Windows
 from ..diffusion.invert import Progress
 from ..diffusion.schedule import Schedule
+from ..methods.tune_a_video import TRAINED_KEYS
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .comfyui_conditions import HostCondition
@@ -108,6 +109,11 @@ class ComfyDenoiser:
     @property
     def frames_meet(self) -> bool:
         return self.spans_clip or any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
+
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        tuned = temporal_layers(self._edited.hooked.patcher) is not None
+        return (TRAINED_KEYS, True) if tuned else (("self",), False)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from ..attention.condition import Condition
 from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.ddim import guide, root
+from ..diffusion.ddim import guide
 from ..diffusion.denoiser import Guidance
 from ..diffusion.schedule import Schedule
 from ..methods.temporal_layers import CastLinear, trained_of
-from ..methods.tune_a_video import noised
+from ..methods.tune_a_video import TRAINED_KEYS, noised
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
@@ -104,7 +104,7 @@ class DiffusersDenoiser:
         alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
         if alphas.min() < 1e-6:
             raise ValueError("a schedule that ends at zero signal cannot be inverted: set rescale_betas_zero_snr=False")
-        return Schedule(timesteps, alphas)
+        return Schedule(timesteps, alphas.double())
 
     def sites(self, height: int, width: int) -> list[AttentionSite]:
         return list(self._sites_by_layer(height, width).values())
@@ -124,6 +124,10 @@ class DiffusersDenoiser:
     @property
     def frames_meet(self) -> bool:
         return temporal_layers(self.unet) is not None
+
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        return (TRAINED_KEYS, True) if temporal_layers(self.unet) is not None else (("self",), False)
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
@@ -145,7 +149,7 @@ class DiffusersDenoiser:
         alphas = self.scheduler.alphas_cumprod
         if not 0 <= timestep < len(alphas):
             raise ValueError(f"timestep is {timestep}; it must be from 0 to {len(alphas) - 1}")
-        alpha = alphas[timestep].to(latents)
+        alpha = alphas[timestep].cpu().double()
         return noised(latents, noise, alpha), alpha
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -236,12 +240,12 @@ class DiffusersDenoiser:
     def _epsilon(self, output: Tensor, latents: Tensor, timestep: float) -> Tensor:
         """The model's output as epsilon (v: arXiv 2202.00512, App. D)."""
         kind = self.scheduler.config["prediction_type"]
-        signal = self.scheduler.alphas_cumprod[timestep].cpu()
+        signal = self.scheduler.alphas_cumprod[timestep].cpu().double()
         if kind == "epsilon":
             return output
         if kind == "v_prediction":
-            return root(signal) * output + root(1 - signal) * latents
-        return (latents - root(signal) * output) / root(1 - signal)
+            return signal.sqrt() * output + (1 - signal).sqrt() * latents
+        return (latents - signal.sqrt() * output) / (1 - signal).sqrt()
 
     def _featured(self, name: str) -> Callable[..., Tensor]:
         return lambda module, args, output: self._control.feature(output, name) if self._control else output

@@ -26,6 +26,10 @@ class DiffusersVideoDenoiser(DiffusersDenoiser):
     def frames_meet(self) -> bool:
         return True
 
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        return ("self",), False
+
     def _output(self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor]) -> Tensor:
         output: Tensor = self.unet(rearrange(latents, "f c y x -> 1 c f y x"), timestep, text).sample
         return rearrange(output, "1 c f y x -> f c y x")

@@ -9,18 +9,18 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from ..attention.control import AttentionSite
 from ..attention.key_frames import KeyFrames
 from ..files.safetensors import Layout, format_bytes, layout_bytes
 from ..files.whole import disk_folder, existing, is_in_memory
+from ..imports import torch
 from ..settings import check, setting, steps_of_share
-from .records import FLOAT8, MEMORIES, Memory, kept_as_map, map_precision
+from .records import MEMORIES, Memory, float8, kept_as_map, map_precision
 
 Place = Literal["device", "ram", "disk"]
 PLACES: tuple[Place, ...] = get_args(Place)
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FLOAT8}
+PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn"}
+"""torch's names of the number types that queries and keys may be kept in."""
 GROUP = "The store"
 USABLE = 0.8
 """The share of free memory that a store may take; the model's work needs the rest."""
@@ -47,8 +47,8 @@ class StoreSettings:
 
     memory: Literal["auto", Memory] = setting(
         "recompute",
-        "What is kept: recompute keeps latents alone and runs the source beside the edit; queries_keys is faster and "
-        "bigger; maps keeps the paper's maps, for study; auto takes the fastest that fits. The edit is the same.",
+        "What the store keeps. recompute keeps latents only and runs the source beside the edit; queries_keys is faster "
+        "and larger; maps keeps the paper's maps, for study; auto takes the fastest that fits. The edit is the same.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
@@ -99,7 +99,7 @@ class StoreSettings:
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """The precision that queries and keys of one are kept in."""
-        return PRECISIONS.get(self.precision, dtype)
+        return dtype if self.precision == "model" else getattr(torch, PRECISIONS[self.precision])
 
     def keeps(self, site: AttentionSite) -> bool:
         """Whether a layer's attention is kept."""
@@ -142,7 +142,7 @@ class Demand:
         as_map = kept_as_map(memory, site, key_tokens, stored)
         shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.text_tokens, as_map)
         parts: Layout = {part: (map_precision(stored) if as_map else stored, shape) for part, shape in shapes.items()}
-        if stored == FLOAT8 and not as_map:
+        if stored == float8() and not as_map:
             parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
         return parts
 

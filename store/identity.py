@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+from ..imports import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _SIGNS = 65521
 """How many signs there are before they repeat: a prime, so that they do not follow a tensor's rows."""
@@ -58,7 +61,7 @@ class ModelIdentity:
 def _plain(weight: Tensor) -> Tensor:
     """A weight's numbers in RAM, of a quantized one those it stands for."""
     weight = weight.detach()
-    if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
         weight = weight.dequantize()
     return weight.cpu().contiguous()
 

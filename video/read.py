@@ -11,20 +11,13 @@ from fractions import Fraction
 from functools import cached_property
 from math import ceil, floor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
-import numpy as np
-import torch
-from av.error import FFmpegError
-from PIL import Image, ImageOps
-from torch import Tensor
-
+from ..imports import Image, ImageOps, av, np, torch
 from ..settings import setting
-from .colour import hdr_kind, to_rgb
 
-_DAMAGE = (FFmpegError, IndexError)
-"""What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
-
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "Which frames"
 
@@ -33,13 +26,13 @@ GROUP = "Which frames"
 class ClipSettings:
     """Which frames of a video, and how they are cut."""
 
-    start: int | str = setting(0, "The first frame, counted from 0, or its time: 48, 2.5s, 1:02.", least=0, group=GROUP)
-    end: int | str | None = setting(None, "The frame, or time, to stop before.", shown="the end", group=GROUP)
+    start: int | str = setting(0, "First frame, a number from 0 or a time: 48, 2.5s, 1:02.", least=0, group=GROUP)
+    end: int | str | None = setting(None, "Frame or time to stop before.", shown="the end", group=GROUP)
     stride: int = setting(1, "Take every so many-th frame.", least=1, most=1000, group=GROUP)
     count: int | None = setting(
         None,
-        "How many frames; 0 takes all that follow. Fewer in the video is an error.",
-        least=0, most=100_000, shown="at most 8; with --end all", group=GROUP,
+        "Number of frames. Fewer in the video is an error; 0 takes all that follow.",
+        least=0, most=100_000, shown="all", group=GROUP,
     )  # fmt: skip
     fps: float | None = setting(
         None, "See a video at this rate; of pictures, their rate.", shown="its own; pictures: 8",
@@ -49,7 +42,7 @@ class ClipSettings:
         (0, 0, 0, 0), "Cut off: left,top,right,bottom.", unit="pixels", shown="0,0,0,0", group=GROUP
     )
     size: tuple[int, int] | None = setting(
-        None, "WIDTHxHEIGHT to edit at.", unit="pixels", shown="the short side at the model's own size", group=GROUP
+        None, "Size to edit at, WIDTHxHEIGHT.", unit="pixels", shown="short side as the model's", group=GROUP
     )
 
     @property
@@ -63,6 +56,11 @@ class ClipSettings:
 
 class VideoError(ValueError):
     """A file that gives no frames, or fewer than asked for."""
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+    return av.error.FFmpegError, IndexError
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -166,9 +164,9 @@ def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream
         for packet in container.demux(stream):
             try:
                 yield from packet.decode()
-            except _DAMAGE:
+            except damage():
                 continue
-    except _DAMAGE:  # the file ends here
+    except damage():  # the file ends here
         return
 
 
@@ -237,6 +235,8 @@ class VideoSource:
             yield torch.from_numpy(frame)
 
     def _decoded(self) -> Iterator[np.ndarray]:
+        from .colour import to_rgb
+
         assert self.index is not None
         done = 0
         try:
@@ -246,7 +246,7 @@ class VideoSource:
                     stored = self.size[1]
                 yield np.rot90(to_rgb(frame, stored), turns).copy()
                 done += 1
-        except _DAMAGE as error:
+        except damage() as error:
             raise VideoError(
                 f"{self.path} cannot be decoded past {done} of the {len(self)} frames asked for: {error}"
             ) from error
@@ -379,7 +379,7 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
         # Of files alone: a playlist that calls itself a video shall not reach the network.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{path}", metadata_errors="replace", options=options)
-    except _DAMAGE as error:
+    except damage() as error:
         raise VideoError(f"{path} is not a readable video: {error}") from error
     with container:
         yield container
@@ -423,7 +423,7 @@ class FrameIndex:
                         found.append((at, packet.is_keyframe))
                     if last is not None and len(found) > last + _REORDERED:
                         break
-            except _DAMAGE as error:
+            except damage() as error:
                 broken = str(error)
             found.sort(key=lambda frame: frame[0])
             audio = container.streams.audio
@@ -510,11 +510,13 @@ _THREADS = 4
 
 def _first_look(path: Path) -> tuple[tuple[int, int], tuple[str, ...]]:
     """The size a file's frames are seen at, and what should be known of them, from the first one."""
+    from .colour import hdr_kind
+
     with opened(path) as container:
         stream = container.streams.video[0]
         try:
             frame = next(container.decode(stream), None)
-        except _DAMAGE as error:
+        except damage() as error:
             raise VideoError(f"{path} is not a readable video: {error}") from error
         if frame is None:
             raise VideoError(f"{path} is not a readable video: no frame of it can be decoded")
