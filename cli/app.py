@@ -66,7 +66,7 @@ ModelConfig = Annotated[
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps, or auto.", group=_RUN)]
 Dtype = Annotated[
     str,
-    Parameter(help="float32, float16, bfloat16 or auto. auto is float16 on a GPU and float32 elsewhere.", group=_RUN),
+    Parameter(help="float32, float16, bfloat16 or auto. auto: float16 on a GPU, else float32.", group=_RUN),
 ]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan with its memory and time, and stop.", group=_RUN)]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace an existing output.", group=_RUN)]
@@ -275,28 +275,26 @@ def demo(
 
 @app.command(name="batch")
 def batch_of_jobs(
-    jobs: Annotated[Path, Parameter(help="YAML: clips, targets, settings and methods, which are combined; or jobs.")],
+    jobs: Annotated[Path, Parameter(help="YAML file of jobs, or of clips, targets, settings and methods to combine.")],
     /,
     *,
     output: Annotated[
         Path | None,
         Parameter(
             name=("--output", "-o"),
-            help="Folder for results and summary; a run there goes on.",
+            help="Folder for results and summary. A run there continues.",
             show_default=lambda _: "that of the jobs, without .yaml",
         ),
     ] = None,
     workers: Annotated[int, Parameter(help="Processes on each device.")] = 1,
     timeout: Annotated[float | None, Parameter(help="Seconds that a job may take.")] = None,
-    retries: Annotated[int, Parameter(help="How often a job whose process died is tried again.")] = 1,
+    retries: Annotated[int, Parameter(help="Retries of a job whose process died.")] = 1,
     measure: Annotated[bool, Parameter(help="Measure each result beside its source.")] = True,
-    clip: Annotated[str, Parameter(help="A CLIP of transformers that measures too.")] = "",
-    redo: Annotated[bool, Parameter(negative="", help="Do again what is done.")] = False,
+    clip: Annotated[str, Parameter(help="CLIP model of transformers to measure with.")] = "",
+    redo: Annotated[bool, Parameter(negative="", help="Repeat finished jobs.")] = False,
     ray: Annotated[
         str | None,
-        Parameter(
-            help="Address of a Ray cluster that does the jobs; auto, or local for one of this machine.", group=_RAY
-        ),
+        Parameter(help="Address of a Ray cluster to run the jobs on, auto, or local.", group=_RAY),
     ] = None,
     ray_gpus: Annotated[
         float | None, Parameter(help="GPUs of each job.", show_default=lambda _: "1 where there are any", group=_RAY)
@@ -310,11 +308,9 @@ def batch_of_jobs(
     ] = "shared",
     comfyui: Annotated[
         list[str] | None,
-        Parameter(help="Address of a ComfyUI server that does the jobs by their workflow; may repeat.", negative=""),
+        Parameter(help="Address of a ComfyUI server to run the jobs' workflow on; may repeat.", negative=""),
     ] = None,
-    device: Annotated[
-        str, Parameter(help="cpu, cuda, mps, auto: all GPUs there are, or several by commas: cuda:0,cuda:1.")
-    ] = "auto",
+    device: Annotated[str, Parameter(help="cpu, cuda, mps, several (cuda:0,cuda:1), or auto: all GPUs.")] = "auto",
     dtype: Dtype = "auto",
     model_config: ModelConfig = None,
     dry_run: DryRun = False,

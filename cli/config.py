@@ -234,7 +234,7 @@ class GenerateConfig(ObjectSettings):
     temporal: str = kept(EditConfig, "temporal", "")
     frames: int = setting(16, "Number of frames.", least=1, most=1000, group=_CLIP)
     size: tuple[int, int] | None = setting(
-        None, "Size of the clip, WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP
+        None, "WIDTHxHEIGHT of the clip.", unit="pixels", shown="the model's", group=_CLIP
     )
     fps: float = setting(8.0, "Frame rate.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
     seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=_CLIP)
