@@ -68,7 +68,8 @@ PAGES = {
     "generate": Page(
         '--prompt "..." [OPTIONS]',
         (
-            '--prompt "a burger on a table" --model damo-vilab/text-to-video-ms-1.7b',
+            "--model damo-vilab/text-to-video-ms-1.7b",
+            '--prompt "a burger on a table"',
             '--box "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3" -o burger.mp4',
         ),
         {
@@ -144,7 +145,9 @@ def _value(argument: Argument) -> list[str]:
 
 
 def _first_sentence(help: str) -> str:
-    return help.split(". ")[0].rstrip(".") + "."
+    """The first sentence, and the choices at the end."""
+    text, _, choices = help.rpartition(" (") if help.endswith(")") else (help, "", "")
+    return text.split(". ")[0].rstrip(".") + ("." if not choices else f" ({choices}.")
 
 
 def _default(argument: Argument) -> str:
