@@ -321,18 +321,18 @@ def batch_of_jobs(
     from .batch.jobs import load_batch
 
     held = load_batch(jobs)
-    from .batch.cluster import Cluster
-    from .batch.processes import Patience
-    from .batch.run import Asked, run_batch
-    from .batch.work import How
-    from .run import Session
-
     if ray is not None and comfyui:
         raise ConfigError("give --ray or --comfyui: a job is done in one place")
     if model_config is not None and comfyui:
         raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
     if ray is not None and timeout is not None:
         raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
+    from .batch.cluster import Cluster
+    from .batch.processes import Patience
+    from .batch.run import Asked, run_batch
+    from .batch.work import How
+    from .run import Session
+
     cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
     folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)
     how = How(dtype, model_config, measure, clip)

@@ -527,7 +527,7 @@ def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None)
 
 
 def completed(config: EditConfig, inverting: bool = False, stored: bool = False) -> EditConfig:
-    """A configuration that has all its run needs; ConfigError naming what is missing.
+    """A configuration that has all its run needs, and every setting in its range; ValueError naming what is wrong.
 
     inverting: for an inversion alone. stored: beside a store, which knows clip and source.
     """
@@ -537,6 +537,8 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     missing += [] if inverting or config.target else ["target"]
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
+    check(config)
+    config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
     return config
 
 

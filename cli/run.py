@@ -224,8 +224,6 @@ def run_edits(
     if store is not None and origin is not None:
         configs = [_with_store(config, store, origin) for config in configs]
     first = configs[0]
-    for config in configs:
-        config.fusion, config.keys  # noqa: B018  raise for settings out of range
     source = _found(session, first) if store is None else None
     frames = len(source) if source else origin.frames  # type: ignore[union-attr]
     if team is not None:

@@ -48,7 +48,7 @@ class StoreSettings:
     memory: Literal["auto", Memory] = setting(
         "recompute",
         "What the store keeps. recompute keeps latents only and runs the source beside the edit; queries_keys is "
-        "faster and larger; maps keeps the paper's maps, for study; auto takes the fastest that fits. The edit is the same.",
+        "faster and larger; maps keeps the paper's maps, for study; auto takes the fastest that fits.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
