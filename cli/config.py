@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from ..attention.key_frames import KeyFrames
-from ..attention.prompt import Mode, PromptEdit, changed_words
+from ..attention.prompt import Mode, PromptEdit, bare, changed_words, words_of
 from ..diffusion.edit import Edit, Injection, Propagation
 from ..diffusion.invert import InversionSettings
 from ..methods.fatezero import GROUP as FATEZERO
@@ -290,7 +290,7 @@ def with_preset(config: EditConfig, preset: str) -> EditConfig:
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-    mapped = preset.startswith("shape") and len(config.source.split()) == len(config.target.split())
+    mapped = preset.startswith("shape") and len(words_of(config.source)) == len(words_of(config.target))
     default = EditConfig(mode="replace" if mapped else "refine")
     return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | PRESETS[preset])
 
@@ -769,7 +769,7 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
 
 
 def _present(word: str, prompt: str, where: str, notes: list[str]) -> bool:
-    found = word.lower() in [w.lower().strip(".,;:!?\"'()[]") for w in prompt.split()]
+    found = bare(word) in map(bare, prompt.split())
     if not found:
         notes.append(f"{where}: {word!r} is not in {prompt!r}, left out")
     return found
