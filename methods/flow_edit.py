@@ -40,7 +40,7 @@ class FlowEditSettings:
         1, "How many noises each step takes the mean of; each costs as much as the first.", least=1, symbol="n_avg",
         group=GROUP,
     )  # fmt: skip
-    seed: int = setting(0, "Of the noise.", least=0, group=GROUP)
+    seed: int = setting(0, "Of the noise.", least=0, most=2**63 - 1, group=GROUP)
 
     def __post_init__(self) -> None:
         check(self)
