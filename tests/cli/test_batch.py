@@ -13,8 +13,9 @@ import pytest
 import yaml
 from commands import COMMAND, summary_rows, two_clips
 
-from fatezero.cli.batch.jobs import load_batch
+from fatezero.cli.batch.jobs import Job, load_batch
 from fatezero.cli.batch.processes import Patience, Places, run_here
+from fatezero.cli.batch.summary import Row, write_summary
 from fatezero.cli.batch.work import How, config_for, groups_of
 from fatezero.cli.config import ConfigError
 from fatezero.demo.show import CLIP
@@ -26,7 +27,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def write(folder: Path, held, name="jobs.yaml") -> Path:
     path = folder / name
-    path.write_text(yaml.safe_dump(held, sort_keys=False))
+    path.write_text(held if isinstance(held, str) else yaml.safe_dump(held, sort_keys=False))
     return path
 
 
@@ -85,12 +86,18 @@ def test_a_name_does_not_follow_what_else_there_is(folder):
         ({"clips": "a.mp4", "suffix": ".txt"}, "suffix is '.txt'"),
         ({"clips": "a.mp4", "inputs": [1]}, "inputs is [1]"),
         ({"jobs": "a.mp4", "workflow": 3}, "workflow is 3"),
+        ({"jobs": "a.mp4", 1: 2, "steps": 3}, "1 is no name of a setting"),
+        ({"clips": "a.mp4", "targets": ["x", {"reweight": {1: 2, "x": 3}}]}, "1 is no name of a setting"),
+        ("jobs: &a [{video: a.mp4}, *a]", "a part of it holds itself"),
+        ("clips: a.mp4\nsettings: &a {pnp: *a}", "a part of it holds itself"),
+        ("jobs: a.mp4\njobs: b.mp4", "line 2: 'jobs' is given a second time"),
+        ({"jobs": "a.mp4", "inputs": ["x" * 10**6]}, "inputs is ['xx"),
     ],
 )
 def test_files_that_hold_no_jobs(folder, held, says):
     with pytest.raises(ConfigError, match=r"jobs\.yaml") as refused:
         load_batch(write(folder, held))
-    assert says in str(refused.value)
+    assert says in str(refused.value) and len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,54 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     shutil.copy(CLIP, folder / "clips" / "none.mp4")  # another clip under the name of one that is done
     assert "6 jobs, 3 of them done" in command("batch", "jobs.yaml", "--dry-run")
     assert "6 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
+
+
+def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command, folder):
+    """Figures that a run was killed before it kept, a line cut short, a result that could not be measured, and jobs
+    that are no edits.
+    """
+    clip = {"video": "clips/a.mp4", "source": SOURCE, "steps": 1, "count": 2}
+    good = [{**clip, "target": f"a {colour} square on water"} for colour in COLOURS[:3]]
+    bad = [
+        {**clip, "target": " "}, {**clip, "target": "=1+1", "steps": "many"}, None,
+        {"video": "clips/*.avi", "source": SOURCE, "target": "x"},
+    ]  # fmt: skip
+    write(folder, {"jobs": [*good, *bad]})
+    said = command("batch", "jobs.yaml", code=1)
+    assert "4 of 7 jobs failed" in said and "target is ' '; it must not be blank" in said
+    rows = summary_rows(folder / "jobs")
+    assert [row["status"] for row in rows] == ["done"] * 3 + ["failed"] * 4
+    told = ["target is ' '", "steps is 'many'", "video is None", "no pictures at clips/*.avi"]
+    assert all(what in row["error"] for what, row in zip(told, rows[3:], strict=True))
+    figures = [row["PSNR to source"] for row in rows[:3]]
+    assert all(map(float, figures))
+
+    log = folder / "jobs" / "jobs.jsonl"
+    first, second, third = (line for line in log.read_text().splitlines() if '"error": null' in line)
+    broken = json.dumps({**json.loads(second), "figures": {}, "error": "its figures: no room"})
+    log.write_text(f"{first}\n{broken}\n{third[:40]}")
+    written = {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.mp4")}
+    said = command("batch", "jobs.yaml", code=1)
+    assert "7 jobs, 3 of them done" in said and "2 of those done have no figures yet" in said
+    assert [row["PSNR to source"] for row in summary_rows(folder / "jobs")[:3]] == figures
+    assert written == {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.mp4")}
+    assert "no figures yet" not in command("batch", "jobs.yaml", "--dry-run", code=1)
+
+
+def test_a_summary_is_safe_in_spreadsheets_and_browsers(tmp_path):
+    texts = ["=1+1", "+x", "-x", "@x", "\t=x", "\uff1dx", "'=x", "-0.5", "+3e2", "it's", "<b>"]
+    texts += ["a\x00b\x1b[1m", "\ud800"]
+    rows = [
+        Row(Job(f"job{i}", {}, {"targets": text}), tmp_path / f"{i}.mp4", "failed", text, figures={"loss": -0.5})
+        for i, text in enumerate(texts)
+    ]
+    write_summary(tmp_path, rows, {})
+    page, table = (tmp_path / "index.html").read_bytes(), (tmp_path / "summary.csv").read_text()
+    assert not any(byte in page for byte in (b"\0", b"\x1b")) and b"a\\x00b\\x1b[1m" in page and b"<b></b>" not in page
+    assert "\0" not in table and ",'=1+1," in table and ",-0.5," in table
+    found = summary_rows(tmp_path)
+    assert [row["target"] for row in found] == [*texts[:-2], "a\\x00b\\x1b[1m", "\\ud800"]
+    assert {row["loss"] for row in found} == {"-0.5"}
 
 
 def children(process: int) -> list[int]:
