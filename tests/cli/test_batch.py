@@ -235,16 +235,15 @@ def lines(folder: Path) -> list[dict]:
 
 
 def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]) -> None:
-    """Jobs of which some fail and one is too slow, with processes killed and the run stopped in the middle."""
+    """Jobs of which some fail, with processes killed and the run stopped in the middle."""
     clip = {"video": "clips/a.mp4", "count": 1, "source": SOURCE}
     jobs = [
         {**clip, "target": f"a {COLOURS[i % 5]} square on water", "guidance_scale": 2 + i / 100} for i in range(count)
     ]
     for i in range(0, count, 10):
         jobs[i] |= {"video": f"clips/missing_{i}.mp4"}
-    jobs[5] |= {"steps": 900, "count": 8}
     write(folder, {"steps": 1, "jobs": jobs})
-    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--timeout", "12", "--no-measure"]
+    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--no-measure"]
     for stop in (*stops, None):
         before = len(lines(folder / "jobs"))
         run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
@@ -259,9 +258,8 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
         assert "Traceback" not in said
     found = summary_rows(folder / "jobs")
     failed = {row["job"]: row["error"] for row in found if row["status"] == "failed"}
-    assert len(failed) == len(range(0, count, 10)) + 1, failed
-    assert sum("no video at" in error for error in failed.values()) == len(failed) - 1
-    assert sum("longer than 12 seconds" in error for error in failed.values()) == 1
+    assert len(failed) == len(range(0, count, 10)), failed
+    assert all("no video at" in error for error in failed.values())
     assert Counter(row["status"] for row in found) == {"done": count - len(failed), "failed": len(failed)}
     done = Counter(line["name"] for line in lines(folder / "jobs") if line["error"] is None)
     assert max(done.values()) == 1, "nothing was done twice"
@@ -274,25 +272,22 @@ def test_trouble_with_a_hundred_jobs(folder):
 
 
 def test_trouble_with_some_jobs_leaves_the_others_alone(folder):
-    """One whose process dies is tried again and then reported, one is too slow, and one has no clip."""
+    """One whose process dies is tried again, and one has no clip."""
     clip = {"video": "clips/a.mp4", "source": SOURCE, "count": 1, "steps": 1}
-    dies, slow, lost, good = (f"a {colour} square on water" for colour in COLOURS[:4])
+    dies, lost, good = (f"a {colour} square on water" for colour in COLOURS[:3])
     write(folder, {"jobs": [
-        {**clip, "target": dies, "count": 2}, {**clip, "target": slow, "steps": 900, "count": 8},
+        {**clip, "target": dies, "count": 2},
         {**clip, "target": lost, "video": "clips/lost.mp4"}, {**clip, "target": good},
     ]})  # fmt: skip
-    command = [*COMMAND, "batch", "jobs.yaml", "--retries", "1", "--timeout", "8", "--no-measure"]
+    command = [*COMMAND, "batch", "jobs.yaml", "--retries", "1", "--no-measure"]
     run = subprocess.Popen(command, cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = wait_for(lambda: children(run.pid))[0]
     os.kill(first, signal.SIGKILL)
     said = run.communicate(timeout=200)[0].decode()
-    assert run.returncode == 1 and "2 of 4 jobs failed" in said
+    assert run.returncode == 1 and "1 of 3 jobs failed" in said
     ended = {line["name"].split("-")[1]: line for line in lines(folder / "jobs")}
     told = {colour: (line["error"], line["attempts"]) for colour, line in ended.items()}
-    assert told == {
-        "green": (None, 2), "blue": ("it took longer than 8 seconds", 1), "yellow": ("no video at clips/lost.mp4", 1),
-        "cyan": (None, 1),
-    }  # fmt: skip
+    assert told == {"green": (None, 2), "blue": ("no video at clips/lost.mp4", 1), "yellow": (None, 1)}
     assert not list((folder / "jobs").rglob("*partial*"))
 
 
@@ -334,3 +329,12 @@ def test_an_inversion_that_fails_fails_its_edits_alone(folder):
     assert len(ended) == 6
     assert all(("broken" in one.name) == (one.error is not None) for one in ended)
     assert all("its inversion: " in one.error and "not a readable video" in one.error for one in ended if one.error)
+
+
+def test_a_job_that_takes_longer_than_it_may_is_stopped(folder):
+    held = {"source": SOURCE, "jobs": {"video": "clips/a.mp4", "target": "a green square on water"}}
+    (job,) = load_batch(write(folder, held)).jobs
+    places, patience = Places(("cpu",), How(measures=False), 1), Patience(timeout=0.01)
+    (ended,) = run_here(groups_of([(job, config_for(job))]), folder, folder / "stores", ".mp4", places, patience)
+    assert ended.error == "it took longer than 0.01 seconds" and ended.attempts == 1
+    assert not list(folder.glob("*.mp4*"))
