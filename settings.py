@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from inspect import get_annotations
@@ -104,15 +105,20 @@ def kept(settings: type, name: str, default: Any, **more: Any) -> Any:
 def check(settings: Any) -> None:
     """Raise ValueError, naming it, for a setting of a dataclass that is out of its range or none of its words."""
     for one in described(type(settings)):
-        value, about = getattr(settings, one.name), one.about
-        if one.choices and value not in one.choices:
-            raise ValueError(f"{one.name} is {value!r}; it must be one of {', '.join(one.choices)}")
-        if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
-            raise ValueError(f"{one.name} is {value}; it must be {range_in_words(about)}")
+        check_one(one, getattr(settings, one.name))
+
+
+def check_one(one: Described, value: Any) -> None:
+    """Raise ValueError, naming the setting, for a value out of its range or none of its words."""
+    if one.choices and value not in one.choices:
+        raise ValueError(f"{one.name} is {shown(value)}; it must be one of {', '.join(one.choices)}")
+    if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
+        raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.about)}")
 
 
 def _fits(value: Any, one: Described) -> bool:
-    return isinstance(value, (int, float)) and isfinite(value) and one.about.least <= value <= one.about.most
+    number = isinstance(value, int) or (isinstance(value, float) and isfinite(value))
+    return number and one.about.least <= value <= one.about.most
 
 
 def range_in_words(about: Setting) -> str:
@@ -120,6 +126,34 @@ def range_in_words(about: Setting) -> str:
     if isfinite(about.least) and isfinite(about.most):
         return f"between {about.least:g} and {about.most:g}"
     return f"a number of at least {about.least:g}" if isfinite(about.least) else "a finite number"
+
+
+# --- values in errors -----------------------------------------------------------------------
+
+_SHOWN = 72
+"""Characters of a value that an error shows."""
+
+
+class _Values(reprlib.Repr):
+    """Values as Python writes them, without the middle of what is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, _SHOWN, _SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """A value for an error, as Python writes it, at most some 70 characters of it."""
+    return shortened(_Values().repr(value), _SHOWN)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, without its middle: what is wrong comes first, what helps comes last."""
+    head = 2 * (most - 5) // 3
+    return text if len(text) <= most else f"{text[:head]} ... {text[head + 5 - most :]}"
 
 
 def steps_of_share(share: float, steps: int) -> int:

@@ -29,8 +29,8 @@ from .config import (
 )
 from .help import show_help
 from .options import GROUPS, edit_options, generate_options, given_of, invert_options, tune_options, whole_numbers
-from .progress import complain, console, progress_bar, told
-from .record import apart_from, made_by
+from .progress import complain, console, in_a_line, printable, progress_bar, told
+from .record import apart_from, check_is_here, made_by
 
 app = App(
     name="fatezero",
@@ -121,6 +121,8 @@ def edit(
         model_config = model_config or made.model_config
         device, dtype = (b if a == "auto" else a for a, b in ((device, made.device), (dtype, made.dtype)))
     configs = _configs(config, preset, flags, target or [], store)
+    if config is not None and made is not None:
+        check_is_here(config, configs[0], model_config, given)
     from .run import Session, run_edits  # diffusers takes seconds to import: after the cheap checks
 
     inputs = tuple(path for path in (config, store) if path)
@@ -387,7 +389,7 @@ def benchmark(
             output, settings, chosen_methods(method, quick), str(where), processes, bar("cases")
         )  # fmt: skip
     console.print(write_tables(output, rows, BEST), markup=False, soft_wrap=True)
-    console.print(f"written to {output}: table.md, table.csv, page.html", soft_wrap=True)
+    console.print(printable(f"written to {output}: table.md, table.csv, page.html"), markup=False, soft_wrap=True)
 
 
 @app.command(name="train-demo")
@@ -469,7 +471,7 @@ def _configs(
             found = [with_preset(c, preset) for c in found] if preset else found
         configs += [c for c in (with_values(c, given) for c in found) if c not in configs]
     for note in dict.fromkeys(notes):
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"note: {in_a_line(note)}", style="yellow", markup=False, soft_wrap=True)
     configs = [completed(c, inverting, store is not None) for c in configs]
     for c in configs:
         check_effect(c, () if store else list(given))
@@ -496,7 +498,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except CycloptsError as error:
-        complain(f"error: {' '.join(str(error).split())}")
+        complain(f"error: {in_a_line(str(error))}")
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FATEZERO_DEBUG"):

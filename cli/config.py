@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-
 from ..attention.key_frames import KeyFrames
-from ..attention.prompt import Mode, PromptEdit, changed_words
-from ..diffusion.edit import Edit, Injection, Propagation
+from ..attention.prompt import Mode, PromptEdit, bare, changed_words, words_of
+from ..diffusion.edit import Edit, Injection, Propagation, first_step
 from ..diffusion.invert import InversionSettings
 from ..methods.fatezero import GROUP as FATEZERO
 from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
@@ -30,11 +27,12 @@ from ..methods.move_objects import MoveSettings
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
-from ..settings import check, described, described_one, is_union, kept, setting
+from ..settings import Described, Setting, check, check_one, described, described_one, is_union, kept, setting, shown
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
 from ..video.read import ClipSettings, read_metadata, seconds_of
 from ..video.write import METADATA_SUFFIXES
+from .documents import DocumentError, read_json, read_yaml
 
 T = TypeVar("T")
 InjectionName = Literal["fatezero", "pnp", "none"]
@@ -188,7 +186,7 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
             elif not blend[0] or (self.blend_latents and not blend[1]):
                 raise ConfigError(
                     "blending needs words to blend: no word of the source changes, so give --blend-source and "
-                    f"--blend-target ({self.source!r} / {self.target!r})"
+                    f"--blend-target ({shown(self.source)} / {shown(self.target)})"
                 )
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
 
@@ -258,9 +256,14 @@ SECTIONS: dict[str, Any] = {
     "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
 }  # fmt: skip
 """The sections of an edit's configuration, and the settings in them."""
-_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
-_GENERATE_KINDS: dict[str, Any] = {one.name: one.kind for one in described(GenerateConfig)}
-_TUNE_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(TuneConfig)}
+_VIDEO = {"video": Described("video", str, "", Setting("Video, picture, or pictures."))}
+_OF_EDITS = _VIDEO | {one.name: one for one in described(EditConfig)}
+_OF_CLIPS = {one.name: one for one in described(GenerateConfig)}
+_OF_TUNINGS = _VIDEO | {one.name: one for one in described(TuneConfig)}
+FILES = ("video", "lora", "model", "temporal")
+"""The settings that name a file."""
+FILES_OF_OBJECTS = ("mask", "object_mask")
+"""Those that name files for words: "burger: mask.mp4"."""
 MADE = "made"
 """The section of a result's record that is no setting: see `record.py`."""
 METADATA = "fatezero"
@@ -280,9 +283,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to one frame while they invert."""
 
-_OF_CLIPS = {"key_frames", "clip_norm"}
+_LEFT_ALONE = {"key_frames", "clip_norm"}
 """Settings of the inversion that a preset may name, and leaves as they are where it does not."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_CLIPS} | {"mode"}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE} | {"mode"}
 """The settings that presets speak of; what one does not name has its default."""
 
 
@@ -293,8 +296,8 @@ def with_preset(config: EditConfig, preset: str) -> EditConfig:
     refines where they have not. Raises ConfigError for an unknown preset.
     """
     if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-    mapped = preset.startswith("shape") and len(config.source.split()) == len(config.target.split())
+        raise ConfigError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
+    mapped = preset.startswith("shape") and len(words_of(config.source)) == len(words_of(config.target))
     default = EditConfig(mode="replace" if mapped else "refine")
     return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | PRESETS[preset])
 
@@ -306,12 +309,12 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
     of_sections = {name: _section_of(name, values[name], kind) for name, kind in SECTIONS.items() if name in values}
     values = {name: value for name, value in values.items() if name not in SECTIONS}
-    return _checked(values, _KINDS) | of_sections
+    return _checked(values, _OF_EDITS) | of_sections
 
 
 def tune_config(values: Mapping[str, Any]) -> TuneConfig:
     """A tuning by its settings that were given; ConfigError naming what is wrong or missing."""
-    config = TuneConfig(**_checked(values, _TUNE_KINDS))
+    config = TuneConfig(**_checked(values, _OF_TUNINGS))
     for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
         if not getattr(config, name):
             raise ConfigError(f"missing {flag}")
@@ -319,14 +322,13 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
         raise ConfigError("layers and rank have no effect on temporal layers of a file")
     if config.rank is not None and config.layers != "fatezero":
         raise ConfigError("rank has no effect without --layers fatezero")
-    check(config)
     return config
 
 
 def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     """A clip to draw by its settings that were given; ConfigError naming what is wrong or missing."""
     layout = LayoutSettings(**_section_of("layout", values.get("layout", {}), LayoutSettings))
-    found = _checked({name: value for name, value in values.items() if name != "layout"}, _GENERATE_KINDS)
+    found = _checked({name: value for name, value in values.items() if name != "layout"}, _OF_CLIPS)
     config = GenerateConfig(**found, layout=layout)
     if not config.prompt:
         raise ConfigError("missing --prompt")
@@ -335,8 +337,8 @@ def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     return config
 
 
-def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    found = _fitting(values, kinds)
+def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[str, Any]:
+    found = {name: _at_home(name, value) for name, value in _fitting(values, known).items()}
     for name in ("start", "end"):
         if isinstance(found.get(name), str):
             try:
@@ -345,28 +347,67 @@ def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, A
                 raise ConfigError(f"{name}: {error}") from error
     for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
-            raise ConfigError(f"{name} is {values[name]!r}; it must not be blank")
+            raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")
     return found
 
 
-def _fitting(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    unknown = sorted(str(name) for name in values if name not in kinds)
+def _at_home(name: str, value: Any) -> Any:
+    """A value whose files are no longer named by ~."""
+    if name in FILES_OF_OBJECTS:
+        parts = (text.partition(":") for text in value)
+        return tuple(f"{words}{mark}{_indented(file)}" for words, mark, file in parts)
+    return from_home(value) if name in FILES and isinstance(value, str) else value
+
+
+def _indented(file: str) -> str:
+    """A file's name behind the blanks that it has, as `from_home` has it."""
+    name = file.lstrip()
+    return file[: len(file) - len(name)] + from_home(name)
+
+
+def from_home(file: str) -> str:
+    """A file's name with the folder that ~ stands for."""
+    try:
+        return str(Path(file).expanduser()) if file.startswith("~") and not Path(file).exists() else file
+    except RuntimeError:  # there is no such user
+        return file
+
+
+def _fitting(values: Mapping[str, Any], known: Mapping[str, Described], where: str = "") -> dict[str, Any]:
+    """Values of the right kind and in their range."""
+    unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], kinds, n=1)
+        near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {where + near[0]!r}?)" if near else ""
-        raise ConfigError(f"unknown setting {', '.join(repr(where + name) for name in unknown)}{hint}")
-    found = {name: _fitted(_plain_value(value, kinds[name]), kinds[name]) for name, value in values.items()}
-    for name, value in found.items():
-        if value is _WRONG:
-            raise ConfigError(f"{where}{name} is {values[name]!r}; it must be {_said(kinds[name])}")
+        raise ConfigError(f"unknown setting {', '.join(shown(where + name) for name in unknown[:3])}{hint}")
+    found = {}
+    for name, value in values.items():
+        kind = known[name].kind
+        found[name] = _fitted(_plain_value(value, kind), kind)
+        if found[name] is _WRONG:
+            great = isinstance(value, int) and abs(value) > _MOST
+            raise ConfigError(f"{where}{name} is {shown(value)}; it must be {'below 2**63' if great else _said(kind)}")
+        if name not in (*FILES, *FILES_OF_OBJECTS):
+            _check_text(where + name, found[name])
+        try:
+            check_one(known[name], found[name])
+        except ValueError as error:
+            raise ConfigError(f"{where}{error}") from error
     return found
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Raise ConfigError for a text that is none, as half of a pair of UTF-16 alone is."""
+    for text in (value,) if isinstance(value, str) else value if isinstance(value, (tuple, dict)) else ():
+        if isinstance(text, str) and (wrong := next((c for c in text if "\ud800" <= c <= "\udfff"), "")):
+            raise ConfigError(f"{name} is {shown(value)}; {wrong!r} in it is no character: write the text as UTF-8")
 
 
 def _section_of(name: str, given: Any, settings: type) -> dict[str, Any]:
     """The values given of a section."""
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {given!r}; it must be a section")
-    found = _fitting(given, {one.name: one.kind for one in described(settings)}, f"{name}.")
+        raise ConfigError(f"{name} is {shown(given)}; it must be a section")
+    found = _fitting(given, {one.name: one for one in described(settings)}, f"{name}.")
     try:
         settings(**found)
     except ValueError as error:
@@ -381,6 +422,8 @@ def with_values(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
 
 
 _WRONG = object()
+_MOST = 2**63 - 1
+"""The greatest whole number that tensors count with."""
 
 
 def _plain_value(value: Any, kind: Any) -> Any:
@@ -407,7 +450,7 @@ def _fitted(value: Any, kind: Any) -> Any:
         return None if value is None else _WRONG
     if kind in (int, float):
         number = isinstance(value, kind if kind is int else (int, float)) and not isinstance(value, bool)
-        return value if number and isfinite(value) else _WRONG
+        return value if number and abs(value) <= (_MOST if kind is int else sys.float_info.max) else _WRONG
     return value if kind in (str, bool) and isinstance(value, kind) else _WRONG
 
 
@@ -503,6 +546,8 @@ def load_configs(
             )
         if any(mark in data for mark in _AUTHORS_MARKS):
             configs, notes = authors_configs(data)
+            for config in configs:
+                _check_ranges(config)
             configs = [with_values(config, texts) for config in configs]
         else:
             config = config_of({name: value for name, value in data.items() if name != MADE}, texts)
@@ -510,6 +555,13 @@ def load_configs(
         if preset is not None:
             configs = [with_preset(config, preset) for config in configs]
     return configs, notes
+
+
+def _check_ranges(config: EditConfig) -> None:
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:
@@ -520,7 +572,7 @@ def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None)
     values, texts = dict(values), dict(texts or {})
     preset = values.pop("preset", None)
     if preset is not None and not isinstance(preset, str):
-        raise ConfigError(f"preset is {preset!r}; it must be text")
+        raise ConfigError(f"preset is {shown(preset)}; it must be text")
     given = checked(values) | texts
     config = with_values(EditConfig(), given)
     return config if preset is None else with_values(with_preset(config, preset), given)
@@ -537,8 +589,12 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     missing += [] if inverting or config.target else ["target"]
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
-    check(config)
     config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
+    if not inverting and not stored:  # whose number of steps is its own
+        try:
+            first_step(config.strength, config.steps)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return config
 
 
@@ -563,29 +619,30 @@ def held_by(path: Path) -> Any:
 
 
 def _held(path: Path) -> Any:
-    if path.suffix.lower() not in (".json", *METADATA_SUFFIXES):
-        return _yaml(path)
+    if path.suffix.lower() not in METADATA_SUFFIXES:
+        return _read(path)
     try:
-        if path.suffix.lower() == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
-        return json.loads(read_metadata(path)[METADATA])
+        return read_json(read_metadata(path)[METADATA])
     except KeyError:
         raise ConfigError("has no settings in its metadata: it is no result of `fatezero edit`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"is not JSON: {error}") from error
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _yaml(path: Path) -> Any:
+def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8-sig")
+        return read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not text: {error}") from error
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
     """Pairs of captions of a YAML list; ConfigError for anything else."""
     with _naming(Path(path)):
-        held = _yaml(Path(path))
+        held = _read(Path(path))
         right = isinstance(held, list) and all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in held
         )
@@ -665,7 +722,7 @@ def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str
     )
     entries = model.get("SparseCausalAttention_index", [-1, "first"])
     if _fitted(entries, tuple[int | str, ...]) is _WRONG:
-        raise ConfigError(f"model_config.SparseCausalAttention_index is {entries!r}; it must be a list")
+        raise ConfigError(f"model_config.SparseCausalAttention_index is {shown(entries)}; it must be a list")
     base = EditConfig(
         video=_value(dataset, "path", "", str, "dataset_config"),
         source=_value(dataset, "prompt", "", str, "dataset_config"),
@@ -685,13 +742,13 @@ def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str
     controls = editing.get("p2p_config") or {}
     controls = dict(enumerate(controls)) if isinstance(controls, list) else controls
     if not isinstance(controls, Mapping):
-        raise ConfigError(f"editing_config.p2p_config is {controls!r}; it must have a section for each prompt")
+        raise ConfigError(f"editing_config.p2p_config is {shown(controls)}; it must have a section for each prompt")
     edits = []
     for i, target in enumerate(targets):
         where = f"editing_config.p2p_config[{i}]"
         control = controls.get(i, controls.get(str(i))) or {}
         if not isinstance(control, Mapping):
-            raise ConfigError(f"{where} is {control!r}; it must be a section")
+            raise ConfigError(f"{where} is {shown(control)}; it must be a section")
         edits.append(_authors_edit(replace(base, target=target), control, where, notes))
     return edits, notes
 
@@ -700,7 +757,7 @@ def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A section of a file, empty where it is missing."""
     section = data.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{name} is {section!r}; it must be a section")
+        raise ConfigError(f"{name} is {shown(section)}; it must be a section")
     return dict(section)
 
 
@@ -711,7 +768,7 @@ def _value(section: Mapping[str, Any], key: str, default: Any, kind: Any, where:
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if _fitted(value, kind) is _WRONG:
-        raise ConfigError(f"{where + '.' if where else ''}{key} is {value!r}; it must be {_said(kind)}")
+        raise ConfigError(f"{where + '.' if where else ''}{key} is {shown(value)}; it must be {_said(kind)}")
     return kind(value)
 
 
@@ -733,7 +790,9 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
     shares = control.get("cross_replace_steps", 0.8)
     if isinstance(shares, Mapping):
         if set(shares) != {"default_"}:
-            raise ConfigError(f"{where}.cross_replace_steps: shares of single words are not supported: {dict(shares)}")
+            raise ConfigError(
+                f"{where}.cross_replace_steps: shares of single words are not supported: {shown(dict(shares))}"
+            )
         shares = shares["default_"]
     weights = _section(control, "eq_params")
     of_words, factors = (
@@ -749,7 +808,9 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
     }
     words = _fitted(control.get("blend_words") or (), tuple[tuple[str, ...] | str, ...])
     if words is _WRONG:
-        raise ConfigError(f"{where}.blend_words is {control['blend_words']!r}; it must be [source words, target words]")
+        raise ConfigError(
+            f"{where}.blend_words is {shown(control['blend_words'])}; it must be [source words, target words]"
+        )
     pairs = [(side,) if isinstance(side, str) else side for side in [*words, (), ()][:2]]  # the target's may be missing
     blend = [
         tuple(w for w in side if _present(w, prompt, where, notes))
@@ -775,9 +836,9 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
 
 
 def _present(word: str, prompt: str, where: str, notes: list[str]) -> bool:
-    found = word.lower() in [w.lower().strip(".,;:!?\"'()[]") for w in prompt.split()]
+    found = bare(word) in map(bare, prompt.split())
     if not found:
-        notes.append(f"{where}: {word!r} is not in {prompt!r}, left out")
+        notes.append(f"{where}: {shown(word)} is not in {shown(prompt)}, left out")
     return found
 
 

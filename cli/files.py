@@ -42,6 +42,11 @@ def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
     return replace(config, **changed)
 
 
+def is_here(model: str) -> bool:
+    """Whether a model is bundled or lies here; others are a hub's."""
+    return model in _BUNDLED or Path(model).exists()
+
+
 def full_name(name: str) -> str:
     """The whole path of what is here; other names, as of a hub's models, as they are."""
     path = Path(name)

@@ -19,9 +19,10 @@ from typing import Any
 from .. import __version__
 from ..files.whole import whole_file
 from ..imports import torch
+from ..settings import shown
 from ..video.write import is_sequence
 from .config import MADE, METADATA, ConfigError, EditConfig, held_by
-from .files import bare_name, digest_of, files_of, full_name, renamed
+from .files import bare_name, digest_of, files_of, full_name, is_here, renamed
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 
@@ -55,11 +56,11 @@ class Made:
         kinds = {one.name: type(getattr(cls(), one.name)) for one in fields(cls)}
         kinds |= {"threads": int, "store": str, "model_config": str}
         for name, value in held.items():
-            right = name in kinds and (value is None or isinstance(value, kinds[name]))
+            right = name in kinds and (value is None or type(value) is kinds[name])
             if not right or (isinstance(value, dict) and not all(isinstance(text, str) for text in value.values())):
-                raise ConfigError(f"{MADE}.{name} is {value!r}, which no record has")
+                raise ConfigError(f"{shown(f'{MADE}.{name}')[1:-1]} is {shown(value)}, which no record has")
         if (threads := held.get("threads")) is not None and not 1 <= threads <= 4096:
-            raise ConfigError(f"{MADE}.threads is {threads}, which no record has")
+            raise ConfigError(f"{MADE}.threads is {shown(threads)}, which no record has")
         return cls(**{name: value for name, value in held.items() if value is not None})
 
 
@@ -132,6 +133,17 @@ def made_by(path: Path) -> Made | None:
         return Made.of(held[MADE])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def check_is_here(path: Path, config: EditConfig, model_config: str | None, given: Collection[str]) -> None:
+    """Raise ConfigError for a record's model that is not here: what is fetched from a hub, its user names.
+
+    given: the names of settings that the user gave.
+    """
+    for name, value in (("model", config.model), ("model_config", model_config)):
+        if value and name not in given and not is_here(value):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{path}: {name} is {shown(value)}, which is not here: give it with {flag}")
 
 
 def files_read(configs: Sequence[EditConfig], store: str | Path | None) -> list[dict[str, str]]:

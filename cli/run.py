@@ -37,7 +37,7 @@ from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import moves_of
 from ..methods.plug_and_play import OF_UNETS
-from ..settings import described
+from ..settings import described, shown
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.identity import ModelIdentity
 from ..store.records import MEMORIES
@@ -48,10 +48,10 @@ from ..video.motion import Motion
 from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
-from .config import EditConfig, GenerateConfig, TuneConfig
-from .files import files_of
+from .config import EditConfig, GenerateConfig, TuneConfig, checked
+from .files import files_of, is_here
 from .objects import layout_of
-from .progress import Bar, in_words, no_bars
+from .progress import Bar, in_a_line, in_words, no_bars, printable
 from .record import (
     Made,
     check_same,
@@ -81,9 +81,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device(found)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which fails for those without memory, too
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {shown(name)} cannot be used here ({reason}): give another by --device") from error
     return device
 
 
@@ -169,10 +170,10 @@ class Session:
         return [*self.inputs, *(Path(name) for name in named if name)]
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.say(f"note: {text}", style="yellow")
+        self.say(f"note: {in_a_line(text)}", style="yellow")
 
 
 # --- the commands ---------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def run_edits(
             try:
                 pictures = decode(checkpoint, latents, frames, bar(f"write {Path(one.path).name}"))
                 one.write(pictures, fps, sound, times)
-                session.say(f"{one.config.target!r} written to {one.path}")
+                session.say(f"{shown(one.config.target)} written to {one.path}")
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
@@ -697,27 +698,27 @@ class Origin:
         with as_store_error("the store's account of its clip is damaged: "):
             fps = _fraction(extra.get("fps", (8, 1)))
             frames, times = extra.get("frames", store.frames), extra.get("times")
-            if not isinstance(frames, int) or not store.frames <= frames <= 100 * store.frames:
+            if type(frames) is not int or not store.frames <= frames <= 100 * store.frames:
                 raise ValueError("it has no such number of frames")
-            times = times and tuple(_fraction(pair) for pair in times)
-            if not 0 < fps <= 1000 or (times and (len(times) != frames or list(times) != sorted(set(times)))):
+            times = None if times is None else tuple(_fraction(pair) for pair in times)
+            right = times is None or (len(times) == frames and list(times) == sorted(set(times)))
+            if not 0 < fps <= 1000 or not right:
                 raise ValueError("its times are none that frames can have")
             vae = extra.get("vae")
-            identity = vae and ModelIdentity(**{**vae, "traces": tuple(vae["traces"])})
-            settings = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in dict(extra.get("settings", {})).items()
-            }
+            identity = None if vae is None else ModelIdentity.read(vae)
+            known = (*_OF_THE_CLIP, *_OF_THE_STORE)
+            settings = checked({name: v for name, v in dict(extra.get("settings", {})).items() if name in known})
             rate, samples = extra.get("sound_rate"), store.attachments.get("sound")
             sound = None
             if rate is not None and samples is not None:
-                if not isinstance(rate, int) or not 0 < rate < 10**6 or samples.ndim != 2 or not 1 <= len(samples) <= 2:
+                if type(rate) is not int or not 0 < rate < 10**6 or samples.ndim != 2 or not 1 <= len(samples) <= 2:
                     raise ValueError("its sound is none")
                 sound = Sound(samples.numpy().astype(np.float32) / 32767, rate)
             model = extra.get("model")
-            if model is not None and not isinstance(model, str):
-                raise ValueError("its model's name is none")
-            return cls(fps, frames, times, settings, identity, model, str(extra.get("video", "")), sound)
+            video = extra.get("video", "")
+            if not isinstance(model, (str, type(None))) or not isinstance(video, str):
+                raise ValueError("its model's name, or its video's, is none")
+            return cls(fps, frames, times, settings, identity, model, video, sound)
 
     def sound_of(self, video: str) -> Sound | SoundTrack | None:
         """The store's own sound; that of the same frames of a video, where one is given beside the store."""
@@ -729,7 +730,7 @@ class Origin:
 
 def _fraction(pair: Sequence[int]) -> Fraction:
     numerator, denominator = pair
-    if not isinstance(numerator, int) or not isinstance(denominator, int) or denominator < 1 or numerator < 0:
+    if type(numerator) is not int or type(denominator) is not int or denominator < 1 or numerator < 0:
         raise ValueError(f"{pair} is no time")
     return Fraction(numerator, denominator)
 
@@ -750,7 +751,7 @@ def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Ed
     for name, told in made.items():
         asked = getattr(config, name)
         if asked not in (getattr(default, name), *told):
-            raise StoreError(f"the store was made with {name} {told[0]!r}, not {asked!r}")
+            raise StoreError(f"the store was made with {name} {shown(told[0])}, not {shown(asked)}")
     for name in ("place", "budget_gb"):
         if getattr(config, name) != getattr(default, name):
             raise StoreError(f"{name} has no effect on a store that is made: it is in its file")
@@ -765,9 +766,9 @@ def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Ed
 def _model_of(origin: Origin) -> str:
     """A store may name the bundled model or files that are here; what is fetched from a hub, its user names."""
     name = origin.model or EditConfig().model
-    if name == EditConfig().model or Path(name).exists():
+    if is_here(name):
         return name
-    raise StoreError(f"the store was made with the model {name!r}, which is not here: give it with --model")
+    raise StoreError(f"the store was made with the model {shown(name)}, which is not here: give it with --model")
 
 
 def _check_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
@@ -785,5 +786,5 @@ def _check_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origi
     kept = store.source.embeddings.float().cpu()
     if encoded.shape != kept.shape or not torch.linalg.norm(encoded - kept) <= 0.02 * torch.linalg.norm(kept):
         raise StoreError(
-            f"the store's prompt {store.prompt!r} has other embeddings by this model's text encoder: invert again"
+            f"the store's prompt {shown(store.prompt)} has other embeddings by this model's text encoder: invert again"
         )

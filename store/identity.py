@@ -46,6 +46,17 @@ class ModelIdentity:
             traces.append(sum(float(part.dot(signs[: len(part)])) for part in parts))
         return cls(layout, digest.hexdigest(), str(dtype), tuple(traces))
 
+    @classmethod
+    def read(cls, held: Any) -> ModelIdentity:
+        """From a file's JSON; ValueError for what is none."""
+        traces = held["traces"]
+        if not isinstance(traces, list) or not all(type(trace) in (int, float) for trace in traces):
+            raise ValueError("its model's traces are no numbers")
+        identity = cls(**{**held, "traces": tuple(map(float, traces))})
+        if not all(isinstance(text, str) for text in (identity.layout, identity.digest, identity.dtype)):
+            raise ValueError("its model's account is no text")
+        return identity
+
     def matches(self, other: ModelIdentity) -> bool:
         """Whether these are the same weights, or the same but for the rounding of two dtypes."""
         if self.layout != other.layout or len(self.traces) != len(other.traces):

@@ -240,7 +240,6 @@ class AttentionStore:
     def _from(cls, file: SafetensorsReader, about: dict[str, Any], device: torch.device) -> Self:
         backend = FileBackend(file)
         keys = KeyFrames(tuple(about["key_frames"]["entries"]), about["key_frames"]["least_channels"])
-        identity = {**about["model"], "traces": tuple(about["model"]["traces"])}
         store = cls(
             memory=about["memory"],
             levels=_levels_of(file, len(about["timesteps"])),
@@ -252,7 +251,7 @@ class AttentionStore:
             alphas=tuple(about["alphas"]),
             key_frames=keys,
             clip_norm=about["clip_norm"],
-            model=ModelIdentity(**identity),
+            model=ModelIdentity.read(about["model"]),
             prompt=about["prompt"],
             extra=about["extra"],
             attachments=_read_all(file, "attached."),

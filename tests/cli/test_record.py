@@ -126,6 +126,11 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"threads": "many"}}', "made.threads is 'many'"),
         ('{"made": {"files": {"video": 3}}}', "made.files is"),
         ('{"made": {"wheels": 4}}', "made.wheels is 4"),
+        ('{"made": {"threads": true}}', "made.threads is True"),
+        ('{"made": {"device": "meta"}}', "device 'meta' cannot be used here"),
+        ('{"steps": 2, "steps": 3}', "'steps' is given a second time"),
+        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not here"),
+        ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
 def test_records_that_are_none(refused, tmp_path, text, says):
