@@ -17,6 +17,7 @@ from ..attention.key_frames import KeyFrames
 from ..attention.prompt import Mode, PromptEdit, changed_words
 from ..diffusion.edit import Edit, Injection, Propagation
 from ..diffusion.invert import InversionSettings
+from ..files.lora import LoraFile
 from ..methods.fatezero import GROUP as FATEZERO
 from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
@@ -70,12 +71,36 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift")
 """The settings that name an object and where it shall be."""
-REPEATED = (*OBJECTS, "object_mask")
-"""Settings that are given once for each object."""
+REPEATED = (*OBJECTS, "object_mask", "lora")
+"""Settings that may be given several times."""
 
 
 @dataclass(frozen=True)
-class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings):
+class ModelSettings:
+    """The model, and what is added to its weights."""
+
+    model: str = setting(
+        "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
+    )
+    lora: tuple[str, ...] = setting(
+        (), "A LoRA file or folder, with a strength as FILE=0.8; may repeat.", shown="none", group=_MODEL
+    )
+    temporal: str = setting(
+        "",
+        "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
+        "`fatezero tune`, or demo, which make the demo model one of videos.",
+        shown="none",
+        group=_MODEL,
+    )
+
+    @property
+    def chosen_model(self) -> ModelSettings:
+        """These settings without the others of a configuration."""
+        return _part(self, ModelSettings)
+
+
+@dataclass(frozen=True)
+class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ModelSettings):
     """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
 
     Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
@@ -85,17 +110,6 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
     source: str = setting("", "What the video shows.", group=_TEXT)
     target: str = setting("", "What it shall show; several are edited in one pass.", group=_TEXT)
     negative: str = setting("", "What to keep away from.", shown="none", group=_TEXT)
-    model: str = setting(
-        "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
-    )
-    lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
-    temporal: str = setting(
-        "",
-        "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
-        "`fatezero tune`, or demo, which make the demo model one of videos.",
-        shown="none",
-        group=_MODEL,
-    )
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     strength: float = kept(Edit, "strength", 1.0)
     noise: NoiseName = setting(
@@ -197,12 +211,11 @@ def _part(config: Any, settings: type[T]) -> T:
 
 
 @dataclass(frozen=True)
-class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
+class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
     """Every setting of `fatezero tune`; the names are those of the flags."""
 
     video: str = ""
     prompt: str = setting("", "What the video shows.", group=_TEXT)
-    model: str = kept(EditConfig, "model", "demo")
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
@@ -222,14 +235,11 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(ObjectSettings):
+class GenerateConfig(ObjectSettings, ModelSettings):
     """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
 
     prompt: str = setting("", "What the clip shall show.", group=_TEXT)
     negative: str = kept(EditConfig, "negative", "")
-    model: str = kept(EditConfig, "model", "demo")
-    lora: str = kept(EditConfig, "lora", "")
-    temporal: str = kept(EditConfig, "temporal", "")
     frames: int = setting(16, "How many.", least=1, most=1000, group=_CLIP)
     size: tuple[int, int] | None = setting(None, "WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP)
     fps: float = setting(8.0, "Of the video.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
@@ -342,6 +352,13 @@ def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, A
     for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
             raise ConfigError(f"{name} is {values[name]!r}; it must not be blank")
+    if "lora" in found:
+        found["lora"] = tuple(text for text in found["lora"] if text.strip())
+        for text in found["lora"]:
+            try:
+                LoraFile.parse(text)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
     return found
 
 
@@ -428,7 +445,7 @@ _FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "ma
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, *REPEATED, "injection", "propagation", "smoothing", "flow", "noise"]
+    return [*_FUSION, *OBJECTS, "object_mask", "injection", "propagation", "smoothing", "flow", "noise"]
 
 
 _NOTHING_PLACED = "no object is named (box, ellipse, mask)"

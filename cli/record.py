@@ -160,7 +160,9 @@ def check_same(now: Made, then: Made) -> None:
     """Raise ConfigError where an edit that shall be made again would be of another file or model."""
     for name, digest in then.files.items():
         if now.files.get(name, digest) != digest:
-            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store"}.get(name, "other settings")
+            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store"}.get(
+                name.partition(" ")[0], "other settings"
+            )
             raise ConfigError(f"the {name} is not the file that the result was made of: give {flag} to take this one")
     for name, what in (("model", "model"), ("vae", "autoencoder")):
         was, there = getattr(then, name), getattr(now, name)

@@ -43,7 +43,7 @@ from ..video.motion import Motion
 from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
-from .config import EditConfig, GenerateConfig, TuneConfig
+from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig
 from .files import files_of
 from .objects import layout_of
 from .progress import Bar, no_bars
@@ -125,36 +125,39 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
         """A model that edits: Wan's by what a folder or hub name says it is. videos: see `open_unet`."""
-        where = pick_device(self.device)
+        where, model = pick_device(self.device), settings.model
         if model != DEMO_WAN and not kind_of(model).startswith("Wan"):
-            return self.open_unet(model, lora, temporal, videos)
-        if temporal:
-            raise CheckpointError(f"{model} is a model of videos already, which {temporal} is not for")
+            return self.open_unet(settings, videos)
+        if settings.temporal:
+            raise CheckpointError(f"{model} is a model of videos already, which {settings.temporal} is not for")
         if self.model_config is not None:
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
         with quiet():
-            checkpoint = WanCheckpoint.load(model, where, dtype, lora or None)
-        self._note_of_demo(model)
+            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora)
+        self._note_of(checkpoint)
         return checkpoint
 
-    def open_unet(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
+    def open_unet(self, settings: ModelSettings, videos: bool = False) -> Checkpoint:
         """A model with a UNet. videos: take text-to-video UNets too."""
-        where = pick_device(self.device)
+        where, model = pick_device(self.device), settings.model
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         with quiet():
             checkpoint = Checkpoint.load(
-                model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None,
-                videos=videos,
+                model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
+                temporal=settings.temporal or None, videos=videos,
             )  # fmt: skip
-        self._note_of_demo(model)
+        self._note_of(checkpoint)
         return checkpoint
 
-    def _note_of_demo(self, model: str) -> None:
-        if model in ("demo", DEMO_WAN):
+    def _note_of(self, checkpoint: AnyCheckpoint) -> None:
+        """Say what was added to a model, and where it is a small one."""
+        for note in checkpoint.notes:
+            self.say(note)
+        if checkpoint.name in ("demo", DEMO_WAN):
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
     def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
@@ -180,7 +183,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     settings = replace(config.store, path=output)
     check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
-    checkpoint = session.open_model(config.model, config.lora, config.temporal)
+    checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
     if dry_run:
@@ -233,7 +236,7 @@ def run_edits(
     files = files_read(configs, named)
     if made is not None:
         check_same(Made(files=files[0]), replace(made, model="", vae=""))
-    checkpoint = session.open_model(first.model, first.lora, first.temporal)
+    checkpoint = session.open_model(first.chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
     for config, layout in zip(configs, layouts, strict=True):

@@ -107,7 +107,7 @@ def _accelerator(session: Session) -> Any:
 def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint:
     if accelerator.num_processes > 1:
         session = replace(session, device=str(accelerator.device))
-    checkpoint = session.open_unet(config.model, temporal=config.temporal)
+    checkpoint = session.open_unet(config.chosen_model)
     if temporal_layers(checkpoint.unet) is None:
         with_temporal_layers(checkpoint.unet, None, config.layers, config.rank, config.seed)
     return checkpoint

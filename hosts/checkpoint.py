@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,12 +29,14 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
+from ..files.lora import LoraFile
 from ..files.temporal_layers import load_temporal_layers
 from ..files.whole import whole_file
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser
 from .diffusers_temporal import inflated_unet, save_inflated_unet, with_temporal_layers
 from .diffusers_video import DiffusersVideoDenoiser
+from .lora import LoraError, fuse_loras
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
@@ -48,7 +50,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of an SD 1.x, SD 2.x or SDXL model on one device."""
+    """The parts of an SD 1.x, SD 2.x or SDXL model on one device.
+
+    notes: what was added to it, a line each.
+    """
 
     name: str
     unet: UNet2DConditionModel
@@ -56,6 +61,7 @@ class Checkpoint:
     scheduler: DDIMScheduler
     tokenizers: tuple[Any, ...]
     text_encoders: tuple[Any, ...]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -64,7 +70,7 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         config: str | None = None,
-        lora: str | None = None,
+        lora: str | Sequence[str] | None = None,
         lora_scale: float = 1.0,
         temporal: str | None = None,
         videos: bool = False,
@@ -72,12 +78,13 @@ class Checkpoint:
         """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
 
         config: for a single file, a diffusers folder with the tokenizer and configuration of
-        its kind. Only a hub name uses the network. lora: a LoRA file or folder. temporal: temporal layers, as
-        `load_temporal_layers` takes them. videos: take text-to-video UNets (ModelScope) too.
+        its kind. Only a hub name uses the network. lora: LoRA files or folders, each with a strength as FILE=0.8, all
+        of them times `lora_scale`. temporal: temporal layers, as `load_temporal_layers` takes them. videos: take
+        text-to-video UNets (ModelScope) too.
 
         Raises CheckpointError, saying what was looked for.
         """
-        check_lora(lora)
+        loras = lora_files(lora, lora_scale)
         pipeline = _pipeline(name, dtype, config)
         kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
         if not isinstance(getattr(pipeline, "unet", None), kinds):
@@ -91,8 +98,7 @@ class Checkpoint:
                 with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{temporal}: {error}") from error
-        if lora is not None:  # after the tuned queries, which take the place of the model's and would take its too
-            fuse_lora(pipeline, lora, lora_scale)
+        notes = fused(pipeline, loras)  # after the tuned queries, which take the place of the model's
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
         ]
@@ -111,7 +117,9 @@ class Checkpoint:
             scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False)
         for part in (pipeline.unet, pipeline.vae, *(e for _, e in known)):
             part.to(device).eval().requires_grad_(False)
-        return cls(name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known))
+        return cls(
+            name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known), notes
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -326,17 +334,28 @@ def kind_of(name: str) -> str:
     return str(found.get("_class_name", ""))
 
 
-def check_lora(lora: str | None) -> None:
-    """Raise CheckpointError for a LoRA that is not there."""
-    if lora is not None and not Path(lora).exists():
-        raise CheckpointError(f"no LoRA at {lora}")
+def lora_files(lora: str | Sequence[str] | None, scale: float = 1.0) -> list[LoraFile]:
+    """LoRAs by their texts, each strength times `scale`; CheckpointError for one that is not there."""
+    texts = [lora] if isinstance(lora, str) else lora or ()
+    try:
+        found = [LoraFile.parse(text) for text in texts]
+        for one in found:
+            one.file()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return [replace(one, strength=one.strength * scale) for one in found]
 
 
-def fuse_lora(pipeline: Any, lora: str, scale: float) -> None:
-    """A LoRA file or folder, put into the weights of a pipeline's networks for good."""
-    pipeline.load_lora_weights(lora, local_files_only=True)
-    pipeline.fuse_lora(lora_scale=scale)
-    pipeline.unload_lora_weights()
+def fused(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """Add LoRAs to the weights of a pipeline's networks; a line on each. CheckpointError for one that does not fit."""
+    names = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2")
+    networks = {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
+    if "transformer" in networks:
+        networks = {name: network for name, network in networks.items() if name.startswith("transformer")}
+    try:
+        return tuple(fuse_loras(networks, loras))
+    except LoraError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..diffusion.denoiser import check_finite
 from ..files.safetensors import format_bytes
 from ..store.budget import available_bytes
 from ..store.identity import ModelIdentity
-from .checkpoint import DEMO, CheckpointError, check_lora, fuse_lora, opened
+from .checkpoint import DEMO, CheckpointError, fused, lora_files, opened
 from .diffusers_transformer import VideoTransformerDenoiser
 
 DEMO_WAN = DEMO.parent / "wan"
@@ -34,7 +34,7 @@ class WanCheckpoint:
     """The parts of a Wan 2.1 or 2.2 text-to-video model.
 
     low_noise, boundary: 2.2's second transformer, and the sigma below which it takes over. device: where it runs; its
-    parts may wait elsewhere.
+    parts may wait elsewhere. notes: what was added to it, a line each.
     """
 
     name: str
@@ -46,6 +46,7 @@ class WanCheckpoint:
     device: torch.device
     low_noise: WanTransformer3DModel | None = None
     boundary: float | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -53,23 +54,25 @@ class WanCheckpoint:
         name: str,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        lora: str | None = None,
+        lora: str | Sequence[str] | None = None,
         lora_scale: float = 1.0,
     ) -> WanCheckpoint:
         """Load "demo-wan", a diffusers folder or a hub name; only the last uses the network.
 
+        lora: LoRA files, as `Checkpoint.load` takes them. Both transformers of 2.2 take one, or that which its name
+        says: high_noise or low_noise.
         Where a GPU has no room for all parts at once, each waits in RAM until it is called (model offloading).
         Raises CheckpointError, saying what was looked for.
         """
         device = torch.device(device)
-        check_lora(lora)
+        loras = lora_files(lora, lora_scale)
         if name == NAME:
-            return cls.of_demo(device, dtype)
+            demo = cls.of_demo(device, dtype)
+            return replace(demo, notes=fused(demo, loras))
         pipeline: Any = opened(name, partial(DiffusionPipeline.from_pretrained, torch_dtype=dtype))
         if not isinstance(getattr(pipeline, "transformer", None), WanTransformer3DModel):
             raise CheckpointError(f"{name} is a {type(pipeline).__name__} without a Wan transformer for text to video")
-        if lora is not None:
-            fuse_lora(pipeline, lora, lora_scale)
+        notes = fused(pipeline, loras)
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # whose numbers leave half precision's range
         low_noise = getattr(pipeline, "transformer_2", None)
@@ -85,7 +88,7 @@ class WanCheckpoint:
             pipeline.to(device)
         return cls(
             name, pipeline.transformer, pipeline.vae, pipeline.scheduler, pipeline.tokenizer, pipeline.text_encoder,
-            device, low_noise, pipeline.config.get("boundary_ratio") if low_noise is not None else None,
+            device, low_noise, pipeline.config.get("boundary_ratio") if low_noise is not None else None, notes,
         )  # fmt: skip
 
     @classmethod
