@@ -85,6 +85,9 @@ class ModelSettings:
     lora: tuple[str, ...] = setting(
         (), "A LoRA file or folder, with a strength as FILE=0.8; may repeat.", shown="none", group=_MODEL
     )
+    variant: str = setting(
+        "", "Which weights of a diffusers folder, as fp16 for *.fp16.safetensors.", shown="those without", group=_MODEL
+    )
     temporal: str = setting(
         "",
         "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "

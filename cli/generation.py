@@ -28,10 +28,9 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
-    text, empty = (
-        checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
-        for words in (config.prompt, config.negative)
-    )
+    blocks = checkpoint.blocks(config.prompt, config.negative)
+    text = checkpoint.encode_prompt(config.prompt, width, height, blocks)
+    empty = checkpoint.encode_negative(config.negative, width, height, blocks)
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
     asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)

@@ -136,7 +136,7 @@ class Session:
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
         with quiet():
-            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora)
+            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora, variant=settings.variant)
         self._note_of(checkpoint)
         return checkpoint
 
@@ -148,7 +148,7 @@ class Session:
         with quiet():
             checkpoint = Checkpoint.load(
                 model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
-                temporal=settings.temporal or None, videos=videos,
+                temporal=settings.temporal or None, videos=videos, variant=settings.variant,
             )  # fmt: skip
         self._note_of(checkpoint)
         return checkpoint
@@ -538,9 +538,8 @@ def one_edit(
     """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
-    target, negative = (
-        checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
-    )
+    target = checkpoint.encode_prompt(config.target, width, height, blocks)
+    negative = checkpoint.encode_negative(config.negative, width, height, blocks)
     moves = None
     if layout is not None:
         moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)

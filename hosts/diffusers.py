@@ -44,6 +44,40 @@ _BLOCKS = (ResnetBlock2D, Transformer2DModel, TransformerTemporalModel, Temporal
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
+_PREDICTED = ("epsilon", "v_prediction", "sample")
+
+
+def as_ddim(scheduler: Any) -> DDIMScheduler:
+    """The DDIM schedule of a scheduler's noise levels and of what its model predicts.
+
+    Raises TypeError for levels that DDIM has not: those of flows and of EDM.
+    """
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    alphas, predicted = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
+    flow = config.get("use_flow_sigmas") or predicted not in _PREDICTED
+    if alphas is not None and not flow:
+        if isinstance(scheduler, DDIMScheduler):
+            return scheduler
+        try:
+            found = DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
+        except NotImplementedError:  # betas that DDIM has not
+            found = None
+        if found is not None and _same_levels(found.alphas_cumprod, alphas):
+            return found
+    raise TypeError(f"scheduler is a {kind}, whose noise levels are not DDIM's: a DDIMScheduler or its like is needed")
+
+
+def _same_levels(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), atol=1e-6)
+
+
+def with_signal(scheduler: DDIMScheduler) -> DDIMScheduler:
+    """A schedule whose steps begin where there is signal: one that ends at none cannot be inverted from its end."""
+    if not scheduler.config["rescale_betas_zero_snr"] or scheduler.config["timestep_spacing"] == "leading":
+        return scheduler
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
+
+
 class DiffusersDenoiser:
     """A diffusers UNet and its DDIM schedule, as the loops of `fatezero.diffusion` call them.
 
@@ -67,12 +101,8 @@ class DiffusersDenoiser:
                 f"unet is a {type(unet).__name__}; FateZero works through the attention of a {self.kind.__name__} "
                 f"({self.known})"
             )
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise TypeError(f"scheduler is a {type(scheduler).__name__}; a DDIMScheduler is needed")
-        if not isinstance(scheduler, DDIMScheduler):
-            scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
         self.unet: Any = unet
-        self.scheduler = scheduler
+        self.scheduler = as_ddim(scheduler)
         self._control: Control | None = None
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
         self._texts: dict[int, tuple[Condition, dict[str, tuple[Tensor, Tensor]]]] = {}
@@ -103,7 +133,10 @@ class DiffusersDenoiser:
             raise ValueError(f"steps is {steps}; with this schedule's steps_offset it must be below {total}")
         alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
         if alphas.min() < 1e-6:
-            raise ValueError("a schedule that ends at zero signal cannot be inverted: set rescale_betas_zero_snr=False")
+            raise ValueError(
+                f"steps is {steps}; the first would be at zero signal, from which no inversion leads back: take a "
+                "scheduler with timestep_spacing='leading' and steps_offset=1, and fewer steps"
+            )
         return Schedule(timesteps, alphas)
 
     def sites(self, height: int, width: int) -> list[AttentionSite]:

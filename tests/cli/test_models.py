@@ -73,3 +73,16 @@ def test_loras_under_other_names(tmp_path):
     config = EditConfig(lora=(f"{tmp_path / 'a.safetensors'}", f"{tmp_path / 'b.safetensors'}=0.5"))
     assert list(files_of(config).values())[-2:] == [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
     assert renamed(config, bare_name).lora == ("a.safetensors", "b.safetensors=0.5")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--variant", "fp16"), "has no variant 'fp16'; its variants: none"),
+        (("--model", "models/nowhere"), "no model at models/nowhere: give a diffusers folder"),
+        (("--model", "a.safetensors"), "a.safetensors is a LoRA, not a model: give it with --lora"),
+    ],
+)
+def test_models_that_are_refused_before_anything_runs(refused, tmp_path, options, says):
+    write_loras(tmp_path)
+    assert says in refused("edit", CLIP, *WORDS, *options, "--dry-run")
