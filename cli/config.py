@@ -103,7 +103,40 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ModelSettings):
+class ControlSettings:
+    """A ControlNet and what it follows."""
+
+    controlnet: str = setting(
+        "", "A ControlNet for the UNet: diffusers folder, .safetensors file or hub name.", shown="none", group=_MODEL
+    )
+    control: str = setting(
+        "", "What the ControlNet follows, as edges, depth or poses: a video or pictures, cut like the clip.",
+        shown="none", group=_MODEL,
+    )  # fmt: skip
+    controlnet_strength: float = setting(
+        1.0, "What the ControlNet's output is multiplied by.", least=0, most=10, group=_MODEL
+    )
+    control_start: float = setting(
+        0.0, "Where on the way from noise to clip the ControlNet begins to act.", least=0, most=1, group=_MODEL
+    )
+    control_end: float = setting(1.0, "Where it ends.", least=0, most=1, group=_MODEL)
+
+    @property
+    def chosen_control(self) -> ControlSettings:
+        """These settings without the others of a configuration. Raises ConfigError for what is no range."""
+        found = _part(self, ControlSettings)
+        check(found)
+        if found.control_start >= found.control_end:
+            raise ConfigError(
+                f"control_start is {found.control_start}; it must be below control_end, {found.control_end}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EditConfig(
+    ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ModelSettings, ControlSettings
+):
     """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
 
     Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
@@ -484,6 +517,11 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
     (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
     (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
+    (
+        ("control", "controlnet_strength", "control_start", "control_end"),
+        lambda c: not c.controlnet,
+        "no controlnet is given",
+    ),
 )
 
 
@@ -548,15 +586,17 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     inverting: for an inversion alone. stored: beside a store, which knows clip and source.
     """
     config = replace(config, target=config.target or config.source) if config.wanted else config
+    config.chosen_control  # noqa: B018  raises for settings out of range
     needed = ("video", "source") if inverting or config.injection == "fatezero" else ("video",)
     missing = [] if stored else [name for name in needed if not getattr(config, name)]
     missing += [] if inverting or config.target else ["target"]
+    missing += ["control"] if config.controlnet and not config.control else []
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
     return config
 
 
-_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target"}
+_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target", "control": "--control"}
 
 
 @contextmanager

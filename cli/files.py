@@ -12,7 +12,7 @@ from ..files.lora import LoraFile
 from ..video.read import VideoError, numbered, picture_files
 from .config import EditConfig, GenerateConfig
 
-_FILES = ("video", "model", "temporal")
+_FILES = ("video", "model", "temporal", "controlnet", "control")
 """The settings that name a file."""
 _BUNDLED = ("demo", "demo-wan")
 """What is no file's name, though a folder may be called so."""

@@ -185,6 +185,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     source = _found(session, config)
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
+    checkpoint = _controlled(checkpoint, config, config, len(video), video.size)
     session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
     if dry_run:
         return
@@ -248,10 +249,13 @@ def run_edits(
     if store is None or origin is None:
         assert source is not None
         video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
+        checkpoint = _controlled(checkpoint, first, first, len(video), video.size)
         fps, times = video.fps, video.times
         shape: tuple[int, ...] = _latents_shape(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
+        height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+        checkpoint = _controlled(checkpoint, first, origin.cut, frames, (width, height))
         _check_store(checkpoint, store, origin, prompts)
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
         sound = origin.sound_of(first.video)
@@ -316,6 +320,28 @@ class _Writing:
         metadata = metadata_of(self.config, self.made)
         write_video(self.path, pictures, fps, sound, times=times, metadata=metadata)
         write_record(self.path, record_of(self.config, self.made))
+
+
+def _controlled(
+    checkpoint: AnyCheckpoint, config: EditConfig, cut: EditConfig, frames: int, size: tuple[int, int]
+) -> AnyCheckpoint:
+    """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
+
+    cut: the settings of the clip. Raises ValueError for a model that takes none, and for too few pictures.
+    """
+    asked = config.chosen_control
+    if not asked.controlnet:
+        return checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        raise ValueError("controlnet is for UNets: a video transformer takes none")
+    try:
+        source = open_video(asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate)
+        pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"control: {error}") from error
+    return checkpoint.with_control(
+        asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end, config.variant
+    )
 
 
 def _team_of(session: Session) -> tuple[Session, Processes | None]:
@@ -678,6 +704,11 @@ class Origin:
             if model is not None and not isinstance(model, str):
                 raise ValueError("its model's name is none")
             return cls(fps, frames, times, settings, identity, model, str(extra.get("video", "")), sound)
+
+    @property
+    def cut(self) -> EditConfig:
+        """The settings of the clip: which frames, and how they were cut."""
+        return EditConfig(**{name: self.settings[name] for name in _OF_THE_CLIP if name in self.settings})
 
     def sound_of(self, video: str) -> Sound | SoundTrack | None:
         """The store's own sound; that of the same frames of a video, where one is given beside the store."""

@@ -24,6 +24,7 @@ from ..files.temporal_layers import load_temporal_layers
 from ..files.whole import whole_file
 from ..store.identity import ModelIdentity
 from .diffusers import DiffusersDenoiser, as_ddim, with_signal
+from .diffusers_control import ControlNet, load_controlnet
 from .diffusers_temporal import save_inflated_unet, with_temporal_layers
 from .diffusers_video import DiffusersVideoDenoiser
 from .lora import LoraError, fuse_loras
@@ -37,7 +38,7 @@ class Checkpoint:
     """The parts of an SD 1.x, SD 2.x or SDXL model on one device.
 
     notes: what was added to it, a line each. zero_negative: an empty negative prompt is zeros, as of SDXL, and not the
-    embeddings of no words.
+    embeddings of no words. controlnet: see `with_control`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Checkpoint:
     text_encoders: tuple[Any, ...]
     notes: tuple[str, ...] = ()
     zero_negative: bool = False
+    controlnet: ControlNet | None = None
 
     @classmethod
     def load(
@@ -125,7 +127,20 @@ class Checkpoint:
     @property
     def parts(self) -> list[Any]:
         """Its networks."""
-        return [self.unet, self.vae, *self.text_encoders]
+        return [self.unet, self.vae, *self.text_encoders, *([self.controlnet.model] if self.controlnet else [])]
+
+    def with_control(
+        self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
+        variant: str | None = None,
+    ) -> Checkpoint:  # fmt: skip
+        """The same with a ControlNet, of a folder, a file or a hub's name, and uint8 frames (f, h, w, 3) it follows.
+
+        strength, start, end: see `ControlNet`. Raises CheckpointError for one that does not fit.
+        """
+        if isinstance(self.unet, UNet3DConditionModel):
+            raise CheckpointError(f"{self.name} is a model of videos, which has no ControlNet")
+        model = load_controlnet(name, self.unet, self.factor, variant)
+        return replace(self, controlnet=ControlNet(model, frames, strength, start, end))
 
     @property
     def channels(self) -> int:
@@ -143,8 +158,9 @@ class Checkpoint:
 
     @property
     def denoiser(self) -> DiffusersDenoiser:
-        kind = DiffusersVideoDenoiser if isinstance(self.unet, UNet3DConditionModel) else DiffusersDenoiser
-        return kind(self.unet, self.scheduler)
+        if isinstance(self.unet, UNet3DConditionModel):
+            return DiffusersVideoDenoiser(self.unet, self.scheduler)
+        return DiffusersDenoiser(self.unet, self.scheduler, self.controlnet)
 
     @cached_property
     def vae_identity(self) -> ModelIdentity:

@@ -33,6 +33,7 @@ from ..methods.temporal_layers import CastLinear, trained_of
 from ..methods.tune_a_video import noised
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
+from .diffusers_control import ControlNet
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
 
@@ -83,7 +84,7 @@ class DiffusersDenoiser:
 
     unet: a `UNet2DConditionModel` of any width, predicting epsilon, v or the sample; LoRA
     layers in it keep working. scheduler: a `DDIMScheduler`; another of diffusers' schedulers
-    is read for its noise levels.
+    is read for its noise levels. controlnet: a `ControlNet`, whose output is added in every call.
 
     Raises TypeError for a model that is no attention UNet, and ValueError for one that already
     carries attention processors that compute something else.
@@ -95,7 +96,7 @@ class DiffusersDenoiser:
     spans_clip = False
     pairs = False
 
-    def __init__(self, unet: Any, scheduler: DDIMScheduler) -> None:
+    def __init__(self, unet: Any, scheduler: DDIMScheduler, controlnet: ControlNet | None = None) -> None:
         if not isinstance(unet, self.kind):
             raise TypeError(
                 f"unet is a {type(unet).__name__}; FateZero works through the attention of a {self.kind.__name__} "
@@ -103,6 +104,7 @@ class DiffusersDenoiser:
             )
         self.unet: Any = unet
         self.scheduler = as_ddim(scheduler)
+        self.controlnet = controlnet
         self._control: Control | None = None
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
         self._texts: dict[int, tuple[Condition, dict[str, tuple[Tensor, Tensor]]]] = {}
@@ -149,7 +151,8 @@ class DiffusersDenoiser:
             f"text={config['cross_attention_dim']} attention={len(self._layers)} "
             f"predicts={self.scheduler.config['prediction_type']}"
         )
-        return _IDENTITIES.of(self.unet, layout, self.unet.dtype, _base_weights(self.unet))
+        found = _IDENTITIES.of(self.unet, layout, self.unet.dtype, _base_weights(self.unet))
+        return found if self.controlnet is None else self.controlnet.with_identity(found)
 
     def windows(self, latents: Tensor, timestep: float) -> None:
         return None
@@ -257,12 +260,18 @@ class DiffusersDenoiser:
         # The text is the same for all frames and steps: one row, whose keys and values are kept for the run.
         _, self._text = self._texts.setdefault(id(condition), (condition, {}))
         extras = {k: v.to(latents.device, dtype).expand(frames, *v.shape[1:]) for k, v in condition.extras.items()}
-        output = self._output(latents.to(dtype), timestep, condition.embeddings.to(latents.device, dtype), extras)
+        text, z = condition.embeddings.to(latents.device, dtype), latents.to(dtype)
+        added: dict[str, Any] = {}
+        if self.controlnet is not None and self.controlnet.acts(timestep, self.scheduler.config["num_train_timesteps"]):
+            added = self.controlnet.residuals(z, timestep, text, extras, control.chunk.frame_indices)
+        output = self._output(z, timestep, text, extras, added)
         return self._epsilon(output.to(latents.dtype), latents, timestep)
 
-    def _output(self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    def _output(
+        self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor], added: dict[str, Any]
+    ) -> Tensor:
         output: Tensor = self.unet(
-            latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extras or None
+            latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extras or None, **added
         ).sample
         return output
 

@@ -21,14 +21,18 @@ from ...video.fitted import FittedVideo
 from ...video.flow import Estimator, flow_estimator
 from ...video.read import ClipSettings, open_video
 from ...video.size import to_unit
-from ..config import ConfigError, EditConfig, ModelSettings, completed, config_of
+from ..config import ConfigError, ControlSettings, EditConfig, ModelSettings, completed, config_of
 from ..progress import no_bars
 from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
 from .jobs import Job
 
 _OF_INVERSIONS = (
     "video", "source",
-    *(one.name for part in (ModelSettings, ClipSettings, InversionSettings, StoreSettings) for one in described(part)),
+    *(
+        one.name
+        for part in (ModelSettings, ControlSettings, ClipSettings, InversionSettings, StoreSettings)
+        for one in described(part)
+    ),
 )  # fmt: skip
 """The settings that an inversion is made of."""
 _OF_PLACES = ("place", "budget_gb")
