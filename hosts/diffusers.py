@@ -136,8 +136,8 @@ class DiffusersDenoiser:
         alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
         if alphas.min() < 1e-6:
             raise ValueError(
-                f"steps is {steps}; the first would be at zero signal, from which no inversion leads back: take a "
-                "scheduler with timestep_spacing='leading' and steps_offset=1, and fewer steps"
+                f"steps is {steps}; the first would be at zero signal, which no inversion reaches: give fewer steps, "
+                "or a scheduler with timestep_spacing='leading'"
             )
         return Schedule(timesteps, alphas)
 

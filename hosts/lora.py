@@ -40,7 +40,7 @@ _TITLES = {
 def fuse_loras(networks: Networks, loras: Sequence[LoraFile]) -> list[str]:
     """Add LoRAs to the weights of a model's networks, one after another; a line on each.
 
-    Raises LoraError, before that file changes a weight, for one that does not fit.
+    Raises LoraError for one that does not fit, before that file changes a weight, and where weights leave their range.
     """
     targets = {name: _Target.of(network) for name, network in networks.items()}
     return [_fuse(lora, targets, scope) for lora, scope in zip(loras, _scopes(networks, loras), strict=True)]
@@ -53,7 +53,8 @@ def _fuse(lora: LoraFile, targets: Mapping[str, _Target], scope: Sequence[str]) 
         list(_changes(lora, layer.on_meta(), adapter))
     for layer in layers:
         for change in _changes(lora, layer, adapter):
-            change.add(lora.strength)
+            if not change.add(lora.strength):
+                raise LoraError(f"{lora.name}: with {_cut(layer.key)} a weight is no finite number: lower its strength")
     done = len(layers)
     counted = Counter(layer.network for layer in layers)
     where = ", ".join(f"{counted[network]} in the {_TITLES[network]}" for network in targets if counted[network])
@@ -399,14 +400,15 @@ class _Change:
     change: Tensor
     magnitude: tuple[Tensor, int] | None = None
 
-    def add(self, strength: float) -> None:
-        """To the parameter, computed in single precision at least."""
+    def add(self, strength: float) -> bool:
+        """To the parameter, computed in single precision at least; whether it still holds finite numbers."""
         weight = self.parameter.data
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         change = self.change.to(exact).view(exact.shape)
         if self.magnitude is not None:
             change = decomposed(exact + change, self.magnitude[0].to(exact), self.magnitude[1]) - exact
         self.parameter.data = (exact + strength * change).to(weight.dtype)
+        return bool(torch.isfinite(self.parameter.data).all())
 
 
 def decomposed(weight: Tensor, magnitude: Tensor, axis: int) -> Tensor:

@@ -130,8 +130,10 @@ def loaded(name: str, dtype: torch.dtype, config: str | None = None, variant: st
 
 
 _WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<after>[\w-]+))?\.(?:safetensors|bin)"
 )
+"""What files of weights are called, whole or in shards."""
 
 
 def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> None:
@@ -140,16 +142,19 @@ def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> N
     for part, about in index.items():
         if not isinstance(about, (list, tuple)) or about[0] is None or part in ("safety_checker", "image_encoder"):
             continue
-        files = [file for file in sorted((folder / part).glob("*")) if file.suffix in (".safetensors", ".bin")]
-        for file in files:
-            if is_pointer(file):
-                raise CheckpointError(f"{file} is a Git LFS pointer and not the weights: run `git lfs pull`")
-        found = {match["variant"] or "" for file in files if (match := _WEIGHTS.fullmatch(file.name))}
-        variants |= found
+        found: dict[str, list[Path]] = {}
+        for file in sorted((folder / part).glob("*")):
+            if match := _WEIGHTS.fullmatch(file.name):
+                found.setdefault(match["variant"] or match["after"] or "", []).append(file)
+        variants |= found.keys()
         if found and not variant and "" not in found:
             raise CheckpointError(
                 f"{folder} has weights of its {part} in a variant alone: give --variant {sorted(found)[0]}"
             )
+        own = found.get(variant or "", found.get("", []))
+        for file in [file for file in own if file.suffix == ".safetensors"] or own:
+            if is_pointer(file):
+                raise CheckpointError(f"{file} is a Git LFS pointer and not the weights: run `git lfs pull`")
     if variant and variants and variant not in variants:
         there = ", ".join(sorted(variants - {""})) or "none"
         raise CheckpointError(f"{folder} has no variant {variant!r}; its variants: {there}")
@@ -175,6 +180,10 @@ def check_parts(name: str, pipeline: Any) -> None:
         raise CheckpointError(
             f"{name} is an SDXL refiner, which finishes pictures of another model: give the base model"
         )
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, part, None)
+        if encoder is not None and not type(encoder).__name__.startswith("CLIPText"):
+            raise CheckpointError(f"the {part} of {name} is a {type(encoder).__name__}; CLIP's is needed")
     channels, latents = unet["in_channels"], vae.config["latent_channels"]
     if channels != latents:
         kind = f", as {_CHANNELS[channels]}" if channels in _CHANNELS else ""

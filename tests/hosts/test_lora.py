@@ -316,6 +316,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(fused, case):
     assert not changed(unet, small_unet())
 
 
+def test_numbers_that_are_none(fused):
+    for change, strength in ((torch.full((SIDE, SIDE), torch.nan), 1.0), (torch.ones(SIDE, SIDE), 1e9)):
+        with pytest.raises(LoraError, match="a weight is no finite number"):
+            fused({f"{KOHYA}.diff": change}, strength, network=small_unet().half())
+
+
 def test_a_lora_of_pictures_on_wan(fused):
     with pytest.raises(LoraError, match="for Stable Diffusion, and the model is Wan"):
         fused(pair("lora_unet_down_blocks_0_attentions_0_proj_in"), network=small_wan())
