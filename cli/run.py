@@ -339,9 +339,11 @@ def _controlled(
         pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
     except (OSError, ValueError) as error:
         raise ValueError(f"control: {error}") from error
-    return checkpoint.with_control(
-        asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end, config.variant
-    )
+    with quiet():
+        return checkpoint.with_control(
+            asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
+            config.variant,
+        )  # fmt: skip
 
 
 def _team_of(session: Session) -> tuple[Session, Processes | None]:

@@ -89,7 +89,7 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
                 name, torch_dtype=unet.dtype, variant=variant or None, local_files_only=path.is_dir()
             )
     _check_fits(name, model, unet, factor)
-    return model.to(unet.device, unet.dtype).eval().requires_grad_(False)
+    return model.to(unet.device).eval().requires_grad_(False)
 
 
 def _single_file(path: Path, unet: Any) -> Any:

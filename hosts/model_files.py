@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,11 +138,18 @@ _WEIGHTS = re.compile(
 
 
 def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> None:
-    """Raise CheckpointError for weights that are pointers of Git LFS, or of another variant than is asked for."""
+    """Raise CheckpointError for weights that are pointers of Git LFS, or of another variant than is asked for, and for
+    configurations that are not JSON.
+    """
     variants = set[str]()
     for part, about in index.items():
         if not isinstance(about, (list, tuple)) or about[0] is None or part in ("safety_checker", "image_encoder"):
             continue
+        for file in sorted((folder / part).glob("*.json")):
+            try:
+                json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{file} is not JSON: {error}") from error
         found: dict[str, list[Path]] = {}
         for file in sorted((folder / part).glob("*")):
             if match := _WEIGHTS.fullmatch(file.name):

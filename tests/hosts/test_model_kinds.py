@@ -100,6 +100,9 @@ FOLDERS = {
     ),
     "pointer": (lambda f: pointer(f / UNET), "is a Git LFS pointer and not the weights"),
     "cut off": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:5000]), "could not load the model"),
+    "broken configuration": (
+        lambda f: (f / "scheduler" / "scheduler_config.json").write_text("{"), r"scheduler_config\.json is not JSON",
+    ),
     "no configuration": (lambda f: (f / "unet" / "config.json").unlink(), "could not load the model"),
     "EDM": (scheduler(EDMEulerScheduler), "EDMEulerScheduler, whose noise levels are not DDIM's"),
     "flow": (scheduler(FlowMatchEulerDiscreteScheduler), "FlowMatchEulerDiscreteScheduler, whose noise levels"),
