@@ -185,7 +185,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     source = _found(session, config)
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
-    checkpoint = _controlled(checkpoint, config, config, len(video), video.size)
+    checkpoint = _controlled(session, checkpoint, config, config, len(video), video.size)
     session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
     if dry_run:
         return
@@ -249,13 +249,13 @@ def run_edits(
     if store is None or origin is None:
         assert source is not None
         video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
-        checkpoint = _controlled(checkpoint, first, first, len(video), video.size)
+        checkpoint = _controlled(session, checkpoint, first, first, len(video), video.size)
         fps, times = video.fps, video.times
         shape: tuple[int, ...] = _latents_shape(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
         height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
-        checkpoint = _controlled(checkpoint, first, origin.cut, frames, (width, height))
+        checkpoint = _controlled(session, checkpoint, first, origin.cut, frames, (width, height))
         _check_store(checkpoint, store, origin, prompts)
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
         sound = origin.sound_of(first.video)
@@ -323,11 +323,17 @@ class _Writing:
 
 
 def _controlled(
-    checkpoint: AnyCheckpoint, config: EditConfig, cut: EditConfig, frames: int, size: tuple[int, int]
+    session: Session,
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    cut: EditConfig,
+    frames: int,
+    size: tuple[int, int],
 ) -> AnyCheckpoint:
     """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
 
-    cut: the settings of the clip. Raises ValueError for a model that takes none, and for too few pictures.
+    cut: the settings of the clip. Raises ValueError for a model that takes none, for too few pictures, and for a range
+    without a step in it.
     """
     asked = config.chosen_control
     if not asked.controlnet:
@@ -340,10 +346,19 @@ def _controlled(
     except (OSError, ValueError) as error:
         raise ValueError(f"control: {error}") from error
     with quiet():
-        return checkpoint.with_control(
+        controlled = checkpoint.with_control(
             asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
             config.variant,
         )  # fmt: skip
+    acting = controlled.control_steps(config.steps)
+    if asked.controlnet_strength and not acting:
+        raise ValueError(
+            f"no step of {config.steps} is between control_start {asked.control_start:g} and control_end "
+            f"{asked.control_end:g}: give a wider range, or more steps"
+        )
+    how = "" if asked.controlnet_strength == 1 else f" at strength {asked.controlnet_strength:g}"
+    session.say(f"ControlNet {Path(asked.controlnet).name}: in {acting} of {config.steps} steps{how}")
+    return controlled
 
 
 def _team_of(session: Session) -> tuple[Session, Processes | None]:

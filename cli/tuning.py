@@ -164,8 +164,9 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no state of a tuning: {error}") from error
+    usual = _of_the_run(TuneConfig())
     for name, value in _of_the_run(config).items():
-        if made.get(name) != value:
+        if made.get(name, usual[name]) != value:
             raise ValueError(f"the tuning in {path.parent} was begun with {name} {made.get(name)!r}, not {value!r}")
     if len(state["losses"]) >= config.steps:
         raise ValueError(f"the tuning in {path.parent} has done {len(state['losses'])} steps: give more with --steps")

@@ -89,6 +89,8 @@ class Checkpoint:
                 with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{temporal}: {error}") from error
+        if loras:  # where it is quick
+            pipeline.unet.to(device)
         notes = fused(pipeline, loras)  # after the tuned queries, which take the place of the model's
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
@@ -155,6 +157,12 @@ class Checkpoint:
     def latent_frames(self, frames: int) -> int:
         """How many latents a clip of so many frames has."""
         return frames
+
+    def control_steps(self, steps: int) -> int:
+        """In how many of so many steps the ControlNet acts."""
+        total = self.scheduler.config["num_train_timesteps"]
+        timesteps = self.denoiser.schedule(steps).timesteps
+        return sum(self.controlnet.acts(t, total) for t in timesteps) if self.controlnet else 0
 
     @property
     def denoiser(self) -> DiffusersDenoiser:

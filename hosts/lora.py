@@ -50,9 +50,9 @@ def _fuse(lora: LoraFile, targets: Mapping[str, _Target], scope: Sequence[str]) 
     tensors, adapter = _read(lora)
     layers = _layers(lora, tensors, targets, scope)
     for layer in layers:  # by their shapes, before any weight is changed
-        list(_changes(lora, layer.on_meta(), adapter))
+        list(_changes(lora, layer.on("meta"), adapter))
     for layer in layers:
-        for change in _changes(lora, layer, adapter):
+        for change in _changes(lora, layer.on(layer.device), adapter):
             if not change.add(lora.strength):
                 raise LoraError(f"{lora.name}: with {_cut(layer.key)} a weight is no finite number: lower its strength")
     done = len(layers)
@@ -208,9 +208,14 @@ class _Layer:
     target: _Target
     parts: dict[str, Tensor]
 
-    def on_meta(self) -> _Layer:
-        """The same without numbers but its alpha."""
-        parts = {name: tensor if name == "alpha" else tensor.to("meta") for name, tensor in self.parts.items()}
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(iter(self.target.parameters.values())).device
+
+    def on(self, device: str | torch.device) -> _Layer:
+        """The same with its tensors elsewhere, but its alpha."""
+        parts = {name: tensor if name == "alpha" else tensor.to(device) for name, tensor in self.parts.items()}
         return replace(self, parts=parts)
 
 
@@ -404,11 +409,11 @@ class _Change:
         """To the parameter, computed in single precision at least; whether it still holds finite numbers."""
         weight = self.parameter.data
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        change = self.change.to(exact).view(exact.shape)
+        change = self.change.to(exact.dtype).view(exact.shape)
         if self.magnitude is not None:
             change = decomposed(exact + change, self.magnitude[0].to(exact), self.magnitude[1]) - exact
-        self.parameter.data = (exact + strength * change).to(weight.dtype)
-        return bool(torch.isfinite(self.parameter.data).all())
+        self.parameter.data = torch.add(exact, change, alpha=strength).to(weight.dtype)
+        return all(bool(torch.isfinite(side)) for side in self.parameter.data.aminmax())
 
 
 def decomposed(weight: Tensor, magnitude: Tensor, axis: int) -> Tensor:
@@ -480,7 +485,7 @@ def _checked_changes(lora: LoraFile, layer: _Layer, adapter: _Adapter) -> Iterat
             continue
         change = change_of(own)
         scale = _scale(layer, own, ranked, alpha, adapter)
-        yield _fitting(lora, layer, "weight", scale * change, _magnitude(lora, layer, dora, magnitude))
+        yield _fitting(lora, layer, "weight", change.mul_(scale), _magnitude(lora, layer, dora, magnitude))
         dora = magnitude = None
     for name, of in (("diff", "weight"), ("diff_b", "bias"), ("up_bias", "bias")):
         if name in left:

@@ -210,6 +210,12 @@ def test_the_command_edits_with_it(run, tmp_path):
         run("e/", store="s.safetensors", control_end=0.5)
 
 
+def test_a_dry_run_says_in_how_many_steps_it_acts(command, folder):
+    words = (CLIP, "--source", PROMPT, "--target", "a green square on water", "--dry-run")
+    said = command("edit", *words, "--controlnet", folder, "--control", CLIP, "--control-end", 0.5)
+    assert "ControlNet edges: in 25 of 50 steps" in said
+
+
 def test_the_command_refuses(run, refused, folder, tmp_path):
     for i in range(9):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
@@ -222,6 +228,7 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
         (("--controlnet", folder, "--control", "none.mp4"), "none.mp4"),
         (("--controlnet", "models/x", "--control", CLIP), "no model at models/x"),
         (("--controlnet", folder, "--control", CLIP, "--control-start", 0.6, "--control-end", 0.5), "must be below"),
+        (("--controlnet", folder, "--control", CLIP, "--control-start", 0.9999), "no step of 50 is between"),
         (("--controlnet", folder, "--control", CLIP, "--controlnet-strength", -1), "controlnet_strength is -1"),
         (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet is for UNets"),
     ):
