@@ -194,7 +194,8 @@ class Checkpoint:
     @property
     def native_size(self) -> int:
         """The side in pixels the model was trained on."""
-        return int(self.unet.config["sample_size"]) * self.factor
+        side = self.unet.config["sample_size"] or 64
+        return int(side if isinstance(side, int) else min(side)) * self.factor
 
     # --- text -------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
+from ..files.safetensors import is_pointer
 from ..store.identity import IdentityCache, ModelIdentity
 from .model_files import CheckpointError, as_checkpoint_error, check_hub_name, check_weights
 
@@ -77,6 +78,8 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
     path = Path(name)
     with as_checkpoint_error(name):
         if path.is_file():
+            if is_pointer(path):
+                raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
             model = _single_file(path, unet)
         else:
             if not path.is_dir():

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files.lora import PICKLED, LoraFile
+from ..files.safetensors import is_pointer
 from .families import family_of
 
 
@@ -146,12 +147,6 @@ def why_unreadable(path: Path, error: Exception) -> str:
     return f"is damaged, or no file of weights: {first}"
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether a file is what Git LFS leaves in the place of one that was not fetched."""
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
-
-
 def _adapter_of(path: Path, metadata: Mapping[str, str]) -> _Adapter:
     """PEFT's `adapter_config.json` beside a file, or what diffusers writes into it."""
     try:
@@ -175,7 +170,8 @@ _ENDINGS = {
     ".lora_down.weight": "down", ".lora_A.weight": "down", ".lora.down.weight": "down", "_lora.down.weight": "down",
     ".lora_linear_layer.down.weight": "down", ".lora_up.weight": "up", ".lora_B.weight": "up", ".lora.up.weight": "up",
     "_lora.up.weight": "up", ".lora_linear_layer.up.weight": "up", ".lora_mid.weight": "mid", ".lora_B.bias": "up_bias",
-    ".lora_up.bias": "up_bias", ".alpha": "alpha", ".dora_scale": "dora", ".lora_magnitude_vector": "magnitude",
+    ".lora_up.bias": "up_bias", ".alpha": "alpha",
+    "_lora.alpha": "alpha", ".lora.alpha": "alpha", ".dora_scale": "dora", ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude", ".diff": "diff", ".w_norm": "diff", ".diff_b": "diff_b",
     ".b_norm": "diff_b",
     **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -188,7 +184,13 @@ _NOT_APPLIED = {
     "VeRA": r"vera_lambda", "a set of whole weights": r"\.set_weight$|\.reshape_weight$",
     "LoRA of embeddings": r"lora_embedding_[AB]",
 }  # fmt: skip
+_PLAINER = (
+    (r"(^|\.)(base_model\.model|_orig_mod|module)\.", r"\1"), (r"\.processor\.", "."), (r"\.default(?=\.|$)", ""),
+    (r"\.(lora_[AB]|lora_magnitude_vector)\.[^.]+\.(weight|bias)$", r".\1.\2"), (r"\.diff_m$", ".modulation.diff"),
+)  # fmt: skip
+"""What wrappers, attention processors and the names of adapters add to a name, taken off."""
 _PREFIXES = (
+    ("lycoris_", ""), ("lora_transformer_", ""),
     ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"), ("lora_te_", "text_encoder"), ("lora_unet_", ""),
     ("text_encoders.clip_l.transformer.", "text_encoder"), ("text_encoders.clip_g.transformer.", "text_encoder_2"),
     ("text_encoder_2.", "text_encoder_2"), ("text_encoder.", "text_encoder"), ("unet.", ""),
@@ -314,8 +316,9 @@ def _layers(
     keys: dict[tuple[str, str], str] = {}
     unknown = []
     for key, tensor in tensors.items():
-        named = re.sub(r"^base_model\.model\.|\.default(?=\.|$)", "", key).replace(".processor.", ".")
-        named = re.sub(r"\.diff_m$", ".modulation.diff", named)
+        named = key
+        for pattern, plain in _PLAINER:
+            named = re.sub(pattern, plain, named)
         ending = next((e for e in _BY_LENGTH if named.endswith(e)), None)
         if ending is None:
             unknown.append(key)

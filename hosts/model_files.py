@@ -23,9 +23,9 @@ from diffusers import (
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from ..files.safetensors import is_pointer
 from .diffusers_temporal import inflated_unet
 from .families import family_of
-from .lora import is_pointer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 EDITED = "SD 1.x, SD 2.x, SDXL, and Wan for text to video"
@@ -188,21 +188,33 @@ def check_parts(name: str, pipeline: Any) -> None:
         raise CheckpointError(
             f"{name} is an SDXL refiner, which finishes pictures of another model: give the base model"
         )
-    for part in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipeline, part, None)
-        if encoder is not None and not type(encoder).__name__.startswith("CLIPText"):
-            raise CheckpointError(f"the {part} of {name} is a {type(encoder).__name__}; CLIP's is needed")
+    _check_text(name, pipeline)
     channels, latents = unet["in_channels"], vae.config["latent_channels"]
     if channels != latents:
         kind = f", as {_CHANNELS[channels]}" if channels in _CHANNELS else ""
         raise CheckpointError(
             f"{name} takes {channels} channels{kind}, and its latents have {latents}: give a model for text alone"
         )
+    if unet["out_channels"] != channels:
+        raise CheckpointError(f"{name} predicts {unet['out_channels']} channels of {channels}, its variance too")
     taken = next((what for key, what in _NOT_GIVEN.items() if unet.get(key)), None)
     if taken is None and unet.get("addition_embed_type") not in (None, "text_time"):
         taken = "more than text"
     if taken:
         raise CheckpointError(f"the UNet of {name} takes {taken} as an input, which FateZero does not give")
+
+
+def _check_text(name: str, pipeline: Any) -> None:
+    """Raise CheckpointError for text encoders that are not CLIP's, or whose embeddings the UNet does not take."""
+    encoders = [e for n in ("", "_2") if (e := getattr(pipeline, f"text_encoder{n}", None)) is not None]
+    for encoder in encoders:
+        if not type(encoder).__name__.startswith("CLIPText"):
+            raise CheckpointError(f"{name} has a {type(encoder).__name__} for its text encoder; CLIP's is needed")
+    width, taken = sum(e.config.hidden_size for e in encoders), pipeline.unet.config["cross_attention_dim"]
+    if encoders and isinstance(taken, int) and width != taken:
+        raise CheckpointError(
+            f"{name} has text embeddings {width} wide, and its UNet takes {taken}: a part is of another model"
+        )
 
 
 def check_whole(name: str, pipeline: Any) -> None:
@@ -270,7 +282,7 @@ _FAMILIES = {
 def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
     """A checkpoint in one file; its kind is read from its keys."""
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path.name} is not a .safetensors file; pickled checkpoints are not read")
+        raise CheckpointError(f"{path.name} is not a .safetensors file; GGUF and pickled checkpoints are not read")
     if is_pointer(path):
         raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
     contents = _Contents.of(path)

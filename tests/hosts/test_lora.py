@@ -64,6 +64,9 @@ def fused(tmp_path):
         LAYER,
         f"base_model.model.{LAYER}",
         f"diffusion_model.{LAYER}",
+        f"unet.base_model.model.{LAYER}",
+        f"_orig_mod.{LAYER}",
+        f"lycoris_{LAYER.replace('.', '_')}",
         "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
     ],
@@ -193,6 +196,16 @@ def test_metadata_of_diffusers_hold_the_alpha(fused):
     tensors = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
     unet, _ = fused(tensors, lora_adapter_metadata=json.dumps({"unet.r": 2, "unet.lora_alpha": 3}))
     assert torch.allclose(difference(unet, small_unet(), f"{LAYER}.weight"), 1.5 * (up @ down))
+
+
+def test_names_of_adapters_and_alphas_of_processors(fused):
+    up, down = drawn(SIDE, 2), drawn(2, SIDE)
+    unet, _ = fused({f"{LAYER}.lora_A.style.weight": down, f"{LAYER}.lora_B.style.weight": up})
+    assert torch.allclose(difference(unet, small_unet(), f"{LAYER}.weight"), up @ down)
+    old = LAYER.replace(".to_q", ".processor.to_q_lora")
+    alpha = {f"{old}.alpha": torch.tensor(1)}
+    unet, _ = fused({f"{old}.down.weight": down, f"{old}.up.weight": up} | alpha)
+    assert torch.allclose(difference(unet, small_unet(), f"{LAYER}.weight"), 0.5 * (up @ down))
 
 
 def test_magnitudes_of_inputs_and_of_outputs(fused):

@@ -87,6 +87,10 @@ def consistency(folder):
     set_weights(folder, UNET, lambda w: w | extra)
 
 
+def narrower(weights):
+    return {k: w[:, :32].clone() if "attn2.to_k" in k or "attn2.to_v" in k else w for k, w in weights.items()}
+
+
 FOLDERS = {
     "inpainting": (inpainting, "takes 9 channels, as an inpainting model"),
     "TAESD": (tiny_autoencoder, "has a AutoencoderTiny for its autoencoder"),
@@ -106,6 +110,10 @@ FOLDERS = {
     "no configuration": (lambda f: (f / "unet" / "config.json").unlink(), "could not load the model"),
     "EDM": (scheduler(EDMEulerScheduler), "EDMEulerScheduler, whose noise levels are not DDIM's"),
     "flow": (scheduler(FlowMatchEulerDiscreteScheduler), "FlowMatchEulerDiscreteScheduler, whose noise levels"),
+    "other text": (
+        lambda f: set_config(f, "unet/config.json", cross_attention_dim=32) or set_weights(f, UNET, narrower),
+        "has text embeddings 64 wide, and its UNet takes 32",
+    ),
     "LCM": (consistency, "takes its guidance"),
     "other pipeline": (
         lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline", "vae": ["diffusers", "x"]}'),
