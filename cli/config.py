@@ -14,6 +14,7 @@ from ..attention.key_frames import KeyFrames
 from ..attention.prompt import Mode, PromptEdit, bare, changed_words, words_of
 from ..diffusion.edit import Edit, Injection, Propagation, first_step
 from ..diffusion.invert import InversionSettings
+from ..files.lora import LoraFile
 from ..methods.fatezero import GROUP as FATEZERO
 from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
@@ -67,12 +68,72 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift")
 """The settings that name an object and where it shall be."""
-REPEATED = (*OBJECTS, "object_mask")
-"""Settings that are given once for each object."""
+REPEATED = (*OBJECTS, "object_mask", "lora")
+"""Settings that may be given several times."""
 
 
 @dataclass(frozen=True)
-class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings):
+class ModelSettings:
+    """The model, and what is added to its weights."""
+
+    model: str = setting(
+        "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
+    )
+    lora: tuple[str, ...] = setting(
+        (), "A LoRA file or folder, with a strength as FILE=0.8; may repeat.", shown="none", group=_MODEL
+    )
+    variant: str = setting(
+        "", "Which weights of a diffusers folder, as fp16 for *.fp16.safetensors.", shown="those without", group=_MODEL
+    )
+    temporal: str = setting(
+        "",
+        "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
+        "`fatezero tune`, or demo, which make the demo model one of videos.",
+        shown="none",
+        group=_MODEL,
+    )
+
+    @property
+    def chosen_model(self) -> ModelSettings:
+        """These settings without the others of a configuration."""
+        return _part(self, ModelSettings)
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """A ControlNet and what it follows."""
+
+    controlnet: str = setting(
+        "", "A ControlNet for the UNet: diffusers folder, .safetensors file or hub name.", shown="none", group=_MODEL
+    )
+    control: str = setting(
+        "", "What the ControlNet follows, as edges, depth or poses: a video or pictures, cut like the clip.",
+        shown="none", group=_MODEL,
+    )  # fmt: skip
+    controlnet_strength: float = setting(
+        1.0, "What the ControlNet's output is multiplied by.", least=0, most=10, group=_MODEL
+    )
+    control_start: float = setting(
+        0.0, "Where on the way from noise to clip the ControlNet begins to act.", least=0, most=1, group=_MODEL
+    )
+    control_end: float = setting(1.0, "Where it ends.", least=0, most=1, group=_MODEL)
+
+    @property
+    def chosen_control(self) -> ControlSettings:
+        """These settings without the others of a configuration. Raises ConfigError for what is no range."""
+        found = _part(self, ControlSettings)
+        check(found)
+        if found.control_start >= found.control_end:
+            raise ConfigError(
+                f"control_start is {found.control_start}; it must be below control_end, {found.control_end}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EditConfig(
+    ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ModelSettings, ControlSettings
+):
     """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
 
     Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
@@ -84,17 +145,6 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )
     negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
-    model: str = setting(
-        "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
-    )
-    lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
-    temporal: str = setting(
-        "",
-        "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
-        "`fatezero tune`, or demo, which make the demo model one of videos.",
-        shown="none",
-        group=_MODEL,
-    )
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     strength: float = kept(Edit, "strength", 1.0)
     noise: NoiseName = setting(
@@ -196,12 +246,11 @@ def _part(config: Any, settings: type[T]) -> T:
 
 
 @dataclass(frozen=True)
-class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
+class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
     """Every setting of `fatezero tune`; the names are those of the flags."""
 
     video: str = ""
     prompt: str = setting("", "Prompt that describes the video.", group=_TEXT)
-    model: str = kept(EditConfig, "model", "demo")
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
@@ -222,14 +271,11 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(ObjectSettings):
+class GenerateConfig(ObjectSettings, ModelSettings):
     """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
 
     prompt: str = setting("", "Prompt that describes the clip.", group=_TEXT)
     negative: str = kept(EditConfig, "negative", "")
-    model: str = kept(EditConfig, "model", "demo")
-    lora: str = kept(EditConfig, "lora", "")
-    temporal: str = kept(EditConfig, "temporal", "")
     frames: int = setting(16, "Number of frames.", least=1, most=1000, group=_CLIP)
     size: tuple[int, int] | None = setting(
         None, "WIDTHxHEIGHT of the clip.", unit="pixels", shown="the model's", group=_CLIP
@@ -348,6 +394,13 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[
     for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
             raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")
+    if "lora" in found:
+        found["lora"] = tuple(text for text in found["lora"] if text.strip())
+        for text in found["lora"]:
+            try:
+                LoraFile.parse(text)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
     return found
 
 
@@ -475,7 +528,7 @@ _FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "ma
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, *REPEATED, "injection", "propagation", "smoothing", "flow", "noise"]
+    return [*_FUSION, *OBJECTS, "object_mask", "injection", "propagation", "smoothing", "flow", "noise"]
 
 
 _NOTHING_PLACED = "no object is named (box, ellipse, mask)"
@@ -511,6 +564,11 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
     (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
     (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
+    (
+        ("control", "controlnet_strength", "control_start", "control_end"),
+        lambda c: not c.controlnet,
+        "no controlnet is given",
+    ),
 )
 
 
@@ -584,9 +642,11 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     inverting: for an inversion alone. stored: beside a store, which knows clip and source.
     """
     config = replace(config, target=config.target or config.source) if config.wanted else config
+    config.chosen_control  # noqa: B018  raises for settings out of range
     needed = ("video", "source") if inverting or config.injection == "fatezero" else ("video",)
     missing = [] if stored else [name for name in needed if not getattr(config, name)]
     missing += [] if inverting or config.target else ["target"]
+    missing += ["control"] if config.controlnet and not config.control else []
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
     config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
@@ -598,7 +658,7 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     return config
 
 
-_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target"}
+_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target", "control": "--control"}
 
 
 @contextmanager

@@ -23,14 +23,13 @@ from .run import AnyCheckpoint, Session, decode
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
     check_output(output, config.frames, session.overwrite, session.inputs_of(config))
-    checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
+    checkpoint = session.open_model(config.chosen_model, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
-    text, empty = (
-        checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
-        for words in (config.prompt, config.negative)
-    )
+    blocks = checkpoint.blocks(config.prompt, config.negative)
+    text = checkpoint.encode_prompt(config.prompt, width, height, blocks)
+    empty = checkpoint.encode_negative(config.negative, width, height, blocks)
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
     asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)

@@ -150,7 +150,10 @@ def files_read(configs: Sequence[EditConfig], store: str | Path | None) -> list[
     """The digest of each file that each edit reads, by what it is for; not of the model, whose weights are known."""
     digest = cache(digest_of)  # edits of one run share most of them
     named = [files_of(config) | ({"store": str(store)} if store else {}) for config in configs]
-    return [{what: digest(file) for what, file in of.items() if what not in ("model", "temporal")} for of in named]
+    return [
+        {what: digest(file) for what, file in of.items() if what not in ("model", "temporal", "controlnet")}
+        for of in named
+    ]
 
 
 def differences(now: Made, then: Made) -> list[str]:
@@ -171,7 +174,9 @@ def check_same(now: Made, then: Made) -> None:
     """Raise ConfigError where an edit that shall be made again would be of another file or model."""
     for name, digest in then.files.items():
         if now.files.get(name, digest) != digest:
-            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store"}.get(name, "other settings")
+            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store", "control": "--control"}.get(
+                name.partition(" ")[0], "other settings"
+            )
             raise ConfigError(f"the {name} is not the file that the result was made of: give {flag} to take this one")
     for name, what in (("model", "model"), ("vae", "autoencoder")):
         was, there = getattr(then, name), getattr(now, name)
@@ -181,11 +186,15 @@ def check_same(now: Made, then: Made) -> None:
             )
 
 
+_OF_WEIGHTS = {"model", "lora", "temporal", "variant", "controlnet", "model_config"}
+"""Settings that other weights come with."""
+
+
 def apart_from(made: Made, given: Collection[str]) -> Made:
     """The same without what was asked for otherwise, by the names of settings."""
     files = {name: digest for name, digest in made.files.items() if name.partition(" ")[0] not in given}
     same = replace(made, files=files)
-    return replace(same, model="", vae="") if {"model", "lora", "temporal", "model_config"} & set(given) else same
+    return replace(same, model="", vae="") if _OF_WEIGHTS & set(given) else same
 
 
 def threads_on(device: torch.device) -> int | None:

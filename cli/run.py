@@ -48,7 +48,7 @@ from ..video.motion import Motion
 from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
-from .config import EditConfig, GenerateConfig, TuneConfig, checked
+from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
 from .files import files_of, is_here
 from .objects import layout_of
 from .progress import Bar, in_a_line, in_words, no_bars, printable
@@ -132,36 +132,39 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
         """A model that edits: Wan's by what a folder or hub name says it is. videos: see `open_unet`."""
-        where = pick_device(self.device)
+        where, model = pick_device(self.device), settings.model
         if model != DEMO_WAN and not kind_of(model).startswith("Wan"):
-            return self.open_unet(model, lora, temporal, videos)
-        if temporal:
-            raise CheckpointError(f"{model} is a model of videos already, which {temporal} is not for")
+            return self.open_unet(settings, videos)
+        if settings.temporal:
+            raise CheckpointError(f"{model} is a model of videos already, which {settings.temporal} is not for")
         if self.model_config is not None:
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
         with quiet():
-            checkpoint = WanCheckpoint.load(model, where, dtype, lora or None)
-        self._note_of_demo(model)
+            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora, variant=settings.variant)
+        self._note_of(checkpoint)
         return checkpoint
 
-    def open_unet(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
+    def open_unet(self, settings: ModelSettings, videos: bool = False) -> Checkpoint:
         """A model with a UNet. videos: take text-to-video UNets too."""
-        where = pick_device(self.device)
+        where, model = pick_device(self.device), settings.model
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         with quiet():
             checkpoint = Checkpoint.load(
-                model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None,
-                videos=videos,
+                model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
+                temporal=settings.temporal or None, videos=videos, variant=settings.variant,
             )  # fmt: skip
-        self._note_of_demo(model)
+        self._note_of(checkpoint)
         return checkpoint
 
-    def _note_of_demo(self, model: str) -> None:
-        if model in ("demo", DEMO_WAN):
+    def _note_of(self, checkpoint: AnyCheckpoint) -> None:
+        """Say what was added to a model, and where it is a small one."""
+        for note in checkpoint.notes:
+            self.say(note)
+        if checkpoint.name in ("demo", DEMO_WAN):
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
     def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
@@ -187,10 +190,11 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     settings = replace(config.store, path=output)
     check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
-    checkpoint = session.open_model(config.model, config.lora, config.temporal)
+    checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     shape = _latents_shape(video, checkpoint)
     config = _in_chunks(config, checkpoint, shape[0])
+    checkpoint = _controlled(session, checkpoint, config, config, len(video), video.size)
     session.say(plan(checkpoint, [config], shape, settings, edits=False))
     if dry_run:
         return
@@ -240,7 +244,7 @@ def run_edits(
     files = files_read(configs, named)
     if made is not None:
         check_same(Made(files=files[0]), replace(made, model="", vae=""))
-    checkpoint = session.open_model(first.model, first.lora, first.temporal)
+    checkpoint = session.open_model(first.chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
     for config, layout in zip(configs, layouts, strict=True):
@@ -252,10 +256,13 @@ def run_edits(
     if store is None or origin is None:
         assert source is not None
         video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
+        checkpoint = _controlled(session, checkpoint, first, first, len(video), video.size)
         fps, times = video.fps, video.times
         shape: tuple[int, ...] = _latents_shape(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
+        height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+        checkpoint = _controlled(session, checkpoint, first, origin.cut, frames, (width, height))
         _check_store(checkpoint, store, origin, prompts)
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
         sound = origin.sound_of(first.video)
@@ -322,6 +329,45 @@ class _Writing:
         metadata = metadata_of(self.config, self.made)
         write_video(self.path, pictures, fps, sound, times=times, metadata=metadata)
         write_record(self.path, record_of(self.config, self.made))
+
+
+def _controlled(
+    session: Session,
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    cut: EditConfig,
+    frames: int,
+    size: tuple[int, int],
+) -> AnyCheckpoint:
+    """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
+
+    cut: the settings of the clip. Raises ValueError for a model that takes none, for too few pictures, and for a range
+    without a step in it.
+    """
+    asked = config.chosen_control
+    if not asked.controlnet:
+        return checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        raise ValueError("controlnet is for UNets: a video transformer takes none")
+    try:
+        source = open_video(asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate)
+        pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"control: {error}") from error
+    with quiet():
+        controlled = checkpoint.with_control(
+            asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
+            config.variant,
+        )  # fmt: skip
+    acting = controlled.control_steps(config.steps)
+    if asked.controlnet_strength and not acting:
+        raise ValueError(
+            f"no step of {config.steps} is between control_start {asked.control_start:g} and control_end "
+            f"{asked.control_end:g}: give a wider range, or more steps"
+        )
+    how = "" if asked.controlnet_strength == 1 else f" at strength {asked.controlnet_strength:g}"
+    session.say(f"ControlNet {Path(asked.controlnet).name}: in {acting} of {config.steps} steps{how}")
+    return controlled
 
 
 def _team_of(session: Session) -> tuple[Session, Processes | None]:
@@ -578,9 +624,8 @@ def one_edit(
     """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
-    target, negative = (
-        checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
-    )
+    target = checkpoint.encode_prompt(config.target, width, height, blocks)
+    negative = checkpoint.encode_negative(config.negative, width, height, blocks)
     moves = None
     if layout is not None:
         moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
@@ -719,6 +764,11 @@ class Origin:
             if not isinstance(model, (str, type(None))) or not isinstance(video, str):
                 raise ValueError("its model's name, or its video's, is none")
             return cls(fps, frames, times, settings, identity, model, video, sound)
+
+    @property
+    def cut(self) -> EditConfig:
+        """The settings of the clip: which frames, and how they were cut."""
+        return EditConfig(**{name: self.settings[name] for name in _OF_THE_CLIP if name in self.settings})
 
     def sound_of(self, video: str) -> Sound | SoundTrack | None:
         """The store's own sound; that of the same frames of a video, where one is given beside the store."""

@@ -72,6 +72,12 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that was not fetched."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
 def rows_of(shape: Sequence[int]) -> int:
     """How many rows a tensor is checked in: its first dimension."""
     return shape[0] if shape else 1

@@ -23,14 +23,18 @@ from ...video.fitted import FittedVideo
 from ...video.flow import Estimator, flow_estimator
 from ...video.read import ClipSettings, open_video
 from ...video.size import to_unit
-from ..config import EditConfig, completed, config_of
+from ..config import ControlSettings, EditConfig, ModelSettings, completed, config_of
 from ..progress import no_bars
 from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
 from .jobs import Job
 
 _OF_INVERSIONS = (
-    "video", "source", "model", "lora", "temporal",
-    *(one.name for part in (ClipSettings, InversionSettings, StoreSettings) for one in described(part)),
+    "video", "source",
+    *(
+        one.name
+        for part in (ModelSettings, ControlSettings, ClipSettings, InversionSettings, StoreSettings)
+        for one in described(part)
+    ),
 )  # fmt: skip
 """The settings that an inversion is made of."""
 _OF_PLACES = ("place", "budget_gb")
@@ -192,9 +196,9 @@ class _Keeping(Session):
 
     kept: dict[tuple[Any, ...], AnyCheckpoint] = field(default_factory=dict)
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
-        asked = (model, lora, temporal, videos)
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
+        asked = (settings, videos)
         if asked not in self.kept:
             self.kept.clear()  # before the next is loaded: there may not be room for both
-            self.kept[asked] = super().open_model(model, lora, temporal, videos)
+            self.kept[asked] = super().open_model(settings, videos)
         return self.kept[asked]

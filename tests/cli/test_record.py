@@ -162,7 +162,7 @@ def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
 def test_a_lora_may_be_a_folder(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"one")
-    config = EditConfig(lora=str(tmp_path / "lora"))
+    config = EditConfig(lora=(str(tmp_path / "lora"),))
     (first,) = files_read([config], None)
     assert first.keys() == {"lora"} and files_read([config], None) == [first]
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"two")
