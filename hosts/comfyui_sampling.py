@@ -33,8 +33,9 @@ from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .comfyui_conditions import HostCondition
 from .comfyui_noise import noise_of
+from .comfyui_sameness import same_forward, same_in_place, with_parts
 from .comfyui_temporal import temporal_layers
-from .comfyui_transformer import ROOM, HookedTransformer, hooked, is_transformer
+from .comfyui_transformer import HookedTransformer, hooked, is_transformer
 from .comfyui_unet import HookedModel
 
 WrappersMP = comfy.patcher_extension.WrappersMP
@@ -86,6 +87,8 @@ class ComfyDenoiser:
             branch.low = _low_of(branch)
         self._here = guider.edited.patcher
         """The MODEL whose weights are in place."""
+        self._prepared = [self._here]
+        """The MODELs that the run has called, the host's own first."""
         self._clip_norm = False
         self.noise = noise_of(guider.model_patcher)
         self.clean: Tensor | None = None
@@ -174,8 +177,8 @@ class ComfyDenoiser:
         return self.noise.of_host((x - clean) / sigma)
 
     def _joins(self, beside: Beside, condition: HostCondition, sigma: float) -> bool:
-        """Whether the source can run in the edit's calls: on the same weights, without any that a prompt brings, and
-        with the same of other nodes on the MODEL.
+        """Whether the source can run in the edit's calls: on a MODEL that computes the same, and without weights that a
+        prompt brings.
         """
         assert isinstance(beside.condition, HostCondition)
         entries = (self._branch_conditions(c) for c in (beside.condition, condition))
@@ -183,8 +186,7 @@ class ComfyDenoiser:
         edit, source = (branch.at(sigma).hooked for branch in (self._edited, self._source))
         if not (isinstance(edit, HookedTransformer) and isinstance(source, HookedTransformer)):
             return False
-        alike = edit is source or (_same_weights(edit.patcher, source.patcher) and edit.others == source.others)
-        return plain and alike
+        return plain and (edit is source or same_forward(edit.given, source.given))
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited
@@ -263,16 +265,25 @@ class ComfyDenoiser:
         return executor.execute(x, sigma, options, None)
 
     def _bring(self, branch: _Branch) -> None:
-        """Bring in a branch's weights where they differ from those in place."""
+        """Make a branch's MODEL the host's current one, and bring in its weights where others are in place."""
         wanted = branch.hooked.patcher
-        if not _same_weights(self._here, wanted):
-            comfy.model_management.load_models_gpu(_with_parts(wanted))
+        if wanted is self._here:
+            return
+        if not same_in_place(self._here, wanted):
+            comfy.model_management.load_models_gpu(with_parts(wanted))
+        if wanted in self._prepared:
+            wanted.model.current_patcher = wanted
+        else:
             wanted.pre_run()
-            self._here = wanted
+            self._prepared.append(wanted)
+        self._here = wanted
 
     def restore(self) -> None:
-        """Bring the edit's own weights in again, as the host left them."""
+        """Bring the edit's own weights in again, as the host left them, and clean up after the other MODELs."""
         self._bring(self._edited)
+        for patcher in self._prepared[1:]:
+            patcher.cleanup()
+        self._here.model.current_patcher = self._here
 
 
 def _low_of(branch: _Branch) -> _Branch | None:
@@ -285,11 +296,6 @@ def _low_of(branch: _Branch) -> _Branch | None:
     options.pop("context_handler", None)
     options["transformer_options"]["sample_sigmas"] = branch.options["transformer_options"]["sample_sigmas"]
     return _Branch(low, options, branch.conditions)
-
-
-def _same_weights(one: Any, other: Any) -> bool:
-    """Whether two MODELs have the same weights."""
-    return bool(one.is_clone(other)) and _weights(one) == _weights(other)
 
 
 def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
@@ -329,17 +335,6 @@ def _of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
     finally:
         for control, hint in hints.items():
             control.cond_hint_original, control.cond_hint = hint, None
-
-
-def _weights(patcher: Any) -> tuple[Any, Any, Any]:
-    """What a MODEL changes of the weights and parts that its clones share, and the models it brings along."""
-    parts = {name: part for name, part in patcher.object_patches.items() if name != ROOM}
-    return patcher.patches_uuid, parts, [id(part.model) for part in _with_parts(patcher)[1:]]
-
-
-def _with_parts(patcher: Any) -> list[Any]:
-    """A MODEL and the models that it brings along, such as temporal layers."""
-    return [patcher, *patcher.get_nested_additional_models()]
 
 
 # --- guiders and the sampler ------------------------------------------------------------

@@ -24,15 +24,12 @@ from ..diffusion.denoiser import refuse_clip_norm
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
+from .comfyui_sameness import PAIR, ROOM
 from .comfyui_unet import HookedModel, attention_layers, beneath, check_model, unpatched
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 _IDENTITIES = IdentityCache()
-PAIR = "fatezero_low_noise"
-"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise, and the sigma below which it takes over."""
-ROOM = "memory_required"
-"""The host's method that tells what memory a call takes."""
 _HERE = "fatezero_here"
 """What options are told of the branch and block under way."""
 
@@ -90,6 +87,8 @@ class HookedTransformer:
     def __init__(self, model: Any) -> None:
         """Raises ValueError for a MODEL that is no Wan for text to video."""
         check_transformer(model)
+        self.given = model
+        """The MODEL as other nodes left it."""
         self.patcher = model.clone()
         other, self.boundary = self.patcher.model_options.pop(PAIR, (None, 0.0))
         self.low: HookedTransformer | None = None if other is None else HookedTransformer(other)
@@ -114,12 +113,6 @@ class HookedTransformer:
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
         for kind in around:
             self.patcher.remove_wrappers_with_key(kind, "fatezero")
-        patches = {name: list(held) for name, held in options.get("patches", {}).items()}
-        wrappers = {
-            kind: {key: list(held) for key, held in of.items() if held} for kind, of in self.patcher.wrappers.items()
-        }
-        self.others = self._kernel, blocks, patches, wrappers
-        """What other nodes hung on the MODEL's blocks and calls."""
         for kind, wrapper in around.items():
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))

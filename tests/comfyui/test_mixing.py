@@ -25,10 +25,14 @@ def shape_graph(memory="recompute") -> DemoGraph:
     return graph
 
 
-def lora_on(graph, lora, strength, on_inversion, on_edit):
-    model = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
+def lora_on(graph, lora, strength, on_inversion, on_edit, loader="LoraLoaderModelOnly"):
+    model = graph.add(loader, model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
     graph.set(graph.invert, model=model if on_inversion else graph.demo[0])
     graph.set(graph.edit, model=model if on_edit else graph.demo[0])
+
+
+def bypass_lora_on(graph, lora, strength, on_inversion, on_edit):
+    lora_on(graph, lora, strength, on_inversion, on_edit, "LoraLoaderBypassModelOnly")
 
 
 def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
@@ -40,8 +44,12 @@ def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
 
 
 @pytest.mark.every_host
-@pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
+@pytest.mark.parametrize(
+    ("mixed_in", "file"), [(lora_on, "lora"), (bypass_lora_on, "lora"), (controlnet_on, "controlnet")]
+)
 def test_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
+    if mixed_in is bypass_lora_on and "LoraLoaderBypassModelOnly" not in host.known:
+        pytest.skip("this host has no bypass LoRA")
     file = request.getfixturevalue(file)
 
     def run(strength, memory, on_inversion, on_edit):

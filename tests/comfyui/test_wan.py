@@ -224,6 +224,22 @@ def test_a_lora_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, check
     assert torch.equal(by_host(host, graph, checkpoint), plain)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("LoraLoaderBypassModelOnly", {"lora_name": "wan.safetensors", "strength_model": 1.0}),
+        ("ScaleROPE", {"scale_x": 0.5, "scale_y": 0.5, "shift_t": 1.0}),
+    ],
+)
+def test_a_node_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, checkpoint, plain, lora, kind, settings):
+    """Computed again, the source gives what was kept of it before."""
+    graph.set(graph.edit, model=graph.add(kind, model=graph.model[0], **settings)[0])
+    computed = by_host(host, graph, checkpoint)
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
+    assert relative(computed, plain) > 1e-3
+
+
 def test_windows_over_frames(host, graph, checkpoint, plain):
     windows = graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=FRAMES, context_overlap=1,
