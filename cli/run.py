@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..diffusion.denoiser import keys_on, refuse_clip_norm
+from ..diffusion.denoiser import frames_meet, keys_on, refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
@@ -412,9 +412,11 @@ def plan(
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
+    keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
+    parts = chunk is not None and chunk < frames and frames_meet(denoiser, keys, config.clip_norm)
     demand = Demand(
-        denoiser.sites(height, width), latents_shape, 4, config.steps, keys_on(denoiser, config.keys), checkpoint.dtype,
-        source.text_tokens, source.nbytes,
+        denoiser.sites(height, width), latents_shape, 4, config.steps, keys, checkpoint.dtype, source.text_tokens,
+        source.nbytes, parts,
     )  # fmt: skip
     inverts = not store and config.noise == "inverted"
     chosen = plan_store(settings, demand, device) if inverts else None
@@ -440,9 +442,7 @@ def plan(
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
     counted = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
-    chunk = config.chunk_frames
-    meet = config.clip_norm or not config.keys.anchored or denoiser.frames_meet
-    if chunk is not None and chunk < frames and meet:
+    if parts:
         lines.append(
             "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
         )

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..attention.key_frames import KeyFrames
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
+from ..diffusion.denoiser import in_parts, keys_on
 from ..diffusion.edit import Edit, EditPass, edit_many
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.schedule import Schedule
@@ -106,7 +107,9 @@ class InvertGuider(LoopGuider):
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         asked, schedule, mask = self.settings, denoiser.in_use, self._mask
-        plan = plan_in_host(self._model, latents, self.source, schedule.steps, asked.key_frames, asked.store)
+        keys, timestep = keys_on(denoiser, asked.key_frames), schedule.timesteps[0]
+        parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
         self.tell(str(plan))
         memory = replace(asked.store, memory=plan.memory, place=plan.place)
         inversion = invert(
@@ -372,15 +375,17 @@ def plan_in_host(
     steps: int,
     key_frames: KeyFrames,
     settings: StoreSettings,
+    in_parts: bool,
 ) -> StorePlan:
-    """What store an inversion of latents (frames, c, h, w) will make.
+    """What store an inversion of latents (frames, c, h, w) will make; in_parts: see `Demand`.
 
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
     Raises MemoryError, with the bytes of each memory, where nothing fits.
     """
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    demand = Demand(sites, tuple(latents.shape), 4, steps, key_frames, dtype, source.text_tokens, source.nbytes)
+    shape = tuple(latents.shape)
+    demand = Demand(sites, shape, 4, steps, key_frames, dtype, source.text_tokens, source.nbytes, in_parts)
     home = comfy.model_management.intermediate_device()
     return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
 

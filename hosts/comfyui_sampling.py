@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control, Kind
-from ..attention.key_frames import Chunk
-from ..diffusion.denoiser import Guidance, Windows
+from ..attention.key_frames import Chunk, KeyFrames
+from ..diffusion.denoiser import Guidance, Windows, frames_meet
 from ..diffusion.invert import Progress
 from ..diffusion.schedule import Schedule
 from ..store.identity import ModelIdentity
@@ -127,6 +127,19 @@ class ComfyDenoiser:
     def identity(self) -> ModelIdentity:
         return self._edited.hooked.identity()
 
+    def _check_windows(self, key_frames: KeyFrames) -> None:
+        """Raise ValueError where the source was inverted in other context windows than the edit's, and frames meet."""
+        handlers = (self._handler, self._guider.sourced.patcher.model_options.get("context_handler"))
+        one, other = (
+            held and {name: value for name, value in vars(held).items() if name not in ("_step", "_model")}
+            for held in handlers
+        )
+        if one != other and frames_meet(self, key_frames, self._clip_norm):
+            raise ValueError(
+                "model: the edit has other context windows than the inversion, in which frames attend to each other: "
+                "connect one MODEL with Context Windows to both"
+            )
+
     def windows(self, latents: Tensor, timestep: float) -> Windows | None:
         """The context windows that a node set on the MODEL, with the weights of its fuse method."""
         handler = self._handler
@@ -158,6 +171,8 @@ class ComfyDenoiser:
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
+        if branch is self._source or beside is not None:
+            self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
         x = self.noise.to_host(latents * self.noise.scale(sigma))
         answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}

@@ -249,7 +249,17 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
     graph.both(windows[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5, "one window holds all frames"
     graph.set(windows, context_length=2)
-    assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < 1
+    computed = by_host(host, graph, checkpoint)
+    assert 1e-4 < relative(computed, plain) < 1
+    graph.set(graph.invert, memory="auto")
+    assert torch.equal(by_host(host, graph, checkpoint), computed), "which takes no memory that would keep one of them"
+    graph.set(graph.invert, memory="queries_keys")
+    with pytest.raises(NodeError, match="keeps one attention of each frame"):
+        by_host(host, graph, checkpoint)
+    graph.set(graph.invert, model=graph.model[0], memory="recompute")
+    with pytest.raises(NodeError, match="other context windows than the inversion"):
+        by_host(host, graph, checkpoint)
+    graph.both(windows[0])
     graph.set(windows, dim=0)
     with pytest.raises(NodeError, match="along dim 0; frames lie along dim 2"):
         by_host(host, graph, checkpoint)
