@@ -29,7 +29,7 @@ from ..store.budget import Demand, StorePlan, StoreSettings, plan_store
 from ..store.identity import ModelIdentity
 from ..store.store import AttentionStore
 from .comfyui_conditions import HostCondition, plain_options
-from .comfyui_noise import noise_of
+from .comfyui_noise import check_samples, noise_of
 from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host
 from .comfyui_transformer import HookedTransformer, hooked
 
@@ -94,6 +94,7 @@ class InvertGuider(LoopGuider):
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
         check_quiet(noise, "an inversion adds none")
+        check_samples(self._model, latent_image)
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
         self._mask = more.pop("denoise_mask", None)
@@ -184,6 +185,7 @@ def draw_clip(
     noise_mask: Tensor | None = None,
 ) -> HostStore:
     """The store of LATENT samples with drawn noise, whose edits are FlowEdit's. noise_mask: as for `invert_clip`."""
+    check_samples(model, samples)
     latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
     store = draw(_Idle(model), latents, source, steps, settings, prompt=prompt).store  # type: ignore[arg-type]
     if noise_mask is not None:

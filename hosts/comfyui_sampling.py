@@ -31,7 +31,7 @@ from ..diffusion.invert import Progress
 from ..diffusion.schedule import Schedule
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
-from .comfyui_conditions import HostCondition
+from .comfyui_conditions import HostCondition, check_read
 from .comfyui_noise import noise_of
 from .comfyui_sameness import same_forward, same_in_place, with_parts
 from .comfyui_temporal import temporal_layers
@@ -80,6 +80,9 @@ class ComfyDenoiser:
         self._schedule = schedule
         self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others)
+        for role, conditions in self._edited.conditions.items():
+            if not role.startswith("negative"):
+                check_read(conditions, role.partition(".")[0])
         of_source = guider.source_options(options)
         of_source.pop("context_handler", None)
         self._source = _Branch(guider.sourced, of_source, guider.others)
@@ -175,33 +178,36 @@ class ComfyDenoiser:
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
         x = self.noise.to_host(latents * self.noise.scale(sigma))
-        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
-        if guidance is not None:  # a negative may be prompts of several lengths, none of which is looked into
-            answers[1] = (guidance.control, None)
-        if beside is not None and not self._joins(beside, condition, float(sigma)):
+        away = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
+        # a negative, or what a guidance node adds, may be prompts of several lengths, none of which is looked into
+        answers = {0: (control, condition.text_tokens), 1: (away, None)}
+        if beside is not None and not self._joins(beside, condition, x, sigma):
             beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
             beside = None
         branch = branch.at(float(sigma))
         self._bring(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
-            branch.hooked.answering(answers, self._clip_norm, pair),
+            branch.hooked.answering(answers, self._clip_norm, pair, _whole(branch.conditions[condition.role])),
         ):
-            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.chunk, guidance)
+            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = clean
         return self.noise.of_host((x - clean) / sigma)
 
-    def _joins(self, beside: Beside, condition: HostCondition, sigma: float) -> bool:
-        """Whether the source can run in the edit's calls: on a MODEL that computes the same, and without weights that a
-        prompt brings.
+    def _joins(self, beside: Beside, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
+        """Whether the source can run in the edit's calls: on a MODEL that computes the same, without weights that a
+        prompt brings, and where the host calls both together, which it does with texts of one shape.
         """
         assert isinstance(beside.condition, HostCondition)
-        entries = (self._branch_conditions(c) for c in (beside.condition, condition))
-        plain = not any(entry.get("hooks") for conds in entries for entry in conds)
-        edit, source = (branch.at(sigma).hooked for branch in (self._edited, self._source))
+        edit, source = (branch.at(float(sigma)).hooked for branch in (self._edited, self._source))
         if not (isinstance(edit, HookedTransformer) and isinstance(source, HookedTransformer)):
             return False
-        return plain and (edit is source or same_forward(edit.given, source.given))
+        if "model_function_wrapper" in edit.patcher.model_options:  # which may call branches one by one
+            return False
+        entries = [entry for c in (beside.condition, condition) for entry in self._branch_conditions(c)]
+        parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
+        together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
+        return together and (edit is source or same_forward(edit.given, source.given))
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited
@@ -227,7 +233,8 @@ class ComfyDenoiser:
         assert isinstance(branch.hooked, HookedModel)
         held = temporal_layers(branch.hooked.patcher)
         parts = [self._model.diffusion_model, *([held.layers] if held else [])]
-        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
+        away = Control(control.key_frames, control.chunk)
+        answers = {0: (control, condition.text_tokens), 1: (away, None)}
         x = latents * (1 + sigma**2).sqrt()
         self._bring(branch)
         with (
@@ -246,15 +253,21 @@ class ComfyDenoiser:
         x: Tensor,
         sigma: Tensor,
         condition: HostCondition,
-        chunk: Chunk,
+        control: Control,
         guidance: Guidance | None,
     ) -> Tensor:
-        """The clean latents: of the source plainly, of the edit with the model's guidance functions."""
+        """The clean latents: of the source plainly, of the edit with the model's guidance functions.
+
+        For an area of the negative the host adds the same area of the positive, which takes nothing of the source: it
+        is left out where the whole does.
+        """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
+        if type(control) is not Control:
+            positive = _whole(positive)
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
-        with _of_chunk([positive, negative], chunk) as (positive, negative):
+        with _of_chunk([positive, negative], control.chunk) as (positive, negative):
             model = branch.hooked.patcher.model
             if condition.role == "source":
                 return comfy.samplers.calc_cond_batch(model, [positive], x, sigma, branch.options)[0]
@@ -319,6 +332,11 @@ def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tenso
         middle, reach = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
         return [max(1e-2, 1 - abs(frame - middle) / reach) for frame in frames]
     return comfy.context_windows.get_context_weights(len(frames), clip, frames, handler, sigma=sigma)
+
+
+def _whole(conditions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conditions that are for the whole picture: a prompt's own, without those that the host adds for areas."""
+    return [entry for entry in conditions if "area" not in entry]
 
 
 @contextmanager

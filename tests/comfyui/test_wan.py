@@ -182,6 +182,32 @@ def test_other_packs_attention_and_blocks_stay(host, graph, checkpoint, plain, k
     assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
 
 
+@pytest.mark.parametrize("preset", ["attribute", "shape+"])
+def test_an_override_that_is_laid_again_at_each_step_is_the_kernel(host, graph, checkpoint, preset):
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    graph.set(graph.edit, preset=preset)
+    plain = by_host(host, graph, checkpoint)
+    other = graph.add("OtherSparseAttention", model=graph.model[0], scale=1.0)
+    graph.both(other[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+    graph.set(other, scale=0.5)
+    assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
+
+
+def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host, graph, checkpoint):
+    graph.both(graph.add("OtherSkip", model=graph.model[0])[0])
+    with pytest.raises(NodeError, match=r"did not reach 2 of 8 attention layers .block.1.self, ....: SkipBlock"):
+        by_host(host, graph, checkpoint)
+
+
+def test_texts_that_the_host_cannot_call_together_run_apart(host, graph, checkpoint):
+    joined = graph.add("ConditioningConcat", conditioning_to=graph.words[1], conditioning_from=graph.words[0])
+    graph.set(graph.edit, positive=joined[0])
+    computed = by_host(host, graph, checkpoint)
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
+
+
 def test_weights_that_wait_elsewhere(host, graph, checkpoint, plain):
     graph.both(graph.add("OtherLowVram", model=graph.model[0])[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
@@ -274,7 +300,10 @@ SLG = {
 @pytest.mark.parametrize(("kind", "settings"), [("SkipLayerGuidanceDiT", SLG), ("CFGZeroStar", {})])
 def test_other_guidance(host, graph, checkpoint, plain, kind, settings):
     graph.set(graph.edit, model=graph.add(kind, model=graph.model[0], **settings)[0])
-    assert relative(by_host(host, graph, checkpoint), plain) > 1e-4
+    computed = by_host(host, graph, checkpoint)
+    assert relative(computed, plain) > 1e-4
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
 
 
 def test_a_mask_of_the_latent_keeps_the_rest(host, graph, checkpoint):
