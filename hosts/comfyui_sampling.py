@@ -151,7 +151,8 @@ class ComfyDenoiser:
         sigma, options = self.noise.sigma(timestep)[None], self._edited.options
         handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
         windows = handler.get_context_windows(self._model, self.noise.to_host(latents), options)
-        return [(w.index_list, _window_weights(handler, w.index_list, len(latents), sigma)) for w in windows]
+        weighted = ((w.index_list, _window_weights(handler, w.index_list, len(latents), sigma)) for w in windows)
+        return [_with_frame_before(handler, frames, weights) for frames, weights in weighted]
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
@@ -324,6 +325,18 @@ def _low_of(branch: _Branch) -> _Branch | None:
     options.pop("context_handler", None)
     options["transformer_options"]["sample_sigmas"] = branch.options["transformer_options"]["sample_sigmas"]
     return _Branch(low, options, branch.conditions)
+
+
+def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    """A context window and the frame before it, which comes along where the host's handler has `causal_window_fix`."""
+    before, weights = frames[0] - 1, [float(weight) for weight in weights]
+    if before < 0 or not getattr(handler, "causal_window_fix", False):
+        return frames, weights
+    if before in frames:
+        raise ValueError(
+            f"model: a context window holds the frame before it already ({before}): switch off causal_window_fix"
+        )
+    return [before, *frames], [0.0, *weights]
 
 
 def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:

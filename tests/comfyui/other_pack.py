@@ -277,6 +277,28 @@ class Latent(io.ComfyNode):
         return io.NodeOutput({"samples": torch.randn([int(n) for n in shape.split(",")], generator=generator)})
 
 
+class _Given:
+    """Noise that is given."""
+
+    seed = 0
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def generate_noise(self, latent):
+        return self.samples
+
+
+@node("OtherLatentNoise", [io.Model.Input("model"), io.Latent.Input("latent")], [io.Noise.Output(), io.Latent.Output()])
+class LatentNoise(io.ComfyNode):
+    """A latent as the noise of a flow that begins at sigma 1, and an empty one to add it to."""
+
+    @classmethod
+    def execute(cls, model, latent):
+        noise = _Given(model.model.process_latent_in(latent["samples"].clone()))
+        return io.NodeOutput(noise, {"samples": torch.zeros_like(latent["samples"])})
+
+
 @node("OtherAttn2", SCALE, [io.Model.Output()])
 class Attn2(io.ComfyNode):
     """Cross-attention of the middle block times a number, as IPAdapter-like packs replace it."""
@@ -433,7 +455,7 @@ class OtherPack(ComfyExtension):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
             Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block, SparseAttention,
-            SkipBlock, NegativeAgain,
+            SkipBlock, NegativeAgain, LatentNoise,
         ]  # fmt: skip
 
 

@@ -385,8 +385,6 @@ def test_context_windows_fuse_as_the_hosts_do(host, fuse_method, schedule):
         host, graph, "ContextWindowsManual", model=graph.demo[0], context_length=4, context_overlap=2,
         context_schedule=schedule, fuse_method=fuse_method,
     )  # fmt: skip
-    if "causal_window_fix" in graph.prompt[windowed.id]["inputs"]:  # a frame before the window: ours need none
-        graph.set(windowed, causal_window_fix=False)
     graph.set(graph.edit, model=windowed[0])
     ours = edited(host, graph)
     seeing = graph.add(
