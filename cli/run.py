@@ -20,7 +20,7 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..diffusion.denoiser import keys_on, refuse_clip_norm
+from ..diffusion.denoiser import frames_meet, keys_on, refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
@@ -405,8 +405,8 @@ def _in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
 
 def _in_chunks(config: EditConfig, checkpoint: AnyCheckpoint, frames: int) -> EditConfig:
     """A configuration with the chunks of a long clip, where it sets none and they give the whole clip's result."""
-    exact = config.keys.anchored and not config.clip_norm and not checkpoint.denoiser.frames_meet
-    if config.chunk_frames is not None or frames <= CHUNK_FRAMES or not exact:
+    approximate = frames_meet(checkpoint.denoiser, config.keys, config.clip_norm)
+    if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
         return config
     return replace(config, chunk_frames=CHUNK_FRAMES)
 
@@ -475,9 +475,11 @@ def plan(
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
+    keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
+    parts = chunk is not None and chunk < frames and frames_meet(denoiser, keys, config.clip_norm)
     demand = Demand(
-        denoiser.sites(height, width), latents_shape, 4, config.steps, keys_on(denoiser, config.keys), checkpoint.dtype,
-        source.text_tokens, source.nbytes,
+        denoiser.sites(height, width), latents_shape, 4, config.steps, keys, checkpoint.dtype, source.text_tokens,
+        source.nbytes, parts,
     )  # fmt: skip
     inverts = not store and config.noise == "inverted"
     chosen = plan_store(settings, demand, device) if inverts else None
@@ -503,16 +505,13 @@ def plan(
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
     counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
-    chunk = config.chunk_frames
     at_once = min(chunk or frames, frames)
-    keys = keys_on(denoiser, config.keys)
     if not isinstance(checkpoint, WanCheckpoint):
         nbytes = call_bytes(checkpoint.denoiser, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
         lines.append(f"   a call of {at_once} frames: {format_bytes(nbytes)} of activations")
     seconds = _seconds_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
     lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
-    meet = config.clip_norm or not config.keys.anchored or denoiser.frames_meet
-    if chunk is not None and chunk < frames and meet:
+    if parts:
         lines.append(
             "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
         )

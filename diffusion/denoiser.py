@@ -123,6 +123,26 @@ def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | st
     return KeyFrames((ALL,)) if denoiser.spans_clip else asked
 
 
+def frames_meet(denoiser: Denoiser, key_frames: KeyFrames, clip_norm: bool) -> bool:
+    """Whether a frame's attention depends on which frames are in its call, beyond fixed key frames: several chunks then
+    only come near the whole clip.
+    """
+    return clip_norm or denoiser.frames_meet or not key_frames.anchored
+
+
+def in_parts(
+    denoiser: Denoiser,
+    key_frames: KeyFrames,
+    latents: Tensor,
+    timestep: float,
+    chunk_frames: int | None,
+    clip_norm: bool,
+) -> bool:
+    """Whether frames that meet run in several chunks, so that each has an attention in every chunk it is in."""
+    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames, clip_norm)
+    return len(chunks) > 1 and frames_meet(denoiser, key_frames, clip_norm)
+
+
 def chunks_of(
     denoiser: Denoiser,
     key_frames: KeyFrames,

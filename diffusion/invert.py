@@ -14,7 +14,7 @@ from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined, keys_on, refuse_clip_norm
+from .denoiser import Denoiser, check_finite, chunks_of, frames_of, in_parts, joined, keys_on, refuse_clip_norm
 from .schedule import Solver, timestep_at
 from .spread import ALONE, Spread
 
@@ -124,13 +124,11 @@ def invert(
         refuse_clip_norm(clip_norm)
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
-    keys.chunks(len(latents), chunk_frames, clip_norm)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
-    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes)
+    parts = in_parts(denoiser, keys, latents, schedule.timesteps[0], chunk_frames, clip_norm)
+    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes, parts)
     plan = plan_store(settings, demand, latents.device)
-    if plan.memory == "maps" and keys.everyone and chunk_frames is not None and chunk_frames < len(latents):
-        raise ValueError('memory "maps" keeps a whole clip\'s attention to all frames: leave chunk_frames out')
     if plan.memory != "recompute" and spread is not ALONE:
         raise ValueError(f'memory "{plan.memory}" keeps attention in one process: several take "recompute"')
     store = AttentionStore(

@@ -215,6 +215,17 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
     return HostNoise(sampling)
 
 
+def check_samples(model: Any, samples: Tensor) -> None:
+    """Raise ValueError for LATENT samples that are not a MODEL's."""
+    noise_of(model).of_host(samples)
+    channels = model.model.latent_format.latent_channels
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"latent: has {samples.shape[1]} channels, but {type(model.model).__name__} has latents of {channels}: "
+            "encode the clip with the model's own VAE"
+        )
+
+
 def prediction_of(sampling: Any) -> type | None:
     """The class by which a model's output becomes clean latents; LCM, X0 and others derive from EPS."""
     kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))

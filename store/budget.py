@@ -111,7 +111,8 @@ class Demand:
     """What the size of a store depends on.
 
     latents_shape: (frames, 4, h, w). latent_size: bytes of a latent's number. dtype: what the
-    model computes in. text_tokens, text_bytes: of the source prompt.
+    model computes in. text_tokens, text_bytes: of the source prompt. in_parts: whether frames that meet run in several
+    chunks; a store keeps one attention of each frame, and there are as many as chunks.
     """
 
     sites: Sequence[AttentionSite]
@@ -122,6 +123,7 @@ class Demand:
     dtype: torch.dtype
     text_tokens: int
     text_bytes: int
+    in_parts: bool = False
 
     def layout(self, memory: Memory, settings: StoreSettings) -> Layout:
         """The tensors of one step's attention."""
@@ -193,17 +195,28 @@ class StorePlan:
 _IN = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
 
 
+NOT_IN_PARTS = (
+    'memory "{memory}" keeps one attention of each frame, but frames attend to each other in several chunks or context '
+    "windows: take memory recompute, or run the clip whole"
+)
+
+
 def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) -> StorePlan:
     """Choose the fastest memory and place that fit the budget and what is free.
 
     From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises
-    MemoryError, with the bytes of each memory, where nothing fits.
+    MemoryError, with the bytes of each memory, where nothing fits, and ValueError for attention that cannot be kept.
     """
     if settings.precision == "float8" and device.type == "mps":
         raise ValueError("precision float8 is unknown to MPS devices; take float16")
     memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
     folder = _disk(settings)
     refused = []
+    if demand.in_parts and "recompute" not in memories:
+        raise ValueError(NOT_IN_PARTS.format(memory=settings.memory))
+    if demand.in_parts and "queries_keys" in memories:
+        memories = ("recompute",)
+        refused.append("frames attend to each other, in several chunks")
     for memory in (m for m in MEMORIES[::-1] if m in memories):
         needed = demand.nbytes(memory, settings)
         if settings.budget_gb is not None and needed > settings.budget_gb * 1e9:
