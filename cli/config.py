@@ -132,7 +132,7 @@ class ControlSettings:
 
 @dataclass(frozen=True)
 class EditConfig(
-    ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ModelSettings, ControlSettings
+    ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ControlSettings, ModelSettings
 ):
     """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -33,9 +33,11 @@ from ..methods.temporal_layers import CastLinear, trained_of
 from ..methods.tune_a_video import TRAINED_KEYS, noised
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
-from .diffusers_control import ControlNet
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
+
+if TYPE_CHECKING:
+    from .diffusers_control import ControlNet
 
 __all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
 

@@ -211,6 +211,14 @@ def test_single_files_that_are_refused(tmp_path, case):
         Checkpoint.load(str(tmp_path / "m.safetensors"), config=str(DEMO))
 
 
+def test_a_file_of_sd_2_says_what_it_predicts(tmp_path, monkeypatch):
+    monkeypatch.setattr("fatezero.hosts.model_files._fetched_before", lambda family, path: str(DEMO))
+    names = BARE | {"cond_stage_model.model.x": (4,), "first_stage_model.x": (4,)}
+    save_file({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not say if it predicts noise or v: give --model-config"):
+        Checkpoint.load(str(tmp_path / "m.safetensors"))
+
+
 def test_a_pointer_and_a_damaged_file(tmp_path):
     pointer(tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="git lfs pull"):
