@@ -1,13 +1,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint gpu gpu-wheels gpu-report clean
+.PHONY: demo test test-host test-all lint gpu gpu-wheels gpu-report clean
 
 demo: .venv/.installed
 	$(BIN)/fatezero demo --output out
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+	$(PYTEST) --ignore tests/comfyui
+
+test-host: .venv/.installed  # in a real ComfyUI
+	$(PYTEST) tests/comfyui
+
+test-all: .venv/.installed  # with what is slow, and in every ComfyUI that is named
+	$(PYTEST) -m ""
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -108,11 +108,11 @@ def reference_inversion(
 
 
 def stepped(
-    denoiser: DiffusersDenoiser, inversion: Inversion, asked: Edit, step: int, tensors: dict[str, torch.Tensor]
+    denoiser: DiffusersDenoiser, inversion: Inversion, asked: Edit, step: int, before: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The latents after one step of an edit, from those that a reference has before it."""
+    """The latents after one step of an edit. before: those before it; None where the edit begins."""
     with EditPass(denoiser, inversion, [asked], in_order=False) as run:
-        zs = [tensors[f"edited.{step}"].double()] if step else run.start
+        zs = run.start if before is None else [before.double()]
         return run.move(zs, step, run.predict(zs, step))[0]
 
 
