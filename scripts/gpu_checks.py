@@ -200,7 +200,8 @@ def tuning_case(at: Machine) -> Measured:
         denoiser = DiffusersDenoiser(with_temporal_layers(unet), build_scheduler())
         own = placed({"clip": clip, "text": text, "noise": noise}, device, dtype)
         draws = list(zip((801, 401, 1), own["noise"], strict=True))
-        return torch.tensor(tune(denoiser, own["clip"], own["text"], TuneSettings(steps=3), draws))
+        losses = tune(denoiser, own["clip"], own["text"], TuneSettings(steps=3), draws)
+        return torch.tensor(losses, dtype=torch.float64)
 
     return digits(at, run, f"{tuple(clip.shape)}, losses of 3 steps", ("float32",))
 
