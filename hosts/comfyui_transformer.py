@@ -8,6 +8,7 @@ packs set stay: the first as the kernel, the second around the block's own forwa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,12 +63,17 @@ def check_transformer(model: Any) -> None:
     unet = model.model.diffusion_model
     plain = type(unet) is WanModel and unet.model_type == "t2v" and unet.in_dim == unet.out_dim
     if not plain or getattr(unet, "ref_conv", None) is not None:
-        raise ValueError(
-            f"model: {type(model.model).__name__} takes more than text (Wan {unet.model_type}, {unet.in_dim} channels "
-            f"in). FateZero works with {WORKING_MODELS}"
-        )
+        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {WORKING_MODELS}")
     if not isinstance(noise_of(model), FlowNoise):
         raise ValueError("model: is a video transformer that is not sampled as a flow")
+
+
+def _kind_of(unet: Any) -> str:
+    """What a Wan is called: "Wan VACE" for a VaceWanModel, "Wan S2V" for a WanModel_S2V."""
+    kind = re.sub("Wan|Model|_", "", type(unet).__name__)
+    if kind:
+        return "Wan " + {"Vace": "VACE", "Humo": "HuMo"}.get(kind, kind)
+    return f"Wan {unet.model_type} with {unet.in_dim} channels in"
 
 
 class HookedTransformer:

@@ -80,7 +80,7 @@ class FateZeroLoadVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str = "", **_: Any) -> bool | str:
+    def validate_inputs(cls, file: str = "") -> bool | str:
         return True if not file or inside(file) else f"file: no video {file!r} in the input or output folder"
 
     @classmethod

@@ -81,6 +81,10 @@ def random_model(kind):
         "sdxl": (known.SDXL({**UNET, **SDXL}), {}),
         "flux": (known.Flux(FLUX), {}),
         "wan_i2v": (known.WAN21_I2V(WAN_I2V), {}),
+        "wan_vace": (
+            known.WAN21_Vace({**WAN_I2V, "model_type": "vace", "in_dim": 16, "vace_layers": 1, "vace_in_dim": 8}),
+            {},
+        ),
     }[kind]
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(mark)
@@ -106,7 +110,7 @@ def node(name, inputs, outputs, **more):
     return of
 
 
-KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v"])
+KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v", "wan_vace"])
 
 
 @node("OtherRandomModel", [KIND], [io.Model.Output()])

@@ -381,7 +381,12 @@ def test_no_trace_is_left_on_the_model(host, graph):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [("wan_i2v", "takes more than text .Wan i2v"), ("flux", "no attention UNet for pictures")]
+    ("kind", "error"),
+    [
+        ("wan_i2v", "is Wan i2v with 36 channels in, not text to video"),
+        ("wan_vace", "is Wan VACE, not text to video"),
+        ("flux", "no attention UNet for pictures"),
+    ],
 )
 def test_other_transformers_are_refused(host, graph, kind, error):
     graph.both(graph.add("OtherRandomModel", kind=kind)[0])
