@@ -45,7 +45,7 @@ from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig, checked
 from .files import files_of, is_here
-from .objects import layout_of
+from .objects import check_objects, layout_of
 from .progress import Bar, in_a_line, no_bars, printable
 from .record import (
     Made,
@@ -219,6 +219,8 @@ def run_edits(
     first = configs[0]
     for config in configs:
         config.fusion, config.keys  # noqa: B018  raise for settings out of range
+        config.prompt_edit(None)  # and this for words that are in no prompt
+        check_objects(config, config.target)
     source = _found(session, first) if store is None else None
     frames = len(source) if source else origin.frames  # type: ignore[union-attr]
     if team is not None:

@@ -152,10 +152,10 @@ def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
         ("steps: 2\ntarget: x\nsteps: 3", "line 3: 'steps' is given a second time"),
         ("pnp: &a {b: *a}", "a part of it holds itself"),
         ("steps: " + "9" * 5000, "is not YAML: Exceeds the limit"),
-        ("steps: 0x" + "f" * 5000, "steps is a number of 20000 bits; it must be below 2..63"),
+        ("steps: 0x" + "f" * 5000, "steps is a number of 20000 bits; it must be a whole number, below 2..63"),
         ("guidance_scale: 0x" + "f" * 500, "guidance_scale is a number of 2000 bits; it must be"),
         ("smoothing: 2", "config.yaml: smoothing is 2; it must be between 0 and 1"),
-        ('target: "\\ud800"', "target is .*no character"),
+        ('target: "\\ud800"', "target is .*; take '.ud800' out of it"),
     ],
 )
 def test_wrong_files_are_told(tmp_path, text, message):
