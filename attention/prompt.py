@@ -14,7 +14,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..imports import torch
-from ..settings import setting
+from ..settings import setting, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,19 +143,21 @@ class PromptEdit:
             if counts[0] != counts[1]:
                 raise ValueError(
                     f'mode "replace" maps word to word, but the source has {counts[0]} words and the target '
-                    f'{counts[1]}: {self.source!r} / {self.target!r}. Use mode "refine".'
+                    f'{counts[1]}: {shown(self.source)} / {shown(self.target)}. Use mode "refine".'
                 )
         if self.blend_words is not None:
             pair = tuple(self.blend_words)
             if len(pair) != 2 or any(isinstance(words, str) for words in pair) or not any(pair):
-                raise ValueError(f"blend_words is {self.blend_words!r}; it must be (source words, target words)")
+                raise ValueError(f"blend_words is {shown(self.blend_words)}; it must be (source words, target words)")
             for words, prompt in zip(pair, (self.source, self.target), strict=True):
                 for word in words:
-                    self._places(prompt, word, "blend_words")
+                    places_of(prompt, word, "blend_words")
         for word, weight in self.reweight.items():
-            self._places(self.target, word, "reweight")
+            places_of(self.target, word, "reweight")
             if not isinstance(weight, (int, float)) or not isfinite(weight) or weight < 0:
-                raise ValueError(f"reweight: the weight of {word!r} is {weight!r}; it must be a number of at least 0")
+                raise ValueError(
+                    f"reweight: the weight of {shown(word)} is {weight!r}; it must be a number of at least 0"
+                )
 
     # --- words and tokens -------------------------------------------------------------
 
@@ -178,8 +180,8 @@ class PromptEdit:
         whole = list(self.tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
         if [token for word in words for token in word] != whole:
             raise ValueError(
-                f"this tokenizer's tokens cross word borders in {prompt!r}; one is needed whose tokens keep to words, "
-                "as CLIP's and T5's"
+                f"this tokenizer's tokens cross word borders in {shown(prompt)}; one is needed whose tokens keep to "
+                "words, as CLIP's and T5's"
             )
         return words
 
@@ -187,10 +189,12 @@ class PromptEdit:
         """The tokens of every place of a word or phrase in embeddings of `text_tokens`."""
         spans = _spans(self.word_tokens(prompt))
         found = []
-        for start, length in self._places(prompt, word, what):
+        for start, length in places_of(prompt, word, what):
             found += [self.columns.of(token) for at in range(start, start + length) for token in range(*spans[at])]
         if max(found, default=0) >= text_tokens:
-            raise ValueError(f"{what}: {word!r} stands beyond the {text_tokens} tokens of the embeddings of {prompt!r}")
+            raise ValueError(
+                f"{what}: {shown(word)} stands beyond the {text_tokens} tokens of the embeddings of {shown(prompt)}"
+            )
         return found
 
     def blend_tokens(self, source_tokens: int, target_tokens: int) -> tuple[list[int], list[int]]:
@@ -202,15 +206,6 @@ class PromptEdit:
             [c for word in source for c in self.token_indices(self.source, word, source_tokens, "blend_words")],
             [c for word in target for c in self.token_indices(self.target, word, target_tokens, "blend_words")],
         )
-
-    def _places(self, prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
-        """(first word, number of words) of every place of a phrase."""
-        words, sought = [bare(w) for w in prompt.split()], [bare(w) for w in phrase.split()]
-        n = len(sought)
-        places = [(i, n) for i in range(len(words) - n + 1) if any(sought) and words[i : i + n] == sought]
-        if not places:
-            raise ValueError(f"{what}: {phrase!r} is not in the prompt {prompt!r}")
-        return places
 
     # --- alignment --------------------------------------------------------------------
 
@@ -308,6 +303,16 @@ _ALIKE = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys(_QUOTES, "'")
 def bare(word: str) -> str:
     """A word without case, without the punctuation around it, and with one kind of dash and apostrophe in it."""
     return unicodedata.normalize("NFKC", word.strip(_PUNCTUATION)).translate(_ALIKE).lower()
+
+
+def places_of(prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
+    """(first word, number of words) of every place of a phrase; ValueError, naming its use, where there is none."""
+    words, sought = [bare(w) for w in prompt.split()], [bare(w) for w in phrase.split()]
+    n = len(sought)
+    places = [(i, n) for i in range(len(words) - n + 1) if any(sought) and words[i : i + n] == sought]
+    if not places:
+        raise ValueError(f"{what}: {shown(phrase)} is not in the prompt {shown(prompt)}")
+    return places
 
 
 def words_of(prompt: str) -> list[str]:

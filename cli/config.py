@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -438,10 +439,8 @@ def _fitting(values: Mapping[str, Any], known: Mapping[str, Described], where: s
         kind = known[name].kind
         found[name] = _fitted(_plain_value(value, kind), kind)
         if found[name] is _WRONG:
-            great = isinstance(value, int) and abs(value) > _MOST
-            raise ConfigError(f"{where}{name} is {shown(value)}; it must be {'below 2**63' if great else _said(kind)}")
-        if name not in (*FILES, *FILES_OF_OBJECTS):
-            _check_text(where + name, found[name])
+            raise ConfigError(f"{where}{name} is {shown(value)}; it must be {_said(kind)}{_if_great(value)}")
+        _check_text(where + name, found[name], "\0" if name in (*FILES, *FILES_OF_OBJECTS) else _HALVES)
         try:
             check_one(known[name], found[name])
         except ValueError as error:
@@ -449,11 +448,20 @@ def _fitting(values: Mapping[str, Any], known: Mapping[str, Described], where: s
     return found
 
 
-def _check_text(name: str, value: Any) -> None:
-    """Raise ConfigError for a text that is none, as half of a pair of UTF-16 alone is."""
+def _if_great(value: Any) -> str:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return ", below 2**63" if any(isinstance(part, int) and abs(part) > _MOST for part in parts) else ""
+
+
+_HALVES = "\ud800-\udfff"
+"""Halves of pairs of UTF-16, which are no text; in names of files they stand for bytes that are no UTF-8."""
+
+
+def _check_text(name: str, value: Any, wrong: str) -> None:
+    """Raise ConfigError for a text with characters that it cannot have."""
     for text in (value,) if isinstance(value, str) else value if isinstance(value, (tuple, dict)) else ():
-        if isinstance(text, str) and (wrong := next((c for c in text if "\ud800" <= c <= "\udfff"), "")):
-            raise ConfigError(f"{name} is {shown(value)}; {wrong!r} in it is no character: write the text as UTF-8")
+        if isinstance(text, str) and (found := re.search(f"[{wrong}]", text)):
+            raise ConfigError(f"{name} is {shown(value)}; take {found[0]!r} out of it")
 
 
 def _section_of(name: str, given: Any, settings: type) -> dict[str, Any]:

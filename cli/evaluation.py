@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from ..video.flow import Estimator, flow_estimator
 from ..video.read import PICTURES, Video, VideoSource, open_video
 from ..video.size import to_unit
 from ..video.write import check_output, write_picture, write_video
+from .progress import printable
 from .run import Session, pick_device
 
 
@@ -85,7 +87,7 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
             progress=bar("motion"),
         )
     report = Report({**judged, **report.figures})
-    table = Table("figure", "value", box=box.SIMPLE, pad_edge=False, title=f"flow: {name}")
+    table = Table("figure", "value", box=box.SIMPLE, pad_edge=False, title=escape(printable(f"flow: {name}")))
     for figure, value in report.figures.items():
         table.add_row(figure, str(value))
     session.console.print(table)

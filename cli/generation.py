@@ -16,12 +16,13 @@ from ..hosts.diffusers_transformer import VideoTransformerDenoiser
 from ..video.size import check_size
 from ..video.write import check_output, write_video
 from .config import GenerateConfig
-from .objects import layout_of
+from .objects import check_objects, layout_of
 from .run import AnyCheckpoint, Session, decode
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
+    check_objects(config, config.prompt)
     check_output(output, config.frames, session.overwrite, session.inputs_of(config))
     checkpoint = session.open_model(config.chosen_model, videos=True)
     side = checkpoint.native_size

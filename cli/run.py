@@ -50,7 +50,7 @@ from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.write import check_output, has_sound, write_video
 from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
 from .files import files_of, is_here
-from .objects import layout_of
+from .objects import check_objects, layout_of
 from .progress import Bar, in_a_line, in_words, no_bars, printable
 from .record import (
     Made,
@@ -229,6 +229,9 @@ def run_edits(
     if store is not None and origin is not None:
         configs = [_with_store(config, store, origin) for config in configs]
     first = configs[0]
+    for config in configs:
+        config.prompt_edit(None)  # raises for words that are in no prompt
+        check_objects(config, config.target)
     source = _found(session, first) if store is None else None
     frames = len(source) if source else origin.frames  # type: ignore[union-attr]
     if team is not None:

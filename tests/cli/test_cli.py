@@ -172,6 +172,11 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--smoothing", "2"], "smoothing is 2.0; it must be between 0 and 1"),
         ([CLIP, *WORDS, "--strength", "0", "--model", "nowhere/"], "strength is 0.0; it must be above 0"),
         ([CLIP, *WORDS, "--steps", "2.5"], "--steps: '2.5' is no whole number"),
+        ([CLIP, *WORDS, "--reweight", "jeep=2", "--model", "nowhere/"], "reweight: 'jeep' is not in the prompt"),
+        ([CLIP, *WORDS, "--box", "green", "--model", "nowhere/"], "box 'green': layout 'green' must begin with"),
+        ([CLIP, *WORDS, "--shift", "jeep: 0:0.1,0", "--model", "nowhere/"], "'jeep' is not in the prompt"),
+        ([CLIP, *WORDS, "--mask", "green: none.mp4", "--model", "nowhere/"], "no video at none.mp4"),
+        ([CLIP, *WORDS, "--size", f"{2**64}x64"], "it must be a list of 2, each a whole number or empty, below 2**63"),
         ([CLIP, *WORDS, "--device", "meta"], "device 'meta' cannot be used here"),
         (
             [CLIP, *WORDS, "--preset", "flow_edit", "--flow-edit.seed", 2**70],

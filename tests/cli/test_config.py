@@ -152,10 +152,10 @@ def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
         ("steps: 2\ntarget: x\nsteps: 3", "line 3: 'steps' is given a second time"),
         ("pnp: &a {b: *a}", "a part of it holds itself"),
         ("steps: " + "9" * 5000, "is not YAML: Exceeds the limit"),
-        ("steps: 0x" + "f" * 5000, "steps is a number of 20000 bits; it must be below 2..63"),
+        ("steps: 0x" + "f" * 5000, "steps is a number of 20000 bits; it must be a whole number, below 2..63"),
         ("guidance_scale: 0x" + "f" * 500, "guidance_scale is a number of 2000 bits; it must be"),
         ("smoothing: 2", "config.yaml: smoothing is 2; it must be between 0 and 1"),
-        ('target: "\\ud800"', "target is .*no character"),
+        ('target: "\\ud800"', "target is .*; take '.ud800' out of it"),
     ],
 )
 def test_wrong_files_are_told(tmp_path, text, message):
@@ -272,3 +272,19 @@ def test_a_preset_given_elsewhere_stands_over_the_files_settings(tmp_path):
 @pytest.mark.parametrize(("told", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
 def test_frame_rates_as_people_write_them(told, rate):
     assert str(EditConfig(fps=told).frame_rate) == rate
+
+
+def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
+    from rich.console import Console
+
+    from fatezero.cli import progress
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "console", Console(force_terminal=True, width=100))
+        with progress.progress_bar() as bar:
+            bar("write [bold]\x1b[2J.mp4")(1, 1)
+    said = capsys.readouterr().out
+    assert "write [bold]\\x1b[2J.mp4" in said
+    told = progress.told(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
+    assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
+    assert len(told) <= 330 and "\n" not in told
