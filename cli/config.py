@@ -81,11 +81,9 @@ class ModelSettings:
         "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
     )
     lora: tuple[str, ...] = setting(
-        (), "A LoRA file or folder, with a strength as FILE=0.8; may repeat.", shown="none", group=_MODEL
+        (), "LoRA file or folder, or FILE=0.8 for its strength. May repeat.", shown="none", group=_MODEL
     )
-    variant: str = setting(
-        "", "Which weights of a diffusers folder, as fp16 for *.fp16.safetensors.", shown="those without", group=_MODEL
-    )
+    variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
     temporal: str = setting(
         "",
         "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
@@ -104,11 +102,9 @@ class ModelSettings:
 class ControlSettings:
     """A ControlNet and what it follows."""
 
-    controlnet: str = setting(
-        "", "A ControlNet for the UNet: diffusers folder, .safetensors file or hub name.", shown="none", group=_MODEL
-    )
+    controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "What the ControlNet follows, as edges, depth or poses: a video or pictures, cut like the clip.",
+        "", "Video or pictures that the ControlNet follows. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
