@@ -34,7 +34,8 @@ from ..methods.tune_a_video import TuneSettings
 from ..settings import check, described, described_one, is_union, kept, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
-from ..video.read import ClipSettings, read_metadata, seconds_of
+from ..video.read import read_metadata
+from ..video.which import ClipSettings, seconds_of
 from ..video.write import METADATA_SUFFIXES
 
 T = TypeVar("T")

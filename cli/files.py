@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..video.read import VideoError, numbered, picture_files
-from .config import EditConfig, GenerateConfig
+from ..video.pictures import VideoError, numbered, picture_files
+from .config import EditConfig, GenerateConfig, TuneConfig
 
-_FILES = ("video", "lora", "model", "temporal")
-"""The settings that name a file."""
+OF_MODELS = ("lora", "model", "temporal")
+"""The settings that name a file, or folder, of weights."""
+_FILES = ("video", *OF_MODELS)
 _BUNDLED = ("demo", "demo-wan")
 """What is no file's name, though a folder may be called so."""
 _OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""
 
 
-def files_of(config: EditConfig | GenerateConfig) -> dict[str, str]:
+def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]:
     """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger."""
     found = {name: getattr(config, name, "") for name in _FILES}
     found = {name: file for name, file in found.items() if name == "video" or file not in _BUNDLED}
@@ -68,7 +70,7 @@ def digest_of(path: str | Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
     whole = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.name} {_sha256(file)}\n".encode())
+        whole.update(os.fsencode(file.name) + f" {_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 

@@ -15,7 +15,7 @@ from ..hosts.diffusers_memory import guidance_bytes
 from ..hosts.diffusers_transformer import VideoTransformerDenoiser
 from ..hosts.diffusers_video import DiffusersVideoDenoiser
 from ..video.size import check_size
-from ..video.write import check_output, write_video
+from ..video.write import write_video
 from .config import GenerateConfig
 from .objects import layout_of
 from .run import AnyCheckpoint, Session, decode
@@ -23,7 +23,12 @@ from .run import AnyCheckpoint, Session, decode
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
-    check_output(output, config.frames, session.overwrite, session.inputs_of(config))
+    with session.outputs(config) as outputs:
+        outputs.clip(output, config.frames)
+        _generate(session, config, output, dry_run)
+
+
+def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)

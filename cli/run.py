@@ -23,7 +23,7 @@ from ..diffusion.source import check_store
 from ..diffusion.spread import ALONE, Spread
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
-from ..files.whole import check_writable, disk_folder, remove_stale_folders
+from ..files.whole import disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
 from ..hosts.checkpoint_wan import NAME as DEMO_WAN
 from ..hosts.checkpoint_wan import WanCheckpoint
@@ -40,12 +40,14 @@ from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
 from ..video.flow import flow_estimator
 from ..video.motion import Motion
-from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
+from ..video.read import Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
-from ..video.write import check_output, has_sound, write_video
+from ..video.which import ClipSettings
+from ..video.write import has_sound, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig
-from .files import files_of
+from .files import OF_MODELS, files_of
 from .objects import layout_of
+from .outputs import Outputs
 from .progress import Bar, no_bars
 from .record import (
     Made,
@@ -157,10 +159,12 @@ class Session:
         if model in ("demo", DEMO_WAN):
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
-    def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
-        """All the files that a run reads."""
-        named = (*files_of(config).values(), self.model_config)
-        return [*self.inputs, *(Path(name) for name in named if name)]
+    def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
+        """For the files that a run writes. inputs: those it reads beside what its configuration names."""
+        files = files_of(config)
+        others = {name: files.pop(name) for name in OF_MODELS if name in files}
+        named = (*others.values(), self.model_config, *self.inputs, *inputs)
+        return Outputs(self.overwrite, files.values(), [name for name in named if name])
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
@@ -177,8 +181,13 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     if config.noise == "drawn":
         raise ValueError("noise is drawn, so there is nothing to invert")
     remove_stale_folders(disk_folder())
+    with session.outputs(config) as outputs:
+        outputs.file(output)
+        _invert(session, config, output, dry_run)
+
+
+def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     settings = replace(config.store, path=output)
-    check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
     checkpoint = session.open_model(config.model, config.lora, config.temporal)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
@@ -206,6 +215,20 @@ def run_edits(
     starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
     """
     remove_stale_folders(disk_folder())
+    with session.outputs(configs[0], store_path) as held:
+        _edit(session, held, configs, output, store_path, dry_run, made, lent)
+
+
+def _edit(
+    session: Session,
+    held: Outputs,
+    configs: list[EditConfig],
+    output: str,
+    store_path: Path | None,
+    dry_run: bool,
+    made: Made | None,
+    lent: bool,
+) -> None:
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
     session, team = _team_of(session)
@@ -225,10 +248,9 @@ def run_edits(
         first = configs[0]
     outputs = _outputs(output, len(configs))
     if team is None or team.is_main:
-        inputs = [*session.inputs_of(first), *([store_path] if store_path else [])]
         for path in outputs:
-            check_output(path, frames, session.overwrite, inputs)
-            check_writable(record_path(path), session.overwrite, inputs)
+            held.clip(path, frames)
+            held.file(record_path(path))
     named = None if lent else store_path
     files = files_read(configs, named)
     if made is not None:

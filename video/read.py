@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,57 +18,17 @@ from av.error import FFmpegError
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..settings import setting
+from ..files.whole import check_name
 from .colour import hdr_kind, to_rgb
+from .pictures import VideoError, picture_files
+from .which import Moment, seconds_of
 
 _DAMAGE = (FFmpegError, IndexError)
 """What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
 
 
-GROUP = "Which frames"
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """Which frames of a video, and how they are cut."""
-
-    start: int | str = setting(0, "The first frame, counted from 0, or its time: 48, 2.5s, 1:02.", least=0, group=GROUP)
-    end: int | str | None = setting(None, "The frame, or time, to stop before.", shown="the end", group=GROUP)
-    stride: int = setting(1, "Take every so many-th frame.", least=1, most=1000, group=GROUP)
-    count: int | None = setting(
-        None,
-        "How many frames; 0 takes all that follow. Fewer in the video is an error.",
-        least=0, most=100_000, shown="at most 8; with --end all", group=GROUP,
-    )  # fmt: skip
-    fps: float | None = setting(
-        None, "See a video at this rate; of pictures, their rate.", shown="its own; pictures: 8",
-        unit="frames a second", group=GROUP,
-    )  # fmt: skip
-    crop: tuple[int, int, int, int] = setting(
-        (0, 0, 0, 0), "Cut off: left,top,right,bottom.", unit="pixels", shown="0,0,0,0", group=GROUP
-    )
-    size: tuple[int, int] | None = setting(
-        None, "WIDTHxHEIGHT to edit at.", unit="pixels", shown="the short side at the model's own size", group=GROUP
-    )
-
-    @property
-    def frame_rate(self) -> Fraction | None:
-        """`fps` as a fraction; 29.97 is 30000/1001, as 23.976 and 59.94 are."""
-        if self.fps is None:
-            return None
-        whole = round(self.fps)
-        return Fraction(1000 * whole, 1001) if abs(self.fps - whole / 1.001) < 5e-4 else Fraction(str(self.fps))
-
-
-class VideoError(ValueError):
-    """A file that gives no frames, or fewer than asked for."""
-
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FOLDER_FPS = Fraction(8)
 """The frame rate of a folder of pictures, which tells none."""
-Moment = int | str
-"""A frame by its number, or a time: "2.5s" or "1:02.5"."""
 
 
 # --- sound ----------------------------------------------------------------------------
@@ -356,21 +315,13 @@ def _frame_at(moment: Moment, times: Sequence[Fraction]) -> int:
     return moment if isinstance(moment, int) else bisect_left(times, seconds_of(moment))
 
 
-def seconds_of(text: str) -> Fraction:
-    """A time as people write it, "2.5s", "1:02" or "1:00:02.5", in seconds; ValueError for anything else."""
-    found = re.fullmatch(r"(?:(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)s)", text.strip())
-    if not found:
-        raise ValueError(f"{text!r} is no moment: give a frame's number, or a time such as 2.5s or 1:02.5")
-    hours, minutes, seconds, alone = found.groups()
-    return Fraction(alone) if alone else 3600 * int(hours or 0) + 60 * int(minutes) + Fraction(seconds)
-
-
 # --- where the frames of a file are -----------------------------------------------------------
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[av.container.InputContainer]:
     """A file opened; FileNotFoundError, or VideoError saying what is wrong with it."""
+    check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"no video at {path}")
     if path.stat().st_size == 0:
@@ -535,39 +486,6 @@ def _turns(frame: av.VideoFrame) -> int:
 
 
 # --- pictures -------------------------------------------------------------------------------
-
-
-def picture_files(path: Path) -> tuple[Path, ...]:
-    """The pictures that a path names, in the order of the numbers in their names; none for a video.
-
-    Raises FileNotFoundError for a pattern, and VideoError for a folder, without pictures.
-    """
-    if path.is_file():
-        return (path,) if path.suffix.lower() in PICTURES else ()
-    if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-        if not found:
-            raise VideoError(f"{path} is a folder without pictures ({', '.join(PICTURES)})")
-    elif numbered(path):
-        pattern = re.compile(re.sub(r"%0?\d*d", r"\\d+", re.escape(path.name).replace(r"\%", "%")))
-        found = [p for p in path.parent.glob("*") if pattern.fullmatch(p.name)] if path.parent.is_dir() else []
-    elif "*" in path.name:
-        found = [p for p in path.parent.glob(path.name) if p.suffix.lower() in PICTURES]
-    else:
-        return ()
-    if not found:
-        raise FileNotFoundError(f"no pictures at {path}")
-    return tuple(sorted(found, key=_by_number))
-
-
-def numbered(path: Path) -> bool:
-    """Whether a name is a pattern with a number in it, as f_%04d.png."""
-    return re.search(r"%0?\d*d", path.name) is not None
-
-
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """f2 before f10."""
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", path.name)]
 
 
 def _picture_size(path: Path, pictures: Sequence[Path]) -> tuple[int, int]:

@@ -15,9 +15,10 @@ from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
 
-from ..files.whole import check_writable, remove_folder, temporary_folder, whole_file
+from ..files.whole import remove_folder, temporary_folder, whole_file
 from .colour import tag, to_yuv
-from .read import Sound, SoundTrack, numbered
+from .pictures import numbered, with_number
+from .read import Sound, SoundTrack
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,10 @@ def has_sound(path: str | Path) -> bool:
     return not is_sequence(path) and _suffix(path) in _CODECS
 
 
-def check_output(path: str | Path, frames: int, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
-    """Raise, before any work, where these frames cannot be written to a path.
-
-    ValueError for a name that cannot take them, and OSError for a place (see `check_writable`).
-    """
+def output_files(path: str | Path, frames: int) -> list[Path]:
+    """The files that frames become at a path; ValueError for a name that cannot take them."""
     if is_sequence(path):
-        for i in range(frames):
-            check_writable(_numbered(_pattern(path), i), overwrite, inputs if i == 0 else ())
-        return
+        return [with_number(_pattern(path), i) for i in range(frames)]
     path = Path(path)
     suffix = _suffix(path)
     if suffix in PICTURE_SUFFIXES and frames > 1:
@@ -75,7 +71,7 @@ def check_output(path: str | Path, frames: int, overwrite: bool = False, inputs:
         kinds = VIDEO_SUFFIXES + (PICTURE_SUFFIXES if frames == 1 else ())
         count = "1 frame" if frames == 1 else f"{frames} frames"
         raise ValueError(f"cannot write {count} to {path.name!r}: use one of {', '.join(kinds)}")
-    check_writable(path, overwrite, inputs)
+    return [path]
 
 
 def write_video(
@@ -221,10 +217,6 @@ def _pattern(path: str | Path) -> Path:
     return Path(path) if numbered(Path(path)) else Path(path) / "%05d.png"
 
 
-def _numbered(pattern: Path, i: int) -> Path:
-    return pattern.with_name(pattern.name % i)
-
-
 def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
     """All the pictures or none, each under its number."""
     pattern.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +224,7 @@ def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
     try:
         names = []
         for i, picture in enumerate(pictures):
-            names.append(_numbered(folder / pattern.name, i))
+            names.append(with_number(folder / pattern.name, i))
             Image.fromarray(picture).save(names[-1], quality=95)
         for name in names:
             name.replace(pattern.parent / name.name)

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ...video.read import picture_files
+from ...video.pictures import picture_files
 from ...video.write import METADATA_SUFFIXES
 from ..config import ConfigError, held_by
 
