@@ -61,14 +61,14 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
         raise ValueError("--source and --target have no effect here: they are for --clip and --judge")
     if asked.how != Evaluation.how and not asked.comparison:
         raise ValueError("--how has no effect here: it is for --comparison")
-    if asked.plot and asked.plot.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"--plot is {asked.plot.name!r}; its name must end in one of {', '.join(PICTURE_SUFFIXES)}")
     clips = [path for path in (asked.source, asked.edited, asked.mask, asked.truth) if path]
     others = [path for path in (asked.lpips, asked.flow, asked.clip) if path]
     with Outputs(session.overwrite, clips, others) as outputs:
         for path in (asked.output, asked.plot):
             if path:
                 outputs.file(path)
+        if asked.plot and asked.plot.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ValueError(f"--plot is {asked.plot.name!r}: use one of {', '.join(PICTURE_SUFFIXES)}")
         found = open_video(asked.edited)
         if asked.comparison:
             outputs.clip(asked.comparison, len(found))

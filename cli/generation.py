@@ -18,7 +18,7 @@ from ..video.size import check_size
 from ..video.write import write_video
 from .config import GenerateConfig
 from .objects import layout_of
-from .run import AnyCheckpoint, Session, decode
+from .run import AnyCheckpoint, Session, check_size_fits, decode
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
@@ -33,6 +33,9 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
+    sides = height // checkpoint.factor, width // checkpoint.factor
+    shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
+    check_size_fits(checkpoint, shape)
     text, empty = (
         checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
         for words in (config.prompt, config.negative)
@@ -47,8 +50,6 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
         f"{checkpoint.device}"
     )
     keys, norm = _as_trained(checkpoint, config)
-    sides = height // checkpoint.factor, width // checkpoint.factor
-    shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
     if layout is not None:
         if isinstance(denoiser, VideoTransformerDenoiser):
             raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")

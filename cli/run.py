@@ -21,6 +21,7 @@ from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_m
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..diffusion.spread import ALONE, Spread
+from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
 from ..files.whole import disk_folder, remove_stale_folders
@@ -191,7 +192,7 @@ def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -
     source = _found(session, config)
     checkpoint = session.open_model(config.model, config.lora, config.temporal)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
-    session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
+    session.say(plan(checkpoint, [config], shape_of(video, checkpoint), settings, edits=False))
     if dry_run:
         return
     with session.bars() as bar:
@@ -268,7 +269,7 @@ def _edit(
         assert source is not None
         video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
         fps, times = video.fps, video.times
-        shape: tuple[int, ...] = _latents_shape(video, checkpoint)
+        shape: tuple[int, ...] = shape_of(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
         _check_store(checkpoint, store, origin, prompts)
@@ -421,6 +422,22 @@ def _outputs(output: str, count: int) -> list[str]:
     return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]
 
 
+def check_size_fits(checkpoint: AnyCheckpoint, latents_shape: Sequence[int]) -> None:
+    """Raise ValueError where frames of a size would not fit into memory, by what the autoencoder holds of one alone."""
+    frames, _, *grid = latents_shape
+    height, width = (side * checkpoint.factor for side in grid)
+    at_once = checkpoint.frames_at_once(height, width) if isinstance(checkpoint, Checkpoint) else frames
+    what = f"{width}x{height}: {'a frame' if at_once == 1 else f'{at_once} frames'}"
+    check_room(what, 15 * at_once * height * width, free_bytes(), _SMALLER)
+    if isinstance(checkpoint, Checkpoint):
+        vae, device = checkpoint.vae, checkpoint.device
+        needed = 6 * vae.config["block_out_channels"][0] * vae.dtype.itemsize * height * width
+        check_room(f"{width}x{height}: the autoencoder", needed, available_bytes(device), _SMALLER)
+
+
+_SMALLER = "choose a smaller --size, or crop the video"
+
+
 def plan(
     checkpoint: AnyCheckpoint,
     configs: list[EditConfig],
@@ -431,6 +448,7 @@ def plan(
 ) -> str:
     """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
+    check_size_fits(checkpoint, latents_shape)
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
@@ -615,7 +633,7 @@ def decode(
         progress(done, len(latents))
 
 
-def _latents_shape(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
+def shape_of(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
     width, height = video.size
     frames = checkpoint.latent_frames(len(video))
     return frames, checkpoint.channels, height // checkpoint.factor, width // checkpoint.factor

@@ -30,7 +30,7 @@ from ..store.budget import available_bytes
 from ..video.fitted import FittedVideo
 from ..video.write import write_picture
 from .config import TuneConfig
-from .run import Session, find_frames, fit_frames, pick_device, pick_dtype, posterior
+from .run import Session, check_size_fits, find_frames, fit_frames, pick_device, pick_dtype, posterior, shape_of
 
 DEFAULT_FRAMES = 24
 """Frames tuned on, at most, where nothing says how many: the authors' number."""
@@ -71,6 +71,7 @@ def _tune(
     source = find_frames(config, DEFAULT_FRAMES)
     checkpoint = _model(session, config, accelerator)
     video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
+    check_size_fits(checkpoint, shape_of(video, checkpoint))
     text = checkpoint.encode_prompt(config.prompt, *video.size, checkpoint.blocks(config.prompt))
     session.say(_plan(checkpoint, config, video, text, accelerator.num_processes))
     if asked.dry_run:
