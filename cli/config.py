@@ -35,7 +35,7 @@ from ..settings import check, described, described_one, is_union, kept, setting
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
 from ..video.read import read_metadata
-from ..video.which import ClipSettings, seconds_of
+from ..video.which import ClipSettings, colour_of, seconds_of
 from ..video.write import METADATA_SUFFIXES
 
 T = TypeVar("T")
@@ -340,6 +340,11 @@ def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, A
                 seconds_of(found[name])
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from error
+    if isinstance(found.get("background"), str):
+        try:
+            colour_of(found["background"])
+        except ValueError as error:
+            raise ConfigError(f"background: {error}") from error
     for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
             raise ConfigError(f"{name} is {values[name]!r}; it must not be blank")

@@ -43,7 +43,7 @@ from ..video.flow import flow_estimator
 from ..video.motion import Motion
 from ..video.read import Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
-from ..video.which import ClipSettings
+from ..video.which import ClipSettings, colour_of
 from ..video.write import has_sound, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig
 from .files import OF_MODELS, files_of
@@ -99,7 +99,8 @@ def find_frames(config: EditConfig | TuneConfig, default: int = DEFAULT_FRAMES) 
     """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says."""
     at_most = default if config.count is None and config.end is None else None
     return open_video(
-        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate
+        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate,
+        background=colour_of(config.background),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
 _NUMBER = re.compile(r"%(?:0(\d+))?d")
 """Where a pattern has its number, padded with zeros: "%20d", as in my%20dog.png, is none."""
 

@@ -36,6 +36,8 @@ class ClipSettings:
         None, "WIDTHxHEIGHT to edit at.", unit="pixels", shown="the short side at the model's own size", group=GROUP
     )
 
+    background: str = setting("black", "The colour behind what is transparent: a name, or #rrggbb.", group=GROUP)
+
     @property
     def frame_rate(self) -> Fraction | None:
         """`fps` as a fraction; 29.97 is 30000/1001, as 23.976 and 59.94 are."""
@@ -43,6 +45,17 @@ class ClipSettings:
             return None
         whole = round(self.fps)
         return Fraction(1000 * whole, 1001) if abs(self.fps - whole / 1.001) < 5e-4 else Fraction(str(self.fps))
+
+
+def colour_of(text: str) -> tuple[int, int, int]:
+    """Red, green and blue of a colour's name or "#rrggbb"; ValueError for anything else."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise ValueError(f"{text!r} is no colour: give a name such as white, or #rrggbb") from None
+    return red, green, blue
 
 
 def seconds_of(text: str) -> Fraction:
