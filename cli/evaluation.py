@@ -26,7 +26,7 @@ from ..video.flow import Estimator, flow_estimator
 from ..video.pictures import PICTURES
 from ..video.read import Video, VideoSource, open_video
 from ..video.size import to_unit
-from ..video.write import PICTURE_SUFFIXES, write_picture, write_video
+from ..video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
 from .outputs import Outputs
 from .run import Session, pick_device
 
@@ -72,6 +72,9 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
         found = open_video(asked.edited)
         if asked.comparison:
             outputs.clip(asked.comparison, len(found))
+            times = None if found.even else found.times
+            for lost in shortcomings(asked.comparison, found.fps, len(found), found.sound() is not None, times):
+                session.note(lost)
         return _evaluate(session, asked, found)
 
 

@@ -15,7 +15,7 @@ from ..hosts.diffusers_memory import guidance_bytes
 from ..hosts.diffusers_transformer import VideoTransformerDenoiser
 from ..hosts.diffusers_video import DiffusersVideoDenoiser
 from ..video.size import check_size
-from ..video.write import write_video
+from ..video.write import shortcomings, write_video
 from .config import GenerateConfig
 from .objects import layout_of
 from .run import AnyCheckpoint, Session, check_size_fits, decode
@@ -58,6 +58,9 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
             session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
         session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")
+    rate = Fraction(str(config.fps))
+    for lost in shortcomings(output, rate, config.frames, sound=False):
+        session.note(lost)
     if dry_run:
         return
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
@@ -66,7 +69,6 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
             denoiser, noise, text, empty, config.steps, config.guidance_scale, keys, norm, layout=layout,
             progress=bar("draw"),
         )  # fmt: skip
-        rate = Fraction(str(config.fps))
         write_video(output, decode(checkpoint, latents, config.frames, bar(f"write {Path(output).name}")), rate)
     session.say(f"{config.prompt!r} written to {output}")
 

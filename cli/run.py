@@ -44,7 +44,7 @@ from ..video.motion import Motion
 from ..video.read import Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.which import ClipSettings, colour_of
-from ..video.write import has_sound, write_video
+from ..video.write import FrameDigest, shortcomings, write_video
 from .config import EditConfig, GenerateConfig, TuneConfig
 from .files import OF_MODELS, files_of
 from .objects import layout_of
@@ -283,8 +283,8 @@ def _edit(
         check_same(now, made)
         if other := differences(now, made):
             session.note(f"the result was made with {', '.join(other)}: its last digits may differ")
-    if sound is not None and not has_sound(output):
-        session.note(f"{output} holds no sound")
+    for lost in shortcomings(output, fps, frames, sound is not None, times):
+        session.note(lost)
     if dry_run:
         return
 
@@ -310,8 +310,10 @@ def _edit(
         for one, latents in zip(writing, results, strict=True):
             try:
                 pictures = decode(checkpoint, latents, frames, bar(f"write {Path(one.path).name}"))
-                one.write(pictures, fps, sound, times)
+                digest = one.write(pictures, fps, sound, times)
                 session.say(f"{one.config.target!r} written to {one.path}")
+                if made is not None and made.frames:
+                    _say_whether_same(session, digest, made)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
@@ -332,11 +334,24 @@ class _Writing:
         fps: Fraction,
         sound: Sound | SoundTrack | None,
         times: Sequence[Fraction] | None,
-    ) -> None:
-        """The record comes last: where it is, the result is whole."""
-        metadata = metadata_of(self.config, self.made)
-        write_video(self.path, pictures, fps, sound, times=times, metadata=metadata)
-        write_record(self.path, record_of(self.config, self.made))
+    ) -> str:
+        """Returns the digest of the frames. The record comes last: where it is, the result is whole."""
+        metadata, digest = metadata_of(self.config, self.made), FrameDigest()
+        write_video(self.path, digest.passing(pictures), fps, sound, times=times, metadata=metadata)
+        made = replace(self.made, frames=str(digest))
+        try:
+            write_record(self.path, record_of(self.config, made))
+        except OSError as error:
+            raise OSError(f"{self.path} is written, but without its record: {error}") from error
+        return made.frames
+
+
+def _say_whether_same(session: Session, frames: str, made: Made) -> None:
+    """Whether a result that was made again has the frames it had."""
+    if frames == made.frames:
+        session.say("its frames are those of the record, bit for bit")
+    else:
+        session.note("its frames are not those of the record, bit for bit")
 
 
 def _team_of(session: Session) -> tuple[Session, Processes | None]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from hashlib import sha256
 from pathlib import Path
 from typing import cast
 
 import av
 import numpy as np
+import torch
 from av.error import FFmpegError
 from PIL import Image
 from torch import Tensor
@@ -19,6 +20,22 @@ from ..files.whole import remove_folder, temporary_folder, whole_file
 from .colour import tag, to_yuv
 from .pictures import numbered, with_number
 from .read import Sound, SoundTrack
+
+
+class FrameDigest:
+    """SHA-256 of frames, their sizes and their order, as they pass on the way to an encoder."""
+
+    def __init__(self) -> None:
+        self._sum = sha256()
+
+    def passing(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        for frame in frames:
+            self._sum.update(str(tuple(frame.shape)).encode())
+            self._sum.update(frame.cpu().contiguous().numpy().data)
+            yield frame
+
+    def __str__(self) -> str:
+        return self._sum.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,20 @@ def is_sequence(path: str | Path) -> bool:
 def has_sound(path: str | Path) -> bool:
     """Whether an output can hold sound."""
     return not is_sequence(path) and _suffix(path) in _CODECS
+
+
+def shortcomings(
+    path: str | Path, fps: Fraction, count: int, sound: bool, times: Sequence[Fraction] | None = None
+) -> list[str]:
+    """What an output cannot hold of frames, to be said before they are written. sound: whether they have any."""
+    found = []
+    if sound and not has_sound(path):
+        found.append(f"{path} holds no sound")
+    if not is_sequence(path) and _suffix(path) == ".gif":
+        kept = len(_gif_frames(fps, count, times))
+        if kept < count:
+            found.append(f"{path} shows {kept} of the {count} frames: browsers show a GIF's at most 50 times a second")
+    return found
 
 
 def output_files(path: str | Path, frames: int) -> list[Path]:
@@ -142,9 +173,9 @@ def _encode(
         settings["movflags"] = "+faststart+use_metadata_tags"
     with av.open(f"file:{path}", "w", options=settings) as file:
         file.metadata.update(metadata)
-        options = (
-            {"crf": str(crf), "preset": "medium"} if codecs is _H264 else {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
-        )
+        options = {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
+        if codecs is _H264:
+            options = {"crf": str(crf), "preset": "medium", **_steady_x264()}
         video = cast(av.VideoStream, file.add_stream(codecs.video, rate=fps, options=options))
         clock = 1 / fps if times is None else Fraction(1, _CLOCK)
         track = None
@@ -165,6 +196,14 @@ def _encode(
         file.mux(video.encode(None))
         if track:
             track.write(until=None)
+
+
+def _steady_x264() -> dict[str, str]:
+    """Options that keep x264 from AVX-512, with which the same frames may become other bytes from run to run.
+
+    Its `asm` says what it may use, and it does not look whether that is there: given where AVX-512 is, AVX2 is too.
+    """
+    return {"x264-params": "asm=AVX2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 
 
 class _Track:
@@ -203,10 +242,29 @@ class _Track:
 def _write_gif(path: Path, pictures: Iterator[np.ndarray], fps: Fraction, times: Sequence[Fraction] | None) -> None:
     """A GIF that goes round, a palette for each frame; it tells time in hundredths of a second."""
     shown = [Image.fromarray(picture).quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
-    at = [i / fps for i in range(len(shown) + 1)] if times is None else [*times, times[-1] + 1 / fps]
-    ends = [round(100 * t) for t in at]
-    durations = [10 * max(1, b - a) for a, b in pairwise(ends)]
-    shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0, optimize=False)
+    kept = _gif_frames(fps, len(shown), times)
+    first, *more = (shown[i] for i, _ in kept)
+    durations = [10 * hundredths for _, hundredths in kept]
+    first.save(path, save_all=True, append_images=more, duration=durations, loop=0, optimize=False)
+
+
+def _gif_frames(fps: Fraction, count: int, times: Sequence[Fraction] | None) -> list[tuple[int, int]]:
+    """The frames that a GIF shows, and for how many hundredths of a second each.
+
+    At least two, for browsers take a tenth of a second for less: of frames that come faster some are left out.
+    """
+    at = [i / fps for i in range(count + 1)] if times is None else [*times, times[-1] + 1 / fps]
+    ticks = [round(100 * t) for t in at]
+    kept = [0]
+    for i in range(1, count):
+        if ticks[i] - ticks[kept[-1]] >= _LEAST_DELAY and ticks[count] - ticks[i] >= min(_LEAST_DELAY, ticks[count]):
+            kept.append(i)
+    ends = [ticks[i] for i in kept[1:]] + [ticks[count]]
+    return [(i, max(_LEAST_DELAY, end - ticks[i])) for i, end in zip(kept, ends, strict=True)]
+
+
+_LEAST_DELAY = 2
+"""Hundredths of a second."""
 
 
 # --- many pictures ------------------------------------------------------------------------
