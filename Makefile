@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu gpu-wheels gpu-report clean
 
 demo: .venv/.installed
 	$(BIN)/fatezero demo --output out
@@ -14,6 +14,19 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/fatezero  # the checkout under its package name
 	cd .mypy_cache/root && ../../$(BIN)/mypy --config-file ../../pyproject.toml --no-namespace-packages -p fatezero
+
+# On a machine with a GPU nothing is installed: what is there is used, and what gpu-wheels brought.
+RUN = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+FOLDER ?= out/gpu
+
+gpu:  # make gpu OPTIONS="--tiny --device cpu"
+	$(RUN) scripts/gpu.py --out $(FOLDER) $(OPTIONS)
+
+gpu-wheels:
+	$(RUN) scripts/gpu_wheels.py
+
+gpu-report:  # make gpu-report FOLDER=out/gpu
+	$(RUN) scripts/gpu_report.py $(FOLDER)
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

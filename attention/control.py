@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
 
+from ..imports import F, torch
 from .key_frames import Chunk, KeyFrames, as_one
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Place = Literal["down", "mid", "up", "block"]
 """Of a UNet; a transformer has blocks alone."""
@@ -57,11 +58,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1))
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """softmax(q k^T / sqrt(d)) v as `attention` has it, by whichever kernel a host prefers."""
 
 
-Gather = Callable[[Tensor, AttentionSite], Tensor]
+Gather: TypeAlias = "Callable[[Tensor, AttentionSite], Tensor]"
 """A self-attention layer's output (f t c) from its input tokens (f t c)."""
 
 

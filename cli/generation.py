@@ -13,7 +13,6 @@ from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers
 from ..hosts.diffusers_memory import guidance_bytes
 from ..hosts.diffusers_transformer import VideoTransformerDenoiser
-from ..hosts.diffusers_video import DiffusersVideoDenoiser
 from ..video.size import check_size
 from ..video.write import shortcomings, write_video
 from .config import GenerateConfig
@@ -29,17 +28,16 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
 
 
 def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
-    checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
+    checkpoint = session.open_model(config.chosen_model, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
     sides = height // checkpoint.factor, width // checkpoint.factor
     shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
     check_size_fits(checkpoint, shape)
-    text, empty = (
-        checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
-        for words in (config.prompt, config.negative)
-    )
+    blocks = checkpoint.blocks(config.prompt, config.negative)
+    text = checkpoint.encode_prompt(config.prompt, width, height, blocks)
+    empty = checkpoint.encode_negative(config.negative, width, height, blocks)
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
     asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)
@@ -75,9 +73,11 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
 
 def _as_trained(checkpoint: AnyCheckpoint, config: GenerateConfig) -> tuple[KeyFrames, bool]:
     """The key frames and clip norm that are asked for, or those the model was trained with."""
-    of_videos = isinstance(checkpoint.denoiser, DiffusersVideoDenoiser)
+    own_keys, own_norm = checkpoint.denoiser.trained_with
     about = about_temporal_layers(config.temporal) if config.temporal else {}
-    told = "self" if of_videos else about.get("key_frames", "first, previous")
-    keys = KeyFrames.parse(told) if config.key_frames is None else KeyFrames.of(config.key_frames)
-    norm = not of_videos and about.get("clip_norm", "true") == "true" if config.clip_norm is None else config.clip_norm
-    return keys, norm
+    keys = KeyFrames.parse(about["key_frames"]) if "key_frames" in about else KeyFrames(own_keys)
+    norm = about["clip_norm"] == "true" if "clip_norm" in about else own_norm
+    return (
+        keys if config.key_frames is None else KeyFrames.of(config.key_frames),
+        norm if config.clip_norm is None else config.clip_norm,
+    )

@@ -115,7 +115,7 @@ def _accelerator(session: Session) -> Any:
 def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint:
     if accelerator.num_processes > 1:
         session = replace(session, device=str(accelerator.device))
-    checkpoint = session.open_unet(config.model, temporal=config.temporal)
+    checkpoint = session.open_unet(config.chosen_model)
     if temporal_layers(checkpoint.unet) is None:
         with_temporal_layers(checkpoint.unet, None, config.layers, config.rank, config.seed)
     return checkpoint
@@ -172,8 +172,9 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no state of a tuning: {error}") from error
+    usual = _of_the_run(TuneConfig())
     for name, value in _of_the_run(config).items():
-        if made.get(name) != value:
+        if made.get(name, usual[name]) != value:
             raise ValueError(f"the tuning in {path.parent} was begun with {name} {made.get(name)!r}, not {value!r}")
     if len(state["losses"]) >= config.steps:
         raise ValueError(f"the tuning in {path.parent} has done {len(state['losses'])} steps: give more with --steps")

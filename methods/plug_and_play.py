@@ -7,8 +7,7 @@ self-attention queries and keys in the decoder, and the source's feature in one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.control import AttentionSite, Control
 from ..attention.masks import GivenMask
@@ -16,6 +15,9 @@ from ..diffusion.edit import Edit, EditContext, Injected
 from ..diffusion.source import Asks
 from ..settings import check, setting, whole_steps
 from ..store.records import QueriesKeys, SourceStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "Plug-and-Play"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -72,4 +73,5 @@ def two_clips(folder: Path) -> Path:
 def summary_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of a batch's summary."""
     with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{name: re.sub("^'(?='*[=+@\t\r\n\uff1d-])", "", cell) for name, cell in row.items()}
+                for row in csv.DictReader(file)]  # fmt: skip

@@ -6,8 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import av
-import numpy as np
+from ..imports import av, np
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,22 @@ from functools import cached_property
 from itertools import pairwise
 from math import ceil, floor
 from pathlib import Path
-from typing import cast
-
-import av
-import numpy as np
-import torch
-from av.error import FFmpegError
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from ..files.whole import check_name
-from .colour import has_alpha, hdr_kind, to_rgb
+from ..imports import av, np, torch
 from .orientation import Orientation
 from .pictures import VideoError, picture_files
 from .stills import Animation, pictures_of, pictures_size
 from .which import Moment, seconds_of
 
-_DAMAGE = (FFmpegError, IndexError)
-"""What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+    return av.error.FFmpegError, IndexError
 
 
 FOLDER_FPS = Fraction(8)
@@ -130,9 +129,9 @@ def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream
         for packet in container.demux(stream):
             try:
                 yield from packet.decode()
-            except _DAMAGE:
+            except damage():
                 continue
-    except _DAMAGE:  # the file ends here
+    except damage():  # the file ends here
         return
 
 
@@ -203,6 +202,8 @@ class VideoSource:
             yield torch.from_numpy(frame)
 
     def _decoded(self) -> Iterator[np.ndarray]:
+        from .colour import to_rgb
+
         assert self.index is not None
         done = 0
         try:
@@ -217,7 +218,7 @@ class VideoSource:
                 stored = self.size[1] if shown.on_its_side else self.size[0]
                 yield shown.applied(to_rgb(frame, stored, self.background))
                 done += 1
-        except _DAMAGE as error:
+        except damage() as error:
             raise VideoError(
                 f"{self.path} cannot be decoded past {done} of the {len(self)} frames asked for: {error}"
             ) from error
@@ -350,7 +351,7 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
         # Of files alone: a playlist that calls itself a video shall not reach the network.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{path}", metadata_errors="replace", options=options)
-    except _DAMAGE as error:
+    except damage() as error:
         raise VideoError(f"{path} is not a readable video: {error}") from error
     with container:
         yield container
@@ -535,7 +536,7 @@ def _packets(
                 wanted += not (packet.is_discard or early)
             if last is not None and wanted > last + _REORDERED:
                 break
-    except _DAMAGE as error:
+    except damage() as error:
         return packets, str(error)
     return packets, ""
 
@@ -634,6 +635,8 @@ class _Look:
 
 def _first_look(path: Path) -> _Look:
     """The size a file's frames are seen at, and what should be known of them, from the first one."""
+    from .colour import has_alpha, hdr_kind
+
     with opened(path) as container:
         stream = _video_of(container)
         if stream is None:
@@ -641,7 +644,7 @@ def _first_look(path: Path) -> _Look:
         decoder = _decoder_of(stream)
         try:
             frame = next(_decoded(container, stream, decoder), None)
-        except _DAMAGE as error:
+        except damage() as error:
             raise VideoError(f"{path} is not a readable video: {error}") from error
         if frame is None:
             raise VideoError(f"{path} is not a readable video: no frame of it can be decoded")

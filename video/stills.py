@@ -9,10 +9,7 @@ from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from .colour import over
+from ..imports import Image, ImageOps, np
 from .pictures import VideoError
 
 _ORIENTATION = 0x0112
@@ -125,6 +122,8 @@ def _rgb(image: Image.Image, path: Path, background: Colour) -> np.ndarray:
     if upright.mode.startswith("I"):
         return _grey(_within(np.asarray(upright).astype(np.float32), 65535, path, "whole numbers", "0 to 65535") / 257)
     if upright.mode.endswith(("A", "a")) or "transparency" in upright.info:
+        from .colour import over
+
         return over(np.asarray(upright.convert("RGBA")), background)
     return np.array(upright.convert("RGB"))
 

@@ -17,13 +17,13 @@ GROUP = "Which frames"
 class ClipSettings:
     """Which frames of a video, and how they are cut."""
 
-    start: int | str = setting(0, "The first frame, counted from 0, or its time: 48, 2.5s, 1:02.", least=0, group=GROUP)
-    end: int | str | None = setting(None, "The frame, or time, to stop before.", shown="the end", group=GROUP)
+    start: int | str = setting(0, "First frame, a number from 0 or a time: 48, 2.5s, 1:02.", least=0, group=GROUP)
+    end: int | str | None = setting(None, "Frame or time to stop before.", shown="the end", group=GROUP)
     stride: int = setting(1, "Take every so many-th frame.", least=1, most=1000, group=GROUP)
     count: int | None = setting(
         None,
-        "How many frames; 0 takes all that follow. Fewer in the video is an error.",
-        least=0, most=100_000, shown="at most 8; with --end all", group=GROUP,
+        "Number of frames. Fewer in the video is an error; 0 takes all that follow.",
+        least=0, most=100_000, shown="all", group=GROUP,
     )  # fmt: skip
     fps: float | None = setting(
         None, "See a video at this rate; of pictures, their rate.", shown="its own; pictures: 8",
@@ -33,7 +33,7 @@ class ClipSettings:
         (0, 0, 0, 0), "Cut off: left,top,right,bottom.", unit="pixels", shown="0,0,0,0", group=GROUP
     )
     size: tuple[int, int] | None = setting(
-        None, "WIDTHxHEIGHT to edit at.", unit="pixels", shown="the short side at the model's own size", group=GROUP
+        None, "Size to edit at, WIDTHxHEIGHT.", unit="pixels", shown="short side as the model's", group=GROUP
     )
 
     background: str = setting("black", "The colour behind what is transparent: a name, or #rrggbb.", group=GROUP)

@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
-from typing import cast
-
-import av
-import numpy as np
-import torch
-from av.error import FFmpegError
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from ..files.whole import remove_folder, temporary_folder, whole_file
-from .colour import tag, to_yuv
+from ..imports import Image, av, np, torch
 from .pictures import numbered, with_number
 from .read import Sound, SoundTrack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FrameDigest:
@@ -138,7 +134,7 @@ def write_video(
                 _encode(partial, _CODECS[_suffix(path)], pictures, fps, sound, crf, times, metadata or {})
             else:
                 raise ValueError(f"cannot write {path.name!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
-        except FFmpegError as error:
+        except av.error.FFmpegError as error:
             raise OSError(f"could not write {path}: {error}") from error
     return path
 
@@ -171,6 +167,8 @@ def _encode(
     settings = {"fflags": "+bitexact"}  # the same bytes for the same frames
     if path.suffix in (".mp4", ".mov"):
         settings["movflags"] = "+faststart+use_metadata_tags"
+    from .colour import tag, to_yuv
+
     with av.open(f"file:{path}", "w", options=settings) as file:
         file.metadata.update(metadata)
         options = {"crf": str(2 * crf), "b": "0", "row-mt": "1"}

@@ -112,7 +112,9 @@ class Shipped:
 def _is_shipped(what: str, name: str) -> bool:
     """Whether a file goes to the machine that needs it; models are too large, and lie on every machine."""
     try:
-        return what not in ("model", "temporal") and (Path(name).is_file() or bool(picture_files(Path(name))))
+        return what not in ("model", "temporal", "controlnet") and (
+            Path(name).is_file() or bool(picture_files(Path(name)))
+        )
     except (OSError, ValueError):
         return False
 

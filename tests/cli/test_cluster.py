@@ -28,6 +28,7 @@ def cluster():
     made.shutdown()
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     made, nodes = cluster
     two_clips(tmp_path)
@@ -40,12 +41,11 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     batch = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
     run = subprocess.Popen(batch, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = tmp_path / "jobs" / "jobs.jsonl"
-    until = time.monotonic() + 200
     while not log.exists() or len(log.read_text().splitlines()) < 2:
-        assert run.poll() is None and time.monotonic() < until
+        assert run.poll() is None
         time.sleep(0.1)
     made.remove_node(nodes[0], allow_graceful=False)
-    said = run.communicate(timeout=300)[0].decode()
+    said = run.communicate()[0].decode()
     assert run.returncode == 1 and "1 of 5 jobs failed" in said, said
     ended = [json.loads(line) for line in log.read_text().splitlines()]
     assert len({one["name"] for one in ended}) == len(ended) == 5, "each ended once"

@@ -143,6 +143,11 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"threads": "many"}}', "made.threads is 'many'"),
         ('{"made": {"files": {"video": 3}}}', "made.files is"),
         ('{"made": {"wheels": 4}}', "made.wheels is 4"),
+        ('{"made": {"threads": true}}', "made.threads is True"),
+        ('{"made": {"device": "meta"}}', "device 'meta' cannot be used here"),
+        ('{"steps": 2, "steps": 3}', "'steps' is given a second time"),
+        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not here"),
+        ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
 def test_records_that_are_none(refused, tmp_path, text, says):
@@ -174,7 +179,7 @@ def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
 def test_a_lora_may_be_a_folder(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"one")
-    config = EditConfig(lora=str(tmp_path / "lora"))
+    config = EditConfig(lora=(str(tmp_path / "lora"),))
     (first,) = files_read([config], None)
     assert first.keys() == {"lora"} and files_read([config], None) == [first]
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"two")

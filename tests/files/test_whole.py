@@ -12,7 +12,7 @@ from fatezero.files import whole
 from fatezero.files.whole import check_writable, disk_folder, is_in_memory, reserved, temporary_folder, whole_file
 
 HELD = """
-import sys, time
+import sys
 from pathlib import Path
 from fatezero.files.whole import temporary_folder, whole_file
 parent = Path(sys.argv[1])
@@ -21,14 +21,16 @@ folder = temporary_folder(parent)
 with whole_file(parent / "video.mp4") as partial:
     partial.write_bytes(b"half")
     print("ready", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 @pytest.fixture
 def other(tmp_path):
     """A process that holds a temporary folder and a half-written file."""
-    process = subprocess.Popen([sys.executable, "-c", HELD, tmp_path], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     yield process
     process.kill()

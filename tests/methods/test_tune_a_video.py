@@ -23,8 +23,7 @@ from fatezero.hosts.diffusers_temporal import (
     save_temporal_layers,
     temporal_layers,
 )
-from fatezero.methods.temporal_layers import LayerSettings
-from fatezero.methods.tune_a_video import TuneSettings, clip_loss, optimizer_class, tune
+from fatezero.methods.tune_a_video import LayerSettings, TuneSettings, clip_loss, optimizer_class, tune
 from small import (
     FIXTURES,
     random_latents,
