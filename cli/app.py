@@ -115,7 +115,8 @@ def edit(
     flags = _flags(video, options)
     made = made_by(config) if config else None
     if made is not None:  # a result's record: made again with what it was made with
-        given = {*flags, *(name for name, value in (("store", store), ("model_config", model_config)) if value)}
+        others = {"store": store, "model_config": model_config, "target": target, "preset": preset}
+        given = {*flags, *(name for name, value in others.items() if value)}
         made = apart_from(made, given)
         store = store or (Path(made.store) if made.store else None)
         model_config = model_config or made.model_config

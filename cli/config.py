@@ -32,7 +32,8 @@ from ..methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
 from ..settings import Described, Setting, check, check_one, described, described_one, is_union, kept, setting, shown
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
-from ..video.read import ClipSettings, read_metadata, seconds_of
+from ..video.read import read_metadata
+from ..video.which import ClipSettings, colour_of, seconds_of
 from ..video.write import METADATA_SUFFIXES
 from .documents import DocumentError, read_json, read_yaml
 
@@ -388,6 +389,11 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[
                 seconds_of(found[name])
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from error
+    if isinstance(found.get("background"), str):
+        try:
+            colour_of(found["background"])
+        except ValueError as error:
+            raise ConfigError(f"background: {error}") from error
     for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
             raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")

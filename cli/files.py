@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..files.lora import LoraFile
-from ..video.read import VideoError, numbered, picture_files
-from .config import EditConfig, GenerateConfig
+from ..video.pictures import VideoError, numbered, picture_files
+from .config import EditConfig, GenerateConfig, TuneConfig
 
 _FILES = ("video", "model", "temporal", "controlnet", "control")
 """The settings that name a file."""
+_OF_CLIPS = ("video", "control", "mask", "object_mask")
+"""Those whose file is a video, or pictures; others name weights."""
 _BUNDLED = ("demo", "demo-wan")
 """What is no file's name, though a folder may be called so."""
 _OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""
 
 
-def files_of(config: EditConfig | GenerateConfig) -> dict[str, str]:
+def is_clip(what: str) -> bool:
+    """Whether a file is a video, or pictures, by what `files_of` calls it."""
+    return what.partition(" ")[0] in _OF_CLIPS
+
+
+def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]:
     """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger, "lora 2" the
     second LoRA.
     """
@@ -83,7 +91,7 @@ def digest_of(path: str | Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
     whole = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.name} {_sha256(file)}\n".encode())
+        whole.update(os.fsencode(file.name) + f" {_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,8 @@ class Made:
 
     versions: of the program and its libraries. threads: of a CPU's arithmetic, which adds in another order with other
     ones. coding: how the autoencoder took the frames, where that depends on the memory there is. model, vae: SHA-256
-    of their weights. files: SHA-256 of each file by what it is for. store: the file that took the place of an
+    of their weights. files: SHA-256 of each file by what it is for. frames: of those that went to the encoder, which
+    a video's metadata come too early to know. store: the file that took the place of an
     inversion. model_config: see `Session`.
     """
 
@@ -45,6 +47,7 @@ class Made:
     model: str = ""
     vae: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    frames: str = ""
     store: str | None = None
     model_config: str | None = None
 
@@ -130,9 +133,20 @@ def made_by(path: Path) -> Made | None:
     if not isinstance(held, Mapping) or MADE not in held:
         return None
     try:
-        return Made.of(held[MADE])
+        made = Made.of(held[MADE])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return made if made.frames else replace(made, frames=_frames_beside(path, made))
+
+
+def _frames_beside(result: Path, made: Made) -> str:
+    """The digest of a result's frames by the record beside it, if that is still its own; else none."""
+    with suppress(ConfigError, OSError, KeyError, TypeError):
+        beside = Made.of(held_by(record_path(result))[MADE])
+        # the folders of its files' names are told within the result no more
+        same = replace(beside, frames="", store=made.store, model_config=made.model_config) == made
+        return beside.frames if same else ""
+    return ""
 
 
 def check_is_here(path: Path, config: EditConfig, model_config: str | None, given: Collection[str]) -> None:
@@ -193,7 +207,8 @@ _OF_WEIGHTS = {"model", "lora", "temporal", "variant", "controlnet", "model_conf
 def apart_from(made: Made, given: Collection[str]) -> Made:
     """The same without what was asked for otherwise, by the names of settings."""
     files = {name: digest for name, digest in made.files.items() if name.partition(" ")[0] not in given}
-    same = replace(made, files=files)
+    frames = made.frames if set(given) <= {"video"} else ""  # a video may have moved, and is the same
+    same = replace(made, files=files, frames=frames)
     return replace(same, model="", vae="") if _OF_WEIGHTS & set(given) else same
 
 

@@ -25,9 +25,10 @@ from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_m
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..diffusion.spread import ALONE, Spread
+from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
-from ..files.whole import check_writable, disk_folder, remove_stale_folders
+from ..files.whole import disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
 from ..hosts.checkpoint_wan import NAME as DEMO_WAN
 from ..hosts.checkpoint_wan import WanCheckpoint
@@ -45,12 +46,14 @@ from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
 from ..video.flow import flow_estimator
 from ..video.motion import Motion
-from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
+from ..video.read import Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
-from ..video.write import check_output, has_sound, write_video
+from ..video.which import ClipSettings, colour_of
+from ..video.write import FrameDigest, shortcomings, write_video
 from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
-from .files import files_of, is_here
+from .files import files_of, is_clip, is_here
 from .objects import check_objects, layout_of
+from .outputs import Outputs
 from .progress import Bar, in_a_line, in_words, no_bars, printable
 from .record import (
     Made,
@@ -103,7 +106,8 @@ def find_frames(config: EditConfig | TuneConfig, default: int | None = None) -> 
     for all."""
     at_most = default if config.count is None and config.end is None else None
     return open_video(
-        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate
+        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate,
+        background=colour_of(config.background),
     )  # fmt: skip
 
 
@@ -167,10 +171,13 @@ class Session:
         if checkpoint.name in ("demo", DEMO_WAN):
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
-    def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
-        """All the files that a run reads."""
-        named = (*files_of(config).values(), self.model_config)
-        return [*self.inputs, *(Path(name) for name in named if name)]
+    def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
+        """For the files that a run writes. inputs: those it reads beside what its configuration names."""
+        files = files_of(config)
+        clips = [file for what, file in files.items() if is_clip(what)]
+        others = [file for what, file in files.items() if not is_clip(what)]
+        more = (self.model_config, *self.inputs, *inputs)
+        return Outputs(self.overwrite, clips, [*others, *(name for name in more if name)])
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
@@ -187,12 +194,17 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     if config.noise == "drawn":
         raise ValueError("noise is drawn, so there is nothing to invert")
     remove_stale_folders(disk_folder())
+    with session.outputs(config) as outputs:
+        outputs.file(output)
+        _invert(session, config, output, dry_run)
+
+
+def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     settings = replace(config.store, path=output)
-    check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
-    shape = _latents_shape(video, checkpoint)
+    shape = shape_of(video, checkpoint)
     config = _in_chunks(config, checkpoint, shape[0])
     checkpoint = _controlled(session, checkpoint, config, config, len(video), video.size)
     session.say(plan(checkpoint, [config], shape, settings, edits=False))
@@ -219,6 +231,20 @@ def run_edits(
     starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
     """
     remove_stale_folders(disk_folder())
+    with session.outputs(configs[0], store_path) as held:
+        _edit(session, held, configs, output, store_path, dry_run, made, lent)
+
+
+def _edit(
+    session: Session,
+    held: Outputs,
+    configs: list[EditConfig],
+    output: str,
+    store_path: Path | None,
+    dry_run: bool,
+    made: Made | None,
+    lent: bool,
+) -> None:
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
     session, team = _team_of(session)
@@ -239,10 +265,9 @@ def run_edits(
         first = configs[0]
     outputs = _outputs(output, len(configs))
     if team is None or team.is_main:
-        inputs = [*session.inputs_of(first), *([store_path] if store_path else [])]
         for path in outputs:
-            check_output(path, frames, session.overwrite, inputs)
-            check_writable(record_path(path), session.overwrite, inputs)
+            held.clip(path, frames)
+            held.file(record_path(path))
     named = None if lent else store_path
     files = files_read(configs, named)
     if made is not None:
@@ -261,7 +286,7 @@ def run_edits(
         video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
         checkpoint = _controlled(session, checkpoint, first, first, len(video), video.size)
         fps, times = video.fps, video.times
-        shape: tuple[int, ...] = _latents_shape(video, checkpoint)
+        shape: tuple[int, ...] = shape_of(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
         height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
@@ -278,8 +303,8 @@ def run_edits(
         check_same(now, made)
         if other := differences(now, made):
             session.note(f"the result was made with {', '.join(other)}: its last digits may differ")
-    if sound is not None and not has_sound(output):
-        session.note(f"{output} holds no sound")
+    for lost in shortcomings(output, fps, frames, sound is not None, times):
+        session.note(lost)
     if dry_run:
         return
 
@@ -305,8 +330,10 @@ def run_edits(
         for one, latents in zip(writing, results, strict=True):
             try:
                 pictures = decode(checkpoint, latents, frames, bar(f"write {Path(one.path).name}"))
-                one.write(pictures, fps, sound, times)
+                digest = one.write(pictures, fps, sound, times)
                 session.say(f"{shown(one.config.target)} written to {one.path}")
+                if made is not None and made.frames:
+                    _say_whether_same(session, digest, made)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
@@ -327,11 +354,24 @@ class _Writing:
         fps: Fraction,
         sound: Sound | SoundTrack | None,
         times: Sequence[Fraction] | None,
-    ) -> None:
-        """The record comes last: where it is, the result is whole."""
-        metadata = metadata_of(self.config, self.made)
-        write_video(self.path, pictures, fps, sound, times=times, metadata=metadata)
-        write_record(self.path, record_of(self.config, self.made))
+    ) -> str:
+        """Returns the digest of the frames. The record comes last: where it is, the result is whole."""
+        metadata, digest = metadata_of(self.config, self.made), FrameDigest()
+        write_video(self.path, digest.passing(pictures), fps, sound, times=times, metadata=metadata)
+        made = replace(self.made, frames=str(digest))
+        try:
+            write_record(self.path, record_of(self.config, made))
+        except OSError as error:
+            raise OSError(f"{self.path} is written, but without its record: {error}") from error
+        return made.frames
+
+
+def _say_whether_same(session: Session, frames: str, made: Made) -> None:
+    """Whether a result that was made again has the frames it had."""
+    if frames == made.frames:
+        session.say("its frames are those of the record, bit for bit")
+    else:
+        session.note("its frames are not those of the record, bit for bit")
 
 
 def _controlled(
@@ -465,6 +505,22 @@ def _outputs(output: str, count: int) -> list[str]:
     return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]
 
 
+def check_size_fits(checkpoint: AnyCheckpoint, latents_shape: Sequence[int]) -> None:
+    """Raise ValueError where frames of a size would not fit into memory, by what the autoencoder holds of one alone."""
+    frames, _, *grid = latents_shape
+    height, width = (side * checkpoint.factor for side in grid)
+    at_once = checkpoint.frames_at_once(height, width) if isinstance(checkpoint, Checkpoint) else frames
+    what = f"{width}x{height}: {'a frame' if at_once == 1 else f'{at_once} frames'}"
+    check_room(what, 15 * at_once * height * width, free_bytes(), _SMALLER)
+    if isinstance(checkpoint, Checkpoint):
+        vae, device = checkpoint.vae, checkpoint.device
+        needed = 6 * vae.config["block_out_channels"][0] * vae.dtype.itemsize * height * width
+        check_room(f"{width}x{height}: the autoencoder", needed, available_bytes(device), _SMALLER)
+
+
+_SMALLER = "choose a smaller --size, or crop the video"
+
+
 def plan(
     checkpoint: AnyCheckpoint,
     configs: list[EditConfig],
@@ -475,6 +531,7 @@ def plan(
 ) -> str:
     """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
+    check_size_fits(checkpoint, latents_shape)
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
@@ -683,7 +740,7 @@ def decode(
         progress(done, len(latents))
 
 
-def _latents_shape(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
+def shape_of(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
     width, height = video.size
     frames = checkpoint.latent_frames(len(video))
     return frames, checkpoint.channels, height // checkpoint.factor, width // checkpoint.factor

@@ -15,8 +15,10 @@ import torch
 from comfy_api.latest import InputImpl, Types, io
 
 from ..settings import described_one
-from ..video.read import ClipSettings, VideoError, open_video
+from ..video.pictures import VideoError
+from ..video.read import open_video
 from ..video.size import check_crop, crop, fit_size, resize_to_fill
+from ..video.which import ClipSettings
 from .files import inside
 from .settings import widget
 from .sockets import schema, show_on_node

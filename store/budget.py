@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ..attention.control import AttentionSite
 from ..attention.key_frames import KeyFrames
+from ..files.memory import free_bytes
 from ..files.safetensors import Layout, format_bytes, layout_bytes
 from ..files.whole import disk_folder, existing, is_in_memory
 from ..imports import torch
@@ -266,9 +267,4 @@ def available_bytes(device: torch.device) -> int | None:
     """Free bytes of a device's memory; None where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+    return free_bytes() if device.type == "cpu" else None

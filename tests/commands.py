@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -52,6 +53,13 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """But for the UNet's last digits, which follow where in memory its input lies, and what the codec makes of them."""
     apart = (a.int() - b.int()).abs().float()
     return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
+
+
+def frames_written(output: Path) -> str:
+    """The digest of the frames that an edit gave to its encoder, as the record beside it has it."""
+    digest: str = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))["made"]["frames"]
+    assert len(digest) == 64
+    return digest
 
 
 def two_clips(folder: Path) -> Path:

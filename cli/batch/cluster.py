@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.whole import remove_folder, temporary_folder, whole_file
-from ...video.read import picture_files
+from ...video.pictures import picture_files
 from ..files import files_of, full_name, renamed
 from ..progress import told
 from ..record import record_path, settings_of, write_record

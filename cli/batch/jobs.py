@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...settings import shown
-from ...video.read import picture_files
+from ...video.pictures import picture_files
 from ...video.write import METADATA_SUFFIXES
 from ..config import ConfigError, from_home, held_by
 

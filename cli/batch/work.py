@@ -21,8 +21,9 @@ from ...settings import described, shown
 from ...store.budget import StoreSettings
 from ...video.fitted import FittedVideo
 from ...video.flow import Estimator, flow_estimator
-from ...video.read import ClipSettings, open_video
+from ...video.read import open_video
 from ...video.size import to_unit
+from ...video.which import ClipSettings
 from ..config import ControlSettings, EditConfig, ModelSettings, completed, config_of
 from ..progress import no_bars
 from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert

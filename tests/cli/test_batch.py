@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND, summary_rows, two_clips
+from commands import COMMAND, frames_written, summary_rows, two_clips
 
 from fatezero.cli.batch.jobs import Job, load_batch
 from fatezero.cli.batch.processes import Patience, Places, run_here
@@ -152,7 +152,7 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
 
     name = next(name for name in names if "circle" in name)
     command("edit", "--config", f"jobs/{name}.json", "-o", "again.mp4")
-    assert (folder / "again.mp4").read_bytes() == (folder / "jobs" / name).read_bytes()
+    assert frames_written(folder / "again.mp4") == frames_written(folder / "jobs" / name)
 
     times = {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     shutil.copy(folder / "jobs" / name, folder / "clips" / "none.mp4")

@@ -336,11 +336,11 @@ def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path, ended_by, says):
     assert (process.returncode, errors) == (128 + ended_by, [f"{says}; nothing half-written is left"])
 
 
-def _limit_file_size():
+def _limit_file_size(most=2000):
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
@@ -352,6 +352,14 @@ def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
         said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
         assert "could not" in said.replace("\n", " ")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_for_the_record_is_told_with_its_name_and_the_result_stays(tmp_path):
+    long = ("--negative", "blur" + 20_000 * " ")  # for which a GIF has no metadata
+    arguments = ["edit", CLIP, *WORDS, "--steps", 1, "--count", 1, *long, "-o", "out.gif"]
+    said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
+    assert "out.gif is written, but without its record: could not write out.gif.json: File too large" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
 
 
 def test_the_package_imports_without_torch_as_a_folder_with_dashes(tmp_path):

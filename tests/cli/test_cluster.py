@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND, two_clips
+from commands import COMMAND, frames_written, two_clips
 
 from fatezero.demo.show import CLIP
 from fatezero.video.read import read_metadata
@@ -56,7 +56,7 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     record = json.loads(Path(f"{results[0]}.json").read_text())
     assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "where the clip is here, and not where it was sent"
     command("edit", "--config", f"{results[0]}.json", "-o", "again.mp4")
-    assert (tmp_path / "again.mp4").read_bytes() == results[0].read_bytes()
+    assert frames_written(tmp_path / "again.mp4") == frames_written(results[0])
 
 
 def test_a_cluster_that_is_not_there(refused, tmp_path):
@@ -96,7 +96,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to two.mp4") == 1, "one process speaks and writes"
-    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    assert frames_written(tmp_path / "one.mp4") == frames_written(tmp_path / "two.mp4")
     assert json.loads(read_metadata(tmp_path / "two.mp4")["fatezero"])["chunk_frames"] == 4
 
 
