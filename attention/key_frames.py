@@ -48,6 +48,10 @@ class Chunk:
     def is_whole(self) -> bool:
         return len(self.frame_indices) == self.clip
 
+    def rows(self, part: Chunk) -> list[int]:
+        """Where a part's frames are in this chunk."""
+        return [self.frame_indices.index(frame) for frame in part.frame_indices]
+
 
 @dataclass(frozen=True)
 class KeyFrames:

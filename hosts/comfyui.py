@@ -29,7 +29,7 @@ from ..store.identity import ModelIdentity
 from ..store.store import AttentionStore
 from .comfyui_conditions import HostCondition, plain_options
 from .comfyui_noise import noise_of
-from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host
+from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, windowing
 from .comfyui_transformer import HookedTransformer, hooked
 
 NOISE_MASK = "noise_mask"
@@ -378,6 +378,8 @@ def plan_in_host(
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
     Raises MemoryError, with the bytes of each memory, where nothing fits.
     """
+    if settings.memory == "auto" and windowing(model.wrappers):
+        settings = replace(settings, memory="recompute")  # the one that follows context windows
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     demand = Demand(sites, tuple(latents.shape), 4, steps, key_frames, dtype, source.text_tokens, source.nbytes)
