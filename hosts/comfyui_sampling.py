@@ -91,8 +91,8 @@ class ComfyDenoiser:
         if guider.sourced is not guider.edited:
             self._source = _branch_of(guider.sides[id(guider.sourced)], guider.others)
         for branch in (self._edited, self._source):
-            low = getattr(branch.hooked, "low", None)
-            branch.low = None if low is None else _branch_of(guider.sides[id(low)], branch.conditions)
+            if branch.hooked.low is not None:
+                branch.low = _branch_of(guider.sides[id(branch.hooked.low)], branch.conditions)
         self._here = guider.edited.patcher
         """The MODEL whose weights are in place."""
         self._clip_norm = False
@@ -435,8 +435,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
     @property
     def reached(self) -> int:
         """How many attention layers the last UNet calls reached."""
-        lows = (getattr(hooked, "low", None) for hooked in (self.edited, self.sourced))
-        return len(set().union(self.edited.reached, self.sourced.reached, *(low.reached for low in lows if low)))
+        return len(set().union(*(model.reached for model in self._models())))
 
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""
@@ -467,17 +466,26 @@ class LoopGuider(comfy.samplers.CFGGuider):
         """The result is where the host keeps latents, so that it stays the same tensor in its outputs."""
         self._given, self.seed = (noise, latent_image, sigmas), more.get("seed")
         self.function = comfy.samplers.sampling_function
-        result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
-        return result.to(comfy.model_management.intermediate_device())
+        try:
+            result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
+            return result.to(comfy.model_management.intermediate_device())
+        finally:  # our clones do not outlive the run, and the host ejects what a MODEL injected only while it lives
+            for hooked in self._models():
+                hooked.patcher.eject_model()
+
+    def _models(self) -> list[HookedModel | HookedTransformer]:
+        """The edit's model, and the further ones of a run."""
+        own = [self.edited] if self.sourced is self.edited else [self.edited, self.sourced]
+        return own + [model.low for model in own if model.low is not None]
 
     def outer_sample(self, noise: Tensor, *rest: Any, **more: Any) -> Any:
         """As the host has it, inside what other nodes wrap around samplings with the further MODELs of the run too."""
         before, self.function, self.shape = self.function, comfy.samplers.sampling_function, noise.shape
-        source = {role: conds for role, conds in self.conds.items() if role == "source"}
-        further = [(getattr(self.edited, "low", None), self.conds)]
-        if self.sourced is not self.edited:
-            further += [(self.sourced, source), (getattr(self.sourced, "low", None), source)]
-        self.sides = {id(model): SideGuider(model, conds, before) for model, conds in further if model is not None}
+        of_source = {role: conds for role, conds in self.conds.items() if role == "source"}
+        self.sides = {
+            id(model): SideGuider(model, self.conds if model is self.edited.low else of_source, before)
+            for model in self._models()[1:]
+        }
         run: Callable[..., Any] = partial(self._sampled_once, super().outer_sample)
         for side in self.sides.values():
             run = partial(side.around, run)
@@ -514,8 +522,9 @@ class SideGuider(comfy.samplers.CFGGuider):
     def __init__(
         self, model: HookedModel | HookedTransformer, conds: dict[str, Any], function: Callable[..., Any]
     ) -> None:
-        """function: the host's sampling function where no wrapper has put another in its place."""
+        """function: the host's sampling function as it is outside all wrappers."""
         super().__init__(model.patcher)
+        self.model_options: dict[str, Any] = model.patcher.model_options
         self.hooked, self.conds, self.function = model, dict(conds), function
         self.inner_model = model.patcher.model
         self.running: dict[str, Any] = {}
@@ -524,20 +533,26 @@ class SideGuider(comfy.samplers.CFGGuider):
     def around(self, run: Callable[..., Any], *args: Any, **more: Any) -> Any:
         """A sampling inside the wrappers of this MODEL."""
         patcher, own = self.model_patcher, self.model_options
-        before = comfy.samplers.sampling_function
 
-        def inside(*args: Any, **more: Any) -> Any:
-            if comfy.samplers.sampling_function is not before:
-                self.function = comfy.samplers.sampling_function
+        def loaded_later(model: Any, shape: Any, conds: Any, **more: Any) -> tuple[Any, Any, list[Any]]:
+            return model.model, conds, []  # when it is its turn, which may be never
+
+        def inside(noise: Tensor, *args: Any, **more: Any) -> Any:
+            self.function, options = comfy.samplers.sampling_function, self.model_options
+            prepare = _wrapped(WrappersMP.PREPARE_SAMPLING, loaded_later, None, options)
+            _, self.conds, _ = prepare(patcher, noise.shape, self.conds, model_options=options)
             comfy.samplers.cast_to_load_options(self.model_options, patcher.load_device, patcher.model_dtype())
             patcher.pre_run()
-            return run(*args, **more)
+            return run(noise, *args, **more)
 
         self.model_options = comfy.model_patcher.create_model_options_clone(own)
+        # AnimateDiff-Evolved puts a sampling function of its own in the host's place: here for this MODEL alone.
+        of_others, comfy.samplers.sampling_function = comfy.samplers.sampling_function, self.function
         try:
             comfy.sampler_helpers.prepare_model_patcher(patcher, self.conds, self.model_options)
             return _wrapped(WrappersMP.OUTER_SAMPLE, inside, self, self.model_options)(*args, **more)
         finally:
+            comfy.samplers.sampling_function = of_others
             comfy.samplers.cast_to_load_options(self.model_options, patcher.offload_device)
             self.model_options = own
             patcher.cleanup()

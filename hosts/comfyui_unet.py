@@ -104,6 +104,9 @@ class HookedModel:
     added to the control's.
     """
 
+    low: HookedModel | None = None
+    """What takes over below a sigma: of a UNet none."""
+
     def __init__(
         self,
         model: Any,
