@@ -270,7 +270,7 @@ class LowVram(io.ComfyNode):
 
 @node("OtherHooks", [io.Model.Input("model")], [io.String.Output()], is_output_node=True)
 class Hooks(io.ComfyNode):
-    """What hangs on a model: forward hooks of its modules, and patches of its options."""
+    """What a model is made of, and what hangs on it: forward hooks of its modules, and patches of its options."""
 
     @classmethod
     def fingerprint_inputs(cls, **_):
@@ -282,7 +282,8 @@ class Hooks(io.ComfyNode):
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
         own = sum("forward" in vars(m) for m in modules)
         options = model.model_options["transformer_options"]
-        text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {sorted(model.wrappers)}"
+        wrappers = sorted(model.wrappers)
+        text = f"{len(modules)} modules, {hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {wrappers}"
         return io.NodeOutput(text, ui={"text": (text,)})
 
 

@@ -57,8 +57,10 @@ def test_windows_change_nothing_where_frames_do_not_meet(host, preset):
         if preset != "custom":
             graph.set(graph.edit, preset=preset)
             del graph.prompt[graph.edit.id]["inputs"]["settings"]
-        if length:
-            graph.both(windowed(graph, length, motion=False))
+        if length:  # by two MODELs that share their weights
+            like = graph.add("OtherAttn2", model=graph.demo[0], scale=1.0)[0]
+            graph.set(graph.invert, model=windowed(graph, length, motion=False))
+            graph.set(graph.edit, model=windowed(graph, length, motion=False, model=like))
         return edited(host, graph)
 
     assert relative(run(LENGTH), run(None)) < 1e-5
@@ -77,6 +79,15 @@ def test_memories_agree_or_are_refused(host):
     assert relative(run("recompute", LENGTH, "self"), split) > 1e-3, "key frames are those of the call"
     with pytest.raises(NodeError, match="memory: a node on the model splits the clip into context windows"):
         run("queries_keys", LENGTH)
+
+
+def test_nothing_stays_in_the_model(host):
+    graph = fused()
+    hanging = graph.add("OtherHooks", model=graph.demo[0])
+    before = host.text(host.run(graph.prompt), hanging.id)
+    graph.both(windowed(graph))
+    edited(host, graph)
+    assert host.text(host.run(graph.prompt), hanging.id) == before
 
 
 def test_a_node_on_one_side_leaves_the_other(host, lora):
