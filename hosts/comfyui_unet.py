@@ -274,6 +274,12 @@ class HookedModel:
             branches = options["cond_or_uncond"]
             frames = len(x) // len(branches)
             self._window = window_of(options)
+            held = {len(self._answer(branch, frames)[0].chunk.frame_indices) for branch in branches}
+            if self.answers and held != {frames}:
+                raise ValueError(
+                    f"model: a node on it calls the UNet with {frames} frames of {max(held)} and does not say which; "
+                    "remove it"
+                )
             handles = [h for norm in self._norms for h in share_statistics(norm, frames)] if self.clip_norm else []
             if self._feature is not None and self.answers:
                 handles.append(self._feature.conv.register_forward_hook(self._featured(branches)))
@@ -394,14 +400,7 @@ class HookedModel:
         if self.standing is not None:
             return self.standing(frames), None
         control, text_tokens = self.answers.get(branch) or self.answers.get(1, self.answers[0])
-        if self._window is not None:
-            control = control.window(self._window)
-        if frames != len(control.chunk.frame_indices):
-            raise ValueError(
-                f"model: a node on it calls the UNet with {frames} frames of {len(control.chunk.frame_indices)} and "
-                "does not say which; remove it"
-            )
-        return control, text_tokens
+        return control if self._window is None else control.window(self._window), text_tokens
 
 
 def window_of(options: dict[str, Any]) -> tuple[int, ...] | None:

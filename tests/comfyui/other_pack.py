@@ -270,7 +270,7 @@ class LowVram(io.ComfyNode):
 
 @node("OtherHooks", [io.Model.Input("model")], [io.String.Output()], is_output_node=True)
 class Hooks(io.ComfyNode):
-    """What a model is made of, and what hangs on it: forward hooks of its modules, and patches of its options."""
+    """What hangs on a model: forward hooks of its modules, layers of others, and patches of its options."""
 
     @classmethod
     def fingerprint_inputs(cls, **_):
@@ -279,11 +279,11 @@ class Hooks(io.ComfyNode):
     @classmethod
     def execute(cls, model):
         modules = list(model.model.modules())
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + isinstance(m, Motion) for m in modules)
         own = sum("forward" in vars(m) for m in modules)
         options = model.model_options["transformer_options"]
         wrappers = sorted(model.wrappers)
-        text = f"{len(modules)} modules, {hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {wrappers}"
+        text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {wrappers}"
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
