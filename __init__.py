@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from .methods.layout_guidance import LayoutGuidance
     from .methods.move_objects import Moved, MoveObjects
     from .methods.plug_and_play import PnPSettings
-    from .methods.temporal_layers import LayerSettings
     from .methods.tokenflow import TokenFlowSettings
-    from .methods.tune_a_video import TuneSettings, tune
+    from .methods.tune_a_video import LayerSettings, TuneSettings, tune
     from .store.budget import StoreSettings
     from .store.store import AttentionStore, Condition, StoreError
 
@@ -51,7 +50,7 @@ _HOMES = {
     "Path": ".methods.layout",
     "Shift": ".methods.layout",
     "PnPSettings": ".methods.plug_and_play",
-    "LayerSettings": ".methods.temporal_layers",
+    "LayerSettings": ".methods.tune_a_video",
     "TokenFlowSettings": ".methods.tokenflow",
     "TuneSettings": ".methods.tune_a_video",
     "tune": ".methods.tune_a_video",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from inspect import get_annotations
 from math import inf, isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -70,10 +72,19 @@ def is_union(kind: Any) -> bool:
 
 def described(settings: type) -> Iterator[Described]:
     """The settings of a dataclass, in order."""
-    kinds = get_type_hints(settings)
+    kinds = _kinds(settings)
     for one in fields(settings):
         if "setting" in one.metadata:
             yield Described(one.name, kinds[one.name], _default(one), one.metadata["setting"])
+
+
+def _kinds(settings: type) -> dict[str, Any]:
+    """The types of a dataclass's settings. Those of its other fields may be names that only type checkers import."""
+    named, found = {one.name for one in fields(settings) if "setting" in one.metadata}, dict[str, Any]()
+    for base in reversed(settings.__mro__):
+        own = {name: kind for name, kind in get_annotations(base).items() if name in named}
+        found |= get_type_hints(type(base.__name__, (), {"__annotations__": own, "__module__": base.__module__}))
+    return found
 
 
 def described_one(settings: type, name: str) -> Described:
@@ -86,23 +97,28 @@ def _default(one: Field[Any]) -> Any:
     return made() if one.default is MISSING else one.default
 
 
-def kept(settings: type, name: str, default: Any) -> Any:
-    """A setting of another dataclass with a default of its own."""
-    return field(default=default, metadata={"setting": described_one(settings, name).about})
+def kept(settings: type, name: str, default: Any, **more: Any) -> Any:
+    """A setting of another dataclass with a default of its own, and whatever else differs."""
+    return field(default=default, metadata={"setting": replace(described_one(settings, name).about, **more)})
 
 
 def check(settings: Any) -> None:
     """Raise ValueError, naming it, for a setting of a dataclass that is out of its range or none of its words."""
     for one in described(type(settings)):
-        value, about = getattr(settings, one.name), one.about
-        if one.choices and value not in one.choices:
-            raise ValueError(f"{one.name} is {value!r}; it must be one of {', '.join(one.choices)}")
-        if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
-            raise ValueError(f"{one.name} is {value}; it must be {range_in_words(about)}")
+        check_one(one, getattr(settings, one.name))
+
+
+def check_one(one: Described, value: Any) -> None:
+    """Raise ValueError, naming the setting, for a value out of its range or none of its words."""
+    if one.choices and value not in one.choices:
+        raise ValueError(f"{one.name} is {shown(value)}; it must be one of {', '.join(one.choices)}")
+    if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
+        raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.about)}")
 
 
 def _fits(value: Any, one: Described) -> bool:
-    return isinstance(value, (int, float)) and isfinite(value) and one.about.least <= value <= one.about.most
+    number = isinstance(value, int) or (isinstance(value, float) and isfinite(value))
+    return number and one.about.least <= value <= one.about.most
 
 
 def range_in_words(about: Setting) -> str:
@@ -110,6 +126,34 @@ def range_in_words(about: Setting) -> str:
     if isfinite(about.least) and isfinite(about.most):
         return f"between {about.least:g} and {about.most:g}"
     return f"a number of at least {about.least:g}" if isfinite(about.least) else "a finite number"
+
+
+# --- values in errors -----------------------------------------------------------------------
+
+_SHOWN = 72
+"""Characters of a value that an error shows."""
+
+
+class _Values(reprlib.Repr):
+    """Values as Python writes them, without the middle of what is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, _SHOWN, _SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """A value for an error, as Python writes it, at most some 70 characters of it."""
+    return shortened(_Values().repr(value), _SHOWN)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, without its middle: what is wrong comes first, what helps comes last."""
+    head = 2 * (most - 5) // 3
+    return text if len(text) <= most else f"{text[:head]} ... {text[head + 5 - most :]}"
 
 
 def steps_of_share(share: float, steps: int) -> int:

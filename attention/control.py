@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
 
+from ..imports import F, torch
 from .key_frames import Chunk, KeyFrames, as_one
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
 Place = Literal["down", "mid", "up", "block"]
@@ -61,14 +60,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1))
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """softmax(q k^T / sqrt(d)) v as `attention` has it, by whichever kernel a host prefers."""
 
 
 NO_WINDOWS = "but a node on the model splits it into context windows (AnimateDiff-Evolved): remove one of them"
 """How the refusals of what needs all frames in one call end."""
 
-Gather = Callable[[Tensor, AttentionSite], Tensor]
+Gather: TypeAlias = "Callable[[Tensor, AttentionSite], Tensor]"
 """A self-attention layer's output (f t c) from its input tokens (f t c)."""
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
 from einops import rearrange
-from torch import Tensor
+
+from ..imports import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ANCHORS = ("first", "middle", "last")
 NAMES = ("self", *ANCHORS, "previous")
@@ -24,8 +28,8 @@ def as_one(x: Tensor) -> Tensor:
 class Chunk:
     """Frames of a clip that one UNet call holds.
 
-    frame_indices: of these frames, in order. weights: of their results; over all chunks of a clip each frame's
-    sum to 1, and key frames that only came along have 0. owned: the frames whose attention is
+    frame_indices: of these frames, in the call's order. weights: of their results; over all chunks of a clip each
+    frame's sum to 1, and key frames that only came along have 0. owned: the frames whose attention is
     recorded from this chunk, each frame's in one chunk. clip: the clip's length.
     """
 
@@ -46,7 +50,7 @@ class Chunk:
 
     @property
     def is_whole(self) -> bool:
-        return len(self.frame_indices) == self.clip
+        return self.frame_indices == tuple(range(self.clip))
 
     def rows(self, part: Chunk) -> list[int]:
         """Where a part's frames are in this chunk."""
@@ -153,14 +157,18 @@ class KeyFrames:
         return self.around([(range(at, at + chunk), ramp) for at in starts], clip)
 
     def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Chunk]:
-        """Pieces for windows of frames with a weight for each frame's result; they must cover the clip."""
+        """Chunks for windows of frames with a weight for each frame's result; they must cover the clip.
+
+        A frame of weight 0 only comes along. A window that goes round the clip's end keeps its order.
+        """
         shares = [dict(zip(frames, weights, strict=False)) for frames, weights in windows]
         total = [sum(share.get(f, 0.0) for share in shares) for f in range(clip)]
         chunks, owned_before = [], set[int]()
         for share in shares:
-            frames = tuple(sorted({*share, *self.anchors(clip)}))
+            along = self.anchors(clip) - {*share}
+            frames = tuple(sorted({*share, *along}) if [*share] == sorted(share) else [*share, *sorted(along)])
             weights = tuple(share.get(f, 0.0) / total[f] for f in frames)
-            owned = tuple(f for f in frames if f in share and f not in owned_before)
+            owned = tuple(f for f in frames if share.get(f) and f not in owned_before)
             owned_before |= set(owned)
             chunks.append(Chunk(frames, weights, owned, clip))
         return chunks

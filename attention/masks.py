@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
 
+from ..imports import F, torch
 from .control import AttentionSite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[AttentionSite]:

@@ -7,15 +7,17 @@ FateZero builds.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+from ..imports import torch
+from ..settings import setting, shown
 
-from ..settings import setting
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 75
 """Content tokens of one block of 77; longer prompts repeat start, 75 tokens, end."""
@@ -110,7 +112,7 @@ class PromptEdit:
 
     blend_words: (source words, target words) whose maps make the blend mask; one side may be empty:
     the target's where only self-attention is blended, either with a mask of both prompts.
-    Words are matched without regard to case and to punctuation around them; a phrase of
+    Words are compared without regard to case and to punctuation around them; a phrase of
     several words is found as such; a repeated word means every place it stands.
 
     Raises ValueError for a word that is not in its prompt, for unequal word counts in
@@ -137,23 +139,25 @@ class PromptEdit:
         if self.mode not in ("refine", "replace"):
             raise ValueError(f'mode is {self.mode!r}; it must be "refine" or "replace"')
         if self.mode == "replace":
-            counts = len(self.source.split()), len(self.target.split())
+            counts = len(words_of(self.source)), len(words_of(self.target))
             if counts[0] != counts[1]:
                 raise ValueError(
                     f'mode "replace" maps word to word, but the source has {counts[0]} words and the target '
-                    f'{counts[1]}: {self.source!r} / {self.target!r}. Use mode "refine".'
+                    f'{counts[1]}: {shown(self.source)} / {shown(self.target)}. Use mode "refine".'
                 )
         if self.blend_words is not None:
             pair = tuple(self.blend_words)
             if len(pair) != 2 or any(isinstance(words, str) for words in pair) or not any(pair):
-                raise ValueError(f"blend_words is {self.blend_words!r}; it must be (source words, target words)")
+                raise ValueError(f"blend_words is {shown(self.blend_words)}; it must be (source words, target words)")
             for words, prompt in zip(pair, (self.source, self.target), strict=True):
                 for word in words:
-                    self._places(prompt, word, "blend_words")
+                    places_of(prompt, word, "blend_words")
         for word, weight in self.reweight.items():
-            self._places(self.target, word, "reweight")
+            places_of(self.target, word, "reweight")
             if not isinstance(weight, (int, float)) or not isfinite(weight) or weight < 0:
-                raise ValueError(f"reweight: the weight of {word!r} is {weight!r}; it must be a number of at least 0")
+                raise ValueError(
+                    f"reweight: the weight of {shown(word)} is {weight!r}; it must be a number of at least 0"
+                )
 
     # --- words and tokens -------------------------------------------------------------
 
@@ -176,8 +180,8 @@ class PromptEdit:
         whole = list(self.tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
         if [token for word in words for token in word] != whole:
             raise ValueError(
-                f"this tokenizer's tokens cross word borders in {prompt!r}; one is needed whose tokens keep to words, "
-                "as CLIP's and T5's"
+                f"this tokenizer's tokens cross word borders in {shown(prompt)}; one is needed whose tokens keep to "
+                "words, as CLIP's and T5's"
             )
         return words
 
@@ -185,10 +189,12 @@ class PromptEdit:
         """The tokens of every place of a word or phrase in embeddings of `text_tokens`."""
         spans = _spans(self.word_tokens(prompt))
         found = []
-        for start, length in self._places(prompt, word, what):
+        for start, length in places_of(prompt, word, what):
             found += [self.columns.of(token) for at in range(start, start + length) for token in range(*spans[at])]
         if max(found, default=0) >= text_tokens:
-            raise ValueError(f"{what}: {word!r} stands beyond the {text_tokens} tokens of the embeddings of {prompt!r}")
+            raise ValueError(
+                f"{what}: {shown(word)} stands beyond the {text_tokens} tokens of the embeddings of {shown(prompt)}"
+            )
         return found
 
     def blend_tokens(self, source_tokens: int, target_tokens: int) -> tuple[list[int], list[int]]:
@@ -200,15 +206,6 @@ class PromptEdit:
             [c for word in source for c in self.token_indices(self.source, word, source_tokens, "blend_words")],
             [c for word in target for c in self.token_indices(self.target, word, target_tokens, "blend_words")],
         )
-
-    def _places(self, prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
-        """(first word, number of words) of every place of a phrase."""
-        words, sought = [_bare(w) for w in prompt.split()], [_bare(w) for w in phrase.split()]
-        n = len(sought)
-        places = [(i, n) for i in range(len(words) - n + 1) if sought and words[i : i + n] == sought]
-        if not places:
-            raise ValueError(f"{what}: {phrase!r} is not in the prompt {prompt!r}")
-        return places
 
     # --- alignment --------------------------------------------------------------------
 
@@ -231,20 +228,54 @@ class PromptEdit:
         return Alignment(matrix, (matrix.sum(0) > 0).float(), weights)
 
     def _refined(self) -> list[tuple[int, int, float]]:
-        """(source token, target token, 1) of shared tokens, by global sequence alignment."""
-        source, target = ([t for word in self.word_tokens(p) for t in word] for p in (self.source, self.target))
-        return [(i, j, 1.0) for i, j in align_sequences(source, target)]
+        """(source token, target token, share) of shared tokens, by global sequence alignment.
+
+        A word that is spelt by other tokens in one place than in another, as after a quotation mark or with a
+        capital, is aligned as a whole.
+        """
+        tokens = [
+            [token for word in self.word_tokens(prompt) for token in word] for prompt in (self.source, self.target)
+        ]
+        words = [self._words(prompt) for prompt in (self.source, self.target)]
+        spelt = dict[str, set[tuple[int, ...]]]()
+        for of, found in zip(tokens, words, strict=True):
+            for word, (a, b) in found:
+                spelt.setdefault(word, set()).add(tuple(of[a:b]))
+        source, target = (
+            _elements(of, {span: word for word, span in found if len(spelt[word]) > 1})
+            for of, found in zip(tokens, words, strict=True)
+        )
+        matching = align_sequences([key for key, _ in source], [key for key, _ in target])
+        return [pair for i, j in matching for pair in _spread(source[i][1], target[j][1])]
 
     def _replaced(self) -> list[tuple[int, int, float]]:
-        """Word to word: token to token where they have equally many, else spread evenly."""
-        source, target = self.word_tokens(self.source), self.word_tokens(self.target)
-        pairs = []
-        for (a, b), (c, d) in zip(_spans(source), _spans(target), strict=True):
-            if b - a == d - c:
-                pairs += [(i, j, 1.0) for i, j in zip(range(a, b), range(c, d), strict=True)]
-            else:
-                pairs += [(i, j, 1.0 / (d - c)) for i in range(a, b) for j in range(c, d)]
-        return pairs
+        """Word to word: token to token where they have equally many, else spread evenly; punctuation likewise between
+        the same words, where it has equally many tokens in both.
+        """
+        source, target = ([span for _, span in self._words(prompt)] for prompt in (self.source, self.target))
+        between = zip(_gaps(source, self.content(self.source)), _gaps(target, self.content(self.target)), strict=True)
+        same = [(gap, other) for gap, other in between if gap[1] - gap[0] == other[1] - other[0]]
+        return [pair for one, other in [*zip(source, target, strict=True), *same] for pair in _spread(one, other)]
+
+    def _words(self, prompt: str) -> list[tuple[str, tuple[int, int]]]:
+        """The words of a prompt, bare, each with the content tokens it has without the punctuation around it.
+
+        Where a token holds both, it counts as the word's.
+        """
+        found, at = [], 0
+        for text, tokens in zip(prompt.split(), self.word_tokens(prompt), strict=True):
+            head, tail = len(text) - len(text.lstrip(_PUNCTUATION)), len(text.rstrip(_PUNCTUATION))
+            first = self._tokens_of(text[:head], tokens, 0) if head else 0
+            last = self._tokens_of(text[:tail], tokens, len(tokens)) if tail < len(text) else len(tokens)
+            if bare(text):
+                found.append((bare(text), (at + first, at + last) if first < last else (at, at + len(tokens))))
+            at += len(tokens)
+        return found
+
+    def _tokens_of(self, text: str, tokens: list[int], otherwise: int) -> int:
+        """How many of a word's tokens a part of its beginning has; otherwise: where they are others in the word."""
+        part = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return len(part) if tokens[: len(part)] == part else otherwise
 
     def describe(self) -> str:
         """The alignment as lines of text, one for each target word."""
@@ -260,8 +291,33 @@ class PromptEdit:
         return "\n".join(lines)
 
 
-def _bare(word: str) -> str:
-    return word.lower().strip(".,;:!?\"'()[]")
+_DASHES, _QUOTES = "-\u2010\u2011\u2012\u2013\u2014\u2015", "'\u2018\u2019"
+_PUNCTUATION = (
+    f'.,;:!?"()[]{{}}{_DASHES}{_QUOTES}\u201a\u201c\u201d\u201e\u2026\xab\xbb\xbf\xa1\u3001\u3002\uff0c\uff01\uff1f'
+)
+"""What around a word is no part of it."""
+_ALIKE = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys(_QUOTES, "'"))
+"""Characters that are written one for another."""
+
+
+def bare(word: str) -> str:
+    """A word without case, without the punctuation around it, and with one kind of dash and apostrophe in it."""
+    return unicodedata.normalize("NFKC", word.strip(_PUNCTUATION)).translate(_ALIKE).lower()
+
+
+def places_of(prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
+    """(first word, number of words) of every place of a phrase; ValueError, naming its use, where there is none."""
+    words, sought = [bare(w) for w in prompt.split()], [bare(w) for w in phrase.split()]
+    n = len(sought)
+    places = [(i, n) for i in range(len(words) - n + 1) if any(sought) and words[i : i + n] == sought]
+    if not places:
+        raise ValueError(f"{what}: {shown(phrase)} is not in the prompt {shown(prompt)}")
+    return places
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt as they are written, without the punctuation around them and between them."""
+    return [word.strip(_PUNCTUATION) for word in prompt.split() if bare(word)]
 
 
 def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
@@ -273,7 +329,28 @@ def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
     return spans
 
 
-def align_sequences(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
+def _gaps(spans: Sequence[tuple[int, int]], content: int) -> list[tuple[int, int]]:
+    """What is before, between and behind spans of content tokens."""
+    edges = [0, *(edge for span in spans for edge in span), content]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _elements(tokens: Sequence[int], words: Mapping[tuple[int, int], str]) -> list[tuple[int | str, tuple[int, int]]]:
+    """What is aligned, each with its tokens: the words at these spans as wholes, and every other token."""
+    whole = {at: (word, (at, end)) for (at, end), word in words.items()}
+    inside = {i for a, b in words for i in range(a + 1, b)}
+    return [whole.get(i, (token, (i, i + 1))) for i, token in enumerate(tokens) if i not in inside]
+
+
+def _spread(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int, float]]:
+    """(source token, target token, share): one to one where two spans have equally many, else evenly."""
+    (a, b), (c, d) = source, target
+    if b - a == d - c:
+        return [(i, j, 1.0) for i, j in zip(range(a, b), range(c, d), strict=True)]
+    return [(i, j, 1.0 / (d - c)) for i in range(a, b) for j in range(c, d)]
+
+
+def align_sequences(source: Sequence[int | str], target: Sequence[int | str]) -> list[tuple[int, int]]:
     """Needleman-Wunsch with match 1, mismatch -1, gap 0: (source, target) places that match.
 
     Of equally good alignments the one that leaves later target tokens unmatched is taken,
@@ -298,8 +375,8 @@ def align_sequences(source: Sequence[int], target: Sequence[int]) -> list[tuple[
 
 
 def changed_words(source: str, target: str) -> tuple[list[str], list[str]]:
-    """The words only the source has, and those only the target has, in order."""
-    a, b = source.split(), target.split()
-    moves = difflib.SequenceMatcher(None, [w.lower() for w in a], [w.lower() for w in b], autojunk=False).get_opcodes()
+    """The words only the source has, and those only the target has, in order; without punctuation."""
+    a, b = words_of(source), words_of(target)
+    moves = difflib.SequenceMatcher(None, [*map(bare, a)], [*map(bare, b)], autojunk=False).get_opcodes()
     changed = [move for move in moves if move[0] == "replace"] or [move for move in moves if move[0] != "equal"]
     return [w for _, i, j, _, _ in changed for w in a[i:j]], [w for _, _, _, i, j in changed for w in b[i:j]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,45 +18,21 @@ from common import (
     flops_of_call,
     machine,
     matrix_rate,
+    plain_inversion,
+    plain_sampling,
     prompt_pair,
     random_inputs,
     random_unet,
+    side_by_side,
     table,
-    timed,
     write_section,
 )
-from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from fatezero import FusionSettings, StoreSettings, edit, invert
 from fatezero.cli.config import PRESETS
-from fatezero.diffusion.ddim import ddim_move, guide
 from fatezero.diffusion.edit import unet_calls
-from fatezero.diffusion.schedule import Schedule
-from fatezero.metrics.memory import PeakMemory
 
 KEY_FRAMES = (("middle",), ("self", "middle"))
-
-
-@torch.no_grad()
-def plain_inversion(unet: UNet2DConditionModel, schedule: Schedule, z: Tensor, text: Tensor) -> Tensor:
-    """DDIM inversion of frames that know nothing of each other."""
-    text = text.expand(len(z), -1, -1).to(unet.dtype)
-    for i, timestep in enumerate(reversed(schedule.timesteps)):
-        noise = unet(z.to(unet.dtype), timestep, text).sample.to(z.dtype)
-        z = ddim_move(z, noise, schedule.alphas[i], schedule.alphas[i + 1])
-    return z
-
-
-@torch.no_grad()
-def plain_sampling(unet: UNet2DConditionModel, schedule: Schedule, z: Tensor, text: Tensor, negative: Tensor) -> Tensor:
-    """DDIM sampling with guidance, both prompts in one batch."""
-    texts = torch.cat([t.expand(len(z), -1, -1) for t in (negative, text)]).to(unet.dtype)
-    for step, timestep in enumerate(schedule.timesteps):
-        level = schedule.steps - step
-        noise = unet(torch.cat([z, z]).to(unet.dtype), timestep, texts).sample.to(z.dtype)
-        z = ddim_move(z, guide(*noise.chunk(2), 7.5), schedule.alphas[level], schedule.alphas[level - 1])
-    return z
 
 
 def main() -> None:
@@ -117,18 +92,12 @@ def main() -> None:
     rows = []
     for name, (calls, work) in works.items():
         base_calls, base = works["plain DDIM", "own", "inversion" if name[2] == "inversion" else "sampling"]
-        work()
-        # Each round runs both one after the other, so that both see the same machine.
-        rounds = [(timed(base, device), timed(work, device)) for _ in range(given.rounds)]
-        ratio, took = median(own / plain for plain, own in rounds), median(own for _, own in rounds)
-        peaks = []
-        for watched in (base, work):
-            with PeakMemory(device) as peak:
-                watched()
-            peaks.append(peak.bytes)
+        taken = side_by_side({"plain": base, "own": work}, device, given.rounds)
+        own, plain = taken["own"], taken["plain"]
+        ratio, took = own.of(plain), own.median
         rows.append([
             *name, str(calls), f"{took:.2f} s", f"{ratio:.2f}", f"{ratio * base_calls / calls:.2f}",
-            f"{100 * calls * flops / rate / took:.0f} %", f"{(peaks[1] - peaks[0]) / 1e6:+.0f} MB",
+            f"{100 * calls * flops / rate / took:.0f} %", f"{(own.bytes - plain.bytes) / 1e6:+.0f} MB",
         ])  # fmt: skip
         print(*rows[-1], flush=True)
     head = ["memory", "key frames", "work", "UNet calls", "time", "of plain", "of plain, a call", "floor", "peak"]

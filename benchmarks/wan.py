@@ -8,32 +8,30 @@ that are alive, on torch's meta device at full size: 81 frames of 832x480, 32,76
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
-from common import machine, table, timed, write_section
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from einops import rearrange
-from torch import Tensor
+from common import (
+    guided_steps,
+    machine,
+    plain_flow,
+    random_wan,
+    side_by_side,
+    table,
+    weight_bytes,
+    write_section,
+)
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fatezero import FlowEditSettings, FusionSettings, PromptEdit, draw, edit, invert
 from fatezero.attention.condition import Condition
-from fatezero.attention.control import Control
-from fatezero.attention.key_frames import ALL, Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask
 from fatezero.demo.wan import build_tokenizer
-from fatezero.diffusion.ddim import guide
-from fatezero.diffusion.denoiser import Guidance
-from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers_memory import LiveBytes, attend_without_data
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
-from fatezero.methods.fatezero import Fuser, StepPlan
 from fatezero.methods.flow_edit import PRESET
-from fatezero.store.records import Beside, Recorder, SourceStep
 
 FULL = (21, 60, 104)
 """Frames, height and width of the latents of 81 frames of 832x480."""
@@ -44,71 +42,26 @@ PROMPT = PromptEdit(
 )
 
 
-def wan(blocks: int, device: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    """Wan 2.1 1.3B with so many of its blocks and random weights."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=blocks, text_dim=4096)
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def plain(model: Any, schedule: FlowSchedule, z: Tensor, text: Tensor, negative: Tensor) -> Tensor:
-    """Guided sampling, the prompts one after another."""
-    for step, timestep in enumerate(schedule.timesteps):
-        clip, at = rearrange(z, "f c y x -> 1 c f y x").to(model.dtype), torch.tensor([timestep], device=z.device)
-        away, towards = (model(clip, at, t.to(model.dtype), return_dict=False)[0][0] for t in (negative, text))
-        velocity = rearrange(guide(away, towards, 5.0), "c f y x -> f c y x").to(z.dtype)
-        z = schedule.move(z, velocity, schedule.steps - step, schedule.steps - step - 1)
-    return z
-
-
 def full_memory() -> list[list[str]]:
     """The most bytes alive in a guided step of Wan 2.1 1.3B in bfloat16 at full size, with its weights."""
-    model = wan(30, "meta", torch.bfloat16)
-    weights = sum(weight.nbytes for weight in model.parameters())
+    model = random_wan("1.3B", torch.device("meta"), torch.bfloat16)
+    weights = weight_bytes(model)
     denoiser = VideoTransformerDenoiser(model, FlowMatchEulerDiscreteScheduler())
     frames, height, width = FULL
     z = torch.empty(frames, 16, height, width, device="meta")
     text = Condition(torch.empty(1, 512, 4096, device="meta"))
-    keys, chunk = KeyFrames((ALL,)), Chunk.whole(frames)
-    layers = {site.name for site in denoiser.sites(height, width)}
-    alignment = PROMPT.align(512, 512).to(z.to(torch.bfloat16))
-
-    def fused(source: SourceStep) -> Fuser:
-        return Fuser(source, alignment, STYLE, StepPlan(True, True, False, False))
-
-    def guided(control: Control, beside: Beside | None = None) -> None:
-        denoiser.predict_noise(z, 500.0, text, control, Guidance(text, Control(keys, chunk), 5.0), beside)
-
-    def beside() -> None:
-        recorder = Recorder(keys, chunk, layers)
-        pair = Beside(z, text, recorder)
-        guided(fused(SourceStep(recorder.records, keys, chunk, beside=pair)), pair)
-
-    def before() -> None:
-        recorder = Recorder(keys, chunk, layers)
-        denoiser.predict_noise(z, 500.0, text, recorder)
-        guided(fused(recorder.step))
-
-    def unhooked() -> None:
-        clip = rearrange(z, "f c y x -> 1 c f y x").to(model.dtype)
-        at, embeddings = torch.empty(1, device="meta"), text.embeddings.to(model.dtype)
-        guide(*(model(clip, at, embeddings, return_dict=False)[0] for _ in range(2)), 5.0)
-
     rows, base = [], 0
-    works = {
-        "plain guided sampling, diffusers' own model": unhooked,
-        "edit, the source beside, block by block": beside,
-        "edit, the source before, its queries and keys kept": before,
+    names = {
+        "plain": "plain guided sampling, diffusers' own model",
+        "beside": "edit, the source beside, block by block",
+        "before": "edit, the source before, its queries and keys kept",
     }
-    for name, work in works.items():
-        hooked = contextlib.nullcontext() if work is unhooked else denoiser.hooked()
-        with hooked, attend_without_data(), LiveBytes(model) as live, torch.no_grad():
+    for name, work in guided_steps(denoiser, z, text, PROMPT, STYLE).items():
+        with attend_without_data(), LiveBytes(model) as live:
             work()
         whole = weights + live.most
         base = base or whole
-        rows.append([name, format_bytes(live.most), format_bytes(whole), f"{whole / base:.3f}"])
+        rows.append([names[name], format_bytes(live.most), format_bytes(whole), f"{whole / base:.3f}"])
     maps = 30 * 12 * (frames * height * width // 4) ** 2 * 2
     naive = weights + maps
     rows.append(["maps of a step's self-attention", format_bytes(maps), format_bytes(naive), f"{naive / base:.0f}"])
@@ -127,7 +80,7 @@ def main() -> None:
     given = parser.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     frames, height, width = map(int, given.latents.split("x"))
-    model = wan(given.blocks, given.device, dtype)
+    model = random_wan("1.3B", device, dtype, given.blocks)
     denoiser = VideoTransformerDenoiser(model, FlowMatchEulerDiscreteScheduler(shift=3.0))
     schedule, random = denoiser.schedule(given.steps), torch.Generator().manual_seed(1)
     z = torch.randn(frames, 16, height, width, generator=random).to(device)
@@ -156,13 +109,11 @@ def main() -> None:
     if given.maps:
         kept = invert(denoiser, z, source, given.steps, memory="maps")
         works["naive: maps kept, half of the steps"] = edited(STYLE, kept)
-    base = lambda: plain(model, schedule, z, target, negative)  # noqa: E731
-    base()
+    base = lambda: plain_flow(model, schedule, z, target, negative)  # noqa: E731
     rows = []
     for name, work in works.items():
-        rounds = [(timed(base, device), timed(work, device)) for _ in range(given.rounds)]
-        ratio, took = median(own / once for once, own in rounds), median(own for _, own in rounds)
-        rows.append([name, f"{took:.1f} s", f"{ratio:.2f}"])
+        taken = side_by_side({"plain": base, "own": work}, device, given.rounds)
+        rows.append([name, f"{taken['own'].median:.1f} s", f"{taken['own'].of(taken['plain']):.2f}"])
         print(*rows[-1], flush=True)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     tokens = frames * height * width // 4

@@ -27,9 +27,10 @@ from .config import (
     with_preset,
     with_values,
 )
+from .help import show_help
 from .options import GROUPS, edit_options, generate_options, given_of, invert_options, tune_options, whole_numbers
-from .progress import complain, console, progress_bar, told
-from .record import apart_from, made_by
+from .progress import complain, console, in_a_line, printable, progress_bar, told
+from .record import apart_from, check_is_here, made_by
 
 app = App(
     name="fatezero",
@@ -52,7 +53,7 @@ Video = Annotated[
 Config = Annotated[
     Path | None,
     Parameter(
-        help="YAML of settings, ours or the authors' own; or a result or its .json, to make it again.", group=_RUN
+        help="YAML file of settings, ours or the authors'. Or a result or its .json, to make it again.", group=_RUN
     ),
 ]
 ModelConfig = Annotated[
@@ -64,13 +65,12 @@ ModelConfig = Annotated[
 ]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps, or auto.", group=_RUN)]
 Dtype = Annotated[
-    str, Parameter(help="float32, float16, bfloat16, or auto: float16 on a GPU, else float32.", group=_RUN)
+    str,
+    Parameter(help="float32, float16, bfloat16 or auto. auto: float16 on a GPU, else float32.", group=_RUN),
 ]
-DryRun = Annotated[
-    bool, Parameter(negative="", help="Print the plan, with memory and UNet calls, and stop.", group=_RUN)
-]
-Overwrite = Annotated[bool, Parameter(negative="", help="Replace an output that is there.", group=_RUN)]
-Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Say nothing but errors.", group=_RUN)]
+DryRun = Annotated[bool, Parameter(negative="", help="Print the plan with its memory and time, and stop.", group=_RUN)]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace an existing output.", group=_RUN)]
+Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Print errors only.", group=_RUN)]
 
 
 @app.command
@@ -81,7 +81,9 @@ def edit(
     target: Annotated[
         list[str] | None,
         Parameter(
-            help="What it shall show; several are edited in one pass.", negative="", group=GROUPS["What to edit"]
+            help="Prompt that describes the edit. Repeat it for several edits in one pass.",
+            negative="",
+            group=GROUPS["What to edit"],
         ),
     ] = None,
     output: Annotated[
@@ -89,7 +91,7 @@ def edit(
         Parameter(
             name=("--output", "-o"),
             group=GROUPS["What to edit"],
-            help='Where the edit goes: .mp4, .mov, .mkv, .webm, .gif; pictures: "folder/" or "f_%04d.png".',
+            help='Output: .mp4, .mov, .mkv, .webm, .gif, or pictures, "folder/" or "f_%04d.png".',
         ),
     ] = "edit.mp4",
     config: Config = None,
@@ -113,12 +115,15 @@ def edit(
     flags = _flags(video, options)
     made = made_by(config) if config else None
     if made is not None:  # a result's record: made again with what it was made with
-        given = {*flags, *(name for name, value in (("store", store), ("model_config", model_config)) if value)}
+        others = {"store": store, "model_config": model_config, "target": target, "preset": preset}
+        given = {*flags, *(name for name, value in others.items() if value)}
         made = apart_from(made, given)
         store = store or (Path(made.store) if made.store else None)
         model_config = model_config or made.model_config
         device, dtype = (b if a == "auto" else a for a, b in ((device, made.device), (dtype, made.dtype)))
     configs = _configs(config, preset, flags, target or [], store)
+    if config is not None and made is not None:
+        check_is_here(config, configs[0], model_config, given)
     from .run import Session, run_edits  # diffusers takes seconds to import: after the cheap checks
 
     inputs = tuple(path for path in (config, store) if path)
@@ -131,7 +136,7 @@ def invert(
     video: Video = None,
     /,
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Where the store goes.")] = Path(
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Output file of the store.")] = Path(
         "store.safetensors"
     ),
     config: Config = None,
@@ -160,21 +165,17 @@ def tune(
     *,
     output: Annotated[
         Path,
-        Parameter(
-            name=("--output", "-o"), help="Folder for the temporal layers, the losses and their plot.", group=_RUN
-        ),
+        Parameter(name=("--output", "-o"), help="Folder for the layers, the losses and their plot.", group=_RUN),
     ] = Path("tuned"),
     model_config: ModelConfig = None,
     options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    resume: Annotated[
-        bool, Parameter(negative="", help="Go on with the tuning in the folder, where it was stopped.", group=_RUN)
-    ] = False,
+    resume: Annotated[bool, Parameter(negative="", help="Continue the tuning in the folder.", group=_RUN)] = False,
     keep_every: Annotated[int, Parameter(help="Steps between two states to go on from.", group=_RUN)] = 50,
     folder: Annotated[
         bool,
         Parameter(
             negative="",
-            help="Write the whole model too, as the authors' code reads it and --model takes it.",
+            help="Write the whole model too. The authors' code and --model read it.",
             group=_RUN,
         ),
     ] = False,
@@ -200,7 +201,7 @@ def tune(
 def generate_clip(
     *,
     output: Annotated[
-        str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Where the clip goes, as in an edit.")
+        str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Output, as in `fatezero edit`.")
     ] = "clip.mp4",
     model_config: ModelConfig = None,
     options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
@@ -277,28 +278,26 @@ def demo(
 
 @app.command(name="batch")
 def batch_of_jobs(
-    jobs: Annotated[Path, Parameter(help="YAML: clips, targets, settings and methods, which are combined; or jobs.")],
+    jobs: Annotated[Path, Parameter(help="YAML file of jobs, or of clips, targets, settings and methods to combine.")],
     /,
     *,
     output: Annotated[
         Path | None,
         Parameter(
             name=("--output", "-o"),
-            help="Folder for results and summary; a run there goes on.",
+            help="Folder for results and summary. A run there continues.",
             show_default=lambda _: "that of the jobs, without .yaml",
         ),
     ] = None,
     workers: Annotated[int, Parameter(help="Processes on each device.")] = 1,
     timeout: Annotated[float | None, Parameter(help="Seconds that a job may take.")] = None,
-    retries: Annotated[int, Parameter(help="How often a job whose process died is tried again.")] = 1,
+    retries: Annotated[int, Parameter(help="Retries of a job whose process died.")] = 1,
     measure: Annotated[bool, Parameter(help="Measure each result beside its source.")] = True,
-    clip: Annotated[str, Parameter(help="A CLIP of transformers that measures too.")] = "",
-    redo: Annotated[bool, Parameter(negative="", help="Do again what is done.")] = False,
+    clip: Annotated[str, Parameter(help="CLIP model of transformers to measure with.")] = "",
+    redo: Annotated[bool, Parameter(negative="", help="Repeat finished jobs.")] = False,
     ray: Annotated[
         str | None,
-        Parameter(
-            help="Address of a Ray cluster that does the jobs; auto, or local for one of this machine.", group=_RAY
-        ),
+        Parameter(help="Address of a Ray cluster to run the jobs on, auto, or local.", group=_RAY),
     ] = None,
     ray_gpus: Annotated[
         float | None, Parameter(help="GPUs of each job.", show_default=lambda _: "1 where there are any", group=_RAY)
@@ -312,11 +311,9 @@ def batch_of_jobs(
     ] = "shared",
     comfyui: Annotated[
         list[str] | None,
-        Parameter(help="Address of a ComfyUI server that does the jobs by their workflow; may repeat.", negative=""),
+        Parameter(help="Address of a ComfyUI server to run the jobs' workflow on; may repeat.", negative=""),
     ] = None,
-    device: Annotated[
-        str, Parameter(help="cpu, cuda, mps, auto: all GPUs there are, or several by commas: cuda:0,cuda:1.")
-    ] = "auto",
+    device: Annotated[str, Parameter(help="cpu, cuda, mps, several (cuda:0,cuda:1), or auto: all GPUs.")] = "auto",
     dtype: Dtype = "auto",
     model_config: ModelConfig = None,
     dry_run: DryRun = False,
@@ -327,18 +324,18 @@ def batch_of_jobs(
     from .batch.jobs import load_batch
 
     held = load_batch(jobs)
-    from .batch.cluster import Cluster
-    from .batch.processes import Patience
-    from .batch.run import Asked, run_batch
-    from .batch.work import How
-    from .run import Session
-
     if ray is not None and comfyui:
         raise ConfigError("give --ray or --comfyui: a job is done in one place")
     if model_config is not None and comfyui:
         raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
     if ray is not None and timeout is not None:
         raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
+    from .batch.cluster import Cluster
+    from .batch.processes import Patience
+    from .batch.run import Asked, run_batch
+    from .batch.work import How
+    from .run import Session
+
     cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
     folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)
     how = How(dtype, model_config, measure, clip)
@@ -393,7 +390,7 @@ def benchmark(
             output, settings, chosen_methods(method, quick), str(where), processes, bar("cases")
         )  # fmt: skip
     console.print(write_tables(output, rows, BEST), markup=False, soft_wrap=True)
-    console.print(f"written to {output}: table.md, table.csv, page.html", soft_wrap=True)
+    console.print(printable(f"written to {output}: table.md, table.csv, page.html"), markup=False, soft_wrap=True)
 
 
 @app.command(name="train-demo")
@@ -475,7 +472,7 @@ def _configs(
             found = [with_preset(c, preset) for c in found] if preset else found
         configs += [c for c in (with_values(c, given) for c in found) if c not in configs]
     for note in dict.fromkeys(notes):
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"note: {in_a_line(note)}", style="yellow", markup=False, soft_wrap=True)
     configs = [completed(c, inverting, store is not None) for c in configs]
     for c in configs:
         check_effect(c, () if store else list(given))
@@ -496,11 +493,13 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
+        if show_help(app, sys.argv[1:], console):
+            sys.exit(0)
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except KeyboardInterrupt:
         sys.exit(130)
     except CycloptsError as error:
-        complain(f"error: {' '.join(str(error).split())}")
+        complain(f"error: {in_a_line(str(error))}")
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FATEZERO_DEBUG"):

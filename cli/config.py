@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-
 from ..attention.key_frames import KeyFrames
-from ..attention.prompt import Mode, PromptEdit, changed_words
-from ..diffusion.edit import Edit, Injection, Propagation
+from ..attention.prompt import Mode, PromptEdit, bare, changed_words, words_of
+from ..diffusion.edit import Edit, Injection, Propagation, first_step
 from ..diffusion.invert import InversionSettings
+from ..files.lora import LoraFile
 from ..methods.fatezero import GROUP as FATEZERO
 from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ..methods.fatezero import FusionSettings
@@ -28,14 +27,15 @@ from ..methods.layout_guidance import GROUP as LAYOUT
 from ..methods.layout_guidance import LayoutSettings
 from ..methods.move_objects import MoveSettings
 from ..methods.plug_and_play import PnPSettings
-from ..methods.temporal_layers import LayerSettings
 from ..methods.tokenflow import TokenFlowSettings
-from ..methods.tune_a_video import TuneSettings
-from ..settings import check, described, described_one, is_union, kept, setting
+from ..methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
+from ..settings import Described, Setting, check, check_one, described, described_one, is_union, kept, setting, shown
 from ..store.budget import StoreSettings
 from ..video.flow import FlowName
-from ..video.read import ClipSettings, read_metadata, seconds_of
+from ..video.read import read_metadata
+from ..video.which import ClipSettings, colour_of, seconds_of
 from ..video.write import METADATA_SUFFIXES
+from .documents import DocumentError, read_json, read_yaml
 
 T = TypeVar("T")
 InjectionName = Literal["fatezero", "pnp", "none"]
@@ -70,25 +70,21 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift")
 """The settings that name an object and where it shall be."""
-REPEATED = (*OBJECTS, "object_mask")
-"""Settings that are given once for each object."""
+REPEATED = (*OBJECTS, "object_mask", "lora")
+"""Settings that may be given several times."""
 
 
 @dataclass(frozen=True)
-class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings):
-    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
+class ModelSettings:
+    """The model, and what is added to its weights."""
 
-    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
-    """
-
-    video: str = ""
-    source: str = setting("", "What the video shows.", group=_TEXT)
-    target: str = setting("", "What it shall show; several are edited in one pass.", group=_TEXT)
-    negative: str = setting("", "What to keep away from.", shown="none", group=_TEXT)
     model: str = setting(
         "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
     )
-    lora: str = setting("", "A LoRA file or folder.", group=_MODEL)
+    lora: tuple[str, ...] = setting(
+        (), "LoRA file or folder, or FILE=0.8 for its strength. May repeat.", shown="none", group=_MODEL
+    )
+    variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
     temporal: str = setting(
         "",
         "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
@@ -96,6 +92,57 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
         shown="none",
         group=_MODEL,
     )
+
+    @property
+    def chosen_model(self) -> ModelSettings:
+        """These settings without the others of a configuration."""
+        return _part(self, ModelSettings)
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """A ControlNet and what it follows."""
+
+    controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
+    control: str = setting(
+        "", "Video or pictures that the ControlNet follows. They are cut like the clip.",
+        shown="none", group=_MODEL,
+    )  # fmt: skip
+    controlnet_strength: float = setting(
+        1.0, "What the ControlNet's output is multiplied by.", least=0, most=10, group=_MODEL
+    )
+    control_start: float = setting(
+        0.0, "Where on the way from noise to clip the ControlNet begins to act.", least=0, most=1, group=_MODEL
+    )
+    control_end: float = setting(1.0, "Where it ends.", least=0, most=1, group=_MODEL)
+
+    @property
+    def chosen_control(self) -> ControlSettings:
+        """These settings without the others of a configuration. Raises ConfigError for what is no range."""
+        found = _part(self, ControlSettings)
+        check(found)
+        if found.control_start >= found.control_end:
+            raise ConfigError(
+                f"control_start is {found.control_start}; it must be below control_end, {found.control_end}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EditConfig(
+    ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ControlSettings, ModelSettings
+):
+    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
+
+    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
+    """
+
+    video: str = ""
+    source: str = setting("", "Prompt that describes the video.", group=_TEXT)
+    target: str = setting(
+        "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
+    )
+    negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     strength: float = kept(Edit, "strength", 1.0)
     noise: NoiseName = setting(
@@ -187,7 +234,7 @@ class EditConfig(ClipSettings, InversionSettings, StoreSettings, FusionSettings,
             elif not blend[0] or (self.blend_latents and not blend[1]):
                 raise ConfigError(
                     "blending needs words to blend: no word of the source changes, so give --blend-source and "
-                    f"--blend-target ({self.source!r} / {self.target!r})"
+                    f"--blend-target ({shown(self.source)} / {shown(self.target)})"
                 )
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
 
@@ -197,16 +244,16 @@ def _part(config: Any, settings: type[T]) -> T:
 
 
 @dataclass(frozen=True)
-class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
+class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
     """Every setting of `fatezero tune`; the names are those of the flags."""
 
     video: str = ""
-    prompt: str = setting("", "What the video shows.", group=_TEXT)
-    model: str = kept(EditConfig, "model", "demo")
+    prompt: str = setting("", "Prompt that describes the video.", group=_TEXT)
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
-    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", ("first", "previous"))
+    count: int | None = kept(ClipSettings, "count", None, shown="at most 24; with --end all")
+    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", TRAINED_KEYS)
     clip_norm: bool = kept(InversionSettings, "clip_norm", True)
 
     def __post_init__(self) -> None:
@@ -222,18 +269,17 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(ObjectSettings):
+class GenerateConfig(ObjectSettings, ModelSettings):
     """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
 
-    prompt: str = setting("", "What the clip shall show.", group=_TEXT)
+    prompt: str = setting("", "Prompt that describes the clip.", group=_TEXT)
     negative: str = kept(EditConfig, "negative", "")
-    model: str = kept(EditConfig, "model", "demo")
-    lora: str = kept(EditConfig, "lora", "")
-    temporal: str = kept(EditConfig, "temporal", "")
-    frames: int = setting(16, "How many.", least=1, most=1000, group=_CLIP)
-    size: tuple[int, int] | None = setting(None, "WIDTHxHEIGHT.", unit="pixels", shown="the model's own", group=_CLIP)
-    fps: float = setting(8.0, "Of the video.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
-    seed: int = setting(0, "Of the noise.", least=0, most=2**63 - 1, group=_CLIP)
+    frames: int = setting(16, "Number of frames.", least=1, most=1000, group=_CLIP)
+    size: tuple[int, int] | None = setting(
+        None, "WIDTHxHEIGHT of the clip.", unit="pixels", shown="the model's", group=_CLIP
+    )
+    fps: float = setting(8.0, "Frame rate.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
+    seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=_CLIP)
     steps: int = kept(InversionSettings, "steps", 50)
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     key_frames: tuple[str | int, ...] | None = setting(
@@ -254,9 +300,14 @@ SECTIONS: dict[str, Any] = {
     "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
 }  # fmt: skip
 """The sections of an edit's configuration, and the settings in them."""
-_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(EditConfig)}
-_GENERATE_KINDS: dict[str, Any] = {one.name: one.kind for one in described(GenerateConfig)}
-_TUNE_KINDS: dict[str, Any] = {"video": str} | {one.name: one.kind for one in described(TuneConfig)}
+_VIDEO = {"video": Described("video", str, "", Setting("Video, picture, or pictures."))}
+_OF_EDITS = _VIDEO | {one.name: one for one in described(EditConfig)}
+_OF_CLIPS = {one.name: one for one in described(GenerateConfig)}
+_OF_TUNINGS = _VIDEO | {one.name: one for one in described(TuneConfig)}
+FILES = ("video", "lora", "model", "temporal")
+"""The settings that name a file."""
+FILES_OF_OBJECTS = ("mask", "object_mask")
+"""Those that name files for words: "burger: mask.mp4"."""
 MADE = "made"
 """The section of a result's record that is no setting: see `record.py`."""
 METADATA = "fatezero"
@@ -276,9 +327,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to one frame while they invert."""
 
-_OF_CLIPS = {"key_frames", "clip_norm"}
+_LEFT_ALONE = {"key_frames", "clip_norm"}
 """Settings of the inversion that a preset may name, and leaves as they are where it does not."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_CLIPS} | {"mode"}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE} | {"mode"}
 """The settings that presets speak of; what one does not name has its default."""
 
 
@@ -289,8 +340,8 @@ def with_preset(config: EditConfig, preset: str) -> EditConfig:
     refines where they have not. Raises ConfigError for an unknown preset.
     """
     if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-    mapped = preset.startswith("shape") and len(config.source.split()) == len(config.target.split())
+        raise ConfigError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
+    mapped = preset.startswith("shape") and len(words_of(config.source)) == len(words_of(config.target))
     default = EditConfig(mode="replace" if mapped else "refine")
     return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | PRESETS[preset])
 
@@ -302,12 +353,12 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
     of_sections = {name: _section_of(name, values[name], kind) for name, kind in SECTIONS.items() if name in values}
     values = {name: value for name, value in values.items() if name not in SECTIONS}
-    return _checked(values, _KINDS) | of_sections
+    return _checked(values, _OF_EDITS) | of_sections
 
 
 def tune_config(values: Mapping[str, Any]) -> TuneConfig:
     """A tuning by its settings that were given; ConfigError naming what is wrong or missing."""
-    config = TuneConfig(**_checked(values, _TUNE_KINDS))
+    config = TuneConfig(**_checked(values, _OF_TUNINGS))
     for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
         if not getattr(config, name):
             raise ConfigError(f"missing {flag}")
@@ -315,14 +366,13 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
         raise ConfigError("layers and rank have no effect on temporal layers of a file")
     if config.rank is not None and config.layers != "fatezero":
         raise ConfigError("rank has no effect without --layers fatezero")
-    check(config)
     return config
 
 
 def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     """A clip to draw by its settings that were given; ConfigError naming what is wrong or missing."""
     layout = LayoutSettings(**_section_of("layout", values.get("layout", {}), LayoutSettings))
-    found = _checked({name: value for name, value in values.items() if name != "layout"}, _GENERATE_KINDS)
+    found = _checked({name: value for name, value in values.items() if name != "layout"}, _OF_CLIPS)
     config = GenerateConfig(**found, layout=layout)
     if not config.prompt:
         raise ConfigError("missing --prompt")
@@ -331,38 +381,96 @@ def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     return config
 
 
-def _checked(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    found = _fitting(values, kinds)
+def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[str, Any]:
+    found = {name: _at_home(name, value) for name, value in _fitting(values, known).items()}
     for name in ("start", "end"):
         if isinstance(found.get(name), str):
             try:
                 seconds_of(found[name])
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from error
+    if isinstance(found.get("background"), str):
+        try:
+            colour_of(found["background"])
+        except ValueError as error:
+            raise ConfigError(f"background: {error}") from error
     for name in ("video", "source", "target", "prompt", "model"):
         if isinstance(found.get(name), str) and name in values and not found[name].strip():
-            raise ConfigError(f"{name} is {values[name]!r}; it must not be blank")
+            raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")
+    if "lora" in found:
+        found["lora"] = tuple(text for text in found["lora"] if text.strip())
+        for text in found["lora"]:
+            try:
+                LoraFile.parse(text)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
     return found
 
 
-def _fitting(values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    unknown = sorted(str(name) for name in values if name not in kinds)
+def _at_home(name: str, value: Any) -> Any:
+    """A value whose files are no longer named by ~."""
+    if name in FILES_OF_OBJECTS:
+        parts = (text.partition(":") for text in value)
+        return tuple(f"{words}{mark}{_indented(file)}" for words, mark, file in parts)
+    return from_home(value) if name in FILES and isinstance(value, str) else value
+
+
+def _indented(file: str) -> str:
+    """A file's name behind the blanks that it has, as `from_home` has it."""
+    name = file.lstrip()
+    return file[: len(file) - len(name)] + from_home(name)
+
+
+def from_home(file: str) -> str:
+    """A file's name with the folder that ~ stands for."""
+    try:
+        return str(Path(file).expanduser()) if file.startswith("~") and not Path(file).exists() else file
+    except RuntimeError:  # there is no such user
+        return file
+
+
+def _fitting(values: Mapping[str, Any], known: Mapping[str, Described], where: str = "") -> dict[str, Any]:
+    """Values of the right kind and in their range."""
+    unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], kinds, n=1)
+        near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {where + near[0]!r}?)" if near else ""
-        raise ConfigError(f"unknown setting {', '.join(repr(where + name) for name in unknown)}{hint}")
-    found = {name: _fitted(_plain_value(value, kinds[name]), kinds[name]) for name, value in values.items()}
-    for name, value in found.items():
-        if value is _WRONG:
-            raise ConfigError(f"{where}{name} is {values[name]!r}; it must be {_said(kinds[name])}")
+        raise ConfigError(f"unknown setting {', '.join(shown(where + name) for name in unknown[:3])}{hint}")
+    found = {}
+    for name, value in values.items():
+        kind = known[name].kind
+        found[name] = _fitted(_plain_value(value, kind), kind)
+        if found[name] is _WRONG:
+            raise ConfigError(f"{where}{name} is {shown(value)}; it must be {_said(kind)}{_if_great(value)}")
+        _check_text(where + name, found[name], "\0" if name in (*FILES, *FILES_OF_OBJECTS) else _HALVES)
+        try:
+            check_one(known[name], found[name])
+        except ValueError as error:
+            raise ConfigError(f"{where}{error}") from error
     return found
+
+
+def _if_great(value: Any) -> str:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return ", below 2**63" if any(isinstance(part, int) and abs(part) > _MOST for part in parts) else ""
+
+
+_HALVES = "\ud800-\udfff"
+"""Halves of pairs of UTF-16, which are no text; in names of files they stand for bytes that are no UTF-8."""
+
+
+def _check_text(name: str, value: Any, wrong: str) -> None:
+    """Raise ConfigError for a text with characters that it cannot have."""
+    for text in (value,) if isinstance(value, str) else value if isinstance(value, (tuple, dict)) else ():
+        if isinstance(text, str) and (found := re.search(f"[{wrong}]", text)):
+            raise ConfigError(f"{name} is {shown(value)}; take {found[0]!r} out of it")
 
 
 def _section_of(name: str, given: Any, settings: type) -> dict[str, Any]:
     """The values given of a section."""
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {given!r}; it must be a section")
-    found = _fitting(given, {one.name: one.kind for one in described(settings)}, f"{name}.")
+        raise ConfigError(f"{name} is {shown(given)}; it must be a section")
+    found = _fitting(given, {one.name: one for one in described(settings)}, f"{name}.")
     try:
         settings(**found)
     except ValueError as error:
@@ -377,6 +485,8 @@ def with_values(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
 
 
 _WRONG = object()
+_MOST = 2**63 - 1
+"""The greatest whole number that tensors count with."""
 
 
 def _plain_value(value: Any, kind: Any) -> Any:
@@ -403,7 +513,7 @@ def _fitted(value: Any, kind: Any) -> Any:
         return None if value is None else _WRONG
     if kind in (int, float):
         number = isinstance(value, kind if kind is int else (int, float)) and not isinstance(value, bool)
-        return value if number and isfinite(value) else _WRONG
+        return value if number and abs(value) <= (_MOST if kind is int else sys.float_info.max) else _WRONG
     return value if kind in (str, bool) and isinstance(value, kind) else _WRONG
 
 
@@ -428,7 +538,7 @@ _FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "ma
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, *REPEATED, "injection", "propagation", "smoothing", "flow", "noise"]
+    return [*_FUSION, *OBJECTS, "object_mask", "injection", "propagation", "smoothing", "flow", "noise"]
 
 
 _NOTHING_PLACED = "no object is named (box, ellipse, mask)"
@@ -464,6 +574,11 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
     (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
     (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
+    (
+        ("control", "controlnet_strength", "control_start", "control_end"),
+        lambda c: not c.controlnet,
+        "no controlnet is given",
+    ),
 )
 
 
@@ -499,6 +614,8 @@ def load_configs(
             )
         if any(mark in data for mark in _AUTHORS_MARKS):
             configs, notes = authors_configs(data)
+            for config in configs:
+                _check_ranges(config)
             configs = [with_values(config, texts) for config in configs]
         else:
             config = config_of({name: value for name, value in data.items() if name != MADE}, texts)
@@ -506,6 +623,13 @@ def load_configs(
         if preset is not None:
             configs = [with_preset(config, preset) for config in configs]
     return configs, notes
+
+
+def _check_ranges(config: EditConfig) -> None:
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:
@@ -516,27 +640,35 @@ def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None)
     values, texts = dict(values), dict(texts or {})
     preset = values.pop("preset", None)
     if preset is not None and not isinstance(preset, str):
-        raise ConfigError(f"preset is {preset!r}; it must be text")
+        raise ConfigError(f"preset is {shown(preset)}; it must be text")
     given = checked(values) | texts
     config = with_values(EditConfig(), given)
     return config if preset is None else with_values(with_preset(config, preset), given)
 
 
 def completed(config: EditConfig, inverting: bool = False, stored: bool = False) -> EditConfig:
-    """A configuration that has all its run needs; ConfigError naming what is missing.
+    """A configuration that has all its run needs, and every setting in its range; ValueError naming what is wrong.
 
     inverting: for an inversion alone. stored: beside a store, which knows clip and source.
     """
     config = replace(config, target=config.target or config.source) if config.wanted else config
+    config.chosen_control  # noqa: B018  raises for settings out of range
     needed = ("video", "source") if inverting or config.injection == "fatezero" else ("video",)
     missing = [] if stored else [name for name in needed if not getattr(config, name)]
     missing += [] if inverting or config.target else ["target"]
+    missing += ["control"] if config.controlnet and not config.control else []
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
+    config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
+    if not inverting and not stored:  # whose number of steps is its own
+        try:
+            first_step(config.strength, config.steps)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return config
 
 
-_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target"}
+_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target", "control": "--control"}
 
 
 @contextmanager
@@ -557,29 +689,30 @@ def held_by(path: Path) -> Any:
 
 
 def _held(path: Path) -> Any:
-    if path.suffix.lower() not in (".json", *METADATA_SUFFIXES):
-        return _yaml(path)
+    if path.suffix.lower() not in METADATA_SUFFIXES:
+        return _read(path)
     try:
-        if path.suffix.lower() == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
-        return json.loads(read_metadata(path)[METADATA])
+        return read_json(read_metadata(path)[METADATA])
     except KeyError:
         raise ConfigError("has no settings in its metadata: it is no result of `fatezero edit`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"is not JSON: {error}") from error
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _yaml(path: Path) -> Any:
+def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8-sig")
+        return read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not text: {error}") from error
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
     """Pairs of captions of a YAML list; ConfigError for anything else."""
     with _naming(Path(path)):
-        held = _yaml(Path(path))
+        held = _read(Path(path))
         right = isinstance(held, list) and all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in held
         )
@@ -659,7 +792,7 @@ def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str
     )
     entries = model.get("SparseCausalAttention_index", [-1, "first"])
     if _fitted(entries, tuple[int | str, ...]) is _WRONG:
-        raise ConfigError(f"model_config.SparseCausalAttention_index is {entries!r}; it must be a list")
+        raise ConfigError(f"model_config.SparseCausalAttention_index is {shown(entries)}; it must be a list")
     base = EditConfig(
         video=_value(dataset, "path", "", str, "dataset_config"),
         source=_value(dataset, "prompt", "", str, "dataset_config"),
@@ -679,13 +812,13 @@ def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str
     controls = editing.get("p2p_config") or {}
     controls = dict(enumerate(controls)) if isinstance(controls, list) else controls
     if not isinstance(controls, Mapping):
-        raise ConfigError(f"editing_config.p2p_config is {controls!r}; it must have a section for each prompt")
+        raise ConfigError(f"editing_config.p2p_config is {shown(controls)}; it must have a section for each prompt")
     edits = []
     for i, target in enumerate(targets):
         where = f"editing_config.p2p_config[{i}]"
         control = controls.get(i, controls.get(str(i))) or {}
         if not isinstance(control, Mapping):
-            raise ConfigError(f"{where} is {control!r}; it must be a section")
+            raise ConfigError(f"{where} is {shown(control)}; it must be a section")
         edits.append(_authors_edit(replace(base, target=target), control, where, notes))
     return edits, notes
 
@@ -694,7 +827,7 @@ def _section(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A section of a file, empty where it is missing."""
     section = data.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{name} is {section!r}; it must be a section")
+        raise ConfigError(f"{name} is {shown(section)}; it must be a section")
     return dict(section)
 
 
@@ -705,7 +838,7 @@ def _value(section: Mapping[str, Any], key: str, default: Any, kind: Any, where:
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if _fitted(value, kind) is _WRONG:
-        raise ConfigError(f"{where + '.' if where else ''}{key} is {value!r}; it must be {_said(kind)}")
+        raise ConfigError(f"{where + '.' if where else ''}{key} is {shown(value)}; it must be {_said(kind)}")
     return kind(value)
 
 
@@ -727,7 +860,9 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
     shares = control.get("cross_replace_steps", 0.8)
     if isinstance(shares, Mapping):
         if set(shares) != {"default_"}:
-            raise ConfigError(f"{where}.cross_replace_steps: shares of single words are not supported: {dict(shares)}")
+            raise ConfigError(
+                f"{where}.cross_replace_steps: shares of single words are not supported: {shown(dict(shares))}"
+            )
         shares = shares["default_"]
     weights = _section(control, "eq_params")
     of_words, factors = (
@@ -743,7 +878,9 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
     }
     words = _fitted(control.get("blend_words") or (), tuple[tuple[str, ...] | str, ...])
     if words is _WRONG:
-        raise ConfigError(f"{where}.blend_words is {control['blend_words']!r}; it must be [source words, target words]")
+        raise ConfigError(
+            f"{where}.blend_words is {shown(control['blend_words'])}; it must be [source words, target words]"
+        )
     pairs = [(side,) if isinstance(side, str) else side for side in [*words, (), ()][:2]]  # the target's may be missing
     blend = [
         tuple(w for w in side if _present(w, prompt, where, notes))
@@ -769,9 +906,9 @@ def _authors_edit(base: EditConfig, control: Mapping[str, Any], where: str, note
 
 
 def _present(word: str, prompt: str, where: str, notes: list[str]) -> bool:
-    found = word.lower() in [w.lower().strip(".,;:!?\"'()[]") for w in prompt.split()]
+    found = bare(word) in map(bare, prompt.split())
     if not found:
-        notes.append(f"{where}: {word!r} is not in {prompt!r}, left out")
+        notes.append(f"{where}: {shown(word)} is not in {shown(prompt)}, left out")
     return found
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files.whole import check_writable, whole_file
+from ..files.whole import whole_file
 from ..metrics.clip import ClipScorer
 from ..metrics.evaluate import Figure, Report, evaluate
 from ..metrics.lpips import Lpips
@@ -23,9 +24,12 @@ from ..metrics.plot import plot_report
 from ..video.compare import COMPARISONS, Comparison, compare
 from ..video.fitted import FittedVideo
 from ..video.flow import Estimator, flow_estimator
-from ..video.read import PICTURES, Video, VideoSource, open_video
+from ..video.pictures import PICTURES
+from ..video.read import Video, VideoSource, open_video
 from ..video.size import to_unit
-from ..video.write import check_output, write_picture, write_video
+from ..video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
+from .outputs import Outputs
+from .progress import printable
 from .run import Session, pick_device
 
 
@@ -59,14 +63,25 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
         raise ValueError("--source and --target have no effect here: they are for --clip and --judge")
     if asked.how != Evaluation.how and not asked.comparison:
         raise ValueError("--how has no effect here: it is for --comparison")
+    clips = [path for path in (asked.source, asked.edited, asked.mask, asked.truth) if path]
+    others = [path for path in (asked.lpips, asked.flow, asked.clip) if path]
+    with Outputs(session.overwrite, clips, others) as outputs:
+        for path in (asked.output, asked.plot):
+            if path:
+                outputs.file(path)
+        if asked.plot and asked.plot.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ValueError(f"--plot is {asked.plot.name!r}: use one of {', '.join(PICTURE_SUFFIXES)}")
+        found = open_video(asked.edited)
+        if asked.comparison:
+            outputs.clip(asked.comparison, len(found))
+            times = None if found.even else found.times
+            for lost in shortcomings(asked.comparison, found.fps, len(found), found.sound() is not None, times):
+                session.note(lost)
+        return _evaluate(session, asked, found)
+
+
+def _evaluate(session: Session, asked: Evaluation, found: VideoSource) -> Report:
     device = pick_device(session.device)
-    inputs = [path for path in (asked.source, asked.edited, asked.mask, asked.truth, asked.lpips) if path]
-    for path in (asked.output, asked.plot):
-        if path:
-            check_writable(path, session.overwrite, inputs)
-    found = open_video(asked.edited)
-    if asked.comparison:
-        check_output(asked.comparison, len(found), session.overwrite, inputs)
     edited = found.read()
     source = _like(open_video(asked.source, asked.start, asked.stride, len(edited.frames)), edited, asked.crop)
     truth = _like(open_video(asked.truth, 0, 1, len(edited.frames)), edited) if asked.truth else None
@@ -85,7 +100,7 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
             progress=bar("motion"),
         )
     report = Report({**judged, **report.figures})
-    table = Table("figure", "value", box=box.SIMPLE, pad_edge=False, title=f"flow: {name}")
+    table = Table("figure", "value", box=box.SIMPLE, pad_edge=False, title=escape(printable(f"flow: {name}")))
     for figure, value in report.figures.items():
         table.add_row(figure, str(value))
     session.console.print(table)

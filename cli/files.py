@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..video.read import VideoError, numbered, picture_files
-from .config import EditConfig, GenerateConfig
+from ..files.lora import LoraFile
+from ..video.pictures import VideoError, numbered, picture_files
+from .config import EditConfig, GenerateConfig, TuneConfig
 
-_FILES = ("video", "lora", "model", "temporal")
+_FILES = ("video", "model", "temporal", "controlnet", "control")
 """The settings that name a file."""
+_OF_CLIPS = ("video", "control", "mask", "object_mask")
+"""Those whose file is a video, or pictures; others name weights."""
 _BUNDLED = ("demo", "demo-wan")
 """What is no file's name, though a folder may be called so."""
 _OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""
 
 
-def files_of(config: EditConfig | GenerateConfig) -> dict[str, str]:
-    """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger."""
+def is_clip(what: str) -> bool:
+    """Whether a file is a video, or pictures, by what `files_of` calls it."""
+    return what.partition(" ")[0] in _OF_CLIPS
+
+
+def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]:
+    """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger, "lora 2" the
+    second LoRA.
+    """
     found = {name: getattr(config, name, "") for name in _FILES}
     found = {name: file for name, file in found.items() if name == "video" or file not in _BUNDLED}
+    for number, text in enumerate(getattr(config, "lora", ()), 1):
+        found["lora" if number == 1 else f"lora {number}"] = LoraFile.parse(text).path
     for kind in _OF_OBJECTS:
         for text in getattr(config, kind, ()):
             words, _, file = text.partition(":")
@@ -37,9 +50,19 @@ def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
         words, _, file = text.partition(":")
         return f"{words}: {named(file.strip())}"
 
+    def of_lora(text: str) -> str:
+        lora = LoraFile.parse(text)
+        return str(replace(lora, path=named(lora.path)))
+
     changed: dict[str, Any] = {name: named(file) for name, file in files_of(config).items() if name in _FILES}
+    changed["lora"] = tuple(map(of_lora, config.lora))
     changed |= {kind: tuple(map(of_object, getattr(config, kind))) for kind in _OF_OBJECTS}
     return replace(config, **changed)
+
+
+def is_here(model: str) -> bool:
+    """Whether a model is bundled or lies here; others are a hub's."""
+    return model in _BUNDLED or Path(model).exists()
 
 
 def full_name(name: str) -> str:
@@ -68,7 +91,7 @@ def digest_of(path: str | Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
     whole = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.name} {_sha256(file)}\n".encode())
+        whole.update(os.fsencode(file.name) + f" {_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 

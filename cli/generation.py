@@ -13,25 +13,32 @@ from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers
 from ..hosts.diffusers_memory import guidance_bytes
 from ..hosts.diffusers_transformer import VideoTransformerDenoiser
-from ..hosts.diffusers_video import DiffusersVideoDenoiser
 from ..video.size import check_size
-from ..video.write import check_output, write_video
+from ..video.write import shortcomings, write_video
 from .config import GenerateConfig
-from .objects import layout_of
-from .run import AnyCheckpoint, Session, decode
+from .objects import check_objects, layout_of
+from .run import AnyCheckpoint, Session, check_size_fits, decode
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
-    check_output(output, config.frames, session.overwrite, session.inputs_of(config))
-    checkpoint = session.open_model(config.model, config.lora, config.temporal, videos=True)
+    check_objects(config, config.prompt)
+    with session.outputs(config) as outputs:
+        outputs.clip(output, config.frames)
+        _generate(session, config, output, dry_run)
+
+
+def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
+    checkpoint = session.open_model(config.chosen_model, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
-    text, empty = (
-        checkpoint.encode_prompt(words, width, height, checkpoint.blocks(config.prompt, config.negative))
-        for words in (config.prompt, config.negative)
-    )
+    sides = height // checkpoint.factor, width // checkpoint.factor
+    shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
+    check_size_fits(checkpoint, shape)
+    blocks = checkpoint.blocks(config.prompt, config.negative)
+    text = checkpoint.encode_prompt(config.prompt, width, height, blocks)
+    empty = checkpoint.encode_negative(config.negative, width, height, blocks)
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
     asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)
@@ -42,8 +49,6 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
         f"{checkpoint.device}"
     )
     keys, norm = _as_trained(checkpoint, config)
-    sides = height // checkpoint.factor, width // checkpoint.factor
-    shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
     if layout is not None:
         if isinstance(denoiser, VideoTransformerDenoiser):
             raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
@@ -52,6 +57,9 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
             session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
         session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")
+    rate = Fraction(str(config.fps))
+    for lost in shortcomings(output, rate, config.frames, sound=False):
+        session.note(lost)
     if dry_run:
         return
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
@@ -60,16 +68,17 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
             denoiser, noise, text, empty, config.steps, config.guidance_scale, keys, norm, layout=layout,
             progress=bar("draw"),
         )  # fmt: skip
-        rate = Fraction(str(config.fps))
         write_video(output, decode(checkpoint, latents, config.frames, bar(f"write {Path(output).name}")), rate)
     session.say(f"{config.prompt!r} written to {output}")
 
 
 def _as_trained(checkpoint: AnyCheckpoint, config: GenerateConfig) -> tuple[KeyFrames, bool]:
     """The key frames and clip norm that are asked for, or those the model was trained with."""
-    of_videos = isinstance(checkpoint.denoiser, DiffusersVideoDenoiser)
+    own_keys, own_norm = checkpoint.denoiser.trained_with
     about = about_temporal_layers(config.temporal) if config.temporal else {}
-    told = "self" if of_videos else about.get("key_frames", "first, previous")
-    keys = KeyFrames.parse(told) if config.key_frames is None else KeyFrames.of(config.key_frames)
-    norm = not of_videos and about.get("clip_norm", "true") == "true" if config.clip_norm is None else config.clip_norm
-    return keys, norm
+    keys = KeyFrames.parse(about["key_frames"]) if "key_frames" in about else KeyFrames(own_keys)
+    norm = about["clip_norm"] == "true" if "clip_norm" in about else own_norm
+    return (
+        keys if config.key_frames is None else KeyFrames.of(config.key_frames),
+        norm if config.clip_norm is None else config.clip_norm,
+    )

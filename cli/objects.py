@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.prompt import places_of
 from ..methods.layout import Layout, Wanted, named_path
+from ..settings import shown
 from ..video.read import open_video
 from ..video.size import to_unit
-from .config import EditConfig, GenerateConfig
+from .config import ConfigError, EditConfig, GenerateConfig
 
 
 def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, frames: int) -> Layout | None:
@@ -31,13 +33,34 @@ def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, 
     return Layout(prompt, tokenizer, tuple(found), config.layout) if found else None
 
 
+def check_objects(config: EditConfig | GenerateConfig, prompt: str) -> None:
+    """Raise ValueError or FileNotFoundError, before a model is loaded, for texts that `layout_of` could not read."""
+    for form in ("box", "ellipse", "shift"):
+        for text in getattr(config, form, ()):
+            try:
+                places_of(prompt, named_path(text, form)[0], form)
+            except ValueError as error:
+                raise ConfigError(f"{form} {shown(text)}: {str(error).removeprefix(f'{form}: ')}") from error
+    for name in ("mask", "object_mask"):
+        for text in getattr(config, name, ()):
+            words, file = _words_and_file(name, text)
+            open_video(file, 0, 1, 1)
+            if name == "mask":
+                places_of(prompt, words, name)
+
+
+def _words_and_file(name: str, text: str) -> tuple[str, str]:
+    words, _, file = text.partition(":")
+    if not words.strip() or not file.strip():
+        raise ConfigError(f'{name} {shown(text)} must be words and a file: "burger: mask.mp4"')
+    return words.strip(), file.strip()
+
+
 def _by_words(name: str, texts: tuple[str, ...], frames: int) -> dict[str, Tensor]:
     """Masks (frames, height, width) by the words they are for, of "words: file"."""
     found = {}
     for text in texts:
-        words, _, file = text.partition(":")
-        if not words.strip() or not file.strip():
-            raise ValueError(f'{name} {text!r} must be words and a file: "burger: mask.mp4"')
-        shown = open_video(file.strip(), 0, 1, frames)
-        found[words.strip()] = torch.stack([to_unit(frame[None])[0].mean(0) for frame in shown.frames()])
+        words, file = _words_and_file(name, text)
+        mask = open_video(file, 0, 1, frames)
+        found[words] = torch.stack([to_unit(frame[None])[0].mean(0) for frame in mask.frames()])
     return found

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, make_dataclass
 from typing import Annotated, Any, get_origin
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from ..attention.key_frames import KeyFrames
 from ..methods.layout_guidance import LayoutSettings
-from ..settings import Described, described, is_union
+from ..settings import Described, described, is_union, shown
 from .config import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 
 GROUPS = {
@@ -101,7 +101,16 @@ def _parameter(one: Described) -> Parameter:
         group=GROUPS[one.about.group],
         show_default=(lambda _: shown) if shown else False,
         negative=None if one.plain is bool else "",
+        converter=whole if one.plain is int else None,
     )
+
+
+def whole(_: Any, tokens: Sequence[Token]) -> int:
+    """A whole number as an option has it; ValueError for others, which cyclopts would round."""
+    text = tokens[0].value
+    if not text.strip().lstrip("+-").isdecimal():
+        raise ValueError(f"{shown(text)} is no whole number")
+    return int(text)
 
 
 def _default_text(default: Any) -> str:
@@ -119,7 +128,7 @@ def whole_numbers(name: str, text: str, by: str, count: int) -> tuple[int, ...]:
     """So many whole numbers of a text; ConfigError for anything else."""
     parts = text.split(by)
     if len(parts) != count or not all(part.strip().isdigit() for part in parts):
-        raise ConfigError(f"{name} is {text!r}; it must be {count} whole numbers with {by!r} between")
+        raise ConfigError(f"{name} is {shown(text)}; it must be {count} whole numbers with {by!r} between")
     return tuple(int(part) for part in parts)
 
 
@@ -136,7 +145,7 @@ def _weight(pair: str) -> tuple[str, float]:
     try:
         return word, float(factor)
     except ValueError:
-        raise ConfigError(f"reweight is {pair!r}; it must be word=factor, e.g. watercolor=10") from None
+        raise ConfigError(f"reweight is {shown(pair)}; it must be word=factor, e.g. watercolor=10") from None
 
 
 def _moment(text: str) -> int | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..settings import shortened
 
 console = Console(highlight=False)
 
@@ -35,12 +38,13 @@ def progress_bar() -> Iterator[Callable[[str], Bar]]:
         yield _progress_lines
         return
     columns = (
-        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<28}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
 
         def add(title: str) -> Bar:
+            title = printable(title)
             task = progress.add_task(title, total=None)
 
             def update(done: int, total: int, note: str = "") -> None:
@@ -58,7 +62,7 @@ def no_bars() -> Iterator[Callable[[str], Bar]]:
 
 
 def _progress_lines(title: str) -> Bar:
-    begun, told = time.monotonic(), float("-inf")
+    begun, told, title = time.monotonic(), float("-inf"), printable(title)
 
     def update(done: int, total: int, note: str = "") -> None:
         nonlocal told
@@ -77,9 +81,31 @@ def _minutes(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02}"
 
 
+def in_words(seconds: float) -> str:
+    """A time to wait: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+_MOST = 320
+"""Characters of an error: two lines of a wide terminal."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, and whatever else is no text, are written as escapes."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def in_a_line(text: str) -> str:
+    """A text for one line, its middle left out where it is long."""
+    return shortened(" ".join(printable(text).split()), _MOST)
+
+
 def told(error: Exception) -> str:
     """An error in one line; of one that is no user's doing, where it came from."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_a_line(str(error)) or type(error).__name__
     if "out of memory" in text.lower() or "can't allocate memory" in text:
         return f"error: out of memory: {text}; take fewer or smaller frames, --chunk-frames, or another --device"
     if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError, MemoryError)):
@@ -91,4 +117,4 @@ def told(error: Exception) -> str:
 
 def complain(text: str) -> None:
     """One line on standard error."""
-    Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)
+    Console(stderr=True, highlight=False).print(printable(text), style="red", markup=False, soft_wrap=True)

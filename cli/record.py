@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
 from ..files.whole import whole_file
+from ..imports import torch
+from ..settings import shown
 from ..video.write import is_sequence
 from .config import MADE, METADATA, ConfigError, EditConfig, held_by
-from .files import bare_name, digest_of, files_of, full_name, renamed
+from .files import bare_name, digest_of, files_of, full_name, is_here, renamed
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 
@@ -33,7 +34,8 @@ class Made:
 
     versions: of the program and its libraries. threads: of a CPU's arithmetic, which adds in another order with other
     ones. coding: how the autoencoder took the frames, where that depends on the memory there is. model, vae: SHA-256
-    of their weights. files: SHA-256 of each file by what it is for. store: the file that took the place of an
+    of their weights. files: SHA-256 of each file by what it is for. frames: of those that went to the encoder, which
+    a video's metadata come too early to know. store: the file that took the place of an
     inversion. model_config: see `Session`.
     """
 
@@ -45,6 +47,7 @@ class Made:
     model: str = ""
     vae: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    frames: str = ""
     store: str | None = None
     model_config: str | None = None
 
@@ -56,11 +59,11 @@ class Made:
         kinds = {one.name: type(getattr(cls(), one.name)) for one in fields(cls)}
         kinds |= {"threads": int, "store": str, "model_config": str}
         for name, value in held.items():
-            right = name in kinds and (value is None or isinstance(value, kinds[name]))
+            right = name in kinds and (value is None or type(value) is kinds[name])
             if not right or (isinstance(value, dict) and not all(isinstance(text, str) for text in value.values())):
-                raise ConfigError(f"{MADE}.{name} is {value!r}, which no record has")
+                raise ConfigError(f"{shown(f'{MADE}.{name}')[1:-1]} is {shown(value)}, which no record has")
         if (threads := held.get("threads")) is not None and not 1 <= threads <= 4096:
-            raise ConfigError(f"{MADE}.threads is {threads}, which no record has")
+            raise ConfigError(f"{MADE}.threads is {shown(threads)}, which no record has")
         return cls(**{name: value for name, value in held.items() if value is not None})
 
 
@@ -130,16 +133,41 @@ def made_by(path: Path) -> Made | None:
     if not isinstance(held, Mapping) or MADE not in held:
         return None
     try:
-        return Made.of(held[MADE])
+        made = Made.of(held[MADE])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return made if made.frames else replace(made, frames=_frames_beside(path, made))
+
+
+def _frames_beside(result: Path, made: Made) -> str:
+    """The digest of a result's frames by the record beside it, if that is still its own; else none."""
+    with suppress(ConfigError, OSError, KeyError, TypeError):
+        beside = Made.of(held_by(record_path(result))[MADE])
+        # the folders of its files' names are told within the result no more
+        same = replace(beside, frames="", store=made.store, model_config=made.model_config) == made
+        return beside.frames if same else ""
+    return ""
+
+
+def check_is_here(path: Path, config: EditConfig, model_config: str | None, given: Collection[str]) -> None:
+    """Raise ConfigError for a record's model that is not here: what is fetched from a hub, its user names.
+
+    given: the names of settings that the user gave.
+    """
+    for name, value in (("model", config.model), ("model_config", model_config)):
+        if value and name not in given and not is_here(value):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{path}: {name} is {shown(value)}, which is not here: give it with {flag}")
 
 
 def files_read(configs: Sequence[EditConfig], store: str | Path | None) -> list[dict[str, str]]:
     """The digest of each file that each edit reads, by what it is for; not of the model, whose weights are known."""
     digest = cache(digest_of)  # edits of one run share most of them
     named = [files_of(config) | ({"store": str(store)} if store else {}) for config in configs]
-    return [{what: digest(file) for what, file in of.items() if what not in ("model", "temporal")} for of in named]
+    return [
+        {what: digest(file) for what, file in of.items() if what not in ("model", "temporal", "controlnet")}
+        for of in named
+    ]
 
 
 def differences(now: Made, then: Made) -> list[str]:
@@ -160,7 +188,9 @@ def check_same(now: Made, then: Made) -> None:
     """Raise ConfigError where an edit that shall be made again would be of another file or model."""
     for name, digest in then.files.items():
         if now.files.get(name, digest) != digest:
-            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store"}.get(name, "other settings")
+            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store", "control": "--control"}.get(
+                name.partition(" ")[0], "other settings"
+            )
             raise ConfigError(f"the {name} is not the file that the result was made of: give {flag} to take this one")
     for name, what in (("model", "model"), ("vae", "autoencoder")):
         was, there = getattr(then, name), getattr(now, name)
@@ -170,11 +200,16 @@ def check_same(now: Made, then: Made) -> None:
             )
 
 
+_OF_WEIGHTS = {"model", "lora", "temporal", "variant", "controlnet", "model_config"}
+"""Settings that other weights come with."""
+
+
 def apart_from(made: Made, given: Collection[str]) -> Made:
     """The same without what was asked for otherwise, by the names of settings."""
     files = {name: digest for name, digest in made.files.items() if name.partition(" ")[0] not in given}
-    same = replace(made, files=files)
-    return replace(same, model="", vae="") if {"model", "lora", "temporal", "model_config"} & set(given) else same
+    frames = made.frames if set(given) <= {"video"} else ""  # a video may have moved, and is the same
+    same = replace(made, files=files, frames=frames)
+    return replace(same, model="", vae="") if _OF_WEIGHTS & set(given) else same
 
 
 def threads_on(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -16,23 +17,28 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..diffusion.denoiser import keys_on, refuse_clip_norm
+from ..attention.condition import Condition
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
+from ..diffusion.denoiser import frames_meet, keys_on, refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.source import check_store
 from ..diffusion.spread import ALONE, Spread
+from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
-from ..files.whole import check_writable, disk_folder, remove_stale_folders
+from ..files.whole import disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
 from ..hosts.checkpoint_wan import NAME as DEMO_WAN
 from ..hosts.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers_memory import call_bytes
 from ..methods.flow_edit import draw
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import moves_of
 from ..methods.plug_and_play import OF_UNETS
-from ..settings import described
+from ..settings import described, shown
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.identity import ModelIdentity
 from ..store.records import MEMORIES
@@ -40,13 +46,15 @@ from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
 from ..video.flow import flow_estimator
 from ..video.motion import Motion
-from ..video.read import ClipSettings, Sound, SoundTrack, VideoSource, open_video
+from ..video.read import Sound, SoundTrack, VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
-from ..video.write import check_output, has_sound, write_video
-from .config import EditConfig, GenerateConfig, TuneConfig
-from .files import files_of
-from .objects import layout_of
-from .progress import Bar, no_bars
+from ..video.which import ClipSettings, colour_of
+from ..video.write import FrameDigest, shortcomings, write_video
+from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
+from .files import files_of, is_clip, is_here
+from .objects import check_objects, layout_of
+from .outputs import Outputs
+from .progress import Bar, in_a_line, in_words, no_bars, printable
 from .record import (
     Made,
     check_same,
@@ -63,8 +71,8 @@ from .record import (
 if TYPE_CHECKING:
     from ..hosts.processes import Processes
 
-DEFAULT_FRAMES = 8
-"""Frames edited, at most, where nothing says how many."""
+CHUNK_FRAMES = 16
+"""Frames of one call where nothing says how many, and chunks give the whole clip's result."""
 AnyCheckpoint = Checkpoint | WanCheckpoint
 Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
@@ -76,9 +84,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device(found)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which fails for those without memory, too
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {shown(name)} cannot be used here ({reason}): give another by --device") from error
     return device
 
 
@@ -92,11 +101,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def find_frames(config: EditConfig | TuneConfig, default: int = DEFAULT_FRAMES) -> VideoSource:
-    """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says."""
+def find_frames(config: EditConfig | TuneConfig, default: int | None = None) -> VideoSource:
+    """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says; None
+    for all."""
     at_most = default if config.count is None and config.end is None else None
     return open_video(
-        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate
+        config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate,
+        background=colour_of(config.background),
     )  # fmt: skip
 
 
@@ -125,48 +136,54 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
         """A model that edits: Wan's by what a folder or hub name says it is. videos: see `open_unet`."""
-        where = pick_device(self.device)
+        where, model = pick_device(self.device), settings.model
         if model != DEMO_WAN and not kind_of(model).startswith("Wan"):
-            return self.open_unet(model, lora, temporal, videos)
-        if temporal:
-            raise CheckpointError(f"{model} is a model of videos already, which {temporal} is not for")
+            return self.open_unet(settings, videos)
+        if settings.temporal:
+            raise CheckpointError(f"{model} is a model of videos already, which {settings.temporal} is not for")
         if self.model_config is not None:
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
         with quiet():
-            checkpoint = WanCheckpoint.load(model, where, dtype, lora or None)
-        self._note_of_demo(model)
+            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora, variant=settings.variant)
+        self._note_of(checkpoint)
         return checkpoint
 
-    def open_unet(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> Checkpoint:
+    def open_unet(self, settings: ModelSettings, videos: bool = False) -> Checkpoint:
         """A model with a UNet. videos: take text-to-video UNets too."""
-        where = pick_device(self.device)
+        where, model = pick_device(self.device), settings.model
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         with quiet():
             checkpoint = Checkpoint.load(
-                model, where, pick_dtype(self.dtype, where), self.model_config, lora or None, temporal=temporal or None,
-                videos=videos,
+                model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
+                temporal=settings.temporal or None, videos=videos, variant=settings.variant,
             )  # fmt: skip
-        self._note_of_demo(model)
+        self._note_of(checkpoint)
         return checkpoint
 
-    def _note_of_demo(self, model: str) -> None:
-        if model in ("demo", DEMO_WAN):
+    def _note_of(self, checkpoint: AnyCheckpoint) -> None:
+        """Say what was added to a model, and where it is a small one."""
+        for note in checkpoint.notes:
+            self.say(note)
+        if checkpoint.name in ("demo", DEMO_WAN):
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
-    def inputs_of(self, config: EditConfig | GenerateConfig) -> list[Path]:
-        """All the files that a run reads."""
-        named = (*files_of(config).values(), self.model_config)
-        return [*self.inputs, *(Path(name) for name in named if name)]
+    def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
+        """For the files that a run writes. inputs: those it reads beside what its configuration names."""
+        files = files_of(config)
+        clips = [file for what, file in files.items() if is_clip(what)]
+        others = [file for what, file in files.items() if not is_clip(what)]
+        more = (self.model_config, *self.inputs, *inputs)
+        return Outputs(self.overwrite, clips, [*others, *(name for name in more if name)])
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.say(f"note: {text}", style="yellow")
+        self.say(f"note: {in_a_line(text)}", style="yellow")
 
 
 # --- the commands ---------------------------------------------------------------------------
@@ -177,12 +194,20 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     if config.noise == "drawn":
         raise ValueError("noise is drawn, so there is nothing to invert")
     remove_stale_folders(disk_folder())
+    with session.outputs(config) as outputs:
+        outputs.file(output)
+        _invert(session, config, output, dry_run)
+
+
+def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     settings = replace(config.store, path=output)
-    check_writable(output, session.overwrite, session.inputs_of(config))
     source = _found(session, config)
-    checkpoint = session.open_model(config.model, config.lora, config.temporal)
+    checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
-    session.say(plan(checkpoint, [config], _latents_shape(video, checkpoint), settings, edits=False))
+    shape = shape_of(video, checkpoint)
+    config = _in_chunks(config, checkpoint, shape[0])
+    checkpoint = _controlled(session, checkpoint, config, config, len(video), video.size)
+    session.say(plan(checkpoint, [config], shape, settings, edits=False))
     if dry_run:
         return
     with session.bars() as bar:
@@ -206,6 +231,20 @@ def run_edits(
     starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
     """
     remove_stale_folders(disk_folder())
+    with session.outputs(configs[0], store_path) as held:
+        _edit(session, held, configs, output, store_path, dry_run, made, lent)
+
+
+def _edit(
+    session: Session,
+    held: Outputs,
+    configs: list[EditConfig],
+    output: str,
+    store_path: Path | None,
+    dry_run: bool,
+    made: Made | None,
+    lent: bool,
+) -> None:
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
     session, team = _team_of(session)
@@ -217,7 +256,8 @@ def run_edits(
         configs = [_with_store(config, store, origin) for config in configs]
     first = configs[0]
     for config in configs:
-        config.fusion, config.keys  # noqa: B018  raise for settings out of range
+        config.prompt_edit(None)  # raises for words that are in no prompt
+        check_objects(config, config.target)
     source = _found(session, first) if store is None else None
     frames = len(source) if source else origin.frames  # type: ignore[union-attr]
     if team is not None:
@@ -225,15 +265,14 @@ def run_edits(
         first = configs[0]
     outputs = _outputs(output, len(configs))
     if team is None or team.is_main:
-        inputs = [*session.inputs_of(first), *([store_path] if store_path else [])]
         for path in outputs:
-            check_output(path, frames, session.overwrite, inputs)
-            check_writable(record_path(path), session.overwrite, inputs)
+            held.clip(path, frames)
+            held.file(record_path(path))
     named = None if lent else store_path
     files = files_read(configs, named)
     if made is not None:
         check_same(Made(files=files[0]), replace(made, model="", vae=""))
-    checkpoint = session.open_model(first.model, first.lora, first.temporal)
+    checkpoint = session.open_model(first.chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [layout_of(config, checkpoint.tokenizer, config.target, frames) for config in configs]
     for config, layout in zip(configs, layouts, strict=True):
@@ -245,13 +284,18 @@ def run_edits(
     if store is None or origin is None:
         assert source is not None
         video = fit_frames(first, source, checkpoint.multiple, checkpoint.native_size)
+        checkpoint = _controlled(session, checkpoint, first, first, len(video), video.size)
         fps, times = video.fps, video.times
-        shape: tuple[int, ...] = _latents_shape(video, checkpoint)
+        shape: tuple[int, ...] = shape_of(video, checkpoint)
         sound: Sound | SoundTrack | None = video.sound()
     else:
+        height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+        checkpoint = _controlled(session, checkpoint, first, origin.cut, frames, (width, height))
         _check_store(checkpoint, store, origin, prompts)
         shape, fps, times = tuple(store.levels.shape[1:]), origin.fps, origin.times
         sound = origin.sound_of(first.video)
+    configs = [_in_chunks(config, checkpoint, shape[0]) for config in configs]
+    first = configs[0]
     session.say(plan(checkpoint, configs, shape, first.store, edits=True, store=store))
     _note_of_layers(session, first)
     now = _made(session, checkpoint, shape, named)
@@ -259,8 +303,8 @@ def run_edits(
         check_same(now, made)
         if other := differences(now, made):
             session.note(f"the result was made with {', '.join(other)}: its last digits may differ")
-    if sound is not None and not has_sound(output):
-        session.note(f"{output} holds no sound")
+    for lost in shortcomings(output, fps, frames, sound is not None, times):
+        session.note(lost)
     if dry_run:
         return
 
@@ -286,8 +330,10 @@ def run_edits(
         for one, latents in zip(writing, results, strict=True):
             try:
                 pictures = decode(checkpoint, latents, frames, bar(f"write {Path(one.path).name}"))
-                one.write(pictures, fps, sound, times)
-                session.say(f"{one.config.target!r} written to {one.path}")
+                digest = one.write(pictures, fps, sound, times)
+                session.say(f"{shown(one.config.target)} written to {one.path}")
+                if made is not None and made.frames:
+                    _say_whether_same(session, digest, made)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
@@ -308,11 +354,63 @@ class _Writing:
         fps: Fraction,
         sound: Sound | SoundTrack | None,
         times: Sequence[Fraction] | None,
-    ) -> None:
-        """The record comes last: where it is, the result is whole."""
-        metadata = metadata_of(self.config, self.made)
-        write_video(self.path, pictures, fps, sound, times=times, metadata=metadata)
-        write_record(self.path, record_of(self.config, self.made))
+    ) -> str:
+        """Returns the digest of the frames. The record comes last: where it is, the result is whole."""
+        metadata, digest = metadata_of(self.config, self.made), FrameDigest()
+        write_video(self.path, digest.passing(pictures), fps, sound, times=times, metadata=metadata)
+        made = replace(self.made, frames=str(digest))
+        try:
+            write_record(self.path, record_of(self.config, made))
+        except OSError as error:
+            raise OSError(f"{self.path} is written, but without its record: {error}") from error
+        return made.frames
+
+
+def _say_whether_same(session: Session, frames: str, made: Made) -> None:
+    """Whether a result that was made again has the frames it had."""
+    if frames == made.frames:
+        session.say("its frames are those of the record, bit for bit")
+    else:
+        session.note("its frames are not those of the record, bit for bit")
+
+
+def _controlled(
+    session: Session,
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    cut: EditConfig,
+    frames: int,
+    size: tuple[int, int],
+) -> AnyCheckpoint:
+    """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
+
+    cut: the settings of the clip. Raises ValueError for a model that takes none, for too few pictures, and for a range
+    without a step in it.
+    """
+    asked = config.chosen_control
+    if not asked.controlnet:
+        return checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        raise ValueError("controlnet is for UNets: a video transformer takes none")
+    try:
+        source = open_video(asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate)
+        pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"control: {error}") from error
+    with quiet():
+        controlled = checkpoint.with_control(
+            asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
+            config.variant,
+        )  # fmt: skip
+    acting = controlled.control_steps(config.steps)
+    if asked.controlnet_strength and not acting:
+        raise ValueError(
+            f"no step of {config.steps} is between control_start {asked.control_start:g} and control_end "
+            f"{asked.control_end:g}: give a wider range, or more steps"
+        )
+    how = "" if asked.controlnet_strength == 1 else f" at strength {asked.controlnet_strength:g}"
+    session.say(f"ControlNet {Path(asked.controlnet).name}: in {acting} of {config.steps} steps{how}")
+    return controlled
 
 
 def _team_of(session: Session) -> tuple[Session, Processes | None]:
@@ -346,6 +444,14 @@ def _in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
             "or clip norm: give --chunk-frames, or key frames among self, first, middle and last"
         )
     return replace(config, memory="recompute", chunk_frames=chunk or -(-frames // count))
+
+
+def _in_chunks(config: EditConfig, checkpoint: AnyCheckpoint, frames: int) -> EditConfig:
+    """A configuration with the chunks of a long clip, where it sets none and they give the whole clip's result."""
+    approximate = frames_meet(checkpoint.denoiser, config.keys, config.clip_norm)
+    if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
+        return config
+    return replace(config, chunk_frames=CHUNK_FRAMES)
 
 
 def _made(session: Session, checkpoint: AnyCheckpoint, shape: Sequence[int], store: Path | None) -> Made:
@@ -399,6 +505,22 @@ def _outputs(output: str, count: int) -> list[str]:
     return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]
 
 
+def check_size_fits(checkpoint: AnyCheckpoint, latents_shape: Sequence[int]) -> None:
+    """Raise ValueError where frames of a size would not fit into memory, by what the autoencoder holds of one alone."""
+    frames, _, *grid = latents_shape
+    height, width = (side * checkpoint.factor for side in grid)
+    at_once = checkpoint.frames_at_once(height, width) if isinstance(checkpoint, Checkpoint) else frames
+    what = f"{width}x{height}: {'a frame' if at_once == 1 else f'{at_once} frames'}"
+    check_room(what, 15 * at_once * height * width, free_bytes(), _SMALLER)
+    if isinstance(checkpoint, Checkpoint):
+        vae, device = checkpoint.vae, checkpoint.device
+        needed = 6 * vae.config["block_out_channels"][0] * vae.dtype.itemsize * height * width
+        check_room(f"{width}x{height}: the autoencoder", needed, available_bytes(device), _SMALLER)
+
+
+_SMALLER = "choose a smaller --size, or crop the video"
+
+
 def plan(
     checkpoint: AnyCheckpoint,
     configs: list[EditConfig],
@@ -409,12 +531,15 @@ def plan(
 ) -> str:
     """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
+    check_size_fits(checkpoint, latents_shape)
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
+    keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
+    parts = chunk is not None and chunk < frames and frames_meet(denoiser, keys, config.clip_norm)
     demand = Demand(
-        denoiser.sites(height, width), latents_shape, 4, config.steps, keys_on(denoiser, config.keys), checkpoint.dtype,
-        source.text_tokens, source.nbytes,
+        denoiser.sites(height, width), latents_shape, 4, config.steps, keys, checkpoint.dtype, source.text_tokens,
+        source.nbytes, parts,
     )  # fmt: skip
     inverts = not store and config.noise == "inverted"
     chosen = plan_store(settings, demand, device) if inverts else None
@@ -438,11 +563,15 @@ def plan(
         kept = store.kept_steps
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
-    counted = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
+    counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
-    chunk = config.chunk_frames
-    meet = config.clip_norm or not config.keys.anchored or denoiser.frames_meet
-    if chunk is not None and chunk < frames and meet:
+    at_once = min(chunk or frames, frames)
+    if not isinstance(checkpoint, WanCheckpoint):
+        nbytes = call_bytes(checkpoint.denoiser, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+        lines.append(f"   a call of {at_once} frames: {format_bytes(nbytes)} of activations")
+    seconds = _seconds_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+    lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
+    if parts:
         lines.append(
             "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
         )
@@ -451,8 +580,8 @@ def plan(
 
 def _calls(
     configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
-) -> str:
-    """How often the model sees the clip."""
+) -> tuple[str, float]:
+    """How often the model sees the clip: in words, and in all, a call with gradients as four."""
     counted = [
         unet_calls(
             c.steps,
@@ -469,13 +598,32 @@ def _calls(
         for c in configs
     ]
     source = max(calls.source for calls in counted)
-    parts = [f"{counted[0].invert} to invert"] if inverts else []
+    parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)
     if edits:
-        parts.append(f"{sum(calls.edit for calls in counted):g} for {len(configs)} edit(s)")
+        edit = sum(calls.edit for calls in counted)
+        parts.append(f"{edit:g} for {len(configs)} edit(s)")
         parts += [f"{source:g} for the source beside"] if source else []
         gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.wanted)
         parts += [f"{gradients} with gradients, each some four calls long, for the layout"] if gradients else []
-    return ", ".join(parts)
+        whole += edit + source + 4 * gradients
+    return ", ".join(parts), whole
+
+
+@torch.no_grad()
+def _seconds_of_call(
+    checkpoint: AnyCheckpoint, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
+) -> float:
+    """How long a call of the model takes, by one that is made; a quick one twice, for the first makes things ready."""
+    denoiser, chunk = checkpoint.denoiser, Chunk.whole(shape[0])
+    latents, seconds = torch.zeros(shape, device=denoiser.device), 0.0
+    with denoiser.hooked(clip_norm):
+        for _ in range(2):
+            begun = time.perf_counter()
+            denoiser.predict_noise(latents, 500, source, Control(keys, chunk)).sum().item()  # waits for the device
+            seconds = time.perf_counter() - begun
+            if seconds > 1:
+                break
+    return seconds
 
 
 def invert_video(
@@ -535,9 +683,8 @@ def one_edit(
     """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
-    target, negative = (
-        checkpoint.encode_prompt(text, width, height, blocks) for text in (config.target, config.negative)
-    )
+    target = checkpoint.encode_prompt(config.target, width, height, blocks)
+    negative = checkpoint.encode_negative(config.negative, width, height, blocks)
     moves = None
     if layout is not None:
         moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
@@ -593,7 +740,7 @@ def decode(
         progress(done, len(latents))
 
 
-def _latents_shape(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
+def shape_of(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
     width, height = video.size
     frames = checkpoint.latent_frames(len(video))
     return frames, checkpoint.channels, height // checkpoint.factor, width // checkpoint.factor
@@ -655,27 +802,32 @@ class Origin:
         with as_store_error("the store's account of its clip is damaged: "):
             fps = _fraction(extra.get("fps", (8, 1)))
             frames, times = extra.get("frames", store.frames), extra.get("times")
-            if not isinstance(frames, int) or not store.frames <= frames <= 100 * store.frames:
+            if type(frames) is not int or not store.frames <= frames <= 100 * store.frames:
                 raise ValueError("it has no such number of frames")
-            times = times and tuple(_fraction(pair) for pair in times)
-            if not 0 < fps <= 1000 or (times and (len(times) != frames or list(times) != sorted(set(times)))):
+            times = None if times is None else tuple(_fraction(pair) for pair in times)
+            right = times is None or (len(times) == frames and list(times) == sorted(set(times)))
+            if not 0 < fps <= 1000 or not right:
                 raise ValueError("its times are none that frames can have")
             vae = extra.get("vae")
-            identity = vae and ModelIdentity(**{**vae, "traces": tuple(vae["traces"])})
-            settings = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in dict(extra.get("settings", {})).items()
-            }
+            identity = None if vae is None else ModelIdentity.read(vae)
+            known = (*_OF_THE_CLIP, *_OF_THE_STORE)
+            settings = checked({name: v for name, v in dict(extra.get("settings", {})).items() if name in known})
             rate, samples = extra.get("sound_rate"), store.attachments.get("sound")
             sound = None
             if rate is not None and samples is not None:
-                if not isinstance(rate, int) or not 0 < rate < 10**6 or samples.ndim != 2 or not 1 <= len(samples) <= 2:
+                if type(rate) is not int or not 0 < rate < 10**6 or samples.ndim != 2 or not 1 <= len(samples) <= 2:
                     raise ValueError("its sound is none")
                 sound = Sound(samples.numpy().astype(np.float32) / 32767, rate)
             model = extra.get("model")
-            if model is not None and not isinstance(model, str):
-                raise ValueError("its model's name is none")
-            return cls(fps, frames, times, settings, identity, model, str(extra.get("video", "")), sound)
+            video = extra.get("video", "")
+            if not isinstance(model, (str, type(None))) or not isinstance(video, str):
+                raise ValueError("its model's name, or its video's, is none")
+            return cls(fps, frames, times, settings, identity, model, video, sound)
+
+    @property
+    def cut(self) -> EditConfig:
+        """The settings of the clip: which frames, and how they were cut."""
+        return EditConfig(**{name: self.settings[name] for name in _OF_THE_CLIP if name in self.settings})
 
     def sound_of(self, video: str) -> Sound | SoundTrack | None:
         """The store's own sound; that of the same frames of a video, where one is given beside the store."""
@@ -687,7 +839,7 @@ class Origin:
 
 def _fraction(pair: Sequence[int]) -> Fraction:
     numerator, denominator = pair
-    if not isinstance(numerator, int) or not isinstance(denominator, int) or denominator < 1 or numerator < 0:
+    if type(numerator) is not int or type(denominator) is not int or denominator < 1 or numerator < 0:
         raise ValueError(f"{pair} is no time")
     return Fraction(numerator, denominator)
 
@@ -708,7 +860,7 @@ def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Ed
     for name, told in made.items():
         asked = getattr(config, name)
         if asked not in (getattr(default, name), *told):
-            raise StoreError(f"the store was made with {name} {told[0]!r}, not {asked!r}")
+            raise StoreError(f"the store was made with {name} {shown(told[0])}, not {shown(asked)}")
     for name in ("place", "budget_gb"):
         if getattr(config, name) != getattr(default, name):
             raise StoreError(f"{name} has no effect on a store that is made: it is in its file")
@@ -723,9 +875,9 @@ def _with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Ed
 def _model_of(origin: Origin) -> str:
     """A store may name the bundled model or files that are here; what is fetched from a hub, its user names."""
     name = origin.model or EditConfig().model
-    if name == EditConfig().model or Path(name).exists():
+    if is_here(name):
         return name
-    raise StoreError(f"the store was made with the model {name!r}, which is not here: give it with --model")
+    raise StoreError(f"the store was made with the model {shown(name)}, which is not here: give it with --model")
 
 
 def _check_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
@@ -743,5 +895,5 @@ def _check_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origi
     kept = store.source.embeddings.float().cpu()
     if encoded.shape != kept.shape or not torch.linalg.norm(encoded - kept) <= 0.02 * torch.linalg.norm(kept):
         raise StoreError(
-            f"the store's prompt {store.prompt!r} has other embeddings by this model's text encoder: invert again"
+            f"the store's prompt {shown(store.prompt)} has other embeddings by this model's text encoder: invert again"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention.key_frames import KeyFrames
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import FILE, seen_with
-from ..files.whole import check_writable, whole_file
+from ..files.whole import whole_file
 from ..hosts.checkpoint import Checkpoint, save_tuned
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers_memory import activation_bytes
@@ -30,7 +30,7 @@ from ..store.budget import available_bytes
 from ..video.fitted import FittedVideo
 from ..video.write import write_picture
 from .config import TuneConfig
-from .run import Session, find_frames, fit_frames, pick_device, pick_dtype, posterior
+from .run import Session, check_size_fits, find_frames, fit_frames, pick_device, pick_dtype, posterior, shape_of
 
 DEFAULT_FRAMES = 24
 """Frames tuned on, at most, where nothing says how many: the authors' number."""
@@ -54,16 +54,24 @@ def run_tune(session: Session, config: TuneConfig, asked: TuneRun) -> None:
 
     Raises what is wrong with the input before the model is loaded, and ValueError for a state of other settings.
     """
-    settings, keys = config.tuning, KeyFrames.of(config.key_frames)
     state = _state_of(asked.output / STATE, config) if asked.resume else None
-    if not asked.resume:
-        for name in (FILE, STATE, "loss.csv", "loss.png"):
-            check_writable(asked.output / name, session.overwrite)
     accelerator = _accelerator(session)
     session.console.quiet = session.console.quiet or not accelerator.is_main_process
+    with replace(session, overwrite=session.overwrite or asked.resume).outputs(config) as outputs:
+        names = (FILE, STATE, "loss.csv", "loss.png", *(("model_index.json",) if asked.folder else ()))
+        for name in names if accelerator.is_main_process else ():
+            outputs.file(asked.output / name)
+        _tune(session, config, asked, state, accelerator)
+
+
+def _tune(
+    session: Session, config: TuneConfig, asked: TuneRun, state: dict[str, Tensor] | None, accelerator: Any
+) -> None:
+    settings, keys = config.tuning, KeyFrames.of(config.key_frames)
     source = find_frames(config, DEFAULT_FRAMES)
     checkpoint = _model(session, config, accelerator)
     video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
+    check_size_fits(checkpoint, shape_of(video, checkpoint))
     text = checkpoint.encode_prompt(config.prompt, *video.size, checkpoint.blocks(config.prompt))
     session.say(_plan(checkpoint, config, video, text, accelerator.num_processes))
     if asked.dry_run:
@@ -107,7 +115,7 @@ def _accelerator(session: Session) -> Any:
 def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint:
     if accelerator.num_processes > 1:
         session = replace(session, device=str(accelerator.device))
-    checkpoint = session.open_unet(config.model, temporal=config.temporal)
+    checkpoint = session.open_unet(config.chosen_model)
     if temporal_layers(checkpoint.unet) is None:
         with_temporal_layers(checkpoint.unet, None, config.layers, config.rank, config.seed)
     return checkpoint
@@ -164,8 +172,9 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no state of a tuning: {error}") from error
+    usual = _of_the_run(TuneConfig())
     for name, value in _of_the_run(config).items():
-        if made.get(name) != value:
+        if made.get(name, usual[name]) != value:
             raise ValueError(f"the tuning in {path.parent} was begun with {name} {made.get(name)!r}, not {value!r}")
     if len(state["losses"]) >= config.steps:
         raise ValueError(f"the tuning in {path.parent} has done {len(state['losses'])} steps: give more with --steps")

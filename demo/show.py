@@ -178,7 +178,8 @@ def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console)
     with whole_file(folder / "summary.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     names = ", ".join(f"{preset}.mp4, {preset}.png" for preset in EDITS)
-    console.print(f"written to {folder.resolve()}: {names}, overview.png, summary.md, summary.json", soft_wrap=True)
+    text = f"written to {folder.resolve()}: {names}, overview.png, summary.md, summary.json"
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _cell(name: str, value: float | str) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import ALL, Chunk, KeyFrames
+from ..imports import torch
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
 """Frames to look at together, and how much each frame's result counts."""
@@ -69,6 +70,10 @@ class Denoiser(Predictor, Protocol):
     def frames_meet(self) -> bool:
         """Whether layers of the model mix all frames of a call, so that chunks only come near the whole clip."""
 
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        """The key frames, and whether clip norm, that the model was trained with."""
+
     def predict_noise(
         self,
         latents: Tensor,
@@ -116,6 +121,26 @@ def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | st
     """The key frames that are asked for, on a model that has none of its own: a video transformer's frames see all."""
     asked = KeyFrames.of(key_frames)
     return KeyFrames((ALL,)) if denoiser.spans_clip else asked
+
+
+def frames_meet(denoiser: Denoiser, key_frames: KeyFrames, clip_norm: bool) -> bool:
+    """Whether a frame's attention depends on which frames are in its call, beyond fixed key frames: several chunks then
+    only come near the whole clip.
+    """
+    return clip_norm or denoiser.frames_meet or not key_frames.anchored
+
+
+def in_parts(
+    denoiser: Denoiser,
+    key_frames: KeyFrames,
+    latents: Tensor,
+    timestep: float,
+    chunk_frames: int | None,
+    clip_norm: bool,
+) -> bool:
+    """Whether frames that meet run in several chunks, so that each has an attention in every chunk it is in."""
+    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames, clip_norm)
+    return len(chunks) > 1 and frames_meet(denoiser, key_frames, clip_norm)
 
 
 def chunks_of(

@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
+from ..imports import no_grad, torch
 from ..settings import setting, whole_steps
 from ..store.backends import DrawnLevels
 from ..store.records import Recorder, SourceStep
@@ -27,6 +25,9 @@ from .schedule import Schedule, Solver
 from .source import Asks, check_store, compute_source, source_for, sources
 from .spread import ALONE, Spread
 from .steering import EditSteering
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # --- the parts of an edit -----------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class Edit:
     target_embeddings: Tensor | Condition
     negative_embeddings: Tensor | Condition | None = None
     guidance_scale: float = setting(
-        7.5, "Classifier-free guidance; the paper takes 7.5.", least=1, most=100, step=0.1, group="The edit"
+        7.5, "Classifier-free guidance. The paper takes 7.5.", least=1, most=100, step=0.1, group="The edit"
     )
     prompt: PromptEdit | None = None
     fusion: Injection | None = None
@@ -166,8 +167,8 @@ class Edit:
     layout: Layouts | None = None
     strength: float = setting(
         1.0,
-        "How far towards noise the edit begins, as a share of the steps: below 1 it starts from the clip with so much "
-        "of the inverted noise (SDEdit), and stays nearer to it.",
+        "Share of the steps that the edit runs. Below 1 it starts from the clip with less of the inverted noise "
+        "(SDEdit), and stays closer to it.",
         least=0, most=1, step=0.01, group="The edit",
     )  # fmt: skip
 
@@ -293,7 +294,7 @@ class EditPass:
         ]
         self._open = ExitStack()
 
-    @torch.no_grad()
+    @no_grad
     def __enter__(self) -> EditPass:
         with ExitStack() as opened:
             opened.enter_context(self._denoiser.hooked(self._store.clip_norm))
@@ -315,12 +316,12 @@ class EditPass:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    @torch.no_grad()
+    @no_grad
     def steered(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:
         """Each edit's latents as the step begins from, moved where a layout guides it."""
         return [run.steered(z, step, self._chunk_frames) for run, z in zip(self._runs, zs, strict=True)]
 
-    @torch.no_grad()
+    @no_grad
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
         """Each edit's prediction for its latents (frames, c, h, w); None before its first step."""
         chunks, parts = self._chunks[step], dict[int, list[Prediction]]()
@@ -375,7 +376,7 @@ class EditPass:
         noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
         return Prediction(noise, found[0].mask, source)
 
-    @torch.no_grad()
+    @no_grad
     def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction | None]) -> list[Tensor]:
         """Each edit's latents one level cleaner."""
         return [z if p is None else run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]

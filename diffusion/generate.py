@@ -23,8 +23,8 @@ def generate(
     negative: Tensor | Condition,
     steps: int = 50,
     guidance_scale: float = 7.5,
-    key_frames: KeyFrames | Iterable[str | int] | str | int = ("first", "previous"),
-    clip_norm: bool = True,
+    key_frames: KeyFrames | Iterable[str | int] | str | int | None = None,
+    clip_norm: bool | None = None,
     *,
     layout: ClipSteering | None = None,
     chunk_frames: int | None = None,
@@ -33,12 +33,13 @@ def generate(
     """The latents (frames, 4, h, w) that DDIM makes of noise in that shape; frames agree on a model that knows videos.
 
     text, negative: embeddings of the prompts. layout: where objects shall be (`LayoutGuidance`), which may take its
-    gradients in chunks of so many frames. key_frames, clip_norm: as the model was trained. progress: called with
-    (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where numbers leave
-    their range.
+    gradients in chunks of so many frames. key_frames, clip_norm: None for what the model was trained with. progress:
+    called with (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where
+    numbers leave their range.
     """
-    keys = keys_on(denoiser, key_frames)
-    clip_norm = clip_norm and not denoiser.spans_clip
+    own_keys, own_norm = denoiser.trained_with
+    keys = keys_on(denoiser, own_keys if key_frames is None else key_frames)
+    clip_norm = (own_norm if clip_norm is None else clip_norm) and not denoiser.spans_clip
     schedule, chunk = denoiser.schedule(steps), Chunk.whole(len(noise))
     z = noise.to(denoiser.device)
     positive, away = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))

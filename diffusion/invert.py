@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, KeyFrames
+from ..imports import no_grad
 from ..settings import check, setting
 from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .denoiser import Denoiser, check_finite, chunks_of, frames_of, joined, keys_on, refuse_clip_norm
+from .denoiser import Denoiser, check_finite, chunks_of, frames_of, in_parts, joined, keys_on, refuse_clip_norm
 from .schedule import Solver, timestep_at
 from .spread import ALONE, Spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all)."""
@@ -31,7 +32,7 @@ GROUP = "The inversion"
 class InversionSettings:
     """How a clip is carried to noise, beside its store. Raises ValueError for a number out of its range."""
 
-    steps: int = setting(50, "Steps of the inversion and of the edit; the paper takes 50.", least=1, group=GROUP)
+    steps: int = setting(50, "Steps of the inversion and of the edit. The paper takes 50.", least=1, group=GROUP)
     key_frames: tuple[str | int, ...] = setting(
         ("self", "middle"),
         "Whose keys and values each frame attends to, which makes frames agree: self, first, middle, last, previous, "
@@ -56,10 +57,10 @@ class InversionSettings:
     )
     chunk_frames: int | None = setting(
         None,
-        "Frames of one call of the model, for long clips; latents of a video autoencoder. With key frames among self, "
-        "first, middle and last the result is the same; with neighbours, clip_norm, temporal layers, or a video "
-        "transformer, chunks overlap and come near it.",
-        least=1, shown="all", group="This run",
+        "Frames of one call of the model. With key frames among self, first, middle and last the result does not "
+        "depend on it. With neighbours, clip_norm, temporal layers or a video transformer (whose frames are those of "
+        "the latents), chunks overlap and approximate the whole clip.",
+        least=1, shown="all, or 16 where exact", group="This run",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class Inversion:
         return self.store.latents
 
 
-@torch.no_grad()
+@no_grad
 def invert(
     denoiser: Denoiser,
     latents: Tensor,
@@ -123,13 +124,11 @@ def invert(
         refuse_clip_norm(clip_norm)
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     schedule = denoiser.schedule(steps)
-    keys.chunks(len(latents), chunk_frames, clip_norm)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
-    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes)
+    parts = in_parts(denoiser, keys, latents, schedule.timesteps[0], chunk_frames, clip_norm)
+    demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes, parts)
     plan = plan_store(settings, demand, latents.device)
-    if plan.memory == "maps" and keys.everyone and chunk_frames is not None and chunk_frames < len(latents):
-        raise ValueError('memory "maps" keeps a whole clip\'s attention to all frames: leave chunk_frames out')
     if plan.memory != "recompute" and spread is not ALONE:
         raise ValueError(f'memory "{plan.memory}" keeps attention in one process: several take "recompute"')
     store = AttentionStore(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite
 from ..attention.key_frames import Chunk
 from ..attention.masks import over_maximum, token_heat
+from ..imports import F, torch
 from ..store.records import Recorder
 from ..store.store import AttentionStore
 from .denoiser import Denoiser, frames_of, joined
 from .source import look
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVELS = (0.35, 0.5, 0.65, 0.8)
 """Shares of the way to noise at which the prompts are compared."""

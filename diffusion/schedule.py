@@ -10,12 +10,13 @@ the velocity, noise less clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from ..imports import torch
+from .ddim import ddim_move
 
-from .ddim import as_exact, ddim_move, root
+if TYPE_CHECKING:
+    from torch import Tensor
 
 World = Literal["ddim", "flow"]
 
@@ -27,7 +28,7 @@ class Schedule:
     timesteps: where the model is called, noisy to clean; whole ones of the model's, or in a host with noise levels of
     its own between two. alphas: (steps + 1,), the cumulative
     alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
-    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They are in the scheduler's own single precision.
+    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They are in double precision.
     """
 
     timesteps: tuple[float, ...]
@@ -40,11 +41,11 @@ class Schedule:
 
     def signal(self, level: int) -> Tensor:
         """How much of the clean latents is in those of a level."""
-        return root(self.alphas[level])
+        return self.alphas[level].sqrt()
 
     def noise(self, level: int) -> Tensor:
         """How much noise is in the latents of a level."""
-        return root(1 - self.alphas[level])
+        return (1 - self.alphas[level]).sqrt()
 
     def scale(self, level: int) -> float:
         """z over x, the latents in which a step is straight."""
@@ -52,8 +53,7 @@ class Schedule:
 
     def sigma(self, level: int) -> float:
         """Noise over signal, in which a step is straight."""
-        alpha = self.alphas[level].double()
-        return float((1 / alpha - 1).sqrt())
+        return float((1 / self.alphas[level] - 1).sqrt())
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
         """One step from a level to another along a prediction."""
@@ -72,7 +72,7 @@ class Schedule:
 class FlowSchedule(Schedule):
     """The noise levels of a run of a rectified flow: z = (1 - sigma) clean + sigma noise.
 
-    alphas: 1 - sigma of every level, clean to noisy, in double precision, from which sigmas come back unrounded.
+    alphas: 1 - sigma of every level, clean to noisy, from which sigmas come back unrounded.
     """
 
     world: ClassVar[World] = "flow"
@@ -95,7 +95,7 @@ class FlowSchedule(Schedule):
         return float(1 - self.alphas[level])
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
-        return z + as_exact(self.alphas[level] - self.alphas[to], z).to(z.dtype) * d
+        return z + (self.alphas[level] - self.alphas[to]) * d
 
     def clean(self, z: Tensor, d: Tensor, level: int) -> Tensor:
         return z - self.sigma(level) * d

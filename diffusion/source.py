@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite
 from ..attention.key_frames import Chunk
 from ..attention.masks import mask_sites, word_heat
 from ..attention.prompt import PromptEdit
+from ..imports import no_grad
 from ..store.backends import FileBackend, Records, read_ahead
-from ..store.budget import record_shapes
+from ..store.budget import NOT_IN_PARTS, record_shapes
 from ..store.records import Beside, Onlooker, Recorder, SourceStep
 from ..store.store import AttentionStore, StoreError
-from .denoiser import Denoiser, chunks_of, frames_of, joined
+from .denoiser import Denoiser, chunks_of, frames_meet, frames_of, joined
 from .invert import Inversion
 from .schedule import Schedule, same_levels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,17 @@ SourceOf = Callable[[int, Chunk], SourceStep]
 def sources(
     denoiser: Denoiser, store: AttentionStore, chunks: list[list[Chunk]], asks: list[Asks], in_order: bool = True
 ) -> Iterator[SourceOf]:
-    """The source's attention at each step and chunk: from the store, read ahead if in order, or computed again."""
+    """The source's attention at each step and chunk: from the store, read ahead if in order, or computed again.
+
+    Raises ValueError where kept attention is not that of the chunks.
+    """
 
     def kept(step: int) -> bool:
         return bool(asks[step].layers) and store.keeps(step)
+
+    meet = frames_meet(denoiser, store.key_frames, store.clip_norm)
+    if meet and any(kept(step) and len(chunks[step]) > 1 for step in range(store.steps)):
+        raise ValueError(NOT_IN_PARTS.format(memory=store.memory))
 
     def job(step: int, chunk: Chunk) -> Callable[[], Records]:
         return lambda: store.fetch(step, asks[step].layers, chunk, denoiser.device)
@@ -112,7 +121,7 @@ def compute_source(
 # --- a look at the source -------------------------------------------------------------------
 
 
-@torch.no_grad()
+@no_grad
 def source_heats(
     denoiser: Denoiser,
     inversion: Inversion,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from .denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Steering(Protocol):

@@ -16,29 +16,30 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING, TypeAlias
 from zlib import crc32
 
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
+from ..imports import torch
 from .whole import remove_folder, whole_file
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Layout: TypeAlias = "dict[str, tuple[torch.dtype, tuple[int, ...]]]"
 """The dtype and shape of every tensor, by name."""
 
-CODES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
+_CODES = {
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
 }
-"""What a safetensors file calls the dtypes that a store may have."""
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+"""The codes of a safetensors file for the dtypes of a store, with their names in torch."""
 CHECKSUMS = "checksums"
 """The tensor of every row's CRC-32, in the order of the file's tensors."""
 _LONGEST_HEADER = 2**30
@@ -46,6 +47,16 @@ _LONGEST_HEADER = 2**30
 
 class DamagedFileError(ValueError):
     """A file that is not whole, or not as it was written."""
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """What a safetensors file calls a dtype; KeyError for one that no store has."""
+    return {name: code for code, name in _CODES.items()}[str(dtype).removeprefix("torch.")]
+
+
+def dtype_of(code: str) -> torch.dtype | None:
+    """The dtype of a safetensors file's code; None for one that no store has."""
+    return getattr(torch, _CODES[code]) if code in _CODES else None
 
 
 def layout_bytes(layout: Layout) -> int:
@@ -59,6 +70,12 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that was not fetched."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def rows_of(shape: Sequence[int]) -> int:
@@ -94,7 +111,7 @@ class SafetensorsWriter:
             start, end = end, end + layout_bytes({name: layout[name]})
             self._starts[name] = start
             dtype, shape = layout[name]
-            self._header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._header[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(self._header).encode()
         self._head = text + b" " * (-len(text) % 8)
         self.nbytes = 8 + len(self._head) + end
@@ -219,7 +236,7 @@ class SafetensorsReader:
         self.tensors: dict[str, FileTensor] = {}
         end = 0
         for name, about in header.items():
-            dtype, shape = DTYPES.get(about["dtype"]), tuple(about["shape"])
+            dtype, shape = dtype_of(about["dtype"]), tuple(about["shape"])
             if dtype is None or not all(isinstance(n, int) and n >= 0 for n in shape):
                 raise ValueError(f"{name} is of no kind that a store has")
             start, end = end, end + layout_bytes({name: (dtype, shape)})

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .safetensors import is_pointer
 from .whole import whole_file
 
 FILE = "temporal.safetensors"
@@ -63,4 +64,6 @@ def _opened(path: str | Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
+        if is_pointer(file):
+            raise ValueError(f"{file} is a Git LFS pointer and not the layers: run `git lfs pull`") from error
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error

@@ -8,8 +8,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 try:
@@ -18,9 +19,12 @@ except ImportError:  # Windows: nothing is locked there, and nothing of other pr
     fcntl = None  # type: ignore[assignment]
 
 _IN_MEMORY = ("tmpfs", "ramfs")
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
 _PREFIX = "fatezero-"
 _mine: dict[Path, int] = {}
 """What this process must not leave behind, and the file descriptor that holds its lock."""
+_made: list[Path] = []
+"""Folders that this process made, and that go with it where they are empty; the deepest of each first."""
 _owner = os.getpid()
 
 
@@ -36,7 +40,7 @@ def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
     """
     path = _target(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    stem, suffix = path.name.encode()[:120].decode(errors="ignore"), path.suffix[:20] if keep_suffix else ""
+    stem, suffix = os.fsencode(path.name)[:120].decode(errors="ignore"), path.suffix[:20] if keep_suffix else ""
     for old in path.parent.glob(f".{glob.escape(stem)}.*.partial{glob.escape(suffix)}"):
         if old not in _mine:
             _remove_if_dead(old)
@@ -46,39 +50,104 @@ def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
         _mine[partial] = _locked(os.open(partial, os.O_CREAT | os.O_RDWR, 0o666))
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:  # which tells no name where a library writes
+            raise OSError(f"could not write {path}: {error.strerror}") from error
+        raise
     finally:
         _remove(partial)
 
 
-def check_writable(path: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
-    """Raise OSError, before any work, where a file cannot be written or would replace what it must not.
+@contextmanager
+def reserved(path: str | Path, overwrite: bool = False) -> Iterator[None]:
+    """Keep the name of a file for this process, before any work and until its end; the file is another's to write.
 
-    An input is never replaced, an existing file only with `overwrite`. The folder is tried by writing to it,
-    and left as it was.
+    The folder is tried by writing to it; one that was missing is there meanwhile, and goes if it stays empty. Raises
+    OSError where the file cannot be written: another run has the name, it exists and `overwrite` is not given, ...
+    A process that is killed keeps no name. ValueError for a name that is not UTF-8.
     """
     path = Path(path)
+    check_name(path)
     missing: list[Path] = []
+    lock: Path | None = None
     try:
-        if any(path.exists() and Path(given).exists() and path.samefile(given) for given in inputs):
-            raise FileExistsError(f"{path} is an input of this run; it is never overwritten")
-        target = _target(path)
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; give --overwrite to replace it")
-        missing = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            target.touch(exist_ok=False)  # the name itself may be too long
-            target.unlink()
-        with tempfile.TemporaryFile(dir=target.parent, prefix="." + _PREFIX) as file:
-            file.write(b"0")
-    except OSError as error:
-        if error.errno is None:  # one of those above
-            raise
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        try:
+            target = _target(path)
+            missing += [folder for folder in target.parents if not folder.exists()]
+            _made.extend(missing)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = _locked_name(target)
+            _try_out(target, overwrite)
+        except OSError as error:
+            if error.errno is None:  # it says all itself
+                raise
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        yield
     finally:
+        if lock is not None:
+            _remove(lock)
         for folder in missing:
+            _made.remove(folder)
             with suppress(OSError):
                 folder.rmdir()
+
+
+def check_name(path: str | Path) -> None:
+    """Raise ValueError for a name that FFmpeg and records cannot hold."""
+    try:
+        str(Path(path).absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {str(path)!a} is not UTF-8: rename the file, or the folder it is in") from None
+
+
+def check_writable(path: str | Path, overwrite: bool = False) -> None:
+    """Raise OSError where a file cannot be written, as `reserved` does; the folder is left as it was."""
+    with reserved(path, overwrite):
+        pass
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where a file is there that shall not be replaced."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give --overwrite to replace it")
+
+
+def _try_out(target: Path, overwrite: bool) -> None:
+    check_free(target, overwrite)
+    if not target.exists():
+        target.touch(exist_ok=False)  # the name itself may be too long
+        target.unlink()
+    with tempfile.TemporaryFile(dir=target.parent, prefix="." + _PREFIX) as file:
+        file.write(b"0")
+
+
+def _locked_name(target: Path) -> Path:
+    """A hidden file beside the wanted one, which this process alone has locked."""
+    name = os.fsencode(target.name)
+    lock = target.with_name(f".{_PREFIX}{sha256(name).hexdigest()[:16]}.lock")
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            locked = fcntl is not None and _has_lock(handle)
+        except BlockingIOError:
+            os.close(handle)
+            raise FileExistsError(f"{target} is being written by another run") from None
+        with suppress(FileNotFoundError):
+            if not locked or os.path.samestat(os.fstat(handle), lock.stat()):
+                _mine[lock] = handle
+                return lock
+        os.close(handle)  # its owner removed it meanwhile
+
+
+def _has_lock(handle: int) -> bool:
+    """Lock an open file; False on network file systems without locks, and BlockingIOError where another has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _target(path: Path) -> Path:
@@ -152,6 +221,9 @@ def remove_leftovers() -> None:
     if os.getpid() == _owner:  # and not a fork of it
         for path in list(_mine):
             _remove(path)
+        for folder in sorted(_made, reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _remove(path: Path) -> None:

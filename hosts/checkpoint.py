@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet3DConditionModel,
-)
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.prompt import BLOCK
 from ..diffusion.denoiser import check_finite
+from ..files.lora import LoraFile
 from ..files.temporal_layers import load_temporal_layers
 from ..files.whole import whole_file
 from ..store.identity import ModelIdentity
-from .diffusers import DiffusersDenoiser
-from .diffusers_temporal import inflated_unet, save_inflated_unet, with_temporal_layers
+from .diffusers import DiffusersDenoiser, as_ddim, with_signal
+from .diffusers_control import ControlNet, load_controlnet
+from .diffusers_temporal import save_inflated_unet, with_temporal_layers
 from .diffusers_video import DiffusersVideoDenoiser
+from .lora import LoraError, fuse_loras
+from .model_files import DEMO, CheckpointError, check_parts, check_whole, kind_of, loaded
 
-DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
-
-
-T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be loaded or is not of a kind that FateZero edits."""
+__all__ = ["DEMO", "Checkpoint", "CheckpointError", "kind_of", "quiet", "save_tuned"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of an SD 1.x, SD 2.x or SDXL model on one device."""
+    """The parts of an SD 1.x, SD 2.x or SDXL model on one device.
+
+    notes: what was added to it, a line each. zero_negative: an empty negative prompt is zeros, as of SDXL, and not the
+    embeddings of no words. controlnet: see `with_control`.
+    """
 
     name: str
     unet: UNet2DConditionModel
@@ -56,6 +47,9 @@ class Checkpoint:
     scheduler: DDIMScheduler
     tokenizers: tuple[Any, ...]
     text_encoders: tuple[Any, ...]
+    notes: tuple[str, ...] = ()
+    zero_negative: bool = False
+    controlnet: ControlNet | None = None
 
     @classmethod
     def load(
@@ -64,26 +58,30 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         config: str | None = None,
-        lora: str | None = None,
+        lora: str | Sequence[str] | None = None,
         lora_scale: float = 1.0,
         temporal: str | None = None,
         videos: bool = False,
+        variant: str | None = None,
     ) -> Checkpoint:
         """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
 
         config: for a single file, a diffusers folder with the tokenizer and configuration of
-        its kind. Only a hub name uses the network. lora: a LoRA file or folder. temporal: temporal layers, as
-        `load_temporal_layers` takes them. videos: take text-to-video UNets (ModelScope) too.
+        its kind. Only a hub name uses the network. lora: LoRA files or folders, each with a strength as FILE=0.8, all
+        of them times `lora_scale`. temporal: temporal layers, as `load_temporal_layers` takes them. videos: take
+        text-to-video UNets (ModelScope) too. variant: of the weights in its folders, as "fp16".
 
         Raises CheckpointError, saying what was looked for.
         """
-        check_lora(lora)
-        pipeline = _pipeline(name, dtype, config)
+        loras = lora_files(lora, lora_scale)
+        pipeline = loaded(name, dtype, config, variant)
         kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
         if not isinstance(getattr(pipeline, "unet", None), kinds):
             raise CheckpointError(
                 f"{name} is a {type(pipeline).__name__}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL"
             )
+        check_parts(name, pipeline)
+        check_whole(name, pipeline)
         if temporal is not None:
             if isinstance(pipeline.unet, UNet3DConditionModel):
                 raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
@@ -91,8 +89,9 @@ class Checkpoint:
                 with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{temporal}: {error}") from error
-        if lora is not None:  # after the tuned queries, which take the place of the model's and would take its too
-            fuse_lora(pipeline, lora, lora_scale)
+        if loras:  # where it is quick
+            pipeline.unet.to(device)
+        notes = fused(pipeline, loras)  # after the tuned queries, which take the place of the model's
         pairs = [
             (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
         ]
@@ -106,12 +105,18 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{name} lacks its tokenizer: it has {len(tokenizer)} of {encoder.config.vocab_size} entries"
                 )
-        scheduler = pipeline.scheduler
-        if not isinstance(scheduler, DDIMScheduler):
-            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        try:
+            scheduler = with_signal(as_ddim(pipeline.scheduler))
+        except TypeError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if dtype == torch.float16 and _upcasts(pipeline.vae):
+            pipeline.vae.to(torch.float32)
         for part in (pipeline.unet, pipeline.vae, *(e for _, e in known)):
             part.to(device).eval().requires_grad_(False)
-        return cls(name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known))
+        return cls(
+            name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known), notes,
+            bool(pipeline.config.get("force_zeros_for_empty_prompt")),
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +129,20 @@ class Checkpoint:
     @property
     def parts(self) -> list[Any]:
         """Its networks."""
-        return [self.unet, self.vae, *self.text_encoders]
+        return [self.unet, self.vae, *self.text_encoders, *([self.controlnet.model] if self.controlnet else [])]
+
+    def with_control(
+        self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
+        variant: str | None = None,
+    ) -> Checkpoint:  # fmt: skip
+        """The same with a ControlNet, of a folder, a file or a hub's name, and uint8 frames (f, h, w, 3) it follows.
+
+        strength, start, end: see `ControlNet`. Raises CheckpointError for one that does not fit.
+        """
+        if isinstance(self.unet, UNet3DConditionModel):
+            raise CheckpointError(f"{self.name} is a model of videos, which has no ControlNet")
+        model = load_controlnet(name, self.unet, self.factor, variant)
+        return replace(self, controlnet=ControlNet(model, frames, strength, start, end))
 
     @property
     def channels(self) -> int:
@@ -140,15 +158,24 @@ class Checkpoint:
         """How many latents a clip of so many frames has."""
         return frames
 
+    def control_steps(self, steps: int) -> int:
+        """In how many of so many steps the ControlNet acts."""
+        total = self.scheduler.config["num_train_timesteps"]
+        timesteps = self.denoiser.schedule(steps).timesteps
+        return sum(self.controlnet.acts(t, total) for t in timesteps) if self.controlnet else 0
+
     @property
     def denoiser(self) -> DiffusersDenoiser:
-        kind = DiffusersVideoDenoiser if isinstance(self.unet, UNet3DConditionModel) else DiffusersDenoiser
-        return kind(self.unet, self.scheduler)
+        if isinstance(self.unet, UNet3DConditionModel):
+            return DiffusersVideoDenoiser(self.unet, self.scheduler)
+        return DiffusersDenoiser(self.unet, self.scheduler, self.controlnet)
 
     @cached_property
     def vae_identity(self) -> ModelIdentity:
         """What tells this autoencoder from another."""
         scale = f"AutoencoderKL factor={self.factor} scaling={self.vae.config['scaling_factor']}"
+        if self.vae.config.get("latents_mean"):
+            scale += f" mean={self.vae.config['latents_mean']} deviation={self.vae.config['latents_std']}"
         return ModelIdentity.of(scale, self.vae.dtype, self.vae.state_dict().items())
 
     @property
@@ -167,7 +194,8 @@ class Checkpoint:
     @property
     def native_size(self) -> int:
         """The side in pixels the model was trained on."""
-        return int(self.unet.config["sample_size"]) * self.factor
+        side = self.unet.config["sample_size"] or 64
+        return int(side if isinstance(side, int) else min(side)) * self.factor
 
     # --- text -------------------------------------------------------------------------
 
@@ -183,6 +211,14 @@ class Checkpoint:
             sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeddings.dtype)
             return Condition(embeddings, {"text_embeds": parts[1][1], "time_ids": sizes.to(embeddings.device)})
         return Condition(self._encode(0, prompt, blocks, layer=None)[0])
+
+    def encode_negative(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
+        """`encode_prompt` of a negative prompt, which may be empty."""
+        condition = self.encode_prompt(prompt, width, height, blocks)
+        if prompt or not self.zero_negative:
+            return condition
+        extras = {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in condition.extras.items()}
+        return Condition(torch.zeros_like(condition.embeddings), extras)
 
     def blocks(self, *prompts: str) -> int:
         """How many blocks of 77 tokens the longest of the prompts takes."""
@@ -209,9 +245,10 @@ class Checkpoint:
 
     def frames_at_once(self, height: int, width: int) -> int:
         """How many pictures of a size the autoencoder takes in one call: on a CPU one, on a GPU as many as 8 of 512x512
-        have pixels.
+        have pixels in half precision.
         """
-        return 1 if self.vae.device.type == "cpu" else max(1, 8 * 512 * 512 // (height * width))
+        pixels = 16 * 512 * 512 // self.vae.dtype.itemsize
+        return 1 if self.vae.device.type == "cpu" else max(1, pixels // (height * width))
 
     @torch.no_grad()
     def encode_frames(self, frames: Tensor) -> Tensor:
@@ -221,12 +258,17 @@ class Checkpoint:
     @torch.no_grad()
     def encode_posterior(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of frames' scaled latents, as `encode_frames` has them."""
-        means, deviations, scale = [], [], self.vae.config["scaling_factor"]
+        means, deviations = [], []
+
+        def encoded(frame: Tensor) -> Tensor:
+            posterior = self.vae.encode((2 * frame - 1).to(self.vae.device, self.vae.dtype)).latent_dist
+            return torch.stack([posterior.mean, posterior.std])
+
         for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
-            pixels = (2 * frame - 1).to(self.vae.device, self.vae.dtype)
-            posterior = self.vae.encode(pixels).latent_dist
-            means.append((posterior.mean - self._shift) * scale)
-            deviations.append(posterior.std * scale)
+            mean, deviation = self._finite(encoded, frame, "the encoded frames")
+            shift, scale = self._statistics(mean)
+            means.append((mean - shift) * scale)
+            deviations.append(deviation * scale)
         return torch.cat(means), torch.cat(deviations)
 
     def encode_clip(self, frames: Tensor) -> Tensor:
@@ -241,15 +283,40 @@ class Checkpoint:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to frames in 0..1 on the CPU, `frames_at_once`."""
         parts = []
+
+        def decoded(latent: Tensor) -> Tensor:
+            latent = latent.to(self.vae.dtype)
+            shift, scale = self._statistics(latent)
+            pixels: Tensor = self.vae.decode(latent / scale + shift).sample
+            return pixels
+
         for latent in latents.split(self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))):
-            pixels = self.vae.decode(latent.to(self.vae.dtype) / self.vae.config["scaling_factor"] + self._shift).sample
-            check_finite(pixels, "the decoded pictures")
+            pixels = self._finite(decoded, latent, "the decoded pictures")
             parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 
-    @property
-    def _shift(self) -> float:
-        return self.vae.config.get("shift_factor") or 0.0
+    def _finite(self, code: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
+        """What the autoencoder makes of x; in single precision from there on where it leaves the range of half."""
+        y = code(x)
+        if self.vae.dtype == torch.float16 and not torch.isfinite(y).all():
+            self.vae.to(torch.float32)
+            y = code(x)
+        check_finite(y, what)
+        return y
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What is taken off the autoencoder's latents, and what the rest is multiplied by."""
+        config = self.vae.config
+        scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+        if not config.get("latents_mean") or not config.get("latents_std"):
+            return shift, scale
+        mean, deviation = (torch.tensor(config[f"latents_{name}"]).to(like).view(-1, 1, 1) for name in ("mean", "std"))
+        return mean + shift, scale / deviation
+
+
+def _upcasts(vae: AutoencoderKL) -> bool:
+    """Whether an autoencoder's own configuration says that half precision is too small for it."""
+    return bool(vae.config.get("force_upcast")) and "force_upcast" not in vae.config.get("_use_default_values", ())
 
 
 def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
@@ -296,93 +363,25 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def opened(name: str, load: Callable[..., T]) -> T:
-    """What `load` makes of a diffusers folder, or of a hub name that may be fetched; CheckpointError for neither."""
-    path = DEMO if name == "demo" else Path(name)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
-    if not path.is_dir() and (path.suffix or name.startswith((".", "/", "~"))):
-        raise CheckpointError(f"no model at {name}")
-    with _as_checkpoint_error(name):
-        return load(path, local_files_only=True) if path.is_dir() else load(name)
-
-
-@contextmanager
-def _as_checkpoint_error(name: str) -> Iterator[None]:
-    """A failure to read a model as a CheckpointError that names it."""
+def lora_files(lora: str | Sequence[str] | None, scale: float = 1.0) -> list[LoraFile]:
+    """LoRAs by their texts, each strength times `scale`; CheckpointError for one that is not there."""
+    texts = [lora] if isinstance(lora, str) else lora or ()
     try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"could not load the model {name!r}: {error}") from error
+        found = [LoraFile.parse(text) for text in texts]
+        for one in found:
+            one.file()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return [replace(one, strength=one.strength * scale) for one in found]
 
 
-def kind_of(name: str) -> str:
-    """The class of pipeline that a diffusers folder or hub name says it is; "" for a single file."""
-    if Path(name).is_file():
-        return ""
-    found: dict[str, Any] = opened(name, DiffusionPipeline.load_config)
-    return str(found.get("_class_name", ""))
-
-
-def check_lora(lora: str | None) -> None:
-    """Raise CheckpointError for a LoRA that is not there."""
-    if lora is not None and not Path(lora).exists():
-        raise CheckpointError(f"no LoRA at {lora}")
-
-
-def fuse_lora(pipeline: Any, lora: str, scale: float) -> None:
-    """A LoRA file or folder, put into the weights of a pipeline's networks for good."""
-    pipeline.load_lora_weights(lora, local_files_only=True)
-    pipeline.fuse_lora(lora_scale=scale)
-    pipeline.unload_lora_weights()
-
-
-def _pipeline(name: str, dtype: torch.dtype, config: str | None) -> Any:
-    def load(where: Any, **local: Any) -> Any:
-        unet = inflated_unet(where / "unet", dtype) if isinstance(where, Path) else None
-        if unet is not None:
-            local["unet"] = unet
-        kind = DiffusionPipeline if unet is None else StableDiffusionPipeline
-        return kind.from_pretrained(where, torch_dtype=dtype, safety_checker=None, **local)
-
-    if name != "demo" and Path(name).is_file():
-        with _as_checkpoint_error(name):
-            return _single_file(Path(name), dtype, config)
-    return opened(name, load)
-
-
-def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
-    """A checkpoint in one file; its kind is read from its keys."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path.name} is not a .safetensors file; pickled checkpoints are not read")
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise CheckpointError(f"{path.name} is a safetensors file, but no Stable Diffusion checkpoint")
-    family = next(name for name, mark in _FAMILIES.items() if any(key.startswith(mark) for key in keys))
-    sdxl = "xl" in family
-    kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-    extra = {} if sdxl else {"safety_checker": None}
-    config = config or _fetched_before(family, path)
-    return kind.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **extra)
-
-
-_FAMILIES = {
-    "stabilityai/stable-diffusion-xl-base-1.0": "conditioner.embedders.1.",
-    "stabilityai/stable-diffusion-2-1": "cond_stage_model.model.",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "",
-}
-"""Where a family's tokenizer and configuration live, and the keys that tell it; in this order."""
-
-
-def _fetched_before(family: str, path: Path) -> str:
-    """A family's configuration in the hub's cache; never a download, which nobody asked for."""
+def fused(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """Add LoRAs to the weights of a pipeline's networks; a line on each. CheckpointError for one that does not fit."""
+    names = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2")
+    networks = {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
+    if "transformer" in networks:
+        networks = {name: network for name, network in networks.items() if name.startswith("transformer")}
     try:
-        return str(snapshot_download(family, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path.name} holds weights alone: say with --model-config where its tokenizer and configuration are "
-            f"(a diffusers folder of the same kind, or a hub name such as {family})"
-        ) from error
+        return tuple(fuse_loras(networks, loras))
+    except LoraError as error:
+        raise CheckpointError(str(error)) from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from ..diffusion.denoiser import check_finite
 from ..files.safetensors import format_bytes
 from ..store.budget import available_bytes
 from ..store.identity import ModelIdentity
-from .checkpoint import DEMO, CheckpointError, check_lora, fuse_lora, opened
+from .checkpoint import fused, lora_files
 from .diffusers_transformer import VideoTransformerDenoiser
+from .model_files import DEMO, CheckpointError, check_weights, check_whole, opened
 
 DEMO_WAN = DEMO.parent / "wan"
 NAME = "demo-wan"
@@ -34,7 +35,7 @@ class WanCheckpoint:
     """The parts of a Wan 2.1 or 2.2 text-to-video model.
 
     low_noise, boundary: 2.2's second transformer, and the sigma below which it takes over. device: where it runs; its
-    parts may wait elsewhere.
+    parts may wait elsewhere. notes: what was added to it, a line each.
     """
 
     name: str
@@ -46,6 +47,7 @@ class WanCheckpoint:
     device: torch.device
     low_noise: WanTransformer3DModel | None = None
     boundary: float | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -53,23 +55,33 @@ class WanCheckpoint:
         name: str,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        lora: str | None = None,
+        lora: str | Sequence[str] | None = None,
         lora_scale: float = 1.0,
+        variant: str | None = None,
     ) -> WanCheckpoint:
         """Load "demo-wan", a diffusers folder or a hub name; only the last uses the network.
 
+        lora: LoRA files, as `Checkpoint.load` takes them. Both transformers of 2.2 take one, or that which its name
+        says: high_noise or low_noise. variant: of the weights in its folders, as "fp16".
         Where a GPU has no room for all parts at once, each waits in RAM until it is called (model offloading).
         Raises CheckpointError, saying what was looked for.
         """
         device = torch.device(device)
-        check_lora(lora)
+        loras = lora_files(lora, lora_scale)
         if name == NAME:
-            return cls.of_demo(device, dtype)
-        pipeline: Any = opened(name, partial(DiffusionPipeline.from_pretrained, torch_dtype=dtype))
+            demo = cls.of_demo(device, dtype)
+            return replace(demo, notes=fused(demo, loras))
+
+        def read(where: Any, **local: Any) -> Any:
+            if isinstance(where, Path):
+                check_weights(where, DiffusionPipeline.load_config(where, **local), variant)
+            return DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, variant=variant or None, **local)
+
+        pipeline: Any = opened(name, read)
         if not isinstance(getattr(pipeline, "transformer", None), WanTransformer3DModel):
             raise CheckpointError(f"{name} is a {type(pipeline).__name__} without a Wan transformer for text to video")
-        if lora is not None:
-            fuse_lora(pipeline, lora, lora_scale)
+        check_whole(name, pipeline)
+        notes = fused(pipeline, loras)
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # whose numbers leave half precision's range
         low_noise = getattr(pipeline, "transformer_2", None)
@@ -85,7 +97,7 @@ class WanCheckpoint:
             pipeline.to(device)
         return cls(
             name, pipeline.transformer, pipeline.vae, pipeline.scheduler, pipeline.tokenizer, pipeline.text_encoder,
-            device, low_noise, pipeline.config.get("boundary_ratio") if low_noise is not None else None,
+            device, low_noise, pipeline.config.get("boundary_ratio") if low_noise is not None else None, notes,
         )  # fmt: skip
 
     @classmethod
@@ -166,6 +178,10 @@ class WanCheckpoint:
         return 1 + -(-(frames - 1) // self.frames_of_latent)
 
     # --- text -------------------------------------------------------------------------
+
+    def encode_negative(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
+        """`encode_prompt`: an empty negative prompt has embeddings too."""
+        return self.encode_prompt(prompt, width, height, blocks)
 
     def blocks(self, *prompts: str) -> int:
         """One: a prompt of any length is a single block."""

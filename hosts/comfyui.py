@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..attention.key_frames import KeyFrames
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
+from ..diffusion.denoiser import in_parts, keys_on
 from ..diffusion.edit import Edit, EditPass, edit_many
 from ..diffusion.invert import Inversion, Progress, invert
 from ..diffusion.schedule import Schedule
@@ -28,7 +29,7 @@ from ..store.budget import Demand, StorePlan, StoreSettings, plan_store
 from ..store.identity import ModelIdentity
 from ..store.store import AttentionStore
 from .comfyui_conditions import HostCondition, plain_options
-from .comfyui_noise import noise_of
+from .comfyui_noise import check_samples, noise_of
 from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, windowing
 from .comfyui_transformer import HookedTransformer, hooked
 
@@ -93,6 +94,7 @@ class InvertGuider(LoopGuider):
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
         check_quiet(noise, "an inversion adds none")
+        check_samples(self._model, latent_image)
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
         self._mask = more.pop("denoise_mask", None)
@@ -106,7 +108,9 @@ class InvertGuider(LoopGuider):
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         asked, schedule, mask = self.settings, denoiser.in_use, self._mask
-        plan = plan_in_host(self._model, latents, self.source, schedule.steps, asked.key_frames, asked.store)
+        keys, timestep = keys_on(denoiser, asked.key_frames), schedule.timesteps[0]
+        parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
         self.tell(str(plan))
         memory = replace(asked.store, memory=plan.memory, place=plan.place)
         inversion = invert(
@@ -181,6 +185,7 @@ def draw_clip(
     noise_mask: Tensor | None = None,
 ) -> HostStore:
     """The store of LATENT samples with drawn noise, whose edits are FlowEdit's. noise_mask: as for `invert_clip`."""
+    check_samples(model, samples)
     latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
     store = draw(_Idle(model), latents, source, steps, settings, prompt=prompt).store  # type: ignore[arg-type]
     if noise_mask is not None:
@@ -372,8 +377,9 @@ def plan_in_host(
     steps: int,
     key_frames: KeyFrames,
     settings: StoreSettings,
+    in_parts: bool,
 ) -> StorePlan:
-    """What store an inversion of latents (frames, c, h, w) will make.
+    """What store an inversion of latents (frames, c, h, w) will make; in_parts: see `Demand`.
 
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
     Raises MemoryError, with the bytes of each memory, where nothing fits.
@@ -382,7 +388,8 @@ def plan_in_host(
         settings = replace(settings, memory="recompute")  # the one that follows context windows
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
-    demand = Demand(sites, tuple(latents.shape), 4, steps, key_frames, dtype, source.text_tokens, source.nbytes)
+    shape = tuple(latents.shape)
+    demand = Demand(sites, shape, 4, steps, key_frames, dtype, source.text_tokens, source.nbytes, in_parts)
     home = comfy.model_management.intermediate_device()
     return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
 

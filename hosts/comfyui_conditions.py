@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,16 @@ REFUSED = {
     "concat_latent_image": "a picture to paint into is set",
     "concat_mask": "a mask to paint into is set",
     "reference_latents": "reference pictures are set",
+    "context_latents": "reference clips are set (Bernini Conditioning)",
+    "time_dim_concat": "frames to append are set",
     "unclip_conditioning": "pictures for unCLIP are set",
 }
 """Options of a CONDITIONING that a source or positive prompt must not have: they are of a part of the picture, or of
 models that FateZero does not know. The attention of such parts does not line up with the clip's."""
+
+READ = {"c_crossattn", "crossattn_controlnet", "y", "c_concat"}
+"""What of a prompt a UNet or Wan reads: its text, the ControlNet's, pooled text and sizes, and what an inpainting UNet
+has where nothing is set."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,16 @@ def _check_whole(options: dict[str, Any], socket: str) -> None:
         raise ValueError(
             f"{socket}: it is for {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range); FateZero "
             "needs a prompt for all of them"
+        )
+
+
+def check_read(conditions: Sequence[dict[str, Any]], socket: str) -> None:
+    """Raise ValueError, naming them, for what the host has a model read of a prompt beside what FateZero knows."""
+    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - READ)
+    if unknown:
+        raise ValueError(
+            f"{socket}: the model would read {', '.join(unknown)} of it, which FateZero does not know: leave out the "
+            "node that sets it"
         )
 
 

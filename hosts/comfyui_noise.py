@@ -44,11 +44,11 @@ class HostNoise:
         if not 1 <= steps < total:
             raise ValueError(f"steps is {steps}; it must be between 1 and {total - 1}")
         timesteps = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
-        return self._at(timesteps, 1 / (1 + self.table[0] ** 2))
+        return self._at(timesteps, 1 / (1 + self.table[0].double() ** 2))
 
     def _at(self, timesteps: Sequence[float], clean: Tensor) -> Schedule:
         """The schedule of some timesteps, noisy to clean, that ends at the cumulative alpha `clean`."""
-        sigmas = torch.stack([self.sigma(t) for t in reversed(timesteps)])
+        sigmas = torch.stack([self.sigma(t) for t in reversed(timesteps)]).double()
         alphas = torch.cat([clean[None], 1 / (1 + sigmas**2)])
         if alphas.min() < 1e-6:
             raise ValueError("a schedule that ends at zero signal (zsnr) cannot be inverted")
@@ -67,11 +67,11 @@ class HostNoise:
                 f"{high:.4g}"
             )
         timesteps = [round(t) if abs(t - round(t)) < 2e-3 else t for t in self.timesteps(sigmas[:-1])]
-        return self._at(timesteps, 1 / (1 + sigmas[-1].float() ** 2))
+        return self._at(timesteps, 1 / (1 + sigmas[-1].double() ** 2))
 
     def again(self, timesteps: Sequence[float], alphas: Sequence[float]) -> Schedule:
         """The model's noise at the timesteps of a store, whose alphas these are."""
-        return self._at(timesteps, torch.tensor(alphas[0], dtype=torch.float32))
+        return self._at(timesteps, torch.tensor(alphas[0], dtype=torch.float64))
 
     def timesteps(self, sigmas: Tensor) -> list[float]:
         """Where sigmas lie in the model's table of them, as the host interpolates it."""
@@ -89,7 +89,7 @@ class HostNoise:
 
     def sigmas(self, schedule: Schedule) -> Tensor:
         """A schedule as the host's SIGMAS, noisy to clean."""
-        return (1 / schedule.alphas - 1).sqrt().flip(0)
+        return (1 / schedule.alphas - 1).sqrt().flip(0).float()
 
     # --- latents ----------------------------------------------------------------------
 
@@ -213,6 +213,17 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
             f"FateZero works with {WORKING_MODELS}, predicting epsilon, v or a flow"
         )
     return HostNoise(sampling)
+
+
+def check_samples(model: Any, samples: Tensor) -> None:
+    """Raise ValueError for LATENT samples that are not a MODEL's."""
+    noise_of(model).of_host(samples)
+    channels = model.model.latent_format.latent_channels
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"latent: has {samples.shape[1]} channels, but {type(model.model).__name__} has latents of {channels}: "
+            "encode the clip with the model's own VAE"
+        )
 
 
 def prediction_of(sampling: Any) -> type | None:

@@ -26,16 +26,18 @@ from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control, Kind
-from ..attention.key_frames import Chunk
-from ..diffusion.denoiser import Guidance, Windows
+from ..attention.key_frames import Chunk, KeyFrames
+from ..diffusion.denoiser import Guidance, Windows, frames_meet
 from ..diffusion.invert import Progress
 from ..diffusion.schedule import Schedule
+from ..methods.tune_a_video import TRAINED_KEYS
 from ..store.identity import ModelIdentity
 from ..store.records import Beside
-from .comfyui_conditions import HostCondition
+from .comfyui_conditions import HostCondition, check_read
 from .comfyui_noise import noise_of
+from .comfyui_sameness import same_forward, same_in_place
 from .comfyui_temporal import temporal_layers
-from .comfyui_transformer import ROOM, HookedTransformer, hooked, is_transformer
+from .comfyui_transformer import HookedTransformer, hooked, is_transformer
 from .comfyui_unet import HookedModel
 
 WrappersMP = comfy.patcher_extension.WrappersMP
@@ -87,6 +89,9 @@ class ComfyDenoiser:
         self._schedule = schedule
         self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
+        for role, conditions in self._edited.conditions.items():
+            if not role.startswith("negative"):
+                check_read(conditions, role.partition(".")[0])
         self._source = self._edited
         if guider.sourced is not guider.edited:
             self._source = _branch_of(guider.sides[id(guider.sourced)], guider.others)
@@ -119,6 +124,11 @@ class ComfyDenoiser:
         return self.spans_clip or any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
 
     @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        tuned = temporal_layers(self._edited.hooked.patcher) is not None
+        return (TRAINED_KEYS, True) if tuned else (("self",), False)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._model.manual_cast_dtype or self._model.get_dtype()
 
@@ -133,6 +143,19 @@ class ComfyDenoiser:
     def identity(self) -> ModelIdentity:
         return self._edited.hooked.identity()
 
+    def _check_windows(self, key_frames: KeyFrames) -> None:
+        """Raise ValueError where the source was inverted in other context windows than the edit's, and frames meet."""
+        handlers = (self._handler, self._guider.sourced.patcher.model_options.get("context_handler"))
+        one, other = (
+            held and {name: value for name, value in vars(held).items() if name not in ("_step", "_model")}
+            for held in handlers
+        )
+        if one != other and frames_meet(self, key_frames, self._clip_norm):
+            raise ValueError(
+                "model: the edit has other context windows than the inversion, in which frames attend to each other: "
+                "connect one MODEL with Context Windows to both"
+            )
+
     def windows(self, latents: Tensor, timestep: float) -> Windows | None:
         """The context windows that a node set on the MODEL, with the weights of its fuse method."""
         handler = self._handler
@@ -141,7 +164,8 @@ class ComfyDenoiser:
         sigma, options = self.noise.sigma(timestep)[None], self._edited.options
         handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
         windows = handler.get_context_windows(self._model, self.noise.to_host(latents), options)
-        return [(w.index_list, _window_weights(handler, w.index_list, len(latents), sigma)) for w in windows]
+        weighted = ((w.index_list, _window_weights(handler, w.index_list, len(latents), sigma)) for w in windows)
+        return [_with_frame_before(handler, frames, weights) for frames, weights in weighted]
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
@@ -167,36 +191,40 @@ class ComfyDenoiser:
             for options in (self._edited.options, self._source.options):
                 check_parts(options)
         branch = self._source if condition.role == "source" else self._edited
+        if branch is self._source or beside is not None:
+            self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
         x = self.noise.to_host(latents * self.noise.scale(sigma))
-        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
-        if guidance is not None:  # a negative may be prompts of several lengths, none of which is looked into
-            answers[1] = (guidance.control, None)
-        if beside is not None and not self._joins(beside, condition, float(sigma)):
+        away = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
+        # a negative, or what a guidance node adds, may be prompts of several lengths, none of which is looked into
+        answers = {0: (control, condition.text_tokens), 1: (away, None)}
+        if beside is not None and not self._joins(beside, condition, x, sigma):
             beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
             beside = None
         branch = branch.at(float(sigma))
         self._bring(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
-            branch.hooked.answering(answers, self._clip_norm, pair),
+            branch.hooked.answering(answers, self._clip_norm, pair, _whole(branch.conditions[condition.role])),
         ):
-            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control.chunk, guidance)
+            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = clean
         return self.noise.of_host((x - clean) / sigma)
 
-    def _joins(self, beside: Beside, condition: HostCondition, sigma: float) -> bool:
-        """Whether the source can run in the edit's calls: on the same weights, without any that a prompt brings, and
-        with the same of other nodes on the MODEL.
+    def _joins(self, beside: Beside, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
+        """Whether the source can run in the edit's calls: on a MODEL that computes the same, without weights that a
+        prompt brings, and where the host calls both together, which it does with texts of one shape.
         """
         assert isinstance(beside.condition, HostCondition)
-        entries = (self._branch_conditions(c) for c in (beside.condition, condition))
-        plain = not any(entry.get("hooks") for conds in entries for entry in conds)
-        edit, source = (branch.at(sigma).hooked for branch in (self._edited, self._source))
+        edit, source = (branch.at(float(sigma)).hooked for branch in (self._edited, self._source))
         if not (isinstance(edit, HookedTransformer) and isinstance(source, HookedTransformer)):
             return False
-        alike = edit is source or (_same_weights(edit.patcher, source.patcher) and edit.others == source.others)
-        return plain and alike
+        if "model_function_wrapper" in edit.patcher.model_options:  # which may call branches one by one
+            return False
+        entries = [entry for c in (beside.condition, condition) for entry in self._branch_conditions(c)]
+        parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
+        together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
+        return together and (edit is source or same_forward(edit.given, source.given))
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited
@@ -222,7 +250,8 @@ class ComfyDenoiser:
         assert isinstance(branch.hooked, HookedModel)
         held = temporal_layers(branch.hooked.patcher)
         parts = [self._model.diffusion_model, *([held.layers] if held else [])]
-        answers: dict[int, tuple[Control, int | None]] = {0: (control, condition.text_tokens)}
+        away = Control(control.key_frames, control.chunk)
+        answers = {0: (control, condition.text_tokens), 1: (away, None)}
         x = latents * (1 + sigma**2).sqrt()
         self._bring(branch)
         with (
@@ -241,15 +270,21 @@ class ComfyDenoiser:
         x: Tensor,
         sigma: Tensor,
         condition: HostCondition,
-        chunk: Chunk,
+        control: Control,
         guidance: Guidance | None,
     ) -> Tensor:
-        """The clean latents: of the source plainly, of the edit with the model's guidance functions."""
+        """The clean latents: of the source plainly, of the edit with the model's guidance functions.
+
+        For an area of the negative the host adds the same area of the positive, which takes nothing of the source: it
+        is left out where the whole does.
+        """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
+        if type(control) is not Control:
+            positive = _whole(positive)
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
-        with _of_chunk([positive, negative], chunk) as (positive, negative):
+        with _of_chunk([positive, negative], control.chunk) as (positive, negative):
             if condition.role == "source":
                 return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
             if negative is None and branch.wraps_predictions:
@@ -291,12 +326,14 @@ class ComfyDenoiser:
         return clean
 
     def _bring(self, branch: _Branch) -> None:
-        """Bring in a branch's weights where they differ from those in place."""
+        """Make a branch's MODEL the host's current one, and bring in its weights where others are in place."""
         wanted = branch.hooked.patcher
-        if not _same_weights(self._here, wanted):
+        if wanted is self._here:
+            return
+        if not same_in_place(self._here, wanted):
             comfy.sampler_helpers.prepare_sampling(wanted, self._guider.shape, branch.conditions, branch.options)
-            wanted.pre_run()
-            self._here = wanted
+        wanted.model.current_patcher = wanted
+        self._here = wanted
 
     def restore(self) -> None:
         """Bring the edit's own weights in again, as the host left them."""
@@ -332,9 +369,16 @@ def check_parts(options: dict[str, Any]) -> None:
         )
 
 
-def _same_weights(one: Any, other: Any) -> bool:
-    """Whether two MODELs have the same weights."""
-    return bool(one.is_clone(other)) and _weights(one) == _weights(other)
+def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    """A context window and the frame before it, which comes along where the host's handler has `causal_window_fix`."""
+    before, weights = frames[0] - 1, [float(weight) for weight in weights]
+    if before < 0 or not getattr(handler, "causal_window_fix", False):
+        return frames, weights
+    if before in frames:
+        raise ValueError(
+            f"model: a context window holds the frame before it already ({before}): switch off causal_window_fix"
+        )
+    return [before, *frames], [0.0, *weights]
 
 
 def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
@@ -343,6 +387,11 @@ def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tenso
         middle, reach = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
         return [max(1e-2, 1 - abs(frame - middle) / reach) for frame in frames]
     return comfy.context_windows.get_context_weights(len(frames), clip, frames, handler, sigma=sigma)
+
+
+def _whole(conditions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conditions that are for the whole picture: a prompt's own, without those that the host adds for areas."""
+    return [entry for entry in conditions if "area" not in entry]
 
 
 @contextmanager
@@ -374,17 +423,6 @@ def _of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
     finally:
         for control, hint in hints.items():
             control.cond_hint_original, control.cond_hint = hint, None
-
-
-def _weights(patcher: Any) -> tuple[Any, ...]:
-    """What a MODEL changes of the weights and parts that its clones share, and the models it brings along."""
-    parts = {name: part for name, part in patcher.object_patches.items() if name != ROOM}
-    return patcher.patches_uuid, parts, [id(part.model) for part in _with_parts(patcher)[1:]], patcher.injections
-
-
-def _with_parts(patcher: Any) -> list[Any]:
-    """A MODEL and the models that it brings along, such as temporal layers."""
-    return [patcher, *patcher.get_nested_additional_models()]
 
 
 # --- guiders and the sampler ------------------------------------------------------------

@@ -1,40 +1,40 @@
 """A ComfyUI MODEL's video transformer: Wan's attention, hooked on a clone by the host's public hooks.
 
 `patches_replace["dit"]` wraps each block, which then takes the branches of a call one after another, the source's
-first; `optimized_attention_override` sees every attention of a block: the first of a branch is self-, the second
-cross-attention, and what other packs add is left to them. Overrides and block patches that they set stay: the first as
-the kernel, the second around the block's own forward.
+first. For the time of a call, hooks of the modules `self_attn` and `cross_attn` hand each an
+`optimized_attention_override` of its own, around the one that is there by then. Overrides and block patches that other
+packs set stay: the first as the kernel, the second around the block's own forward.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 import comfy.patcher_extension
 import torch
 from comfy.ldm.wan.model import WanModel
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.control import AttentionSite, Control, Kind
 from ..diffusion.denoiser import refuse_clip_norm
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
-from .comfyui_unet import HookedModel, attention_layers, beneath, check_model, unpatched
+from .comfyui_sameness import PAIR, ROOM
+from .comfyui_unet import HookedModel, Positive, attention_layers, beneath, check_model, unpatched
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 _IDENTITIES = IdentityCache()
-PAIR = "fatezero_low_noise"
-"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise, and the sigma below which it takes over."""
-ROOM = "memory_required"
-"""The host's method that tells what memory a call takes."""
-_HERE = "fatezero_here"
-"""What options are told of the branch and block under way."""
+_BRANCH = "fatezero_branch"
+"""Where options hold the branch that a block computes."""
+_OVERRIDE = "optimized_attention_override"
+"""Where options hold what other nodes call in the place of the host's attention."""
 
 
 def paired(model: Any, low_noise: Any, boundary: float) -> Any:
@@ -63,21 +63,17 @@ def check_transformer(model: Any) -> None:
     unet = model.model.diffusion_model
     plain = type(unet) is WanModel and unet.model_type == "t2v" and unet.in_dim == unet.out_dim
     if not plain or getattr(unet, "ref_conv", None) is not None:
-        raise ValueError(
-            f"model: {type(model.model).__name__} takes more than text (Wan {unet.model_type}, {unet.in_dim} channels "
-            f"in). FateZero works with {WORKING_MODELS}"
-        )
+        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {WORKING_MODELS}")
     if not isinstance(noise_of(model), FlowNoise):
         raise ValueError("model: is a video transformer that is not sampled as a flow")
 
 
-@dataclass
-class _Here:
-    """Where an attention call is: the block, the branch, and how many calls the branch has made in it."""
-
-    block: int
-    branch: int
-    calls: int = 0
+def _kind_of(unet: Any) -> str:
+    """What a Wan is called: "Wan VACE" for a VaceWanModel, "Wan S2V" for a WanModel_S2V."""
+    kind = re.sub("Wan|Model|_", "", type(unet).__name__)
+    if kind:
+        return "Wan " + {"Vace": "VACE", "Humo": "HuMo"}.get(kind, kind)
+    return f"Wan {unet.model_type} with {unet.in_dim} channels in"
 
 
 class HookedTransformer:
@@ -90,6 +86,8 @@ class HookedTransformer:
     def __init__(self, model: Any) -> None:
         """Raises ValueError for a MODEL that is no Wan for text to video."""
         check_transformer(model)
+        self.given = model
+        """The MODEL as other nodes left it."""
         self.patcher = model.clone()
         other, self.boundary = self.patcher.model_options.pop(PAIR, (None, 0.0))
         self.low: HookedTransformer | None = None if other is None else HookedTransformer(other)
@@ -102,24 +100,19 @@ class HookedTransformer:
         self._grid = (0, 0)
         self._beside: Beside | None = None
         self._conditions: Any = None
+        self._options: dict[str, Any] | None = None
+        """The options of the call that the source ran in."""
         self._source = -1
         """Which branch of the call under way is the source's, where it is beside the edit's."""
-        options = self.patcher.model_options["transformer_options"]
-        self._kernel = beneath(options.get("optimized_attention_override"))
-        options["optimized_attention_override"] = self._override(self._kernel)
-        replaced = options.get("patches_replace", {}).get("dit", {})
+        self._replacing: Callable[[AttentionSite], Any] = lambda site: None
+        self._positive = Positive(None)
+        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
         blocks = [beneath(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
         for i, theirs in enumerate(blocks):
             self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
         for kind in around:
             self.patcher.remove_wrappers_with_key(kind, "fatezero")
-        patches = {name: list(held) for name, held in options.get("patches", {}).items()}
-        wrappers = {
-            kind: {key: list(held) for key, held in of.items() if held} for kind, of in self.patcher.wrappers.items()
-        }
-        self.others = self._kernel, blocks, patches, wrappers
-        """What other nodes hung on the MODEL's blocks and calls."""
         for kind, wrapper in around.items():
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
@@ -162,24 +155,23 @@ class HookedTransformer:
         answers: dict[int, tuple[Control, int | None]],
         clip_norm: bool,
         beside: tuple[Beside, Any] | None = None,
+        conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
-        """beside: the source's branch, to run in the same calls, and the host's conditions of it.
+        """beside: the source's branch, to run in the same calls, and the host's conditions of it. conditions: the
+        host's, of the positive branch.
 
-        Raises ValueError where the call inside reached none of its attention layers.
+        Raises ValueError where the calls inside did not reach all attention layers of the positive branch.
         """
         refuse_clip_norm(clip_norm)
         self.answers, self.reached = answers, set()
         self._beside, self._conditions = beside or (None, None)
+        self._positive = Positive(conditions)
         try:
             yield
-            if not self.reached:
-                raise ValueError(
-                    "model: a call reached none of its attention layers: another node on the model skips calls "
-                    "(EasyCache, LazyCache, TeaCache) or replaces its attention; remove it"
-                )
+            self._positive.check(self.sites(*self._grid), self._replacing)
         finally:
             self.answers, self._source = {}, -1
-            self._beside = self._conditions = None
+            self._beside = self._conditions = self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
@@ -198,17 +190,24 @@ class HookedTransformer:
     def _joined(self) -> Callable[..., Any]:
         """The source's conditions beside those of a call, its latents in the place of the call's (`_around`)."""
 
-        def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, *rest: Any) -> Any:
+        def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
             beside = self._beside
-            if beside is None or not self.answers or conds[0] is None:
-                return executor(model, conds, x, sigma, *rest)
-            self._source = len(conds)
+            if beside is None or not self.answers or not self._positive.among(conds):
+                return executor(model, conds, x, sigma, options)
+            again = self._options is not None
             try:
-                *results, clean = executor(model, [*conds, self._conditions], x, sigma, *rest)
+                if again:  # a guidance node calls once more, with layers left out, which the source has
+                    self._source = 1
+                    executor(model, [None, self._conditions], x, sigma, self._options)
+                    self._source = -1
+                    return executor(model, conds, x, sigma, options)
+                self._source, self._options = len(conds), options
+                *results, clean = executor(model, [*conds, self._conditions], x, sigma, options)
             finally:
                 self._source = -1
-            if beside.predicted is None:  # a guidance node may call again, with layers left out
-                beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
+                if again:
+                    beside.control.records.clear()
+            beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
             return results
 
         return joined
@@ -226,9 +225,31 @@ class HookedTransformer:
             if self._beside is not None and self._source in branches:
                 x = x.clone()
                 x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
-            return executor(x, *rest, **more)
+            self._replacing = self._replacements(options)
+            handles = [
+                module.register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
+                for i, block in enumerate(self._unet.blocks)
+                for kind, module in (("self", block.self_attn), ("cross", block.cross_attn))
+            ]
+            try:
+                return executor(x, *rest, **more)
+            finally:
+                for handle in handles:
+                    handle.remove()
 
         return around
+
+    def _replacements(self, options: dict[str, Any]) -> Callable[[AttentionSite], Any]:
+        """What other nodes have in the place of an attention layer in a call."""
+        blocks = options.get("patches_replace", {}).get("dit", {})
+
+        def replacing(site: AttentionSite) -> Any:
+            place = f"diffusion_model.blocks.{site.index}."
+            parts = [part for name, part in self.patcher.object_patches.items() if name.startswith(place)]
+            block = blocks.get(("double_block", site.index))
+            return next((part for part in [beneath(block), *parts] if part is not None), None)
+
+        return replacing
 
     def _block(self, index: int, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
         """A block that takes its branches one after another."""
@@ -238,12 +259,11 @@ class HookedTransformer:
             if not self.answers:
                 return forward(args)
             options = args["transformer_options"]
-            branches = options["cond_or_uncond"]
+            branches, roles = options["cond_or_uncond"], self._positive.roles(options)
             order = sorted(range(len(branches)), key=lambda row: branches[row] != self._source)
             done: list[Tensor | None] = [None] * len(branches)
             for row in order:
-                here = _Here(index, branches[row])
-                of_row = {**options, "cond_or_uncond": [branches[row]], _HERE: here}
+                of_row = {**options, "cond_or_uncond": [branches[row]], _BRANCH: roles[row]}
                 own = {name: _row_of(value, row, len(branches)) for name, value in args.items()}
                 done[row] = forward({**own, "transformer_options": of_row})["img"]
             return {"img": done[0] if len(done) == 1 else torch.cat(done)}  # type: ignore[arg-type]
@@ -251,16 +271,33 @@ class HookedTransformer:
         block.previous = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
         return block
 
-    def _override(self, theirs: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    def _entering(self, index: int, kind: Kind) -> Callable[..., Any]:
+        """A hook of an attention module that hands it our override for this call."""
+
+        def entering(module: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+            options = named.get("transformer_options") or {}
+            if _BRANCH not in options:
+                return None
+            override = self._override(f"block.{index}.{kind}", options[_BRANCH], options)
+            return args, {**named, "transformer_options": {**options, _OVERRIDE: override}}
+
+        return entering
+
+    def _override(self, name: str, branch: int, options: dict[str, Any]) -> Callable[..., Tensor]:
+        """The attention of a layer on a branch. options: the module's, with what another node calls in its place."""
+        theirs, taken = options.get(_OVERRIDE), False
+
         def override(
             func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: Any, **more: Any
         ) -> Tensor:
+            nonlocal taken
             kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
-            here = (more.get("transformer_options") or {}).get(_HERE)
-            if here is None or not self.answers or here.calls > 1:  # more of them are other packs' own
+            more = {**more, "transformer_options": options}
+            control = self._answer(branch)[0]
+            if taken or type(control) is Control:  # other packs' own, or attention as the model has it
+                self._reach(name, branch)
                 return kernel(q, k, v, heads, *rest, **more)
-            kind: Kind = "cross" if here.calls else "self"
-            here.calls += 1
+            taken = True
             more = {name: value for name, value in more.items() if name not in ("skip_reshape", "skip_output_reshape")}
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,41 +305,45 @@ class HookedTransformer:
                 q, k, v = (t.contiguous() for t in (q, k, v))
                 return kernel(q, k, v, heads, *rest, **more, skip_reshape=True, skip_output_reshape=True)
 
-            return self._attend(here, kind, q, k, v, heads, attend)
+            return self._attend(name, branch, q, k, v, heads, attend)
 
-        override.previous = theirs  # type: ignore[attr-defined]
         return override
 
     def _attend(
-        self, here: _Here, kind: Kind, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Callable[..., Tensor]
+        self, name: str, branch: int, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Callable[..., Tensor]
     ) -> Tensor:
         """One layer of one branch, (1, tokens, channels), by its control."""
-        site = self.sites(*self._grid)[f"block.{here.block}.{kind}"]
+        site = self.sites(*self._grid)[name]
         frames, rest = divmod(q.shape[1], site.tokens)
-        if rest:
+        control, text_tokens = self._answer(branch)
+        if rest or frames != len(control.chunk.frame_indices):
             raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens, no multiple of {site.height}x{site.width}: another node on the "
-                "model adds or merges tokens; remove it"
+                f"{site.name} has {q.shape[1]} tokens where {len(control.chunk.frame_indices)} frames of "
+                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens; remove it"
             )
-        control, text_tokens = self._answer(here.branch)
         control.attend = attend
         q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
-        if kind == "cross":
+        if site.kind == "cross":
             k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
             output = control.cross_attention(q4, k4, v4, site)
         else:
             k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
             output = control.self_attention(q4, k4, v4, site)
-        if self._beside is not None and here.branch == 0 and self._source >= 0:
+        if self._beside is not None and branch == 0 and self._source >= 0:
             self._beside.control.forget(site.name)
-        self.reached.add(site.name)
+        self._reach(name, branch)
         return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
+
+    def _reach(self, name: str, branch: int) -> None:
+        self.reached.add(name)
+        if branch == 0:
+            self._positive.reached.add(name)
 
     def _answer(self, branch: int) -> tuple[Control, int | None]:
         """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
         if self._beside is not None and branch == self._source:
             return self._beside.control, self._beside.condition.text_tokens
-        return self.answers.get(branch) or self.answers.get(1, self.answers[0])
+        return self.answers.get(branch) or self.answers[1]
 
 
 def _row_of(value: Any, row: int, rows: int) -> Any:

@@ -20,8 +20,8 @@ from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.clip_norm import share_statistics
 from ..diffusion.denoiser import Guidance
-from ..methods.temporal_layers import CastLinear, Kind, TemporalLayers, trained_of, trains
-from ..methods.tune_a_video import Told, TuneSettings, noised, tune
+from ..methods.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
+from ..methods.tune_a_video import Kind, Told, TuneSettings, noised, tune
 from .comfyui_conditions import HostCondition
 from .comfyui_noise import prediction_of
 from .comfyui_temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
@@ -164,7 +164,7 @@ class _HostTunable:
             self._layers.requires_grad_(False)
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        alpha = (1 / (1 + self._sigmas[timestep] ** 2)).to(latents)
+        alpha = 1 / (1 + self._sigmas[timestep].cpu().double() ** 2)
         return noised(latents, noise, alpha), alpha
 
     def predict_noise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -95,6 +95,58 @@ def beneath(hook: Any) -> Any:
     return getattr(hook, "previous", hook)
 
 
+class Positive:
+    """The positive branch of the calls of a step: which it is, and the attention layers that it reached.
+
+    The host's own calls list it as branch 0; those of guidance nodes list whatever they evaluate from 0 on, and only
+    the condition's uuid says what it is.
+    """
+
+    def __init__(self, conditions: Sequence[dict[str, Any]] | None) -> None:
+        """conditions: the host's, of the positive prompt; None where branch 0 is it in any call."""
+        self._uuids = None if conditions is None else {condition["uuid"] for condition in conditions}
+        self.reached: set[str] = set()
+
+    def among(self, conds: Sequence[Any]) -> bool:
+        """Whether a call of these conditions, a list for each branch, has it."""
+        if self._uuids is None:
+            return conds[0] is not None
+        return any(condition["uuid"] in self._uuids for entries in conds for condition in entries or [])
+
+    def roles(self, options: dict[str, Any]) -> list[int]:
+        """The branches of a call, 0 where they are of this prompt alone."""
+        branches: list[int] = options["cond_or_uncond"]
+        if self._uuids is None:
+            return branches
+        named = zip(branches, options["uuids"], strict=True)
+        return [0 if uuid in self._uuids else branch or 1 for branch, uuid in named]
+
+    def check(self, sites: Mapping[Any, AttentionSite], replacing: Callable[[AttentionSite], Any]) -> None:
+        """Raise ValueError where it did not reach every layer; replacing: what another node has in a layer's place."""
+        missed = [site for site in sites.values() if site.name not in self.reached]
+        if len(missed) == len(sites):
+            raise ValueError(
+                "model: a call reached none of its attention layers: another node on the model skips calls "
+                "(EasyCache, LazyCache, TeaCache) or replaces the model; remove it"
+            )
+        if missed:
+            found = next((name for name in map(node_of, map(replacing, missed)) if name), None)
+            raise ValueError(
+                f"model: a step did not reach {len(missed)} of {len(sites)} attention layers ({missed[0].name}, ...): "
+                f"{found or 'another node on the model'} skips or replaces them; remove it"
+            )
+
+
+def node_of(hook: Any) -> str | None:
+    """The node, or the pack, that a function is from, as its code is called; None for none."""
+    hook = getattr(hook, "func", hook)
+    if hook is None:
+        return None
+    name = getattr(hook, "__qualname__", type(hook).__qualname__).partition(".<locals>")[0]
+    pack = (getattr(hook, "__module__", None) or type(hook).__module__).rpartition(".")[2]
+    return f"{name.partition('.')[0]} ({pack})"
+
+
 class HookedModel:
     """A clone of a MODEL whose attention layers ask a control.
 
@@ -124,6 +176,10 @@ class HookedModel:
         self.clip_norm = clip_norm
         self.one_text = False
         """Whether each branch's text is the same for all its frames."""
+        self._kinds = kinds
+        self._positive = Positive(None)
+        self._grid = (0, 0)
+        self._replacing: Callable[[AttentionSite], Any] = lambda site: None
         self.reached: set[str] = set()
         self._one_row = False
         self._layers = attention_layers(model.model.diffusion_model)
@@ -178,17 +234,22 @@ class HookedModel:
 
     @contextmanager
     def answering(
-        self, answers: dict[int, tuple[Control, int | None]], clip_norm: bool, beside: Any = None
+        self,
+        answers: dict[int, tuple[Control, int | None]],
+        clip_norm: bool,
+        beside: Any = None,
+        conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
-        """Raises ValueError where the UNet call inside reached none of its attention layers."""
+        """conditions: the host's, of the positive branch.
+
+        Raises ValueError where the UNet calls inside did not reach all attention layers of the positive branch.
+        """
         self.answers, self.clip_norm, self.reached = answers, clip_norm, set()
+        self._positive = Positive(conditions)
         try:
             yield
-            if not self.reached:
-                raise ValueError(
-                    "model: a UNet call reached none of its attention layers: another node on the model skips calls "
-                    "(EasyCache, LazyCache) or replaces the UNet; remove it"
-                )
+            asked = {layer: site for layer, site in self.sites(*self._grid).items() if layer[3] in self._kinds}
+            self._positive.check(asked, self._replacing)
         finally:
             self.answers, self.clip_norm = {}, False
 
@@ -227,7 +288,7 @@ class HookedModel:
     def _told_tokens(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def told(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
             layer: Layer = (*options["block"], options["block_index"], "self")
-            branches = options["cond_or_uncond"]
+            branches = self._positive.roles(options)
             controls = [self._answer(branch, len(n) // len(branches))[0] for branch in branches]
             if layer not in self._ours or not any(control.wants_tokens for control in controls):
                 return n, context, value
@@ -271,7 +332,10 @@ class HookedModel:
                 for name, number, i, kind in self._layers
                 if kind == "self" and hasattr(of_self.get((name, number, i), of_self.get((name, number))), "previous")
             }
-            branches = options["cond_or_uncond"]
+            self._replacing = self._replacements(options)
+            branches = self._positive.roles(options)
+            if 0 in branches:
+                self._grid = x.shape[-2], x.shape[-1]
             frames = len(x) // len(branches)
             self._window = window_of(options)
             held = {len(self._answer(branch, frames)[0].chunk.frame_indices) for branch in branches}
@@ -318,18 +382,36 @@ class HookedModel:
         if self._idle:
             return _as_host(theirs, q, k, v, options)
         site = self.sites(*options["original_shape"][-2:])[(*options["block"], options["block_index"], kind)]
-        branches = options["cond_or_uncond"]
+        branches, roles = options["cond_or_uncond"], self._positive.roles(options)
         if kind == "self" and self._tokens is not None:
             tokens, self._tokens = self._tokens, None
-            return self._gather(site, tokens, branches, theirs)
+            self._reach(site, roles)
+            return self._gather(site, tokens, roles, theirs)
         self._check_tokens(site, q)
-        parts = zip(branches, *(t.chunk(len(branches)) for t in (q, k, v)), strict=True)
+        parts = zip(branches, roles, *(t.chunk(len(branches)) for t in (q, k, v)), strict=True)
         done = []
-        for branch, q_part, k_part, v_part in parts:
+        for branch, role, q_part, k_part, v_part in parts:
             of_branch = {**options, "cond_or_uncond": [branch]}
-            done.append(self._branch(branch, site, theirs, q_part, k_part, v_part, of_branch))
-        self.reached.add(site.name)
+            done.append(self._branch(role, site, theirs, q_part, k_part, v_part, of_branch))
+        self._reach(site, roles)
         return torch.cat(done)
+
+    def _reach(self, site: AttentionSite, roles: Sequence[int]) -> None:
+        self.reached.add(site.name)
+        if 0 in roles:
+            self._positive.reached.add(site.name)
+
+    def _replacements(self, options: dict[str, Any]) -> Callable[[AttentionSite], Any]:
+        """What other nodes have in the place of an attention layer in a call."""
+        replaced, names = options.get("patches_replace", {}), {"self": "attn1", "cross": "attn2"}
+        places = {site.name: layer for layer, site in self.sites(*self._grid).items()}
+
+        def replacing(site: AttentionSite) -> Any:
+            block, number, index, kind = places[site.name]
+            held = replaced.get(names[kind], {})
+            return beneath(held.get((block, number, index), held.get((block, number))))
+
+        return replacing
 
     def _gather(
         self, site: AttentionSite, tokens: Tensor, branches: Sequence[int], theirs: Callable[..., Tensor] | None
@@ -345,7 +427,6 @@ class HookedModel:
             gather = self._answer(branch, len(part))[0].gather
             assert gather is not None
             done.append(gather(part, site))
-        self.reached.add(site.name)
         return torch.cat(done).to(tokens)
 
     @staticmethod
@@ -399,7 +480,7 @@ class HookedModel:
         """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
         if self.standing is not None:
             return self.standing(frames), None
-        control, text_tokens = self.answers.get(branch) or self.answers.get(1, self.answers[0])
+        control, text_tokens = self.answers.get(branch) or self.answers[1]
         return control if self._window is None else control.window(self._window), text_tokens
 
 

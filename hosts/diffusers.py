@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -26,15 +26,18 @@ from torch import Tensor, nn
 from ..attention.condition import Condition
 from ..attention.control import Attend, AttentionSite, Control, Place, attention
 from ..diffusion.clip_norm import share_statistics
-from ..diffusion.ddim import guide, root
+from ..diffusion.ddim import guide
 from ..diffusion.denoiser import Guidance
 from ..diffusion.schedule import Schedule
 from ..methods.temporal_layers import CastLinear, trained_of
-from ..methods.tune_a_video import noised
+from ..methods.tune_a_video import TRAINED_KEYS, noised
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
+
+if TYPE_CHECKING:
+    from .diffusers_control import ControlNet
 
 __all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
 
@@ -44,12 +47,46 @@ _BLOCKS = (ResnetBlock2D, Transformer2DModel, TransformerTemporalModel, Temporal
 _PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
+_PREDICTED = ("epsilon", "v_prediction", "sample")
+
+
+def as_ddim(scheduler: Any) -> DDIMScheduler:
+    """The DDIM schedule of a scheduler's noise levels and of what its model predicts.
+
+    Raises TypeError for levels that DDIM has not: those of flows and of EDM.
+    """
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    alphas, predicted = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
+    flow = config.get("use_flow_sigmas") or predicted not in _PREDICTED
+    if alphas is not None and not flow:
+        if isinstance(scheduler, DDIMScheduler):
+            return scheduler
+        try:
+            found = DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
+        except NotImplementedError:  # betas that DDIM has not
+            found = None
+        if found is not None and _same_levels(found.alphas_cumprod, alphas):
+            return found
+    raise TypeError(f"scheduler is a {kind}, whose noise levels are not DDIM's: a DDIMScheduler or its like is needed")
+
+
+def _same_levels(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), atol=1e-6)
+
+
+def with_signal(scheduler: DDIMScheduler) -> DDIMScheduler:
+    """A schedule whose steps begin where there is signal: one that ends at none cannot be inverted from its end."""
+    if not scheduler.config["rescale_betas_zero_snr"] or scheduler.config["timestep_spacing"] == "leading":
+        return scheduler
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
+
+
 class DiffusersDenoiser:
     """A diffusers UNet and its DDIM schedule, as the loops of `fatezero.diffusion` call them.
 
     unet: a `UNet2DConditionModel` of any width, predicting epsilon, v or the sample; LoRA
     layers in it keep working. scheduler: a `DDIMScheduler`; another of diffusers' schedulers
-    is read for its noise levels.
+    is read for its noise levels. controlnet: a `ControlNet`, whose output is added in every call.
 
     Raises TypeError for a model that is no attention UNet, and ValueError for one that already
     carries attention processors that compute something else.
@@ -61,18 +98,15 @@ class DiffusersDenoiser:
     spans_clip = False
     pairs = False
 
-    def __init__(self, unet: Any, scheduler: DDIMScheduler) -> None:
+    def __init__(self, unet: Any, scheduler: DDIMScheduler, controlnet: ControlNet | None = None) -> None:
         if not isinstance(unet, self.kind):
             raise TypeError(
                 f"unet is a {type(unet).__name__}; FateZero works through the attention of a {self.kind.__name__} "
                 f"({self.known})"
             )
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise TypeError(f"scheduler is a {type(scheduler).__name__}; a DDIMScheduler is needed")
-        if not isinstance(scheduler, DDIMScheduler):
-            scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
         self.unet: Any = unet
-        self.scheduler = scheduler
+        self.scheduler = as_ddim(scheduler)
+        self.controlnet = controlnet
         self._control: Control | None = None
         self._text: dict[str, tuple[Tensor, Tensor]] = {}
         self._texts: dict[int, tuple[Condition, dict[str, tuple[Tensor, Tensor]]]] = {}
@@ -103,8 +137,11 @@ class DiffusersDenoiser:
             raise ValueError(f"steps is {steps}; with this schedule's steps_offset it must be below {total}")
         alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
         if alphas.min() < 1e-6:
-            raise ValueError("a schedule that ends at zero signal cannot be inverted: set rescale_betas_zero_snr=False")
-        return Schedule(timesteps, alphas)
+            raise ValueError(
+                f"steps is {steps}; the first would be at zero signal, which no inversion reaches: give fewer steps, "
+                "or a scheduler with timestep_spacing='leading'"
+            )
+        return Schedule(timesteps, alphas.double())
 
     def sites(self, height: int, width: int) -> list[AttentionSite]:
         return list(self._sites_by_layer(height, width).values())
@@ -116,7 +153,8 @@ class DiffusersDenoiser:
             f"text={config['cross_attention_dim']} attention={len(self._layers)} "
             f"predicts={self.scheduler.config['prediction_type']}"
         )
-        return _IDENTITIES.of(self.unet, layout, self.unet.dtype, _base_weights(self.unet))
+        found = _IDENTITIES.of(self.unet, layout, self.unet.dtype, _base_weights(self.unet))
+        return found if self.controlnet is None else self.controlnet.with_identity(found)
 
     def windows(self, latents: Tensor, timestep: float) -> None:
         return None
@@ -124,6 +162,10 @@ class DiffusersDenoiser:
     @property
     def frames_meet(self) -> bool:
         return temporal_layers(self.unet) is not None
+
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        return (TRAINED_KEYS, True) if temporal_layers(self.unet) is not None else (("self",), False)
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
@@ -145,7 +187,7 @@ class DiffusersDenoiser:
         alphas = self.scheduler.alphas_cumprod
         if not 0 <= timestep < len(alphas):
             raise ValueError(f"timestep is {timestep}; it must be from 0 to {len(alphas) - 1}")
-        alpha = alphas[timestep].to(latents)
+        alpha = alphas[timestep].cpu().double()
         return noised(latents, noise, alpha), alpha
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -224,24 +266,30 @@ class DiffusersDenoiser:
         # The text is the same for all frames and steps: one row, whose keys and values are kept for the run.
         _, self._text = self._texts.setdefault(id(condition), (condition, {}))
         extras = {k: v.to(latents.device, dtype).expand(frames, *v.shape[1:]) for k, v in condition.extras.items()}
-        output = self._output(latents.to(dtype), timestep, condition.embeddings.to(latents.device, dtype), extras)
+        text, z = condition.embeddings.to(latents.device, dtype), latents.to(dtype)
+        added: dict[str, Any] = {}
+        if self.controlnet is not None and self.controlnet.acts(timestep, self.scheduler.config["num_train_timesteps"]):
+            added = self.controlnet.residuals(z, timestep, text, extras, control.chunk.frame_indices)
+        output = self._output(z, timestep, text, extras, added)
         return self._epsilon(output.to(latents.dtype), latents, timestep)
 
-    def _output(self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    def _output(
+        self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor], added: dict[str, Any]
+    ) -> Tensor:
         output: Tensor = self.unet(
-            latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extras or None
+            latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extras or None, **added
         ).sample
         return output
 
     def _epsilon(self, output: Tensor, latents: Tensor, timestep: float) -> Tensor:
         """The model's output as epsilon (v: arXiv 2202.00512, App. D)."""
         kind = self.scheduler.config["prediction_type"]
-        signal = self.scheduler.alphas_cumprod[timestep].cpu()
+        signal = self.scheduler.alphas_cumprod[timestep].cpu().double()
         if kind == "epsilon":
             return output
         if kind == "v_prediction":
-            return root(signal) * output + root(1 - signal) * latents
-        return (latents - root(signal) * output) / root(1 - signal)
+            return signal.sqrt() * output + (1 - signal).sqrt() * latents
+        return (latents - signal.sqrt() * output) / (1 - signal).sqrt()
 
     def _featured(self, name: str) -> Callable[..., Tensor]:
         return lambda module, args, output: self._control.feature(output, name) if self._control else output

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..files.temporal_layers import load_temporal_layers, write_temporal_layers
 from ..files.whole import whole_file
-from ..methods.temporal_layers import Kind, TemporalLayers, is_temporal, kind_of, trains
+from ..methods.temporal_layers import TemporalLayers, is_temporal, kind_of, trains
+from ..methods.tune_a_video import Kind
 
 __all__ = [
     "convert_temporal_layers",

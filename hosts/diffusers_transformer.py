@@ -45,6 +45,7 @@ class VideoTransformerDenoiser:
     spans_clip = True
     pairs = True
     frames_meet = True
+    trained_with = (("self",), False)
 
     def __init__(
         self,

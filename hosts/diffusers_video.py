@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import UNet3DConditionModel
 from einops import rearrange
@@ -26,6 +26,12 @@ class DiffusersVideoDenoiser(DiffusersDenoiser):
     def frames_meet(self) -> bool:
         return True
 
-    def _output(self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        return ("self",), False
+
+    def _output(
+        self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor], added: dict[str, Any]
+    ) -> Tensor:
         output: Tensor = self.unet(rearrange(latents, "f c y x -> 1 c f y x"), timestep, text).sample
         return rearrange(output, "1 c f y x -> f c y x")

@@ -13,10 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
 
 from ..attention.control import AttentionSite, Control, attention_map, over_windows
 from ..attention.key_frames import Chunk, as_one
@@ -25,11 +22,13 @@ from ..attention.prompt import Alignment
 from ..diffusion.edit import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
 from ..diffusion.source import Asks
+from ..imports import F, torch
 from ..settings import check, described, setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import Map, QueriesKeys, SourceStep
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
 MaskFrom = Literal["attention", "prompts"]

@@ -11,17 +11,19 @@ x = z / sqrt(abar) the same holds for DDIM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.key_frames import KeyFrames
 from ..diffusion.denoiser import Denoiser, keys_on
 from ..diffusion.invert import Inversion
+from ..imports import no_grad
 from ..settings import check, setting
 from ..store.backends import DrawnLevels
 from ..store.store import AttentionStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "FlowEdit"
 PRESET = {"guidance_scale": 10.0, "strength": 0.7}
@@ -40,13 +42,13 @@ class FlowEditSettings:
         1, "How many noises each step takes the mean of; each costs as much as the first.", least=1, symbol="n_avg",
         group=GROUP,
     )  # fmt: skip
-    seed: int = setting(0, "Of the noise.", least=0, group=GROUP)
+    seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=GROUP)
 
     def __post_init__(self) -> None:
         check(self)
 
 
-@torch.no_grad()
+@no_grad
 def draw(
     denoiser: Denoiser,
     latents: Tensor,

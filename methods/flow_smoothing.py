@@ -12,11 +12,13 @@ in `benchmarks/QUALITY.md`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..settings import check, setting
 from ..video.motion import Motion, steadied
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "Flow smoothing"
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
+from ..imports import F, torch
 from .layout_guidance import LayoutGuidance, LayoutSettings, Placed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Form = Literal["box", "ellipse"]
 _ANY_LENGTH = 1 << 30

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..attention.condition import Condition
 from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
 from ..diffusion.edit import EditContext
+from ..imports import F, torch
 from ..settings import check, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "Layout"
 Mode = Literal["backward", "forward"]

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, KeyFrames
@@ -20,9 +17,13 @@ from ..attention.masks import GivenMask, grown, mask_sites, over_maximum
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.edit import EditContext
 from ..diffusion.prompt_mask import source_tokens_heat
+from ..imports import F, torch
 from ..settings import kept, setting, whole_steps
 from .layout import Layout, Path, Shift
 from .layout_guidance import GROUP, Energy, LayoutGuidance, LayoutSettings, Placed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAME = 1.15
 """A growth up to this, or its inverse, is none: attention does not tell an object's size better."""

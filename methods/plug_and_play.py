@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
@@ -20,6 +18,7 @@ from ..settings import check, setting, whole_steps
 from ..store.records import QueriesKeys, SourceStep
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
 GROUP = "Plug-and-Play"

@@ -8,17 +8,14 @@ A fresh set changes nothing: its output weights are zero, and its biases too (bo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..settings import check, setting
+from .tune_a_video import Kind
 
-Kind = Literal["official", "fatezero"]
 NAMES: dict[Kind, tuple[str, str]] = {
     "official": ("attn_temp", "norm_temp"),
     "fatezero": ("attn_temporal", "norm_temporal"),
@@ -32,29 +29,8 @@ OTHERS = {
     "temporal_transformer.": "AnimateDiff's",
 }
 """Parts of names that tell other temporal layers."""
-GROUP = "Tuning"
 Blocks = Mapping[str, tuple[int, int]]
 """Channels and heads of a UNet's transformer blocks, by name."""
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What fresh temporal layers are. Raises ValueError for a rank without convolutions to have it."""
-
-    layers: Kind = setting(
-        "official",
-        "Fresh layers: official ones attend over frames (Tune-A-Video); fatezero ones have convolutions over frames "
-        "too, which its authors' code leaves untrained.",
-        group=GROUP,
-    )
-    rank: int | None = setting(
-        None, "Of fatezero's convolutions; its authors take 160.", least=1, most=4096, shown="full ones", group=GROUP
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.rank is not None and self.layers != "fatezero":
-            raise ValueError("rank has no effect without convolutions: layers must be fatezero")
 
 
 # --- the layers ---------------------------------------------------------------------------

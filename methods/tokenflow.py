@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.control import AttentionSite, Control, Gather
 from ..attention.key_frames import Chunk
 from ..diffusion.edit import Branches, Prediction
+from ..imports import F, np, torch
 from ..settings import check, setting
 from ..store.records import Recorder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weights = Literal["authors", "paper", "linear"]
 GROUP = "TokenFlow"
@@ -31,7 +31,8 @@ BLOCK = {"cpu": 2**20, "gpu": 2**24}
 class TokenFlowSettings:
     """How frames take over what the key frames did.
 
-    pivots: (steps, batches) indices of the key frames, in the order of the steps, in place of draws.
+    pivots: (steps, batches) indices of the key frames, in the order of the steps, a tensor or nested lists, in place of
+    draws.
 
     Raises ValueError for another word or number.
     """
@@ -48,8 +49,8 @@ class TokenFlowSettings:
         "distances to the centres of these batches.",
         group=GROUP,
     )
-    seed: int = setting(0, "Of the draws of key frames.", least=0, most=2**63 - 1, group=GROUP)
-    pivots: Tensor | None = field(default=None, compare=False)
+    seed: int = setting(0, "Random seed for the draws of key frames.", least=0, most=2**63 - 1, group=GROUP)
+    pivots: Tensor | Sequence[Sequence[int]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -77,12 +78,13 @@ class TokenFlowSettings:
             draw = torch.Generator().manual_seed(self.seed)
             drawn = [[int(torch.randint(len(b), (1,), generator=draw)) for b in batches] for _ in range(steps)]
             return [[b[i] for b, i in zip(batches, row, strict=True)] for row in drawn]
-        if self.pivots.shape != (steps, len(batches)):
-            raise ValueError(f"pivots has shape {tuple(self.pivots.shape)}; it must be {(steps, len(batches))}")
-        given: list[list[int]] = self.pivots.tolist()
+        given: Any = self.pivots.tolist() if isinstance(self.pivots, torch.Tensor) else self.pivots
+        shape = np.shape(given)
+        if shape != (steps, len(batches)):
+            raise ValueError(f"pivots has shape {shape}; it must be {(steps, len(batches))}, (steps, batches)")
         if not all(frame in batch for row in given for frame, batch in zip(row, batches, strict=True)):
             raise ValueError("pivots must hold one frame of each batch, in order")
-        return given
+        return [list(map(int, row)) for row in given]
 
     def predict(
         self, step: int, steps: int, clip: int, branches: Branches, chunk_frames: int | None
@@ -168,7 +170,8 @@ class Neighbours:
 
     def look(self, tokens: Tensor, site: AttentionSite) -> None:
         """Find the neighbours of the source's tokens (f t c) at a layer."""
-        unit, found = F.normalize(tokens, dim=-1), dict[tuple[int, int], Tensor]()
+        unit = F.normalize(tokens, dim=-1)
+        found: dict[tuple[int, int], Tensor] = {}
         for pivot in {pivot for mixture in self._mixtures for pivot, _ in mixture}:
             frames = [i for i, mixture in enumerate(self._mixtures) if pivot in dict(mixture)]
             of_frames = self._keys.nearest(site.name, pivot, unit[frames])

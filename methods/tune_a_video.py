@@ -10,37 +10,62 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, Protocol
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..diffusion.ddim import root
 from ..diffusion.denoiser import Predictor, check_finite
+from ..imports import F, torch
 from ..settings import check, setting
-from .temporal_layers import GROUP
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Optimizer = Literal["adamw", "adamw8bit"]
+Kind = Literal["official", "fatezero"]
+"""Whose code temporal layers are of."""
+GROUP = "Tuning"
+TRAINED_KEYS = ("first", "previous")
+"""The key frames of Tune-A-Video's spatio-temporal attention, which it is trained with, and with clip norm."""
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What fresh temporal layers are. Raises ValueError for a rank without convolutions to have it."""
+
+    layers: Kind = setting(
+        "official",
+        "Fresh layers: official ones attend over frames (Tune-A-Video); fatezero ones have convolutions over frames "
+        "too, which its authors' code leaves untrained.",
+        group=GROUP,
+    )
+    rank: int | None = setting(
+        None, "Of fatezero's convolutions; its authors take 160.", least=1, most=4096, shown="full ones", group=GROUP
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.rank is not None and self.layers != "fatezero":
+            raise ValueError("rank has no effect without convolutions: layers must be fatezero")
 
 
 @dataclass(frozen=True)
 class TuneSettings:
     """How temporal layers are tuned on a clip; the defaults are the authors'. Raises ValueError out of range."""
 
-    steps: int = setting(300, "Steps of training; the authors take 300 to 500.", least=1, most=100_000, group=GROUP)
+    steps: int = setting(300, "Training steps. The authors take 300 to 500.", least=1, most=100_000, group=GROUP)
     learning_rate: float = setting(
-        3e-5, "Of AdamW, the same in all steps.", least=0, most=1, step=1e-6, symbol="lr", group=GROUP
+        3e-5, "Learning rate of AdamW, constant.", least=0, most=1, step=1e-6, symbol="lr", group=GROUP
     )
-    weight_decay: float = setting(1e-2, "Of AdamW.", least=0, most=1, group=GROUP)
+    weight_decay: float = setting(1e-2, "Weight decay of AdamW.", least=0, most=1, group=GROUP)
     clip_gradients: float = setting(1.0, "The largest norm of all gradients together.", least=0, most=1000, group=GROUP)
     optimizer: Optimizer = setting(
-        "adamw", "adamw8bit keeps its moments in 8 bits, a quarter of the bytes; it needs bitsandbytes.", group=GROUP
+        "adamw",
+        "Optimizer. adamw8bit keeps its moments in 8 bits, a quarter of the bytes; it needs bitsandbytes.",
+        group=GROUP,
     )
-    seed: int = setting(0, "Of the draws of timesteps and noise.", least=0, most=2**63 - 1, group=GROUP)
+    seed: int = setting(0, "Random seed for timesteps and noise.", least=0, most=2**63 - 1, group=GROUP)
 
     def __post_init__(self) -> None:
         check(self)
@@ -67,7 +92,7 @@ class Tunable(Predictor, Protocol):
 
 Told = Callable[[int, int, float, float], None]
 """Called after each step with (steps done, steps in all, loss, norm of the gradients before it is clipped)."""
-State = Mapping[str, Tensor]
+State: TypeAlias = "Mapping[str, Tensor]"
 """A tuning that can go on: weights, optimizer and losses."""
 
 
@@ -77,7 +102,7 @@ def tune(
     embeddings: Tensor | Condition,
     settings: TuneSettings | None = None,
     draws: Iterable[tuple[int, Tensor]] | None = None,
-    key_frames: KeyFrames | Iterable[str | int] | str | int = ("first", "previous"),
+    key_frames: KeyFrames | Iterable[str | int] | str | int = TRAINED_KEYS,
     clip_norm: bool = True,
     *,
     deviation: Tensor | None = None,
@@ -133,7 +158,7 @@ def clip_loss(
 
 def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     """sqrt(abar) z + sqrt(1 - abar) eps."""
-    return root(alpha) * latents + root(1 - alpha) * noise
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 # --- chance ---------------------------------------------------------------------------
@@ -166,7 +191,9 @@ class _Alone:
     """What is asked of accelerate's Accelerator, by one process that computes as its weights are."""
 
     num_processes, process_index, scaler = 1, 0, None
-    clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
+
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         return optimizer

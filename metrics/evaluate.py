@@ -44,6 +44,10 @@ class Report:
         return "\n".join(f"{name:<{width}}  {figure}" for name, figure in self.figures.items())
 
 
+OF_CLIP = "Tem-Con"
+"""A figure that there is where CLIP measured."""
+
+
 def evaluate(
     source: Tensor,
     edited: Tensor,
@@ -157,7 +161,7 @@ def _opinion(clip: ClipScorer, edited: Tensor, source_prompt: str, target_prompt
     """Tem-Con, Frame-Acc and the likeness to both prompts (FateZero Sec. 4.2, Table 1)."""
     images = clip.images(edited)
     steady = tuple((images[1:] * images[:-1]).sum(-1).tolist())
-    found = {"Tem-Con": Figure(temporal_consistency(images), "", steady)}
+    found = {OF_CLIP: Figure(temporal_consistency(images), "", steady)}
     if source_prompt and target_prompt:
         before, after = clip.text(source_prompt), clip.text(target_prompt)
         found["Frame-Acc"] = Figure(frame_accuracy(images, before, after))

@@ -16,7 +16,7 @@ from ..metrics.evaluate import evaluate
 from ..metrics.lpips import Lpips
 from ..metrics.plot import plot_report
 from ..video.compare import COMPARISONS, compare
-from ..video.flow import flow_estimator
+from ..video.flow import Estimator, flow_estimator
 from ..video.sheet import heat_map
 from ..video.size import to_bytes
 from .sockets import schema, show_on_node
@@ -87,6 +87,7 @@ class FateZeroEvaluate(io.ComfyNode):
             bar.update_absolute(done, total)
 
         device = comfy.model_management.get_torch_device()
+        estimator, without = _estimator(flow, device)
         with torch.inference_mode(False), torch.no_grad():
             report = evaluate(
                 _frames(source),
@@ -94,18 +95,28 @@ class FateZeroEvaluate(io.ComfyNode):
                 mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).clone(),
                 truth=None if truth is None else _frames(truth),
                 prompts=(source_prompt, target_prompt),
-                flow=None if flow == "none" else flow_estimator(flow, device)[1],  # type: ignore[arg-type]
+                flow=estimator,
                 clip=ClipScorer.load(clip_model, device) if clip_model else None,
                 lpips=Lpips.load(lpips_weights) if lpips_weights else None,
                 progress=progress,
             )
-        text = str(report)
+        text = "\n".join([str(report), *without])
         try:
             plot = plot_report(report)
         except ImportError as error:  # the figures are there all the same
             text, plot = f"{text}\n{error}", heat_map(torch.zeros(1, 1, 1), (96, 768), str(error))[0]
         show_on_node(cls.hidden.unique_id, text)
         return io.NodeOutput(text, plot[None].float() / 255, ui=ui.PreviewText(text))
+
+
+def _estimator(name: Any, device: torch.device) -> tuple[Estimator | None, list[str]]:
+    """What finds the motion, and why nothing does: a library that is missing must not cost the other figures."""
+    if name == "none":
+        return None, []
+    try:
+        return flow_estimator(name, device)[1], []
+    except ImportError as error:
+        return None, [f"warp error left out: {error}"]
 
 
 def _frames(images: Tensor) -> Tensor:

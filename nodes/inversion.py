@@ -23,7 +23,7 @@ from ..hosts.comfyui import (
     source_of,
 )
 from ..hosts.comfyui_conditions import HostCondition, unsaveable
-from ..hosts.comfyui_noise import noise_of
+from ..hosts.comfyui_noise import check_samples
 from ..hosts.comfyui_transformer import check_known, is_transformer
 from ..metrics.preservation import psnr
 from ..settings import described_one
@@ -112,7 +112,7 @@ class FateZeroInvert(io.ComfyNode):
     def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **settings: Any) -> io.NodeOutput:
         samples, told = latent["samples"], [""]
         check_known(model)
-        noise_of(model).of_host(samples)  # which raises for latents of another kind
+        check_samples(model, samples)
 
         def tell(text: str) -> None:
             told[0] = text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from sys import maxsize
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,10 @@ class FateZeroPromptEdit(io.ComfyNode):
         changed = changed_words(words["source"], words["target"])
         blend = _listed(blend_source) or changed[0], _listed(blend_target) or changed[1]
         tokenizer = clip_tokenizer(clip)
+        pair = PromptEdit(words["source"], words["target"], tokenizer)
+        for given, name in zip(blend, words, strict=True):
+            for word in given:
+                pair.token_indices(words[name], word, maxsize, f"blend_{name}")  # which raises ValueError for another's
         prompt = PromptEdit(
             words["source"], words["target"], tokenizer, mode, blend if any(blend) else None, _weights(reweight)  # type: ignore[arg-type]
         )  # fmt: skip

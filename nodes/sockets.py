@@ -28,9 +28,14 @@ def schema(search_aliases: list[str], **given: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **given)
 
 
+TEXT_EVENT = "fatezero.text"
+"""The message that web/texts.js shows on a node."""
+
+
 def show_on_node(node_id: str | None, text: str) -> None:
-    """Write lines onto a node in the page, which newer hosts read as Markdown: there two blanks keep a line's end."""
+    """Write lines onto a node in the page that queued it, where they stay when the job ends."""
     from server import PromptServer
 
-    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text.replace("\n", "  \n"), node_id)
+    server = getattr(PromptServer, "instance", None)
+    if node_id is not None and server is not None:
+        server.send_sync(TEXT_EVENT, {"node": node_id, "text": text}, server.client_id)

@@ -20,8 +20,7 @@ from ..files.temporal_layers import (
 from ..hosts.comfyui_conditions import HostCondition
 from ..hosts.comfyui_temporal import temporal_layers, weights_of, with_temporal_layers
 from ..hosts.comfyui_tuning import tune_model
-from ..methods.temporal_layers import LayerSettings
-from ..methods.tune_a_video import TuneSettings
+from ..methods.tune_a_video import LayerSettings, TuneSettings
 from ..metrics.losses import plot_losses
 from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, schema, show_on_node

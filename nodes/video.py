@@ -15,8 +15,10 @@ import torch
 from comfy_api.latest import InputImpl, Types, io
 
 from ..settings import described_one
-from ..video.read import ClipSettings, VideoError, open_video
+from ..video.pictures import VideoError
+from ..video.read import open_video
 from ..video.size import check_crop, crop, fit_size, resize_to_fill
+from ..video.which import ClipSettings
 from .files import inside
 from .settings import widget
 from .sockets import schema, show_on_node
@@ -80,7 +82,7 @@ class FateZeroLoadVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str = "", **_: Any) -> bool | str:
+    def validate_inputs(cls, file: str = "") -> bool | str:
         return True if not file or inside(file) else f"file: no video {file!r} in the input or output folder"
 
     @classmethod

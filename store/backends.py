@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from ..attention.key_frames import Chunk, KeyFrames
 from ..files.safetensors import FileTensor, SafetensorsReader
+from ..imports import torch
 from .records import Record, pick, record_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 Records = dict[str, Record]
 """A step's records by the name of their layer."""
 
 
-Stored = Tensor | FileTensor
+Stored: TypeAlias = "Tensor | FileTensor"
 """A tensor in memory, or one of a file that is read when it is asked for."""
 
 
@@ -142,7 +143,7 @@ class DrawnLevels:
         )
 
 
-Levels = Tensor | FileLevels | DrawnLevels
+Levels: TypeAlias = "Tensor | FileLevels | DrawnLevels"
 
 
 def tensor_name(step: int, name: str) -> str:

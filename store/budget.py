@@ -9,18 +9,19 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from ..attention.control import AttentionSite
 from ..attention.key_frames import KeyFrames
+from ..files.memory import free_bytes
 from ..files.safetensors import Layout, format_bytes, layout_bytes
 from ..files.whole import disk_folder, existing, is_in_memory
+from ..imports import torch
 from ..settings import check, setting, steps_of_share
-from .records import FLOAT8, MEMORIES, Memory, kept_as_map, map_precision
+from .records import MEMORIES, Memory, float8, kept_as_map, map_precision
 
 Place = Literal["device", "ram", "disk"]
 PLACES: tuple[Place, ...] = get_args(Place)
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": FLOAT8}
+PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn"}
+"""torch's names of the number types that queries and keys may be kept in."""
 GROUP = "The store"
 USABLE = 0.8
 """The share of free memory that a store may take; the model's work needs the rest."""
@@ -47,8 +48,8 @@ class StoreSettings:
 
     memory: Literal["auto", Memory] = setting(
         "recompute",
-        "What is kept: recompute keeps latents alone and runs the source beside the edit; queries_keys is faster and "
-        "bigger; maps keeps the paper's maps, for study; auto takes the fastest that fits. The edit is the same.",
+        "What the store keeps. recompute keeps latents only and runs the source beside the edit; queries_keys is "
+        "faster and larger; maps keeps the paper's maps, for study; auto takes the fastest that fits.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
@@ -99,7 +100,7 @@ class StoreSettings:
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """The precision that queries and keys of one are kept in."""
-        return PRECISIONS.get(self.precision, dtype)
+        return dtype if self.precision == "model" else getattr(torch, PRECISIONS[self.precision])
 
     def keeps(self, site: AttentionSite) -> bool:
         """Whether a layer's attention is kept."""
@@ -111,7 +112,8 @@ class Demand:
     """What the size of a store depends on.
 
     latents_shape: (frames, 4, h, w). latent_size: bytes of a latent's number. dtype: what the
-    model computes in. text_tokens, text_bytes: of the source prompt.
+    model computes in. text_tokens, text_bytes: of the source prompt. in_parts: whether frames that meet run in several
+    chunks; a store keeps one attention of each frame, and there are as many as chunks.
     """
 
     sites: Sequence[AttentionSite]
@@ -122,6 +124,7 @@ class Demand:
     dtype: torch.dtype
     text_tokens: int
     text_bytes: int
+    in_parts: bool = False
 
     def layout(self, memory: Memory, settings: StoreSettings) -> Layout:
         """The tensors of one step's attention."""
@@ -142,7 +145,7 @@ class Demand:
         as_map = kept_as_map(memory, site, key_tokens, stored)
         shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.text_tokens, as_map)
         parts: Layout = {part: (map_precision(stored) if as_map else stored, shape) for part, shape in shapes.items()}
-        if stored == FLOAT8 and not as_map:
+        if stored == float8() and not as_map:
             parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
         return parts
 
@@ -193,17 +196,28 @@ class StorePlan:
 _IN = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
 
 
+NOT_IN_PARTS = (
+    'memory "{memory}" keeps one attention of each frame, but frames attend to each other in several chunks or context '
+    "windows: take memory recompute, or run the clip whole"
+)
+
+
 def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) -> StorePlan:
     """Choose the fastest memory and place that fit the budget and what is free.
 
     From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises
-    MemoryError, with the bytes of each memory, where nothing fits.
+    MemoryError, with the bytes of each memory, where nothing fits, and ValueError for attention that cannot be kept.
     """
     if settings.precision == "float8" and device.type == "mps":
         raise ValueError("precision float8 is unknown to MPS devices; take float16")
     memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
     folder = _disk(settings)
     refused = []
+    if demand.in_parts and "recompute" not in memories:
+        raise ValueError(NOT_IN_PARTS.format(memory=settings.memory))
+    if demand.in_parts and "queries_keys" in memories:
+        memories = ("recompute",)
+        refused.append("frames attend to each other, in several chunks")
     for memory in (m for m in MEMORIES[::-1] if m in memories):
         needed = demand.nbytes(memory, settings)
         if settings.budget_gb is not None and needed > settings.budget_gb * 1e9:
@@ -253,9 +267,4 @@ def available_bytes(device: torch.device) -> int | None:
     """Free bytes of a device's memory; None where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+    return free_bytes() if device.type == "cpu" else None

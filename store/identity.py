@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+from ..imports import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _SIGNS = 65521
 """How many signs there are before they repeat: a prime, so that they do not follow a tensor's rows."""
@@ -43,6 +46,17 @@ class ModelIdentity:
             traces.append(sum(float(part.dot(signs[: len(part)])) for part in parts))
         return cls(layout, digest.hexdigest(), str(dtype), tuple(traces))
 
+    @classmethod
+    def read(cls, held: Any) -> ModelIdentity:
+        """From a file's JSON; ValueError for what is none."""
+        traces = held["traces"]
+        if not isinstance(traces, list) or not all(type(trace) in (int, float) for trace in traces):
+            raise ValueError("its model's traces are no numbers")
+        identity = cls(**{**held, "traces": tuple(map(float, traces))})
+        if not all(isinstance(text, str) for text in (identity.layout, identity.digest, identity.dtype)):
+            raise ValueError("its model's account is no text")
+        return identity
+
     def matches(self, other: ModelIdentity) -> bool:
         """Whether these are the same weights, or the same but for the rounding of two dtypes."""
         if self.layout != other.layout or len(self.traces) != len(other.traces):
@@ -58,7 +72,7 @@ class ModelIdentity:
 def _plain(weight: Tensor) -> Tensor:
     """A weight's numbers in RAM, of a quantized one those it stands for."""
     weight = weight.detach()
-    if type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
         weight = weight.dequantize()
     return weight.cpu().contiguous()
 

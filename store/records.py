@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from einops import rearrange
-from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.control import (
@@ -22,13 +20,14 @@ from ..attention.control import (
     token_shares,
 )
 from ..attention.key_frames import Chunk, KeyFrames
+from ..imports import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
 Memory = Literal["recompute", "queries_keys", "maps"]
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
-FLOAT8 = torch.float8_e4m3fn
 KEPT_WINDOWS = (
     "memory: a node on the model splits the clip into context windows (AnimateDiff-Evolved), in which a frame's "
     "attention differs; only memory recompute follows them"
@@ -37,6 +36,10 @@ OTHER_WINDOWS = (
     "model: the source's model splits the clip into other context windows than the edit's (AnimateDiff-Evolved): "
     "invert with the same context options"
 )
+
+
+def float8() -> torch.dtype:
+    return torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class QueriesKeys:
 
     def stored(self, dtype: torch.dtype) -> QueriesKeys:
         """In the precision they are kept in."""
-        if dtype == FLOAT8:
+        if dtype == float8():
             (q, q_scale), (k, k_scale) = _to_float8(self.q), _to_float8(self.k)
             return QueriesKeys(q, k, q_scale, k_scale)
         return QueriesKeys(self.q.to(dtype), self.k.to(dtype))
@@ -90,7 +93,7 @@ class Map:
 
 def map_precision(dtype: torch.dtype) -> torch.dtype:
     """The precision of maps beside queries and keys of one."""
-    return torch.float16 if dtype == FLOAT8 else dtype
+    return torch.float16 if dtype == float8() else dtype
 
 
 def kept_as_map(memory: Memory, site: AttentionSite, key_tokens: int, dtype: torch.dtype) -> bool:
@@ -112,9 +115,9 @@ def record_from(tensors: dict[str, Tensor]) -> Record:
 def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor (f h t d) in float8 and the scale of each head, to multiply it with again."""
     largest = x.abs().amax((0, 2, 3), keepdim=True).float().clamp(min=1e-12)
-    limit = torch.finfo(FLOAT8).max
+    limit = torch.finfo(float8()).max
     scale = largest / limit
-    return (x / scale.to(x)).clamp(-limit, limit).to(FLOAT8), scale
+    return (x / scale.to(x)).clamp(-limit, limit).to(float8()), scale
 
 
 def _from_float8(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

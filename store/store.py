@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, KeyFrames
 from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
 from ..files.whole import remove_folder, temporary_folder
+from ..imports import torch
 from .backends import (
     Backend,
     DrawnLevels,
@@ -35,6 +33,9 @@ from .backends import (
 from .budget import Demand, StorePlan, StoreSettings
 from .identity import ModelIdentity
 from .records import MEMORIES, Memory, SourceStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,7 +85,7 @@ class AttentionStore:
     def latents(self) -> Tensor:
         """The latents of every level in one tensor; of a store on disk they are read for it."""
         levels = self.levels
-        return levels if isinstance(levels, Tensor) else torch.stack([levels[i] for i in range(len(levels))])
+        return levels if isinstance(levels, torch.Tensor) else torch.stack([levels[i] for i in range(len(levels))])
 
     @property
     def steps(self) -> int:
@@ -239,7 +240,6 @@ class AttentionStore:
     def _from(cls, file: SafetensorsReader, about: dict[str, Any], device: torch.device) -> Self:
         backend = FileBackend(file)
         keys = KeyFrames(tuple(about["key_frames"]["entries"]), about["key_frames"]["least_channels"])
-        identity = {**about["model"], "traces": tuple(about["model"]["traces"])}
         store = cls(
             memory=about["memory"],
             levels=_levels_of(file, len(about["timesteps"])),
@@ -251,7 +251,7 @@ class AttentionStore:
             alphas=tuple(about["alphas"]),
             key_frames=keys,
             clip_norm=about["clip_norm"],
-            model=ModelIdentity(**identity),
+            model=ModelIdentity.read(about["model"]),
             prompt=about["prompt"],
             extra=about["extra"],
             attachments=_read_all(file, "attached."),

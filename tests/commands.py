@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,13 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
 
 
+def frames_written(output: Path) -> str:
+    """The digest of the frames that an edit gave to its encoder, as the record beside it has it."""
+    digest: str = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))["made"]["frames"]
+    assert len(digest) == 64
+    return digest
+
+
 def two_clips(folder: Path) -> Path:
     """The folder, with the bundled clip in it twice."""
     (folder / "clips").mkdir()
@@ -64,4 +73,5 @@ def two_clips(folder: Path) -> Path:
 def summary_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of a batch's summary."""
     with (folder / "summary.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{name: re.sub("^'(?='*[=+@\t\r\n\uff1d-])", "", cell) for name, cell in row.items()}
+                for row in csv.DictReader(file)]  # fmt: skip

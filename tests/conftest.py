@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from functools import partial
 
 import pytest
@@ -11,6 +12,13 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from fatezero.demo.model import build_scheduler, build_tokenizer
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import small_unet
+
+WATCHDOG = 6 * 3600
+"""Seconds after which a run of the tests is ended, whatever it does. No test looks at a clock of its own."""
+
+
+def pytest_configure(config):
+    faulthandler.dump_traceback_later(WATCHDOG, exit=True)
 
 
 def pytest_xdist_make_scheduler(config, log):

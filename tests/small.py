@@ -11,9 +11,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from fatezero.attention.condition import Condition
+from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.model import build_scheduler
-from fatezero.diffusion import ddim
+from fatezero.diffusion.edit import Edit, EditPass
+from fatezero.diffusion.invert import Inversion
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.store.store import AttentionStore
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = 16
@@ -69,20 +73,47 @@ def reference_denoiser() -> DiffusersDenoiser:
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
 
 
-ROUNDED_OTHERWISE = {
-    0.5771186947822571: -1, 0.840183675289154: 1, 0.9634535312652588: -1,
-    0.055718984454870224: 0.25, 0.9442810416221619: -1,
-}  # fmt: skip
-"""Square roots that the reference's machine had off by their last digit, in units of 2**-24: three of the schedule of
-five steps, as torch has them under MKL_CBWR=COMPATIBLE, and two of that of four. With them the results agree to 5e-8,
-with the right ones to 2e-5."""
+def levels_of(tensors: dict[str, torch.Tensor], name: str, steps: int) -> torch.Tensor:
+    """A reference's latents of all levels, in float64; not a number where the file leaves a level out."""
+    found = {level: tensors[f"{name}.{level}"].double() for level in range(steps + 1) if f"{name}.{level}" in tensors}
+    missing = torch.full_like(next(iter(found.values())), torch.nan)
+    return torch.stack([found.get(level, missing) for level in range(steps + 1)])
 
 
-def round_as_the_reference(monkeypatch) -> None:
-    """Take the steps' coefficients in single precision, with the roots of the reference's machine."""
-    right = ddim.root
-    monkeypatch.setattr(ddim, "as_exact", lambda alpha, z: alpha)
-    monkeypatch.setattr(ddim, "root", lambda x: right(x) + ROUNDED_OTHERWISE.get(x.item(), 0) * 2.0**-24)
+def reference_inversion(
+    denoiser: DiffusersDenoiser,
+    tensors: dict[str, torch.Tensor],
+    source: torch.Tensor,
+    steps: int,
+    key_frames: tuple[str | int, ...],
+    clip_norm: bool = False,
+    prompt: str | None = None,
+) -> Inversion:
+    """The inversion of a reference result, in place of one of our own."""
+    schedule = denoiser.schedule(steps)
+    levels = tensors["inverted"].double() if "inverted" in tensors else levels_of(tensors, "inverted", steps)
+    return Inversion(
+        AttentionStore(
+            memory="recompute",
+            levels=levels,
+            source=Condition(source),
+            timesteps=schedule.timesteps,
+            alphas=tuple(schedule.alphas.tolist()),
+            key_frames=KeyFrames(key_frames),
+            clip_norm=clip_norm,
+            model=denoiser.identity(),
+            prompt=prompt,
+        )
+    )
+
+
+def stepped(
+    denoiser: DiffusersDenoiser, inversion: Inversion, asked: Edit, step: int, before: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The latents after one step of an edit. before: those before it; None where the edit begins."""
+    with EditPass(denoiser, inversion, [asked], in_order=False) as run:
+        zs = run.start if before is None else [before.double()]
+        return run.move(zs, step, run.predict(zs, step))[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -26,8 +26,22 @@ def hdr_kind(frame: av.VideoFrame) -> str | None:
     return _HDR.get(int(frame.color_trc))
 
 
-def to_rgb(frame: av.VideoFrame, width: int) -> np.ndarray:
+def has_alpha(frame: av.VideoFrame) -> bool:
+    """Whether a frame has a channel of transparency."""
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def over(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """uint8 RGBA (height, width, 4), its colours not multiplied by alpha, composed over a colour: RGB."""
+    alpha = pixels[..., 3:].astype(np.uint16)
+    mixed = pixels[..., :3] * alpha + np.array(background, np.uint16) * (255 - alpha)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
     """A frame as uint8 RGB (height, width, 3), scaled to a width where its pixels are not square.
+
+    What is transparent shows the background.
 
     Matrix and range are those the file tells; where it tells none, BT.709 from 720 lines on and BT.601 below, as
     players take it. HDR is tone-mapped.
@@ -41,6 +55,11 @@ def to_rgb(frame: av.VideoFrame, width: int) -> np.ndarray:
             "src_color_range": ColorRange.JPEG if full else ColorRange.MPEG,
             "dst_color_range": ColorRange.JPEG,
         }
+    if has_alpha(frame):
+        pixels = frame.reformat(format="rgba64le" if kind else "rgba", **how).to_ndarray()
+        if kind:
+            pixels = np.concatenate([tone_mapped(pixels[..., :3], kind), (pixels[..., 3:] // 256).astype(np.uint8)], -1)
+        return over(pixels, background)
     if kind is None:
         return frame.reformat(format="rgb24", **how).to_ndarray()
     return tone_mapped(frame.reformat(format="rgb48le", **how).to_ndarray(), kind)

@@ -9,8 +9,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ..files.memory import check_room, free_bytes
 from .read import SoundTrack, Video, VideoSource
-from .size import check_crop, crop, resize_to_fill
+from .size import check_crop, crop, resize_to_fill, scaling_bytes
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,12 @@ class FittedVideo:
 
     @classmethod
     def of(cls, source: VideoSource, cut: tuple[int, int, int, int], size: tuple[int, int]) -> FittedVideo:
-        """Raises ValueError for a cut that leaves nothing."""
+        """Raises ValueError for a cut that leaves nothing, and for a size that takes more memory than is free."""
         check_crop(*source.size, *cut)
+        left, top, right, bottom = cut
+        shown = source.size[0] - left - right, source.size[1] - top - bottom
+        what = f"{source.path}: a frame of {shown[0]}x{shown[1]} scaled to {size[0]}x{size[1]}"
+        check_room(what, scaling_bytes(shown, size), free_bytes(), "crop it, or choose a smaller --size")
         return cls(source, cut, size)
 
     def __len__(self) -> int:

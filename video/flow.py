@@ -6,15 +6,16 @@ import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from ..imports import F, no_grad, np, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 FlowName = Literal["auto", "raft", "dis"]
-Estimator = Callable[[Tensor, Tensor], Tensor]
+Estimator: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """Flow (2, h, w) in pixels, (dx, dy), from one frame (3, h, w) in 0..1 to another."""
 
 _LEAST_SIDE = {"dis": 192, "raft": 128}
@@ -100,7 +101,7 @@ def _raft(device: str) -> torch.nn.Module:
     return raft_large(weights=Raft_Large_Weights.DEFAULT, progress=False).to(device).eval()
 
 
-@torch.no_grad()
+@no_grad
 def _run_raft(model: torch.nn.Module, a: Tensor, b: Tensor, device: torch.device | str) -> Tensor:
     first, second = (2 * x[None].float().to(device) - 1 for x in (a, b))
     return model(first, second)[-1][0].cpu()

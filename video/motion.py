@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from ..imports import F, torch
 from .flow import Estimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def warp(frames: Tensor, flow: Tensor) -> Tensor:

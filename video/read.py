@@ -2,74 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from math import ceil, floor
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-import av
-import numpy as np
-import torch
-from av.error import FFmpegError
-from PIL import Image, ImageOps
-from torch import Tensor
+from ..files.whole import check_name
+from ..imports import av, np, torch
+from .orientation import Orientation
+from .pictures import VideoError, picture_files
+from .stills import Animation, pictures_of, pictures_size
+from .which import Moment, seconds_of
 
-from ..settings import setting
-from .colour import hdr_kind, to_rgb
-
-_DAMAGE = (FFmpegError, IndexError)
-"""What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-GROUP = "Which frames"
+def damage() -> tuple[type[Exception], ...]:
+    """What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+    return av.error.FFmpegError, IndexError
 
 
-@dataclass(frozen=True)
-class ClipSettings:
-    """Which frames of a video, and how they are cut."""
-
-    start: int | str = setting(0, "The first frame, counted from 0, or its time: 48, 2.5s, 1:02.", least=0, group=GROUP)
-    end: int | str | None = setting(None, "The frame, or time, to stop before.", shown="the end", group=GROUP)
-    stride: int = setting(1, "Take every so many-th frame.", least=1, most=1000, group=GROUP)
-    count: int | None = setting(
-        None,
-        "How many frames; 0 takes all that follow. Fewer in the video is an error.",
-        least=0, most=100_000, shown="at most 8; with --end all", group=GROUP,
-    )  # fmt: skip
-    fps: float | None = setting(
-        None, "See a video at this rate; of pictures, their rate.", shown="its own; pictures: 8",
-        unit="frames a second", group=GROUP,
-    )  # fmt: skip
-    crop: tuple[int, int, int, int] = setting(
-        (0, 0, 0, 0), "Cut off: left,top,right,bottom.", unit="pixels", shown="0,0,0,0", group=GROUP
-    )
-    size: tuple[int, int] | None = setting(
-        None, "WIDTHxHEIGHT to edit at.", unit="pixels", shown="the short side at the model's own size", group=GROUP
-    )
-
-    @property
-    def frame_rate(self) -> Fraction | None:
-        """`fps` as a fraction; 29.97 is 30000/1001, as 23.976 and 59.94 are."""
-        if self.fps is None:
-            return None
-        whole = round(self.fps)
-        return Fraction(1000 * whole, 1001) if abs(self.fps - whole / 1.001) < 5e-4 else Fraction(str(self.fps))
-
-
-class VideoError(ValueError):
-    """A file that gives no frames, or fewer than asked for."""
-
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FOLDER_FPS = Fraction(8)
 """The frame rate of a folder of pictures, which tells none."""
-Moment = int | str
-"""A frame by its number, or a time: "2.5s" or "1:02.5"."""
 
 
 # --- sound ----------------------------------------------------------------------------
@@ -93,13 +54,14 @@ class Sound:
 
 @dataclass(frozen=True)
 class SoundTrack:
-    """The sound of a span of a file's time, read as it is asked for. start, seconds: on the file's own clock."""
+    """The sound of a span of a file's time, read as it is asked for. start, seconds: on the file's clock."""
 
     path: Path
     start: Fraction
     seconds: Fraction
     rate: int
     channels: int
+    clock: Clock
 
     @property
     def length(self) -> int:
@@ -131,17 +93,18 @@ class SoundTrack:
     def _decoded(self) -> Iterator[tuple[int, np.ndarray]]:
         """Samples, and where they begin, counted from the span's start."""
         with opened(self.path) as container:
-            if not container.streams.audio:  # a damaged file may show it late
+            stream = _sound_of(container)
+            if stream is None:  # a damaged file may show it late
                 return
-            stream = container.streams.audio[0]
-            if self.start > 5 and stream.time_base:
+            if self.start > 5 and stream.time_base and not self.clock.restarts:
                 container.seek(floor((self.start - 1) / stream.time_base), stream=stream)
             resampler = self._resampler()
             at: int | None = None
+            moved = self.clock.reader()
             for frame in _sound_frames(container, stream):
                 told = at or 0
                 if frame.pts is not None and frame.time_base is not None:
-                    told = round((frame.pts * frame.time_base - self.start) * self.rate)
+                    told = round((moved(frame.pts * frame.time_base) - self.start) * self.rate)
                 if at is None or abs(told - at) > self.rate // 100:  # some files tell times to a millisecond
                     at = told
                 try:
@@ -166,9 +129,9 @@ def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream
         for packet in container.demux(stream):
             try:
                 yield from packet.decode()
-            except _DAMAGE:
+            except damage():
                 continue
-    except _DAMAGE:  # the file ends here
+    except damage():  # the file ends here
         return
 
 
@@ -200,7 +163,8 @@ class VideoSource:
     indices: which frames, in order; one may come again where a rate was asked for. times: when each is shown, in
     seconds from the first. begin: when the first is, in seconds from the file's first. fps: on average. even: whether
     the times are evenly spaced. size: width and height as they are to be seen. notes: what a user should know of the
-    file.
+    file. pictures: those of a sequence, or the one that holds several. background: the colour behind what is
+    transparent.
     """
 
     path: Path
@@ -213,6 +177,7 @@ class VideoSource:
     notes: tuple[str, ...] = ()
     pictures: tuple[Path, ...] = ()
     index: FrameIndex | None = None
+    background: tuple[int, int, int] = (0, 0, 0)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -227,7 +192,7 @@ class VideoSource:
 
         Raises VideoError where the file cannot be decoded to the last of them.
         """
-        decoded = (read_picture(self.pictures[i]) for i in self.indices) if self.pictures else self._decoded()
+        decoded = pictures_of(self.pictures, self.indices, self.background) if self.pictures else self._decoded()
         for done, frame in enumerate(decoded):
             if frame.shape[1::-1] != self.size:
                 raise VideoError(
@@ -237,16 +202,23 @@ class VideoSource:
             yield torch.from_numpy(frame)
 
     def _decoded(self) -> Iterator[np.ndarray]:
+        from .colour import to_rgb
+
         assert self.index is not None
         done = 0
         try:
             for frame in self.index.decoded(self.path, self.indices):
-                turns, stored = _turns(frame), self.size[0]
-                if turns % 2:
-                    stored = self.size[1]
-                yield np.rot90(to_rgb(frame, stored), turns).copy()
+                shown = Orientation.of(frame)
+                if (frame.width, frame.height) != self.index.stored:
+                    was = "x".join(map(str, self.index.stored))
+                    raise VideoError(
+                        f"{self.path}: frame {self.indices[done]} is {frame.width}x{frame.height}, and not {was} as "
+                        "those before it"
+                    )
+                stored = self.size[1] if shown.on_its_side else self.size[0]
+                yield shown.applied(to_rgb(frame, stored, self.background))
                 done += 1
-        except _DAMAGE as error:
+        except damage() as error:
             raise VideoError(
                 f"{self.path} cannot be decoded past {done} of the {len(self)} frames asked for: {error}"
             ) from error
@@ -258,7 +230,9 @@ class VideoSource:
         if self.index is None or self.index.sound is None:
             return None
         rate, channels = self.index.sound
-        return SoundTrack(self.path, self.index.times[0] + self.begin, self.seconds, rate, channels)
+        return SoundTrack(
+            self.path, self.index.times[0] + self.begin, self.seconds, rate, channels, self.index.clock
+        )  # fmt: skip
 
     def read(self) -> Video:
         """All of it at once."""
@@ -276,12 +250,14 @@ def open_video(
     *,
     end: Moment | None = None,
     fps: Fraction | None = None,
+    background: tuple[int, int, int] = (0, 0, 0),
 ) -> VideoSource:
     """Find frames start, start + stride, ... of a video, a picture, a folder or a pattern of pictures.
 
     count: how many frames, None for all that follow (before `end`, if it is given), or the first `at_most` of
     them. start, end: frame numbers, or times ("2.5s"). fps: of a video, show it at this rate, each frame the one
     seen at that time; of pictures, their rate. A pattern has a number ("f_%04d.png") or "*" in its name.
+    background: the colour behind what is transparent, red, green and blue.
 
     Raises FileNotFoundError; VideoError for an empty file, one that is no video, and one
     with fewer frames than asked for; ValueError for numbers out of range.
@@ -295,18 +271,23 @@ def open_video(
         if isinstance(moment, int) and moment < 0:
             raise ValueError(f"{name} is {moment}; frames are counted from 0")
     pictures = picture_files(path)
-    if pictures:
+    times, even, tick, notes = list[Fraction](), True, Fraction(0), tuple[str, ...]()
+    index = None
+    if animated := (Animation.of(pictures[0]) if len(pictures) == 1 and path.is_file() else None):
+        size, times = animated.size, list(animated.times)
+        rate, tick = animated.fps, Fraction(1, 1000)
+        even = are_even(times, rate, tick)
+    elif pictures:
         rate = fps or FOLDER_FPS
         times = [i / rate for i in range(len(pictures))]
-        index, size = None, _picture_size(path, pictures)
+        size = pictures_size(path, pictures)
     else:
         last = None if end is not None or fps is not None else _needed(start, stride, count or at_most)
         index = FrameIndex.of(path, last)
         times, size = [t - index.times[0] for t in index.times], index.size
-        rate = index.fps
+        rate, even, tick, notes = index.fps, index.even, index.tick, index.notes
     shown = list(range(len(times)))
-    even = index is None or index.even
-    if index is not None and fps is not None:
+    if (index is not None or animated) and fps is not None:
         ticks = ceil((times[-1] + 1 / rate) * fps)
         shown = [max(0, bisect_right(times, i / fps) - 1) for i in range(ticks)]
         times, rate, even = [i / fps for i in range(ticks)], fps, True
@@ -327,10 +308,9 @@ def open_video(
     mean = rate / stride
     if not even and len(own) > 1:
         mean = (Fraction(len(own) - 1) / own[-1]).limit_denominator(1001)
-    even = index is None or are_even(own, mean, index.tick)
-    notes = () if index is None else index.notes
+    even = are_even(own, mean, tick)
     indices = tuple(shown[i] for i in chosen)
-    return VideoSource(path, indices, own, times[first], mean, even, size, notes, pictures, index)
+    return VideoSource(path, indices, own, times[first], mean, even, size, notes, pictures, index, background)
 
 
 def read_video(
@@ -356,21 +336,13 @@ def _frame_at(moment: Moment, times: Sequence[Fraction]) -> int:
     return moment if isinstance(moment, int) else bisect_left(times, seconds_of(moment))
 
 
-def seconds_of(text: str) -> Fraction:
-    """A time as people write it, "2.5s", "1:02" or "1:00:02.5", in seconds; ValueError for anything else."""
-    found = re.fullmatch(r"(?:(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)s)", text.strip())
-    if not found:
-        raise ValueError(f"{text!r} is no moment: give a frame's number, or a time such as 2.5s or 1:02.5")
-    hours, minutes, seconds, alone = found.groups()
-    return Fraction(alone) if alone else 3600 * int(hours or 0) + 60 * int(minutes) + Fraction(seconds)
-
-
 # --- where the frames of a file are -----------------------------------------------------------
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[av.container.InputContainer]:
     """A file opened; FileNotFoundError, or VideoError saying what is wrong with it."""
+    check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"no video at {path}")
     if path.stat().st_size == 0:
@@ -379,19 +351,63 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
         # Of files alone: a playlist that calls itself a video shall not reach the network.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{path}", metadata_errors="replace", options=options)
-    except _DAMAGE as error:
+    except damage() as error:
         raise VideoError(f"{path} is not a readable video: {error}") from error
     with container:
         yield container
 
 
 @dataclass(frozen=True)
+class Clock:
+    """The clock of a file of several parts, written one behind the other, which begins again with each.
+
+    moves: by how many seconds each part is moved, so that it follows the one before; (0,) for a file of one. leaps:
+    whether a leap forward begins a part too, as in broadcasts.
+    """
+
+    moves: tuple[Fraction, ...] = (Fraction(0),)
+    leaps: bool = False
+
+    @property
+    def restarts(self) -> bool:
+        return len(self.moves) > 1
+
+    def begins_again(self, before: Fraction, now: Fraction) -> bool:
+        """Whether a part begins between two times that follow each other in the file."""
+        return before - now > Fraction(1, 4) or (self.leaps and now - before > 10)
+
+    def reader(self) -> Callable[[Fraction], Fraction]:
+        """Moves the times of one stream, given in the order of the file."""
+        part, before = 0, None
+
+        def moved(time: Fraction) -> Fraction:
+            nonlocal part, before
+            if before is not None and part + 1 < len(self.moves) and self.begins_again(before, time):
+                part += 1
+            before = time
+            return time + self.moves[part]
+
+        return moved
+
+
+@dataclass(frozen=True)
+class _Packet:
+    """A frame of a file, not decoded; its times in ticks. left_out: by an edit list."""
+
+    pts: int | None
+    dts: int | None
+    key: bool
+    left_out: bool
+
+
+@dataclass(frozen=True)
 class FrameIndex:
     """Where a file's frames are, read from its packets without decoding them.
 
-    times: on the file's own clock, in the order they are shown. keys: the frames at which decoding can begin.
-    tick: how finely the file tells time. ordered: whether decoded frames tell their own times; AVI's do not.
-    sound: its rate and channels.
+    times: on the file's clock as `clock` has it, in the order they are shown. keys: the frames at which decoding can
+    begin. tick: how finely the file tells time. ordered: whether decoded frames tell their own times; AVI's and those
+    of bare streams do not. stored: the size of frames before they are turned and their pixels made square. sound: its
+    rate and channels. decoder: of transparency that has packets of its own.
     """
 
     times: tuple[Fraction, ...]
@@ -400,43 +416,54 @@ class FrameIndex:
     ordered: bool
     told_fps: Fraction
     size: tuple[int, int]
+    stored: tuple[int, int]
     sound: tuple[int, int] | None
     notes: tuple[str, ...] = field(default=())
+    clock: Clock = Clock()
+    decoder: str | None = None
 
     @classmethod
     def of(cls, path: Path, last: int | None = None) -> FrameIndex:
         """Look through a file, no further than to frame number `last`."""
+        first = _first_look(path)
         with opened(path) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video")
-            stream = container.streams.video[0]
-            tick = stream.time_base or Fraction(1, 1000)
+            stream = _video_of(container)
+            assert stream is not None  # for the first look saw it
             told = stream.guessed_rate or stream.average_rate or Fraction(25)
-            found: list[tuple[int, bool]] = []
-            ordered = container.format.name != "avi"
-            broken = ""
-            try:
-                for packet in container.demux(stream):
-                    at = packet.pts if ordered and packet.pts is not None else packet.dts
-                    if packet.size and not packet.is_discard and at is not None:
-                        ordered = ordered and packet.pts is not None
-                        found.append((at, packet.is_keyframe))
-                    if last is not None and len(found) > last + _REORDERED:
-                        break
-            except _DAMAGE as error:
-                broken = str(error)
-            found.sort(key=lambda frame: frame[0])
-            audio = container.streams.audio
-            rate = getattr(audio[0], "rate", 0) if audio else 0  # none, of a codec that nobody knows
-            sound = (rate, min(2, audio[0].channels)) if rate else None
-            promised = stream.frames
-        if not found:
+            tick, kind, promised = stream.time_base or Fraction(1, 1000), container.format.name, _promised(stream)
+            packets, broken = _packets(container, stream, first, last)
+            audio = _sound_of(container)
+            rate = getattr(audio, "rate", 0)  # none, of a codec that nobody knows
+            sound = (rate, min(2, audio.channels)) if audio and rate else None
+        found = [packet for packet in packets if not packet.left_out]
+        ordered = kind != "avi" and kind not in _BARE and all(packet.pts is not None for packet in found)
+        if kind in _BARE or all(packet.dts is None for packet in found):  # in the order in which they come
+            found, tick = [replace(one, dts=i) for i, one in enumerate(found)], 1 / told
+        at = {True: lambda packet: packet.pts, False: lambda packet: packet.dts}[ordered]
+        found = [packet for packet in found if at(packet) is not None]
+        parts = _parts(found, tick, Clock(leaps=kind in _BROADCAST)) if ordered and found else [found]
+        parts[0] = _readable(parts[0], first, ordered)
+        readable = sum(map(len, parts))
+        if not parts[0]:
             raise VideoError(f"{path} is not a readable video: no frame in it {broken}".rstrip())
-        size, notes = _first_look(path)
-        if broken or (last is None and promised > len(found)):
-            notes += (f"{path.name} ends early: {len(found)} of its frames can be read",)
-        keys = tuple(i for i, (_, key) in enumerate(found) if key)
-        return cls(tuple(at * tick for at, _ in found), keys, tick, ordered, told, size, sound, notes)
+        placed, moves, end = list[tuple[Fraction, bool]](), list[Fraction](), Fraction(0)
+        for part in parts:
+            times = [at(packet) * tick for packet in part]
+            moves.append(end - min(times) if moves else Fraction(0))
+            placed += [(time + moves[-1], packet.key) for time, packet in zip(times, part, strict=True)]
+            end = max(times) + moves[-1] + 1 / told
+        placed.sort(key=lambda frame: frame[0])
+        notes = first.notes
+        if missing := len(found) - readable:
+            notes += (f"{path.name} begins between key frames: {missing} frames before the first cannot be read",)
+        if len(parts) > 1:
+            notes += (f"{path.name} is of {len(parts)} parts whose clocks begin again: they follow each other",)
+        if broken or (last is None and promised > len(packets)):
+            notes += (f"{path.name} ends early: {readable} of its frames can be read",)
+        return cls(
+            tuple(time for time, _ in placed), tuple(i for i, (_, key) in enumerate(placed) if key), tick, ordered,
+            told, first.size, first.stored, sound, notes, Clock(tuple(moves), kind in _BROADCAST), first.decoder,
+        )  # fmt: skip
 
     @cached_property
     def fps(self) -> Fraction:
@@ -460,14 +487,15 @@ class FrameIndex:
         For a frame that the decoder does not give stands the one after it.
         """
         with opened(path) as container:
-            stream = container.streams.video[0]
+            stream = _video_of(container)
+            assert stream is not None
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = _THREADS
             frames, number = self._numbered(container, stream), -1
             for index in indices:
                 before = bisect_right(self.keys, index)
                 key = self.keys[before - 1] if before else 0
-                if self.ordered and key > number + _WORTH_SEEKING:
+                if self.ordered and not self.clock.restarts and key > number + _WORTH_SEEKING:
                     container.seek(int(self.times[key] / self.tick), stream=stream)
                     frames, number = self._numbered(container, stream), -1
                     coming = next(frames, None)
@@ -487,11 +515,92 @@ class FrameIndex:
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[tuple[int, av.VideoFrame]]:
         """What the decoder gives from here on, with the number of each frame."""
-        for i, frame in enumerate(container.decode(stream)):
+        moved = self.clock.reader()
+        for i, frame in enumerate(_decoded(container, stream, self.decoder)):
             if self.ordered and frame.pts is not None:
-                yield bisect_right(self.times, frame.pts * self.tick + self.tick / 2) - 1, frame
+                yield bisect_right(self.times, moved(frame.pts * self.tick) + self.tick / 2) - 1, frame
             else:
                 yield i, frame
+
+
+def _packets(
+    container: av.container.InputContainer, stream: av.VideoStream, first: _Look, last: int | None
+) -> tuple[list[_Packet], str]:
+    """What a file has, in its order, and why no more can be read; up to frame `last` and those that come with it."""
+    packets, wanted = list[_Packet](), 0
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                early = packet.pts is not None and first.pts is not None and packet.pts < first.pts
+                wanted += not (packet.is_discard or early)
+            if last is not None and wanted > last + _REORDERED:
+                break
+    except damage() as error:
+        return packets, str(error)
+    return packets, ""
+
+
+def _readable(packets: Sequence[_Packet], first: _Look, ordered: bool) -> list[_Packet]:
+    """Without those before the first that the decoder gives, of a file that begins between key frames."""
+    if ordered and first.pts is not None:
+        begin = next((i for i, packet in enumerate(packets) if packet.pts == first.pts), 0)
+        return [packet for packet in packets[begin:] if packet.pts is not None and packet.pts >= first.pts]
+    begin = next((i for i, packet in enumerate(packets) if packet.key), 0) if first.key else 0
+    return list(packets[begin:])
+
+
+def _parts(packets: Sequence[_Packet], tick: Fraction, clock: Clock) -> list[list[_Packet]]:
+    """Packets by the parts of a file whose clock begins again with each."""
+    parts = [[packets[0]]]
+    for before, packet in pairwise(packets):
+        if packet.key and before.dts is not None and packet.dts is not None:
+            begins = clock.begins_again(before.dts * tick, packet.dts * tick)
+            parts += [[]] if begins else []
+        parts[-1].append(packet)
+    return parts
+
+
+def _video_of(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first stream of pictures that move; a cover is none."""
+    return next((s for s in container.streams.video if not _is(s, "attached_pic")), None)
+
+
+def _sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
+    """The track that players take: the default, else the first."""
+    tracks = container.streams.audio
+    return next((track for track in tracks if _is(track, "default")), tracks[0] if tracks else None)
+
+
+def _is(stream: av.stream.Stream, disposition: str) -> bool:
+    return bool(stream.disposition & av.stream.Disposition[disposition])
+
+
+def _promised(stream: av.VideoStream) -> int:
+    """How many frames a file says that it has: all of them, or those of its index, which an edit list cuts."""
+    entries = len(getattr(stream, "index_entries", ()))
+    return min(stream.frames, entries) if entries else stream.frames
+
+
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, decoder: str | None
+) -> Iterator[av.VideoFrame]:
+    """The frames of a stream from here on. decoder: another than FFmpeg takes."""
+    if decoder is None:
+        yield from container.decode(stream)
+        return
+    context = cast(av.VideoCodecContext, av.CodecContext.create(decoder, "r"))
+    context.extradata = stream.codec_context.extradata
+    for packet in container.demux(stream):
+        yield from context.decode(packet if packet.size else None)
+
+
+def _decoder_of(stream: av.VideoStream) -> str | None:
+    """Of WebM's transparency, which FFmpeg's own decoders pass over."""
+    decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if decoder is None or stream.metadata.get("alpha_mode") != "1":
+        return None
+    return decoder if decoder in av.codecs_available else None
 
 
 def are_even(times: Sequence[Fraction], fps: Fraction, tick: Fraction) -> bool:
@@ -500,6 +609,10 @@ def are_even(times: Sequence[Fraction], fps: Fraction, tick: Fraction) -> bool:
     return all(abs(t - i / fps) <= slack for i, t in enumerate(times))
 
 
+_BARE = ("h264", "hevc", "vvc", "mpegvideo", "m4v", "cavsvideo", "dirac", "vc1", "obu", "mjpeg", "h261", "h263")
+"""Formats that are a stream without a container, whose frames have no times."""
+_BROADCAST = ("mpegts", "mpeg")
+"""Formats in which a clock may leap."""
 _REORDERED = 64
 """Packets after one in which frames shown before it may still come."""
 _WORTH_SEEKING = 16
@@ -508,13 +621,30 @@ _THREADS = 4
 """Of the decoder: each holds frames of its own."""
 
 
-def _first_look(path: Path) -> tuple[tuple[int, int], tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Look:
+    """What the first frame shows. size: as it is to be seen. pts, key: its own. stored, decoder: see `FrameIndex`."""
+
+    size: tuple[int, int]
+    stored: tuple[int, int]
+    notes: tuple[str, ...]
+    pts: int | None
+    key: bool
+    decoder: str | None
+
+
+def _first_look(path: Path) -> _Look:
     """The size a file's frames are seen at, and what should be known of them, from the first one."""
+    from .colour import has_alpha, hdr_kind
+
     with opened(path) as container:
-        stream = container.streams.video[0]
+        stream = _video_of(container)
+        if stream is None:
+            raise VideoError(f"{path} holds no video")
+        decoder = _decoder_of(stream)
         try:
-            frame = next(container.decode(stream), None)
-        except _DAMAGE as error:
+            frame = next(_decoded(container, stream, decoder), None)
+        except damage() as error:
             raise VideoError(f"{path} is not a readable video: {error}") from error
         if frame is None:
             raise VideoError(f"{path} is not a readable video: no frame of it can be decoded")
@@ -526,79 +656,7 @@ def _first_look(path: Path) -> tuple[tuple[int, int], tuple[str, ...]]:
             notes.append(f"{path.name} is interlaced: its combs are edited along; deinterlace it first")
         if kind := hdr_kind(frame):
             notes.append(f"{path.name} is HDR ({kind}): it is tone-mapped to SDR")
-        return (size[::-1] if _turns(frame) % 2 else size), tuple(notes)
-
-
-def _turns(frame: av.VideoFrame) -> int:
-    """Quarter turns to the left by which a frame is to be seen."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4
-
-
-# --- pictures -------------------------------------------------------------------------------
-
-
-def picture_files(path: Path) -> tuple[Path, ...]:
-    """The pictures that a path names, in the order of the numbers in their names; none for a video.
-
-    Raises FileNotFoundError for a pattern, and VideoError for a folder, without pictures.
-    """
-    if path.is_file():
-        return (path,) if path.suffix.lower() in PICTURES else ()
-    if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-        if not found:
-            raise VideoError(f"{path} is a folder without pictures ({', '.join(PICTURES)})")
-    elif numbered(path):
-        pattern = re.compile(re.sub(r"%0?\d*d", r"\\d+", re.escape(path.name).replace(r"\%", "%")))
-        found = [p for p in path.parent.glob("*") if pattern.fullmatch(p.name)] if path.parent.is_dir() else []
-    elif "*" in path.name:
-        found = [p for p in path.parent.glob(path.name) if p.suffix.lower() in PICTURES]
-    else:
-        return ()
-    if not found:
-        raise FileNotFoundError(f"no pictures at {path}")
-    return tuple(sorted(found, key=_by_number))
-
-
-def numbered(path: Path) -> bool:
-    """Whether a name is a pattern with a number in it, as f_%04d.png."""
-    return re.search(r"%0?\d*d", path.name) is not None
-
-
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """f2 before f10."""
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", path.name)]
-
-
-def _picture_size(path: Path, pictures: Sequence[Path]) -> tuple[int, int]:
-    sizes = set()
-    for picture in pictures:
-        with _opened_picture(picture) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-            sizes.add(image.size[::-1] if turned else image.size)
-    if len(sizes) > 1:
-        raise VideoError(f"the pictures in {path} differ in size")
-    return sizes.pop()
-
-
-_ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held."""
-
-
-@contextmanager
-def _opened_picture(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path} is not a readable picture: {error}") from error
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 RGB (height, width, 3) of a picture as it is to be seen, turned as its EXIF says."""
-    with _opened_picture(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits of grey
-            grey = np.clip(np.asarray(upright).astype(np.float32) / 257, 0, 255)
-            return np.repeat((grey + 0.5).astype(np.uint8)[..., None], 3, axis=2)
-        return np.array(upright.convert("RGB"))
+        size = size[::-1] if Orientation.of(frame).on_its_side else size
+        if has_alpha(frame):
+            notes.append(f"{path.name} has transparency: it is shown over the background")
+        return _Look(size, (frame.width, frame.height), tuple(notes), frame.pts, bool(frame.key_frame), decoder)

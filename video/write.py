@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from hashlib import sha256
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import av
-import numpy as np
-from av.error import FFmpegError
-from PIL import Image
-from torch import Tensor
+from ..files.whole import remove_folder, temporary_folder, whole_file
+from ..imports import Image, av, np, torch
+from .pictures import numbered, with_number
+from .read import Sound, SoundTrack
 
-from ..files.whole import check_writable, remove_folder, temporary_folder, whole_file
-from .colour import tag, to_yuv
-from .read import Sound, SoundTrack, numbered
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FrameDigest:
+    """SHA-256 of frames, their sizes and their order, as they pass on the way to an encoder."""
+
+    def __init__(self) -> None:
+        self._sum = sha256()
+
+    def passing(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        for frame in frames:
+            self._sum.update(str(tuple(frame.shape)).encode())
+            self._sum.update(frame.cpu().contiguous().numpy().data)
+            yield frame
+
+    def __str__(self) -> str:
+        return self._sum.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,15 +69,24 @@ def has_sound(path: str | Path) -> bool:
     return not is_sequence(path) and _suffix(path) in _CODECS
 
 
-def check_output(path: str | Path, frames: int, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
-    """Raise, before any work, where these frames cannot be written to a path.
+def shortcomings(
+    path: str | Path, fps: Fraction, count: int, sound: bool, times: Sequence[Fraction] | None = None
+) -> list[str]:
+    """What an output cannot hold of frames, to be said before they are written. sound: whether they have any."""
+    found = []
+    if sound and not has_sound(path):
+        found.append(f"{path} holds no sound")
+    if not is_sequence(path) and _suffix(path) == ".gif":
+        kept = len(_gif_frames(fps, count, times))
+        if kept < count:
+            found.append(f"{path} shows {kept} of the {count} frames: browsers show a GIF's at most 50 times a second")
+    return found
 
-    ValueError for a name that cannot take them, and OSError for a place (see `check_writable`).
-    """
+
+def output_files(path: str | Path, frames: int) -> list[Path]:
+    """The files that frames become at a path; ValueError for a name that cannot take them."""
     if is_sequence(path):
-        for i in range(frames):
-            check_writable(_numbered(_pattern(path), i), overwrite, inputs if i == 0 else ())
-        return
+        return [with_number(_pattern(path), i) for i in range(frames)]
     path = Path(path)
     suffix = _suffix(path)
     if suffix in PICTURE_SUFFIXES and frames > 1:
@@ -75,7 +98,7 @@ def check_output(path: str | Path, frames: int, overwrite: bool = False, inputs:
         kinds = VIDEO_SUFFIXES + (PICTURE_SUFFIXES if frames == 1 else ())
         count = "1 frame" if frames == 1 else f"{frames} frames"
         raise ValueError(f"cannot write {count} to {path.name!r}: use one of {', '.join(kinds)}")
-    check_writable(path, overwrite, inputs)
+    return [path]
 
 
 def write_video(
@@ -111,7 +134,7 @@ def write_video(
                 _encode(partial, _CODECS[_suffix(path)], pictures, fps, sound, crf, times, metadata or {})
             else:
                 raise ValueError(f"cannot write {path.name!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
-        except FFmpegError as error:
+        except av.error.FFmpegError as error:
             raise OSError(f"could not write {path}: {error}") from error
     return path
 
@@ -144,11 +167,13 @@ def _encode(
     settings = {"fflags": "+bitexact"}  # the same bytes for the same frames
     if path.suffix in (".mp4", ".mov"):
         settings["movflags"] = "+faststart+use_metadata_tags"
+    from .colour import tag, to_yuv
+
     with av.open(f"file:{path}", "w", options=settings) as file:
         file.metadata.update(metadata)
-        options = (
-            {"crf": str(crf), "preset": "medium"} if codecs is _H264 else {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
-        )
+        options = {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
+        if codecs is _H264:
+            options = {"crf": str(crf), "preset": "medium", **_steady_x264()}
         video = cast(av.VideoStream, file.add_stream(codecs.video, rate=fps, options=options))
         clock = 1 / fps if times is None else Fraction(1, _CLOCK)
         track = None
@@ -169,6 +194,14 @@ def _encode(
         file.mux(video.encode(None))
         if track:
             track.write(until=None)
+
+
+def _steady_x264() -> dict[str, str]:
+    """Options that keep x264 from AVX-512, with which the same frames may become other bytes from run to run.
+
+    Its `asm` says what it may use, and it does not look whether that is there: given where AVX-512 is, AVX2 is too.
+    """
+    return {"x264-params": "asm=AVX2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 
 
 class _Track:
@@ -207,10 +240,29 @@ class _Track:
 def _write_gif(path: Path, pictures: Iterator[np.ndarray], fps: Fraction, times: Sequence[Fraction] | None) -> None:
     """A GIF that goes round, a palette for each frame; it tells time in hundredths of a second."""
     shown = [Image.fromarray(picture).quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
-    at = [i / fps for i in range(len(shown) + 1)] if times is None else [*times, times[-1] + 1 / fps]
-    ends = [round(100 * t) for t in at]
-    durations = [10 * max(1, b - a) for a, b in pairwise(ends)]
-    shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0, optimize=False)
+    kept = _gif_frames(fps, len(shown), times)
+    first, *more = (shown[i] for i, _ in kept)
+    durations = [10 * hundredths for _, hundredths in kept]
+    first.save(path, save_all=True, append_images=more, duration=durations, loop=0, optimize=False)
+
+
+def _gif_frames(fps: Fraction, count: int, times: Sequence[Fraction] | None) -> list[tuple[int, int]]:
+    """The frames that a GIF shows, and for how many hundredths of a second each.
+
+    At least two, for browsers take a tenth of a second for less: of frames that come faster some are left out.
+    """
+    at = [i / fps for i in range(count + 1)] if times is None else [*times, times[-1] + 1 / fps]
+    ticks = [round(100 * t) for t in at]
+    kept = [0]
+    for i in range(1, count):
+        if ticks[i] - ticks[kept[-1]] >= _LEAST_DELAY and ticks[count] - ticks[i] >= min(_LEAST_DELAY, ticks[count]):
+            kept.append(i)
+    ends = [ticks[i] for i in kept[1:]] + [ticks[count]]
+    return [(i, max(_LEAST_DELAY, end - ticks[i])) for i, end in zip(kept, ends, strict=True)]
+
+
+_LEAST_DELAY = 2
+"""Hundredths of a second."""
 
 
 # --- many pictures ------------------------------------------------------------------------
@@ -221,10 +273,6 @@ def _pattern(path: str | Path) -> Path:
     return Path(path) if numbered(Path(path)) else Path(path) / "%05d.png"
 
 
-def _numbered(pattern: Path, i: int) -> Path:
-    return pattern.with_name(pattern.name % i)
-
-
 def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
     """All the pictures or none, each under its number."""
     pattern.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +280,7 @@ def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
     try:
         names = []
         for i, picture in enumerate(pictures):
-            names.append(_numbered(folder / pattern.name, i))
+            names.append(with_number(folder / pattern.name, i))
             Image.fromarray(picture).save(names[-1], quality=95)
         for name in names:
             name.replace(pattern.parent / name.name)

@@ -20,6 +20,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ...files.lines import append_lines
 from ...files.whole import whole_file
 from ...hosts.checkpoint import Checkpoint, quiet
 from ...metrics.clip import ClipScorer
@@ -94,8 +95,7 @@ def run_benchmark(
     for found, strips in _run(settings, jobs, device, workers):
         for name, frames in strips.items():
             write_picture(folder / "strips" / name, _strip(frames))
-        with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in found))
+        append_lines(folder / "results.jsonl", found)
         rows += found
         finished += 1
         if progress:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.whole import remove_folder, temporary_folder, whole_file
-from ...video.read import picture_files
+from ...video.pictures import picture_files
 from ..files import files_of, full_name, renamed
 from ..progress import told
 from ..record import record_path, settings_of, write_record
@@ -112,7 +112,9 @@ class Shipped:
 def _is_shipped(what: str, name: str) -> bool:
     """Whether a file goes to the machine that needs it; models are too large, and lie on every machine."""
     try:
-        return what not in ("model", "temporal") and (Path(name).is_file() or bool(picture_files(Path(name))))
+        return what not in ("model", "temporal", "controlnet") and (
+            Path(name).is_file() or bool(picture_files(Path(name)))
+        )
     except (OSError, ValueError):
         return False
 

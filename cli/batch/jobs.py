@@ -12,13 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ...video.read import picture_files
+from ...settings import shown
+from ...video.pictures import picture_files
 from ...video.write import METADATA_SUFFIXES
-from ..config import ConfigError, held_by
+from ..config import ConfigError, from_home, held_by
 
 AXES = ("clips", "methods", "settings", "targets")
 """The keys whose entries are combined: a later one's settings stand over an earlier one's, and all over the file's."""
-_TEXT_OF = {"clips": "video", "methods": "preset", "settings": "preset", "targets": "target"}
+_TEXT_OF = {"clips": "video", "jobs": "video", "methods": "preset", "settings": "preset", "targets": "target"}
 """The setting that an entry is which is a text alone."""
 _OTHER = ("jobs", "suffix", "workflow", "inputs")
 
@@ -65,20 +66,31 @@ def load_batch(path: str | Path) -> Batch:
 def _batch(held: Any) -> Batch:
     if not isinstance(held, Mapping) or not {*AXES, "jobs"} & set(held):
         raise ConfigError(f"holds no jobs: give {', '.join(AXES)}, or jobs one by one")
+    _check_keys({name: entries for name, entries in held.items() if name not in ("methods", "settings")})
     shared = {name: value for name, value in held.items() if name not in (*AXES, *_OTHER)}
     axes = {axis: _entries(axis, held[axis]) for axis in AXES if axis in held}
     jobs = [_job(shared, dict(zip(axes, chosen, strict=True))) for chosen in product(*axes.values())] if axes else []
-    jobs += [_job(shared, {"clips": one}) for one in _entries("clips", held["jobs"])] if "jobs" in held else []
+    jobs += [_job(shared, {"clips": one}) for one in _entries("jobs", held["jobs"])] if "jobs" in held else []
     suffix, workflow, inputs = held.get("suffix", ".mp4"), held.get("workflow"), held.get("inputs", {})
     if suffix not in METADATA_SUFFIXES:
-        raise ConfigError(f"suffix is {suffix!r}; it must be one of {', '.join(METADATA_SUFFIXES)}")
+        raise ConfigError(f"suffix is {shown(suffix)}; it must be one of {', '.join(METADATA_SUFFIXES)}")
     if workflow is not None and not isinstance(workflow, str):
-        raise ConfigError(f"workflow is {workflow!r}; it must be a file")
+        raise ConfigError(f"workflow is {shown(workflow)}; it must be a file")
     if not isinstance(inputs, Mapping) or not all(isinstance(text, str) for pair in inputs.items() for text in pair):
-        raise ConfigError(f'inputs is {inputs!r}; it must name a node\'s input for settings, e.g. "target: 5.text"')
-    return Batch(
-        tuple({job.name: job for job in jobs}.values()), suffix, Path(workflow) if workflow else None, dict(inputs)
-    )
+        raise ConfigError(
+            f'inputs is {shown(inputs)}; it must name a node\'s input for settings, e.g. "target: 5.text"'
+        )
+    file = Path(from_home(workflow)) if workflow else None
+    return Batch(tuple({job.name: job for job in jobs}.values()), suffix, file, dict(inputs))
+
+
+def _check_keys(held: Any) -> None:
+    """Raise ConfigError for a setting whose name is no text."""
+    for part in held if isinstance(held, list) else held.values() if isinstance(held, Mapping) else ():
+        _check_keys(part)
+    wrong = [key for key in held if not isinstance(key, str)] if isinstance(held, Mapping) else []
+    if wrong:
+        raise ConfigError(f"{shown(wrong[0])} is no name of a setting: write names as text")
 
 
 Entry = tuple[str, dict[str, Any]]
@@ -86,7 +98,9 @@ Entry = tuple[str, dict[str, Any]]
 
 
 def _entries(axis: str, held: Any) -> list[Entry]:
-    """The entries of an axis: a list, a section of named ones, or one alone; a clip's for each file it names."""
+    """The entries of an axis, or of "jobs": a list, a section of named ones, or one alone; a clip's for each file it
+    names. What a single job or target is that is no text, its edit refuses.
+    """
     if isinstance(held, Mapping) and axis in ("methods", "settings"):
         given: list[tuple[str, Any]] = [(str(name), entry) for name, entry in held.items()]
     else:
@@ -95,12 +109,15 @@ def _entries(axis: str, held: Any) -> list[Entry]:
         raise ConfigError(f"{axis} is empty")
     found = []
     for name, entry in given:
-        if not isinstance(entry, (str, Mapping)):
-            raise ConfigError(f"{axis}: {entry!r} must be a text, or a section of settings")
-        values = {_TEXT_OF[axis]: entry} if isinstance(entry, str) else dict(entry)
+        if not isinstance(entry, (str, Mapping)) and axis not in ("jobs", "targets"):
+            raise ConfigError(f"{axis}: {shown(entry)} must be a text, or a section of settings")
+        values = dict(entry) if isinstance(entry, Mapping) else {_TEXT_OF[axis]: entry}
+        _check_keys(values)
         name = str(values.pop("name", name))
-        for one in _files(values) if axis == "clips" else [values]:
-            found.append((name or _named(axis, one), one))
+        files = _files(values) if axis in ("clips", "jobs") else [values]
+        if axis == "clips" and not files:
+            raise ConfigError(f"clips: there is none at {shown(values['video'])[1:-1]}")
+        found += [(name or _named(axis, one), one) for one in files or [values]]
     return found
 
 
@@ -109,10 +126,9 @@ def _files(values: dict[str, Any]) -> list[dict[str, Any]]:
     pattern = values.get("video")
     if not isinstance(pattern, str) or not glob.has_magic(pattern) or Path(pattern).exists():
         return [values]
+    pattern = from_home(pattern)
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207  Path's gives a relative name's root back otherwise
     found = [name for name in names if Path(name).is_file() or _of_pictures(name)]
-    if not found:
-        raise ConfigError(f"clips: there is none at {pattern}")
     return [{**values, "video": name} for name in sorted(found)]
 
 
@@ -127,8 +143,12 @@ def _named(axis: str, values: Mapping[str, Any]) -> str:
     """A name for an entry that was given none."""
     text = values.get(_TEXT_OF[axis])
     if isinstance(text, str):
-        return Path(text).stem if axis == "clips" else text
+        return Path(text).stem if axis in ("clips", "jobs") else text
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+_LONGEST = 200
+"""Bytes of a name before its digest; file systems take 255 with suffixes."""
 
 
 def _job(shared: Mapping[str, Any], chosen: Mapping[str, Entry]) -> Job:
@@ -139,7 +159,8 @@ def _job(shared: Mapping[str, Any], chosen: Mapping[str, Entry]) -> Job:
     if "targets" not in labels and isinstance(values.get("target"), str):
         labels["targets"] = values["target"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return Job("_".join(filter(None, map(_slug, labels.values()))) + f"_{digest[:8]}", values, labels)
+    words = "_".join(filter(None, map(_slug, labels.values()))).encode()[:_LONGEST].decode(errors="ignore")
+    return Job(f"{words}_{digest[:8]}", values, labels)
 
 
 def _slug(text: str) -> str:

@@ -6,23 +6,27 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...files.lines import append_lines
 from ...files.whole import lock_folder
 from ..config import MADE, ConfigError, EditConfig
 from ..files import digest_of
+from ..progress import told
 from ..record import record_path
 from ..run import Session, pick_device
 from .cluster import Cluster, run_on_cluster
 from .jobs import Batch, Job
 from .processes import Patience, Places, run_here
-from .servers import run_on_servers, shown_of
+from .servers import for_server, run_on_servers
 from .summary import Digest, Row, sources_of, write_summary
 from .work import Ended, How, config_for, groups_of
 
@@ -59,24 +63,85 @@ class Asked:
 
 def run_batch(session: Session, batch: Batch, asked: Asked) -> None:
     """Do the jobs that are not done yet, and write the summary; BatchError, in the end, where some failed."""
-    of_job = shown_of if asked.servers else config_for
-    configs = {job.name: of_job(job) for job in batch.jobs}
+    configs, refused = _understood(batch, for_server(batch) if asked.servers else config_for)
     digest = cache(digest_of)  # of clips, each for many jobs
     with lock_folder(asked.output):
-        todo = [job for job in batch.jobs if asked.redo or not _is_done(job, configs[job.name], asked, batch, digest)]
-        done = len(batch.jobs) - len(todo)
-        session.say(f"{len(batch.jobs)} jobs" + (f", {done} of them done" if done else ""))
-        ended = _begun(session, batch, [(job, configs[job.name]) for job in todo], asked)
+        there, todo = list[Job](), list[Job]()
+        for job in batch.jobs:
+            if (config := configs.get(job.name)) is not None:
+                done = not asked.redo and _is_done(job, config, asked, batch, digest)
+                (there if done else todo).append(job)
+        session.say(f"{len(batch.jobs)} jobs" + (f", {len(there)} of them done" if there else ""))
+        blank = _blank(there, configs, asked)
+        if blank:
+            session.say(f"   {len(blank)} of those done have no figures yet")
+        begun = _begun(session, batch, [(job, configs[job.name]) for job in todo], asked) if todo else ()
         if asked.dry_run:
+            for one in refused:
+                _say_failed(session, one)
+            if refused:
+                raise BatchError(f"{len(refused)} of {len(batch.jobs)} jobs cannot run")
             return
         sum_up = partial(_summed_up, batch, asked.output, configs, digest)
-        failed = _followed(session, asked.output, len(todo), ended, sum_up)
+        ended = chain(refused, _filled(blank, configs, batch, asked), begun)
+        count = len(refused) + len(blank) + len(todo)
+        failed = _followed(session, asked.output, count, ended, sum_up)
         shutil.rmtree(asked.output / STORES, ignore_errors=True)
         rows = sum_up()
-        done = sum(row.status == "done" for row in rows)
-        session.say(f"{done} of {len(rows)} jobs done; summary.csv and index.html are in {asked.output}")
+        whole = sum(row.status == "done" for row in rows)
+        session.say(f"{whole} of {len(rows)} jobs done; summary.csv and index.html are in {asked.output}")
         if failed:
-            raise BatchError(f"{failed} of {len(todo)} jobs failed: {asked.output / 'summary.csv'} has their errors")
+            raise BatchError(f"{failed} of {count} jobs failed: {asked.output / 'summary.csv'} has their errors")
+
+
+def _understood(batch: Batch, read: Callable[[Job], EditConfig]) -> tuple[dict[str, EditConfig], list[Ended]]:
+    """The edits of jobs by name, and the jobs that are none; ConfigError where none of them is one."""
+    configs, refused = dict[str, EditConfig](), list[Ended]()
+    for job in batch.jobs:
+        try:
+            configs[job.name] = read(job)
+        except (ValueError, TypeError) as error:
+            refused.append(Ended(job.name, _of_error(error), attempts=0))
+    if refused and not configs:
+        raise ConfigError(f"{refused[0].name}: {refused[0].error}")
+    return configs, refused
+
+
+def _of_error(error: Exception) -> str:
+    return told(error).removeprefix("error: ")
+
+
+# --- figures that are missing -----------------------------------------------------------------
+
+
+def _blank(there: Sequence[Job], configs: Mapping[str, EditConfig], asked: Asked) -> dict[str, Ended]:
+    """How jobs ended by name, of those done whose figures are missing: a run may have been killed before it kept them,
+    or have failed to measure.
+    """
+    log, clip = _logged(asked.output), bool(asked.how.clip)
+    last = {job.name: log.get(job.name, Ended(job.name)) for job in there}
+    if not asked.how.measures:
+        return {name: one for name, one in last.items() if one.error is not None}
+    measured = {name for name in last if not asked.servers or Path(configs[name].video).is_file()}
+    return {name: one for name, one in last.items() if name in measured and one.lacks(clip)}
+
+
+def _filled(
+    blank: Mapping[str, Ended], configs: Mapping[str, EditConfig], batch: Batch, asked: Asked
+) -> Iterator[Ended]:
+    """Measure results that are there."""
+    device = "auto" if asked.cluster is not None else asked.device.partition(",")[0].strip()
+    measure = asked.how.measure(device) if blank else None
+    for name, last in blank.items():
+        try:
+            figures = {} if measure is None else measure(configs[name], _result(asked.output, name, batch))
+            yield replace(last, error=None, figures=figures)
+        except Exception as error:
+            yield replace(last, error=f"its figures: {_of_error(error)}")
+
+
+def _result(output: Path, name: str, batch: Batch) -> Path:
+    return output / f"{name}{batch.suffix}"
 
 
 def _begun(session: Session, batch: Batch, jobs: Sequence[tuple[Job, EditConfig]], asked: Asked) -> Iterator[Ended]:
@@ -97,21 +162,25 @@ def _begun(session: Session, batch: Batch, jobs: Sequence[tuple[Job, EditConfig]
     return run_here(groups, asked.output, asked.output / STORES, batch.suffix, places, asked.patience)
 
 
-def _followed(session: Session, output: Path, count: int, ended: Iterator[Ended], sum_up: Callable[[], Any]) -> int:
+def _followed(session: Session, output: Path, count: int, ended: Iterable[Ended], sum_up: Callable[[], Any]) -> int:
     """Keep how each job ended, and sum up at times; how many failed."""
     failed, summed_up = 0, time.monotonic()
     with session.bars() as bar:
         update = bar("jobs")
         for done, one in enumerate(ended, 1):
-            _keep(output, one)
+            append_lines(output / LOG, [asdict(one)])
             if one.error is not None:
                 failed += 1
-                session.say(f"failed: {one.name}: {one.error}", style="red")
+                _say_failed(session, one)
             if time.monotonic() - summed_up > _SUM_UP_EVERY:
                 sum_up()
                 summed_up = time.monotonic()
             update(done, count, f"{failed} failed" if failed else "")
     return failed
+
+
+def _say_failed(session: Session, one: Ended) -> None:
+    session.say(f"failed: {one.name}: {one.error}", style="red")
 
 
 def _summed_up(batch: Batch, output: Path, configs: Mapping[str, EditConfig], digest: Digest) -> list[Row]:
@@ -145,7 +214,7 @@ def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch, digest: D
 
     The settings are those of the name.
     """
-    result = asked.output / f"{job.name}{batch.suffix}"
+    result = _result(asked.output, job.name, batch)
     record = record_path(result)
     if not result.is_file() or not record.is_file():
         return False
@@ -156,23 +225,17 @@ def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch, digest: D
         return False
 
 
-def _keep(output: Path, ended: Ended) -> None:
-    told = {
-        "name": ended.name, "error": ended.error, "seconds": ended.seconds, "attempts": ended.attempts,
-        "where": ended.where, "figures": ended.figures,
-    }  # fmt: skip
-    with (output / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(told) + "\n")
+def _logged(output: Path) -> dict[str, Ended]:
+    """How each job ended last, by name."""
+    found, log = dict[str, Ended](), output / LOG
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
+        with suppress(ValueError, TypeError):  # an interruption may cut a line short
+            one = Ended.read(line)
+            found[one.name] = one
+    return found
 
 
 def rows_of(batch: Batch, output: Path) -> list[Row]:
     """Every job of a file with how it ended last."""
-    told = dict[str, dict[str, Any]]()
-    log = output / LOG
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            one = json.loads(line)
-            told[one["name"]] = one
-        except (json.JSONDecodeError, LookupError, TypeError):  # an interruption may cut the last one short
-            continue
-    return [Row.of(job, output / f"{job.name}{batch.suffix}", told.get(job.name)) for job in batch.jobs]
+    log = _logged(output)
+    return [Row.of(job, _result(output, job.name, batch), log.get(job.name)) for job in batch.jobs]

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from ...files.stopping import at_end
 from ...files.whole import whole_file
 from ..config import MADE, ConfigError, EditConfig
 from ..files import digest_of
+from ..progress import in_a_line
 from ..record import write_record
 from .jobs import Batch, Job
 from .processes import Patience
@@ -192,12 +193,9 @@ def run_on_servers(
 ) -> Iterator[Ended]:
     """Queue each job on a server that is free, one after another on each, and tell how it ended, as it ends.
 
-    A server that does not answer gives its job back, and gets no other. Raises ConfigError for a setting that the
-    workflow has no place for, before any job is queued.
+    A server that does not answer gives its job back, and gets no other.
     """
     graph, client = load_workflow(batch), uuid.uuid4().hex
-    for job in jobs:
-        filled(graph, job.values, batch.inputs)
     servers = [Server(url.rstrip("/"), client) for url in urls]
     todo, ended = deque((job, 1) for job in jobs), Queue[Ended | None]()
     running, gone = dict[Server, str](), list[str]()
@@ -225,7 +223,7 @@ def run_on_servers(
                     todo.append((job, attempt + 1))
                 break
             except Exception as error:
-                ended.put(Ended(job.name, " ".join(str(error).split()), _since(begun), attempt, server.url))
+                ended.put(Ended(job.name, in_a_line(str(error)), _since(begun), attempt, server.url))
             finally:
                 running.pop(server, None)
         ended.put(None)
@@ -294,6 +292,17 @@ def _video_of(made: Mapping[str, Any], batch: Batch) -> Mapping[str, str]:
             )
         )
     return dict(files[0])
+
+
+def for_server(batch: Batch) -> Callable[[Job], EditConfig]:
+    """What reads jobs that servers do: `shown_of`, and ConfigError for a setting that the workflow has no place for."""
+    graph = load_workflow(batch)
+
+    def read(job: Job) -> EditConfig:
+        filled(graph, job.values, batch.inputs)
+        return shown_of(job)
+
+    return read
 
 
 def shown_of(job: Job) -> EditConfig:

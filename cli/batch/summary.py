@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,9 +19,11 @@ from ...video.fitted import FittedVideo
 from ...video.read import open_video
 from ...video.write import write_video
 from ..config import EditConfig
+from ..progress import printable
 from ..record import record_path
 from ..run import find_frames
 from .jobs import AXES, Job
+from .work import Ended
 
 Digest = Callable[[str], str]
 """`digest_of`, which may remember."""
@@ -42,14 +45,14 @@ class Row:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: Job, result: Path, told: Mapping[str, Any] | None) -> Row:
-        """told: the last line of the log on it."""
-        told = told or {}
+    def of(cls, job: Job, result: Path, last: Ended | None) -> Row:
+        """last: how it ended last, by the log."""
         there = result.is_file() and record_path(result).is_file()
-        status = "failed" if told.get("error") else "done" if there else "open"
+        status = "failed" if last and last.error else "done" if there else "open"
+        if last is None:
+            return cls(job, result, status)
         return cls(
-            job, result, status, told.get("error") or "", told.get("seconds"), told.get("attempts", 0),
-            told.get("where", ""), told.get("figures", {}),
+            job, result, status, last.error or "", last.seconds or None, last.attempts, last.where, last.figures
         )  # fmt: skip
 
 
@@ -85,10 +88,29 @@ def _csv(rows: Sequence[Row], names: Sequence[str]) -> str:
         labels = [row.job.labels.get(axis, "") for axis in AXES]
         figures = [row.figures.get(name, "") for name in names]
         result = row.result.name if row.status == "done" else ""
-        table.writerow(
-            [row.job.name, row.status, *labels, result, row.seconds, row.attempts or "", row.where, *figures, row.error]
-        )
+        cells = [row.job.name, row.status, *labels, result, row.seconds, row.attempts or "", row.where, *figures]
+        table.writerow([_cell(value) for value in (*cells, row.error)])
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a text that begins like one has an apostrophe before it, which
+    spreadsheets do not show. Numbers stay what they are.
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip("'").startswith(_OF_FORMULAS) and not _is_number(text) else text
+
+
+_OF_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -160,7 +182,7 @@ document.querySelector('input').addEventListener('input', ({ target }) => {
 def _page(output: Path, rows: Sequence[Row], names: Sequence[str], clips: Mapping[str, Path]) -> str:
     counts = {status: sum(row.status == status for row in rows) for status in ("done", "failed", "open")}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    name = escape(output.resolve().name)
+    name = _text(output.resolve().name)
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
@@ -173,37 +195,42 @@ def _page(output: Path, rows: Sequence[Row], names: Sequence[str], clips: Mappin
         parts += ["<h2>Failed</h2><section>", *(_failure(row) for row in failed), "</section>"]
     done = [row for row in rows if row.status == "done"]
     for clip in dict.fromkeys(row.job.labels.get("clips", "") for row in done):
-        parts.append(f"<h2>{escape(clip)}</h2><section>")
+        parts.append(f"<h2>{_text(clip)}</h2><section>")
         parts += [_card(output, row, names, clips) for row in done if row.job.labels.get("clips", "") == clip]
         parts.append("</section>")
     return "\n".join([*parts, f"<script>{_SCRIPT}</script></html>", ""])
 
 
+def _text(text: str) -> str:
+    return escape(printable(text))
+
+
 def _failure(row: Row) -> str:
-    told = f"<p>{escape(row.error)}</p><small>{escape(row.job.name)}</small>"
+    told = f"<p>{_text(row.error)}</p><small>{_text(row.job.name)}</small>"
     return f"<article class='failed'>{_title(row)}{told}</article>"
 
 
 def _title(row: Row) -> str:
     labels = row.job.labels
-    how = " &middot; ".join(escape(labels[axis]) for axis in ("methods", "settings") if labels.get(axis))
-    return f"<p><b>{escape(labels.get('targets', ''))}</b>{'<br>' if how else ''}{how}</p>"
+    how = " &middot; ".join(_text(labels[axis]) for axis in ("methods", "settings") if labels.get(axis))
+    return f"<p><b>{_text(labels.get('targets', ''))}</b>{'<br>' if how else ''}{how}</p>"
 
 
 def _card(output: Path, row: Row, names: Sequence[str], clips: Mapping[str, Path]) -> str:
     shown = [(clips.get(row.job.name), "source"), (row.result, "result")]
     figures = "".join(_figure(path.relative_to(output), what) for path, what in shown if path is not None)
-    table = "".join(f"<tr><td>{escape(name)}<td>{_told(row.figures[name])}" for name in names if name in row.figures)
+    table = "".join(f"<tr><td>{_text(name)}<td>{_told(row.figures[name])}" for name in names if name in row.figures)
     time = f"{row.seconds:g} s" if row.seconds is not None else ""
     return (
         f"<article>{_title(row)}<div class='pair'>{figures}</div><table>{table}</table>"
-        f"<small>{escape(row.result.name)} {time}</small></article>"
+        f"<small>{_text(row.result.name)} {time}</small></article>"
     )
 
 
 def _figure(path: Path, what: str) -> str:
+    address = quote(os.fsencode(path.as_posix()))
     return (
-        f"<figure><video src='{quote(path.as_posix())}' loop muted playsinline preload='metadata' controls></video>"
+        f"<figure><video src='{address}' loop muted playsinline preload='metadata' controls></video>"
         f"<figcaption>{what}</figcaption></figure>"
     )
 

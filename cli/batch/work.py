@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,21 +16,26 @@ from rich.console import Console
 
 from ...diffusion.invert import InversionSettings
 from ...metrics.clip import ClipScorer
-from ...metrics.evaluate import evaluate
-from ...settings import described
+from ...metrics.evaluate import OF_CLIP, evaluate
+from ...settings import described, shown
 from ...store.budget import StoreSettings
 from ...video.fitted import FittedVideo
 from ...video.flow import Estimator, flow_estimator
-from ...video.read import ClipSettings, open_video
+from ...video.read import open_video
 from ...video.size import to_unit
-from ..config import ConfigError, EditConfig, completed, config_of
+from ...video.which import ClipSettings
+from ..config import ControlSettings, EditConfig, ModelSettings, completed, config_of
 from ..progress import no_bars
 from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
 from .jobs import Job
 
 _OF_INVERSIONS = (
-    "video", "source", "model", "lora", "temporal",
-    *(one.name for part in (ClipSettings, InversionSettings, StoreSettings) for one in described(part)),
+    "video", "source",
+    *(
+        one.name
+        for part in (ModelSettings, ControlSettings, ClipSettings, InversionSettings, StoreSettings)
+        for one in described(part)
+    ),
 )  # fmt: skip
 """The settings that an inversion is made of."""
 _OF_PLACES = ("place", "budget_gb")
@@ -60,6 +67,20 @@ class Ended:
     where: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, line: str) -> Ended:
+        """From a line of the log; ValueError or TypeError for what is none."""
+        one = cls(**json.loads(line))
+        texts = isinstance(one.name, str) and isinstance(one.where, str) and isinstance(one.error, (str, NoneType))
+        numbers = (one.seconds, one.attempts, *one.figures.values()) if isinstance(one.figures, dict) else (None,)
+        if not texts or not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError(f"{shown(line)} is no line of the log")
+        return one
+
+    def lacks(self, clip: bool) -> bool:
+        """Whether an edit that is done has no figures. clip: whether CLIP measures too."""
+        return self.error is not None or not self.figures or (clip and OF_CLIP not in self.figures)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -74,11 +95,8 @@ class Group:
 
 
 def config_for(job: Job) -> EditConfig:
-    """A job as an edit; ConfigError, naming the job, for settings that are none."""
-    try:
-        return completed(config_of(job.values))
-    except ValueError as error:
-        raise ConfigError(f"{job.name}: {error}") from error
+    """A job as an edit; ConfigError for settings that are none."""
+    return completed(config_of(job.values))
 
 
 def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
@@ -179,9 +197,9 @@ class _Keeping(Session):
 
     kept: dict[tuple[Any, ...], AnyCheckpoint] = field(default_factory=dict)
 
-    def open_model(self, model: str, lora: str = "", temporal: str = "", videos: bool = False) -> AnyCheckpoint:
-        asked = (model, lora, temporal, videos)
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
+        asked = (settings, videos)
         if asked not in self.kept:
             self.kept.clear()  # before the next is loaded: there may not be room for both
-            self.kept[asked] = super().open_model(model, lora, temporal, videos)
+            self.kept[asked] = super().open_model(settings, videos)
         return self.kept[asked]

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fatezero.attention.key_frames import KeyFrames
+from fatezero.attention.key_frames import Chunk, KeyFrames
 
 entries = st.lists(st.sampled_from(["self", "first", "middle", "last", "previous", -2, 0, 3]), min_size=1, max_size=3)
 
@@ -81,3 +81,12 @@ def test_all_frames_of_a_call_alone():
     assert [chunk.frame_indices for chunk in keys.chunks(6, 4)] == [(0, 1, 2, 3), (2, 3, 4, 5)]
     with pytest.raises(ValueError, match="nor all alone"):
         KeyFrames.of(("all", "self"))
+
+
+def test_a_window_keeps_its_order_and_a_frame_of_no_weight_comes_along():
+    windows = [([0, 1, 2], [1.0, 1.0, 1.0]), ([2, 3, 4, 0], [0.0, 1.0, 1.0, 1.0])]
+    first, second = KeyFrames.of("all").around(windows, 5)
+    assert second.frame_indices == (2, 3, 4, 0), "of a window that goes round the end"
+    assert (first.owned, second.owned) == ((0, 1, 2), (3, 4))
+    assert [first.weights[0] + second.weights[3], first.weights[2] + second.weights[0]] == [1.0, 1.0]
+    assert not Chunk((1, 2, 0), (1.0,) * 3, (0, 1, 2), 3).is_whole

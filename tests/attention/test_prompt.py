@@ -1,8 +1,13 @@
 import pytest
 import torch
 
-from fatezero.attention.prompt import PromptEdit, align_sequences
+from fatezero.attention.prompt import PromptEdit, align_sequences, changed_words
 from fatezero.demo.wan import build_tokenizer as build_wan_tokenizer
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    return build_wan_tokenizer()
 
 
 def fed(edit: PromptEdit, columns: int = 77) -> dict[int, dict[int, float]]:
@@ -63,6 +68,51 @@ def test_words_match_without_case_and_punctuation_and_as_phrases(tokenizer):
     assert target == []
 
 
+@pytest.mark.parametrize("mode", ["refine", "replace"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "a green square on water.",
+        "a green square, on water",
+        'A Green square on  "water"',
+        "a \u201cgreen\u201d square \u2014 on (water)!",
+        "a green SQUARE - on\u00a0'water'...",
+        "a green square\non water",
+    ],
+)
+def test_punctuation_in_one_prompt_leaves_words_what_they_are(tokenizer, sentences, target, mode):
+    source, words = "a red square on water", ["a", "green", "square", "on", "water"]
+    for pair in ((source, target), (target, source)):
+        of_source, of_target = changed_words(*pair)
+        assert {*map(str.lower, of_source + of_target)} == {"red", "green"}
+    for tokens in (tokenizer, sentences):
+        edit = PromptEdit(source, target, tokens, mode)
+        matrix, columns = edit.align(77, 77).matrix, edit.columns
+        for word in words if mode == "replace" else [word for word in words if word != "green"]:
+            of = "red" if word == "green" else word
+            row = edit.token_indices(source, of, 77)
+            assert matrix[row].sum() == len(row), f"all of {of}'s attention reaches {word}"
+            assert matrix[row][:, edit.token_indices(target, word, 77)].sum() == len(row)
+        ids = [token for word in edit.word_tokens(target) for token in word]
+        fed_ids = {token for i, token in enumerate(ids) if matrix[:, columns.of(i)].any()}
+        if tokens is tokenizer:
+            shared = words if mode == "replace" else ["a", "square", "on", "water"]
+            assert fed_ids == set(tokenizer(" ".join(shared), add_special_tokens=False).input_ids), "no punctuation"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "changed"),
+    [
+        ("a red-white cube", "a red\u2013white ball", (["cube"], ["ball"])),
+        ("a caf\u00e9, it's red", "a cafe\u0301 it\u2019s blue", (["red"], ["blue"])),
+        ("a red square - on water", "a red square on water", ([], [])),
+        ("a 50% cube", "a 5% cube", (["50%"], ["5%"])),
+    ],
+)
+def test_words_are_compared_as_they_are_read(source, target, changed):
+    assert changed_words(source, target) == changed
+
+
 @pytest.mark.parametrize(
     "options",
     [{"reweight": {"jeep": 2.0}}, {"blend_words": (["jeep"], [])}, {"blend_words": (["red"], ["jeep"])}],
@@ -119,11 +169,6 @@ def test_describe_tells_where_every_word_comes_from(tokenizer):
 
 
 # --- T5's layout ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def sentences():
-    return build_wan_tokenizer()
 
 
 def test_t5_has_content_first_one_end_and_padding_that_is_all_alike(sentences):

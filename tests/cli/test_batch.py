@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND, summary_rows, two_clips
+from commands import COMMAND, frames_written, summary_rows, two_clips
 
-from fatezero.cli.batch.jobs import load_batch
+from fatezero.cli.batch.jobs import Job, load_batch
 from fatezero.cli.batch.processes import Patience, Places, run_here
+from fatezero.cli.batch.summary import Row, write_summary
 from fatezero.cli.batch.work import How, config_for, groups_of
 from fatezero.cli.config import ConfigError
 from fatezero.demo.show import CLIP
@@ -26,7 +27,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def write(folder: Path, held, name="jobs.yaml") -> Path:
     path = folder / name
-    path.write_text(yaml.safe_dump(held, sort_keys=False))
+    path.write_text(held if isinstance(held, str) else yaml.safe_dump(held, sort_keys=False))
     return path
 
 
@@ -85,12 +86,18 @@ def test_a_name_does_not_follow_what_else_there_is(folder):
         ({"clips": "a.mp4", "suffix": ".txt"}, "suffix is '.txt'"),
         ({"clips": "a.mp4", "inputs": [1]}, "inputs is [1]"),
         ({"jobs": "a.mp4", "workflow": 3}, "workflow is 3"),
+        ({"jobs": "a.mp4", 1: 2, "steps": 3}, "1 is no name of a setting"),
+        ({"clips": "a.mp4", "targets": ["x", {"reweight": {1: 2, "x": 3}}]}, "1 is no name of a setting"),
+        ("jobs: &a [{video: a.mp4}, *a]", "a part of it holds itself"),
+        ("clips: a.mp4\nsettings: &a {pnp: *a}", "a part of it holds itself"),
+        ("jobs: a.mp4\njobs: b.mp4", "line 2: 'jobs' is given a second time"),
+        ({"jobs": "a.mp4", "inputs": ["x" * 10**6]}, "inputs is ['xx"),
     ],
 )
 def test_files_that_hold_no_jobs(folder, held, says):
     with pytest.raises(ConfigError, match=r"jobs\.yaml") as refused:
         load_batch(write(folder, held))
-    assert says in str(refused.value)
+    assert says in str(refused.value) and len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -145,7 +152,7 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
 
     name = next(name for name in names if "circle" in name)
     command("edit", "--config", f"jobs/{name}.json", "-o", "again.mp4")
-    assert (folder / "again.mp4").read_bytes() == (folder / "jobs" / name).read_bytes()
+    assert frames_written(folder / "again.mp4") == frames_written(folder / "jobs" / name)
 
     times = {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     shutil.copy(folder / "jobs" / name, folder / "clips" / "none.mp4")
@@ -158,6 +165,54 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     shutil.copy(CLIP, folder / "clips" / "none.mp4")  # another clip under the name of one that is done
     assert "6 jobs, 3 of them done" in command("batch", "jobs.yaml", "--dry-run")
     assert "6 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
+
+
+def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command, folder):
+    """Figures that a run was killed before it kept, a line cut short, a result that could not be measured, and jobs
+    that are no edits.
+    """
+    clip = {"video": "clips/a.mp4", "source": SOURCE, "steps": 1, "count": 2}
+    good = [{**clip, "target": f"a {colour} square on water"} for colour in COLOURS[:3]]
+    bad = [
+        {**clip, "target": " "}, {**clip, "target": "=1+1", "steps": "many"}, None,
+        {"video": "clips/*.avi", "source": SOURCE, "target": "x"},
+    ]  # fmt: skip
+    write(folder, {"jobs": [*good, *bad]})
+    said = command("batch", "jobs.yaml", code=1)
+    assert "4 of 7 jobs failed" in said and "target is ' '; it must not be blank" in said
+    rows = summary_rows(folder / "jobs")
+    assert [row["status"] for row in rows] == ["done"] * 3 + ["failed"] * 4
+    told = ["target is ' '", "steps is 'many'", "video is None", "no pictures at clips/*.avi"]
+    assert all(what in row["error"] for what, row in zip(told, rows[3:], strict=True))
+    figures = [row["PSNR to source"] for row in rows[:3]]
+    assert all(map(float, figures))
+
+    log = folder / "jobs" / "jobs.jsonl"
+    first, second, third = (line for line in log.read_text().splitlines() if '"error": null' in line)
+    broken = json.dumps({**json.loads(second), "figures": {}, "error": "its figures: no room"})
+    log.write_text(f"{first}\n{broken}\n{third[:40]}")
+    written = {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.mp4")}
+    said = command("batch", "jobs.yaml", code=1)
+    assert "7 jobs, 3 of them done" in said and "2 of those done have no figures yet" in said
+    assert [row["PSNR to source"] for row in summary_rows(folder / "jobs")[:3]] == figures
+    assert written == {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.mp4")}
+    assert "no figures yet" not in command("batch", "jobs.yaml", "--dry-run", code=1)
+
+
+def test_a_summary_is_safe_in_spreadsheets_and_browsers(tmp_path):
+    texts = ["=1+1", "+x", "-x", "@x", "\t=x", "\uff1dx", "'=x", "-0.5", "+3e2", "it's", "<b>"]
+    texts += ["a\x00b\x1b[1m", "\ud800"]
+    rows = [
+        Row(Job(f"job{i}", {}, {"targets": text}), tmp_path / f"{i}.mp4", "failed", text, figures={"loss": -0.5})
+        for i, text in enumerate(texts)
+    ]
+    write_summary(tmp_path, rows, {})
+    page, table = (tmp_path / "index.html").read_bytes(), (tmp_path / "summary.csv").read_text()
+    assert not any(byte in page for byte in (b"\0", b"\x1b")) and b"a\\x00b\\x1b[1m" in page and b"<b></b>" not in page
+    assert "\0" not in table and ",'=1+1," in table and ",-0.5," in table
+    found = summary_rows(tmp_path)
+    assert [row["target"] for row in found] == [*texts[:-2], "a\\x00b\\x1b[1m", "\\ud800"]
+    assert {row["loss"] for row in found} == {"-0.5"}
 
 
 def children(process: int) -> list[int]:
@@ -180,16 +235,15 @@ def lines(folder: Path) -> list[dict]:
 
 
 def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]) -> None:
-    """Jobs of which some fail and one is too slow, with processes killed and the run stopped in the middle."""
+    """Jobs of which some fail, with processes killed and the run stopped in the middle."""
     clip = {"video": "clips/a.mp4", "count": 1, "source": SOURCE}
     jobs = [
         {**clip, "target": f"a {COLOURS[i % 5]} square on water", "guidance_scale": 2 + i / 100} for i in range(count)
     ]
     for i in range(0, count, 10):
         jobs[i] |= {"video": f"clips/missing_{i}.mp4"}
-    jobs[5] |= {"steps": 900, "count": 8}
     write(folder, {"steps": 1, "jobs": jobs})
-    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--timeout", "12", "--no-measure"]
+    command = [*COMMAND, "batch", "jobs.yaml", "--workers", "2", "--no-measure"]
     for stop in (*stops, None):
         before = len(lines(folder / "jobs"))
         run = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
@@ -204,9 +258,8 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
         assert "Traceback" not in said
     found = summary_rows(folder / "jobs")
     failed = {row["job"]: row["error"] for row in found if row["status"] == "failed"}
-    assert len(failed) == len(range(0, count, 10)) + 1, failed
-    assert sum("no video at" in error for error in failed.values()) == len(failed) - 1
-    assert sum("longer than 12 seconds" in error for error in failed.values()) == 1
+    assert len(failed) == len(range(0, count, 10)), failed
+    assert all("no video at" in error for error in failed.values())
     assert Counter(row["status"] for row in found) == {"done": count - len(failed), "failed": len(failed)}
     done = Counter(line["name"] for line in lines(folder / "jobs") if line["error"] is None)
     assert max(done.values()) == 1, "nothing was done twice"
@@ -219,25 +272,22 @@ def test_trouble_with_a_hundred_jobs(folder):
 
 
 def test_trouble_with_some_jobs_leaves_the_others_alone(folder):
-    """One whose process dies is tried again and then reported, one is too slow, and one has no clip."""
+    """One whose process dies is tried again, and one has no clip."""
     clip = {"video": "clips/a.mp4", "source": SOURCE, "count": 1, "steps": 1}
-    dies, slow, lost, good = (f"a {colour} square on water" for colour in COLOURS[:4])
+    dies, lost, good = (f"a {colour} square on water" for colour in COLOURS[:3])
     write(folder, {"jobs": [
-        {**clip, "target": dies, "count": 2}, {**clip, "target": slow, "steps": 900, "count": 8},
+        {**clip, "target": dies, "count": 2},
         {**clip, "target": lost, "video": "clips/lost.mp4"}, {**clip, "target": good},
     ]})  # fmt: skip
-    command = [*COMMAND, "batch", "jobs.yaml", "--retries", "1", "--timeout", "8", "--no-measure"]
+    command = [*COMMAND, "batch", "jobs.yaml", "--retries", "1", "--no-measure"]
     run = subprocess.Popen(command, cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = wait_for(lambda: children(run.pid))[0]
     os.kill(first, signal.SIGKILL)
     said = run.communicate(timeout=200)[0].decode()
-    assert run.returncode == 1 and "2 of 4 jobs failed" in said
+    assert run.returncode == 1 and "1 of 3 jobs failed" in said
     ended = {line["name"].split("-")[1]: line for line in lines(folder / "jobs")}
     told = {colour: (line["error"], line["attempts"]) for colour, line in ended.items()}
-    assert told == {
-        "green": (None, 2), "blue": ("it took longer than 8 seconds", 1), "yellow": ("no video at clips/lost.mp4", 1),
-        "cyan": (None, 1),
-    }  # fmt: skip
+    assert told == {"green": (None, 2), "blue": ("no video at clips/lost.mp4", 1), "yellow": (None, 1)}
     assert not list((folder / "jobs").rglob("*partial*"))
 
 
@@ -279,3 +329,12 @@ def test_an_inversion_that_fails_fails_its_edits_alone(folder):
     assert len(ended) == 6
     assert all(("broken" in one.name) == (one.error is not None) for one in ended)
     assert all("its inversion: " in one.error and "not a readable video" in one.error for one in ended if one.error)
+
+
+def test_a_job_that_takes_longer_than_it_may_is_stopped(folder):
+    held = {"source": SOURCE, "jobs": {"video": "clips/a.mp4", "target": "a green square on water"}}
+    (job,) = load_batch(write(folder, held)).jobs
+    places, patience = Places(("cpu",), How(measures=False), 1), Patience(timeout=0.01)
+    (ended,) = run_here(groups_of([(job, config_for(job))]), folder, folder / "stores", ".mp4", places, patience)
+    assert ended.error == "it took longer than 0.01 seconds" and ended.attempts == 1
+    assert not list(folder.glob("*.mp4*"))

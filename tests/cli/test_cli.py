@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -169,7 +168,21 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--self-replace-steps", 1.5], "self_replace_steps is 1.5"),
         ([CLIP, *WORDS, "--guidance-scale", "nan"], "guidance_scale is nan; it must be a finite number"),
         ([CLIP, *WORDS, "--guidance-scale", "inf"], "guidance_scale is inf; it must be a finite number"),
-        ([CLIP, *WORDS, "--guidance-scale", "1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),
+        ([CLIP, *WORDS, "--guidance-scale", "1e30"], "guidance_scale is 1e+30; it must be between 1 and 100"),
+        ([CLIP, *WORDS, "--smoothing", "2"], "smoothing is 2.0; it must be between 0 and 1"),
+        ([CLIP, *WORDS, "--strength", "0", "--model", "nowhere/"], "strength is 0.0; it must be above 0"),
+        ([CLIP, *WORDS, "--steps", "2.5"], "--steps: '2.5' is no whole number"),
+        ([CLIP, *WORDS, "--reweight", "jeep=2", "--model", "nowhere/"], "reweight: 'jeep' is not in the prompt"),
+        ([CLIP, *WORDS, "--box", "green", "--model", "nowhere/"], "box 'green': layout 'green' must begin with"),
+        ([CLIP, *WORDS, "--shift", "jeep: 0:0.1,0", "--model", "nowhere/"], "'jeep' is not in the prompt"),
+        ([CLIP, *WORDS, "--mask", "green: none.mp4", "--model", "nowhere/"], "no video at none.mp4"),
+        ([CLIP, *WORDS, "--size", f"{2**64}x64"], "it must be a list of 2, each a whole number or empty, below 2**63"),
+        ([CLIP, *WORDS, "--device", "meta"], "device 'meta' cannot be used here"),
+        (
+            [CLIP, *WORDS, "--preset", "flow_edit", "--flow-edit.seed", 2**70],
+            "flow_edit.seed is 1180591620717411303424",
+        ),
+        ([CLIP, "--source", SOURCE, "--target", "half a \ud83d"], "target is 'half a \\ud83d'"),
         ([CLIP, *WORDS, "--reweight", "green=nan"], "reweight is {'green': nan}"),
         ([CLIP, *WORDS, "--reweight", "green=1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),
         ([CLIP, *WORDS, "--blend-threshold", "nan"], "blend_threshold is nan"),
@@ -288,7 +301,7 @@ def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ende
         assert line, "ended before it could be interrupted"
     assert list(tmp_path.rglob("*.partial")), "the store is being written"
     process.send_signal(ended_by)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 128 + ended_by
     assert "nothing half-written is left" in errors
     assert "Traceback" not in errors
@@ -309,22 +322,25 @@ def test_the_next_start_removes_the_temporary_stores_of_dead_processes(command, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
-def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path):
+@pytest.mark.parametrize(("ended_by", "says"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
+def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path, ended_by, says):
     process = subprocess.Popen(
-        [*COMMAND, "edit", CLIP, *WORDS], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=_hear_signals,
+        [sys.executable, "-X", "importtime", "-m", "fatezero", "edit", CLIP, *WORDS], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_signals,
     )  # fmt: skip
-    time.sleep(1.5)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.strip()) == (143, "ended by SIGTERM; nothing half-written is left")
+    assert process.stderr is not None
+    while "cyclopts" not in (line := process.stderr.readline()):  # imports are told as they end
+        assert line, "ended before it could be interrupted"
+    process.send_signal(ended_by)
+    errors = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, errors) == (128 + ended_by, [f"{says}; nothing half-written is left"])
 
 
-def _limit_file_size():
+def _limit_file_size(most=2000):
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
@@ -336,6 +352,14 @@ def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
         said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
         assert "could not" in said.replace("\n", " ")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_for_the_record_is_told_with_its_name_and_the_result_stays(tmp_path):
+    long = ("--negative", "blur" + 20_000 * " ")  # for which a GIF has no metadata
+    arguments = ["edit", CLIP, *WORDS, "--steps", 1, "--count", 1, *long, "-o", "out.gif"]
+    said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
+    assert "out.gif is written, but without its record: could not write out.gif.json: File too large" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
 
 
 def test_the_package_imports_without_torch_as_a_folder_with_dashes(tmp_path):
@@ -402,6 +426,12 @@ def _changed(path: Path, out: Path, **extra) -> Path:
         ({"fps": [25, 0]}, "damaged"),
         ({"fps": "fast"}, "damaged"),
         ({"times": [[0, 1]]}, "damaged"),
+        ({"times": []}, "damaged"),
+        ({"frames": True}, "damaged"),
+        ({"vae": {}}, "damaged"),
+        ({"vae": {"layout": "x", "digest": 3, "dtype": "torch.float32", "traces": []}}, "damaged"),
+        ({"video": 3}, "damaged"),
+        ({"settings": {"start": [1]}}, "start is [1]"),
         ({"vae": {"layout": "x", "digest": "", "dtype": "torch.float32", "traces": []}}, "another autoencoder"),
         ({"sound_rate": -1}, None),
         ({"settings": 3}, "damaged"),
@@ -488,17 +518,18 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def test_help_shows_every_default_and_no_name_is_cut(command, tmp_path):
+def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
     from fatezero.cli.config import SECTIONS, EditConfig
     from fatezero.settings import described
 
-    said = fatezero("edit", "-h", cwd=tmp_path, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"})
+    monkeypatch.setattr("fatezero.cli.progress.console.width", 80)
+    said = command("edit", "--help-all")
     words = " ".join(said.replace("\u2502", " ").split())
     names = [one.name for one in described(EditConfig)]
     names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in described(settings)]
     for name in names:
         assert f"--{name.replace('_', '-')}" in words
-    for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "at most 8; with --end all"):
+    for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "all"):
         assert f"[default: {default}]" in words
     assert "\u2026" not in said
     assert command("--version").startswith("fatezero 0.")

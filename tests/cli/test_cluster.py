@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import COMMAND, two_clips
+from commands import COMMAND, frames_written, two_clips
 
 from fatezero.demo.show import CLIP
 from fatezero.video.read import read_metadata
@@ -28,6 +28,7 @@ def cluster():
     made.shutdown()
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     made, nodes = cluster
     two_clips(tmp_path)
@@ -40,12 +41,11 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     batch = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
     run = subprocess.Popen(batch, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = tmp_path / "jobs" / "jobs.jsonl"
-    until = time.monotonic() + 200
     while not log.exists() or len(log.read_text().splitlines()) < 2:
-        assert run.poll() is None and time.monotonic() < until
+        assert run.poll() is None
         time.sleep(0.1)
     made.remove_node(nodes[0], allow_graceful=False)
-    said = run.communicate(timeout=300)[0].decode()
+    said = run.communicate()[0].decode()
     assert run.returncode == 1 and "1 of 5 jobs failed" in said, said
     ended = [json.loads(line) for line in log.read_text().splitlines()]
     assert len({one["name"] for one in ended}) == len(ended) == 5, "each ended once"
@@ -56,7 +56,7 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     record = json.loads(Path(f"{results[0]}.json").read_text())
     assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "where the clip is here, and not where it was sent"
     command("edit", "--config", f"{results[0]}.json", "-o", "again.mp4")
-    assert (tmp_path / "again.mp4").read_bytes() == results[0].read_bytes()
+    assert frames_written(tmp_path / "again.mp4") == frames_written(results[0])
 
 
 def test_a_cluster_that_is_not_there(refused, tmp_path):
@@ -96,7 +96,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to two.mp4") == 1, "one process speaks and writes"
-    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    assert frames_written(tmp_path / "one.mp4") == frames_written(tmp_path / "two.mp4")
     assert json.loads(read_metadata(tmp_path / "two.mp4")["fatezero"])["chunk_frames"] == 4
 
 

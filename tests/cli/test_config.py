@@ -116,6 +116,14 @@ def test_our_own_file_with_a_preset(tmp_path):
     assert config.key_frames == ("self", -1)
 
 
+def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "video: ~/clip.mp4\nstrength: 1e-1\nlayout: {scale: 1E2}\nstart: 1:02\nfps: 012.5\nmask: 'burger: ~/m.mp4'\n"
+    (config,), _ = load_configs(written(tmp_path, text))
+    assert (config.strength, config.layout.scale, config.start, config.fps) == (0.1, 100, "1:02", 12.5)
+    assert (config.video, config.mask) == (f"{tmp_path}/clip.mp4", (f"burger: {tmp_path}/m.mp4",))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -140,7 +148,14 @@ def test_our_own_file_with_a_preset(tmp_path):
         ("preset: [shape]", "preset is .*; it must be text"),
         ("1: 2", "unknown setting '1'"),
         ("train_dataset: {}", "older layout"),
-        ("a: [", "not YAML"),
+        ("a: [", "is not YAML: line 1: "),
+        ("steps: 2\ntarget: x\nsteps: 3", "line 3: 'steps' is given a second time"),
+        ("pnp: &a {b: *a}", "a part of it holds itself"),
+        ("steps: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+        ("steps: 0x" + "f" * 5000, "steps is a number of 20000 bits; it must be a whole number, below 2..63"),
+        ("guidance_scale: 0x" + "f" * 500, "guidance_scale is a number of 2000 bits; it must be"),
+        ("smoothing: 2", "config.yaml: smoothing is 2; it must be between 0 and 1"),
+        ('target: "\\ud800"', "target is .*; take '.ud800' out of it"),
     ],
 )
 def test_wrong_files_are_told(tmp_path, text, message):
@@ -257,3 +272,19 @@ def test_a_preset_given_elsewhere_stands_over_the_files_settings(tmp_path):
 @pytest.mark.parametrize(("told", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
 def test_frame_rates_as_people_write_them(told, rate):
     assert str(EditConfig(fps=told).frame_rate) == rate
+
+
+def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
+    from rich.console import Console
+
+    from fatezero.cli import progress
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "console", Console(force_terminal=True, width=100))
+        with progress.progress_bar() as bar:
+            bar("write [bold]\x1b[2J.mp4")(1, 1)
+    said = capsys.readouterr().out
+    assert "write [bold]\\x1b[2J.mp4" in said
+    told = progress.told(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
+    assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
+    assert len(told) <= 330 and "\n" not in told

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from commands import fatezero
 from diffusers import AutoencoderKL, TextToVideoSDPipeline, UNet3DConditionModel
 
 from fatezero.demo.world import SIZE
@@ -70,7 +69,7 @@ def test_a_text_to_video_model_draws_a_clip(command, refused, video_model, tmp_p
     assert "needs an attention UNet" in said
 
 
-def test_help_names_every_setting(tmp_path):
-    said = fatezero("generate", "-h", cwd=tmp_path)
+def test_the_whole_help_names_every_setting(command):
+    said = command("generate", "--help-all")
     for name in ("--box", "--ellipse", "--mask", "--layout.scale", "--layout.mode", "--key-frames", "--seed"):
         assert name in said

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
+import torch
+from commands import frames_written
 
 from fatezero import __version__
 from fatezero.cli.config import ConfigError, EditConfig, load_configs
 from fatezero.cli.record import Made, differences, files_read, made_by, record_of, settings_of
 from fatezero.demo.show import CLIP
 from fatezero.hosts.checkpoint import DEMO
-from fatezero.video.read import read_metadata
+from fatezero.video.read import read_metadata, read_video
+from fatezero.video.write import FrameDigest
 
 SOURCE, TARGET = "a red square on water", "a red circle on water"
 WORDS = ("--source", SOURCE, "--target", TARGET, "--steps", 2, "--count", 3)
@@ -32,26 +35,29 @@ def clip(tmp_path):
     ids=["shape", "tokenflow", "flow_edit"],
 )
 def test_a_result_is_made_again_bit_for_bit(command, clip, tmp_path, options):
-    command("edit", "clip.mp4", *WORDS, *options, "-o", "first.mp4")
+    said = command("edit", "clip.mp4", *WORDS, *options, "-o", "first.mp4")
+    assert "of the record" not in said
     other = tmp_path / "other"
     other.mkdir()
-    command("edit", "--config", "../first.mp4.json", "-o", "again.mp4", cwd=other)
-    command("edit", "../clip.mp4", "--config", "../first.mp4", "-o", "of_itself.mp4", cwd=other)
-    first = (tmp_path / "first.mp4").read_bytes()
-    assert (other / "again.mp4").read_bytes() == first
-    assert (other / "of_itself.mp4").read_bytes() == first
+    said = command("edit", "--config", "../first.mp4.json", "-o", "again.mp4", cwd=other)
+    assert "its frames are those of the record, bit for bit" in said
+    said = command("edit", "../clip.mp4", "--config", "../first.mp4", "-o", "of_itself.mp4", cwd=other)
+    assert "its frames are those of the record, bit for bit" in said
+    first = frames_written(tmp_path / "first.mp4")
+    assert frames_written(other / "again.mp4") == frames_written(other / "of_itself.mp4") == first
     assert (other / "again.mp4.json").read_text() == (tmp_path / "first.mp4.json").read_text()
 
 
 def test_of_several_edits_and_of_a_store(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "--target", "a blue square on water", "-o", "two.mp4")
     command("edit", "--config", "two_1.mp4.json", "-o", "alone.mp4")
-    assert (tmp_path / "alone.mp4").read_bytes() == (tmp_path / "two_1.mp4").read_bytes()
+    assert frames_written(tmp_path / "alone.mp4") == frames_written(tmp_path / "two_1.mp4")
+    assert frames_written(tmp_path / "two_0.mp4") != frames_written(tmp_path / "two_1.mp4")
     command("invert", "clip.mp4", "--source", SOURCE, "--steps", 2, "--count", 3, "-o", "s.safetensors")
     command("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "stored.mp4")
     clip.unlink()  # its store is enough
     command("edit", "--config", "stored.mp4.json", "-o", "again.mp4")
-    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "stored.mp4").read_bytes()
+    assert frames_written(tmp_path / "again.mp4") == frames_written(tmp_path / "stored.mp4")
 
 
 def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_path):
@@ -67,15 +73,26 @@ def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_
     within = json.loads(read_metadata(tmp_path / "out.mp4")["fatezero"])
     assert within["video"] == "clip.mp4"
     assert str(tmp_path) not in json.dumps(within)
+    digest = made.pop("frames")
     assert {**within, "video": record["video"]} == record
+    record["made"]["frames"] = "0" * 64
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    said = command("edit", "--config", "r.json", "-o", "again.mp4").replace("\n", " ")
+    assert "its frames are not those of the record, bit for bit" in said
+    assert frames_written(tmp_path / "again.mp4") == digest
+    said = command("edit", "--config", "r.json", "--guidance-scale", 2, "-o", "other.mp4")
+    assert "of the record" not in said, "another edit was asked for"
 
 
 def test_pictures_have_their_record_too(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "frames/")
-    assert (tmp_path / "frames" / "edit.json").is_file()
+    record = json.loads((tmp_path / "frames" / "edit.json").read_text())
+    digest = FrameDigest()
+    assert len(list(digest.passing(read_video(tmp_path / "frames").frames))) == 3
+    assert record["made"]["frames"] == str(digest), "the pictures are the frames, and the record's digest is theirs"
     command("edit", "clip.mp4", *WORDS, "-o", "f_%03d.png")
     command("edit", "--config", "f_%03d.png.json", "-o", "g_%03d.png")
-    assert (tmp_path / "f_002.png").read_bytes() == (tmp_path / "g_002.png").read_bytes()
+    assert torch.equal(*(read_video(tmp_path / f"{name}_002.png").frames for name in "fg"))
     said = command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", "--dry-run")
     assert "error" not in said
     (tmp_path / "new.mp4.json").write_text("mine")
@@ -112,7 +129,7 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
     assert json.loads((tmp_path / "one.mp4.json").read_text())["made"]["threads"] == 1
     command("edit", "--config", "one.mp4.json", "-o", "two.mp4", threads=2)
     assert json.loads((tmp_path / "two.mp4.json").read_text())["made"]["threads"] == 1
-    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    assert frames_written(tmp_path / "one.mp4") == frames_written(tmp_path / "two.mp4")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +143,11 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"threads": "many"}}', "made.threads is 'many'"),
         ('{"made": {"files": {"video": 3}}}', "made.files is"),
         ('{"made": {"wheels": 4}}', "made.wheels is 4"),
+        ('{"made": {"threads": true}}', "made.threads is True"),
+        ('{"made": {"device": "meta"}}', "device 'meta' cannot be used here"),
+        ('{"steps": 2, "steps": 3}', "'steps' is given a second time"),
+        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not here"),
+        ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
 def test_records_that_are_none(refused, tmp_path, text, says):
@@ -157,7 +179,7 @@ def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
 def test_a_lora_may_be_a_folder(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"one")
-    config = EditConfig(lora=str(tmp_path / "lora"))
+    config = EditConfig(lora=(str(tmp_path / "lora"),))
     (first,) = files_read([config], None)
     assert first.keys() == {"lora"} and files_read([config], None) == [first]
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"two")

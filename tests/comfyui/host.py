@@ -201,7 +201,10 @@ class Host:
 
 @contextmanager
 def started(host: Installed, base: Path, pack: str = "fatezero-video", options: str = ""):
-    """A server with this pack, in a folder whose name holds a dash, and another one to mix with."""
+    """A server with this pack, in a folder whose name holds a dash, and another one to mix with.
+
+    $COMFYUI_FRONTEND: the `static` folder of another comfyui-frontend-package than the host's own.
+    """
     for name in ("custom_nodes", "input", "output", "models/loras", "models/controlnet", "models/checkpoints", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     (base / "custom_nodes" / pack).symlink_to(REPO, target_is_directory=True)
@@ -210,6 +213,8 @@ def started(host: Installed, base: Path, pack: str = "fatezero-video", options: 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = base / "host.log"
+    if front_end := os.environ.get("COMFYUI_FRONTEND"):
+        options += f" --front-end-root {front_end}"
     options += (
         f" --cpu --listen 127.0.0.1 --port {port} --database-url sqlite:///:memory: --disable-api-nodes "
         "--disable-auto-launch --preview-method latent2rgb"

@@ -10,6 +10,7 @@ from pathlib import Path
 import comfy.cli_args
 import comfy.gligen
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.samplers
 import comfy.supported_models
 import comfy.utils
@@ -81,6 +82,10 @@ def random_model(kind):
         "sdxl": (known.SDXL({**UNET, **SDXL}), {}),
         "flux": (known.Flux(FLUX), {}),
         "wan_i2v": (known.WAN21_I2V(WAN_I2V), {}),
+        "wan_vace": (
+            known.WAN21_Vace({**WAN_I2V, "model_type": "vace", "in_dim": 16, "vace_layers": 1, "vace_in_dim": 8}),
+            {},
+        ),
     }[kind]
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(mark)
@@ -106,7 +111,7 @@ def node(name, inputs, outputs, **more):
     return of
 
 
-KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v"])
+KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v", "wan_vace"])
 
 
 @node("OtherRandomModel", [KIND], [io.Model.Output()])
@@ -189,6 +194,69 @@ class Attention(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+@node("OtherSparseAttention", SCALE, [io.Model.Output()])
+class SparseAttention(io.ComfyNode):
+    """Self-attention times a number, by an override that is laid again at each step, as the host's Model Sparse
+    Attention does: on top of what is there by then, which it asks for all else."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        laid = set()
+
+        def lay(options):
+            before = options.get("optimized_attention_override")
+
+            def override(func, q, k, *rest, **more):
+                if q.shape == k.shape:
+                    return scale * func(q, k, *rest, **more)
+                return func(q, k, *rest, **more) if before is None else before(func, q, k, *rest, **more)
+
+            if before not in laid:
+                laid.add(override)
+                options["optimized_attention_override"] = override
+
+        patched = model.clone()
+        patched.add_callback_with_key(
+            comfy.patcher_extension.CallbacksMP.ON_PREPARE_STATE,
+            "sparse",
+            lambda patcher, timestep, model_options, *more: lay(model_options["transformer_options"]),
+        )
+        return io.NodeOutput(patched)
+
+
+@node("OtherSkip", [io.Model.Input("model")], [io.Model.Output()])
+class SkipBlock(io.ComfyNode):
+    """Leaves the second block out, or the middle block's self-attention of a UNet, once sampling is under way."""
+
+    @classmethod
+    def execute(cls, model):
+        def skip(args, *rest):
+            return args
+
+        def lay(patcher, timestep, model_options, *more):
+            for at in (("dit", "double_block", 1), ("attn1", "middle", 0)):
+                comfy.model_patcher.set_model_options_patch_replace(model_options, skip, *at)
+
+        patched = model.clone()
+        patched.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_PREPARE_STATE, "skip", lay)
+        return io.NodeOutput(patched)
+
+
+@node("OtherNegativeAgain", [io.Model.Input("model")], [io.Model.Output()])
+class NegativeAgain(io.ComfyNode):
+    """Adds a hundred times what a second evaluation of the negative has that the first had not: nothing."""
+
+    @classmethod
+    def execute(cls, model):
+        def again(args):
+            given = (args["model"], [args["uncond"]], args["input"], args["sigma"], args["model_options"])
+            return args["denoised"] + 100 * (comfy.samplers.calc_cond_batch(*given)[0] - args["uncond_denoised"])
+
+        patched = model.clone()
+        patched.set_model_sampler_post_cfg_function(again)
+        return io.NodeOutput(patched)
+
+
 @node("OtherBlock", SCALE, [io.Model.Output()])
 class Block(io.ComfyNode):
     """What the second block adds times a number, by a replacement of the block."""
@@ -212,6 +280,28 @@ class Latent(io.ComfyNode):
     def execute(cls, seed, shape):
         generator = torch.Generator().manual_seed(seed)
         return io.NodeOutput({"samples": torch.randn([int(n) for n in shape.split(",")], generator=generator)})
+
+
+class _Given:
+    """Noise that is given."""
+
+    seed = 0
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def generate_noise(self, latent):
+        return self.samples
+
+
+@node("OtherLatentNoise", [io.Model.Input("model"), io.Latent.Input("latent")], [io.Noise.Output(), io.Latent.Output()])
+class LatentNoise(io.ComfyNode):
+    """A latent as the noise of a flow that begins at sigma 1, and an empty one to add it to."""
+
+    @classmethod
+    def execute(cls, model, latent):
+        noise = _Given(model.model.process_latent_in(latent["samples"].clone()))
+        return io.NodeOutput(noise, {"samples": torch.zeros_like(latent["samples"])})
 
 
 @node("OtherAttn2", SCALE, [io.Model.Output()])
@@ -280,7 +370,8 @@ class Hooks(io.ComfyNode):
     def execute(cls, model):
         modules = list(model.model.modules())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + isinstance(m, Motion) for m in modules)
-        own = sum("forward" in vars(m) for m in modules)
+        put = [(m, vars(m)["forward"]) for m in modules if "forward" in vars(m)]
+        own = sum(getattr(forward, "__func__", None) is not type(m).forward for m, forward in put)  # not put back
         options = model.model_options["transformer_options"]
         wrappers = sorted(model.wrappers)
         text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {wrappers}"
@@ -492,8 +583,8 @@ class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
-            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block, OtherMotion,
-            OtherWindows, OtherTwice,
+            Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block, SparseAttention,
+            SkipBlock, NegativeAgain, LatentNoise, OtherMotion, OtherWindows, OtherTwice,
         ]  # fmt: skip
 
 

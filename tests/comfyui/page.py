@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,28 @@ from comfyui.host import Host
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOW = "no browser found: install Chromium (Debian's package chromium)"
 READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
+SETTLED = """async () => {
+    const boxes = () => app.graph._nodes.map(node => {
+        const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
+        if (!drawn) return [String(node.id), ...node.boundingRect]
+        const { x, y, width, height } = drawn.getBoundingClientRect(), { scale, offset } = app.canvas.ds
+        const canvas = app.canvas.canvas.getBoundingClientRect()
+        return [String(node.id), (x - canvas.x) / scale - offset[0], (y - canvas.y) / scale - offset[1],
+            width / scale, height / scale]
+    })
+    const loaded = () => [...document.images].every(image => image.complete)
+        && [...document.querySelectorAll('video')].every(video => video.readyState > 0)
+    for (let before = '', alike = 0; alike < 3 || !loaded();) {
+        const drawn = app.canvas.frame
+        app.canvas.setDirty(true, true)
+        while (app.canvas.frame === drawn) await new Promise(requestAnimationFrame)
+        const now = JSON.stringify(boxes())
+        alike = now === before ? alike + 1 : 0
+        before = now
+    }
+    return boxes()
+}"""
+"""The place and size of each node, titles included, when pictures are loaded and three drawings made no difference."""
 
 
 @dataclass
@@ -42,14 +64,51 @@ class Page:
             "() => app.graph._nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type)"
         )
 
+    def design(self, newer: bool) -> None:
+        """Draw nodes in the page's older or its newer design."""
+        self.tab.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", newer)
+        self.tab.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=newer)
+
+    def choose(self, kind: str, widget: str, value: str) -> None:
+        """Choose a value on all nodes of a kind."""
+        self.tab.evaluate(
+            """([kind, name, value]) => app.graph._nodes.filter(n => n.type === kind).forEach(node => {
+                const widget = node.widgets.find(w => w.name === name)
+                widget.value = value
+                widget.callback?.(value)
+            })""",
+            [kind, widget, value],
+        )
+
+    def boxes(self) -> dict[str, tuple[float, float, float, float]]:
+        """Left, top, right and bottom of each node as it is drawn, once that rests."""
+        self.tab.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        found = self.tab.evaluate(SETTLED)
+        return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
+
+    def texts(self) -> list[str]:
+        """The texts that nodes show and nobody may edit."""
+        return self.tab.evaluate(
+            """() => [...document.querySelectorAll('textarea[readonly]')]
+                .filter(text => text.checkVisibility() && text.clientHeight > 10).map(text => text.value)"""
+        )
+
+    def queue(self, host: Host, prompt: dict[str, Any], timeout: float = 240) -> str:
+        """Have the host run a prompt of the nodes that are open, and wait for the end: the last message about it."""
+        client = self.tab.evaluate("() => app.api.clientId")
+        return self._until_end(lambda: host.post("/prompt", {"prompt": prompt, "client_id": client}), timeout)
+
     def run(self, timeout: float = 240) -> str:
         """Queue what is open, as its button does, and wait for the end: the last message about it."""
+        return self._until_end(lambda: self.tab.evaluate("() => { app.queuePrompt(0, 1) }"), timeout)
+
+    def _until_end(self, queue: Callable[[], Any], timeout: float) -> str:
         self.tab.evaluate("""() => {
             window.ended = null
             for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
                 app.api.addEventListener(kind, () => { window.ended ??= kind })
-            app.queuePrompt(0, 1)
         }""")
+        queue()
         self.tab.wait_for_function("() => window.ended", timeout=timeout * 1000)
         return self.tab.evaluate("() => window.ended")
 

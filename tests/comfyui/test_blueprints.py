@@ -29,10 +29,10 @@ CONNECT = """([title, values]) => {
 }"""
 
 
-def values(kind, target=TARGET):
-    words = {"reweight": ""} if kind == "Style" else {"blend_source": "", "blend_target": ""}
-    sizes = {"frames": 3, "width": SIDE, "height": SIDE, "steps": 4, "guidance": 7.5}
-    return {"source": SOURCE, "target": target, **words, **sizes}
+VALUES = {
+    "source": SOURCE, "target": TARGET, "frames": 3, "width": SIDE, "height": SIDE, "steps": 4, "guidance": 7.5
+}  # fmt: skip
+"""What a user changes: of words the prompts alone."""
 
 
 def find(page, title, tries=3):
@@ -58,7 +58,7 @@ def test_a_newcomer_finds_one_node_and_edits(host, kinds):
             title = f"{kind} Edit (FateZero)"
             page.open({"nodes": [], "links": [], "version": 0.4}, kind)
             find(page, title)
-            page.tab.evaluate(CONNECT, [title, values(kind)])
+            page.tab.evaluate(CONNECT, [title, VALUES])
             assert page.missing() == []
             prompt = page.prompt()
             (sampler,) = (n for n, node in prompt.items() if node["class_type"] == "FateZeroSampler")
@@ -77,6 +77,16 @@ def test_a_newcomer_finds_one_node_and_edits(host, kinds):
         }
         assert "FateZeroSampler" in ran and "FateZeroInvert" not in ran
         assert page.errors == []
+
+
+def test_no_words_of_the_prompts_that_ship_outlive_a_change():
+    """Blend words and weights of nodes are empty, which is those that change, and none."""
+    paths = [*FOLDER.glob("*.json"), *(REPO / "workflows").glob("*.json")]
+    graphs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    graphs += [inner for graph in graphs for inner in graph.get("definitions", {}).get("subgraphs", [])]
+    pairs = [node for graph in graphs for node in graph["nodes"] if node["type"] == "FateZeroPromptEdit"]
+    assert len(pairs) >= len(paths) - 1  # but for the workflow that only samples
+    assert [node["widgets_values"][3:] for node in pairs] == [["", "", ""]] * len(pairs)
 
 
 def test_blueprints_hold_the_nodes_as_they_are(host):

@@ -25,10 +25,14 @@ def shape_graph(memory="recompute") -> DemoGraph:
     return graph
 
 
-def lora_on(graph, lora, strength, on_inversion, on_edit):
-    model = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
+def lora_on(graph, lora, strength, on_inversion, on_edit, loader="LoraLoaderModelOnly"):
+    model = graph.add(loader, model=graph.demo[0], lora_name=lora, strength_model=strength)[0]
     graph.set(graph.invert, model=model if on_inversion else graph.demo[0])
     graph.set(graph.edit, model=model if on_edit else graph.demo[0])
+
+
+def bypass_lora_on(graph, lora, strength, on_inversion, on_edit):
+    lora_on(graph, lora, strength, on_inversion, on_edit, "LoraLoaderBypassModelOnly")
 
 
 def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
@@ -40,8 +44,12 @@ def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
 
 
 @pytest.mark.every_host
-@pytest.mark.parametrize(("mixed_in", "file"), [(lora_on, "lora"), (controlnet_on, "controlnet")])
+@pytest.mark.parametrize(
+    ("mixed_in", "file"), [(lora_on, "lora"), (bypass_lora_on, "lora"), (controlnet_on, "controlnet")]
+)
 def test_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
+    if mixed_in is bypass_lora_on and "LoraLoaderBypassModelOnly" not in host.known:
+        pytest.skip("this host has no bypass LoRA")
     file = request.getfixturevalue(file)
 
     def run(strength, memory, on_inversion, on_edit):
@@ -100,6 +108,28 @@ def test_guidance_nodes_keep_working(host):
     assert relative(patched(host, "RescaleCFG", multiplier=0.7), plain) > 1e-3
 
 
+def test_a_guidance_node_that_evaluates_the_negative_gets_the_negative(host):
+    """Which its call lists first, where the host's own have the positive."""
+    assert relative(patched(host, "OtherNegativeAgain"), edited(host, shape_graph())) < 1e-4
+
+
+def test_an_override_on_the_edit_alone_leaves_the_source_as_it_was(host):
+    def run(memory, scale):
+        graph = shape_graph(memory)
+        graph.set(graph.invert, key_frames="self")
+        graph.set(graph.edit, model=graph.add("OtherSparseAttention", model=graph.demo[0], scale=scale)[0])
+        return edited(host, graph)
+
+    computed, plain = run("recompute", 0.5), run("recompute", 1.0)
+    assert relative(run("queries_keys", 0.5), computed) < 1e-5
+    assert relative(computed, plain) > 1e-3
+
+
+def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host):
+    with pytest.raises(NodeError, match=r"did not reach 1 of \d+ attention layers .mid.0.self, ....: SkipBlock"):
+        patched(host, "OtherSkip")
+
+
 def test_guidance_in_one_call_or_two(host):
     assert relative(patched(host, "OtherSeparateCalls"), edited(host, shape_graph())) < 1e-5
 
@@ -153,7 +183,7 @@ def test_a_transformer_is_refused_with_what_works(host):
 
 def test_a_node_that_skips_unet_calls_is_refused(host):
     cache = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
-    with pytest.raises(NodeError, match="model: a UNet call reached none of its attention layers"):
+    with pytest.raises(NodeError, match="model: a call reached none of its attention layers"):
         patched(host, "EasyCache", DemoGraph(steps=20), reuse_threshold=3.0, **cache)
     assert relative(patched(host, "EasyCache", reuse_threshold=0.0, **cache), edited(host, shape_graph())) < 1e-6
 

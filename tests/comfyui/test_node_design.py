@@ -19,12 +19,13 @@ def test_the_newer_node_design_keeps_lines_and_puts_away_what_presets_ignore(hos
         with browser.opened(host) as page:
             page.open(workflow, "demo")
             assert page.run() == "execution_success"
-            page.tab.wait_for_function("() => /hooked 14 of 14/.test(document.body.innerText)")
-            shown = page.tab.evaluate("() => document.body.innerText")
+            page.boxes()
+            texts, shown = page.texts(), page.tab.evaluate("() => document.body.innerText")
             assert page.errors == []
     finally:
         host.post("/settings", {"Comfy.VueNodes.Enabled": False})
     lines = [line.strip() for line in shown.splitlines()]
-    assert "hooked 14 of 14 attention layers" in lines and "green <- (new)" in lines
+    told = [line for text in texts for line in text.splitlines()]
+    assert "hooked 14 of 14 attention layers" in told and "green <- (new)" in told
     assert "budget_gb" in lines and "preset" in lines
     assert not {"keep_steps", "cross_replace_steps", "separate_words"} & set(lines)

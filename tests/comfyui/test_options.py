@@ -232,10 +232,25 @@ def test_a_negative_may_be_for_a_part(host, option):
     assert relative(ours, plain) > 1e-3
 
 
+def test_an_area_of_the_negative_leaves_what_is_taken_of_the_source(host):
+    """The host evaluates the positive there once more, without its attention lining up with the source's."""
+    graph = DemoGraph()
+    plain = edited(host, graph)
+    graph.set(graph.edit, negative=OF_NEGATIVES["area"](graph, graph.words[0])[0])
+    computed = edited(host, graph)
+    assert relative(computed, plain) > 1e-3
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(edited(host, graph), computed) < 1e-5
+
+
 @pytest.mark.parametrize("socket", ["source", "positive"])
 @pytest.mark.parametrize(
-    "name", ["area", "mask", "concat_latent_image", "concat_mask", "reference_latents", "unclip_conditioning"]
-)
+    "name",
+    [
+        "area", "mask", "concat_latent_image", "concat_mask", "reference_latents", "unclip_conditioning",
+        "context_latents", "time_dim_concat",
+    ],
+)  # fmt: skip
 def test_an_option_that_no_clip_can_follow_is_refused_by_name(host, name, socket):
     graph = DemoGraph()
     node, prompt = (graph.invert, graph.words[0]) if socket == "source" else (graph.edit, graph.words[1])
@@ -370,8 +385,6 @@ def test_context_windows_fuse_as_the_hosts_do(host, fuse_method, schedule):
         host, graph, "ContextWindowsManual", model=graph.demo[0], context_length=4, context_overlap=2,
         context_schedule=schedule, fuse_method=fuse_method,
     )  # fmt: skip
-    if "causal_window_fix" in graph.prompt[windowed.id]["inputs"]:  # a frame before the window: ours need none
-        graph.set(windowed, causal_window_fix=False)
     graph.set(graph.edit, model=windowed[0])
     ours = edited(host, graph)
     seeing = graph.add(
@@ -387,6 +400,13 @@ def test_a_latent_of_other_data_is_refused(host):
     audio = graph.add("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
     graph.set(graph.invert, latent=audio[0])
     with pytest.raises(NodeError, match="latent: has shape"):
+        edited(host, graph)
+
+
+def test_a_latent_of_another_autoencoder_is_refused(host):
+    graph = DemoGraph()
+    graph.set(graph.invert, latent=graph.add("OtherLatent", seed=1, shape="3,16,4,4")[0])
+    with pytest.raises(NodeError, match="latent: has 16 channels, but BaseModel has latents of 4"):
         edited(host, graph)
 
 

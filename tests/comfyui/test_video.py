@@ -93,6 +93,14 @@ def test_what_is_no_video_is_refused(host):
         loaded(host, file="empty.mp4")
 
 
+def test_a_file_that_is_missing_is_told_once(host):
+    with pytest.raises(NodeError) as refused:
+        loaded(host, file="gone.mp4")
+    (told,) = refused.value.report["node_errors"].values()
+    (error,) = told["errors"]
+    assert "no video 'gone.mp4'" in str(error)
+
+
 def test_latents_in_chunks_are_those_of_the_core_node(host):
     graph = DemoGraph()
     graph.set(graph.latent, chunk_size=2)

@@ -1,5 +1,6 @@
 """A Wan MODEL: both hosts edit it alike, and what stands beside it in the host's chain counts."""
 
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,6 +183,32 @@ def test_other_packs_attention_and_blocks_stay(host, graph, checkpoint, plain, k
     assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
 
 
+@pytest.mark.parametrize("preset", ["attribute", "shape+"])
+def test_an_override_that_is_laid_again_at_each_step_is_the_kernel(host, graph, checkpoint, preset):
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    graph.set(graph.edit, preset=preset)
+    plain = by_host(host, graph, checkpoint)
+    other = graph.add("OtherSparseAttention", model=graph.model[0], scale=1.0)
+    graph.both(other[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+    graph.set(other, scale=0.5)
+    assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
+
+
+def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host, graph, checkpoint):
+    graph.both(graph.add("OtherSkip", model=graph.model[0])[0])
+    with pytest.raises(NodeError, match=r"did not reach 2 of 8 attention layers .block.1.self, ....: SkipBlock"):
+        by_host(host, graph, checkpoint)
+
+
+def test_texts_that_the_host_cannot_call_together_run_apart(host, graph, checkpoint):
+    joined = graph.add("ConditioningConcat", conditioning_to=graph.words[1], conditioning_from=graph.words[0])
+    graph.set(graph.edit, positive=joined[0])
+    computed = by_host(host, graph, checkpoint)
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
+
+
 def test_weights_that_wait_elsewhere(host, graph, checkpoint, plain):
     graph.both(graph.add("OtherLowVram", model=graph.model[0])[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
@@ -224,6 +251,22 @@ def test_a_lora_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, check
     assert torch.equal(by_host(host, graph, checkpoint), plain)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("LoraLoaderBypassModelOnly", {"lora_name": "wan.safetensors", "strength_model": 1.0}),
+        ("ScaleROPE", {"scale_x": 0.5, "scale_y": 0.5, "shift_t": 1.0}),
+    ],
+)
+def test_a_node_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, checkpoint, plain, lora, kind, settings):
+    """Computed again, the source gives what was kept of it before."""
+    graph.set(graph.edit, model=graph.add(kind, model=graph.model[0], **settings)[0])
+    computed = by_host(host, graph, checkpoint)
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
+    assert relative(computed, plain) > 1e-3
+
+
 def test_windows_over_frames(host, graph, checkpoint, plain):
     windows = graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=FRAMES, context_overlap=1,
@@ -233,10 +276,48 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
     graph.both(windows[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5, "one window holds all frames"
     graph.set(windows, context_length=2)
-    assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < 1
+    computed = by_host(host, graph, checkpoint)
+    assert 1e-4 < relative(computed, plain) < 1
+    graph.set(graph.invert, memory="auto")
+    assert torch.equal(by_host(host, graph, checkpoint), computed), "which takes no memory that would keep one of them"
+    graph.set(graph.invert, memory="queries_keys")
+    with pytest.raises(NodeError, match="keeps one attention of each frame"):
+        by_host(host, graph, checkpoint)
+    graph.set(graph.invert, model=graph.model[0], memory="recompute")
+    with pytest.raises(NodeError, match="other context windows than the inversion"):
+        by_host(host, graph, checkpoint)
+    graph.both(windows[0])
     graph.set(windows, dim=0)
     with pytest.raises(NodeError, match="along dim 0; frames lie along dim 2"):
         by_host(host, graph, checkpoint)
+
+
+def by_the_hosts_guider(host, graph, checkpoint) -> torch.Tensor:
+    """What the host's own guider and Euler steps, a flow's own, give of the inverted noise."""
+    asked = graph.prompt[graph.edit.id]["inputs"]
+    guider = graph.add("CFGGuider", cfg=asked["guidance"], **{k: asked[k] for k in ("model", "positive", "negative")})
+    noise = graph.add("OtherLatentNoise", model=graph.model[0], latent=graph.invert[0])
+    sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
+    euler = graph.add("KSamplerSelect", sampler_name="euler")
+    sampled = graph.add(
+        "SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=euler[0], sigmas=sigmas[0],
+        latent_image=noise[1],
+    )  # fmt: skip
+    of_host = copy(graph)
+    of_host.edit = sampled
+    return by_host(host, of_host, checkpoint)
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "looped_uniform"])
+def test_windows_are_the_hosts(host, graph, checkpoint, schedule):
+    """With the frame before each, and in the order of those that go round the clip's end."""
+    graph.set(graph.latent, shape="1,16,5,4,6")
+    windows = graph.add(
+        "ContextWindowsManual", model=graph.model[0], context_length=3, context_overlap=1, context_schedule=schedule,
+        context_stride=1, closed_loop=True, fuse_method="pyramid", dim=2, causal_window_fix=True,
+    )  # fmt: skip
+    graph.set(graph.edit, model=windows[0], preset="none")
+    assert relative(by_host(host, graph, checkpoint), by_the_hosts_guider(host, graph, checkpoint)) < 1e-4
 
 
 SLG = {
@@ -248,7 +329,10 @@ SLG = {
 @pytest.mark.parametrize(("kind", "settings"), [("SkipLayerGuidanceDiT", SLG), ("CFGZeroStar", {})])
 def test_other_guidance(host, graph, checkpoint, plain, kind, settings):
     graph.set(graph.edit, model=graph.add(kind, model=graph.model[0], **settings)[0])
-    assert relative(by_host(host, graph, checkpoint), plain) > 1e-4
+    computed = by_host(host, graph, checkpoint)
+    assert relative(computed, plain) > 1e-4
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
 
 
 def test_a_mask_of_the_latent_keeps_the_rest(host, graph, checkpoint):
@@ -297,7 +381,12 @@ def test_no_trace_is_left_on_the_model(host, graph):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [("wan_i2v", "takes more than text .Wan i2v"), ("flux", "no attention UNet for pictures")]
+    ("kind", "error"),
+    [
+        ("wan_i2v", "is Wan i2v with 36 channels in, not text to video"),
+        ("wan_vace", "is Wan VACE, not text to video"),
+        ("flux", "no attention UNet for pictures"),
+    ],
 )
 def test_other_transformers_are_refused(host, graph, kind, error):
     graph.both(graph.add("OtherRandomModel", kind=kind)[0])

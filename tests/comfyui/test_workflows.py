@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from comfyui import page as browser
 from comfyui.host import REPO
+from comfyui.layout_of_nodes import groups_of, lay_out, members_of, troubles
 from PIL import Image
 
 from fatezero.video.read import read_video
@@ -34,6 +35,8 @@ DEMO = {
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 OFTEN = ("demo",)
 """Those that run in the page by default; the others do so as prompts, which the page makes the same."""
+ROOMS = ("demo", "wan")
+"""Those whose room is looked at by default."""
 
 
 WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas", "FateZeroFlowEdit")
@@ -131,14 +134,42 @@ def test_the_page_opens_a_workflow_whole(page, name):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ROOMS else pytest.mark.slow) for n in NAMES])
+def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, controlnet, name):
+    """In both designs of nodes. FATEZERO_LAY_OUT=1 moves nodes and groups of the workflow apart instead."""
+    host.forget()
+    workflow = read(name)
+    page.design(newer=False)
+    page.open(workflow, name)
+    prompt = host.complete(of_demo(page.prompt(), host, lora, controlnet))
+    page.choose("FateZeroLoadVideo", "file", "clip.mp4")
+    boxes = {"chosen": page.boxes()}
+    assert page.queue(host, prompt) == "execution_success"
+    for newer in (False, True):
+        page.design(newer)
+        boxes["newer design" if newer else "older design"] = page.boxes()
+        assert any(("guided in" if name == "layout_new_clip" else "hooked") in text for text in page.texts())
+    page.design(newer=False)
+    if os.environ.get("FATEZERO_LAY_OUT"):
+        lay_out(workflow, boxes.values())
+        path = FOLDER / f"{name}.json"
+        indent = path.read_text(encoding="utf-8").index('"') - 2
+        path.write_text(json.dumps(workflow, indent=indent) + "\n", encoding="utf-8")
+    found = {when: troubles(boxes[when], groups_of(workflow), members_of(workflow)) for when in boxes}
+    assert found == {when: [] for when in boxes}
+    assert page.errors == []
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
 def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     """With fewer steps, for time. FATEZERO_PICTURES=folder keeps the picture that the README shows."""
     page.errors.clear()
     host.forget()  # texts of cached nodes are not sent again
-    workflow = read(name)
+    workflow, frames = read(name), 8 if "FATEZERO_PICTURES" in os.environ else 3
     for node in workflow["nodes"]:
-        if node["type"] in WITH_STEPS:
+        if node["type"] == "FateZeroLoadVideo":
+            node["widgets_values"][3] = frames
+        elif node["type"] in WITH_STEPS:
             node["widgets_values"][0] = DEMO[name]
         elif node["type"] == "FateZeroTuneOnVideo":
             node["widgets_values"][0] = 2
@@ -148,10 +179,8 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
     assert page.run() == "execution_success"
     page.picture(Path(os.environ.get("FATEZERO_PICTURES", tmp_path)) / f"page_{name}.jpg")
     assert page.errors == []
-    shown = page.tab.evaluate(
-        "() => app.graph._nodes.flatMap(n => (n.widgets ?? []).map(w => String(w.value))).join('\\n')"
-    )
+    shown = "\n".join(page.texts())
     layers = "12 of 12" if name == "wan_demo" else "14 of 14"
-    told = (f"8 frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
+    told = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
     for text in ("guided in 3 predictions of 3 steps",) if name == "layout_new_clip" else told:
         assert text in shown  # the store's bytes, the alignment and the report stand on their nodes

@@ -1,10 +1,9 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from fatezero.diffusion.ddim import ddim_move, guide, root
+from fatezero.diffusion.ddim import ddim_move, guide
 
 
 def test_moving_there_and_back_along_the_same_noise_returns():
@@ -22,10 +21,17 @@ def test_a_move_keeps_the_clean_picture_it_implies():
     assert torch.allclose(ddim_move(z, noise, a, b), b.sqrt() * clean + (1 - b).sqrt() * noise)
 
 
-def test_roots_are_rounded_right_on_every_machine(denoiser):
-    alphas = denoiser.scheduler.alphas_cumprod
-    for x in (alphas, 1 - alphas):
-        assert root(x).tolist() == [float(np.float32(math.sqrt(value))) for value in x.tolist()]
+def test_coefficients_are_in_double_precision(denoiser):
+    schedule = denoiser.schedule(20)
+    for level, alpha in enumerate(schedule.alphas.tolist()):
+        assert schedule.signal(level).item() == pytest.approx(math.sqrt(alpha), rel=1e-15)
+        assert schedule.noise(level).item() == pytest.approx(math.sqrt(1 - alpha), rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_move_keeps_the_precision_of_the_latents(denoiser, dtype):
+    z, noise = torch.randn(2, 1, 4, 8, 8, dtype=dtype)
+    assert denoiser.schedule(20).move(z, noise, 3, 4).dtype == dtype
 
 
 def test_guidance_one_is_the_positive_branch():

@@ -154,6 +154,26 @@ def test_where_frames_meet_otherwise_chunks_overlap_and_come_near(denoiser, toke
     assert 0 < error < 0.5 * relative(alone, whole)
 
 
+@pytest.mark.parametrize("memory", ["queries_keys", "maps"])
+@pytest.mark.parametrize(("key_frames", "clip_norm"), [(("first", "previous"), False), (("self",), True)])
+def test_attention_of_frames_that_meet_is_kept_of_the_whole_clip_alone(
+    denoiser, tokenizer, memory, key_frames, clip_norm
+):
+    """Each chunk has an attention of its own, where a store keeps one."""
+    latents, refused = random_latents(5), f'memory "{memory}" keeps one attention of each frame'
+
+    def inverted(memory, chunk):
+        return invert(denoiser, latents, random_text(0), 2, key_frames, clip_norm, memory, chunk)
+
+    with pytest.raises(ValueError, match=refused):
+        inverted(memory, 3)
+    assert inverted("auto", 3).store.memory == "recompute"
+    assert inverted("auto", None).store.memory == "queries_keys"
+    prompt = replace_edit(tokenizer)
+    with pytest.raises(ValueError, match=refused):
+        edit(denoiser, inverted(memory, None), random_text(1), random_text(2), 7.5, prompt, BLENDED, chunk_frames=3)
+
+
 def test_a_chunk_too_short_is_refused(denoiser):
     with pytest.raises(ValueError, match=r"chunk_frames is 0; it must be at least 1"):
         invert(denoiser, random_latents(4), random_text(0), 1, chunk_frames=0)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fatezero.files import whole
-from fatezero.files.whole import check_writable, disk_folder, is_in_memory, temporary_folder, whole_file
+from fatezero.files.whole import check_writable, disk_folder, is_in_memory, reserved, temporary_folder, whole_file
 
 HELD = """
-import sys, time
+import sys
 from pathlib import Path
 from fatezero.files.whole import temporary_folder, whole_file
 parent = Path(sys.argv[1])
@@ -21,14 +21,16 @@ folder = temporary_folder(parent)
 with whole_file(parent / "video.mp4") as partial:
     partial.write_bytes(b"half")
     print("ready", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 @pytest.fixture
 def other(tmp_path):
     """A process that holds a temporary folder and a half-written file."""
-    process = subprocess.Popen([sys.executable, "-c", HELD, tmp_path], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     yield process
     process.kill()
@@ -54,6 +56,36 @@ def test_what_another_process_holds_stays_until_it_is_gone(other, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {mine.name, third.name, "video.mp4"}
     for folder in (mine, third):
         whole.remove_folder(folder)
+
+
+NAMED = """
+import sys, time
+from pathlib import Path
+from fatezero.files.whole import reserved
+with reserved(Path(sys.argv[1]) / "new" / "o.mp4"):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
+def test_a_name_is_one_runs_until_it_ends_however_it_ends(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", NAMED, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        (tmp_path / "link.mp4").symlink_to(tmp_path / "new" / "o.mp4")
+        for name in ("new/o.mp4", "new/../new/o.mp4", "link.mp4"):
+            for overwrite in (False, True):
+                with pytest.raises(FileExistsError, match="being written by another run"):
+                    check_writable(tmp_path / name, overwrite)
+        check_writable(tmp_path / "new" / "p.mp4")
+    finally:
+        other.kill()
+        other.wait()
+    with reserved(tmp_path / "new" / "o.mp4"), pytest.raises(FileExistsError, match="another run"):
+        check_writable(tmp_path / "new" / "o.mp4")
+    check_writable(tmp_path / "new" / "o.mp4")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_other_peoples_folders_and_links_stay(tmp_path):
@@ -95,8 +127,10 @@ def test_what_stands_in_the_way_is_told_before_any_work(tmp_path):
         check_writable(here)
     check_writable(here, overwrite=True)
     (tmp_path / "link.mp4").symlink_to(here)
-    with pytest.raises(FileExistsError, match="an input of this run"):
-        check_writable(tmp_path / "link.mp4", overwrite=True, inputs=[here])
+    with pytest.raises(FileExistsError, match="exists; give --overwrite"):
+        check_writable(tmp_path / "link.mp4")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        check_writable(os.fsdecode(b"o\xff.mp4"))
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(OSError, match="it is a folder"):
         check_writable(tmp_path / "folder.mp4", overwrite=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sdxl import write_sdxl
 
 from fatezero.demo.single_file import single_file
 from fatezero.hosts.checkpoint import DEMO, Checkpoint, CheckpointError
@@ -70,58 +71,9 @@ def test_prompts_of_any_length(demo):
     assert torch.equal(demo.encode_prompt(short, 64, 64).embeddings, demo.text_encoders[0](ids).last_hidden_state)
 
 
-def test_a_lora_file_is_fused(demo, tmp_path):
-    peft = pytest.importorskip("peft")
-    from diffusers import StableDiffusionPipeline
-    from peft.utils import get_peft_model_state_dict
-
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO, local_files_only=True)
-    torch.manual_seed(0)
-    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k", "to_q"], init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
-    (file,) = tmp_path.glob("*.safetensors")
-    loaded = Checkpoint.load("demo", lora=str(file))
-    off = Checkpoint.load("demo", lora=str(file), lora_scale=0.0)
-    name = "0.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-    assert not torch.allclose(weights(loaded)[name], weights(demo)[name])
-    assert torch.allclose(weights(off)[name], weights(demo)[name], atol=1e-6)
-    assert weights(loaded).keys() == weights(demo).keys(), "nothing of the adapter stays behind"
-    loaded.denoiser.identity()
-
-
 @pytest.fixture(scope="module")
-def sdxl_folder(tokenizer, tmp_path_factory):
-    """A tiny SDXL in diffusers' folder layout: two text encoders, pooled text and sizes."""
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from fatezero.demo.model import build_scheduler, build_vae
-    from small import small_unet
-
-    def config(**options):
-        return CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
-            projection_dim=12, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, **options,
-        )  # fmt: skip
-
-    torch.manual_seed(0)
-    unet = small_unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 12,
-        transformer_layers_per_block=(1, 2, 1),
-    ).float()
-    folder = tmp_path_factory.mktemp("sdxl")
-    StableDiffusionXLPipeline(
-        vae=build_vae(),
-        text_encoder=CLIPTextModel(config()),
-        text_encoder_2=CLIPTextModelWithProjection(config(hidden_act="gelu")),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=build_scheduler(),
-    ).save_pretrained(folder)
-    return folder
+def sdxl_folder(tmp_path_factory):
+    return write_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
 def test_sdxl_text_is_the_pipelines_own(sdxl_folder):

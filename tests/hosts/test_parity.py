@@ -1,4 +1,4 @@
-"""The reference results of the authors' code, reproduced through the public names."""
+"""The reference results of the authors' code, reproduced through the public names and step by step."""
 
 import json
 
@@ -7,11 +7,13 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
+from fatezero.diffusion.edit import Edit
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store.records import MEMORIES
-from small import FIXTURES, reference_denoiser, relative, round_as_the_reference
+from small import FIXTURES, levels_of, reference_denoiser, reference_inversion, relative, stepped
 
 CASES = json.loads((FIXTURES / "cases.json").read_text())
+STEPS = CASES["steps"]
 
 
 @pytest.fixture(scope="module")
@@ -19,35 +21,19 @@ def reference() -> DiffusersDenoiser:
     return reference_denoiser()
 
 
-@pytest.fixture
-def roots_of_the_reference(monkeypatch):
-    round_as_the_reference(monkeypatch)
-
-
-OFTEN = {"style": "maps", "shape_replace": "queries_keys"}
-"""What runs by default: both ways to fuse, and both inversions (that of `reconstruct` is `style`'s). test_edit shows on
-small models that all memories agree. `pytest -m slow` runs the rest."""
-
-
-@pytest.mark.parametrize(
-    ("name", "memory"),
-    [
-        pytest.param(name, memory, marks=[] if OFTEN.get(name) == memory else pytest.mark.slow)
-        for name in CASES["cases"]
-        for memory in MEMORIES
-    ],
-)
-def test_reference(reference, roots_of_the_reference, name, memory):
-    case, given = CASES["cases"][name], load_file(FIXTURES / f"{name}.safetensors")
-    inversion = invert(
-        reference,
-        given["z0"],
-        given["source"],
-        steps=CASES["steps"],
-        key_frames=tuple("middle" if entry == "mid" else entry for entry in case["kv"]),
-        clip_norm=True,
-        memory=StoreSettings(memory, max_tokens=1024),
+def given(name):
+    """A case's settings and tensors; what all cases of a source share is in `reconstruct` alone."""
+    return CASES["cases"][name], load_file(FIXTURES / "reconstruct.safetensors") | load_file(
+        FIXTURES / f"{name}.safetensors"
     )
+
+
+def key_frames(case):
+    return tuple("middle" if entry == "mid" else entry for entry in case["kv"])
+
+
+def edited(case, tensors):
+    """The edit of a case."""
     prompt = PromptEdit(
         CASES["source"],
         case["target"],
@@ -63,14 +49,54 @@ def test_reference(reference, roots_of_the_reference, name, memory):
         blend_threshold=case.get("th", [0.3])[0],
         max_tokens=1024,
     )
-    edited = edit(
+    return Edit(tensors["target"], tensors["uncond"], case["cfg"], prompt, fusion)
+
+
+def test_an_inversion_and_the_first_step_of_an_edit(reference):
+    """In double precision from end to end."""
+    case, tensors = given("style")
+    settings = {"steps": STEPS, "key_frames": key_frames(case), "clip_norm": True, "prompt": CASES["source"]}
+    inversion = invert(reference, tensors["z0"], tensors["source"], **settings)
+    assert relative(inversion.latents, levels_of(tensors, "inverted", STEPS)) < 1e-7
+    after = stepped(reference, inversion, edited(case, tensors), 0)
+    assert relative(after, tensors["edited.1"].double()) < 1e-7
+
+
+@pytest.mark.parametrize(("name", "step"), [("shape_replace", 1), ("refine_blend", 1)])
+def test_a_step_of_an_edit(reference, name, step):
+    """From the reference's latents to those after a step with masks. Latents come rounded to single
+    precision, 6e-8, of which guidance makes 1e-6 and more."""
+    case, tensors = given(name)
+    inversion = reference_inversion(
+        reference, tensors, tensors["source"], STEPS, key_frames(case), clip_norm=True, prompt=CASES["source"]
+    )
+    after = stepped(reference, inversion, edited(case, tensors), step, tensors[f"edited.{step}"])
+    assert relative(after, tensors[f"edited.{step + 1}"].double()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES["cases"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_whole_edit(reference, name, memory):
+    case, tensors = given(name)
+    inversion = invert(
+        reference,
+        tensors["z0"],
+        tensors["source"],
+        steps=STEPS,
+        key_frames=key_frames(case),
+        clip_norm=True,
+        memory=StoreSettings(memory, max_tokens=1024),
+    )
+    asked = edited(case, tensors)
+    result = edit(
         reference,
         inversion,
-        given["target"],
-        given["uncond"],
-        guidance_scale=case["cfg"],
-        prompt=prompt,
-        fusion=fusion,
+        asked.target_embeddings,
+        asked.negative_embeddings,
+        guidance_scale=asked.guidance_scale,
+        prompt=asked.prompt,
+        fusion=asked.fusion,
     )
-    assert relative(inversion.latents[-1], given["noise"].double()) < 1e-6
-    assert relative(edited, given["edited"].double()) < 1e-6
+    assert relative(inversion.latents[-1], tensors[f"inverted.{STEPS}"].double()) < 1e-7
+    assert relative(result, tensors[f"edited.{STEPS}"].double()) < 1e-6

@@ -184,7 +184,7 @@ def test_a_store_takes_what_it_tells(denoiser):
 
 
 def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
-    """A flow's levels and the solver's order with it; chunks overlap, and come near the whole."""
+    """A flow's levels and the solver's order with it; chunks overlap, and come near the whole where nothing is kept."""
     made = invert(denoiser, random_latents(6), random_text(2), 4, memory="queries_keys", order=2)
     made.store.save(tmp_path / "store.safetensors")
     loaded = Inversion(AttentionStore.load(tmp_path / "store.safetensors"))
@@ -192,7 +192,10 @@ def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
     settings = (random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6))
     whole = edit(denoiser, made, *settings)
     assert torch.equal(edit(denoiser, loaded, *settings), whole)
-    assert 1e-4 < relative(edit(denoiser, made, *settings, chunk_frames=4), whole) < 1
+    with pytest.raises(ValueError, match="keeps one attention of each frame"):
+        edit(denoiser, made, *settings, chunk_frames=4)
+    latents_alone = invert(denoiser, random_latents(6), random_text(2), 4, order=2)
+    assert 1e-4 < relative(edit(denoiser, latents_alone, *settings, chunk_frames=4), whole) < 1
 
 
 def test_a_store_of_a_unet_is_refused(denoiser, inversion):
@@ -240,8 +243,6 @@ def test_what_it_does_not_take(denoiser):
         invert(denoiser, random_latents(), torch.zeros(1, 8, 5, dtype=torch.float64), 2)
     with pytest.raises(ValueError, match="order is 3"):
         invert(denoiser, random_latents(), random_text(2), 2, order=3)
-    with pytest.raises(ValueError, match="leave chunk_frames out"):
-        invert(denoiser, random_latents(), random_text(2), 2, memory="maps", chunk_frames=2)
     other = small_wan()
     other.blocks[0].attn1.processor = object()
     with pytest.raises(ValueError, match="cannot reproduce"):

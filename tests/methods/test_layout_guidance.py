@@ -13,6 +13,7 @@ from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
 from fatezero.hosts.diffusers_memory import LiveBytes, guidance_bytes
 from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
+from fatezero.methods import layout_guidance
 from fatezero.methods.layout_guidance import (
     ENERGIES,
     EnergyControl,
@@ -39,19 +40,16 @@ def video_denoiser():
 
 
 def test_backward_guidance_is_the_references(monkeypatch):
-    tensors, told = load_file(FIXTURES / "guidance_backward.safetensors"), []
+    tensors, found = load_file(FIXTURES / "guidance_backward.safetensors"), []
     layout = LayoutGuidance(tensors["target"], columns=[3], steps=(0, 1, 2))
-    found = LayoutGuidance.moved
 
-    def moved(self, denoiser, latents, timestep, alpha, condition, keys, *rest):
-        told.append(energy_gradient(denoiser, latents, timestep, condition, self, keys))
-        return found(self, denoiser, latents, timestep, alpha, condition, keys, *rest)
+    def recorded(*given):
+        found.append(energy_gradient(*given))
+        return found[-1]
 
-    monkeypatch.setattr(LayoutGuidance, "moved", moved)
-    made = generate(
-        video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 15.0, "self", False, layout=layout
-    )
-    energies, gradients = zip(*told, strict=True)
+    monkeypatch.setattr(layout_guidance, "energy_gradient", recorded)
+    made = generate(video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 15.0, layout=layout)
+    energies, gradients = zip(*found, strict=True)
     assert relative(torch.tensor(energies), tensors["energies"]) < 1e-6
     assert relative(torch.stack(gradients), tensors["gradients"].double()) < 1e-6
     assert relative(made, tensors["levels"][-1].double()) < 1e-6
@@ -60,9 +58,7 @@ def test_backward_guidance_is_the_references(monkeypatch):
 def test_forward_guidance_is_the_references():
     tensors = load_file(FIXTURES / "guidance_forward.safetensors")
     layout = LayoutGuidance(target=tensors["target"], columns=[3], mode="forward", steps=(0, 1))
-    made = generate(
-        video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 7.5, "self", False, layout=layout
-    )
+    made = generate(video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 7.5, layout=layout)
     assert relative(made, tensors["levels"][-1].double()) < 1e-6
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from clips import flashes
 from fatezero.video.colour import WHITE, tone_mapped
 from fatezero.video.read import VideoError, open_video, read_video
-from fatezero.video.write import write_video
+from fatezero.video.write import FrameDigest, shortcomings, write_video
 
 RGB = (200, 50, 90)
 
@@ -187,11 +187,40 @@ def test_a_gif_has_its_frames_times_and_colours(tmp_path):
     assert np.abs(np.array(seen) - colours.numpy()).max() <= 8
 
 
-def test_the_same_frames_give_the_same_bytes(tmp_path):
+@pytest.mark.parametrize(("fps", "kept"), [(50, 12), (60, 10), (100, 6), (240, 3), (1000, 1)])
+def test_a_gif_has_no_time_that_browsers_take_for_another(tmp_path, fps, kept):
+    """They show a frame of less than two hundredths of a second for ten."""
+    frames = (20 * torch.arange(12, dtype=torch.uint8))[:, None, None, None].expand(12, 8, 8, 3)
+    with Image.open(write_video(tmp_path / "a.gif", frames, Fraction(fps))) as picture:
+        durations = [picture.info["duration"]]
+        for i in range(1, getattr(picture, "n_frames", 1)):
+            picture.seek(i)
+            durations.append(picture.info["duration"])
+    assert min(durations) >= 20 and sum(durations) == pytest.approx(12000 / fps, abs=10)
+    assert abs(len(durations) - kept) <= 2
+    said = shortcomings(tmp_path / "a.gif", Fraction(fps), 12, sound=True)
+    assert len(said) == (2 if len(durations) < 12 else 1) and "holds no sound" in said[0]
+    assert fps == 50 or f"shows {len(durations)} of the 12 frames" in said[1]
+    assert shortcomings(tmp_path / "a.mp4", Fraction(fps), 12, sound=True) == []
+
+
+def test_a_digest_is_that_of_frames_their_sizes_and_order():
+    frames = torch.randint(256, (3, 8, 6, 3), dtype=torch.uint8)
+
+    def digest(frames) -> str:
+        found = FrameDigest()
+        assert len(list(found.passing(frames))) == len(frames)
+        return str(found)
+
+    assert digest(frames) == digest(frames.clone()) == digest(frames.transpose(1, 2).contiguous().transpose(1, 2))
+    assert len({digest(f) for f in (frames, frames.flip(0), frames[:2], frames.reshape(3, 6, 8, 3), frames ^ 1)}) == 5
+
+
+def test_the_same_frames_are_decoded_to_the_same_pixels(tmp_path):
     frames = (torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
     for suffix in (".mp4", ".mkv", ".webm"):
         paths = [write_video(tmp_path / f"{name}{suffix}", frames, Fraction(8)) for name in "ab"]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert torch.equal(read_video(paths[0]).frames, read_video(paths[1]).frames)
 
 
 # --- memory -----------------------------------------------------------------------------------

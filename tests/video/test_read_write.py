@@ -10,7 +10,7 @@ from PIL import Image
 
 from clips import flashes
 from fatezero.video.read import Sound, VideoError, open_video, read_video
-from fatezero.video.write import check_output, write_video
+from fatezero.video.write import output_files, write_video
 
 
 def moving_bars(frames=10, height=32, width=48):
@@ -146,11 +146,17 @@ def test_odd_sizes_are_padded_for_the_codec(tmp_path):
 
 def test_output_names_are_checked_before_any_work(tmp_path):
     for name, frames in (("a.mp4", 8), ("a.webm", 8), ("a.gif", 8), ("a.png", 1), ("new/", 8), ("f_%04d.jpg", 8)):
-        check_output(f"{tmp_path}/{name}", frames)
+        assert len(output_files(f"{tmp_path}/{name}", frames)) in (1, frames)
     for name, frames in (("a.wmv", 8), ("a.png", 8), ("a", 1)):
         with pytest.raises(ValueError, match="cannot write"):
-            check_output(tmp_path / name, frames)
-    assert list(tmp_path.iterdir()) == []
+            output_files(tmp_path / name, frames)
+    with pytest.raises(ValueError, match="several places for the number"):
+        output_files("f_%04d_%04d.png", 2)
+    names = {
+        "my%20dog.png": "my%20dog.png", "f_%d.png": "f_0.png", "100%_%03d.png": "100%_000.png", "%04d.webp": "0000.webp"
+    }  # fmt: skip
+    for name, first in names.items():
+        assert output_files(name, 1)[0].name == first
 
 
 def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):

@@ -205,11 +205,11 @@ def test_an_end_before_the_start_and_too_few_frames(counted):
 
 
 def test_a_source_is_found_without_decoding_it_and_decoded_once(counted, monkeypatch):
-    import fatezero.video.read as reading
+    from fatezero.video import colour
 
     calls = []
-    plain = reading.to_rgb
-    monkeypatch.setattr(reading, "to_rgb", lambda *given: calls.append(1) or plain(*given))
+    plain = colour.to_rgb
+    monkeypatch.setattr(colour, "to_rgb", lambda *given: calls.append(1) or plain(*given))
     fitted = FittedVideo.of(open_video(counted, 10, 1, 20), (0, 0, 0, 0), (24, 16))
     assert calls == []
     assert sum(1 for _ in fitted.frames()) == len(fitted) == 20

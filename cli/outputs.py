@@ -1,0 +1,77 @@
+"""The outputs of a run: none is an input, and no other run takes their names before it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from ..files.whole import check_free, check_name, reserved
+from ..video.pictures import picture_files, would_name
+from ..video.write import output_files
+
+
+class Outputs(ExitStack):
+    """The files that a run writes, each checked before any work, and its name held until this context ends.
+
+    overwrite: replace those that are there. clips: inputs that are videos, pictures, folders, patterns or globs of
+    pictures. others: inputs that are files, or folders of files as a model's. An input is never replaced, whatever
+    name it goes by, and no output becomes one.
+    """
+
+    def __init__(self, overwrite: bool, clips: Iterable[str | Path], others: Iterable[str | Path] = ()) -> None:
+        super().__init__()
+        self._overwrite, self._clips = overwrite, [Path(clip) for clip in clips]
+        self._inputs = dict[tuple[int, int], Path]()
+        self._taken = set[str]()
+        for given, files in ((self._clips, _of_clip), ([Path(other) for other in others], _of_folder)):
+            for path in given:
+                check_name(path)
+                with suppress(OSError, ValueError):  # what is not there is told by those who read it
+                    self._inputs |= {_identity(file): path for file in files(path)}
+
+    def clip(self, path: str | Path, frames: int) -> None:
+        """Frames at a path; ValueError for a name that cannot take them, OSError for a place that cannot."""
+        first, *more = output_files(path, frames)
+        self.file(first)
+        for one in more:
+            self._refuse_input(one)
+            check_free(one, self._overwrite)
+
+    def file(self, path: str | Path) -> None:
+        """Any other file; OSError where it cannot be written."""
+        path = Path(path)
+        self._refuse_input(path)
+        name = os.path.realpath(path)
+        if name in self._taken:
+            raise ValueError(f"{path} is named for two outputs of this run")
+        self._taken.add(name)
+        self.enter_context(reserved(path, self._overwrite))
+
+    def _refuse_input(self, path: Path) -> None:
+        if path.exists() and (given := self._inputs.get(_identity(path))) is not None:
+            which = "" if given == path else f" ({given})"
+            raise FileExistsError(f"{path} is an input of this run{which}; it is never overwritten")
+        for clip in self._clips:
+            if would_name(clip, path):
+                raise FileExistsError(f"{path} would become part of the input {clip}: write to another folder")
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """The same for all names of a file."""
+    about = file.stat()
+    return about.st_dev, about.st_ino
+
+
+def _of_clip(path: Path) -> Iterable[Path]:
+    return picture_files(path) or [path]
+
+
+def _of_folder(path: Path) -> Iterator[Path]:
+    """A file, or those of a folder and the folders in it, as a model's."""
+    if not path.is_dir():
+        yield path
+        return
+    for pattern in ("*", "*/*"):
+        yield from (file for file in path.glob(pattern) if file.is_file())

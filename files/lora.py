@@ -1,0 +1,64 @@
+"""LoRA files as people name them: "style.safetensors", with a strength "style.safetensors=0.8"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+PICKLED = (".bin", ".pt", ".pth")
+"""What files are called that torch reads, weights alone; others are safetensors."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file, or a folder with one, and its strength."""
+
+    path: str
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """`FILE` or `FILE=STRENGTH`; a file that exists under the whole text is that file.
+
+        Raises ValueError for a strength that is not finite.
+        """
+        path, _, number = text.rpartition("=")
+        if not path or Path(text).exists():
+            return cls(text)
+        try:
+            strength = float(number)
+        except ValueError:
+            return cls(text)
+        if not isfinite(strength):
+            raise ValueError(f"lora {text!r} has strength {number}: give a finite number")
+        return cls(path, strength)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        plain = self.strength == 1 and self.parse(self.path) == LoraFile(self.path)
+        return self.path if plain else f"{self.path}={self.strength:g}"
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def file(self) -> Path:
+        """The file itself; of a folder, the only LoRA in it. Raises ValueError for none or several."""
+        path = Path(self.path)
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise ValueError(f"no LoRA at {self.path}: give a file, or a file and its strength, FILE=0.8")
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix in (".safetensors", *PICKLED) and not file.name.startswith(".")
+        )
+        safe = {file.stem for file in found if file.suffix == ".safetensors"}
+        found = [file for file in found if file.suffix == ".safetensors" or file.stem not in safe]
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found[:3]) + (", ..." if len(found) > 3 else "")
+            which = f"holds {len(found)} files that may be LoRAs ({names})" if found else "holds no LoRA"
+            raise ValueError(f"the folder {self.path} {which}: give the file")
+        return found[0]

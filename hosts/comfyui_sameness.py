@@ -1,0 +1,83 @@
+"""Whether two MODELs compute the same: what changes a forward pass is compared here, and nowhere else.
+
+Two MODELs of one checkpoint share its module, whose weights and parts are exchanged. All that a MODEL carries counts,
+but for what is listed here as harmless.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+from uuid import UUID
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+ROOM = "memory_required"
+"""The host's method that tells what memory a call takes, which FateZero replaces."""
+PAIR = "fatezero_low_noise"
+"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise, and the sigma below which it takes over."""
+OF_GUIDANCE = {
+    "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
+    "disable_cfg1_optimization", "denoise_mask_function",
+}  # fmt: skip
+"""Options that act on predictions once they are made."""
+OF_RUNS = {WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE}
+"""Wrappers of what is around the calls of a model: the room for it, and guidance."""
+PLAIN = (bool, int, float, str, bytes, UUID, torch.dtype, torch.device)
+"""Values that are compared as such; all else is the same where it is the same object."""
+HARMLESS = {*OF_GUIDANCE, "context_handler", PAIR}
+"""Options that leave a call of the model as it is: guidance's, and what says which frames or model a call has."""
+
+
+def same_in_place(one: Any, other: Any) -> bool:
+    """Whether two MODELs make the same of the module that they share: its weights, its parts and what is injected."""
+    return bool(one.is_clone(other)) and equal(_in_place(one), _in_place(other))
+
+
+def same_forward(one: Any, other: Any) -> bool:
+    """Whether two MODELs give the same for the same call."""
+    return same_in_place(one, other) and equal(_of_calls(one), _of_calls(other))
+
+
+def with_parts(patcher: Any) -> list[Any]:
+    """A MODEL and the models that it brings along, such as temporal layers."""
+    return [patcher, *patcher.get_nested_additional_models()]
+
+
+def _in_place(patcher: Any) -> dict[str, Any]:
+    return {
+        "weights": patcher.patches_uuid,
+        "parts": {name: part for name, part in patcher.object_patches.items() if name != ROOM},
+        "casts": [getattr(patcher, "force_cast_weights", False), getattr(patcher, "weight_wrapper_patches", {})],
+        "injections": patcher.injections,
+        "models": [[part.model, part.patches_uuid, part.injections] for part in with_parts(patcher)[1:]],
+    }
+
+
+def _of_calls(patcher: Any) -> dict[str, Any]:
+    wrappers = {kind: held for kind, held in patcher.wrappers.items() if kind not in OF_RUNS}
+    return {
+        "options": {name: value for name, value in patcher.model_options.items() if name not in HARMLESS},
+        "wrappers": wrappers,
+        "callbacks": patcher.callbacks,
+        "attachments": patcher.attachments,
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two settings are the same objects or plain values, in the same dicts and lists; what is empty is none."""
+    if one is other:
+        return True
+    if isinstance(one, dict) and isinstance(other, dict):
+        one, other = ({name: held for name, held in of.items() if not _empty(held)} for of in (one, other))
+        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, MethodType) and isinstance(other, MethodType):
+        return one.__func__ is other.__func__ and one.__self__ is other.__self__
+    return type(one) is type(other) and isinstance(one, PLAIN) and bool(one == other)
+
+
+def _empty(held: Any) -> bool:
+    return held is None or (isinstance(held, (dict, list)) and not held)

@@ -1,0 +1,107 @@
+"""What the command does before it needs torch: help, its version, and every refusal of options and files."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from fatezero.cli.app import app
+from fatezero.cli.help import PAGES, page_of
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "av", "numpy", "PIL")
+COMMANDS = ("edit", "invert", "tune", "generate", "evaluate", "demo", "batch", "benchmark", "train-demo")
+WORDS = ("clip.mp4", "--source", "a red square", "--target", "a green square")
+FILES = {
+    "unknown.yaml": "stebs: 3\n",
+    "no.yaml": "[1, 2",
+    "wrong.yaml": "guidance_scale: much\n",
+    "preset.yaml": "preset: nonsense\n",
+    "jobs.yaml": "clips: []\n",
+    "job.yaml": "jobs: [{video: a.mp4, source: x, target: y, stebs: 3}]\n",
+    "record.json": '{"made": 3}',
+}
+REFUSED = {
+    ("edit", "--nonsense"): "Unknown option",
+    ("edit",): "missing VIDEO",
+    ("edit", "clip.mp4", "--target", "x"): "missing --source",
+    ("edit", *WORDS, "--steps", "0"): "steps is 0",
+    ("edit", *WORDS, "--steps", "many"): "many",
+    ("edit", *WORDS, "--guidance-scale", "nan"): "guidance_scale is",
+    ("edit", *WORDS, "--preset", "nonsense"): "preset 'nonsense' is unknown",
+    ("edit", *WORDS, "--pnp.feature-steps", "2"): "feature_steps is 2",
+    ("edit", *WORDS, "--tokenflow.seed", "3"): "tokenflow has no effect here",
+    ("edit", *WORDS, "--config", "none.yaml"): "no configuration at none.yaml",
+    ("edit", *WORDS, "--config", "unknown.yaml"): "did you mean 'steps'?",
+    ("edit", *WORDS, "--config", "no.yaml"): "is not YAML",
+    ("edit", *WORDS, "--config", "wrong.yaml"): "guidance_scale is 'much'",
+    ("edit", *WORDS, "--config", "preset.yaml"): "preset 'nonsense' is unknown",
+    ("edit", "--config", "record.json"): "made",
+    ("invert", "clip.mp4"): "missing --source",
+    ("tune", "clip.mp4"): "missing --prompt",
+    ("tune", "clip.mp4", "--prompt", "x", "--keep-every", "0"): "keep_every is 0",
+    ("generate",): "missing --prompt",
+    ("evaluate", "a.mp4", "b.mp4", "--crop", "1"): "crop is '1'",
+    ("batch", "jobs.yaml"): "clips is empty",
+    ("batch", "job.yaml", "--comfyui", "http://x", "--ray", "auto"): "a job is done in one place",
+    ("benchmark", "--pairs", "unknown.yaml"): "must be a list of",
+}
+START = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from fatezero.cli.app import main
+
+found = []
+for line in json.load(sys.stdin):
+    sys.argv, said = ["fatezero", *line], io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            found.append((end.code, said.getvalue(), sorted(sys.modules)))
+print(json.dumps(found))
+"""
+
+
+def started(lines, folder):
+    """What the command says to each line, all in one fresh process: status, text, and the modules it has imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", START], input=json.dumps(lines), capture_output=True, text=True, check=True, cwd=folder
+    )
+    return json.loads(done.stdout)
+
+
+def test_neither_help_nor_a_refusal_imports_what_is_heavy(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    help = [
+        ("--help",),
+        ("--version",),
+        (),
+        *((name, flag) for name in COMMANDS for flag in ("--help", "-h", "--help-all")),
+    ]
+    lines = [*help, *REFUSED]
+    for line, (code, said, modules) in zip(lines, started(lines, tmp_path), strict=True):
+        assert [name for name in HEAVY if name in modules] == [], line
+        if line in REFUSED:
+            assert code == 1 and REFUSED[line] in " ".join(said.split()), (line, said)
+            assert len(said.splitlines()) == 1, said
+        else:
+            assert not code and said, line
+            assert "error" not in said.splitlines()[0], said
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_a_page_of_help_fits_a_terminal(command):
+    for width in (50, 80, 120):
+        lines = page_of(app, command, width)
+        assert max(map(len, "\n".join(lines).split("\n"))) <= max(width, 80)
+        assert len("\n".join(lines).split("\n")) <= 60 or width < 80
+    assert f"fatezero {command} --help-all" in lines[-1]
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_the_command_takes_the_example_of_its_page(command):
+    line = shlex.split(" ".join(PAGES[command].example))
+    app.parse_args([command, *line], print_error=False, exit_on_error=False)

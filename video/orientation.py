@@ -1,0 +1,38 @@
+"""How a stored picture is to be turned and mirrored."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from ..imports import av, np
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """One of the eight: the picture's rows become columns (`on_its_side`), then left and right, then top and bottom
+    change places.
+    """
+
+    on_its_side: bool = False
+    mirrored: bool = False
+    upside_down: bool = False
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame) -> Orientation:
+        """By the display matrix of a frame: x' = a x + c y, y' = b x + d y."""
+        held: Any = frame.side_data  # PyAV's own types call its items strings
+        found = next((bytes(one) for one in held if one.type.name == "DISPLAYMATRIX"), None)
+        if found is None or len(found) < 36:
+            return cls()
+        a, b, _, c, d = struct.unpack("=9i", found[:36])[:5]
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            return cls(True, c < 0, b < 0)
+        return cls(False, a < 0, d < 0)
+
+    def applied(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (height, width, 3) as they are to be seen."""
+        pixels = pixels.swapaxes(0, 1) if self.on_its_side else pixels
+        pixels = pixels[:, ::-1] if self.mirrored else pixels
+        return np.ascontiguousarray(pixels[::-1] if self.upside_down else pixels)

@@ -1,0 +1,139 @@
+"""Frames of picture files: one each, or all of a file that holds several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+
+from ..imports import Image, ImageOps, np
+from .pictures import VideoError
+
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
+_ANIMATED = ("PNG", "WEBP", "AVIF", "TIFF")
+"""Formats whose files may hold a clip; the second picture of a JPEG is a preview, or a map of depth."""
+_PAGE = Fraction(1, 8)
+"""Seconds that a page of a TIFF is shown, which tells none."""
+_NO_DELAY = Fraction(1, 10)
+"""Seconds that browsers show a frame whose own time is next to none."""
+Colour = tuple[int, int, int]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except VideoError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path} is not a readable picture: {error}") from error
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) >= 5 else image.size
+
+
+def pictures_size(path: Path, pictures: Sequence[Path]) -> tuple[int, int]:
+    """Width and height of all of them as they are to be seen; VideoError where they differ."""
+    sizes = set()
+    for picture in pictures:
+        with _opened(picture) as image:
+            sizes.add(_size(image))
+    if len(sizes) > 1:
+        raise VideoError(f"the pictures in {path} differ in size")
+    return sizes.pop()
+
+
+def pictures_of(
+    pictures: Sequence[Path], indices: Sequence[int], background: Colour = (0, 0, 0)
+) -> Iterator[np.ndarray]:
+    """Some of a sequence, or of those that one file holds: uint8 RGB (height, width, 3)."""
+    if len(pictures) > 1 or max(indices) == 0:
+        yield from (read_picture(pictures[i], background) for i in indices)
+        return
+    with _opened(pictures[0]) as image:
+        for i in indices:
+            image.seek(i + _first(image))
+            yield _rgb(image, pictures[0], background)
+
+
+def read_picture(path: Path, background: Colour = (0, 0, 0)) -> np.ndarray:
+    """uint8 RGB (height, width, 3) of a picture as it is to be seen, turned as its EXIF says, over a background."""
+    with _opened(path) as image:
+        image.seek(_first(image))
+        return _rgb(image, path, background)
+
+
+# --- several in one file ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Animation:
+    """A picture file that holds a clip. times: when each frame is shown, in seconds."""
+
+    size: tuple[int, int]
+    times: tuple[Fraction, ...]
+    fps: Fraction
+
+    @classmethod
+    def of(cls, path: Path) -> Animation | None:
+        """None for a single picture, and for pages of several sizes, of which the others are smaller copies."""
+        with _opened(path) as image:
+            count, first = getattr(image, "n_frames", 1), _first(image)
+            if image.format not in _ANIMATED or count - first < 2:
+                return None
+            sizes, seconds = set(), []
+            for i in range(first, count):
+                image.seek(i)
+                if image.format != "TIFF":
+                    image.load()  # some formats tell a frame's time with its pixels
+                sizes.add(_size(image))
+                seconds.append(_seconds(image))
+        if len(sizes) > 1:
+            return None
+        times = tuple(accumulate(seconds, initial=Fraction(0)))
+        return cls(sizes.pop(), times[:-1], (len(seconds) / times[-1]).limit_denominator(1001))
+
+
+def _first(image: Image.Image) -> int:
+    """An animated PNG may have a picture before its frames, for programs that know no animation."""
+    return 1 if getattr(image, "default_image", False) else 0
+
+
+def _seconds(image: Image.Image) -> Fraction:
+    if image.format == "TIFF":
+        return _PAGE
+    told = Fraction(image.info.get("duration", 0)).limit_denominator(1000) / 1000
+    return told if told > Fraction(1, 100) else _NO_DELAY
+
+
+# --- what numbers mean ------------------------------------------------------------------------
+
+
+def _rgb(image: Image.Image, path: Path, background: Colour) -> np.ndarray:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
+        return _grey(255 * _within(np.asarray(upright), 2, path, "floats", "0 to 1"))
+    if upright.mode.startswith("I"):
+        return _grey(_within(np.asarray(upright).astype(np.float32), 65535, path, "whole numbers", "0 to 65535") / 257)
+    if upright.mode.endswith(("A", "a")) or "transparency" in upright.info:
+        from .colour import over
+
+        return over(np.asarray(upright.convert("RGBA")), background)
+    return np.array(upright.convert("RGB"))
+
+
+def _within(values: np.ndarray, most: float, path: Path, what: str, expected: str) -> np.ndarray:
+    """Values that can be shown; VideoError where their range is another, and would have to be guessed."""
+    if not np.isfinite(values).all() or values.max() > most:
+        raise VideoError(f"{path} holds {what} up to {values.max():g}: bring them to {expected}")
+    return values
+
+
+def _grey(values: np.ndarray) -> np.ndarray:
+    return np.repeat((np.clip(values, 0, 255) + 0.5).astype(np.uint8)[..., None], 3, axis=2)
