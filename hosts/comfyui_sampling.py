@@ -36,7 +36,7 @@ from .comfyui_noise import noise_of
 from .comfyui_sameness import same_forward, same_in_place, with_parts
 from .comfyui_temporal import temporal_layers
 from .comfyui_transformer import HookedTransformer, hooked, is_transformer
-from .comfyui_unet import HookedModel
+from .comfyui_unet import HookedModel, module_of_node, node_of
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -272,6 +272,8 @@ class ComfyDenoiser:
             model = branch.hooked.patcher.model
             if condition.role == "source":
                 return comfy.samplers.calc_cond_batch(model, [positive], x, sigma, branch.options)[0]
+            if not control.chunk.is_whole:
+                _check_per_frame(branch.options)
             return self._guided(model, x, sigma, negative, positive, scale, branch.options)
 
     def _guided(
@@ -313,6 +315,26 @@ class ComfyDenoiser:
         for patcher in self._prepared[1:]:
             patcher.cleanup()
         self._here.model.current_patcher = self._here
+
+
+PER_FRAME = {
+    "nodes_cfg", "nodes_custom_sampler", "nodes_easycache", "nodes_eps", "nodes_fresca", "nodes_model_advanced",
+    "nodes_pag", "nodes_slg", "nodes_tcfg",
+}  # fmt: skip
+"""Modules of the host whose guidance is each frame's own: chunks of a clip give what the whole gives."""
+
+
+def _check_per_frame(options: dict[str, Any]) -> None:
+    """Raise ValueError, naming the node, for guidance that may look at several frames, where a call has some alone."""
+    found = [options.get("sampler_cfg_function"), options.get("sampler_calc_cond_batch_function")]
+    found += [*options.get("sampler_pre_cfg_function", []), *options.get("sampler_post_cfg_function", [])]
+    found += comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
+    for hook in found:
+        if hook is not None and module_of_node(hook) not in PER_FRAME:
+            raise ValueError(
+                f"model: guidance of {node_of(hook)} may depend on all frames, of which chunks, context windows and "
+                "TokenFlow's batches have some: run the clip whole, or remove it"
+            )
 
 
 def _low_of(branch: _Branch) -> _Branch | None:

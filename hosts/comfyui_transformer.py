@@ -269,9 +269,9 @@ class HookedTransformer:
                 x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
             self._replacing = self._replacements(options)
             handles = [
-                module.register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
+                getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
                 for i, block in enumerate(self._unet.blocks)
-                for kind, module in (("self", block.self_attn), ("cross", block.cross_attn))
+                for kind in get_args(Kind)
             ]
             try:
                 return executor(x, *rest, **more)
