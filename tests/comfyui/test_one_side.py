@@ -26,8 +26,8 @@ OF_WAN = {
     "OtherAttention": {"scale": 0.5}, "OtherBlock": {"scale": 0.5},
 }  # fmt: skip
 """Nodes on a Wan MODEL, and settings with which they change something."""
-KERNELS = ("OtherSparseAttention", "OtherAttention")
-"""What changes the product of softmax and values, which maps are without."""
+KERNELS = ("OtherSparseAttention", "OtherAttention", "ModelComputeDtype")
+"""What changes the product of softmax and values, which maps are without, or rounds it."""
 OF_BOTH = {"ModelSamplingSD3": "another shift", "ContextWindowsManual": "context windows"}
 """Nodes that inversion and edit need alike, and what their refusal says."""
 OFTEN = {

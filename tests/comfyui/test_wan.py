@@ -314,7 +314,7 @@ def hosts_guider(graph) -> Node:
     guider = graph.add("CFGGuider", cfg=asked["guidance"], **{k: asked[k] for k in ("model", "positive", "negative")})
     noise = graph.add("OtherLatentNoise", model=graph.model[0], latent=graph.invert[0])
     steps = graph.prompt[graph.invert.id]["inputs"]["steps"]
-    sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=steps)
+    sigmas = graph.add("FateZeroSigmas", model=asked["model"], steps=steps)
     euler = graph.add("KSamplerSelect", sampler_name="euler")
     return graph.add(
         "SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=euler[0], sigmas=sigmas[0],
