@@ -404,6 +404,13 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     noisy = noise_of(model)
     if noisy.world != store.world:
         raise ValueError(f"store: was made by another model, of a {store.world} schedule; this one's is {noisy.world}")
+    source = getattr(store, "patcher", None)
+    shifts = [one.get_model_object("model_sampling").shift for one in (model, source) if one and store.world == "flow"]
+    if len(set(shifts)) > 1:
+        raise ValueError(
+            f"model: has another shift than the inversion's ({shifts[0]:g}, {shifts[1]:g}), without effect: "
+            "put Model Sampling before both"
+        )
     return noisy.again(store.timesteps, store.alphas)
 
 

@@ -38,7 +38,7 @@ from .comfyui_noise import noise_of
 from .comfyui_sameness import same_forward, same_in_place
 from .comfyui_temporal import temporal_layers
 from .comfyui_transformer import HookedTransformer, hooked, is_transformer
-from .comfyui_unet import HookedModel
+from .comfyui_unet import HookedModel, module_of_node, node_of
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -60,10 +60,10 @@ class _Branch:
     low: _Branch | None = None
 
     @property
-    def wraps_predictions(self) -> bool:
-        """Whether other nodes wrap the predictions of its MODEL."""
-        found = comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, self.options, is_model_options=True)
-        return bool(found)
+    def around_predictions(self) -> list[Any]:
+        """What other nodes wrap around the predictions of its MODEL."""
+        kind = WrappersMP.PREDICT_NOISE
+        return list(comfy.patcher_extension.get_all_wrappers(kind, self.options, is_model_options=True))
 
     def at(self, sigma: float) -> _Branch:
         """What evaluates them at a sigma: of Wan 2.2's pair the one or the other."""
@@ -187,9 +187,6 @@ class ComfyDenoiser:
         """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
-        if not control.chunk.is_whole:
-            for options in (self._edited.options, self._source.options):
-                check_parts(options)
         branch = self._source if condition.role == "source" else self._edited
         if branch is self._source or beside is not None:
             self._check_windows(control.key_frames)
@@ -202,6 +199,8 @@ class ComfyDenoiser:
             beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
             beside = None
         branch = branch.at(float(sigma))
+        if not control.chunk.is_whole:
+            check_parts(branch, guided=condition.role != "source")
         self._bring(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
@@ -217,6 +216,8 @@ class ComfyDenoiser:
         """
         assert isinstance(beside.condition, HostCondition)
         edit, source = (branch.at(float(sigma)).hooked for branch in (self._edited, self._source))
+        if _unknown(self._source.at(float(sigma)).around_predictions):  # which may change the source's prediction
+            return False
         if not (isinstance(edit, HookedTransformer) and isinstance(source, HookedTransformer)):
             return False
         if "model_function_wrapper" in edit.patcher.model_options:  # which may call branches one by one
@@ -253,6 +254,8 @@ class ComfyDenoiser:
         away = Control(control.key_frames, control.chunk)
         answers = {0: (control, condition.text_tokens), 1: (away, None)}
         x = latents * (1 + sigma**2).sqrt()
+        if not control.chunk.is_whole:
+            check_parts(branch, guided=False)
         self._bring(branch)
         with (
             branch.hooked.answering(answers, self._clip_norm),
@@ -287,7 +290,7 @@ class ComfyDenoiser:
         with _of_chunk([positive, negative], control.chunk) as (positive, negative):
             if condition.role == "source":
                 return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
-            if negative is None and branch.wraps_predictions:
+            if negative is None and branch.around_predictions:
                 raise ValueError(
                     "guidance: is 1, where no negative prompt is evaluated, but a node on the model changes guidance "
                     "(CFG Override, LazyCache): remove it, or take another guidance"
@@ -348,6 +351,11 @@ def _branch_of(side: SideGuider, conditions: dict[str, Any]) -> _Branch:
 
 FRAME_BY_FRAME = ("fatezero", "easycache")
 """Whose wrappers around calls go by what a call holds, whatever the clip."""
+PER_FRAME = {
+    "nodes_cfg", "nodes_custom_sampler", "nodes_easycache", "nodes_eps", "nodes_fresca", "nodes_model_advanced",
+    "nodes_pag", "nodes_slg", "nodes_tcfg",
+}  # fmt: skip
+"""Modules of the host whose guidance is each frame's own: chunks of a clip give what the whole gives."""
 
 
 def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
@@ -356,9 +364,12 @@ def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
     return [name for name, held in around_calls.items() if held and name not in FRAME_BY_FRAME]
 
 
-def check_parts(options: dict[str, Any]) -> None:
-    """Raise ValueError for the options of a MODEL that goes by the frames of a whole clip, where a run takes parts."""
-    options = options["transformer_options"]
+def check_parts(branch: _Branch, guided: bool) -> None:
+    """Raise ValueError, naming it, for what goes by the frames of a whole clip, where a call has some alone.
+
+    guided: whether guidance functions count.
+    """
+    options = branch.options["transformer_options"]
     names = [f"a node's wrapper {name}" for name in windowing(options.get("wrappers", {}))]
     if options.get("patches", {}).get("forward_timestep_embed_patch"):
         names = ["AnimateDiff's motion modules"]
@@ -367,6 +378,23 @@ def check_parts(options: dict[str, Any]) -> None:
             f"model: {names[0]} must see all frames of a clip, but this run takes them in parts: set chunk_frames to "
             "0, and leave out TokenFlow and Context Windows (AnimateDiff-Evolved has context options of its own)"
         )
+    found = _unknown(branch.around_predictions + (_guidance_of(branch.options) if guided else []))
+    if found:
+        raise ValueError(
+            f"model: guidance of {node_of(found[0])} may depend on all frames, of which chunks, context windows and "
+            "TokenFlow's batches have some: run the clip whole, or remove it"
+        )
+
+
+def _guidance_of(options: dict[str, Any]) -> list[Any]:
+    one = [options.get("sampler_cfg_function"), options.get("sampler_calc_cond_batch_function")]
+    many = [*options.get("sampler_pre_cfg_function", []), *options.get("sampler_post_cfg_function", [])]
+    return [hook for hook in one + many if hook is not None]
+
+
+def _unknown(hooks: Sequence[Any]) -> list[Any]:
+    """Those of guidance that are not known to go frame by frame."""
+    return [hook for hook in hooks if module_of_node(hook) not in PER_FRAME]
 
 
 def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:

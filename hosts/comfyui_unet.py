@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -143,8 +144,13 @@ def node_of(hook: Any) -> str | None:
     if hook is None:
         return None
     name = getattr(hook, "__qualname__", type(hook).__qualname__).partition(".<locals>")[0]
-    pack = (getattr(hook, "__module__", None) or type(hook).__module__).rpartition(".")[2]
-    return f"{name.partition('.')[0]} ({pack})"
+    return f"{name.partition('.')[0]} ({module_of_node(hook)})"
+
+
+def module_of_node(hook: Any) -> str:
+    """The last name of the module that a function is from, which the host calls by its path where it is a node's."""
+    found: str = getattr(hook, "__module__", None) or type(hook).__module__
+    return re.split(r"[./\\]", found)[-1]
 
 
 class HookedModel:
