@@ -6,7 +6,8 @@ text tokens, c target text tokens, n key frames, d channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -17,6 +18,7 @@ from .key_frames import Chunk, KeyFrames, as_one
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 Place = Literal["down", "mid", "up", "block"]
 """Of a UNet; a transformer has blocks alone."""
@@ -62,6 +64,9 @@ Attend: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 """softmax(q k^T / sqrt(d)) v as `attention` has it, by whichever kernel a host prefers."""
 
 
+NO_WINDOWS = "but a node on the model splits it into context windows (AnimateDiff-Evolved): remove one of them"
+"""How the refusals of what needs all frames in one call end."""
+
 Gather: TypeAlias = "Callable[[Tensor, AttentionSite], Tensor]"
 """A self-attention layer's output (f t c) from its input tokens (f t c)."""
 
@@ -83,6 +88,15 @@ def token_shares(q: Tensor, k: Tensor, tokens: Sequence[int], attend: Attend = a
         ones[:, :, own, range(len(own))] = 1
         parts.append(attend(q, k, ones).mean(1)[..., : len(own)])
     return torch.cat(parts, -1)
+
+
+def over_windows(windows: Mapping[tuple[int, ...], Tensor], frames: Sequence[int]) -> Tensor:
+    """What windows of a clip have for each of some frames: the mean over the windows that hold it."""
+    found: dict[int, list[Tensor]] = {frame: [] for frame in frames}
+    for held, rows in windows.items():
+        for frame, row in zip(held, rows, strict=True):
+            found[frame].append(row)
+    return torch.stack([torch.stack(rows).mean(0) for rows in found.values()])
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
@@ -110,6 +124,27 @@ class Control:
         """Where self-attention layers leave their outputs (f t c), before or after their last projection, by name."""
         self.gather: Gather | None = None
         """What is asked for a self-attention layer's output, in place of attention."""
+        self.windows: dict[tuple[int, ...], Self] = {}
+        """The controls of calls that hold some frames of the chunk alone, by these frames."""
+
+    def window(self, frames: tuple[int, ...]) -> Self:
+        """The control of a call on some frames of the chunk, where another node splits the clip into context windows.
+
+        Raises ValueError for what such a call cannot do.
+        """
+        if frames == self.chunk.frame_indices:
+            return self
+        if frames not in self.windows:
+            self.windows[frames] = self.on(Chunk.of(frames, self.chunk.clip))
+        return self.windows[frames]
+
+    def on(self, chunk: Chunk) -> Self:
+        """A copy for some frames of its chunk."""
+        if self.gather is not None or self.outputs is not None or self.extended:
+            raise ValueError(f"TokenFlow runs a clip in batches of its own, {NO_WINDOWS}")
+        copied = copy(self)
+        copied.chunk, copied.windows = chunk, {}
+        return copied
 
     def feature(self, x: Tensor, name: str) -> Tensor:
         """What goes on of a ResNet block's feature (f c y x), after its last convolution and before its shortcut."""

@@ -52,6 +52,10 @@ class Chunk:
     def is_whole(self) -> bool:
         return self.frame_indices == tuple(range(self.clip))
 
+    def rows(self, part: Chunk) -> list[int]:
+        """Where a part's frames are in this chunk."""
+        return [self.frame_indices.index(frame) for frame in part.frame_indices]
+
 
 @dataclass(frozen=True)
 class KeyFrames:

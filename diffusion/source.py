@@ -199,7 +199,13 @@ def check_store(
             f"(store: {store.model.layout}; model: {denoiser.identity().layout})"
         )
     same = store.world == schedule.world and same_levels(store.alphas, schedule)
-    if store.timesteps != schedule.timesteps or not same:
+    if store.timesteps == schedule.timesteps and not same:
+        noisy, own = store.alphas[-1], float(schedule.alphas[-1])
+        raise StoreError(
+            f"the store was made on another schedule of noise: its noisiest alpha is {noisy:.5f}, this model's "
+            f"{own:.5f}; edit with the model of the inversion, or one of the same betas"
+        )
+    if store.timesteps != schedule.timesteps:
         raise StoreError(
             f"the store was made on another schedule: its timesteps start {store.timesteps[:3]}, "
             f"this scheduler's {schedule.timesteps[:3]}"

@@ -30,7 +30,7 @@ from ..store.identity import ModelIdentity
 from ..store.store import AttentionStore
 from .comfyui_conditions import HostCondition, plain_options
 from .comfyui_noise import check_samples, noise_of
-from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host
+from .comfyui_sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, windowing
 from .comfyui_transformer import HookedTransformer, hooked
 
 NOISE_MASK = "noise_mask"
@@ -384,6 +384,8 @@ def plan_in_host(
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
     Raises MemoryError, with the bytes of each memory, where nothing fits.
     """
+    if settings.memory == "auto" and windowing(model.wrappers):
+        settings = replace(settings, memory="recompute")  # the one that follows context windows
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     shape = tuple(latents.shape)
@@ -402,6 +404,13 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     noisy = noise_of(model)
     if noisy.world != store.world:
         raise ValueError(f"store: was made by another model, of a {store.world} schedule; this one's is {noisy.world}")
+    source = getattr(store, "patcher", None)
+    shifts = [one.get_model_object("model_sampling").shift for one in (model, source) if one and store.world == "flow"]
+    if len(set(shifts)) > 1:
+        raise ValueError(
+            f"model: has another shift than the inversion's ({shifts[0]:g}, {shifts[1]:g}), without effect: "
+            "put Model Sampling before both"
+        )
     return noisy.again(store.timesteps, store.alphas)
 
 

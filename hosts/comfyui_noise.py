@@ -24,6 +24,10 @@ from ..diffusion.schedule import FlowSchedule, Schedule, World
 WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, LCM-free fine-tunes of them, and Wan 2.1 and 2.2 for text to video"
 
 
+FLIPPED = 1.0001e-4
+"""What the host's Flip Sigmas makes of an end at 0, a ten-thousandth, and as much again for its rounding."""
+
+
 class HostNoise:
     """DDIM in a host that samples in variance-exploding space: x = z / sqrt(abar), LATENT samples (frames, 4, h, w)."""
 
@@ -146,6 +150,8 @@ class FlowNoise(HostNoise):
 
     def along(self, sigmas: Tensor) -> FlowSchedule:
         sigmas = falling(sigmas)
+        if sigmas[-1] <= FLIPPED:
+            sigmas[-1] = 0
         if sigmas[0] > 1 or sigmas[-1] < 0:
             raise ValueError(f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}; a flow's lie from 1 to 0")
         return FlowSchedule.of(tuple(self.timesteps(sigmas[:-1])), sigmas.flip(0))

@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 ROOM = "memory_required"
 """The host's method that tells what memory a call takes, which FateZero replaces."""
 PAIR = "fatezero_low_noise"
-"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise, and the sigma below which it takes over."""
+"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise (`comfyui_transformer.Pair`)."""
 OF_GUIDANCE = {
     "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
     "disable_cfg1_optimization", "denoise_mask_function",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -34,10 +35,10 @@ from ..store.identity import ModelIdentity
 from ..store.records import Beside
 from .comfyui_conditions import HostCondition, check_read
 from .comfyui_noise import noise_of
-from .comfyui_sameness import same_forward, same_in_place, with_parts
+from .comfyui_sameness import same_forward, same_in_place
 from .comfyui_temporal import temporal_layers
 from .comfyui_transformer import HookedTransformer, hooked, is_transformer
-from .comfyui_unet import HookedModel
+from .comfyui_unet import HookedModel, module_of_node, node_of
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -55,7 +56,14 @@ class _Branch:
     hooked: HookedModel | HookedTransformer
     options: dict[str, Any]
     conditions: dict[str, Any]
+    guider: LoopGuider | SideGuider
     low: _Branch | None = None
+
+    @property
+    def around_predictions(self) -> list[Any]:
+        """What other nodes wrap around the predictions of its MODEL."""
+        kind = WrappersMP.PREDICT_NOISE
+        return list(comfy.patcher_extension.get_all_wrappers(kind, self.options, is_model_options=True))
 
     def at(self, sigma: float) -> _Branch:
         """What evaluates them at a sigma: of Wan 2.2's pair the one or the other."""
@@ -80,19 +88,18 @@ class ComfyDenoiser:
         self._model = guider.inner_model
         self._schedule = schedule
         self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
-        self._edited = _Branch(guider.edited, options, guider.conds | guider.others)
+        self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
             if not role.startswith("negative"):
                 check_read(conditions, role.partition(".")[0])
-        of_source = guider.source_options(options)
-        of_source.pop("context_handler", None)
-        self._source = _Branch(guider.sourced, of_source, guider.others)
+        self._source = self._edited
+        if guider.sourced is not guider.edited:
+            self._source = _branch_of(guider.sides[id(guider.sourced)], guider.others)
         for branch in (self._edited, self._source):
-            branch.low = _low_of(branch)
+            if branch.hooked.low is not None:
+                branch.low = _branch_of(guider.sides[id(branch.hooked.low)], branch.conditions)
         self._here = guider.edited.patcher
         """The MODEL whose weights are in place."""
-        self._prepared = [self._here]
-        """The MODELs that the run has called, the host's own first."""
         self._clip_norm = False
         self.noise = noise_of(guider.model_patcher)
         self.clean: Tensor | None = None
@@ -192,6 +199,8 @@ class ComfyDenoiser:
             beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
             beside = None
         branch = branch.at(float(sigma))
+        if not control.chunk.is_whole:
+            check_parts(branch, guided=condition.role != "source")
         self._bring(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
@@ -207,6 +216,8 @@ class ComfyDenoiser:
         """
         assert isinstance(beside.condition, HostCondition)
         edit, source = (branch.at(float(sigma)).hooked for branch in (self._edited, self._source))
+        if _unknown(self._source.at(float(sigma)).around_predictions):  # which may change the source's prediction
+            return False
         if not (isinstance(edit, HookedTransformer) and isinstance(source, HookedTransformer)):
             return False
         if "model_function_wrapper" in edit.patcher.model_options:  # which may call branches one by one
@@ -243,13 +254,15 @@ class ComfyDenoiser:
         away = Control(control.key_frames, control.chunk)
         answers = {0: (control, condition.text_tokens), 1: (away, None)}
         x = latents * (1 + sigma**2).sqrt()
+        if not control.chunk.is_whole:
+            check_parts(branch, guided=False)
         self._bring(branch)
         with (
             branch.hooked.answering(answers, self._clip_norm),
             branch.hooked.deriving(value, parts) as derived,
             _of_chunk([branch.conditions[condition.role]], control.chunk) as (positive,),
         ):
-            comfy.samplers.calc_cond_batch(self._model, [positive], x, sigma.expand(len(x)), branch.options)
+            self._plainly(branch, positive, x, sigma.expand(len(x)), branch.options)
         assert derived.found is not None
         energy, gradient = derived.found
         return energy, gradient.to(latents)
@@ -275,29 +288,45 @@ class ComfyDenoiser:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
         with _of_chunk([positive, negative], control.chunk) as (positive, negative):
-            model = branch.hooked.patcher.model
             if condition.role == "source":
-                return comfy.samplers.calc_cond_batch(model, [positive], x, sigma, branch.options)[0]
-            return self._guided(model, x, sigma, negative, positive, scale, branch.options)
+                return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
+            if negative is None and branch.around_predictions:
+                raise ValueError(
+                    "guidance: is 1, where no negative prompt is evaluated, but a node on the model changes guidance "
+                    "(CFG Override, LazyCache): remove it, or take another guidance"
+                )
+            return self._predicted(branch, partial(self._guided, branch, positive, negative), x, sigma, scale)
 
-    def _guided(
-        self, model: Any, x: Tensor, sigma: Tensor, negative: Any, positive: Any, scale: float, options: dict[str, Any]
+    def _predicted(
+        self, branch: _Branch, predict: Callable[..., Tensor], x: Tensor, sigma: Tensor, scale: float
     ) -> Tensor:
-        """The host's guidance, inside what other nodes wrap around it; these may change the guider's `cfg`."""
+        """A prediction inside what other nodes wrap around those of its MODEL; these may change the guider's `cfg`."""
+        branch.guider.cfg = scale
+        clean: Tensor = _wrapped(WrappersMP.PREDICT_NOISE, predict, branch.guider, branch.options)(
+            x, sigma, branch.options, self._guider.seed
+        )
+        return clean
 
-        def predict(x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
-            cfg = self._guider.cfg
-            return comfy.samplers.sampling_function(model, x, sigma, negative, positive, cfg, options, seed=seed)
+    @staticmethod
+    def _guided(
+        branch: _Branch, positive: Any, negative: Any, x: Tensor, sigma: Tensor, options: dict[str, Any],
+        seed: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The host's guidance."""
+        model, guider = branch.hooked.patcher.model, branch.guider
+        clean: Tensor = guider.function(model, x, sigma, negative, positive, guider.cfg, options, seed=seed)
+        return clean
 
-        wrappers = comfy.patcher_extension.get_all_wrappers(WrappersMP.PREDICT_NOISE, options, is_model_options=True)
-        if wrappers and negative is None:
-            raise ValueError(
-                "guidance: is 1, where no negative prompt is evaluated, but a node on the model changes guidance "
-                "(CFG Override, LazyCache): remove it, or take another guidance"
-            )
-        self._guider.cfg = scale
-        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(predict, self._guider, wrappers)
-        return executor.execute(x, sigma, options, None)
+    @staticmethod
+    def _plainly(
+        branch: _Branch, positive: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None = None
+    ) -> Tensor:
+        """The host's sampling function, without guidance, other nodes' neither."""
+        options = {name: value for name, value in options.items() if not name.startswith("sampler_")}
+        options["sampler_post_cfg_function"] = [lambda args: args["cond_denoised"]]
+        model = branch.hooked.patcher.model
+        clean: Tensor = branch.guider.function(model, x, sigma, None, positive, 1.0, options, seed=seed)
+        return clean
 
     def _bring(self, branch: _Branch) -> None:
         """Make a branch's MODEL the host's current one, and bring in its weights where others are in place."""
@@ -305,32 +334,67 @@ class ComfyDenoiser:
         if wanted is self._here:
             return
         if not same_in_place(self._here, wanted):
-            comfy.model_management.load_models_gpu(with_parts(wanted))
-        if wanted in self._prepared:
-            wanted.model.current_patcher = wanted
-        else:
-            wanted.pre_run()
-            self._prepared.append(wanted)
+            comfy.sampler_helpers.prepare_sampling(wanted, self._guider.shape, branch.conditions, branch.options)
+        wanted.model.current_patcher = wanted
         self._here = wanted
 
     def restore(self) -> None:
-        """Bring the edit's own weights in again, as the host left them, and clean up after the other MODELs."""
+        """Bring the edit's own weights in again, as the host left them."""
         self._bring(self._edited)
-        for patcher in self._prepared[1:]:
-            patcher.cleanup()
-        self._here.model.current_patcher = self._here
 
 
-def _low_of(branch: _Branch) -> _Branch | None:
-    """What takes over from a branch's model, with options of its own."""
-    low = getattr(branch.hooked, "low", None)
-    if low is None:
-        return None
-    options = comfy.model_patcher.create_model_options_clone(low.patcher.model_options)
-    comfy.sampler_helpers.prepare_model_patcher(low.patcher, branch.conditions, options)
-    options.pop("context_handler", None)
-    options["transformer_options"]["sample_sigmas"] = branch.options["transformer_options"]["sample_sigmas"]
-    return _Branch(low, options, branch.conditions)
+def _branch_of(side: SideGuider, conditions: dict[str, Any]) -> _Branch:
+    """What a further MODEL of the run evaluates."""
+    options = {name: value for name, value in side.running.items() if name != "context_handler"}
+    return _Branch(side.hooked, options, conditions, side)
+
+
+FRAME_BY_FRAME = ("fatezero", "easycache")
+"""Whose wrappers around calls go by what a call holds, whatever the clip."""
+PER_FRAME = {
+    "nodes_cfg", "nodes_custom_sampler", "nodes_easycache", "nodes_eps", "nodes_fresca", "nodes_model_advanced",
+    "nodes_pag", "nodes_slg", "nodes_tcfg",
+}  # fmt: skip
+"""Modules of the host whose guidance is each frame's own: chunks of a clip give what the whole gives."""
+
+
+def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
+    """The names of a MODEL's wrappers that may call it on parts of a clip (AnimateDiff-Evolved's context options)."""
+    around_calls = wrappers.get(WrappersMP.CALC_COND_BATCH, {})
+    return [name for name, held in around_calls.items() if held and name not in FRAME_BY_FRAME]
+
+
+def check_parts(branch: _Branch, guided: bool) -> None:
+    """Raise ValueError, naming it, for what goes by the frames of a whole clip, where a call has some alone.
+
+    guided: whether guidance functions count.
+    """
+    options = branch.options["transformer_options"]
+    names = [f"a node's wrapper {name}" for name in windowing(options.get("wrappers", {}))]
+    if options.get("patches", {}).get("forward_timestep_embed_patch"):
+        names = ["AnimateDiff's motion modules"]
+    if names:
+        raise ValueError(
+            f"model: {names[0]} must see all frames of a clip, but this run takes them in parts: set chunk_frames to "
+            "0, and leave out TokenFlow and Context Windows (AnimateDiff-Evolved has context options of its own)"
+        )
+    found = _unknown(branch.around_predictions + (_guidance_of(branch.options) if guided else []))
+    if found:
+        raise ValueError(
+            f"model: guidance of {node_of(found[0])} may depend on all frames, of which chunks, context windows and "
+            "TokenFlow's batches have some: run the clip whole, or remove it"
+        )
+
+
+def _guidance_of(options: dict[str, Any]) -> list[Any]:
+    one = [options.get("sampler_cfg_function"), options.get("sampler_calc_cond_batch_function")]
+    many = [*options.get("sampler_pre_cfg_function", []), *options.get("sampler_post_cfg_function", [])]
+    return [hook for hook in one + many if hook is not None]
+
+
+def _unknown(hooks: Sequence[Any]) -> list[Any]:
+    """Those of guidance that are not known to go frame by frame."""
+    return [hook for hook in hooks if module_of_node(hook) not in PER_FRAME]
 
 
 def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -421,6 +485,15 @@ class LoopGuider(comfy.samplers.CFGGuider):
         super().__init__(self.edited.patcher)
         self.inner_set_conds({c.role: c.conditioning for c in conditions})
         self.edited.patcher = self.model_patcher  # the host may take a delegate for conditions with hooks
+        self.function: Callable[..., Any] = comfy.samplers.sampling_function
+        """The host's sampling function, as the wrappers of the edit's MODEL left it."""
+        self.sides: dict[int, SideGuider] = {}
+        """The further MODELs of the run under way, by the id of their hooked form."""
+        self.shape: Sequence[int] = ()
+        """Of its latents."""
+        self.seed: int | None = None
+        self._given: tuple[Tensor, ...] | None = None
+        """Noise, latents and sigmas of the run, until they are sampled."""
 
     loop: Loop | None
     """What `DDIMSampler` runs: a method of those that derive from this, or a function; None for its own steps."""
@@ -428,8 +501,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
     @property
     def reached(self) -> int:
         """How many attention layers the last UNet calls reached."""
-        lows = (getattr(hooked, "low", None) for hooked in (self.edited, self.sourced))
-        return len(set().union(self.edited.reached, self.sourced.reached, *(low.reached for low in lows if low)))
+        return len(set().union(*(model.reached for model in self._models())))
 
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""
@@ -448,25 +520,137 @@ class LoopGuider(comfy.samplers.CFGGuider):
             named = {name: others[role] for name, role in ends.items() if role in others}
             done = comfy.samplers.process_conds(self.inner_model, noise, named, device)
             self.others |= {ends[name]: processed for name, processed in done.items()}
+        for side in self.sides.values():
+            sampler = _Inside(side, sampler)
         try:  # noisy to clean, also for an inversion: the host's nodes find their steps so
             falling = sigmas.sort(descending=True).values
             return super().inner_sample(noise, latent_image, device, sampler, falling, *rest, **more)
         finally:
             self.conds |= self.others
 
-    def sample(self, *args: Any, **more: Any) -> Tensor:
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
         """The result is where the host keeps latents, so that it stays the same tensor in its outputs."""
-        return super().sample(*args, **more).to(comfy.model_management.intermediate_device())
+        self._given, self.seed = (noise, latent_image, sigmas), more.get("seed")
+        self.function = comfy.samplers.sampling_function
+        try:
+            result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
+            return result.to(comfy.model_management.intermediate_device())
+        finally:  # our clones do not outlive the run, and the host ejects what a MODEL injected only while it lives
+            for hooked in self._models():
+                hooked.patcher.eject_model()
 
-    def source_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of the source branch: those of the MODEL it was inverted with."""
-        if self.sourced is self.edited:
-            return options
-        own = comfy.model_patcher.create_model_options_clone(self.sourced.patcher.model_options)
-        source = {role: conds for role, conds in self.others.items() if role == "source"}
-        comfy.sampler_helpers.prepare_model_patcher(self.sourced.patcher, source, own)
-        own["transformer_options"]["sample_sigmas"] = options["transformer_options"]["sample_sigmas"]
-        return own
+    def _models(self) -> list[HookedModel | HookedTransformer]:
+        """The edit's model, and the further ones of a run."""
+        own = [self.edited] if self.sourced is self.edited else [self.edited, self.sourced]
+        return own + [model.low for model in own if model.low is not None]
+
+    def outer_sample(self, noise: Tensor, *rest: Any, **more: Any) -> Any:
+        """As the host has it, inside what other nodes wrap around samplings with the further MODELs of the run too."""
+        before, self.function, self.shape = self.function, comfy.samplers.sampling_function, noise.shape
+        of_source = {role: conds for role, conds in self.conds.items() if role == "source"}
+        self.sides = {
+            id(model): SideGuider(model, self.conds if model is self.edited.low else of_source, before)
+            for model in self._models()[1:]
+        }
+        run: Callable[..., Any] = partial(self._sampled_once, super().outer_sample)
+        for side in self.sides.values():
+            run = partial(side.around, run)
+        try:
+            return run(noise, *rest, **more)
+        finally:
+            self.sides = {}
+
+    def _sampled_once(
+        self, run: Callable[..., Any], noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *rest: Any,
+        **more: Any,
+    ) -> Any:  # fmt: skip
+        """The host's sampling inside all wrappers; ValueError where one has it do other than what was asked."""
+        given, self._given = self._given, None
+        if self.loop is not None and (given is None or not all(map(_equal, given, (noise, latent_image, sigmas)))):
+            raise ValueError(
+                "model: a node on it samples more than once, or changes noise, latents or sigmas (AnimateDiff's "
+                "iteration options, image injection), which an inversion or edit cannot follow: remove it"
+            )
+        for side in self.sides.values():
+            self.conds |= side.conds
+        return run(noise, latent_image, sampler, sigmas, *rest, **more)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one.cpu(), other.cpu()))
+
+
+class SideGuider(comfy.samplers.CFGGuider):
+    """What the sampling wrappers of a further MODEL of a run find for a guider: of the source's, where it is not the
+    edit's, and of what takes over below a sigma.
+    """
+
+    def __init__(
+        self, model: HookedModel | HookedTransformer, conds: dict[str, Any], function: Callable[..., Any]
+    ) -> None:
+        """function: the host's sampling function as it is outside all wrappers."""
+        super().__init__(model.patcher)
+        self.model_options: dict[str, Any] = model.patcher.model_options
+        self.hooked, self.conds, self.function = model, dict(conds), function
+        self.inner_model = model.patcher.model
+        self.running: dict[str, Any] = {}
+        """The options of the run under way."""
+
+    def around(self, run: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """A sampling inside the wrappers of this MODEL."""
+        patcher, own = self.model_patcher, self.model_options
+
+        def loaded_later(model: Any, shape: Any, conds: Any, **more: Any) -> tuple[Any, Any, list[Any]]:
+            return model.model, conds, []  # when it is its turn, which may be never
+
+        def inside(noise: Tensor, *args: Any, **more: Any) -> Any:
+            self.function, options = comfy.samplers.sampling_function, self.model_options
+            prepare = _wrapped(WrappersMP.PREPARE_SAMPLING, loaded_later, None, options)
+            _, self.conds, _ = prepare(patcher, noise.shape, self.conds, model_options=options)
+            comfy.samplers.cast_to_load_options(self.model_options, patcher.load_device, patcher.model_dtype())
+            patcher.pre_run()
+            return run(noise, *args, **more)
+
+        self.model_options = comfy.model_patcher.create_model_options_clone(own)
+        # AnimateDiff-Evolved puts a sampling function of its own in the host's place: here for this MODEL alone.
+        of_others, comfy.samplers.sampling_function = comfy.samplers.sampling_function, self.function
+        try:
+            comfy.sampler_helpers.prepare_model_patcher(patcher, self.conds, self.model_options)
+            return _wrapped(WrappersMP.OUTER_SAMPLE, inside, self, self.model_options)(*args, **more)
+        finally:
+            comfy.samplers.sampling_function = of_others
+            comfy.samplers.cast_to_load_options(self.model_options, patcher.offload_device)
+            self.model_options = own
+            patcher.cleanup()
+
+
+class _Inside(comfy.samplers.Sampler):
+    """A sampler inside what other nodes wrap around samplers with a further MODEL of the run."""
+
+    def __init__(self, side: SideGuider, sampler: Any) -> None:
+        self._side, self._sampler = side, sampler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def sample(self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *rest: Any) -> Any:
+        own = comfy.model_patcher.create_model_options_clone(self._side.model_options)
+        own["transformer_options"]["sample_sigmas"] = sigmas
+
+        def run(side: Any, sigmas: Tensor, of_side: dict[str, Any], *rest: Any) -> Any:
+            self._side.running = of_side["model_options"]
+            return self._sampler.sample(guider, sigmas, extra_args, *rest)
+
+        of_side = {**extra_args, "model_options": own}
+        return _wrapped(WrappersMP.SAMPLER_SAMPLE, run, self._sampler, own)(self._side, sigmas, of_side, *rest)
+
+
+def _wrapped(kind: str, run: Callable[..., Any], owner: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """A function inside the wrappers of a kind that a MODEL's options hold."""
+    wrappers = comfy.patcher_extension.get_all_wrappers(kind, options, is_model_options=True)
+    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(run, owner, wrappers)
+    execute: Callable[..., Any] = executor.execute
+    return execute
 
 
 class DDIMSampler(comfy.samplers.Sampler):

@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
+from uuid import uuid5
 
 import comfy.patcher_extension
 import torch
@@ -25,8 +26,8 @@ from ..diffusion.denoiser import refuse_clip_norm
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .comfyui_noise import WORKING_MODELS, FlowNoise, noise_of
-from .comfyui_sameness import PAIR, ROOM
-from .comfyui_unet import HookedModel, Positive, attention_layers, beneath, check_model, unpatched
+from .comfyui_sameness import PAIR, ROOM, equal
+from .comfyui_unet import HookedModel, Positive, attention_layers, beneath, check_model, node_of, unpatched
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -49,8 +50,54 @@ def paired(model: Any, low_noise: Any, boundary: float) -> Any:
     if shapes[0] != shapes[1]:
         raise ValueError(f"low_noise: has another shape than the model, {shapes[1]} and {shapes[0]}")
     both = model.clone()
-    both.model_options[PAIR] = (low_noise, boundary)
+    both.model_options[PAIR] = Pair(model, low_noise, boundary)
     return both
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Wan 2.2's MODELs as they were joined, and the sigma below which the one for low noise takes over."""
+
+    model: Any
+    low_noise: Any
+    boundary: float
+
+    def __deepcopy__(self, memo: Any) -> Pair:
+        return self  # the host copies what it finds in a model's options, older ones with all weights
+
+    def low(self, model: Any) -> Any:
+        """The one for low noise, with what nodes after the pair set on the MODEL: LoRA, guidance, patches.
+
+        Raises ValueError, naming it, for what is bound to the modules of the first.
+        """
+        before, low = self.model, self.low_noise.clone()
+        known = (ROOM, "model_sampling")  # a flow's is of the run, which is the first's
+        parts = {name: part for name, part in model.object_patches.items() if name not in known}
+        bound = [part for name, part in parts.items() if not equal(part, before.object_patches.get(name))]
+        if bound or not equal(model.injections, before.injections):
+            what = node_of(bound[0]) if bound else "LoRA Loader (Bypass)"
+            raise ValueError(
+                f"model: {what} after Wan 2.2 Pair would change the model for high noise alone: put it before"
+            )
+        added = {key: held[len(before.patches.get(key, [])) :] for key, held in model.patches.items()}
+        if any(added.values()):
+            low.patches |= {key: [*low.patches.get(key, []), *held] for key, held in added.items() if held}
+            low.patches_uuid = uuid5(low.patches_uuid, str(model.patches_uuid))
+        of_options = {name: value for name, value in model.model_options.items() if name != PAIR}
+        low.model_options = _with_added(low.model_options, of_options, before.model_options)
+        low.wrappers = _with_added(low.wrappers, model.wrappers, before.wrappers)
+        low.callbacks = _with_added(low.callbacks, model.callbacks, before.callbacks)
+        return low
+
+
+def _with_added(to: Any, now: Any, before: Any) -> Any:
+    """What settings became elsewhere, from `before` to `now`, on top of one's own: dicts merged, lists prolonged."""
+    if equal(now, before):
+        return to
+    if isinstance(now, dict):
+        to, before = to or {}, before or {}
+        return {**to, **{name: _with_added(to.get(name), held, before.get(name)) for name, held in now.items()}}
+    return [*(to or []), *now[len(before or []) :]] if isinstance(now, list) else now
 
 
 def is_transformer(model: Any) -> bool:
@@ -89,9 +136,10 @@ class HookedTransformer:
         self.given = model
         """The MODEL as other nodes left it."""
         self.patcher = model.clone()
-        other, self.boundary = self.patcher.model_options.pop(PAIR, (None, 0.0))
-        self.low: HookedTransformer | None = None if other is None else HookedTransformer(other)
+        pair: Pair | None = self.patcher.model_options.pop(PAIR, None)
+        self.low = None if pair is None else HookedTransformer(pair.low(model))
         """What takes over below the boundary."""
+        self.boundary = 0.0 if pair is None else pair.boundary
         self.answers: dict[int, tuple[Control, int | None]] = {}
         self.one_text = False
         self.reached: set[str] = set()
@@ -227,9 +275,9 @@ class HookedTransformer:
                 x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
             self._replacing = self._replacements(options)
             handles = [
-                module.register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
+                getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
                 for i, block in enumerate(self._unet.blocks)
-                for kind, module in (("self", block.self_attn), ("cross", block.cross_attn))
+                for kind in get_args(Kind)
             ]
             try:
                 return executor(x, *rest, **more)

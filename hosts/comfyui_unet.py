@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .recompute import check_differentiable, frozen, gradient_of, recomputed
 _IDENTITIES = IdentityCache()
 BLOCKS = (ResBlock, SpatialTransformer)
 """What is computed twice where gradients are asked for."""
+OWN_LAYERS = (ResBlock, SpatialTransformer, Downsample, Upsample, nn.Conv2d)
+"""What a UNet's blocks are made of."""
 
 Layer = tuple[str, int, int, Kind]
 """Where the host has an attention layer: block name, block number, transformer index, kind."""
@@ -141,8 +144,13 @@ def node_of(hook: Any) -> str | None:
     if hook is None:
         return None
     name = getattr(hook, "__qualname__", type(hook).__qualname__).partition(".<locals>")[0]
-    pack = (getattr(hook, "__module__", None) or type(hook).__module__).rpartition(".")[2]
-    return f"{name.partition('.')[0]} ({pack})"
+    return f"{name.partition('.')[0]} ({module_of_node(hook)})"
+
+
+def module_of_node(hook: Any) -> str:
+    """The last name of the module that a function is from, which the host calls by its path where it is a node's."""
+    found: str = getattr(hook, "__module__", None) or type(hook).__module__
+    return re.split(r"[./\\]", found)[-1]
 
 
 class HookedModel:
@@ -153,6 +161,9 @@ class HookedModel:
     Attention replacements that other packs set stay: what they add to plain attention is
     added to the control's.
     """
+
+    low: HookedModel | None = None
+    """What takes over below a sigma: of a UNet none."""
 
     def __init__(
         self,
@@ -196,6 +207,8 @@ class HookedModel:
         """What is to be known of the UNet call under way, where its gradient is asked for."""
         self._tokens: Tensor | None = None
         """The input tokens of the self-attention layer under way, where a control has a use for them."""
+        self._window: tuple[int, ...] | None = None
+        """The clip's frames that the call under way holds, where another node splits the clip."""
         self._ours: set[Layer] = set()
         """The self-attention layers that ask us in this call."""
         self._text_rows = self._one_row_a_branch()
@@ -330,6 +343,13 @@ class HookedModel:
             if 0 in branches:
                 self._grid = x.shape[-2], x.shape[-1]
             frames = len(x) // len(branches)
+            self._window = window_of(options)
+            held = {len(self._answer(branch, frames)[0].chunk.frame_indices) for branch in branches}
+            if self.answers and held != {frames}:
+                raise ValueError(
+                    f"model: a node on it calls the UNet with {frames} frames of {max(held)} and does not say which; "
+                    "remove it"
+                )
             handles = [h for norm in self._norms for h in share_statistics(norm, frames)] if self.clip_norm else []
             if self._feature is not None and self.answers:
                 handles.append(self._feature.conv.register_forward_hook(self._featured(branches)))
@@ -338,7 +358,7 @@ class HookedModel:
                     return self._derived.of(lambda z, *of: executor(z, *of, control, options, **more), x, t, context, y)
                 return executor(x, t, context, y, control, options, **more)
             finally:
-                self._tokens = None
+                self._tokens = self._window = None
                 for handle in handles:
                     handle.remove()
 
@@ -466,7 +486,17 @@ class HookedModel:
         """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
         if self.standing is not None:
             return self.standing(frames), None
-        return self.answers.get(branch) or self.answers[1]
+        control, text_tokens = self.answers.get(branch) or self.answers[1]
+        return control if self._window is None else control.window(self._window), text_tokens
+
+
+def window_of(options: dict[str, Any]) -> tuple[int, ...] | None:
+    """The clip's frames that a call holds, of a model's transformer options; None for all.
+
+    Other packs' context windows say so under the name that AnimateDiff-Evolved gave it.
+    """
+    frames = options.get("ad_params", {}).get("sub_idxs")
+    return None if frames is None else tuple(int(frame) for frame in frames)
 
 
 def _as_host(theirs: Callable[..., Tensor] | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -570,8 +600,36 @@ def identity_of(patcher: Any) -> ModelIdentity:
         f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)} "
         f"predicts={'v' if prediction_of(patcher.get_model_object('model_sampling')) is V_PREDICTION else 'epsilon'}"
     )
-    keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
-    return _IDENTITIES.of(model, layout, model.get_dtype(), {key: unpatched(patcher, key) for key in keys})
+    return _IDENTITIES.of(model, layout, model.get_dtype(), own_weights(patcher))
+
+
+def own_weights(patcher: Any) -> dict[str, Tensor]:
+    """The weights of a MODEL's UNet as its checkpoint has them, by the host's keys.
+
+    Layers that another node puts into the blocks while its MODEL is loaded (AnimateDiff's motion modules) are left
+    out; those behind them are known by their places without.
+    """
+    found = {}
+    for key, weight in patcher.model.state_dict().items():
+        if own := own_key(patcher.model.diffusion_model, key):
+            found[own] = patcher.backup[own].weight if own in patcher.backup else weight
+    return found
+
+
+def own_key(unet: UNetModel, key: str) -> str | None:
+    """The checkpoint's key of a weight of a UNet with layers put into its blocks; None for a weight of those."""
+    if not key.startswith("diffusion_model."):
+        return None
+    parts = key.split(".")
+    at = {"input_blocks": 3, "output_blocks": 3, "middle_block": 2}.get(parts[1])
+    if at is None:
+        return key
+    block = list(unet.get_submodule(".".join(parts[1:at])).children())
+    place = int(parts[at])
+    if not isinstance(block[place], OWN_LAYERS):
+        return None
+    parts[at] = str(sum(isinstance(layer, OWN_LAYERS) for layer in block[:place]))
+    return ".".join(parts)
 
 
 def unpatched(patcher: Any, key: str) -> Tensor:

@@ -34,6 +34,7 @@ from ..methods.tune_a_video import TRAINED_KEYS, noised
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
 from .diffusers_temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
+from .held import IN_USE, Stranger, held
 from .recompute import check_differentiable, frozen, gradient_of, recomputed
 
 if TYPE_CHECKING:
@@ -225,16 +226,22 @@ class DiffusersDenoiser:
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
-        """Raises ValueError where another attention processor was set meanwhile."""
+        """Raises ValueError where another run has the UNet, or another attention processor was set meanwhile."""
+        with held([self.unet], "UNet") as stranger, self._hooked(clip_norm, stranger):
+            yield
+
+    @contextmanager
+    def _hooked(self, clip_norm: bool, stranger: Stranger) -> Iterator[None]:
         _refuse_foreign_processors(self.unet)
         before = {name: attn.processor for name, (attn, *_) in self._layers.items()}
         handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for name, (attn, *_) in self._layers.items():
-                attn.processor = _ControlledProcessor(self, name, kernel_of(attn.processor))
+                attn.processor = _ControlledProcessor(self, name, attn.processor, stranger)
             if clip_norm:
-                handles = [h for norm in _clip_norms(self.unet) for h in share_statistics(norm)]
-            handles += [conv.register_forward_hook(self._featured(name)) for name, conv in _features(self.unet).items()]
+                handles = [h for norm in _clip_norms(self.unet) for h in share_statistics(norm, stranger=stranger)]
+            for name, conv in _features(self.unet).items():
+                handles.append(conv.register_forward_hook(self._featured(name, stranger)))
             yield
         finally:
             for name, (attn, *_) in self._layers.items():
@@ -291,8 +298,11 @@ class DiffusersDenoiser:
             return signal.sqrt() * output + (1 - signal).sqrt() * latents
         return (latents - signal.sqrt() * output) / (1 - signal).sqrt()
 
-    def _featured(self, name: str) -> Callable[..., Tensor]:
-        return lambda module, args, output: self._control.feature(output, name) if self._control else output
+    def _featured(self, name: str, stranger: Stranger) -> Callable[..., Tensor]:
+        def featured(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output if self._control is None or stranger() else self._control.feature(output, name)
+
+        return featured
 
     def _check(self, latents: Tensor, condition: Condition) -> None:
         channels, width = self.unet.config["in_channels"], self.unet.config["cross_attention_dim"]
@@ -340,12 +350,13 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _ControlledProcessor:
-    """diffusers' plain attention, with the softmax product left to a control."""
+    """diffusers' plain attention, with the softmax product left to a control; `before`, where a stranger calls."""
 
-    def __init__(self, denoiser: DiffusersDenoiser, name: str, kernel: Attend) -> None:
+    def __init__(self, denoiser: DiffusersDenoiser, name: str, before: Any, stranger: Stranger) -> None:
         self.denoiser = denoiser
         self.name = name
-        self.kernel = kernel
+        self.kernel = kernel_of(before)
+        self.before, self.stranger = before, stranger
 
     def __call__(
         self,
@@ -354,8 +365,11 @@ class _ControlledProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        **_: object,
+        **more: object,
     ) -> Tensor:
+        if self.stranger():
+            done: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **more)
+            return done
         control, site = self.denoiser._control, self.denoiser._sites[self.name]
         assert control is not None
         control.attend = self.kernel
@@ -436,6 +450,8 @@ def _features(unet: Any) -> dict[str, nn.Module]:
 
 def _refuse_foreign_processors(unet: Any) -> None:
     for name, processor in unet.attn_processors.items():
+        if type(processor) is _ControlledProcessor:
+            raise ValueError(IN_USE.format(what="UNet"))
         if type(processor) not in _PLAIN:
             raise ValueError(
                 f"{name} is a {type(processor).__name__}, which FateZero cannot reproduce: remove it first "

@@ -21,6 +21,7 @@ from ..diffusion.denoiser import Guidance, refuse_clip_norm
 from ..diffusion.schedule import FlowSchedule
 from ..store.identity import IdentityCache, ModelIdentity
 from ..store.records import Beside
+from .held import IN_USE, Stranger, held
 
 __all__ = ["VideoTransformerDenoiser"]
 
@@ -128,8 +129,15 @@ class VideoTransformerDenoiser:
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
-        """Raises ValueError for clip norm, which is of UNets, and for attention processors that were set meanwhile."""
+        """Raises ValueError for clip norm, which is of UNets, where another run has a transformer, and for attention
+        processors that were set meanwhile.
+        """
         refuse_clip_norm(clip_norm)
+        with held(self.transformers, "transformer") as stranger, self._hooked(stranger):
+            yield
+
+    @contextmanager
+    def _hooked(self, stranger: Stranger) -> Iterator[None]:
         for model in self.transformers:
             _refuse_foreign_processors(model)
         layers = [layer for model in self.transformers for layer in _layers(model)]
@@ -139,9 +147,9 @@ class VideoTransformerDenoiser:
         forwards = {module: module.__dict__.get("forward") for module in wrapped}
         try:
             for layer in layers:
-                layer.attention.processor = _ControlledProcessor(self, layer, kernel_of(layer.attention.processor))
+                layer.attention.processor = _ControlledProcessor(self, layer, layer.attention.processor, stranger)
             for module, wrap in wrapped.items():
-                module.forward = wrap(module.forward)
+                module.forward = wrap(module.forward, stranger)
             yield
         finally:
             for layer, processor in zip(layers, processors, strict=True):
@@ -204,10 +212,12 @@ class VideoTransformerDenoiser:
                 f"embeddings are {condition.embeddings.shape[-1]} wide; this transformer takes {config['text_dim']}"
             )
 
-    def _by_row(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _by_row(self, forward: Callable[..., Tensor], stranger: Stranger) -> Callable[..., Tensor]:
         """A block that takes the rows of a batch one after another, so that one leaves attention for the next."""
 
         def by_row(hidden: Tensor, text: Tensor, times: Tensor, rotary: Any) -> Tensor:
+            if stranger():
+                return forward(hidden, text, times, rotary)
             done = []
             for self._row in range(len(hidden)):
                 own = slice(self._row, self._row + 1)
@@ -216,13 +226,13 @@ class VideoTransformerDenoiser:
 
         return by_row
 
-    def _in_parts(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _in_parts(self, forward: Callable[..., Tensor], stranger: Stranger) -> Callable[..., Tensor]:
         """A feed-forward that takes a branch beside another by halves: it is what a block holds most of, and then
         there is what the branches hold for each other.
         """
 
         def in_parts(tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
-            if len(self._rows) == 1:
+            if stranger() or len(self._rows) == 1:
                 return forward(tokens, *rest, **more)
             return torch.cat([forward(part, *rest, **more) for part in tokens.chunk(2, 1)], 1)
 
@@ -262,10 +272,11 @@ def _layers(model: Any) -> list[_Layer]:
 
 
 class _ControlledProcessor:
-    """Wan's attention, with the softmax product left to a control."""
+    """Wan's attention, with the softmax product left to a control; `before`, where a stranger calls."""
 
-    def __init__(self, denoiser: VideoTransformerDenoiser, layer: _Layer, kernel: Attend) -> None:
-        self.denoiser, self.name, self.kernel = denoiser, layer.name, kernel
+    def __init__(self, denoiser: VideoTransformerDenoiser, layer: _Layer, before: Any, stranger: Stranger) -> None:
+        self.denoiser, self.name, self.kernel = denoiser, layer.name, kernel_of(before)
+        self.before, self.stranger = before, stranger
 
     def __call__(
         self,
@@ -275,6 +286,9 @@ class _ControlledProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        if self.stranger():
+            done: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            return done
         of = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if not attn.fused_projections:
             q, k, v = attn.to_q(hidden_states), attn.to_k(of), attn.to_v(of)
@@ -339,6 +353,8 @@ def _check_model(model: Any) -> None:
 
 def _refuse_foreign_processors(model: Any) -> None:
     for layer in _layers(model):
+        if type(layer.attention.processor) is _ControlledProcessor:
+            raise ValueError(IN_USE.format(what="transformer"))
         if type(layer.attention.processor) is not WanAttnProcessor:
             raise ValueError(
                 f"{layer.name} has a {type(layer.attention.processor).__name__}, which FateZero cannot reproduce: "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from einops import rearrange
 
-from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.control import AttentionSite, Control, attention_map, over_windows
 from ..attention.key_frames import Chunk, as_one
 from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment
@@ -29,6 +29,7 @@ from ..store.records import Map, QueriesKeys, SourceStep
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 MaskFrom = Literal["attention", "prompts"]
 GROUP = "FateZero"
@@ -345,7 +346,7 @@ class Fusion(Injected):
             return None
         heats = []
         if self.mask_sites:
-            maps = [(site, control.maps[site.name]) for site in self.mask_sites]
+            maps = [(site, control.map_of(site)) for site in self.mask_sites]
             heats = [self.source_heat(source), word_heat(maps, self.blend_tokens[1])]
         height, width = self.context.store.levels.shape[-2:]
         return self.masks({(height, width)}, heats, source.chunk)[height, width][:, None]
@@ -402,6 +403,19 @@ class Fuser(Control):
         self.maps: dict[str, Tensor] = {}
         """A host's guidance may evaluate the branch again; the first time counts."""
 
+    def on(self, chunk: Chunk) -> Self:
+        own, rows = super().on(chunk), self.chunk.rows(chunk)
+        own.source, own.maps = self.source.window(chunk.frame_indices), {}
+        own.masks, own.shares = (x and {grid: m[rows] for grid, m in x.items()} for x in (self.masks, self.shares))
+        return own
+
+    def map_of(self, site: AttentionSite) -> Tensor:
+        """The cross map that was kept of a layer."""
+        if self.windows:
+            maps = {frames: control.maps[site.name] for frames, control in self.windows.items()}
+            return over_windows(maps, self.chunk.frame_indices)
+        return self.maps[site.name]
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if not (self.plan.fuse_self and self.fusion.fuses(site)):
             return super().self_attention(q, k, v, site)
@@ -439,7 +453,7 @@ class Fuser(Control):
 
     def _source(self, v: Tensor, site: AttentionSite) -> Tensor:
         """A_src @ v; where key frames attend to all of each other, the source's queries and keys do so too."""
-        record = self.source.records[site.name]
+        record = self.source.record(site.name)
         if self.extended and isinstance(record, QueriesKeys):
             return super().self_attention(record.queries(v.dtype), record.keys(v.dtype), v, site)
         return self.source.apply_self(site, self.of_key_frames(v, site), self.attend)

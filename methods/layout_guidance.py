@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..attention.condition import Condition
-from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
 from ..diffusion.edit import EditContext
@@ -242,6 +242,9 @@ class EnergyControl(Control):
         self.layout = layout
         self._found: dict[str, Tensor] = {}
         """Of each layer that counts, the energy of each frame: kept by name, for a layer may be computed twice."""
+
+    def on(self, chunk: Chunk) -> NoReturn:
+        raise ValueError(f"a layout is guided by a gradient of the whole clip, {NO_WINDOWS}")
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if MAPS[0] <= site.tokens <= MAPS[1]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..diffusion.edit import Edit, EditContext, Injected
 from ..diffusion.source import Asks
@@ -18,6 +19,7 @@ from ..store.records import QueriesKeys, SourceStep
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 GROUP = "Plug-and-Play"
 
@@ -113,11 +115,16 @@ class PlugAndPlay(Control):
         self.takes_attention = takes_attention
         self.takes_feature = takes_feature
 
+    def on(self, chunk: Chunk) -> Self:
+        own = super().on(chunk)
+        own.source = self.source.window(chunk.frame_indices)
+        return own
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        record = self.source.records.get(site.name) if self.takes_attention and takes(site) else None
+        record = self.source.record(site.name) if self.takes_attention and takes(site) else None
         if isinstance(record, QueriesKeys):
             q, k = record.queries(q.dtype), record.keys(k.dtype)
         return super().self_attention(q, k, v, site)
 
     def feature(self, x: Tensor, name: str) -> Tensor:
-        return self.source.features[name].to(x) if self.takes_feature else x
+        return self.source.feature(name).to(x) if self.takes_feature else x

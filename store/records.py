@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from einops import rearrange
@@ -16,6 +16,7 @@ from ..attention.control import (
     attend_as_one,
     attention,
     attention_map,
+    over_windows,
     token_shares,
 )
 from ..attention.key_frames import Chunk, KeyFrames
@@ -23,9 +24,18 @@ from ..imports import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 Memory = Literal["recompute", "queries_keys", "maps"]
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
+KEPT_WINDOWS = (
+    "memory: a node on the model splits the clip into context windows (AnimateDiff-Evolved), in which a frame's "
+    "attention differs; only memory recompute follows them"
+)
+OTHER_WINDOWS = (
+    "model: the source's model splits the clip into other context windows than the edit's (AnimateDiff-Evolved): "
+    "invert with the same context options"
+)
 
 
 def float8() -> torch.dtype:
@@ -146,10 +156,43 @@ class SourceStep:
     beside: Beside | None = None
     predicted: Tensor | None = None
     """What the model predicted of the source, where it was asked and evaluated before."""
+    windows: dict[tuple[int, ...], SourceStep] = field(default_factory=dict)
+    """The same of context windows, by their frames, where another node on the model splits the clip into such."""
+
+    def window(self, frames: tuple[int, ...]) -> SourceStep:
+        """The source on a context window of the edit; ValueError where it ran in others, or was kept."""
+        if frames == self.chunk.frame_indices or frames in self.windows:
+            return self.windows.get(frames, self)
+        if self.windows:
+            raise ValueError(OTHER_WINDOWS)
+        if self.stored:
+            raise ValueError(KEPT_WINDOWS)
+        part = Chunk.of(frames, self.chunk.clip)
+        rows = self.chunk.rows(part)
+        features = {name: x[rows] for name, x in self.features.items()}
+        return replace(self, chunk=part, records=_of_rows(self.records, rows), features=features)
+
+    def record(self, name: str) -> Record | None:
+        """What was recorded of a layer, if it was; ValueError where the source ran in context windows."""
+        if self.windows:
+            raise ValueError(OTHER_WINDOWS)
+        return self.records.get(name)
+
+    def feature(self, name: str) -> Tensor:
+        """The feature of a ResNet block; ValueError where the source ran in context windows."""
+        if self.windows:
+            raise ValueError(OTHER_WINDOWS)
+        return self.features[name]
+
+    def _record(self, site: AttentionSite) -> Record:
+        found = self.record(site.name)
+        if found is None:
+            raise KeyError(site.name)
+        return found
 
     def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v, v being of the key frames of each frame: (f h (n t) d) -> (f h t d)."""
-        record = self.records[site.name]
+        record = self._record(site)
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
         keys, frames, clip = self.key_frames.at(site.channels), self.chunk.frame_indices, self.chunk.clip
@@ -159,14 +202,17 @@ class SourceStep:
 
     def apply_cross(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v for one value of each source token: (f or 1, h s d) -> (f h t d)."""
-        record = self.records[site.name]
+        record = self._record(site)
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
         return attend(record.queries(v.dtype), record.keys(v.dtype), v)
 
     def cross_map(self, site: AttentionSite, dtype: torch.dtype) -> Tensor:
         """(f h t s)."""
-        record = self.records[site.name]
+        if self.windows:
+            maps = {frames: step.cross_map(site, dtype) for frames, step in self.windows.items()}
+            return over_windows(maps, self.chunk.frame_indices)
+        record = self._record(site)
         if isinstance(record, Map):
             return record.probabilities.to(dtype)
         return attention_map(record.queries(dtype), record.keys(dtype))
@@ -206,8 +252,16 @@ class Recorder(Control):
     def step(self) -> SourceStep:
         """What it has recorded, for the same chunk."""
         return SourceStep(
-            self.records, self.key_frames, self.chunk, features=self.features or {}, predicted=self.predicted
-        )
+            self.records, self.key_frames, self.chunk, features=self.features or {}, predicted=self.predicted,
+            windows={frames: recorder.step for frames, recorder in self.windows.items()},
+        )  # fmt: skip
+
+    def on(self, chunk: Chunk) -> Self:
+        if self.memory != "recompute" and self.layers:
+            raise ValueError(KEPT_WINDOWS)
+        own = super().on(chunk)
+        own.records, own.features, own.predicted = {}, None if self.features is None else {}, None
+        return own
 
     def forget(self, layer: str) -> None:
         self.records.pop(layer, None)
@@ -293,6 +347,15 @@ def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Seq
     for recorder, part in zip(recorders, parts, strict=True):
         found |= {f: part[recorder.chunk.frame_indices.index(f)] for f in recorder.chunk.owned if f in frames}
     return torch.stack([found[f] for f in frames])
+
+
+def _of_rows(records: dict[str, Record], rows: Sequence[int]) -> dict[str, Record]:
+    """Some frames' records, of a call that recorded queries and keys of all its frames."""
+    found: dict[str, Record] = {}
+    for name, record in records.items():
+        assert isinstance(record, QueriesKeys)
+        found[name] = QueriesKeys(record.q[rows], record.k if name.endswith(".cross") else record.k[rows])
+    return found
 
 
 def pick(x: Tensor, rows: Sequence[int]) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -119,6 +121,22 @@ def stepped(
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference over the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """What another thread gives, or its exception."""
+    found: list[Any] = []
+
+    def caught() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=caught)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -16,7 +16,8 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.flux.model import FluxParams
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
 
@@ -359,7 +360,7 @@ class LowVram(io.ComfyNode):
 
 @node("OtherHooks", [io.Model.Input("model")], [io.String.Output()], is_output_node=True)
 class Hooks(io.ComfyNode):
-    """What hangs on a model: forward hooks of its modules, and patches of its options."""
+    """What hangs on a model: forward hooks of its modules, layers of others, and patches of its options."""
 
     @classmethod
     def fingerprint_inputs(cls, **_):
@@ -368,11 +369,12 @@ class Hooks(io.ComfyNode):
     @classmethod
     def execute(cls, model):
         modules = list(model.model.modules())
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + isinstance(m, Motion) for m in modules)
         put = [(m, vars(m)["forward"]) for m in modules if "forward" in vars(m)]
         own = sum(getattr(forward, "__func__", None) is not type(m).forward for m, forward in put)  # not put back
         options = model.model_options["transformer_options"]
-        text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {sorted(model.wrappers)}"
+        wrappers = sorted(model.wrappers)
+        text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {wrappers}"
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
@@ -454,12 +456,135 @@ class TextRowsSeen(io.ComfyNode):
         return io.NodeOutput(text, ui={"text": (text,)})
 
 
+class Motion(torch.nn.Module):
+    """A layer in which the frames of a call meet, as motion modules have it."""
+
+    def forward(self, x, branches):
+        clips = x.unflatten(0, (branches, -1))
+        return (clips + 0.5 * clips.roll(1, 1) - 0.5 * clips.mean(1, keepdim=True)).flatten(0, 1)
+
+
+def inject(patcher):
+    for block in patcher.model.diffusion_model.output_blocks:
+        places = [i for i, layer in enumerate(block) if isinstance(layer, SpatialTransformer)]
+        for place in places:
+            block.insert(place + 1, Motion())
+
+
+def eject(patcher):
+    for block in patcher.model.diffusion_model.output_blocks:
+        for place in [i for i, layer in enumerate(block) if isinstance(layer, Motion)][::-1]:
+            block.pop(place)
+
+
+@node("OtherMotion", [io.Model.Input("model")], [io.Model.Output()])
+class OtherMotion(io.ComfyNode):
+    """Layers between frames, injected while the model is loaded, as AnimateDiff-Evolved does it."""
+
+    @classmethod
+    def execute(cls, model):
+        moved = model.clone()
+        moved.set_injections("other", [PatcherInjection(inject, eject)])
+        meet = lambda layer, x, emb, context, options, *_, **__: layer(x, len(options["cond_or_uncond"]))  # noqa: E731
+        moved.set_model_forward_timestep_embed_patch((Motion, meet))
+        return io.NodeOutput(moved)
+
+
+def prepare_outside(executor, *args, **more):
+    """State for the wrappers within, and a sampling function of its own in the host's place."""
+    guider, own = executor.class_obj, comfy.samplers.sampling_function
+    before = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+    guider.model_options["transformer_options"]["other_state"] = {"ran": ["outer"], "frames": len(args[1])}
+
+    def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options, seed=None):
+        options = dict(model_options["transformer_options"])
+        options["ad_params"] = {"full_length": options["other_state"]["frames"], "sub_idxs": None}
+        return own(
+            model, x, timestep, uncond, cond, cond_scale, {**model_options, "transformer_options": options}, seed
+        )
+
+    comfy.samplers.sampling_function = sampling_function
+    try:
+        return executor(*args, **more)
+    finally:
+        comfy.samplers.sampling_function, guider.model_options = own, before
+
+
+def prepare(executor, model, shape, conds, *args, **more):
+    more["model_options"]["transformer_options"]["other_state"]["ran"].append("prepare")
+    return executor(model, shape, conds, *args, **more)
+
+
+def prepare_sampler(executor, guider, sigmas, extra, *args, **more):
+    extra["model_options"]["transformer_options"]["other_state"]["ran"].append("sampler")
+    return executor(guider, sigmas, extra, *args, **more)
+
+
+def windows_of(frames, length):
+    """Windows that overlap by a frame."""
+    starts = (
+        sorted({min(start, frames - length) for start in range(0, frames - 1, length - 1)}) if length < frames else []
+    )
+    return [list(range(start, start + length)) for start in starts] or [list(range(frames))]
+
+
+def in_windows(length):
+    def wrapper(executor, model, conds, x, timestep, model_options):
+        state, told = (model_options["transformer_options"][name] for name in ("other_state", "ad_params"))
+        missing = {"outer", "prepare", "sampler"} - set(state["ran"])
+        if missing or len(x) != state["frames"]:
+            raise RuntimeError(f"wrappers that did not run: {missing}; {len(x)} frames of {state['frames']}")
+        if length >= len(x):
+            return executor(model, conds, x, timestep, model_options)
+        results, counts = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
+        for frames in windows_of(len(x), length):
+            told["sub_idxs"] = frames
+            parts = executor(model, conds, x[frames], timestep[frames], model_options)
+            for result, part in zip(results, parts, strict=True):
+                result[frames] += part
+            counts[frames] += 1
+        return [result / counts for result in results]
+
+    return wrapper
+
+
+@node("OtherWindows", [io.Model.Input("model"), io.Int.Input("length")], [io.Model.Output()])
+class OtherWindows(io.ComfyNode):
+    """Context windows inside the calls of the model, by state that the sampling's wrappers prepare, as
+    AnimateDiff-Evolved has them; it tells the frames of a call under the name that this pack gave them.
+    """
+
+    @classmethod
+    def execute(cls, model, length):
+        split = model.clone()
+        kinds = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE)
+        for kind, wrapper in zip(kinds, (prepare_outside, prepare, prepare_sampler), strict=True):
+            split.add_wrapper_with_key(kind, "other", wrapper)
+        split.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "other", in_windows(length))
+        return io.NodeOutput(split)
+
+
+@node("OtherTwice", [io.Model.Input("model")], [io.Model.Output()])
+class OtherTwice(io.ComfyNode):
+    """Samples, and samples again from what came out, as FreeInit does."""
+
+    @classmethod
+    def execute(cls, model):
+        def twice(executor, noise, latents, *args, **more):
+            return executor(noise, executor(noise, latents, *args, **more), *args, **more)
+
+        again = model.clone()
+        again.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "other_twice", twice)
+        return io.NodeOutput(again)
+
+
 class OtherPack(ComfyExtension):
     async def get_node_list(self):
         return [
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
             Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block, SparseAttention,
-            SkipBlock, NegativeAgain, LatentNoise,
+            SkipBlock, NegativeAgain, LatentNoise, OtherMotion, OtherWindows, OtherTwice,
         ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from comfyui.host import Host
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOW = "no browser found: install Chromium (Debian's package chromium)"
 READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
-SETTLED = """async () => {
+SETTLED = """async pictures => {
     const boxes = () => app.graph._nodes.map(node => {
         const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
         if (!drawn) return [String(node.id), ...node.boundingRect]
@@ -24,7 +24,7 @@ SETTLED = """async () => {
         return [String(node.id), (x - canvas.x) / scale - offset[0], (y - canvas.y) / scale - offset[1],
             width / scale, height / scale]
     })
-    const loaded = () => [...document.images].every(image => image.complete)
+    const loaded = () => !pictures || [...document.images].every(image => image.complete)
         && [...document.querySelectorAll('video')].every(video => video.readyState > 0)
     for (let before = '', alike = 0; alike < 3 || !loaded();) {
         const drawn = app.canvas.frame
@@ -36,7 +36,8 @@ SETTLED = """async () => {
     }
     return boxes()
 }"""
-"""The place and size of each node, titles included, when pictures are loaded and three drawings made no difference."""
+"""The place and size of each node, titles included, when three drawings made no difference and, if so told, pictures
+are loaded."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Page:
     def open(self, workflow: dict[str, Any], name: str) -> None:
         """Load a workflow as the page's own menu does."""
         self.tab.evaluate("([w, name]) => app.loadGraphData(w, true, true, name)", [workflow, name])
-        self.tab.wait_for_timeout(500)
+        self.tab.evaluate(SETTLED, False)
 
     def serialized(self) -> dict[str, Any]:
         return json.loads(self.tab.evaluate("() => JSON.stringify(app.graph.serialize())"))
@@ -83,7 +84,7 @@ class Page:
     def boxes(self) -> dict[str, tuple[float, float, float, float]]:
         """Left, top, right and bottom of each node as it is drawn, once that rests."""
         self.tab.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        found = self.tab.evaluate(SETTLED)
+        found = self.tab.evaluate(SETTLED, True)
         return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
 
     def texts(self) -> list[str]:
@@ -93,29 +94,28 @@ class Page:
                 .filter(text => text.checkVisibility() && text.clientHeight > 10).map(text => text.value)"""
         )
 
-    def queue(self, host: Host, prompt: dict[str, Any], timeout: float = 240) -> str:
+    def queue(self, host: Host, prompt: dict[str, Any]) -> str:
         """Have the host run a prompt of the nodes that are open, and wait for the end: the last message about it."""
         client = self.tab.evaluate("() => app.api.clientId")
-        return self._until_end(lambda: host.post("/prompt", {"prompt": prompt, "client_id": client}), timeout)
+        return self._until_end(lambda: host.post("/prompt", {"prompt": prompt, "client_id": client}))
 
-    def run(self, timeout: float = 240) -> str:
+    def run(self) -> str:
         """Queue what is open, as its button does, and wait for the end: the last message about it."""
-        return self._until_end(lambda: self.tab.evaluate("() => { app.queuePrompt(0, 1) }"), timeout)
+        return self._until_end(lambda: self.tab.evaluate("() => { app.queuePrompt(0, 1) }"))
 
-    def _until_end(self, queue: Callable[[], Any], timeout: float) -> str:
+    def _until_end(self, queue: Callable[[], Any]) -> str:
         self.tab.evaluate("""() => {
             window.ended = null
             for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
                 app.api.addEventListener(kind, () => { window.ended ??= kind })
         }""")
         queue()
-        self.tab.wait_for_function("() => window.ended", timeout=timeout * 1000)
+        self.tab.wait_for_function("() => window.ended")
         return self.tab.evaluate("() => window.ended")
 
     def picture(self, path: Path) -> None:
         """The page with the whole graph in view."""
-        self.tab.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.tab.wait_for_timeout(1500)
+        self.boxes()
         self.tab.screenshot(path=str(path))
 
 
@@ -140,10 +140,11 @@ def opened(host: Host, width: int = 1900, height: int = 1000) -> Iterator[Page]:
         )
         try:
             tab = browser.new_page(viewport={"width": width, "height": height})
+            tab.set_default_timeout(0)
             page = Page(tab)
             tab.on("pageerror", lambda error: page.errors.append(str(error)))
             tab.goto(host.url)
-            tab.wait_for_function(READY, timeout=60_000)
+            tab.wait_for_function(READY)
             yield page
         finally:
             browser.close()

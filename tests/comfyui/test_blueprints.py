@@ -35,19 +35,21 @@ VALUES = {
 """What a user changes: of words the prompts alone."""
 
 
-def find(page, title, tries=3):
+def find(page, title):
     """Double-click the canvas, type, take the first that is found, and put it down, as a user does."""
+
+    def until(state):
+        page.tab.wait_for_function(f"([title, x, y]) => {state}", arg=[title, 900, 500])
+
     page.tab.mouse.dblclick(900, 500)
-    page.tab.keyboard.type(title, delay=10)
-    page.tab.wait_for_timeout(1500)
+    until("document.activeElement.role === 'combobox'")
+    page.tab.keyboard.type(title)
+    until("document.querySelector('[role=option]')?.textContent.includes(title)")
     page.tab.keyboard.press("Enter")
-    page.tab.wait_for_timeout(1500)
+    until("app.graph._nodes.some(n => n.title === title)")
+    until("document.elementFromPoint(x, y).tagName === 'CANVAS'")
     page.tab.mouse.click(900, 500)
-    page.tab.wait_for_timeout(500)
-    if not page.tab.evaluate("title => app.graph._nodes.some(n => n.title === title)", title):
-        assert tries > 1, f"{title!r} is not in the search"
-        page.tab.keyboard.press("Escape")  # the page was still loading its list
-        find(page, title, tries - 1)
+    until("app.graph._nodes.every(n => !n.flags.ghost)")
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.HOW)

@@ -18,7 +18,7 @@ def sockets(about):
 
 def test_every_node_has_a_help_page_that_names_every_socket(host):
     for name, about in nodes(host).items():
-        with urllib.request.urlopen(f"{host.url}/extensions/{PACK}/docs/{name}.md", timeout=60) as answer:
+        with urllib.request.urlopen(f"{host.url}/extensions/{PACK}/docs/{name}.md") as answer:
             text = answer.read().decode()
         assert text.startswith(f"# {about['display_name']}\n")
         for socket, options in sockets(about).items():

@@ -365,6 +365,19 @@ def test_a_context_window_that_an_edit_has_no_use_for_is_refused(host, name, val
         edited(host, graph)
 
 
+@pytest.mark.parametrize("kind", ["Mahiro", "VideoLinearCFGGuidance", "RescaleCFG"])
+def test_guidance_over_all_frames_is_refused_in_chunks(host, kind):
+    graph = without_fusion(DemoGraph(steps=2))
+    graph.set(graph.edit, model=add(host, graph, kind, model=graph.demo[0])[0])
+    whole = edited(host, graph)
+    graph.set(graph.edit, chunk_frames=2)
+    if kind == "RescaleCFG":
+        assert relative(edited(host, graph), whole) < 1e-5, "which is each frame's own"
+        return
+    with pytest.raises(NodeError, match=f"guidance of {kind} .* may depend on all frames"):
+        edited(host, graph)
+
+
 FUSED = ("flat", "pyramid", "relative", "overlap-linear")
 WINDOWS = ("standard_static", "standard_uniform", "batched")
 OFTEN = {("pyramid", "standard_uniform"), ("relative", "batched")}

@@ -11,7 +11,7 @@ from fatezero import Condition, edit, invert
 from fatezero.attention.control import Control, attention
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.hosts.diffusers import DiffusersDenoiser, kernel_of, xformers_attention
-from small import THREE_LEVELS, random_latents, random_text, relative, small_unet
+from small import THREE_LEVELS, in_thread, random_latents, random_text, relative, small_unet
 
 
 def own_frames(frames=2):
@@ -76,6 +76,32 @@ def test_nothing_is_left_on_the_unet_after_an_error(unet, denoiser):
         denoiser.predict_noise(random_latents(2), 1, Condition(random_text(0)), failing)
     assert hooks(unet) == before
     assert all(unet.attn_processors[n] is p for n, p in processors.items())
+
+
+def test_one_thread_edits_a_unet_and_plain_calls_of_others_stay_plain(unet, denoiser):
+    latents, text, before = random_latents(2), random_text(0), hooks(unet)
+
+    def plain():
+        return unet(latents, 300, text.expand(2, -1, -1)).sample
+
+    def step():
+        return denoiser.predict_noise(latents, 300, Condition(text), Control(KeyFrames.of("middle"), Chunk.whole(2)))
+
+    def inverted():
+        return invert(DiffusersDenoiser(unet, denoiser.scheduler), latents, text, steps=2)
+
+    expected = plain()
+    with denoiser.hooked(clip_norm=True):
+        ours = step()
+        assert relative(ours, expected) > 1e-3
+        assert torch.equal(in_thread(plain), expected)
+        assert torch.equal(step(), ours)
+        assert "another edit is using this UNet" in str(in_thread(inverted))
+        with pytest.raises(ValueError, match="another edit is using this UNet"), denoiser.hooked():
+            pass
+        assert torch.equal(step(), ours), "whose refusal took nothing away"
+    assert hooks(unet) == before
+    assert torch.equal(in_thread(inverted).latents, inverted().latents)
 
 
 def test_clip_norm_takes_statistics_over_the_clip(denoiser):

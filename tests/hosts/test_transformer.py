@@ -29,7 +29,7 @@ from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
 from fatezero.store.records import Recorder
-from tests.small import relative, small_unet
+from tests.small import in_thread, relative, small_unet
 
 TEXT, CHANNELS = 16, 4
 SOURCE, TARGET = "a red circle on grass", "a blue striped star on grass"
@@ -247,6 +247,24 @@ def test_what_it_does_not_take(denoiser):
     other.blocks[0].attn1.processor = object()
     with pytest.raises(ValueError, match="cannot reproduce"):
         VideoTransformerDenoiser(other, scheduler)
+
+
+def test_one_thread_edits_a_transformer_and_plain_calls_of_others_stay_plain(denoiser, prompt, inversion):
+    model, (latents, text) = denoiser.transformers[0], (random_latents(), random_text(3))
+
+    def plain():
+        clip, times = latents.transpose(0, 1)[None], torch.tensor([500.0], dtype=torch.float64)
+        return model(clip, times, text, return_dict=False)[0]
+
+    expected, others = plain(), []
+    whole = edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6))
+    during = edit(
+        denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6),
+        progress=lambda done, of: others.append((in_thread(plain), in_thread(denoiser.hooked().__enter__))),
+    )  # fmt: skip
+    assert torch.equal(during, whole)
+    assert all(torch.equal(found, expected) for found, _ in others)
+    assert all("another edit is using this transformer" in str(error) for _, error in others) and others
 
 
 def test_an_error_inside_leaves_no_trace(denoiser):
