@@ -143,6 +143,7 @@ class EditConfig(
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )
     negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
+    chunk_frames: int | None = kept(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
     guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
     strength: float = kept(Edit, "strength", 1.0)
     noise: NoiseName = setting(

@@ -60,7 +60,7 @@ class InversionSettings:
         "Frames of one call of the model. With key frames among self, first, middle and last the result does not "
         "depend on it. With neighbours, clip_norm, temporal layers or a video transformer (whose frames are those of "
         "the latents), chunks overlap and approximate the whole clip.",
-        least=1, shown="all, or 16 where exact", group="This run",
+        least=1, shown="all", group="This run",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
