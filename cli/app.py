@@ -28,7 +28,16 @@ from .config import (
     with_values,
 )
 from .help import show_help
-from .options import GROUPS, edit_options, generate_options, given_of, invert_options, tune_options, whole_numbers
+from .options import (
+    GROUPS,
+    edit_options,
+    generate_options,
+    given_of,
+    invert_options,
+    tune_options,
+    whole,
+    whole_numbers,
+)
 from .progress import complain, console, in_a_line, printable, progress_bar, told
 from .record import apart_from, check_is_here, made_by
 
@@ -170,7 +179,9 @@ def tune(
     model_config: ModelConfig = None,
     options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     resume: Annotated[bool, Parameter(negative="", help="Continue the tuning in the folder.", group=_RUN)] = False,
-    keep_every: Annotated[int, Parameter(help="Steps between two states to go on from.", group=_RUN)] = 50,
+    keep_every: Annotated[
+        int, Parameter(converter=whole, help="Steps between two states to go on from.", group=_RUN)
+    ] = 50,
     folder: Annotated[
         bool,
         Parameter(
@@ -239,8 +250,8 @@ def evaluate(
     ] = "",
     lpips: Annotated[Path | None, Parameter(help='Weights of lpips.LPIPS(net="alex") as .safetensors.')] = None,
     judge: Annotated[bool, Parameter(negative="", help="Read the demo world's words from the frames.")] = False,
-    start: Annotated[int, Parameter(help="The original's first frame, as in `fatezero edit`.")] = 0,
-    stride: Annotated[int, Parameter(help="Take every n-th frame of the original.")] = 1,
+    start: Annotated[int, Parameter(converter=whole, help="The original's first frame, as in `fatezero edit`.")] = 0,
+    stride: Annotated[int, Parameter(converter=whole, help="Take every n-th frame of the original.")] = 1,
     crop: Annotated[str, Parameter(help="Pixels cut off the original: left,top,right,bottom.")] = "0,0,0,0",
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="The figures as JSON.")] = None,
     plot: Annotated[Path | None, Parameter(help="Curves over the frames, a picture.")] = None,
@@ -267,7 +278,7 @@ def evaluate(
 def demo(
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for the results.")] = Path("out"),
-    steps: Annotated[int, Parameter(help="DDIM steps.")] = 50,
+    steps: Annotated[int, Parameter(converter=whole, help="DDIM steps.")] = 50,
     device: Device = "auto",
 ) -> None:
     """Run an attribute, a shape and a style edit on the bundled clip with the bundled model."""
@@ -289,9 +300,9 @@ def batch_of_jobs(
             show_default=lambda _: "that of the jobs, without .yaml",
         ),
     ] = None,
-    workers: Annotated[int, Parameter(help="Processes on each device.")] = 1,
+    workers: Annotated[int, Parameter(converter=whole, help="Processes on each device.")] = 1,
     timeout: Annotated[float | None, Parameter(help="Seconds that a job may take.")] = None,
-    retries: Annotated[int, Parameter(help="Retries of a job whose process died.")] = 1,
+    retries: Annotated[int, Parameter(converter=whole, help="Retries of a job whose process died.")] = 1,
     measure: Annotated[bool, Parameter(help="Measure each result beside its source.")] = True,
     clip: Annotated[str, Parameter(help="CLIP model of transformers to measure with.")] = "",
     redo: Annotated[bool, Parameter(negative="", help="Repeat finished jobs.")] = False,
@@ -352,14 +363,14 @@ def benchmark(
     quick: Annotated[
         bool, Parameter(negative="--full", help="4 cases of each kind and the main methods, or 10 and all.")
     ] = True,
-    seed: Annotated[int, Parameter(help="Of scenes, motions and words.")] = 2303,
-    each: Annotated[int | None, Parameter(help="Cases of each kind.")] = None,
+    seed: Annotated[int, Parameter(converter=whole, help="Of scenes, motions and words.")] = 2303,
+    each: Annotated[int | None, Parameter(converter=whole, help="Cases of each kind.")] = None,
     kind: Annotated[
         list[str] | None,
         Parameter(help="attribute, texture, shape, style, background, swap, two objects or alike objects; may repeat."),
     ] = None,
-    frames: Annotated[int, Parameter(help="Frames of every clip.")] = 4,
-    steps: Annotated[int, Parameter(help="DDIM steps.")] = 20,
+    frames: Annotated[int, Parameter(converter=whole, help="Frames of every clip.")] = 4,
+    steps: Annotated[int, Parameter(converter=whole, help="DDIM steps.")] = 20,
     guidance_scale: Annotated[float, Parameter(help="Classifier-free guidance.")] = 7.5,
     method: Annotated[list[str] | None, Parameter(help="A method by its name in the table; may repeat.")] = None,
     pairs: Annotated[
@@ -368,7 +379,8 @@ def benchmark(
     model: Annotated[str, Parameter(help="Another checkpoint of the demo world.")] = "demo",
     clip: Annotated[str, Parameter(help="A CLIP of transformers, for Tem-Con and Frame-Acc.")] = "",
     workers: Annotated[
-        int | None, Parameter(help="Processes.", show_default=lambda _: "one for each core; one on a GPU")
+        int | None,
+        Parameter(converter=whole, help="Processes.", show_default=lambda _: "one for each core; one on a GPU"),
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -408,8 +420,8 @@ def train_demo(
     ),
     state: Annotated[Path, Parameter(help="Folder for what a resume needs.")] = Path("training"),
     device: Device = "auto",
-    steps: Annotated[int | None, Parameter(help="Steps of the UNet or the layers, if fewer.")] = None,
-    images: Annotated[int | None, Parameter(help="Pictures or clips to draw, if fewer.")] = None,
+    steps: Annotated[int | None, Parameter(converter=whole, help="Steps of the UNet or the layers, if fewer.")] = None,
+    images: Annotated[int | None, Parameter(converter=whole, help="Pictures or clips to draw, if fewer.")] = None,
 ) -> None:
     """Train the bundled models again; hours on a CPU, minutes on a GPU."""
     from ..demo.evaluate import evaluate, moving_figures

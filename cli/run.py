@@ -32,7 +32,7 @@ from ..files.whole import disk_folder, remove_stale_folders
 from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
 from ..hosts.checkpoint_wan import NAME as DEMO_WAN
 from ..hosts.checkpoint_wan import WanCheckpoint
-from ..hosts.diffusers_memory import call_bytes
+from ..hosts.diffusers_memory import LiveBytes
 from ..methods.flow_edit import draw
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -566,10 +566,8 @@ def plan(
     counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
     at_once = min(chunk or frames, frames)
-    if not isinstance(checkpoint, WanCheckpoint):
-        nbytes = call_bytes(checkpoint.denoiser, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
-        lines.append(f"   a call of {at_once} frames: {format_bytes(nbytes)} of activations")
-    seconds = _seconds_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+    seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+    lines.append(f"   a guided call of {at_once}: about {format_bytes(2 * nbytes)} of activations")
     lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
     if parts:
         lines.append(
@@ -610,20 +608,25 @@ def _calls(
 
 
 @torch.no_grad()
-def _seconds_of_call(
+def _cost_of_call(
     checkpoint: AnyCheckpoint, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
-) -> float:
-    """How long a call of the model takes, by one that is made; a quick one twice, for the first makes things ready."""
-    denoiser, chunk = checkpoint.denoiser, Chunk.whole(shape[0])
-    latents, seconds = torch.zeros(shape, device=denoiser.device), 0.0
+) -> tuple[float, int]:
+    """The seconds that a call of the model takes and the most bytes that it holds, by one that is made.
+
+    A quick one is timed by a second, for the first makes things ready.
+    """
+    denoiser, control = checkpoint.denoiser, Control(keys, Chunk.whole(shape[0]))
+    latents = torch.zeros(shape, device=denoiser.device)
+
+    def called() -> float:
+        begun = time.perf_counter()
+        denoiser.predict_noise(latents, 500, source, control).sum().item()  # waits for the device
+        return time.perf_counter() - begun
+
     with denoiser.hooked(clip_norm):
-        for _ in range(2):
-            begun = time.perf_counter()
-            denoiser.predict_noise(latents, 500, source, Control(keys, chunk)).sum().item()  # waits for the device
-            seconds = time.perf_counter() - begun
-            if seconds > 1:
-                break
-    return seconds
+        with LiveBytes(*checkpoint.parts) as live:
+            seconds = called()
+        return (seconds if seconds > 1 else called()), live.most
 
 
 def invert_video(

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..diffusion.denoiser import Guidance
 from ..methods.layout_guidance import EnergyControl, LayoutGuidance
 from ..methods.tune_a_video import clip_loss
 from .diffusers import DiffusersDenoiser
@@ -46,24 +45,6 @@ def activation_bytes(
         with LiveBytes() as live:
             clip_loss(own, latents, noise, 500, text, keys).backward()
     return live.most - kept
-
-
-def call_bytes(
-    denoiser: DiffusersDenoiser,
-    latents_shape: tuple[int, ...],
-    condition: Condition,
-    keys: KeyFrames,
-    clip_norm: bool,
-) -> int:
-    """The most bytes that a guided call on latents (frames, 4, h, w) holds beside the weights, counted as
-    `activation_bytes` does."""
-    own, latents, text = _without_data(denoiser, latents_shape, condition)
-    chunk = Chunk.whole(len(latents))
-    with own.hooked(clip_norm), torch.no_grad():
-        _without_maps(own)
-        with LiveBytes() as live:
-            own.predict_noise(latents, 500, text, Control(keys, chunk), Guidance(text, Control(keys, chunk), 7.5))
-    return live.most
 
 
 def guidance_bytes(

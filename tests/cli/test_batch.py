@@ -167,6 +167,7 @@ def test_a_batch_gives_what_single_edits_give_and_goes_on(command, folder):
     assert "6 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command, folder):
     """Figures that a run was killed before it kept, a line cut short, a result that could not be measured, and jobs
     that are no edits.
@@ -318,6 +319,7 @@ def test_two_runs_in_one_folder(refused, folder):
     os.close(held)
 
 
+@pytest.mark.slow
 def test_an_inversion_that_fails_fails_its_edits_alone(folder):
     (folder / "clips" / "broken.mp4").write_bytes(b"no video")
     held = {"source": SOURCE, "steps": 1, "count": 1, "clips": "clips/*.mp4", "targets": ["x", "y"]}

@@ -67,10 +67,8 @@ def test_a_cluster_that_is_not_there(refused, tmp_path):
     assert "a job is done in one place" in refused("batch", "jobs.yaml", "--ray", "auto", "--comfyui", "http://x")
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("preset", ["shape", pytest.param("attribute+", marks=SLOW), pytest.param("pnp", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["shape", "attribute+", "pnp"])
 def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     words = (
         CLIP,
