@@ -41,6 +41,11 @@ class HostCondition(Condition):
     role: str = "source"
     conditioning: Conditioning = field(default_factory=list)
 
+    @property
+    def guided(self) -> bool:
+        """Whether the host's guidance acts on its predictions: a negative that is asked alone is part of our own."""
+        return self.role.partition(".")[0] == "positive"
+
     @classmethod
     def of_socket(cls, conditioning: Conditioning, role: str, socket: str) -> HostCondition:
         """Wrap what a socket got.

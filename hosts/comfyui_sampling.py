@@ -200,7 +200,7 @@ class ComfyDenoiser:
             beside = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
-            check_parts(branch, guided=condition.role != "source")
+            check_parts(branch, condition.guided)
         self._bring(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
@@ -276,7 +276,7 @@ class ComfyDenoiser:
         control: Control,
         guidance: Guidance | None,
     ) -> Tensor:
-        """The clean latents: of the source plainly, of the edit with the model's guidance functions.
+        """The clean latents: of the edit with the model's guidance functions, of source and negatives plainly.
 
         For an area of the negative the host adds the same area of the positive, which takes nothing of the source: it
         is left out where the whole does.
@@ -288,7 +288,7 @@ class ComfyDenoiser:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
         with _of_chunk([positive, negative], control.chunk) as (positive, negative):
-            if condition.role == "source":
+            if not condition.guided:
                 return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
             if negative is None and branch.around_predictions:
                 raise ValueError(

@@ -340,6 +340,24 @@ class SeparateCalls(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+@node(
+    "OtherPredictions", [io.Model.Input("model"), io.Boolean.Input("around_calls", default=False)], [io.Model.Output()]
+)
+class Predictions(io.ComfyNode):
+    """More of every prediction; around_calls: and a wrapper around calls that changes nothing."""
+
+    @classmethod
+    def execute(cls, model, around_calls=False):
+        patched = model.clone()
+        more = lambda executor, *args, **kwargs: 1.1 * executor(*args, **kwargs)  # noqa: E731
+        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "other", more)
+        if around_calls:
+            patched.set_model_unet_function_wrapper(
+                lambda call, args: call(args["input"], args["timestep"], **args["c"])
+            )
+        return io.NodeOutput(patched)
+
+
 class _Offloading(comfy.model_patcher.ModelPatcher):
     """Loads hardly anything: weights are brought in layer by layer, LoRA applied on the way."""
 
@@ -585,6 +603,7 @@ class OtherPack(ComfyExtension):
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
             Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block, SparseAttention,
             SkipBlock, NegativeAgain, LatentNoise, OtherMotion, OtherWindows, OtherTwice,
+            Predictions,
         ]  # fmt: skip
 
 

@@ -187,6 +187,22 @@ def test_a_source_with_other_nodes_on_its_model_runs_as_it_was_inverted(host, gr
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
 
 
+def test_what_wraps_predictions_has_the_sources_too(host, graph, checkpoint):
+    """Also where the source would run in the edit's calls, which hold no prediction of its own."""
+    store = graph.add(
+        "FateZeroFlowEdit", model=graph.model[0], source=graph.words[0], latent=graph.latent[0], steps=STEPS,
+        source_guidance=2.0, draws=2, seed=3,
+    )  # fmt: skip
+    graph.set(graph.edit, store=store[0], preset="style")
+    found = []
+    for around_calls in (False, True):  # with which they are apart in any case
+        model = graph.add("OtherPredictions", model=graph.model[0], around_calls=around_calls)
+        graph.set(store, model=model[0])
+        graph.set(graph.edit, model=model[0])
+        found.append(by_host(host, graph, checkpoint))
+    assert relative(found[0], found[1]) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["OtherAttention", "OtherBlock"])
 def test_other_packs_attention_and_blocks_stay(host, graph, checkpoint, plain, kind):
     other = graph.add(kind, model=graph.model[0], scale=1.0)
