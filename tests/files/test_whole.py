@@ -59,18 +59,20 @@ def test_what_another_process_holds_stays_until_it_is_gone(other, tmp_path):
 
 
 NAMED = """
-import sys, time
+import sys
 from pathlib import Path
 from fatezero.files.whole import reserved
 with reserved(Path(sys.argv[1]) / "new" / "o.mp4"):
     print("ready", flush=True)
-    time.sleep(600)
+    sys.stdin.read()
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
 def test_a_name_is_one_runs_until_it_ends_however_it_ends(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", NAMED, tmp_path], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", NAMED, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert other.stdout is not None and other.stdout.readline() == "ready\n"
         (tmp_path / "link.mp4").symlink_to(tmp_path / "new" / "o.mp4")
