@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +75,11 @@ def digits(at: Machine, run: Run, shape: str, precisions: tuple[str, ...] = tupl
     return Measured(numbers, shape)
 
 
-def given(at: Machine, name: str, side: int) -> dict[str, Tensor]:
-    """The tensors of a reference result; a corner of its latents to rehearse with."""
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
+def given(at: Machine, side: int, *names: str) -> dict[str, Tensor]:
+    """The tensors of a reference result, the files of which complete each other; a corner of its latents to rehearse
+    with.
+    """
+    tensors = dict(ChainMap(*(load_file(FIXTURES / f"{name}.safetensors") for name in reversed(names))))
     if at.tiny:
         tensors["z0"] = tensors["z0"][..., :side, :side].contiguous()
     return tensors
@@ -96,7 +99,7 @@ def reference(device: torch.device, dtype: torch.dtype) -> DiffusersDenoiser:
 def fatezero_case(at: Machine, name: str) -> Measured:
     """FateZero's reference results: `tests/hosts/test_parity.py` compares the CPU's with the authors'."""
     cases = json.loads((FIXTURES / "cases.json").read_text(encoding="utf-8"))
-    case, tensors = cases["cases"][name], given(at, name, 16)
+    case, tensors = cases["cases"][name], given(at, 16, "reconstruct", name)
     steps = 2 if at.tiny else cases["steps"]
     prompt = PromptEdit(
         cases["source"],
@@ -125,7 +128,7 @@ def fatezero_case(at: Machine, name: str) -> Measured:
 
 
 def tokenflow_case(at: Machine) -> Measured:
-    tensors = given(at, "tokenflow_pnp", 16)
+    tensors = given(at, 16, "tokenflow_pnp")
     if at.tiny:
         tensors["pivots"] = tensors["pivots"][:2]
     propagation = TokenFlowSettings(batch_frames=4, pivots=tensors["pivots"])
