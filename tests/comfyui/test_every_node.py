@@ -108,7 +108,7 @@ MODELS: dict[str, Run | str] = {
     "ModelMergeSubtract": Run(),
     "ModelMergeWAN2_1": Run(settings=HALF),
     "ModelNoiseScale": Run(HOST_FAILS, "Model Noise Scale", {"noise_scale": 2.0}),
-    "ModelSamplingAuraFlow": Run(NOT_A_SCHEDULE, SHIFT, alike=True),
+    "ModelSamplingAuraFlow": Run("ModelSamplingSD3 is not a schedule", SHIFT, alike=True),  # which it derives from
     "ModelSamplingContinuousEDM": Run(NOT_A_SCHEDULE, NOT_A_SCHEDULE),
     "ModelSamplingContinuousV": Run(NOT_A_SCHEDULE, NOT_A_SCHEDULE),
     "ModelSamplingDiscrete": Run(wan=NO_FLOW),
