@@ -211,6 +211,9 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
     """A MODEL's noise; ValueError for a schedule that FateZero cannot invert. flows: whether it may be a flow."""
     sampling = model.get_model_object("model_sampling")
     if flows and isinstance(sampling, CONST) and isinstance(sampling, ModelSamplingDiscreteFlow):
+        scale = getattr(sampling, "noise_scale", 1.0)
+        if scale != 1:
+            raise ValueError(f"model: has noise {scale:g} times a flow's (Model Noise Scale): remove that node")
         return FlowNoise(sampling)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
@@ -239,5 +242,8 @@ def prediction_of(sampling: Any) -> type | None:
 
 
 def _named(sampling: Any) -> str:
+    """The node that made it, or its class where the host did, and how it predicts."""
+    method, _, _ = type(sampling).__qualname__.partition(".<locals>")
+    name = method.partition(".")[0] if "." in method else type(sampling).__name__
     kind = prediction_of(sampling)
-    return type(sampling).__name__ if kind is None else f"{type(sampling).__name__} ({kind.__name__})"
+    return name if kind in (None, type(sampling)) else f"{name} ({kind.__name__})"

@@ -87,7 +87,7 @@ def test_another_kind_of_sampling_is_refused(host, sampling):
     graph = DemoGraph()
     graph.both(graph.add("ModelSamplingDiscrete", model=graph.demo[0], sampling=sampling, zsnr=False)[0])
     with pytest.raises(
-        NodeError, match=r"model: ModelSamplingAdvanced \((LCM|X0)\) is not a schedule that DDIM can invert"
+        NodeError, match=r"model: ModelSamplingDiscrete \((LCM|X0)\) is not a schedule that DDIM can invert"
     ):
         edited(host, graph)
 
