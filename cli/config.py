@@ -390,6 +390,8 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[
                 seconds_of(found[name])
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from error
+    if found.get("size") is not None and min(found["size"]) < 1:
+        raise ConfigError(f"size is {'x'.join(map(str, found['size']))}; both sides must be at least 1")
     if isinstance(found.get("background"), str):
         try:
             colour_of(found["background"])

@@ -28,6 +28,7 @@ from ..video.pictures import PICTURES
 from ..video.read import Video, VideoSource, open_video
 from ..video.size import to_unit
 from ..video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
+from .files import check_names
 from .outputs import Outputs
 from .progress import printable
 from .run import Session, pick_device
@@ -63,6 +64,9 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
         raise ValueError("--source and --target have no effect here: they are for --clip and --judge")
     if asked.how != Evaluation.how and not asked.comparison:
         raise ValueError("--how has no effect here: it is for --comparison")
+    read = {"ORIGINAL": asked.source, "EDITED": asked.edited}
+    read |= {f"--{name}": getattr(asked, name) for name in ("mask", "truth", "flow", "clip", "lpips")}
+    check_names(read)
     clips = [path for path in (asked.source, asked.edited, asked.mask, asked.truth) if path]
     others = [path for path in (asked.lpips, asked.flow, asked.clip) if path]
     with Outputs(session.overwrite, clips, others) as outputs:

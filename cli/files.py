@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..files.lora import LoraFile
+from ..files.whole import check_name
 from ..video.pictures import VideoError, numbered, picture_files
 from .config import EditConfig, GenerateConfig, TuneConfig
 
@@ -41,6 +42,17 @@ def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]
             words, _, file = text.partition(":")
             found[f"{kind} {words.strip()}"] = file.strip()
     return {name: file for name, file in found.items() if file}
+
+
+def check_names(files: Mapping[str, str | Path | None]) -> None:
+    """Raise ValueError, saying which it is, for a file whose name cannot be one, and for a link to nothing."""
+    for what, file in files.items():
+        try:
+            check_name(file or "")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what}: {error}") from error
+        if file and Path(file).is_symlink() and not Path(file).exists():
+            raise FileNotFoundError(f"{what}: {file} is a link to what is not there")
 
 
 def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:

@@ -22,8 +22,8 @@ from .run import AnyCheckpoint, Session, check_size_fits, decode
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
     """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
-    check_objects(config, config.prompt)
     with session.outputs(config) as outputs:
+        check_objects(config, config.prompt)
         outputs.clip(output, config.frames)
         _generate(session, config, output, dry_run)
 

@@ -44,7 +44,10 @@ def check_objects(config: EditConfig | GenerateConfig, prompt: str) -> None:
     for name in ("mask", "object_mask"):
         for text in getattr(config, name, ()):
             words, file = _words_and_file(name, text)
-            open_video(file, 0, 1, 1)
+            try:
+                open_video(file, 0, 1, 1)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{name}: {error}") from error
             if name == "mask":
                 places_of(prompt, words, name)
 

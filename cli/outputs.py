@@ -33,6 +33,7 @@ class Outputs(ExitStack):
 
     def clip(self, path: str | Path, frames: int) -> None:
         """Frames at a path; ValueError for a name that cannot take them, OSError for a place that cannot."""
+        _check_output(path)
         first, *more = output_files(path, frames)
         self.file(first)
         for one in more:
@@ -42,6 +43,7 @@ class Outputs(ExitStack):
     def file(self, path: str | Path) -> None:
         """Any other file; OSError where it cannot be written."""
         path = Path(path)
+        _check_output(path)
         self._refuse_input(path)
         name = os.path.realpath(path)
         if name in self._taken:
@@ -56,6 +58,13 @@ class Outputs(ExitStack):
         for clip in self._clips:
             if would_name(clip, path):
                 raise FileExistsError(f"{path} would become part of the input {clip}: write to another folder")
+
+
+def _check_output(path: str | Path) -> None:
+    try:
+        check_name(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"output: {error}") from error
 
 
 def _identity(file: Path) -> tuple[int, int]:

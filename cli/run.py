@@ -51,7 +51,7 @@ from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.which import ClipSettings, colour_of
 from ..video.write import FrameDigest, shortcomings, write_video
 from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
-from .files import files_of, is_clip, is_here
+from .files import check_names, files_of, is_clip, is_here
 from .objects import check_objects, layout_of
 from .outputs import Outputs
 from .progress import Bar, in_a_line, in_words, no_bars, printable
@@ -174,6 +174,7 @@ class Session:
     def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
         """For the files that a run writes. inputs: those it reads beside what its configuration names."""
         files = files_of(config)
+        check_names({**files, "model_config": self.model_config})
         clips = [file for what, file in files.items() if is_clip(what)]
         others = [file for what, file in files.items() if not is_clip(what)]
         more = (self.model_config, *self.inputs, *inputs)

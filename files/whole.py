@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
+from ..settings import shown
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there, and nothing of other processes is removed
@@ -81,6 +83,8 @@ def reserved(path: str | Path, overwrite: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno is None:  # it says all itself
                 raise
+            if isinstance(error, FileExistsError):  # a folder that is to be made
+                raise OSError(f"cannot write {path}: {error.filename} is no folder") from error
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         yield
     finally:
@@ -93,11 +97,15 @@ def reserved(path: str | Path, overwrite: bool = False) -> Iterator[None]:
 
 
 def check_name(path: str | Path) -> None:
-    """Raise ValueError for a name that FFmpeg and records cannot hold."""
+    """Raise ValueError for a name that FFmpeg and records cannot hold, OSError for one that is too long."""
     try:
         str(Path(path).absolute()).encode()
+        os.lstat(path)
     except UnicodeEncodeError:
         raise ValueError(f"the name {str(path)!a} is not UTF-8: rename the file, or the folder it is in") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OSError(f"the name {shown(str(path))} is too long: give a shorter one") from None
 
 
 def check_writable(path: str | Path, overwrite: bool = False) -> None:
@@ -152,7 +160,10 @@ def _has_lock(handle: int) -> bool:
 
 def _target(path: Path) -> Path:
     """The file that a path names; OSError where it is a folder or a device."""
-    path = path.resolve() if path.is_symlink() else path
+    try:
+        path = path.resolve() if path.is_symlink() else path
+    except RuntimeError:  # Python before 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, f"it is {'a folder' if path.is_dir() else 'no regular file'}", str(path))
     return path

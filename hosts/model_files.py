@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from socket import getaddrinfo
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import diffusers
 import torch
@@ -20,7 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from ..files.safetensors import is_pointer
@@ -48,14 +51,33 @@ def opened(name: str, load: Callable[..., T]) -> T:
     if not path.is_dir():
         check_hub_name(name)
     with as_checkpoint_error(name):
-        return load(path, local_files_only=True) if path.is_dir() else load(name)
+        if path.is_dir():
+            return load(path, local_files_only=True)
+        if hub_answers():
+            return load(name)
+    try:
+        return load(name, local_files_only=True)
+    except _DAMAGED as error:
+        raise CheckpointError(
+            f"{name!r} is neither here nor among the models fetched before, and {constants.ENDPOINT} cannot be reached"
+        ) from error
+
+
+def hub_answers() -> bool:
+    """Whether the hub's address is known, or a proxy asked for it; libraries would try each file again and again."""
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return True
+    try:
+        return bool(getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def check_hub_name(name: str) -> None:
     """Raise CheckpointError for what is no name of a hub's model: a path, or a word alone."""
     owner = name.partition("/")[0]
     hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
-    if not hub or owner in ("models", "datasets", "spaces") or Path(owner).is_dir():
+    if not hub or owner in ("models", "datasets", "spaces") or Path(owner).is_dir() or Path(owner).is_symlink():
         raise CheckpointError(
             f"no model at {name}: give a diffusers folder, a .safetensors file or a hub name owner/name"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,7 +37,10 @@ class Lpips(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no LPIPS weights at {path}")
-        held, own = load_file(path), {}
+        try:
+            held, own = load_file(path), {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
         for i, name in enumerate(_NAMES):
             for part in ("weight", "bias"):
                 own[f"features.{i}.{part}"] = held.get(f"net.{name}.{part}")

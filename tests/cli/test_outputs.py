@@ -128,3 +128,28 @@ def test_names_that_no_record_can_hold_are_refused_before_the_run(refused, input
     assert "'o\\udcff.mp4' is not UTF-8" in refused("edit", "clip.mp4", *WORDS, "-o", bad)
     (inputs / bad).write_bytes((inputs / "clip.mp4").read_bytes())
     assert "'o\\udcff.mp4' is not UTF-8" in refused("edit", bad, *WORDS, "-o", "a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "--prompt", "a", "-o", "o.mp4", "--size", "0x0"), "size is 0x0; both sides must be"),
+        (("generate", "--prompt", "a", "-o", "o.mp4", "--model", "n" * 300), "model: the name 'nnn"),
+        (("generate", "--prompt", "a", "-o", "o.mp4", "--mask", f"a: {'n' * 300}"), "mask a: the name 'nnn"),
+        (("generate", "--prompt", "a", "-o", "o.mp4", "--mask", "a: nothing.mp4"), "mask: no video at nothing.mp4"),
+        (("generate", "--prompt", "a", "-o", f"{'n' * 300}.mp4"), "output: the name 'nnn"),
+        (("generate", "--prompt", "a", "-o", "loop/o.mp4"), "cannot write loop/o.mp4: loop is no folder"),
+        (("generate", "--prompt", "a", "-o", "loop.mp4"), "cannot write loop.mp4: Too many levels"),
+        (("tune", "n" * 300, "--prompt", "a"), "video: the name 'nnn"),
+        (("evaluate", "clip.mp4", "n" * 300), "EDITED: the name 'nnn"),
+        (("evaluate", "clip.mp4", "clip.mp4", "--clip", "loop"), "--clip: loop is a link to what is not there"),
+        (("tune", "clip.mp4", "--prompt", "a", "--model", "loop"), "model: loop is a link to what is not there"),
+        (("evaluate", "clip.mp4", "clip.mp4", "--lpips", "clip.mp4"), "clip.mp4 is no whole safetensors file"),
+    ],
+)
+def test_wrong_names_are_told_with_their_setting(refused, inputs, arguments, said):
+    for name in ("loop", "loop.mp4"):
+        (inputs / name).symlink_to(name)
+    before = sorted(inputs.rglob("*"))
+    assert said in refused(*arguments)
+    assert sorted(inputs.rglob("*")) == before

@@ -166,7 +166,23 @@ def test_paths_are_not_asked_of_the_hub(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "stabilityai/stable-diffusion-xl-base-1.0"])
 def test_names_of_a_hub(name):
-    assert opened(name, lambda where: where) == name
+    assert opened(name, lambda where, **local: where) == name
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    def unknown(*_):
+        raise OSError
+
+    def load(where, local_files_only=False):
+        if local_files_only:
+            raise OSError("not in the cache")
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("fatezero.hosts.model_files.getaddrinfo", unknown)
+    monkeypatch.setattr("fatezero.hosts.model_files.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match="'owner/name' is neither here .* cannot be reached"):
+        opened("owner/name", load)
 
 
 def test_a_refiner(tmp_path):
