@@ -60,6 +60,7 @@ def test_every_row_the_issue_of_the_paper_asks_for_is_there():
 ONE_OF_EACH = (*QUICK, "attention of the reconstruction", "blended self fusion", "PnP, TokenFlow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", [chosen_methods(ONE_OF_EACH, False), pytest.param(METHODS, marks=pytest.mark.slow)])
 def test_every_method_edits_and_no_two_alike(trial, methods):
     latents = edited(trial, methods)

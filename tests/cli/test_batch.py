@@ -284,6 +284,7 @@ def test_trouble_with_a_hundred_jobs(folder):
     run_with_trouble(folder, 100, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
 
 
+@pytest.mark.slow
 def test_trouble_with_some_jobs_leaves_the_others_alone(command, folder):
     """One whose process dies is tried again, and one has no clip."""
     clip = {"video": "clips/a.mp4", "source": SOURCE, "count": 1, "steps": 1}

@@ -29,8 +29,8 @@ def clip(tmp_path):
     "options",
     [
         ("--preset", "shape", "--memory", "auto", "--reweight", "circle=2"),
-        ("--preset", "tokenflow", "--tokenflow.seed", 3),
-        ("--preset", "flow_edit", "--flow-edit.seed", 5),
+        pytest.param(("--preset", "tokenflow", "--tokenflow.seed", 3), marks=pytest.mark.slow),
+        pytest.param(("--preset", "flow_edit", "--flow-edit.seed", 5), marks=pytest.mark.slow),
     ],
     ids=["shape", "tokenflow", "flow_edit"],
 )
@@ -84,6 +84,7 @@ def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_
     assert "of the record" not in said, "another edit was asked for"
 
 
+@pytest.mark.slow
 def test_pictures_have_their_record_too(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "frames/")
     record = json.loads((tmp_path / "frames" / "edit.json").read_text())

@@ -72,6 +72,7 @@ def test_a_source_is_needed_for_fusion_alone(refused, command, tmp_path):
     command(*part, "--preset", "pnp")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
     part = (*TUNE, "--keep-every", 1, "--steps")
     begun = [*COMMAND, *map(str, part), "400", "-o", "stopped"]

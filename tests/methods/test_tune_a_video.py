@@ -66,13 +66,9 @@ def test_the_authors_prediction_and_a_step_of_their_sampling(name):
     assert relative(after, tensors["sampled"][3].double()) < 5e-6, "latents come rounded to single precision"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "within"),
-    [
-        pytest.param("tav_official", 1e-4, marks=pytest.mark.slow),
-        ("tav_fatezero_lora", 1e-6),
-        pytest.param("tav_fatezero_conv", 1e-6, marks=pytest.mark.slow),
-    ],
+    ("name", "within"), [("tav_official", 1e-4), ("tav_fatezero_lora", 1e-6), ("tav_fatezero_conv", 1e-6)]
 )
 def test_the_authors_inversion_and_sampling(name, within):
     """The official case is chaotic: to change z0 by 1e-15 changes what is sampled by 3e-5; ours is 1.2e-5 from it."""

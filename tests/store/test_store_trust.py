@@ -241,6 +241,7 @@ print("edited from", (folder / "s.safetensors").stat().st_size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_DATA as Linux counts it")
 def test_a_store_larger_than_memory_is_written_and_read(tmp_path):
     """RLIMIT_DATA counts private writable mappings, by which safetensors' own reader fails here."""

@@ -241,6 +241,7 @@ print(len(fitted), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs getrusage")
 def test_long_clips_of_large_frames_stream(tmp_path):
     """60 frames of 1080p take 373 MB where all are held."""
