@@ -208,7 +208,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--size", "100000x100000"], "GB of memory, and"),
         ([CLIP, *WORDS, "-o", "there.mp4"], "there.mp4 exists; give --overwrite"),
         ([CLIP, *WORDS, "-o", "there.mp4/x.mp4"], "cannot write there.mp4/x.mp4"),
-        ([CLIP, *WORDS, "-o", f"{'x' * 300}.mp4"], "File name too long"),
+        ([CLIP, *WORDS, "-o", f"{'x' * 300}.mp4"], "is too long: give a shorter one"),
         (["there.mp4", *WORDS, "-o", "there.mp4", "--overwrite"], "there.mp4 is an input of this run"),
         ([CLIP, *WORDS, "--model", "no-tokenizer"], "no-tokenizer lacks its tokenizer"),
         (["--store", "none.safetensors", "--target", TARGET], "no store at none.safetensors"),
