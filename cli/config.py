@@ -305,8 +305,8 @@ _VIDEO = {"video": Described("video", str, "", Setting("Video, picture, or pictu
 _OF_EDITS = _VIDEO | {one.name: one for one in described(EditConfig)}
 _OF_CLIPS = {one.name: one for one in described(GenerateConfig)}
 _OF_TUNINGS = _VIDEO | {one.name: one for one in described(TuneConfig)}
-FILES = ("video", "lora", "model", "temporal")
-"""The settings that name a file."""
+FILES = ("video", "model", "temporal", "controlnet", "control")
+"""The settings that name a file, besides those of LoRAs, each a file with its strength."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""
 MADE = "made"
@@ -415,6 +415,8 @@ def _at_home(name: str, value: Any) -> Any:
     if name in FILES_OF_OBJECTS:
         parts = (text.partition(":") for text in value)
         return tuple(f"{words}{mark}{_indented(file)}" for words, mark, file in parts)
+    if name == "lora" and isinstance(value, tuple):
+        return tuple(from_home(text) for text in value)
     return from_home(value) if name in FILES and isinstance(value, str) else value
 
 
@@ -445,7 +447,7 @@ def _fitting(values: Mapping[str, Any], known: Mapping[str, Described], where: s
         found[name] = _fitted(_plain_value(value, kind), kind)
         if found[name] is _WRONG:
             raise ConfigError(f"{where}{name} is {shown(value)}; it must be {_said(kind)}{_if_great(value)}")
-        _check_text(where + name, found[name], "\0" if name in (*FILES, *FILES_OF_OBJECTS) else _HALVES)
+        _check_text(where + name, found[name], "\0" if name in (*FILES, "lora", *FILES_OF_OBJECTS) else _HALVES)
         try:
             check_one(known[name], found[name])
         except ValueError as error:

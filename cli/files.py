@@ -12,16 +12,12 @@ from typing import Any
 from ..files.lora import LoraFile
 from ..files.whole import check_name
 from ..video.pictures import VideoError, numbered, picture_files
-from .config import EditConfig, GenerateConfig, TuneConfig
+from .config import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
 
-_FILES = ("video", "model", "temporal", "controlnet", "control")
-"""The settings that name a file."""
-_OF_CLIPS = ("video", "control", "mask", "object_mask")
+_OF_CLIPS = ("video", "control", *FILES_OF_OBJECTS)
 """Those whose file is a video, or pictures; others name weights."""
 _BUNDLED = ("demo", "demo-wan")
 """What is no file's name, though a folder may be called so."""
-_OF_OBJECTS = ("mask", "object_mask")
-"""Those that name files for words: "burger: mask.mp4"."""
 
 
 def is_clip(what: str) -> bool:
@@ -33,11 +29,11 @@ def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]
     """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger, "lora 2" the
     second LoRA.
     """
-    found = {name: getattr(config, name, "") for name in _FILES}
+    found = {name: getattr(config, name, "") for name in FILES}
     found = {name: file for name, file in found.items() if name == "video" or file not in _BUNDLED}
     for number, text in enumerate(getattr(config, "lora", ()), 1):
         found["lora" if number == 1 else f"lora {number}"] = LoraFile.parse(text).path
-    for kind in _OF_OBJECTS:
+    for kind in FILES_OF_OBJECTS:
         for text in getattr(config, kind, ()):
             words, _, file = text.partition(":")
             found[f"{kind} {words.strip()}"] = file.strip()
@@ -66,9 +62,9 @@ def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
         lora = LoraFile.parse(text)
         return str(replace(lora, path=named(lora.path)))
 
-    changed: dict[str, Any] = {name: named(file) for name, file in files_of(config).items() if name in _FILES}
+    changed: dict[str, Any] = {name: named(file) for name, file in files_of(config).items() if name in FILES}
     changed["lora"] = tuple(map(of_lora, config.lora))
-    changed |= {kind: tuple(map(of_object, getattr(config, kind))) for kind in _OF_OBJECTS}
+    changed |= {kind: tuple(map(of_object, getattr(config, kind))) for kind in FILES_OF_OBJECTS}
     return replace(config, **changed)
 
 
