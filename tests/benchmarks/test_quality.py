@@ -17,9 +17,10 @@ def shipped(name: str) -> list[dict]:
     return [json.loads(line) for line in (HERE / "results" / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "methods"),
-    [("two objects", [BEST]), *(pytest.param(kind, [PAPER, BEST], marks=pytest.mark.slow) for kind in KINDS)],
+    [(kind, [PAPER, BEST]) for kind in KINDS],
 )
 def test_a_case_is_edited_as_well_as_told(tmp_path, kind, methods):
     """The paper's settings and ours on the first case of the quick form, run again."""

@@ -62,7 +62,9 @@ def test_an_inversion_and_the_first_step_of_an_edit(reference):
     assert relative(after, tensors["edited.1"].double()) < 1e-7
 
 
-@pytest.mark.parametrize(("name", "step"), [("shape_replace", 1), ("refine_blend", 1)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("shape_replace", 1), pytest.param("refine_blend", 1, marks=pytest.mark.slow)]
+)
 def test_a_step_of_an_edit(reference, name, step):
     """From the reference's latents to those after a step with masks. Latents come rounded to single
     precision, 6e-8, of which guidance makes 1e-6 and more."""

@@ -37,7 +37,7 @@ def reference() -> DiffusersDenoiser:
 @pytest.mark.parametrize(
     ("name", "step", "fusion"),
     [
-        ("tokenflow_pnp", 0, PnPSettings(0.5, 0.8)),
+        pytest.param("tokenflow_pnp", 0, PnPSettings(0.5, 0.8), marks=pytest.mark.slow),
         ("tokenflow_pnp", 4, PnPSettings(0.5, 0.8)),
         ("tokenflow_extended", 3, None),
     ],
