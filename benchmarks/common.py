@@ -29,8 +29,7 @@ from fatezero.demo.model import build_scheduler, build_tokenizer
 from fatezero.diffusion.ddim import ddim_move, guide
 from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.schedule import FlowSchedule, Schedule
-from fatezero.hosts.diffusers import DiffusersDenoiser
-from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
 from fatezero.methods.fatezero import Fuser, StepPlan
 from fatezero.metrics.memory import PeakMemory
 from fatezero.store.records import Beside, Recorder, SourceStep

@@ -32,10 +32,9 @@ from fatezero.demo.judge import read_words
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.world import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, seen_pixels
 from fatezero.files.safetensors import format_bytes
-from fatezero.hosts.checkpoint import Checkpoint, quiet
-from fatezero.hosts.diffusers import DiffusersDenoiser
-from fatezero.hosts.diffusers_memory import guidance_bytes
-from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
+from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser
+from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
+from fatezero.hosts.diffusers.memory import guidance_bytes
 from fatezero.methods.layout import Layout, Move, Shift, Stop, Wanted
 from fatezero.methods.layout import Path as Way
 from fatezero.methods.layout_guidance import LayoutGuidance, LayoutSettings

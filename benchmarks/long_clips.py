@@ -13,7 +13,7 @@ from common import machine, prompt_pair, table, timed, write_section
 
 from fatezero import FusionSettings, edit, invert
 from fatezero.cli.config import PRESETS
-from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 
 LENGTHS = (8, 32, 128)
 

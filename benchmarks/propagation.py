@@ -18,7 +18,7 @@ from common import SHAPES, denoiser_of, machine, random_inputs, random_unet, set
 
 from fatezero import PnPSettings, TokenFlowSettings, edit, invert
 from fatezero.files.safetensors import format_bytes
-from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.methods import tokenflow
 from fatezero.metrics.memory import PeakMemory
 

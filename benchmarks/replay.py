@@ -14,8 +14,8 @@ from common import table, write_section
 
 from fatezero import edit, invert
 from fatezero.demo.world import SIZE, render, scenes
-from fatezero.hosts.checkpoint import Checkpoint, quiet
-from fatezero.hosts.checkpoint_wan import NAME, WanCheckpoint
+from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
+from fatezero.hosts.diffusers.checkpoint_wan import NAME, WanCheckpoint
 from fatezero.metrics.preservation import psnr
 
 FRAMES = 8

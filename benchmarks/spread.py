@@ -19,7 +19,7 @@ from common import SHAPES, denoiser_of, machine, prompt_pair, random_inputs, ran
 from fatezero import Edit, FusionSettings, edit_many, invert
 from fatezero.cli.config import PRESETS
 from fatezero.diffusion.spread import ALONE
-from fatezero.hosts.processes import Processes
+from fatezero.hosts.diffusers.processes import Processes
 
 MARK = "measured: "
 

@@ -19,7 +19,7 @@ from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
-from fatezero.hosts.diffusers_memory import LiveBytes, activation_bytes
+from fatezero.hosts.diffusers.memory import LiveBytes, activation_bytes
 from fatezero.methods.tune_a_video import clip_loss
 
 KEYS = KeyFrames(("first", "previous"))

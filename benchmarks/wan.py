@@ -29,8 +29,8 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.masks import GivenMask
 from fatezero.demo.wan import build_tokenizer
 from fatezero.files.safetensors import format_bytes
-from fatezero.hosts.diffusers_memory import LiveBytes, attend_without_data
-from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from fatezero.hosts.diffusers import VideoTransformerDenoiser
+from fatezero.hosts.diffusers.memory import LiveBytes, attend_without_data
 from fatezero.methods.flow_edit import PRESET
 
 FULL = (21, 60, 104)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from common import write_section
 
-from fatezero.benchmarks.quality.cases import KINDS
-from fatezero.benchmarks.quality.rows import BEST, METHODS, PAPER
-from fatezero.benchmarks.quality.run import load_rows
-from fatezero.benchmarks.quality.table import Results, look_at, markdown, ranked
+from fatezero.benchmark.cases import KINDS
+from fatezero.benchmark.rows import BEST, METHODS, PAPER
+from fatezero.benchmark.run import load_rows
+from fatezero.benchmark.table import Results, look_at, markdown, ranked
 
 HERE = Path(__file__).parent
 PAGE = HERE / "QUALITY.md"

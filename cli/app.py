@@ -386,10 +386,10 @@ def benchmark(
 ) -> None:
     """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
     captions = load_pairs(pairs) if pairs else ()
-    from ..benchmarks.quality.cases import KINDS
-    from ..benchmarks.quality.rows import BEST
-    from ..benchmarks.quality.run import BenchmarkSettings, chosen_methods, run_benchmark
-    from ..benchmarks.quality.table import write_tables
+    from ..benchmark.cases import KINDS
+    from ..benchmark.rows import BEST
+    from ..benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
+    from ..benchmark.table import write_tables
     from .run import pick_device
 
     settings = BenchmarkSettings(
@@ -430,8 +430,8 @@ def train_demo(
     from ..demo.train import TrainSettings, train
     from ..demo.train_wan import WanSettings, train_wan
     from ..files.temporal_layers import FILE
-    from ..hosts.checkpoint import Checkpoint
-    from ..hosts.checkpoint_wan import WanCheckpoint
+    from ..hosts.diffusers.checkpoint import Checkpoint
+    from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
     from .run import pick_device
 
     where = pick_device(device)

@@ -11,8 +11,8 @@ from ..attention.key_frames import KeyFrames
 from ..diffusion.generate import generate
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers
-from ..hosts.diffusers_memory import guidance_bytes
-from ..hosts.diffusers_transformer import VideoTransformerDenoiser
+from ..hosts.diffusers import VideoTransformerDenoiser
+from ..hosts.diffusers.memory import guidance_bytes
 from ..video.size import check_size
 from ..video.write import shortcomings, write_video
 from .config import GenerateConfig

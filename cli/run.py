@@ -29,10 +29,10 @@ from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import about_temporal_layers, seen_with
 from ..files.whole import disk_folder, remove_stale_folders
-from ..hosts.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
-from ..hosts.checkpoint_wan import NAME as DEMO_WAN
-from ..hosts.checkpoint_wan import WanCheckpoint
-from ..hosts.diffusers_memory import LiveBytes
+from ..hosts.diffusers.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
+from ..hosts.diffusers.checkpoint_wan import NAME as DEMO_WAN
+from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers.memory import LiveBytes
 from ..methods.flow_edit import draw
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -69,7 +69,7 @@ from .record import (
 )
 
 if TYPE_CHECKING:
-    from ..hosts.processes import Processes
+    from ..hosts.diffusers.processes import Processes
 
 CHUNK_FRAMES = 16
 """Frames of one call where nothing says how many, and chunks give the whole clip's result."""
@@ -422,7 +422,7 @@ def _team_of(session: Session) -> tuple[Session, Processes | None]:
         return session, None
     from accelerate import Accelerator  # seconds to import
 
-    from ..hosts.processes import Processes
+    from ..hosts.diffusers.processes import Processes
 
     team = Processes(Accelerator(cpu=pick_device(session.device).type == "cpu"))
     session.console.quiet = session.console.quiet or not team.is_main

@@ -20,10 +20,10 @@ from ..attention.key_frames import KeyFrames
 from ..files.safetensors import format_bytes
 from ..files.temporal_layers import FILE, seen_with
 from ..files.whole import whole_file
-from ..hosts.checkpoint import Checkpoint, save_tuned
 from ..hosts.diffusers import with_temporal_layers
-from ..hosts.diffusers_memory import activation_bytes
-from ..hosts.diffusers_temporal import save_temporal_layers, temporal_layers
+from ..hosts.diffusers.checkpoint import Checkpoint, save_tuned
+from ..hosts.diffusers.memory import activation_bytes
+from ..hosts.diffusers.temporal import save_temporal_layers, temporal_layers
 from ..methods.tune_a_video import tune
 from ..metrics.losses import plot_losses
 from ..store.budget import available_bytes

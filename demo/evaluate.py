@@ -16,8 +16,8 @@ from ..diffusion.edit import edit
 from ..diffusion.generate import generate
 from ..diffusion.invert import invert
 from ..diffusion.source import source_heat
-from ..hosts.checkpoint import Checkpoint
-from ..hosts.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers.checkpoint import Checkpoint
+from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
 from ..metrics.preservation import intersection_over_union, psnr
 from ..metrics.temporal import warp_error
 from ..video.flow import Estimator, flow_estimator

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..hosts.checkpoint import DEMO
+from ..files.bundled import DEMO
 from .model import SceneClassifier
 from .world import SIZE, Place, Scene, Track
 

@@ -22,8 +22,9 @@ from ..cli.run import find_frames, fit_frames, invert_video, pick_device
 from ..diffusion.edit import edit
 from ..diffusion.invert import Inversion
 from ..diffusion.source import source_heat
+from ..files.bundled import CLIP
 from ..files.whole import whole_file
-from ..hosts.checkpoint import Checkpoint, quiet
+from ..hosts.diffusers.checkpoint import Checkpoint, quiet
 from ..metrics.memory import PeakMemory
 from ..metrics.preservation import psnr
 from ..metrics.temporal import warp_error
@@ -34,7 +35,6 @@ from .judge import load_judge
 from .model import labels
 from .world import SIZE, Clip, Motion, Scene, Track, render, seen_pixels
 
-CLIP = Path(__file__).parent / "clip.mp4"
 SCENE = Scene.parse("a red square on water")
 MOTION = Motion(
     (Track(x=22.0, y=34.0, radius=16.0, vx=2.6, vy=-0.7, angle=-0.12, spin=0.05),), pan=(-0.8, 0.2), phase=3.0
@@ -188,9 +188,3 @@ def _cell(name: str, value: float | str) -> str:
     if name == "success":
         return f"{value:.0%}"
     return f"{value:,.0f}" if name in ("store bytes", "peak MB") else f"{value:.1f}"
-
-
-def write_clip(path: Path = CLIP) -> Path:
-    """Draw the bundled clip again."""
-    frames = to_bytes(render(SCENE, MOTION, FRAMES).frames)
-    return write_video(path, enlarge(frames, ENLARGED), Fraction(FPS), crf=6)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files.whole import whole_file
-from ..hosts.checkpoint import Checkpoint
+from ..hosts.diffusers.checkpoint import Checkpoint
 from .temporal import TemporalSettings, captions_of, draw_latents
 from .train import Report, optimiser_of, rate_at, saved_step, set_rate
 from .wan import SHIFT, VideoPainter, build_tokenizer, save_wan, token_ids

@@ -11,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .bundled import DEMO_LAYERS
 from .safetensors import is_pointer
 from .whole import whole_file
 
 FILE = "temporal.safetensors"
 """What a folder of a tuning calls them."""
-DEMO_LAYERS = Path(__file__).resolve().parent.parent / "demo" / FILE
-"""Those that make the bundled image model one of videos; known as "demo"."""
 
 
 def seen_with(key_frames: Iterable[str | int], clip_norm: bool) -> dict[str, str]:

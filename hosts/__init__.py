@@ -1,1 +1,1 @@
-"""The two places that know how a host's UNet is hooked and called."""
+"""How a host's models are loaded, hooked and called: diffusers and ComfyUI."""

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..attention.key_frames import KeyFrames
 from ..diffusion.invert import InversionSettings
-from ..hosts.comfyui_unet import share_key_frames
+from ..hosts.comfyui.unet import share_key_frames
 from .settings import widgets
 from .sockets import schema
 

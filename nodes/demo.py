@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import InputImpl, io
 
-from ..hosts.comfyui_demo import CLIP, load_demo, load_demo_wan
+from ..files.bundled import CLIP
+from ..hosts.comfyui.demo import load_demo, load_demo_wan
 from .sockets import schema
 
 

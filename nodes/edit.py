@@ -15,10 +15,10 @@ from torch import Tensor
 from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..diffusion.edit import Edit, Injection, Propagation, Smoothing, first_step, unet_calls
-from ..hosts.comfyui import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
-from ..hosts.comfyui_conditions import HostCondition
-from ..hosts.comfyui_noise import noise_of
-from ..hosts.comfyui_transformer import count_layers, is_transformer
+from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.editing import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
+from ..hosts.comfyui.noise import noise_of
+from ..hosts.comfyui.wan import count_layers, is_transformer
 from ..methods.fatezero import PRESETS, FusionSettings, preset_fusion
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of

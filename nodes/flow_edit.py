@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..hosts.comfyui import NOISE_MASK, draw_clip
-from ..hosts.comfyui_conditions import HostCondition
+from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.editing import NOISE_MASK, draw_clip
 from ..methods.flow_edit import FlowEditSettings
 from .inversion import MODEL_AND_SOURCE, STEPS
 from .settings import made, widgets

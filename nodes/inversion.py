@@ -14,7 +14,8 @@ from torch import Tensor
 from ..attention.key_frames import KeyFrames
 from ..diffusion.edit import Edit
 from ..diffusion.invert import InversionSettings
-from ..hosts.comfyui import (
+from ..hosts.comfyui.conditions import HostCondition, unsaveable
+from ..hosts.comfyui.editing import (
     NOISE_MASK,
     HostStore,
     InvertSettings,
@@ -22,9 +23,8 @@ from ..hosts.comfyui import (
     invert_clip,
     source_of,
 )
-from ..hosts.comfyui_conditions import HostCondition, unsaveable
-from ..hosts.comfyui_noise import check_samples
-from ..hosts.comfyui_transformer import check_known, is_transformer
+from ..hosts.comfyui.noise import check_samples
+from ..hosts.comfyui.wan import check_known, is_transformer
 from ..metrics.preservation import psnr
 from ..settings import described_one
 from ..store.budget import StoreSettings, format_bytes

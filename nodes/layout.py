@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..attention.prompt import PromptEdit
 from ..diffusion.edit import Edit
-from ..hosts.comfyui_conditions import HostCondition
-from ..hosts.comfyui_layout import LayoutGuider
+from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.layout import LayoutGuider
 from ..methods.layout import Form, Layout, Shift, Wanted, named_path
 from ..methods.layout_guidance import LayoutGuidance
 from ..methods.move_objects import MoveSettings

@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hosts.comfyui import EditGuider, InvertGuider, store_of
-from ..hosts.comfyui_conditions import HostCondition
-from ..hosts.comfyui_noise import noise_of
-from ..hosts.comfyui_sampling import DDIMSampler
-from ..hosts.comfyui_transformer import check_known
+from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.editing import EditGuider, InvertGuider, store_of
+from ..hosts.comfyui.noise import noise_of
+from ..hosts.comfyui.sampling import DDIMSampler
+from ..hosts.comfyui.wan import check_known
 from .edit import INPUTS, Asked, report_of
 from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, asked_of
 from .sockets import AttentionStoreSocket, schema, show_on_node

@@ -17,9 +17,9 @@ from ..files.temporal_layers import (
     seen_with,
     write_temporal_layers,
 )
-from ..hosts.comfyui_conditions import HostCondition
-from ..hosts.comfyui_temporal import temporal_layers, weights_of, with_temporal_layers
-from ..hosts.comfyui_tuning import tune_model
+from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.temporal import temporal_layers, weights_of, with_temporal_layers
+from ..hosts.comfyui.tuning import tune_model
 from ..methods.tune_a_video import LayerSettings, TuneSettings
 from ..metrics.losses import plot_losses
 from .settings import made, widget, widgets

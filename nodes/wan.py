@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hosts.comfyui_transformer import paired
+from ..hosts.comfyui.wan import paired
 from .sockets import schema
 
 

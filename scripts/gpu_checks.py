@@ -36,9 +36,12 @@ from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.benchmarks.common import prompt_pair, random_wan, side_by_side
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.wan import build_tokenizer
-from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
-from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
-from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
+from fatezero.hosts.diffusers import (
+    DiffusersDenoiser,
+    DiffusersVideoDenoiser,
+    VideoTransformerDenoiser,
+    with_temporal_layers,
+)
 from fatezero.methods.fatezero import preset_fusion
 from fatezero.metrics.memory import PeakMemory
 from fatezero.store.backends import read

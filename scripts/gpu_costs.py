@@ -29,7 +29,7 @@ from fatezero.attention.control import attention
 from fatezero.benchmarks.common import flops_of_call, guided_steps, matrix_rate, prompt_pair, side_by_side, timed
 from fatezero.demo.wan import build_tokenizer
 from fatezero.diffusion.edit import Calls, unet_calls
-from fatezero.hosts.diffusers import xformers_attention
+from fatezero.hosts.diffusers.unet import xformers_attention
 from fatezero.methods import flow_edit
 from fatezero.methods.fatezero import PRESETS, preset_fusion
 from fatezero.video.motion import Motion

@@ -21,7 +21,7 @@ from fatezero.benchmarks.common import (
     weight_bytes,
 )
 from fatezero.files.safetensors import format_bytes
-from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.store.budget import available_bytes
 
 Units = dict[str, str]

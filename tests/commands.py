@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fatezero.demo.show import CLIP
+from fatezero.files.bundled import CLIP
 
 COMMAND = (sys.executable, "-m", "fatezero")
 

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fatezero.demo.model import build_scheduler, build_vae
-from fatezero.hosts.checkpoint import DEMO
+from fatezero.files.bundled import DEMO
 from small import small_unet
 
 

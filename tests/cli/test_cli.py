@@ -18,10 +18,10 @@ from commands import COMMAND, alike, fatezero, here
 from PIL import Image
 
 from clips import beep_times, flashes
-from fatezero.demo.show import CLIP
-from fatezero.hosts.checkpoint import DEMO, Checkpoint
+from fatezero.files.bundled import CLIP, DEMO
 from fatezero.hosts.diffusers import with_temporal_layers
-from fatezero.hosts.diffusers_temporal import save_temporal_layers, temporal_layers
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.temporal import save_temporal_layers, temporal_layers
 from fatezero.store.store import AttentionStore
 from fatezero.video.read import Sound, read_video
 from fatezero.video.write import write_video

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from commands import COMMAND, frames_written, two_clips
 
-from fatezero.demo.show import CLIP
+from fatezero.files.bundled import CLIP
 from fatezero.video.read import read_metadata
 
 SOURCE = "a red square on water"

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fatezero.demo.show import CLIP, FRAMES, MOTION, SCENE
+from fatezero.demo.show import FRAMES, MOTION, SCENE
 from fatezero.demo.world import Scene, render
+from fatezero.files.bundled import CLIP
 from fatezero.video.read import read_video
 from fatezero.video.sheet import enlarge
 from fatezero.video.size import to_bytes

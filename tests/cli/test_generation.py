@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderKL, TextToVideoSDPipeline, UNet3DConditionModel
 
 from fatezero.demo.world import SIZE
-from fatezero.hosts.checkpoint import DEMO, Checkpoint
+from fatezero.files.bundled import DEMO
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.video.read import read_video
 
 PROMPT = ("--prompt", "a red circle on grass")

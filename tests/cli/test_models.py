@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fatezero.cli.config import ConfigError, EditConfig, checked, config_of
 from fatezero.cli.files import bare_name, files_of, renamed
-from fatezero.demo.show import CLIP
+from fatezero.files.bundled import CLIP
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water")
 KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.diff"

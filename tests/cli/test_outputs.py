@@ -7,9 +7,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from fatezero.demo.show import CLIP
+from fatezero.files.bundled import CLIP, DEMO
 from fatezero.files.whole import reserved
-from fatezero.hosts.checkpoint import DEMO
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water", "--steps", 2, "--count", 2)
 

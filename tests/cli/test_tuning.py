@@ -12,9 +12,9 @@ from commands import COMMAND, alike, here
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fatezero.demo.show import CLIP
-from fatezero.hosts.checkpoint import Checkpoint
-from fatezero.hosts.diffusers_temporal import temporal_layers
+from fatezero.files.bundled import CLIP
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.temporal import temporal_layers
 from fatezero.video.read import read_video
 
 TARGET = "a green square on water"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from wan import write_wan
 
-from fatezero.demo.show import CLIP
-from fatezero.hosts.checkpoint_wan import WanCheckpoint
+from fatezero.files.bundled import CLIP
+from fatezero.hosts.diffusers.checkpoint_wan import WanCheckpoint
 from fatezero.video.read import read_video
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water")

@@ -5,8 +5,8 @@ import torch
 from comfyui.host import HOW, Host, find_hosts, started
 from safetensors.torch import save_file
 
-from fatezero.demo.single_file import single_file
-from fatezero.hosts.checkpoint import DEMO
+from fatezero.files.bundled import DEMO
+from fatezero.hosts.comfyui.single_file import single_file
 
 PREFIX = "model.diffusion_model."
 

@@ -149,7 +149,7 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, dtype):
-        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui_demo"))
+        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui.demo"))
         setattr(comfy.cli_args.args, f"{dtype}_unet", True)
         try:
             return io.NodeOutput(sys.modules[pack].load_demo()[0])
@@ -171,7 +171,7 @@ class Wan(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, shift, dtype):
-        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui_demo"))
+        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui.demo"))
         folder = Path(folder)
         weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         about = json.loads((folder / "transformer" / "config.json").read_text())

@@ -10,8 +10,8 @@ from fatezero import edit_many
 from fatezero.cli.config import EditConfig, with_preset
 from fatezero.cli.objects import layout_of
 from fatezero.cli.run import find_frames, fit_frames, invert_video, one_edit
-from fatezero.demo.show import CLIP
-from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.files.bundled import CLIP
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from small import relative
 
 EDITS = {

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from fatezero.cli.config import EditConfig, with_preset
 from fatezero.files.temporal_layers import write_temporal_layers
-from fatezero.hosts.checkpoint import Checkpoint
 from fatezero.hosts.diffusers import with_temporal_layers
-from fatezero.hosts.diffusers_temporal import temporal_layers
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.temporal import temporal_layers
 from fatezero.methods.temporal_layers import trains
 from fatezero.methods.tokenflow import TokenFlowSettings
 from fatezero.methods.tune_a_video import TuneSettings, tune

@@ -9,7 +9,8 @@ from torch import nn
 from fatezero.demo.evaluate import close_up_accuracy, judge_accuracy, map_overlap, painting_accuracy, replay_psnr
 from fatezero.demo.judge import load_judge
 from fatezero.demo.show import show
-from fatezero.hosts.checkpoint import DEMO, Checkpoint
+from fatezero.files.bundled import DEMO
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

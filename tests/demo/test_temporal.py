@@ -10,7 +10,7 @@ from fatezero.demo.model import labels
 from fatezero.demo.temporal import TemporalSettings, train_temporal
 from fatezero.demo.world import SIZE, scenes
 from fatezero.diffusion.generate import generate
-from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 
 SMALL = TemporalSettings(clips=2, frames=2, steps=3, save_every=1)
 CPU = torch.device("cpu")

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_sdxl import write_sdxl
 
-from fatezero.demo.single_file import single_file
-from fatezero.hosts.checkpoint import DEMO, Checkpoint, CheckpointError
+from fatezero.files.bundled import DEMO
+from fatezero.hosts.comfyui.single_file import single_file
+from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_sdxl_edits_end_to_end(sdxl_folder, tmp_path):
     from fatezero.cli.app import progress_bar
     from fatezero.cli.config import EditConfig, with_preset
     from fatezero.cli.run import Session, run_edits
-    from fatezero.demo.show import CLIP
+    from fatezero.files.bundled import CLIP
 
     config = EditConfig(
         video=str(CLIP), source="a red square on water", target="a red circle on water", model=str(sdxl_folder),

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import (
 from fatezero import Condition, edit, invert
 from fatezero.attention.control import Control, attention
 from fatezero.attention.key_frames import Chunk, KeyFrames
-from fatezero.hosts.diffusers import DiffusersDenoiser, kernel_of, xformers_attention
+from fatezero.hosts.diffusers.unet import DiffusersDenoiser, kernel_of, xformers_attention
 from small import THREE_LEVELS, in_thread, random_latents, random_text, relative, small_unet
 
 

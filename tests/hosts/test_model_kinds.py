@@ -17,12 +17,13 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from tiny_sdxl import write_sdxl
 
-from fatezero.demo.single_file import single_file
 from fatezero.diffusion.generate import generate
-from fatezero.hosts.checkpoint import DEMO, Checkpoint, CheckpointError
-from fatezero.hosts.diffusers import as_ddim, with_signal
-from fatezero.hosts.families import family_of
-from fatezero.hosts.model_files import opened
+from fatezero.files.bundled import DEMO
+from fatezero.hosts.comfyui.single_file import single_file
+from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
+from fatezero.hosts.diffusers.families import family_of
+from fatezero.hosts.diffusers.model_files import opened
+from fatezero.hosts.diffusers.unet import as_ddim, with_signal
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -178,8 +179,8 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
             raise OSError("not in the cache")
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("fatezero.hosts.model_files.getaddrinfo", unknown)
-    monkeypatch.setattr("fatezero.hosts.model_files.getproxies", dict)
+    monkeypatch.setattr("fatezero.hosts.diffusers.model_files.getaddrinfo", unknown)
+    monkeypatch.setattr("fatezero.hosts.diffusers.model_files.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(CheckpointError, match="'owner/name' is neither here .* cannot be reached"):
         opened("owner/name", load)
@@ -228,7 +229,7 @@ def test_single_files_that_are_refused(tmp_path, case):
 
 
 def test_a_file_of_sd_2_says_what_it_predicts(tmp_path, monkeypatch):
-    monkeypatch.setattr("fatezero.hosts.model_files._fetched_before", lambda family, path: str(DEMO))
+    monkeypatch.setattr("fatezero.hosts.diffusers.model_files._fetched_before", lambda family, path: str(DEMO))
     names = BARE | {"cond_stage_model.model.x": (4,), "first_stage_model.x": (4,)}
     save_file({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"does not say if it predicts noise or v: give --model-config"):

@@ -27,7 +27,7 @@ from fatezero.demo.wan import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat
-from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.store.records import Recorder
 from tests.small import in_thread, relative, small_unet
 

@@ -12,8 +12,7 @@ from fatezero.attention.masks import GivenMask
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.wan import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
-from fatezero.hosts.diffusers import DiffusersDenoiser
-from fatezero.hosts.diffusers_transformer import VideoTransformerDenoiser
+from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
 from tests.hosts import test_transformer as wan
 from tests.small import random_latents, random_text, relative, small_unet
 

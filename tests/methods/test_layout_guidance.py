@@ -10,9 +10,8 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.control import AttentionSite, Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
-from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
-from fatezero.hosts.diffusers_memory import LiveBytes, guidance_bytes
-from fatezero.hosts.diffusers_video import DiffusersVideoDenoiser
+from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser, with_temporal_layers
+from fatezero.hosts.diffusers.memory import LiveBytes, guidance_bytes
 from fatezero.methods import layout_guidance
 from fatezero.methods.layout_guidance import (
     ENERGIES,

@@ -9,7 +9,7 @@ from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings,
 from fatezero.attention.masks import GivenMask
 from fatezero.demo.world import SIZE, Motion, Scene, Track, render
 from fatezero.diffusion.edit import Edit, EditPass
-from fatezero.hosts.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.methods.layout import Layout, Move, Path, Shift, Wanted
 from fatezero.methods.layout_guidance import LayoutGuidance, energy_gradient
 from fatezero.methods.move_objects import Moved, MoveObjects, MoveSettings, _way, bounds, moves_of

@@ -14,9 +14,8 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.diffusion.edit import Edit
-from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.hosts.diffusers_memory import LiveBytes, activation_bytes
-from fatezero.hosts.diffusers_temporal import (
+from fatezero.hosts.diffusers.memory import LiveBytes, activation_bytes
+from fatezero.hosts.diffusers.temporal import (
     convert_temporal_layers,
     inflated_unet,
     load_temporal_layers,
@@ -24,6 +23,7 @@ from fatezero.hosts.diffusers_temporal import (
     save_temporal_layers,
     temporal_layers,
 )
+from fatezero.hosts.diffusers.unet import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
 from fatezero.methods.tune_a_video import LayerSettings, TuneSettings, clip_loss, optimizer_class, tune
 from small import (
     FIXTURES,

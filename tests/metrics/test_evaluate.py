@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from fatezero.demo.show import FRAMES, MOTION, SCENE
 from fatezero.demo.world import Scene, render
-from fatezero.hosts.checkpoint import DEMO
+from fatezero.files.bundled import DEMO
 from fatezero.metrics.clip import ClipScorer
 from fatezero.metrics.evaluate import Report, evaluate
 from fatezero.metrics.plot import plot_report

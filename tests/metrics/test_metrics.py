@@ -98,7 +98,7 @@ def test_occlusion_by_forward_and_backward_flow():
 
 
 def test_warping_by_the_demo_worlds_flow_follows_the_picture():
-    from fatezero.benchmarks.quality.measure import seen_pixels
+    from fatezero.benchmark.measure import seen_pixels
     from fatezero.demo.show import FRAMES, MOTION, SCENE
     from fatezero.demo.world import render
 

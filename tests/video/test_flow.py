@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fatezero.benchmarks.quality.measure import seen_pixels
+from fatezero.benchmark.measure import seen_pixels
 from fatezero.demo.show import FRAMES, MOTION, SCENE
 from fatezero.demo.world import render
 from fatezero.metrics.evaluate import evaluate

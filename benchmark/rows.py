@@ -1,0 +1,350 @@
+"""What the benchmark compares: FateZero, its ablations, and what people would use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.condition import Condition
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
+from ..cli.config import EditConfig, with_preset
+from ..demo.world import SIZE
+from ..diffusion.ddim import ddim_move
+from ..diffusion.denoiser import Guidance
+from ..diffusion.edit import Edit, edit_many
+from ..diffusion.invert import Inversion, invert
+from ..files.temporal_layers import load_temporal_layers
+from ..hosts.diffusers import with_temporal_layers
+from ..hosts.diffusers.checkpoint import Checkpoint
+from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+from ..methods.flow_edit import FlowEditSettings, draw
+from ..methods.flow_smoothing import FlowSmoothing
+from ..methods.plug_and_play import PnPSettings
+from ..methods.tokenflow import TokenFlowSettings
+from ..methods.tune_a_video import State, TuneSettings, tune
+from ..video.flow import flow_estimator
+from ..video.motion import Motion, steadied
+from .cases import Case
+
+Source = str | None
+"""Where attention comes from: "inversion", "reconstruction", or None for no fusion at all."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    run: edits a trial's clip where no inversion is needed. Otherwise
+    settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
+    fused with attention of `source`. smoothing: along the source's flow, in each step; steady: of the frames that came
+    of it. layers: temporal ones on the image model, "fresh" or those of the demo world ("demo"), tuned on the clip in
+    so many steps. wan: on the demo world's video transformer. order: of the solver. drawn: FlowEdit, in the place of an
+    inversion. blind: invert under the empty prompt. guidance: of an edit without fusion, if not the run's.
+    """
+
+    name: str
+    run: Callable[[Trial], Tensor] | None = None
+    source: Source = "inversion"
+    settings: dict[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    plus: bool = False
+    key_frames: tuple[str | int, ...] = ("self", "middle")
+    clip_norm: bool = False
+    injection: PnPSettings | None = None
+    propagation: TokenFlowSettings | None = None
+    smoothing: float = 0.0
+    steady: float = 0.0
+    layers: str = ""
+    tuned: int = 0
+    wan: bool = False
+    order: int = 1
+    drawn: FlowEditSettings | None = None
+    strength: float = 1.0
+    blind: bool = False
+    guidance: float | None = None
+
+
+@dataclass
+class Trial:
+    """One case on its way through the methods."""
+
+    checkpoint: Checkpoint | WanCheckpoint
+    case: Case
+    steps: int
+    guidance_scale: float = 7.5
+    states: dict[tuple[str, int], State] = field(default_factory=dict)
+    """What tunings of this clip came to, by layers and steps: longer ones go on from there."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, WanCheckpoint):
+            self.latents = self.checkpoint.encode_clip(self.case.clip.frames)
+        else:
+            self.latents, self.deviation = self.checkpoint.encode_posterior(self.case.clip.frames)
+        self.source, self.target, self.negative = (
+            self.checkpoint.encode_prompt(text, SIZE, SIZE)
+            for text in (self.case.source.caption, self.case.target.caption, "")
+        )
+
+    def invert(self, method: Method) -> Inversion:
+        source, memory = self.negative if method.blind else self.source, "recompute" if method.wan else "queries_keys"
+        if method.drawn is not None:
+            return draw(self.checkpoint.denoiser, self.latents, source, self.steps, method.drawn, method.key_frames)
+        return invert(
+            self.checkpoint.denoiser, self.latents, source, self.steps, method.key_frames, method.clip_norm, memory,
+            order=method.order, prompt=self.case.source.caption,
+        )  # fmt: skip
+
+    def on_wan(self) -> Trial:
+        """The same case on the demo world's video transformer."""
+        return replace(self, checkpoint=WanCheckpoint.load("demo-wan", self.latents.device))
+
+    def tuned(self, layers: str, steps: int) -> Trial:
+        """The same case on a copy of the model with temporal layers, tuned on the clip for so many steps."""
+        assert isinstance(self.checkpoint, Checkpoint)
+        checkpoint = replace(self.checkpoint, unet=deepcopy(self.checkpoint.unet))
+        with_temporal_layers(checkpoint.unet, load_temporal_layers("demo") if layers == "demo" else None)
+        if steps:
+            fewer = [done for of, done in self.states if of == layers and done < steps]
+            tune(
+                checkpoint.denoiser, self.latents, self.source, TuneSettings(steps, learning_rate=RATE),
+                deviation=self.deviation, resume=self.states[layers, max(fewer)] if fewer else None,
+                keep=lambda state: self.states.update({(layers, steps): state}), keep_every=steps,
+            )  # fmt: skip
+        return replace(self, checkpoint=checkpoint)
+
+    def config(self, method: Method) -> EditConfig:
+        """The case's preset, the method's settings, the words that a mask is made of; an edit of style has none."""
+        case = self.case
+        config = EditConfig(
+            source=case.source.caption, target=case.target.caption, steps=self.steps,
+            guidance_scale=self.guidance_scale,
+        )  # fmt: skip
+        preset = method.preset or case.preset + ("+" if method.plus else "")
+        config = replace(with_preset(config, preset), **method.settings)
+        of_source, of_target = case.blend_words
+        if not of_source:
+            return replace(config, blend_self_attention=False, blend_latents=False)
+        return replace(config, blend_source=of_source, blend_target=of_target)
+
+    def edit(self, method: Method) -> Edit:
+        if method.source is None or method.injection is not None:
+            return Edit(
+                self.target, self.negative, method.guidance or self.guidance_scale, fusion=method.injection,
+                propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength,
+            )  # fmt: skip
+        config = self.config(method)
+        prompt = config.prompt_edit(self.checkpoint.tokenizer)
+        return Edit(
+            self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation,
+            smoothing=self.smoothing(method), strength=method.strength,
+        )  # fmt: skip
+
+    def smoothing(self, method: Method) -> FlowSmoothing | None:
+        return FlowSmoothing(method.smoothing, self.motion) if method.smoothing else None
+
+    @cached_property
+    def motion(self) -> Motion:
+        """The source's, as DIS sees it, in pixels."""
+        _, estimate = flow_estimator("dis")
+        return Motion.of(self.case.clip.frames, estimate)
+
+    def finished(self, method: Method, frames: Tensor) -> Tensor:
+        """A method's decoded frames, made steady where it asks for it."""
+        if not method.steady:
+            return frames
+        return steadied(self.case.clip.frames, frames, self.motion, method.steady).clamp(0, 1)
+
+
+def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
+    """The latents of every method; those on one model share it, and those that share an inversion one pass over it."""
+    found = {method.name: method.run(trial) for method in methods if method.run is not None}
+    models = dict.fromkeys((m.layers, m.tuned, m.wan) for m in methods if m.run is None)
+    for layers, steps, wan in models:
+        own = trial.on_wan() if wan else trial.tuned(layers, steps) if layers else trial
+        alike = [m for m in methods if m.run is None and (m.layers, m.tuned, m.wan) == (layers, steps, wan)]
+        found |= _edited_on_one_model(own, alike)
+    return found
+
+
+def _edited_on_one_model(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    passes: dict[tuple[Any, ...], list[Method]] = {}
+    for method in methods:
+        key = (
+            method.key_frames, method.clip_norm, method.blind, method.order, method.drawn,
+            method.source == "reconstruction",
+        )  # fmt: skip
+        passes.setdefault(key, []).append(method)
+    inversions: dict[tuple[Any, ...], Inversion] = {}
+    for (*of_inversion, from_reconstruction), alike in passes.items():
+        if tuple(of_inversion) not in inversions:
+            inversions = {tuple(of_inversion): trial.invert(alike[0])}
+        inversion = inversions[tuple(of_inversion)]
+        if from_reconstruction:
+            inversion = reconstruction(trial, inversion)
+        results = edit_many(trial.checkpoint.denoiser, inversion, [trial.edit(method) for method in alike])
+        found |= {method.name: latents for method, latents in zip(alike, results, strict=True)}
+    return found
+
+
+@torch.no_grad()
+def denoised(
+    trial: Trial, start: Tensor, condition: Condition, key_frames: KeyFrames, first: int = 0, clip_norm: bool = False
+) -> Tensor:
+    """Guided DDIM from step `first` on, without fusion; the latents of every level, noisy to clean."""
+    denoiser = trial.checkpoint.denoiser
+    schedule, chunk = denoiser.schedule(trial.steps), Chunk.whole(len(start))
+    levels = [start]
+    with denoiser.hooked(clip_norm):
+        for step in range(first, trial.steps):
+            guidance = Guidance(trial.negative, Control(key_frames, chunk), trial.guidance_scale)
+            control, level = Control(key_frames, chunk), trial.steps - step
+            noise = denoiser.predict_noise(levels[-1], schedule.timesteps[step], condition, control, guidance)
+            levels.append(ddim_move(levels[-1], noise, schedule.alphas[level], schedule.alphas[level - 1]))
+    return torch.stack(levels)
+
+
+def autoencoded(trial: Trial) -> Tensor:
+    """The source through the autoencoder: the most that any method can preserve."""
+    return trial.latents
+
+
+def sdedit(strength: float) -> Callable[[Trial], Tensor]:
+    """SDEdit (arXiv 2108.01073) of single frames: noise up to a share of the schedule, then denoise."""
+
+    def run(trial: Trial) -> Tensor:
+        first = trial.steps - max(1, round(strength * trial.steps))
+        alpha = trial.checkpoint.denoiser.schedule(trial.steps).alphas[trial.steps - first]
+        noise = torch.randn(trial.latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(trial.latents)
+        start = alpha**0.5 * trial.latents + (1 - alpha) ** 0.5 * noise
+        return denoised(trial, start, trial.target, KeyFrames(("self",)), first)[-1]
+
+    return run
+
+
+def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
+    """An inversion whose attention is that of the guided reconstruction, as in Prompt-to-Prompt.
+
+    The paper's Fig. 8: there the source is denoised again from the inverted noise, guidance and all, and
+    drifts from the clip. The engine reads level L - 1 for the step that starts at L, and computes the
+    attention there anew, for what the store kept is the inversion's.
+    """
+    store = inversion.store
+    replay = denoised(trial, store.level(store.steps), trial.source, store.key_frames, clip_norm=store.clip_norm).flip(
+        0
+    )
+    latents = torch.cat([replay[1:], replay[-1:]])
+    return Inversion(replace(store, levels=latents, memory="recompute", backend=None, kept_steps=0))
+
+
+def _keys(*entries: str | int) -> Method:
+    return Method(f"key frames {', '.join(map(str, entries))}", key_frames=entries)
+
+
+PAPER = "FateZero (paper)"
+
+BEST = "FateZero+"
+
+METHODS: tuple[Method, ...] = (
+    Method("autoencoder only", run=autoencoded),
+    Method("DDIM inversion + prompt", source=None),
+    *(Method(f"SDEdit {s}", run=sdedit(s)) for s in (0.4, 0.6, 0.8)),
+    Method("attention of the reconstruction", source="reconstruction"),
+    Method(PAPER),
+    Method("no self fusion", settings={"self_replace_steps": 0.0, "blend_self_attention": False}),
+    Method("full self fusion", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
+    Method("blended self fusion", preset="shape"),
+    Method("latent blending", settings={"blend_latents": True}),
+    Method("clip norm", clip_norm=True),
+    _keys("self"),  # without spatio-temporal attention
+    _keys("middle"),
+    _keys("first"),
+    _keys("previous", "first"),
+    _keys("self", "middle", -1, 1),
+    Method("guidance 5", settings={"guidance_scale": 5.0}),
+    Method(BEST, plus=True),
+    Method("FateZero+, guidance 7.5", plus=True, settings={"guidance_scale": 7.5}),
+    Method(
+        "FateZero+, mask of attention",
+        plus=True,
+        settings={"mask_from": "attention", "blend_threshold": 0.3, "separate_words": 0.0},
+    ),
+    Method("FateZero+, words mixed", plus=True, settings={"separate_words": 0.0}),
+    Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
+)
+
+PNP = PnPSettings()
+EXTENDED = TokenFlowSettings(1, "linear")
+"""Every frame is a key frame, and attends to all: extended attention alone."""
+FLOW = TokenFlowSettings(4)
+ONE = ("self",)
+LONG = (
+    Method("PnP", injection=PNP, key_frames=ONE),
+    Method("PnP, extended attention", injection=PNP, key_frames=ONE, propagation=EXTENDED),
+    Method("PnP, TokenFlow", injection=PNP, key_frames=ONE, propagation=FLOW),
+    Method("PnP, flow smoothing", injection=PNP, key_frames=ONE, smoothing=0.8),
+    Method("FateZero (paper), TokenFlow", propagation=FLOW),
+    Method("FateZero+, extended attention", plus=True, propagation=EXTENDED),
+    Method("FateZero+, TokenFlow", plus=True, propagation=FLOW),
+    Method("FateZero+, flow smoothing", plus=True, smoothing=0.8),
+    Method("FateZero+, flow smoothing, steady", plus=True, smoothing=0.8, steady=0.8),
+    Method("FateZero+, TokenFlow, flow smoothing", plus=True, propagation=FLOW, smoothing=0.8),
+)
+"""How frames agree: rows for clips of 16 frames and more."""
+METHODS += LONG
+
+RATE = 3e-4
+"""Of tuning: ten times the authors', for a model with a thousandth of the weights."""
+
+
+def _on_video(name: str, layers: str = "fresh", tuned: int = 150, **more: Any) -> Method:
+    """A row on a model with temporal layers, seen as they were trained."""
+    return Method(name, layers=layers, tuned=tuned, key_frames=("first", "previous"), clip_norm=True, **more)
+
+
+_AS_PAPER: dict[str, Any] = {"source": None, "blind": True, "guidance": 12.5}
+TUNED = (
+    *(_on_video(f"Tune-A-Video, {steps} steps", tuned=steps, **_AS_PAPER) for steps in (0, 50, 150)),
+    _on_video("FateZero (paper), tuned 150 steps"),
+    *(_on_video(f"FateZero+, tuned {steps} steps", tuned=steps, plus=True) for steps in (0, 50, 150)),
+    _on_video("video model, inversion + prompt", "demo", 0, source=None),
+    _on_video("FateZero+, video model", "demo", 0, plus=True),
+    _on_video("FateZero+, video model tuned 50 steps", "demo", 50, plus=True),
+)
+"""Temporal layers: tuned on the clip from nothing, trained on many moving scenes, or both."""
+METHODS += TUNED
+
+_FLOW_EDIT = FlowEditSettings()
+
+
+def _on_wan(name: str, **more: Any) -> Method:
+    """A row on the demo world's video transformer."""
+    return Method(f"Wan: {name}", wan=True, **more)
+
+
+WAN = (
+    _on_wan("inversion + prompt", source=None, guidance=5.0),
+    _on_wan("inversion of second order + prompt", source=None, guidance=5.0, order=2),
+    _on_wan("FateZero (paper)", settings={"guidance_scale": 5.0}),
+    _on_wan("FateZero+", plus=True),
+    _on_wan("FateZero+, second order", plus=True, order=2),
+    _on_wan("FlowEdit", source=None, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
+    _on_wan("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
+        "guidance_scale": 10.0, "cross_replace_steps": 0.0, "self_replace_steps": 0.0,
+    }, strength=0.7),
+    _on_wan("FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7),
+    Method("DDIM inversion of second order + prompt", source=None, order=2),
+    Method("FateZero+, second order", plus=True, order=2),
+)  # fmt: skip
+"""A true video model, inversion-free edits on it, and solvers of second order on either."""
+METHODS += WAN
+
+QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
+"""The rows of the quick form."""

@@ -1,0 +1,212 @@
+"""`fatezero benchmark`: every method on edits whose right answer is known.
+
+A folder holds a run: `settings.json`, `results.jsonl` (a line for each case and method, which is what a
+run goes on from), `strips/` (a row of frames for each), and what is made of them at the end: `table.csv`,
+`table.md`, `page.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ..files.lines import append_lines
+from ..files.whole import whole_file
+from ..hosts.diffusers.checkpoint import Checkpoint, quiet
+from ..metrics.clip import ClipScorer
+from ..video.size import to_bytes
+from ..video.write import write_picture
+from .cases import KINDS, Case, cases_of, draw_cases
+from .measure import measure
+from .rows import LONG, METHODS, QUICK, TUNED, WAN, Method, Trial, edited
+
+Row = dict[str, float | str]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What a run is: results of other settings do not mix with it, but for how many cases of which kinds.
+
+    seed: of scenes, motions and words. each: cases of every kind, or of some `kinds` alone. frames, steps: of
+    every clip and run.
+    pairs: captions (source, target) of your own, in the place of drawn ones. clip: for Tem-Con and Frame-Acc.
+    """
+
+    seed: int = 2303
+    each: int = 10
+    kinds: tuple[str, ...] = KINDS
+    frames: int = 4
+    steps: int = 20
+    guidance_scale: float = 7.5
+    model: str = "demo"
+    clip: str = ""
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def cases(self) -> list[Case]:
+        if self.pairs:
+            return cases_of(self.pairs, self.seed, self.frames)
+        return draw_cases(self.seed, self.each, self.frames, self.kinds)
+
+
+def chosen_methods(names: Sequence[str] | None, quick: bool) -> list[Method]:
+    """Methods by name, or those of the quick form, or all; ValueError for an unknown one."""
+    if not names:
+        return [m for m in METHODS if m.name in QUICK] if quick else [m for m in METHODS if m not in LONG + TUNED + WAN]
+    unknown = sorted(set(names) - {m.name for m in METHODS})
+    if unknown:
+        raise ValueError(f"no method {unknown[0]!r}: use some of {', '.join(repr(m.name) for m in METHODS)}")
+    return [m for m in METHODS if m.name in names]
+
+
+def run_benchmark(
+    folder: Path,
+    settings: BenchmarkSettings,
+    methods: Sequence[Method],
+    device: str = "cpu",
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Every method on every case, but for those the folder already has; returns all rows.
+
+    workers: processes, each of one thread where there are several. A case's rows are kept together, as
+    it ends. Raises ValueError where the folder holds a run of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, settings)
+    rows, cases = load_rows(folder), settings.cases
+    done = {(row["case"], row["method"]) for row in rows}
+    jobs = [(case, [m.name for m in methods if (case.name, m.name) not in done]) for case in cases]
+    jobs = [(case, names) for case, names in jobs if names]
+    finished = len(cases) - len(jobs)
+    if progress:
+        progress(finished, len(cases))
+    for found, strips in _run(settings, jobs, device, workers):
+        for name, frames in strips.items():
+            write_picture(folder / "strips" / name, _strip(frames))
+        append_lines(folder / "results.jsonl", found)
+        rows += found
+        finished += 1
+        if progress:
+            progress(finished, len(cases))
+    known = {(case.name, method.name) for case in cases for method in METHODS}
+    return [row for row in rows if (row["case"], row["method"]) in known]
+
+
+def _claim(folder: Path, settings: BenchmarkSettings) -> None:
+    """Mark a folder as a run of these settings; more cases of a kind keep its first ones."""
+    path, wanted = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+    del wanted["each"], wanted["kinds"]
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in wanted if held.get(name) != wanted[name]]
+        if other:
+            raise ValueError(
+                f"{folder} holds a run with {other[0]} {held.get(other[0])!r}, not {wanted[other[0]]!r}: "
+                "give another folder with --output"
+            )
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def load_rows(folder: Path) -> list[Row]:
+    """The results a folder holds; a line that an interruption cut short is left out."""
+    path, rows = folder / "results.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+# --- the work -----------------------------------------------------------------------------
+
+Job = tuple[Case, list[str]]
+Done = tuple[list[Row], dict[str, Tensor]]
+"""Rows, and uint8 frames by the name of their strip."""
+
+
+def _run(settings: BenchmarkSettings, jobs: list[Job], device: str, workers: int) -> Iterator[Done]:
+    if workers == 1 or len(jobs) < 2:
+        worker = _Worker(settings, device)
+        yield from map(worker.run, jobs)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _open, (settings, device)) as pool:
+        try:
+            yield from pool.map(_in_worker, jobs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """A model, ready for cases."""
+
+    def __init__(self, settings: BenchmarkSettings, device: str) -> None:
+        with quiet():
+            self.checkpoint = Checkpoint.load(settings.model, torch.device(device))
+        self.settings = settings
+        self.clip = ClipScorer.load(settings.clip, device) if settings.clip else None
+
+    def run(self, job: Job) -> Done:
+        case, names = job
+        trial = Trial(self.checkpoint, case, self.settings.steps, self.settings.guidance_scale)
+        rows: list[Row] = []
+        strips = {
+            f"{case.name}/source.png": to_bytes(case.clip.frames),
+            f"{case.name}/truth.png": to_bytes(case.truth.frames),
+        }
+        chosen = {m.name: m for m in METHODS if m.name in names}
+        for name, latents in edited(trial, list(chosen.values())).items():
+            frames = trial.finished(chosen[name], self.checkpoint.decode_latents(latents).cpu())
+            told: Row = {"case": case.name, "kind": case.kind, "method": name}
+            told |= {"source": case.source.caption, "target": case.target.caption}
+            rows.append({**told, **measure(case, frames, self.clip)})
+            strips[strip_name(case.name, name)] = to_bytes(frames)
+        return rows, strips
+
+
+_worker: _Worker | None = None
+
+
+def _open(settings: BenchmarkSettings, device: str) -> None:
+    """Load the model once in a worker process."""
+    global _worker
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(1)
+    _worker = _Worker(settings, device)
+
+
+def _in_worker(job: Job) -> Done:
+    assert _worker is not None
+    return _worker.run(job)
+
+
+def strip_name(case: str, method: str) -> str:
+    """Where a case's frames by a method are, inside `strips/`."""
+    return f"{case}/{''.join(c if c.isalnum() else '-' for c in method)}.png"
+
+
+def _strip(frames: Tensor) -> Image.Image:
+    """Frames in a row."""
+    return Image.fromarray(rearrange(frames, "f y x c -> y (f x) c").numpy())
+
+
+def strip_frames(folder: Path, case: str, method: str) -> Tensor:
+    """The frames of a strip again: uint8 (frames, height, width, 3); "source" and "truth" are methods too."""
+    import numpy as np
+
+    with Image.open(folder / "strips" / strip_name(case, method)) as picture:
+        return rearrange(torch.from_numpy(np.asarray(picture).copy()), "y (f x) c -> f y x c", x=picture.height)

@@ -1,0 +1,1 @@
+"""ComfyUI as a host: how its models are hooked and sampled."""

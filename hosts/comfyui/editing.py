@@ -1,0 +1,420 @@
+"""ComfyUI as a host: inversion, edit and a look at the source, run in its sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import create_model_options_clone
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...attention.key_frames import KeyFrames
+from ...attention.masks import GivenMask
+from ...attention.prompt import PromptEdit
+from ...diffusion.denoiser import in_parts, keys_on
+from ...diffusion.edit import Edit, EditPass, edit_many
+from ...diffusion.invert import Inversion, Progress, invert
+from ...diffusion.schedule import Schedule
+from ...diffusion.source import check_store, source_heats
+from ...methods.fatezero import FusionSettings
+from ...methods.flow_edit import FlowEditSettings, draw
+from ...store.backends import FileBackend, FileLevels
+from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
+from ...store.identity import ModelIdentity
+from ...store.store import AttentionStore
+from .conditions import HostCondition, plain_options
+from .noise import check_samples, noise_of
+from .sampling import ComfyDenoiser, DDIMSampler, LoopGuider, check_quiet, run_in_host, windowing
+from .wan import HookedTransformer, hooked
+
+NOISE_MASK = "noise_mask"
+"""What the host calls the mask of a LATENT, and the store its copy."""
+
+
+# --- the store ------------------------------------------------------------------------
+
+
+@dataclass
+class HostStore(AttentionStore):
+    """A store that remembers the MODEL it was made with, for the recomputed source branch.
+
+    patcher: the MODEL, None for a store read from a file.
+    """
+
+    patcher: Any = None
+
+    def get_ram_usage(self) -> int:
+        """Bytes of memory, as the host's cache asks for them; what is on disk takes none."""
+        on_disk = [part.nbytes for part in (self.levels, self.backend) if isinstance(part, (FileLevels, FileBackend))]
+        return self.nbytes - sum(on_disk)
+
+    def with_model(self, model: Any) -> HostStore:
+        """For a store from a file: take the edit's MODEL for the inversion's."""
+        return self if self.patcher is not None else replace(self, patcher=model)
+
+
+@dataclass(frozen=True)
+class InvertSettings:
+    """What an inversion is asked for beside its model, clip and prompt; see `fatezero.invert`.
+
+    prompt: the source's words, for the store to remember.
+    """
+
+    key_frames: KeyFrames
+    clip_norm: bool
+    store: StoreSettings
+    chunk_frames: int | None = None
+    prompt: str | None = None
+    order: int = 1
+
+
+class InvertGuider(LoopGuider):
+    """A GUIDER that inverts a clip along rising sigmas, and keeps what its edits need."""
+
+    def __init__(
+        self, model: Any, source: HostCondition, settings: InvertSettings, tell: Callable[[str], None] | None = None
+    ) -> None:
+        """tell: called with what the store will take, and then with what it holds."""
+        self.source, self.settings, self.tell = source, settings, tell or (lambda text: None)
+        self._model = model
+        self._made: AttentionStore | None = None
+        self._mask: Tensor | None = None
+        super().__init__(model, [source], chunk_frames=settings.chunk_frames)
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Any:
+        """The noise, as a KSampler without added noise takes it; `store_of` gives its store, which keeps the mask
+        of the latent: where alone edits may change the clip.
+        """
+        if not isinstance(sampler, DDIMSampler):
+            raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
+        check_quiet(noise, "an inversion adds none")
+        check_samples(self._model, latent_image)
+        if sigmas[0] > sigmas[-1]:
+            raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
+        self._mask = more.pop("denoise_mask", None)
+        try:
+            result = super().sample(noise, latent_image, sampler, sigmas, **more)
+            assert self._made is not None
+            _STORES[result] = HostStore(**vars(self._made), patcher=self._model)
+            return result
+        finally:
+            self._made = self._mask = None
+
+    def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        asked, schedule, mask = self.settings, denoiser.in_use, self._mask
+        keys, timestep = keys_on(denoiser, asked.key_frames), schedule.timesteps[0]
+        parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
+        self.tell(str(plan))
+        memory = replace(asked.store, memory=plan.memory, place=plan.place)
+        inversion = invert(
+            denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,
+            asked.chunk_frames, order=asked.order, prompt=asked.prompt,
+            extra={"conditioning": plain_options(self.source.conditioning)},
+            attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
+            progress=progress,
+        )  # fmt: skip
+        self._made = store = inversion.store
+        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
+        return denoiser.noise.at_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
+
+
+_STORES = WeakTensorKeyDictionary()
+"""The store of each inversion's noise, for as long as the host keeps that noise."""
+
+
+def store_of(samples: Tensor) -> HostStore:
+    """The store of the inversion that gave these LATENT samples.
+
+    Raises ValueError for others: of another sampling, copied, or from a file.
+    """
+    if samples not in _STORES:
+        raise ValueError(
+            "noise: is not what the sampler gave with an Inversion Guider; connect its output, with no node between"
+        )
+    return _STORES[samples]
+
+
+def invert_clip(
+    model: Any,
+    samples: Tensor,
+    source: HostCondition,
+    steps: int,
+    settings: InvertSettings,
+    noise_mask: Tensor | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Tensor, HostStore]:
+    """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store).
+
+    noise_mask: where alone edits of this store may change the clip; the store keeps it.
+    """
+    guider = InvertGuider(model, source, settings, tell)
+    noisy = noise_of(model)
+    sigmas = noisy.sigmas(noisy.schedule(steps))
+    noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
+    return noise, store_of(noise)
+
+
+class _Idle:
+    """What `draw` asks of a MODEL that it does not call."""
+
+    def __init__(self, model: Any) -> None:
+        self._noise, self._hooked = noise_of(model), hooked(model)
+        self.spans_clip = isinstance(self._hooked, HookedTransformer)
+
+    def schedule(self, steps: int) -> Schedule:
+        return self._noise.schedule(steps)
+
+    def identity(self) -> ModelIdentity:
+        return self._hooked.identity()
+
+
+def draw_clip(
+    model: Any,
+    samples: Tensor,
+    source: HostCondition,
+    steps: int,
+    settings: FlowEditSettings,
+    prompt: str | None = None,
+    noise_mask: Tensor | None = None,
+) -> HostStore:
+    """The store of LATENT samples with drawn noise, whose edits are FlowEdit's. noise_mask: as for `invert_clip`."""
+    check_samples(model, samples)
+    latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
+    store = draw(_Idle(model), latents, source, steps, settings, prompt=prompt).store  # type: ignore[arg-type]
+    if noise_mask is not None:
+        store.attachments[NOISE_MASK] = noise_mask.float().cpu()
+    return HostStore(**vars(store), patcher=model)
+
+
+class EditGuider(LoopGuider):
+    """A GUIDER for edits of a store: `DDIMSampler` runs them whole, a sampler of the host's on its predictions of one.
+
+    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        store: HostStore,
+        edits: Sequence[Edit],
+        chunk_frames: int | None = None,
+        tell: Callable[[int], None] | None = None,
+    ) -> None:
+        """tell: called at the end with the number of attention layers that were reached.
+
+        Raises ValueError for context windows beside a propagation, which has batches of its own.
+        """
+        if model.model_options.get("context_handler") is not None and any(e.propagation for e in edits):
+            raise ValueError(
+                "model: context windows are set, but TokenFlow runs a clip in batches of its own: remove them, or it"
+            )
+        self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
+        self.tell = tell or (lambda reached: None)
+        self.done: list[Tensor] = []
+        """The edited latents of the last run, as the UNet knows them."""
+        self._asked: Sequence[Edit] = edits
+        self._running: EditPass | None = None
+        self._levels = torch.empty(0)  # the sigmas of the running pass, one for each step
+        self._open = ExitStack()
+        prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
+        conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
+        super().__init__(model, conditions, store.patcher, chunk_frames)
+
+    def schedule(self, sigmas: Tensor) -> Schedule:
+        """The store's own, which the sigmas must be."""
+        own = schedule_of_store(self.model_patcher, self.store)
+        of_store, given = noise_of(self.model_patcher).sigmas(own), sigmas.cpu()
+        if given.shape != of_store.shape or not torch.allclose(given, of_store, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"sigmas: {len(given) - 1} steps from {given[0]:.4g} to {given[-1]:.4g} are not those of the "
+                f"inversion: {self.store.steps} from {of_store[0]:.4g} to {of_store[-1]:.4g}"
+            )
+        return own
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
+        """Raises ValueError for noise, latents or sigmas that are not those of the store."""
+        check_quiet(noise, "an edit begins from the inverted noise")
+        self.schedule(sigmas)
+        begin = noise_samples(self.model_patcher, self.store)
+        same = latent_image.shape == begin.shape and torch.allclose(latent_image.cpu(), begin, rtol=1e-3, atol=1e-3)
+        if not same:
+            raise ValueError("latent_image: is not the noise of this store; connect what the inversion gave")
+        mask = more.pop("denoise_mask", None)
+        check_masking(self.model_patcher, mask)
+        masked = mask is not None and NOISE_MASK not in self.store.attachments
+        inside = noise_of(self.model_patcher).mask_of_host(mask) if masked else None
+        self._asked = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
+        self.done = []
+        if not isinstance(sampler, DDIMSampler):
+            noise, latent_image = noise_of(self.model_patcher).begun(self.model_patcher.model, latent_image, sigmas[0])
+        result = super().sample(noise, latent_image, sampler, sigmas, **more)
+        self.tell(self.reached)
+        return result
+
+    def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        self.done = edit_many(denoiser, Inversion(self.store), self._asked, self.chunk_frames, progress=progress)
+        return self.done[0]
+
+    # For samplers of the host's, which ask for one prediction after another.
+
+    def inner_sample(self, *args: Any, **more: Any) -> Any:
+        with ExitStack() as self._open:
+            try:
+                return super().inner_sample(*args, **more)
+            finally:
+                self._running = None
+
+    def outer_predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
+    ) -> Tensor:
+        """The clean latents that a step of the edit predicts; x: in the host's space.
+
+        Raises ValueError where the edit blends latents, which needs the whole step, and for a sigma between those
+        of the store. What other nodes wrap around predictions runs inside, once for each UNet evaluation.
+        """
+        assert model_options is not None
+        if self._running is None:
+            options = create_model_options_clone(model_options)
+            sigmas = options["transformer_options"]["sample_sigmas"]
+            denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
+            self._levels = denoiser.noise.sigmas(denoiser.in_use)[:-1]
+            edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
+            if edits.blends_latents:
+                raise ValueError(
+                    "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
+                )
+            if edits.steers:
+                raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
+            if self.store.drawn is not None:
+                raise ValueError("sampler: this edit's noise is drawn (FlowEdit), which needs DDIM Sampler (FateZero)")
+            if any(edit.strength < 1 for edit in self._asked):
+                raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
+            self._running = self._open.enter_context(edits)
+        sigma = timestep[0].cpu()
+        step = int((self._levels - sigma).abs().argmin())
+        if abs(self._levels[step] - sigma) > 1e-3 * self._levels[step]:
+            raise ValueError(
+                f"sampler: asks at sigma {sigma:.4g}, between those of the inversion; take one that keeps to the "
+                "steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
+            )
+        noisy, sigma = noise_of(self.model_patcher), sigma.to(x)
+        (predicted,) = self._running.predict([noisy.of_host(x) / noisy.scale(sigma)], step)
+        assert predicted is not None  # `sample` refuses less strength
+        return x - sigma * noisy.to_host(predicted.noise)
+
+
+def edit_clip(
+    model: Any, store: HostStore, edits: Sequence[Edit], chunk_frames: int | None = None
+) -> tuple[list[Tensor], int]:
+    """The edits of a store in one pass: (LATENT samples of each, attention layers reached).
+
+    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    """
+    guider = EditGuider(model, store, edits, chunk_frames)
+    noisy = noise_of(model)
+    sigmas = noisy.sigmas(schedule_of_store(model, store))
+    first = run_in_host(guider, noise_samples(model, store), sigmas)
+    done = (noisy.to_host(z.float()) for z in guider.done[1:])
+    others = [model.model.process_latent_out(z).to(first.device) for z in done]
+    return [first, *others], guider.reached
+
+
+def only_inside(edit: Edit, mask: Tensor) -> Edit:
+    """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
+    fusion = edit.injection
+    if isinstance(fusion, FusionSettings):
+        fusion = replace(fusion, blend_latents=True, blend_latents_until=1.0)
+    return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
+
+
+def check_masking(model: Any, mask: Tensor | None) -> None:
+    """Raise ValueError for a MODEL that changes a LATENT's mask from step to step."""
+    if mask is not None and "denoise_mask_function" in model.model_options:
+        raise ValueError(
+            "model: changes the latent's noise mask step by step (Differential Diffusion), which an edit does not: "
+            "remove it, or the mask"
+        )
+
+
+def heat_of_words(
+    model: Any,
+    store: HostStore,
+    prompt: PromptEdit,
+    words: Sequence[str],
+    steps: Sequence[int],
+    chunk_frames: int | None = None,
+) -> dict[str, Tensor]:
+    """The source's attention to each word, averaged over some edit steps: (frames, y, x)."""
+    tokens = [prompt.token_indices(prompt.source, word, store.source.text_tokens, "blend_words") for word in words]
+    heats: list[Tensor] = []
+    bar = comfy.utils.ProgressBar(len(steps))
+
+    def look(denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        check_store(store, denoiser, denoiser.in_use, prompt)
+        for step in steps:
+            found = source_heats(denoiser, Inversion(store), tokens, step, chunk_frames=chunk_frames)
+            heats.append(torch.stack(found).float().cpu())
+            bar.update(1)
+        return latents
+
+    guider = LoopGuider(model, [source_of(store)], store.patcher, chunk_frames)
+    guider.loop = look
+    run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
+    return dict(zip(words, torch.stack(heats).mean(0), strict=True))
+
+
+def plan_in_host(
+    model: Any,
+    latents: Tensor,
+    source: HostCondition,
+    steps: int,
+    key_frames: KeyFrames,
+    settings: StoreSettings,
+    in_parts: bool,
+) -> StorePlan:
+    """What store an inversion of latents (frames, c, h, w) will make; in_parts: see `Demand`.
+
+    "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
+    Raises MemoryError, with the bytes of each memory, where nothing fits.
+    """
+    if settings.memory == "auto" and windowing(model.wrappers):
+        settings = replace(settings, memory="recompute")  # the one that follows context windows
+    sites = list(hooked(model).sites(*latents.shape[-2:]).values())
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    shape = tuple(latents.shape)
+    demand = Demand(sites, shape, 4, steps, key_frames, dtype, source.text_tokens, source.nbytes, in_parts)
+    home = comfy.model_management.intermediate_device()
+    return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
+
+
+def source_of(store: AttentionStore) -> HostCondition:
+    assert isinstance(store.source, HostCondition)
+    return store.source
+
+
+def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
+    """The noise levels that a MODEL has at a store's timesteps."""
+    noisy = noise_of(model)
+    if noisy.world != store.world:
+        raise ValueError(f"store: was made by another model, of a {store.world} schedule; this one's is {noisy.world}")
+    source = getattr(store, "patcher", None)
+    shifts = [one.get_model_object("model_sampling").shift for one in (model, source) if one and store.world == "flow"]
+    if len(set(shifts)) > 1:
+        raise ValueError(
+            f"model: has another shift than the inversion's ({shifts[0]:g}, {shifts[1]:g}), without effect: "
+            "put Model Sampling before both"
+        )
+    return noisy.again(store.timesteps, store.alphas)
+
+
+def noise_samples(model: Any, store: AttentionStore) -> Tensor:
+    """The inverted noise as LATENT samples."""
+    noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
+    return model.model.process_latent_out(noisy.to_host(noisy.at_end(noise, store.alphas[-1])))

@@ -1,0 +1,111 @@
+"""Layout guidance in the host: a GUIDER of any sampler that moves its latents before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ...attention.control import Control
+from ...attention.key_frames import Chunk, KeyFrames
+from ...methods.layout_guidance import LayoutGuidance
+from .conditions import HostCondition
+from .noise import noise_of
+from .sampling import ComfyDenoiser, LoopGuider, WrappersMP, room_for
+
+_ALONE = KeyFrames(("self",))
+"""Self-attention stays as the MODEL has it, key frames of other nodes too."""
+
+
+class LayoutGuider(LoopGuider):
+    """Classifier-free guidance by the host, and objects where a layout has them.
+
+    A step that is not guided is the host's own, bit for bit. Backward guidance moves the latents that the sampler
+    holds, so it goes with every sampler that takes its steps from the tensor it asks about.
+    """
+
+    loop = None
+
+    def __init__(
+        self,
+        model: Any,
+        positive: HostCondition,
+        negative: HostCondition,
+        guidance_scale: float,
+        layout: Callable[[tuple[int, int, int]], LayoutGuidance],
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        """layout: made for so many frames, of so many latents in height and width. tell: called with what is done.
+
+        Raises ValueError for a MODEL that is no attention UNet.
+        """
+        super().__init__(model, [positive, negative], kinds=("cross",))
+        self.set_cfg(guidance_scale)
+        self.positive, self._asked, self.tell = positive, layout, tell or (lambda text: None)
+        twice = room_for(lambda frames: 2 * frames)  # what a gradient holds beside a call is about as much again
+        self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
+        self._layout: LayoutGuidance | None = None
+        self._moved: Tensor | None = None
+        self._guided = 0
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
+        """Raises ValueError for a sampler that steps from a copy of its latents, and for a latent with a mask."""
+        if more.get("denoise_mask") is not None:
+            raise ValueError("latent_image: has a noise mask, which layout guidance does not take; Edit Video does")
+        frames, _, height, width = latent_image.shape
+        self._layout = self._asked((frames, height, width))
+        if self._layout.mode == "forward" and self.model_options.get("context_handler") is not None:
+            raise ValueError("model: context windows are set, which forward guidance does not follow; take backward")
+        told = more.get("callback")
+
+        def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
+            if self._moved is not None and x.data_ptr() != self._moved.data_ptr():
+                raise ValueError(
+                    "sampler: steps from a copy of its latents, which layout guidance cannot move; take another "
+                    "(euler, dpmpp_2m, ddim, DDIM Sampler)"
+                )
+            if told is not None:
+                told(step, clean, x, steps)
+
+        self._guided = 0
+        try:
+            result = super().sample(noise, latent_image, sampler, sigmas, **{**more, "callback": callback})
+            self.tell(f"guided in {self._guided} predictions of {len(sigmas) - 1} steps")
+            return result
+        finally:
+            self._layout = self._moved = None
+
+    def outer_predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
+    ) -> Tensor:
+        """The host's prediction, of latents that were moved where the step is guided; x: in the host's space."""
+        layout = self._layout
+        assert layout is not None and model_options is not None
+        sigma, levels = timestep[0].cpu(), model_options["transformer_options"]["sample_sigmas"].cpu()
+        steps = len(levels) - 1
+        step = max(0, int((levels[:-1] >= sigma * (1 - 1e-4)).sum()) - 1)
+        self._moved = None
+        if not layout.guides(step, steps):
+            return super().outer_predict_noise(x, timestep, model_options, seed)
+        self._guided += 1
+        if layout.mode == "backward":
+            self._move(x, sigma, layout, model_options)
+            return super().outer_predict_noise(x, timestep, model_options, seed)
+        chunk = Chunk.whole(len(x))
+        answers: dict[int, tuple[Control, int | None]] = {
+            0: (layout.control(_ALONE, chunk), self.positive.text_tokens), 1: (Control(_ALONE, chunk), None),
+        }  # fmt: skip
+        with self.edited.answering(answers, False):
+            return super().outer_predict_noise(x, timestep, model_options, seed)
+
+    def _move(self, x: Tensor, sigma: Tensor, layout: LayoutGuidance, options: dict[str, Any]) -> None:
+        """Move the sampler's own latents, in place."""
+        options = {**options, "transformer_options": dict(options["transformer_options"])}
+        denoiser = ComfyDenoiser(self, options, x.device, None)
+        (timestep,) = noise_of(self.model_patcher).timesteps(sigma[None])
+        scale = (1 + sigma.to(x) ** 2).sqrt()
+        alpha = 1 / (1 + sigma**2)
+        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _ALONE, False, None)
+        x.copy_(z * scale)
+        self._moved = x

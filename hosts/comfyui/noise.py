@@ -1,0 +1,249 @@
+"""A MODEL's noise: the library's schedules from the host's sigmas, and its latents from the host's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.samplers
+import numpy as np
+import torch
+from comfy.model_sampling import (
+    CONST,
+    EPS,
+    V_PREDICTION,
+    ModelSamplingDiscrete,
+    ModelSamplingDiscreteFlow,
+    StableCascadeSampling,
+)
+from einops import rearrange
+from torch import Tensor
+
+from ...diffusion.schedule import FlowSchedule, Schedule, World
+
+WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, LCM-free fine-tunes of them, and Wan 2.1 and 2.2 for text to video"
+
+
+FLIPPED = 1.0001e-4
+"""What the host's Flip Sigmas makes of an end at 0, a ten-thousandth, and as much again for its rounding."""
+
+
+class HostNoise:
+    """DDIM in a host that samples in variance-exploding space: x = z / sqrt(abar), LATENT samples (frames, 4, h, w)."""
+
+    world: World = "ddim"
+
+    def __init__(self, sampling: Any) -> None:
+        self.table = sampling.sigmas.cpu()
+        """The model's own sigmas, on the CPU, for to read one from the device is to wait for its queue."""
+
+    # --- schedules --------------------------------------------------------------------
+
+    def schedule(self, steps: int) -> Schedule:
+        """FateZero's timesteps (leading, offset 1) and the cumulative alphas.
+
+        Raises ValueError for a number of steps or a schedule that DDIM cannot invert.
+        """
+        total = len(self.table)
+        if not 1 <= steps < total:
+            raise ValueError(f"steps is {steps}; it must be between 1 and {total - 1}")
+        timesteps = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
+        return self._at(timesteps, 1 / (1 + self.table[0].double() ** 2))
+
+    def _at(self, timesteps: Sequence[float], clean: Tensor) -> Schedule:
+        """The schedule of some timesteps, noisy to clean, that ends at the cumulative alpha `clean`."""
+        sigmas = torch.stack([self.sigma(t) for t in reversed(timesteps)]).double()
+        alphas = torch.cat([clean[None], 1 / (1 + sigmas**2)])
+        if alphas.min() < 1e-6:
+            raise ValueError("a schedule that ends at zero signal (zsnr) cannot be inverted")
+        return Schedule(tuple(timesteps), alphas)
+
+    def along(self, sigmas: Tensor) -> Schedule:
+        """The schedule of a SIGMAS that falls; whole timesteps where it comes near them.
+
+        Raises ValueError, naming `sigmas`, for one that does not fall or leaves the model's own range.
+        """
+        sigmas = falling(sigmas)
+        low, high = self.table[0].item(), self.table[-1].item()
+        if sigmas[0] > high * 1.001 or sigmas[-2] < low * 0.999 or sigmas[-1] < 0:
+            raise ValueError(
+                f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model knows {low:.4g} to "
+                f"{high:.4g}"
+            )
+        timesteps = [round(t) if abs(t - round(t)) < 2e-3 else t for t in self.timesteps(sigmas[:-1])]
+        return self._at(timesteps, 1 / (1 + sigmas[-1].double() ** 2))
+
+    def again(self, timesteps: Sequence[float], alphas: Sequence[float]) -> Schedule:
+        """The model's noise at the timesteps of a store, whose alphas these are."""
+        return self._at(timesteps, torch.tensor(alphas[0], dtype=torch.float64))
+
+    def timesteps(self, sigmas: Tensor) -> list[float]:
+        """Where sigmas lie in the model's table of them, as the host interpolates it."""
+        places = np.arange(len(self.table))
+        found = np.interp(sigmas.double().log().numpy(), self.table.double().log().numpy(), places)
+        return [float(t) for t in found]
+
+    def sigma(self, timestep: float) -> Tensor:
+        """The sigma of a timestep, which may lie between two whole ones of the table, as the host interpolates it."""
+        low = int(timestep)
+        if low == timestep:
+            return self.table[low]
+        share = timestep - low
+        return ((1 - share) * self.table[low].log() + share * self.table[low + 1].log()).exp()
+
+    def sigmas(self, schedule: Schedule) -> Tensor:
+        """A schedule as the host's SIGMAS, noisy to clean."""
+        return (1 / schedule.alphas - 1).sqrt().flip(0).float()
+
+    # --- latents ----------------------------------------------------------------------
+
+    def scale(self, sigma: Tensor) -> Tensor | float:
+        """The host's latents of a sigma over the library's."""
+        return (1 + sigma**2).sqrt()
+
+    def rescaled(self, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
+        """The host's latents of a sigma at the scale of another."""
+        return x * ((1 + there**2) / (1 + here**2)).sqrt()
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The host's latents of a sigma."""
+        return clean + noise * sigma
+
+    def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(noise, latent_image) from which a sampler of the host's begins at these noisy LATENT samples."""
+        return torch.zeros_like(samples), samples
+
+    def at_end(self, latents: Tensor, alpha: float) -> Tensor:
+        """The library's latents of a run's noisy end, whose alpha this is, at the host's scale."""
+        return latents / alpha**0.5
+
+    def of_host(self, samples: Tensor) -> Tensor:
+        """LATENT samples as the library's latents (frames, c, h, w); ValueError for those of another kind."""
+        if samples.ndim != 4:
+            raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
+        return samples
+
+    def to_host(self, latents: Tensor) -> Tensor:
+        """The inverse of `of_host`."""
+        return latents
+
+    def mask_of_host(self, mask: Tensor) -> Tensor:
+        """A noise mask as the host's samplers get it, as (frames or 1, h, w)."""
+        return mask.reshape(-1, *mask.shape[-2:])
+
+
+class FlowNoise(HostNoise):
+    """A rectified flow, whose latents are the host's own; LATENT samples are clips (1, c, frames, h, w)."""
+
+    world: World = "flow"
+
+    def __init__(self, sampling: Any) -> None:
+        super().__init__(sampling)
+        self._sampling = sampling
+
+    def schedule(self, steps: int) -> FlowSchedule:
+        """The host's "simple" one, with the MODEL's shift."""
+        total = len(self.table)
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps is {steps}; it must be between 1 and {total}")
+        return self.along(comfy.samplers.calculate_sigmas(self._sampling, "simple", steps))
+
+    def along(self, sigmas: Tensor) -> FlowSchedule:
+        sigmas = falling(sigmas)
+        if sigmas[-1] <= FLIPPED:
+            sigmas[-1] = 0
+        if sigmas[0] > 1 or sigmas[-1] < 0:
+            raise ValueError(f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}; a flow's lie from 1 to 0")
+        return FlowSchedule.of(tuple(self.timesteps(sigmas[:-1])), sigmas.flip(0))
+
+    def again(self, timesteps: Sequence[float], alphas: Sequence[float]) -> FlowSchedule:
+        return FlowSchedule(tuple(timesteps), torch.tensor(alphas, dtype=torch.float64))
+
+    def timesteps(self, sigmas: Tensor) -> list[float]:
+        return [float(t) for t in self._sampling.timestep(sigmas.double())]
+
+    def sigma(self, timestep: float) -> Tensor:
+        return torch.tensor(timestep / self._sampling.multiplier, dtype=torch.float32)
+
+    def sigmas(self, schedule: Schedule) -> Tensor:
+        return (1 - schedule.alphas).float().flip(0)
+
+    def scale(self, sigma: Tensor) -> float:
+        return 1.0
+
+    def rescaled(self, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
+        return x
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return (1 - sigma) * clean + sigma * noise
+
+    def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The host takes (1 - sigma) of the latents, which is nothing of them where there is noise alone."""
+        return model.process_latent_in(samples) / sigma, torch.zeros_like(samples)
+
+    def at_end(self, latents: Tensor, alpha: float) -> Tensor:
+        return latents
+
+    def of_host(self, samples: Tensor) -> Tensor:
+        """Raises ValueError for several clips in one."""
+        if samples.ndim != 5 or len(samples) != 1:
+            raise ValueError(
+                f"latent: has shape {tuple(samples.shape)}; a video transformer edits one clip, (1, c, frames, h, w)"
+            )
+        return rearrange(samples, "1 c f y x -> f c y x")
+
+    def to_host(self, latents: Tensor) -> Tensor:
+        return rearrange(latents, "f c y x -> 1 c f y x")
+
+    def mask_of_host(self, mask: Tensor) -> Tensor:
+        return mask.reshape(-1, *mask.shape[-3:])[0] if mask.ndim == 5 else super().mask_of_host(mask)
+
+
+def falling(sigmas: Tensor) -> Tensor:
+    """A SIGMAS in double precision; ValueError for one that does not fall."""
+    sigmas = sigmas.cpu().double()
+    if len(sigmas) < 2 or not (sigmas[:-1] > sigmas[1:]).all():
+        raise ValueError(f"sigmas: {[round(s, 4) for s in sigmas.tolist()]}; they must fall, or rise, in steps")
+    return sigmas
+
+
+def noise_of(model: Any, flows: bool = True) -> HostNoise:
+    """A MODEL's noise; ValueError for a schedule that FateZero cannot invert. flows: whether it may be a flow."""
+    sampling = model.get_model_object("model_sampling")
+    if flows and isinstance(sampling, CONST) and isinstance(sampling, ModelSamplingDiscreteFlow):
+        scale = getattr(sampling, "noise_scale", 1.0)
+        if scale != 1:
+            raise ValueError(f"model: has noise {scale:g} times a flow's (Model Noise Scale): remove that node")
+        return FlowNoise(sampling)
+    known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
+    if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
+        raise ValueError(
+            f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
+            f"FateZero works with {WORKING_MODELS}, predicting epsilon, v or a flow"
+        )
+    return HostNoise(sampling)
+
+
+def check_samples(model: Any, samples: Tensor) -> None:
+    """Raise ValueError for LATENT samples that are not a MODEL's."""
+    noise_of(model).of_host(samples)
+    channels = model.model.latent_format.latent_channels
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"latent: has {samples.shape[1]} channels, but {type(model.model).__name__} has latents of {channels}: "
+            "encode the clip with the model's own VAE"
+        )
+
+
+def prediction_of(sampling: Any) -> type | None:
+    """The class by which a model's output becomes clean latents; LCM, X0 and others derive from EPS."""
+    kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))
+    return next(kinds, None)
+
+
+def _named(sampling: Any) -> str:
+    """The node that made it, or its class where the host did, and how it predicts."""
+    method, _, _ = type(sampling).__qualname__.partition(".<locals>")
+    name = method.partition(".")[0] if "." in method else type(sampling).__name__
+    kind = prediction_of(sampling)
+    return name if kind in (None, type(sampling)) else f"{name} ({kind.__name__})"

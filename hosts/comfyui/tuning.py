@@ -1,0 +1,179 @@
+"""Tune-A-Video in the host: a MODEL's temporal layers trained inside its own sampling, on a copy of its UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.model_sampling import V_PREDICTION
+from torch import Tensor, nn
+
+from ...attention.condition import Condition
+from ...attention.control import Control
+from ...attention.key_frames import Chunk, KeyFrames
+from ...diffusion.clip_norm import share_statistics
+from ...diffusion.denoiser import Guidance
+from ...methods.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
+from ...methods.tune_a_video import Kind, Told, TuneSettings, noised, tune
+from ..recompute import recomputed
+from .conditions import HostCondition
+from .noise import prediction_of
+from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
+from .unet import BLOCKS, HookedModel, check_model, clip_norms
+
+
+def tune_model(
+    model: Any,
+    samples: Tensor,
+    prompt: HostCondition,
+    settings: TuneSettings,
+    key_frames: KeyFrames,
+    clip_norm: bool,
+    kind: Kind = "official",
+    rank: int | None = None,
+    progress: Told | None = None,
+) -> tuple[Any, list[float]]:
+    """A MODEL with temporal layers tuned on LATENT samples (frames, 4, h, w), and the loss of each step.
+
+    What it carries already, layers or LoRA, is where the tuning begins. Raises ValueError for a model that is no
+    attention UNet, and the host's InterruptProcessingException between steps.
+    """
+    check_model(model)
+    before = temporal_layers(model)
+    with torch.inference_mode(False):
+        layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, settings.seed)
+        own = _copied(model)
+        hooked = HookedModel(own, lambda frames: Control(key_frames, Chunk.whole(frames)))
+        guider = comfy.samplers.CFGGuider(hooked.patcher)
+        guider.inner_set_conds({"positive": prompt.conditioning})
+        sampler = _TuneSampler(layers.float(), prompt, settings, key_frames, clip_norm, progress)
+        latents = samples.clone()  # one of inference cannot be trained on
+        guider.sample(torch.zeros_like(latents), latents, sampler, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
+        known = before.queries if before else {}
+        queries = {name: known.get(name, 0) + change for name, change in sampler.changes.items()}
+    comfy.model_management.soft_empty_cache()
+    return attach(model, layers, queries), sampler.losses
+
+
+def _copied(model: Any) -> Any:
+    """A MODEL whose UNet is its own, with the same LoRA and settings: one that is shared must not be trained."""
+    comfy.model_management.unload_all_models()  # so that what is copied is the checkpoint's
+    alone = copy(model.model)
+    alone._modules = dict(alone._modules)
+    alone.diffusion_model = deepcopy(model.model.diffusion_model)
+    own = comfy.model_patcher.ModelPatcher(alone, model.load_device, model.offload_device)
+    own.patches = {key: list(patches) for key, patches in model.patches.items()}
+    own.patches_uuid = model.patches_uuid
+    own.object_patches = dict(model.object_patches)
+    own.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    for name, key in host_names(model).items():
+        if trains(name):
+            _replace(own.model, key.removesuffix(".weight"))
+    return own
+
+
+def _replace(model: nn.Module, name: str) -> None:
+    """Have a query's layer keep its weight in single precision."""
+    old: Any = model.get_submodule(name)
+    parent, _, leaf = name.rpartition(".")
+    new = CastLinear(old.weight.shape[1], old.weight.shape[0], bias=False, device=old.weight.device)
+    new.weight.data.copy_(old.weight.data)
+    setattr(model.get_submodule(parent), leaf, new.requires_grad_(False))
+
+
+class _TuneSampler(comfy.samplers.Sampler):
+    """A SAMPLER that trains in the place of sampling: so the host loads the model and prepares its conditions."""
+
+    def __init__(
+        self,
+        layers: TemporalLayers,
+        prompt: HostCondition,
+        settings: TuneSettings,
+        key_frames: KeyFrames,
+        clip_norm: bool,
+        progress: Told | None,
+    ) -> None:
+        self.layers, self.prompt, self.settings, self.progress = layers, prompt, settings, progress
+        self.key_frames, self.clip_norm = key_frames, clip_norm
+        self.losses: list[float] = []
+        self.changes: dict[str, Tensor] = {}
+        """What became of the queries, by diffusers' names."""
+
+    def sample(
+        self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
+        latent_image: Tensor, *rest: Any, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        denoiser = _HostTunable(guider, extra_args["model_options"], self.layers, latent_image)
+        begun = {name: weight.detach().clone() for name, weight in denoiser.queries.items()}
+        self.losses = tune(
+            denoiser, latent_image, self.prompt, self.settings, None, self.key_frames, self.clip_norm,
+            progress=self.progress,
+        )  # fmt: skip
+        self.changes = {name: (w.detach() - begun[name]).cpu() for name, w in denoiser.queries.items()}
+        self.layers.cpu()
+        return latent_image
+
+
+class _HostTunable:
+    """The host's UNet as `tune` calls it. Its hooks stay for a whole training: activations are computed twice."""
+
+    def __init__(self, guider: Any, options: dict[str, Any], layers: TemporalLayers, latents: Tensor) -> None:
+        self._model, self._conditions, self._options = guider.inner_model, guider.conds["positive"], options
+        self._unet = self._model.diffusion_model
+        self._names = host_names(guider.model_patcher)
+        self._layers = layers.to(latents.device)
+        self._sampling = guider.model_patcher.get_model_object("model_sampling")
+        self._sigmas = self._sampling.sigmas.clone().cpu()  # one of inference cannot be trained through
+        weights = dict(self._model.named_parameters())
+        self.queries = {name: weights[key] for name, key in self._names.items() if trains(name)}
+
+    @property
+    def predicts_v(self) -> bool:
+        return prediction_of(self._sampling) is V_PREDICTION
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.queries | trained_of(self._layers)
+
+    @contextmanager
+    def hooked(self, clip_norm: bool = False) -> Iterator[None]:
+        handles = [h for norm in clip_norms(self._unet) for h in share_statistics(norm)] if clip_norm else []
+        try:
+            with hooked_layers(places_in(self._unet, self._layers, self._names), 1):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        self._model.requires_grad_(False)
+        self._layers.requires_grad_(False)
+        for weight in self.trained().values():
+            weight.requires_grad_(True)
+        try:
+            with recomputed(self._unet, BLOCKS):
+                yield
+        finally:
+            self._layers.requires_grad_(False)
+
+    def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        alpha = 1 / (1 + self._sigmas[timestep].cpu().double() ** 2)
+        return noised(latents, noise, alpha), alpha
+
+    def predict_noise(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
+    ) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        sigma = self._sigmas[int(timestep)].to(latents)
+        x = latents * (1 + sigma**2).sqrt()
+        (clean,) = comfy.samplers.calc_cond_batch(
+            self._model, [self._conditions], x, sigma.expand(len(x)), self._options
+        )
+        return (x - clean) / sigma

@@ -1,0 +1,33 @@
+"""diffusers as a host: how its models are loaded, hooked and called. Names are loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .temporal import save_temporal_layers, with_temporal_layers
+    from .unet import DiffusersDenoiser
+    from .unet3d import DiffusersVideoDenoiser
+    from .wan import VideoTransformerDenoiser
+
+_HOMES = {
+    "DiffusersDenoiser": ".unet",
+    "DiffusersVideoDenoiser": ".unet3d",
+    "VideoTransformerDenoiser": ".wan",
+    "save_temporal_layers": ".temporal",
+    "with_temporal_layers": ".temporal",
+}
+__all__ = [
+    "DiffusersDenoiser",
+    "DiffusersVideoDenoiser",
+    "VideoTransformerDenoiser",
+    "save_temporal_layers",
+    "with_temporal_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

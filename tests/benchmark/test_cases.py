@@ -1,0 +1,124 @@
+"""The benchmark's cases: held out, repeatable, with a truth."""
+
+import pytest
+import torch
+
+from fatezero.benchmark.cases import KINDS, cases_of, draw_cases
+from fatezero.benchmark.measure import measure, object_iou, unchanged_pixels
+from fatezero.demo.judge import read_words
+from fatezero.demo.world import Scene, render
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return draw_cases(7, 6, 3)
+
+
+def test_every_kind_is_there_and_nothing_was_trained_on(cases):
+    assert [case.kind for case in cases] == [kind for kind in KINDS for _ in range(6)]
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(case.source.held_out for case in cases)
+
+
+def test_what_changes_is_of_the_kind(cases):
+    wanted = {
+        "attribute": "colour",
+        "texture": "texture",
+        "shape": "shape",
+        "style": "style",
+        "background": "background",
+    }
+    for case in cases:
+        words, two = {word for _, word in case.changed}, case.kind.endswith("objects")
+        assert len(case.source.things) == 1 + two
+        if case.kind == "swap":
+            assert words == {"colour", "texture", "shape"}
+        else:
+            assert len(case.changed) == 1
+            assert two or words == {wanted[case.kind]}
+        assert (case.changed[0][0] is None) == bool(words & {"background", "style"})
+        assert case.preset == ("shape" if "shape" in words else "style" if "style" in words else "attribute")
+
+
+def test_alike_objects_differ_in_shape_alone(cases):
+    for case in cases:
+        if case.kind == "alike objects":
+            first, second = case.source.things
+            assert (first.colour, first.texture) == (second.colour, second.texture)
+            assert first.shape != second.shape
+
+
+def test_a_seed_gives_the_same_cases_and_another_others(cases):
+    assert draw_cases(7, 6, 3) == cases
+    assert draw_cases(7, 2, 3) == [case for case in cases if int(case.name[-2:]) < 2], "more cases keep the first"
+    assert {c.motion for c in draw_cases(8, 6, 3)}.isdisjoint({c.motion for c in cases})
+
+
+def test_some_kinds_alone_are_those_of_all(cases):
+    some = ("shape", "two objects")
+    assert draw_cases(7, 6, 3, some) == [case for case in cases if case.kind in some]
+    with pytest.raises(ValueError, match="no kind 'motion'"):
+        draw_cases(7, 1, 3, ["motion"])
+
+
+def test_blend_words_name_what_changes():
+    caption = "a red square and a blue star on sand"
+    (thing,) = cases_of([(caption, "a red square and a blue circle on sand")], 0, 2)
+    assert thing.blend_words == (("blue star",), ("blue circle",))
+    (ground,) = cases_of([("a red star on sand", "a red star on grass")], 0, 2)
+    assert ground.blend_words == (("sand",), ("grass",))
+    (style,) = cases_of([("a red star on sand", "comic drawing of a red star on sand")], 0, 2)
+    assert style.blend_words == ((), ())
+
+
+def test_captions_of_your_own():
+    pairs = [("a red star on sand", "a dotted blue star on sand"), ("a red star on sand", "a red circle on sand")]
+    pairs += [("a red star on sand", "a striped red circle on sand")]
+    pairs += [(f"a {c} star and a red circle on sand", f"a {c} star and a red square on sand") for c in ("red", "blue")]
+    both, shape, swap, alike, unlike = cases_of(pairs, 3, 2)
+    assert both.kind == "attribute" and len(both.changed) == 2
+    assert (shape.kind, shape.preset) == ("shape", "shape")
+    assert (swap.kind, alike.kind, unlike.kind) == ("swap", "alike objects", "two objects")
+    assert cases_of(pairs, 3, 2)[:2] == [both, shape] and cases_of(pairs, 4, 2)[:2] != [both, shape]
+    with pytest.raises(ValueError, match="nothing changes"):
+        cases_of([("a red star on sand", "a red star on sand")], 0, 2)
+    with pytest.raises(ValueError, match="as many things"):
+        cases_of([("a red star on sand", "a red star and a red circle on sand")], 0, 2)
+    with pytest.raises(ValueError, match="not a caption"):
+        cases_of([("a jeep on a road", "a car on a road")], 0, 2)
+
+
+def test_the_truth_is_perfect_and_the_source_is_not(cases):
+    for case in cases:
+        right, wrong = measure(case, case.truth.frames), measure(case, case.clip.frames)
+        assert right["success"] == right["changed"] == right["kept"] == 1, case
+        assert right["object_iou"] == 1
+        assert wrong["success"] == wrong["changed"] == 0, case
+        assert wrong["kept"] == 1, case
+        if case.kind != "style":
+            assert right["preserved_db"] == float("inf")
+            assert wrong["preserved_db"] > 55, "less than half a grey level"
+            assert right["preserved_ssim"] > 0.99
+
+
+def test_what_is_asked_to_change_elsewhere_counts_as_not_kept():
+    (case,) = cases_of([("a red square and a blue star on sand", "a green square and a blue star on sand")], 0, 3)
+    leaked = render(Scene.parse("a green square and a green star on sand"), case.motion, 3).frames
+    told = measure(case, leaked)
+    assert (told["changed"], told["kept"], told["success"]) == (1, 0, 0)
+
+
+def test_reading_single_frames():
+    source, target = Scene.parse("a red square on sand"), Scene.parse("a green square on sand")
+    (case,) = cases_of([(source.caption, target.caption)], 0, 4)
+    half = torch.cat([case.clip.frames[:2], case.truth.frames[2:]])
+    assert read_words(source, target, half) == (0.5, 0.5, 1.0)
+
+
+def test_outline_and_unchanged_pixels(cases):
+    case = next(c for c in cases if c.kind == "shape")
+    assert object_iou(case, case.clip.frames) < 0.95
+    assert object_iou(case, case.ground) == 0
+    unchanged = unchanged_pixels(case)
+    assert 0.4 < unchanged.mean() < 0.99
+    assert (unchanged * (case.truth.mask - case.clip.mask).abs()).amax() < 0.05

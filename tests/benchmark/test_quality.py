@@ -1,0 +1,95 @@
+"""The figures that ship in `benchmarks/results` are those that this code reaches."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fatezero.benchmark.cases import KINDS
+from fatezero.benchmark.rows import BEST, PAPER, QUICK
+from fatezero.benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
+from fatezero.benchmark.table import Results, markdown
+
+HERE = Path(__file__).parents[2] / "benchmarks"
+
+
+def shipped(name: str) -> list[dict]:
+    return [json.loads(line) for line in (HERE / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "methods"),
+    [(kind, [PAPER, BEST]) for kind in KINDS],
+)
+def test_a_case_is_edited_as_well_as_told(tmp_path, kind, methods):
+    """The paper's settings and ours on the first case of the quick form, run again."""
+    told = {(row["case"], row["method"]): row for row in shipped("quick")}
+    rows = run_benchmark(tmp_path, BenchmarkSettings(each=1, kinds=(kind,)), chosen_methods(methods, True))
+    assert len(rows) == len(methods)
+    for row in rows:
+        before = told[row["case"], row["method"]]
+        assert row["truth_db"] == pytest.approx(before["truth_db"], abs=0.3), row
+        assert row["success"] == pytest.approx(before["success"], abs=0.26), row
+        if row["kind"] != "style":
+            assert row["preserved_db"] == pytest.approx(before["preserved_db"], abs=0.3), row
+
+
+@pytest.mark.slow
+def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
+    rows = run_benchmark(tmp_path, BenchmarkSettings(each=4), chosen_methods(None, True))
+    now, before = Results(rows), Results(shipped("quick"))
+    for method in QUICK:
+        for figure in ("success", "changed", "kept", "preserved_db", "truth_db", "object_iou", "warp_error"):
+            interval = before.mean(method, figure)
+            room = 0.02 * abs(interval.value)
+            assert interval.low - room <= now.mean(method, figure).value <= interval.high + room, (method, figure)
+
+
+@pytest.mark.slow
+def test_words_kept_apart_keep_a_neighbours_texture_out(tmp_path):
+    """Of two striped things one becomes dotted, which it does not where words mix."""
+    pair = (
+        "a striped red star and a striped red circle on bricks",
+        "a dotted red star and a striped red circle on bricks",
+    )
+    rows = run_benchmark(
+        tmp_path, BenchmarkSettings(frames=2, pairs=(pair,)), chosen_methods([BEST, "FateZero+, words mixed"], True)
+    )
+    right = {row["method"]: row["success"] for row in rows}
+    assert right[BEST] == 1 > right["FateZero+, words mixed"]
+
+
+@pytest.mark.parametrize("name", ["quick", "full", "settings", "two", "again", "long", "long again"])
+def test_the_page_tells_what_the_rows_say(name):
+    assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["long", "long again"])
+def test_smoothed_edits_are_a_third_steadier_at_no_loss(name):
+    """What QUALITY.md claims of clips of 16 frames, with the final pass: right as often, to a frame in twenty."""
+    results = Results(shipped(name))
+    smoothed = "FateZero+, flow smoothing, steady"
+    beside = results.beside(smoothed, BEST)
+    assert results.mean(smoothed, "warp_error").value < 2 / 3 * results.mean(BEST, "warp_error").value
+    assert results.mean(smoothed, "success").value > results.mean(BEST, "success").value - 0.05
+    assert beside.kept.low > 0 and beside.squared.high < 1
+
+
+@pytest.mark.slow
+def test_a_texture_that_is_taken_away_stays_away_when_smoothed(tmp_path):
+    """The first cases of 16 frames in which the difference alone, smoothed, brought dots back."""
+    rows = run_benchmark(
+        tmp_path, BenchmarkSettings(each=1, kinds=("texture",), frames=16),
+        chosen_methods(["FateZero+, flow smoothing"], False),
+    )  # fmt: skip
+    assert [row["success"] for row in rows] == [1]
+
+
+@pytest.mark.parametrize("name", ["full", "two", "again"])
+def test_ours_errs_less_and_keeps_more_than_the_papers_settings(name):
+    """What QUALITY.md claims, of the cases that ship with it."""
+    beside = Results(shipped(name)).beside(BEST, PAPER)
+    assert beside.wrong.value <= 2 / 3
+    assert beside.squared.high < 0.8
+    assert beside.kept.low > 2
