@@ -14,7 +14,17 @@ from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .denoiser import Denoiser, check_finite, chunks_of, frames_of, in_parts, joined, keys_on, refuse_clip_norm
+from .denoiser import (
+    Denoiser,
+    check_finite,
+    check_latents,
+    chunks_of,
+    frames_of,
+    in_parts,
+    joined,
+    keys_on,
+    refuse_clip_norm,
+)
 from .schedule import Solver, timestep_at
 from .spread import ALONE, Spread
 
@@ -116,8 +126,7 @@ def invert(
     chosen memory does not fit.
     """
     settings, keys = StoreSettings.of(memory), keys_on(denoiser, key_frames)
-    if latents.ndim != 4 or not len(latents):
-        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
+    check_latents(latents)
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
     if denoiser.spans_clip:

@@ -18,14 +18,15 @@ from einops import rearrange
 from ..attention.control import AttentionSite, Control, attention_map, over_windows
 from ..attention.key_frames import Chunk, as_one
 from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
-from ..attention.prompt import Alignment
-from ..diffusion.edit import Edit, EditContext, Injected
+from ..attention.prompt import Alignment, PromptEdit
+from ..diffusion.parts import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
-from ..diffusion.source import Asks
+from ..diffusion.source import Needs
 from ..imports import F, torch
-from ..settings import check, described, setting, steps_of_share, whole_steps
+from ..settings import check, setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import Map, QueriesKeys, SourceStep
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +130,15 @@ class FusionSettings:
     def fuses(self, site: AttentionSite) -> bool:
         return self.max_tokens is None or site.tokens <= self.max_tokens
 
-    # --- as the sampling loop asks ------------------------------------------------------
+    # --- for the loop -------------------------------------------------------------------
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """A mask needs a setting that blends; blending needs the prompt pair, and words unless a mask replaces them."""
+        in_area = edit.layout is not None and edit.layout.keeps_rest
+        if edit.mask is not None and edit.prompt is not None and not (self.blends or in_area):
+            raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
+        if edit.prompt is None and self.blends:
+            raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
 
     def reads_source(self, step: int, steps: int) -> bool:
         plan = StepPlan.of(self, step, steps)
@@ -140,17 +149,18 @@ class FusionSettings:
         own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not (mask is not None and mask.replaces)
         return 2 * len(difference_levels(steps)) if own_mask else 0
 
+    def inside(self) -> FusionSettings:
+        return replace(self, blend_latents=True, blend_latents_until=1.0)
+
     def summary(self, steps: int) -> str:
         return (
             f"fused cross-attention in {self.cross_steps(steps)} and self-attention in {self.self_steps(steps)} of "
             f"{steps} steps"
         )
 
-    def injected(self, asked: Edit, context: EditContext) -> Injected:
-        """Raises ValueError for a prompt pair, blend words or mask that do not fit."""
-        if asked.prompt is None and not self.blends:
-            return Injected(asked, context)
-        return Fusion(self, asked, context)
+    def injected(self, edit: Edit, context: EditContext) -> Injected:
+        """Raises ValueError for blend words or a mask that do not fit."""
+        return Injected(edit, context) if edit.prompt is None else Fusion(self, edit.prompt, edit, context)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ class StepPlan:
     def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
         """Names of the layers whose source attention this step reads."""
         fused = {"cross": self.fuse_cross, "self": self.fuse_self}
-        names = {site.name for site in sites if fusion.fuses(site) and fused[site.kind]}
+        names = {site.name for site in sites if fusion.fuses(site) and fused.get(site.kind)}
         return names | {site.name for site in mask_sites} if self.mask else names
 
 
@@ -183,7 +193,7 @@ _ALL_BUT_AN_AREA: dict[str, Any] = {
 }  # fmt: skip
 """What keeps the source wherever a layout does not move objects."""
 _MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
-PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "shape": {
@@ -215,26 +225,18 @@ style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus ar
 inside of it at words of elsewhere, and other shares of steps."""
 
 
-def preset_fusion(preset: str) -> FusionSettings:
-    """A preset's fusion alone, without its guidance."""
-    own = {one.name for one in described(FusionSettings)}
-    return FusionSettings(**{name: value for name, value in PRESETS[preset].items() if name in own})
-
-
 class Fusion(Injected):
     """FateZero's fusion in one edit, its inputs checked."""
 
     own_level = False
 
-    def __init__(self, settings: FusionSettings, asked: Edit, context: EditContext) -> None:
+    def __init__(self, settings: FusionSettings, prompt: PromptEdit, edit: Edit, context: EditContext) -> None:
         self.context = context
         self.settings = settings
-        prompt, given = asked.prompt, asked.mask
-        self.in_area = asked.layout is not None and asked.layout.keeps_rest
+        given = edit.mask
+        self.in_area = edit.layout is not None and edit.layout.keeps_rest
         if self.in_area:
             self.settings = settings = replace(settings, **_ALL_BUT_AN_AREA)
-        if prompt is None:
-            raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         source, target = context.store.source, context.target
         self.alignment: Alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
         self.wordless = prompt.wordless(prompt.source, source.text_tokens)
@@ -250,8 +252,6 @@ class Fusion(Injected):
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
         if given is not None:
-            if not settings.blends:
-                raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
             self.given_at = self._on_grids(given)
         if settings.blends and not self.in_area and not (given is not None and given.replaces):
             if settings.masks_by_step or prompt.blend_words is not None:
@@ -306,9 +306,9 @@ class Fusion(Injected):
         plan = StepPlan.of(self.settings, step, self.context.steps)
         return plan if self.masks_by_step else replace(plan, mask=False)
 
-    def asks(self, step: int) -> Asks:
+    def needs(self, step: int) -> Needs:
         layers = self.plan(step).layers(self.settings, self.context.sites, self.mask_sites)
-        return Asks(layers, own_level=self.own_level)
+        return Needs(layers, own_level=self.own_level)
 
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
         """Of the target's branch, and of the negative's, which is left alone."""
@@ -485,3 +485,19 @@ def _shared(map: Tensor, shares: Tensor) -> Tensor:
     kept = map * rearrange(shares, "f c y x -> f 1 (y x) c").to(map)
     tiny = torch.finfo(map.dtype).tiny
     return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))
+
+
+METHOD = Method(
+    name="fatezero",
+    title="FateZero",
+    paper="Qi et al., ICCV 2023, arXiv 2303.09535",
+    sentence="Fuses the inversion's self- and cross-attention into the edit, word by word and under a blend mask.",
+    part="injection",
+    settings=FusionSettings,
+    presets=_PRESETS,
+    node_id="FateZeroFusion",
+    node_title="FateZero Settings",
+    node_text="How much of the source's attention an edit takes: for preset custom of Edit Video.",
+    aliases=("attention fusion", "cross replace steps", "self replace steps", "blend mask"),
+    advanced=("max_tokens", "mask_tokens"),
+)

@@ -14,7 +14,7 @@ from ..attention.condition import Condition
 from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
-from ..diffusion.edit import EditContext
+from ..diffusion.parts import Edit, EditContext, check_needs_unet
 from ..imports import F, torch
 from ..settings import check, setting
 
@@ -146,6 +146,9 @@ class LayoutGuidance(LayoutSettings):
 
     keeps_rest = False
     area = None
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        check_needs_unet("A layout", spans_clip)
 
     def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> LayoutGuidance:
         """Raises ValueError for what does not fit, and for forward guidance: there the edit has maps of its own."""

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.temporal_kind import Kind
 from ..diffusion.denoiser import Predictor, check_finite
 from ..imports import F, torch
 from ..settings import check, setting
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Optimizer = Literal["adamw", "adamw8bit"]
-Kind = Literal["official", "fatezero"]
-"""Whose code temporal layers are of."""
+
 GROUP = "Tuning"
 TRAINED_KEYS = ("first", "previous")
 """The key frames of Tune-A-Video's spatio-temporal attention, which it is trained with, and with clip norm."""
@@ -273,3 +274,21 @@ def optimizer_class(name: Optimizer) -> Callable[..., torch.optim.Optimizer]:
         raise ImportError("optimizer adamw8bit needs bitsandbytes, which is not installed") from error
     made: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
     return made
+
+
+METHOD = Method(
+    name="tune_a_video",
+    title="Tune-A-Video",
+    paper="Wu et al., ICCV 2023, arXiv 2212.11565",
+    sentence="Trains temporal layers on the clip; edits then start from its inverted noise.",
+    part="training",
+    settings=TuneSettings,
+    presets={
+        "tune_a_video": {
+            "injection": "none",
+            "guidance_scale": 12.5,
+            "key_frames": TRAINED_KEYS,
+            "clip_norm": True,
+        }
+    },
+)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..attention.capture import Captured
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, KeyFrames
 from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
@@ -61,7 +62,8 @@ class AttentionStore:
     timesteps: noisy to clean. alphas: of every level, clean to noisy: the cumulative ones of DDIM, and in a flow's
     `world` 1 - sigma. order: of the solver that inverted. kept_steps: how many edit steps, from the noisiest, have
     their attention on the backend. backend: where attention is; None for "recompute". plan: what was chosen and why;
-    None for a store from a file. extra, attachments: the caller's own, as JSON and as tensors.
+    None for a store from a file. start: where its edits start (`diffusion.parts.Start`); None at its noisiest latents.
+    extra, attachments: the caller's own, as JSON and as tensors.
     """
 
     memory: Memory
@@ -80,6 +82,7 @@ class AttentionStore:
     order: int = 1
     backend: Backend | None = None
     plan: StorePlan | None = None
+    start: Any = None
 
     @property
     def latents(self) -> Tensor:
@@ -151,7 +154,7 @@ class AttentionStore:
         """What `fetch` gives, for the whole clip or a chunk of it, on the latents' device."""
         chunk = chunk or Chunk.whole(self.frames)
         records = self.fetch(step, layers, chunk, self.source.embeddings.device)
-        return SourceStep(records, self.key_frames, chunk, stored=True)
+        return SourceStep(Captured(records), self.key_frames, chunk, stored=True)
 
     def level(self, level: int) -> Tensor:
         """The latents of a level, 0 the clean one: (frames, 4, h, w); StoreError where they are not as written."""

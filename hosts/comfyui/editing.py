@@ -22,8 +22,6 @@ from ...diffusion.edit import Edit, EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress, invert
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
-from ...methods.fatezero import FusionSettings
-from ...methods.flow_edit import FlowEditSettings, draw
 from ...store.backends import FileBackend, FileLevels
 from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
 from ...store.identity import ModelIdentity
@@ -161,8 +159,8 @@ def invert_clip(
     return noise, store_of(noise)
 
 
-class _Idle:
-    """What `draw` asks of a MODEL that it does not call."""
+class Uncalled:
+    """What a start without an inversion needs from a MODEL, which it does not call."""
 
     def __init__(self, model: Any) -> None:
         self._noise, self._hooked = noise_of(model), hooked(model)
@@ -175,19 +173,18 @@ class _Idle:
         return self._hooked.identity()
 
 
-def draw_clip(
+def store_without_inversion(
     model: Any,
     samples: Tensor,
-    source: HostCondition,
-    steps: int,
-    settings: FlowEditSettings,
-    prompt: str | None = None,
+    start: Callable[[Any, Tensor], Inversion],
     noise_mask: Tensor | None = None,
 ) -> HostStore:
-    """The store of LATENT samples with drawn noise, whose edits are FlowEdit's. noise_mask: as for `invert_clip`."""
+    """The store of LATENT samples whose edits start otherwise. start: called with what stands for the model, and the
+    latents as the model knows them. noise_mask: as for `invert_clip`.
+    """
     check_samples(model, samples)
     latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
-    store = draw(_Idle(model), latents, source, steps, settings, prompt=prompt).store  # type: ignore[arg-type]
+    store = start(Uncalled(model), latents).store
     if noise_mask is not None:
         store.attachments[NOISE_MASK] = noise_mask.float().cpu()
     return HostStore(**vars(store), patcher=model)
@@ -328,9 +325,7 @@ def edit_clip(
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
     """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
-    fusion = edit.injection
-    if isinstance(fusion, FusionSettings):
-        fusion = replace(fusion, blend_latents=True, blend_latents_until=1.0)
+    fusion = None if edit.fusion is None else edit.fusion.inside()
     return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
 
 

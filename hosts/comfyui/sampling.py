@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import comfy.context_windows
 import comfy.model_management
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...attention.condition import Condition
-from ...attention.control import AttentionSite, Control, Kind
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.invert import Progress
@@ -196,7 +196,9 @@ class ComfyDenoiser:
         # a negative, or what a guidance node adds, may be prompts of several lengths, none of which is looked into
         answers = {0: (control, condition.text_tokens), 1: (away, None)}
         if beside is not None and not self._joins(beside, condition, x, sigma):
-            beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
+            beside.control.captured.prediction = self.predict_noise(
+                beside.latents, timestep, beside.condition, beside.control
+            )
             beside = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
@@ -465,7 +467,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         conditions: Sequence[HostCondition],
         source_model: Any = None,
         chunk_frames: int | None = None,
-        kinds: Sequence[Kind] = get_args(Kind),
+        kinds: Sequence[Kind] = SEPARATE,
     ) -> None:
         """source_model: the MODEL that evaluates the source prompt, if not the same. chunk_frames: frames of one
         UNet call, for which the host then makes room. kinds: of attention layers that are hooked.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ...attention.condition import Condition
 from ...attention.control import Control
 from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.denoiser import Guidance
-from ...methods.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
 from ...methods.tune_a_video import Kind, Told, TuneSettings, noised, tune
 from ..recompute import recomputed
 from .conditions import HostCondition

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.patcher_extension
@@ -18,7 +18,7 @@ from comfy.model_sampling import V_PREDICTION
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind, Place
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind, Place
 from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.clip_norm import share_statistics
 from ...store.identity import IdentityCache, ModelIdentity
@@ -72,7 +72,7 @@ def attention_layers(unet: UNetModel) -> dict[Layer, LayerShape]:
             if isinstance(module, SpatialTransformer):
                 for i, transformer in enumerate(module.transformer_blocks):
                     index = sum(shape.place == place and at[3] == "self" for at, shape in found.items())
-                    for kind in get_args(Kind):
+                    for kind in SEPARATE:
                         attn = transformer.attn1 if kind == "self" else transformer.attn2
                         found[name, number, i, kind] = LayerShape(place, index, attn.heads, attn.dim_head, level)
             level += isinstance(module, Downsample) or (isinstance(module, ResBlock) and _resizes(module, Downsample))
@@ -170,7 +170,7 @@ class HookedModel:
         model: Any,
         standing: Callable[[int], Control] | None = None,
         clip_norm: bool = False,
-        kinds: Sequence[Kind] = get_args(Kind),
+        kinds: Sequence[Kind] = SEPARATE,
     ) -> None:
         """standing: makes the control of so many frames, where no run of ours says it. kinds: of the layers that ask;
         those of self-attention stay as the MODEL has them where cross-attention alone does.
@@ -478,8 +478,8 @@ class HookedModel:
                 k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)
             k4, v4 = (t.expand(len(q), -1, -1, -1) for t in (k4, v4))
             output = output + theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
-        if control.outputs is not None and site.kind == "self":
-            control.outputs[site.name] = output
+        if control.captured.outputs is not None and site.kind == "self":
+            control.captured.outputs[site.name] = output
         return output
 
     def _answer(self, branch: int, frames: int) -> tuple[Control, int | None]:

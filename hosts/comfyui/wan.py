@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 from uuid import uuid5
 
 import comfy.patcher_extension
@@ -21,7 +21,7 @@ from comfy.ldm.wan.model import WanModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import Beside
@@ -254,8 +254,10 @@ class HookedTransformer:
             finally:
                 self._source = -1
                 if again:
-                    beside.control.records.clear()
-            beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
+                    beside.control.captured.records.clear()
+            beside.control.captured.prediction = rearrange(
+                (x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x"
+            )
             return results
 
         return joined
@@ -277,7 +279,7 @@ class HookedTransformer:
             handles = [
                 getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
                 for i, block in enumerate(self._unet.blocks)
-                for kind in get_args(Kind)
+                for kind in SEPARATE
             ]
             try:
                 return executor(x, *rest, **more)
@@ -399,12 +401,12 @@ def _row_of(value: Any, row: int, rows: int) -> Any:
     return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
 
 
-def hooked(model: Any, kinds: Sequence[Kind] = get_args(Kind)) -> HookedModel | HookedTransformer:
+def hooked(model: Any, kinds: Sequence[Kind] = SEPARATE) -> HookedModel | HookedTransformer:
     """A clone of a MODEL, hooked as its kind asks for; ValueError for one that FateZero does not know.
 
     kinds: of attention layers, of a UNet; some alone are hooked of no transformer.
     """
-    if is_transformer(model) and len(kinds) == len(get_args(Kind)):
+    if is_transformer(model) and len(kinds) == len(SEPARATE):
         return HookedTransformer(model)
     return HookedModel(model, kinds=kinds)
 

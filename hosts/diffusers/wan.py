@@ -174,7 +174,7 @@ class VideoTransformerDenoiser:
             velocity = self._call([(latents, condition, control)], timestep)[0]
         else:
             pair = [(beside.latents, beside.condition, beside.control), (latents, condition, control)]
-            beside.predicted, velocity = self._call(pair, timestep)
+            beside.control.captured.prediction, velocity = self._call(pair, timestep)
         if guidance is None:
             return velocity
         negative = self._call([(latents, guidance.negative, guidance.control)], timestep)[0]

@@ -56,8 +56,8 @@ def reference(world, settings, guidance_scale, first):
     with denoiser.hooked():
         for step in range(first, STEPS):
             level, timestep, differences = STEPS - step, schedule.timesteps[step], []
-            for levels.draw in range(settings.draws):
-                z_source = levels[level]
+            for number in range(settings.draws):
+                z_source = levels.of_draw(number)[level]
                 z = z_source + schedule.scale(level) * (x - clip)
                 differences.append(
                     predicted(z, timestep, target, guidance_scale)

@@ -8,7 +8,8 @@ import torch
 from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings, edit, invert
 from fatezero.attention.masks import GivenMask
 from fatezero.demo.world import SIZE, Motion, Scene, Track, render
-from fatezero.diffusion.edit import Edit, EditPass
+from fatezero.diffusion.edit import EditPass
+from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.methods.layout import Layout, Move, Path, Shift, Wanted
 from fatezero.methods.layout_guidance import LayoutGuidance, energy_gradient

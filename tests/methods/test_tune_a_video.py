@@ -13,7 +13,7 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
-from fatezero.diffusion.edit import Edit
+from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers.memory import LiveBytes, activation_bytes
 from fatezero.hosts.diffusers.temporal import (
     convert_temporal_layers,
