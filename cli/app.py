@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from .. import __version__
-from .config import (
+from .config.settings import (
     PRESETS,
     ConfigError,
     EditConfig,
@@ -39,7 +39,7 @@ from .options import (
     whole_numbers,
 )
 from .progress import complain, console, in_a_line, printable, progress_bar, told
-from .record import apart_from, check_is_here, made_by
+from .config.record import apart_from, check_is_here, made_by
 
 app = App(
     name="fatezero",
@@ -133,7 +133,7 @@ def edit(
     configs = _configs(config, preset, flags, target or [], store)
     if config is not None and made is not None:
         check_is_here(config, configs[0], model_config, given)
-    from .run import Session, run_edits  # diffusers takes seconds to import: after the cheap checks
+    from .commands.edit import Session, run_edits  # diffusers takes seconds to import: after the cheap checks
 
     inputs = tuple(path for path in (config, store) if path)
     session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
@@ -160,7 +160,7 @@ def invert(
     """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
     console.quiet = quiet
     configs = _configs(config, None, _flags(video, options), [], None, inverting=True)
-    from .run import Session, run_invert
+    from .commands.edit import Session, run_invert
 
     inputs = (config,) if config else ()
     session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
@@ -201,8 +201,8 @@ def tune(
     config = tune_config(_flags(video, options))
     if keep_every < 1:
         raise ConfigError(f"keep_every is {keep_every}; it must be a number of at least 1")
-    from .run import Session
-    from .tuning import TuneRun, run_tune
+    from .commands.edit import Session
+    from .commands.tune import TuneRun, run_tune
 
     session = Session(console, progress_bar, device, dtype, model_config, overwrite)
     run_tune(session, config, TuneRun(output, resume, folder, keep_every, dry_run))
@@ -225,8 +225,8 @@ def generate_clip(
     """Draw a new clip of a prompt, with objects where they are asked for (cross-attention guidance)."""
     console.quiet = quiet
     config = generate_config(given_of(options))
-    from .generation import run_generate
-    from .run import Session
+    from .commands.generate import run_generate
+    from .commands.edit import Session
 
     session = Session(console, progress_bar, device, dtype, model_config, overwrite)
     run_generate(session, config, output, dry_run)
@@ -264,8 +264,8 @@ def evaluate(
     """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
     console.quiet = quiet
     left, top, right, bottom = whole_numbers("crop", crop, ",", 4)
-    from .evaluation import Evaluation, run_evaluate
-    from .run import Session
+    from .commands.evaluate import Evaluation, run_evaluate
+    from .commands.edit import Session
 
     asked = Evaluation(
         original, edited, (source, target), mask, truth, flow, clip, lpips, judge, start, stride,
@@ -343,9 +343,9 @@ def batch_of_jobs(
         raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
     from .batch.cluster import Cluster
     from .batch.processes import Patience
-    from .batch.run import Asked, run_batch
+    from .commands.batch import Asked, run_batch
     from .batch.work import How
-    from .run import Session
+    from .commands.edit import Session
 
     cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
     folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)
@@ -390,7 +390,7 @@ def benchmark(
     from ..benchmark.rows import BEST
     from ..benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
     from ..benchmark.table import write_tables
-    from .run import pick_device
+    from .commands.edit import pick_device
 
     settings = BenchmarkSettings(
         seed, each or (4 if quick else 10), tuple(kind or KINDS), frames, steps, guidance_scale, model, clip, captions
@@ -432,7 +432,7 @@ def train_demo(
     from ..files.temporal_layers import FILE
     from ..hosts.diffusers.checkpoint import Checkpoint
     from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
-    from .run import pick_device
+    from .commands.edit import pick_device
 
     where = pick_device(device)
     if part == "image":

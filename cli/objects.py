@@ -12,7 +12,7 @@ from ..methods.layout import Layout, Wanted, named_path
 from ..settings import shown
 from ..video.read import open_video
 from ..video.size import to_unit
-from .config import ConfigError, EditConfig, GenerateConfig
+from .config.settings import ConfigError, EditConfig, GenerateConfig
 
 
 def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, frames: int) -> Layout | None:

@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter, Token
 from ..attention.key_frames import KeyFrames
 from ..methods.layout_guidance import LayoutSettings
 from ..settings import Described, described, is_union, shown
-from .config import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
+from .config.settings import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 
 GROUPS = {
     name: Group(name, sort_key=order)

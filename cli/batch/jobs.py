@@ -15,7 +15,7 @@ from typing import Any
 from ...settings import shown
 from ...video.pictures import picture_files
 from ...video.write import METADATA_SUFFIXES
-from ..config import ConfigError, from_home, held_by
+from ..config.settings import ConfigError, from_home, held_by
 
 AXES = ("clips", "methods", "settings", "targets")
 """The keys whose entries are combined: a later one's settings stand over an earlier one's, and all over the file's."""

@@ -24,9 +24,9 @@ from ...video.flow import Estimator, flow_estimator
 from ...video.read import open_video
 from ...video.size import to_unit
 from ...video.which import ClipSettings
-from ..config import ControlSettings, EditConfig, ModelSettings, completed, config_of
+from ..config.settings import ControlSettings, EditConfig, ModelSettings, completed, config_of
 from ..progress import no_bars
-from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
+from ..commands.edit import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
 from .jobs import Job
 
 _OF_INVERSIONS = (

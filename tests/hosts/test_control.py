@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.config.settings.settings import EditConfig, with_preset
 from fatezero.cli.progress import no_bars
-from fatezero.cli.run import Session, run_edits, run_invert
+from fatezero.cli.commands.edit import Session, run_edits, run_invert
 from fatezero.diffusion.edit import edit
 from fatezero.diffusion.generate import generate
 from fatezero.diffusion.invert import invert

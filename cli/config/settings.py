@@ -11,30 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from ..attention.key_frames import KeyFrames
-from ..attention.prompt import Mode, PromptEdit, bare, changed_words, words_of
-from ..diffusion.edit import Edit, Injection, Propagation, first_step
-from ..diffusion.invert import InversionSettings
-from ..files.lora import LoraFile
-from ..methods.fatezero import GROUP as FATEZERO
-from ..methods.fatezero import PRESETS as FATEZERO_PRESETS
-from ..methods.fatezero import FusionSettings
-from ..methods.flow_edit import PRESET as FLOW_EDIT_PRESET
-from ..methods.flow_edit import FlowEditSettings
-from ..methods.flow_smoothing import GROUP as FLOW
-from ..methods.flow_smoothing import FlowSmoothing
-from ..methods.layout_guidance import GROUP as LAYOUT
-from ..methods.layout_guidance import LayoutSettings
-from ..methods.move_objects import MoveSettings
-from ..methods.plug_and_play import PnPSettings
-from ..methods.tokenflow import TokenFlowSettings
-from ..methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
-from ..settings import Described, Setting, check, check_one, described, described_one, is_union, kept, setting, shown
-from ..store.budget import StoreSettings
-from ..video.flow import FlowName
-from ..video.read import read_metadata
-from ..video.which import ClipSettings, colour_of, seconds_of
-from ..video.write import METADATA_SUFFIXES
+from ...attention.key_frames import KeyFrames
+from ...attention.prompt import Mode, PromptEdit, bare, changed_words, words_of
+from ...diffusion.edit import Edit, Injection, Propagation, first_step
+from ...diffusion.invert import InversionSettings
+from ...files.lora import LoraFile
+from ...methods.fatezero import GROUP as FATEZERO
+from ...methods.fatezero import PRESETS as FATEZERO_PRESETS
+from ...methods.fatezero import FusionSettings
+from ...methods.flow_edit import PRESET as FLOW_EDIT_PRESET
+from ...methods.flow_edit import FlowEditSettings
+from ...methods.flow_smoothing import GROUP as FLOW
+from ...methods.flow_smoothing import FlowSmoothing
+from ...methods.layout_guidance import GROUP as LAYOUT
+from ...methods.layout_guidance import LayoutSettings
+from ...methods.move_objects import MoveSettings
+from ...methods.plug_and_play import PnPSettings
+from ...methods.tokenflow import TokenFlowSettings
+from ...methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
+from ...settings import Described, Setting, check, check_one, described, described_one, is_union, kept, setting, shown
+from ...store.budget import StoreSettings
+from ...video.flow import FlowName
+from ...video.read import read_metadata
+from ...video.which import ClipSettings, colour_of, seconds_of
+from ...video.write import METADATA_SUFFIXES
 from .documents import DocumentError, read_json, read_yaml
 
 T = TypeVar("T")

@@ -17,45 +17,45 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..attention.condition import Condition
-from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
-from ..diffusion.denoiser import frames_meet, keys_on, refuse_clip_norm
-from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
-from ..diffusion.invert import Inversion, Progress, invert
-from ..diffusion.source import check_store
-from ..diffusion.spread import ALONE, Spread
-from ..files.memory import check_room, free_bytes
-from ..files.safetensors import format_bytes
-from ..files.temporal_layers import about_temporal_layers, seen_with
-from ..files.whole import disk_folder, remove_stale_folders
-from ..hosts.diffusers.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
-from ..hosts.diffusers.checkpoint_wan import NAME as DEMO_WAN
-from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
-from ..hosts.diffusers.memory import LiveBytes
-from ..methods.flow_edit import draw
-from ..methods.flow_smoothing import FlowSmoothing
-from ..methods.layout import Layout
-from ..methods.move_objects import moves_of
-from ..methods.plug_and_play import OF_UNETS
-from ..settings import described, shown
-from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
-from ..store.identity import ModelIdentity
-from ..store.records import MEMORIES
-from ..store.store import AttentionStore, StoreError, as_store_error
-from ..video.fitted import FittedVideo
-from ..video.flow import flow_estimator
-from ..video.motion import Motion
-from ..video.read import Sound, SoundTrack, VideoSource, open_video
-from ..video.size import check_size, fit_size, to_bytes, to_unit
-from ..video.which import ClipSettings, colour_of
-from ..video.write import FrameDigest, shortcomings, write_video
-from .config import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
-from .files import check_names, files_of, is_clip, is_here
-from .objects import check_objects, layout_of
-from .outputs import Outputs
-from .progress import Bar, in_a_line, in_words, no_bars, printable
-from .record import (
+from ...attention.condition import Condition
+from ...attention.control import Control
+from ...attention.key_frames import Chunk, KeyFrames
+from ...diffusion.denoiser import frames_meet, keys_on, refuse_clip_norm
+from ...diffusion.edit import Edit, check_of_drawn, check_of_transformers, edit_many, unet_calls
+from ...diffusion.invert import Inversion, Progress, invert
+from ...diffusion.source import check_store
+from ...diffusion.spread import ALONE, Spread
+from ...files.memory import check_room, free_bytes
+from ...files.safetensors import format_bytes
+from ...files.temporal_layers import about_temporal_layers, seen_with
+from ...files.whole import disk_folder, remove_stale_folders
+from ...hosts.diffusers.checkpoint import Checkpoint, CheckpointError, kind_of, quiet
+from ...hosts.diffusers.checkpoint_wan import NAME as DEMO_WAN
+from ...hosts.diffusers.checkpoint_wan import WanCheckpoint
+from ...hosts.diffusers.memory import LiveBytes
+from ...methods.flow_edit import draw
+from ...methods.flow_smoothing import FlowSmoothing
+from ...methods.layout import Layout
+from ...methods.move_objects import moves_of
+from ...methods.plug_and_play import OF_UNETS
+from ...settings import described, shown
+from ...store.budget import Demand, StoreSettings, available_bytes, plan_store
+from ...store.identity import ModelIdentity
+from ...store.records import MEMORIES
+from ...store.store import AttentionStore, StoreError, as_store_error
+from ...video.fitted import FittedVideo
+from ...video.flow import flow_estimator
+from ...video.motion import Motion
+from ...video.read import Sound, SoundTrack, VideoSource, open_video
+from ...video.size import check_size, fit_size, to_bytes, to_unit
+from ...video.which import ClipSettings, colour_of
+from ...video.write import FrameDigest, shortcomings, write_video
+from ..config.settings import EditConfig, GenerateConfig, ModelSettings, TuneConfig, checked
+from ..config.paths import check_names, files_of, is_clip, is_here
+from ..objects import check_objects, layout_of
+from ..outputs import Outputs
+from ..progress import Bar, in_a_line, in_words, no_bars, printable
+from ..config.record import (
     Made,
     check_same,
     differences,
@@ -69,7 +69,7 @@ from .record import (
 )
 
 if TYPE_CHECKING:
-    from ..hosts.diffusers.processes import Processes
+    from ...hosts.diffusers.processes import Processes
 
 CHUNK_FRAMES = 16
 """Frames of one call where nothing says how many, and chunks give the whole clip's result."""
@@ -422,7 +422,7 @@ def _team_of(session: Session) -> tuple[Session, Processes | None]:
         return session, None
     from accelerate import Accelerator  # seconds to import
 
-    from ..hosts.diffusers.processes import Processes
+    from ...hosts.diffusers.processes import Processes
 
     team = Processes(Accelerator(cpu=pick_device(session.device).type == "cpu"))
     session.console.quiet = session.console.quiet or not team.is_main

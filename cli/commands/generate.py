@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..attention.key_frames import KeyFrames
-from ..diffusion.generate import generate
-from ..files.safetensors import format_bytes
-from ..files.temporal_layers import about_temporal_layers
-from ..hosts.diffusers import VideoTransformerDenoiser
-from ..hosts.diffusers.memory import guidance_bytes
-from ..video.size import check_size
-from ..video.write import shortcomings, write_video
-from .config import GenerateConfig
-from .objects import check_objects, layout_of
-from .run import AnyCheckpoint, Session, check_size_fits, decode
+from ...attention.key_frames import KeyFrames
+from ...diffusion.generate import generate
+from ...files.safetensors import format_bytes
+from ...files.temporal_layers import about_temporal_layers
+from ...hosts.diffusers import VideoTransformerDenoiser
+from ...hosts.diffusers.memory import guidance_bytes
+from ...video.size import check_size
+from ...video.write import shortcomings, write_video
+from ..config.settings import GenerateConfig
+from ..objects import check_objects, layout_of
+from .edit import AnyCheckpoint, Session, check_size_fits, decode
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:

@@ -16,21 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..attention.key_frames import KeyFrames
-from ..files.safetensors import format_bytes
-from ..files.temporal_layers import FILE, seen_with
-from ..files.whole import whole_file
-from ..hosts.diffusers import with_temporal_layers
-from ..hosts.diffusers.checkpoint import Checkpoint, save_tuned
-from ..hosts.diffusers.memory import activation_bytes
-from ..hosts.diffusers.temporal import save_temporal_layers, temporal_layers
-from ..methods.tune_a_video import tune
-from ..metrics.losses import plot_losses
-from ..store.budget import available_bytes
-from ..video.fitted import FittedVideo
-from ..video.write import write_picture
-from .config import TuneConfig
-from .run import Session, check_size_fits, find_frames, fit_frames, pick_device, pick_dtype, posterior, shape_of
+from ...attention.key_frames import KeyFrames
+from ...files.safetensors import format_bytes
+from ...files.temporal_layers import FILE, seen_with
+from ...files.whole import whole_file
+from ...hosts.diffusers import with_temporal_layers
+from ...hosts.diffusers.checkpoint import Checkpoint, save_tuned
+from ...hosts.diffusers.memory import activation_bytes
+from ...hosts.diffusers.temporal import save_temporal_layers, temporal_layers
+from ...methods.tune_a_video import tune
+from ...metrics.losses import plot_losses
+from ...store.budget import available_bytes
+from ...video.fitted import FittedVideo
+from ...video.write import write_picture
+from ..config.settings import TuneConfig
+from .edit import Session, check_size_fits, find_frames, fit_frames, pick_device, pick_dtype, posterior, shape_of
 
 DEFAULT_FRAMES = 24
 """Frames tuned on, at most, where nothing says how many: the authors' number."""

@@ -18,17 +18,17 @@ import torch
 
 from ...files.lines import append_lines
 from ...files.whole import lock_folder
-from ..config import MADE, ConfigError, EditConfig
-from ..files import digest_of
+from ..config.settings import MADE, ConfigError, EditConfig
+from ..config.paths import digest_of
 from ..progress import told
-from ..record import record_path
-from ..run import Session, pick_device
-from .cluster import Cluster, run_on_cluster
-from .jobs import Batch, Job
-from .processes import Patience, Places, run_here
-from .servers import for_server, run_on_servers
-from .summary import Digest, Row, sources_of, write_summary
-from .work import Ended, How, config_for, groups_of
+from ..config.record import record_path
+from .edit import Session, pick_device
+from ..batch.cluster import Cluster, run_on_cluster
+from ..batch.jobs import Batch, Job
+from ..batch.processes import Patience, Places, run_here
+from ..batch.servers import for_server, run_on_servers
+from ..batch.summary import Digest, Row, sources_of, write_summary
+from ..batch.work import Ended, How, config_for, groups_of
 
 LOG = "jobs.jsonl"
 """How each job ended, a line for each try of a run; the last one of a job counts."""

@@ -16,22 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files.whole import whole_file
-from ..metrics.clip import ClipScorer
-from ..metrics.evaluate import Figure, Report, evaluate
-from ..metrics.lpips import Lpips
-from ..metrics.plot import plot_report
-from ..video.compare import COMPARISONS, Comparison, compare
-from ..video.fitted import FittedVideo
-from ..video.flow import Estimator, flow_estimator
-from ..video.pictures import PICTURES
-from ..video.read import Video, VideoSource, open_video
-from ..video.size import to_unit
-from ..video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
-from .files import check_names
-from .outputs import Outputs
-from .progress import printable
-from .run import Session, pick_device
+from ...files.whole import whole_file
+from ...metrics.clip import ClipScorer
+from ...metrics.evaluate import Figure, Report, evaluate
+from ...metrics.lpips import Lpips
+from ...metrics.plot import plot_report
+from ...video.compare import COMPARISONS, Comparison, compare
+from ...video.fitted import FittedVideo
+from ...video.flow import Estimator, flow_estimator
+from ...video.pictures import PICTURES
+from ...video.read import Video, VideoSource, open_video
+from ...video.size import to_unit
+from ...video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
+from ..config.paths import check_names
+from ..outputs import Outputs
+from ..progress import printable
+from .edit import Session, pick_device
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] |
 
 def _judged(prompts: tuple[str, str], edited: Video) -> dict[str, Figure]:
     """What the demo world's classifier reads; the prompts must be captions of that world, of one thing."""
-    from ..demo.judge import read_words
-    from ..demo.world import SIZE, Scene
+    from ...demo.judge import read_words
+    from ...demo.world import SIZE, Scene
 
     source, target = (Scene.parse(prompt) for prompt in prompts)
     if len(source.things) != 1 or len(target.things) != 1:
