@@ -17,8 +17,8 @@ from typing import Any
 from ...files.whole import remove_folder, temporary_folder, whole_file
 from ...video.pictures import picture_files
 from ..config.paths import files_of, full_name, renamed
-from ..progress import told
 from ..config.record import record_path, settings_of, write_record
+from ..progress import told
 from .work import Ended, Group, How, Task, Worker
 
 

@@ -20,10 +20,11 @@ from urllib.request import Request, urlopen
 
 from ...files.stopping import at_end
 from ...files.whole import whole_file
-from ..config.settings import MADE, ConfigError, EditConfig
+from ..config.files import MADE
 from ..config.paths import digest_of
-from ..progress import in_a_line
 from ..config.record import write_record
+from ..config.settings import ConfigError, EditConfig
+from ..progress import in_a_line
 from .jobs import Batch, Job
 from .processes import Patience
 from .work import Ended, Measure

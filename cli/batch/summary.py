@@ -18,10 +18,10 @@ from ...files.whole import whole_file
 from ...video.fitted import FittedVideo
 from ...video.read import open_video
 from ...video.write import write_video
-from ..config.settings import EditConfig
-from ..progress import printable
 from ..config.record import record_path
-from ..commands.edit import find_frames
+from ..config.settings import EditConfig
+from ..frames import find_frames
+from ..progress import printable
 from .jobs import AXES, Job
 from .work import Ended
 

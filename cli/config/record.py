@@ -22,8 +22,9 @@ from ...files.whole import whole_file
 from ...imports import torch
 from ...settings import shown
 from ...video.write import is_sequence
-from .settings import MADE, METADATA, ConfigError, EditConfig, held_by
+from .files import MADE, METADATA, held_by
 from .paths import bare_name, digest_of, files_of, full_name, is_here, renamed
+from .settings import ConfigError, EditConfig
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 

@@ -518,7 +518,7 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
 
 
 def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
-    from fatezero.cli.config.settings.settings import SECTIONS, EditConfig
+    from fatezero.cli.config.settings import SECTIONS, EditConfig
     from fatezero.settings import described
 
     monkeypatch.setattr("fatezero.cli.progress.console.width", 80)
