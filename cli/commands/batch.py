@@ -93,11 +93,6 @@ def command(
         raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
     if ray is not None and timeout is not None:
         raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
-    from .batch.cluster import Cluster
-    from .batch.processes import Patience
-    from .batch.work import How
-    from .commands.batch import Asked, run_batch
-    from .session import Session
 
     cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
     folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)

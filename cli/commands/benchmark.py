@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from ..config.files import load_pairs
 from ..options import Device, whole
 from ..progress import console, printable, progress_bar
+from ..session import pick_device
 
 
 def command(
@@ -48,7 +49,6 @@ def command(
     from ...benchmark.rows import BEST
     from ...benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
     from ...benchmark.table import write_tables
-    from .session import pick_device
 
     settings = BenchmarkSettings(
         seed, each or (4 if quick else 10), tuple(kind or KINDS), frames, steps, guidance_scale, model, clip, captions

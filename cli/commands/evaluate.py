@@ -65,12 +65,10 @@ def command(
     """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
     console.quiet = quiet
     left, top, right, bottom = whole_numbers("crop", crop, ",", 4)
-    from .commands.evaluate import Evaluation, run_evaluate
-    from .session import Session
 
     asked = Evaluation(
         original, edited, (source, target), mask, truth, flow, clip, lpips, judge, start, stride,
-        (left, top, right, bottom), output, plot, comparison, how,
+        (left, top, right, bottom), output, plot, comparison, how,  # type: ignore[arg-type]
     )  # fmt: skip
     run_evaluate(Session(console, progress_bar, device, overwrite=overwrite), asked)
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from ..options import Device, whole
 from ..progress import console
+from ..session import pick_device
 
 
 def command(
@@ -38,7 +39,6 @@ def command(
     from ...files.temporal_layers import FILE
     from ...hosts.diffusers.checkpoint import Checkpoint
     from ...hosts.diffusers.checkpoint_wan import WanCheckpoint
-    from .session import pick_device
 
     where = pick_device(device)
     if part == "image":
