@@ -14,12 +14,13 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..cli.config import EditConfig, with_preset
+from ..cli.config.settings import EditConfig, with_preset
 from ..demo.world import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
-from ..diffusion.edit import Edit, edit_many
+from ..diffusion.edit import edit_many
 from ..diffusion.invert import Inversion, invert
+from ..diffusion.parts import Edit
 from ..files.temporal_layers import load_temporal_layers
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
+from ..recipes.recipe import Recipe
 from ..video.flow import flow_estimator
 from ..video.motion import Motion, steadied
 from .cases import Case
@@ -135,16 +137,15 @@ class Trial:
 
     def edit(self, method: Method) -> Edit:
         if method.source is None or method.injection is not None:
-            return Edit(
-                self.target, self.negative, method.guidance or self.guidance_scale, fusion=method.injection,
-                propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength,
-            )  # fmt: skip
-        config = self.config(method)
-        prompt = config.prompt_edit(self.checkpoint.tokenizer)
-        return Edit(
-            self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation,
-            smoothing=self.smoothing(method), strength=method.strength,
-        )  # fmt: skip
+            scale = method.guidance or self.guidance_scale
+            recipe, prompt = Recipe(guidance_scale=scale, injection=method.injection), None
+        else:
+            config = self.config(method)
+            recipe, prompt = config.recipe(), config.prompt_edit(self.checkpoint.tokenizer)
+        recipe = replace(
+            recipe, propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength
+        )
+        return recipe.edit(self.target, self.negative, prompt)
 
     def smoothing(self, method: Method) -> FlowSmoothing | None:
         return FlowSmoothing(method.smoothing, self.motion) if method.smoothing else None

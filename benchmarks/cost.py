@@ -28,8 +28,7 @@ from common import (
     write_section,
 )
 
-from fatezero import FusionSettings, StoreSettings, edit, invert
-from fatezero.cli.config import PRESETS
+from fatezero import PRESETS, FusionSettings, StoreSettings, edit, invert
 from fatezero.recipes.recipe import Recipe
 
 KEY_FRAMES = (("middle",), ("self", "middle"))

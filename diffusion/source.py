@@ -68,7 +68,7 @@ def sources(
     """
 
     def kept(step: int) -> bool:
-        return bool(needs[step].layers) and store.keeps(step)
+        return bool(needs[step].layers) and not needs[step].values and store.keeps(step)
 
     meet = frames_meet(denoiser, store.key_frames, store.clip_norm)
     if meet and any(kept(step) and len(chunks[step]) > 1 for step in range(store.steps)):

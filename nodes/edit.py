@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..diffusion.parts import Edit, Injection, Propagation, Smoothing, check_parts, first_step
+from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.editing import NOISE_MASK, HostStore, check_masking, edit_clip, only_inside
 from ..hosts.comfyui.noise import noise_of
 from ..hosts.comfyui.wan import count_layers, is_transformer
 from ..methods.fatezero import FusionSettings
+from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of
 from ..recipes.cost import calls_of
@@ -162,7 +163,7 @@ class EditInputs:
     prompt_edit: PromptEdit | None = None
     settings: Injection | None = None
     propagation: Propagation | None = None
-    smoothing: Smoothing | None = None
+    smoothing: FlowSmoothing | None = None
     layout: Layout | None = None
     mask: Tensor | None = None
     mask_mode: Literal["replace", "union", "intersection"] = "replace"

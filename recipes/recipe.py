@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..attention.masks import GivenMask
 from ..attention.prompt import Mode, PromptEdit, changed_words
 from ..diffusion.denoiser import refuse_clip_norm
-from ..diffusion.parts import Edit, Injection, Layouts, Propagation, Smoothing, Start, check_parts
+from ..diffusion.parts import Edit, Injection, Layouts, Propagation, Start, check_parts
 from ..diffusion.start import INVERTED
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_edit import DrawnNoise, FlowEditSettings
@@ -41,7 +41,7 @@ class Recipe:
     strength: float = 1.0
     injection: Injection | None = None
     propagation: Propagation | None = None
-    smoothing: Smoothing | None = None
+    smoothing: FlowSmoothing | None = None
     noise: FlowEditSettings | None = None
     layout: Layouts | None = None
     mask: GivenMask | None = None

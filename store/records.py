@@ -170,8 +170,11 @@ class SourceStep:
             raise ValueError(KEPT_WINDOWS)
         part = Chunk.of(frames, self.chunk.clip)
         rows = self.chunk.rows(part)
-        of_rows = {name: x[rows] for name, x in (self.captured.features or {}).items()}
-        return replace(self, chunk=part, captured=Captured(_of_rows(self.records, rows), features=of_rows))
+        values, features = (
+            {name: x[rows] for name, x in (kept or {}).items()}
+            for kept in (self.captured.values, self.captured.features)
+        )
+        return replace(self, chunk=part, captured=Captured(_of_rows(self.records, rows), values, features=features))
 
     def record(self, name: str) -> Record | None:
         """What was recorded of a layer, if it was; ValueError where the source ran in context windows."""

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ...attention.condition import Condition
 from ...attention.control import Attend, AttentionSite, Control, Place, attention
+from ...attention.temporal_layers import CastLinear, trained_of
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.schedule import Schedule
-from ...attention.temporal_layers import CastLinear, trained_of
 from ...methods.tune_a_video import TRAINED_KEYS, noised
 from ...models.unet import UNET, clip_norms, feature_level
 from ...store.identity import ModelIdentity

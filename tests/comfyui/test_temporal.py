@@ -10,7 +10,7 @@ from comfyui.test_parity import EDITS, parity
 from safetensors.torch import load_file
 
 from fatezero.attention.temporal_layers import trains
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.files.temporal_layers import write_temporal_layers
 from fatezero.hosts.diffusers import with_temporal_layers
 from fatezero.hosts.diffusers.checkpoint import Checkpoint

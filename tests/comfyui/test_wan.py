@@ -428,8 +428,8 @@ def test_other_transformers_are_refused(host, graph, kind, error):
 @pytest.mark.parametrize(
     ("part", "error"),
     [
-        ({"preset": "pnp"}, "Plug-and-Play takes a feature"),
-        ({"propagation": "FateZeroTokenFlow"}, "TokenFlow is for UNets"),
+        ({"preset": "pnp"}, "Plug-and-Play needs a UNet"),
+        ({"propagation": "FateZeroTokenFlow"}, "TokenFlow needs a UNet"),
     ],
 )
 def test_parts_that_are_of_unets(host, graph, part, error):

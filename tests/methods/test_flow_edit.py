@@ -4,7 +4,18 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fatezero import FlowEditSettings, FusionSettings, PromptEdit, TokenFlowSettings, draw, edit
+from fatezero import (
+    FlowEditSettings,
+    FlowSmoothing,
+    FusionSettings,
+    Moved,
+    MoveObjects,
+    PromptEdit,
+    Shift,
+    TokenFlowSettings,
+    draw,
+    edit,
+)
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk
@@ -106,7 +117,11 @@ def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", [{"propagation": TokenFlowSettings(2)}, {"smoothing": object()}, {"layout": object()}])
+@pytest.mark.parametrize("part", [
+    {"propagation": TokenFlowSettings(2)},
+    {"smoothing": FlowSmoothing()},
+    {"layout": MoveObjects(objects=[Moved(Shift.parse("0:0.1,0"), [1], [1])])},
+])
 def test_parts_that_need_an_inversion(part):
-    with pytest.raises(ValueError, match="does not go with drawn noise"):
+    with pytest.raises(ValueError, match="drawn noise"):
         World("ddim").edited(**part)

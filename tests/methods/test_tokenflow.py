@@ -232,7 +232,7 @@ def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(denoiser, fusion):
     half = clip.shape[-1] // 2
     assert torch.equal(edited[..., half:], clip[..., half:])
     assert relative(edited[..., :half], clip[..., :half]) > 1e-2
-    with pytest.raises(ValueError, match='a mask joined as "union"'):
+    with pytest.raises(ValueError, match='how="union"'):
         run(denoiser, clip, None, fusion, mask=GivenMask(mask, "union"))
 
 

@@ -1,0 +1,71 @@
+"""An edit of a store, made of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..attention.prompt import PromptEdit
+from ..diffusion.invert import Inversion, Progress
+from ..diffusion.parts import Edit
+from ..methods.layout import Layout
+from ..methods.move_objects import moves_of
+from ..store.store import AttentionStore
+from ..video.flow import flow_estimator
+from ..video.motion import Motion
+from .config.settings import EditConfig
+from .objects import layout_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .session import AnyCheckpoint
+
+
+def checked_layout(
+    checkpoint: AnyCheckpoint, config: EditConfig, prompt: PromptEdit | None, frames: int
+) -> Layout | None:
+    """An edit's layout, None for none. Raises ValueError for parts that do not fit each other or the model."""
+    layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
+    config.recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
+    return layout
+
+
+def motion_of(
+    checkpoint: AnyCheckpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+) -> Motion | None:
+    """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
+    if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
+        return None
+    _, estimate = flow_estimator(configs[0].flow, checkpoint.device)
+    clip, progress = inversion.store.level(0), bar("motion")
+
+    def frames() -> Iterator[Tensor]:
+        for i, latents in enumerate(clip.split(1)):
+            yield checkpoint.decode_clip(latents, 1)[0].cpu()
+            progress(i + 1, len(clip))
+
+    return Motion.of(frames(), estimate, checkpoint.factor)
+
+
+def one_edit(
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    prompt: Any,
+    store: AttentionStore,
+    motion: Motion | None = None,
+    layout: Layout | None = None,
+) -> Edit:
+    """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
+    height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+    blocks = checkpoint.blocks(config.target, config.negative)
+    target = checkpoint.encode_prompt(config.target, width, height, blocks)
+    negative = checkpoint.encode_negative(config.negative, width, height, blocks)
+    moves = None
+    if layout is not None:
+        moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
+    recipe = config.recipe(layout=moves)
+    if recipe.smoothing is not None:
+        recipe = replace(recipe, smoothing=replace(recipe.smoothing, motion=motion))
+    return recipe.edit(target, negative, prompt)
