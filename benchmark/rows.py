@@ -14,7 +14,6 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..cli.config.settings import EditConfig, with_preset
 from ..demo.world import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
@@ -121,31 +120,26 @@ class Trial:
             )  # fmt: skip
         return replace(self, checkpoint=checkpoint)
 
-    def config(self, method: Method) -> EditConfig:
-        """The case's preset, the method's settings, the words that a mask is made of; an edit of style has none."""
-        case = self.case
-        config = EditConfig(
-            source=case.source.caption, target=case.target.caption, steps=self.steps,
-            guidance_scale=self.guidance_scale,
-        )  # fmt: skip
-        preset = method.preset or case.preset + ("+" if method.plus else "")
-        config = replace(with_preset(config, preset), **method.settings)
-        of_source, of_target = case.blend_words
-        if not of_source:
-            return replace(config, blend_self_attention=False, blend_latents=False)
-        return replace(config, blend_source=of_source, blend_target=of_target)
-
-    def edit(self, method: Method) -> Edit:
+    def recipe(self, method: Method) -> Recipe:
+        """The case's preset, the method's settings, and the words that draw a mask; an edit of style has none."""
+        case, own = self.case, dict(method.settings)
+        source, target = case.source.caption, case.target.caption
         if method.source is None or method.injection is not None:
             scale = method.guidance or self.guidance_scale
-            recipe, prompt = Recipe(guidance_scale=scale, injection=method.injection), None
+            recipe = Recipe(source, target, guidance_scale=scale, injection=method.injection)
         else:
-            config = self.config(method)
-            recipe, prompt = config.recipe(), config.prompt_edit(self.checkpoint.tokenizer)
-        recipe = replace(
+            words = dict(zip(("blend_source", "blend_target"), case.blend_words, strict=True))
+            own |= words if words["blend_source"] else {"blend_self_attention": False, "blend_latents": False}
+            recipe = Recipe.of_preset(
+                method.preset or case.preset + ("+" if method.plus else ""), source, target, **own
+            )
+        return replace(
             recipe, propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength
         )
-        return recipe.edit(self.target, self.negative, prompt)
+
+    def edit(self, method: Method) -> Edit:
+        recipe = self.recipe(method)
+        return recipe.edit(self.target, self.negative, recipe.pair(self.checkpoint.tokenizer))
 
     def smoothing(self, method: Method) -> FlowSmoothing | None:
         return FlowSmoothing(method.smoothing, self.motion) if method.smoothing else None

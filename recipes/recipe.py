@@ -16,7 +16,7 @@ from ..methods.flow_edit import DrawnNoise, FlowEditSettings
 from ..methods.flow_smoothing import FlowSmoothing
 from ..settings import described, shown
 from .cost import Calls, calls_of
-from .presets import BY_NAME, PRESETS
+from .presets import BY_NAME, preset_values
 
 if TYPE_CHECKING:
     from ..attention.condition import Condition
@@ -70,11 +70,9 @@ class Recipe:
         return cls(**own | more)
 
     @classmethod
-    def of_preset(cls, preset: str, **more: Any) -> Recipe:
-        """A preset with its guidance and key frames. Raises ValueError for an unknown one."""
-        if preset not in PRESETS:
-            raise ValueError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
-        return cls.of(PRESETS[preset], **more)
+    def of_preset(cls, preset: str, source: str = "", target: str = "", **more: Any) -> Recipe:
+        """A preset with its guidance and key frames, see `preset_values`. more: other settings, by name."""
+        return cls.of({**preset_values(preset, source, target), **more}, source=source, target=target)
 
     @property
     def start(self) -> Start:

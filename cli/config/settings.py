@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from ...attention.key_frames import KeyFrames
-from ...attention.prompt import Mode, PromptEdit, words_of
+from ...attention.prompt import Mode, PromptEdit
 from ...diffusion.invert import InversionSettings
 from ...diffusion.parts import Edit
 from ...methods.fatezero import GROUP as FATEZERO
@@ -18,9 +18,9 @@ from ...methods.layout_guidance import GROUP as LAYOUT
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.move_objects import MoveSettings
 from ...methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
-from ...recipes.presets import PRESETS, methods_of
+from ...recipes.presets import PRESETS, methods_of, preset_values
 from ...recipes.recipe import Recipe
-from ...settings import check, described, described_one, kept, setting, shown
+from ...settings import check, described, described_one, kept, setting
 from ...store.budget import StoreSettings
 from ...video.flow import FlowName
 from ...video.which import ClipSettings
@@ -295,18 +295,17 @@ FILES_OF_OBJECTS = ("mask", "object_mask")
 
 _LEFT_ALONE = {"key_frames", "clip_norm"}
 """Settings of the inversion that a preset may name, and leaves as they are where it does not."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE} | {"mode"}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE}
 """The settings that presets speak of; what one does not name has its default."""
 
 
 def with_preset(config: EditConfig, preset: str) -> EditConfig:
-    """A configuration with a preset's settings over its own.
-
-    The shape preset maps word to word where both prompts have equally many words, and
-    refines where they have not. Raises ConfigError for an unknown preset.
+    """A configuration with a preset's settings over its own, see `preset_values`. Raises ConfigError for an unknown
+    preset.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
-    mapped = preset.startswith("shape") and len(words_of(config.source)) == len(words_of(config.target))
-    default = EditConfig(mode="replace" if mapped else "refine")
-    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | dict(PRESETS[preset]))
+    try:
+        values = preset_values(preset, config.source, config.target)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    default = EditConfig()
+    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | values)

@@ -117,11 +117,14 @@ def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", [
-    {"propagation": TokenFlowSettings(2)},
-    {"smoothing": FlowSmoothing()},
-    {"layout": MoveObjects(objects=[Moved(Shift.parse("0:0.1,0"), [1], [1])])},
-])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"propagation": TokenFlowSettings(2)},
+        {"smoothing": FlowSmoothing()},
+        {"layout": MoveObjects(objects=[Moved(Shift.parse("0:0.1,0"), [1], [1])])},
+    ],
+)
 def test_parts_that_need_an_inversion(part):
     with pytest.raises(ValueError, match="drawn noise"):
         World("ddim").edited(**part)
