@@ -117,7 +117,7 @@ def _run(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe, progress:
 def _mask(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe) -> Tensor:
     """The mask of the object's words in the middle of the run, on the picture's grid."""
     thing = SCENE.things[0]
-    words = ([thing.colour, thing.shape], [])
+    words: tuple[list[str], list[str]] = ([thing.colour, thing.shape], [])
     prompt = PromptEdit(recipe.source, recipe.target, checkpoint.tokenizer, blend_words=words)
     heat = source_heat(checkpoint.denoiser, inversion, prompt, inversion.store.steps // 2)
     assert isinstance(recipe.injection, FusionSettings)
