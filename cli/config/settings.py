@@ -196,7 +196,8 @@ class EditSettings(
 
     def recipe(self, **more: Any) -> Recipe:
         """The edit as every door has it. more: fields of the recipe."""
-        return Recipe.of({one.name: getattr(self, one.name) for one in fields(self)}, layout=None, mask=None, **more)
+        of_clip: dict[str, Any] = {"layout": None, "mask": None, **more}  # settings of these names are texts
+        return Recipe.of({one.name: getattr(self, one.name) for one in fields(self)}, **of_clip)
 
     @property
     def store(self) -> StoreSettings:
