@@ -26,7 +26,8 @@ from ..recompute import recomputed
 from .conditions import HostCondition
 from .noise import prediction_of
 from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
-from .unet import BLOCKS, HookedModel, check_model, clip_norms
+from .unet import HookedUNet, check_unet
+from .unet_layers import BLOCKS, clip_norms
 
 
 def tune_model(
@@ -45,12 +46,12 @@ def tune_model(
     What it carries already, layers or LoRA, is where the tuning begins. Raises ValueError for a model that is no
     attention UNet, and the host's InterruptProcessingException between steps.
     """
-    check_model(model)
+    check_unet(model)
     before = temporal_layers(model)
     with torch.inference_mode(False):
         layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, settings.seed)
         own = _copied(model)
-        hooked = HookedModel(own, lambda frames: Control(key_frames, Chunk.whole(frames)))
+        hooked = HookedUNet(own, default_control=lambda frames: Control(key_frames, Chunk.whole(frames)))
         guider = comfy.samplers.CFGGuider(hooked.patcher)
         guider.inner_set_conds({"positive": prompt.conditioning})
         sampler = _TuneSampler(layers.float(), prompt, settings, key_frames, clip_norm, progress)
