@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import getclosurevars
+from types import FunctionType
 from typing import Any
 
 import comfy.context_windows
@@ -12,17 +14,20 @@ from torch import Tensor
 
 from ...attention.key_frames import Chunk
 from ...diffusion.denoiser import Windows
-from .hook import module_of_node, node_of
+from .hook import name_of_node, node_of
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 FRAME_BY_FRAME = ("fatezero", "easycache")
 """The keys of wrappers around calls that depend on the frames of the call alone."""
-PER_FRAME = {
-    "nodes_cfg", "nodes_custom_sampler", "nodes_easycache", "nodes_eps", "nodes_fresca", "nodes_model_advanced",
-    "nodes_pag", "nodes_slg", "nodes_tcfg",
+PER_POSITION = {
+    "nodes_cfg.CFGNorm", "nodes_custom_sampler.CFGOverride", "nodes_easycache.lazycache_predict_noise_wrapper",
+    "nodes_eps.EpsilonScaling", "nodes_eps.TemporalScoreRescaling", "nodes_fresca.FreSca",
+    "nodes_pag.PerturbedAttentionGuidance", "nodes_slg.SkipLayerGuidanceDiT",
 }  # fmt: skip
-"""Modules of the host whose guidance treats frames separately: chunks of a clip give what the whole gives."""
+"""Guidance of the host's nodes that treats each frame separately, whatever the layout of latents."""
+PER_SAMPLE = {"nodes_cfg.CFGZeroStar", "nodes_model_advanced.RescaleCFG", "nodes_tcfg.TCFG"}
+"""Guidance that treats each sample of a batch separately: a frame of a UNet, a whole clip of a video transformer."""
 
 
 def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
@@ -31,11 +36,11 @@ def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
     return [name for name, held in around_calls.items() if held and name not in FRAME_BY_FRAME]
 
 
-def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: bool) -> None:
+def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: bool, clip_is_sample: bool) -> None:
     """Raise ValueError, naming the node, for what needs all frames of a clip, where a call has some of them.
 
     options: the MODEL's. around_predictions: the wrappers of its predictions. guided: whether its guidance functions
-    run.
+    run. clip_is_sample: whether the frames of a clip are one sample of the host's.
     """
     of_calls = options["transformer_options"]
     names = [f"a node's wrapper {name}" for name in windowing(of_calls.get("wrappers", {}))]
@@ -46,7 +51,7 @@ def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: 
             f"model: {names[0]} must see all frames of a clip, but this run takes them in parts: set chunk_frames to "
             "0, and leave out TokenFlow and Context Windows (AnimateDiff-Evolved has context options of its own)"
         )
-    found = unknown_guidance(around_predictions + (_guidance_of(options) if guided else []))
+    found = mixing_guidance(around_predictions + (_guidance_of(options) if guided else []), clip_is_sample)
     if found:
         raise ValueError(
             f"model: guidance of {node_of(found[0])} may depend on all frames, of which chunks, context windows and "
@@ -60,9 +65,15 @@ def _guidance_of(options: dict[str, Any]) -> list[Any]:
     return [hook for hook in one + many if hook is not None]
 
 
-def unknown_guidance(hooks: Sequence[Any]) -> list[Any]:
-    """Those of guidance that may mix frames."""
-    return [hook for hook in hooks if module_of_node(hook) not in PER_FRAME]
+def mixing_guidance(hooks: Sequence[Any], clip_is_sample: bool = False) -> list[Any]:
+    """The guidance functions that may mix the frames of a clip."""
+    known = PER_POSITION if clip_is_sample else PER_POSITION | PER_SAMPLE
+    return [hook for hook in hooks if name_of_node(hook) not in known or _rescales(hook)]
+
+
+def _rescales(hook: Any) -> bool:
+    """Whether a guidance function of the host scales by a deviation over all frames (Skip Layer Guidance)."""
+    return isinstance(hook, FunctionType) and bool(getclosurevars(hook).nonlocals.get("rescaling_scale"))
 
 
 def windows_of(handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, options: dict[str, Any]) -> Windows:

@@ -23,7 +23,7 @@ from ...diffusion.schedule import Schedule
 from ...methods.tune_a_video import TRAINED_KEYS
 from ...store.identity import ModelIdentity
 from ...store.records import Beside
-from .chunks import WrappersMP, check_parts, conditions_of_chunk, unknown_guidance, whole_conditions, windows_of
+from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import HostCondition, check_read
 from .hook import Hook
 from .noise import noise_of
@@ -182,7 +182,7 @@ class ComfyDenoiser:
             beside = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
-            check_parts(branch.options, branch.around_predictions, condition.guided)
+            check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.spans_clip)
         self._load(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
@@ -200,7 +200,7 @@ class ComfyDenoiser:
         """
         assert isinstance(beside.condition, HostCondition)
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
-        if not edit.hooked.pairs or unknown_guidance(source.around_predictions):  # which may change its prediction
+        if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # which may change its prediction
             return False
         entries = [entry for c in (beside.condition, condition) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
@@ -233,7 +233,7 @@ class ComfyDenoiser:
         controls = {0: (control, condition.text_tokens), 1: (Control(control.key_frames, control.chunk), None)}
         x = latents * (1 + sigma**2).sqrt()
         if not control.chunk.is_whole:
-            check_parts(branch.options, branch.around_predictions, guided=False)
+            check_parts(branch.options, branch.around_predictions, False, branch.hooked.spans_clip)
         self._load(branch)
         with (
             branch.hooked.controlled(controls, self._clip_norm),

@@ -59,6 +59,7 @@ class EditGuider(LoopGuider):
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
         super().__init__(model, conditions, store.patcher, chunk_frames)
+        self.fills_or_reads(store.memory)
 
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The store's own, which the sigmas must be."""

@@ -11,13 +11,16 @@ from typing import Any, get_args
 import comfy.utils
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind
+from ...attention.control import AttentionSite, Control, Kind, attention_map
 from ...store.identity import ModelIdentity
-from ...store.records import Beside
+from ...store.records import Beside, Memory, kept_as_map
 
 ALL_KINDS: Sequence[Kind] = get_args(Kind)
 OVERRIDE = "optimized_attention_override"
 """The transformer option with the function that replaces the host's attention kernel."""
+
+SAME_KERNEL = 0.1
+"""The largest difference from softmax attention, as a share of the largest value, of kernels that round it."""
 
 Controls = Mapping[int, tuple[Control, int | None]]
 """The control of each branch of a call and the number of text tokens of its prompt, None for all: 0 is the positive
@@ -45,6 +48,8 @@ class Hook:
         self.patcher = model.clone()
         self.one_text = False
         """Whether the text of each branch is the same for all frames."""
+        self.memory: Memory = "recompute"
+        """The memory of the store that the run fills or reads."""
         self.reached: set[str] = set()
         """The names of the layers that ran through a control."""
         self._controls: Controls = {}
@@ -88,6 +93,23 @@ class Hook:
     def derivative(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Compute a value that controls have after the next call, and its gradient in the latents; in `controlled`."""
         raise ValueError("model: is no UNet, which guidance by gradients needs")
+
+    def _check_kernel(
+        self, control: Control, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, kernel: Any
+    ) -> None:
+        """Raise ValueError for another node's kernel that is not softmax attention, where the store keeps maps.
+
+        A map is multiplied with values without the kernel. q, k, v: (f h t d). kernel: the node's, None for none.
+        """
+        if kernel is None or not kept_as_map(self.memory, site, k.shape[-2], q.dtype):
+            return
+        q, k, v = q[:1], k[:1], v[:1]
+        softmax = attention_map(q, k) @ v
+        if (control.attend(q, k, v) - softmax).abs().max() > SAME_KERNEL * softmax.abs().max():
+            raise ValueError(
+                f"memory: the store keeps attention maps, which are softmax attention, but {node_of(kernel)} on the "
+                "model computes another kind: invert with memory recompute, or remove that node"
+            )
 
     def _reach(self, name: str, positive: bool) -> None:
         self.reached.add(name)
@@ -170,14 +192,15 @@ def node_of(hook: Any) -> str | None:
     hook = getattr(hook, "func", hook)
     if hook is None:
         return None
-    name = getattr(hook, "__qualname__", type(hook).__qualname__).partition(".<locals>")[0]
-    return f"{name.partition('.')[0]} ({module_of_node(hook)})"
+    module, name = name_of_node(hook).split(".")
+    return f"{name} ({module})"
 
 
-def module_of_node(hook: Any) -> str:
-    """The last part of the name of a function's module, which the host names by its path for custom nodes."""
-    found: str = getattr(hook, "__module__", None) or type(hook).__module__
-    return re.split(r"[./\\]", found)[-1]
+def name_of_node(hook: Any) -> str:
+    """The module, whose name the host takes from its path, and the class or function that a function belongs to."""
+    module: str = getattr(hook, "__module__", None) or type(hook).__module__
+    name: str = getattr(hook, "__qualname__", type(hook).__qualname__)
+    return re.split(r"[./\\]", module)[-1] + "." + name.partition(".")[0]
 
 
 def unpatched(patcher: Any, key: str) -> Tensor:

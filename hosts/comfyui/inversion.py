@@ -101,6 +101,7 @@ class InvertGuider(LoopGuider):
         parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
         plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
         self.tell(str(plan))
+        self.fills_or_reads(plan.memory)
         memory = replace(asked.store, memory=plan.memory, place=plan.place)
         inversion = invert(
             denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,

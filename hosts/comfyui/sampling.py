@@ -22,6 +22,7 @@ from torch import Tensor
 from ...attention.control import Kind
 from ...diffusion.invert import Progress
 from ...diffusion.schedule import Schedule
+from ...store.records import Memory
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser, wrapped
@@ -79,6 +80,11 @@ class LoopGuider(comfy.samplers.CFGGuider):
     def reached(self) -> int:
         """How many attention layers the last UNet calls reached."""
         return len(set().union(*(model.reached for model in self._models())))
+
+    def fills_or_reads(self, memory: Memory) -> None:
+        """Set the memory of the store of the run."""
+        for model in self._models():
+            model.memory = memory
 
     def schedule(self, sigmas: Tensor) -> Schedule:
         """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""

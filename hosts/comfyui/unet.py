@@ -19,7 +19,7 @@ from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.clip_norm import share_statistics
 from ...store.identity import ModelIdentity
 from .gradient import Derivative
-from .hook import ALL_KINDS, Controls, Family, Hook, hook_below
+from .hook import ALL_KINDS, OVERRIDE, Controls, Family, Hook, hook_below
 from .noise import noise_of
 from .unet_layers import Layer, attention_layers, clip_norms, feature_of, identity_of
 
@@ -334,6 +334,8 @@ class HookedUNet(Hook):
         own = control.cross_attention if site.kind == "cross" else control.self_attention
         # The host repeats a shorter prompt beside a longer one; the repetition changes nothing.
         q4, k4, v4 = split(q), split(k[:, :text_tokens]), split(v[:, :text_tokens])
+        if type(control) is not Control:
+            self._check_kernel(control, q4, k4, v4, site, options.get(OVERRIDE))
         output = joined(own(q4, k4, v4, site)).to(q)
         if theirs is not None:
             if site.kind == "self":

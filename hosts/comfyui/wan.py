@@ -343,14 +343,21 @@ class HookedWan(Hook):
                 q, k, v = (t.contiguous() for t in (q, k, v))
                 return kernel(q, k, v, heads, *rest, **more, skip_reshape=True, skip_output_reshape=True)
 
-            return self._attend(name, branch, q, k, v, heads, attend)
+            return self._attend(name, branch, (q, k, v), heads, attend, theirs)
 
         return override
 
     def _attend(
-        self, name: str, branch: int, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Callable[..., Tensor]
+        self,
+        name: str,
+        branch: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        heads: int,
+        attend: Callable[..., Tensor],
+        override: Any,
     ) -> Tensor:
-        """One layer of one branch, (1, tokens, channels), by its control."""
+        """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel."""
+        q, k, v = qkv
         site = self.sites(*self._grid)[name]
         frames, rest = divmod(q.shape[1], site.tokens)
         control, text_tokens = self._control(branch)
@@ -363,10 +370,11 @@ class HookedWan(Hook):
         q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
         if site.kind == "cross":
             k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
-            output = control.cross_attention(q4, k4, v4, site)
         else:
             k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
-            output = control.self_attention(q4, k4, v4, site)
+        self._check_kernel(control, q4, k4, v4, site, override)
+        compute = control.cross_attention if site.kind == "cross" else control.self_attention
+        output = compute(q4, k4, v4, site)
         if self._beside is not None and branch == 0 and self._source >= 0:
             self._beside.control.forget(site.name)
         self._reach(name, branch == 0)
