@@ -16,7 +16,7 @@ from ..diffusion.edit import Edit
 from ..diffusion.invert import InversionSettings
 from ..hosts.comfyui.conditions import HostCondition, unsaveable
 from ..hosts.comfyui.editing import edit_clip
-from ..hosts.comfyui.families import MODELS, check_known, spans_clip
+from ..hosts.comfyui.families import MODELS, check_known, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, InvertSettings, invert_clip, source_of
 from ..hosts.comfyui.noise import check_samples
 from ..metrics.preservation import psnr
@@ -145,7 +145,7 @@ class FateZeroReconstructionCheck(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor, chunk_frames: int = 0) -> io.NodeOutput:
-        if not spans_clip(model) and len(images) != store.frames:
+        if not facts_of(model).spans_clip and len(images) != store.frames:
             raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
         store = store.with_model(model)
         positive = replace(source_of(store), role="positive")

@@ -20,13 +20,14 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...files.bundled import DEMO, DEMO_WAN
+from ...files.bundled import DEMO
+from ...files.sentencepiece import sentencepiece_model
+from ...models.wan import WAN, original_name
 from .demo import LATENT_RGB, LATENT_RGB_BIAS, load_vae, patcher_of
 from .single_file import single_file
-from .wan_names import original_name, sentencepiece_model
 
 
-def load_demo_video(folder: Path = DEMO_WAN, autoencoder: Path = DEMO) -> tuple[Any, Any, Any]:
+def load_demo_video(folder: Path = WAN.demo_folder, autoencoder: Path = DEMO) -> tuple[Any, Any, Any]:
     """(MODEL, CLIP, VAE) of the demo world's video transformer."""
     tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     about = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))

@@ -98,7 +98,7 @@ class ComfyDenoiser:
 
     @property
     def spans_clip(self) -> bool:
-        return self._edited.hooked.spans_clip
+        return self._edited.hooked.family.spans_clip
 
     @property
     def pairs(self) -> bool:
@@ -182,7 +182,7 @@ class ComfyDenoiser:
             beside = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
-            check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.spans_clip)
+            check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.family.spans_clip)
         self._load(branch)
         with (
             self._with_source(beside, control.chunk) as pair,
@@ -233,7 +233,7 @@ class ComfyDenoiser:
         controls = {0: (control, condition.text_tokens), 1: (Control(control.key_frames, control.chunk), None)}
         x = latents * (1 + sigma**2).sqrt()
         if not control.chunk.is_whole:
-            check_parts(branch.options, branch.around_predictions, False, branch.hooked.spans_clip)
+            check_parts(branch.options, branch.around_predictions, False, branch.hooked.family.spans_clip)
         self._load(branch)
         with (
             branch.hooked.controlled(controls, self._clip_norm),

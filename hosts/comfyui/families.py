@@ -1,4 +1,4 @@
-"""The model families that FateZero edits in ComfyUI. A new one is a file of its own and an entry here."""
+"""The model families that FateZero edits in ComfyUI. A new one is a file in this folder and an entry here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...attention.control import Kind
+from ...models.family import Family
 from . import unet, wan
-from .hook import ALL_KINDS, Family, Hook
+from .hook import ALL_KINDS, Hook, HostFamily
 
-FAMILIES: tuple[Family, ...] = (unet.FAMILY, wan.FAMILY)
-MODELS = ", or ".join(family.title for family in FAMILIES)
+FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY)
+MODELS = ", or ".join(family.models for family in FAMILIES)
 TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES)
 
 
-def family_of(model: Any) -> Family:
+def family_of(model: Any) -> HostFamily:
     """The family of a MODEL; ValueError for one that FateZero does not support."""
     for family in FAMILIES:
         if family.matches(model):
@@ -38,9 +39,9 @@ def count_layers(model: Any) -> int:
     return family_of(model).count_layers(model)
 
 
-def spans_clip(model: Any) -> bool:
-    """Whether self-attention of a MODEL spans all frames."""
-    return family_of(model).hook.spans_clip
+def facts_of(model: Any) -> Family:
+    """The facts of a MODEL's family."""
+    return family_of(model).hook.family
 
 
 def tokenizer_of(clip: Any) -> Any:

@@ -12,6 +12,7 @@ import comfy.utils
 from torch import Tensor, nn
 
 from ...attention.control import AttentionSite, Control, Kind, attention_map
+from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Beside, Memory, kept_as_map
 
@@ -33,8 +34,7 @@ class Hook:
     What other packs hook into the MODEL stays in place. A family derives from it.
     """
 
-    spans_clip = False
-    """Whether self-attention spans all frames of a call."""
+    family: Family
     pairs = False
     """Whether the source branch can run in the calls of the edit."""
     low: Hook | None = None
@@ -160,14 +160,14 @@ class PositiveBranch:
 
 
 @dataclass(frozen=True)
-class Family:
-    """The facts of a model family that code for all families uses.
+class HostFamily:
+    """A model family in this host, for code that serves all families.
 
-    title: the models that it covers. text_encoder: theirs, in words. hook: the class that hooks a MODEL, made of the
+    models: the models that it covers, in words. text_encoder: theirs, in words. hook: the class that hooks a MODEL, made of the
     MODEL and the kinds of attention layers to hook.
     """
 
-    title: str
+    models: str
     text_encoder: str
     hook: type[Hook]
     matches: Callable[[Any], bool]

@@ -156,7 +156,7 @@ class UncalledModel:
 
     def __init__(self, model: Any) -> None:
         self._noise, self._hooked = noise_of(model), hooked(model)
-        self.spans_clip = self._hooked.spans_clip
+        self.spans_clip = self._hooked.family.spans_clip
 
     def schedule(self, steps: int) -> Schedule:
         return self._noise.schedule(steps)

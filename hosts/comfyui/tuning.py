@@ -27,7 +27,7 @@ from .conditions import HostCondition
 from .noise import prediction_of
 from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
 from .unet import HookedUNet, check_unet
-from .unet_layers import BLOCKS, clip_norms
+from .unet_layers import BLOCKS, norms_of_clip
 
 
 def tune_model(
@@ -144,7 +144,7 @@ class _HostTunable:
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
-        handles = [h for norm in clip_norms(self._unet) for h in share_statistics(norm)] if clip_norm else []
+        handles = [h for norm in norms_of_clip(self._unet) for h in share_statistics(norm)] if clip_norm else []
         try:
             with hooked_layers(places_in(self._unet, self._layers, self._names), 1):
                 yield

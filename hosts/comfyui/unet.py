@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ...attention.control import AttentionSite, Control, Kind
 from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.clip_norm import share_statistics
+from ...models.unet import UNET
 from ...store.identity import ModelIdentity
 from .gradient import Derivative
-from .hook import ALL_KINDS, OVERRIDE, Controls, Family, Hook, hook_below
+from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below
 from .noise import noise_of
-from .unet_layers import Layer, attention_layers, clip_norms, feature_of, identity_of
+from .unet_layers import Layer, attention_layers, feature_of, identity_of, norms_of_clip
 
-TITLE = "SD 1.x, SD 2.x and SDXL models and their fine-tunes except LCM"
+MODELS = "SD 1.x, SD 2.x and SDXL models and their fine-tunes except LCM"
 
 
 def is_unet(model: Any) -> bool:
@@ -36,7 +37,7 @@ def check_unet(model: Any) -> None:
     """Raise ValueError for a MODEL that is no attention UNet, or whose schedule DDIM cannot invert."""
     if not is_unet(model):
         name, network = type(model.model).__name__, type(model.model.diffusion_model).__name__
-        raise ValueError(f"model: {name} with a {network} is no attention UNet; this works with {TITLE}")
+        raise ValueError(f"model: {name} with a {network} is no attention UNet; this works with {MODELS}")
     noise_of(model, flows=False)
 
 
@@ -45,6 +46,8 @@ class HookedUNet(Hook):
 
     Of an attention replacement by another pack, the difference from plain attention is added to the control's output.
     """
+
+    family = UNET
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class HookedUNet(Hook):
         self._one_row = False
         self._layers = attention_layers(model.model.diffusion_model)
         self._grids: dict[tuple[int, int], dict[Layer, AttentionSite]] = {}
-        self._norms = clip_norms(model.model.diffusion_model)
+        self._norms = norms_of_clip(model.model.diffusion_model)
         self._feature = feature_of(model.model.diffusion_model)
         self._derivative: Derivative | None = None
         """The derivative to compute in the next call."""
@@ -386,8 +389,8 @@ def _tokenizer(clip: Any) -> Any:
     return own[0].tokenizer if own else None
 
 
-FAMILY = Family(
-    title=TITLE,
+FAMILY = HostFamily(
+    models=MODELS,
     text_encoder="CLIP of SD 1.x, SD 2.x or SDXL",
     hook=HookedUNet,
     matches=is_unet,

@@ -11,6 +11,7 @@ from comfy.model_sampling import V_PREDICTION
 from torch import Tensor, nn
 
 from ...attention.control import AttentionSite, Kind, Place
+from ...models.unet import clip_norms, feature_level
 from ...store.identity import IdentityCache, ModelIdentity
 from .noise import prediction_of
 
@@ -86,17 +87,21 @@ def feature_of(unet: UNetModel) -> Feature | None:
             isinstance(m, Upsample) or (isinstance(m, ResBlock) and _resizes(m, Upsample)) for m in block.children()
         ):
             levels.append([])
-    for i, level in enumerate(levels):
-        if len(level) > 1 and any(isinstance(m, SpatialTransformer) for block in level for m in block.children()):
-            resnet = next(m for m in level[1].children() if isinstance(m, ResBlock))
-            return Feature(f"up.{i}.1", resnet.out_layers[-1])
-    return None
+    found = feature_level((len(level), any(map(_attends, level))) for level in levels)
+    if found is None:
+        return None
+    resnet = next(m for m in levels[found][1].children() if isinstance(m, ResBlock))
+    return Feature(f"up.{found}.1", resnet.out_layers[-1])
 
 
-def clip_norms(unet: UNetModel) -> list[nn.GroupNorm]:
+def _attends(block: nn.Module) -> bool:
+    return any(isinstance(module, SpatialTransformer) for module in block.children())
+
+
+def norms_of_clip(unet: UNetModel) -> list[nn.GroupNorm]:
     """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
-    norms = [n for m in unet.modules() if isinstance(m, ResBlock) for n in (m.in_layers[0], m.out_layers[0])]
-    return [n for n in (*norms, unet.out[0]) if isinstance(n, nn.GroupNorm)]
+    blocks = (m for m in unet.modules() if isinstance(m, ResBlock))
+    return clip_norms(((block.in_layers[0], block.out_layers[0]) for block in blocks), unet.out[0])
 
 
 def identity_of(patcher: Any) -> ModelIdentity:

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from ...attention.control import AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
+from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import Beside
-from .hook import ALL_KINDS, OVERRIDE, Controls, Family, Hook, hook_below, node_of, unpatched
+from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, node_of, unpatched
 from .noise import FlowNoise, noise_of
 from .sameness import OWN_OPTION, ROOM, equal, same_forward
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
-TITLE = "Wan 2.1 and 2.2 for text to video"
+MODELS = "Wan 2.1 and 2.2 for text to video"
 PAIR = f"{OWN_OPTION}_low_noise"
 """The option of a MODEL with the one for low noise, a `Pair`."""
 _IDENTITIES = IdentityCache()
@@ -112,7 +113,7 @@ def check_wan(model: Any) -> None:
     unet = model.model.diffusion_model
     plain = type(unet) is WanModel and unet.model_type == "t2v" and unet.in_dim == unet.out_dim
     if not plain or getattr(unet, "ref_conv", None) is not None:
-        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {TITLE}")
+        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {MODELS}")
     if not isinstance(noise_of(model), FlowNoise):
         raise ValueError("model: is a video transformer that is not sampled as a flow")
 
@@ -128,7 +129,8 @@ def _kind_of(unet: Any) -> str:
 class HookedWan(Hook):
     """A clone of a Wan MODEL whose attention layers run through controls."""
 
-    spans_clip = pairs = True
+    family = WAN
+    pairs = True
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
         """Raises ValueError for a MODEL that is not Wan for text to video, and for kinds of layers other than all."""
@@ -408,8 +410,8 @@ def _tokenizer(clip: Any) -> _Sentences | None:
     return None if own is None else _Sentences(own.tokenizer)
 
 
-FAMILY = Family(
-    title=TITLE,
+FAMILY = HostFamily(
+    models=MODELS,
     text_encoder="UMT5 of Wan",
     hook=HookedWan,
     matches=is_wan,
