@@ -163,8 +163,8 @@ class PositiveBranch:
 class HostFamily:
     """A model family in this host, for code that serves all families.
 
-    models: the models that it covers, in words. text_encoder: theirs, in words. hook: the class that hooks a MODEL, made of the
-    MODEL and the kinds of attention layers to hook.
+    models, text_encoder: the models that it covers and their text encoder, in words. hook: the class that hooks a
+    MODEL, made of the MODEL and the kinds of attention layers to hook.
     """
 
     models: str
