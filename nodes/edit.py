@@ -16,9 +16,10 @@ from ..attention.prompt import PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import NOISE_MASK, HostStore, check_masking, edit_clip, only_inside
+from ..hosts.comfyui.editing import check_masking, edit_clip, only_inside
+from ..hosts.comfyui.families import count_layers, facts_of
+from ..hosts.comfyui.inversion import NOISE_MASK, HostStore
 from ..hosts.comfyui.noise import noise_of
-from ..hosts.comfyui.wan import count_layers, is_transformer
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -215,14 +216,14 @@ class EditInputs:
             edit = only_inside(edit, noise_of(self.model).mask_of_host(clips_mask))
         first_step(edit.strength, self.store.steps)
         _check_words(edit, self.positive, self.preset)
-        check_parts(edit, is_transformer(self.model), start)
+        check_parts(edit, facts_of(self.model).spans_clip, start)
         return edit
 
     @property
     def notes(self) -> list[str]:
         """What of the preset only the inversion could set."""
         keys = self.recipe.key_frames
-        if keys is None or is_transformer(self.model) or self.store.key_frames.entries == keys:
+        if keys is None or facts_of(self.model).spans_clip or self.store.key_frames.entries == keys:
             return []
         own, preset = (", ".join(map(str, entries)) for entries in (self.store.key_frames.entries, keys))
         return [f"preset {self.preset} is made for key_frames {preset} of Invert Video; this store has {own}"]
@@ -262,7 +263,7 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
 
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
     """What an edit fuses and costs. hooked: the attention layers that ran under control; None before the run."""
-    spans_clip, start = is_transformer(model), start_of(store)
+    spans_clip, start = facts_of(model).spans_clip, start_of(store)
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start)
     kind = "model" if spans_clip else "UNet"
     lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]

@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..diffusion.invert import Inversion
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import NOISE_MASK, store_without_inversion
+from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
 from ..methods.flow_edit import FlowEditSettings, draw
+from ..store.store import AttentionStore
 from .inversion import MODEL_AND_SOURCE, STEPS
 from .settings import made, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
@@ -42,7 +42,7 @@ class FateZeroFlowEdit(io.ComfyNode):
         condition = HostCondition.of_socket(source, "source", "source")
         settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
 
-        def start(uncalled: Any, latents: Tensor) -> Inversion:
-            return draw(uncalled, latents, condition, steps, settings, prompt=prompt)
+        def drawn(of: Any, latents: Tensor) -> AttentionStore:
+            return draw(of, latents, condition, steps, settings, prompt=prompt).store
 
-        return io.NodeOutput(store_without_inversion(model, latent["samples"], start, latent.get(NOISE_MASK)))
+        return io.NodeOutput(draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK)))

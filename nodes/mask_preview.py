@@ -11,7 +11,8 @@ from einops import rearrange
 
 from ..attention.masks import threshold_mask
 from ..attention.prompt import PromptEdit
-from ..hosts.comfyui.editing import HostStore, heat_of_words
+from ..hosts.comfyui.editing import heat_of_words
+from ..hosts.comfyui.inversion import HostStore
 from ..video.sheet import heat_map
 from .inversion import CHUNK_FRAMES
 from .sockets import AttentionStoreSocket, PromptEditSocket, schema
