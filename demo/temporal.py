@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
+from ..diffusion.training import clip_loss
 from ..files.temporal_layers import seen_with
 from ..files.whole import whole_file
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.temporal import queries_of, save_temporal_layers, temporal_layers
-from ..methods.tune_a_video import clip_loss
 from .train import Report, encode, in_bytes, noise_weight, optimiser_of, rate_at, saved_step, set_rate
 from .world import SIZE, Scene, random_motion, random_scene, render
 

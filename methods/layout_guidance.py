@@ -129,6 +129,10 @@ class LayoutGuidance(LayoutSettings):
     def objects(self) -> tuple[Placed, ...]:
         return (Placed(self.target, self.columns), *self.more)
 
+    @property
+    def moves_latents(self) -> bool:
+        return self.mode == "backward"
+
     def moved(
         self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
         key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,

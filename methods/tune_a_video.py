@@ -7,17 +7,16 @@ whole clip at one timestep a step (Sec. 3.3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..attention.condition import Condition
-from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
-from ..attention.temporal_kind import Kind
-from ..diffusion.denoiser import Predictor, check_finite
-from ..imports import F, torch
+from ..attention.key_frames import KeyFrames
+from ..attention.temporal_kind import TRAINED_KEYS, Kind
+from ..diffusion.denoiser import check_finite
+from ..diffusion.training import Tunable, clip_loss
+from ..imports import torch
 from ..settings import check, setting
 from .method import Method
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 Optimizer = Literal["adamw", "adamw8bit"]
 
 GROUP = "Tuning"
-TRAINED_KEYS = ("first", "previous")
-"""The key frames of Tune-A-Video's spatio-temporal attention, which it is trained with, and with clip norm."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +67,6 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-class Tunable(Predictor, Protocol):
-    """A predictor whose weights can be trained."""
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What Tune-A-Video trains: queries of self- and cross-attention, and the attention over frames."""
-
-    def training(self) -> AbstractContextManager[None]:
-        """Gradients for what is trained alone, in single precision at least; activations recomputed. All as it was
-        after the `with` block.
-        """
-
-    def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """Latents at a timestep, and the cumulative alpha there."""
-
-    @property
-    def predicts_v(self) -> bool:
-        """Whether the model predicts v, on which it then is trained, in place of the noise."""
 
 
 Told = Callable[[int, int, float, float], None]
@@ -143,23 +121,6 @@ def tune(
             if keep and (done % keep_every == 0 or done == settings.steps):
                 keep(tuning.state())
     return tuning.losses
-
-
-def clip_loss(
-    denoiser: Tunable, latents: Tensor, noise: Tensor, timestep: int, condition: Condition, keys: KeyFrames
-) -> Tensor:
-    """The mean squared error of the noise, or of v where a model predicts it, of a whole clip at one timestep.
-
-    That of v is that of the noise divided by the cumulative alpha.
-    """
-    z, alpha = denoiser.noised(latents, noise, timestep)
-    predicted = denoiser.predict_noise(z, timestep, condition, Control(keys, Chunk.whole(len(latents))))
-    return F.mse_loss(predicted, noise) / (alpha if denoiser.predicts_v else 1.0)
-
-
-def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """sqrt(abar) z + sqrt(1 - abar) eps."""
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 # --- chance ---------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from torch import Tensor
 from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.temporal_kind import TRAINED_KEYS
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.schedule import Schedule
-from ...methods.tune_a_video import TRAINED_KEYS
 from ...store.identity import ModelIdentity
 from ...store.records import Beside
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of

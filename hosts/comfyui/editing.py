@@ -15,8 +15,8 @@ from torch import Tensor
 from ...attention.masks import GivenMask
 from ...attention.prompt import PromptEdit
 from ...diffusion.edit import EditPass, edit_many
-from ...diffusion.parts import Edit
 from ...diffusion.invert import Inversion, Progress
+from ...diffusion.parts import Edit
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from .conditions import HostCondition

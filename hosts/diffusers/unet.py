@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from ...attention.condition import Condition
 from ...attention.control import Attend, AttentionSite, Control, Place, attention
+from ...attention.temporal_kind import TRAINED_KEYS
 from ...attention.temporal_layers import CastLinear, trained_of
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.schedule import Schedule
-from ...methods.tune_a_video import TRAINED_KEYS, noised
+from ...diffusion.training import noised
 from ...models.unet import UNET, clip_norms, feature_level
 from ...store.identity import ModelIdentity
 from ..held import Stranger
