@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..demo.judge import read_words
 from ..demo.model import SceneClassifier
-from ..demo.world import (
+from ..demo.scenes import (
     Clip,
     Motion,
     Place,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..demo.judge import read_words
-from ..demo.world import seen_pixels
+from ..demo.scenes import visible_pixels
 from ..metrics.clip import ClipScorer
 from ..metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
 from ..metrics.temporal import frame_accuracy, temporal_consistency, warp_error
@@ -46,7 +46,7 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
         "preserved_ssim": ssim(frames, case.truth.frames, unchanged) if enough else math.nan,
         "truth_db": psnr(frames, case.truth.frames),
         "object_iou": object_iou(case, frames),
-        "warp_error": 1000 * warp_error(frames, case.truth.flow, seen_pixels(case.truth)),
+        "warp_error": 1000 * warp_error(frames, case.truth.flow, visible_pixels(case.truth)),
         "warp_error_dis": 1000 * warp_error(frames, estimated, seen),
     }
     if clip is not None:

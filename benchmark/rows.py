@@ -15,7 +15,7 @@ from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..cli.config import EditConfig, with_preset
-from ..demo.world import SIZE
+from ..demo.scenes import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
 from ..diffusion.edit import Edit, edit_many

@@ -30,7 +30,7 @@ from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.evaluate import _moves
 from fatezero.demo.judge import read_words
 from fatezero.demo.model import build_scheduler
-from fatezero.demo.world import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, seen_pixels
+from fatezero.demo.scenes import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, visible_pixels
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
@@ -255,7 +255,7 @@ def run_moved(index: int, case: Case) -> list[Row]:
                 "apart": mean((centre(seen) - centre(wanted)).norm(dim=1)),
                 "right": read_words(case.scene, case.scene, frames, case.moved.tracks)[0],
                 "kept": psnr(frames, truth.frames, kept), "truth": psnr(frames, truth.frames),
-                "warp": 1000 * warp_error(frames, truth.flow, seen_pixels(truth)),
+                "warp": 1000 * warp_error(frames, truth.flow, visible_pixels(truth)),
             }
         )  # fmt: skip
     return rows

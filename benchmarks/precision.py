@@ -9,8 +9,8 @@ from common import machine, table, write_section
 
 from fatezero import StoreSettings, edit, invert
 from fatezero.cli.config import EditConfig, with_preset
+from fatezero.demo.scenes import render
 from fatezero.demo.show import EDITS, FRAMES, MOTION, SCENE
-from fatezero.demo.world import render
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.metrics.preservation import psnr
 from fatezero.store.budget import PRECISIONS, format_bytes

@@ -13,7 +13,7 @@ import torch
 from common import table, write_section
 
 from fatezero import edit, invert
-from fatezero.demo.world import SIZE, render, scenes
+from fatezero.demo.scenes import SIZE, render, scenes
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
 from fatezero.hosts.diffusers.checkpoint_wan import NAME, WanCheckpoint
 from fatezero.metrics.preservation import psnr

@@ -24,7 +24,7 @@ from ..video.flow import Estimator, flow_estimator
 from ..video.motion import visible
 from .judge import close_up
 from .model import SceneClassifier, labels
-from .world import SIZE, random_motion, random_scene, render, scenes
+from .scenes import SIZE, random_motion, random_scene, render, scenes
 
 Drawing = Checkpoint | WanCheckpoint
 """A model that draws the world."""

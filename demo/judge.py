@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files.bundled import DEMO
 from .model import SceneClassifier
-from .world import SIZE, Place, Scene, Track
+from .scenes import SIZE, Place, Scene, Track
 
 
 @cache

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, VOCABULARY, Scene
+from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, VOCABULARY, Scene
 
 LATENT_SCALE = 0.18215
 LATENT_SIZE = SIZE // 4

@@ -33,7 +33,7 @@ from ..video.size import to_bytes
 from ..video.write import write_picture, write_video
 from .judge import load_judge
 from .model import labels
-from .world import SIZE, Clip, Motion, Scene, Track, render, seen_pixels
+from .scenes import SIZE, Clip, Motion, Scene, Track, render, visible_pixels
 
 SCENE = Scene.parse("a red square on water")
 MOTION = Motion(
@@ -134,7 +134,7 @@ def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[s
     return {
         "success": sum(words[head] == right for words in seen) / len(seen),
         "preserved dB": psnr(outcome.frames, truth.frames, outside),
-        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, seen_pixels(source)),
+        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, visible_pixels(source)),
         "seconds": outcome.seconds,
         "peak MB": outcome.peak_bytes / 1e6,
     }

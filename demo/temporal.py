@@ -25,8 +25,8 @@ from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.temporal import queries_of, save_temporal_layers, temporal_layers
 from ..methods.tune_a_video import clip_loss
+from .scenes import SIZE, Scene, random_motion, random_scene, render
 from .train import Report, encode, in_bytes, noise_weight, optimiser_of, rate_at, saved_step, set_rate
-from .world import SIZE, Scene, random_motion, random_scene, render
 
 KEYS = KeyFrames(("first", "previous"))
 """The key frames of the training, and those to edit and draw with."""

@@ -32,7 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import model as demo
 from .judge import close_up
-from .world import SIZE, Motion, Scene, random_motion, render, scenes
+from .scenes import SIZE, Motion, Scene, random_motion, render, scenes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ..hosts.comfyui.wan_names import MARKS
-from .world import VOCABULARY
+from .scenes import VOCABULARY
 
 TEXT_TOKENS = 32
 """Of every prompt, its padding included; Wan takes 512."""

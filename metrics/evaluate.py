@@ -132,28 +132,28 @@ def _warp_errors(
             if tuple(given.shape) != wanted:
                 raise ValueError(f"flow ({name}) has shape {tuple(given.shape)}; it must be {wanted}")
     errors: dict[str, list[float]] = {"edited": [], "source": []}
-    seen_pixels = []
+    visible_pixels = []
     for t in range(pairs):
         if callable(flow):
             forward, backward = flow(source[t], source[t + 1])[None], flow(source[t + 1], source[t])[None]
         else:
             forward, backward = flow[0][t : t + 1], flow[1][t : t + 1]
         seen = visible(forward, backward)
-        seen_pixels.append(seen.sum().item())
+        visible_pixels.append(seen.sum().item())
         for name, frames in (("edited", edited), ("source", source)):
             errors[name].append(1000 * warp_error(frames[t : t + 2], forward, seen))
         if progress:
             progress(t + 1, pairs)
 
     def mean(values: list[float]) -> float:
-        told = [(v, n) for v, n in zip(values, seen_pixels, strict=True) if n]
+        told = [(v, n) for v, n in zip(values, visible_pixels, strict=True) if n]
         total = sum(n for _, n in told)
         return sum(v * n for v, n in told) / total if total else math.nan
 
     return {
         "warp error": Figure(mean(errors["edited"]), "x 0.001", tuple(errors["edited"])),
         "warp error of the source": Figure(mean(errors["source"]), "x 0.001", tuple(errors["source"])),
-        "pixels not occluded": Figure(sum(seen_pixels) / (pairs * source[0, 0].numel())),
+        "pixels not occluded": Figure(sum(visible_pixels) / (pairs * source[0, 0].numel())),
     }
 
 

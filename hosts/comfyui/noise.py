@@ -19,7 +19,7 @@ from comfy.model_sampling import (
 from einops import rearrange
 from torch import Tensor
 
-from ...diffusion.schedule import FlowSchedule, Schedule, World
+from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
 
 WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, LCM-free fine-tunes of them, and Wan 2.1 and 2.2 for text to video"
 
@@ -31,7 +31,7 @@ FLIPPED = 1.0001e-4
 class HostNoise:
     """DDIM in a host that samples in variance-exploding space: x = z / sqrt(abar), LATENT samples (frames, 4, h, w)."""
 
-    world: World = "ddim"
+    formulation: Formulation = "ddim"
 
     def __init__(self, sampling: Any) -> None:
         self.table = sampling.sigmas.cpu()
@@ -135,7 +135,7 @@ class HostNoise:
 class FlowNoise(HostNoise):
     """A rectified flow, whose latents are the host's own; LATENT samples are clips (1, c, frames, h, w)."""
 
-    world: World = "flow"
+    formulation: Formulation = "flow"
 
     def __init__(self, sampling: Any) -> None:
         super().__init__(sampling)

@@ -6,7 +6,7 @@ import torch
 from fatezero.benchmark.cases import KINDS, cases_of, draw_cases
 from fatezero.benchmark.measure import measure, object_iou, unchanged_pixels
 from fatezero.demo.judge import read_words
-from fatezero.demo.world import Scene, render
+from fatezero.demo.scenes import Scene, render
 
 
 @pytest.fixture(scope="module")

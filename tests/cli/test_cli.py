@@ -142,7 +142,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--place", "cloud"], "place is 'cloud'; it must be one of auto, device, ram, disk"),
         (
             [CLIP, *WORDS, "--memory", "maps", "--budget-gb", "0.1"],
-            "maps takes 6.46 GB of budget_gb 0.1. Needed by each: recompute",
+            "maps takes 6.46 GB of budget_gb 0.1. Sizes: recompute",
         ),
         (["--source", SOURCE, "--target", TARGET], "missing VIDEO"),
         ([CLIP, *WORDS, "--count", 9], "gives 8 frames from 0 in steps of 1, but 9 are needed"),

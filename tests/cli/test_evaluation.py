@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fatezero.demo.scenes import Scene, render
 from fatezero.demo.show import FRAMES, MOTION, SCENE
-from fatezero.demo.world import Scene, render
 from fatezero.files.bundled import CLIP
 from fatezero.video.read import read_video
 from fatezero.video.sheet import enlarge

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from fatezero.demo import temporal
 from fatezero.demo.judge import load_judge
 from fatezero.demo.model import labels
+from fatezero.demo.scenes import SIZE, scenes
 from fatezero.demo.temporal import TemporalSettings, train_temporal
-from fatezero.demo.world import SIZE, scenes
 from fatezero.diffusion.generate import generate
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 

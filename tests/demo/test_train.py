@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fatezero.demo import model, train
+from fatezero.demo.scenes import COLOURS
 from fatezero.demo.train import (
     Painter,
     Pictures,
@@ -15,7 +16,6 @@ from fatezero.demo.train import (
     _scenes_close,
     train_painter,
 )
-from fatezero.demo.world import COLOURS
 
 SMALL = TrainSettings(unet_steps=2, unet_batch=2, save_every=1, compile=False)
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_latents_are_given_unit_variance_without_changing_the_picture(pictures):
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
-    from fatezero.demo.world import VOCABULARY
+    from fatezero.demo.scenes import VOCABULARY
 
     for word in VOCABULARY:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1

@@ -188,7 +188,7 @@ def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
     made = invert(denoiser, random_latents(6), random_text(2), 4, memory="queries_keys", order=2)
     made.store.save(tmp_path / "store.safetensors")
     loaded = Inversion(AttentionStore.load(tmp_path / "store.safetensors"))
-    assert (loaded.store.world, loaded.store.order) == ("flow", 2)
+    assert (loaded.store.formulation, loaded.store.order) == ("flow", 2)
     settings = (random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6))
     whole = edit(denoiser, made, *settings)
     assert torch.equal(edit(denoiser, loaded, *settings), whole)
@@ -199,7 +199,7 @@ def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
 
 
 def test_a_store_of_a_unet_is_refused(denoiser, inversion):
-    broken = Inversion(replace(inversion.store, world="ddim"))
+    broken = Inversion(replace(inversion.store, formulation="ddim"))
     with pytest.raises(StoreError, match="another schedule"):
         edit(denoiser, broken, random_text(3), guidance_scale=1.0)
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from fatezero.demo.scenes import Scene, render
 from fatezero.demo.show import FRAMES, MOTION, SCENE
-from fatezero.demo.world import Scene, render
 from fatezero.files.bundled import DEMO
 from fatezero.metrics.clip import ClipScorer
 from fatezero.metrics.evaluate import Report, evaluate

@@ -367,7 +367,7 @@ def render(scene: Scene, motion: Motion, frames: int = 8) -> Clip:
     return Clip(picture.transpose(0, 1).contiguous(), covered, flow[:-1])
 
 
-def seen_pixels(clip: Clip) -> Tensor:
+def visible_pixels(clip: Clip) -> Tensor:
     """Pixels of frame t that frame t + 1 still shows: the flow stays inside and on the same thing."""
     moved = warp(clip.mask[1:, None], clip.flow)[:, 0]
     return inside(clip.flow) & ((moved - clip.mask[:-1]).abs() < 0.25)
