@@ -30,7 +30,7 @@ from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
 from ..video.flow import flow_estimator
-from ..video.motion import Motion, steadied
+from ..video.motion import Motion, smooth_along
 from .cases import Case
 
 Source = str | None
@@ -159,7 +159,7 @@ class Trial:
         """A method's decoded frames, made steady where it asks for it."""
         if not method.steady:
             return frames
-        return steadied(self.case.clip.frames, frames, self.motion, method.steady).clamp(0, 1)
+        return smooth_along(self.case.clip.frames, frames, self.motion, method.steady).clamp(0, 1)
 
 
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:

@@ -313,7 +313,7 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
     graph.set(graph.invert, memory="auto")
     assert torch.equal(by_host(host, graph, checkpoint), computed), "which takes no memory that would keep one of them"
     graph.set(graph.invert, memory="queries_keys")
-    with pytest.raises(NodeError, match="keeps one attention of each frame"):
+    with pytest.raises(NodeError, match="one attention per frame"):
         by_host(host, graph, checkpoint)
     graph.set(graph.invert, model=graph.model[0], memory="recompute")
     with pytest.raises(NodeError, match="other context windows than the inversion"):

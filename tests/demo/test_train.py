@@ -9,9 +9,9 @@ from fatezero.demo.train import (
     Painter,
     Pictures,
     TrainSettings,
-    _draw,
-    _draw_close,
     _moved,
+    _render,
+    _render_close,
     _scenes,
     _scenes_close,
     train_painter,
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pictures() -> Pictures:
-    return Pictures(_draw((0, 8, None)), _scenes((0, 8, None)))
+    return Pictures(_render((0, 8, None)), _scenes((0, 8, None)))
 
 
 def painted(pictures, tokenizer, state) -> Painter:
@@ -33,14 +33,14 @@ def painted(pictures, tokenizer, state) -> Painter:
 
 
 def test_pictures_repeat_and_show_no_held_out_scene(pictures):
-    assert torch.equal(_draw((0, 8, None)), pictures.frames)
+    assert torch.equal(_render((0, 8, None)), pictures.frames)
     assert pictures.frames.shape == (8, 3, 64, 64)
     assert not any(scene.held_out for scene in pictures.scenes)
 
 
 def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
     job = (0, 6, 2)
-    frames, shown, whole = _draw_close(job), _scenes_close(job), _scenes(job)
+    frames, shown, whole = _render_close(job), _scenes_close(job), _scenes(job)
     assert frames.shape == (6, 3, 64, 64)
     assert [s.things[0] for s in shown] == [w.things[n % 2] for n, w in enumerate(whole)]
     for picture, scene in zip(frames, shown, strict=True):

@@ -192,7 +192,7 @@ def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
     settings = (random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6))
     whole = edit(denoiser, made, *settings)
     assert torch.equal(edit(denoiser, loaded, *settings), whole)
-    with pytest.raises(ValueError, match="keeps one attention of each frame"):
+    with pytest.raises(ValueError, match="one attention per frame"):
         edit(denoiser, made, *settings, chunk_frames=4)
     latents_alone = invert(denoiser, random_latents(6), random_text(2), 4, order=2)
     assert 1e-4 < relative(edit(denoiser, latents_alone, *settings, chunk_frames=4), whole) < 1
