@@ -1,0 +1,110 @@
+"""Write the reference pages from the code: docs/settings.md from the settings, docs/nodes.md from the nodes' texts.
+
+    python scripts/write_docs.py
+
+Run it after a change of a setting or a node; `tests/test_docs.py` compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from fatezero.cli.config import SECTIONS, EditConfig, GenerateConfig, TuneConfig
+from fatezero.cli.options import GROUPS
+from fatezero.settings import Described, described
+
+REPO = Path(__file__).resolve().parents[1]
+SETTINGS = """# Settings
+
+Written by `scripts/write_docs.py` from the code.
+
+A setting is an option of the command (`blend_threshold` is `--blend-threshold`), a key in a YAML file, a widget of a node,
+and a field of a Python dataclass, with one name, range and default. A name with a dot is in a section:
+`--tokenflow.batch-frames 4`, or `tokenflow: {batch_frames: 4}`. Presets set some of them. *Tuning* and *New clip* list what
+differs from *Edit*. `fatezero COMMAND --help-all` also lists the options of a run, such as `--output` and `--device`.
+"""
+NODES = """# Nodes
+
+Written by `scripts/write_docs.py` from the nodes. Each name leads to the help page that ComfyUI
+shows (select a node and press **?**).
+
+| node | what it does | inputs | outputs |
+|---|---|---|---|
+"""
+
+
+def settings_page() -> str:
+    edit = named(EditConfig) + [pair for name, kind in SECTIONS.items() for pair in named(kind, f"{name}.")]
+    clip = named(GenerateConfig) + named(type(GenerateConfig.layout), "layout.")
+    parts = {
+        "Edit": edit,
+        "Tuning": [pair for pair in named(TuneConfig) if pair not in edit],
+        "New clip": [pair for pair in clip if pair not in edit],
+    }
+    return SETTINGS + "".join(f"\n## {title}\n{''.join(tables(pairs))}" for title, pairs in parts.items())
+
+
+Named = tuple[str, Described]
+
+
+def named(settings: type, section: str = "") -> list[Named]:
+    return [(section + one.name, one) for one in described(settings)]
+
+
+def tables(pairs: Sequence[Named]) -> Iterator[str]:
+    """A table for each heading of the command's help."""
+    by_group: dict[str, list[Named]] = {group: [] for group in GROUPS}
+    for pair in pairs:
+        by_group[pair[1].about.group].append(pair)
+    for group, own in by_group.items():
+        if own:
+            rows = "".join(row(name, one) for name, one in own)
+            yield f"\n**{group}**\n\n| setting | default | values | what it does |\n|---|---|---|---|\n{rows}"
+
+
+def row(name: str, one: Described) -> str:
+    return f"| `{name}` | {default_of(one)} | {values_of(one)} | {one.about.text} |\n"
+
+
+def default_of(one: Described) -> str:
+    if one.about.shown:
+        return one.about.shown
+    if isinstance(one.default, bool):
+        return "yes" if one.default else "no"
+    value = ",".join(map(str, one.default)) if isinstance(one.default, (tuple, dict)) else one.default
+    return "" if value in ("", None) else f"`{value}`"
+
+
+def values_of(one: Described) -> str:
+    least, most = one.about.least, one.about.most
+    if one.choices:
+        return ", ".join(f"`{choice}`" for choice in one.choices)
+    if isfinite(least) and isfinite(most) and most < 2**62:
+        return f"{least:g} to {most:g}"
+    return f"from {least:g}" if isfinite(least) else ""
+
+
+def nodes_page() -> str:
+    texts: dict[str, Any] = json.loads((REPO / "locales/en/nodeDefs.json").read_text(encoding="utf-8"))
+    return NODES + "".join(node_row(name, about) for name, about in texts.items())
+
+
+def node_row(name: str, about: dict[str, Any]) -> str:
+    title = about["display_name"].removesuffix(" (FateZero)")
+    inputs = ", ".join(f"`{socket}`" for socket in about["inputs"])
+    outputs = ", ".join(one["name"] for one in about["outputs"].values())
+    return f"| [{title}](../web/docs/{name}.md) | {about['description']} | {inputs} | {outputs} |\n"
+
+
+def written() -> dict[Path, str]:
+    """The text of each page that is generated."""
+    return {REPO / "docs" / "settings.md": settings_page(), REPO / "docs" / "nodes.md": nodes_page()}
+
+
+if __name__ == "__main__":
+    for page, text in written().items():
+        page.write_text(text, encoding="utf-8")
