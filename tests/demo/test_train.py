@@ -9,7 +9,7 @@ from fatezero.demo.train import (
     Painter,
     Pictures,
     TrainSettings,
-    _moved,
+    _augmented,
     _render,
     _render_close,
     _scenes,
@@ -52,7 +52,7 @@ def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
 def test_pictures_are_moved_a_little_for_the_judge():
     spot = torch.zeros(50, 1, 64, 64)
     spot[:, :, 31:33, 31:33] = 1
-    moved = _moved(spot, torch.Generator().manual_seed(0))
+    moved = _augmented(spot, torch.Generator().manual_seed(0))
     mass = moved / moved.sum((2, 3), keepdim=True)
     x = (mass.sum(2)[:, 0] * (torch.arange(64) + 0.5)).sum(-1)
     assert (x - 32).abs().max() <= 3.5

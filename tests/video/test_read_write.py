@@ -111,7 +111,7 @@ def test_a_cut_off_file_gives_the_frames_it_still_has(clip):
     found = open_video(clip)
     assert 0 < len(found) < 10
     assert any("truncated" in note for note in found.notes)
-    with pytest.raises(VideoError, match=f"gives {len(found)} frames from 0"):
+    with pytest.raises(VideoError, match=f"has {len(found)} frames from 0"):
         open_video(clip, count=10)
     assert brightness(read_video(clip, count=len(found) - 1)) == list(range(len(found) - 1))
 
