@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from ..hosts.comfyui.wan_names import MARKS
+from ..files.sentencepiece import MARKS
 from .scenes import VOCABULARY
 
 TEXT_TOKENS = 32

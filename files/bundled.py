@@ -6,8 +6,6 @@ from pathlib import Path
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 """The demo model: a diffusers folder."""
-DEMO_WAN = DEMO.parent / "wan"
-"""The demo's video transformer, without an autoencoder: it uses the demo model's."""
 DEMO_LAYERS = DEMO.parent / "temporal.safetensors"
 """Temporal layers of the demo model."""
 CLIP = DEMO.parent / "clip.mp4"

@@ -1,10 +1,24 @@
-"""A small random Wan pipeline in a folder."""
+"""Small random Wan transformers, and a pipeline of them in a folder."""
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from fatezero.demo.wan import build_tokenizer
+from tests.small import TEXT
+
+CHANNELS = 4
+"""Of the small transformers' latents."""
+
+
+def small_wan(seed: int = 0, **options) -> WanTransformer3DModel:
+    """A random Wan transformer of four blocks in float64; its own code takes norms in float32."""
+    torch.manual_seed(seed)
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": CHANNELS, "out_channels": CHANNELS,
+        "text_dim": TEXT, "freq_dim": 32, "ffn_dim": 32, "num_layers": 4, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    return WanTransformer3DModel(**{**settings, **options}).double().eval().requires_grad_(False)
 
 
 def write_wan(folder, pair=False, seed=0):

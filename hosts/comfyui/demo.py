@@ -21,9 +21,10 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...files.bundled import DEMO, DEMO_WAN
+from ...files.bundled import DEMO
+from ...files.sentencepiece import sentencepiece_model
+from ...models.wan import WAN, original_name
 from .single_file import single_file
-from .wan_names import original_name, sentencepiece_model
 
 LATENT_RGB = [[0.147, -0.049, 0.007], [-0.046, 0.128, 0.209], [-0.288, -0.336, -0.218], [0.033, -0.103, 0.124]]
 LATENT_RGB_BIAS = [0.137, 0.112, -0.007]
@@ -123,7 +124,7 @@ def _vae(folder: Path, tensors: dict[str, Tensor]) -> Any:
 # --- the video transformer ------------------------------------------------------------------
 
 
-def load_demo_wan(folder: Path = DEMO_WAN, autoencoder: Path = DEMO) -> tuple[Any, Any, Any]:
+def load_demo_wan(folder: Path = WAN.demo_folder, autoencoder: Path = DEMO) -> tuple[Any, Any, Any]:
     """(MODEL, CLIP, VAE) of the demo world's video transformer: Wan 2.1 in all but its sizes."""
     tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     about = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))

@@ -26,8 +26,9 @@ from ...store.identity import ModelIdentity
 from .controlnet import ControlNet, load_controlnet
 from .lora import LoraError, fuse_loras
 from .model_files import CheckpointError, check_parts, check_whole, kind_of, loaded
+from .schedulers import as_ddim, with_signal
 from .temporal import save_inflated_unet, with_temporal_layers
-from .unet import DiffusersDenoiser, as_ddim, with_signal
+from .unet import DiffusersDenoiser
 from .unet3d import DiffusersVideoDenoiser
 
 __all__ = ["Checkpoint", "CheckpointError", "kind_of", "quiet", "save_tuned"]

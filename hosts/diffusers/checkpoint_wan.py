@@ -15,8 +15,9 @@ from transformers import T5Tokenizer, UMT5EncoderModel
 
 from ...attention.condition import Condition
 from ...diffusion.denoiser import check_finite
-from ...files.bundled import DEMO, DEMO_WAN
+from ...files.bundled import DEMO
 from ...files.safetensors import format_bytes
+from ...models.wan import WAN
 from ...store.budget import available_bytes
 from ...store.identity import ModelIdentity
 from .checkpoint import fused, lora_files
@@ -105,7 +106,7 @@ class WanCheckpoint:
         cls, device: torch.device, dtype: torch.dtype = torch.float32, folder: Path | None = None
     ) -> WanCheckpoint:
         """The demo world's, whose autoencoder is that of its image model; `folder` in the place of the bundled one."""
-        folder = folder or DEMO_WAN
+        folder = folder or WAN.demo_folder
         if not folder.is_dir():
             raise CheckpointError(f"no model at {folder}")
         local: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}

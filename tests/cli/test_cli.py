@@ -257,7 +257,7 @@ def test_options_that_a_store_leaves_without_effect_are_refused(refused, store, 
 
 def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
     write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
-    assert "gives 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
+    assert "has 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
 
 
 def test_a_truncated_store_is_refused(refused, store, tmp_path):

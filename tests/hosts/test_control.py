@@ -22,7 +22,7 @@ from fatezero.diffusion.invert import invert
 from fatezero.files.bundled import CLIP, DEMO
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
 from fatezero.hosts.diffusers.controlnet import load_controlnet
-from fatezero.hosts.diffusers.lora import _aliases
+from fatezero.hosts.diffusers.lora_layers import _aliases
 from fatezero.store.store import StoreError
 from fatezero.video.read import read_video
 from small import small_unet

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from fatezero.files.bundled import DEMO
 from fatezero.files.lora import LoraFile
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
-from fatezero.hosts.diffusers.lora import LoraError, decomposed, fuse_loras
+from fatezero.hosts.diffusers.lora import LoraError, fuse_loras
+from fatezero.hosts.diffusers.lora_changes import decomposed
 from small import small_unet
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -23,7 +23,7 @@ from fatezero.hosts.comfyui.single_file import single_file
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
 from fatezero.hosts.diffusers.families import family_of
 from fatezero.hosts.diffusers.model_files import opened
-from fatezero.hosts.diffusers.unet import as_ddim, with_signal
+from fatezero.hosts.diffusers.schedulers import as_ddim, with_signal
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

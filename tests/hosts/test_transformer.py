@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from fatezero import (
     AttentionStore,
@@ -29,20 +29,10 @@ from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.store.records import Recorder
-from tests.small import in_thread, relative, small_unet
+from tests.small import TEXT, in_thread, relative, small_unet
+from tests.wan import CHANNELS, small_wan
 
-TEXT, CHANNELS = 16, 4
 SOURCE, TARGET = "a red circle on grass", "a blue striped star on grass"
-
-
-def small_wan(seed: int = 0, **options) -> WanTransformer3DModel:
-    """A random Wan transformer of four blocks in float64; its own code takes norms in float32."""
-    torch.manual_seed(seed)
-    settings = {
-        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": CHANNELS, "out_channels": CHANNELS,
-        "text_dim": TEXT, "freq_dim": 32, "ffn_dim": 32, "num_layers": 4, "rope_max_seq_len": 32,
-    }  # fmt: skip
-    return WanTransformer3DModel(**{**settings, **options}).double().eval().requires_grad_(False)
 
 
 def random_text(seed: int, tokens: int = 512) -> torch.Tensor:
@@ -264,7 +254,7 @@ def test_one_thread_edits_a_transformer_and_plain_calls_of_others_stay_plain(den
     )  # fmt: skip
     assert torch.equal(during, whole)
     assert all(torch.equal(found, expected) for found, _ in others)
-    assert all("another edit is using this transformer" in str(error) for _, error in others) and others
+    assert all("another edit is using this video transformer" in str(error) for _, error in others) and others
 
 
 def test_an_error_inside_leaves_no_trace(denoiser):

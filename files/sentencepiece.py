@@ -1,43 +1,15 @@
-"""A Wan transformer of diffusers' under its original names, and a vocabulary as sentencepiece has it: as hosts ask."""
+"""A T5 vocabulary as a file of the sentencepiece library."""
 
 from __future__ import annotations
 
 import struct
 
 MARKS = ("<pad>", "</s>", "<unk>")
-"""The tokens that are no text, in T5's order."""
-
-_NAMES = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_out.0": "cross_attn.o",
-    "attn1.to_": "self_attn.",
-    "attn2.to_": "cross_attn.",
-    "attn1.": "self_attn.",
-    "attn2.": "cross_attn.",
-    "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "proj_out": "head.head",
-}
-
-
-def original_name(name: str) -> str:
-    """What Wan's own code calls a weight of diffusers' transformer."""
-    if name == "scale_shift_table":
-        return "head.modulation"
-    for ours, theirs in _NAMES.items():
-        if ours in name:
-            return name.replace(ours, theirs)
-    return name.replace("scale_shift_table", "modulation")
+"""T5's special tokens, in its order."""
 
 
 def sentencepiece_model(vocabulary: list[tuple[str, float]]) -> bytes:
-    """A vocabulary as a unigram model of the sentencepiece library: its protobuf `ModelProto`."""
+    """The unigram model of (token, score) pairs: sentencepiece's protobuf `ModelProto`."""
     kinds = {"<unk>": 2, "<pad>": 3, "</s>": 3}  # unknown, control; others are normal
     model = b"".join(
         _field(1, _field(1, piece.encode()) + _field(2, score) + _field(3, kinds.get(piece, 1)))

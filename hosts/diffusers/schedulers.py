@@ -1,0 +1,88 @@
+"""Schedulers of diffusers, read for their noise levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ...diffusion.schedule import FlowSchedule, Schedule
+
+_PREDICTED = ("epsilon", "v_prediction", "sample")
+
+
+def as_ddim(scheduler: Any) -> DDIMScheduler:
+    """The DDIM scheduler with a scheduler's noise levels and prediction type.
+
+    Raises TypeError for levels that DDIM does not have: those of flows and of EDM.
+    """
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    alphas, predicted = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
+    flow = config.get("use_flow_sigmas") or predicted not in _PREDICTED
+    if alphas is not None and not flow:
+        if isinstance(scheduler, DDIMScheduler):
+            return scheduler
+        try:
+            found = DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
+        except NotImplementedError:  # betas that DDIM does not have
+            found = None
+        if found is not None and _same_levels(found.alphas_cumprod, alphas):
+            return found
+    raise TypeError(f"scheduler is a {kind}, whose noise levels are not DDIM's: a DDIMScheduler or its like is needed")
+
+
+def _same_levels(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), atol=1e-6)
+
+
+def with_signal(scheduler: DDIMScheduler) -> DDIMScheduler:
+    """A scheduler whose first step has some signal: from a step at zero signal nothing can be inverted."""
+    if not scheduler.config["rescale_betas_zero_snr"] or scheduler.config["timestep_spacing"] == "leading":
+        return scheduler
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler has a flow's sigmas."""
+    config = getattr(scheduler, "config", {})
+    flows = type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    return flows and hasattr(scheduler, "sigmas") and not config.get("use_dynamic_shifting")
+
+
+def ddim_schedule(scheduler: DDIMScheduler, steps: int) -> Schedule:
+    """Raises ValueError for a number of steps or a schedule that DDIM cannot invert."""
+    total = _check_steps(scheduler, steps)
+    scheduler = DDIMScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    timesteps = tuple(int(t) for t in scheduler.timesteps)
+    if timesteps[0] >= total:  # the scheduler's offset moves all steps up
+        raise ValueError(f"steps is {steps}; with this schedule's steps_offset it must be below {total}")
+    alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
+    if alphas.min() < 1e-6:
+        raise ValueError(
+            f"steps is {steps}; the first would be at zero signal, which cannot be inverted: give fewer steps, or a "
+            "scheduler with timestep_spacing='leading'"
+        )
+    return Schedule(timesteps, alphas.double())
+
+
+def flow_schedule(scheduler: Any, steps: int) -> FlowSchedule:
+    """Raises ValueError for a number of steps that the scheduler does not take."""
+    total = _check_steps(scheduler, steps)
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(steps)
+    sigmas = torch.as_tensor(scheduler.sigmas).double().cpu()
+    falls = bool((sigmas[:-1] > sigmas[1:]).all())
+    if len(sigmas) != steps + 1 or not falls or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ValueError(f"the scheduler's sigmas do not fall from at most 1 to 0 in {steps} steps")
+    return FlowSchedule.of(tuple((total * sigmas[:-1]).tolist()), sigmas.flip(0))
+
+
+def _check_steps(scheduler: Any, steps: int) -> int:
+    """The number of training timesteps; ValueError for more steps, or none."""
+    total = int(scheduler.config["num_train_timesteps"])
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps is {steps}; it must be between 1 and {total}")
+    return total

@@ -1,0 +1,44 @@
+"""Wan 2.1 and 2.2 for text to video: a transformer over a clip's tokens, UMT5 text and a causal video autoencoder."""
+
+from __future__ import annotations
+
+import re
+
+from ..files.bundled import DEMO
+from .family import Family
+
+WAN = Family(
+    title="Wan",
+    network="video transformer",
+    formulation="flow",
+    spans_clip=True,
+    decoder_features=False,
+    group_norms=False,
+    half="bfloat16",
+    demo="demo-wan",
+    demo_folder=DEMO.parent / "wan",
+)
+TEXT_TOKENS = 512
+"""Columns of a prompt's embeddings, padding included; longer prompts have as many as they need."""
+NATIVE_SIZE = 480
+"""Short side in pixels that Wan 2.1 was trained on."""
+
+_ORIGINAL = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"attn1\.(to_)?", "self_attn."), (r"attn2\.(to_)?", "cross_attn."), (r"attn\.out\.0\b", "attn.o"),
+        (r"\badd_([kv])_proj\b", r"\1_img"), (r"\bffn\.net\.0\.proj\b", "ffn.0"), (r"\bffn\.net\.2\b", "ffn.2"),
+        (r"\.norm2\b", ".norm3"), (r"^blocks\.(\d+)\.scale_shift_table$", r"blocks.\1.modulation"),
+        (r"^scale_shift_table$", "head.modulation"), (r"^proj_out\b", "head.head"),
+        (r"^condition_embedder\.(text|time)_embedder\.linear_1\b", r"\1_embedding.0"),
+        (r"^condition_embedder\.(text|time)_embedder\.linear_2\b", r"\1_embedding.2"),
+        (r"^condition_embedder\.time_proj\b", "time_projection.1"),
+    )
+)  # fmt: skip
+
+
+def original_name(name: str) -> str:
+    """The name that Wan's own code gives a layer or weight of diffusers' transformer."""
+    for pattern, theirs in _ORIGINAL:
+        name = pattern.sub(theirs, name)
+    return name
