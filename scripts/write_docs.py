@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from fatezero.cli.config import SECTIONS, EditConfig, GenerateConfig, TuneConfig
+from fatezero.cli.config.settings import SECTIONS, EditConfig, GenerateConfig, TuneConfig
 from fatezero.cli.options import GROUPS
 from fatezero.settings import Described, described
 
