@@ -220,7 +220,7 @@ class SafetensorsReader:
         try:
             self._read_header()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise DamagedFileError(f"{path.name} is truncated or damaged: {error}") from error
+            raise DamagedFileError(str(error)) from error
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -244,7 +244,7 @@ class SafetensorsReader:
             self._starts[name] = start
             self.tensors[name] = FileTensor(self, name, dtype, shape)
         if self._begin + end != size:
-            raise ValueError(f"truncated: {size - self._begin} of {end} bytes")
+            raise ValueError(f"truncated, {size - self._begin} of {end} bytes")
         self._read_checksums(head)
 
     def _read_checksums(self, head: bytes) -> None:

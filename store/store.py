@@ -227,11 +227,9 @@ class AttentionStore:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no store at {path}")
-        with as_store_error(f"{path} is truncated or damaged: "):
-            file = SafetensorsReader(path)
-            about = _about_of(file)
         with as_store_error(f"{path} is damaged: "):
-            return cls._from(file, about, torch.device(device))
+            file = SafetensorsReader(path)
+            return cls._from(file, _about_of(file), torch.device(device))
 
     @classmethod
     def _from(cls, file: SafetensorsReader, about: dict[str, Any], device: torch.device) -> Self:

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
 
-WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, LCM-free fine-tunes of them, and Wan 2.1 and 2.2 for text to video"
-
-
 FLIPPED = 1.0001e-4
 """What the host's Flip Sigmas makes of an end at 0, a ten-thousandth, and as much again for its rounding."""
 
@@ -218,8 +215,8 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
-            f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
-            f"FateZero works with {WORKING_MODELS}, predicting epsilon, v or a flow"
+            f"model: {_named(sampling)} is not a schedule that DDIM can invert. FateZero works with models that "
+            "predict epsilon, v or a flow, without a node that changes their schedule"
         )
     return HostNoise(sampling)
 

@@ -26,7 +26,8 @@ from ..recompute import recomputed
 from .conditions import HostCondition
 from .noise import prediction_of
 from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
-from .unet import BLOCKS, HookedModel, check_model, clip_norms
+from .unet import HookedUNet, check_unet
+from .unet_layers import BLOCKS, norms_of_clip
 
 
 def tune_model(
@@ -45,12 +46,12 @@ def tune_model(
     What it carries already, layers or LoRA, is where the tuning begins. Raises ValueError for a model that is no
     attention UNet, and the host's InterruptProcessingException between steps.
     """
-    check_model(model)
+    check_unet(model)
     before = temporal_layers(model)
     with torch.inference_mode(False):
         layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, settings.seed)
         own = _copied(model)
-        hooked = HookedModel(own, lambda frames: Control(key_frames, Chunk.whole(frames)))
+        hooked = HookedUNet(own, default_control=lambda frames: Control(key_frames, Chunk.whole(frames)))
         guider = comfy.samplers.CFGGuider(hooked.patcher)
         guider.inner_set_conds({"positive": prompt.conditioning})
         sampler = _TuneSampler(layers.float(), prompt, settings, key_frames, clip_norm, progress)
@@ -143,7 +144,7 @@ class _HostTunable:
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
-        handles = [h for norm in clip_norms(self._unet) for h in share_statistics(norm)] if clip_norm else []
+        handles = [h for norm in norms_of_clip(self._unet) for h in share_statistics(norm)] if clip_norm else []
         try:
             with hooked_layers(places_in(self._unet, self._layers, self._names), 1):
                 yield

@@ -160,7 +160,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--model", "model.ckpt"], "pickled checkpoints are not read"),
         ([CLIP, *WORDS, "--device", "cuda:99"], "cuda:99"),
         ([CLIP, *WORDS, "-o", "out.wmv"], "cannot write 8 frames to 'out.wmv'"),
-        ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to the one picture out.png: take a folder (out/)"),
+        ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to a single picture out.png: use a folder (out/)"),
         ([CLIP, *WORDS, "--config", "none.yaml"], "no configuration at none.yaml"),
         ([CLIP, *WORDS, "--steps", 0], "steps is 0"),
         ([CLIP, *WORDS, "--steps", 1000, "--dry-run"], "steps is 1000"),
@@ -203,7 +203,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, "--source", " ", "--target", TARGET], "source is ' '; it must not be blank"),
         ([CLIP, *WORDS, "--lora", "nowhere"], "no LoRA at nowhere"),
         ([CLIP, *WORDS, "--start", "soon"], "start: invalid time 'soon'"),
-        ([CLIP, *WORDS, "--start", "9s"], "no frame from number 9s on"),
+        ([CLIP, *WORDS, "--start", "9s"], "no frame from 9s on"),
         ([CLIP, *WORDS, "--fps", 0], "fps is 0"),
         ([CLIP, *WORDS, "--size", "100000x100000"], "GB of memory, and"),
         ([CLIP, *WORDS, "-o", "there.mp4"], "there.mp4 exists; give --overwrite"),
@@ -212,7 +212,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         (["there.mp4", *WORDS, "-o", "there.mp4", "--overwrite"], "there.mp4 is an input of this run"),
         ([CLIP, *WORDS, "--model", "no-tokenizer"], "no-tokenizer lacks its tokenizer"),
         (["--store", "none.safetensors", "--target", TARGET], "no store at none.safetensors"),
-        (["--store", "text.safetensors", "--target", TARGET], "not a whole store"),
+        (["--store", "text.safetensors", "--target", TARGET], "is damaged"),
     ],
 )
 def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
@@ -262,7 +262,7 @@ def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_p
 
 def test_a_truncated_store_is_refused(refused, store, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(store.read_bytes()[:-1000])
-    assert "not a whole store" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
+    assert "is damaged" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
 def _hear_signals():

@@ -416,7 +416,7 @@ def test_no_trace_is_left_on_the_model(host, graph):
     [
         ("wan_i2v", "is Wan i2v with 36 channels in, not text to video"),
         ("wan_vace", "is Wan VACE, not text to video"),
-        ("flux", "no attention UNet for pictures"),
+        ("flux", "Flux.* is not supported"),
     ],
 )
 def test_other_transformers_are_refused(host, graph, kind, error):
