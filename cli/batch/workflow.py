@@ -145,7 +145,7 @@ class _Filling:
 
     def _held(self, name: str) -> str:
         """The text of an input as it is; "" where no node has it."""
-        places = self._places(name)
+        places = [self.place(name)] if name in self.inputs else self._places(name)
         text = self.graph[places[0][0]]["inputs"][places[0][1]] if len(places) == 1 else ""
         return text if isinstance(text, str) else ""
 
