@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
-from ...settings import described, shown
+from ...settings import settings_of, shown
 from ..config.settings import PRESETS, ConfigError, EditConfig, with_preset
 from ..config.values import checked
 from .jobs import Batch
@@ -27,7 +27,7 @@ _INPUTS = {
 """What nodes call a setting, where it is another name, or on which node it is."""
 _PARTS = {"size": ("width", "height"), "crop": ("crop_left", "crop_top", "crop_right", "crop_bottom")}
 """The inputs of the video's loader that hold a setting of several numbers."""
-_SETTINGS = {"video", *(one.name for one in described(EditConfig)), *_NODES}
+_SETTINGS = {"video", *(one.name for one in settings_of(EditConfig)), *_NODES}
 Place = tuple[str, str]
 """A node and its input."""
 
