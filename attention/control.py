@@ -157,11 +157,11 @@ class Control:
         return x
 
     def input_tokens(self, x: Tensor, site: AttentionSite) -> None:
-        """Told the input tokens (f t c) of a self-attention layer."""
+        """Called with the input tokens (f t c) of a self-attention layer."""
 
     @property
     def wants_tokens(self) -> bool:
-        """Whether it has a use for them; a host may pay for their telling."""
+        """Whether `input_tokens` has to be called; it may cost time."""
         return self.gather is not None
 
     def forget(self, layer: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..diffusion.invert import Inversion, Progress
 from ..diffusion.parts import Edit
@@ -56,6 +57,7 @@ def one_edit(
     store: AttentionStore,
     motion: Motion | None = None,
     layout: Layout | None = None,
+    mask: GivenMask | None = None,
 ) -> Edit:
     """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
@@ -65,7 +67,7 @@ def one_edit(
     moves = None
     if layout is not None:
         moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
-    recipe = config.recipe(layout=moves)
+    recipe = config.recipe(layout=moves, mask=mask)
     if recipe.smoothing is not None:
         recipe = replace(recipe, smoothing=replace(recipe.smoothing, motion=motion))
     return recipe.edit(target, negative, prompt)

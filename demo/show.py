@@ -1,4 +1,4 @@
-"""`fatezero demo`: three edits of the bundled clip, measured against the known truth."""
+"""`fatezero demo`: three edits of the bundled clip, compared with the ground truth."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ..video.size import to_bytes, to_unit
 from ..video.write import write_picture, write_video
 from .judge import load_judge
 from .model import labels
-from .world import SIZE, Clip, Motion, Scene, Track, render, seen_pixels
+from .scenes import SIZE, Clip, Motion, Scene, Track, render, visible_pixels
 
 SCENE = Scene.parse("a red square on water")
 MOTION = Motion(
@@ -45,19 +45,19 @@ MOTION = Motion(
 FRAMES = 8
 FPS = 8
 ENLARGED = 4
-"""The clip and the results are stored this many times larger, so that 4:2:0 chroma keeps their edges."""
+"""Enlargement of the stored clips, so that 4:2:0 chroma preserves edges."""
 
 EDITS: dict[str, tuple[str, Scene]] = {
     "attribute": ("colour", SCENE.with_thing(colour="green")),
     "shape": ("shape", SCENE.with_thing(shape="circle")),
     "style": ("style", Scene(SCENE.things, SCENE.background, "watercolor")),
 }
-"""For each preset: the word that changes, by the judge's head, and the scene to reach."""
+"""For each preset: the kind of word that changes, and the target scene."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One edit by one method: frames (f, 3, h, w) in 0..1, and what it cost."""
+    """One edit with one method: frames (f, 3, h, w) in 0..1, and its cost."""
 
     frames: Tensor
     seconds: float
@@ -71,7 +71,7 @@ def show(
     console: Console,
     bars: Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]],
 ) -> list[dict[str, float | str]]:
-    """Run the demo into a folder; returns the rows of its table."""
+    """Run the demo and write its results to a folder; returns the rows of its table."""
     with quiet():
         checkpoint = Checkpoint.load("demo", device)
     frames = FittedVideo.of(open_video(str(CLIP), count=FRAMES), (0, 0, 0, 0), (SIZE, SIZE)).read().frames
@@ -86,18 +86,18 @@ def show(
                 checkpoint.denoiser, latents, source, steps, prompt=SCENE.caption, progress=bar("invert")
             )
         console.print(f"inverted in {time.perf_counter() - start:.0f} s, peak {memory.bytes / 1e6:.0f} MB")
-        for preset, (head, wanted) in EDITS.items():
-            recipe = Recipe.of_preset(preset, SCENE.caption, wanted.caption)
+        for preset, (head, target) in EDITS.items():
+            recipe = Recipe.of_preset(preset, SCENE.caption, target.caption)
             plain = replace(recipe, injection=None)
-            truth = render(wanted, MOTION, FRAMES)
+            truth = render(target, MOTION, FRAMES)
             methods = {
                 "FateZero": _run(checkpoint, inversion, recipe, bar(f"{preset}: FateZero")),
                 "DDIM + prompt": _run(checkpoint, inversion, plain, bar(f"{preset}: DDIM + prompt")),
             }
             for method, outcome in methods.items():
-                measures = _measures(outcome, truth, head, wanted)
+                measures = _measures(outcome, truth, head, target)
                 rows.append({"edit": preset, "method": method, **measures, "store bytes": inversion.store.nbytes})
-            edits.append((f"{preset}: {wanted.caption}", to_bytes(methods["FateZero"].frames)))
+            edits.append((f"{preset}: {target.caption}", to_bytes(methods["FateZero"].frames)))
             _write(folder, preset, recipe, frames, methods, truth, _mask(checkpoint, inversion, recipe))
     write_picture(folder / "overview.png", contact_sheet(edits))
     _summary(folder, rows, console)
@@ -115,7 +115,7 @@ def _run(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe, progress:
 
 
 def _mask(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe) -> Tensor:
-    """The mask of the object's words in the middle of the run, on the picture's grid."""
+    """The object's blend mask halfway through the run, at the frames' size."""
     thing = SCENE.things[0]
     words: tuple[list[str], list[str]] = ([thing.colour, thing.shape], [])
     prompt = PromptEdit(recipe.source, recipe.target, checkpoint.tokenizer, blend_words=words)
@@ -124,16 +124,16 @@ def _mask(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe) -> Tenso
     return threshold_mask(heat, (SIZE, SIZE), recipe.injection.blend_threshold).cpu()
 
 
-def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[str, float]:
-    """Success by the judge, and what the known truth tells of preservation and motion."""
-    seen = load_judge().read(outcome.frames)
-    right = labels(wanted)[head]
+def _measures(outcome: Outcome, truth: Clip, head: str, target: Scene) -> dict[str, float]:
+    """Success by the judge, and preservation and motion against the ground truth."""
+    read = load_judge().read(outcome.frames)
+    right = labels(target)[head]
     source = render(SCENE, MOTION, FRAMES)
     outside = (1 - truth.mask) * (1 - source.mask)
     return {
-        "success": sum(words[head] == right for words in seen) / len(seen),
+        "success": sum(words[head] == right for words in read) / len(read),
         "preserved dB": psnr(outcome.frames, truth.frames, outside),
-        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, seen_pixels(source)),
+        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, visible_pixels(source)),
         "seconds": outcome.seconds,
         "peak MB": outcome.peak_bytes / 1e6,
     }
@@ -177,7 +177,7 @@ def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console)
     with whole_file(folder / "summary.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     names = ", ".join(f"{preset}.mp4, {preset}.png" for preset in EDITS)
-    text = f"written to {folder.resolve()}: {names}, overview.png, summary.md, summary.json"
+    text = f"wrote {folder.resolve()}: {names}, overview.png, summary.md, summary.json"
     console.print(text, markup=False, soft_wrap=True)
 
 

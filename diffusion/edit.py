@@ -16,7 +16,7 @@ from .denoiser import Denoiser, check_finite, chunks_of, joined
 from .invert import Inversion, Progress
 from .parts import Edit, Injection, Layouts, Prediction, Propagation, Smoothing
 from .source import Needs, check_store, sources
-from .spread import ALONE, Spread
+from .spread import ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def edit_many(
     edits: Sequence[Edit],
     chunk_frames: int | None = None,
     *,
-    spread: Spread = ALONE,
+    spread: Spread = ONE_PROCESS,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Several edits of an inverted clip in one pass, which reads or computes each step's source once.
@@ -103,7 +103,7 @@ class EditPass:
         edits: Sequence[Edit],
         chunk_frames: int | None = None,
         in_order: bool = True,
-        spread: Spread = ALONE,
+        spread: Spread = ONE_PROCESS,
     ) -> None:
         store = inversion.store
         schedule = denoiser.schedule(store.steps)

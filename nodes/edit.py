@@ -27,7 +27,7 @@ from ..methods.move_objects import MoveObjects, moves_of
 from ..recipes.cost import calls_of
 from ..recipes.presets import PRESETS
 from ..recipes.recipe import Recipe
-from ..settings import described_one
+from ..settings import setting_of
 from .inversion import CHUNK_FRAMES
 from .prompt import check_words
 from .settings import widget
@@ -98,7 +98,7 @@ INPUTS = [
         advanced=True,
         optional=True,
         default=0.0,
-        tooltip=f"{described_one(Edit, 'strength').about.text} 0 uses the preset's own.",
+        tooltip=f"{setting_of(Edit, 'strength').meta.text} 0 uses the preset's own.",
     ),
     LayoutSocket.Input("layout", optional=True, tooltip="Objects of the clip, moved to where they shall be (Layout)."),
 ]

@@ -14,7 +14,7 @@ from ..diffusion.start import INVERTED
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_edit import DrawnNoise, FlowEditSettings
 from ..methods.flow_smoothing import FlowSmoothing
-from ..settings import described, shown
+from ..settings import settings_of, shown
 from .cost import Calls, calls_of
 from .presets import BY_NAME, preset_values
 
@@ -127,7 +127,7 @@ def _part(name: str, values: Mapping[str, Any]) -> Any:
     given = values.get(name)
     if given is not None:
         return given
-    return method.settings(**{one.name: values[one.name] for one in described(method.settings) if one.name in values})
+    return method.settings(**{one.name: values[one.name] for one in settings_of(method.settings) if one.name in values})
 
 
 def blend_words(
