@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from ...attention.masks import GivenMask
 from ...diffusion.edit import edit_many
 from ...diffusion.invert import Inversion
 from ...diffusion.spread import ALONE
@@ -41,6 +42,7 @@ from ..config.record import (
 from ..config.settings import PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
 from ..frames import decode, fit_frames, found_frames, shape_of
+from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
 from ..options import (
     GROUPS,
@@ -192,9 +194,11 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Clip:
-    """The clip as it is edited. shape: of its latents. fps, times, sound: of its frames. video: None for a store."""
+    """The clip as it is edited. shape: of its latents. video: None for a store. The rest: of its frames."""
 
     shape: tuple[int, ...]
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
     frames: int
     fps: Fraction
     times: tuple[Fraction, ...] | None
@@ -204,7 +208,7 @@ class _Clip:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One edit: its configuration, prompt pair and layout; where it goes and the digests of the files it reads.
+    """One edit: its configuration, prompt pair, layout and mask; where it goes and the digests of the files it reads.
 
     recorded: what its record holds of its settings.
     """
@@ -213,6 +217,7 @@ class _Asked:
     recorded: EditConfig
     prompt: Any
     layout: Layout | None
+    mask: GivenMask | None
     output: str
     files: dict[str, str]
 
@@ -229,6 +234,8 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
         config.prompt_edit(None)  # raises for words that are in no prompt
         check_objects(config, config.target)
     source = _Source.of(session, configs[0], store, origin)
+    for config in configs:
+        check_edit_mask(config, source.frames)
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = _outputs(run.output, len(configs))
@@ -244,6 +251,7 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
     checkpoint, clip = _clip_of(session, checkpoint, configs[0], source)
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
+    masks = [edit_mask(checkpoint, config, clip.crop, clip.size) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
     session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store))
     now = _checked_again(run, checkpoint, configs[0], clip)
@@ -251,7 +259,7 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
         session.note(lost)
     if not dry_run:
         recorded = given if run.lent else configs
-        edits = list(map(_Asked, configs, recorded, prompts, layouts, outputs, files))
+        edits = list(map(_Asked, configs, recorded, prompts, layouts, masks, outputs, files))
         _run(run, checkpoint, clip, store, edits, now)
 
 
@@ -264,12 +272,13 @@ def _clip_of(
         assert source.video is not None
         video = fit_frames(config, source.video, checkpoint.multiple, checkpoint.native_size)
         checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
-        clip = _Clip(shape_of(video, checkpoint), len(video), video.fps, video.times, video.sound(), video)
-        return checkpoint, clip
+        made = shape_of(video, checkpoint), video.cut, video.size, len(video), video.fps, video.times, video.sound()
+        return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
-    checkpoint = controlled(session, checkpoint, config, cut_of(origin), origin.frames, (width, height))
-    sound = sound_of(origin, config.video)
-    return checkpoint, _Clip(tuple(store.levels.shape[1:]), origin.frames, origin.fps, origin.times, sound)
+    cut, size, sound = cut_of(origin), (width, height), sound_of(origin, config.video)
+    checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size)
+    shape = tuple(store.levels.shape[1:])
+    return checkpoint, _Clip(shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound)
 
 
 def _checked_again(run: _Run, checkpoint: AnyCheckpoint, config: EditConfig, clip: _Clip) -> Made:
@@ -300,7 +309,7 @@ def _run(
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
         motion = motion_of(checkpoint, configs, inversion, bar)
-        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout) for a in asked]
+        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout, a.mask) for a in asked]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
             checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)

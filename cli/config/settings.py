@@ -32,6 +32,7 @@ T = TypeVar("T")
 InjectionName = Literal["fatezero", "pnp", "none"]
 PropagationName = Literal["none", "tokenflow"]
 NoiseName = Literal["inverted", "drawn"]
+MaskMode = Literal["replace", "union", "intersection"]
 
 
 class ConfigError(ValueError):
@@ -155,6 +156,18 @@ class EditConfig(
         "were edited together.",
         group=_EDIT,
     )
+    edit_mask: str = setting(
+        "",
+        "Video or pictures, white where the edit may change the clip; one picture serves all frames. Cropped and "
+        "scaled like the clip.",
+        shown="none",
+        group=_EDIT,
+    )
+    mask_mode: MaskMode = setting(
+        "replace",
+        "Whether edit_mask replaces FateZero's own mask, or is joined with it by union or intersection.",
+        group=_EDIT,
+    )
     smoothing: float = kept(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
         "auto", "What finds the motion: raft (torchvision) or dis (OpenCV); auto takes raft where its weights are.",
@@ -191,6 +204,11 @@ class EditConfig(
         return _part(self, settings)
 
     @property
+    def masked(self) -> bool:
+        """Whether a mask from a file replaces the edit's own."""
+        return bool(self.edit_mask) and self.mask_mode == "replace"
+
+    @property
     def fusion(self) -> FusionSettings:
         return self.part(FusionSettings)
 
@@ -218,7 +236,7 @@ class EditConfig(
         if self.injection != "fatezero":
             return None
         blend = None
-        if self.fusion.blends and not self.wanted:  # a layout has an area of its own
+        if self.fusion.blends and not self.wanted and not self.masked:  # a layout has an area of its own
             changed = changed_words(self.source, self.target)
             blend = (list(self.blend_source or changed[0]), list(self.blend_target or changed[1]))
             if self.fusion.masks_by_prompts:
@@ -292,7 +310,7 @@ SECTIONS: dict[str, Any] = {
     "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
 }  # fmt: skip
 """The sections of an edit's configuration, and the settings in them."""
-FILES = ("video", "model", "temporal", "controlnet", "control")
+FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask")
 """The settings that name a file, besides those of LoRAs, each a file with its strength."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""

@@ -13,7 +13,7 @@ from ...methods.layout_guidance import LayoutSettings
 from ...methods.tune_a_video import LayerSettings
 from ...settings import Described, Setting, described, shown
 from ...video.which import colour_of, seconds_of
-from .effects import NOTHING_PLACED
+from .effects import NOTHING_PLACED, check_masking
 from .fitting import fitting, section_of
 from .settings import (
     FILES,
@@ -135,6 +135,7 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
     config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
+    check_masking(config)
     if not inverting and not stored:  # whose number of steps is its own
         try:
             first_step(config.strength, config.steps)
