@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
-from ..files.temporal_layers import seen_with
+from ..files.temporal_layers import training_metadata
 from ..files.whole import whole_file
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ def train_temporal(
     for name, weight in trained.items():
         weight.data = average[name]
     save_temporal_layers(
-        unet.half(), output, seen_with(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
+        unet.half(), output, training_metadata(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
     )
     report(f"temporal layers written to {output}")
 

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from ...attention.masks import GivenMask
 from ...diffusion.edit import edit_many
 from ...diffusion.invert import Inversion
-from ...diffusion.spread import ALONE
+from ...diffusion.spread import ONE_PROCESS
 from ...files.whole import disk_folder, remove_stale_folders
 from ...imports import torch
 from ...methods.layout import Layout
@@ -138,20 +138,20 @@ def run_edits(
     store_path: Path | None,
     dry_run: bool,
     made: Made | None = None,
-    lent: bool = False,
+    from_batch: bool = False,
 ) -> None:
-    """One inversion, or one from a file, and an edit for each configuration, with its record beside.
+    """Run one inversion, or load it from a file, and edit with each configuration; writes results and records.
 
-    made: what an earlier result was made with, which this shall be again. lent: the store is one of the caller's, made
-    with these very settings, which records leave out. Everything that can be refused is refused before the inversion
-    starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
+    made: the provenance of an earlier result to reproduce. from_batch: the store is the caller's, made with the same
+    settings, and is left out of records. Invalid input is rejected before the inversion. If an output cannot be
+    written, the others still are, and OSError names it.
     """
     remove_stale_folders(disk_folder())
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
     with session.outputs(configs[0], store_path) as held:
         session, team = team_of(session)
-        run = _Run(session, team, output, store_path, made, lent)
+        run = _Run(session, team, output, store_path, made, from_batch)
         _edit(run, held, configs, dry_run)
 
 
@@ -164,7 +164,7 @@ class _Run:
     output: str
     store: Path | None
     made: Made | None
-    lent: bool
+    from_batch: bool
 
     @property
     def writes(self) -> bool:
@@ -172,7 +172,7 @@ class _Run:
 
     @property
     def recorded_store(self) -> Path | None:
-        return None if self.lent else self.store
+        return None if self.from_batch else self.store
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)
     if not dry_run:
-        recorded = given if run.lent else configs
+        recorded = given if run.from_batch else configs
         edits = list(map(_Asked, configs, recorded, prompts, layouts, masks, outputs, files))
         _run(run, checkpoint, clip, store, edits, now)
 
@@ -301,7 +301,7 @@ def _run(
     now: Made,
 ) -> None:
     """Invert, edit and write; OSError, in the end, for outputs that could not be written."""
-    session, configs, spread, failed = run.session, [one.config for one in asked], run.team or ALONE, list[str]()
+    session, configs, spread, failed = run.session, [one.config for one in asked], run.team or ONE_PROCESS, list[str]()
     with session.bars() as bar:
         if store is not None:
             inversion = Inversion(store)
@@ -385,10 +385,10 @@ def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
 
 def _note_of_layers(session: Session, config: EditConfig) -> None:
     """Say where a clip is seen otherwise than its temporal layers were tuned."""
-    from ...files.temporal_layers import about_temporal_layers, seen_with
+    from ...files.temporal_layers import about_temporal_layers, training_metadata
 
     about = about_temporal_layers(config.temporal) if config.temporal else {}
-    ours = seen_with(config.key_frames, config.clip_norm)
+    ours = training_metadata(config.key_frames, config.clip_norm)
     other = [f"{name} {about[name]}, not {mine}" for name, mine in ours.items() if about.get(name, mine) != mine]
     if other:
         session.note(f"the temporal layers were tuned with {'; '.join(other)}")

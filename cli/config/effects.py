@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...methods.fatezero import FusionSettings
-from ...settings import described
+from ...settings import settings_of
 from .settings import OBJECTS, ConfigError, EditConfig
 
-_FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "max_tokens")
+_FUSION = tuple(one.name for one in settings_of(FusionSettings) if one.name != "max_tokens")
 
 
 def of_methods() -> list[str]:

@@ -11,7 +11,7 @@ from ...diffusion.edit import first_step
 from ...files.lora import LoraFile
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.tune_a_video import LayerSettings
-from ...settings import Described, Setting, described, shown
+from ...settings import NamedSetting, Setting, settings_of, shown
 from ...video.which import colour_of, seconds_of
 from .effects import NOTHING_PLACED, check_masking
 from .fitting import fitting, section_of
@@ -25,10 +25,10 @@ from .settings import (
     TuneConfig,
 )
 
-_VIDEO = {"video": Described("video", str, "", Setting("Video, picture, or pictures."))}
-_OF_EDITS = _VIDEO | {one.name: one for one in described(EditConfig)}
-_OF_CLIPS = {one.name: one for one in described(GenerateConfig)}
-_OF_TUNINGS = _VIDEO | {one.name: one for one in described(TuneConfig)}
+_VIDEO = {"video": NamedSetting("video", str, "", Setting("Video, picture, or pictures."))}
+_OF_EDITS = _VIDEO | {one.name: one for one in settings_of(EditConfig)}
+_OF_CLIPS = {one.name: one for one in settings_of(GenerateConfig)}
+_OF_TUNINGS = _VIDEO | {one.name: one for one in settings_of(TuneConfig)}
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     return config
 
 
-def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], known: Mapping[str, NamedSetting]) -> dict[str, Any]:
     found = {name: _at_home(name, value) for name, value in fitting(values, known).items()}
     for name in ("start", "end"):
         if isinstance(found.get(name), str):
