@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..cli.config import EditConfig, with_preset
+from ..cli.config.settings import EditConfig, with_preset
 from ..demo.world import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance

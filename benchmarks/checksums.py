@@ -10,7 +10,7 @@ import torch
 from common import denoiser_of, machine, prompt_pair, random_inputs, random_unet, table, timed, write_section
 
 from fatezero import AttentionStore, FusionSettings, StoreSettings, edit, invert
-from fatezero.cli.config import PRESETS
+from fatezero.cli.config.settings import PRESETS
 from fatezero.diffusion.invert import Inversion
 from fatezero.files.safetensors import SafetensorsReader, format_bytes
 from fatezero.store.identity import ModelIdentity

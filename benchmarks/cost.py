@@ -29,7 +29,7 @@ from common import (
 )
 
 from fatezero import FusionSettings, StoreSettings, edit, invert
-from fatezero.cli.config import PRESETS
+from fatezero.cli.config.settings import PRESETS
 from fatezero.diffusion.edit import unet_calls
 
 KEY_FRAMES = (("middle",), ("self", "middle"))

@@ -12,7 +12,7 @@ import torch
 from common import machine, prompt_pair, table, timed, write_section
 
 from fatezero import FusionSettings, edit, invert
-from fatezero.cli.config import PRESETS
+from fatezero.cli.config.settings import PRESETS
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 
 LENGTHS = (8, 32, 128)

@@ -8,7 +8,7 @@ import torch
 from common import machine, table, write_section
 
 from fatezero import StoreSettings, edit, invert
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.demo.show import EDITS, FRAMES, MOTION, SCENE
 from fatezero.demo.world import render
 from fatezero.hosts.diffusers.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ from common import (
 
 from fatezero import FusionSettings, StoreSettings, edit, invert
 from fatezero.attention.control import Control
-from fatezero.cli.config import PRESETS
+from fatezero.cli.config.settings import PRESETS
 from fatezero.methods.fatezero import Fuser
 from fatezero.store.records import Recorder
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from common import SHAPES, denoiser_of, machine, prompt_pair, random_inputs, random_unet, table, timed, write_section
 
 from fatezero import Edit, FusionSettings, edit_many, invert
-from fatezero.cli.config import PRESETS
+from fatezero.cli.config.settings import PRESETS
 from fatezero.diffusion.spread import ALONE
 from fatezero.hosts.diffusers.processes import Processes
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..attention.prompt import places_of
+from ..imports import torch
 from ..methods.layout import Layout, Wanted, named_path
 from ..settings import shown
 from ..video.read import open_video
 from ..video.size import to_unit
-from .config import ConfigError, EditConfig, GenerateConfig
+from .config.settings import ConfigError, EditConfig, GenerateConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, frames: int) -> Layout | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 from cyclopts import Group, Parameter, Token
@@ -12,7 +13,7 @@ from cyclopts import Group, Parameter, Token
 from ..attention.key_frames import KeyFrames
 from ..methods.layout_guidance import LayoutSettings
 from ..settings import Described, described, is_union, shown
-from .config import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
+from .config.settings import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 
 GROUPS = {
     name: Group(name, sort_key=order)
@@ -24,6 +25,32 @@ GROUPS = {
     )
 }  # fmt: skip
 """The headings of help, in order."""
+RUN = GROUPS["This run"]
+Video = Annotated[
+    str | None, Parameter(help='Video, picture, or pictures: a folder, "f_%04d.png" or "*.png".', negative="")
+]
+Config = Annotated[
+    Path | None,
+    Parameter(
+        help="YAML file of settings, ours or the authors'. Or a result or its .json, to make it again.", group=RUN
+    ),
+]
+ModelConfig = Annotated[
+    str | None,
+    Parameter(
+        help="For a .safetensors checkpoint: a diffusers folder with its tokenizer and configuration.",
+        group=GROUPS["Model"],
+    ),
+]
+Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps, or auto.", group=RUN)]
+Dtype = Annotated[
+    str,
+    Parameter(help="float32, float16, bfloat16 or auto. auto: float16 on a GPU, else float32.", group=RUN),
+]
+DryRun = Annotated[bool, Parameter(negative="", help="Print the plan with its memory and time, and stop.", group=RUN)]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace an existing output.", group=RUN)]
+Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Print errors only.", group=RUN)]
+
 NOT_INVERTED = {
     "mode",
     "reweight",
@@ -61,6 +88,11 @@ def generate_options() -> type:
     own = [one for one in described(GenerateConfig) if one.name != "layout"]
     sections = {"layout": _options_of(LayoutSettings.__name__, described(LayoutSettings))}
     return _options_of("GenerateOptions", own, sections)
+
+
+def flags_of(video: str | None, options: Any) -> dict[str, Any]:
+    """The settings that were given as options, with the video's."""
+    return ({} if video is None else {"video": video}) | given_of(options)
 
 
 def given_of(options: Any) -> dict[str, Any]:

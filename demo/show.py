@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..attention.masks import threshold_mask
 from ..attention.prompt import PromptEdit
-from ..cli.config import EditConfig, with_preset
-from ..cli.run import find_frames, fit_frames, invert_video, pick_device
+from ..cli.commands.invert import invert_video
+from ..cli.config.settings import EditConfig, with_preset
+from ..cli.frames import find_frames, fit_frames
+from ..cli.session import pick_device
 from ..diffusion.edit import edit
 from ..diffusion.invert import Inversion
 from ..diffusion.source import source_heat

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .bundled import DEMO_LAYERS
 from .safetensors import is_pointer
 from .whole import whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "temporal.safetensors"
 """What a folder of a tuning calls them."""
@@ -28,6 +27,8 @@ def write_temporal_layers(
     path: str | Path, weights: Mapping[str, Tensor], about: Mapping[str, str] | None = None
 ) -> None:
     """Write weights, and texts to keep with them, whole or not at all."""
+    from safetensors.torch import save_file
+
     with whole_file(Path(path)) as partial:
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, dict(about or {}))
 
@@ -56,6 +57,8 @@ def about_temporal_layers(path: str | Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
     file = temporal_file(path)
     if not file.is_file():
         raise FileNotFoundError(f"no temporal layers at {path}")

@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from fatezero.cli.config import SECTIONS, EditConfig, GenerateConfig, TuneConfig
+from fatezero.cli.config.settings import SECTIONS, EditConfig, GenerateConfig, TuneConfig
 from fatezero.cli.options import GROUPS
 from fatezero.settings import Described, described
 
@@ -22,10 +22,10 @@ SETTINGS = """# Settings
 
 Written by `scripts/write_docs.py` from the code.
 
-A setting is an option of the command (`blend_threshold` is `--blend-threshold`), a key in a YAML file, a widget of a node,
-and a field of a Python dataclass, with one name, range and default. A name with a dot is in a section:
-`--tokenflow.batch-frames 4`, or `tokenflow: {batch_frames: 4}`. Presets set some of them. *Tuning* and *New clip* list what
-differs from *Edit*. `fatezero COMMAND --help-all` also lists the options of a run, such as `--output` and `--device`.
+A setting is an option of the command (`blend_threshold` is `--blend-threshold`), a key in a YAML file, a widget of a
+node, and a field of a Python dataclass, with one name, range and default. A name with a dot is in a section:
+`--tokenflow.batch-frames 4`, or `tokenflow: {batch_frames: 4}`. Presets set some of them. *Tuning* and *New clip* list
+what differs from *Edit*. `fatezero COMMAND --help-all` also lists the options of a run, like `--output`.
 """
 NODES = """# Nodes
 

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from fatezero.cli.app import app
 from fatezero.cli.batch.jobs import load_batch
-from fatezero.cli.config import load_configs
+from fatezero.cli.config.files import load_configs
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.wan import build_tokenizer
 from small import TEXT, random_latents, small_unet

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..files.memory import check_room, free_bytes
+from ..imports import torch
 from .read import SoundTrack, Video, VideoSource
 from .size import check_crop, crop, resize_to_fill, scaling_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
+
 from einops import rearrange
-from torch import Tensor
+
+from ..imports import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def crop(frames: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> Tensor:

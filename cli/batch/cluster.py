@@ -16,9 +16,9 @@ from typing import Any
 
 from ...files.whole import remove_folder, temporary_folder, whole_file
 from ...video.pictures import picture_files
-from ..files import files_of, full_name, renamed
+from ..config.paths import files_of, full_name, renamed
+from ..config.record import record_path, settings_of, write_record
 from ..progress import told
-from ..record import record_path, settings_of, write_record
 from .work import Ended, Group, How, Task, Worker
 
 

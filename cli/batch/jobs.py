@@ -15,7 +15,9 @@ from typing import Any
 from ...settings import shown
 from ...video.pictures import picture_files
 from ...video.write import METADATA_SUFFIXES
-from ..config import ConfigError, from_home, held_by
+from ..config.files import held_by
+from ..config.settings import ConfigError
+from ..config.values import from_home
 
 AXES = ("clips", "methods", "settings", "targets")
 """The keys whose entries are combined: a later one's settings stand over an earlier one's, and all over the file's."""

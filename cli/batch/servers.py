@@ -20,10 +20,11 @@ from urllib.request import Request, urlopen
 
 from ...files.stopping import at_end
 from ...files.whole import whole_file
-from ..config import MADE, ConfigError, EditConfig
-from ..files import digest_of
+from ..config.files import MADE
+from ..config.paths import digest_of
+from ..config.record import write_record
+from ..config.settings import ConfigError, EditConfig
 from ..progress import in_a_line
-from ..record import write_record
 from .jobs import Batch, Job
 from .processes import Patience
 from .work import Ended, Measure

@@ -18,10 +18,10 @@ from ...files.whole import whole_file
 from ...video.fitted import FittedVideo
 from ...video.read import open_video
 from ...video.write import write_video
-from ..config import EditConfig
+from ..config.record import record_path
+from ..config.settings import EditConfig
+from ..frames import find_frames
 from ..progress import printable
-from ..record import record_path
-from ..run import find_frames
 from .jobs import AXES, Job
 from .work import Ended
 

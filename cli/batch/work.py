@@ -9,14 +9,12 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
 from ...diffusion.invert import InversionSettings
-from ...metrics.clip import ClipScorer
-from ...metrics.evaluate import OF_CLIP, evaluate
+from ...imports import torch
 from ...settings import described, shown
 from ...store.budget import StoreSettings
 from ...video.fitted import FittedVideo
@@ -24,10 +22,19 @@ from ...video.flow import Estimator, flow_estimator
 from ...video.read import open_video
 from ...video.size import to_unit
 from ...video.which import ClipSettings
-from ..config import ControlSettings, EditConfig, ModelSettings, completed, config_of
+from ..commands.edit import run_edits
+from ..commands.invert import run_invert
+from ..config.files import config_of
+from ..config.settings import ControlSettings, EditConfig, ModelSettings
+from ..config.values import completed
+from ..frames import find_frames
 from ..progress import no_bars
-from ..run import AnyCheckpoint, Session, find_frames, pick_device, run_edits, run_invert
+from ..session import Session, pick_device
 from .jobs import Job
+
+if TYPE_CHECKING:
+    from ...metrics.clip import ClipScorer
+    from ..session import AnyCheckpoint
 
 _OF_INVERSIONS = (
     "video", "source",
@@ -79,6 +86,8 @@ class Ended:
 
     def lacks(self, clip: bool) -> bool:
         """Whether an edit that is done has no figures. clip: whether CLIP measures too."""
+        from ...metrics.evaluate import OF_CLIP
+
         return self.error is not None or not self.figures or (clip and OF_CLIP not in self.figures)
 
 
@@ -146,6 +155,8 @@ class Measure:
 
     def __call__(self, config: EditConfig, output: Path) -> dict[str, float]:
         """The figures of an edit by name; config: which frames of its clip were edited."""
+        from ...metrics.evaluate import evaluate
+
         edited = open_video(output).read()
         found = find_frames(replace(config, count=len(edited.frames)))
         source = torch.stack(list(FittedVideo.of(found, config.crop, edited.size).frames()))
@@ -164,6 +175,8 @@ class Measure:
 
     @cached_property
     def _scorer(self) -> ClipScorer | None:
+        from ...metrics.clip import ClipScorer
+
         return ClipScorer.load(self._clip, self._device) if self._clip else None
 
 

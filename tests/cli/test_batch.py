@@ -18,7 +18,7 @@ from fatezero.cli.batch.jobs import Job, load_batch
 from fatezero.cli.batch.processes import Patience, Places, run_here
 from fatezero.cli.batch.summary import Row, write_summary
 from fatezero.cli.batch.work import How, config_for, groups_of
-from fatezero.cli.config import ConfigError
+from fatezero.cli.config.settings import ConfigError
 
 SOURCE = "a red square on water"
 COLOURS = ("green", "blue", "yellow", "cyan", "purple")

@@ -458,7 +458,7 @@ def test_a_prompt_that_does_not_give_the_stores_embeddings_is_refused(refused, s
 
 
 def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monkeypatch):
-    import fatezero.cli.run as run
+    import fatezero.cli.commands.edit as run
 
     plain = run.write_video
 
@@ -518,7 +518,7 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
 
 
 def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
-    from fatezero.cli.config import SECTIONS, EditConfig
+    from fatezero.cli.config.settings import SECTIONS, EditConfig
     from fatezero.settings import described
 
     monkeypatch.setattr("fatezero.cli.progress.console.width", 80)

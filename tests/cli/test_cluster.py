@@ -107,7 +107,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     ],
 )
 def test_what_several_processes_cannot_share(refused, monkeypatch, options, says):
-    monkeypatch.setattr("fatezero.cli.run._team_of", lambda session: (session, _Two()))
+    monkeypatch.setattr("fatezero.cli.commands.edit.team_of", lambda session: (session, _Two()))
     words = ("--source", SOURCE, "--target", "x", "--steps", 2)
     assert says in refused("edit", CLIP, *words, *options, "-o", "o.mp4")
 

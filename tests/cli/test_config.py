@@ -3,7 +3,9 @@ import yaml
 
 from fatezero import PnPSettings, TokenFlowSettings
 from fatezero.attention.prompt import changed_words
-from fatezero.cli.config import PRESETS, ConfigError, EditConfig, checked, load_configs, with_preset, with_values
+from fatezero.cli.config.files import load_configs
+from fatezero.cli.config.settings import PRESETS, ConfigError, EditConfig, with_preset
+from fatezero.cli.config.values import checked, with_values
 
 AUTHORS = """
 pretrained_model_path: "./ckpt/stable-diffusion-v1-4"

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fatezero.cli.config import ConfigError, EditConfig, checked, config_of
-from fatezero.cli.files import bare_name, files_of, renamed
+from fatezero.cli.config.files import config_of
+from fatezero.cli.config.paths import bare_name, files_of, renamed
+from fatezero.cli.config.settings import ConfigError, EditConfig
+from fatezero.cli.config.values import checked
 from fatezero.files.bundled import CLIP
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water")

@@ -8,8 +8,9 @@ import torch
 from commands import frames_written
 
 from fatezero import __version__
-from fatezero.cli.config import ConfigError, EditConfig, load_configs
-from fatezero.cli.record import Made, differences, files_read, made_by, record_of, settings_of
+from fatezero.cli.config.files import load_configs
+from fatezero.cli.config.record import Made, differences, files_read, made_by, record_of, settings_of
+from fatezero.cli.config.settings import ConfigError, EditConfig
 from fatezero.files.bundled import CLIP, DEMO
 from fatezero.video.read import read_metadata, read_video
 from fatezero.video.write import FrameDigest

@@ -12,7 +12,7 @@ from comfyui.test_parity import checkpoint, parity  # noqa: F401
 from comfyui.test_sampling import edit_with, invert_with
 
 from fatezero import generate
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.methods.layout import Layout, Path, Wanted
 from fatezero.methods.layout_guidance import LayoutSettings

@@ -10,7 +10,7 @@ from comfyui.test_mixing import controlnet_on, edited, lora_on, noise
 from comfyui.test_parity import checkpoint, parity  # noqa: F401
 
 from fatezero import PnPSettings, TokenFlowSettings
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.config.settings import EditConfig, with_preset
 from small import relative
 
 FRAMES = 5

@@ -7,9 +7,11 @@ import torch
 from comfyui.graph import SIDE, SOURCE, DemoGraph
 
 from fatezero import edit_many
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.commands.invert import invert_video
+from fatezero.cli.config.settings import EditConfig, with_preset
+from fatezero.cli.edits import one_edit
+from fatezero.cli.frames import find_frames, fit_frames
 from fatezero.cli.objects import layout_of
-from fatezero.cli.run import find_frames, fit_frames, invert_video, one_edit
 from fatezero.files.bundled import CLIP
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from small import relative

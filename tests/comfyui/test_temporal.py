@@ -9,7 +9,7 @@ from comfyui.host import NodeError
 from comfyui.test_parity import EDITS, parity
 from safetensors.torch import load_file
 
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.files.temporal_layers import write_temporal_layers
 from fatezero.hosts.diffusers import with_temporal_layers
 from fatezero.hosts.diffusers.checkpoint import Checkpoint

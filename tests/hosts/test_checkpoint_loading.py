@@ -94,8 +94,9 @@ def test_sdxl_edits_end_to_end(sdxl_folder, tmp_path):
     from rich.console import Console
 
     from fatezero.cli.app import progress_bar
-    from fatezero.cli.config import EditConfig, with_preset
-    from fatezero.cli.run import Session, run_edits
+    from fatezero.cli.commands.edit import run_edits
+    from fatezero.cli.config.settings import EditConfig, with_preset
+    from fatezero.cli.session import Session
     from fatezero.files.bundled import CLIP
 
     config = EditConfig(

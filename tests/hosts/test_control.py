@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
-from fatezero.cli.config import EditConfig, with_preset
+from fatezero.cli.commands.edit import run_edits
+from fatezero.cli.commands.invert import run_invert
+from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.cli.progress import no_bars
-from fatezero.cli.run import Session, run_edits, run_invert
+from fatezero.cli.session import Session
 from fatezero.diffusion.edit import edit
 from fatezero.diffusion.generate import generate
 from fatezero.diffusion.invert import invert

@@ -4,20 +4,59 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+from cyclopts import Parameter
 
-from ..attention.key_frames import KeyFrames
-from ..diffusion.generate import generate
-from ..files.safetensors import format_bytes
-from ..files.temporal_layers import about_temporal_layers
-from ..hosts.diffusers import VideoTransformerDenoiser
-from ..hosts.diffusers.memory import guidance_bytes
-from ..video.size import check_size
-from ..video.write import shortcomings, write_video
-from .config import GenerateConfig
-from .objects import check_objects, layout_of
-from .run import AnyCheckpoint, Session, check_size_fits, decode
+from ...attention.key_frames import KeyFrames
+from ...files.safetensors import format_bytes
+from ...files.temporal_layers import about_temporal_layers
+from ...imports import torch
+from ...video.size import check_size
+from ...video.write import shortcomings, write_video
+from ..config.settings import GenerateConfig
+from ..config.values import generate_config
+from ..frames import decode
+from ..objects import check_objects, layout_of
+from ..options import (
+    GROUPS,
+    Device,
+    DryRun,
+    Dtype,
+    ModelConfig,
+    Overwrite,
+    Quiet,
+    generate_options,
+    given_of,
+)
+from ..plan import check_size_fits
+from ..progress import console, progress_bar
+from ..session import Session
+
+if TYPE_CHECKING:
+    from ..session import AnyCheckpoint
+
+GenerateOptions = generate_options()
+
+
+def command(
+    *,
+    output: Annotated[
+        str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Output, as in `fatezero edit`.")
+    ] = "clip.mp4",
+    model_config: ModelConfig = None,
+    options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a new clip of a prompt, with objects where they are asked for (cross-attention guidance)."""
+    console.quiet = quiet
+    config = generate_config(given_of(options))
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite)
+    run_generate(session, config, output, dry_run)
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
@@ -29,6 +68,10 @@ def run_generate(session: Session, config: GenerateConfig, output: str, dry_run:
 
 
 def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
+    from ...diffusion.generate import generate
+    from ...hosts.diffusers import DiffusersDenoiser
+    from ...hosts.diffusers.memory import guidance_bytes
+
     checkpoint = session.open_model(config.chosen_model, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
@@ -50,7 +93,7 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     )
     keys, norm = _as_trained(checkpoint, config)
     if layout is not None:
-        if isinstance(denoiser, VideoTransformerDenoiser):
+        if not isinstance(denoiser, DiffusersDenoiser):
             raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
         if layout.guided_calls(config.steps):
             most, plain = guidance_bytes(denoiser, shape, text, keys, norm, layout)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..files.lora import LoraFile
-from ..files.whole import check_name
-from ..video.pictures import VideoError, numbered, picture_files
-from .config import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
+from ...files.lora import LoraFile
+from ...files.whole import check_name
+from ...video.pictures import VideoError, numbered, picture_files
+from .settings import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
 
 _OF_CLIPS = ("video", "control", *FILES_OF_OBJECTS)
 """Those whose file is a video, or pictures; others name weights."""

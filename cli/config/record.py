@@ -17,13 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..files.whole import whole_file
-from ..imports import torch
-from ..settings import shown
-from ..video.write import is_sequence
-from .config import MADE, METADATA, ConfigError, EditConfig, held_by
-from .files import bare_name, digest_of, files_of, full_name, is_here, renamed
+from ... import __version__
+from ...files.whole import whole_file
+from ...imports import torch
+from ...settings import shown
+from ...video.write import is_sequence
+from .files import MADE, METADATA, held_by
+from .paths import bare_name, digest_of, files_of, full_name, is_here, renamed
+from .settings import ConfigError, EditConfig
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 

@@ -8,34 +8,88 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from cyclopts import Parameter
 
-from ..attention.key_frames import KeyFrames
-from ..files.safetensors import format_bytes
-from ..files.temporal_layers import FILE, seen_with
-from ..files.whole import whole_file
-from ..hosts.diffusers import with_temporal_layers
-from ..hosts.diffusers.checkpoint import Checkpoint, save_tuned
-from ..hosts.diffusers.memory import activation_bytes
-from ..hosts.diffusers.temporal import save_temporal_layers, temporal_layers
-from ..methods.tune_a_video import tune
-from ..metrics.losses import plot_losses
-from ..store.budget import available_bytes
-from ..video.fitted import FittedVideo
-from ..video.write import write_picture
-from .config import TuneConfig
-from .run import Session, check_size_fits, find_frames, fit_frames, pick_device, pick_dtype, posterior, shape_of
+from ...attention.key_frames import KeyFrames
+from ...files.safetensors import format_bytes
+from ...files.temporal_layers import FILE, seen_with
+from ...files.whole import whole_file
+from ...imports import Image, torch
+from ...methods.tune_a_video import tune
+from ...store.budget import available_bytes
+from ...video.fitted import FittedVideo
+from ...video.write import write_picture
+from ..config.settings import ConfigError, TuneConfig
+from ..config.values import tune_config
+from ..frames import find_frames, fit_frames, posterior, shape_of
+from ..options import (
+    RUN,
+    Device,
+    DryRun,
+    Dtype,
+    ModelConfig,
+    Overwrite,
+    Quiet,
+    Video,
+    flags_of,
+    tune_options,
+    whole,
+)
+from ..plan import check_size_fits
+from ..progress import console, progress_bar
+from ..session import Session, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...hosts.diffusers.checkpoint import Checkpoint
+
+TuneOptions = tune_options()
 
 DEFAULT_FRAMES = 24
 """Frames tuned on, at most, where nothing says how many: the authors' number."""
 STATE = "state.safetensors"
 """What a tuning goes on from."""
+
+
+def command(
+    video: Video = None,
+    /,
+    *,
+    output: Annotated[
+        Path,
+        Parameter(name=("--output", "-o"), help="Folder for the layers, the losses and their plot.", group=RUN),
+    ] = Path("tuned"),
+    model_config: ModelConfig = None,
+    options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    resume: Annotated[bool, Parameter(negative="", help="Continue the tuning in the folder.", group=RUN)] = False,
+    keep_every: Annotated[
+        int, Parameter(converter=whole, help="Steps between two states to go on from.", group=RUN)
+    ] = 50,
+    folder: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Write the whole model too. The authors' code and --model read it.",
+            group=RUN,
+        ),
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
+    console.quiet = quiet
+    config = tune_config(flags_of(video, options))
+    if keep_every < 1:
+        raise ConfigError(f"keep_every is {keep_every}; it must be a number of at least 1")
+
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite)
+    run_tune(session, config, TuneRun(output, resume, folder, keep_every, dry_run))
 
 
 @dataclass(frozen=True)
@@ -115,6 +169,9 @@ def _accelerator(session: Session) -> Any:
 def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint:
     if accelerator.num_processes > 1:
         session = replace(session, device=str(accelerator.device))
+    from ...hosts.diffusers import with_temporal_layers
+    from ...hosts.diffusers.temporal import temporal_layers
+
     checkpoint = session.open_unet(config.chosen_model)
     if temporal_layers(checkpoint.unet) is None:
         with_temporal_layers(checkpoint.unet, None, config.layers, config.rank, config.seed)
@@ -123,6 +180,8 @@ def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint
 
 def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: Any, processes: int) -> str:
     """What will run and what it takes, in a few lines."""
+    from ...hosts.diffusers.memory import activation_bytes
+
     denoiser, settings = checkpoint.denoiser, config.tuning
     (width, height), factor = video.size, checkpoint.factor
     shape = (len(video), 4, height // factor, width // factor)
@@ -152,6 +211,8 @@ def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: 
 
 
 def _keep(path: Path, state: Mapping[str, Tensor], config: TuneConfig, accelerator: Any) -> None:
+    from safetensors.torch import save_file
+
     if accelerator.is_main_process:
         with whole_file(path) as partial:
             save_file(dict(state), partial, {"settings": json.dumps(_of_the_run(config))})
@@ -164,6 +225,8 @@ def _of_the_run(config: TuneConfig) -> dict[str, Any]:
 
 def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
     """What a stopped tuning left; ValueError naming a setting that it did not have."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: no {path}")
     try:
@@ -182,6 +245,10 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
 
 
 def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: list[float]) -> None:
+    from ...hosts.diffusers.checkpoint import save_tuned
+    from ...hosts.diffusers.temporal import save_temporal_layers
+    from ...metrics.losses import plot_losses
+
     about = {
         "prompt": config.prompt,
         **seen_with(config.key_frames, config.clip_norm),

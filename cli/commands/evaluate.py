@@ -6,32 +6,71 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import torch.nn.functional as F
+from cyclopts import Parameter
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from ..files.whole import whole_file
-from ..metrics.clip import ClipScorer
-from ..metrics.evaluate import Figure, Report, evaluate
-from ..metrics.lpips import Lpips
-from ..metrics.plot import plot_report
-from ..video.compare import COMPARISONS, Comparison, compare
-from ..video.fitted import FittedVideo
-from ..video.flow import Estimator, flow_estimator
-from ..video.pictures import PICTURES
-from ..video.read import Video, VideoSource, open_video
-from ..video.size import to_unit
-from ..video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
-from .files import check_names
-from .outputs import Outputs
-from .progress import printable
-from .run import Session, pick_device
+from ...files.whole import whole_file
+from ...imports import F, torch
+from ...video.fitted import FittedVideo
+from ...video.flow import Estimator, flow_estimator
+from ...video.pictures import PICTURES
+from ...video.read import Video, VideoSource, open_video
+from ...video.size import to_unit
+from ...video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
+from ..config.paths import check_names
+from ..options import Device, Overwrite, Quiet, whole, whole_numbers
+from ..outputs import Outputs
+from ..progress import console, printable, progress_bar
+from ..session import Session, pick_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...metrics.evaluate import Figure, Report
+    from ...video.compare import Comparison
+
+
+def command(
+    original: Annotated[Path, Parameter(help="The video before the edit.")],
+    edited: Annotated[Path, Parameter(help="The video after it.")],
+    /,
+    *,
+    source: Annotated[str, Parameter(help="What the original shows; for CLIP.")] = "",
+    target: Annotated[str, Parameter(help="What the edit should show; for CLIP.")] = "",
+    mask: Annotated[Path | None, Parameter(help="White where the edit was meant to be: a video or picture.")] = None,
+    truth: Annotated[Path | None, Parameter(help="The edit as it should be, where it is known.")] = None,
+    flow: Annotated[
+        str, Parameter(help="auto, dis, raft, none, or a .safetensors file with tensors forward and backward.")
+    ] = "auto",
+    clip: Annotated[
+        str, Parameter(help="A CLIP of transformers, folder or hub name, e.g. openai/clip-vit-base-patch32.")
+    ] = "",
+    lpips: Annotated[Path | None, Parameter(help='Weights of lpips.LPIPS(net="alex") as .safetensors.')] = None,
+    judge: Annotated[bool, Parameter(negative="", help="Read the demo world's words from the frames.")] = False,
+    start: Annotated[int, Parameter(converter=whole, help="The original's first frame, as in `fatezero edit`.")] = 0,
+    stride: Annotated[int, Parameter(converter=whole, help="Take every n-th frame of the original.")] = 1,
+    crop: Annotated[str, Parameter(help="Pixels cut off the original: left,top,right,bottom.")] = "0,0,0,0",
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="The figures as JSON.")] = None,
+    plot: Annotated[Path | None, Parameter(help="Curves over the frames, a picture.")] = None,
+    comparison: Annotated[Path | None, Parameter(help="Both clips in one video.")] = None,
+    how: Annotated[str, Parameter(help="side by side, wipe, split or difference.")] = "side by side",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
+    console.quiet = quiet
+    left, top, right, bottom = whole_numbers("crop", crop, ",", 4)
+
+    asked = Evaluation(
+        original, edited, (source, target), mask, truth, flow, clip, lpips, judge, start, stride,
+        (left, top, right, bottom), output, plot, comparison, how,  # type: ignore[arg-type]
+    )  # fmt: skip
+    run_evaluate(Session(console, progress_bar, device, overwrite=overwrite), asked)
 
 
 @dataclass(frozen=True)
@@ -58,6 +97,8 @@ class Evaluation:
 
 def run_evaluate(session: Session, asked: Evaluation) -> Report:
     """Measure, print a table, and write what was asked for."""
+    from ...video.compare import COMPARISONS
+
     if asked.how not in COMPARISONS:
         raise ValueError(f"--how is {asked.how!r}; it must be one of {', '.join(COMPARISONS)}")
     if any(asked.prompts) and not (asked.clip or asked.judge):
@@ -85,6 +126,10 @@ def run_evaluate(session: Session, asked: Evaluation) -> Report:
 
 
 def _evaluate(session: Session, asked: Evaluation, found: VideoSource) -> Report:
+    from ...metrics.clip import ClipScorer
+    from ...metrics.evaluate import Report, evaluate
+    from ...metrics.lpips import Lpips
+
     device = pick_device(session.device)
     edited = found.read()
     source = _like(open_video(asked.source, asked.start, asked.stride, len(edited.frames)), edited, asked.crop)
@@ -126,8 +171,12 @@ def _write(asked: Evaluation, report: Report, source: Tensor, edited: Video) -> 
     if asked.plot:
         from PIL import Image
 
+        from ...metrics.plot import plot_report
+
         write_picture(asked.plot, Image.fromarray(plot_report(report).numpy()))
     if asked.comparison:
+        from ...video.compare import compare
+
         shown = compare(source, edited.frames, asked.how, ("source", "edit"))
         write_video(asked.comparison, shown, edited.fps, edited.sound, times=edited.times)
 
@@ -153,6 +202,9 @@ def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] |
     """What finds the motion, by name; or a file with tensors `forward` and `backward`."""
     if name == "none":
         return "none", None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = Path(name)
     if path.suffix != ".safetensors":
         return flow_estimator(name, device)  # type: ignore[arg-type]
@@ -167,8 +219,9 @@ def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] |
 
 def _judged(prompts: tuple[str, str], edited: Video) -> dict[str, Figure]:
     """What the demo world's classifier reads; the prompts must be captions of that world, of one thing."""
-    from ..demo.judge import read_words
-    from ..demo.world import SIZE, Scene
+    from ...demo.judge import read_words
+    from ...demo.world import SIZE, Scene
+    from ...metrics.evaluate import Figure
 
     source, target = (Scene.parse(prompt) for prompt in prompts)
     if len(source.things) != 1 or len(target.things) != 1:

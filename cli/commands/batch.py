@@ -12,30 +12,93 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
+from cyclopts import Group, Parameter
 
 from ...files.lines import append_lines
 from ...files.whole import lock_folder
-from ..config import MADE, ConfigError, EditConfig
-from ..files import digest_of
-from ..progress import told
-from ..record import record_path
-from ..run import Session, pick_device
-from .cluster import Cluster, run_on_cluster
-from .jobs import Batch, Job
-from .processes import Patience, Places, run_here
-from .servers import for_server, run_on_servers
-from .summary import Digest, Row, sources_of, write_summary
-from .work import Ended, How, config_for, groups_of
+from ...imports import torch
+from ..batch.cluster import Cluster, run_on_cluster
+from ..batch.jobs import Batch, Job, load_batch
+from ..batch.processes import Patience, Places, run_here
+from ..batch.servers import for_server, run_on_servers
+from ..batch.summary import Digest, Row, sources_of, write_summary
+from ..batch.work import Ended, How, config_for, groups_of
+from ..config.files import MADE
+from ..config.paths import digest_of
+from ..config.record import record_path
+from ..config.settings import ConfigError, EditConfig
+from ..options import DryRun, Dtype, ModelConfig, Quiet, whole
+from ..progress import console, progress_bar, told
+from ..session import Session, pick_device
 
+_RAY = Group("On a Ray cluster", sort_key=100)
 LOG = "jobs.jsonl"
 """How each job ended, a line for each try of a run; the last one of a job counts."""
 STORES = "stores"
 """The folder of inversions that jobs share, while they need them."""
 _SUM_UP_EVERY = 30.0
 """Seconds between summaries while a batch runs."""
+
+
+def command(
+    jobs: Annotated[Path, Parameter(help="YAML file of jobs, or of clips, targets, settings and methods to combine.")],
+    /,
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name=("--output", "-o"),
+            help="Folder for results and summary. A run there continues.",
+            show_default=lambda _: "that of the jobs, without .yaml",
+        ),
+    ] = None,
+    workers: Annotated[int, Parameter(converter=whole, help="Processes on each device.")] = 1,
+    timeout: Annotated[float | None, Parameter(help="Seconds that a job may take.")] = None,
+    retries: Annotated[int, Parameter(converter=whole, help="Retries of a job whose process died.")] = 1,
+    measure: Annotated[bool, Parameter(help="Measure each result beside its source.")] = True,
+    clip: Annotated[str, Parameter(help="CLIP model of transformers to measure with.")] = "",
+    redo: Annotated[bool, Parameter(negative="", help="Repeat finished jobs.")] = False,
+    ray: Annotated[
+        str | None,
+        Parameter(help="Address of a Ray cluster to run the jobs on, auto, or local.", group=_RAY),
+    ] = None,
+    ray_gpus: Annotated[
+        float | None, Parameter(help="GPUs of each job.", show_default=lambda _: "1 where there are any", group=_RAY)
+    ] = None,
+    ray_cpus: Annotated[float, Parameter(help="CPU cores of each job.", group=_RAY)] = 1,
+    ray_inputs: Annotated[
+        Literal["shared", "sent"],
+        Parameter(
+            help="Clips, masks and LoRAs lie on a path that all machines share, or are sent through Ray.", group=_RAY
+        ),
+    ] = "shared",
+    comfyui: Annotated[
+        list[str] | None,
+        Parameter(help="Address of a ComfyUI server to run the jobs' workflow on; may repeat.", negative=""),
+    ] = None,
+    device: Annotated[str, Parameter(help="cpu, cuda, mps, several (cuda:0,cuda:1), or auto: all GPUs.")] = "auto",
+    dtype: Dtype = "auto",
+    model_config: ModelConfig = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do many edits: those not done yet, an inversion that several share once; a failed one leaves the others alone."""
+    console.quiet = quiet
+    held = load_batch(jobs)
+    if ray is not None and comfyui:
+        raise ConfigError("give --ray or --comfyui: a job is done in one place")
+    if model_config is not None and comfyui:
+        raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
+    if ray is not None and timeout is not None:
+        raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
+
+    cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
+    folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)
+    how = How(dtype, model_config, measure, clip)
+    asked = Asked(folder, how, device, workers, patience, cluster, tuple(comfyui or ()), redo, dry_run)
+    run_batch(Session(console, progress_bar), held, asked)
 
 
 class BatchError(OSError):

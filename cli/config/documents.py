@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..settings import shown
+from ...settings import shown
 
 _MOST = 1_000_000
 """Values in a document, its aliases followed."""

@@ -1,0 +1,1 @@
+"""The commands: for each its options and what it does."""

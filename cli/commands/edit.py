@@ -1,0 +1,393 @@
+"""`fatezero edit`: from a video file to a video file, with one inversion for all edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ...diffusion.edit import edit_many
+from ...diffusion.invert import Inversion
+from ...diffusion.spread import ALONE
+from ...files.whole import disk_folder, remove_stale_folders
+from ...imports import torch
+from ...methods.layout import Layout
+from ...settings import shown
+from ...store.origin import Origin
+from ...store.store import AttentionStore
+from ...video.fitted import FittedVideo
+from ...video.read import Sound, SoundTrack, VideoSource
+from ...video.write import FrameDigest, shortcomings, write_video
+from ..config.files import configs_of
+from ..config.record import (
+    Made,
+    apart_from,
+    check_is_here,
+    check_same,
+    differences,
+    files_read,
+    made_by,
+    metadata_of,
+    record_of,
+    record_path,
+    threads_on,
+    versions,
+    write_record,
+)
+from ..config.settings import PRESETS, EditConfig
+from ..edits import checked_layout, motion_of, one_edit
+from ..frames import decode, fit_frames, found_frames, shape_of
+from ..objects import check_objects
+from ..options import (
+    GROUPS,
+    Config,
+    Device,
+    DryRun,
+    Dtype,
+    ModelConfig,
+    Overwrite,
+    Quiet,
+    Video,
+    edit_options,
+    flags_of,
+)
+from ..outputs import Outputs
+from ..plan import in_chunks, plan
+from ..progress import Bar, console, progress_bar
+from ..session import Session, controlled
+from ..stored import check_of_store, cut_of, read_origin, sound_of, with_store
+from ..team import in_team, team_of
+from .invert import invert_video
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...hosts.diffusers.processes import Processes
+    from ..session import AnyCheckpoint
+
+EditOptions = edit_options()
+
+
+def command(
+    video: Video = None,
+    /,
+    *,
+    target: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Prompt that describes the edit. Repeat it for several edits in one pass.",
+            negative="",
+            group=GROUPS["What to edit"],
+        ),
+    ] = None,
+    output: Annotated[
+        str,
+        Parameter(
+            name=("--output", "-o"),
+            group=GROUPS["What to edit"],
+            help='Output: .mp4, .mov, .mkv, .webm, .gif, or pictures, "folder/" or "f_%04d.png".',
+        ),
+    ] = "edit.mp4",
+    config: Config = None,
+    preset: Annotated[
+        str | None, Parameter(help=f"Settings that go together: {', '.join(PRESETS)}.", group=GROUPS["The edit"])
+    ] = None,
+    store: Annotated[
+        Path | None,
+        Parameter(help="A store of `fatezero invert`, in the place of an inversion.", group=GROUPS["The store"]),
+    ] = None,
+    model_config: ModelConfig = None,
+    options: Annotated[EditOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Edit a video: invert it, then denoise with the target prompt and what is taken of the source."""
+    console.quiet = quiet
+    flags = flags_of(video, options)
+    made = made_by(config) if config else None
+    if made is not None:  # a result's record: made again with what it was made with
+        others = {"store": store, "model_config": model_config, "target": target, "preset": preset}
+        given = {*flags, *(name for name, value in others.items() if value)}
+        made = apart_from(made, given)
+        store = store or (Path(made.store) if made.store else None)
+        model_config = model_config or made.model_config
+        device, dtype = (b if a == "auto" else a for a, b in ((device, made.device), (dtype, made.dtype)))
+    inputs = tuple(path for path in (config, store) if path)
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    configs, notes = configs_of(config, preset, flags, target or [], stored=store is not None)
+    for note in notes:
+        session.note(note)
+    if config is not None and made is not None:
+        check_is_here(config, configs[0], model_config, given)
+    run_edits(session, configs, output, store, dry_run, made)
+
+
+def run_edits(
+    session: Session,
+    configs: list[EditConfig],
+    output: str,
+    store_path: Path | None,
+    dry_run: bool,
+    made: Made | None = None,
+    lent: bool = False,
+) -> None:
+    """One inversion, or one from a file, and an edit for each configuration, with its record beside.
+
+    made: what an earlier result was made with, which this shall be again. lent: the store is one of the caller's, made
+    with these very settings, which records leave out. Everything that can be refused is refused before the inversion
+    starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
+    """
+    remove_stale_folders(disk_folder())
+    if made is not None and made.threads is not None:
+        torch.set_num_threads(made.threads)
+    with session.outputs(configs[0], store_path) as held:
+        session, team = team_of(session)
+        run = _Run(session, team, output, store_path, made, lent)
+        _edit(run, held, configs, dry_run)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run is asked for beside its settings; see `run_edits`. team: the processes it runs on, None for this."""
+
+    session: Session
+    team: Processes | None
+    output: str
+    store: Path | None
+    made: Made | None
+    lent: bool
+
+    @property
+    def writes(self) -> bool:
+        return self.team is None or self.team.is_main
+
+    @property
+    def recorded_store(self) -> Path | None:
+        return None if self.lent else self.store
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is edited: the frames of a video, or a store and where it is from."""
+
+    frames: int
+    video: VideoSource | None = None
+    store: AttentionStore | None = None
+    origin: Origin | None = None
+
+    @classmethod
+    def of(cls, session: Session, config: EditConfig, store: AttentionStore | None, origin: Origin | None) -> _Source:
+        if store is not None and origin is not None:
+            return cls(origin.frames, None, store, origin)
+        video = found_frames(session, config)
+        return cls(len(video), video)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """The clip as it is edited. shape: of its latents. fps, times, sound: of its frames. video: None for a store."""
+
+    shape: tuple[int, ...]
+    frames: int
+    fps: Fraction
+    times: tuple[Fraction, ...] | None
+    sound: Sound | SoundTrack | None
+    video: FittedVideo | None = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One edit: its configuration, prompt pair and layout; where it goes and the digests of the files it reads.
+
+    recorded: what its record holds of its settings.
+    """
+
+    config: EditConfig
+    recorded: EditConfig
+    prompt: Any
+    layout: Layout | None
+    output: str
+    files: dict[str, str]
+
+
+def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) -> None:
+    session, team = run.session, run.team
+    if run.store and configs[0].noise == "drawn":
+        raise ValueError("noise is drawn, which a store has no use for")
+    store = AttentionStore.load(run.store) if run.store else None
+    origin, given = read_origin(store) if store else None, configs
+    if store is not None and origin is not None:
+        configs = [with_store(config, store, origin) for config in configs]
+    for config in configs:
+        config.prompt_edit(None)  # raises for words that are in no prompt
+        check_objects(config, config.target)
+    source = _Source.of(session, configs[0], store, origin)
+    if team is not None:
+        configs = [in_team(config, team.count, source.frames) for config in configs]
+    outputs = _outputs(run.output, len(configs))
+    for path in outputs if run.writes else ():
+        held.clip(path, source.frames)
+        held.file(record_path(path))
+    files = files_read(configs, run.recorded_store)
+    if run.made is not None:
+        check_same(Made(files=files[0]), replace(run.made, model="", vae=""))
+    checkpoint = session.open_model(configs[0].chosen_model)
+    prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
+    layouts = [checked_layout(checkpoint, config, source.frames) for config in configs]
+    checkpoint, clip = _clip_of(session, checkpoint, configs[0], source)
+    if store is not None and origin is not None:
+        check_of_store(checkpoint, store, origin, prompts)
+    configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
+    session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store))
+    now = _checked_again(run, checkpoint, configs[0], clip)
+    for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
+        session.note(lost)
+    if not dry_run:
+        recorded = given if run.lent else configs
+        edits = list(map(_Asked, configs, recorded, prompts, layouts, outputs, files))
+        _run(run, checkpoint, clip, store, edits, now)
+
+
+def _clip_of(
+    session: Session, checkpoint: AnyCheckpoint, config: EditConfig, source: _Source
+) -> tuple[AnyCheckpoint, _Clip]:
+    """The clip as the model takes it, and the model with the configuration's ControlNet."""
+    store, origin = source.store, source.origin
+    if store is None or origin is None:
+        assert source.video is not None
+        video = fit_frames(config, source.video, checkpoint.multiple, checkpoint.native_size)
+        checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
+        clip = _Clip(shape_of(video, checkpoint), len(video), video.fps, video.times, video.sound(), video)
+        return checkpoint, clip
+    height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+    checkpoint = controlled(session, checkpoint, config, cut_of(origin), origin.frames, (width, height))
+    sound = sound_of(origin, config.video)
+    return checkpoint, _Clip(tuple(store.levels.shape[1:]), origin.frames, origin.fps, origin.times, sound)
+
+
+def _checked_again(run: _Run, checkpoint: AnyCheckpoint, config: EditConfig, clip: _Clip) -> Made:
+    """What this run edits with; ConfigError where a result is made again with another model."""
+    _note_of_layers(run.session, config)
+    now = _made(run.session, checkpoint, clip.shape, run.recorded_store)
+    if run.made is not None:
+        check_same(now, run.made)
+        if other := differences(now, run.made):
+            run.session.note(f"the result was made with {', '.join(other)}: its last digits may differ")
+    return now
+
+
+def _run(
+    run: _Run,
+    checkpoint: AnyCheckpoint,
+    clip: _Clip,
+    store: AttentionStore | None,
+    asked: Sequence[_Asked],
+    now: Made,
+) -> None:
+    """Invert, edit and write; OSError, in the end, for outputs that could not be written."""
+    session, configs, spread, failed = run.session, [one.config for one in asked], run.team or ALONE, list[str]()
+    with session.bars() as bar:
+        if store is not None:
+            inversion = Inversion(store)
+        else:
+            assert clip.video is not None
+            inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
+        motion = motion_of(checkpoint, configs, inversion, bar)
+        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout) for a in asked]
+        title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
+        results = edit_many(
+            checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)
+        )
+        if not run.writes:
+            return
+        for one, latents in zip(asked, results, strict=True):
+            writing = _Writing(one.output, _recorded(one.recorded, inversion.store), replace(now, files=one.files))
+            try:
+                _write(run, writing, decode(checkpoint, latents, clip.frames, _bar(bar, one)), clip)
+            except (OSError, ArithmeticError) as error:
+                failed.append(str(error))
+    if failed:
+        raise OSError(f"{len(failed)} of {len(asked)} edits could not be written: {'; '.join(failed)}")
+
+
+def _bar(bar: Callable[[str], Bar], asked: _Asked) -> Bar:
+    return bar(f"write {Path(asked.output).name}")
+
+
+def _write(run: _Run, writing: _Writing, pictures: Iterable[Tensor], clip: _Clip) -> None:
+    digest = writing.write(pictures, clip)
+    run.session.say(f"{shown(writing.config.target)} written to {writing.path}")
+    if run.made is not None and run.made.frames:
+        _say_whether_same(run.session, digest, run.made)
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A result on its way to a file, with what its record says."""
+
+    path: str
+    config: EditConfig
+    made: Made
+
+    def write(self, pictures: Iterable[Tensor], clip: _Clip) -> str:
+        """Returns the digest of the frames. The record comes last: where it is, the result is whole."""
+        metadata, digest = metadata_of(self.config, self.made), FrameDigest()
+        write_video(self.path, digest.passing(pictures), clip.fps, clip.sound, times=clip.times, metadata=metadata)
+        made = replace(self.made, frames=str(digest))
+        try:
+            write_record(self.path, record_of(self.config, made))
+        except OSError as error:
+            raise OSError(f"{self.path} is written, but without its record: {error}") from error
+        return made.frames
+
+
+def _say_whether_same(session: Session, frames: str, made: Made) -> None:
+    """Whether a result that was made again has the frames it had."""
+    if frames == made.frames:
+        session.say("its frames are those of the record, bit for bit")
+    else:
+        session.note("its frames are not those of the record, bit for bit")
+
+
+def _made(session: Session, checkpoint: AnyCheckpoint, shape: Sequence[int], store: Path | None) -> Made:
+    """What a run edits with, beside its settings and files. shape: of the clip's latents."""
+    from ...hosts.diffusers.checkpoint import Checkpoint
+
+    height, width = (side * checkpoint.factor for side in shape[-2:])
+    return Made(
+        versions(), str(checkpoint.device), str(checkpoint.dtype).removeprefix("torch."), threads_on(checkpoint.device),
+        "" if isinstance(checkpoint, Checkpoint) else checkpoint.coding(height, width),
+        checkpoint.denoiser.identity().digest, checkpoint.vae_identity.digest,
+        store=None if store is None else str(store), model_config=session.model_config,
+    )  # fmt: skip
+
+
+def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
+    """A configuration that gives the same again, whatever memory is free by then."""
+    return config if config.noise == "drawn" else replace(config, memory=store.memory)
+
+
+def _note_of_layers(session: Session, config: EditConfig) -> None:
+    """Say where a clip is seen otherwise than its temporal layers were tuned."""
+    from ...files.temporal_layers import about_temporal_layers, seen_with
+
+    about = about_temporal_layers(config.temporal) if config.temporal else {}
+    ours = seen_with(config.key_frames, config.clip_norm)
+    other = [f"{name} {about[name]}, not {mine}" for name, mine in ours.items() if about.get(name, mine) != mine]
+    if other:
+        session.note(f"the temporal layers were tuned with {'; '.join(other)}")
+
+
+def _outputs(output: str, count: int) -> list[str]:
+    """Where each edit goes: numbered, where there are several."""
+    if count == 1:
+        return [output]
+    path, end = Path(output), "/" if output.endswith(("/", "\\")) else ""
+    return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]

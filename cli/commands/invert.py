@@ -1,0 +1,112 @@
+"""`fatezero invert`: keep an inversion in a file, for many edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from ...diffusion.invert import Inversion, invert
+from ...diffusion.spread import ALONE, Spread
+from ...files.safetensors import format_bytes
+from ...files.whole import disk_folder, remove_stale_folders
+from ...methods.flow_edit import draw
+from ...store.budget import StoreSettings
+from ...video.fitted import FittedVideo
+from ..config.effects import of_methods
+from ..config.files import configs_of
+from ..config.settings import EditConfig
+from ..frames import encode, fit_frames, found_frames, shape_of
+from ..options import Config, Device, DryRun, Dtype, ModelConfig, Overwrite, Quiet, Video, flags_of, invert_options
+from ..plan import in_chunks, plan
+from ..progress import console, progress_bar
+from ..session import Session, controlled
+from ..stored import origin_of
+
+if TYPE_CHECKING:
+    from ..session import AnyCheckpoint
+
+InvertOptions = invert_options(of_methods())
+
+
+def command(
+    video: Video = None,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Output file of the store.")] = Path(
+        "store.safetensors"
+    ),
+    config: Config = None,
+    model_config: ModelConfig = None,
+    options: Annotated[InvertOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
+    console.quiet = quiet
+    inputs = (config,) if config else ()
+    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    configs, notes = configs_of(config, None, flags_of(video, options), inverting=True)
+    for note in notes:
+        session.note(note)
+    run_invert(session, configs[0], output, dry_run)
+
+
+def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
+    """Keep an inversion in a file, written while it runs."""
+    if config.noise == "drawn":
+        raise ValueError("noise is drawn, so there is nothing to invert")
+    remove_stale_folders(disk_folder())
+    with session.outputs(config) as outputs:
+        outputs.file(output)
+        _invert(session, config, output, dry_run)
+
+
+def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
+    settings = replace(config.store, path=output)
+    source = found_frames(session, config)
+    checkpoint = session.open_model(config.chosen_model)
+    video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
+    shape = shape_of(video, checkpoint)
+    config = in_chunks(config, checkpoint, shape[0])
+    checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
+    session.say(plan(checkpoint, [config], shape, settings, edits=False))
+    if dry_run:
+        return
+    with session.bars() as bar:
+        inversion = invert_video(checkpoint, config, video, bar, settings)
+    session.say(f"store of {format_bytes(inversion.store.nbytes)} written to {output}")
+
+
+def invert_video(
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    video: FittedVideo,
+    bar: Callable[[str], Callable[[int, int], None]],
+    settings: StoreSettings | None = None,
+    spread: Spread = ALONE,
+) -> Inversion:
+    """Encode and invert a clip with a configuration's settings, or draw its noise; its store's unless others are given.
+
+    A store that is kept remembers where the clip is from, and its sound. spread: the processes that share the chunks.
+    """
+    source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
+    latents = encode(checkpoint, video, bar("encode"))
+    if config.noise == "drawn":
+        return draw(
+            checkpoint.denoiser, latents.to(checkpoint.device), source, config.steps, config.flow_edit, config.keys,
+            config.clip_norm, prompt=config.source,
+        )  # fmt: skip
+    kept = settings is not None and settings.path is not None
+    extra, attachments = origin_of(checkpoint, config, video).kept() if kept else ({}, {})
+    return invert(
+        checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
+        config.chunk_frames, order=config.order, prompt=config.source,
+        extra=extra, attachments=attachments, spread=spread, progress=bar("invert"),
+    )  # fmt: skip

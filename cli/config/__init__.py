@@ -1,0 +1,1 @@
+"""Settings of the commands: what there is, from files and from options, checked."""

@@ -1,0 +1,65 @@
+"""Which settings have no effect beside which others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...methods.fatezero import FusionSettings
+from ...settings import described
+from .settings import OBJECTS, ConfigError, EditConfig
+
+_FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "max_tokens")
+
+
+def of_methods() -> list[str]:
+    """The settings that only edits have."""
+    return [*_FUSION, *OBJECTS, "object_mask", "injection", "propagation", "smoothing", "flow", "noise"]
+
+
+NOTHING_PLACED = "no object is named (box, ellipse, mask)"
+_NOTHING_BLENDED = "nothing is blended (blend_self_attention, blend_latents)"
+_NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...] = (
+    (
+        (*_FUSION, "mode", "blend_source", "blend_target", "reweight"),
+        lambda c: c.injection != "fatezero",
+        "injection is not fatezero",
+    ),
+    (("flow_edit",), lambda c: c.noise != "drawn", "noise is not drawn"),
+    (
+        ("order", "memory", "place", "budget_gb", "precision", "keep_steps"),
+        lambda c: c.noise == "drawn",
+        "noise is drawn, not inverted",
+    ),
+    (("pnp",), lambda c: c.injection != "pnp", "injection is not pnp"),
+    (("tokenflow",), lambda c: c.propagation != "tokenflow", "propagation is not tokenflow"),
+    (("layout", "object_mask"), lambda c: not c.wanted, "no object is named (box, ellipse, mask, shift)"),
+    (("flow",), lambda c: c.smoothing == 0, "smoothing is 0"),
+    (("precision", "keep_steps"), lambda c: c.memory == "recompute", "memory recompute keeps no attention"),
+    (
+        ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens"),
+        lambda c: not c.fusion.blends,
+        _NOTHING_BLENDED,
+    ),
+    (
+        ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens", "separate_words"),
+        lambda c: c.wanted,
+        "the mask is that of the objects' layout",
+    ),
+    (("blend_latents_until",), lambda c: not c.blend_latents, "blend_latents is off"),
+    (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
+    (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
+    (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
+    (
+        ("control", "controlnet_strength", "control_start", "control_end"),
+        lambda c: not c.controlnet,
+        "no controlnet is given",
+    ),
+)
+
+
+def check_effect(config: EditConfig, asked: Sequence[str]) -> None:
+    """Raise ConfigError for a setting asked for that the others leave without effect."""
+    for names, idle, why in _NO_EFFECT:
+        for name in names:
+            if name in asked and idle(config):
+                raise ConfigError(f"{name} has no effect here: {why}")

@@ -1,0 +1,162 @@
+"""Settings in files: ours, the authors', and the records of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...settings import check, shown
+from ...video.read import read_metadata
+from ...video.write import METADATA_SUFFIXES
+from .authors import authors_configs
+from .documents import DocumentError, read_json, read_yaml
+from .effects import check_effect
+from .settings import ConfigError, EditConfig, with_preset
+from .values import checked, completed, with_values
+
+MADE = "made"
+"""The section of a result's record that is no setting: see `record.py`."""
+METADATA = "fatezero"
+"""What a video's metadata call its record."""
+_AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
+_OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
+
+
+def load_configs(
+    path: str | Path, texts: Mapping[str, Any] | None = None, preset: str | None = None
+) -> tuple[list[EditConfig], list[str]]:
+    """The edits of a file, and notes on what was left out of it.
+
+    Reads our own files (the fields of `EditConfig`, and `preset`), a result's record (JSON, or the result itself), and
+    the authors' files as they are, one edit for each of their prompts. texts: a `source` or `target` given elsewhere,
+    in the place of the file's. preset: one given elsewhere, over all the file says of what presets speak of; the
+    file's own preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
+    """
+    path, texts = Path(path), dict(texts or {})
+    data = held_by(path)
+    with _naming(path):
+        if not isinstance(data, Mapping):
+            raise ConfigError("holds no settings")
+        if any(mark in data for mark in _OLDER_MARKS):
+            raise ConfigError(
+                "is in the authors' older layout (train_dataset); dataset_config and editing_config are read"
+            )
+        if any(mark in data for mark in _AUTHORS_MARKS):
+            configs, notes = authors_configs(data)
+            for config in configs:
+                _check_ranges(config)
+            configs = [with_values(config, texts) for config in configs]
+        else:
+            config = config_of({name: value for name, value in data.items() if name != MADE}, texts)
+            configs, notes = [config], []
+        if preset is not None:
+            configs = [with_preset(config, preset) for config in configs]
+    return configs, notes
+
+
+def _check_ranges(config: EditConfig) -> None:
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:
+    """An edit by the values of a file, its preset beneath its other settings. texts: see `load_configs`.
+
+    Raises ConfigError naming what is wrong.
+    """
+    values, texts = dict(values), dict(texts or {})
+    preset = values.pop("preset", None)
+    if preset is not None and not isinstance(preset, str):
+        raise ConfigError(f"preset is {shown(preset)}; it must be text")
+    given = checked(values) | texts
+    config = with_values(EditConfig(), given)
+    return config if preset is None else with_values(with_preset(config, preset), given)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of a file, with its name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def held_by(path: Path) -> Any:
+    """What a configuration holds: YAML, JSON, or a video's own record; ConfigError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    with _naming(path):
+        return _held(path)
+
+
+def _held(path: Path) -> Any:
+    if path.suffix.lower() not in METADATA_SUFFIXES:
+        return _read(path)
+    try:
+        return read_json(read_metadata(path)[METADATA])
+    except KeyError:
+        raise ConfigError("has no settings in its metadata: it is no result of `fatezero edit`") from None
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return read_json(text) if path.suffix.lower() == ".json" else read_yaml(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not text: {error}") from error
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
+
+
+def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
+    """Pairs of captions of a YAML list; ConfigError for anything else."""
+    with _naming(Path(path)):
+        held = _read(Path(path))
+        right = isinstance(held, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in held
+        )
+        if not right or not held:
+            raise ConfigError("must be a list of [source caption, target caption]")
+    return tuple((before, after) for before, after in held)
+
+
+# --- files beneath options ------------------------------------------------------------------
+
+
+def configs_of(
+    path: Path | None,
+    preset: str | None,
+    flags: Mapping[str, Any],
+    targets: Sequence[str] = (),
+    *,
+    inverting: bool = False,
+    stored: bool = False,
+) -> tuple[list[EditConfig], list[str]]:
+    """Flags over the preset over the file over the defaults, one for each target; and notes on what was left out.
+
+    inverting: for an inversion without an edit. stored: beside a store, which has a clip and a source prompt.
+    """
+    given = checked(flags)
+    texts = {"source": given["source"]} if "source" in given else {}
+    notes: list[str] = []
+    configs: list[EditConfig] = []
+    for target in (*targets,) or (None,):
+        own = texts | (checked({"target": target}) if target is not None else {})
+        if path:
+            found, left_out = load_configs(path, own, preset)
+            notes += left_out
+        else:
+            found = [with_values(EditConfig(), own)]
+            found = [with_preset(c, preset) for c in found] if preset else found
+        configs += [c for c in (with_values(c, given) for c in found) if c not in configs]
+    configs = [completed(config, inverting, stored) for config in configs]
+    for config in configs:
+        check_effect(config, () if stored else list(given))
+    return configs, list(dict.fromkeys(notes))

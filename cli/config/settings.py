@@ -1,0 +1,328 @@
+"""Settings of an edit: presets, YAML files, and the authors' configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from ...attention.key_frames import KeyFrames
+from ...attention.prompt import Mode, PromptEdit, changed_words, words_of
+from ...diffusion.edit import Edit, Injection, Propagation
+from ...diffusion.invert import InversionSettings
+from ...methods.fatezero import GROUP as FATEZERO
+from ...methods.fatezero import PRESETS as FATEZERO_PRESETS
+from ...methods.fatezero import FusionSettings
+from ...methods.flow_edit import PRESET as FLOW_EDIT_PRESET
+from ...methods.flow_edit import FlowEditSettings
+from ...methods.flow_smoothing import GROUP as FLOW
+from ...methods.flow_smoothing import FlowSmoothing
+from ...methods.layout_guidance import GROUP as LAYOUT
+from ...methods.layout_guidance import LayoutSettings
+from ...methods.move_objects import MoveSettings
+from ...methods.plug_and_play import PnPSettings
+from ...methods.tokenflow import TokenFlowSettings
+from ...methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
+from ...settings import check, described, described_one, kept, setting, shown
+from ...store.budget import StoreSettings
+from ...video.flow import FlowName
+from ...video.which import ClipSettings
+
+T = TypeVar("T")
+InjectionName = Literal["fatezero", "pnp", "none"]
+PropagationName = Literal["none", "tokenflow"]
+NoiseName = Literal["inverted", "drawn"]
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong kind, or missing."""
+
+
+_TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO
+_CLIP, _DRAWN = "The clip", "The edit"
+
+
+@dataclass(frozen=True)
+class ObjectSettings:
+    """Where objects shall be, each a text of its own."""
+
+    box: tuple[str, ...] = setting(
+        (), 'Where words shall be: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size (or width '
+        "and height) as shares of the picture; may repeat.", group=LAYOUT,
+    )  # fmt: skip
+    ellipse: tuple[str, ...] = setting((), "The same as an ellipse.", group=LAYOUT)
+    mask: tuple[str, ...] = setting((), 'The same by a video or pictures: "burger: mask.mp4".', group=LAYOUT)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is any."""
+        return any(getattr(self, name, ()) for name in OBJECTS)
+
+
+OBJECTS = ("box", "ellipse", "mask", "shift")
+"""The settings that name an object and where it shall be."""
+REPEATED = (*OBJECTS, "object_mask", "lora")
+"""Settings that may be given several times."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model, and what is added to its weights."""
+
+    model: str = setting(
+        "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
+    )
+    lora: tuple[str, ...] = setting(
+        (), "LoRA file or folder, or FILE=0.8 for its strength. May repeat.", shown="none", group=_MODEL
+    )
+    variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
+    temporal: str = setting(
+        "",
+        "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
+        "`fatezero tune`, or demo, which make the demo model one of videos.",
+        shown="none",
+        group=_MODEL,
+    )
+
+    @property
+    def chosen_model(self) -> ModelSettings:
+        """These settings without the others of a configuration."""
+        return _part(self, ModelSettings)
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """A ControlNet and what it follows."""
+
+    controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
+    control: str = setting(
+        "", "Video or pictures that the ControlNet follows. They are cut like the clip.",
+        shown="none", group=_MODEL,
+    )  # fmt: skip
+    controlnet_strength: float = setting(
+        1.0, "What the ControlNet's output is multiplied by.", least=0, most=10, group=_MODEL
+    )
+    control_start: float = setting(
+        0.0, "Where on the way from noise to clip the ControlNet begins to act.", least=0, most=1, group=_MODEL
+    )
+    control_end: float = setting(1.0, "Where it ends.", least=0, most=1, group=_MODEL)
+
+    @property
+    def chosen_control(self) -> ControlSettings:
+        """These settings without the others of a configuration. Raises ConfigError for what is no range."""
+        found = _part(self, ControlSettings)
+        check(found)
+        if found.control_start >= found.control_end:
+            raise ConfigError(
+                f"control_start is {found.control_start}; it must be below control_end, {found.control_end}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EditConfig(
+    ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ControlSettings, ModelSettings
+):
+    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
+
+    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
+    """
+
+    video: str = ""
+    source: str = setting("", "Prompt that describes the video.", group=_TEXT)
+    target: str = setting(
+        "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
+    )
+    negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
+    chunk_frames: int | None = kept(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
+    guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
+    strength: float = kept(Edit, "strength", 1.0)
+    noise: NoiseName = setting(
+        "inverted",
+        "What the edit begins from: inverted the clip's own noise; drawn any, and the edit goes along the difference "
+        "of both prompts' predictions (FlowEdit), without an inversion.",
+        group=_EDIT,
+    )
+    injection: InjectionName = setting(
+        "fatezero",
+        "What the edit takes of the source: fatezero its attention, word by word and under a mask; pnp the decoder's "
+        "queries, keys and one feature (Plug-and-Play); none nothing but the inverted noise.",
+        group=_EDIT,
+    )
+    propagation: PropagationName = setting(
+        "none",
+        "How frames agree beyond their key frames: tokenflow has each take its self-attention from key frames that "
+        "were edited together.",
+        group=_EDIT,
+    )
+    smoothing: float = kept(FlowSmoothing, "amount", 0.0)
+    flow: FlowName = setting(
+        "auto", "What finds the motion: raft (torchvision) or dis (OpenCV); auto takes raft where its weights are.",
+        group=FLOW,
+    )  # fmt: skip
+    mode: Mode = kept(PromptEdit, "mode", "refine")
+    blend_source: tuple[str, ...] = setting(
+        (), "Words of the source that draw the mask, by commas.", shown="those that change", group=_MASK
+    )
+    blend_target: tuple[str, ...] = setting(
+        (), "Words of the target that draw it too where latents are blended, by commas.", shown="those that change",
+        group=_MASK,
+    )  # fmt: skip
+    reweight: Mapping[str, float] = setting(dict, described_one(PromptEdit, "reweight").about.help, group=_MASK)
+    cross_replace_steps: float = kept(FusionSettings, "cross_replace_steps", 0.7)
+    shift: tuple[str, ...] = setting(
+        (), 'How words are moved from where they are: "jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames how far right and '
+        "down as shares of the picture, and the growth; may repeat.", group=LAYOUT,
+    )  # fmt: skip
+    object_mask: tuple[str, ...] = setting(
+        (), 'Where words are in the clip, by a video or pictures: "jeep: mask.mp4". Else their attention tells.',
+        group=LAYOUT,
+    )  # fmt: skip
+    flow_edit: FlowEditSettings = FlowEditSettings()
+    pnp: PnPSettings = PnPSettings()
+    tokenflow: TokenFlowSettings = TokenFlowSettings()
+    layout: MoveSettings = MoveSettings()
+
+    def __post_init__(self) -> None:
+        """Its parts check themselves where they are made."""
+
+    def part(self, settings: type[T]) -> T:
+        """The settings of one of the parts it is made of."""
+        return _part(self, settings)
+
+    @property
+    def fusion(self) -> FusionSettings:
+        return self.part(FusionSettings)
+
+    @property
+    def chosen_injection(self) -> Injection | None:
+        """What the edit takes of the source."""
+        chosen: dict[str, Injection | None] = {"fatezero": self.fusion, "pnp": self.pnp, "none": None}
+        return chosen[self.injection]
+
+    @property
+    def chosen_propagation(self) -> Propagation | None:
+        """How frames agree."""
+        return self.tokenflow if self.propagation == "tokenflow" else None
+
+    @property
+    def store(self) -> StoreSettings:
+        return self.part(StoreSettings)
+
+    @property
+    def keys(self) -> KeyFrames:
+        return self.part(InversionSettings).keys
+
+    def prompt_edit(self, tokenizer: Any) -> PromptEdit | None:
+        """The prompt pair, which FateZero's fusion alone needs; blend words not given are the words that change."""
+        if self.injection != "fatezero":
+            return None
+        blend = None
+        if self.fusion.blends and not self.wanted:  # a layout has an area of its own
+            changed = changed_words(self.source, self.target)
+            blend = (list(self.blend_source or changed[0]), list(self.blend_target or changed[1]))
+            if self.fusion.masks_by_prompts:
+                blend = blend if any(blend) else None
+            elif not blend[0] or (self.blend_latents and not blend[1]):
+                raise ConfigError(
+                    "blending needs words to blend: no word of the source changes, so give --blend-source and "
+                    f"--blend-target ({shown(self.source)} / {shown(self.target)})"
+                )
+        return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
+
+
+def _part(config: Any, settings: type[T]) -> T:
+    return settings(**{one.name: getattr(config, one.name) for one in described(settings)})
+
+
+@dataclass(frozen=True)
+class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
+    """Every setting of `fatezero tune`; the names are those of the flags."""
+
+    video: str = ""
+    prompt: str = setting("", "Prompt that describes the video.", group=_TEXT)
+    temporal: str = setting(
+        "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
+    )
+    count: int | None = kept(ClipSettings, "count", None, shown="at most 24; with --end all")
+    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", TRAINED_KEYS)
+    clip_norm: bool = kept(InversionSettings, "clip_norm", True)
+
+    def __post_init__(self) -> None:
+        """Its parts check themselves where they are made."""
+
+    @property
+    def fresh(self) -> LayerSettings:
+        return _part(self, LayerSettings)
+
+    @property
+    def tuning(self) -> TuneSettings:
+        return _part(self, TuneSettings)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ObjectSettings, ModelSettings):
+    """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
+
+    prompt: str = setting("", "Prompt that describes the clip.", group=_TEXT)
+    negative: str = kept(EditConfig, "negative", "")
+    frames: int = setting(16, "Number of frames.", least=1, most=1000, group=_CLIP)
+    size: tuple[int, int] | None = setting(
+        None, "WIDTHxHEIGHT of the clip.", unit="pixels", shown="the model's", group=_CLIP
+    )
+    fps: float = setting(8.0, "Frame rate.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
+    seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=_CLIP)
+    steps: int = kept(InversionSettings, "steps", 50)
+    guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
+    key_frames: tuple[str | int, ...] | None = setting(
+        None, "Whose keys and values each frame attends to, as in `fatezero edit`.",
+        shown="as the model was trained", group=_DRAWN,
+    )  # fmt: skip
+    clip_norm: bool | None = setting(
+        None, "Take the normalisation statistics of the ResNet blocks over the whole clip.",
+        shown="as the model was trained", group=_DRAWN,
+    )  # fmt: skip
+    layout: LayoutSettings = LayoutSettings()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+SECTIONS: dict[str, Any] = {
+    "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
+}  # fmt: skip
+"""The sections of an edit's configuration, and the settings in them."""
+FILES = ("video", "model", "temporal", "controlnet", "control")
+"""The settings that name a file, besides those of LoRAs, each a file with its strength."""
+FILES_OF_OBJECTS = ("mask", "object_mask")
+"""Those that name files for words: "burger: mask.mp4"."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **FATEZERO_PRESETS,
+    "pnp": {"injection": "pnp", "key_frames": ("self",)},
+    "tokenflow": {"injection": "pnp", "propagation": "tokenflow", "key_frames": ("self",)},
+    "tune_a_video": {
+        "injection": "none", "guidance_scale": 12.5, "key_frames": ("first", "previous"), "clip_norm": True,
+    },
+    "flow_edit": {"noise": "drawn", "injection": "none", **FLOW_EDIT_PRESET},
+}  # fmt: skip
+"""FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to one frame while they invert."""
+
+_LEFT_ALONE = {"key_frames", "clip_norm"}
+"""Settings of the inversion that a preset may name, and leaves as they are where it does not."""
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE} | {"mode"}
+"""The settings that presets speak of; what one does not name has its default."""
+
+
+def with_preset(config: EditConfig, preset: str) -> EditConfig:
+    """A configuration with a preset's settings over its own.
+
+    The shape preset maps word to word where both prompts have equally many words, and
+    refines where they have not. Raises ConfigError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
+    mapped = preset.startswith("shape") and len(words_of(config.source)) == len(words_of(config.target))
+    default = EditConfig(mode="replace" if mapped else "refine")
+    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | PRESETS[preset])

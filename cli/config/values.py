@@ -1,0 +1,146 @@
+"""Settings that were given, checked: each of its type, in its range, and with what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...diffusion.edit import first_step
+from ...files.lora import LoraFile
+from ...methods.layout_guidance import LayoutSettings
+from ...methods.tune_a_video import LayerSettings
+from ...settings import Described, Setting, described, shown
+from ...video.which import colour_of, seconds_of
+from .effects import NOTHING_PLACED
+from .fitting import fitting, section_of
+from .settings import (
+    FILES,
+    FILES_OF_OBJECTS,
+    SECTIONS,
+    ConfigError,
+    EditConfig,
+    GenerateConfig,
+    TuneConfig,
+)
+
+_VIDEO = {"video": Described("video", str, "", Setting("Video, picture, or pictures."))}
+_OF_EDITS = _VIDEO | {one.name: one for one in described(EditConfig)}
+_OF_CLIPS = {one.name: one for one in described(GenerateConfig)}
+_OF_TUNINGS = _VIDEO | {one.name: one for one in described(TuneConfig)}
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
+    of_sections = {name: section_of(name, values[name], kind) for name, kind in SECTIONS.items() if name in values}
+    values = {name: value for name, value in values.items() if name not in SECTIONS}
+    return _checked(values, _OF_EDITS) | of_sections
+
+
+def tune_config(values: Mapping[str, Any]) -> TuneConfig:
+    """A tuning by its settings that were given; ConfigError naming what is wrong or missing."""
+    config = TuneConfig(**_checked(values, _OF_TUNINGS))
+    for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
+        if not getattr(config, name):
+            raise ConfigError(f"missing {flag}")
+    if config.temporal and config.fresh != LayerSettings():
+        raise ConfigError("layers and rank have no effect on temporal layers of a file")
+    if config.rank is not None and config.layers != "fatezero":
+        raise ConfigError("rank has no effect without --layers fatezero")
+    return config
+
+
+def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
+    """A clip to draw by its settings that were given; ConfigError naming what is wrong or missing."""
+    layout = LayoutSettings(**section_of("layout", values.get("layout", {}), LayoutSettings))
+    found = _checked({name: value for name, value in values.items() if name != "layout"}, _OF_CLIPS)
+    config = GenerateConfig(**found, layout=layout)
+    if not config.prompt:
+        raise ConfigError("missing --prompt")
+    if values.get("layout") and not config.wanted:
+        raise ConfigError(f"layout has no effect here: {NOTHING_PLACED}")
+    return config
+
+
+def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[str, Any]:
+    found = {name: _at_home(name, value) for name, value in fitting(values, known).items()}
+    for name in ("start", "end"):
+        if isinstance(found.get(name), str):
+            try:
+                seconds_of(found[name])
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
+    if found.get("size") is not None and min(found["size"]) < 1:
+        raise ConfigError(f"size is {'x'.join(map(str, found['size']))}; both sides must be at least 1")
+    if isinstance(found.get("background"), str):
+        try:
+            colour_of(found["background"])
+        except ValueError as error:
+            raise ConfigError(f"background: {error}") from error
+    for name in ("video", "source", "target", "prompt", "model"):
+        if isinstance(found.get(name), str) and name in values and not found[name].strip():
+            raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")
+    if "lora" in found:
+        found["lora"] = tuple(text for text in found["lora"] if text.strip())
+        for text in found["lora"]:
+            try:
+                LoraFile.parse(text)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+    return found
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """A value whose files are no longer named by ~."""
+    if name in FILES_OF_OBJECTS:
+        parts = (text.partition(":") for text in value)
+        return tuple(f"{words}{mark}{_indented(file)}" for words, mark, file in parts)
+    if name == "lora" and isinstance(value, tuple):
+        return tuple(from_home(text) for text in value)
+    return from_home(value) if name in FILES and isinstance(value, str) else value
+
+
+def _indented(file: str) -> str:
+    """A file's name behind the blanks that it has, as `from_home` has it."""
+    name = file.lstrip()
+    return file[: len(file) - len(name)] + from_home(name)
+
+
+def from_home(file: str) -> str:
+    """A file's name with the folder that ~ stands for."""
+    try:
+        return str(Path(file).expanduser()) if file.startswith("~") and not Path(file).exists() else file
+    except RuntimeError:  # there is no such user
+        return file
+
+
+def with_values(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
+    """A configuration with checked values over its own; of a section, those given alone."""
+    sections = {name: replace(getattr(config, name), **values[name]) for name in SECTIONS if name in values}
+    return replace(config, **{**values, **sections})
+
+
+def completed(config: EditConfig, inverting: bool = False, stored: bool = False) -> EditConfig:
+    """A configuration that has all its run needs, and every setting in its range; ValueError naming what is wrong.
+
+    inverting: for an inversion alone. stored: beside a store, which knows clip and source.
+    """
+    config = replace(config, target=config.target or config.source) if config.wanted else config
+    config.chosen_control  # noqa: B018  raises for settings out of range
+    needed = ("video", "source") if inverting or config.injection == "fatezero" else ("video",)
+    missing = [] if stored else [name for name in needed if not getattr(config, name)]
+    missing += [] if inverting or config.target else ["target"]
+    missing += ["control"] if config.controlnet and not config.control else []
+    if missing:
+        raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
+    config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
+    if not inverting and not stored:  # whose number of steps is its own
+        try:
+            first_step(config.strength, config.steps)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return config
+
+
+_FLAGS = {"video": "VIDEO", "source": "--source", "target": "--target", "control": "--control"}

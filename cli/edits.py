@@ -1,0 +1,88 @@
+"""An edit of a store, made of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..diffusion.denoiser import refuse_clip_norm
+from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers
+from ..diffusion.invert import Inversion, Progress
+from ..methods.flow_smoothing import FlowSmoothing
+from ..methods.layout import Layout
+from ..methods.move_objects import moves_of
+from ..methods.plug_and_play import OF_UNETS
+from ..store.store import AttentionStore
+from ..video.flow import flow_estimator
+from ..video.motion import Motion
+from .config.settings import EditConfig
+from .objects import layout_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .session import AnyCheckpoint
+
+
+def checked_layout(checkpoint: AnyCheckpoint, config: EditConfig, frames: int) -> Layout | None:
+    """An edit's layout, None for none. Raises ValueError for settings that the model has no use for."""
+    layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
+    if checkpoint.denoiser.spans_clip:
+        _check_of_wan(config, layout)
+    if config.noise == "drawn":
+        check_of_drawn(config.chosen_propagation, config.smoothing, layout)
+    return layout
+
+
+def _check_of_wan(config: EditConfig, layout: Layout | None) -> None:
+    """Raise ValueError for settings that a video transformer has no use for."""
+    check_of_transformers(config.chosen_propagation, config.smoothing, layout)
+    refuse_clip_norm(config.clip_norm)
+    if config.injection == "pnp":
+        raise ValueError(OF_UNETS)
+
+
+def motion_of(
+    checkpoint: AnyCheckpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+) -> Motion | None:
+    """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
+    if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
+        return None
+    _, estimate = flow_estimator(configs[0].flow, checkpoint.device)
+    clip, progress = inversion.store.level(0), bar("motion")
+
+    def frames() -> Iterator[Tensor]:
+        for i, latents in enumerate(clip.split(1)):
+            yield checkpoint.decode_clip(latents, 1)[0].cpu()
+            progress(i + 1, len(clip))
+
+    return Motion.of(frames(), estimate, checkpoint.factor)
+
+
+def one_edit(
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    prompt: Any,
+    store: AttentionStore,
+    motion: Motion | None = None,
+    layout: Layout | None = None,
+) -> Edit:
+    """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
+    height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+    blocks = checkpoint.blocks(config.target, config.negative)
+    target = checkpoint.encode_prompt(config.target, width, height, blocks)
+    negative = checkpoint.encode_negative(config.negative, width, height, blocks)
+    moves = None
+    if layout is not None:
+        moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
+    return Edit(
+        target,
+        negative,
+        config.guidance_scale,
+        prompt,
+        config.chosen_injection,
+        propagation=config.chosen_propagation,
+        smoothing=FlowSmoothing(config.smoothing, motion) if config.smoothing else None,
+        layout=moves,
+        strength=config.strength,
+    )

@@ -1,0 +1,167 @@
+"""What a run will do and what it takes: memory, calls of the model, and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..attention.condition import Condition
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
+from ..diffusion.denoiser import frames_meet, keys_on
+from ..diffusion.edit import unet_calls
+from ..files.memory import check_room, free_bytes
+from ..files.safetensors import format_bytes
+from ..imports import no_grad, torch
+from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
+from ..store.records import MEMORIES
+from ..store.store import AttentionStore
+from .config.settings import EditConfig
+from .progress import in_words
+
+if TYPE_CHECKING:
+    from .session import AnyCheckpoint
+
+
+CHUNK_FRAMES = 16
+"""Frames of one call where nothing says how many, and chunks give the whole clip's result."""
+
+
+def in_chunks(config: EditConfig, checkpoint: AnyCheckpoint, frames: int) -> EditConfig:
+    """A configuration with the chunks of a long clip, where it sets none and they give the whole clip's result."""
+    approximate = frames_meet(checkpoint.denoiser, config.keys, config.clip_norm)
+    if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
+        return config
+    return replace(config, chunk_frames=CHUNK_FRAMES)
+
+
+def check_size_fits(checkpoint: AnyCheckpoint, latents_shape: Sequence[int]) -> None:
+    """Raise ValueError where frames of a size would not fit into memory, by what the autoencoder holds of one alone."""
+    from ..hosts.diffusers.checkpoint import Checkpoint
+
+    frames, _, *grid = latents_shape
+    height, width = (side * checkpoint.factor for side in grid)
+    at_once = checkpoint.frames_at_once(height, width) if isinstance(checkpoint, Checkpoint) else frames
+    what = f"{width}x{height}: {'a frame' if at_once == 1 else f'{at_once} frames'}"
+    check_room(what, 15 * at_once * height * width, free_bytes(), _SMALLER)
+    if isinstance(checkpoint, Checkpoint):
+        vae, device = checkpoint.vae, checkpoint.device
+        needed = 6 * vae.config["block_out_channels"][0] * vae.dtype.itemsize * height * width
+        check_room(f"{width}x{height}: the autoencoder", needed, available_bytes(device), _SMALLER)
+
+
+_SMALLER = "choose a smaller --size, or crop the video"
+
+
+def plan(
+    checkpoint: AnyCheckpoint,
+    configs: list[EditConfig],
+    latents_shape: tuple[int, ...],
+    settings: StoreSettings,
+    edits: bool,
+    store: AttentionStore | None = None,
+) -> str:
+    """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
+    from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+
+    config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
+    check_size_fits(checkpoint, latents_shape)
+    denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
+    frames, _, height, width = latents_shape
+    source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
+    keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
+    parts = chunk is not None and chunk < frames and frames_meet(denoiser, keys, config.clip_norm)
+    demand = Demand(
+        denoiser.sites(height, width), latents_shape, 4, config.steps, keys, checkpoint.dtype, source.text_tokens,
+        source.nbytes, parts,
+    )  # fmt: skip
+    inverts = not store and config.noise == "inverted"
+    chosen = plan_store(settings, demand, device) if inverts else None
+    size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
+    lines = [f"{frames} frames of {size}, {config.steps} steps, {device}"]
+    if isinstance(checkpoint, WanCheckpoint):
+        coding = checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor)
+        lines = [f"{frames} latents of {size}, {config.steps} steps, {device}", f"   autoencoder: {coding}"]
+    for memory in MEMORIES if store or inverts else ():
+        mark = "->" if memory == (store or chosen or config).memory else "  "
+        lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
+    if chosen:
+        lines.append(f"   store: {chosen}")
+    if store or inverts:
+        lines.append(f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}")
+    weights, free = sum(p.nbytes for part in checkpoint.parts for p in part.parameters()), available_bytes(device)
+    lines.append(
+        f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
+    )
+    if store:
+        kept = store.kept_steps
+    else:
+        kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
+    counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
+    lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
+    at_once = min(chunk or frames, frames)
+    seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
+    lines.append(f"   a guided call of {at_once}: about {format_bytes(2 * nbytes)} of activations")
+    lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
+    if parts:
+        lines.append(
+            "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
+        )
+    return "\n".join(lines)
+
+
+def _calls(
+    configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
+) -> tuple[str, float]:
+    """How often the model sees the clip: in words, and in all, a call with gradients as four."""
+    counted = [
+        unet_calls(
+            c.steps,
+            c.guidance_scale,
+            kept_steps,
+            c.chosen_injection,
+            None,
+            c.chosen_propagation,
+            frames,
+            c.strength,
+            spans_clip,
+            c.flow_edit.draws if c.noise == "drawn" else 0,
+        )
+        for c in configs
+    ]
+    source = max(calls.source for calls in counted)
+    parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)
+    if edits:
+        edit = sum(calls.edit for calls in counted)
+        parts.append(f"{edit:g} for {len(configs)} edit(s)")
+        parts += [f"{source:g} for the source beside"] if source else []
+        gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.wanted)
+        parts += [f"{gradients} with gradients, each some four calls long, for the layout"] if gradients else []
+        whole += edit + source + 4 * gradients
+    return ", ".join(parts), whole
+
+
+@no_grad
+def _cost_of_call(
+    checkpoint: AnyCheckpoint, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
+) -> tuple[float, int]:
+    """The seconds that a call of the model takes and the most bytes that it holds, by one that is made.
+
+    A quick one is timed by a second, for the first makes things ready.
+    """
+    from ..hosts.diffusers.memory import LiveBytes
+
+    denoiser, control = checkpoint.denoiser, Control(keys, Chunk.whole(shape[0]))
+    latents = torch.zeros(shape, device=denoiser.device)
+
+    def called() -> float:
+        begun = time.perf_counter()
+        denoiser.predict_noise(latents, 500, source, control).sum().item()  # waits for the device
+        return time.perf_counter() - begun
+
+    with denoiser.hooked(clip_norm):
+        with LiveBytes(*checkpoint.parts) as live:
+            seconds = called()
+        return (seconds if seconds > 1 else called()), live.most

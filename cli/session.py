@@ -1,0 +1,165 @@
+"""Where a command runs: its device, the models it opens, what it says, and the files it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from ..imports import torch
+from ..settings import shown
+from ..video.fitted import FittedVideo
+from ..video.read import open_video
+from .config.paths import check_names, files_of, is_clip
+from .config.settings import EditConfig, GenerateConfig, ModelSettings, TuneConfig
+from .outputs import Outputs
+from .progress import Bar, in_a_line, printable
+
+if TYPE_CHECKING:
+    from ..hosts.diffusers.checkpoint import Checkpoint
+    from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+
+    AnyCheckpoint = Checkpoint | WanCheckpoint
+
+Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; "auto" takes CUDA, then MPS, then the CPU. ValueError for one that is absent."""
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which fails for those without memory, too
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {shown(name)} cannot be used here ({reason}): give another by --device") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by name; "auto" is float16 on a GPU and float32 elsewhere."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; it must be auto or one of {', '.join(known)}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a command runs and how it speaks.
+
+    model_config: for single-file checkpoints, a folder with tokenizer and configuration.
+    overwrite: replace outputs that are there. inputs: files of the run that are never replaced.
+    """
+
+    console: Console
+    bars: Bars
+    device: str = "auto"
+    dtype: str = "auto"
+    model_config: str | None = None
+    overwrite: bool = False
+    inputs: tuple[Path, ...] = ()
+
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
+        """A model that edits: Wan's by what a folder or hub name says it is. videos: see `open_unet`."""
+        from ..hosts.diffusers.checkpoint import CheckpointError, kind_of, quiet
+        from ..hosts.diffusers.checkpoint_wan import NAME, WanCheckpoint
+
+        where, model = pick_device(self.device), settings.model
+        if model != NAME and not kind_of(model).startswith("Wan"):
+            return self.open_unet(settings, videos)
+        if settings.temporal:
+            raise CheckpointError(f"{model} is a model of videos already, which {settings.temporal} is not for")
+        if self.model_config is not None:
+            raise ValueError(f"model_config has no effect: {model!r} is no single file")
+        dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
+        with quiet():
+            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora, variant=settings.variant)
+        self._note_of(checkpoint)
+        return checkpoint
+
+    def open_unet(self, settings: ModelSettings, videos: bool = False) -> Checkpoint:
+        """A model with a UNet. videos: take text-to-video UNets too."""
+        from ..hosts.diffusers.checkpoint import Checkpoint, quiet
+
+        where, model = pick_device(self.device), settings.model
+        if self.model_config is not None and not Path(model).is_file():
+            raise ValueError(f"model_config has no effect: {model!r} is no single file")
+        with quiet():
+            checkpoint = Checkpoint.load(
+                model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
+                temporal=settings.temporal or None, videos=videos, variant=settings.variant,
+            )  # fmt: skip
+        self._note_of(checkpoint)
+        return checkpoint
+
+    def _note_of(self, checkpoint: AnyCheckpoint) -> None:
+        """Say what was added to a model, and where it is a small one."""
+        for note in checkpoint.notes:
+            self.say(note)
+        if checkpoint.name in ("demo", "demo-wan"):
+            self.note("the bundled demo model knows only its own small world; for real videos give --model")
+
+    def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
+        """For the files that a run writes. inputs: those it reads beside what its configuration names."""
+        files = files_of(config)
+        check_names({**files, "model_config": self.model_config})
+        clips = [file for what, file in files.items() if is_clip(what)]
+        others = [file for what, file in files.items() if not is_clip(what)]
+        more = (self.model_config, *self.inputs, *inputs)
+        return Outputs(self.overwrite, clips, [*others, *(name for name in more if name)])
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.say(f"note: {in_a_line(text)}", style="yellow")
+
+
+def controlled(
+    session: Session,
+    checkpoint: AnyCheckpoint,
+    config: EditConfig,
+    cut: EditConfig,
+    frames: int,
+    size: tuple[int, int],
+) -> AnyCheckpoint:
+    """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
+
+    cut: the settings of the clip. Raises ValueError for a model that takes none, for too few pictures, and for a range
+    without a step in it.
+    """
+    from ..hosts.diffusers.checkpoint import Checkpoint, quiet
+
+    asked = config.chosen_control
+    if not asked.controlnet:
+        return checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        raise ValueError("controlnet is for UNets: a video transformer takes none")
+    try:
+        source = open_video(asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate)
+        pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"control: {error}") from error
+    with quiet():
+        made = checkpoint.with_control(
+            asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
+            config.variant,
+        )  # fmt: skip
+    acting = made.control_steps(config.steps)
+    if asked.controlnet_strength and not acting:
+        raise ValueError(
+            f"no step of {config.steps} is between control_start {asked.control_start:g} and control_end "
+            f"{asked.control_end:g}: give a wider range, or more steps"
+        )
+    how = "" if asked.controlnet_strength == 1 else f" at strength {asked.controlnet_strength:g}"
+    session.say(f"ControlNet {Path(asked.controlnet).name}: in {acting} of {config.steps} steps{how}")
+    return made

@@ -1,0 +1,117 @@
+"""An edit of a store: its clip, its settings and its model are those of the inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..diffusion.source import check_store
+from ..imports import np, torch
+from ..settings import described, shown
+from ..store.origin import Origin
+from ..store.store import AttentionStore, StoreError, as_store_error
+from ..video.fitted import FittedVideo
+from ..video.read import Sound, SoundTrack
+from ..video.which import ClipSettings
+from .config.paths import is_here
+from .config.settings import EditConfig
+from .config.values import checked
+from .frames import find_frames
+
+if TYPE_CHECKING:
+    from .session import AnyCheckpoint
+
+_OF_THE_CLIP = tuple(one.name for one in described(ClipSettings))
+_KEPT = (*_OF_THE_CLIP, "precision", "keep_steps")
+"""The settings that a store remembers."""
+
+
+def origin_of(checkpoint: AnyCheckpoint, config: EditConfig, video: FittedVideo) -> Origin:
+    """Where a clip that is inverted is from."""
+    sound, samples, rate = video.sound(), None, None
+    if sound is not None:
+        blocks = [np.round(block.clip(-1, 1) * 32767).astype(np.int16) for block in sound.blocks()]
+        samples, rate = torch.from_numpy(np.concatenate(blocks, axis=1)), sound.rate
+    return Origin(
+        video.fps, len(video), video.times, {name: getattr(config, name) for name in _KEPT}, checkpoint.vae_identity,
+        config.model, Path(config.video).name, video.size, samples, rate,
+    )  # fmt: skip
+
+
+def read_origin(store: AttentionStore) -> Origin:
+    """Where the clip of a store is from, its settings checked; StoreError for what no inversion writes."""
+    origin = Origin.of(store)
+    with as_store_error("the store's account of its clip is damaged: "):
+        return replace(origin, settings=checked({name: v for name, v in origin.settings.items() if name in _KEPT}))
+
+
+def cut_of(origin: Origin) -> EditConfig:
+    """The settings of a store's clip: which frames, and how they were cut."""
+    return EditConfig(**{name: origin.settings[name] for name in _OF_THE_CLIP if name in origin.settings})
+
+
+def sound_of(origin: Origin, video: str) -> Sound | SoundTrack | None:
+    """The store's own sound; that of the same frames of a video, where one is given beside the store."""
+    if video:
+        named = {name: v for name, v in origin.settings.items() if name in ("start", "end", "stride", "fps")}
+        return find_frames(replace(EditConfig(video=video, count=origin.frames), **named)).sound()
+    if origin.sound is None or origin.sound_rate is None:
+        return None
+    return Sound(origin.sound.numpy().astype(np.float32) / 32767, origin.sound_rate)
+
+
+def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> EditConfig:
+    """A configuration that says what the store was made with; StoreError where it says otherwise."""
+    default = EditConfig()
+    made: dict[str, tuple[Any, ...]] = {
+        "steps": (store.steps,),
+        "order": (store.order,),
+        "memory": (store.memory, "auto"),
+        "clip_norm": (store.clip_norm,),
+        "key_frames": (store.key_frames.entries,),
+        "source": (store.prompt or config.source,),
+        **{name: (origin.settings.get(name),) for name in _KEPT},
+    }
+    made["count"] += (origin.frames,)
+    for name, told in made.items():
+        asked = getattr(config, name)
+        if asked not in (getattr(default, name), *told):
+            raise StoreError(f"the store was made with {name} {shown(told[0])}, not {shown(asked)}")
+    for name in ("place", "budget_gb"):
+        if getattr(config, name) != getattr(default, name):
+            raise StoreError(f"{name} has no effect on a store that is made: it is in its file")
+    model = config.model if config.model != default.model else _model_of(origin)
+    return replace(
+        config, steps=store.steps, order=store.order, memory=store.memory, clip_norm=store.clip_norm, model=model,
+        key_frames=store.key_frames.entries, key_frames_least_channels=store.key_frames.least_channels,
+        source=store.prompt or config.source,
+    )  # fmt: skip
+
+
+def _model_of(origin: Origin) -> str:
+    """A store may name the bundled model or files that are here; what is fetched from a hub, its user names."""
+    name = origin.model or EditConfig().model
+    if is_here(name):
+        return name
+    raise StoreError(f"the store was made with the model {shown(name)}, which is not here: give it with --model")
+
+
+def check_of_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
+    """StoreError for a store of another model, autoencoder or text encoder, or whose prompt is not its own."""
+    schedule = checkpoint.denoiser.schedule(store.steps)
+    for prompt in prompts:
+        check_store(store, checkpoint.denoiser, schedule, prompt)
+    if origin.vae is not None and not origin.vae.matches(checkpoint.vae_identity):
+        raise StoreError("the store's latents are of another autoencoder than this model's: invert again")
+    if store.prompt is None:
+        return
+    height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
+    blocks = store.source.text_tokens // checkpoint.encode_prompt("", width, height).text_tokens
+    encoded = checkpoint.encode_prompt(store.prompt, width, height, blocks).embeddings.float().cpu()
+    kept = store.source.embeddings.float().cpu()
+    if encoded.shape != kept.shape or not torch.linalg.norm(encoded - kept) <= 0.02 * torch.linalg.norm(kept):
+        raise StoreError(
+            f"the store's prompt {shown(store.prompt)} has other embeddings by this model's text encoder: invert again"
+        )

@@ -1,0 +1,47 @@
+"""Several processes that edit one clip together, as `accelerate launch` starts them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .config.settings import EditConfig
+from .progress import no_bars
+from .session import Session, pick_device
+
+if TYPE_CHECKING:
+    from ..hosts.diffusers.processes import Processes
+
+
+def team_of(session: Session) -> tuple[Session, Processes | None]:
+    """The processes that `accelerate launch` started to edit one clip together, and what this one of them runs in; None
+    for this process alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return session, None
+    from accelerate import Accelerator  # seconds to import
+
+    from ...hosts.diffusers.processes import Processes
+
+    team = Processes(Accelerator(cpu=pick_device(session.device).type == "cpu"))
+    session.console.quiet = session.console.quiet or not team.is_main
+    return replace(session, device=str(team.device), bars=session.bars if team.is_main else no_bars), team
+
+
+def in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
+    """A configuration for several processes: with chunks for each, and no attention kept in one of them.
+
+    ValueError where the whole clip must run in one.
+    """
+    if config.memory not in ("auto", "recompute"):
+        raise ValueError(f"memory {config.memory} keeps attention in one process; several take recompute")
+    if config.propagation != "none" or config.wanted:
+        raise ValueError("TokenFlow and layouts run in one process: accelerate spreads chunks of other edits")
+    chunk = config.chunk_frames
+    if chunk is None and not (config.keys.anchored and not config.clip_norm):
+        raise ValueError(
+            "several processes need chunks, which only come near the whole clip where frames meet through neighbours "
+            "or clip norm: give --chunk-frames, or key frames among self, first, middle and last"
+        )
+    return replace(config, memory="recompute", chunk_frames=chunk or -(-frames // count))
