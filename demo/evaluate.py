@@ -17,7 +17,7 @@ from ..diffusion.generate import generate
 from ..diffusion.invert import invert
 from ..diffusion.source import source_heat
 from ..hosts.diffusers.checkpoint import Checkpoint
-from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers.model import Model
 from ..metrics.preservation import intersection_over_union, psnr
 from ..metrics.temporal import warp_error
 from ..video.flow import Estimator, flow_estimator
@@ -25,9 +25,6 @@ from ..video.motion import visible
 from .judge import close_up
 from .model import SceneClassifier, labels
 from .world import SIZE, random_motion, random_scene, render, scenes
-
-Drawing = Checkpoint | WanCheckpoint
-"""A model that draws the world."""
 
 
 def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) -> float:
@@ -90,7 +87,7 @@ def painting_accuracy(
     }
 
 
-def replay_psnr(checkpoint: Drawing, clips: int = 6, steps: int = 50) -> tuple[float, float]:
+def replay_psnr(checkpoint: Model, clips: int = 6, steps: int = 50) -> tuple[float, float]:
     """PSNR in dB to the source of (the autoencoder alone, inversion and replay at guidance 1)."""
     sources, coded, replayed = [], [], []
     for scene, motion in islice(scenes(321, held_out=True), clips):
@@ -134,7 +131,7 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
     return max(scores)
 
 
-def moving_figures(checkpoint: Drawing, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
+def moving_figures(checkpoint: Model, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
     """What clips drawn of held-out captions show: right words, each kind and all, how frames agree, and that something
     moves.
 

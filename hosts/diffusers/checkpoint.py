@@ -46,8 +46,6 @@ class Checkpoint(FrameByFrame):
     pipelines = ""
 
     unet: Any
-    tokenizers: tuple[Any, ...]
-    text_encoders: tuple[Any, ...]
     zero_negative: bool = field(default=False, kw_only=True)
     controlnet: ControlNet | None = field(default=None, kw_only=True)
 
@@ -89,7 +87,7 @@ class Checkpoint(FrameByFrame):
             part.to(device).eval().requires_grad_(False)
         zero = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         return cls(
-            name, pipeline.vae, scheduler, pipeline.unet.device, pipeline.unet, tokenizers, encoders,
+            name, pipeline.vae, scheduler, pipeline.unet.device, tokenizers, encoders, pipeline.unet,
             notes=notes, zero_negative=zero,
         )  # fmt: skip
 
@@ -99,7 +97,7 @@ class Checkpoint(FrameByFrame):
 
     @property
     def parts(self) -> list[Any]:
-        return [self.unet, self.vae, *self.text_encoders, *([self.controlnet.model] if self.controlnet else [])]
+        return [*super().parts, *([self.controlnet.model] if self.controlnet else [])]
 
     def with_control(
         self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
@@ -127,10 +125,6 @@ class Checkpoint(FrameByFrame):
         if self.vae.config.get("latents_mean"):
             scale += f" mean={self.vae.config['latents_mean']} deviation={self.vae.config['latents_std']}"
         return ModelIdentity.of(scale, self.vae.dtype, self.vae.state_dict().items())
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.tokenizers[0]
 
     @property
     def sdxl(self) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...attention.condition import Condition
+from ...diffusion.denoiser import Denoiser
 from ...models.family import Family, latent_frames
 from ...store.identity import ModelIdentity
-from .hook import HookedDenoiser
 from .model_files import CheckpointError
 
 
@@ -33,6 +33,8 @@ class Model(ABC):
     vae: Any
     scheduler: Any
     device: torch.device
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @classmethod
@@ -67,12 +69,12 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def denoiser(self) -> HookedDenoiser: ...
+    def denoiser(self) -> Denoiser: ...
 
     @property
-    @abstractmethod
     def parts(self) -> list[Any]:
         """All networks, text encoders and autoencoder included."""
+        return [*self.networks, self.vae, *self.text_encoders]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,9 +104,9 @@ class Model(ABC):
     # --- text ---------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def tokenizer(self) -> Any:
         """The tokenizer whose tokens are columns of the embeddings."""
+        return self.tokenizers[0]
 
     @abstractmethod
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:

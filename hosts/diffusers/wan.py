@@ -34,7 +34,10 @@ from .model_files import CheckpointError, check_weights, check_whole, opened
 from .pictures import FrameByFrame
 from .schedulers import flow_schedule, is_flow
 
-__all__ = ["VideoTransformerDenoiser", "WanCheckpoint"]
+__all__ = ["VideoTransformer", "VideoTransformerDenoiser", "WanCheckpoint"]
+
+VideoTransformer = WanTransformer3DModel
+"""The class of the demo world's video transformer."""
 
 
 def kernel_of(processor: Any) -> Attend:
@@ -281,8 +284,6 @@ class WanCheckpoint(WholeClip):
     pipelines = "Wan"
 
     transformer: Any
-    tokenizer: Any
-    text_encoder: Any
     low_noise: Any = field(default=None, kw_only=True)
     boundary: float | None = field(default=None, kw_only=True)
 
@@ -323,8 +324,8 @@ class WanCheckpoint(WholeClip):
         if dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # whose numbers leave half precision's range
         model = cls(
-            name, pipeline.vae, pipeline.scheduler, device,
-            pipeline.transformer, pipeline.tokenizer, pipeline.text_encoder, notes=notes, low_noise=low_noise,
+            name, pipeline.vae, pipeline.scheduler, device, (pipeline.tokenizer,), (pipeline.text_encoder,),
+            pipeline.transformer, notes=notes, low_noise=low_noise,
             boundary=pipeline.config.get("boundary_ratio") if low_noise is not None else None,
         )  # fmt: skip
         for part in model.parts:
@@ -340,10 +341,6 @@ class WanCheckpoint(WholeClip):
     def networks(self) -> list[Any]:
         return [self.transformer, *([] if self.low_noise is None else [self.low_noise])]
 
-    @property
-    def parts(self) -> list[Any]:
-        return [*self.networks, self.vae, self.text_encoder]
-
     @cached_property
     def denoiser(self) -> VideoTransformerDenoiser:
         return VideoTransformerDenoiser(self.transformer, self.scheduler, self.low_noise, self.boundary)
@@ -355,7 +352,7 @@ class WanCheckpoint(WholeClip):
         content = len(self.tokenizer(prompt, truncation=False).input_ids)
         text = self.tokenizer(prompt, padding="max_length", max_length=max(most, content), return_tensors="pt")
         mask = text.attention_mask.to(self.device)
-        states = self.text_encoder(text.input_ids.to(self.device), mask).last_hidden_state
+        states = self.text_encoders[0](text.input_ids.to(self.device), mask).last_hidden_state
         return Condition(states * mask[..., None].to(states))
 
     @property
@@ -389,7 +386,7 @@ class SmallWan(FrameByFrame, WanCheckpoint):
         vae, transformer, text_encoder = (part.to(device).eval().requires_grad_(False) for part in parts)
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", **local)
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", **local)
-        return cls(WAN.demo, vae, scheduler, device, transformer, tokenizer, text_encoder)
+        return cls(WAN.demo, vae, scheduler, device, (tokenizer,), (text_encoder,), transformer)
 
     @property
     def native_size(self) -> int:

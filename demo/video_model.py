@@ -1,8 +1,7 @@
-"""The demo world's video transformer: Wan's parts, hundreds of times smaller.
+"""The demo world's video model, hundreds of times smaller than the models of its family.
 
-Stock classes: `WanTransformer3DModel` and the UMT5 encoder it reads, with Wan's layout of text (no start mark, one end
-mark, the rest padding of zeros). Its autoencoder is the demo checkpoint's, which knows single pictures: a latent for
-each frame.
+Stock classes: the family's transformer and a UMT5 encoder, with its layout of text (no start mark, one end mark, the
+rest padding of zeros). Its autoencoder is the image model's, which codes frame by frame.
 """
 
 from __future__ import annotations
@@ -10,22 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ..files.sentencepiece import MARKS
+from ..hosts.diffusers import VideoTransformer
 from .world import VOCABULARY
 
 TEXT_TOKENS = 32
-"""Of every prompt, its padding included; Wan takes 512."""
+"""Columns of every prompt, padding included."""
 SHIFT = 2.0
 """Of the schedule's sigmas."""
 
 
-def build_transformer() -> WanTransformer3DModel:
+def build_transformer() -> VideoTransformer:
     """A flow-predicting transformer over 8x8 tokens a frame of latents (4, frames, 16, 16)."""
-    transformer = WanTransformer3DModel(
+    transformer = VideoTransformer(
         patch_size=(1, 2, 2),
         num_attention_heads=6,
         attention_head_dim=32,
@@ -99,7 +99,7 @@ class VideoPainter(nn.Module):
         return velocity
 
 
-def save_wan(folder: Path, painter: VideoPainter, tokenizer: T5Tokenizer) -> None:
+def save_video_model(folder: Path, painter: VideoPainter, tokenizer: T5Tokenizer) -> None:
     """In diffusers' folder layout in fp16, without an autoencoder."""
     for module, name in ((painter.transformer, "transformer"), (painter.text, "text_encoder")):
         module.to(torch.float16).save_pretrained(folder / name, safe_serialization=True)
