@@ -44,7 +44,7 @@ def train_weights(
     """
     live, optimiser = list(weights.values()), optimiser_of(list(weights.values()), plan.rate)
     average = {name: weight.detach().clone() for name, weight in weights.items()}
-    done, seen = _resume(plan.state, weights, average, optimiser), 0.0
+    done, running = _resume(plan.state, weights, average, optimiser), 0.0
     for step in range(done, plan.steps):
         set_rate(optimiser, plan.rate * rate_at(step, plan.steps))
         optimiser.zero_grad()
@@ -53,9 +53,9 @@ def train_weights(
         optimiser.step()
         decay = min(plan.average, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.values()), [weight.detach() for weight in live], 1 - decay)
-        seen = error if step == done else 0.98 * seen + 0.02 * error
+        running = error if step == done else 0.98 * running + 0.02 * error
         if (step + 1) % plan.report_every == 0:
-            report(f"{plan.name} {step + 1}/{plan.steps}: error {seen:.4f}")
+            report(f"{plan.name} {step + 1}/{plan.steps}: error {running:.4f}")
         if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
             _save(plan.state, weights, average, optimiser, step + 1)
     for name, weight in weights.items():
@@ -63,7 +63,7 @@ def train_weights(
 
 
 def rate_at(step: int, steps: int, warmup: int = 200, tail: float = 0.3) -> float:
-    """Warm up, hold, and fall to zero by a cosine over the last `tail` of the steps."""
+    """Warm up, stay constant, then decay to zero by a cosine over the last `tail` of the steps."""
     fall = max(0.0, (step - (1 - tail) * steps) / (tail * steps))
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
 
@@ -94,7 +94,7 @@ def _save(
 def _resume(
     path: Path, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
 ) -> int:
-    """Load a saved state; the number of steps done."""
+    """Load a saved state; returns the number of steps done."""
     if not path.exists():
         return 0
     tensors, step = load_file(path), saved_step(path)

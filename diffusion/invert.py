@@ -139,7 +139,7 @@ def invert(
         alphas=tuple(schedule.alphas.tolist()),
         key_frames=keys,
         clip_norm=clip_norm,
-        world=schedule.world,
+        formulation=schedule.formulation,
         order=order,
         model=denoiser.identity(),
         prompt=prompt,

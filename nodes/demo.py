@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import InputImpl, io
 
 from ..files.bundled import CLIP
-from ..hosts.comfyui.demo import load_demo, load_demo_wan
+from ..hosts.comfyui.demo import load_demo
+from ..hosts.comfyui.demo_video import load_demo_video
 from .sockets import schema
 
 
@@ -42,12 +43,12 @@ class FateZeroDemoVideoModel(io.ComfyNode):
         return schema(
             node_id="FateZeroDemoVideoModel",
             display_name="Demo Video Model (FateZero)",
-            description="A tiny video transformer of Wan's make that ships with the pack and draws moving shapes, 64 "
-            "pixels square. For trying the nodes without a download; it edits no real video.",
-            search_aliases=["test model", "example checkpoint", "wan"],
+            description="A tiny video transformer that ships with the pack and generates moving shapes, 64 pixels "
+            "square. For trying the nodes without a download; it cannot edit real videos.",
+            search_aliases=["test model", "example checkpoint", "video transformer"],
             inputs=[],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="Wan 2.1 in all but its sizes."),
+                io.Model.Output("model", display_name="model", tooltip="A video transformer of 0.1 million weights."),
                 io.Clip.Output("clip", display_name="clip", tooltip="UMT5; knows the words of its small world."),
                 io.Vae.Output("vae", display_name="vae", tooltip="Four pixels and one frame to a latent."),
                 io.Video.Output("video", display_name="video", tooltip="A red square on water, eight frames."),
@@ -56,4 +57,4 @@ class FateZeroDemoVideoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_wan(), InputImpl.VideoFromFile(str(CLIP)))
+        return io.NodeOutput(*load_demo_video(), InputImpl.VideoFromFile(str(CLIP)))

@@ -16,9 +16,10 @@ from ..attention.masks import GivenMask, threshold_mask
 from ..attention.prompt import PromptEdit
 from ..diffusion.edit import Edit, Injection, Propagation, Smoothing, first_step, unet_calls
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import NOISE_MASK, HostStore, check_masking, edit_clip, heat_of_words, only_inside
+from ..hosts.comfyui.editing import check_masking, edit_clip, heat_of_words, only_inside
+from ..hosts.comfyui.families import count_layers, facts_of
+from ..hosts.comfyui.inversion import NOISE_MASK, HostStore
 from ..hosts.comfyui.noise import noise_of
-from ..hosts.comfyui.wan import count_layers, is_transformer
 from ..methods.fatezero import PRESETS, FusionSettings, preset_fusion
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of
@@ -178,7 +179,7 @@ class Asked:
         fuses = isinstance(injection, FusionSettings)
         if fuses and self.prompt_edit is None:
             raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
-        if self.preset == "pnp" and is_transformer(self.model):
+        if self.preset == "pnp" and not facts_of(self.model).decoder_features:
             raise ValueError(f"preset: {OF_UNETS}")
         edit = Edit(
             positive, negative, self.guidance, self.prompt_edit if fuses else None, injection, mask, self.propagation,
@@ -229,9 +230,9 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
     """What an edit fuses and spends; hooked: the attention layers that were reached, None before it ran."""
     calls = unet_calls(
         store.steps, edit.guidance_scale, store.kept_steps, edit.injection, edit.mask, edit.propagation, store.frames,
-        edit.strength, is_transformer(model), 0 if store.drawn is None else store.drawn.draws,
+        edit.strength, facts_of(model).spans_clip, 0 if store.drawn is None else store.drawn.draws,
     )  # fmt: skip
-    kind = "model" if is_transformer(model) else "UNet"
+    kind = "model" if facts_of(model).spans_clip else "UNet"
     lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
     lines.append("took nothing of the source" if edit.injection is None else edit.injection.summary(store.steps))
     if edit.propagation is not None:

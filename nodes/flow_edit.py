@@ -8,8 +8,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import NOISE_MASK, draw_clip
-from ..methods.flow_edit import FlowEditSettings
+from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
+from ..methods.flow_edit import FlowEditSettings, draw
+from ..store.store import AttentionStore
 from .inversion import MODEL_AND_SOURCE, STEPS
 from .settings import made, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
@@ -40,6 +41,8 @@ class FateZeroFlowEdit(io.ComfyNode):
     def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **values: Any) -> io.NodeOutput:
         condition = HostCondition.of_socket(source, "source", "source")
         settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
-        return io.NodeOutput(
-            draw_clip(model, latent["samples"], condition, steps, settings, prompt, latent.get(NOISE_MASK))
-        )
+
+        def drawn(of: Any, latents: Tensor) -> AttentionStore:
+            return draw(of, latents, condition, steps, settings, prompt=prompt).store
+
+        return io.NodeOutput(draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK)))

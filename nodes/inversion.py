@@ -15,16 +15,10 @@ from ..attention.key_frames import KeyFrames
 from ..diffusion.edit import Edit
 from ..diffusion.invert import InversionSettings
 from ..hosts.comfyui.conditions import HostCondition, unsaveable
-from ..hosts.comfyui.editing import (
-    NOISE_MASK,
-    HostStore,
-    InvertSettings,
-    edit_clip,
-    invert_clip,
-    source_of,
-)
+from ..hosts.comfyui.editing import edit_clip
+from ..hosts.comfyui.families import MODELS, check_known, facts_of
+from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, InvertSettings, invert_clip, source_of
 from ..hosts.comfyui.noise import check_samples
-from ..hosts.comfyui.wan import check_known, is_transformer
 from ..metrics.preservation import psnr
 from ..settings import described_one
 from ..store.budget import StoreSettings, format_bytes
@@ -38,7 +32,7 @@ from .sockets import (
 )
 
 MODEL_AND_SOURCE = [
-    io.Model.Input("model", tooltip="An SD 1.x, SD 2.x, SDXL or Wan text-to-video model; LoRA on it count."),
+    io.Model.Input("model", tooltip=f"{MODELS}; LoRA on it count."),
     io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
 ]
 _BUDGET, _PLACE = (described_one(StoreSettings, name).about.text for name in ("budget_gb", "place"))
@@ -151,7 +145,7 @@ class FateZeroReconstructionCheck(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor, chunk_frames: int = 0) -> io.NodeOutput:
-        if not is_transformer(model) and len(images) != store.frames:
+        if not facts_of(model).spans_clip and len(images) != store.frames:
             raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
         store = store.with_model(model)
         positive = replace(source_of(store), role="positive")

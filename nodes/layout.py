@@ -11,12 +11,13 @@ from torch import Tensor
 from ..attention.prompt import PromptEdit
 from ..diffusion.edit import Edit
 from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.families import tokenizer_of
 from ..hosts.comfyui.layout import LayoutGuider
 from ..methods.layout import Form, Layout, Shift, Wanted, named_path
 from ..methods.layout_guidance import LayoutGuidance
 from ..methods.move_objects import MoveSettings
 from ..video.sheet import outlined
-from .prompt import check_clip, check_words, clip_tokenizer, encoded, unweighted
+from .prompt import check_clip, check_words, encoded, unweighted
 from .settings import made, widget, widgets
 from .sockets import LayoutSocket, schema, show_on_node
 
@@ -90,7 +91,7 @@ class FateZeroLayout(io.ComfyNode):
         object_mask: Tensor | None = None, more: Layout | None = None, image: Tensor | None = None, **values: Any,
     ) -> io.NodeOutput:  # fmt: skip
         check_clip(clip)
-        words, tokenizer, settings = unweighted(prompt), clip_tokenizer(clip), made(MoveSettings, values)
+        words, tokenizer, settings = unweighted(prompt), tokenizer_of(clip), made(MoveSettings, values)
         if not words:
             raise ValueError("prompt: is empty; describe the clip")
         found = _wanted(objects, form, _masks(mask), _masks(object_mask))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from sys import maxsize
-from types import SimpleNamespace
 from typing import Any
 
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from comfy_api.latest import io, ui
 
 from ..attention.prompt import BLOCK, PromptEdit, changed_words
+from ..hosts.comfyui.families import TEXT_ENCODERS, tokenizer_of
 from .settings import widget
 from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_node
 
@@ -26,9 +25,7 @@ class FateZeroPromptEdit(io.ComfyNode):
             description="A prompt that describes the video as it is, and one as it shall be.",
             search_aliases=["prompt to prompt", "p2p", "clip text encode", "refine", "replace", "reweight"],
             inputs=[
-                io.Clip.Input(
-                    "clip", tooltip="The text encoder of the model: CLIP of SD 1.x, SD 2.x or SDXL, UMT5 of Wan."
-                ),
+                io.Clip.Input("clip", tooltip=f"The text encoder of the model: {TEXT_ENCODERS}."),
                 io.String.Input(
                     "source",
                     multiline=True,
@@ -74,7 +71,7 @@ class FateZeroPromptEdit(io.ComfyNode):
                 raise ValueError(f"{name}: is empty; describe the {'video' if name == 'source' else 'edit'}")
         changed = changed_words(words["source"], words["target"])
         blend = _listed(blend_source) or changed[0], _listed(blend_target) or changed[1]
-        tokenizer = clip_tokenizer(clip)
+        tokenizer = tokenizer_of(clip)
         pair = PromptEdit(words["source"], words["target"], tokenizer)
         for given, name in zip(blend, words, strict=True):
             for word in given:
@@ -116,30 +113,6 @@ def unweighted(prompt: str) -> str:
     """A prompt without the host's weights: "a (red:1.2) car" is "a red car"."""
     parts = token_weights(escape_important(prompt), 1.0)
     return " ".join(unescape_important("".join(text for text, _ in parts)).split())
-
-
-@dataclass(frozen=True)
-class _Sentences:
-    """The host's sentencepiece tokenizer as `PromptEdit` asks one: content alone, without marks."""
-
-    of_host: Any
-    bos_token_id: None = None
-
-    def __call__(self, text: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=self.of_host.tokenizer.encode(text, add_bos=False, add_eos=False))
-
-
-def clip_tokenizer(clip: Any) -> Any:
-    """The tokenizer inside a CLIP of SD's, or inside Wan's UMT5; ValueError for a text encoder of another kind."""
-    for name in ("clip_l", "clip_h", "clip_g"):
-        if hasattr(clip.tokenizer, name):
-            return getattr(clip.tokenizer, name).tokenizer
-    if hasattr(clip.tokenizer, "clip_umt5xxl"):
-        return _Sentences(clip.tokenizer.clip_umt5xxl.tokenizer)
-    raise ValueError(
-        f"clip: {type(clip.tokenizer).__name__} is neither CLIP nor UMT5; FateZero needs the text encoder of SD 1.x, "
-        "SD 2.x, SDXL or Wan"
-    )
 
 
 def _check_layout(tokens: dict[str, Any], pair: PromptEdit, words: str, name: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import EditGuider, InvertGuider, store_of
+from ..hosts.comfyui.editing import EditGuider
+from ..hosts.comfyui.families import MODELS, check_known
+from ..hosts.comfyui.inversion import InvertGuider, store_of
 from ..hosts.comfyui.noise import noise_of
 from ..hosts.comfyui.sampling import DDIMSampler
-from ..hosts.comfyui.wan import check_known
 from .edit import INPUTS, Asked, report_of
 from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, asked_of
 from .sockets import AttentionStoreSocket, schema, show_on_node
@@ -28,7 +29,7 @@ class FateZeroSigmas(io.ComfyNode):
             "clip for an edit, through Flip Sigmas for an inversion. Other schedulers work too, the same for both.",
             search_aliases=["scheduler", "sigmas", "ddim", "custom sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model."),
+                io.Model.Input("model", tooltip=f"{MODELS}."),
                 STEPS,
             ],
             outputs=[io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="From noise to the clip.")],

@@ -206,8 +206,8 @@ class FateZeroEncodeVideo(io.ComfyNode):
         return schema(
             node_id="FateZeroEncodeVideo",
             display_name="Encode Video (FateZero)",
-            description="VAE-encode frames in chunks, so that long clips fit in memory. A video VAE (Wan's) sees all "
-            "at once; the last frame is repeated where it wants more.",
+            description="VAE-encode frames in chunks, so that long clips fit in memory. A video VAE sees all at "
+            "once; the last frame is repeated to a number of frames that it takes.",
             search_aliases=["vae encode video", "vae encode batch"],
             inputs=[
                 io.Image.Input("images", tooltip="The frames of a clip."),

@@ -1,4 +1,4 @@
-/** Shows on our nodes the texts that they put out: while they run, and after the job has ended. */
+/** Shows on our nodes the texts that they output: while they run, after the job has ended, and after a reload. */
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
@@ -9,6 +9,10 @@ const NAME = "info"
 const LINE = 13 // pixels of its height, and of the width of a character
 const CHARACTER = 6.1
 const MOST_LINES = 12 // the rest scrolls
+const KEPT = "fatezero.texts" // in the session of the browser's tab
+
+const texts = JSON.parse(sessionStorage.getItem(KEPT) ?? "{}") // by the ids of workflow and node
+const opened = new Set() // the workflows that this page has opened
 
 function widgetOf(node) {
     const found = node.widgets?.find((widget) => widget.name === NAME)
@@ -30,15 +34,37 @@ function linesOf(text, width) {
 function show(node, text) {
     if (!text && !node.widgets?.some((widget) => widget.name === NAME)) return
     widgetOf(node).value = text
+    keep(node, text)
     const [width, height] = node.computeSize()
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
     node.graph?.setDirtyCanvas(true, true)
 }
 
+function root() {
+    return app.rootGraph ?? app.graph
+}
+
+function keep(node, text) {
+    if (node.graph !== root()) return
+    ;(texts[root().id] ??= {})[node.id] = text
+    sessionStorage.setItem(KEPT, JSON.stringify(texts))
+}
+
+/** What the workflow's nodes showed before the page was reloaded, or nothing where it is opened anew. */
+function restore() {
+    const graph = root()
+    if (opened.has(graph.id)) return
+    opened.add(graph.id)
+    for (const [id, text] of Object.entries(texts[graph.id] ?? {})) {
+        const node = graph.getNodeById(Number(id))
+        if (isOurs(node)) show(node, text)
+    }
+}
+
 /** The node of an execution id: "7", or "3:7" inside subgraph node 3. */
 function nodeOf(id) {
     return String(id).split(":").reduce(
-        (node, part) => (node?.subgraph ?? node)?.getNodeById?.(Number(part)), app.rootGraph ?? app.graph)
+        (node, part) => (node?.subgraph ?? node)?.getNodeById?.(Number(part)), root())
 }
 
 function isOurs(node) {
@@ -50,7 +76,7 @@ app.registerExtension({
     setup() {
         api.addEventListener(EVENT, ({ detail }) => {
             const node = nodeOf(detail.node)
-            if (node) show(node, detail.text)
+            if (isOurs(node)) show(node, detail.text) // another workflow may be open by now
         })
     },
     nodeCreated(node) {
@@ -60,6 +86,9 @@ app.registerExtension({
             before?.apply(this, arguments)
             if (output?.text) show(this, [output.text].flat().join("\n"))
         }
+    },
+    afterConfigureGraph() {
+        restore()
     },
     /** When the page goes back to a workflow whose outputs it kept. */
     onNodeOutputsUpdated(outputs) {

@@ -27,8 +27,8 @@ REFUSED = {
 models that FateZero does not know. The attention of such parts does not line up with the clip's."""
 
 READ = {"c_crossattn", "crossattn_controlnet", "y", "c_concat"}
-"""What of a prompt a UNet or Wan reads: its text, the ControlNet's, pooled text and sizes, and what an inpainting UNet
-has where nothing is set."""
+"""The inputs that a model reads of a prompt: its text, the ControlNet's, pooled text and sizes, and the empty picture
+of an inpainting UNet."""
 
 
 @dataclass(frozen=True)

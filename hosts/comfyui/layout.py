@@ -10,9 +10,11 @@ from torch import Tensor
 from ...attention.control import Control
 from ...attention.key_frames import Chunk, KeyFrames
 from ...methods.layout_guidance import LayoutGuidance
+from .chunks import WrappersMP
 from .conditions import HostCondition
+from .denoiser import ComfyDenoiser
 from .noise import noise_of
-from .sampling import ComfyDenoiser, LoopGuider, WrappersMP, room_for
+from .sampling import LoopGuider, room_for
 
 _ALONE = KeyFrames(("self",))
 """Self-attention stays as the MODEL has it, key frames of other nodes too."""
@@ -93,10 +95,8 @@ class LayoutGuider(LoopGuider):
             self._move(x, sigma, layout, model_options)
             return super().outer_predict_noise(x, timestep, model_options, seed)
         chunk = Chunk.whole(len(x))
-        answers: dict[int, tuple[Control, int | None]] = {
-            0: (layout.control(_ALONE, chunk), self.positive.text_tokens), 1: (Control(_ALONE, chunk), None),
-        }  # fmt: skip
-        with self.edited.answering(answers, False):
+        guided = (layout.control(_ALONE, chunk), self.positive.text_tokens)
+        with self.edited.controlled({0: guided, 1: (Control(_ALONE, chunk), None)}):
             return super().outer_predict_noise(x, timestep, model_options, seed)
 
     def _move(self, x: Tensor, sigma: Tensor, layout: LayoutGuidance, options: dict[str, Any]) -> None:

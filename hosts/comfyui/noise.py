@@ -19,10 +19,7 @@ from comfy.model_sampling import (
 from einops import rearrange
 from torch import Tensor
 
-from ...diffusion.schedule import FlowSchedule, Schedule, World
-
-WORKING_MODELS = "SD 1.x, SD 2.x and SDXL models, LCM-free fine-tunes of them, and Wan 2.1 and 2.2 for text to video"
-
+from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
 
 FLIPPED = 1.0001e-4
 """What the host's Flip Sigmas makes of an end at 0, a ten-thousandth, and as much again for its rounding."""
@@ -31,7 +28,7 @@ FLIPPED = 1.0001e-4
 class HostNoise:
     """DDIM in a host that samples in variance-exploding space: x = z / sqrt(abar), LATENT samples (frames, 4, h, w)."""
 
-    world: World = "ddim"
+    formulation: Formulation = "ddim"
 
     def __init__(self, sampling: Any) -> None:
         self.table = sampling.sigmas.cpu()
@@ -135,7 +132,7 @@ class HostNoise:
 class FlowNoise(HostNoise):
     """A rectified flow, whose latents are the host's own; LATENT samples are clips (1, c, frames, h, w)."""
 
-    world: World = "flow"
+    formulation: Formulation = "flow"
 
     def __init__(self, sampling: Any) -> None:
         super().__init__(sampling)
@@ -218,8 +215,8 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
-            f"model: {_named(sampling)} is not a schedule that DDIM can invert. "
-            f"FateZero works with {WORKING_MODELS}, predicting epsilon, v or a flow"
+            f"model: {_named(sampling)} is not a schedule that DDIM can invert. FateZero works with models that "
+            "predict epsilon, v or a flow, without a node that changes their schedule"
         )
     return HostNoise(sampling)
 

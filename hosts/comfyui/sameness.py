@@ -15,8 +15,8 @@ from comfy.patcher_extension import WrappersMP
 
 ROOM = "memory_required"
 """The host's method that tells what memory a call takes, which FateZero replaces."""
-PAIR = "fatezero_low_noise"
-"""Where a MODEL's options hold Wan 2.2's other MODEL, for low noise (`comfyui_transformer.Pair`)."""
+OWN_OPTION = "fatezero"
+"""How the names of FateZero's own options of a MODEL begin."""
 OF_GUIDANCE = {
     "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
     "disable_cfg1_optimization", "denoise_mask_function",
@@ -26,8 +26,8 @@ OF_RUNS = {WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE}
 """Wrappers of what is around the calls of a model: the room for it, and guidance."""
 PLAIN = (bool, int, float, str, bytes, UUID, torch.dtype, torch.device)
 """Values that are compared as such; all else is the same where it is the same object."""
-HARMLESS = {*OF_GUIDANCE, "context_handler", PAIR}
-"""Options that leave a call of the model as it is: guidance's, and what says which frames or model a call has."""
+HARMLESS = {*OF_GUIDANCE, "context_handler"}
+"""Options that leave a call of the model as it is: of guidance, and of the frames of a call."""
 
 
 def same_in_place(one: Any, other: Any) -> bool:
@@ -58,11 +58,15 @@ def _in_place(patcher: Any) -> dict[str, Any]:
 def _of_calls(patcher: Any) -> dict[str, Any]:
     wrappers = {kind: held for kind, held in patcher.wrappers.items() if kind not in OF_RUNS}
     return {
-        "options": {name: value for name, value in patcher.model_options.items() if name not in HARMLESS},
+        "options": {name: value for name, value in patcher.model_options.items() if not _harmless(name)},
         "wrappers": wrappers,
         "callbacks": patcher.callbacks,
         "attachments": patcher.attachments,
     }
+
+
+def _harmless(option: str) -> bool:
+    return option in HARMLESS or option.startswith(OWN_OPTION)
 
 
 def equal(one: Any, other: Any) -> bool:

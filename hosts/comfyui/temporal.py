@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...methods.temporal_layers import Blocks, TemporalLayers, is_temporal, trains
 from ...methods.tune_a_video import Kind
-from .unet import check_model, unpatched
+from .hook import unpatched
+from .unet import check_unet
 
 KEY = "fatezero_temporal"
 _AROUND = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
@@ -43,7 +44,7 @@ def with_temporal_layers(model: Any, weights: Mapping[str, Tensor]) -> Any:
     model's; LoRA on these count on top. Raises ValueError for a MODEL that carries some, for other weights than these,
     and for layers that do not fit.
     """
-    check_model(model)
+    check_unet(model)
     if temporal_layers(model) is not None:
         raise ValueError("model: carries temporal layers already; connect it as it was before")
     names = host_names(model)

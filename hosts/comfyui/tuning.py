@@ -21,12 +21,13 @@ from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.denoiser import Guidance
 from ...methods.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
-from ...methods.tune_a_video import Kind, Told, TuneSettings, noised, tune
+from ...methods.tune_a_video import Kind, TuneProgress, TuneSettings, noised, tune
 from ..recompute import recomputed
 from .conditions import HostCondition
 from .noise import prediction_of
 from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
-from .unet import BLOCKS, HookedModel, check_model, clip_norms
+from .unet import HookedUNet, check_unet
+from .unet_layers import BLOCKS, norms_of_clip
 
 
 def tune_model(
@@ -38,19 +39,19 @@ def tune_model(
     clip_norm: bool,
     kind: Kind = "official",
     rank: int | None = None,
-    progress: Told | None = None,
+    progress: TuneProgress | None = None,
 ) -> tuple[Any, list[float]]:
     """A MODEL with temporal layers tuned on LATENT samples (frames, 4, h, w), and the loss of each step.
 
     What it carries already, layers or LoRA, is where the tuning begins. Raises ValueError for a model that is no
     attention UNet, and the host's InterruptProcessingException between steps.
     """
-    check_model(model)
+    check_unet(model)
     before = temporal_layers(model)
     with torch.inference_mode(False):
         layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, settings.seed)
         own = _copied(model)
-        hooked = HookedModel(own, lambda frames: Control(key_frames, Chunk.whole(frames)))
+        hooked = HookedUNet(own, default_control=lambda frames: Control(key_frames, Chunk.whole(frames)))
         guider = comfy.samplers.CFGGuider(hooked.patcher)
         guider.inner_set_conds({"positive": prompt.conditioning})
         sampler = _TuneSampler(layers.float(), prompt, settings, key_frames, clip_norm, progress)
@@ -98,7 +99,7 @@ class _TuneSampler(comfy.samplers.Sampler):
         settings: TuneSettings,
         key_frames: KeyFrames,
         clip_norm: bool,
-        progress: Told | None,
+        progress: TuneProgress | None,
     ) -> None:
         self.layers, self.prompt, self.settings, self.progress = layers, prompt, settings, progress
         self.key_frames, self.clip_norm = key_frames, clip_norm
@@ -143,7 +144,7 @@ class _HostTunable:
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
-        handles = [h for norm in clip_norms(self._unet) for h in share_statistics(norm)] if clip_norm else []
+        handles = [h for norm in norms_of_clip(self._unet) for h in share_statistics(norm)] if clip_norm else []
         try:
             with hooked_layers(places_in(self._unet, self._layers, self._names), 1):
                 yield

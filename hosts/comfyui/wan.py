@@ -1,9 +1,9 @@
-"""A ComfyUI MODEL's video transformer: Wan's attention, hooked on a clone by the host's public hooks.
+"""Wan in ComfyUI: the attention of its video transformer, hooked on a clone by the host's public hooks.
 
-`patches_replace["dit"]` wraps each block, which then takes the branches of a call one after another, the source's
-first. For the time of a call, hooks of the modules `self_attn` and `cross_attn` hand each an
-`optimized_attention_override` of its own, around the one that is there by then. Overrides and block patches that other
-packs set stay: the first as the kernel, the second around the block's own forward.
+`patches_replace["dit"]` wraps each block, which then runs the branches of a call one after another, the source's
+first. During a call, hooks of the modules `self_attn` and `cross_attn` pass each an `optimized_attention_override` of
+ours around the one that is there by then. Overrides and block patches of other packs stay: the first as the kernel,
+the second around the block's own forward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, get_args
 from uuid import uuid5
 
@@ -23,28 +24,30 @@ from torch import Tensor, nn
 
 from ...attention.control import AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
+from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import Beside
-from .noise import WORKING_MODELS, FlowNoise, noise_of
-from .sameness import PAIR, ROOM, equal
-from .unet import HookedModel, Positive, attention_layers, beneath, check_model, node_of, unpatched
+from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, node_of, unpatched
+from .noise import FlowNoise, noise_of
+from .sameness import OWN_OPTION, ROOM, equal, same_forward
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
+MODELS = "Wan 2.1 and 2.2 for text to video"
+PAIR = f"{OWN_OPTION}_low_noise"
+"""The option of a MODEL with the one for low noise, a `Pair`."""
 _IDENTITIES = IdentityCache()
 _BRANCH = "fatezero_branch"
-"""Where options hold the branch that a block computes."""
-_OVERRIDE = "optimized_attention_override"
-"""Where options hold what other nodes call in the place of the host's attention."""
+"""The transformer option with the branch that a block computes."""
 
 
 def paired(model: Any, low_noise: Any, boundary: float) -> Any:
-    """A MODEL that gives way to another below a sigma, in FateZero's own sampling.
+    """A MODEL that another replaces below a sigma, in FateZero's own sampling.
 
-    Raises ValueError for MODELs that are no Wan of the same shape.
+    Raises ValueError for MODELs that are not Wan of the same shape.
     """
     for one, socket in ((model, "model"), (low_noise, "low_noise")):
-        if not is_transformer(one):
+        if not is_wan(one):
             raise ValueError(f"{socket}: {type(one.model).__name__} is no Wan transformer")
     shapes = [(u.in_dim, u.dim, len(u.blocks)) for u in (m.model.diffusion_model for m in (model, low_noise))]
     if shapes[0] != shapes[1]:
@@ -100,73 +103,63 @@ def _with_added(to: Any, now: Any, before: Any) -> Any:
     return [*(to or []), *now[len(before or []) :]] if isinstance(now, list) else now
 
 
-def is_transformer(model: Any) -> bool:
-    """Whether a MODEL is a video transformer of a kind that is known."""
+def is_wan(model: Any) -> bool:
+    """Whether a MODEL is a Wan of any kind."""
     return isinstance(model.model.diffusion_model, WanModel)
 
 
-def check_transformer(model: Any) -> None:
-    """Raise ValueError for a Wan of another kind than text to video, or sampled otherwise than as a flow."""
+def check_wan(model: Any) -> None:
+    """Raise ValueError for a Wan of another kind than text to video, or not sampled as a flow."""
     unet = model.model.diffusion_model
     plain = type(unet) is WanModel and unet.model_type == "t2v" and unet.in_dim == unet.out_dim
     if not plain or getattr(unet, "ref_conv", None) is not None:
-        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {WORKING_MODELS}")
+        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {MODELS}")
     if not isinstance(noise_of(model), FlowNoise):
         raise ValueError("model: is a video transformer that is not sampled as a flow")
 
 
 def _kind_of(unet: Any) -> str:
-    """What a Wan is called: "Wan VACE" for a VaceWanModel, "Wan S2V" for a WanModel_S2V."""
+    """The name of a kind of Wan: "Wan VACE" for a VaceWanModel, "Wan S2V" for a WanModel_S2V."""
     kind = re.sub("Wan|Model|_", "", type(unet).__name__)
     if kind:
         return "Wan " + {"Vace": "VACE", "Humo": "HuMo"}.get(kind, kind)
     return f"Wan {unet.model_type} with {unet.in_dim} channels in"
 
 
-class HookedTransformer:
-    """A clone of a MODEL whose attention layers ask a control, with `HookedModel`'s interface.
+class HookedWan(Hook):
+    """A clone of a Wan MODEL whose attention layers run through controls."""
 
-    `answers` says which control answers for which branch of a call, and how many text tokens its prompt has: 0 is the
-    positive one, 1 the negative, as in the host's `cond_or_uncond`.
-    """
+    family = WAN
+    pairs = True
 
-    def __init__(self, model: Any) -> None:
-        """Raises ValueError for a MODEL that is no Wan for text to video."""
-        check_transformer(model)
-        self.given = model
-        """The MODEL as other nodes left it."""
-        self.patcher = model.clone()
+    def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
+        """Raises ValueError for a MODEL that is not Wan for text to video, and for kinds of layers other than all."""
+        check_wan(model)
+        if len(kinds) < len(ALL_KINDS):
+            raise ValueError(f"model: {type(model.model).__name__} is no attention UNet, which layout guidance needs")
+        super().__init__(model)
         pair: Pair | None = self.patcher.model_options.pop(PAIR, None)
-        self.low = None if pair is None else HookedTransformer(pair.low(model))
-        """What takes over below the boundary."""
-        self.boundary = 0.0 if pair is None else pair.boundary
-        self.answers: dict[int, tuple[Control, int | None]] = {}
-        self.one_text = False
-        self.reached: set[str] = set()
+        if pair is not None:
+            self.low, self.boundary = HookedWan(pair.low(model)), pair.boundary
         self._unet = model.model.diffusion_model
         self._sites: dict[tuple[int, int], dict[str, AttentionSite]] = {}
-        self._grid = (0, 0)
         self._beside: Beside | None = None
         self._conditions: Any = None
         self._options: dict[str, Any] | None = None
         """The options of the call that the source ran in."""
         self._source = -1
-        """Which branch of the call under way is the source's, where it is beside the edit's."""
-        self._replacing: Callable[[AttentionSite], Any] = lambda site: None
-        self._positive = Positive(None)
+        """The branch of the source in the call under way; -1 without one."""
         replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-        blocks = [beneath(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
+        blocks = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
         for i, theirs in enumerate(blocks):
             self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
-        for kind in around:
-            self.patcher.remove_wrappers_with_key(kind, "fatezero")
         for kind, wrapper in around.items():
+            self.patcher.remove_wrappers_with_key(kind, "fatezero")
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
 
     def identity(self) -> ModelIdentity:
-        """What tells the MODEL from another, LoRA on it or not."""
         model, unet = self.patcher.model, self._unet
         layout = (
             f"{type(model).__name__} in={unet.in_dim} {len(unet.blocks)} blocks of {unet.num_heads} heads, {unet.dim}"
@@ -184,9 +177,8 @@ class HookedTransformer:
         )
 
     def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
-        """The attention layers on latents of this size, which the host pads to whole patches."""
         if (height, width) not in self._sites:
-            _, down, across = self._unet.patch_size
+            _, down, across = self._unet.patch_size  # the host pads latents to whole patches
             grid = -(-height // down), -(-width // across)
             heads, kinds = self._unet.num_heads, ("self", "cross")
             found = [
@@ -197,37 +189,37 @@ class HookedTransformer:
             self._sites[height, width] = {site.name: site for site in found}
         return self._sites[height, width]
 
+    def joins(self, source: Hook) -> bool:
+        if not isinstance(source, HookedWan) or "model_function_wrapper" in self.patcher.model_options:
+            return False  # such a wrapper may call branches one by one
+        return self is source or same_forward(self.given, source.given)
+
     @contextmanager
-    def answering(
+    def controlled(
         self,
-        answers: dict[int, tuple[Control, int | None]],
-        clip_norm: bool,
-        beside: tuple[Beside, Any] | None = None,
+        controls: Controls,
+        clip_norm: bool = False,
+        source: tuple[Beside, Any] | None = None,
         conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
-        """beside: the source's branch, to run in the same calls, and the host's conditions of it. conditions: the
-        host's, of the positive branch.
-
-        Raises ValueError where the calls inside did not reach all attention layers of the positive branch.
-        """
         refuse_clip_norm(clip_norm)
-        self.answers, self.reached = answers, set()
-        self._beside, self._conditions = beside or (None, None)
-        self._positive = Positive(conditions)
+        self._beside, self._conditions = source or (None, None)
         try:
-            yield
-            self._positive.check(self.sites(*self._grid), self._replacing)
+            with super().controlled(controls, clip_norm, source, conditions):
+                yield
         finally:
-            self.answers, self._source = {}, -1
+            self._source = -1
             self._beside = self._conditions = self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
     def _room(self, of_host: Callable[..., Any]) -> Callable[..., Any]:
-        """What the host asks before it calls branches together: they run one after another, so that parting them would
-        save nothing, and would have the source's attention kept for all blocks.
+        """The memory that the host estimates before it calls branches together: none with a source.
+
+        Branches run one after another, so separate calls would save nothing and keep the source's attention of all
+        blocks.
         """
-        of_host = beneath(of_host)
+        of_host = hook_below(of_host)
 
         def room(*args: Any, **more: Any) -> Any:
             return 0 if self._source >= 0 else of_host(*args, **more)
@@ -236,11 +228,11 @@ class HookedTransformer:
         return room
 
     def _joined(self) -> Callable[..., Any]:
-        """The source's conditions beside those of a call, its latents in the place of the call's (`_around`)."""
+        """Adds the source's conditions to those of a call; `_around` puts in its latents."""
 
         def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
             beside = self._beside
-            if beside is None or not self.answers or not self._positive.among(conds):
+            if beside is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
             again = self._options is not None
             try:
@@ -262,7 +254,7 @@ class HookedTransformer:
 
     def _around(self) -> Callable[..., Tensor]:
         def around(executor: Any, x: Tensor, *rest: Any, **more: Any) -> Tensor:
-            if not self.answers:
+            if not self._controls:
                 return executor(x, *rest, **more)
             self._grid = x.shape[-2], x.shape[-1]
             # of the host's (x, t, context, clip_fea, time_dim_concat, transformer_options)
@@ -273,7 +265,7 @@ class HookedTransformer:
             if self._beside is not None and self._source in branches:
                 x = x.clone()
                 x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
-            self._replacing = self._replacements(options)
+            self._replacement = self._replacements(options)
             handles = [
                 getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
                 for i, block in enumerate(self._unet.blocks)
@@ -295,16 +287,16 @@ class HookedTransformer:
             place = f"diffusion_model.blocks.{site.index}."
             parts = [part for name, part in self.patcher.object_patches.items() if name.startswith(place)]
             block = blocks.get(("double_block", site.index))
-            return next((part for part in [beneath(block), *parts] if part is not None), None)
+            return next((part for part in [hook_below(block), *parts] if part is not None), None)
 
         return replacing
 
     def _block(self, index: int, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
-        """A block that takes its branches one after another."""
+        """A block that runs its branches one after another."""
 
         def block(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
             forward = extra["original_block"] if theirs is None else lambda own: theirs(own, extra)
-            if not self.answers:
+            if not self._controls:
                 return forward(args)
             options = args["transformer_options"]
             branches, roles = options["cond_or_uncond"], self._positive.roles(options)
@@ -316,24 +308,24 @@ class HookedTransformer:
                 done[row] = forward({**own, "transformer_options": of_row})["img"]
             return {"img": done[0] if len(done) == 1 else torch.cat(done)}  # type: ignore[arg-type]
 
-        block.previous = theirs  # type: ignore[attr-defined]  # hooked again, ours gives way
+        block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
         return block
 
     def _entering(self, index: int, kind: Kind) -> Callable[..., Any]:
-        """A hook of an attention module that hands it our override for this call."""
+        """A hook of an attention module that passes it our override for this call."""
 
         def entering(module: nn.Module, args: Any, named: dict[str, Any]) -> Any:
             options = named.get("transformer_options") or {}
             if _BRANCH not in options:
                 return None
             override = self._override(f"block.{index}.{kind}", options[_BRANCH], options)
-            return args, {**named, "transformer_options": {**options, _OVERRIDE: override}}
+            return args, {**named, "transformer_options": {**options, OVERRIDE: override}}
 
         return entering
 
     def _override(self, name: str, branch: int, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The attention of a layer on a branch. options: the module's, with what another node calls in its place."""
-        theirs, taken = options.get(_OVERRIDE), False
+        """The attention of a layer on a branch. options: the module's, with the override of another node."""
+        theirs, taken = options.get(OVERRIDE), False
 
         def override(
             func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: Any, **more: Any
@@ -341,9 +333,9 @@ class HookedTransformer:
             nonlocal taken
             kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
             more = {**more, "transformer_options": options}
-            control = self._answer(branch)[0]
+            control = self._control(branch)[0]
             if taken or type(control) is Control:  # other packs' own, or attention as the model has it
-                self._reach(name, branch)
+                self._reach(name, branch == 0)
                 return kernel(q, k, v, heads, *rest, **more)
             taken = True
             more = {name: value for name, value in more.items() if name not in ("skip_reshape", "skip_output_reshape")}
@@ -353,17 +345,24 @@ class HookedTransformer:
                 q, k, v = (t.contiguous() for t in (q, k, v))
                 return kernel(q, k, v, heads, *rest, **more, skip_reshape=True, skip_output_reshape=True)
 
-            return self._attend(name, branch, q, k, v, heads, attend)
+            return self._attend(name, branch, (q, k, v), heads, attend, theirs)
 
         return override
 
     def _attend(
-        self, name: str, branch: int, q: Tensor, k: Tensor, v: Tensor, heads: int, attend: Callable[..., Tensor]
+        self,
+        name: str,
+        branch: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        heads: int,
+        attend: Callable[..., Tensor],
+        override: Any,
     ) -> Tensor:
-        """One layer of one branch, (1, tokens, channels), by its control."""
+        """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel."""
+        q, k, v = qkv
         site = self.sites(*self._grid)[name]
         frames, rest = divmod(q.shape[1], site.tokens)
-        control, text_tokens = self._answer(branch)
+        control, text_tokens = self._control(branch)
         if rest or frames != len(control.chunk.frame_indices):
             raise ValueError(
                 f"{site.name} has {q.shape[1]} tokens where {len(control.chunk.frame_indices)} frames of "
@@ -373,25 +372,21 @@ class HookedTransformer:
         q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
         if site.kind == "cross":
             k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
-            output = control.cross_attention(q4, k4, v4, site)
         else:
             k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
-            output = control.self_attention(q4, k4, v4, site)
+        self._check_kernel(control, q4, k4, v4, site, override)
+        compute = control.cross_attention if site.kind == "cross" else control.self_attention
+        output = compute(q4, k4, v4, site)
         if self._beside is not None and branch == 0 and self._source >= 0:
             self._beside.control.forget(site.name)
-        self._reach(name, branch)
+        self._reach(name, branch == 0)
         return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
 
-    def _reach(self, name: str, branch: int) -> None:
-        self.reached.add(name)
-        if branch == 0:
-            self._positive.reached.add(name)
-
-    def _answer(self, branch: int) -> tuple[Control, int | None]:
-        """The control of a branch; a branch that a guidance node adds goes as the negative one does."""
+    def _control(self, branch: int) -> tuple[Control, int | None]:
+        """The control of a branch and its text tokens; a branch that a guidance node adds runs as the negative does."""
         if self._beside is not None and branch == self._source:
             return self._beside.control, self._beside.condition.text_tokens
-        return self.answers.get(branch) or self.answers[1]
+        return self._controls.get(branch) or self._controls[1]
 
 
 def _row_of(value: Any, row: int, rows: int) -> Any:
@@ -399,22 +394,29 @@ def _row_of(value: Any, row: int, rows: int) -> Any:
     return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
 
 
-def hooked(model: Any, kinds: Sequence[Kind] = get_args(Kind)) -> HookedModel | HookedTransformer:
-    """A clone of a MODEL, hooked as its kind asks for; ValueError for one that FateZero does not know.
+@dataclass(frozen=True)
+class _Sentences:
+    """The host's sentencepiece tokenizer with the call of a CLIP tokenizer: content tokens alone."""
 
-    kinds: of attention layers, of a UNet; some alone are hooked of no transformer.
-    """
-    if is_transformer(model) and len(kinds) == len(get_args(Kind)):
-        return HookedTransformer(model)
-    return HookedModel(model, kinds=kinds)
+    of_host: Any
+    bos_token_id: None = None
 
-
-def check_known(model: Any) -> None:
-    """Raise ValueError for a MODEL that FateZero does not know."""
-    (check_transformer if is_transformer(model) else check_model)(model)
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=self.of_host.tokenizer.encode(text, add_bos=False, add_eos=False))
 
 
-def count_layers(model: Any) -> int:
-    """How many attention layers a MODEL has."""
-    unet = model.model.diffusion_model
-    return 2 * len(unet.blocks) if is_transformer(model) else len(attention_layers(unet))
+def _tokenizer(clip: Any) -> _Sentences | None:
+    own = getattr(clip.tokenizer, "clip_umt5xxl", None)
+    return None if own is None else _Sentences(own.tokenizer)
+
+
+FAMILY = HostFamily(
+    models=MODELS,
+    text_encoder="UMT5 of Wan",
+    hook=HookedWan,
+    matches=is_wan,
+    check=check_wan,
+    count_layers=lambda model: 2 * len(model.model.diffusion_model.blocks),
+    tokenizer=_tokenizer,
+    frame_dim=2,
+)

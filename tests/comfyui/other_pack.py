@@ -171,7 +171,7 @@ class Wan(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, shift, dtype):
-        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui.demo"))
+        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui.demo_video"))
         folder = Path(folder)
         weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         about = json.loads((folder / "transformer" / "config.json").read_text())

@@ -48,7 +48,7 @@ def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_pat
     found = {row["job"]: row for row in summary_rows(folder / "jobs")}
     errors = {name.partition("_")[0]: row["error"] for name, row in found.items() if row["status"] == "failed"}
     assert "preset: 'nonsense' not in" in errors["refused"]
-    assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: 'nonsense' is neither")
+    assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: unknown entry 'nonsense'")
     done = [row for row in found.values() if row["status"] == "done"]
     assert {row["where"] for row in done} == {host.url, other.url}, "both had some to do"
     for row in done:

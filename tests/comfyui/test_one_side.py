@@ -26,8 +26,8 @@ OF_WAN = {
     "OtherAttention": {"scale": 0.5}, "OtherBlock": {"scale": 0.5},
 }  # fmt: skip
 """Nodes on a Wan MODEL, and settings with which they change something."""
-KERNELS = ("OtherSparseAttention", "OtherAttention", "ModelComputeDtype")
-"""What changes the product of softmax and values, which maps are without, or rounds it."""
+KERNELS = ("OtherSparseAttention", "OtherAttention")
+"""Kernels that are not softmax attention, which maps are."""
 OF_BOTH = {"ModelSamplingSD3": "another shift", "ContextWindowsManual": "context windows"}
 """Nodes that inversion and edit need alike, and what their refusal says."""
 OFTEN = {
@@ -65,6 +65,13 @@ def check_memories(host, graph, memories):
         assert relative(given(host, graph), computed) < 1e-4, memory
     graph.set(graph.invert, memory="recompute")
     return computed
+
+
+def check_maps_refused(host, graph, kind):
+    graph.set(graph.invert, memory="maps")
+    with pytest.raises(NodeError, match=f"maps.*softmax.* {kind.removeprefix('Other')} .* another kind"):
+        given(host, graph)
+    graph.set(graph.invert, memory="recompute")
 
 
 def check_chunks(host, graph, whole, kind):
@@ -132,9 +139,48 @@ def test_a_node_on_wan(host, folder, kind, side, wan_lora):  # noqa: F811
     others = ["queries_keys", "maps"]
     if kind == "ContextWindowsManual":
         others = ["auto"]
-    elif kind in KERNELS:
+    elif kind in (*KERNELS, "ModelComputeDtype"):  # the last of which rounds the product of softmax and values
         others = ["queries_keys"]
     check_memories(host, graph, others)
+    if kind in KERNELS:
+        check_maps_refused(host, graph, kind)
     graph.set(graph.edit, preset="none")
     theirs = hosts_guider(graph)
     assert relative(given(host, graph), host.latents(graph.prompt, theirs[0])) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "side"), [("OtherAttention", "edit"), ("OtherSparseAttention", "inversion")])
+def test_maps_of_a_unet_are_refused_with_another_kernel(host, kind, side):
+    graph = DemoGraph(steps=2)
+    graph.set(graph.edit, preset="attribute")
+    on(graph, side, "model", "model", graph.add(kind, model=graph.demo[0], scale=0.5)[0])
+    check_maps_refused(host, graph, kind)
+    on(graph, side, "model", "model", graph.add(kind, model=graph.demo[0], scale=1.0)[0])
+    assert relative(given(host, graph), check_memories(host, graph, ["maps"])) < 1e-4
+
+
+OVER_FRAMES = ("RescaleCFG", "CFGZeroStar", "TCFG", "Mahiro")
+"""Guidance that mixes the frames of a video transformer."""
+
+
+@pytest.mark.parametrize("kind", [*OVER_FRAMES, "CFGNorm", "SkipLayerGuidanceDiT"])
+def test_guidance_in_context_windows_of_wan(host, folder, kind):
+    """The host's own windows guide the whole clip; ours are guided one by one."""
+    graph = WanGraph(folder=str(folder))
+    graph.set(graph.invert, steps=2)
+    graph.set(graph.edit, preset="none")
+    windows = add(host, graph, "ContextWindowsManual", model=graph.model[0], **WINDOWS)
+    on(graph, "both", "model", "model", add(host, graph, kind, model=windows[0], **OF_WAN[kind])[0])
+    if kind in OVER_FRAMES:
+        with pytest.raises(NodeError, match=f"guidance of {kind} .* may depend on all frames"):
+            given(host, graph)
+    else:
+        assert relative(given(host, graph), host.latents(graph.prompt, hosts_guider(graph)[0])) < 1e-4
+
+
+def test_guidance_that_is_rescaled_over_all_frames_is_refused_in_chunks(host):
+    graph = DemoGraph(steps=2)
+    slg = add(host, graph, "SkipLayerGuidanceDiT", model=graph.demo[0], **{**SLG, "rescaling_scale": 0.5})
+    graph.set(graph.edit, model=slg[0], chunk_frames=2)
+    with pytest.raises(NodeError, match="guidance of SkipLayerGuidanceDiT .* may depend on all frames"):
+        given(host, graph)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from fatezero.demo import train_video as trainer
+from fatezero.demo.scenes import VOCABULARY, random_scene
 from fatezero.demo.train_video import LENGTHS, VideoSettings, batch_at, length_at, train_video
 from fatezero.demo.video_model import TEXT_TOKENS, VideoPainter, build_tokenizer, encode_ids, token_ids
-from fatezero.demo.world import VOCABULARY, random_scene
 
 SMALL = VideoSettings(clips=2, frames=16, steps=3, save_every=1)
 CPU = torch.device("cpu")

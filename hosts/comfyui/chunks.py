@@ -1,0 +1,143 @@
+"""Parts of a clip: context windows, the conditions of some frames, and what must see all frames at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from inspect import getclosurevars
+from types import FunctionType
+from typing import Any
+
+import comfy.context_windows
+import comfy.patcher_extension
+from torch import Tensor
+
+from ...attention.key_frames import Chunk
+from ...diffusion.denoiser import Windows
+from .hook import name_of_node, node_of
+
+WrappersMP = comfy.patcher_extension.WrappersMP
+
+FRAME_BY_FRAME = ("fatezero", "easycache")
+"""The keys of wrappers around calls that depend on the frames of the call alone."""
+PER_POSITION = {
+    "nodes_cfg.CFGNorm", "nodes_custom_sampler.CFGOverride", "nodes_easycache.lazycache_predict_noise_wrapper",
+    "nodes_eps.EpsilonScaling", "nodes_eps.TemporalScoreRescaling", "nodes_fresca.FreSca",
+    "nodes_pag.PerturbedAttentionGuidance", "nodes_slg.SkipLayerGuidanceDiT",
+}  # fmt: skip
+"""Guidance of the host's nodes that treats each frame separately, whatever the layout of latents."""
+PER_SAMPLE = {"nodes_cfg.CFGZeroStar", "nodes_model_advanced.RescaleCFG", "nodes_tcfg.TCFG"}
+"""Guidance that treats each sample of a batch separately: a frame of a UNet, a whole clip of a video transformer."""
+
+
+def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
+    """The names of a MODEL's wrappers that may call it on parts of a clip (AnimateDiff-Evolved's context options)."""
+    around_calls = wrappers.get(WrappersMP.CALC_COND_BATCH, {})
+    return [name for name, held in around_calls.items() if held and name not in FRAME_BY_FRAME]
+
+
+def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: bool, clip_is_sample: bool) -> None:
+    """Raise ValueError, naming the node, for what needs all frames of a clip, where a call has some of them.
+
+    options: the MODEL's. around_predictions: the wrappers of its predictions. guided: whether its guidance functions
+    run. clip_is_sample: whether the frames of a clip are one sample of the host's.
+    """
+    of_calls = options["transformer_options"]
+    names = [f"a node's wrapper {name}" for name in windowing(of_calls.get("wrappers", {}))]
+    if of_calls.get("patches", {}).get("forward_timestep_embed_patch"):
+        names = ["AnimateDiff's motion modules"]
+    if names:
+        raise ValueError(
+            f"model: {names[0]} must see all frames of a clip, but this run takes them in parts: set chunk_frames to "
+            "0, and leave out TokenFlow and Context Windows (AnimateDiff-Evolved has context options of its own)"
+        )
+    found = mixing_guidance(around_predictions + (_guidance_of(options) if guided else []), clip_is_sample)
+    if found:
+        raise ValueError(
+            f"model: guidance of {node_of(found[0])} may depend on all frames, of which chunks, context windows and "
+            "TokenFlow's batches have some: run the clip whole, or remove it"
+        )
+
+
+def _guidance_of(options: dict[str, Any]) -> list[Any]:
+    one = [options.get("sampler_cfg_function"), options.get("sampler_calc_cond_batch_function")]
+    many = [*options.get("sampler_pre_cfg_function", []), *options.get("sampler_post_cfg_function", [])]
+    return [hook for hook in one + many if hook is not None]
+
+
+def mixing_guidance(hooks: Sequence[Any], clip_is_sample: bool = False) -> list[Any]:
+    """The guidance functions that may mix the frames of a clip."""
+    known = PER_POSITION if clip_is_sample else PER_POSITION | PER_SAMPLE
+    return [hook for hook in hooks if name_of_node(hook) not in known or _rescales(hook)]
+
+
+def _rescales(hook: Any) -> bool:
+    """Whether a guidance function of the host scales by a deviation over all frames (Skip Layer Guidance)."""
+    return isinstance(hook, FunctionType) and bool(getclosurevars(hook).nonlocals.get("rescaling_scale"))
+
+
+def windows_of(handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, options: dict[str, Any]) -> Windows:
+    """The windows of the host's context handler on a clip at a sigma, with the weights of its fuse method."""
+    handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
+    windows = handler.get_context_windows(model, x, options)
+    weighted = ((w.index_list, _window_weights(handler, w.index_list, frames, sigma)) for w in windows)
+    return [_with_frame_before(handler, window, weights) for window, weights in weighted]
+
+
+def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    """A context window and the frame before it, which comes along where the host's handler has `causal_window_fix`."""
+    before, weights = frames[0] - 1, [float(weight) for weight in weights]
+    if before < 0 or not getattr(handler, "causal_window_fix", False):
+        return frames, weights
+    if before in frames:
+        raise ValueError(
+            f"model: a context window holds the frame before it already ({before}): switch off causal_window_fix"
+        )
+    return [before, *frames], [0.0, *weights]
+
+
+def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
+    """How much each frame of a context window counts, as the host's handler fuses windows."""
+    if handler.fuse_method.name == comfy.context_windows.ContextFuseMethods.RELATIVE:
+        middle, reach = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
+        return [max(1e-2, 1 - abs(frame - middle) / reach) for frame in frames]
+    return comfy.context_windows.get_context_weights(len(frames), clip, frames, handler, sigma=sigma)
+
+
+def whole_conditions(conditions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conditions of the whole picture: without those that the host adds for areas."""
+    return [entry for entry in conditions if "area" not in entry]
+
+
+@contextmanager
+def conditions_of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
+    """The host's conditions with their per-frame tensors cut to the frames of a chunk, ControlNet hints included."""
+    if chunk.is_whole:
+        yield conditions
+        return
+    frames = list(chunk.frame_indices)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
+            return value[frames]
+        if isinstance(getattr(value, "cond", None), Tensor):
+            return value._copy_with(cut(value.cond))
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    hints: dict[Any, Tensor] = {}
+    for control in (c.get("control") for entries in conditions for c in entries or []):
+        while control is not None:
+            hint = control.cond_hint_original
+            if hint is not None and len(hint) > 1:  # of fewer frames than the clip's, the host repeats them
+                hints[control] = hint
+            control = control.previous_controlnet
+    try:
+        for control, hint in hints.items():
+            control.cond_hint_original, control.cond_hint = hint[[f % len(hint) for f in frames]], None
+        yield [entries and [cut(c) for c in entries] for entries in conditions]
+    finally:
+        for control, hint in hints.items():
+            control.cond_hint_original, control.cond_hint = hint, None
+
+
+# --- guiders and the sampler ------------------------------------------------------------

@@ -1,0 +1,335 @@
+"""A MODEL inside the host's sampling, as the loops of `fatezero.diffusion` call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...attention.condition import Condition
+from ...attention.control import AttentionSite, Control
+from ...attention.key_frames import Chunk, KeyFrames
+from ...diffusion.denoiser import Guidance, Windows, frames_meet
+from ...diffusion.schedule import Schedule
+from ...methods.tune_a_video import TRAINED_KEYS
+from ...store.identity import ModelIdentity
+from ...store.records import Beside
+from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
+from .conditions import HostCondition, check_read
+from .hook import Hook
+from .noise import noise_of
+from .sameness import same_in_place
+from .temporal import temporal_layers
+
+if TYPE_CHECKING:
+    from .sampling import LoopGuider, SideGuider
+
+
+@dataclass
+class _Branch:
+    """A hooked model that evaluates some roles, with its options during the run and its conditions."""
+
+    hooked: Hook
+    options: dict[str, Any]
+    conditions: dict[str, Any]
+    guider: LoopGuider | SideGuider
+    low: _Branch | None = None
+
+    @property
+    def around_predictions(self) -> list[Any]:
+        """The wrappers of other nodes around the predictions of its MODEL."""
+        kind = WrappersMP.PREDICT_NOISE
+        return list(comfy.patcher_extension.get_all_wrappers(kind, self.options, is_model_options=True))
+
+    def at(self, sigma: float) -> _Branch:
+        """The branch at a sigma: this one, or that of the MODEL for low noise."""
+        return self if self.low is None or sigma >= self.hooked.boundary else self.low
+
+
+class ComfyDenoiser:
+    """A MODEL inside a running `LoopGuider`, as the loops of `fatezero.diffusion` call it.
+
+    Its guider's `edited` evaluates the positive and negative prompt, its `sourced` the source prompt. The weights of
+    the two may differ (a LoRA on the edit alone); those of the next call are then loaded first.
+    """
+
+    def __init__(
+        self, guider: LoopGuider, options: dict[str, Any], device: torch.device, schedule: Schedule | None
+    ) -> None:
+        """options: the MODEL's, of this run. device: where the host runs the model. schedule: of the run, for a loop
+        of the library.
+        """
+        self.device = device
+        self._guider = guider
+        self._model = guider.inner_model
+        self._schedule = schedule
+        self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
+        self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
+        for role, conditions in self._edited.conditions.items():
+            if not role.startswith("negative"):
+                check_read(conditions, role.partition(".")[0])
+        self._source = self._edited
+        if guider.sourced is not guider.edited:
+            self._source = _side_branch(guider.sides[id(guider.sourced)], guider.others)
+        for branch in (self._edited, self._source):
+            if branch.hooked.low is not None:
+                branch.low = _side_branch(guider.sides[id(branch.hooked.low)], branch.conditions)
+        self._loaded = guider.edited.patcher
+        """The MODEL whose weights are loaded."""
+        self._clip_norm = False
+        self.noise = noise_of(guider.model_patcher)
+        self.clean: Tensor | None = None
+        """The last prediction of the clean latents, for previews."""
+
+    @property
+    def in_use(self) -> Schedule:
+        """The schedule of the run."""
+        assert self._schedule is not None
+        return self._schedule
+
+    @property
+    def spans_clip(self) -> bool:
+        return self._edited.hooked.family.spans_clip
+
+    @property
+    def pairs(self) -> bool:
+        return self._edited.hooked.pairs
+
+    @property
+    def frames_meet(self) -> bool:
+        return self.spans_clip or any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
+
+    @property
+    def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
+        tuned = temporal_layers(self._edited.hooked.patcher) is not None
+        return (TRAINED_KEYS, True) if tuned else (("self",), False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.manual_cast_dtype or self._model.get_dtype()
+
+    def schedule(self, steps: int) -> Schedule:
+        if steps != self.in_use.steps:
+            raise ValueError(f"steps: {steps}, but the sampling runs {self.in_use.steps}")
+        return self.in_use
+
+    def sites(self, height: int, width: int) -> list[AttentionSite]:
+        return list(self._edited.hooked.sites(height, width).values())
+
+    def identity(self) -> ModelIdentity:
+        return self._edited.hooked.identity()
+
+    def _check_windows(self, key_frames: KeyFrames) -> None:
+        """Raise ValueError where the source was inverted in other context windows than the edit's, and frames mix."""
+        handlers = (self._handler, self._guider.sourced.patcher.model_options.get("context_handler"))
+        edit, source = (
+            handler and {name: value for name, value in vars(handler).items() if name not in ("_step", "_model")}
+            for handler in handlers
+        )
+        if edit != source and frames_meet(self, key_frames, self._clip_norm):
+            raise ValueError(
+                "model: the edit has other context windows than the inversion, in which frames attend to each other: "
+                "connect one MODEL with Context Windows to both"
+            )
+
+    def windows(self, latents: Tensor, timestep: float) -> Windows | None:
+        """The context windows that a node set on the MODEL, with the weights of its fuse method."""
+        handler = self._handler
+        if handler is None or len(latents) <= handler.context_length:
+            return None
+        x, sigma = self.noise.to_host(latents), self.noise.sigma(timestep)[None]
+        return windows_of(handler, self._model, x, len(latents), sigma, self._edited.options)
+
+    @contextmanager
+    def hooked(self, clip_norm: bool = False) -> Iterator[None]:
+        self._clip_norm = clip_norm
+        try:
+            yield
+        finally:
+            self._clip_norm = False
+
+    def predict_noise(
+        self,
+        latents: Tensor,
+        timestep: float,
+        condition: Condition,
+        control: Control,
+        guidance: Guidance | None = None,
+        beside: Beside | None = None,
+    ) -> Tensor:
+        """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        assert isinstance(condition, HostCondition)
+        branch = self._source if condition.role == "source" else self._edited
+        if branch is self._source or beside is not None:
+            self._check_windows(control.key_frames)
+        sigma = self.noise.sigma(timestep).to(latents)
+        x = self.noise.to_host(latents * self.noise.scale(sigma))
+        away = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
+        # negatives, and branches that guidance nodes add, may have prompts of several lengths: all their tokens count
+        controls = {0: (control, condition.text_tokens), 1: (away, None)}
+        if beside is not None and not self._joins(beside, condition, x, sigma):
+            beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
+            beside = None
+        branch = branch.at(float(sigma))
+        if not control.chunk.is_whole:
+            check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.family.spans_clip)
+        self._load(branch)
+        with (
+            self._with_source(beside, control.chunk) as pair,
+            branch.hooked.controlled(
+                controls, self._clip_norm, pair, whole_conditions(branch.conditions[condition.role])
+            ),
+        ):
+            clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
+        self.clean = clean
+        return self.noise.of_host((x - clean) / sigma)
+
+    def _joins(self, beside: Beside, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
+        """Whether the source can run in the calls of the edit: on a MODEL that computes the same, without weights of
+        a prompt's hooks, and where the host batches both, which it does for texts of one shape.
+        """
+        assert isinstance(beside.condition, HostCondition)
+        edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
+        if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # which may change its prediction
+            return False
+        entries = [entry for c in (beside.condition, condition) for entry in self._branch_conditions(c)]
+        parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
+        together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
+        return together and edit.hooked.joins(source.hooked)
+
+    def _branch_conditions(self, condition: HostCondition) -> Any:
+        branch = self._source if condition.role == "source" else self._edited
+        return branch.conditions[condition.role]
+
+    @contextmanager
+    def _with_source(self, beside: Beside | None, chunk: Chunk) -> Iterator[tuple[Beside, Any] | None]:
+        """The source's branch and its conditions on a chunk's frames, for `Hook.controlled`."""
+        if beside is None:
+            yield None
+            return
+        assert isinstance(beside.condition, HostCondition)
+        with conditions_of_chunk([self._branch_conditions(beside.condition)], chunk) as (conditions,):
+            yield beside, conditions
+
+    def gradient(
+        self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Raises the host's InterruptProcessingException before it begins."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        assert isinstance(condition, HostCondition)
+        branch, sigma = self._edited, self.noise.sigma(timestep).to(latents)
+        temporal = temporal_layers(branch.hooked.patcher)
+        parts = [self._model.diffusion_model, *([temporal.layers] if temporal else [])]
+        controls = {0: (control, condition.text_tokens), 1: (Control(control.key_frames, control.chunk), None)}
+        x = latents * (1 + sigma**2).sqrt()
+        if not control.chunk.is_whole:
+            check_parts(branch.options, branch.around_predictions, False, branch.hooked.family.spans_clip)
+        self._load(branch)
+        with (
+            branch.hooked.controlled(controls, self._clip_norm),
+            branch.hooked.derivative(value, parts) as derivative,
+            conditions_of_chunk([branch.conditions[condition.role]], control.chunk) as (positive,),
+        ):
+            self._plainly(branch, positive, x, sigma.expand(len(x)), branch.options)
+        assert derivative.found is not None
+        energy, gradient = derivative.found
+        return energy, gradient.to(latents)
+
+    def _evaluate(
+        self,
+        branch: _Branch,
+        x: Tensor,
+        sigma: Tensor,
+        condition: HostCondition,
+        control: Control,
+        guidance: Guidance | None,
+    ) -> Tensor:
+        """The clean latents: of the edit with the model's guidance functions, of source and negatives without.
+
+        For an area of the negative the host adds the same area of the positive, without fusion: it is left out where
+        the whole positive is fused.
+        """
+        positive, negative, scale = branch.conditions[condition.role], None, 1.0
+        if type(control) is not Control:
+            positive = whole_conditions(positive)
+        if guidance is not None:
+            assert isinstance(guidance.negative, HostCondition)
+            negative, scale = branch.conditions[guidance.negative.role], guidance.scale
+        with conditions_of_chunk([positive, negative], control.chunk) as (positive, negative):
+            if not condition.guided:
+                return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
+            if negative is None and branch.around_predictions:
+                raise ValueError(
+                    "guidance: is 1, where no negative prompt is evaluated, but a node on the model changes guidance "
+                    "(CFG Override, LazyCache): remove it, or take another guidance"
+                )
+            return self._predicted(branch, partial(self._guided, branch, positive, negative), x, sigma, scale)
+
+    def _predicted(
+        self, branch: _Branch, predict: Callable[..., Tensor], x: Tensor, sigma: Tensor, scale: float
+    ) -> Tensor:
+        """A prediction inside the wrappers of other nodes on its MODEL, which may change the guider's `cfg`."""
+        branch.guider.cfg = scale
+        clean: Tensor = wrapped(WrappersMP.PREDICT_NOISE, predict, branch.guider, branch.options)(
+            x, sigma, branch.options, self._guider.seed
+        )
+        return clean
+
+    @staticmethod
+    def _guided(
+        branch: _Branch, positive: Any, negative: Any, x: Tensor, sigma: Tensor, options: dict[str, Any],
+        seed: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The host's guidance."""
+        model, guider = branch.hooked.patcher.model, branch.guider
+        clean: Tensor = guider.function(model, x, sigma, negative, positive, guider.cfg, options, seed=seed)
+        return clean
+
+    @staticmethod
+    def _plainly(
+        branch: _Branch, positive: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None = None
+    ) -> Tensor:
+        """The host's sampling function without guidance, nor that of other nodes."""
+        options = {name: value for name, value in options.items() if not name.startswith("sampler_")}
+        options["sampler_post_cfg_function"] = [lambda args: args["cond_denoised"]]
+        model = branch.hooked.patcher.model
+        clean: Tensor = branch.guider.function(model, x, sigma, None, positive, 1.0, options, seed=seed)
+        return clean
+
+    def _load(self, branch: _Branch) -> None:
+        """Make a branch's MODEL the host's current one, and load its weights if they differ."""
+        patcher = branch.hooked.patcher
+        if patcher is self._loaded:
+            return
+        if not same_in_place(self._loaded, patcher):
+            comfy.sampler_helpers.prepare_sampling(patcher, self._guider.shape, branch.conditions, branch.options)
+        patcher.model.current_patcher = patcher
+        self._loaded = patcher
+
+    def restore(self) -> None:
+        """Load the edit's own weights again, as the host left them."""
+        self._load(self._edited)
+
+
+def _side_branch(side: SideGuider, conditions: dict[str, Any]) -> _Branch:
+    """The branch of a further MODEL of the run."""
+    options = {name: value for name, value in side.running.items() if name != "context_handler"}
+    return _Branch(side.hooked, options, conditions, side)
+
+
+def wrapped(kind: str, run: Callable[..., Any], owner: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """A function inside the wrappers of a kind in a MODEL's options."""
+    wrappers = comfy.patcher_extension.get_all_wrappers(kind, options, is_model_options=True)
+    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(run, owner, wrappers)
+    execute: Callable[..., Any] = executor.execute
+    return execute

@@ -1,0 +1,52 @@
+"""The model families that FateZero edits in ComfyUI. A new one is a file in this folder and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...attention.control import Kind
+from ...models.family import Family
+from . import unet, wan
+from .hook import ALL_KINDS, Hook, HostFamily
+
+FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY)
+MODELS = ", or ".join(family.models for family in FAMILIES)
+TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES)
+
+
+def family_of(model: Any) -> HostFamily:
+    """The family of a MODEL; ValueError for one that FateZero does not support."""
+    for family in FAMILIES:
+        if family.matches(model):
+            return family
+    name, network = type(model.model).__name__, type(model.model.diffusion_model).__name__
+    raise ValueError(f"model: {name} with a {network} is not supported. FateZero works with {MODELS}")
+
+
+def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> Hook:
+    """A clone of a MODEL, hooked. kinds: of attention layers. Raises ValueError for one that cannot be edited."""
+    return family_of(model).hook(model, kinds)
+
+
+def check_known(model: Any) -> None:
+    """Raise ValueError for a MODEL that cannot be edited."""
+    family_of(model).check(model)
+
+
+def count_layers(model: Any) -> int:
+    """The number of attention layers of a MODEL."""
+    return family_of(model).count_layers(model)
+
+
+def facts_of(model: Any) -> Family:
+    """The facts of a MODEL's family."""
+    return family_of(model).hook.family
+
+
+def tokenizer_of(clip: Any) -> Any:
+    """The tokenizer inside a CLIP, as `PromptEdit` uses one; ValueError for an unknown text encoder."""
+    found = next((own for own in (family.tokenizer(clip) for family in FAMILIES) if own is not None), None)
+    if found is None:
+        raise ValueError(f"clip: {type(clip.tokenizer).__name__} is not supported: use {TEXT_ENCODERS}")
+    return found

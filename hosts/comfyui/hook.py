@@ -1,0 +1,210 @@
+"""What the families of models share: the hook on a clone of a MODEL, and what the host's code needs of a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import comfy.utils
+from torch import Tensor, nn
+
+from ...attention.control import AttentionSite, Control, Kind, attention_map
+from ...models.family import Family
+from ...store.identity import ModelIdentity
+from ...store.records import Beside, Memory, kept_as_map
+
+ALL_KINDS: Sequence[Kind] = get_args(Kind)
+OVERRIDE = "optimized_attention_override"
+"""The transformer option with the function that replaces the host's attention kernel."""
+
+SAME_KERNEL = 0.1
+"""The largest difference from softmax attention, as a share of the largest value, of kernels that round it."""
+
+Controls = Mapping[int, tuple[Control, int | None]]
+"""The control of each branch of a call and the number of text tokens of its prompt, None for all: 0 is the positive
+branch, 1 the negative, as in the host's `cond_or_uncond`."""
+
+
+class Hook:
+    """A clone of a MODEL whose attention layers run through controls while `controlled` is open.
+
+    What other packs hook into the MODEL stays in place. A family derives from it.
+    """
+
+    family: Family
+    pairs = False
+    """Whether the source branch can run in the calls of the edit."""
+    low: Hook | None = None
+    """The hook of the MODEL that takes over below the sigma `boundary`."""
+    boundary = 0.0
+
+    def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
+        """kinds: of the attention layers to hook; the others stay as they are."""
+        self.given, self.kinds = model, kinds
+        """The MODEL as other nodes left it."""
+        self.patcher = model.clone()
+        self.one_text = False
+        """Whether the text of each branch is the same for all frames."""
+        self.memory: Memory = "recompute"
+        """The memory of the store that the run fills or reads."""
+        self.reached: set[str] = set()
+        """The names of the layers that ran through a control."""
+        self._controls: Controls = {}
+        self._positive = PositiveBranch(None)
+        self._grid = (0, 0)
+        self._replacement: Callable[[AttentionSite], Any] = lambda site: None
+
+    def identity(self) -> ModelIdentity:
+        """The identity of the MODEL, LoRA included or not."""
+        raise NotImplementedError
+
+    def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
+        """The attention layers on latents of this size."""
+        raise NotImplementedError
+
+    def joins(self, source: Hook) -> bool:
+        """Whether a source can run in the calls of this MODEL."""
+        return False
+
+    @contextmanager
+    def controlled(
+        self,
+        controls: Controls,
+        clip_norm: bool = False,
+        source: tuple[Beside, Any] | None = None,
+        conditions: Sequence[dict[str, Any]] | None = None,
+    ) -> Iterator[None]:
+        """Run the attention of the calls inside through controls.
+
+        source: the source branch that runs in the same calls, with its conditions. conditions: those of the positive
+        branch. Raises ValueError where the calls did not reach all attention layers of the positive branch.
+        """
+        self._controls, self.reached, self._positive = controls, set(), PositiveBranch(conditions)
+        try:
+            yield
+            sites = [site for site in self.sites(*self._grid).values() if site.kind in self.kinds]
+            self._positive.check(sites, self._replacement)
+        finally:
+            self._controls = {}
+
+    def derivative(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+        """Compute a value that controls have after the next call, and its gradient in the latents; in `controlled`."""
+        raise ValueError("model: is no UNet, which guidance by gradients needs")
+
+    def _check_kernel(
+        self, control: Control, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, kernel: Any
+    ) -> None:
+        """Raise ValueError for another node's kernel that is not softmax attention, where the store keeps maps.
+
+        A map is multiplied with values without the kernel. q, k, v: (f h t d). kernel: the node's, None for none.
+        """
+        if kernel is None or not kept_as_map(self.memory, site, k.shape[-2], q.dtype):
+            return
+        q, k, v = q[:1], k[:1], v[:1]
+        softmax = attention_map(q, k) @ v
+        if (control.attend(q, k, v) - softmax).abs().max() > SAME_KERNEL * softmax.abs().max():
+            raise ValueError(
+                f"memory: the store keeps attention maps, which are softmax attention, but {node_of(kernel)} on the "
+                "model computes another kind: invert with memory recompute, or remove that node"
+            )
+
+    def _reach(self, name: str, positive: bool) -> None:
+        self.reached.add(name)
+        if positive:
+            self._positive.reached.add(name)
+
+
+class PositiveBranch:
+    """The positive branch of the calls of a step, and the attention layers that it reached.
+
+    The host's calls list it as branch 0. Those of guidance nodes number their branches from 0, and only the uuid of
+    the condition identifies it.
+    """
+
+    def __init__(self, conditions: Sequence[dict[str, Any]] | None) -> None:
+        """conditions: the host's, of the positive prompt; None where branch 0 is it in any call."""
+        self._uuids = None if conditions is None else {condition["uuid"] for condition in conditions}
+        self.reached: set[str] = set()
+
+    def among(self, conds: Sequence[Any]) -> bool:
+        """Whether a call of these conditions, a list for each branch, contains it."""
+        if self._uuids is None:
+            return conds[0] is not None
+        return any(condition["uuid"] in self._uuids for entries in conds for condition in entries or [])
+
+    def roles(self, options: dict[str, Any]) -> list[int]:
+        """The branches of a call, with 0 for this one alone."""
+        branches: list[int] = options["cond_or_uncond"]
+        if self._uuids is None:
+            return branches
+        named = zip(branches, options["uuids"], strict=True)
+        return [0 if uuid in self._uuids else branch or 1 for branch, uuid in named]
+
+    def check(self, sites: Sequence[AttentionSite], replacement: Callable[[AttentionSite], Any]) -> None:
+        """Raise ValueError where it did not reach every layer; replacement: another node's in the place of a layer."""
+        missed = [site for site in sites if site.name not in self.reached]
+        if len(missed) == len(sites):
+            raise ValueError(
+                "model: a call reached none of its attention layers: another node on the model skips calls "
+                "(EasyCache, LazyCache, TeaCache) or replaces the model; remove it"
+            )
+        if missed:
+            found = next((name for name in map(node_of, map(replacement, missed)) if name), None)
+            raise ValueError(
+                f"model: a step did not reach {len(missed)} of {len(sites)} attention layers ({missed[0].name}, ...): "
+                f"{found or 'another node on the model'} skips or replaces them; remove it"
+            )
+
+
+@dataclass(frozen=True)
+class HostFamily:
+    """A model family in this host, for code that serves all families.
+
+    models, text_encoder: the models that it covers and their text encoder, in words. hook: the class that hooks a
+    MODEL, made of the MODEL and the kinds of attention layers to hook.
+    """
+
+    models: str
+    text_encoder: str
+    hook: type[Hook]
+    matches: Callable[[Any], bool]
+    """Whether a MODEL is of this family."""
+    check: Callable[[Any], None]
+    """Raise ValueError for a MODEL of this family that cannot be edited."""
+    count_layers: Callable[[Any], int]
+    """The number of attention layers of a MODEL."""
+    tokenizer: Callable[[Any], Any]
+    """The tokenizer inside a CLIP, as `PromptEdit` uses one; None for a text encoder of another family."""
+    frame_dim: int
+    """The dimension of LATENT samples along which frames lie."""
+
+
+def hook_below(hook: Any) -> Any:
+    """The hook below ours, if any; another node's own otherwise."""
+    return getattr(hook, "previous", hook)
+
+
+def node_of(hook: Any) -> str | None:
+    """The node or pack that a function belongs to; None for no function."""
+    hook = getattr(hook, "func", hook)
+    if hook is None:
+        return None
+    module, name = name_of_node(hook).split(".")
+    return f"{name} ({module})"
+
+
+def name_of_node(hook: Any) -> str:
+    """The module, whose name the host takes from its path, and the class or function that a function belongs to."""
+    module: str = getattr(hook, "__module__", None) or type(hook).__module__
+    name: str = getattr(hook, "__qualname__", type(hook).__qualname__)
+    return re.split(r"[./\\]", module)[-1] + "." + name.partition(".")[0]
+
+
+def unpatched(patcher: Any, key: str) -> Tensor:
+    """A weight as the checkpoint has it; LoRA may have been written into the live one."""
+    if key in patcher.backup:
+        return patcher.backup[key].weight
+    return comfy.utils.get_attr(patcher.model, key)

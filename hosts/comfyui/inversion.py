@@ -1,0 +1,232 @@
+"""Inversion in ComfyUI, the store that it makes, and drawn noise in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...attention.key_frames import KeyFrames
+from ...diffusion.denoiser import in_parts, keys_on
+from ...diffusion.invert import Progress, invert
+from ...diffusion.schedule import Schedule
+from ...store.backends import FileBackend, FileLevels
+from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
+from ...store.identity import ModelIdentity
+from ...store.store import AttentionStore
+from .chunks import windowing
+from .conditions import HostCondition, plain_options
+from .denoiser import ComfyDenoiser
+from .families import hooked
+from .noise import check_samples, noise_of
+from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
+
+NOISE_MASK = "noise_mask"
+"""What the host calls the mask of a LATENT, and the store its copy."""
+
+
+@dataclass
+class HostStore(AttentionStore):
+    """A store that remembers the MODEL it was made with, for the recomputed source branch.
+
+    patcher: the MODEL, None for a store read from a file.
+    """
+
+    patcher: Any = None
+
+    def get_ram_usage(self) -> int:
+        """Bytes of memory, as the host's cache asks for them; what is on disk takes none."""
+        on_disk = [part.nbytes for part in (self.levels, self.backend) if isinstance(part, (FileLevels, FileBackend))]
+        return self.nbytes - sum(on_disk)
+
+    def with_model(self, model: Any) -> HostStore:
+        """For a store from a file: take the edit's MODEL for the inversion's."""
+        return self if self.patcher is not None else replace(self, patcher=model)
+
+
+@dataclass(frozen=True)
+class InvertSettings:
+    """What an inversion is asked for beside its model, clip and prompt; see `fatezero.invert`.
+
+    prompt: the source's words, for the store to remember.
+    """
+
+    key_frames: KeyFrames
+    clip_norm: bool
+    store: StoreSettings
+    chunk_frames: int | None = None
+    prompt: str | None = None
+    order: int = 1
+
+
+class InvertGuider(LoopGuider):
+    """A GUIDER that inverts a clip along rising sigmas, and keeps what its edits need."""
+
+    def __init__(
+        self, model: Any, source: HostCondition, settings: InvertSettings, tell: Callable[[str], None] | None = None
+    ) -> None:
+        """tell: called with what the store will take, and then with what it holds."""
+        self.source, self.settings, self.tell = source, settings, tell or (lambda text: None)
+        self._model = model
+        self._made: AttentionStore | None = None
+        self._mask: Tensor | None = None
+        super().__init__(model, [source], chunk_frames=settings.chunk_frames)
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Any:
+        """The noise, as a KSampler without added noise takes it; `store_of` gives its store, which keeps the mask
+        of the latent: where alone edits may change the clip.
+        """
+        if not isinstance(sampler, DDIMSampler):
+            raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
+        check_quiet(noise, "an inversion adds none")
+        check_samples(self._model, latent_image)
+        if sigmas[0] > sigmas[-1]:
+            raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
+        self._mask = more.pop("denoise_mask", None)
+        try:
+            result = super().sample(noise, latent_image, sampler, sigmas, **more)
+            assert self._made is not None
+            _STORES[result] = HostStore(**vars(self._made), patcher=self._model)
+            return result
+        finally:
+            self._made = self._mask = None
+
+    def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        asked, schedule, mask = self.settings, denoiser.in_use, self._mask
+        keys, timestep = keys_on(denoiser, asked.key_frames), schedule.timesteps[0]
+        parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
+        self.tell(str(plan))
+        self.fills_or_reads(plan.memory)
+        memory = replace(asked.store, memory=plan.memory, place=plan.place)
+        inversion = invert(
+            denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,
+            asked.chunk_frames, order=asked.order, prompt=asked.prompt,
+            extra={"conditioning": plain_options(self.source.conditioning)},
+            attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
+            progress=progress,
+        )  # fmt: skip
+        self._made = store = inversion.store
+        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
+        return denoiser.noise.at_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
+
+
+_STORES = WeakTensorKeyDictionary()
+"""The store of each inversion's noise, for as long as the host keeps that noise."""
+
+
+def store_of(samples: Tensor) -> HostStore:
+    """The store of the inversion that gave these LATENT samples.
+
+    Raises ValueError for others: of another sampling, copied, or from a file.
+    """
+    if samples not in _STORES:
+        raise ValueError(
+            "noise: is not what the sampler gave with an Inversion Guider; connect its output, with no node between"
+        )
+    return _STORES[samples]
+
+
+def invert_clip(
+    model: Any,
+    samples: Tensor,
+    source: HostCondition,
+    steps: int,
+    settings: InvertSettings,
+    noise_mask: Tensor | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Tensor, HostStore]:
+    """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store).
+
+    noise_mask: where alone edits of this store may change the clip; the store keeps it.
+    """
+    guider = InvertGuider(model, source, settings, tell)
+    noisy = noise_of(model)
+    sigmas = noisy.sigmas(noisy.schedule(steps))
+    noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
+    return noise, store_of(noise)
+
+
+class UncalledModel:
+    """The schedule and identity of a MODEL that is not called, for noise that is drawn."""
+
+    def __init__(self, model: Any) -> None:
+        self._noise, self._hooked = noise_of(model), hooked(model)
+        self.spans_clip = self._hooked.family.spans_clip
+
+    def schedule(self, steps: int) -> Schedule:
+        return self._noise.schedule(steps)
+
+    def identity(self) -> ModelIdentity:
+        return self._hooked.identity()
+
+
+def draw_clip(
+    model: Any, samples: Tensor, draw: Callable[[Any, Tensor], AttentionStore], noise_mask: Tensor | None = None
+) -> HostStore:
+    """The store of LATENT samples with drawn noise, in the place of an inversion.
+
+    draw: makes it from the model and the library's latents (frames, c, h, w). noise_mask: as for `invert_clip`.
+    """
+    check_samples(model, samples)
+    latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
+    store = draw(UncalledModel(model), latents)
+    if noise_mask is not None:
+        store.attachments[NOISE_MASK] = noise_mask.float().cpu()
+    return HostStore(**vars(store), patcher=model)
+
+
+def plan_in_host(
+    model: Any,
+    latents: Tensor,
+    source: HostCondition,
+    steps: int,
+    key_frames: KeyFrames,
+    settings: StoreSettings,
+    in_parts: bool,
+) -> StorePlan:
+    """What store an inversion of latents (frames, c, h, w) will make; in_parts: see `Demand`.
+
+    "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
+    Raises MemoryError, with the bytes of each memory, where nothing fits.
+    """
+    if settings.memory == "auto" and windowing(model.wrappers):
+        settings = replace(settings, memory="recompute")  # the one that follows context windows
+    sites = list(hooked(model).sites(*latents.shape[-2:]).values())
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    shape = tuple(latents.shape)
+    demand = Demand(sites, shape, 4, steps, key_frames, dtype, source.text_tokens, source.nbytes, in_parts)
+    home = comfy.model_management.intermediate_device()
+    return plan_store(settings, demand, model.load_device if settings.place == "device" else home)
+
+
+def source_of(store: AttentionStore) -> HostCondition:
+    assert isinstance(store.source, HostCondition)
+    return store.source
+
+
+def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
+    """The noise levels that a MODEL has at a store's timesteps."""
+    noisy = noise_of(model)
+    if noisy.formulation != store.formulation:
+        raise ValueError(f"store: its schedule is {store.formulation}, but the model's is {noisy.formulation}")
+    source = getattr(store, "patcher", None)
+    shifts = [
+        one.get_model_object("model_sampling").shift for one in (model, source) if one and store.formulation == "flow"
+    ]
+    if len(set(shifts)) > 1:
+        raise ValueError(
+            f"model: has another shift than the inversion's ({shifts[0]:g}, {shifts[1]:g}), without effect: "
+            "put Model Sampling before both"
+        )
+    return noisy.again(store.timesteps, store.alphas)
+
+
+def noise_samples(model: Any, store: AttentionStore) -> Tensor:
+    """The inverted noise as LATENT samples."""
+    noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
+    return model.model.process_latent_out(noisy.to_host(noisy.at_end(noise, store.alphas[-1])))
