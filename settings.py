@@ -43,13 +43,13 @@ def setting(default: Any, help: str, **more: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Described:
+class NamedSetting:
     """A setting with its name, type and default."""
 
     name: str
     kind: Any
     default: Any
-    about: Setting
+    meta: Setting
 
     @property
     def optional(self) -> bool:
@@ -71,12 +71,12 @@ def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
-def described(settings: type) -> Iterator[Described]:
+def settings_of(settings: type) -> Iterator[NamedSetting]:
     """The settings of a dataclass, in order."""
     kinds = _kinds(settings)
     for one in fields(settings):
         if "setting" in one.metadata:
-            yield Described(one.name, kinds[one.name], _default(one), one.metadata["setting"])
+            yield NamedSetting(one.name, kinds[one.name], _default(one), one.metadata["setting"])
 
 
 def _kinds(settings: type) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def _kinds(settings: type) -> dict[str, Any]:
     return found
 
 
-def described_one(settings: type, name: str) -> Described:
+def setting_of(settings: type, name: str) -> NamedSetting:
     """A dataclass's setting, by name."""
-    return next(one for one in described(settings) if one.name == name)
+    return next(one for one in settings_of(settings) if one.name == name)
 
 
 def _default(one: Field[Any]) -> Any:
@@ -98,35 +98,35 @@ def _default(one: Field[Any]) -> Any:
     return made() if one.default is MISSING else one.default
 
 
-def kept(settings: type, name: str, default: Any, **more: Any) -> Any:
+def setting_like(settings: type, name: str, default: Any, **more: Any) -> Any:
     """A setting of another dataclass, with another default and whatever else differs."""
-    return field(default=default, metadata={"setting": replace(described_one(settings, name).about, **more)})
+    return field(default=default, metadata={"setting": replace(setting_of(settings, name).meta, **more)})
 
 
 def check(settings: Any) -> None:
     """Raise ValueError, naming the setting, for a value out of its range or not among its choices."""
-    for one in described(type(settings)):
+    for one in settings_of(type(settings)):
         check_one(one, getattr(settings, one.name))
 
 
-def check_one(one: Described, value: Any) -> None:
+def check_one(one: NamedSetting, value: Any) -> None:
     """Raise ValueError, naming the setting, for a value out of its range or not among its choices."""
     if one.choices and value not in one.choices:
         raise ValueError(f"{one.name} is {shown(value)}; it must be one of {', '.join(one.choices)}")
     if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
-        raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.about)}")
+        raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.meta)}")
 
 
-def _fits(value: Any, one: Described) -> bool:
+def _fits(value: Any, one: NamedSetting) -> bool:
     number = isinstance(value, int) or (isinstance(value, float) and isfinite(value))
-    return number and one.about.least <= value <= one.about.most
+    return number and one.meta.least <= value <= one.meta.most
 
 
-def range_in_words(about: Setting) -> str:
+def range_in_words(setting: Setting) -> str:
     """The range of a number, in words."""
-    if isfinite(about.least) and isfinite(about.most):
-        return f"between {about.least:g} and {about.most:g}"
-    return f"a number of at least {about.least:g}" if isfinite(about.least) else "a finite number"
+    if isfinite(setting.least) and isfinite(setting.most):
+        return f"between {setting.least:g} and {setting.most:g}"
+    return f"a number of at least {setting.least:g}" if isfinite(setting.least) else "a finite number"
 
 
 # --- values in errors -----------------------------------------------------------------------

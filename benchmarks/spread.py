@@ -18,7 +18,7 @@ from common import SHAPES, denoiser_of, machine, prompt_pair, random_inputs, ran
 
 from fatezero import Edit, FusionSettings, edit_many, invert
 from fatezero.cli.config.settings import PRESETS
-from fatezero.diffusion.spread import ALONE
+from fatezero.diffusion.spread import ONE_PROCESS
 from fatezero.hosts.diffusers.processes import Processes
 
 MARK = "measured: "
@@ -27,7 +27,7 @@ MARK = "measured: "
 def run(shape: str, frames: int, chunk: int, size: int, steps: int, cpu: bool, dtype: torch.dtype) -> None:
     """Time an inversion and an edit on all processes; the main one prints the result."""
     team = Processes(Accelerator(cpu=cpu))
-    spread = team if team.count > 1 else ALONE
+    spread = team if team.count > 1 else ONE_PROCESS
     unet = random_unet(shape, team.device, dtype)
     latents, (source, target, negative) = random_inputs(unet, frames, size)
     denoiser, made = denoiser_of(unet), []

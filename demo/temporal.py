@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
-from ..files.temporal_layers import seen_with
+from ..files.temporal_layers import training_metadata
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.temporal import queries_of, save_temporal_layers, temporal_layers
@@ -117,7 +117,7 @@ def train_temporal(
     )  # fmt: skip
     train_weights(trained, plan, lambda step: _step(checkpoint, latents, captions, step, settings), report)
     save_temporal_layers(
-        unet.half(), output, seen_with(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
+        unet.half(), output, training_metadata(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
     )
     report(f"temporal layers written to {output}")
 

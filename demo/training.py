@@ -48,7 +48,7 @@ def train_weights(
     for step in range(done, plan.steps):
         set_rate(optimiser, plan.rate * rate_at(step, plan.steps))
         optimiser.zero_grad()
-        error = float(error_of(step))
+        error = torch.as_tensor(error_of(step)).item()
         nn.utils.clip_grad_norm_(live, 1.0)
         optimiser.step()
         decay = min(plan.average, (step + 1) / (step + 10))

@@ -18,7 +18,7 @@ FILE = "temporal.safetensors"
 """The file's name in the folder of a tuning."""
 
 
-def seen_with(key_frames: Iterable[str | int], clip_norm: bool) -> dict[str, str]:
+def training_metadata(key_frames: Iterable[str | int], clip_norm: bool) -> dict[str, str]:
     """Metadata that records how frames attended to each other in training."""
     return {"key_frames": ", ".join(map(str, key_frames)), "clip_norm": str(clip_norm).lower()}
 

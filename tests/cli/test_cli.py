@@ -519,13 +519,13 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
 
 def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
     from fatezero.cli.config.settings import SECTIONS, EditConfig
-    from fatezero.settings import described
+    from fatezero.settings import settings_of
 
     monkeypatch.setattr("fatezero.cli.progress.console.width", 80)
     said = command("edit", "--help-all")
     words = " ".join(said.replace("\u2502", " ").split())
-    names = [one.name for one in described(EditConfig)]
-    names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in described(settings)]
+    names = [one.name for one in settings_of(EditConfig)]
+    names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in settings_of(settings)]
     for name in names:
         assert f"--{name.replace('_', '-')}" in words
     for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "all"):
