@@ -21,12 +21,10 @@ from .objects import layout_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .session import AnyCheckpoint
+    from ..hosts.diffusers.model import Model
 
 
-def checked_layout(
-    checkpoint: AnyCheckpoint, config: EditConfig, prompt: PromptEdit | None, frames: int
-) -> Layout | None:
+def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> Layout | None:
     """An edit's layout, None for none. Raises ValueError for parts that do not fit each other or the model."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
     config.recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
@@ -34,7 +32,7 @@ def checked_layout(
 
 
 def motion_of(
-    checkpoint: AnyCheckpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+    checkpoint: Model, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
 ) -> Motion | None:
     """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
     if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
@@ -51,7 +49,7 @@ def motion_of(
 
 
 def one_edit(
-    checkpoint: AnyCheckpoint,
+    checkpoint: Model,
     config: EditConfig,
     prompt: Any,
     store: AttentionStore,
