@@ -170,20 +170,32 @@ def invert(
         predicted = joined(chunks, spread.each(chunks, predict))
         return predicted, whole_clip(list(recorders.values()), sites) if kept else {}
 
-    z, solver, records = latents, Solver(schedule, order), Records()
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-        if order == 1:
-            put(0, z, {})
-        for level in range(steps):
-            predicted, records = called(z, level + (order == 1))
-            if order == 2:
-                put(level, z, records)
-            z = solver.move(z, predicted, level, level + 1)
-            check_finite(z, f"the inversion's latents at step {level + 1} of {steps}")
-            if order == 1:
-                put(level + 1, z, records)
-            if progress:
-                progress(level + 1, steps)
-        if order == 2:
-            put(steps, z, called(z, steps)[1] if store.kept_steps else {})
+        _carry(latents, Solver(schedule, order), called, put, store.kept_steps > 0, progress)
     return Inversion(store)
+
+
+def _carry(
+    z: Tensor,
+    solver: Solver,
+    called: Callable[[Tensor, int], tuple[Tensor, Records]],
+    put: Callable[[int, Tensor, Records], None],
+    keeps: bool,
+    progress: Progress | None,
+) -> None:
+    """Carry clean latents to noise, and put every level into the store, with the records that the edit reads there."""
+    steps, order = solver.schedule.steps, solver.order
+    if order == 1:
+        put(0, z, {})
+    for level in range(steps):
+        predicted, records = called(z, level + (order == 1))
+        if order == 2:
+            put(level, z, records)
+        z = solver.move(z, predicted, level, level + 1)
+        check_finite(z, f"the inversion's latents at step {level + 1} of {steps}")
+        if order == 1:
+            put(level + 1, z, records)
+        if progress:
+            progress(level + 1, steps)
+    if order == 2:
+        put(steps, z, called(z, steps)[1] if keeps else {})
