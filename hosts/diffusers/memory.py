@@ -56,7 +56,7 @@ def guidance_bytes(
 ) -> tuple[int, int]:
     """The most bytes that a guided step needs besides the weights: (for a gradient, for a plain call).
 
-    guide: makes the control whose `weighed` value is differentiated.
+    guide: makes the control whose `loss` is differentiated.
     """
     own, latents, text = _without_data(denoiser, latents_shape, condition)
     chunk, most = Chunk.whole(len(latents)), []
@@ -66,7 +66,7 @@ def guidance_bytes(
             with LiveBytes() as live, torch.no_grad():
                 if guided:
                     control = guide(keys, chunk)
-                    own.gradient(latents, 500, text, control, control.weighed)
+                    own.gradient(latents, 500, text, control, control.loss)
                 else:
                     own.predict_noise(latents, 500, text, Control(keys, chunk))
             most.append(live.most)
