@@ -18,7 +18,7 @@ class Method:
     starts, or training before it. settings: the dataclass that is this part, or makes it. presets: settings that go
     together, by the preset's name; a preset names settings of the whole edit, this method's own among them. node_id,
     node_title, node_text: of the ComfyUI node with the settings, where not made from the others. aliases, advanced: its
-    search words, and the widgets that few people change.
+    search words, and the widgets that few people change. needs_mask: whether it needs an edit mask.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Method:
     node_text: str = ""
     aliases: tuple[str, ...] = ()
     advanced: tuple[str, ...] = ()
+    needs_mask: bool = False
 
     def __post_init__(self) -> None:
         made = {
