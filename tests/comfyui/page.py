@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from comfyui.host import Host
@@ -15,6 +14,8 @@ from comfyui.host import Host
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOW = "no browser found: install Chromium (Debian's package chromium)"
 READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
+ACTIVE = "app.extensionManager.workflow.activeWorkflow?.path"
+"""The workflow that is open."""
 SETTLED = """async pictures => {
     const boxes = () => app.graph._nodes.map(node => {
         const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
@@ -113,10 +114,30 @@ class Page:
         self.tab.wait_for_function("() => window.ended")
         return self.tab.evaluate("() => window.ended")
 
-    def picture(self, path: Path) -> None:
-        """The page with the whole graph in view."""
+    def taken(self, canvas: bool = False) -> bytes:
+        """A PNG of the page with the whole graph in view; canvas: without the page's menus."""
+        focus = "() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')"
+        if canvas:
+            self.tab.evaluate(focus)
         self.boxes()
-        self.tab.screenshot(path=str(path))
+        taken: bytes = self.tab.screenshot()
+        if canvas:
+            self.tab.evaluate(focus)
+        return taken
+
+    def reload(self) -> None:
+        """Load the page again, which opens what was open."""
+        self.tab.reload()
+        self.tab.wait_for_function(READY)
+
+    def back(self) -> None:
+        """Go to the tab of the workflow that was opened before."""
+        before = self._active()
+        self.tab.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+        self.tab.wait_for_function(f"before => {ACTIVE} !== before", arg=before)
+
+    def _active(self) -> str:
+        return self.tab.evaluate(f"() => {ACTIVE}")
 
 
 @contextmanager
