@@ -1,6 +1,6 @@
-"""Heavy packages, imported when something of them is first used: the command parses, helps and refuses without them.
+"""Heavy packages, imported on first use, so that the command parses, prints help and rejects bad input without them.
 
-In annotations take `Tensor` and its like from torch itself, under `TYPE_CHECKING`.
+In annotations, import `Tensor` and the like from torch itself, under `TYPE_CHECKING`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Late:
-    """A module that is imported when its first attribute is read."""
+    """A module that is imported when an attribute is first read."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""A setting, written once: command options, YAML keys, node widgets, tooltips and tables are made of its field."""
+"""Settings, each written once: command options, YAML keys, node widgets, tooltips and tables come from its field."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Setting:
-    """What a dataclass field is to the one who sets it.
+    """User-facing description of a dataclass field.
 
-    help: one or two sentences. least, most: the range, both included. unit: of the number. symbol: what the paper
-    calls it. shown: how help tells a default that is None. step: of a widget. group: the heading in the command's help.
+    help: one or two sentences. least, most: the range, both included. unit: the number's unit. symbol: the paper's name
+    for it. shown: what help prints for a default of None. step: the widget's step. group: the heading in the
+    command's help.
     """
 
     help: str
@@ -36,19 +37,19 @@ class Setting:
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field that is a `Setting`; a callable default makes a new one each time."""
+    """A dataclass field with a `Setting`; a callable default is a factory."""
     made: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
     return field(**made, metadata={"setting": Setting(help, **more)})
 
 
 @dataclass(frozen=True)
-class Described:
+class NamedSetting:
     """A setting with its name, type and default."""
 
     name: str
     kind: Any
     default: Any
-    about: Setting
+    meta: Setting
 
     @property
     def optional(self) -> bool:
@@ -62,7 +63,7 @@ class Described:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words it may be; none for other types."""
+        """The words of a Literal; empty for other types."""
         return get_args(self.plain) if get_origin(self.plain) is Literal else ()
 
 
@@ -70,16 +71,16 @@ def is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
-def described(settings: type) -> Iterator[Described]:
+def settings_of(settings: type) -> Iterator[NamedSetting]:
     """The settings of a dataclass, in order."""
     kinds = _kinds(settings)
     for one in fields(settings):
         if "setting" in one.metadata:
-            yield Described(one.name, kinds[one.name], _default(one), one.metadata["setting"])
+            yield NamedSetting(one.name, kinds[one.name], _default(one), one.metadata["setting"])
 
 
 def _kinds(settings: type) -> dict[str, Any]:
-    """The types of a dataclass's settings. Those of its other fields may be names that only type checkers import."""
+    """The types of a dataclass's settings. Types of its other fields may be imported for type checking only."""
     named, found = {one.name for one in fields(settings) if "setting" in one.metadata}, dict[str, Any]()
     for base in reversed(settings.__mro__):
         own = {name: kind for name, kind in get_annotations(base).items() if name in named}
@@ -87,9 +88,9 @@ def _kinds(settings: type) -> dict[str, Any]:
     return found
 
 
-def described_one(settings: type, name: str) -> Described:
-    """One of them by its name."""
-    return next(one for one in described(settings) if one.name == name)
+def setting_of(settings: type, name: str) -> NamedSetting:
+    """A dataclass's setting, by name."""
+    return next(one for one in settings_of(settings) if one.name == name)
 
 
 def _default(one: Field[Any]) -> Any:
@@ -97,45 +98,45 @@ def _default(one: Field[Any]) -> Any:
     return made() if one.default is MISSING else one.default
 
 
-def kept(settings: type, name: str, default: Any, **more: Any) -> Any:
-    """A setting of another dataclass with a default of its own, and whatever else differs."""
-    return field(default=default, metadata={"setting": replace(described_one(settings, name).about, **more)})
+def setting_like(settings: type, name: str, default: Any, **more: Any) -> Any:
+    """A setting of another dataclass, with another default and whatever else differs."""
+    return field(default=default, metadata={"setting": replace(setting_of(settings, name).meta, **more)})
 
 
 def check(settings: Any) -> None:
-    """Raise ValueError, naming it, for a setting of a dataclass that is out of its range or none of its words."""
-    for one in described(type(settings)):
+    """Raise ValueError, naming the setting, for a value out of its range or not among its choices."""
+    for one in settings_of(type(settings)):
         check_one(one, getattr(settings, one.name))
 
 
-def check_one(one: Described, value: Any) -> None:
-    """Raise ValueError, naming the setting, for a value out of its range or none of its words."""
+def check_one(one: NamedSetting, value: Any) -> None:
+    """Raise ValueError, naming the setting, for a value out of its range or not among its choices."""
     if one.choices and value not in one.choices:
         raise ValueError(f"{one.name} is {shown(value)}; it must be one of {', '.join(one.choices)}")
     if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
-        raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.about)}")
+        raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.meta)}")
 
 
-def _fits(value: Any, one: Described) -> bool:
+def _fits(value: Any, one: NamedSetting) -> bool:
     number = isinstance(value, int) or (isinstance(value, float) and isfinite(value))
-    return number and one.about.least <= value <= one.about.most
+    return number and one.meta.least <= value <= one.meta.most
 
 
-def range_in_words(about: Setting) -> str:
-    """The range a number must be in."""
-    if isfinite(about.least) and isfinite(about.most):
-        return f"between {about.least:g} and {about.most:g}"
-    return f"a number of at least {about.least:g}" if isfinite(about.least) else "a finite number"
+def range_in_words(setting: Setting) -> str:
+    """The range of a number, in words."""
+    if isfinite(setting.least) and isfinite(setting.most):
+        return f"between {setting.least:g} and {setting.most:g}"
+    return f"a number of at least {setting.least:g}" if isfinite(setting.least) else "a finite number"
 
 
 # --- values in errors -----------------------------------------------------------------------
 
 _SHOWN = 72
-"""Characters of a value that an error shows."""
+"""Maximal characters of a value in an error."""
 
 
 class _Values(reprlib.Repr):
-    """Values as Python writes them, without the middle of what is long."""
+    """Python's repr, with the middle of long values cut out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,21 +147,21 @@ class _Values(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value for an error, as Python writes it, at most some 70 characters of it."""
+    """A value's repr for an error, cut to about 70 characters."""
     return shortened(_Values().repr(value), _SHOWN)
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters, without its middle: what is wrong comes first, what helps comes last."""
+    """A text cut in its middle to at most `most` characters: errors start with the fault and end with the remedy."""
     head = 2 * (most - 5) // 3
     return text if len(text) <= most else f"{text[:head]} ... {text[head + 5 - most :]}"
 
 
 def steps_of_share(share: float, steps: int) -> int:
-    """int(share * (steps + 1)) steps, as Prompt-to-Prompt counts cross-attention's; at most all."""
+    """int(share * (steps + 1)), Prompt-to-Prompt's count of cross-attention steps; at most `steps`."""
     return min(steps, int(share * (steps + 1) + 1e-9))
 
 
 def whole_steps(share: float, steps: int) -> int:
-    """int(share * steps) steps."""
+    """int(share * steps)."""
     return int(share * steps + 1e-9)

@@ -1,4 +1,4 @@
-"""What a prompt is to a UNet."""
+"""The conditioning of a model by a prompt."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a prompt tells the UNet.
+    """A prompt's conditioning.
 
-    embeddings: (1, tokens, dim). extras: further named inputs, (1, ...) each, such as SDXL's
-    `text_embeds` and `time_ids`.
+    embeddings: (1, tokens, dim). extras: other inputs by name, (1, ...) each, such as SDXL's `text_embeds` and
+    `time_ids`.
     """
 
     embeddings: Tensor
@@ -22,7 +22,7 @@ class Condition:
 
     @classmethod
     def of(cls, value: Tensor | Condition, name: str) -> Condition:
-        """Wrap bare embeddings; ValueError naming the argument for another shape."""
+        """Wrap plain embeddings; ValueError, naming the argument, for a wrong shape."""
         condition = value if isinstance(value, Condition) else cls(value)
         if condition.embeddings.ndim != 3 or len(condition.embeddings) != 1:
             raise ValueError(f"{name} has shape {tuple(condition.embeddings.shape)}; it must be (1, tokens, dim)")
@@ -37,7 +37,7 @@ class Condition:
         return sum(t.nbytes for t in (self.embeddings, *self.extras.values()))
 
     def to(self, like: Tensor) -> Condition:
-        """On the device and in the dtype of a tensor."""
+        """The condition on the device and in the dtype of a tensor."""
         return replace(
             self, embeddings=self.embeddings.to(like), extras={k: v.to(like) for k, v in self.extras.items()}
         )

@@ -1,4 +1,4 @@
-"""Spatio-temporal self-attention: whose keys and values a frame attends to (FateZero Eq. 8)."""
+"""Spatio-temporal self-attention: the frames whose keys and values a frame attends to (FateZero Eq. 8)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ALL = "all"
 
 
 def as_one(x: Tensor) -> Tensor:
-    """All frames as one long frame, (f h t d) -> (1 h (f t) d): a view of what a transformer projects."""
+    """All frames as one long frame, (f h t d) -> (1 h (f t) d); a view of a transformer's projections."""
     return rearrange(x, "f h t d -> 1 h (f t) d")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames of a clip that one UNet call holds.
+    """The frames of a clip in one UNet call.
 
-    frame_indices: of these frames, in the call's order. weights: of their results; over all chunks of a clip each
-    frame's sum to 1, and key frames that only came along have 0. owned: the frames whose attention is
-    recorded from this chunk, each frame's in one chunk. clip: the clip's length.
+    frame_indices: in the call's order. weights: of the frames' results; each frame's weights sum to 1 over all chunks,
+    and key frames added for attention have 0. owned: the frames whose attention is recorded from this chunk; each frame
+    is owned by one chunk. clip: the clip's number of frames.
     """
 
     frame_indices: tuple[int, ...]
@@ -40,12 +40,12 @@ class Chunk:
 
     @classmethod
     def of(cls, frames: Sequence[int], clip: int) -> Chunk:
-        """Some frames of a clip, all in this chunk alone."""
+        """A chunk of frames that no other chunk has."""
         return cls(tuple(frames), (1.0,) * len(frames), tuple(frames), clip)
 
     @classmethod
     def whole(cls, clip: int) -> Chunk:
-        """The whole clip in one."""
+        """The whole clip in one chunk."""
         return cls.of(range(clip), clip)
 
     @property
@@ -53,7 +53,7 @@ class Chunk:
         return self.frame_indices == tuple(range(self.clip))
 
     def rows(self, part: Chunk) -> list[int]:
-        """Where a part's frames are in this chunk."""
+        """The rows of a part's frames in this chunk."""
         return [self.frame_indices.index(frame) for frame in part.frame_indices]
 
 
@@ -61,11 +61,10 @@ class Chunk:
 class KeyFrames:
     """The key frames of every frame of a clip.
 
-    entries: each one of "self", "first", "middle", "last", "previous", or an int offset
-    from the frame, clipped to the clip. The middle is frame (frames - 1) // 2. Paper Eq. 8
-    is ("self", "middle"); the authors' style configurations are ("middle",), their
-    Tune-A-Video ones ("previous", "first"). ("all",) alone is every frame of a call, as video transformers have it.
-    least_channels: layers with fewer channels keep to their own frame (the authors'
+    entries: "self", "first", "middle", "last", "previous", or int offsets from the frame, clamped to the clip. The
+    middle is frame (frames - 1) // 2. Paper Eq. 8 is ("self", "middle"); the authors' style configurations are
+    ("middle",), their Tune-A-Video ones ("previous", "first"). ("all",), on its own, is every frame of a call, as in
+    video transformers. least_channels: layers with fewer channels attend to their own frame only (the authors'
     `least_sc_channel`).
 
     Raises ValueError for no entry or an unknown one.
@@ -76,38 +75,38 @@ class KeyFrames:
 
     def __post_init__(self) -> None:
         if not self.entries:
-            raise ValueError('key_frames is empty: name at least one, e.g. ("self", "middle")')
+            raise ValueError('key_frames is empty: give at least one, e.g. ("self", "middle")')
         for entry in () if self.everyone else self.entries:
             known = (isinstance(entry, int) and not isinstance(entry, bool)) or entry in NAMES
             if not known:
                 raise ValueError(
-                    f"key_frames: {entry!r} is neither one of {', '.join(NAMES)} nor a whole offset, nor all alone"
+                    f"key_frames: unknown entry {entry!r}; use {', '.join(NAMES)}, an offset (-1) or all (on its own)"
                 )
 
     @classmethod
     def of(cls, entries: KeyFrames | Iterable[str | int] | str | int) -> KeyFrames:
-        """From what a user writes: a tuple, a list, or one entry alone."""
+        """From a tuple, a list or a single entry."""
         if isinstance(entries, KeyFrames):
             return entries
         return cls((entries,) if isinstance(entries, (str, int)) else tuple(entries))
 
     @classmethod
     def parse(cls, text: str) -> KeyFrames:
-        """From words with commas between: "self, middle, -1"."""
+        """From comma-separated entries: "self, middle, -1"."""
         words = [word.strip() for word in text.split(",") if word.strip()]
         return cls(tuple(int(word) if word.lstrip("+-").isdigit() else word for word in words))
 
     @property
     def everyone(self) -> bool:
-        """Whether each frame sees all frames of its call."""
+        """Whether each frame attends to all frames of its call."""
         return self.entries == (ALL,)
 
     def at(self, channels: int) -> KeyFrames:
-        """The key frames of a layer of so many channels."""
+        """The key frames of a layer with this many channels."""
         return self if channels >= self.least_channels else KeyFrames(("self",))
 
     def of_frame(self, frame: int, frames: int) -> tuple[int, ...]:
-        """The clip's frames that `frame` sees, one for each entry."""
+        """The clip's frames that `frame` attends to, one per entry."""
         if self.everyone:
             return tuple(range(frames))
 
@@ -120,28 +119,27 @@ class KeyFrames:
 
     @property
     def anchored(self) -> bool:
-        """Whether frames meet only through fixed frames, so that a clip can run in chunks without loss."""
+        """Whether frames attend only to themselves and fixed frames, which makes chunks exact."""
         return not self.everyone and all(entry in ("self", 0, *ANCHORS) for entry in self.entries)
 
     def anchors(self, clip: int) -> set[int]:
-        """The fixed frames that every frame sees."""
+        """The fixed frames that every frame attends to."""
         return {self.of_frame(0, clip)[i] for i, entry in enumerate(self.entries) if entry in ANCHORS}
 
     def used(self, frames: Iterable[int], clip: int) -> tuple[int, ...]:
-        """The clip's frames whose keys some frames of one call see, in order."""
+        """The clip's frames whose keys some frames of one call attend to, in order."""
         if self.everyone:
             return tuple(sorted(frames))
         return tuple(sorted({key for f in frames for key in self.of_frame(f, clip)}))
 
     def chunks(self, clip: int, chunk: int | None = None, clip_norm: bool = False) -> list[Chunk]:
-        """A clip in chunks of up to `chunk` frames, to run one after another.
+        """Split a clip into chunks of up to `chunk` frames.
 
-        Each chunk brings the fixed key frames along. Where frames meet only through these, the
-        chunks give what the whole clip gives. With neighbours among the key frames, or with
-        clip norm, chunks overlap by a quarter, their results are blended with weights that fall
-        towards a chunk's ends, and the whole clip's result is approximated.
+        Each chunk includes the fixed key frames; if frames attend to nothing else (`anchored`), chunks give exactly the
+        whole clip's result. With neighbours among the key frames, or with clip norm, the result is approximate: chunks
+        overlap by a quarter, and their results are blended with weights that decrease towards a chunk's ends.
 
-        Raises ValueError for a chunk that is too short.
+        Raises ValueError for chunks that are too short.
         """
         if chunk is None or chunk >= clip:
             return [Chunk.whole(clip)]
@@ -157,16 +155,16 @@ class KeyFrames:
         return self.around([(range(at, at + chunk), ramp) for at in starts], clip)
 
     def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Chunk]:
-        """Chunks for windows of frames with a weight for each frame's result; they must cover the clip.
+        """Chunks for windows of frames, with a weight for each frame's result; the windows must cover the clip.
 
-        A frame of weight 0 only comes along. A window that goes round the clip's end keeps its order.
+        A frame of weight 0 is there only for attention. A window that wraps around the clip's end keeps its order.
         """
         shares = [dict(zip(frames, weights, strict=False)) for frames, weights in windows]
         total = [sum(share.get(f, 0.0) for share in shares) for f in range(clip)]
         chunks, owned_before = [], set[int]()
         for share in shares:
-            along = self.anchors(clip) - {*share}
-            frames = tuple(sorted({*share, *along}) if [*share] == sorted(share) else [*share, *sorted(along)])
+            added = self.anchors(clip) - {*share}
+            frames = tuple(sorted({*share, *added}) if [*share] == sorted(share) else [*share, *sorted(added)])
             weights = tuple(share.get(f, 0.0) / total[f] for f in frames)
             owned = tuple(f for f in frames if share.get(f) and f not in owned_before)
             owned_before |= set(owned)
@@ -176,9 +174,8 @@ class KeyFrames:
     def gather(self, k: Tensor, given: Sequence[int], frames: Sequence[int], clip: int) -> Tensor:
         """Keys or values of the key frames of each of `frames`.
 
-        k: (f h t d) of the clip's frames `given`; a key frame that is not among them gives way to the
-        nearest that is. Returns (frames, h, (n t), d), or a single frame's to broadcast when all
-        see the same ones.
+        k: (f h t d) of the clip's frames `given`; the nearest of these replaces a missing key frame. Returns
+        (frames, h, (n t), d), or one row to broadcast if all frames have the same key frames.
         """
         if self.everyone:
             return as_one(k)
@@ -196,7 +193,7 @@ class KeyFrames:
 
 @lru_cache(maxsize=256)
 def _rows(keys: KeyFrames, given: tuple[int, ...], frames: tuple[int, ...], clip: int) -> tuple[tuple[int, ...], ...]:
-    """For each entry, which of the given frames each frame sees; for one frame alone where all see the same."""
+    """For each entry, the row of `given` that each frame attends to; for a single frame if it is the same for all."""
 
     def nearest(key_frame: int) -> int:
         return min(range(len(given)), key=lambda i: abs(given[i] - key_frame))
@@ -207,6 +204,6 @@ def _rows(keys: KeyFrames, given: tuple[int, ...], frames: tuple[int, ...], clip
 
 @lru_cache(maxsize=256)
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index on a device, copied there once rather than at every layer."""
-    with torch.inference_mode(False):  # or gradients could not pass where a host first asked in that mode
+    """An index on a device, copied there once instead of at every layer."""
+    with torch.inference_mode(False):  # inference tensors would block gradients later
         return torch.tensor(rows, device=device)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[AttentionSite]:
     """The cross-attention layers on the finest grid of at most `mask_tokens` tokens.
 
-    Of a transformer, whose blocks have one grid, the middle half: the first know little of the picture, the last paint.
-    Raises ValueError where every grid of a UNet is finer.
+    For transformers, whose blocks share one grid, the middle half of the blocks: early ones carry little about the
+    picture, late ones paint it. Raises ValueError if every grid of a UNet is finer.
     """
     cross = [site for site in sites if site.kind == "cross"]
     if cross and all(site.place == "block" for site in cross):
@@ -42,15 +42,15 @@ def token_heat(maps: Sequence[tuple[AttentionSite, Tensor]]) -> Tensor:
 
 
 def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], tokens: Sequence[int]) -> Tensor:
-    """Attention to some text tokens, summed over them: (f, height, width), from maps as `token_heat` takes them."""
+    """Attention to some text tokens, summed over them: (f, height, width), from maps as in `token_heat`."""
     return token_heat(maps)[:, list(tokens)].sum(1)
 
 
 def foreign_tokens(heat: Tensor, tokens: Sequence[int], wordless: Sequence[int]) -> Tensor:
-    """Where each text token belongs to something else: 1 where the places of `tokens` are, and it is looked at less.
+    """Where each text token belongs to another object: 1 where its attention is weaker than that to `tokens`.
 
-    heat (f, s, y, x) to zeros and ones of the same shape. A token and the mean of `tokens` are compared each over
-    its own maximum in the frame; `tokens` themselves are nowhere foreign, nor are columns without words.
+    heat (f, s, y, x) to zeros and ones of the same shape. Each token, and the mean of `tokens`, is first divided by its
+    maximum in the frame. `tokens` and columns without words are 0 everywhere.
     """
     here = heat[:, list(tokens)].mean(1, keepdim=True)
     foreign = (over_maximum(here) > over_maximum(heat)).to(heat.dtype)
@@ -60,12 +60,12 @@ def foreign_tokens(heat: Tensor, tokens: Sequence[int], wordless: Sequence[int])
 
 
 def over_maximum(heat: Tensor) -> Tensor:
-    """Each picture of (..., y, x) over its own maximum."""
+    """Each picture of (..., y, x), divided by its maximum."""
     return heat / heat.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
 
 def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """3x3 max pool, nearest resize, each frame over its own maximum, then `> threshold`.
+    """3x3 max pool, nearest resize, each frame divided by its maximum, then `> threshold`.
 
     heat (f, y, x) to a mask of 0 and 1, (f, *size).
     """
@@ -75,35 +75,35 @@ def threshold_mask(heat: Tensor, size: tuple[int, int], threshold: float) -> Ten
 
 
 def reach_on(size: Sequence[int]) -> int:
-    """How many places count as near on a grid: a sixteenth of the shorter side."""
+    """The radius of a neighbourhood on a grid: a sixteenth of the shorter side."""
     return max(1, min(size) // 16)
 
 
 def grown(mask: Tensor) -> Tensor:
-    """A mask (f, y, x) and what is near it."""
+    """A mask (f, y, x), dilated by `reach_on` its grid."""
     reach = reach_on(mask.shape[1:])
     return F.max_pool2d(mask[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
 
 
 def soft_mask(heat: Tensor, threshold: float) -> Tensor:
-    """A blurred heat, each frame over its own maximum, then a ramp from 0 at half the threshold to 1 at one and a half.
+    """A blurred heat, each frame divided by its maximum, then a ramp from 0 at half the threshold to 1 at 1.5 times it.
 
-    heat (f, y, x) to a mask in 0..1 of the same shape; at threshold 0 all of it is 1. The blur is a mean over
-    three sixteenths of the shorter side.
+    heat (f, y, x) to a mask in 0..1 of the same shape; all 1 at threshold 0. The blur is a mean over three sixteenths
+    of the shorter side.
     """
     reach = reach_on(heat.shape[1:])
-    even = F.avg_pool2d(heat[:, None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[:, 0]
-    return (over_maximum(even) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
+    blurred = F.avg_pool2d(heat[:, None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[:, 0]
+    return (over_maximum(blurred) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
 
 
 @dataclass(frozen=True)
 class GivenMask:
-    """A blend mask from outside, in place of the attention's or joined with the attention's.
+    """An edit mask from the user, used instead of the blend mask or joined with it.
 
-    mask: (frames or 1, height, width) of any size, from 0 (keep the source) to 1 (take the
-    edit). how: "replace" the attention's mask, or take its "union" or "intersection" with it.
+    mask: (frames or 1, height, width) of any size, from 0 (the source) to 1 (the edit). how: "replace" the blend mask,
+    or take the "union" or "intersection" with it.
 
-    Raises ValueError for another shape or word.
+    Raises ValueError for a wrong shape or `how`.
     """
 
     mask: Tensor
@@ -120,13 +120,13 @@ class GivenMask:
         return self.how == "replace"
 
     def at(self, size: tuple[int, int], frames: int) -> Tensor:
-        """On a grid, by area: (frames, *size)."""
+        """The mask on a grid, by area interpolation: (frames, *size)."""
         if len(self.mask) not in (1, frames):
-            raise ValueError(f"mask has {len(self.mask)} frames; the clip has {frames} (one mask serves all)")
+            raise ValueError(f"mask has {len(self.mask)} frames, but the clip has {frames}: give one, or one per frame")
         scaled = F.interpolate(self.mask[:, None].float(), size=size, mode="area")[:, 0].clamp(0, 1)
         return scaled.expand(frames, -1, -1)
 
     def joined(self, own: Tensor, found: Tensor) -> Tensor:
-        """This mask with the attention's, both (frames, height, width) on one grid."""
+        """This mask joined with the blend mask, both (frames, height, width) on one grid."""
         own = own.to(found)
         return torch.maximum(own, found) if self.how == "union" else torch.minimum(own, found)

@@ -1,7 +1,6 @@
-"""The prompt pair: which source token of a cross-attention map feeds which target token.
+"""A prompt pair, and the alignment of its tokens in cross-attention.
 
-Alignment and reweighting follow Prompt-to-Prompt (arXiv 2208.01626, Sec. 3), on which
-FateZero builds.
+Alignment and reweighting follow Prompt-to-Prompt (arXiv 2208.01626, Sec. 3), on which FateZero builds.
 """
 
 from __future__ import annotations
@@ -20,40 +19,40 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 75
-"""Content tokens of one block of 77; longer prompts repeat start, 75 tokens, end."""
+"""Content tokens per block of 77; longer prompts repeat start, 75 tokens, end."""
 
 Mode = Literal["refine", "replace"]
 
 
 class ClipColumns:
-    """Where tokens stand in CLIP's embeddings: blocks of a start mark, 75 tokens and an end mark."""
+    """Columns of tokens in CLIP's embeddings: blocks of a start token, 75 tokens and an end token."""
 
     def of(self, token: int) -> int:
         """The column of a content token."""
         return token // BLOCK * (BLOCK + 2) + token % BLOCK + 1
 
     def end(self, content: int) -> int:
-        """The column of the end mark that closes a prompt of so many content tokens."""
+        """The column of the end token after `content` tokens."""
         blocks = max(1, -(-content // BLOCK))
         return (blocks - 1) * (BLOCK + 2) + content - (blocks - 1) * BLOCK + 1
 
     def wordless(self, content: int, text_tokens: int) -> list[int]:
-        """Columns that no place can belong to: the start marks."""
+        """Columns that stand for no word: the start tokens."""
         return list(range(0, text_tokens, BLOCK + 2))
 
     def pad(self, matrix: Tensor, source: int, target: int) -> None:
-        """Feed what follows the words of a target, whose prompts have so many content tokens.
+        """Align the columns without words, given the prompts' numbers of content tokens.
 
-        Start and end marks of every block map to each other; padding keeps its place.
+        Start and end tokens of each block map to each other, padding to the same column.
         """
-        named = {self.of(token) for token in range(target)}
+        words = {self.of(token) for token in range(target)}
         for j in range(min(matrix.shape)):
-            if j not in named and j != self.end(target):
+            if j not in words and j != self.end(target):
                 matrix[j, j] = 1.0
 
 
 class SentenceColumns(ClipColumns):
-    """Where tokens stand in T5's embeddings: content from the first column, one end mark, padding that is all alike."""
+    """Columns of tokens in T5's embeddings: content from the first column, one end token, identical padding."""
 
     def of(self, token: int) -> int:
         return token
@@ -65,24 +64,23 @@ class SentenceColumns(ClipColumns):
         return list(range(content + 1, text_tokens))
 
     def pad(self, matrix: Tensor, source: int, target: int) -> None:
-        """All of the source's padding feeds all of the target's, evenly: only its sum counts."""
+        """Spread the source's padding evenly over the target's: only its sum matters."""
         padding = matrix[source + 1 :, target + 1 :]
         if padding.numel():
             padding[:] = 1 / padding.shape[1]
 
 
 def columns_of(tokenizer: Any) -> ClipColumns:
-    """By whether a tokenizer has a start mark; one that does not say has CLIP's."""
+    """The columns of a tokenizer's encoder: CLIP's if it has a start token or does not define one."""
     return ClipColumns() if getattr(tokenizer, "bos_token_id", 0) is not None else SentenceColumns()
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the source's tokens make the target's.
+    """The alignment of source tokens to target tokens.
 
-    matrix: (source tokens, target tokens); a column sums to the weight it takes.
-    copied: (target tokens,), 1 where the source is used, 0 where the target keeps its own.
-    weights: (target tokens,), multiplied into the fused map.
+    matrix: (source tokens, target tokens), shares of the source's attention. copied: (target tokens,), 1 where the
+    source's attention is used, 0 where the target's own is. weights: (target tokens,), factors of the fused map.
     """
 
     matrix: Tensor
@@ -90,33 +88,32 @@ class Alignment:
     weights: Tensor
 
     def to(self, like: Tensor) -> Alignment:
-        """On the device and in the dtype of a tensor."""
+        """The alignment on the device and in the dtype of a tensor."""
         return Alignment(self.matrix.to(like), self.copied.to(like), self.weights.to(like))
 
     def values(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What the source's map and the target's own are multiplied with: (f h c d) -> (f h s d), (f h c d).
+        """The values to multiply with the source's map and the target's own: (f h c d) -> (f h s d), (f h c d).
 
-        The fused map is A = (A_src M c + A_own (1 - c)) w, with the matrix M, copied c and weights w
-        by token. So A v = A_src (M c w v) + A_own ((1 - c) w v), and no map need be built.
+        The fused map is A = (A_src M c + A_own (1 - c)) w, with matrix M, copied c and weights w by token. Therefore
+        A v = A_src (M c w v) + A_own ((1 - c) w v), without building a map.
         """
         return (self.matrix * self.copied * self.weights) @ v, ((1 - self.copied) * self.weights)[:, None] * v
 
     def fused(self, of_source: Tensor, own: Tensor) -> Tensor:
-        """The fused map itself, of the source's (f h t s) and the target's own (f h t c): (f h t c)."""
+        """The fused map (f h t c) from the source's (f h t s) and the target's own (f h t c)."""
         return (of_source @ self.matrix * self.copied + own * (1 - self.copied)) * self.weights
 
 
 @dataclass(frozen=True)
 class PromptEdit:
-    """A source prompt, a target prompt and what to do with their words.
+    """A source prompt, a target prompt and how to edit their words.
 
-    blend_words: (source words, target words) whose maps make the blend mask; one side may be empty:
-    the target's where only self-attention is blended, either with a mask of both prompts.
-    Words are compared without regard to case and to punctuation around them; a phrase of
-    several words is found as such; a repeated word means every place it stands.
+    blend_words: (source words, target words) whose maps make the blend mask. One side may be empty: the target's if
+    only self-attention is blended, either side with a mask of both prompts. Case and surrounding punctuation of words
+    are ignored; an entry may be a phrase; a repeated word means all its occurrences.
 
-    Raises ValueError for a word that is not in its prompt, for unequal word counts in
-    "replace", and for a tokenizer whose tokens cross spaces.
+    Raises ValueError for a word that is not in its prompt, for unequal word counts in "replace", and for a tokenizer
+    whose tokens cross spaces.
     """
 
     source: str
@@ -124,13 +121,13 @@ class PromptEdit:
     tokenizer: Any = field(repr=False)
     mode: Mode = setting(
         "refine",
-        "refine: words both prompts share take the source's attention. replace: word for word, with as many words in "
-        "both, and also the words that change take it.",
+        "refine: words that both prompts share use the source's attention. replace: prompts of equal word count are "
+        "matched word by word, and changed words use the source's attention too.",
         group="The edit",
     )
     blend_words: tuple[Sequence[str], Sequence[str]] | None = None
     reweight: Mapping[str, float] = setting(
-        dict, "How much more, or less, words of the target count while cross-attention is fused: watercolor=10.",
+        dict, "Factors for the attention to words of the target prompt, while cross-attention is fused: watercolor=10.",
         group="The edit",
     )  # fmt: skip
 
@@ -142,7 +139,7 @@ class PromptEdit:
             counts = len(words_of(self.source)), len(words_of(self.target))
             if counts[0] != counts[1]:
                 raise ValueError(
-                    f'mode "replace" maps word to word, but the source has {counts[0]} words and the target '
+                    f'mode "replace" needs equal word counts, but the source has {counts[0]} words and the target '
                     f'{counts[1]}: {shown(self.source)} / {shown(self.target)}. Use mode "refine".'
                 )
         if self.blend_words is not None:
@@ -163,15 +160,15 @@ class PromptEdit:
 
     @property
     def columns(self) -> ClipColumns:
-        """Where the text encoder puts tokens."""
+        """The columns of tokens in the text encoder's output."""
         return columns_of(self.tokenizer)
 
     def content(self, prompt: str) -> int:
-        """How many tokens a prompt has, without start and end."""
+        """The number of a prompt's tokens, without start and end."""
         return sum(map(len, self.word_tokens(prompt)))
 
     def wordless(self, prompt: str, text_tokens: int) -> list[int]:
-        """Columns of a prompt's embeddings that no place can belong to."""
+        """Columns of a prompt's embeddings that stand for no word."""
         return self.columns.wordless(self.content(prompt), text_tokens)
 
     def word_tokens(self, prompt: str) -> list[list[int]]:
@@ -180,25 +177,25 @@ class PromptEdit:
         whole = list(self.tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
         if [token for word in words for token in word] != whole:
             raise ValueError(
-                f"this tokenizer's tokens cross word borders in {shown(prompt)}; one is needed whose tokens keep to "
-                "words, as CLIP's and T5's"
+                f"this tokenizer's tokens cross word boundaries in {shown(prompt)}: use one that splits at spaces, "
+                "such as CLIP's or T5's"
             )
         return words
 
     def token_indices(self, prompt: str, word: str, text_tokens: int, what: str = "word") -> list[int]:
-        """The tokens of every place of a word or phrase in embeddings of `text_tokens`."""
+        """The columns of all occurrences of a word or phrase in embeddings of `text_tokens`."""
         spans = _spans(self.word_tokens(prompt))
         found = []
         for start, length in places_of(prompt, word, what):
             found += [self.columns.of(token) for at in range(start, start + length) for token in range(*spans[at])]
         if max(found, default=0) >= text_tokens:
             raise ValueError(
-                f"{what}: {shown(word)} stands beyond the {text_tokens} tokens of the embeddings of {shown(prompt)}"
+                f"{what}: {shown(word)} is beyond the {text_tokens} tokens of the embeddings of {shown(prompt)}"
             )
         return found
 
     def blend_tokens(self, source_tokens: int, target_tokens: int) -> tuple[list[int], list[int]]:
-        """The blend words' tokens in the source's and the target's maps."""
+        """The columns of the blend words in the source's and the target's maps."""
         if self.blend_words is None:
             raise ValueError("blending needs blend_words: (source words, target words)")
         source, target = self.blend_words
@@ -210,7 +207,7 @@ class PromptEdit:
     # --- alignment --------------------------------------------------------------------
 
     def align(self, source_tokens: int, target_tokens: int) -> Alignment:
-        """The alignment for embeddings of so many tokens each (77, 154, ..., or 512)."""
+        """The alignment for embeddings of these token counts (77, 154, ..., or 512)."""
         pairs = self._refined() if self.mode == "refine" else self._replaced()
         matrix, columns = torch.zeros(source_tokens, target_tokens), self.columns
         content = self.content(self.source), self.content(self.target)
@@ -230,8 +227,8 @@ class PromptEdit:
     def _refined(self) -> list[tuple[int, int, float]]:
         """(source token, target token, share) of shared tokens, by global sequence alignment.
 
-        A word that is spelt by other tokens in one place than in another, as after a quotation mark or with a
-        capital, is aligned as a whole.
+        A word with different tokens in different places, e.g. after a quotation mark or capitalized, is aligned as a
+        whole.
         """
         tokens = [
             [token for word in self.word_tokens(prompt) for token in word] for prompt in (self.source, self.target)
@@ -249,8 +246,9 @@ class PromptEdit:
         return [pair for i, j in matching for pair in _spread(source[i][1], target[j][1])]
 
     def _replaced(self) -> list[tuple[int, int, float]]:
-        """Word to word: token to token where they have equally many, else spread evenly; punctuation likewise between
-        the same words, where it has equally many tokens in both.
+        """(source token, target token, share), word by word: one to one for equal token counts, else spread evenly.
+
+        Punctuation between the same words is aligned if its token counts are equal.
         """
         source, target = ([span for _, span in self._words(prompt)] for prompt in (self.source, self.target))
         between = zip(_gaps(source, self.content(self.source)), _gaps(target, self.content(self.target)), strict=True)
@@ -258,9 +256,9 @@ class PromptEdit:
         return [pair for one, other in [*zip(source, target, strict=True), *same] for pair in _spread(one, other)]
 
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, int]]]:
-        """The words of a prompt, bare, each with the content tokens it has without the punctuation around it.
+        """The bare words of a prompt, each with its span of content tokens, without surrounding punctuation.
 
-        Where a token holds both, it counts as the word's.
+        A token of both word and punctuation counts as the word's.
         """
         found, at = [], 0
         for text, tokens in zip(prompt.split(), self.word_tokens(prompt), strict=True):
@@ -273,12 +271,12 @@ class PromptEdit:
         return found
 
     def _tokens_of(self, text: str, tokens: list[int], otherwise: int) -> int:
-        """How many of a word's tokens a part of its beginning has; otherwise: where they are others in the word."""
+        """The number of tokens of a word's beginning; `otherwise` if it is tokenized differently within the word."""
         part = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         return len(part) if tokens[: len(part)] == part else otherwise
 
     def describe(self) -> str:
-        """The alignment as lines of text, one for each target word."""
+        """The alignment as text, one line per target word."""
         source = [
             (word, span) for word, span in zip(self.source.split(), _spans(self.word_tokens(self.source)), strict=True)
         ]
@@ -295,18 +293,18 @@ _DASHES, _QUOTES = "-\u2010\u2011\u2012\u2013\u2014\u2015", "'\u2018\u2019"
 _PUNCTUATION = (
     f'.,;:!?"()[]{{}}{_DASHES}{_QUOTES}\u201a\u201c\u201d\u201e\u2026\xab\xbb\xbf\xa1\u3001\u3002\uff0c\uff01\uff1f'
 )
-"""What around a word is no part of it."""
+"""Characters stripped from around words."""
 _ALIKE = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys(_QUOTES, "'"))
-"""Characters that are written one for another."""
+"""Interchangeable characters."""
 
 
 def bare(word: str) -> str:
-    """A word without case, without the punctuation around it, and with one kind of dash and apostrophe in it."""
+    """A lower-case word without surrounding punctuation, with normalized dashes and apostrophes."""
     return unicodedata.normalize("NFKC", word.strip(_PUNCTUATION)).translate(_ALIKE).lower()
 
 
 def places_of(prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
-    """(first word, number of words) of every place of a phrase; ValueError, naming its use, where there is none."""
+    """(first word, number of words) of all occurrences of a phrase; ValueError, starting with `what`, for none."""
     words, sought = [bare(w) for w in prompt.split()], [bare(w) for w in phrase.split()]
     n = len(sought)
     places = [(i, n) for i in range(len(words) - n + 1) if any(sought) and words[i : i + n] == sought]
@@ -316,12 +314,12 @@ def places_of(prompt: str, phrase: str, what: str) -> list[tuple[int, int]]:
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of a prompt as they are written, without the punctuation around them and between them."""
+    """The words of a prompt as written, without surrounding punctuation."""
     return [word.strip(_PUNCTUATION) for word in prompt.split() if bare(word)]
 
 
 def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
-    """(first, past the last) content token of every word."""
+    """(first, past the last) content token of each word."""
     spans, at = [], 0
     for word in words:
         spans.append((at, at + len(word)))
@@ -330,20 +328,20 @@ def _spans(words: list[list[int]]) -> list[tuple[int, int]]:
 
 
 def _gaps(spans: Sequence[tuple[int, int]], content: int) -> list[tuple[int, int]]:
-    """What is before, between and behind spans of content tokens."""
+    """The gaps before, between and after spans of content tokens."""
     edges = [0, *(edge for span in spans for edge in span), content]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _elements(tokens: Sequence[int], words: Mapping[tuple[int, int], str]) -> list[tuple[int | str, tuple[int, int]]]:
-    """What is aligned, each with its tokens: the words at these spans as wholes, and every other token."""
+    """The elements to align, with their spans: words at these spans as wholes, and all other tokens."""
     whole = {at: (word, (at, end)) for (at, end), word in words.items()}
     inside = {i for a, b in words for i in range(a + 1, b)}
     return [whole.get(i, (token, (i, i + 1))) for i, token in enumerate(tokens) if i not in inside]
 
 
 def _spread(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int, float]]:
-    """(source token, target token, share): one to one where two spans have equally many, else evenly."""
+    """(source token, target token, share): one to one for spans of equal length, else spread evenly."""
     (a, b), (c, d) = source, target
     if b - a == d - c:
         return [(i, j, 1.0) for i, j in zip(range(a, b), range(c, d), strict=True)]
@@ -351,10 +349,9 @@ def _spread(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int,
 
 
 def align_sequences(source: Sequence[int | str], target: Sequence[int | str]) -> list[tuple[int, int]]:
-    """Needleman-Wunsch with match 1, mismatch -1, gap 0: (source, target) places that match.
+    """Needleman-Wunsch with match 1, mismatch -1, gap 0: the matching (source, target) positions.
 
-    Of equally good alignments the one that leaves later target tokens unmatched is taken,
-    as in Prompt-to-Prompt's code.
+    Ties leave later target tokens unmatched, as in Prompt-to-Prompt's code.
     """
     rows, columns = len(source), len(target)
     score = [[0] * (columns + 1) for _ in range(rows + 1)]
@@ -375,7 +372,7 @@ def align_sequences(source: Sequence[int | str], target: Sequence[int | str]) ->
 
 
 def changed_words(source: str, target: str) -> tuple[list[str], list[str]]:
-    """The words only the source has, and those only the target has, in order; without punctuation."""
+    """The words only in the source, and those only in the target, in order, without punctuation."""
     a, b = words_of(source), words_of(target)
     moves = difflib.SequenceMatcher(None, [*map(bare, a)], [*map(bare, b)], autojunk=False).get_opcodes()
     changed = [move for move in moves if move[0] == "replace"] or [move for move in moves if move[0] != "equal"]

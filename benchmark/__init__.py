@@ -1,1 +1,1 @@
-"""`fatezero benchmark`: cases of the demo world, the rows compared on them, figures, tables."""
+"""`fatezero benchmark`: cases of demo scenes, the methods compared on them, figures, tables."""

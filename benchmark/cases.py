@@ -1,4 +1,4 @@
-"""Edits with known answers: what the benchmark asks of every method."""
+"""Benchmark cases: edits with a known ground truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..demo.judge import read_words
 from ..demo.model import SceneClassifier
-from ..demo.world import (
+from ..demo.scenes import (
     Clip,
     Motion,
     Place,
@@ -22,18 +22,18 @@ from ..demo.world import (
 )
 
 KINDS = ("attribute", "texture", "shape", "style", "background", "swap", "two objects", "alike objects")
-"""What a case asks for: one word of a thing or a picture; with a swap, all words of a thing. With two objects one of
-them changes, in one word, and the other must not; alike ones have the same colour and texture."""
+"""Kinds of edits: one word of a thing or of the picture; a swap changes all words of a thing. With two objects, one
+of them changes in one word; alike ones have the same colour and texture."""
 
 _OF_A_THING = ("colour", "texture", "shape")
 _CHANGED = {"attribute": "colour"} | {kind: kind for kind in ("texture", "shape", "style", "background")}
 _PRESETS = {"shape": "shape", "style": "style"}
-"""The paper's preset for a word, where it is not that of an attribute."""
+"""The paper's preset for a word, unless it is the attribute preset."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A clip of the demo world and the edit wanted of it."""
+    """A clip of a demo scene, and its edit."""
 
     name: str
     kind: str
@@ -48,13 +48,13 @@ class Case:
 
     @property
     def preset(self) -> str:
-        """The paper's preset for it: shape where an outline changes, else that of the (first) word."""
+        """The paper's preset: shape if an outline changes, else that of the first changed word."""
         words = [word for _, word in self.changed]
         return "shape" if "shape" in words else _PRESETS.get(words[0], "attribute")
 
     @property
     def blend_words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The words of source and target whose attention shows where to edit; none for an edit of style."""
+        """The words of source and target whose attention localizes the edit; none for an edit of style."""
 
         def of(scene: Scene) -> tuple[str, ...]:
             things = [f"{thing.colour} {thing.shape}" for i, thing in enumerate(scene.things) if i in places]
@@ -65,46 +65,46 @@ class Case:
 
     @cached_property
     def clip(self) -> Clip:
-        """The source."""
+        """The source clip."""
         return render(self.source, self.motion, self.frames)
 
     @cached_property
     def truth(self) -> Clip:
-        """The edit as it should be."""
+        """The ground truth of the edit."""
         return render(self.target, self.motion, self.frames)
 
     @cached_property
     def ground(self) -> Tensor:
-        """The truth without its things: (frames, 3, SIZE, SIZE)."""
+        """The ground truth without its things: (frames, 3, SIZE, SIZE)."""
         empty = replace(self.target, things=())
         return render(empty, replace(self.motion, tracks=()), self.frames).frames
 
 
-def draw_cases(seed: int, each: int, frames: int, kinds: Sequence[str] = KINDS) -> list[Case]:
-    """`each` cases of every kind: captions the trainer never saw; the same for a seed.
+def sample_cases(seed: int, each: int, frames: int, kinds: Sequence[str] = KINDS) -> list[Case]:
+    """`each` cases of every kind, from held-out captions; reproducible by seed.
 
     Raises ValueError for an unknown kind.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
-        raise ValueError(f"no kind {unknown[0]!r}: use some of {', '.join(map(repr, KINDS))}")
+        raise ValueError(f"unknown kind {unknown[0]!r}: use some of {', '.join(map(repr, KINDS))}")
     found = []
     for kind in kinds:
-        drawn = filter(is_read, _drawn(Random(f"{seed} {kind}"), kind, frames))
-        found += [replace(next(drawn), name=f"{kind.replace(' ', '-')}-{n:02d}") for n in range(each)]
+        usable = filter(is_read, _sampled(Random(f"{seed} {kind}"), kind, frames))
+        found += [replace(next(usable), name=f"{kind.replace(' ', '-')}-{n:02d}") for n in range(each)]
     return found
 
 
 def is_read(case: Case) -> bool:
-    """Whether the judge reads every word of the rendered source and truth: of others it cannot tell right from wrong.
+    """Whether the judge reads every word of the rendered source and truth; other cases cannot be judged.
 
-    Of one thing it misses none; of two it misreads an outline or texture in some two of a hundred frames.
+    With one thing it makes no errors; with two it misreads an outline or texture in about 2 % of the frames.
     """
     shown = ((case.source, case.clip), (case.target, case.truth))
     return all(read_words(case.source, scene, clip.frames, case.motion.tracks)[0] == 1 for scene, clip in shown)
 
 
-def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
+def _sampled(random: Random, kind: str, frames: int) -> Iterator[Case]:
     things = 2 if kind.endswith("objects") else 1
     while True:
         source = random_scene(random, things)
@@ -112,7 +112,7 @@ def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
             first, second = source.things
             source = source.with_thing(1, colour=first.colour, texture=first.texture)
         if not source.held_out or len({thing.shape for thing in source.things}) < things:
-            continue  # alike outlines would leave "a star and a star" to say which of them changes
+            continue  # "a star and a star" would not identify the one that changes
         at = random.randrange(things)
         words = _OF_A_THING if kind == "swap" else (_CHANGED.get(kind) or random.choice(_OF_A_THING),)
         target = source
@@ -125,15 +125,15 @@ def _drawn(random: Random, kind: str, frames: int) -> Iterator[Case]:
 
 
 def cases_of(pairs: Sequence[tuple[str, str]], seed: int, frames: int) -> list[Case]:
-    """Cases of captions of your own, each with a motion drawn from the seed.
+    """Cases from given captions, each with a random motion of the seed.
 
-    Raises ValueError for captions outside the demo world, with unequal numbers of things, or equal.
+    Raises ValueError for captions that no demo scene has, with unequal numbers of things, or equal.
     """
     found = []
     for n, (before, after) in enumerate(pairs):
         source, target = Scene.parse(before), Scene.parse(after)
         if len(source.things) != len(target.things):
-            raise ValueError(f"both captions must show as many things: {before!r} / {after!r}")
+            raise ValueError(f"both captions must have the same number of things: {before!r} / {after!r}")
         motion = random_motion(Random(f"{seed} {n}"), len(source.things))
         case = Case(f"given-{n:02d}", "", source, target, motion, frames)
         if not case.changed:
@@ -143,7 +143,7 @@ def cases_of(pairs: Sequence[tuple[str, str]], seed: int, frames: int) -> list[C
 
 
 def _kind_of(case: Case) -> str:
-    """What a given case asks for, by its number of things and the words that change."""
+    """The kind of a case, from its number of things and the words that change."""
     words = [word for _, word in case.changed]
     if len(case.source.things) == 2:
         first, second = case.source.things

@@ -1,4 +1,4 @@
-"""What an edit of the demo world reached, told by the judge and by the known truth."""
+"""Figures of an edit of a demo scene, from the judge and the ground truth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..demo.judge import read_words
-from ..demo.world import seen_pixels
+from ..demo.scenes import visible_pixels
 from ..metrics.clip import ClipScorer
 from ..metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
 from ..metrics.temporal import frame_accuracy, temporal_consistency, warp_error
@@ -19,24 +19,23 @@ from ..video.motion import visible
 from .cases import Case
 
 LEAST_PIXELS = 0.02
-"""The share of a clip's pixels that an edit must leave alone for its preservation to be measured."""
+"""The least share of unchanged pixels for which preservation is measured."""
 OBJECT_CONTRAST = 0.1
-"""How far from the ground's colour, as a mean over channels, a pixel counts as the object's."""
+"""The difference to the background, as a mean over channels, above which a pixel counts as the object's."""
 
 
 def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[str, float]:
-    """Every figure of an edited clip (frames, 3, SIZE, SIZE) in 0..1.
+    """All figures of an edited clip (frames, 3, SIZE, SIZE) in 0..1.
 
-    success: share of frames of which the judge reads every word of the target. changed, kept: the words
-    that should change alone, and those that should not. preserved_db, preserved_ssim: over the pixels that
-    the edit should leave alone; NaN where there are too few, as in an edit of style. truth_db: PSNR to the
-    true edit, everywhere. object_iou: of what stands out from the ground, and should. warp_error: x 1000,
-    along the true flow of the wanted clip; warp_error_dis: along DIS's of the source. tem_con, frame_acc:
-    of a CLIP, where one is given.
+    success: share of frames where the judge reads every word of the target. changed, kept: the same for the words that
+    should change and for the others. preserved_db, preserved_ssim: over the pixels that should not change; NaN if there
+    are too few, as in an edit of style. truth_db: PSNR to the ground truth, everywhere. object_iou: of the pixels that
+    differ from the background, and should. warp_error: x 1000, along the flow of the ground truth; warp_error_dis:
+    along DIS's flow of the source. tem_con, frame_acc: with CLIP, if given.
     """
     unchanged = unchanged_pixels(case)
     enough = unchanged.mean() >= LEAST_PIXELS
-    estimated, seen = case_flow(case)
+    estimated, visible_along = case_flow(case)
     success, changed, kept = read_words(case.source, case.target, frames, case.motion.tracks)
     figures = {
         "success": success,
@@ -46,8 +45,8 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
         "preserved_ssim": ssim(frames, case.truth.frames, unchanged) if enough else math.nan,
         "truth_db": psnr(frames, case.truth.frames),
         "object_iou": object_iou(case, frames),
-        "warp_error": 1000 * warp_error(frames, case.truth.flow, seen_pixels(case.truth)),
-        "warp_error_dis": 1000 * warp_error(frames, estimated, seen),
+        "warp_error": 1000 * warp_error(frames, case.truth.flow, visible_pixels(case.truth)),
+        "warp_error_dis": 1000 * warp_error(frames, estimated, visible_along),
     }
     if clip is not None:
         images = clip.images(frames)
@@ -58,7 +57,7 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
 
 @lru_cache(maxsize=4)
 def case_flow(case: Case) -> tuple[Tensor, Tensor]:
-    """The source's flow as DIS sees it, and the pixels it says are not occluded."""
+    """DIS's flow of the source, and its pixels that are not occluded."""
     _, estimate = flow_estimator("dis")
     pairs = list(pairwise(case.clip.frames))
     forward = torch.stack([estimate(a, b) for a, b in pairs])
@@ -67,11 +66,11 @@ def case_flow(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def unchanged_pixels(case: Case) -> Tensor:
-    """1 where source and truth show the same: (frames, SIZE, SIZE)."""
+    """1 where source and ground truth are equal: (frames, SIZE, SIZE)."""
     return ((case.clip.frames - case.truth.frames).abs().amax(1) < 1 / 255).float()
 
 
 def object_iou(case: Case, frames: Tensor) -> float:
-    """Intersection over union of what stands out from the true ground, in the edit and in the truth."""
-    seen, wanted = (changed_pixels(case.ground, shown, OBJECT_CONTRAST) for shown in (frames, case.truth.frames))
-    return intersection_over_union(seen, wanted)
+    """IoU of the pixels that differ from the background, in the edit and in the ground truth."""
+    found, expected = (changed_pixels(case.ground, shown, OBJECT_CONTRAST) for shown in (frames, case.truth.frames))
+    return intersection_over_union(found, expected)

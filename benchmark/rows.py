@@ -1,4 +1,4 @@
-"""What the benchmark compares: FateZero, its ablations, and what people would use instead."""
+"""The methods of the benchmark: FateZero, its ablations, and alternatives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..cli.config.settings import EditConfig, with_preset
-from ..demo.world import SIZE
+from ..demo.scenes import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
 from ..diffusion.edit import Edit, edit_many
@@ -30,23 +30,23 @@ from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
 from ..video.flow import flow_estimator
-from ..video.motion import Motion, steadied
+from ..video.motion import Motion, smooth_along
 from .cases import Case
 
 Source = str | None
-"""Where attention comes from: "inversion", "reconstruction", or None for no fusion at all."""
+"""Source of the attention: "inversion", "reconstruction", or None for no fusion."""
 
 
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
-    run: edits a trial's clip where no inversion is needed. Otherwise
-    settings are laid over the case's preset (the paper's, or with `plus` ours), or over another `preset`, and
-    fused with attention of `source`. smoothing: along the source's flow, in each step; steady: of the frames that came
-    of it. layers: temporal ones on the image model, "fresh" or those of the demo world ("demo"), tuned on the clip in
-    so many steps. wan: on the demo world's video transformer. order: of the solver. drawn: FlowEdit, in the place of an
-    inversion. blind: invert under the empty prompt. guidance: of an edit without fusion, if not the run's.
+    run: edits a trial's clip without an inversion. Otherwise `settings` override those of the case's preset (the
+    paper's, or ours with `plus`) or of another `preset`, with attention of `source`. smoothing: along the source's
+    flow, in each step; steady: of the resulting frames. layers: temporal layers on the image model, "fresh" or the
+    bundled ones ("demo"), `tuned` on the clip for that many steps. wan: use the demo's video transformer. order: of the
+    solver. drawn: FlowEdit instead of an inversion. blind: invert with the empty prompt. guidance: of an edit without
+    fusion, if not the run's.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Method:
 
 @dataclass
 class Trial:
-    """One case on its way through the methods."""
+    """One case with a model, to run methods on."""
 
     checkpoint: Checkpoint | WanCheckpoint
     case: Case
     steps: int
     guidance_scale: float = 7.5
     states: dict[tuple[str, int], State] = field(default_factory=dict)
-    """What tunings of this clip came to, by layers and steps: longer ones go on from there."""
+    """Tuning states of this clip, by layers and steps; longer tunings resume from them."""
 
     def __post_init__(self) -> None:
         if isinstance(self.checkpoint, WanCheckpoint):
@@ -102,7 +102,7 @@ class Trial:
         )  # fmt: skip
 
     def on_wan(self) -> Trial:
-        """The same case on the demo world's video transformer."""
+        """The same case on the demo's video transformer."""
         return replace(self, checkpoint=WanCheckpoint.load("demo-wan", self.latents.device))
 
     def tuned(self, layers: str, steps: int) -> Trial:
@@ -120,7 +120,7 @@ class Trial:
         return replace(self, checkpoint=checkpoint)
 
     def config(self, method: Method) -> EditConfig:
-        """The case's preset, the method's settings, the words that a mask is made of; an edit of style has none."""
+        """The case's preset with the method's settings and blend words, of which an edit of style has none."""
         case = self.case
         config = EditConfig(
             source=case.source.caption, target=case.target.caption, steps=self.steps,
@@ -151,19 +151,19 @@ class Trial:
 
     @cached_property
     def motion(self) -> Motion:
-        """The source's, as DIS sees it, in pixels."""
+        """The source's motion in pixels, from DIS."""
         _, estimate = flow_estimator("dis")
         return Motion.of(self.case.clip.frames, estimate)
 
     def finished(self, method: Method, frames: Tensor) -> Tensor:
-        """A method's decoded frames, made steady where it asks for it."""
+        """A method's decoded frames, smoothed if it has `steady`."""
         if not method.steady:
             return frames
-        return steadied(self.case.clip.frames, frames, self.motion, method.steady).clamp(0, 1)
+        return smooth_along(self.case.clip.frames, frames, self.motion, method.steady).clamp(0, 1)
 
 
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
-    """The latents of every method; those on one model share it, and those that share an inversion one pass over it."""
+    """The latents of every method; methods share models, inversions and passes where possible."""
     found = {method.name: method.run(trial) for method in methods if method.run is not None}
     models = dict.fromkeys((m.layers, m.tuned, m.wan) for m in methods if m.run is None)
     for layers, steps, wan in models:
@@ -212,12 +212,12 @@ def denoised(
 
 
 def autoencoded(trial: Trial) -> Tensor:
-    """The source through the autoencoder: the most that any method can preserve."""
+    """The source through the autoencoder: the upper bound of preservation."""
     return trial.latents
 
 
 def sdedit(strength: float) -> Callable[[Trial], Tensor]:
-    """SDEdit (arXiv 2108.01073) of single frames: noise up to a share of the schedule, then denoise."""
+    """SDEdit (arXiv 2108.01073) of single frames: add noise up to a share of the schedule, then denoise."""
 
     def run(trial: Trial) -> Tensor:
         first = trial.steps - max(1, round(strength * trial.steps))
@@ -230,11 +230,10 @@ def sdedit(strength: float) -> Callable[[Trial], Tensor]:
 
 
 def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
-    """An inversion whose attention is that of the guided reconstruction, as in Prompt-to-Prompt.
+    """An inversion with the attention of the guided reconstruction, as in Prompt-to-Prompt.
 
-    The paper's Fig. 8: there the source is denoised again from the inverted noise, guidance and all, and
-    drifts from the clip. The engine reads level L - 1 for the step that starts at L, and computes the
-    attention there anew, for what the store kept is the inversion's.
+    As in the paper's Fig. 8, the source is denoised from the inverted noise with guidance, and drifts from the clip.
+    The step that starts at level L reads level L - 1 and recomputes its attention, since the store has the inversion's.
     """
     store = inversion.store
     replay = denoised(trial, store.level(store.steps), trial.source, store.key_frames, clip_norm=store.clip_norm).flip(
@@ -282,7 +281,7 @@ METHODS: tuple[Method, ...] = (
 
 PNP = PnPSettings()
 EXTENDED = TokenFlowSettings(1, "linear")
-"""Every frame is a key frame, and attends to all: extended attention alone."""
+"""Every frame is a pivot and attends to all frames: extended attention only."""
 FLOW = TokenFlowSettings(4)
 ONE = ("self",)
 LONG = (
@@ -297,15 +296,15 @@ LONG = (
     Method("FateZero+, flow smoothing, steady", plus=True, smoothing=0.8, steady=0.8),
     Method("FateZero+, TokenFlow, flow smoothing", plus=True, propagation=FLOW, smoothing=0.8),
 )
-"""How frames agree: rows for clips of 16 frames and more."""
+"""Rows on temporal consistency, for clips of 16 frames and more."""
 METHODS += LONG
 
 RATE = 3e-4
-"""Of tuning: ten times the authors', for a model with a thousandth of the weights."""
+"""Learning rate of tuning: ten times the authors', for a model with a thousandth of the weights."""
 
 
 def _on_video(name: str, layers: str = "fresh", tuned: int = 150, **more: Any) -> Method:
-    """A row on a model with temporal layers, seen as they were trained."""
+    """A row on a model with temporal layers, with the key frames and clip norm of their training."""
     return Method(name, layers=layers, tuned=tuned, key_frames=("first", "previous"), clip_norm=True, **more)
 
 
@@ -318,14 +317,14 @@ TUNED = (
     _on_video("FateZero+, video model", "demo", 0, plus=True),
     _on_video("FateZero+, video model tuned 50 steps", "demo", 50, plus=True),
 )
-"""Temporal layers: tuned on the clip from nothing, trained on many moving scenes, or both."""
+"""Rows with temporal layers: tuned on the clip from scratch, trained on many moving scenes, or both."""
 METHODS += TUNED
 
 _FLOW_EDIT = FlowEditSettings()
 
 
 def _on_wan(name: str, **more: Any) -> Method:
-    """A row on the demo world's video transformer."""
+    """A row on the demo's video transformer."""
     return Method(f"Wan: {name}", wan=True, **more)
 
 
@@ -343,8 +342,8 @@ WAN = (
     Method("DDIM inversion of second order + prompt", source=None, order=2),
     Method("FateZero+, second order", plus=True, order=2),
 )  # fmt: skip
-"""A true video model, inversion-free edits on it, and solvers of second order on either."""
+"""Rows with a video model, with FlowEdit on it, and with second-order solvers."""
 METHODS += WAN
 
 QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
-"""The rows of the quick form."""
+"""The methods of `--quick`."""

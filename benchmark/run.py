@@ -1,8 +1,7 @@
-"""`fatezero benchmark`: every method on edits whose right answer is known.
+"""`fatezero benchmark`: run every method on edits with a known ground truth.
 
-A folder holds a run: `settings.json`, `results.jsonl` (a line for each case and method, which is what a
-run goes on from), `strips/` (a row of frames for each), and what is made of them at the end: `table.csv`,
-`table.md`, `page.html`.
+A run's folder contains `settings.json`, `results.jsonl` (a line per case and method, from which a run resumes),
+`strips/` (a row of frames each), and finally `table.csv`, `table.md` and `page.html`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..hosts.diffusers.checkpoint import Checkpoint, quiet
 from ..metrics.clip import ClipScorer
 from ..video.size import to_bytes
 from ..video.write import write_picture
-from .cases import KINDS, Case, cases_of, draw_cases
+from .cases import KINDS, Case, cases_of, sample_cases
 from .measure import measure
 from .rows import LONG, METHODS, QUICK, TUNED, WAN, Method, Trial, edited
 
@@ -36,11 +35,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What a run is: results of other settings do not mix with it, but for how many cases of which kinds.
+    """Settings of a run. A folder has results of one setting only, except for `each` and `kinds`.
 
-    seed: of scenes, motions and words. each: cases of every kind, or of some `kinds` alone. frames, steps: of
-    every clip and run.
-    pairs: captions (source, target) of your own, in the place of drawn ones. clip: for Tem-Con and Frame-Acc.
+    seed: of scenes, motions and words. each: number of cases of each of the `kinds`. frames, steps: of every clip and
+    edit. pairs: given captions (source, target) instead of random ones. clip: for Tem-Con and Frame-Acc.
     """
 
     seed: int = 2303
@@ -57,16 +55,16 @@ class BenchmarkSettings:
     def cases(self) -> list[Case]:
         if self.pairs:
             return cases_of(self.pairs, self.seed, self.frames)
-        return draw_cases(self.seed, self.each, self.frames, self.kinds)
+        return sample_cases(self.seed, self.each, self.frames, self.kinds)
 
 
 def chosen_methods(names: Sequence[str] | None, quick: bool) -> list[Method]:
-    """Methods by name, or those of the quick form, or all; ValueError for an unknown one."""
+    """Methods by name, or those of `--quick`, or all; ValueError for an unknown one."""
     if not names:
         return [m for m in METHODS if m.name in QUICK] if quick else [m for m in METHODS if m not in LONG + TUNED + WAN]
     unknown = sorted(set(names) - {m.name for m in METHODS})
     if unknown:
-        raise ValueError(f"no method {unknown[0]!r}: use some of {', '.join(repr(m.name) for m in METHODS)}")
+        raise ValueError(f"unknown method {unknown[0]!r}: use some of {', '.join(repr(m.name) for m in METHODS)}")
     return [m for m in METHODS if m.name in names]
 
 
@@ -78,10 +76,10 @@ def run_benchmark(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Every method on every case, but for those the folder already has; returns all rows.
+    """Run every method on every case that the folder does not have yet; returns all rows.
 
-    workers: processes, each of one thread where there are several. A case's rows are kept together, as
-    it ends. Raises ValueError where the folder holds a run of other settings.
+    workers: processes, with one thread each if there are several. A case's rows are written together when it ends.
+    Raises ValueError if the folder has a run with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, settings)
@@ -105,23 +103,23 @@ def run_benchmark(
 
 
 def _claim(folder: Path, settings: BenchmarkSettings) -> None:
-    """Mark a folder as a run of these settings; more cases of a kind keep its first ones."""
-    path, wanted = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    del wanted["each"], wanted["kinds"]
+    """Mark a folder as a run with these settings; `each` and `kinds` may change."""
+    path, own = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+    del own["each"], own["kinds"]
     if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name in wanted if held.get(name) != wanted[name]]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in own if found.get(name) != own[name]]
         if other:
             raise ValueError(
-                f"{folder} holds a run with {other[0]} {held.get(other[0])!r}, not {wanted[other[0]]!r}: "
-                "give another folder with --output"
+                f"{folder} has a run with {other[0]} {found.get(other[0])!r}, not {own[other[0]]!r}: "
+                "choose another folder with --output"
             )
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
 
 def load_rows(folder: Path) -> list[Row]:
-    """The results a folder holds; a line that an interruption cut short is left out."""
+    """The results in a folder, without a line that an interruption cut short."""
     path, rows = folder / "results.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -152,7 +150,7 @@ def _run(settings: BenchmarkSettings, jobs: list[Job], device: str, workers: int
 
 
 class _Worker:
-    """A model, ready for cases."""
+    """A loaded model that runs cases."""
 
     def __init__(self, settings: BenchmarkSettings, device: str) -> None:
         with quiet():
@@ -171,9 +169,9 @@ class _Worker:
         chosen = {m.name: m for m in METHODS if m.name in names}
         for name, latents in edited(trial, list(chosen.values())).items():
             frames = trial.finished(chosen[name], self.checkpoint.decode_latents(latents).cpu())
-            told: Row = {"case": case.name, "kind": case.kind, "method": name}
-            told |= {"source": case.source.caption, "target": case.target.caption}
-            rows.append({**told, **measure(case, frames, self.clip)})
+            labels: Row = {"case": case.name, "kind": case.kind, "method": name}
+            labels |= {"source": case.source.caption, "target": case.target.caption}
+            rows.append({**labels, **measure(case, frames, self.clip)})
             strips[strip_name(case.name, name)] = to_bytes(frames)
         return rows, strips
 
@@ -195,17 +193,17 @@ def _in_worker(job: Job) -> Done:
 
 
 def strip_name(case: str, method: str) -> str:
-    """Where a case's frames by a method are, inside `strips/`."""
+    """The file of a case's frames by a method, in `strips/`."""
     return f"{case}/{''.join(c if c.isalnum() else '-' for c in method)}.png"
 
 
 def _strip(frames: Tensor) -> Image.Image:
-    """Frames in a row."""
+    """Frames side by side."""
     return Image.fromarray(rearrange(frames, "f y x c -> y (f x) c").numpy())
 
 
 def strip_frames(folder: Path, case: str, method: str) -> Tensor:
-    """The frames of a strip again: uint8 (frames, height, width, 3); "source" and "truth" are methods too."""
+    """Read the frames of a strip: uint8 (frames, height, width, 3); "source" and "truth" are methods too."""
     import numpy as np
 
     with Image.open(folder / "strips" / strip_name(case, method)) as picture:

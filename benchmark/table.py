@@ -1,4 +1,4 @@
-"""The benchmark's results as a table, a page of pictures, and the cases to look at."""
+"""The benchmark's results as tables, a page of pictures, and contact sheets of cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rows import METHODS, PAPER
 from .run import Row, strip_frames, strip_name
 
 SHARES = ("success", "changed", "kept", "object_iou", "frame_acc")
-"""Figures told in per cent."""
+"""Figures in per cent."""
 HEADINGS = {
     "success": "edit right %",
     "changed": "changed words %",
@@ -34,25 +34,24 @@ HEADINGS = {
     "frame_acc": "Frame-Acc %",
 }
 MAIN = ("success", "changed", "kept", "preserved_db", "truth_db", "object_iou", "warp_error", "warp_error_dis")
-"""Figures of the table in Markdown; the CSV has all."""
+"""Figures of the Markdown table; the CSV has all."""
 
 
 class Results:
     """Rows by method and case."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        held = {(str(row["method"]), str(row["case"])): row for row in rows}
+        self.rows = {(str(row["method"]), str(row["case"])): row for row in rows}
         self.cases = list(dict.fromkeys(str(row["case"]) for row in rows))
         order = [m.name for m in METHODS]
-        self.methods = sorted({method for method, _ in held}, key=order.index)
-        self.rows = held
+        self.methods = sorted({method for method, _ in self.rows}, key=order.index)
         self.figures = [name for name in HEADINGS if any(name in row for row in rows)]
 
     def column(self, method: str, figure: str, kind: str | None = None) -> list[float]:
-        """A figure of a method for each case, of all kinds or of one; NaN where a case was not run."""
+        """A figure of a method for each case, of all kinds or of one; NaN for cases that were not run."""
         chosen = [case for case in self.cases if kind is None or self._kind(case) == kind]
-        held = (self.rows.get((method, case)) for case in chosen)
-        return [math.nan if row is None else float(row.get(figure, math.nan)) for row in held]
+        found = (self.rows.get((method, case)) for case in chosen)
+        return [math.nan if row is None else float(row.get(figure, math.nan)) for row in found]
 
     def _kind(self, case: str) -> str:
         return next(str(self.rows[m, case]["kind"]) for m in self.methods if (m, case) in self.rows)
@@ -63,30 +62,30 @@ class Results:
         return [kind for kind in KINDS if kind in present]
 
     def count(self, method: str) -> int:
-        """How many cases a method was run on."""
+        """Number of cases that a method was run on."""
         return sum((method, case) in self.rows for case in self.cases)
 
     def mean(self, method: str, figure: str, kind: str | None = None) -> Interval:
         return mean_of(self.column(method, figure, kind))
 
-    def beside(self, method: str, other: str) -> Beside:
-        """A method beside another, over the cases of both."""
+    def compared(self, method: str, other: str) -> Compared:
+        """A method compared with another, over the cases of both."""
 
         def columns(figure: str) -> tuple[list[float], list[float]]:
             return self.column(method, figure), self.column(other, figure)
 
-        return Beside(
+        return Compared(
             error_ratio(*columns("success")),
             bootstrap(columns("truth_db"), lambda x, y: 10 ** ((y - x).mean(-1) / 10)),
             difference_of(*columns("preserved_db")),
         )
 
 
-class Beside(NamedTuple):
-    """What a method does beside another.
+class Compared(NamedTuple):
+    """A method's figures relative to another's.
 
-    wrong: the share of frames that are not right, as a multiple of the other's. squared: the squared error to
-    the true edit, as a multiple; the geometric mean over cases. kept: dB more of what should stay.
+    wrong: ratio of the shares of wrong frames. squared: ratio of the squared errors to the ground truth, as a geometric
+    mean over cases. kept: difference of `preserved_db`.
     """
 
     wrong: Interval
@@ -95,7 +94,7 @@ class Beside(NamedTuple):
 
 
 def write_tables(folder: Path, rows: Sequence[Row], best: str) -> str:
-    """Write `table.csv`, `table.md` and `page.html` into a run's folder; returns the Markdown."""
+    """Write `table.csv`, `table.md` and `page.html` to a run's folder; returns the Markdown."""
     results = Results(rows)
     text = markdown(results)
     for name, content in (("table.md", text), ("page.html", page(folder, results, best))):
@@ -113,19 +112,18 @@ def write_tables(folder: Path, rows: Sequence[Row], best: str) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Two tables: every figure over all cases, and the share of right edits by kind.
+    """Two tables: all figures over all cases, and the share of correct edits by kind.
 
-    The first one's last columns are beside the paper's settings: wrong frames and squared error to the true
-    edit as multiples of theirs, and dB kept more than theirs.
+    The first one's last columns are relative to the paper's settings (`Compared`).
     """
     figures = [f for f in results.figures if f in MAIN or f in ("tem_con", "frame_acc")]
     heads = ["method", "cases", *(HEADINGS[f] for f in figures), *("wrong frames", "squared error", "kept dB")]
     lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
     for method in results.methods:
-        cells = [_told(results.mean(method, figure), figure) for figure in figures]
+        cells = [_cell(results.mean(method, figure), figure) for figure in figures]
         if PAPER in results.methods:
-            told = results.beside(method, PAPER)
-            own = [_told(told.wrong, "ratio"), _told(told.squared, "ratio"), _told(told.kept, "gain")]
+            relative = results.compared(method, PAPER)
+            own = [_cell(relative.wrong, "ratio"), _cell(relative.squared, "ratio"), _cell(relative.kept, "gain")]
             cells += own if method != PAPER else ["1", "1", "0"]
         lines.append(_line([method, str(results.count(method)), *cells]))
     kinds = results.kinds
@@ -144,8 +142,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _told(interval: Interval, figure: str) -> str:
-    """value (low to high), in the figure's unit."""
+def _cell(interval: Interval, figure: str) -> str:
+    """Text of an interval, value (low to high), in the figure's unit."""
     if math.isnan(interval.value):
         return ""
     times, digits = (100, 0) if figure in SHARES else (1, 2 if figure in ("ratio", "preserved_ssim", "tem_con") else 1)
@@ -157,27 +155,27 @@ def _told(interval: Interval, figure: str) -> str:
 
 
 def ranked(results: Results, method: str) -> list[str]:
-    """Cases from the best to the worst edit by a method: right ones first, then by likeness to the truth."""
-    held = {case: results.rows[method, case] for case in results.cases if (method, case) in results.rows}
-    return sorted(held, key=lambda case: (-float(held[case]["success"]), -float(held[case]["truth_db"])))
+    """Cases from a method's best to worst edit: by success, then by similarity to the ground truth."""
+    found = {case: results.rows[method, case] for case in results.cases if (method, case) in results.rows}
+    return sorted(found, key=lambda case: (-float(found[case]["success"]), -float(found[case]["truth_db"])))
 
 
-def look_at(
+def case_sheet(
     folder: Path, results: Results, case: str, methods: Sequence[str], title: str, tile: int = 150
 ) -> Image.Image:
-    """A case's source, its true edit, and what some methods made of it."""
+    """A contact sheet of a case: source, ground truth and the results of some methods."""
     any_row = next(row for (_, name), row in results.rows.items() if name == case)
     rows = [(f"source: {any_row['source']}", strip_frames(folder, case, "source"))]
     rows.append((f"truth: {any_row['target']}", strip_frames(folder, case, "truth")))
     for method in methods:
         row = results.rows[method, case]
-        told = f"{method}: right {100 * float(row['success']):.0f} %, to truth {float(row['truth_db']):.1f} dB"
-        rows.append((told, strip_frames(folder, case, method)))
+        label = f"{method}: right {100 * float(row['success']):.0f} %, to truth {float(row['truth_db']):.1f} dB"
+        rows.append((label, strip_frames(folder, case, method)))
     return contact_sheet(rows, title, tile)
 
 
 def page(folder: Path, results: Results, best: str) -> str:
-    """Every case with every method's frames, from the best edit by one method to the worst."""
+    """A page of all cases with every method's frames, from the best edit by one method to the worst."""
     parts = [
         "<!doctype html><meta charset='utf-8'><title>fatezero benchmark</title>",
         "<style>body{font:14px sans-serif;margin:2em;max-width:1200px}img{image-rendering:pixelated;height:72px;"
@@ -188,24 +186,24 @@ def page(folder: Path, results: Results, best: str) -> str:
         _html_tables(markdown(results)),
     ]
     for case in ranked(results, best if best in results.methods else results.methods[-1]):
-        held = {m: results.rows[m, case] for m in results.methods if (m, case) in results.rows}
-        first = next(iter(held.values()))
+        found = {m: results.rows[m, case] for m in results.methods if (m, case) in results.rows}
+        first = next(iter(found.values()))
         parts.append(
             f"<h3>{case}</h3><p>{html.escape(str(first['source']))} &rarr; {html.escape(str(first['target']))}</p>"
         )
-        for name in ("source", "truth", *held):
-            told = name
-            if name in held:
-                told += f": {100 * float(held[name]['success']):.0f} %, {float(held[name]['truth_db']):.1f} dB"
+        for name in ("source", "truth", *found):
+            label = name
+            if name in found:
+                label += f": {100 * float(found[name]['success']):.0f} %, {float(found[name]['truth_db']):.1f} dB"
             parts.append(
                 f"<figure><img loading='lazy' src='strips/{strip_name(case, name)}'>"
-                f"<figcaption>{html.escape(told)}</figcaption></figure>"
+                f"<figcaption>{html.escape(label)}</figcaption></figure>"
             )
     return "\n".join(parts) + "\n"
 
 
 def _html_tables(text: str) -> str:
-    """Tables in Markdown as HTML."""
+    """Markdown tables as HTML."""
     rows = [line.strip("| \n").split(" | ") for line in text.splitlines()]
     cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows if row[0] != "---"]
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

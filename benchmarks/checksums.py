@@ -1,4 +1,4 @@
-"""What checking a store on disk costs: reading with and without checksums, and an edit that reads it."""
+"""The cost of checksums of a store on disk: reading it with and without them, and an edit from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, their inputs, plain loops over them, and how work is timed."""
+"""Models of real shapes with random weights, inputs for them, plain loops over them, and timing."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ SHAPES["tiny-sdxl"] = SHAPES["tiny"] | {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
 }
-"""UNets: SD 1.5's own width of 860 M parameters, SDXL's, one of SD 1.5's layout for CPUs, and two to rehearse with.
-Weights are random: speed does not depend on them."""
+"""UNets: SD 1.5 with 860 M parameters, SDXL, a smaller SD 1.5 for CPUs, and two tiny ones for trial runs. Weights are
+random: speed does not depend on them."""
 
 WANS: dict[str, dict[str, Any]] = {
     "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
@@ -80,13 +80,13 @@ WANS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
     },
 }  # fmt: skip
-"""Wan 2.1's transformers, and one to rehearse with."""
+"""Wan 2.1's transformers, and a tiny one for trial runs."""
 
 
 def random_model(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A diffusers model with random weights, the same at each call, made where they are used.
+    """A diffusers model with reproducible random weights, created on the device.
 
-    In half precision some of its layers stay in single, as `from_pretrained` has it.
+    In half precision some layers stay in single, like in `from_pretrained`.
     """
     with init_empty_weights():
         model = build()
@@ -106,7 +106,7 @@ def random_model(build: Callable[[], Any], device: torch.device, dtype: torch.dt
 
 
 def _fill(values: Tensor, name: str, random: torch.Generator) -> None:
-    """Weights as spread as torch's layers have them at first; norms and biases that do nothing."""
+    """Weights with the deviation of torch's initialization; norms and biases of the identity."""
     if values.ndim > 1:
         values.normal_(0, (3 * values[0].numel()) ** -0.5, generator=random)
     else:
@@ -122,7 +122,7 @@ def random_unet(shape: str, device: torch.device, dtype: torch.dtype) -> UNet2DC
 def random_wan(
     shape: str, device: torch.device, dtype: torch.dtype, blocks: int | None = None
 ) -> WanTransformer3DModel:
-    """A Wan transformer of a known shape, or so many of its blocks."""
+    """A Wan transformer of a known shape, optionally with fewer blocks."""
     own = WANS[shape] if blocks is None else WANS[shape] | {"num_layers": blocks}
     model: WanTransformer3DModel = random_model(lambda: WanTransformer3DModel(**own), device, dtype)
     return model
@@ -133,7 +133,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def denoiser_of(unet: UNet2DConditionModel) -> DiffusersDenoiser:
-    """With SD 1.5's schedule."""
+    """A denoiser with SD 1.5's schedule."""
     return DiffusersDenoiser(unet, build_scheduler())
 
 
@@ -141,7 +141,7 @@ def denoiser_of(unet: UNet2DConditionModel) -> DiffusersDenoiser:
 
 
 def random_inputs(unet: UNet2DConditionModel, frames: int, size: int) -> tuple[Tensor, list[Any]]:
-    """Latents of a square clip of so many pixels, and three texts: source, target, negative."""
+    """Latents of a clip of size x size pixels, and three texts: source, target, negative."""
     random = torch.Generator().manual_seed(1)
     latents = torch.randn(frames, 4, size // 8, size // 8, generator=random)
     width = unet.config["cross_attention_dim"]
@@ -165,7 +165,7 @@ def prompt_pair(words: bool) -> PromptEdit:
 
 @torch.no_grad()
 def plain_inversion(unet: Any, schedule: Schedule, z: Tensor, text: Tensor | Condition) -> Tensor:
-    """DDIM inversion of frames that know nothing of each other."""
+    """DDIM inversion of independent frames."""
     text = Condition.of(text, "text")
     for i, timestep in enumerate(reversed(schedule.timesteps)):
         noise = _of_unet(unet, z, timestep, [text] * len(z))
@@ -187,7 +187,7 @@ def plain_sampling(
 
 
 def _of_unet(unet: Any, z: Tensor, timestep: float, texts: list[Condition]) -> Tensor:
-    """The noise of latents, a text for each."""
+    """The predicted noise of latents, with a text for each."""
     embeddings = torch.cat([text.embeddings for text in texts]).to(unet.dtype)
     added = {name: torch.cat([text.extras[name] for text in texts]).to(unet.dtype) for name in texts[0].extras}
     output: Tensor = unet(z.to(unet.dtype), timestep, embeddings, added_cond_kwargs=added or None).sample
@@ -196,11 +196,11 @@ def _of_unet(unet: Any, z: Tensor, timestep: float, texts: list[Condition]) -> T
 
 @torch.no_grad()
 def plain_flow(model: Any, schedule: FlowSchedule, z: Tensor, text: Tensor, negative: Tensor) -> Tensor:
-    """A video transformer's sampling with guidance, the prompts one after another, as diffusers' pipeline has it."""
+    """A video transformer's sampling with guidance, one call per prompt, like diffusers' pipeline."""
     for step, timestep in enumerate(schedule.timesteps):
         clip, at = rearrange(z, "f c y x -> 1 c f y x").to(model.dtype), torch.tensor([timestep], device=z.device)
-        away, towards = (model(clip, at, t.to(model.dtype), return_dict=False)[0][0] for t in (negative, text))
-        velocity = rearrange(guide(away, towards, 5.0), "c f y x -> f c y x").to(z.dtype)
+        unguided, guided = (model(clip, at, t.to(model.dtype), return_dict=False)[0][0] for t in (negative, text))
+        velocity = rearrange(guide(unguided, guided, 5.0), "c f y x -> f c y x").to(z.dtype)
         z = schedule.move(z, velocity, schedule.steps - step, schedule.steps - step - 1)
     return z
 
@@ -210,7 +210,8 @@ def guided_steps(
 ) -> dict[str, Callable[[], None]]:
     """One guided step of a video transformer: plain, and as an edit that fuses all attention.
 
-    Its source is evaluated beside it, block by block, or before it, with all queries and keys kept meanwhile.
+    The edit evaluates its source in the same call, block by block ("beside"), or first, with all queries and keys
+    stored ("before").
     """
     model: Any = denoiser.transformers[0]
     keys, chunk = KeyFrames((ALL,)), Chunk.whole(len(z))
@@ -248,7 +249,7 @@ def guided_steps(
 
 
 def flops_of_call(shape: str, frames: int, size: int) -> int:
-    """Operations (two for a multiply-add) of one plain UNet call, counted on shapes alone."""
+    """FLOP of one plain UNet call (two per multiply-add), counted on the meta device."""
     unet = random_unet(shape, torch.device("meta"), torch.float32)
     latents = torch.empty(frames, 4, size // 8, size // 8, device="meta")
     text = torch.empty(frames, 77, SHAPES[shape]["cross_attention_dim"], device="meta")
@@ -258,7 +259,7 @@ def flops_of_call(shape: str, frames: int, size: int) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
-    """Operations a second of a large matrix product, the best of several."""
+    """FLOP per second of a large matrix product, the best of several."""
     side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(lambda: a @ b, device) for _ in range(8))
@@ -266,7 +267,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int | None = Non
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that some work takes, the device's queue emptied before and after."""
+    """Seconds that work takes, with the device synchronized before and after."""
     settle(device)
     start = time.perf_counter()
     work()
@@ -276,7 +277,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 @dataclass
 class Taken:
-    """What some work took: seconds of each round, and the most bytes that it held beyond what was there before it."""
+    """The cost of work: seconds of each round, and peak bytes above the memory in use before."""
 
     seconds: list[float] = field(default_factory=list)
     bytes: int = 0
@@ -286,16 +287,16 @@ class Taken:
         return median(self.seconds)
 
     def of(self, base: Taken) -> float:
-        """How many times another's seconds, the median over rounds."""
+        """The ratio to another's seconds, as a median over rounds."""
         return median(own / plain for own, plain in zip(self.seconds, base.seconds, strict=True))
 
 
 def side_by_side(
     works: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, seconds: float | None = None
 ) -> dict[str, Taken]:
-    """Time works in turn, so that all see the same machine, after each has run once.
+    """Time works in turn, under the same conditions, after each has run once.
 
-    seconds: how long the rounds may take; the first is made in any case.
+    seconds: time limit of the rounds; the first always runs.
     """
     for work in works.values():
         work()
@@ -313,13 +314,13 @@ def side_by_side(
 
 
 def settle(device: torch.device) -> None:
-    """Wait for what is queued on a device."""
+    """Synchronize a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU, or the processor and the threads that torch takes of it."""
+    """The GPU's name, or the processor's with torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -330,5 +331,5 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:
-    """What the figures were measured on."""
+    """Device, torch version and precision of the measurement."""
     return f"{device_name(device)}; torch {torch.__version__.partition('+')[0]}, {str(dtype).removeprefix('torch.')}"

@@ -1,8 +1,7 @@
-"""What an inversion and an edit cost beside plain DDIM on the same frames, in one run.
+"""The cost of an inversion and an edit relative to plain DDIM on the same frames.
 
-The UNet has random weights; plain DDIM is a loop of its own over the UNet as diffusers has it, each
-frame by itself, with guidance in one batch. Each method is run in turn with its plain counterpart,
-and the medians of their ratios over several rounds are told.
+The UNet has random weights. Plain DDIM is a separate loop over diffusers' UNet with independent frames and guidance in
+one batch. Each method alternates with its plain counterpart; the results are medians of their ratios.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "xformers"])
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--size", type=int, default=256, help="side in pixels")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--place", default="auto", choices=["auto", "device", "ram", "disk"])

@@ -1,8 +1,8 @@
-"""Layout guidance in the demo world: objects of new clips sent along a path, and objects of real clips moved.
+"""Layout guidance on demo scenes: objects of generated clips on a path, and moved objects of existing clips.
 
     python benchmarks/layout.py [--cases 9]
 
-Writes three tables into QUALITY.md and the rows of two into `results/`. Times are ratios of one run on one machine.
+Writes three tables to QUALITY.md and the rows of two to `results/`. Times are ratios within one run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.evaluate import _moves
 from fatezero.demo.judge import read_words
 from fatezero.demo.model import build_scheduler
-from fatezero.demo.world import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, seen_pixels
+from fatezero.demo.scenes import COLOURS, SIZE, Motion, Scene, Track, random_motion, render, scenes, visible_pixels
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
@@ -55,7 +55,7 @@ def mean(x: Tensor) -> float:
 
 
 def centre(masks: Tensor) -> Tensor:
-    """Of masks (frames, h, w), in pixels: (frames, 2); the picture's middle where there is nothing."""
+    """Centres of masks (frames, h, w) in pixels: (frames, 2); the middle of the frame for empty masks."""
     places = torch.arange(SIZE) + 0.5
     total = masks.sum((1, 2))
     x, y = (masks * places).sum((1, 2)), (masks * places[:, None]).sum((1, 2))
@@ -63,7 +63,7 @@ def centre(masks: Tensor) -> Tensor:
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of each frame."""
+    """IoU of each frame."""
     return (a * b).sum((1, 2)) / torch.maximum(a, b).sum((1, 2)).clamp(min=1)
 
 
@@ -80,7 +80,7 @@ NEW_FRAMES = 8
 
 
 def new_cases(count: int) -> list[tuple[Scene, Motion]]:
-    """Held-out captions of one plain thing in a photo, whose colour tells where it is, and paths of the world."""
+    """Held-out captions of one plain thing in a photo, which its colour locates, and random paths."""
     found = (
         (scene, motion)
         for scene, motion in scenes(777, held_out=True, things=1)
@@ -105,24 +105,24 @@ def run_new(index: int, scene: Scene, motion: Motion) -> list[Row]:
     for name, settings in NEW.items():
         layout = None
         if settings is not None:
-            asked = Layout(
+            paths = Layout(
                 scene.caption, checkpoint.tokenizer,
                 (Wanted(f"{thing.colour} {thing.shape}", Way(stops, "ellipse")),), LayoutSettings(**settings),
             )  # fmt: skip
-            layout = asked.guidance(NEW_FRAMES, SIZE, SIZE, text.text_tokens)
+            layout = paths.guidance(NEW_FRAMES, SIZE, SIZE, text.text_tokens)
         begun = time.perf_counter()
         latents = generate(checkpoint.denoiser, noise, text, empty, STEPS, GUIDANCE, layout=layout)
         took = time.perf_counter() - begun
         plain = plain or took
         frames = checkpoint.decode_latents(latents)
         colour = torch.tensor(COLOURS[thing.colour]).view(1, 3, 1, 1)
-        seen = ((frames - colour).abs().mean(1) < 0.15).float()
-        wanted = (truth.mask > 0.5).float()
+        found = ((frames - colour).abs().mean(1) < 0.15).float()
+        expected = (truth.mask > 0.5).float()
         rows.append(
             {
                 "case": index, "method": name, "caption": scene.caption,
-                "there": mean(overlap(seen, wanted) >= 0.5),
-                "apart": mean((centre(seen) - centre(wanted)).norm(dim=1)),
+                "there": mean(overlap(found, expected) >= 0.5),
+                "apart": mean((centre(found) - centre(expected)).norm(dim=1)),
                 "right": read_words(scene, scene, frames)[0], "warp": _moves(frames, estimate)[0], "time": took / plain,
             }
         )  # fmt: skip
@@ -137,7 +137,7 @@ KINDS = ("elsewhere", "another path", "grown")
 
 @dataclass(frozen=True)
 class Case:
-    """A clip, and the same with its object on another track."""
+    """A clip, and the same clip with its object on another track."""
 
     kind: str
     scene: Scene
@@ -156,14 +156,14 @@ class Case:
 
 
 def inside(track: Track) -> bool:
-    """Whether a thing stays whole in the picture."""
+    """Whether a thing stays inside the frame."""
     t = torch.arange(FRAMES).float()
     reach = 1.25 * track.scale(t) + 1
     return all(((reach <= c) & (c <= SIZE - reach)).all() for c in track.centre(t))
 
 
 def moved_cases(count: int) -> list[Case]:
-    """Of every kind as many: shifts by a fifth of the picture at least, a path that turns, a growth by a third."""
+    """Equal numbers of each kind: shifts by at least a fifth of the frame, another path, growth by a third."""
     found, random = list[Case](), Random(5)
     stream = scenes(4242, held_out=True, things=1)
     while len(found) < count:
@@ -190,10 +190,12 @@ def moved_cases(count: int) -> list[Case]:
 
 @dataclass(frozen=True)
 class Method:
-    """How an object is moved. settings: of the move; None for none. known: where it is, is told by its true mask."""
+    """How an object is moved. settings: of the move, if any. guided_only: use guidance to the true place only.
+    known: use the object's true mask.
+    """
 
     settings: dict[str, Any] | None = None
-    alone: bool = False  # guidance towards the true place, and nothing else
+    guided_only: bool = False
     known: bool = False
     fused: bool = True
     video: bool = False
@@ -202,7 +204,7 @@ class Method:
 MOVED: dict[str, Method] = {
     "inversion + prompt": Method(fused=False),
     "FateZero": Method(),
-    "guidance alone": Method(INSIDE, alone=True, fused=False),
+    "guidance alone": Method(INSIDE, guided_only=True, fused=False),
     "carried, not guided": Method({"scale": 0.0}),
     "guided, not carried": Method({"carry": 0.0}),
     "without fusion": Method({}, fused=False),
@@ -216,7 +218,7 @@ MOVED: dict[str, Method] = {
 def run_moved(index: int, case: Case) -> list[Row]:
     source, truth = (render(case.scene, motion, FRAMES) for motion in (case.motion, case.moved))
     ground = render(replace(case.scene, things=()), replace(case.motion, tracks=()), FRAMES).frames
-    wanted = changed_pixels(ground, truth.frames, 0.1).float()
+    expected = changed_pixels(ground, truth.frames, 0.1).float()
     kept = ((source.frames - truth.frames).abs().amax(1) < 1 / 255).float()
     thing, caption = case.scene.things[0], case.scene.caption
     words, rows, inversions = f"{thing.colour} {thing.shape}", list[Row](), {}
@@ -232,14 +234,14 @@ def run_moved(index: int, case: Case) -> list[Row]:
         layout: Any = None
         if method.settings is not None:
             known = source.mask if method.known else None
-            asked = Layout(
+            moves = Layout(
                 caption, checkpoint.tokenizer, (Wanted(words, case.shift, known),), MoveSettings(**method.settings)
             )
-            if method.alone:
-                columns = asked.columns(words, text.text_tokens)
+            if method.guided_only:
+                columns = moves.columns(words, text.text_tokens)
                 layout = LayoutGuidance(target=truth.mask, columns=columns, **method.settings)
             else:
-                layout = moves_of(asked, caption, text.text_tokens, text.text_tokens)
+                layout = moves_of(moves, caption, text.text_tokens, text.text_tokens)
         pair = PromptEdit(caption, caption, checkpoint.tokenizer) if method.fused else None
         fusion = FusionSettings(0.8, 0.8) if method.fused else None
         made = edit(
@@ -247,15 +249,15 @@ def run_moved(index: int, case: Case) -> list[Row]:
             layout=layout,
         )  # fmt: skip
         frames = checkpoint.decode_latents(made)
-        seen = changed_pixels(ground, frames, 0.1).float()
+        found = changed_pixels(ground, frames, 0.1).float()
         rows.append(
             {
                 "case": index, "kind": case.kind, "method": name, "caption": caption,
-                "overlap": mean(overlap(seen, wanted)),
-                "apart": mean((centre(seen) - centre(wanted)).norm(dim=1)),
+                "overlap": mean(overlap(found, expected)),
+                "apart": mean((centre(found) - centre(expected)).norm(dim=1)),
                 "right": read_words(case.scene, case.scene, frames, case.moved.tracks)[0],
                 "kept": psnr(frames, truth.frames, kept), "truth": psnr(frames, truth.frames),
-                "warp": 1000 * warp_error(frames, truth.flow, seen_pixels(truth)),
+                "warp": 1000 * warp_error(frames, truth.flow, visible_pixels(truth)),
             }
         )  # fmt: skip
     return rows
@@ -290,12 +292,12 @@ def table(rows: list[Row], columns: dict[str, tuple[str, str]]) -> str:
     lines = [f"| | {' | '.join(head for head, _ in columns.values())} |", f"|---|{'---:|' * len(columns)}"]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
-        told = [form.format(sum(float(r[figure]) for r in own) / len(own)) for figure, (_, form) in columns.items()]
-        lines.append(f"| {name} | {' | '.join(told)} |")
+        cells = [form.format(sum(float(r[figure]) for r in own) / len(own)) for figure, (_, form) in columns.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def rows_kept(name: str, run: Callable[..., list[Row]], cases: list[tuple[Any, ...]]) -> list[Row]:
+def saved_rows(name: str, run: Callable[..., list[Row]], cases: list[tuple[Any, ...]]) -> list[Row]:
     found = list[Row]()
     for n, rows in enumerate(rows_of(run, cases)):
         found += [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
@@ -305,7 +307,7 @@ def rows_kept(name: str, run: Callable[..., list[Row]], cases: list[tuple[Any, .
 
 
 def memory() -> str:
-    """What a guided step holds beside the weights, by shapes alone: rows of SD 1.x and ModelScope in half precision."""
+    """Memory of a guided step besides the weights, from shapes only: SD 1.x and ModelScope in half precision."""
     with torch.device("meta"):
         image = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).half()
         video = UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64).half()
@@ -326,27 +328,27 @@ def memory() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=9)
-    parser.add_argument("--memory", action="store_true", help="tell the memory alone")
+    parser.add_argument("--memory", action="store_true", help="print only the memory")
     given = parser.parse_args()
     count = given.cases
     write_section("Table: memory of guidance", memory(), PAGE)
     if given.memory:
         return
     percent, pixels, decibel = "{:.0%}", "{:.1f} px", "{:.1f} dB"
-    moved = rows_kept("layout_moved", run_moved, list(enumerate(moved_cases(count))))
+    moved = saved_rows("layout_moved", run_moved, list(enumerate(moved_cases(count))))
     columns = {
         "overlap": ("overlap", percent), "apart": ("centres apart", pixels), "right": ("frames right", percent),
         "kept": ("kept", decibel), "truth": ("to the truth", decibel), "warp": ("warp x1000", "{:.1f}"),
     }  # fmt: skip
-    told = f"{count} clips of {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}."
-    write_section("Table: moved objects", f"{told}\n\n{table(moved, columns)}", PAGE)
-    new = rows_kept("layout_new", run_new, [(i, *case) for i, case in enumerate(new_cases(count))])
+    text = f"{count} clips of {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}."
+    write_section("Table: moved objects", f"{text}\n\n{table(moved, columns)}", PAGE)
+    new = saved_rows("layout_new", run_new, [(i, *case) for i, case in enumerate(new_cases(count))])
     columns = {
         "there": ("overlap by half", percent), "apart": ("centres apart", pixels), "right": ("frames right", percent),
         "warp": ("warp x1000", "{:.2f}"), "time": ("time", "{:.1f}"),
     }  # fmt: skip
-    told = f"{count} captions, {NEW_FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}; time beside no guidance."
-    write_section("Table: layouts of new clips", f"{told}\n\n{table(new, columns)}", PAGE)
+    text = f"{count} captions, {NEW_FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}; time relative to no guidance."
+    write_section("Table: layouts of new clips", f"{text}\n\n{table(new, columns)}", PAGE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and memory of clips of growing length, in chunks, on the bundled model; a process for each."""
+"""Time and memory by clip length, in chunks, on the bundled model, in one process each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--frames", type=int, help="measure this length alone, as JSON")
+    parser.add_argument("--frames", type=int, help="measure only this length, as JSON")
     given = parser.parse_args()
     if given.frames:
         print(json.dumps(run(given.frames, given.chunk or None, given.steps)))

@@ -1,4 +1,4 @@
-"""The page of results: tables, and sections that take the place of older ones."""
+"""The results page: tables, and sections that replace older ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_section(title: str, text: str, page_path: Path = RESULTS) -> None:
-    """Put a section into a page (RESULTS.md), in the place of the one with its title."""
+    """Write a section to a page, replacing the one with the same title."""
     print(f"## {title}\n\n{text}\n")
     page = page_path.read_text(encoding="utf-8") if page_path.exists() else "# Results\n"
     sections = re.split(r"(?m)^## ", page)

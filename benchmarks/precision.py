@@ -1,4 +1,4 @@
-"""What keeping queries and keys in fewer digits does to an edit of the bundled clip."""
+"""The error of an edit of the bundled clip from queries and keys in lower precision."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from common import machine, table, write_section
 
 from fatezero import StoreSettings, edit, invert
 from fatezero.cli.config.settings import EditConfig, with_preset
+from fatezero.demo.scenes import render
 from fatezero.demo.show import EDITS, FRAMES, MOTION, SCENE
-from fatezero.demo.world import render
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.metrics.preservation import psnr
 from fatezero.store.budget import PRECISIONS, format_bytes
@@ -28,9 +28,9 @@ def main() -> None:
         settings = StoreSettings("queries_keys", precision=precision)
         inversion = invert(checkpoint.denoiser, latents, source, steps, memory=settings)
         row = [precision, format_bytes(inversion.store.nbytes)]
-        for preset, (_, wanted) in EDITS.items():
-            config = with_preset(EditConfig(source=SCENE.caption, target=wanted.caption), preset)
-            target = checkpoint.encode_prompt(wanted.caption, 64, 64)
+        for preset, (_, edited) in EDITS.items():
+            config = with_preset(EditConfig(source=SCENE.caption, target=edited.caption), preset)
+            target = checkpoint.encode_prompt(edited.caption, 64, 64)
             prompt = config.prompt_edit(checkpoint.tokenizer)
             arguments = (target, negative, 7.5, prompt, config.fusion)
             frames = checkpoint.decode_latents(edit(checkpoint.denoiser, inversion, *arguments))

@@ -1,4 +1,4 @@
-"""Where the time of an edit goes: the UNet's own layers, the attention kernels, and all that is ours."""
+"""A profile of an edit: the UNet's own layers, the attention kernels, and the rest."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from fatezero.store.records import Recorder
 
 @contextmanager
 def watched(unet: torch.nn.Module, device: torch.device, spent: dict[str, float]) -> Iterator[None]:
-    """Note the seconds inside the UNet, inside its attention controls, and inside the kernels they call."""
+    """Measure the seconds in the UNet, in its attention controls, and in the kernels they call."""
 
     running: set[str] = set()
 
     def timing(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if name in running:  # a fuser calls what it inherits
+            if name in running:  # a fuser calls its base class
                 return work(*args, **kwargs)
             running.add(name)
             settle(device)
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--size", type=int, default=256, help="side in pixels")
     parser.add_argument("--steps", type=int, default=5)
     given = parser.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)

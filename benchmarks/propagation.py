@@ -1,6 +1,6 @@
-"""What TokenFlow costs beside the same edit frame by frame, how long its search takes, and memory by clip length.
+"""The cost of TokenFlow relative to the same edit frame by frame, of its search, and memory by clip length.
 
-Random weights of SD 1.5's layout for time; for memory the bundled model, a process for each length.
+Time with random weights of SD 1.5's layout; memory with the bundled model, in one process per length.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fatezero.metrics.memory import PeakMemory
 
 CPU = torch.device("cpu")
 PNP = PnPSettings(1.0, 1.0)
-"""In every step, so that both run the source as often."""
+"""In every step, so that both run the source equally often."""
 LENGTHS = ((16, None, 16), (16, 8, 8), (64, 8, 8), (300, 20, 8))
-"""Frames, TokenFlow's batch (None: frame by frame), and frames of one call."""
+"""Frames, TokenFlow's batch (None: frame by frame), and frames per call."""
 
 
 def key_frame_bytes(size: int) -> int:
-    """What a step keeps of a key frame, for SD 1.5 in half precision: the source's tokens, three branches' outputs."""
+    """Bytes stored per pivot in a step of SD 1.5 in half precision: the source's tokens, three branches' outputs."""
     sites = denoiser_of(random_unet("sd15", torch.device("meta"), torch.float16)).sites(size // 8, size // 8)
     return sum(4 * 2 * site.tokens * site.channels for site in sites if site.kind == "self")
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--memory", type=json.loads, help="measure [frames, batch, chunk] alone, as JSON")
+    parser.add_argument("--memory", type=json.loads, help="measure only [frames, batch, chunk], as JSON")
     given = parser.parse_args()
     if given.memory:
         print(json.dumps(measure_memory(*given.memory)))

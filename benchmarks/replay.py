@@ -1,6 +1,6 @@
-"""How far an inversion and its replay at guidance 1 come from the clip, by the solver's order, at equal calls.
+"""The error of an inversion and its replay at guidance 1, by the solver's order, at equal numbers of calls.
 
-On clips of the demo world whose captions are held out, with the bundled model; into QUALITY.md.
+Measured on held-out demo clips with the bundled model; writes to QUALITY.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from common import table, write_section
 
 from fatezero import edit, invert
-from fatezero.demo.world import SIZE, render, scenes
+from fatezero.demo.scenes import SIZE, render, scenes
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
 from fatezero.hosts.diffusers.checkpoint_wan import NAME, WanCheckpoint
 from fatezero.metrics.preservation import psnr

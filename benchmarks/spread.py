@@ -1,6 +1,6 @@
-"""One long clip on one process and on several: time, and whether the latents are the same.
+"""One long clip on one process and on several: time, and whether the latents are equal.
 
-Each row is a run of its own under `torch.distributed.run`, a GPU for each process where there are GPUs.
+Each row is a separate run of `torch.distributed.run`, with one GPU per process if there are GPUs.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from common import SHAPES, denoiser_of, machine, prompt_pair, random_inputs, ran
 
 from fatezero import Edit, FusionSettings, edit_many, invert
 from fatezero.cli.config.settings import PRESETS
-from fatezero.diffusion.spread import ALONE
+from fatezero.diffusion.spread import ONE_PROCESS
 from fatezero.hosts.diffusers.processes import Processes
 
 MARK = "measured: "
 
 
 def run(shape: str, frames: int, chunk: int, size: int, steps: int, cpu: bool, dtype: torch.dtype) -> None:
-    """Time an inversion and an edit on the processes there are; the main one prints it."""
+    """Time an inversion and an edit on all processes; the main one prints the result."""
     team = Processes(Accelerator(cpu=cpu))
-    spread = team if team.count > 1 else ALONE
+    spread = team if team.count > 1 else ONE_PROCESS
     unet = random_unet(shape, team.device, dtype)
     latents, (source, target, negative) = random_inputs(unet, frames, size)
     denoiser, made = denoiser_of(unet), []
 
     def both() -> None:
         inversion = invert(denoiser, latents, source, steps, chunk_frames=chunk, spread=spread)
-        asked = Edit(target, negative, 7.5, prompt_pair(True), FusionSettings(**PRESETS["shape"]))
-        made.extend(edit_many(denoiser, inversion, [asked], chunk, spread=spread))
+        chosen = Edit(target, negative, 7.5, prompt_pair(True), FusionSettings(**PRESETS["shape"]))
+        made.extend(edit_many(denoiser, inversion, [chosen], chunk, spread=spread))
 
     seconds = timed(both, team.device)
     digest = hashlib.sha256(made[0].float().cpu().numpy().tobytes()).hexdigest()
@@ -44,7 +44,7 @@ def run(shape: str, frames: int, chunk: int, size: int, steps: int, cpu: bool, d
 
 
 def measured(processes: int, threads: int) -> dict[str, str | float]:
-    """This script's own arguments on so many processes."""
+    """The result of this script with the same arguments on several processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), __file__, "--one"]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([*launch, *sys.argv[1:]], capture_output=True, text=True, check=True, env=env)

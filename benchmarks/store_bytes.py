@@ -1,4 +1,4 @@
-"""Bytes of an attention store for an SD 1.5-shaped UNet, in each memory, without running it."""
+"""Bytes of an attention store of SD 1.5 by memory, without running the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--keep-steps", type=float, default=1.0, help="share of steps whose attention is kept")
+    parser.add_argument("--keep-steps", type=float, default=1.0, help="share of steps whose attention is stored")
     given = parser.parse_args()
 
     denoiser = denoiser_of(random_unet("sd15", torch.device("meta"), torch.float16))

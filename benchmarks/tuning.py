@@ -1,9 +1,9 @@
-"""What one-shot tuning takes in memory: told before it runs, and counted in a real step.
+"""Memory of one-shot tuning: computed in advance, and counted in a real step.
 
     python benchmarks/tuning.py
 
-Stable Diffusion 1.x's shapes are told on torch's meta device, with no memory; a smaller UNet really takes a step on the
-CPU, where every tensor that is made is counted.
+Stable Diffusion 1.x is computed on torch's meta device, without memory; a smaller UNet takes a real step on the CPU,
+where every tensor is counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEYS = KeyFrames(("first", "previous"))
 SD = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SMALL = SD | {"block_out_channels": (64, 128, 128, 128), "layers_per_block": 1, "cross_attention_dim": 128}
 AUTHORS_OTHER = (83_653_863 + 123_060_480) * 2
-"""Autoencoder and text encoder of SD 1.x in fp16, which the authors' code keeps on the device."""
+"""Bytes of SD 1.x's autoencoder and text encoder in fp16, which the authors' code leaves on the device."""
 
 
 def denoiser_of(dtype: torch.dtype, device: str, **config: Any) -> DiffusersDenoiser:
@@ -35,8 +35,8 @@ def denoiser_of(dtype: torch.dtype, device: str, **config: Any) -> DiffusersDeno
     return DiffusersDenoiser(unet, build_scheduler())
 
 
-def told(frames: int, side: int) -> list[str]:
-    """Rows of SD 1.x: beside the authors' way with everything else the same, and without recomputing."""
+def rows_of(frames: int, side: int) -> list[str]:
+    """Rows of SD 1.x: ours, the authors' way, and without recomputing activations."""
     shape, text = (frames, 4, side // 8, side // 8), Condition(torch.empty(1, 77, 768))
     half, single = (denoiser_of(dtype, "meta", **SD) for dtype in (torch.float16, torch.float32))
     numbers = sum(weight.numel() for weight in half.trained().values())
@@ -58,7 +58,7 @@ def told(frames: int, side: int) -> list[str]:
 
 
 def counted() -> str:
-    """The bytes told of a smaller UNet's step, and those of the tensors that it really makes."""
+    """Computed bytes of a smaller UNet's step, and those of its actual tensors."""
     torch.manual_seed(0)
     denoiser, shape = denoiser_of(torch.float32, "cpu", **SMALL), (8, 4, 32, 32)
     text = Condition(torch.randn(1, 77, 128))
@@ -67,7 +67,7 @@ def counted() -> str:
         gradients = sum(weight.nbytes for weight in denoiser.trained().values())
         with LiveBytes() as live:
             clip_loss(denoiser, torch.randn(shape), torch.randn(shape), 500, text, KEYS).backward()
-    return f"{format_bytes(before)} told, {format_bytes(live.most - gradients)} counted"
+    return f"{format_bytes(before)} computed, {format_bytes(live.most - gradients)} counted"
 
 
 def main() -> None:
@@ -77,11 +77,11 @@ def main() -> None:
     )
     section = "\n".join(
         [
-            f"{frames} frames of {side}x{side}, Stable Diffusion 1.x's UNet with temporal layers, by shapes alone "
-            "(what a kernel takes for itself is not in it):",
+            f"{frames} frames of {side}x{side}, Stable Diffusion 1.x's UNet with temporal layers, from shapes only "
+            "(without the kernels' own workspace):",
             "",
             head,
-            *told(frames, side),
+            *rows_of(frames, side),
             "",
             f"A smaller UNet (8 frames, 32x32 latents, fp32): {counted()}.",
             "The authors' activations are at least these: under autocast their norms give fp32.",

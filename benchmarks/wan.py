@@ -1,8 +1,8 @@
-"""What an edit on a video transformer costs beside plain guided sampling, in one run, on shapes of Wan 2.1 1.3B.
+"""The cost of an edit on a video transformer relative to plain guided sampling, with the shapes of Wan 2.1 1.3B.
 
-The transformer has random weights, and on a CPU some of its 30 blocks. Plain sampling is a loop of its own over the
-transformer as diffusers has it, one call for each prompt, as diffusers' pipeline does. Memory is counted by the tensors
-that are alive, on torch's meta device at full size: 81 frames of 832x480, 32,760 tokens.
+The transformer has random weights, and on a CPU fewer than its 30 blocks. Plain sampling is a separate loop over
+diffusers' transformer, one call per prompt, like diffusers' pipeline. Memory is the size of live tensors on torch's
+meta device at full size: 81 frames of 832x480, 32,760 tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROMPT = PromptEdit(
 
 
 def full_memory() -> list[list[str]]:
-    """The most bytes alive in a guided step of Wan 2.1 1.3B in bfloat16 at full size, with its weights."""
+    """Peak bytes of a guided step of Wan 2.1 1.3B in bfloat16 at full size, with and without its weights."""
     model = random_wan("1.3B", torch.device("meta"), torch.bfloat16)
     weights = weight_bytes(model)
     denoiser = VideoTransformerDenoiser(model, FlowMatchEulerDiscreteScheduler())

@@ -1,4 +1,4 @@
-"""Put a run of `fatezero benchmark` into QUALITY.md: its table, its rows, and the best, median and worst case."""
+"""Write a run of `fatezero benchmark` to QUALITY.md: table, rows, and the best, median and worst case."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common import write_section
 from fatezero.benchmark.cases import KINDS
 from fatezero.benchmark.rows import BEST, METHODS, PAPER
 from fatezero.benchmark.run import load_rows
-from fatezero.benchmark.table import Results, look_at, markdown, ranked
+from fatezero.benchmark.table import Results, case_sheet, markdown, ranked
 
 HERE = Path(__file__).parent
 PAGE = HERE / "QUALITY.md"
@@ -21,35 +21,35 @@ SHOWN = ("DDIM inversion + prompt", "SDEdit 0.6", PAPER, BEST)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder")
-    parser.add_argument("--each", type=int, default=10, help="cases of each kind to tell")
-    parser.add_argument("--kinds", nargs="*", default=KINDS, help="kinds to tell")
-    parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS], help="rows to tell")
+    parser.add_argument("--each", type=int, default=10, help="cases of each kind to include")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, help="kinds to include")
+    parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS], help="rows to include")
     parser.add_argument(
-        "--name", default="full", help="what the section and its rows are called; full draws the pictures"
+        "--name", default="full", help="name of the section and its rows; full also writes the pictures"
     )
     given = parser.parse_args()
-    held = load_rows(given.folder)
-    rows = [  # as they are kept, so that page and rows agree to the last digit
+    found = load_rows(given.folder)
+    rows = [  # rounded as in the file, so that page and rows agree to the last digit
         {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        for row in held
+        for row in found
         if int(str(row["case"])[-2:]) < given.each and row["kind"] in given.kinds and row["method"] in given.methods
     ]
     settings = json.loads((given.folder / "settings.json").read_text(encoding="utf-8"))
     results = Results(rows)
-    told = (
+    caption = (
         f"{len(results.cases)} cases of seed {settings['seed']}, {settings['frames']} frames, {settings['steps']} "
         f"steps, guidance {settings['guidance_scale']}. In brackets: 95 % of bootstrap resamples of the cases."
     )
-    write_section(f"Table: {given.name}", f"{told}\n\n{markdown(results)}", PAGE)
-    kept = HERE / "results" / f"{given.name}.jsonl"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_section(f"Table: {given.name}", f"{caption}\n\n{markdown(results)}", PAGE)
+    file = HERE / "results" / f"{given.name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     methods = [name for name in SHOWN if name in results.methods]
     if given.name != "full":
         return
     order = ranked(results, BEST)
     for name, case in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        look_at(given.folder, results, case, methods, f"the {name} edit by {BEST}").save(kept.parent / f"{name}.png")
+        case_sheet(given.folder, results, case, methods, f"the {name} edit by {BEST}").save(file.parent / f"{name}.png")
         print(f"{name}: {case}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..attention.masks import GivenMask
 from ..diffusion.denoiser import refuse_clip_norm
 from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers
 from ..diffusion.invert import Inversion, Progress
@@ -66,6 +67,7 @@ def one_edit(
     store: AttentionStore,
     motion: Motion | None = None,
     layout: Layout | None = None,
+    mask: GivenMask | None = None,
 ) -> Edit:
     """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
@@ -81,6 +83,7 @@ def one_edit(
         config.guidance_scale,
         prompt,
         config.chosen_injection,
+        mask,
         propagation=config.chosen_propagation,
         smoothing=FlowSmoothing(config.smoothing, motion) if config.smoothing else None,
         layout=moves,

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..attention.prompt import places_of
-from ..imports import torch
 from ..methods.layout import Layout, Wanted, named_path
 from ..settings import shown
-from ..video.read import open_video
-from ..video.size import to_unit
 from .config.settings import ConfigError, EditConfig, GenerateConfig
+from .masks import found_mask, grey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +43,7 @@ def check_objects(config: EditConfig | GenerateConfig, prompt: str) -> None:
     for name in ("mask", "object_mask"):
         for text in getattr(config, name, ()):
             words, file = _words_and_file(name, text)
-            try:
-                open_video(file, 0, 1, 1)
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{name}: {error}") from error
+            found_mask(name, file, 1)
             if name == "mask":
                 places_of(prompt, words, name)
 
@@ -61,10 +56,6 @@ def _words_and_file(name: str, text: str) -> tuple[str, str]:
 
 
 def _by_words(name: str, texts: tuple[str, ...], frames: int) -> dict[str, Tensor]:
-    """Masks (frames, height, width) by the words they are for, of "words: file"."""
-    found = {}
-    for text in texts:
-        words, file = _words_and_file(name, text)
-        mask = open_video(file, 0, 1, frames)
-        found[words] = torch.stack([to_unit(frame[None])[0].mean(0) for frame in mask.frames()])
-    return found
+    """Masks (frames or 1, height, width) by the words they are for, of "words: file"."""
+    files = (_words_and_file(name, text) for text in texts)
+    return {words: grey(found_mask(name, file, frames)) for words, file in files}

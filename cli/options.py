@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter, Token
 
 from ..attention.key_frames import KeyFrames
 from ..methods.layout_guidance import LayoutSettings
-from ..settings import Described, described, is_union, shown
+from ..settings import NamedSetting, is_union, settings_of, shown
 from .config.settings import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 
 GROUPS = {
@@ -67,26 +67,26 @@ NOT_INVERTED = {
 
 def edit_options() -> type:
     """Every setting of an edit, and the sections of its methods, as options that are None unless given."""
-    own = [one for one in described(EditConfig) if one.name != "target"]
-    sections = {name: _options_of(settings.__name__, described(settings)) for name, settings in SECTIONS.items()}
+    own = [one for one in settings_of(EditConfig) if one.name != "target"]
+    sections = {name: _options_of(settings.__name__, settings_of(settings)) for name, settings in SECTIONS.items()}
     return _options_of("EditOptions", own, sections)
 
 
 def invert_options(of_methods: Iterable[str]) -> type:
     """The settings of an inversion. of_methods: those of edits alone."""
     left_out = NOT_INVERTED | set(of_methods)
-    return _options_of("InvertOptions", [one for one in described(EditConfig) if one.name not in left_out])
+    return _options_of("InvertOptions", [one for one in settings_of(EditConfig) if one.name not in left_out])
 
 
 def tune_options() -> type:
     """Every setting of a tuning."""
-    return _options_of("TuneOptions", described(TuneConfig))
+    return _options_of("TuneOptions", settings_of(TuneConfig))
 
 
 def generate_options() -> type:
     """Every setting of a new clip, and the section of its layout."""
-    own = [one for one in described(GenerateConfig) if one.name != "layout"]
-    sections = {"layout": _options_of(LayoutSettings.__name__, described(LayoutSettings))}
+    own = [one for one in settings_of(GenerateConfig) if one.name != "layout"]
+    sections = {"layout": _options_of(LayoutSettings.__name__, settings_of(LayoutSettings))}
     return _options_of("GenerateOptions", own, sections)
 
 
@@ -108,7 +108,7 @@ def given_of(options: Any) -> dict[str, Any]:
     return found
 
 
-def _options_of(name: str, settings: Iterable[Described], sections: Mapping[str, type] | None = None) -> type:
+def _options_of(name: str, settings: Iterable[NamedSetting], sections: Mapping[str, type] | None = None) -> type:
     parts: list[Any] = [(one.name, Annotated[_typed(one), _parameter(one)], None) for one in settings]
     parts += [(key, Annotated[kind | None, Parameter()], None) for key, kind in (sections or {}).items()]
     made = make_dataclass(name, parts)
@@ -117,7 +117,7 @@ def _options_of(name: str, settings: Iterable[Described], sections: Mapping[str,
     return made
 
 
-def _typed(one: Described) -> Any:
+def _typed(one: NamedSetting) -> Any:
     """What the command line reads: a number, a switch, or text."""
     kind = one.plain
     if get_origin(kind) is not None or is_union(kind):
@@ -125,12 +125,12 @@ def _typed(one: Described) -> Any:
     return kind | None
 
 
-def _parameter(one: Described) -> Parameter:
-    help = f"{one.about.text} ({', '.join(one.choices)})" if one.choices else one.about.text
-    shown = one.about.shown or _default_text(one.default)
+def _parameter(one: NamedSetting) -> Parameter:
+    help = f"{one.meta.text} ({', '.join(one.choices)})" if one.choices else one.meta.text
+    shown = one.meta.shown or _default_text(one.default)
     return Parameter(
         help=help,
-        group=GROUPS[one.about.group],
+        group=GROUPS[one.meta.group],
         show_default=(lambda _: shown) if shown else False,
         negative=None if one.plain is bool else "",
         converter=whole if one.plain is int else None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.masks import GivenMask
 from ..diffusion.denoiser import frames_meet, keys_on
 from ..diffusion.edit import unet_calls
 from ..files.memory import check_room, free_bytes
@@ -122,7 +123,7 @@ def _calls(
             c.guidance_scale,
             kept_steps,
             c.chosen_injection,
-            None,
+            GivenMask(torch.ones(1, 1, 1), c.mask_mode) if c.edit_mask else None,
             c.chosen_propagation,
             frames,
             c.strength,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..diffusion.source import check_store
 from ..imports import np, torch
-from ..settings import described, shown
+from ..settings import settings_of, shown
 from ..store.origin import Origin
 from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
@@ -23,7 +23,7 @@ from .frames import find_frames
 if TYPE_CHECKING:
     from .session import AnyCheckpoint
 
-_OF_THE_CLIP = tuple(one.name for one in described(ClipSettings))
+_OF_THE_CLIP = tuple(one.name for one in settings_of(ClipSettings))
 _KEPT = (*_OF_THE_CLIP, "precision", "keep_steps")
 """The settings that a store remembers."""
 

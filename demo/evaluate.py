@@ -1,4 +1,4 @@
-"""The figures of the model card: what the demo checkpoint reaches on scenes it never saw."""
+"""The figures of the model card: the demo checkpoint on held-out scenes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from ..video.flow import Estimator, flow_estimator
 from ..video.motion import visible
 from .judge import close_up
 from .model import SceneClassifier, labels
-from .world import SIZE, random_motion, random_scene, render, scenes
+from .scenes import SIZE, random_motion, random_scene, render, scenes
 
-Drawing = Checkpoint | WanCheckpoint
-"""A model that draws the world."""
+AnyModel = Checkpoint | WanCheckpoint
+"""A model that generates demo scenes."""
 
 
 def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) -> float:
-    """Share of freshly rendered scenes of one thing that the judge reads wholly right."""
+    """Share of new rendered scenes of one thing whose words the judge all reads correctly."""
     random = Random(seed)
-    drawn = [random_scene(random, things=1) for _ in range(count)]
-    frames = torch.cat([render(scene, random_motion(random), frames=1).frames for scene in drawn])
-    return sum(seen == labels(scene) for seen, scene in zip(judge.read(frames), drawn, strict=True)) / count
+    sampled = [random_scene(random, things=1) for _ in range(count)]
+    frames = torch.cat([render(scene, random_motion(random), frames=1).frames for scene in sampled])
+    return sum(words == labels(scene) for words, scene in zip(judge.read(frames), sampled, strict=True)) / count
 
 
 def close_up_accuracy(
     judge: SceneClassifier, coder: Checkpoint | None = None, count: int = 200, seed: int = 78
 ) -> float:
-    """Share of things, two to a scene, whose colour, shape and texture the judge reads right from close.
+    """Share of things, two per scene, whose colour, shape and texture the judge reads correctly in a close-up.
 
-    Freshly rendered, or with a `coder` through its autoencoder.
+    Newly rendered, and with a `coder` passed through its autoencoder.
     """
     random = Random(seed)
     right = []
@@ -53,14 +53,14 @@ def close_up_accuracy(
         if coder is not None:
             frames = coder.decode_latents(coder.encode_frames(frames)).cpu()
         for thing, track in zip(scene.things, motion.tracks, strict=True):
-            (seen,) = judge.read(close_up(frames, track))
-            right.append((seen["colour"], seen["shape"], seen["texture"]) == (thing.colour, thing.shape, thing.texture))
+            (read,) = judge.read(close_up(frames, track))
+            right.append((read["colour"], read["shape"], read["texture"]) == (thing.colour, thing.shape, thing.texture))
     return sum(right) / len(right)
 
 
 @torch.no_grad()
 def paint(checkpoint: Checkpoint, captions: list[str], steps: int = 30, guidance: float = 5.0, seed: int = 0) -> Tensor:
-    """Pictures of captions by DDIM from noise: (n, 3, 64, 64) in 0..1."""
+    """Generate pictures from captions with DDIM: (n, 3, 64, 64) in 0..1."""
     schedule = checkpoint.denoiser.schedule(steps)
     generator = torch.Generator().manual_seed(seed)
     side = SIZE // checkpoint.factor
@@ -78,20 +78,20 @@ def paint(checkpoint: Checkpoint, captions: list[str], steps: int = 30, guidance
 def painting_accuracy(
     checkpoint: Checkpoint, judge: SceneClassifier, count: int = 200, batch: int = 50
 ) -> dict[str, float]:
-    """Share of held-out captions of one thing whose picture the judge reads right, by head."""
-    wanted = [scene for scene, _ in islice(scenes(123, held_out=True, things=1), count)]
+    """Share of held-out captions of one thing whose generated picture the judge reads correctly, by head."""
+    chosen = [scene for scene, _ in islice(scenes(123, held_out=True, things=1), count)]
     frames = torch.cat(
-        [paint(checkpoint, [s.caption for s in wanted[at : at + batch]], seed=at) for at in range(0, count, batch)]
+        [paint(checkpoint, [s.caption for s in chosen[at : at + batch]], seed=at) for at in range(0, count, batch)]
     )
-    seen = judge.read(frames)
+    words = judge.read(frames)
     return {
-        head: sum(s[head] == labels(scene)[head] for s, scene in zip(seen, wanted, strict=True)) / count
+        head: sum(s[head] == labels(scene)[head] for s, scene in zip(words, chosen, strict=True)) / count
         for head in judge.HEADS
     }
 
 
-def replay_psnr(checkpoint: Drawing, clips: int = 6, steps: int = 50) -> tuple[float, float]:
-    """PSNR in dB to the source of (the autoencoder alone, inversion and replay at guidance 1)."""
+def replay_psnr(checkpoint: AnyModel, clips: int = 6, steps: int = 50) -> tuple[float, float]:
+    """PSNR in dB to the source, of the autoencoder's round trip and of inversion and replay at guidance 1."""
     sources, coded, replayed = [], [], []
     for scene, motion in islice(scenes(321, held_out=True), clips):
         frames = render(scene, motion, 8).frames
@@ -109,9 +109,8 @@ def replay_psnr(checkpoint: Drawing, clips: int = 6, steps: int = 50) -> tuple[f
 def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tuple[float, float]:
     """Mean IoU of the object word's cross-attention with the true mask, and the best threshold.
 
-    Maps of the noun on the finest grid, averaged over heads, layers and every fourth step
-    of the inversion, each frame over its own maximum; the mask is the object's coverage of
-    the grid's cells above one half.
+    Maps of the noun on the finest grid, averaged over heads, layers and every fourth step of the inversion, each frame
+    divided by its maximum. The true mask is the cells that the object covers by more than half.
     """
     heats, truths = [], []
     for scene, motion in islice(scenes(231, held_out=True, things=1), clips):
@@ -134,24 +133,23 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
     return max(scores)
 
 
-def moving_figures(checkpoint: Drawing, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
-    """What clips drawn of held-out captions show: right words, each kind and all, how frames agree, and that something
-    moves.
+def moving_figures(checkpoint: AnyModel, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
+    """Figures of clips generated from held-out captions: correct words by kind and in total, warp error, motion.
 
-    The warp error (x 1000) is along DIS's flow of the clip itself; `rendered` ones are those of true clips.
+    The warp error (x 1000) uses DIS's flow of the clip itself; figures `rendered` are those of rendered clips.
     """
     _, estimate = flow_estimator("dis")
-    drawn, side = list(islice(scenes(456, held_out=True, things=1), clips)), SIZE // checkpoint.factor
+    sampled, side = list(islice(scenes(456, held_out=True, things=1), clips)), SIZE // checkpoint.factor
     rows = []
-    for n, (scene, _) in enumerate(drawn):
+    for n, (scene, _) in enumerate(sampled):
         noise = torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(n))
         text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
         latents = generate(checkpoint.denoiser, noise, text, empty, 30, 5.0)
         made = checkpoint.decode_clip(latents, frames)
         motion = random_motion(Random(n), 1, frames)
         right = torch.tensor([[s[head] == labels(scene)[head] for head in judge.HEADS] for s in judge.read(made)])
-        seen = (*right.float().mean(0).tolist(), right.all(1).float().mean().item())
-        rows.append((*seen, *_moves(made, estimate), *_moves(render(scene, motion, frames).frames, estimate)))
+        shares = (*right.float().mean(0).tolist(), right.all(1).float().mean().item())
+        rows.append((*shares, *_moves(made, estimate), *_moves(render(scene, motion, frames).frames, estimate)))
     kinds = tuple(f"frames whose {head} is right" for head in judge.HEADS)
     names = (
         *kinds,
@@ -172,7 +170,7 @@ def _moves(frames: Tensor, estimate: Estimator) -> tuple[float, float]:
 
 
 def evaluate(checkpoint: Checkpoint, judge: SceneClassifier, report: Callable[[str], None] = print) -> dict[str, float]:
-    """Every figure of the card, reported as it comes."""
+    """All figures of the model card."""
     figures = {"judge right on rendered scenes": judge_accuracy(judge)}
     figures["judge right on two things from close"] = close_up_accuracy(judge)
     figures["the same through the autoencoder"] = close_up_accuracy(judge, checkpoint)

@@ -1,4 +1,4 @@
-"""What a picture of the demo world shows, read from its pixels."""
+"""A classifier that reads the words of demo scenes from pixels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..files.bundled import DEMO
 from .model import SceneClassifier
-from .world import SIZE, Place, Scene, Track
+from .scenes import SIZE, Place, Scene, Track
 
 
 @cache
 def load_judge(checkpoint: Path = DEMO) -> SceneClassifier:
-    """The pixel classifier that reads what a frame shows."""
+    """The bundled classifier."""
     judge = SceneClassifier()
     judge.load_state_dict({k: v.float() for k, v in load_file(checkpoint / "judge" / "model.safetensors").items()})
     return judge.eval()
@@ -27,9 +27,9 @@ def load_judge(checkpoint: Path = DEMO) -> SceneClassifier:
 def read_words(
     source: Scene, target: Scene, frames: Tensor, tracks: Sequence[Track] = ()
 ) -> tuple[float, float, float]:
-    """Shares of frames in which every word, the words that change, and the other words are read as the target has them.
+    """Shares of frames where all words, the changed words, and the other words are read as in the target.
 
-    tracks: where the things of a scene of several are.
+    tracks: of the things, in scenes of several.
     """
     judge = load_judge()
     whole = judge.read(frames)
@@ -37,20 +37,20 @@ def read_words(
     close = [judge.read(close_up(frames, track)) for track in tracks] if several else [whole]
     changed, right = target.changed_from(source), []
     for t in range(len(frames)):
-        seen: dict[Place, bool] = {
+        found: dict[Place, bool] = {
             (None, word): whole[t][word] == getattr(target, word) for word in ("background", "style")
         }
         for i, thing in enumerate(target.things):
-            seen |= {(i, word): close[i][t][word] == getattr(thing, word) for word in ("colour", "shape", "texture")}
-        of_edit = all(seen[place] for place in changed)
-        of_rest = all(ok for place, ok in seen.items() if place not in changed)
+            found |= {(i, word): close[i][t][word] == getattr(thing, word) for word in ("colour", "shape", "texture")}
+        of_edit = all(found[place] for place in changed)
+        of_rest = all(ok for place, ok in found.items() if place not in changed)
         right.append((of_edit and of_rest, of_edit, of_rest))
     every, of_edit, of_rest = (sum(column) / len(frames) for column in zip(*right, strict=True))
     return every, of_edit, of_rest
 
 
 def close_up(frames: Tensor, track: Track, margin: float = 2.0) -> Tensor:
-    """One of several things, as large as the judge knows them: a square of `margin` radii around its track."""
+    """One of several things at the size of the judge's training: a square of `margin` radii around its track."""
     t = torch.arange(len(frames), dtype=torch.float32).view(-1, 1)
     (cx, cy), reach = track.centre(t), track.scale(t) * margin
     along = (torch.arange(SIZE) + 0.5) * 2 / SIZE - 1

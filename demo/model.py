@@ -1,8 +1,7 @@
 """The demo checkpoint's architecture: Stable Diffusion's parts, a thousand times smaller.
 
-Every part is a stock class of diffusers or transformers in its stock folder layout, and
-keeps what hosts take for granted of SD 1.x: 32 groups in every GroupNorm, 8 heads a
-level, a latent scale of 0.18215, quick_gelu text with 77 positions.
+Every part is a stock class of diffusers or transformers in its usual folder layout, and has what hosts assume of
+SD 1.x: 32 groups in every GroupNorm, 8 heads per level, a latent scale of 0.18215, quick_gelu text with 77 positions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, VOCABULARY, Scene
+from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, VOCABULARY, Scene
 
 LATENT_SCALE = 0.18215
 LATENT_SIZE = SIZE // 4
@@ -27,7 +26,7 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(64, 64, 64),  # at 32, groups of one channel would norm colour away
+        block_out_channels=(64, 64, 64),  # with 32, groups of one channel would normalize colour away
         layers_per_block=1,
         norm_num_groups=32,
         sample_size=SIZE,
@@ -52,8 +51,8 @@ def build_unet() -> UNet2DConditionModel:
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A two-layer CLIP text encoder of width 64.
 
-    Token embeddings start at a standard deviation of 0.5: with CLIP's 0.02 every caption
-    looks alike for the first thousands of steps and colour words bind late.
+    Token embeddings start with a standard deviation of 0.5: with CLIP's 0.02 all captions look alike for thousands of
+    steps, and colour words bind late.
     """
     encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -88,9 +87,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write a CLIP byte-pair vocabulary in which each word of the world is one token.
+    """Write a CLIP byte-pair vocabulary in which each word of the captions is one token.
 
-    Any other text still has tokens, a byte each, as in CLIP.
+    Any other text has one token per byte, as in CLIP.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
@@ -100,7 +99,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     for word in VOCABULARY:
         chunks = [*word[:-1], f"{word[-1]}</w>"]
         while len(chunks) > 1:
-            # An earlier word's merges come first in rank, so follow them where they apply.
+            # Merges of earlier words rank first, so apply them where possible.
             ranked = [m for m in merges if m in pairwise(chunks)]
             pair = ranked[0] if ranked else (chunks[0], chunks[1])
             if not ranked:
@@ -129,7 +128,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 class SceneClassifier(nn.Module):
     """Reads a scene of one thing from its pixels: the judge of generated and edited frames.
 
-    Trained on rendered scenes alone; it never sees the diffusion model's pictures.
+    Trained on rendered scenes only, never on the diffusion model's pictures.
     """
 
     HEADS: dict[str, tuple[str, ...]] = {
@@ -162,19 +161,19 @@ class SceneClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(features, len(words)) for name, words in self.HEADS.items()})
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        """frames (batch, 3, 64, 64) in 0..1 to logits of every head."""
+        """Frames (batch, 3, 64, 64) in 0..1 to logits of every head."""
         features = self.body(2 * frames - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def read(self, frames: Tensor) -> list[dict[str, str]]:
-        """The words seen in each frame."""
+        """The words read in each frame."""
         choices = {name: logits.argmax(-1).tolist() for name, logits in self(frames).items()}
         return [{name: self.HEADS[name][choice[i]] for name, choice in choices.items()} for i in range(len(frames))]
 
 
 def labels(scene: Scene) -> dict[str, str]:
-    """What `SceneClassifier.read` should answer for a scene of one thing."""
+    """The correct result of `SceneClassifier.read` for a scene of one thing."""
     thing = scene.things[0]
     return {
         "colour": thing.colour,

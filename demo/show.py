@@ -1,4 +1,4 @@
-"""`fatezero demo`: three edits of the bundled clip, measured against the known truth."""
+"""`fatezero demo`: three edits of the bundled clip, compared with the ground truth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..video.size import to_bytes
 from ..video.write import write_picture, write_video
 from .judge import load_judge
 from .model import labels
-from .world import SIZE, Clip, Motion, Scene, Track, render, seen_pixels
+from .scenes import SIZE, Clip, Motion, Scene, Track, render, visible_pixels
 
 SCENE = Scene.parse("a red square on water")
 MOTION = Motion(
@@ -44,19 +44,19 @@ MOTION = Motion(
 FRAMES = 8
 FPS = 8
 ENLARGED = 4
-"""The clip and the results are stored this many times larger, so that 4:2:0 chroma keeps their edges."""
+"""Enlargement of the stored clips, so that 4:2:0 chroma preserves edges."""
 
 EDITS: dict[str, tuple[str, Scene]] = {
     "attribute": ("colour", SCENE.with_thing(colour="green")),
     "shape": ("shape", SCENE.with_thing(shape="circle")),
     "style": ("style", Scene(SCENE.things, SCENE.background, "watercolor")),
 }
-"""For each preset: the word that changes, by the judge's head, and the scene to reach."""
+"""For each preset: the kind of word that changes, and the target scene."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One edit by one method: frames (f, 3, h, w) in 0..1, and what it cost."""
+    """One edit with one method: frames (f, 3, h, w) in 0..1, and its cost."""
 
     frames: Tensor
     seconds: float
@@ -70,7 +70,7 @@ def show(
     console: Console,
     bars: Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]],
 ) -> list[dict[str, float | str]]:
-    """Run the demo into a folder; returns the rows of its table."""
+    """Run the demo and write its results to a folder; returns the rows of its table."""
     where = pick_device(device)
     with quiet():
         checkpoint = Checkpoint.load("demo", where)
@@ -84,17 +84,17 @@ def show(
         with PeakMemory(where) as memory:
             inversion = invert_video(checkpoint, config, video, bar)
         console.print(f"inverted in {time.perf_counter() - start:.0f} s, peak {memory.bytes / 1e6:.0f} MB")
-        for preset, (head, wanted) in EDITS.items():
-            chosen = with_preset(EditConfig(source=SCENE.caption, target=wanted.caption, steps=steps), preset)
-            truth = render(wanted, MOTION, FRAMES)
+        for preset, (head, target) in EDITS.items():
+            chosen = with_preset(EditConfig(source=SCENE.caption, target=target.caption, steps=steps), preset)
+            truth = render(target, MOTION, FRAMES)
             methods = {
                 "FateZero": _run(checkpoint, inversion, chosen, bar(f"{preset}: FateZero"), fused=True),
                 "DDIM + prompt": _run(checkpoint, inversion, chosen, bar(f"{preset}: DDIM + prompt"), fused=False),
             }
             for method, outcome in methods.items():
-                measures = _measures(outcome, truth, head, wanted)
+                measures = _measures(outcome, truth, head, target)
                 rows.append({"edit": preset, "method": method, **measures, "store bytes": inversion.store.nbytes})
-            edits.append((f"{preset}: {wanted.caption}", to_bytes(methods["FateZero"].frames)))
+            edits.append((f"{preset}: {target.caption}", to_bytes(methods["FateZero"].frames)))
             _write(folder, preset, chosen, frames, methods, truth, _mask(checkpoint, inversion, chosen))
     write_picture(folder / "overview.png", contact_sheet(edits))
     _summary(folder, rows, console)
@@ -105,12 +105,12 @@ def _run(
     checkpoint: Checkpoint, inversion: Inversion, config: EditConfig, progress: Callable[[int, int], None], fused: bool
 ) -> Outcome:
     prompt = config.prompt_edit(checkpoint.tokenizer) if fused else None
-    target = checkpoint.encode_prompt(config.target, SIZE, SIZE)
+    condition = checkpoint.encode_prompt(config.target, SIZE, SIZE)
     negative = checkpoint.encode_prompt(config.negative, SIZE, SIZE)
     start = time.perf_counter()
     with PeakMemory(checkpoint.unet.device) as memory:
         latents = edit(
-            checkpoint.denoiser, inversion, target, negative, config.guidance_scale, prompt,
+            checkpoint.denoiser, inversion, condition, negative, config.guidance_scale, prompt,
             config.fusion if fused else None, progress=progress,
         )  # fmt: skip
         frames = checkpoint.decode_latents(latents)
@@ -118,7 +118,7 @@ def _run(
 
 
 def _mask(checkpoint: Checkpoint, inversion: Inversion, config: EditConfig) -> Tensor:
-    """The mask of the object's words in the middle of the run, on the picture's grid."""
+    """The object's blend mask halfway through the run, at the frames' size."""
     thing = SCENE.things[0]
     prompt = PromptEdit(
         config.source, config.target, checkpoint.tokenizer, blend_words=([thing.colour, thing.shape], [])
@@ -127,16 +127,16 @@ def _mask(checkpoint: Checkpoint, inversion: Inversion, config: EditConfig) -> T
     return threshold_mask(heat, (SIZE, SIZE), config.blend_threshold).cpu()
 
 
-def _measures(outcome: Outcome, truth: Clip, head: str, wanted: Scene) -> dict[str, float]:
-    """Success by the judge, and what the known truth tells of preservation and motion."""
-    seen = load_judge().read(outcome.frames)
-    right = labels(wanted)[head]
+def _measures(outcome: Outcome, truth: Clip, head: str, target: Scene) -> dict[str, float]:
+    """Success by the judge, and preservation and motion against the ground truth."""
+    read = load_judge().read(outcome.frames)
+    right = labels(target)[head]
     source = render(SCENE, MOTION, FRAMES)
     outside = (1 - truth.mask) * (1 - source.mask)
     return {
-        "success": sum(words[head] == right for words in seen) / len(seen),
+        "success": sum(words[head] == right for words in read) / len(read),
         "preserved dB": psnr(outcome.frames, truth.frames, outside),
-        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, seen_pixels(source)),
+        "warp x1000": 1000 * warp_error(outcome.frames, source.flow, visible_pixels(source)),
         "seconds": outcome.seconds,
         "peak MB": outcome.peak_bytes / 1e6,
     }
@@ -180,7 +180,7 @@ def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console)
     with whole_file(folder / "summary.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     names = ", ".join(f"{preset}.mp4, {preset}.png" for preset in EDITS)
-    text = f"written to {folder.resolve()}: {names}, overview.png, summary.md, summary.json"
+    text = f"wrote {folder.resolve()}: {names}, overview.png, summary.md, summary.json"
     console.print(text, markup=False, soft_wrap=True)
 
 

@@ -1,8 +1,8 @@
-"""Train temporal layers for the demo checkpoint on its world's moving scenes: a text-to-video model of it.
+"""Train temporal layers for the demo checkpoint on moving scenes, which makes it a text-to-video model.
 
-The image model stays as it is but for the queries of its attention, as in Tune-A-Video; the layers are FateZero's, with
-full convolutions over frames, for these alone tell before from after. The latents of the clips and the state of the
-training lie in a folder, and a run that was stopped goes on from there as if it had not been.
+Of the image model only the queries of attention are trained, as in Tune-A-Video. The layers are FateZero's, with full
+convolutions over frames, because only these distinguish the order of frames. The clips' latents and the training state
+are saved in a folder, from which an interrupted run resumes with the same result.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
-from ..files.temporal_layers import seen_with
+from ..files.temporal_layers import training_metadata
 from ..files.whole import whole_file
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.temporal import queries_of, save_temporal_layers, temporal_layers
 from ..methods.tune_a_video import clip_loss
+from .scenes import SIZE, Scene, random_motion, random_scene, render
 from .train import Report, encode, in_bytes, noise_weight, optimiser_of, rate_at, saved_step, set_rate
-from .world import SIZE, Scene, random_motion, random_scene, render
 
 KEYS = KeyFrames(("first", "previous"))
-"""The key frames of the training, and those to edit and draw with."""
+"""The key frames for training, editing and generating."""
 
 
 @dataclass(frozen=True)
 class TemporalSettings:
-    """How long and on how much; the defaults made the bundled layers."""
+    """Training settings; the defaults produced the bundled layers."""
 
     seed: int = 0
     clips: int = 3_000
     frames: int = 16
-    """Of each clip; every second step sees one whole, the others two of half the length."""
+    """Frames of a clip. Steps alternate between two clips of half the length and one whole clip."""
     steps: int = 2_400
     rate: float = 1e-3
     text_dropout: float = 0.1
@@ -51,7 +51,7 @@ class TemporalSettings:
 
 
 Job = tuple[int, int, int]
-"""A worker's share: its seed, how many clips, frames of each."""
+"""A worker's job: seed, number of clips, frames of each."""
 
 
 def _jobs(settings: TemporalSettings, share: int = 50) -> list[Job]:
@@ -60,15 +60,15 @@ def _jobs(settings: TemporalSettings, share: int = 50) -> list[Job]:
 
 
 def _scenes(job: Job) -> list[Scene]:
-    """The scenes of a share: captions that are not held out."""
+    """The scenes of a job, without held-out captions."""
     seed, count, _ = job
     random = Random(f"clips {seed}")
-    drawn = (random_scene(random) for _ in iter(int, 1))
-    return list(islice((scene for scene in drawn if not scene.held_out), count))
+    sampled = (random_scene(random) for _ in iter(int, 1))
+    return list(islice((scene for scene in sampled if not scene.held_out), count))
 
 
-def _draw(job: Job) -> Tensor:
-    """The clips of a share: (clips, frames, 3, 64, 64), uint8."""
+def _render(job: Job) -> Tensor:
+    """The clips of a job: (clips, frames, 3, 64, 64), uint8."""
     seed, _, frames = job
     random = Random(f"motions {seed}")
     motions = ((scene, random_motion(random, len(scene.things), frames)) for scene in _scenes(job))
@@ -76,15 +76,15 @@ def _draw(job: Job) -> Tensor:
 
 
 def captions_of(settings: TemporalSettings) -> list[str]:
-    """What each clip shows."""
+    """The caption of each clip."""
     return [scene.caption for job in _jobs(settings) for scene in _scenes(job)]
 
 
-def draw_latents(vae: AutoencoderKL, settings: TemporalSettings, report: Report) -> Tensor:
-    """The latents of all clips, (clips, frames, 4, 16, 16) in float16; drawn by every core as they are encoded."""
+def render_latents(vae: AutoencoderKL, settings: TemporalSettings, report: Report) -> Tensor:
+    """The latents of all clips, (clips, frames, 4, 16, 16) in float16; rendered on all cores."""
     jobs, parts = _jobs(settings), list[Tensor]()
     with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for frames in pool.imap(_draw, jobs):
+        for frames in pool.imap(_render, jobs):
             parts.append(encode(vae, frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).half())
             if len(parts) % 10 == 0:
                 report(f"clips {sum(map(len, parts))}/{settings.clips}")
@@ -97,13 +97,13 @@ def draw_latents(vae: AutoencoderKL, settings: TemporalSettings, report: Report)
 def train_temporal(
     output: Path, state: Path, settings: TemporalSettings, device: torch.device, report: Report = print
 ) -> None:
-    """Train temporal layers and write their running average to `output`; goes on from the state folder."""
+    """Train temporal layers and write their running average to `output`; resumes from the state folder."""
     state.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.load("demo", device)
-    kept = state / "clips.safetensors"
-    if not kept.exists():
-        save_file({"latents": draw_latents(checkpoint.vae, settings, report)}, kept)
-    latents = load_file(kept)["latents"]
+    clips = state / "clips.safetensors"
+    if not clips.exists():
+        save_file({"latents": render_latents(checkpoint.vae, settings, report)}, clips)
+    latents = load_file(clips)["latents"]
     captions = captions_of(settings)
 
     torch.manual_seed(settings.seed)
@@ -114,7 +114,7 @@ def train_temporal(
     optimiser = optimiser_of(list(trained.values()), settings.rate)
     average = {name: weight.detach().clone() for name, weight in trained.items()}
     done = _resume(state / "temporal.safetensors", trained, average, optimiser)
-    seen = 0.0
+    running = 0.0
     for step in range(done, settings.steps):
         set_rate(optimiser, settings.rate * rate_at(step, settings.steps))
         error = _step(checkpoint, latents, captions, step, settings)
@@ -123,15 +123,15 @@ def train_temporal(
         optimiser.zero_grad()
         decay = min(settings.average, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.values()), [w.detach() for w in trained.values()], 1 - decay)
-        seen = error if step == done else 0.98 * seen + 0.02 * error
+        running = error if step == done else 0.98 * running + 0.02 * error
         if step % 50 == 49:
-            report(f"temporal layers {step + 1}/{settings.steps}: error {seen:.4f}")
+            report(f"temporal layers {step + 1}/{settings.steps}: error {running:.4f}")
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             _save_state(state / "temporal.safetensors", trained, average, optimiser, step + 1)
     for name, weight in trained.items():
         weight.data = average[name]
     save_temporal_layers(
-        unet.half(), output, seen_with(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
+        unet.half(), output, training_metadata(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
     )
     report(f"temporal layers written to {output}")
 
@@ -144,9 +144,9 @@ def trained_weights(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 
 
 def _step(checkpoint: Checkpoint, latents: Tensor, captions: list[str], step: int, settings: TemporalSettings) -> float:
-    """The gradients of a step: its clips one after another, each at a timestep of its own. Their plain error.
+    """Accumulate the gradients of a step over its clips, each at its own timestep; returns the unweighted error.
 
-    The loss weighs noise as `train.train_painter` does: what moves where is settled where there is much of it.
+    The loss is weighted by noise as in `train.train_painter`, because motion is decided at high noise.
     """
     random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
     clips = 1 if step % 2 else 2
@@ -157,8 +157,8 @@ def _step(checkpoint: Checkpoint, latents: Tensor, captions: list[str], step: in
         )
         z = latents[at, first : first + frames].float()
         noise = torch.randn(z.shape, generator=random).to(checkpoint.unet.device)
-        told = float(torch.rand((), generator=random)) >= settings.text_dropout
-        condition = checkpoint.encode_prompt(captions[at] if told else "", SIZE, SIZE)
+        with_text = float(torch.rand((), generator=random)) >= settings.text_dropout
+        condition = checkpoint.encode_prompt(captions[at] if with_text else "", SIZE, SIZE)
         denoiser = checkpoint.denoiser
         with torch.enable_grad(), denoiser.hooked(clip_norm=True):
             error = clip_loss(denoiser, z.to(noise), noise, timestep, condition, KEYS)
@@ -181,7 +181,7 @@ def _save_state(
 def _resume(
     path: Path, live: dict[str, nn.Parameter], average: dict[str, Tensor], optimiser: torch.optim.Optimizer
 ) -> int:
-    """Load a saved state; the number of steps done."""
+    """Load a saved state; returns the number of steps done."""
     if not path.exists():
         return 0
     tensors, step = load_file(path), saved_step(path)

@@ -1,10 +1,8 @@
-"""Train the demo checkpoint from nothing on the demo world, on a CPU or a GPU.
+"""Train the demo checkpoint from scratch on rendered scenes, on a CPU or a GPU.
 
-Three stages, each skipped when its result already lies in the state folder: the
-autoencoder, the pixel classifier (the judge), and the UNet with its text encoder. The
-third saves optimiser and average every few minutes and goes on from there; batches depend
-on the seed and the step alone, so an interrupted run ends where an uninterrupted one
-would, up to rounding.
+Three stages, each skipped if its result is in the state folder: the autoencoder, the pixel classifier (the judge), and
+the UNet with its text encoder. The third saves optimizer and average every few minutes and resumes from them. Batches
+depend only on the seed and the step, so an interrupted run gives the same result, up to rounding.
 """
 
 from __future__ import annotations
@@ -32,12 +30,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import model as demo
 from .judge import close_up
-from .world import SIZE, Motion, Scene, random_motion, render, scenes
+from .scenes import SIZE, Motion, Scene, random_motion, render, scenes
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and on how much; the defaults made the bundled checkpoint."""
+    """Training settings; the defaults produced the bundled checkpoint."""
 
     seed: int = 0
     images: int = 40_000
@@ -62,7 +60,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 Job = tuple[int, int, int | None]
-"""A worker's share: its seed, how many pictures, how many things in each."""
+"""A worker's job: seed, number of pictures, things in each."""
 
 
 def _jobs(seed: int, count: int, things: int | None) -> list[Job]:
@@ -71,35 +69,35 @@ def _jobs(seed: int, count: int, things: int | None) -> list[Job]:
 
 
 def _scenes(job: Job) -> list[Scene]:
-    """The scenes of a share, without drawing them."""
+    """The scenes of a job, not rendered."""
     seed, count, things = job
     return [scene for scene, _ in islice(scenes(seed, held_out=False, things=things), count)]
 
 
-def _shown(job: Job) -> Iterator[tuple[Scene, Motion]]:
-    """The scenes of a share, each with the motion it is drawn with."""
+def _with_motion(job: Job) -> Iterator[tuple[Scene, Motion]]:
+    """The scenes of a job, each with its motion."""
     random = Random(job[0])
     return ((scene, random_motion(random, len(scene.things))) for scene in _scenes(job))
 
 
-def _draw(job: Job) -> Tensor:
-    """The pictures of a share, uint8."""
-    return torch.cat([in_bytes(render(scene, motion, frames=1).frames) for scene, motion in _shown(job)])
+def _render(job: Job) -> Tensor:
+    """The pictures of a job, uint8."""
+    return torch.cat([in_bytes(render(scene, motion, frames=1).frames) for scene, motion in _with_motion(job)])
 
 
 def _subjects(job: Job) -> Iterator[tuple[Scene, Motion, int]]:
-    """Scenes and motions of a share, and which thing of each is shown from close: first, second, in turn."""
-    return ((scene, motion, n % len(scene.things)) for n, (scene, motion) in enumerate(_shown(job)))
+    """Scenes and motions of a job, with the thing to show in a close-up: first and second in turn."""
+    return ((scene, motion, n % len(scene.things)) for n, (scene, motion) in enumerate(_with_motion(job)))
 
 
-def _draw_close(job: Job) -> Tensor:
-    """Close-ups of the things of a share: as many as pictures, of one thing each."""
+def _render_close(job: Job) -> Tensor:
+    """Close-ups of one thing per picture of a job."""
     shown = ((render(scene, motion, frames=1).frames, motion.tracks[at]) for scene, motion, at in _subjects(job))
     return torch.cat([in_bytes(close_up(frames, track)) for frames, track in shown])
 
 
 def _scenes_close(job: Job) -> list[Scene]:
-    """What these close-ups show."""
+    """The scenes of the close-ups."""
     return [replace(scene, things=(scene.things[at],)) for scene, _, at in _subjects(job)]
 
 
@@ -109,17 +107,17 @@ def in_bytes(frames: Tensor) -> Tensor:
 
 @dataclass
 class Pictures:
-    """frames (n, 3, 64, 64), uint8, and what each shows."""
+    """Frames (n, 3, 64, 64), uint8, and their scenes."""
 
     frames: Tensor
     scenes: list[Scene]
 
     @classmethod
-    def drawn(cls, seed: int, count: int, things: int | None = None, close: bool = False) -> Pictures:
-        """`count` pictures of scenes that are not held out, or close-ups of their things, drawn by every core."""
+    def rendered(cls, seed: int, count: int, things: int | None = None, close: bool = False) -> Pictures:
+        """`count` pictures of scenes that are not held out, or close-ups of their things, rendered on all cores."""
         jobs = _jobs(seed, count, things)
         with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            frames = pool.map(_draw_close if close else _draw, jobs, chunksize=1)
+            frames = pool.map(_render_close if close else _render, jobs, chunksize=1)
         return cls(torch.cat(frames), [s for job in jobs for s in (_scenes_close(job) if close else _scenes(job))])
 
     def __add__(self, other: Pictures) -> Pictures:
@@ -127,13 +125,13 @@ class Pictures:
 
 
 def _batch(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.Generator]:
-    """The pictures of a step and the generator of its other chances."""
+    """The pictures of a step, and the generator for its other random numbers."""
     generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
     return torch.randint(count, (size,), generator=generator), generator
 
 
 def rate_at(step: int, steps: int, warmup: int = 200, tail: float = 0.3) -> float:
-    """Warm up, hold, and fall to zero by a cosine over the last `tail` of the steps."""
+    """Warm up, stay constant, then decay to zero by a cosine over the last `tail` of the steps."""
     fall = max(0.0, (step - (1 - tail) * steps) / (tail * steps))
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
 
@@ -148,7 +146,7 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def noise_weight(signal: Tensor) -> Tensor:
-    """What the error at a cumulative alpha counts: min-SNR's weight, and more where there is more noise than signal."""
+    """The error's weight at a cumulative alpha: min-SNR's, increased where there is more noise than signal."""
     ratio = signal / (1 - signal)
     return (5 / ratio).clamp(max=1) * ratio.rsqrt().clamp(min=1)
 
@@ -165,11 +163,11 @@ def _compiled(function: Callable, settings: TrainSettings) -> Callable:
 
 
 def train_vae(pictures: Pictures, settings: TrainSettings, device: torch.device, report: Report) -> AutoencoderKL:
-    """L1 + MSE + L1 of the gradients + a small KL; then give the latents unit variance."""
+    """Minimize L1 + MSE + L1 of the gradients + a small KL, then standardize the latents."""
     torch.manual_seed(settings.seed)
     vae = demo.build_vae().to(device)
     assert vae.quant_conv is not None and vae.quant_conv.bias is not None
-    with torch.no_grad():  # start almost without noise, or the decoder learns to ignore the latents
+    with torch.no_grad():  # start with little noise, or the decoder learns to ignore the latents
         vae.quant_conv.weight[4:] *= 0.1
         vae.quant_conv.bias[4:] = -6.0
     optimiser = optimiser_of(list(vae.parameters()), settings.vae_rate)
@@ -201,10 +199,10 @@ def train_vae(pictures: Pictures, settings: TrainSettings, device: torch.device,
 
 @torch.no_grad()
 def _standardise(vae: AutoencoderKL, frames: Tensor, device: torch.device) -> None:
-    """Fold the latents' mean and deviation into the 1x1 convolutions at either side.
+    """Fold the latents' mean and deviation into the 1x1 convolutions on both sides.
 
-    Afterwards `LATENT_SCALE * latent` has mean 0 and variance 1 in every channel, which is
-    what a host that multiplies by 0.18215 expects, and the reconstruction is unchanged.
+    Then `LATENT_SCALE * latent` has mean 0 and variance 1 in every channel, as hosts that multiply by 0.18215 expect,
+    and the reconstruction is unchanged.
     """
     means = torch.cat([vae.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean for x in frames.split(64)])
     mean = means.mean((0, 2, 3))
@@ -239,23 +237,23 @@ def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 64) -> Tensor:
 def train_classifier(
     pictures: Pictures, settings: TrainSettings, device: torch.device, report: Report
 ) -> demo.SceneClassifier:
-    """Cross entropy over every head, on rendered frames with noise, blur, and shifts of light and place."""
+    """Minimize cross entropy over all heads, on rendered frames with noise, blur, and changes of light and position."""
     torch.manual_seed(settings.seed)
     judge = demo.SceneClassifier().to(device)
     optimiser = optimiser_of(list(judge.parameters()), 2e-3)
-    answers = {
+    classes = {
         name: torch.tensor([words.index(demo.labels(s)[name]) for s in pictures.scenes])
         for name, words in judge.HEADS.items()
     }
     for step in range(settings.classifier_steps):
         chosen, generator = _batch(settings.seed + 2, step, 64, len(pictures.frames))
-        x = _moved(pictures.frames[chosen].float() / 255, generator)
+        x = _augmented(pictures.frames[chosen].float() / 255, generator)
         x = x + 0.06 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
         if torch.rand((), generator=generator) < 0.3:
             x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         x = (x * (0.92 + 0.16 * torch.rand(len(x), 3, 1, 1, generator=generator))).clamp(0, 1).to(device)
         logits = judge(x)
-        loss = sum((F.cross_entropy(logits[n], a[chosen].to(device)) for n, a in answers.items()), torch.zeros(()))
+        loss = sum((F.cross_entropy(logits[n], a[chosen].to(device)) for n, a in classes.items()), torch.zeros(()))
         set_rate(optimiser, 2e-3 * rate_at(step, settings.classifier_steps))
         optimiser.zero_grad()
         loss.backward()
@@ -265,11 +263,11 @@ def train_classifier(
     return judge.eval()
 
 
-def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture larger or smaller by up to a tenth, and up to three pixels aside."""
+def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture scaled by up to a tenth and shifted by up to three pixels."""
     size = 1 + 0.1 * (2 * torch.rand(len(x), generator=generator) - 1)
-    aside = 3 * 2 / SIZE * (2 * torch.rand(len(x), 2, generator=generator) - 1)
-    frame = torch.cat([torch.eye(2) * size.view(-1, 1, 1), aside[:, :, None]], -1)
+    shift = 3 * 2 / SIZE * (2 * torch.rand(len(x), 2, generator=generator) - 1)
+    frame = torch.cat([torch.eye(2) * size.view(-1, 1, 1), shift[:, :, None]], -1)
     return F.grid_sample(x, F.affine_grid(frame, list(x.shape), False), padding_mode="border", align_corners=False)
 
 
@@ -278,7 +276,7 @@ def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class Painter:
-    """The two networks that learn together, and their running averages."""
+    """The two networks trained together."""
 
     unet: UNet2DConditionModel
     text: CLIPTextModel
@@ -301,7 +299,7 @@ class Painter:
 
 def train_painter(
     latents: Tensor,
-    scenes_seen: list[Scene],
+    scenes_shown: list[Scene],
     tokenizer: CLIPTokenizer,
     state: Path,
     settings: TrainSettings,
@@ -310,11 +308,11 @@ def train_painter(
 ) -> Painter:
     """Predict epsilon from noised latents and captions, min-SNR weighted (arXiv 2303.09556).
 
-    Below a signal-to-noise ratio of one the weight grows with its inverse square root: an
-    outline is settled at high noise, where plain epsilon loss hardly looks, and on so small
-    a grid colours bind in two thousand steps but shapes do not.
+    Below a signal-to-noise ratio of one, the weight grows with its inverse square root: outlines are decided at high
+    noise, to which plain epsilon loss gives little weight, and on so small a grid colours bind in two thousand steps
+    but shapes do not.
 
-    Goes on from the state folder where it can. Returns the averages.
+    Resumes from the state folder if possible. Returns the running averages.
     """
     torch.manual_seed(settings.seed)
     live = Painter(demo.build_unet(), demo.build_text_encoder(tokenizer))
@@ -324,8 +322,8 @@ def train_painter(
     optimiser = optimiser_of(live.parameters(), settings.unet_rate)
     done = _resume(state / "painter.safetensors", live, average, optimiser)
 
-    live.unet.set_attn_processor(AttnProcessor())  # explicit maps: on a CPU, heads this narrow gain from no kernel
-    ids = demo.token_ids(tokenizer, [scene.caption for scene in scenes_seen] + [""])
+    live.unet.set_attn_processor(AttnProcessor())  # on a CPU, fused kernels do not speed up heads this narrow
+    ids = demo.token_ids(tokenizer, [scene.caption for scene in scenes_shown] + [""])
     alphas = demo.build_scheduler().alphas_cumprod.to(device)
 
     def loss_of(z: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,14 +335,14 @@ def train_painter(
         return (noise_weight(signal) * error).mean(), error.mean()
 
     loss_of = _compiled(loss_of, settings)
-    seen = 0.0
+    running = 0.0
     for step in range(done, settings.unet_steps):
         chosen, generator = _batch(settings.seed + 3, step, settings.unet_batch, len(latents))
         z = latents[chosen].to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
         t = torch.randint(1000, (len(z),), generator=generator)
-        blind = torch.rand(len(z), generator=generator) < settings.text_dropout
-        text = torch.where(blind[:, None], ids[-1], ids[chosen]).to(device)
+        no_text = torch.rand(len(z), generator=generator) < settings.text_dropout
+        text = torch.where(no_text[:, None], ids[-1], ids[chosen]).to(device)
         set_rate(optimiser, settings.unet_rate * rate_at(step, settings.unet_steps))
         loss, error = loss_of(z, noise, t.to(device), text)
         optimiser.zero_grad()
@@ -354,9 +352,9 @@ def train_painter(
         with torch.no_grad():
             decay = min(settings.average, (step + 1) / (step + 10))
             torch._foreach_lerp_([p.data for p in average.parameters()], [p.data for p in live.parameters()], 1 - decay)
-        seen = error.item() if step == done else 0.98 * seen + 0.02 * error.item()
+        running = error.item() if step == done else 0.98 * running + 0.02 * error.item()
         if step % 100 == 99:
-            report(f"unet {step + 1}/{settings.unet_steps}: error {seen:.4f}")
+            report(f"unet {step + 1}/{settings.unet_steps}: error {running:.4f}")
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.unet_steps:
             _save_state(state / "painter.safetensors", live, average, optimiser, step + 1)
     average.unet.eval()
@@ -375,7 +373,7 @@ def _save_state(path: Path, live: Painter, average: Painter, optimiser: torch.op
 
 
 def _resume(path: Path, live: Painter, average: Painter, optimiser: torch.optim.Optimizer) -> int:
-    """Load a saved state; the number of steps done."""
+    """Load a saved state; returns the number of steps done."""
     if not path.exists():
         return 0
     tensors, step = load_file(path), saved_step(path)
@@ -404,7 +402,7 @@ def save_checkpoint(
     painter: Painter,
     judge: demo.SceneClassifier,
 ) -> None:
-    """Write diffusers' folder layout in fp16, with the judge beside it."""
+    """Write diffusers' folder layout in fp16, and the judge."""
     for module, name in ((vae, "vae"), (painter.unet, "unet"), (painter.text, "text_encoder")):
         deepcopy(module).cpu().half().save_pretrained(folder / name, safe_serialization=True)
     demo.build_tokenizer(folder / "tokenizer")
@@ -427,19 +425,21 @@ def save_checkpoint(
 
 
 def train(folder: Path, state: Path, settings: TrainSettings, device: torch.device, report: Report = print) -> None:
-    """Every stage in turn; the checkpoint lands in `folder`, what a resume needs in `state`."""
+    """Run all stages; writes the checkpoint to `folder` and the state for resuming to `state`."""
     state.mkdir(parents=True, exist_ok=True)
     tokenizer = demo.build_tokenizer(state / "tokenizer")
     seed, images = settings.seed, settings.images
 
     @cache
     def pictures() -> Pictures:
-        report(f"drawing {images} pictures")
-        return Pictures.drawn(seed, images)
+        report(f"rendering {images} pictures")
+        return Pictures.rendered(seed, images)
 
-    def alone() -> Pictures:
-        """One thing, whole or from close: what the judge is asked to read."""
-        return Pictures.drawn(seed + 1, images // 2, things=1) + Pictures.drawn(seed + 2, images // 2, 2, close=True)
+    def single_things() -> Pictures:
+        """Pictures of one thing, whole or close up, for the judge."""
+        return Pictures.rendered(seed + 1, images // 2, things=1) + Pictures.rendered(
+            seed + 2, images // 2, 2, close=True
+        )
 
     vae = _cached(
         state / "vae.safetensors", demo.build_vae(), lambda: train_vae(pictures(), settings, device, report)
@@ -447,20 +447,20 @@ def train(folder: Path, state: Path, settings: TrainSettings, device: torch.devi
     judge = _cached(
         state / "judge.safetensors",
         demo.SceneClassifier(),
-        lambda: train_classifier(alone(), settings, device, report),
+        lambda: train_classifier(single_things(), settings, device, report),
     )
     if not (state / "latents.safetensors").exists():
         save_file({"latents": encode(vae, pictures().frames)}, state / "latents.safetensors")
-    pictures.cache_clear()  # half a gigabyte no longer needed
+    pictures.cache_clear()  # frees half a gigabyte
     latents = load_file(state / "latents.safetensors")["latents"]
-    seen = [scene for job in _jobs(seed, images, None) for scene in _scenes(job)]
-    painter = train_painter(latents, seen, tokenizer, state, settings, device, report)
+    shown = [scene for job in _jobs(seed, images, None) for scene in _scenes(job)]
+    painter = train_painter(latents, shown, tokenizer, state, settings, device, report)
     save_checkpoint(folder, vae, painter, judge)
     report(f"checkpoint written to {folder}")
 
 
 def _cached(path: Path, empty: M, make: Callable[[], M]) -> M:
-    """The stage's module from the state folder, or made now and left there."""
+    """A stage's module from the state folder, or trained now and saved there."""
     if path.exists():
         empty.load_state_dict(load_file(path))
         return empty.eval()

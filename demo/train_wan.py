@@ -1,7 +1,7 @@
-"""Train the demo world's video transformer from nothing on its moving scenes, as rectified flow (arXiv 2209.03003).
+"""Train the demo's video transformer from scratch on moving scenes, as rectified flow (arXiv 2209.03003).
 
-Mostly single frames first, then clips of all lengths. The latents of the clips and the state of the training lie in a
-folder, and a run that was stopped goes on from there as if it had not been.
+First mostly on single frames, then on clips of all lengths. The clips' latents and the training state are saved in a
+folder, from which an interrupted run resumes with the same result.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 from ..files.whole import whole_file
 from ..hosts.diffusers.checkpoint import Checkpoint
-from .temporal import TemporalSettings, captions_of, draw_latents
+from .temporal import TemporalSettings, captions_of, render_latents
 from .train import Report, optimiser_of, rate_at, saved_step, set_rate
 from .wan import SHIFT, VideoPainter, build_tokenizer, save_wan, token_ids
 
 NOISY_SHIFT = 8.0
-"""Of the sigmas of every other clip: outlines and paths are settled where there is hardly anything but noise."""
+"""Shift of half of the clips' sigmas: outlines and paths are decided at very high noise."""
 LENGTHS = (1, 8, 16)
-"""Frames of the clips of a step."""
+"""Possible clip lengths of a step, in frames."""
 
 
 @dataclass(frozen=True)
 class WanSettings:
-    """How long and on how much; the defaults made the bundled transformer."""
+    """Training settings; the defaults produced the bundled transformer."""
 
     seed: int = 0
     clips: int = 3_000
     steps: int = 8_000
     frames: int = 32
-    """Of all clips of a step."""
+    """Total frames of a step's clips."""
     rate: float = 1e-3
     text_dropout: float = 0.1
     average: float = 0.999
@@ -42,14 +42,14 @@ class WanSettings:
 
 
 def length_at(step: int, settings: WanSettings, random: torch.Generator) -> int:
-    """Frames of a step's clips: mostly one in the first half, then all lengths."""
+    """The length of a step's clips: mostly one frame in the first half, then all lengths."""
     shares = (0.7, 0.2, 0.1) if step < settings.steps / 2 else (0.2, 0.4, 0.4)
     return LENGTHS[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips (clips, 4, frames, 16, 16), noise of their shape, a sigma for each, and which caption tells it."""
+    """Clips (clips, 4, frames, 16, 16) with noise of the same shape, sigmas and caption indices."""
 
     clips: Tensor
     noise: Tensor
@@ -58,7 +58,7 @@ class Batch:
 
 
 def batch_at(latents: Tensor, step: int, settings: WanSettings) -> Batch:
-    """The batch of a step, which depends on the seed and the step alone; the last caption is the empty one."""
+    """The batch of a step, which depends only on the seed and the step; the last caption is empty."""
     random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
     length = length_at(step, settings, random)
     count = settings.frames // length
@@ -68,28 +68,28 @@ def batch_at(latents: Tensor, step: int, settings: WanSettings) -> Batch:
         torch.stack([latents[c, f : f + length] for c, f in zip(chosen, first, strict=True)]).float().transpose(1, 2)
     )
     u = torch.randn(count, generator=random).sigmoid()
-    blind = torch.rand(count, generator=random) < settings.text_dropout
+    no_text = torch.rand(count, generator=random) < settings.text_dropout
     shift = torch.where(torch.rand(count, generator=random) < 0.5, SHIFT, NOISY_SHIFT)
     sigmas = shift * u / (1 + (shift - 1) * u)
-    return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(blind, len(latents), chosen))
+    return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(no_text, len(latents), chosen))
 
 
 def train_wan(folder: Path, state: Path, settings: WanSettings, device: torch.device, report: Report = print) -> None:
-    """Train the transformer with its text encoder and write their running averages to `folder`."""
+    """Train the transformer and its text encoder, and write their running averages to `folder`."""
     state.mkdir(parents=True, exist_ok=True)
-    drawn = TemporalSettings(clips=settings.clips)
-    kept = state / "clips.safetensors"
-    if not kept.exists():
-        save_file({"latents": draw_latents(Checkpoint.load("demo", device).vae, drawn, report)}, kept)
-    latents = load_file(kept)["latents"]
+    data = TemporalSettings(clips=settings.clips)
+    clips_file = state / "clips.safetensors"
+    if not clips_file.exists():
+        save_file({"latents": render_latents(Checkpoint.load("demo", device).vae, data, report)}, clips_file)
+    latents = load_file(clips_file)["latents"]
     tokenizer = build_tokenizer()
-    ids, mask = token_ids(tokenizer, [*captions_of(drawn), ""])
+    ids, mask = token_ids(tokenizer, [*captions_of(data), ""])
 
     torch.manual_seed(settings.seed)
     live = VideoPainter(tokenizer).to(device)
     average = deepcopy(live).requires_grad_(False)
     optimiser = optimiser_of(list(live.parameters()), settings.rate)
-    done, seen = _resume(state / "wan.safetensors", live, average, optimiser), 0.0
+    done, running = _resume(state / "wan.safetensors", live, average, optimiser), 0.0
     for step in range(done, settings.steps):
         batch = batch_at(latents, step, settings)
         clips, noise, sigmas = (x.to(device) for x in (batch.clips, batch.noise, batch.sigmas))
@@ -104,9 +104,9 @@ def train_wan(folder: Path, state: Path, settings: WanSettings, device: torch.de
         decay = min(settings.average, (step + 1) / (step + 10))
         weights = [weight.data for weight in live.parameters()]
         torch._foreach_lerp_([weight.data for weight in average.parameters()], weights, 1 - decay)
-        seen = error.item() if step == done else 0.98 * seen + 0.02 * error.item()
+        running = error.item() if step == done else 0.98 * running + 0.02 * error.item()
         if step % 50 == 49:
-            report(f"video transformer {step + 1}/{settings.steps}: error {seen:.4f}")
+            report(f"video transformer {step + 1}/{settings.steps}: error {running:.4f}")
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             _save_state(state / "wan.safetensors", live, average, optimiser, step + 1)
     save_wan(folder, average.eval(), tokenizer)
@@ -126,12 +126,12 @@ def _save_state(
 
 
 def _own(painter: VideoPainter) -> dict[str, Tensor]:
-    """Its weights, each once: an encoder's embeddings go by two names."""
+    """All weights, each once: tied embeddings have two names."""
     return {name: weight.data for name, weight in painter.named_parameters()}
 
 
 def _resume(path: Path, live: VideoPainter, average: VideoPainter, optimiser: torch.optim.Optimizer) -> int:
-    """Load a saved state; the number of steps done."""
+    """Load a saved state; returns the number of steps done."""
     if not path.exists():
         return 0
     tensors, step = load_file(path), saved_step(path)

@@ -1,8 +1,7 @@
-"""The demo world's video transformer: Wan's parts, hundreds of times smaller.
+"""The demo's video transformer: Wan's parts, hundreds of times smaller.
 
-Stock classes: `WanTransformer3DModel` and the UMT5 encoder it reads, with Wan's layout of text (no start mark, one end
-mark, the rest padding of zeros). Its autoencoder is the demo checkpoint's, which knows single pictures: a latent for
-each frame.
+Stock classes: `WanTransformer3DModel` and a UMT5 encoder, with Wan's text layout (no start token, one end token, zeros
+as padding). It uses the demo checkpoint's autoencoder of single pictures: one latent per frame.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ..files.sentencepiece import MARKS
-from .world import VOCABULARY
+from .scenes import VOCABULARY
 
 TEXT_TOKENS = 32
-"""Of every prompt, its padding included; Wan takes 512."""
+"""Tokens of every prompt, padding included; Wan has 512."""
 SHIFT = 2.0
-"""Of the schedule's sigmas."""
+"""Shift of the schedule's sigmas."""
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """A flow-predicting transformer over 8x8 tokens a frame of latents (4, frames, 16, 16)."""
+    """A flow-predicting transformer of latents (4, frames, 16, 16), with 8x8 tokens per frame."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=6,
@@ -37,7 +36,7 @@ def build_transformer() -> WanTransformer3DModel:
         num_layers=6,
         rope_max_seq_len=128,
     )
-    nn.init.zeros_(transformer.proj_out.weight)  # it begins with no opinion
+    nn.init.zeros_(transformer.proj_out.weight)  # the first prediction is zero
     return transformer
 
 
@@ -60,16 +59,16 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
-def pieces() -> list[tuple[str, float]]:
-    """The vocabulary with its scores: each word of the world is one token, any other text is letters."""
+def vocabulary() -> list[tuple[str, float]]:
+    """The vocabulary with its scores: each word of the captions is one token, other text is split into letters."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -2.0) for word in VOCABULARY]
-    others = [(piece, -10.0) for piece in ("\N{LOWER ONE EIGHTH BLOCK}", *letters)]
+    others = [(token, -10.0) for token in ("\N{LOWER ONE EIGHTH BLOCK}", *letters)]
     return [*((mark, 0.0) for mark in MARKS), *words, *others]
 
 
 def build_tokenizer() -> T5Tokenizer:
-    return T5Tokenizer(vocab=pieces(), extra_ids=0, model_max_length=TEXT_TOKENS)
+    return T5Tokenizer(vocab=vocabulary(), extra_ids=0, model_max_length=TEXT_TOKENS)
 
 
 def token_ids(tokenizer: T5Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -79,13 +78,13 @@ def token_ids(tokenizer: T5Tokenizer, captions: list[str]) -> tuple[Tensor, Tens
 
 
 def encode_ids(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """(captions, TEXT_TOKENS, 64), zeros where there is no text."""
+    """Embeddings (captions, TEXT_TOKENS, 64), zero at padding."""
     states: Tensor = encoder(ids, attention_mask=mask).last_hidden_state
     return states * mask[..., None]
 
 
 class VideoPainter(nn.Module):
-    """The two networks that learn together."""
+    """The two networks trained together."""
 
     def __init__(self, tokenizer: T5Tokenizer) -> None:
         super().__init__()
@@ -93,14 +92,14 @@ class VideoPainter(nn.Module):
         self.text = build_text_encoder(tokenizer)
 
     def forward(self, latents: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The velocity, noise less clip, of latents (clips, 4, frames, 16, 16) at sigmas (clips,)."""
+        """The velocity, noise - clip, of latents (clips, 4, frames, 16, 16) at sigmas (clips,)."""
         text = encode_ids(self.text, ids, mask)
         velocity: Tensor = self.transformer(latents, 1000 * sigmas, text, return_dict=False)[0]
         return velocity
 
 
 def save_wan(folder: Path, painter: VideoPainter, tokenizer: T5Tokenizer) -> None:
-    """In diffusers' folder layout in fp16, without an autoencoder."""
+    """Write diffusers' folder layout in fp16, without an autoencoder."""
     for module, name in ((painter.transformer, "transformer"), (painter.text, "text_encoder")):
         module.to(torch.float16).save_pretrained(folder / name, safe_serialization=True)
     tokenizer.save_pretrained(folder / "tokenizer")

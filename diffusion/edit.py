@@ -23,7 +23,7 @@ from .denoiser import Denoiser, Guidance, check_finite, chunks_of, frames_of, jo
 from .invert import Inversion, Progress
 from .schedule import Schedule, Solver
 from .source import Asks, check_store, compute_source, source_for, sources
-from .spread import ALONE, Spread
+from .spread import ONE_PROCESS, Spread
 from .steering import EditSteering
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def edit_many(
     edits: Sequence[Edit],
     chunk_frames: int | None = None,
     *,
-    spread: Spread = ALONE,
+    spread: Spread = ONE_PROCESS,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Several edits of an inverted clip in one pass: each step's source is read, or computed, once for all.
@@ -276,7 +276,7 @@ class EditPass:
         edits: Sequence[Edit],
         chunk_frames: int | None = None,
         in_order: bool = True,
-        spread: Spread = ALONE,
+        spread: Spread = ONE_PROCESS,
     ) -> None:
         store, self._schedule = inversion.store, denoiser.schedule(inversion.store.steps)
         for one in edits:

@@ -16,7 +16,7 @@ from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
 from .denoiser import Denoiser, check_finite, chunks_of, frames_of, in_parts, joined, keys_on, refuse_clip_norm
 from .schedule import Solver, timestep_at
-from .spread import ALONE, Spread
+from .spread import ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ def invert(
     prompt: str | None = None,
     extra: dict[str, Any] | None = None,
     attachments: dict[str, Tensor] | None = None,
-    spread: Spread = ALONE,
+    spread: Spread = ONE_PROCESS,
     progress: Progress | None = None,
 ) -> Inversion:
     """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1), or that of a rectified flow.
@@ -129,7 +129,7 @@ def invert(
     parts = in_parts(denoiser, keys, latents, schedule.timesteps[0], chunk_frames, clip_norm)
     demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes, parts)
     plan = plan_store(settings, demand, latents.device)
-    if plan.memory != "recompute" and spread is not ALONE:
+    if plan.memory != "recompute" and spread is not ONE_PROCESS:
         raise ValueError(f'memory "{plan.memory}" keeps attention in one process: several take "recompute"')
     store = AttentionStore(
         memory=plan.memory,
@@ -139,7 +139,7 @@ def invert(
         alphas=tuple(schedule.alphas.tolist()),
         key_frames=keys,
         clip_norm=clip_norm,
-        world=schedule.world,
+        formulation=schedule.formulation,
         order=order,
         model=denoiser.identity(),
         prompt=prompt,

@@ -32,7 +32,7 @@ def difference_levels(steps: int) -> list[int]:
 
 def levels_compared(store: AttentionStore) -> list[int]:
     """The levels of a store at which the prompts are compared."""
-    if store.world == "ddim":
+    if store.formulation == "ddim":
         return difference_levels(store.steps)
     sigmas = {level: 1 - store.alphas[level] for level in range(min(1, store.steps - 1), store.steps)}
     return sorted({min(sigmas, key=lambda level: abs(sigmas[level] - sigma)) for sigma in SIGMAS})

@@ -18,7 +18,7 @@ from .ddim import ddim_move
 if TYPE_CHECKING:
     from torch import Tensor
 
-World = Literal["ddim", "flow"]
+Formulation = Literal["ddim", "flow"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Schedule:
 
     timesteps: tuple[float, ...]
     alphas: Tensor
-    world: ClassVar[World] = "ddim"
+    formulation: ClassVar[Formulation] = "ddim"
 
     @property
     def steps(self) -> int:
@@ -75,7 +75,7 @@ class FlowSchedule(Schedule):
     alphas: 1 - sigma of every level, clean to noisy, from which sigmas come back unrounded.
     """
 
-    world: ClassVar[World] = "flow"
+    formulation: ClassVar[Formulation] = "flow"
 
     @classmethod
     def of(cls, timesteps: tuple[float, ...], sigmas: Tensor) -> FlowSchedule:

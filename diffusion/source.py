@@ -15,7 +15,7 @@ from ..attention.prompt import PromptEdit
 from ..imports import no_grad
 from ..store.backends import FileBackend, Records, read_ahead
 from ..store.budget import NOT_IN_PARTS, record_shapes
-from ..store.records import Beside, Onlooker, Recorder, SourceStep
+from ..store.records import Beside, Recorder, SourceStep, TokenHeatRecorder
 from ..store.store import AttentionStore, StoreError
 from .denoiser import Denoiser, chunks_of, frames_meet, frames_of, joined
 from .invert import Inversion
@@ -176,7 +176,7 @@ def look(
     tokens in some layers of one grid, (frames, all tokens, y, x), without maps. While the denoiser is hooked.
     """
     names, count = {site.name for site in sites}, condition.text_tokens
-    lookers = [Onlooker(store.key_frames, chunk, names, tokens) for chunk in chunks]
+    lookers = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
     parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in lookers]
     return joined(chunks, parts), joined(chunks, [r.heat(count) for r in lookers])
 
@@ -198,7 +198,7 @@ def check_store(
             "the store was made by another model: invert again with this one "
             f"(store: {store.model.layout}; model: {denoiser.identity().layout})"
         )
-    same = store.world == schedule.world and same_levels(store.alphas, schedule)
+    same = store.formulation == schedule.formulation and same_levels(store.alphas, schedule)
     if store.timesteps == schedule.timesteps and not same:
         noisy, own = store.alphas[-1], float(schedule.alphas[-1])
         raise StoreError(

@@ -21,11 +21,11 @@ class Spread(Protocol):
         """What a call gives for each chunk, in order, on every process; tensors, or tuples of them and None."""
 
 
-class Alone:
+class OneProcess:
     """All chunks, one after another, by this process."""
 
     def each(self, chunks: Sequence[Chunk], call: Callable[[Chunk], T]) -> list[T]:
         return [call(chunk) for chunk in chunks]
 
 
-ALONE = Alone()
+ONE_PROCESS = OneProcess()

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and tensors read from them chunk by chunk."""
+"""Files written atomically, and tensors read from them chunk by chunk."""

@@ -1,4 +1,4 @@
-"""Logs of one JSON value a line, which are added to while a run goes on."""
+"""Logs with one JSON value per line, appended to during a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Add lines, on a line of their own even where an interruption cut the last one short."""
+    """Append values, each on its own line, also after a line that an interruption cut short."""
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)

@@ -1,4 +1,4 @@
-"""LoRA files as people name them: "style.safetensors", with a strength "style.safetensors=0.8"."""
+"""LoRA files as users give them: "style.safetensors", or with a strength "style.safetensors=0.8"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 PICKLED = (".bin", ".pt", ".pth")
-"""What files are called that torch reads, weights alone; others are safetensors."""
+"""Suffixes of files that torch reads (weights only); all others are safetensors."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LoraFile:
 
     @classmethod
     def parse(cls, text: str) -> LoraFile:
-        """`FILE` or `FILE=STRENGTH`; a file that exists under the whole text is that file.
+        """`FILE` or `FILE=STRENGTH`; the whole text is the path if such a file exists.
 
         Raises ValueError for a strength that is not finite.
         """
@@ -35,7 +35,7 @@ class LoraFile:
         return cls(path, strength)
 
     def __str__(self) -> str:
-        """The text that `parse` reads."""
+        """The text that `parse` accepts."""
         plain = self.strength == 1 and self.parse(self.path) == LoraFile(self.path)
         return self.path if plain else f"{self.path}={self.strength:g}"
 
@@ -44,7 +44,7 @@ class LoraFile:
         return Path(self.path).name
 
     def file(self) -> Path:
-        """The file itself; of a folder, the only LoRA in it. Raises ValueError for none or several."""
+        """The file, or a folder's only LoRA. Raises ValueError for none or several."""
         path = Path(self.path)
         if path.is_file():
             return path
@@ -59,6 +59,6 @@ class LoraFile:
         found = [file for file in found if file.suffix == ".safetensors" or file.stem not in safe]
         if len(found) != 1:
             names = ", ".join(file.name for file in found[:3]) + (", ..." if len(found) > 3 else "")
-            which = f"holds {len(found)} files that may be LoRAs ({names})" if found else "holds no LoRA"
+            which = f"contains {len(found)} possible LoRAs ({names})" if found else "contains no LoRA"
             raise ValueError(f"the folder {self.path} {which}: give the file")
         return found[0]

@@ -1,4 +1,4 @@
-"""How much memory is free, and refusals of what would not fit."""
+"""Free memory, and errors for what would not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .safetensors import format_bytes
 
 
 def free_bytes() -> int | None:
-    """Free bytes of RAM; None where nothing tells."""
+    """Free bytes of RAM; None if unknown."""
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
@@ -17,6 +17,6 @@ def free_bytes() -> int | None:
 
 
 def check_room(what: str, needed: int, free: int | None, advice: str) -> None:
-    """Raise ValueError where something needs more bytes than are free, as far as that is known."""
+    """Raise ValueError if `needed` bytes exceed the free ones (None: unknown)."""
     if free is not None and needed > free:
         raise ValueError(f"{what} takes {format_bytes(needed)} of memory, and {format_bytes(free)} are free: {advice}")

@@ -1,7 +1,7 @@
-"""safetensors files written tensor by tensor, read by offset, each row with a checksum.
+"""safetensors files written tensor by tensor, read by offset, with a checksum for each row.
 
-The library's own reader maps a file privately and writable, which the system charges against memory:
-a file larger than memory cannot be opened so. Here tensors are read where they are asked for.
+The safetensors library maps a file privately and writable, which counts against memory: it cannot open a file larger
+than memory. This reader reads tensors on demand.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ _CODES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
 }
-"""The codes of a safetensors file for the dtypes of a store, with their names in torch."""
+"""safetensors' codes of the dtypes a store may have, with torch's names."""
 CHECKSUMS = "checksums"
-"""The tensor of every row's CRC-32, in the order of the file's tensors."""
+"""Name of the tensor with every row's CRC-32, in the order of the file's tensors."""
 _LONGEST_HEADER = 2**30
 
 
 class DamagedFileError(ValueError):
-    """A file that is not whole, or not as it was written."""
+    """A truncated or altered file."""
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """What a safetensors file calls a dtype; KeyError for one that no store has."""
+    """safetensors' code of a dtype; KeyError for a dtype that no store has."""
     return {name: code for code, name in _CODES.items()}[str(dtype).removeprefix("torch.")]
 
 
 def dtype_of(code: str) -> torch.dtype | None:
-    """The dtype of a safetensors file's code; None for one that no store has."""
+    """The dtype of a safetensors code; None for a dtype that no store has."""
     return getattr(torch, _CODES[code]) if code in _CODES else None
 
 
@@ -65,7 +65,7 @@ def layout_bytes(layout: Layout) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes as people read it: 12.10 GB."""
+    """A number of bytes in a readable unit: 12.10 GB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -73,13 +73,13 @@ def format_bytes(count: int) -> str:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what Git LFS leaves in the place of one that was not fetched."""
+    """Whether a file is a Git LFS pointer, left in place of a file that was not fetched."""
     with path.open("rb") as file:
         return file.read(40).startswith(b"version https://git-lfs")
 
 
 def rows_of(shape: Sequence[int]) -> int:
-    """How many rows a tensor is checked in: its first dimension."""
+    """Number of checksummed rows of a tensor: its first dimension."""
     return shape[0] if shape else 1
 
 
@@ -87,13 +87,12 @@ def rows_of(shape: Sequence[int]) -> int:
 
 
 class SafetensorsWriter:
-    """A safetensors file whose tensors come one after another.
+    """Writes a safetensors file one tensor at a time.
 
-    layout: every tensor's dtype and shape, known before the first. The file stands under another
-    name until the `with` block ends well, and is removed where it does not; after a crash its name
-    is never that of a store.
+    layout: every tensor's dtype and shape, in advance. The file has a temporary name until the `with` block succeeds,
+    and is removed if it fails.
 
-    Raises OSError, saying the bytes, where the disk has no room.
+    Raises OSError, with the bytes needed and free, if the disk is too small.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str]) -> None:
@@ -119,32 +118,32 @@ class SafetensorsWriter:
         free = shutil.disk_usage(path.parent).free
         if self.nbytes > free:
             raise OSError(f"the store takes {self.nbytes} bytes but {path.parent} has {free} free")
-        self._whole = whole_file(path, keep_suffix=False)  # nobody shall list it among stores
+        self._whole = whole_file(path, keep_suffix=False)  # a partial file must not be listed as a store
 
     def __enter__(self) -> Self:
         self._file: IO[bytes] = self._whole.__enter__().open("wb")
         return self
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; ValueError for one that is not as the layout says."""
+        """Write one tensor; ValueError if its dtype or shape differs from the layout."""
         dtype, shape = self._left.pop(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {dtype} {shape} was announced")
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape}")
         data = tensor.detach().cpu()
         data = data if data.is_contiguous() else copied(data)
-        held = _bytes_of(data)
-        size = len(held) // max(1, rows_of(shape))
+        numbers = _bytes_of(data)
+        size = len(numbers) // max(1, rows_of(shape))
         if name != CHECKSUMS:
-            self._checksums[name] = [crc32(held[i * size : (i + 1) * size]) for i in range(rows_of(shape))]
-        self._write(8 + len(self._head) + self._starts[name], held)
+            self._checksums[name] = [crc32(numbers[i * size : (i + 1) * size]) for i in range(rows_of(shape))]
+        self._write(8 + len(self._head) + self._starts[name], numbers)
 
     def _write(self, at: int, data: bytes | memoryview) -> None:
         try:
             self._file.seek(at)
             self._file.write(data)
         except OSError as error:
-            wanted = format_bytes(self.nbytes)
-            raise OSError(f"the store of {wanted} could not be written to {self.path}: {error}") from error
+            needed = format_bytes(self.nbytes)
+            raise OSError(f"the store of {needed} could not be written to {self.path}: {error}") from error
 
     def _finish(self) -> None:
         if len(self._left) > 1:
@@ -153,7 +152,7 @@ class SafetensorsWriter:
         checksums = torch.tensor([crc for rows in self._checksums.values() for crc in rows], dtype=torch.int64)
         self.put(CHECKSUMS, checksums)
         head = _with_checksum(self._head, _NONE, _header_checksum(self._head, checksums))
-        self._write(0, len(head).to_bytes(8, "little") + head)  # last: without it no reader takes the file for whole
+        self._write(0, len(head).to_bytes(8, "little") + head)  # last, so that an unfinished file is unreadable
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -171,16 +170,16 @@ class SafetensorsWriter:
 
 
 _NONE = "0" * 8
-"""Stands in the header where its own checksum will be."""
+"""Placeholder for the header's own checksum."""
 
 
 def _header_checksum(head: bytes, checksums: Tensor) -> str:
-    """Of a header without its own, and of the tensors' checksums."""
+    """CRC-32 of a header, with the placeholder in it, and of the tensors' checksums."""
     return f"{crc32(_bytes_of(checksums), crc32(head)):08x}"
 
 
 def _with_checksum(head: bytes, before: str, after: str) -> bytes:
-    """A header, another checksum in it; it is the first thing in the metadata."""
+    """The header with its checksum replaced; the checksum comes first in the metadata."""
     return head.replace(f'"checksum": "{before}"'.encode(), f'"checksum": "{after}"'.encode(), 1)
 
 
@@ -189,7 +188,7 @@ def _with_checksum(head: bytes, before: str, after: str) -> bytes:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a file, not read yet."""
+    """A tensor in a file, read on demand."""
 
     file: SafetensorsReader
     name: str
@@ -201,16 +200,16 @@ class FileTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self, rows: Sequence[int] | None = None) -> Tensor:
-        """The tensor, or rows of it, in RAM; DamagedFileError where it is not as it was written."""
+        """The tensor, or some of its rows, in RAM; DamagedFileError for a wrong checksum."""
         return self.file.read(self.name, rows)
 
 
 class SafetensorsReader:
-    """A file of `SafetensorsWriter`, its tensors read and checked where they are asked for.
+    """Reads a file of `SafetensorsWriter`, checking each tensor as it is read.
 
     temporary: remove the file's folder with this object, or when the process ends.
 
-    Raises DamagedFileError for a file that is no such file, or whose header is not as it was written.
+    Raises DamagedFileError for another kind of file, or a damaged header.
     """
 
     def __init__(self, path: Path, temporary: bool = False) -> None:
@@ -221,13 +220,13 @@ class SafetensorsReader:
         try:
             self._read_header()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise DamagedFileError(f"{path.name} is not whole (truncated or damaged): {error}") from error
+            raise DamagedFileError(str(error)) from error
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
         if not 0 < length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError("it has no header")
+            raise ValueError("no header")
         head = self._file.read(length)
         header = json.loads(head)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -238,14 +237,14 @@ class SafetensorsReader:
         for name, about in header.items():
             dtype, shape = dtype_of(about["dtype"]), tuple(about["shape"])
             if dtype is None or not all(isinstance(n, int) and n >= 0 for n in shape):
-                raise ValueError(f"{name} is of no kind that a store has")
+                raise ValueError(f"{name} has an unknown dtype or shape")
             start, end = end, end + layout_bytes({name: (dtype, shape)})
             if about["data_offsets"] != [start, end]:
-                raise ValueError(f"{name} is not where it should be")
+                raise ValueError(f"{name} has wrong offsets")
             self._starts[name] = start
             self.tensors[name] = FileTensor(self, name, dtype, shape)
         if self._begin + end != size:
-            raise ValueError(f"it has {size - self._begin} bytes of {end}")
+            raise ValueError(f"truncated, {size - self._begin} of {end} bytes")
         self._read_checksums(head)
 
     def _read_checksums(self, head: bytes) -> None:
@@ -253,32 +252,32 @@ class SafetensorsReader:
             self._checksums: dict[str, Tensor] = {}
             return
         tensor = self.read(CHECKSUMS, check=False)
-        told = self.metadata["checksum"]
-        if _header_checksum(_with_checksum(head, told, _NONE), tensor) != told:
-            raise ValueError("its header is not as it was written")
+        written = self.metadata["checksum"]
+        if _header_checksum(_with_checksum(head, written, _NONE), tensor) != written:
+            raise ValueError("wrong checksum of the header")
         names = [name for name in self.tensors if name != CHECKSUMS]
         counts = [rows_of(self.tensors[name].shape) for name in names]
         if sum(counts) != len(tensor):
-            raise ValueError("it has too few checksums")
+            raise ValueError("wrong number of checksums")
         self._checksums = dict(zip(names, tensor.split(counts), strict=True))
 
     @property
     def checked(self) -> bool:
-        """Whether the file has checksums; those of other programs have none."""
+        """Whether the file has checksums; other programs write none."""
         return bool(self._checksums)
 
     def read(self, name: str, rows: Sequence[int] | None = None, check: bool = True) -> Tensor:
-        """A tensor, or rows of it; DamagedFileError where a row is not as it was written."""
+        """A tensor, or some of its rows; DamagedFileError for a wrong checksum."""
         about = self.tensors[name]
         whole = range(rows_of(about.shape))
-        wanted = whole if rows is None else rows
+        rows_read = whole if rows is None else rows
         shape = about.shape if rows is None else (len(rows), *about.shape[1:])
         result = torch.empty(shape, dtype=about.dtype)
         size = about.nbytes // max(1, len(whole))
-        held = _bytes_of(result)
+        numbers = _bytes_of(result)
         done = 0
-        for first, count in _runs(wanted):
-            part = held[done * size : (done + count) * size]
+        for first, count in _runs(rows_read):
+            part = numbers[done * size : (done + count) * size]
             self._fill(part, self._begin + self._starts[name] + first * size)
             if check:
                 self._check(name, part, first, count, size)
@@ -292,14 +291,14 @@ class SafetensorsReader:
             while done < len(part):
                 got = self._file.readinto(part[done:])
                 if not got:
-                    raise DamagedFileError(f"{self.path} ends before its tensors do")
+                    raise DamagedFileError(f"{self.path} is truncated")
                 done += got
 
     def _check(self, name: str, part: memoryview, first: int, count: int, size: int) -> None:
         expected = self._checksums[name][first : first + count].tolist()
         for i, checksum in enumerate(expected):
             if crc32(part[i * size : (i + 1) * size]) != checksum:
-                raise DamagedFileError(f"{self.path} is damaged: {name} is not as it was written")
+                raise DamagedFileError(f"{self.path} is damaged: wrong checksum of {name}")
 
 
 def _close(file: IO[bytes], folder: Path | None) -> None:
@@ -309,7 +308,7 @@ def _close(file: IO[bytes], folder: Path | None) -> None:
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows that follow one another, as (first, how many)."""
+    """Runs of consecutive rows, as (first, length)."""
     found: list[tuple[int, int]] = []
     for row in rows:
         if found and row == sum(found[-1]):
@@ -325,10 +324,9 @@ def _bytes_of(x: Tensor) -> memoryview:
 
 
 def copied(x: Tensor) -> Tensor:
-    """A contiguous copy of a CPU tensor, made by one thread.
+    """A contiguous copy of a CPU tensor, made in one thread.
 
-    torch would copy with OpenMP, and a second team of its threads takes the cores from the one
-    that runs the UNet.
+    torch would copy with OpenMP, whose second thread team takes cores from the one that runs the UNet.
     """
     whole_number = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return torch.from_numpy(x.detach().view(whole_number).numpy().copy(order="C")).view(x.dtype)

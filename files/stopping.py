@@ -1,4 +1,4 @@
-"""Signals that end a run: from the first line of the program on, and leaving nothing half-written."""
+"""Signals that end a run, from the program's first line on, without half-written files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _last: list[Callable[[], None]] = []
 
 
 def at_end(last: Callable[[], None]) -> None:
-    """Have something called, quickly, where a signal ends the process."""
+    """Register a short function to call when a signal ends the process."""
     _last.append(last)
 
 
 def end_on_signals() -> None:
-    """From now on Ctrl-C, SIGTERM and SIGHUP remove what is not finished and end the process with 128 and their number.
+    """From now on Ctrl-C, SIGTERM and SIGHUP remove unfinished files and exit with 128 plus their number.
 
-    At once: an exception would have to find its way through libraries that turn it into another, swallow it, or
-    end the process their own way. One that is ignored, as nohup has it, stays ignored.
+    At once: an exception would pass through libraries that convert it, swallow it, or exit in their own way. A signal
+    that is already ignored, as under nohup, stays ignored.
     """
     for number in _numbers():
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -33,8 +33,8 @@ def end_on_signals() -> None:
 
 
 def leave(status: int) -> None:
-    """End the process with a status; signals no longer count."""
-    _deaf()
+    """Exit with a status, ignoring further signals."""
+    _ignore_signals()
     sys.exit(status)
 
 
@@ -42,13 +42,13 @@ def _numbers() -> list[int]:
     return [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
-def _deaf() -> None:
+def _ignore_signals() -> None:
     for number in _numbers():
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    _deaf()
+    _ignore_signals()
     whole = sys.modules.get(f"{__package__}.whole")
     if whole is not None:
         whole.remove_leftovers()
@@ -57,7 +57,7 @@ def _end(number: int, frame: FrameType | None) -> None:
             last()
     for worker in getattr(sys.modules.get("multiprocessing.process"), "active_children", list)():
         worker.terminate()
-    with suppress(Exception):  # this may have come in the middle of a line
+    with suppress(Exception):  # the signal may have interrupted a print
         sys.stdout.flush()
         if sys.stdout.isatty():
             os.write(1, _SHOW_CURSOR)

@@ -1,4 +1,4 @@
-"""Temporal layers in one safetensors file, by diffusers' names, with the queries that were tuned beside them."""
+"""Temporal layers, and the queries tuned with them, in one safetensors file under diffusers' names."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "temporal.safetensors"
-"""What a folder of a tuning calls them."""
+"""The file's name in the folder of a tuning."""
 
 
-def seen_with(key_frames: Iterable[str | int], clip_norm: bool) -> dict[str, str]:
-    """The texts that say how a clip was seen in training, for a file to keep."""
+def training_metadata(key_frames: Iterable[str | int], clip_norm: bool) -> dict[str, str]:
+    """Metadata that records how frames attended to each other in training."""
     return {"key_frames": ", ".join(map(str, key_frames)), "clip_norm": str(clip_norm).lower()}
 
 
 def write_temporal_layers(
     path: str | Path, weights: Mapping[str, Tensor], about: Mapping[str, str] | None = None
 ) -> None:
-    """Write weights, and texts to keep with them, whole or not at all."""
+    """Write weights and their metadata atomically."""
     from safetensors.torch import save_file
 
     with whole_file(Path(path)) as partial:
@@ -34,23 +34,23 @@ def write_temporal_layers(
 
 
 def temporal_file(path: str | Path) -> Path:
-    """The file of temporal layers by what names it: itself, the folder of a tuning, or "demo"."""
+    """The file of temporal layers, given it, the folder of a tuning, or "demo"."""
     if str(path) == "demo":
         return DEMO_LAYERS
     return Path(path) / FILE if Path(path).is_dir() else Path(path)
 
 
 def load_temporal_layers(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a file, or of a tuning's folder, for `with_temporal_layers`; "demo" for the bundled ones.
+    """The weights of a file or a tuning's folder, for `with_temporal_layers`; "demo" loads the bundled ones.
 
-    FileNotFoundError, or ValueError for no safetensors file.
+    Raises FileNotFoundError, or ValueError for an invalid safetensors file.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
 
 def about_temporal_layers(path: str | Path) -> dict[str, str]:
-    """The texts that were kept with the weights of a file; errors as `load_temporal_layers`."""
+    """The metadata of a file of temporal layers; errors as `load_temporal_layers`."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
@@ -67,5 +67,5 @@ def _opened(path: str | Path) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         if is_pointer(file):
-            raise ValueError(f"{file} is a Git LFS pointer and not the layers: run `git lfs pull`") from error
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+            raise ValueError(f"{file} is a Git LFS pointer: run `git lfs pull` to fetch the layers") from error
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from error

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and are gone when their process is."""
+"""Files and folders that appear complete or not at all, and temporary ones that go with their process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..settings import shown
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there, and nothing of other processes is removed
+except ImportError:  # Windows: no locks, and files of other processes are never removed
     fcntl = None  # type: ignore[assignment]
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
 _PREFIX = "fatezero-"
 _mine: dict[Path, int] = {}
-"""What this process must not leave behind, and the file descriptor that holds its lock."""
+"""Unfinished files and folders of this process, with the file descriptor of each one's lock."""
 _made: list[Path] = []
-"""Folders that this process made, and that go with it where they are empty; the deepest of each first."""
+"""Folders made by this process, removed at its end if empty; the deepest of each first."""
 _owner = os.getpid()
 
 
@@ -35,10 +35,10 @@ _owner = os.getpid()
 
 @contextmanager
 def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
-    """A path beside the wanted one; it takes its place at the end, or goes on any error.
+    """A temporary path in the same folder, renamed to `path` at the end, or removed on any error.
 
-    keep_suffix: end its name like the wanted one's, for writers that go by it. A link is followed. Raises OSError
-    where something other than a file is in the way.
+    keep_suffix: give it the same suffix, for writers that need it. Follows a link. Raises OSError if `path` is
+    something other than a file.
     """
     path = _target(Path(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,13 +47,13 @@ def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
         if old not in _mine:
             _remove_if_dead(old)
     partial = path.with_name(f".{stem}.{os.getpid()}.partial{suffix}")
-    _mine[partial] = -1  # before it is there, for a signal may come between
+    _mine[partial] = -1  # before it exists, in case a signal comes between
     try:
         _mine[partial] = _locked(os.open(partial, os.O_CREAT | os.O_RDWR, 0o666))
         yield partial
         partial.replace(path)
     except OSError as error:
-        if error.errno in _FULL:  # which tells no name where a library writes
+        if error.errno in _FULL:  # libraries' errors name no file
             raise OSError(f"could not write {path}: {error.strerror}") from error
         raise
     finally:
@@ -62,11 +62,11 @@ def whole_file(path: str | Path, keep_suffix: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def reserved(path: str | Path, overwrite: bool = False) -> Iterator[None]:
-    """Keep the name of a file for this process, before any work and until its end; the file is another's to write.
+    """Reserve the name of an output file for this process, without writing the file.
 
-    The folder is tried by writing to it; one that was missing is there meanwhile, and goes if it stays empty. Raises
-    OSError where the file cannot be written: another run has the name, it exists and `overwrite` is not given, ...
-    A process that is killed keeps no name. ValueError for a name that is not UTF-8.
+    Tests the folder by writing to it; a missing folder is made, and removed if it stays empty. A killed process frees
+    its names. Raises OSError if the file cannot be written: reserved by another run, exists without `overwrite`, ...;
+    ValueError for a name that is not UTF-8.
     """
     path = Path(path)
     check_name(path)
@@ -81,10 +81,10 @@ def reserved(path: str | Path, overwrite: bool = False) -> Iterator[None]:
             lock = _locked_name(target)
             _try_out(target, overwrite)
         except OSError as error:
-            if error.errno is None:  # it says all itself
+            if error.errno is None:  # our own, complete message
                 raise
-            if isinstance(error, FileExistsError):  # a folder that is to be made
-                raise OSError(f"cannot write {path}: {error.filename} is no folder") from error
+            if isinstance(error, FileExistsError):  # from mkdir
+                raise OSError(f"cannot write {path}: {error.filename} is not a folder") from error
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         yield
     finally:
@@ -97,7 +97,7 @@ def reserved(path: str | Path, overwrite: bool = False) -> Iterator[None]:
 
 
 def check_name(path: str | Path) -> None:
-    """Raise ValueError for a name that FFmpeg and records cannot hold, OSError for one that is too long."""
+    """Raise ValueError for a name that is not UTF-8, which FFmpeg and records need, OSError for one too long."""
     try:
         str(Path(path).absolute()).encode()
         os.lstat(path)
@@ -109,13 +109,13 @@ def check_name(path: str | Path) -> None:
 
 
 def check_writable(path: str | Path, overwrite: bool = False) -> None:
-    """Raise OSError where a file cannot be written, as `reserved` does; the folder is left as it was."""
+    """Raise OSError if a file cannot be written, as `reserved` does, and leave the folder unchanged."""
     with reserved(path, overwrite):
         pass
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where a file is there that shall not be replaced."""
+    """Raise FileExistsError for an existing file, unless `overwrite`."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give --overwrite to replace it")
 
@@ -130,7 +130,7 @@ def _try_out(target: Path, overwrite: bool) -> None:
 
 
 def _locked_name(target: Path) -> Path:
-    """A hidden file beside the wanted one, which this process alone has locked."""
+    """A hidden file in the same folder, locked by this process; FileExistsError if another has the lock."""
     name = os.fsencode(target.name)
     lock = target.with_name(f".{_PREFIX}{sha256(name).hexdigest()[:16]}.lock")
     while True:
@@ -144,11 +144,11 @@ def _locked_name(target: Path) -> Path:
             if not locked or os.path.samestat(os.fstat(handle), lock.stat()):
                 _mine[lock] = handle
                 return lock
-        os.close(handle)  # its owner removed it meanwhile
+        os.close(handle)  # the other process has removed it in the meantime
 
 
 def _has_lock(handle: int) -> bool:
-    """Lock an open file; False on network file systems without locks, and BlockingIOError where another has it."""
+    """Lock an open file; False on network file systems without locks, BlockingIOError if another has the lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -159,13 +159,13 @@ def _has_lock(handle: int) -> bool:
 
 
 def _target(path: Path) -> Path:
-    """The file that a path names; OSError where it is a folder or a device."""
+    """The file of a path, links resolved; OSError for a folder or a device."""
     try:
         path = path.resolve() if path.is_symlink() else path
     except RuntimeError:  # Python before 3.13
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"it is {'a folder' if path.is_dir() else 'no regular file'}", str(path))
+        raise OSError(errno.EINVAL, f"it is {'a folder' if path.is_dir() else 'not a regular file'}", str(path))
     return path
 
 
@@ -173,31 +173,31 @@ def _target(path: Path) -> Path:
 
 
 def temporary_folder(parent: Path | None = None) -> Path:
-    """A folder of this process, which a later one may remove once this one is gone."""
+    """A folder of this process, which later processes remove once this one has ended."""
     parent = parent or disk_folder()
     parent.mkdir(parents=True, exist_ok=True)
     remove_stale_folders(parent)
     new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
     handle = -1 if fcntl is None else _locked(os.open(new, os.O_RDONLY))
-    folder = new.rename(parent / new.name[1:])  # only now may others look whether it is held
+    folder = new.rename(parent / new.name[1:])  # others check the lock of folders with this name
     _mine[folder] = handle
     return folder
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that `temporary_folder` gave."""
+    """Remove a folder of `temporary_folder`."""
     _remove(folder)
 
 
 def remove_stale_folders(parent: Path) -> None:
-    """Remove the temporary folders of processes that are gone."""
+    """Remove the temporary folders of processes that have ended."""
     for folder in parent.glob(f"{_PREFIX}*"):
         if folder not in _mine:
             _remove_if_dead(folder)
 
 
 def disk_folder() -> Path:
-    """A folder for large temporary files: the system's, or another where that one is kept in memory."""
+    """A folder for large temporary files: the system's, or another if that is in memory."""
     usual = Path(tempfile.gettempdir())
     others = [Path("/var/tmp"), Path.home() / ".cache"]
     usable = (f for f in others if f.is_dir() and os.access(f, os.W_OK) and not is_in_memory(f))
@@ -205,7 +205,7 @@ def disk_folder() -> Path:
 
 
 def is_in_memory(path: Path) -> bool:
-    """Whether a path lies on a file system that is kept in RAM, as far as the system tells."""
+    """Whether a path is on a file system in RAM; False if unknown."""
     mounts = Path("/proc/self/mounts")
     if not mounts.exists():
         return False
@@ -220,7 +220,7 @@ def is_in_memory(path: Path) -> bool:
 
 
 def existing(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
+    """The nearest existing folder above a path."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
@@ -228,8 +228,8 @@ def existing(path: Path) -> Path:
 
 
 def remove_leftovers() -> None:
-    """Remove all that this process has not finished: for the end of an interrupted one."""
-    if os.getpid() == _owner:  # and not a fork of it
+    """Remove all unfinished files of this process, at the end of an interrupted one."""
+    if os.getpid() == _owner:  # not in a fork
         for path in list(_mine):
             _remove(path)
         for folder in sorted(_made, reverse=True):
@@ -248,17 +248,17 @@ def _remove(path: Path) -> None:
 
 
 def _locked(handle: int) -> int:
-    """The same file or folder, its lock held until it is closed or the process ends, however it ends."""
+    """The same file or folder, locked until it is closed or the process ends."""
     if fcntl is None:
         os.close(handle)
         return -1
-    with suppress(OSError):  # some network file systems have no locks: others then leave the file alone
+    with suppress(OSError):  # some network file systems have no locks: other processes then never remove the file
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a file or folder of this user's whose lock nobody holds."""
+    """Remove a file or folder of this user that no process has locked."""
     if fcntl is None:
         return
     with suppress(OSError):
@@ -275,7 +275,7 @@ def _remove_if_dead(path: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder, made where it is missing; BlockingIOError where another process holds it."""
+    """Lock a folder, made if missing; BlockingIOError if another process has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

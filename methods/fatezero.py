@@ -23,7 +23,7 @@ from ..diffusion.edit import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
 from ..diffusion.source import Asks
 from ..imports import F, torch
-from ..settings import check, described, setting, steps_of_share, whole_steps
+from ..settings import check, setting, settings_of, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import Map, QueriesKeys, SourceStep
 
@@ -217,7 +217,7 @@ inside of it at words of elsewhere, and other shares of steps."""
 
 def preset_fusion(preset: str) -> FusionSettings:
     """A preset's fusion alone, without its guidance."""
-    own = {one.name for one in described(FusionSettings)}
+    own = {one.name for one in settings_of(FusionSettings)}
     return FusionSettings(**{name: value for name, value in PRESETS[preset].items() if name in own})
 
 

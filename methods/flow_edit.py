@@ -86,7 +86,7 @@ def draw(
             alphas=tuple(schedule.alphas.tolist()),
             key_frames=keys_on(denoiser, key_frames),
             clip_norm=clip_norm,
-            world=schedule.world,
+            formulation=schedule.formulation,
             model=denoiser.identity(),
             prompt=prompt,
         )

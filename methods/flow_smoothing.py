@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..settings import check, setting
-from ..video.motion import Motion, steadied
+from ..video.motion import Motion, smooth_along
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class FlowSmoothing:
         if self.motion is None or self.motion.frames != len(source):
             known = "none" if self.motion is None else f"that of {self.motion.frames} frames"
             raise ValueError(f"flow smoothing needs the motion of the clip's {len(source)} frames, and has {known}")
-        return steadied(source, clean, self.motion, self.amount)
+        return smooth_along(source, clean, self.motion, self.amount)
 
     def summary(self) -> str:
         return f"smoothed the edit along the source's motion by {self.amount:g}"

@@ -18,7 +18,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.edit import EditContext
 from ..diffusion.prompt_mask import source_tokens_heat
 from ..imports import F, torch
-from ..settings import kept, setting, whole_steps
+from ..settings import setting, setting_like, whole_steps
 from .layout import Layout, Path, Shift
 from .layout_guidance import GROUP, Energy, LayoutGuidance, LayoutSettings, Placed
 
@@ -33,9 +33,9 @@ SAME = 1.15
 class MoveSettings(LayoutSettings):
     """How objects of a clip are moved; the guidance is what moved most in our world. Raises ValueError out of range."""
 
-    energy: Energy = kept(LayoutSettings, "energy", "inside")
-    scale: float = kept(LayoutSettings, "scale", 60.0)
-    most_change: float = kept(LayoutSettings, "most_change", 0.1)
+    energy: Energy = setting_like(LayoutSettings, "energy", "inside")
+    scale: float = setting_like(LayoutSettings, "scale", 60.0)
+    most_change: float = setting_like(LayoutSettings, "most_change", 0.1)
     carry: float = setting(
         0.7,
         "Of edits: the share of steps in which a moved object has the source's latents, carried along. More keeps its "

@@ -90,7 +90,7 @@ class Tunable(Predictor, Protocol):
         """Whether the model predicts v, on which it then is trained, in place of the noise."""
 
 
-Told = Callable[[int, int, float, float], None]
+TuneProgress = Callable[[int, int, float, float], None]
 """Called after each step with (steps done, steps in all, loss, norm of the gradients before it is clipped)."""
 State: TypeAlias = "Mapping[str, Tensor]"
 """A tuning that can go on: weights, optimizer and losses."""
@@ -110,7 +110,7 @@ def tune(
     keep: Callable[[State], None] | None = None,
     keep_every: int = 100,
     accelerator: Any = None,
-    progress: Told | None = None,
+    progress: TuneProgress | None = None,
 ) -> list[float]:
     """Train a model's temporal layers on one clip (paper Sec. 3.3); each step's loss, those before `resume` too.
 

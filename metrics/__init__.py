@@ -1,1 +1,1 @@
-"""How well an edit edited, kept and held still."""
+"""Measures of edits: success, preservation, temporal consistency."""

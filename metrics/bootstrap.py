@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling (Efron, 1979): no assumption on how figures are spread."""
+"""Bootstrap confidence intervals (Efron, 1979), without assumptions about the distribution."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 4000
 
 
 class Interval(NamedTuple):
-    """An estimate and the bounds that hold with 95 % confidence; NaN where nothing was measured."""
+    """An estimate and its 95 % confidence interval; NaN if nothing was measured."""
 
     value: float
     low: float
@@ -23,10 +23,10 @@ class Interval(NamedTuple):
 def bootstrap(
     columns: Sequence[Sequence[float]], statistic: Callable[..., Tensor], confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """An interval for a statistic of paired samples, cases being drawn with replacement.
+    """The interval of a statistic of paired samples, resampling cases with replacement.
 
-    columns: one or more sequences with a value for each case; cases that are NaN in any are left out.
-    statistic: takes a tensor (..., cases) of each column and gives (...).
+    columns: sequences with a value per case; cases that are NaN in any of them are dropped. statistic: maps a tensor
+    (..., cases) per column to (...).
     """
     table = torch.tensor(columns, dtype=torch.float64)
     table = table[:, ~table.isnan().any(0)]
@@ -42,15 +42,15 @@ def bootstrap(
 
 
 def mean_of(values: Sequence[float]) -> Interval:
-    """Of the mean."""
+    """The interval of the mean."""
     return bootstrap([values], lambda x: x.mean(-1))
 
 
 def difference_of(values: Sequence[float], others: Sequence[float]) -> Interval:
-    """Of the mean difference between paired values."""
+    """The interval of the mean difference between paired values."""
     return bootstrap([values, others], lambda x, y: (x - y).mean(-1))
 
 
 def error_ratio(shares: Sequence[float], others: Sequence[float]) -> Interval:
-    """Of how much larger the mean error 1 - share is than another's: 1 for as large, below 1 for less."""
+    """The interval of the ratio of mean errors 1 - share, ours over the others'."""
     return bootstrap([shares, others], lambda x, y: (1 - x).mean(-1) / (1 - y).mean(-1))

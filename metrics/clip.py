@@ -1,4 +1,4 @@
-"""CLIP's opinion of frames and prompts, by any CLIP of transformers."""
+"""CLIP similarity of frames and prompts, with any CLIP model of transformers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..video.size import to_bytes
 
 @dataclass(frozen=True)
 class ClipScorer:
-    """A CLIP and its processor; the paper's is "openai/clip-vit-base-patch32"."""
+    """A CLIP model and its processor; the paper uses "openai/clip-vit-base-patch32"."""
 
     model: Any
     processor: Any
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu") -> ClipScorer:
-        """A folder, or a hub name, the only case that uses the network.
+        """Load from a folder, or from the hub by name, which may use the network.
 
-        Raises OSError where there is none, ValueError for a model of another kind.
+        Raises OSError if it is missing, ValueError for a model of another kind.
         """
         from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "clip":
-            raise ValueError(f"{name} is a model of kind {kind!r}; a CLIP is needed")
+            raise ValueError(f"{name} is a {kind!r} model: give a CLIP model")
         return cls(CLIPModel.from_pretrained(name).to(device).eval(), CLIPProcessor.from_pretrained(name))
 
     @torch.no_grad()
     def images(self, frames: Tensor, batch: int = 8) -> Tensor:
-        """Embeddings (f, d), of length one, of frames (f, 3, h, w) in 0..1, a few at a time."""
+        """Normalized embeddings (f, d) of frames (f, 3, h, w) in 0..1, in batches."""
         parts = []
         for some in frames.split(batch):
             pictures = [Image.fromarray(frame) for frame in to_bytes(some).cpu().numpy()]
@@ -45,12 +45,12 @@ class ClipScorer:
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
-        """The embedding (d,), of length one, of a prompt; CLIP reads its first 77 tokens."""
+        """The normalized embedding (d,) of a prompt, truncated to CLIP's 77 tokens."""
         tokens = self.processor(text=[prompt], return_tensors="pt", padding=True, truncation=True)
         ids = {k: tokens[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
         return F.normalize(_tensor(self.model.get_text_features(**ids)).float().cpu(), dim=-1)[0]
 
 
 def _tensor(output: Any) -> Tensor:
-    """The embeddings; newer transformers wrap them."""
+    """The embeddings; newer versions of transformers wrap them."""
     return output if isinstance(output, Tensor) else output.pooler_output

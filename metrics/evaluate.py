@@ -1,4 +1,4 @@
-"""One report on an edit of any video: what it kept, how it moves, what CLIP says, how near the truth it is."""
+"""A report on an edit of any video: preservation, motion, CLIP scores, distance to the ground truth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Figure:
-    """One measure: its value, its unit, and the value in each frame (or pair of frames) where it has one."""
+    """One measure: value, unit, and the values by frame (or pair of frames), if any."""
 
     value: float
     unit: str = ""
@@ -35,7 +35,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """Figures by name, in the order they are told."""
+    """Figures by name, in order of display."""
 
     figures: dict[str, Figure] = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class Report:
 
 
 OF_CLIP = "Tem-Con"
-"""A figure that there is where CLIP measured."""
+"""A figure that is present if CLIP was used."""
 
 
 def evaluate(
@@ -60,14 +60,13 @@ def evaluate(
     lpips: Lpips | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Every figure that can be had for an edited clip; frames are (f, 3, h, w) in 0..1.
+    """All available figures of an edited clip; frames are (f, 3, h, w) in 0..1.
 
-    mask: (f or 1, h, w), 1 where the edit was meant to be; PSNR, SSIM and LPIPS to the source are then
-    told inside and outside of it. truth: the edit as it should be, where it is known. prompts: the
-    source's and the target's, for CLIP. flow: (forward, backward) of the source, each (f - 1, 2, h, w)
-    in pixels, or what estimates it; None leaves the warp error out. clip, lpips: their models, None for none.
+    mask: (f or 1, h, w), 1 where the edit should be; adds PSNR, SSIM and LPIPS to the source inside and outside of it.
+    truth: the correct edit, if known. prompts: source and target, for CLIP. flow: (forward, backward) of the source,
+    each (f - 1, 2, h, w) in pixels, or an estimator; None skips the warp error. clip, lpips: models; None skips them.
 
-    Raises ValueError naming what does not fit.
+    Raises ValueError, naming the argument, for wrong shapes.
     """
     _same("edited", edited, source)
     figures = _likeness(source, edited, "to source", None, lpips)
@@ -83,12 +82,12 @@ def evaluate(
     if flow is not None and len(source) > 1:
         figures |= _warp_errors(source, edited, flow, progress)
     if clip is not None:
-        figures |= _opinion(clip, edited, *prompts)
+        figures |= _clip_scores(clip, edited, *prompts)
     return Report(figures)
 
 
 def _likeness(a: Tensor, b: Tensor, what: str, where: Tensor | None, lpips: Lpips | None) -> dict[str, Figure]:
-    """PSNR, SSIM and LPIPS, of the clip and by frame (a frame the mask leaves empty has none)."""
+    """PSNR, SSIM and LPIPS of the clip and by frame (NaN where the mask is empty)."""
     measures: dict[str, tuple[Callable[[Tensor, Tensor, Tensor | None], float], str]] = {"PSNR": (psnr, "dB")}
     if min(a.shape[-2:]) > 2 * SSIM_WINDOW:
         measures["SSIM"] = (ssim, "")
@@ -114,7 +113,7 @@ def _is_empty(weights: Tensor | None) -> bool:
 
 
 def _weighted(frames: tuple[float, ...], where: Tensor | None) -> float:
-    """The mean over frames, each as much as the mask has of it."""
+    """The mean over frames, weighted by the mask's area."""
     shares = [1.0] * len(frames) if where is None else where.sum((1, 2)).tolist()
     counted = [(value, share) for value, share in zip(frames, shares, strict=True) if not math.isnan(value)]
     total = sum(share for _, share in counted)
@@ -124,41 +123,41 @@ def _weighted(frames: tuple[float, ...], where: Tensor | None) -> float:
 def _warp_errors(
     source: Tensor, edited: Tensor, flow: tuple[Tensor, Tensor] | Estimator, progress: Progress | None
 ) -> dict[str, Figure]:
-    """TokenFlow's warp error of the edit and, beside it, of the source; a pair of frames at a time."""
+    """TokenFlow's warp error of the edit and, for comparison, of the source, one pair of frames at a time."""
     pairs = len(source) - 1
     if not callable(flow):
         for name, given in zip(("forward", "backward"), flow, strict=True):
-            wanted = (pairs, 2, *source.shape[-2:])
-            if tuple(given.shape) != wanted:
-                raise ValueError(f"flow ({name}) has shape {tuple(given.shape)}; it must be {wanted}")
+            expected = (pairs, 2, *source.shape[-2:])
+            if tuple(given.shape) != expected:
+                raise ValueError(f"flow ({name}) has shape {tuple(given.shape)}; it must be {expected}")
     errors: dict[str, list[float]] = {"edited": [], "source": []}
-    seen_pixels = []
+    visible_pixels = []
     for t in range(pairs):
         if callable(flow):
             forward, backward = flow(source[t], source[t + 1])[None], flow(source[t + 1], source[t])[None]
         else:
             forward, backward = flow[0][t : t + 1], flow[1][t : t + 1]
-        seen = visible(forward, backward)
-        seen_pixels.append(seen.sum().item())
+        mask = visible(forward, backward)
+        visible_pixels.append(mask.sum().item())
         for name, frames in (("edited", edited), ("source", source)):
-            errors[name].append(1000 * warp_error(frames[t : t + 2], forward, seen))
+            errors[name].append(1000 * warp_error(frames[t : t + 2], forward, mask))
         if progress:
             progress(t + 1, pairs)
 
     def mean(values: list[float]) -> float:
-        told = [(v, n) for v, n in zip(values, seen_pixels, strict=True) if n]
-        total = sum(n for _, n in told)
-        return sum(v * n for v, n in told) / total if total else math.nan
+        defined = [(v, n) for v, n in zip(values, visible_pixels, strict=True) if n]
+        total = sum(n for _, n in defined)
+        return sum(v * n for v, n in defined) / total if total else math.nan
 
     return {
         "warp error": Figure(mean(errors["edited"]), "x 0.001", tuple(errors["edited"])),
         "warp error of the source": Figure(mean(errors["source"]), "x 0.001", tuple(errors["source"])),
-        "pixels not occluded": Figure(sum(seen_pixels) / (pairs * source[0, 0].numel())),
+        "pixels not occluded": Figure(sum(visible_pixels) / (pairs * source[0, 0].numel())),
     }
 
 
-def _opinion(clip: ClipScorer, edited: Tensor, source_prompt: str, target_prompt: str) -> dict[str, Figure]:
-    """Tem-Con, Frame-Acc and the likeness to both prompts (FateZero Sec. 4.2, Table 1)."""
+def _clip_scores(clip: ClipScorer, edited: Tensor, source_prompt: str, target_prompt: str) -> dict[str, Figure]:
+    """Tem-Con, Frame-Acc and the similarity to both prompts (FateZero Sec. 4.2, Table 1)."""
     images = clip.images(edited)
     steady = tuple((images[1:] * images[:-1]).sum(-1).tolist())
     found = {OF_CLIP: Figure(temporal_consistency(images), "", steady)}
@@ -173,8 +172,8 @@ def _opinion(clip: ClipScorer, edited: Tensor, source_prompt: str, target_prompt
 
 def _clips_mask(mask: Tensor, source: Tensor) -> Tensor:
     if mask.ndim != 3 or len(mask) not in (1, len(source)) or mask.shape[-2:] != source.shape[-2:]:
-        wanted = f"({len(source)} or 1, {source.shape[-2]}, {source.shape[-1]})"
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; it must be {wanted}")
+        expected = f"({len(source)} or 1, {source.shape[-2]}, {source.shape[-1]})"
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; it must be {expected}")
     return mask.to(source).clamp(0, 1).expand(len(source), -1, -1)
 
 
@@ -184,4 +183,4 @@ def _same(name: str, frames: Tensor, source: Tensor) -> None:
     if frames.shape != source.shape:
         raise ValueError(f"{name} has shape {tuple(frames.shape)}, but the source {tuple(source.shape)}")
     if not torch.isfinite(frames).all():
-        raise ValueError(f"{name} holds values that are no numbers")
+        raise ValueError(f"{name} contains NaN or infinite values")

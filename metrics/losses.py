@@ -1,4 +1,4 @@
-"""A picture of how a training went."""
+"""A plot of training losses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def running_mean(values: Sequence[float], window: int = 25) -> list[float]:
 
 
 def plot_losses(losses: Sequence[float], width: int = 768, height: int = 384) -> Tensor:
-    """The loss of every step as dots and its running mean as a line, uint8 (height, width, 3). ValueError for none."""
+    """Losses as dots and their running mean as a line: uint8 (height, width, 3). ValueError for no losses."""
     if not losses:
-        raise ValueError("there is no loss to plot")
+        raise ValueError("no losses to plot")
     page = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     low, high = 0.0, max(losses) * 1.05 or 1.0

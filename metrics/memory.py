@@ -1,4 +1,4 @@
-"""Peak memory of some work."""
+"""Measurement of peak memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 class PeakMemory:
-    """Watches memory inside a `with` block; `bytes` is the most that was held.
+    """Measures memory inside a `with` block; `bytes` is the peak.
 
-    On a CUDA device its allocator tells exactly; on a CPU the process's resident memory is
-    looked at fifty times a second, and `bytes` is 0 where the system does not tell it.
+    On CUDA it is the allocator's exact peak; on a CPU the process's resident memory, sampled 50 times per second, or 0
+    if the system does not report it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class PeakMemory:
         else:
             self._done.set()
             self._watcher.join()
-            self._look()  # work that ended before the first look
+            self._look()  # work that ended before the first sample
 
     def _watch(self) -> None:
         while not self._done.wait(0.02):

@@ -1,4 +1,4 @@
-"""Curves of a report over the frames of a clip."""
+"""Plots of a report by frame."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _PANELS = {
     "Tem-Con": "Tem-Con",
     "CLIP similarity": "CLIP to",
 }
-"""A panel's title and how the names of its figures begin."""
+"""Each panel's title and the prefix of its figures' names."""
 
 
 def plot_report(report: Report, width: int = 768, panel: int = 200) -> Tensor:
-    """A panel for each kind of figure that was taken by frame: uint8 (height, width, 3).
+    """A panel for each kind of figure with values by frame: uint8 (height, width, 3).
 
-    panel: pixels of height of each. Raises ValueError where no figure has a value by frame, ImportError without
+    panel: height of each panel in pixels. Raises ValueError if no figure has values by frame, ImportError without
     matplotlib.
     """
-    try:  # here, for it takes most of the time that the pack takes to load
+    try:  # here, because it would dominate the pack's loading time
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Page
         from matplotlib.ticker import MaxNLocator
@@ -39,7 +39,7 @@ def plot_report(report: Report, width: int = 768, panel: int = 200) -> Tensor:
         if any(math.isfinite(v) for values in curves.values() for v in values):
             panels[title] = curves
     if not panels:
-        raise ValueError("no figure of this report has a value for each frame")
+        raise ValueError("no figure of this report has values by frame")
     dpi = 100
     page = Page(figsize=(width / dpi, panel * len(panels) / dpi), dpi=dpi, layout="constrained")
     canvas = FigureCanvasAgg(page)

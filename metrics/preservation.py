@@ -1,4 +1,4 @@
-"""What an edit left alone: every figure over a whole picture, or over the pixels of a mask."""
+"""Preservation of the source by an edit, over whole frames or the pixels of a mask."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SSIM_WINDOW = 11
-"""Side of SSIM's Gaussian window in pixels, its deviation being 1.5 (Wang et al., 2004)."""
+"""Side of SSIM's Gaussian window in pixels, with deviation 1.5 (Wang et al., 2004)."""
 
 
 def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB of frames (f, 3, h, w) in 0..1.
 
-    where: (f, h, w), weights of pixels, e.g. one minus the object's mask. Equal frames give
-    infinity; ValueError for shapes that differ or a mask that is empty.
+    where: (f, h, w), weights of pixels, e.g. one minus the object's mask. Equal frames give infinity. Raises
+    ValueError for shapes that differ or an empty mask.
     """
     _check(a, b)
     mse = weighted_mean((a - b) ** 2, where)
@@ -26,8 +26,8 @@ def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
 def ssim(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
     """Structural similarity of frames (f, 3, h, w) in 0..1, mean over channels (Wang et al., IEEE TIP 2004).
 
-    Windows reach over no border, so five pixels at each side have no value of their own. Errors
-    are those of `psnr`, and ValueError for frames smaller than the window.
+    Windows stay inside the frame, so five pixels at each side have no value. Errors as `psnr`, and ValueError for
+    frames smaller than the window.
     """
     _check(a, b)
     if min(a.shape[-2:]) < SSIM_WINDOW:
@@ -55,29 +55,29 @@ def _ssim_map(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, where: Tensor | None) -> float:
-    """Mean of (f, c, h, w) over everything, or with a weight for each pixel (f, h, w).
+    """Mean of (f, c, h, w), optionally with weights of pixels (f, h, w).
 
-    Raises ValueError where the weights leave no pixel.
+    Raises ValueError if all weights are zero.
     """
     if where is None:
         return values.mean().item()
     total = where.sum()
     if not total > 0:
-        raise ValueError("the mask leaves no pixel to compare")
+        raise ValueError("the mask is empty: no pixels to compare")
     return ((values * where[:, None]).sum() / (total * values.shape[1])).item()
 
 
 def intersection_over_union(a: Tensor, b: Tensor) -> float:
-    """Of two boolean masks; two empty ones agree wholly."""
+    """IoU of two boolean masks; 1 if both are empty."""
     union = torch.logical_or(a, b).sum().item()
     return 1.0 if union == 0 else torch.logical_and(a, b).sum().item() / union
 
 
 def changed_pixels(source: Tensor, other: Tensor, threshold: float = 0.1) -> Tensor:
-    """Where a clip shows something else than its source, as a mean over channels: boolean (f, h, w)."""
+    """Where a clip differs from its source, as a mean over channels and 3x3 pixels: boolean (f, h, w)."""
     _check(source, other)
-    apart = (source - other).abs().mean(1, keepdim=True)
-    return F.avg_pool2d(apart, 3, stride=1, padding=1, count_include_pad=False)[:, 0] > threshold
+    difference = (source - other).abs().mean(1, keepdim=True)
+    return F.avg_pool2d(difference, 3, stride=1, padding=1, count_include_pad=False)[:, 0] > threshold
 
 
 def _check(a: Tensor, b: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How steadily an edit moves (TokenFlow, arXiv 2307.10373, and Lai et al., ECCV 2018)."""
+"""Temporal consistency (TokenFlow, arXiv 2307.10373, and Lai et al., ECCV 2018)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from ..video.motion import warp
 
 
-def warp_error(frames: Tensor, flow: Tensor, seen: Tensor) -> float:
+def warp_error(frames: Tensor, flow: Tensor, visible: Tensor) -> float:
     """Mean of (warp(I[t+1]) - I[t])^2 over visible pixels and channels.
 
-    frames (f, 3, h, w) in 0..1; flow (f - 1, 2, h, w) of the source; seen (f - 1, h, w).
-    NaN, for "undefined", where no pixel is visible.
+    frames (f, 3, h, w) in 0..1; flow (f - 1, 2, h, w) of the source; visible (f - 1, h, w). NaN if no pixel is
+    visible.
     """
-    if not seen.any():
+    if not visible.any():
         return math.nan
     error = ((warp(frames[1:], flow) - frames[:-1]) ** 2).mean(1)
-    return error[seen].mean().item()
+    return error[visible].mean().item()
 
 
 def temporal_consistency(embeddings: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..diffusion.schedule import World
+from ..diffusion.schedule import Formulation
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Family:
 
     title: str
     network: str
-    formulation: World
+    formulation: Formulation
     spans_clip: bool
     decoder_features: bool
     group_norms: bool

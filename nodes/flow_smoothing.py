@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods.flow_smoothing import FlowSmoothing
 from ..video.flow import flow_estimator
-from ..video.motion import Motion, steadied
+from ..video.motion import Motion, smooth_along
 from .settings import widget
 from .sockets import SmoothingSocket, schema, show_on_node
 
@@ -101,4 +101,4 @@ class FateZeroSteady(io.ComfyNode):
                 f"{source.shape[-1]}x{source.shape[-2]}"
             )
         motion = motion_of(images, flow, PICTURE_CELL, cls.hidden.unique_id)
-        return io.NodeOutput(steadied(source, edit, motion, amount).clamp(0, 1).movedim(1, -1))
+        return io.NodeOutput(smooth_along(source, edit, motion, amount).clamp(0, 1).movedim(1, -1))

@@ -20,7 +20,7 @@ from ..hosts.comfyui.families import MODELS, check_known, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, InvertSettings, invert_clip, source_of
 from ..hosts.comfyui.noise import check_samples
 from ..metrics.preservation import psnr
-from ..settings import described_one
+from ..settings import setting_of
 from ..store.budget import StoreSettings, format_bytes
 from .files import inside
 from .settings import widget, widgets
@@ -35,7 +35,7 @@ MODEL_AND_SOURCE = [
     io.Model.Input("model", tooltip=f"{MODELS}; LoRA on it count."),
     io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
 ]
-_BUDGET, _PLACE = (described_one(StoreSettings, name).about.text for name in ("budget_gb", "place"))
+_BUDGET, _PLACE = (setting_of(StoreSettings, name).meta.text for name in ("budget_gb", "place"))
 STEPS = widget(InversionSettings, "steps", max=999)
 CHUNK_FRAMES = widget(InversionSettings, "chunk_frames", optional=True)
 SETTINGS = [

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from comfy_api.latest import io
 
-from ..settings import Described, described, described_one
+from ..settings import NamedSetting, setting_of, settings_of
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ def widget(settings: type, name: str, id: str | None = None, advanced: bool = Fa
 
     A number that may be None is so at 0.
     """
-    one = described_one(settings, name)
-    about, kind = one.about, one.plain
+    one = setting_of(settings, name)
+    about, kind = one.meta, one.plain
     given: dict[str, Any] = {"default": _default(one), "tooltip": about.text, **(ADVANCED if advanced else {})}
     if one.optional and kind in (int, float):
         given |= {"min": 0, "tooltip": f"{about.text} 0: {about.shown}."}
@@ -44,21 +44,21 @@ def widget(settings: type, name: str, id: str | None = None, advanced: bool = Fa
 
 def widgets(settings: type, *names: str, advanced: tuple[str, ...] = ()) -> list[Any]:
     """The widgets of some settings, or of all."""
-    chosen = names or tuple(one.name for one in described(settings))
+    chosen = names or tuple(one.name for one in settings_of(settings))
     return [widget(settings, name, advanced=name in advanced) for name in chosen]
 
 
 def made(settings: type[T], values: dict[str, Any]) -> T:
     """The settings of what widgets hold; ValueError for values that do not fit each other."""
-    kinds = {one.name: one for one in described(settings)}
+    kinds = {one.name: one for one in settings_of(settings)}
     return settings(**{name: _value(kinds[name], value) for name, value in values.items()})
 
 
-def _default(one: Described) -> Any:
+def _default(one: NamedSetting) -> Any:
     if isinstance(one.default, tuple):
         return ", ".join(map(str, one.default))
     return 0 if one.default is None else one.default
 
 
-def _value(one: Described, value: Any) -> Any:
+def _value(one: NamedSetting, value: Any) -> Any:
     return None if one.optional and one.plain in (int, float) and not value else value

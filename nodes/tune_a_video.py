@@ -14,7 +14,7 @@ from ..diffusion.invert import InversionSettings
 from ..files.temporal_layers import (
     about_temporal_layers,
     load_temporal_layers,
-    seen_with,
+    training_metadata,
     write_temporal_layers,
 )
 from ..hosts.comfyui.conditions import HostCondition
@@ -153,7 +153,7 @@ class FateZeroTuneOnVideo(io.ComfyNode):
         if path is not None:
             text = prompt[0][1].get(PROMPT_KEY)
             about = {"prompt": text} if isinstance(text, str) else {}
-            about |= seen_with(keys.entries, clip_norm) | {"steps": str(len(losses))}
+            about |= training_metadata(keys.entries, clip_norm) | {"steps": str(len(losses))}
             write_temporal_layers(path, weights_of(tuned), about)
             show_on_node(cls.hidden.unique_id, f"{len(losses)} steps, loss {losses[-1]:.4f}; saved as {path.name}")
         return io.NodeOutput(tuned, plot_losses(losses)[None].float() / 255)

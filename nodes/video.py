@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-from ..settings import described_one
+from ..settings import setting_of
 from ..video.pictures import VideoError
 from ..video.read import open_video
 from ..video.size import check_crop, crop, fit_size, resize_to_fill
@@ -49,7 +49,7 @@ class FateZeroLoadVideo(io.ComfyNode):
                 ),
                 io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="The first frame, counted from 0."),
                 widget(ClipSettings, "stride"),
-                widget(ClipSettings, "count", default=8, tooltip=described_one(ClipSettings, "count").about.text),
+                widget(ClipSettings, "count", default=8, tooltip=setting_of(ClipSettings, "count").meta.text),
                 io.Int.Input(
                     "width",
                     default=512,

@@ -1,4 +1,4 @@
-"""This checkout as the package `fatezero`, whatever its folder is called, with nothing installed."""
+"""Import this checkout as the package `fatezero`, whatever its folder's name, without installing it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKED = ROOT / ".wheels" / "packages.tar.xz"
-"""What `make gpu-wheels` brings."""
+"""The result of `make gpu-wheels`."""
 
 
 def use_checkout() -> None:
-    """Have `import fatezero` find this checkout, before one that is installed."""
+    """Make `import fatezero` find this checkout, not an installed version."""
     spec = importlib.util.spec_from_file_location(
         "fatezero", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -24,7 +24,7 @@ def use_checkout() -> None:
 
 
 def use_packages(folder: str) -> None:
-    """Unpack the packages of `make gpu-wheels` into a folder, and import from there what is not installed."""
+    """Unpack the packages of `make gpu-wheels` into a folder, and import missing packages from there."""
     if PACKED.is_file():
         with tarfile.open(PACKED) as packed:
             packed.extractall(folder, filter="data")

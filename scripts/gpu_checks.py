@@ -1,4 +1,4 @@
-"""Checks on a GPU: the CPU's numbers, memories that agree, graphs and streams, and paths that a CPU does not take."""
+"""Checks on a GPU: equality with the CPU, equality of memories, graphs and streams, and GPU-only code paths."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ Run = Callable[[torch.device, torch.dtype], Tensor]
 
 
 def in_single_at_least(dtype: torch.dtype) -> torch.dtype:
-    """The precision of latents beside a model's."""
+    """The precision of latents for a model's."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def exactly() -> None:
-    """Have float32 be float32 on a GPU."""
+    """Disable TF32 on a GPU."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-# --- the CPU's numbers ----------------------------------------------------------------------
+# --- equality with the CPU ------------------------------------------------------------------
 
 DIGITS: Units = {"float64": "", "float32": "", "bfloat16": "", "float16": ""}
 
@@ -79,9 +79,7 @@ def digits(at: Machine, run: Run, shape: str, precisions: tuple[str, ...] = tupl
 
 
 def given(at: Machine, side: int, *names: str) -> dict[str, Tensor]:
-    """The tensors of a reference result, the files of which complete each other; a corner of its latents to rehearse
-    with.
-    """
+    """The tensors of a reference result from its files; a corner of the latents for trial runs."""
     tensors = dict(ChainMap(*(load_file(FIXTURES / f"{name}.safetensors") for name in reversed(names))))
     if at.tiny:
         tensors["z0"] = tensors["z0"][..., :side, :side].contiguous()
@@ -224,14 +222,14 @@ KEPT = {
 
 
 def shape_edit(clip: Any, memory: str | StoreSettings = "recompute") -> tuple[Tensor, Any]:
-    """A shape edit and the store it read."""
+    """A shape edit and its store."""
     inversion = invert(clip.denoiser, clip.latents, clip.source, clip.steps, memory=memory)
     prompt, fusion = prompt_pair(True), preset_fusion("shape")
     return edit(clip.denoiser, inversion, clip.target, clip.negative, 7.5, prompt, fusion), inversion.store
 
 
 def memories(at: Machine, precision: str) -> Measured:
-    """An edit from each memory, beside that of `recompute`."""
+    """An edit from each memory, compared with `recompute`."""
     exactly()
     clip = unet_clip(at, "mid", 4, 256, 5)
     if precision == "float32":
@@ -245,7 +243,7 @@ PINNED: Units = {"pinned": "%"}
 
 
 def pinned(at: Machine) -> Measured:
-    """The share of a store in RAM that is pinned, so that it comes to the device while the device works."""
+    """The share of a store in RAM that is pinned, for asynchronous copies."""
     at.need_cuda("pinned stores")
     clip = unet_clip(at, "mid", 4, 256, 2)
     store = shape_edit(clip, StoreSettings("queries_keys", "ram"))[1]
@@ -279,7 +277,7 @@ def cuda_graph(at: Machine) -> Measured:
         def call() -> Tensor:
             return denoiser.unet(still, timestep, encoder_hidden_states=embeddings).sample
 
-        expected = eager()  # which leaves the control and the text's keys and values to the hooks
+        expected = eager()  # leaves the control and the text's keys and values to the hooks
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -309,7 +307,7 @@ STREAM: Units = {"difference": ""}
 
 
 def side_stream(at: Machine) -> Measured:
-    """An inversion into RAM and its edit on a stream of the caller's, beside those on the default stream."""
+    """An inversion into RAM and its edit on the caller's stream, compared with the default stream."""
     at.need_cuda("streams")
     clip = unet_clip(at, "mid", 4, 256, 5)
     settings = StoreSettings("queries_keys", "ram")
@@ -322,13 +320,13 @@ def side_stream(at: Machine) -> Measured:
     return Measured({"difference": relative(found, expected)}, clip.shape, clip.denoiser.dtype)
 
 
-# --- paths that a CPU does not take -----------------------------------------------------------
+# --- GPU-only code paths ----------------------------------------------------------------------
 
 COUNTED: Units = {"counted": "x"}
 
 
 def peak_memory(at: Machine) -> Measured:
-    """What `PeakMemory` counts of a tensor of 256 MiB."""
+    """`PeakMemory` of a tensor of 256 MiB."""
     with PeakMemory(at.device) as before:
         pass
     with PeakMemory(at.device) as peak:
@@ -340,7 +338,7 @@ OFFLOADED: Units = {"difference": ""}
 
 
 def offloaded(at: Machine) -> Measured:
-    """An edit by a UNet whose weights wait in RAM (accelerate), beside that of the same on the device."""
+    """An edit with a UNet whose weights are offloaded to RAM (accelerate), compared with the device."""
     clip = unet_clip(at, "mid", 4, 256, 3)
     expected = shape_edit(clip)[0]
     accelerate.cpu_offload_with_hook(clip.denoiser.unet, at.device)

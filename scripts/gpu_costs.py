@@ -1,4 +1,4 @@
-"""Time and memory of edits beside plain guided sampling, of attention's kernels, and of compiled models."""
+"""Time and memory of edits relative to plain guided sampling, of attention kernels, and of compiled models."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from fatezero.methods.fatezero import PRESETS, preset_fusion
 from fatezero.video.motion import Motion
 
 STEPS = 50
-"""What times are scaled to."""
+"""Steps that times are extrapolated to."""
 GB = 1e9
 
-# --- an edit beside plain sampling ----------------------------------------------------------
+# --- an edit relative to plain sampling -----------------------------------------------------
 
 COST: Units = {
     "time": "s",
@@ -58,7 +58,7 @@ def cost(
     edited: Callable[[Any], Any],
     calls: Callable[[int], Calls],
 ) -> Measured:
-    """An edit, with a store that was made before; calls: of the model, by steps."""
+    """An edit with an existing store; calls: of the model, by steps."""
     inversion = inverted()
     works = {"plain": clip.plain, "inversion": inverted, "edit": lambda: edited(inversion)}
     taken = side_by_side(works, at.device, at.rounds, at.seconds)
@@ -83,7 +83,7 @@ def cost(
 
 
 def bytes_on_device(at: Machine, inversion: Any) -> int:
-    """What an inversion's store holds on the device."""
+    """Bytes of an inversion's store on the device."""
     plan = inversion.store.plan
     away = plan is not None and plan.place != "device" and at.cuda
     return 0 if away else inversion.store.nbytes
@@ -101,7 +101,7 @@ def unet_edit(
     of: Clip | None = None,
     **more: Any,
 ) -> Measured:
-    """On a UNet; more: of `unet_clip`."""
+    """An edit on a UNet; more: arguments of `unet_clip`."""
     clip = of or unet_clip(at, **more)
     frames = len(clip.latents)
     settings = StoreSettings(memory, max_tokens=1024)
@@ -124,12 +124,12 @@ def unet_edit(
 
 
 def random_motion(latents: Tensor) -> Motion:
-    """Of a few cells, on the latents' grid."""
+    """A motion of a few cells, on the latents' grid."""
     frames, _, height, width = latents.shape
     random = torch.Generator().manual_seed(2)
     flows = [2 * torch.randn(frames - 1, 2, height, width, generator=random) for _ in range(2)]
-    seen = torch.ones(frames - 1, height, width)
-    return Motion(*(t.to(latents.device) for t in (*flows, seen, seen)))
+    visible = torch.ones(frames - 1, height, width)
+    return Motion(*(t.to(latents.device) for t in (*flows, visible, visible)))
 
 
 def of_preset(preset: str, max_tokens: int | None) -> tuple[FusionSettings, float]:
@@ -169,7 +169,7 @@ def wan_prompt() -> PromptEdit:
 
 
 def wan_preset(at: Machine, preset: str, memory: str = "recompute", **more: Any) -> Measured:
-    """FateZero's presets on a video transformer; more: of `wan_clip`."""
+    """FateZero's presets on a video transformer; more: arguments of `wan_clip`."""
     clip = wan_clip(at, **more)
     (fusion, guidance), prompt = of_preset(preset, None), wan_prompt()
 
@@ -199,7 +199,7 @@ def wan_flow_edit(at: Machine, **more: Any) -> Measured:
     )
 
 
-# --- what is kept of the source -------------------------------------------------------------
+# --- stores -----------------------------------------------------------------------------------
 
 STORE: Units = {
     "inversion": "s",
@@ -213,7 +213,7 @@ STORE: Units = {
 
 
 def store(at: Machine, memory: str, place: str = "auto", keys: tuple[str, ...] = ("self", "middle")) -> Measured:
-    """SD 1.5's inversion with a memory, and a style edit of it."""
+    """SD 1.5's inversion with a memory, and a style edit from it."""
     clip, (fusion, guidance), prompt = unet_clip(at), of_preset("style", 1024), prompt_pair(False)
     settings = StoreSettings(memory, place, max_tokens=1024)  # type: ignore[arg-type]
 
@@ -257,7 +257,7 @@ RATE: Units = {
 
 
 def plain(at: Machine) -> Measured:
-    """Plain DDIM, and how near it comes to the rate of matrix products."""
+    """Plain DDIM, and its share of the matrix product rate."""
     clip = unet_clip(at)
     assert clip.plain_inversion is not None
     works = {"inversion": clip.plain_inversion, "sampling": clip.plain}
@@ -295,7 +295,7 @@ STEP: Units = {
 
 
 def wan_step(at: Machine, **more: Any) -> Measured:
-    """A guided step that fuses all attention, its source evaluated beside it or before it."""
+    """A guided step that fuses all attention, its source evaluated in the same call or before it."""
     clip = wan_clip(at, **more)
     fusion, prompt = of_preset("style", None)[0], wan_prompt()
     works = guided_steps(clip.denoiser, clip.latents, Condition(clip.source), prompt, fusion)
@@ -338,7 +338,7 @@ BACKENDS = {
 
 @torch.no_grad()
 def kernel(at: Machine, layer: str, name: str) -> Measured:
-    """A kernel beside the one that torch chooses."""
+    """A kernel compared with the one that torch chooses."""
     precision, (frames, heads, tokens, channels), key_frames = LAYERS[layer]
     dtype, times = at.half(precision), 1 if at.tiny else 10
     if at.tiny:
@@ -391,8 +391,8 @@ COMPILED: Units = {"eager": "s", "compiled": "s", "of eager": "x", "first call":
 
 
 def compiled(at: Machine, clips: Callable[[Machine], Clip], edits: bool) -> Measured:
-    """Plain sampling, or an edit, with a model's repeated blocks compiled, beside the same as it is."""
-    backend = "inductor" if at.cuda else "eager"  # a CPU rehearses the tracing alone
+    """Plain sampling, or an edit, with and without compiling a model's repeated blocks."""
+    backend = "inductor" if at.cuda else "eager"  # on a CPU, check only the tracing
     eager, own = clips(at), clips(at)
     (own.denoiser.transformers[0] if own.spans_clip else own.denoiser.unet).compile_repeated_blocks(backend=backend)
     (fusion, guidance), prompt = of_preset("style", 1024), wan_prompt() if own.spans_clip else prompt_pair(False)

@@ -1,4 +1,4 @@
-"""What the rows of `gpu.py` are made of: the device they run on, models with clips, and what a row says."""
+"""Parts of the rows of `gpu.py`: device, models with clips, results."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Units = dict[str, str]
 
 
 class UnavailableError(Exception):
-    """Why a row cannot be measured here."""
+    """The row cannot be measured on this machine."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers of a row and what they are of. scaled: how a number stands for more than was run."""
+    """The numbers of a row and their shape and precision. scaled: how the numbers were extrapolated, if they were."""
 
     numbers: dict[str, float]
     shape: str
@@ -44,7 +44,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results. seconds: the most it may take; half of it is for its rounds."""
+    """One line of the results. seconds: its time limit, half of which is for its rounds."""
 
     group: str
     name: str
@@ -55,12 +55,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, and whether the rows are rehearsed on tiny models."""
+    """A device, and whether rows run on tiny models."""
 
     device: torch.device
     tiny: bool
     seconds: float = 10.0
-    """How long a row's rounds may take."""
+    """Time limit of a row's rounds."""
 
     @property
     def rounds(self) -> int:
@@ -71,7 +71,7 @@ class Machine:
         return self.device.type == "cuda"
 
     def half(self, name: str) -> torch.dtype:
-        """A precision for a GPU; a CPU rehearses in single. UnavailableError where the GPU does not compute in it."""
+        """A precision on a GPU, or single on a CPU. Raises UnavailableError if the GPU does not support it."""
         if not self.cuda:
             return torch.float32
         if name == "bfloat16" and torch.cuda.get_device_capability(self.device) < (8, 0):
@@ -84,7 +84,7 @@ class Machine:
             raise UnavailableError(f"{what} need a CUDA device")
 
     def need(self, nbytes: float) -> None:
-        """UnavailableError where the device has not so many bytes free."""
+        """Raise UnavailableError if the device has fewer bytes free."""
         free = available_bytes(self.device)
         if free is not None and nbytes > free:
             raise UnavailableError(f"takes about {format_bytes(int(nbytes))} of {format_bytes(free)} free")
@@ -92,7 +92,7 @@ class Machine:
 
 @dataclass
 class Clip:
-    """A model, and a clip with texts of its shapes. plain: its own guided sampling of as many steps."""
+    """A model with a clip and texts. plain: guided sampling without fatezero, of the same number of steps."""
 
     denoiser: Any
     latents: Tensor
@@ -115,11 +115,11 @@ class Clip:
 
 
 PARAMETERS = {"mid": 0.08e9, "sd15": 0.86e9, "sdxl": 2.57e9, "1.3B": 1.42e9, "14B": 14.3e9}
-"""Roughly, to tell before a model is made whether it fits."""
+"""Approximate parameters, to check that a model fits before it is created."""
 
 
 def unet_clip(at: Machine, shape: str = "sd15", frames: int = 8, size: int = 512, steps: int = 10) -> Clip:
-    """A UNet in fp16, and a clip of so many pixels a side."""
+    """A UNet in fp16, and a clip of size x size pixels."""
     dtype = at.half("float16")
     if at.tiny:
         shape, frames, size, steps = "tiny-sdxl" if shape == "sdxl" else "tiny", min(frames, 4), 128, 5
@@ -153,7 +153,7 @@ def wan_clip(
     latents: tuple[int, int, int] = FULL,
     steps: int = 5,
 ) -> Clip:
-    """A Wan transformer in bf16, or so many of its blocks, and a clip of its latents."""
+    """A Wan transformer in bf16, optionally with fewer blocks, and a clip of its latents."""
     dtype, words, all_blocks = at.half("bfloat16"), 512, {"1.3B": 30, "14B": 40}[shape]
     of_blocks = "all blocks" if blocks is None else f"{blocks} of {all_blocks} blocks"
     if at.tiny:

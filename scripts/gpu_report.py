@@ -1,4 +1,4 @@
-"""Put the rows that `gpu.py` measured into benchmarks/RESULTS.md: `make gpu-report FOLDER=out/gpu`."""
+"""Write the rows of `gpu.py` to benchmarks/RESULTS.md: `make gpu-report FOLDER=out/gpu`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PUBLISHED = {
     "DFVEdit's table: FateZero on a transformer": {"with its inversion, 50 steps": 3.40, "memory of plain": 2.32},
     "DFVEdit's table: DFVEdit": {"with its inversion, 50 steps": 1.20, "memory of plain": 0.95},
 }
-"""What arXiv 2506.20967 prints, relative to its base model (CogVideoX-5B)."""
+"""Figures of arXiv 2506.20967, relative to its base model (CogVideoX-5B)."""
 ABOUT = """\
 Random weights of the models' shapes; `make gpu` measures these rows and `make gpu-report` writes them here. Times are
 medians of rounds in which a row and plain sampling take turns. "x" is a ratio to what is named; plain is guided
@@ -36,7 +36,7 @@ the largest value: to float64 on the CPU in columns named by a precision."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where rows.jsonl is")
+    parser.add_argument("folder", type=Path, help="folder of rows.jsonl")
     parser.add_argument("--page", type=Path, default=RESULTS)
     given = parser.parse_args()
     lines = (given.folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def section(lines: list[dict[str, Any]]) -> str:
-    """The text of the section. A row that was measured again counts as it was measured last."""
+    """The text of the section. Of rows measured twice, the last one counts."""
     rows = {(row["group"], row["name"]): row for row in sorted(lines, key=lambda row: bool(row["numbers"]))}
     order = list(dict.fromkeys((row["group"], row["name"]) for row in lines))
     measured = [row for row in rows.values() if row["numbers"]]
@@ -61,12 +61,12 @@ def section(lines: list[dict[str, Any]]) -> str:
 
 
 def unlike(units: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Each once, in the order of the first of its kind."""
+    """Distinct units, in order of first appearance."""
     return [one for number, one in enumerate(units) if one not in units[:number]]
 
 
 def group_table(units: dict[str, str], rows: list[dict[str, Any]]) -> str:
-    """Rows of the same numbers."""
+    """A table of rows with the same units."""
     head = ["", *(f"{name} ({unit})" if unit not in ("", "x") else name for name, unit in units.items()), "of"]
     return table(head, [[row["name"], *cells(row)] for row in rows])
 
@@ -79,7 +79,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def published(units: dict[str, str]) -> str:
-    """What another paper prints, beside our rows."""
+    """Rows with another paper's figures."""
     lines = [
         [name, *(f"{numbers[unit]:.2f}" if unit in numbers else "" for unit in units), "arXiv 2506.20967, CogVideoX-5B"]
         for name, numbers in PUBLISHED.items()

@@ -61,10 +61,10 @@ from fatezero.benchmarks.common import device_name
 CASES = tuple(json.loads((FIXTURES / "cases.json").read_text(encoding="utf-8"))["cases"])
 on_wan = partial(wan_preset, blocks=2)
 on_short = partial(on_wan, latents=(5, 30, 52))
-"""17 frames of 416x240, of which maps fit."""
+"""17 frames of 416x240, whose maps fit in memory."""
 
 ROWS = (
-    # The first figures of each kind: the whole must be worth its while even if it is stopped early.
+    # The first rows of each kind, so that a short run has some of each.
     Row("a", "plain DDIM", RATE, plain),
     Row("a", "style, recompute", STORE, partial(store, memory="recompute")),
     Row("a", "style, queries_keys on the device", STORE, partial(store, memory="queries_keys")),
@@ -118,7 +118,7 @@ ROWS = (
 
 
 def about(device: str) -> dict[str, Any]:
-    """What is known of a device."""
+    """A device's name and the versions of libraries."""
     own = torch.device(device)
     torch.empty(1, device=own)
     libraries = {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__}
@@ -128,14 +128,14 @@ def about(device: str) -> dict[str, Any]:
 
 
 def measure(number: int, device: str, tiny: bool) -> dict[str, Any]:
-    """A row's numbers and what they are of, or why they are none."""
+    """A row's result, or the reason for none."""
     row = ROWS[number]
     if tiny:
-        torch.set_num_threads(1)  # more of them wait for each other longer than they compute
+        torch.set_num_threads(1)  # more threads would be slower
     found = row.work(Machine(torch.device(device), tiny, row.seconds / 2))
     assert set(found.numbers) == set(row.units)
     wrong = [name for name, value in found.numbers.items() if not isfinite(value)]
     if wrong:
-        return {"why": f"{', '.join(wrong)} came out without a finite number"}
+        return {"why": f"{', '.join(wrong)}: not a finite number"}
     dtype = "" if found.dtype is None else str(found.dtype).removeprefix("torch.")
     return {"numbers": found.numbers, "shape": found.shape, "dtype": dtype, "scaled": found.scaled}

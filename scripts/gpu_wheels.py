@@ -1,6 +1,7 @@
-"""Bring the packages that `make gpu` needs beside PyTorch, transformers, accelerate and einops: `make gpu-wheels`.
+"""Download what `make gpu` needs besides PyTorch, transformers, accelerate and einops: `make gpu-wheels`.
 
-They are pure Python, and go into one file in `.wheels/`, a third of the wheels' size, which `gpu.py` unpacks.
+The packages are pure Python. They are packed into one file in `.wheels/`, a third of the wheels' size, which `gpu.py`
+unpacks.
 """
 
 from __future__ import annotations

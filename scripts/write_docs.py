@@ -15,7 +15,7 @@ from typing import Any
 
 from fatezero.cli.config.settings import SECTIONS, EditConfig, GenerateConfig, TuneConfig
 from fatezero.cli.options import GROUPS
-from fatezero.settings import Described, described
+from fatezero.settings import NamedSetting, settings_of
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = """# Settings
@@ -48,39 +48,39 @@ def settings_page() -> str:
     return SETTINGS + "".join(f"\n## {title}\n{''.join(tables(pairs))}" for title, pairs in parts.items())
 
 
-Named = tuple[str, Described]
+Named = tuple[str, NamedSetting]
 
 
 def named(settings: type, section: str = "") -> list[Named]:
-    return [(section + one.name, one) for one in described(settings)]
+    return [(section + one.name, one) for one in settings_of(settings)]
 
 
 def tables(pairs: Sequence[Named]) -> Iterator[str]:
     """A table for each heading of the command's help."""
     by_group: dict[str, list[Named]] = {group: [] for group in GROUPS}
     for pair in pairs:
-        by_group[pair[1].about.group].append(pair)
+        by_group[pair[1].meta.group].append(pair)
     for group, own in by_group.items():
         if own:
             rows = "".join(row(name, one) for name, one in own)
             yield f"\n**{group}**\n\n| setting | default | values | what it does |\n|---|---|---|---|\n{rows}"
 
 
-def row(name: str, one: Described) -> str:
-    return f"| `{name}` | {default_of(one)} | {values_of(one)} | {one.about.text} |\n"
+def row(name: str, one: NamedSetting) -> str:
+    return f"| `{name}` | {default_of(one)} | {values_of(one)} | {one.meta.text} |\n"
 
 
-def default_of(one: Described) -> str:
-    if one.about.shown:
-        return one.about.shown
+def default_of(one: NamedSetting) -> str:
+    if one.meta.shown:
+        return one.meta.shown
     if isinstance(one.default, bool):
         return "yes" if one.default else "no"
     value = ",".join(map(str, one.default)) if isinstance(one.default, (tuple, dict)) else one.default
     return "" if value in ("", None) else f"`{value}`"
 
 
-def values_of(one: Described) -> str:
-    least, most = one.about.least, one.about.most
+def values_of(one: NamedSetting) -> str:
+    least, most = one.meta.least, one.meta.most
     if one.choices:
         return ", ".join(f"`{choice}`" for choice in one.choices)
     if isfinite(least) and isfinite(most) and most < 2**62:

@@ -1,4 +1,4 @@
-"""Where a store's records stand, and how they come and go beside the UNet's work."""
+"""Where a store's records are kept, and background reading and writing of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Records = dict[str, Record]
 
 
 Stored: TypeAlias = "Tensor | FileTensor"
-"""A tensor in memory, or one of a file that is read when it is asked for."""
+"""A tensor in memory, or one in a file, read on demand."""
 
 
 class Backend(Protocol):
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
 
 class MemoryBackend:
-    """Records in memory: on the device that made them, or in RAM, pinned beside a CUDA device."""
+    """Records in memory: on the device that made them, or in RAM, pinned for a CUDA device."""
 
     def __init__(self, device: torch.device, pinned: bool = False) -> None:
         self.device = device
@@ -44,15 +44,15 @@ class MemoryBackend:
         self._steps: dict[int, Records] = {}
 
     def put(self, step: int, records: Records) -> None:
-        """Keep a step's records."""
+        """Store a step's records."""
         self._steps[step] = {
-            name: record_from({part: self._kept(t) for part, t in record.tensors.items()})
+            name: record_from({part: self._moved(t) for part, t in record.tensors.items()})
             for name, record in records.items()
         }
 
-    def _kept(self, x: Tensor) -> Tensor:
+    def _moved(self, x: Tensor) -> Tensor:
         if not self.pinned:
-            # A copy of its own where it is a view, or it would hold a larger tensor alive.
+            # Copy views, which would keep a larger tensor in memory.
             whole = x.untyped_storage().nbytes() == x.nbytes
             return x.to(self.device) if whole or x.device != self.device else x.clone()
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -66,7 +66,7 @@ class MemoryBackend:
 
 
 class FileBackend:
-    """Records in a file, read and checked where they are asked for."""
+    """Records in a file, read and checked on demand."""
 
     def __init__(self, file: SafetensorsReader) -> None:
         self.nbytes = 0
@@ -86,9 +86,7 @@ class FileBackend:
 
 
 class FileLevels:
-    """The latents of every level, clean to noisy, in a file; as a tensor (levels, frames, 4, h, w) would, it gives
-    one level for one index.
-    """
+    """The latents of every level, clean to noisy, in a file; indexed like a tensor (levels, frames, c, h, w)."""
 
     def __init__(self, levels: Sequence[FileTensor]) -> None:
         self._levels = levels
@@ -147,39 +145,36 @@ Levels: TypeAlias = "Tensor | FileLevels | DrawnLevels"
 
 
 def tensor_name(step: int, name: str) -> str:
-    """How a step's tensor is called in a file."""
+    """The name of a step's tensor in a file."""
     return f"step.{step:04d}.{name}"
 
 
 def level_name(level: int) -> str:
-    """How a level's latents are called in a file."""
+    """The name of a level's latents in a file."""
     return f"latents.{level:04d}"
 
 
 def read(x: Stored) -> Tensor:
-    """A tensor, from its file where it is in one."""
+    """A tensor, read from its file if need be."""
     return x.read() if isinstance(x, FileTensor) else x
 
 
 def fetch(
     backend: Backend, step: int, layers: set[str], key_frames: KeyFrames, chunk: Chunk, device: torch.device
 ) -> Records:
-    """A step's records of some layers and the frames of a chunk, on a device.
-
-    Layers that were not kept are left out.
-    """
+    """A step's records of some layers and a chunk's frames, on a device, without layers that were not stored."""
     records = {}
     for name, parts in backend.tensors(step).items():
         if name in layers:
             rows = {} if chunk.is_whole else _rows_of_chunk(parts, name.endswith("cross"), key_frames, chunk)
-            records[name] = record_from({part: _brought(t, rows.get(part), device) for part, t in parts.items()})
+            records[name] = record_from({part: _to_device(t, rows.get(part), device) for part, t in parts.items()})
     return records
 
 
 def _rows_of_chunk(
     parts: Mapping[str, Stored], cross: bool, key_frames: KeyFrames, chunk: Chunk
 ) -> dict[str, Sequence[int]]:
-    """Where a chunk's frames are among a record's rows, and the keys they attend to."""
+    """The rows of a record that belong to a chunk's frames and to the keys they attend to, by part."""
     rows: dict[str, Sequence[int]] = {"map": chunk.frame_indices, "q": chunk.frame_indices}
     if not cross and "k" in parts:
         keys = key_frames.at(parts["k"].shape[1] * parts["k"].shape[3])
@@ -188,8 +183,8 @@ def _rows_of_chunk(
     return rows
 
 
-def _brought(x: Stored, rows: Sequence[int] | None, device: torch.device) -> Tensor:
-    """Rows on a device."""
+def _to_device(x: Stored, rows: Sequence[int] | None, device: torch.device) -> Tensor:
+    """A tensor's rows (None: all) on a device."""
     if isinstance(x, FileTensor):
         x = x.read(rows)
     elif rows is not None:
@@ -199,18 +194,18 @@ def _brought(x: Stored, rows: Sequence[int] | None, device: torch.device) -> Ten
     return x.to(device, non_blocking=True)
 
 
-# --- beside the UNet ----------------------------------------------------------------------
+# --- in the background --------------------------------------------------------------------
 
 
 class Background:
-    """One job at a time in a thread, on a CUDA device in a stream of its own."""
+    """Runs one job at a time in a thread, on CUDA in a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, work: Callable[[], T]) -> Future[T]:
-        """Do this after what is queued on the caller's stream; done when it has left the device's queue."""
+        """Run work after what the caller's stream has queued; the future completes when the device has finished."""
         inference = torch.is_inference_mode_enabled()
         if self._stream is None:
             return self._pool.submit(self._in_mode, work, inference)
@@ -232,15 +227,15 @@ class Background:
             return work()
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the running job and drop the queued ones."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def written_behind(device: torch.device, on_disk: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Do jobs while the caller goes on: one at a time, its errors told at the next.
+    """A function that runs jobs in the background, one at a time; a job's error is raised by the next call.
 
-    From a CPU's work to its own memory there is nothing to wait for, and each is done at once.
+    On a CPU that writes to RAM nothing is gained by queued, so each job runs at once.
     """
     if device.type == "cpu" and not on_disk:
         yield lambda work: work()
@@ -265,19 +260,19 @@ def written_behind(device: torch.device, on_disk: bool) -> Iterator[Callable[[Ca
 def read_ahead(
     device: torch.device, on_disk: bool, jobs: Iterable[Callable[[], Records]]
 ) -> Iterator[Callable[[], Records]]:
-    """The results of some jobs in order, each fetched while the one before it is in use.
+    """A function that returns the jobs' results in order, each fetched while the previous one is in use.
 
-    Where a CPU reads its own memory there is nothing to wait for, and each is done as it is asked for.
+    On a CPU that reads RAM each job runs on demand.
     """
-    waiting = iter(jobs)
+    queued = iter(jobs)
     if device.type == "cpu" and not on_disk:
-        yield lambda: next(waiting)()
+        yield lambda: next(queued)()
         return
     background = Background(device)
     pending: list[Future[Records]] = []
 
     def begin() -> None:
-        job = next(waiting, None)
+        job = next(queued, None)
         if job is not None:
             pending.append(background.start(job))
 

@@ -1,4 +1,4 @@
-"""What a store takes and where it goes, decided before anything is run."""
+"""The size and place of a store, decided before anything runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .records import MEMORIES, Memory, float8, kept_as_map, map_precision
 Place = Literal["device", "ram", "disk"]
 PLACES: tuple[Place, ...] = get_args(Place)
 PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "float8": "float8_e4m3fn"}
-"""torch's names of the number types that queries and keys may be kept in."""
+"""torch's names of the number types for stored queries and keys."""
 GROUP = "The store"
 USABLE = 0.8
-"""The share of free memory that a store may take; the model's work needs the rest."""
+"""The share of free memory that a store may take; the model needs the rest."""
 
 
 def max_tokens() -> Any:
-    """The setting that a store and a fusion share."""
+    """The setting shared by the store and the fusion."""
     return setting(
         None,
         "Record and fuse attention layers of up to this many tokens a frame; the authors' code takes 1024.",
@@ -38,44 +38,43 @@ def max_tokens() -> Any:
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What of the source's attention an inversion keeps, and where.
+    """What an inversion stores of the source's attention, and where.
 
-    path: a safetensors file to write and keep. folder: where else a store on disk goes, to be removed with it;
-    None for the system's temporary folder.
+    path: a safetensors file to write and keep. folder: the folder of a temporary store on disk; None for the system's.
 
     Raises ValueError for a value outside its range.
     """
 
     memory: Literal["auto", Memory] = setting(
         "recompute",
-        "What the store keeps. recompute keeps latents only and runs the source beside the edit; queries_keys is "
-        "faster and larger; maps keeps the paper's maps, for study; auto takes the fastest that fits.",
+        "What to store. recompute stores only latents and runs the source again with the edit; queries_keys is "
+        "faster and larger; maps stores the paper's attention maps, for study; auto takes the fastest that fits.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
         "auto",
-        "Where the store is; auto takes the fastest place that has room. RAM is pinned beside a GPU.",
+        "Where to put the store; auto takes the fastest place with enough room. With a GPU, RAM is pinned.",
         group=GROUP,
     )
     budget_gb: float | None = setting(
         None,
-        "The most the store may take, wherever it is, latents included.",
+        "Maximal size of the store, in any place, latents included.",
         least=0,
-        unit="gigabytes of 1e9 bytes",
+        unit="GB, 1e9 bytes",
         shown="what is free",
         step=0.1,
         group=GROUP,
     )
     precision: Literal["model", "float16", "bfloat16", "float8"] = setting(
         "model",
-        "Of kept queries and keys; model keeps what the model computes. float8 (e4m3, a scale for each head) halves "
-        "the store again and errs visibly little.",
+        "Precision of the stored queries and keys; model is the model's own. float8 (e4m3, one scale per head) halves "
+        "the size again, with hardly visible error.",
         group=GROUP,
     )
     keep_steps: float = setting(
         1.0,
-        "The share of steps, from the noisy end, whose attention is kept: 0.8 serves the paper's settings. Others are "
-        "computed again where an edit asks for them.",
+        "Share of steps, from the noisy end, whose attention is stored: 0.8 suffices for the paper's settings. Other "
+        "steps are computed again when an edit needs them.",
         least=0,
         most=1,
         group=GROUP,
@@ -87,23 +86,23 @@ class StoreSettings:
     def __post_init__(self) -> None:
         check(self)
         if self.memory == "maps" and self.precision != "model":
-            raise ValueError("maps are kept in the model's own precision: set precision to model")
+            raise ValueError(f"maps need the model's precision, not {self.precision}: set precision to model")
 
     @classmethod
     def of(cls, value: str | StoreSettings) -> StoreSettings:
-        """From what a user writes: the settings, or a memory's name alone."""
+        """The settings themselves, or those with just a memory's name."""
         return value if isinstance(value, StoreSettings) else cls(value)  # type: ignore[arg-type]
 
     def kept_steps(self, steps: int) -> int:
-        """How many steps' attention is kept: as many as a fusion of this share reads."""
+        """Number of steps whose attention is stored: as many as a fusion of this share reads."""
         return steps_of_share(self.keep_steps, steps)
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
-        """The precision that queries and keys of one are kept in."""
+        """The stored precision of queries and keys that were computed in `dtype`."""
         return dtype if self.precision == "model" else getattr(torch, PRECISIONS[self.precision])
 
     def keeps(self, site: AttentionSite) -> bool:
-        """Whether a layer's attention is kept."""
+        """Whether a layer's attention is stored."""
         return self.max_tokens is None or site.tokens <= self.max_tokens
 
 
@@ -111,9 +110,9 @@ class StoreSettings:
 class Demand:
     """What the size of a store depends on.
 
-    latents_shape: (frames, 4, h, w). latent_size: bytes of a latent's number. dtype: what the
-    model computes in. text_tokens, text_bytes: of the source prompt. in_parts: whether frames that meet run in several
-    chunks; a store keeps one attention of each frame, and there are as many as chunks.
+    latents_shape: (frames, c, h, w). latent_size: bytes per number. dtype: the model's. text_tokens, text_bytes: of
+    the source prompt. in_parts: whether frames that attend to each other run in several chunks, which gives each frame
+    several attentions where a store has room for one.
     """
 
     sites: Sequence[AttentionSite]
@@ -151,11 +150,11 @@ class Demand:
 
     @property
     def latents_bytes(self) -> int:
-        """Bytes of the latents of every level, which every store holds."""
+        """Bytes of the latents of every level, which every store contains."""
         return (self.steps + 1) * prod(self.latents_shape) * self.latent_size
 
     def nbytes(self, memory: Memory, settings: StoreSettings) -> int:
-        """Bytes of the whole store: latents of every level, text, and the kept steps' attention."""
+        """Bytes of the whole store: latents of every level, text, and the stored attention."""
         return (
             self.latents_bytes
             + self.text_bytes
@@ -166,11 +165,11 @@ class Demand:
 def record_shapes(
     site: AttentionSite, frames: int, key_frames: KeyFrames, text_tokens: int, as_map: bool
 ) -> dict[str, tuple[int, ...]]:
-    """The parts of a layer's record of one step, without scales. text_tokens: of the source prompt."""
+    """Shapes of a layer's record of one step, without scales. text_tokens: of the source prompt."""
     cross, keys_of = site.kind == "cross", key_frames.at(site.channels)
     if as_map:
-        seen = text_tokens if cross else len(keys_of.of_frame(0, frames)) * site.tokens
-        return {"map": (frames, site.heads, site.tokens, seen)}
+        keys_seen = text_tokens if cross else len(keys_of.of_frame(0, frames)) * site.tokens
+        return {"map": (frames, site.heads, site.tokens, keys_seen)}
     keys = (1, text_tokens) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
     return {
         "q": (frames, site.heads, site.tokens, site.head_dim),
@@ -180,7 +179,7 @@ def record_shapes(
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What was chosen: the memory, its place, its bytes, and why. folder: of a store on disk."""
+    """The chosen memory, its place and bytes, and the reason. folder: of a store on disk."""
 
     memory: Memory
     place: Place
@@ -197,19 +196,19 @@ _IN = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}
 
 
 NOT_IN_PARTS = (
-    'memory "{memory}" keeps one attention of each frame, but frames attend to each other in several chunks or context '
-    "windows: take memory recompute, or run the clip whole"
+    'memory "{memory}" stores one attention per frame, but frames attend to each other in several chunks or context '
+    "windows: use memory recompute, or run the whole clip at once"
 )
 
 
 def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) -> StorePlan:
-    """Choose the fastest memory and place that fit the budget and what is free.
+    """Choose the fastest memory and place that fit the budget and the free space.
 
-    From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises
-    MemoryError, with the bytes of each memory, where nothing fits, and ValueError for attention that cannot be kept.
+    From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises MemoryError, with the
+    bytes of each memory, if nothing fits, and ValueError for attention that cannot be stored.
     """
     if settings.precision == "float8" and device.type == "mps":
-        raise ValueError("precision float8 is unknown to MPS devices; take float16")
+        raise ValueError("MPS devices have no float8: set precision to float16")
     memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
     folder = _disk(settings)
     refused = []
@@ -217,7 +216,7 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
         raise ValueError(NOT_IN_PARTS.format(memory=settings.memory))
     if demand.in_parts and "queries_keys" in memories:
         memories = ("recompute",)
-        refused.append("frames attend to each other, in several chunks")
+        refused.append("frames attend to each other in several chunks")
     for memory in (m for m in MEMORIES[::-1] if m in memories):
         needed = demand.nbytes(memory, settings)
         if settings.budget_gb is not None and needed > settings.budget_gb * 1e9:
@@ -225,7 +224,7 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
             continue
         for place in _places(settings, device):
             if place == "disk" and folder is None:
-                refused.append(f"no disk for {memory}: the folders for temporary files are kept in memory")
+                refused.append(f"no disk for {memory}: the temporary folders are in memory")
                 continue
             room = _free_bytes(place, folder, device)
             if room is None or needed <= (room if place == "disk" else USABLE * room):
@@ -233,16 +232,16 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
                 return StorePlan(memory, place, needed, why, folder if place == "disk" else None)
             refused.append(f"{memory} takes {format_bytes(needed)} of {format_bytes(room)} free {_IN[place]}")
     sizes = ", ".join(f"{m} {format_bytes(demand.nbytes(m, settings))}" for m in MEMORIES)
-    raise MemoryError(f'memory "{settings.memory}" does not fit: {"; ".join(refused)}. Needed by each: {sizes}')
+    raise MemoryError(f'memory "{settings.memory}" does not fit: {"; ".join(refused)}. Sizes: {sizes}')
 
 
 def _chosen(settings: StoreSettings, room: int | None) -> str:
-    asked = "the fastest" if "auto" in (settings.memory, settings.place) and settings.path is None else "as asked"
-    return asked if room is None else f"{asked}, {format_bytes(room)} free"
+    why = "the fastest" if "auto" in (settings.memory, settings.place) and settings.path is None else "as set"
+    return why if room is None else f"{why}, {format_bytes(room)} free"
 
 
 def _places(settings: StoreSettings, device: torch.device) -> tuple[Place, ...]:
-    """Where the store may go, fastest first; beside a CPU, its own memory is the RAM."""
+    """Possible places of the store, fastest first; a CPU's own memory is the RAM."""
     if settings.path is not None:
         return ("disk",)
     places: tuple[Place, ...] = ("ram", "disk") if device.type == "cpu" else PLACES
@@ -250,7 +249,7 @@ def _places(settings: StoreSettings, device: torch.device) -> tuple[Place, ...]:
 
 
 def _disk(settings: StoreSettings) -> Path | None:
-    """The folder of a store on disk; None where a temporary one would be kept in memory after all."""
+    """The folder of a store on disk; None if every temporary folder is in memory."""
     if settings.path is not None:
         return settings.path.parent
     folders = [folder for folder in (settings.folder, disk_folder()) if folder is not None]
@@ -264,7 +263,7 @@ def _free_bytes(place: Place, folder: Path | None, device: torch.device) -> int 
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a device's memory; None where nothing tells."""
+    """Free bytes of a device's memory; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_bytes() if device.type == "cpu" else None

@@ -1,4 +1,4 @@
-"""What tells one model from another: all its weights, and what they predict."""
+"""A model's identity: all its weights, and what they predict."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 _SIGNS = 65521
-"""How many signs there are before they repeat: a prime, so that they do not follow a tensor's rows."""
+"""Period of the signs: a prime, so that they do not align with a tensor's rows."""
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Enough of a model to tell it from another.
+    """Identifies a model by its weights.
 
-    layout: its class, width, attention layers, and what it predicts. digest: SHA-256 of all its weights. dtype: the
-    one they are in. traces: two numbers for each tensor, its norm and the sum of its weights under fixed signs; by
-    these a model is told across dtypes, to their rounding.
+    layout: class, width, attention layers and kind of prediction. digest: SHA-256 of all weights. dtype: of the
+    weights. traces: two numbers for each tensor, its norm and the sum of its weights under fixed signs, which match
+    across dtypes up to rounding.
     """
 
     layout: str
@@ -34,7 +34,7 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, layout: str, dtype: torch.dtype, weights: Iterable[tuple[str, Tensor]]) -> ModelIdentity:
-        """Read every weight once: a second or so for a gigabyte."""
+        """Read every weight once: about a second per gigabyte."""
         digest, traces = hashlib.sha256(), list[float]()
         signs = torch.randint(2, (_SIGNS,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
         for name, weight in sorted(weights, key=lambda named: named[0]):
@@ -47,18 +47,18 @@ class ModelIdentity:
         return cls(layout, digest.hexdigest(), str(dtype), tuple(traces))
 
     @classmethod
-    def read(cls, held: Any) -> ModelIdentity:
-        """From a file's JSON; ValueError for what is none."""
-        traces = held["traces"]
+    def read(cls, value: Any) -> ModelIdentity:
+        """From a file's JSON; ValueError if invalid."""
+        traces = value["traces"]
         if not isinstance(traces, list) or not all(type(trace) in (int, float) for trace in traces):
-            raise ValueError("its model's traces are no numbers")
-        identity = cls(**{**held, "traces": tuple(map(float, traces))})
+            raise ValueError("invalid traces of the model")
+        identity = cls(**{**value, "traces": tuple(map(float, traces))})
         if not all(isinstance(text, str) for text in (identity.layout, identity.digest, identity.dtype)):
-            raise ValueError("its model's account is no text")
+            raise ValueError("invalid identity of the model")
         return identity
 
     def matches(self, other: ModelIdentity) -> bool:
-        """Whether these are the same weights, or the same but for the rounding of two dtypes."""
+        """Whether the weights are the same, up to rounding where the dtypes differ."""
         if self.layout != other.layout or len(self.traces) != len(other.traces):
             return False
         if self.dtype == other.dtype:
@@ -70,7 +70,7 @@ class ModelIdentity:
 
 
 def _plain(weight: Tensor) -> Tensor:
-    """A weight's numbers in RAM, of a quantized one those it stands for."""
+    """A weight's values in RAM, dequantized."""
     weight = weight.detach()
     if type(weight) not in (torch.Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize"):
         weight = weight.dequantize()
@@ -83,13 +83,13 @@ def _spacing(dtype: str) -> float:
 
 
 class IdentityCache:
-    """The identities of models, each read once and again only where its weights changed."""
+    """Identities of models, computed once and again only when the weights change."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, tuple[object, ModelIdentity]] = WeakKeyDictionary()
 
     def of(self, model: Any, layout: str, dtype: torch.dtype, weights: dict[str, Tensor]) -> ModelIdentity:
-        """The identity of a model (any object that can be referred to weakly) with these weights."""
+        """The identity of a model (any object that supports weak references) with these weights."""
         state = (layout, dtype, tuple((name, w.data_ptr(), _version(w)) for name, w in weights.items()))
         known = self._known.get(model)
         if known is None or known[0] != state:

@@ -1,4 +1,4 @@
-"""What the source branch did at one layer of one step, kept in one of two forms."""
+"""Records of the source branch's attention, in one of two forms."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Memory = Literal["recompute", "queries_keys", "maps"]
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
 KEPT_WINDOWS = (
     "memory: a node on the model splits the clip into context windows (AnimateDiff-Evolved), in which a frame's "
-    "attention differs; only memory recompute follows them"
+    "attention differs: set memory to recompute"
 )
 OTHER_WINDOWS = (
-    "model: the source's model splits the clip into other context windows than the edit's (AnimateDiff-Evolved): "
-    "invert with the same context options"
+    "model: the source's context windows differ from the edit's (AnimateDiff-Evolved): invert with the same context "
+    "options"
 )
 
 
@@ -61,7 +61,7 @@ class QueriesKeys:
         return {name: part for name, part in parts.items() if part is not None}
 
     def stored(self, dtype: torch.dtype) -> QueriesKeys:
-        """In the precision they are kept in."""
+        """In a stored precision."""
         if dtype == float8():
             (q, q_scale), (k, k_scale) = _to_float8(self.q), _to_float8(self.k)
             return QueriesKeys(q, k, q_scale, k_scale)
@@ -87,17 +87,17 @@ class Map:
         return {"map": self.probabilities}
 
     def stored(self, dtype: torch.dtype) -> Map:
-        """In the precision they are kept in; float8 is too coarse for shares, and gives way to float16."""
+        """In a stored precision; float8 is too coarse for probabilities, so float16 replaces it."""
         return Map(self.probabilities.to(map_precision(dtype)))
 
 
 def map_precision(dtype: torch.dtype) -> torch.dtype:
-    """The precision of maps beside queries and keys of one."""
+    """The precision of maps in a store whose queries and keys have `dtype`."""
     return torch.float16 if dtype == float8() else dtype
 
 
 def kept_as_map(memory: Memory, site: AttentionSite, key_tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a store keeps a layer's map: in memory "queries_keys" where the text's takes fewer bytes than queries."""
+    """Whether a layer is stored as its map: with "queries_keys", a cross map smaller than the queries."""
     of_map, of_queries = site.heads * key_tokens * map_precision(dtype).itemsize, site.channels * dtype.itemsize
     return memory == "maps" or (memory == "queries_keys" and site.kind == "cross" and of_map < of_queries)
 
@@ -113,7 +113,7 @@ def record_from(tensors: dict[str, Tensor]) -> Record:
 
 
 def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor (f h t d) in float8 and the scale of each head, to multiply it with again."""
+    """A tensor (f h t d) in float8, and the scale of each head."""
     largest = x.abs().amax((0, 2, 3), keepdim=True).float().clamp(min=1e-12)
     limit = torch.finfo(float8()).max
     scale = largest / limit
@@ -140,11 +140,10 @@ class Beside:
 
 @dataclass(frozen=True)
 class SourceStep:
-    """What the source branch did at one step, for one chunk of a clip.
+    """The source branch at one step, for one chunk of a clip.
 
-    Queries and maps have a row for each frame that the chunk holds. Keys are of the chunk's
-    frames too, or with `stored` of their key frames, as a store keeps them. beside: where the branch is still to be
-    evaluated within the edit's call.
+    Queries and maps have a row for each frame of the chunk. So have keys, or with `stored` a row for each of its key
+    frames, as in a store. beside: the branch, if it is yet to be evaluated within the edit's call.
     """
 
     records: dict[str, Record]
@@ -152,15 +151,15 @@ class SourceStep:
     chunk: Chunk
     stored: bool = False
     features: dict[str, Tensor] = field(default_factory=dict)
-    """Of ResNet blocks, (f c y x) by name."""
+    """Features of ResNet blocks, (f c y x) by name."""
     beside: Beside | None = None
     predicted: Tensor | None = None
-    """What the model predicted of the source, where it was asked and evaluated before."""
+    """The model's prediction for the source, if requested and already evaluated."""
     windows: dict[tuple[int, ...], SourceStep] = field(default_factory=dict)
-    """The same of context windows, by their frames, where another node on the model splits the clip into such."""
+    """The source in context windows, by their frames, where another node on the model splits the clip."""
 
     def window(self, frames: tuple[int, ...]) -> SourceStep:
-        """The source on a context window of the edit; ValueError where it ran in others, or was kept."""
+        """The source in a context window of the edit; ValueError if it ran in other windows or comes from a store."""
         if frames == self.chunk.frame_indices or frames in self.windows:
             return self.windows.get(frames, self)
         if self.windows:
@@ -173,13 +172,13 @@ class SourceStep:
         return replace(self, chunk=part, records=_of_rows(self.records, rows), features=features)
 
     def record(self, name: str) -> Record | None:
-        """What was recorded of a layer, if it was; ValueError where the source ran in context windows."""
+        """A layer's record, if any; ValueError if the source ran in context windows."""
         if self.windows:
             raise ValueError(OTHER_WINDOWS)
         return self.records.get(name)
 
     def feature(self, name: str) -> Tensor:
-        """The feature of a ResNet block; ValueError where the source ran in context windows."""
+        """The feature of a ResNet block; ValueError if the source ran in context windows."""
         if self.windows:
             raise ValueError(OTHER_WINDOWS)
         return self.features[name]
@@ -191,7 +190,7 @@ class SourceStep:
         return found
 
     def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
-        """A_src @ v, v being of the key frames of each frame: (f h (n t) d) -> (f h t d)."""
+        """A_src @ v, v of each frame's key frames: (f h (n t) d) -> (f h t d)."""
         record = self._record(site)
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
@@ -201,7 +200,7 @@ class SourceStep:
         return attend_as_one(attend, q, k, v) if keys.everyone else attend(q, k, v)
 
     def apply_cross(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
-        """A_src @ v for one value of each source token: (f or 1, h s d) -> (f h t d)."""
+        """A_src @ v, v of the source tokens: (f or 1, h s d) -> (f h t d)."""
         record = self._record(site)
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
@@ -218,14 +217,14 @@ class SourceStep:
         return attention_map(record.queries(dtype), record.keys(dtype))
 
     def maps(self, sites: Sequence[AttentionSite], dtype: torch.dtype) -> list[tuple[AttentionSite, Tensor]]:
-        """Cross-attention in some layers of one grid, as `attention.masks.token_heat` takes it."""
+        """Cross-attention maps of some layers of one grid, for `attention.masks.token_heat`."""
         return [(site, self.cross_map(site, dtype)) for site in sites]
 
 
 class Recorder(Control):
-    """Runs the source branch and keeps the chosen layers' attention, in the form a memory has it.
+    """Runs the source branch and records the chosen layers' attention in a memory's form.
 
-    dtype: the precision it will be kept in; None where it stays as it is.
+    dtype: the precision of the store; None for the model's.
     """
 
     def __init__(
@@ -242,15 +241,15 @@ class Recorder(Control):
         self.dtype = dtype
         self.records: dict[str, Record] = {}
         self.features: dict[str, Tensor] | None = None
-        """Where features of ResNet blocks (f c y x) are kept, by name; None for nowhere."""
+        """Recorded features of ResNet blocks (f c y x), by name; None to record none."""
         self.predicted: Tensor | None = None
-        """What the call gave, where its caller left it."""
+        """The prediction of the call, set by its caller."""
         self.inputs: dict[str, Tensor] | None = None
-        """Where the inputs of self-attention layers (f t c) are kept, by name; None for nowhere."""
+        """Recorded inputs of self-attention layers (f t c), by name; None to record none."""
 
     @property
     def step(self) -> SourceStep:
-        """What it has recorded, for the same chunk."""
+        """The recorded step, for the same chunk."""
         return SourceStep(
             self.records, self.key_frames, self.chunk, features=self.features or {}, predicted=self.predicted,
             windows={frames: recorder.step for frames, recorder in self.windows.items()},
@@ -294,8 +293,8 @@ class Recorder(Control):
         return super().cross_attention(q, k, v, site)
 
 
-class Onlooker(Control):
-    """Sums up how much the text's tokens are looked at in some layers of one grid, without their maps."""
+class TokenHeatRecorder(Control):
+    """Sums the attention to some text tokens over layers of one grid, without building their maps."""
 
     def __init__(self, key_frames: KeyFrames, chunk: Chunk, layers: set[str], tokens: Sequence[int]) -> None:
         super().__init__(key_frames, chunk)
@@ -303,7 +302,7 @@ class Onlooker(Control):
         self._sum: Tensor | None = None
 
     def heat(self, text_tokens: int) -> Tensor:
-        """Averaged over heads and layers, as `attention.masks.token_heat` has it: (f s y x), 0 for tokens not asked."""
+        """The mean over heads and layers, like `attention.masks.token_heat`: (f s y x), 0 for other tokens."""
         assert self._sum is not None
         whole = self._sum.new_zeros(len(self._sum), text_tokens, *self._sum.shape[-2:])
         whole[:, list(self.tokens)] = self._sum / len(self.layers)
@@ -319,7 +318,7 @@ class Onlooker(Control):
 
 
 def whole_clip(recorders: Sequence[Recorder], sites: Sequence[AttentionSite]) -> dict[str, Record]:
-    """The records of a step as a store keeps them: every frame once, keys of the key frames alone."""
+    """A step's records in a store's form: every frame once, keys of key frames only."""
     return {site.name: _whole(recorders, site) for site in sites if site.name in recorders[0].records}
 
 
@@ -340,7 +339,7 @@ def _tensors(recorder: Recorder, site: AttentionSite) -> dict[str, Tensor]:
 
 
 def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
-    """Some frames' rows, each from the chunk that owns the frame, in the clip's order."""
+    """Rows of some frames, each from the chunk that owns it, in the clip's order."""
     if len(parts) == 1:
         return pick(parts[0], frames)
     found: dict[int, Tensor] = {}
@@ -350,7 +349,7 @@ def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Seq
 
 
 def _of_rows(records: dict[str, Record], rows: Sequence[int]) -> dict[str, Record]:
-    """Some frames' records, of a call that recorded queries and keys of all its frames."""
+    """Records of some frames, from a call that recorded all its frames' queries and keys."""
     found: dict[str, Record] = {}
     for name, record in records.items():
         assert isinstance(record, QueriesKeys)
@@ -359,7 +358,7 @@ def _of_rows(records: dict[str, Record], rows: Sequence[int]) -> dict[str, Recor
 
 
 def pick(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of a tensor, without a copy where they follow one another."""
+    """Rows of a tensor; a view if they are consecutive."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return x[rows[0] : rows[0] + len(rows)]
     return x[list(rows)]

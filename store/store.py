@@ -1,4 +1,4 @@
-"""What an inversion leaves behind, in one of three memories with the same results."""
+"""The result of an inversion, in one of three memories that give the same edits."""
 
 from __future__ import annotations
 
@@ -36,32 +36,30 @@ from .records import MEMORIES, Memory, SourceStep
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT = "fatezero-store-3"
-TOLD = 1e9
-"""Bytes from which on a store on disk that nobody named is told before it is written."""
+LARGE = 1e9
+"""Bytes above which a temporary store on disk is announced."""
 
 log = logging.getLogger("fatezero")
 
 
 class StoreError(ValueError):
-    """A store that cannot be used: damaged, or made by another model, schedule or prompt."""
+    """An unusable store: damaged, or made with another model, schedule or prompt."""
 
 
 @dataclass
 class AttentionStore:
     """An inversion: its latents, and the attention of its steps unless it is recomputed.
 
-    memory: "recompute" keeps latents only and runs the source branch again beside the
-    edit; "queries_keys" keeps queries and keys; "maps" keeps the paper's attention maps.
-    levels: the latents of every level, clean to noisy: (steps + 1, frames, c, h, w), or the same in a file.
-    timesteps: noisy to clean. alphas: of every level, clean to noisy: the cumulative ones of DDIM, and in a flow's
-    `world` 1 - sigma. order: of the solver that inverted. kept_steps: how many edit steps, from the noisiest, have
-    their attention on the backend. backend: where attention is; None for "recompute". plan: what was chosen and why;
-    None for a store from a file. extra, attachments: the caller's own, as JSON and as tensors.
+    memory: "recompute" stores only latents and runs the source branch again with the edit; "queries_keys" stores
+    queries and keys; "maps" the paper's attention maps. levels: latents of every level, clean to noisy:
+    (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every level, clean to
+    noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order: of the inversion's solver.
+    kept_steps: number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
+    "recompute". plan: the chosen memory and place; None for a store from a file. extra, attachments: the caller's own
+    data, as JSON and as tensors.
     """
 
     memory: Memory
@@ -76,14 +74,14 @@ class AttentionStore:
     extra: dict[str, Any] = field(default_factory=dict)
     attachments: dict[str, Tensor] = field(default_factory=dict)
     kept_steps: int = 0
-    world: Literal["ddim", "flow"] = "ddim"
+    formulation: Literal["ddim", "flow"] = "ddim"
     order: int = 1
     backend: Backend | None = None
     plan: StorePlan | None = None
 
     @property
     def latents(self) -> Tensor:
-        """The latents of every level in one tensor; of a store on disk they are read for it."""
+        """The latents of every level in one tensor, read from disk if need be."""
         levels = self.levels
         return levels if isinstance(levels, torch.Tensor) else torch.stack([levels[i] for i in range(len(levels))])
 
@@ -119,22 +117,22 @@ class AttentionStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything held for the edit, on disk or in memory."""
+        """Bytes of the whole store, on disk or in memory."""
         return self.levels.nbytes + self.source.nbytes + (self.backend.nbytes if self.backend else 0)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same store with its latents on a device; what is on disk, and attention, stay where they are."""
+        """The same store with its latents on a device; attention, and what is on disk, is not moved."""
         levels = self.levels if isinstance(self.levels, FileLevels) else self.levels.to(device)
         return replace(self, levels=levels, source=self.source.to(levels[0].to(device)[:0]))
 
     def keeps(self, step: int) -> bool:
-        """Whether an edit step's attention (0 the noisiest) is on the backend."""
+        """Whether an edit step's attention is stored; step 0 is the noisiest."""
         return self.backend is not None and step < self.kept_steps
 
     def fetch(self, step: int, layers: set[str], chunk: Chunk, device: torch.device) -> Records:
-        """The records of an edit step for some layers and a chunk of the clip, on a device.
+        """An edit step's records of some layers and a chunk of the clip, on a device.
 
-        Raises StoreError for a layer that was not kept, or one that is not as it was written.
+        Raises StoreError for a layer that was not stored or is damaged.
         """
         assert self.backend is not None
         with as_store_error():
@@ -142,31 +140,31 @@ class AttentionStore:
         missing = sorted(layers - set(records))
         if missing:
             raise StoreError(
-                f"the store holds no attention of {missing[0]} ({len(missing)} layers missing): "
+                f"the store has no attention of {missing[0]} ({len(missing)} layers missing): "
                 "invert with a larger max_tokens, or lower max_tokens of the edit"
             )
         return records
 
     def source_step(self, step: int, layers: set[str], chunk: Chunk | None = None) -> SourceStep:
-        """What `fetch` gives, for the whole clip or a chunk of it, on the latents' device."""
+        """The source at an edit step, for a chunk or the whole clip, on the latents' device."""
         chunk = chunk or Chunk.whole(self.frames)
         records = self.fetch(step, layers, chunk, self.source.embeddings.device)
         return SourceStep(records, self.key_frames, chunk, stored=True)
 
     def level(self, level: int) -> Tensor:
-        """The latents of a level, 0 the clean one: (frames, 4, h, w); StoreError where they are not as written."""
+        """The latents of a level, 0 the clean one: (frames, c, h, w); StoreError if they are damaged."""
         with as_store_error():
             return self.levels[level]
 
     # --- on disk ----------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, whole or not at all, a step at a time.
+        """Write a safetensors file atomically, one step at a time.
 
-        Raises OSError, saying the bytes, where the disk has no room, and ValueError for a store of drawn noise.
+        Raises OSError, with the bytes needed, if the disk is too small, and ValueError for a store of random noise.
         """
         if self.drawn is not None:
-            raise ValueError("a store of drawn noise holds nothing but its clip and seed: draw it again")
+            raise ValueError("a store of random noise cannot be saved: it has only a clip and a seed; make it again")
         path = Path(path)
         layout = self._layout()
         for step in range(self.kept_steps):
@@ -182,19 +180,19 @@ class AttentionStore:
         return path
 
     def _tensors(self, step: int) -> dict[str, Any]:
-        """A step's tensors by their names in a file."""
+        """A step's tensors, by their names in a file."""
         assert self.backend is not None
         parts = self.backend.tensors(step)
         return {tensor_name(step, f"{layer}.{part}"): t for layer, of in parts.items() for part, t in of.items()}
 
     def _own(self) -> dict[str, Tensor]:
-        """All but levels and backend."""
+        """All tensors but levels and attention, by their names in a file."""
         extras = {f"source.extras.{name}": t for name, t in self.source.extras.items()}
         attached = {f"attached.{name}": t for name, t in self.attachments.items()}
         return {"source.embeddings": self.source.embeddings, **extras, **attached}
 
     def _layout(self) -> Layout:
-        """Of all but the backend."""
+        """The layout of all tensors but attention."""
         own: Layout = {name: (t.dtype, tuple(t.shape)) for name, t in self._own().items()}
         level = (self.levels.dtype, tuple(self.levels.shape[1:]))
         return own | {level_name(i): level for i in range(self.steps + 1)}
@@ -209,7 +207,7 @@ class AttentionStore:
             "memory": self.memory,
             "timesteps": self.timesteps,
             "alphas": self.alphas,
-            "world": self.world,
+            "world": self.formulation,
             "order": self.order,
             "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
             "clip_norm": self.clip_norm,
@@ -222,19 +220,16 @@ class AttentionStore:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Read a store; latents and attention stay on disk until a step asks for them.
+        """Open a store; latents and attention are read from disk on demand.
 
-        Raises FileNotFoundError, or StoreError for a file that is damaged, not a store, or says of itself
-        what does not fit what it holds.
+        Raises FileNotFoundError, or StoreError for a file that is damaged, inconsistent or not a store.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no store at {path}")
-        with as_store_error(f"{path} is not a whole store: "):
-            file = SafetensorsReader(path)
-            about = _about_of(file)
         with as_store_error(f"{path} is damaged: "):
-            return cls._from(file, about, torch.device(device))
+            file = SafetensorsReader(path)
+            return cls._from(file, _about_of(file), torch.device(device))
 
     @classmethod
     def _from(cls, file: SafetensorsReader, about: dict[str, Any], device: torch.device) -> Self:
@@ -256,23 +251,23 @@ class AttentionStore:
             extra=about["extra"],
             attachments=_read_all(file, "attached."),
             kept_steps=about["kept_steps"],
-            world=about.get("world", "ddim"),
+            formulation=about.get("world", "ddim"),
             order=about.get("order", 1),
             backend=None if about["memory"] == "recompute" else backend,
         )
         _check_claims(store, backend)
         return store
 
-    # --- as an inversion fills it -----------------------------------------------------------
+    # --- filled by an inversion -------------------------------------------------------------
 
     @contextmanager
     def filling(
         self, plan: StorePlan, settings: StoreSettings, demand: Demand, device: torch.device
     ) -> Iterator[Callable[[int, Tensor, Records], None]]:
-        """Lay the store out as planned; gives `put(level, latents, records)`, which works beside the caller.
+        """Lay out the store as planned; yields `put(level, latents, records)`, which works in the background.
 
-        The records are those of the edit step that ends at the level below. After the block the store is whole;
-        where the block fails nothing of it is left.
+        The records are of the edit step that starts at the level. The store is complete after the block; nothing
+        is left of it if the block fails.
         """
         layout = demand.layout(plan.memory, settings)
         self.plan = plan
@@ -310,7 +305,7 @@ class AttentionStore:
         stored: Callable[[Records], Records],
     ) -> Iterator[Callable[[int, Tensor, Records], None]]:
         temporary = settings.path is None
-        if temporary and "auto" in (settings.memory, settings.place) and plan.nbytes > TOLD:
+        if temporary and "auto" in (settings.memory, settings.place) and plan.nbytes > LARGE:
             log.warning("writing a store of %s to %s", format_bytes(plan.nbytes), plan.folder)
         path = settings.path or temporary_folder(plan.folder) / "store.safetensors"
         whole = self._layout()
@@ -341,7 +336,7 @@ class AttentionStore:
 
 @contextmanager
 def as_store_error(before: str = "") -> Iterator[None]:
-    """Tell what a damaged file raises as a StoreError."""
+    """Turn the errors of a damaged file into StoreError."""
     try:
         yield
     except StoreError:
@@ -351,12 +346,12 @@ def as_store_error(before: str = "") -> Iterator[None]:
 
 
 def _about_of(file: SafetensorsReader) -> dict[str, Any]:
-    """What a file says of itself; StoreError for one that is no store."""
+    """A file's metadata; StoreError if it is not a store."""
     about = json.loads(file.metadata.get("fatezero", "{}"))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise StoreError(f"{file.path} is a safetensors file, but not a store of this version of fatezero")
     if not file.checked:
-        raise StoreError(f"{file.path} has no checksums, so it is not a store as it was written")
+        raise StoreError(f"{file.path} has no checksums: it is damaged, or rewritten by another program")
     return about
 
 
@@ -365,12 +360,12 @@ def _levels_of(file: SafetensorsReader, steps: int) -> FileLevels:
 
 
 def _read_all(file: SafetensorsReader, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
+    """The tensors whose names start with a prefix, by the rest of their names."""
     return {name[len(prefix) :]: file.read(name) for name in file.tensors if name.startswith(prefix)}
 
 
 def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
-    """StoreError where what a store says of itself does not fit what it holds."""
+    """Raise StoreError if a store's metadata and tensors contradict each other."""
     steps, levels, text = store.steps, store.levels, store.source.embeddings
     kept = list(range(store.kept_steps)) if store.memory != "recompute" else []
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -378,10 +373,10 @@ def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
         "memory": store.memory in MEMORIES,
         "timesteps": steps > 0 and all(isinstance(t, (int, float)) and 0 <= t < math.inf for t in store.timesteps)
         and list(store.timesteps) == sorted(set(store.timesteps), reverse=True),
-        "world": store.world in ("ddim", "flow"),
+        "world": store.formulation in ("ddim", "flow"),
         "order": store.order in (1, 2),
         "alphas": len(store.alphas) == steps + 1 and all(0 <= a <= 1 for a in store.alphas)
-        and (store.world == "flow" or 0 not in store.alphas),
+        and (store.formulation == "flow" or 0 not in store.alphas),
         "latents": len(levels.shape) == 5 and levels.dtype in floats
         and all(levels[i].shape == levels.shape[1:] for i in (0, steps)),
         "kept_steps": isinstance(store.kept_steps, int) and 0 <= store.kept_steps <= steps and backend.steps == kept,
@@ -390,6 +385,6 @@ def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
         "source": text.ndim == 3 and len(text) == 1 and text.dtype in floats,
         "extra": isinstance(store.extra, dict),
     }  # fmt: skip
-    wrong = [name for name, holds in claims.items() if not holds]
+    wrong = [name for name, right in claims.items() if not right]
     if wrong:
-        raise StoreError(f"what it says of its {', '.join(wrong)} does not fit what it holds")
+        raise StoreError(f"metadata and tensors disagree on {', '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""The colours of video: which matrix and range a file means, and HDR brought to what a picture model knows."""
+"""Colours of video: matrix and range of a file, and tone mapping of HDR."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 _KNOWN = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 7: Colorspace.SMPTE240M}
 _BT2020 = (9, 10)
 WHITE = 203.0
-"""Nits of HDR reference white (ITU-R BT.2408), which becomes the white of SDR."""
+"""Nits of HDR reference white (ITU-R BT.2408), mapped to SDR white."""
 PEAK = 1000.0
-"""Nits that are brought to the brightest of SDR."""
+"""Nits mapped to SDR's maximum."""
 _BT2020_TO_BT709 = np.array(
     [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]], np.float32
 )
@@ -22,17 +22,17 @@ _BT2020_TO_BT709 = np.array(
 
 
 def hdr_kind(frame: av.VideoFrame) -> str | None:
-    """PQ or HLG for a frame of high dynamic range; None for any other."""
+    """PQ or HLG for an HDR frame, else None."""
     return _HDR.get(int(frame.color_trc))
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:
-    """Whether a frame has a channel of transparency."""
+    """Whether a frame has an alpha channel."""
     return any(component.is_alpha for component in frame.format.components)
 
 
 def over(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
-    """uint8 RGBA (height, width, 4), its colours not multiplied by alpha, composed over a colour: RGB."""
+    """Straight-alpha uint8 RGBA (height, width, 4), composited over a colour: RGB."""
     alpha = pixels[..., 3:].astype(np.uint16)
     mixed = pixels[..., :3] * alpha + np.array(background, np.uint16) * (255 - alpha)
     return ((mixed + 127) // 255).astype(np.uint8)
@@ -41,10 +41,8 @@ def over(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
 def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
     """A frame as uint8 RGB (height, width, 3), scaled to a width where its pixels are not square.
 
-    What is transparent shows the background.
-
-    Matrix and range are those the file tells; where it tells none, BT.709 from 720 lines on and BT.601 below, as
-    players take it. HDR is tone-mapped.
+    Alpha is composited over the background. Matrix and range are the file's; if it gives none, BT.709 from 720 lines
+    on and BT.601 below, like players. HDR is tone-mapped.
     """
     kind = hdr_kind(frame)
     how = {"interpolation": Interpolation.BICUBIC, "width": width} if width != frame.width else {}
@@ -66,26 +64,26 @@ def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = 
 
 
 def _matrix(frame: av.VideoFrame) -> Colorspace:
-    told = int(frame.colorspace)
-    if told in _BT2020:
+    matrix = int(frame.colorspace)
+    if matrix in _BT2020:
         return Colorspace.BT2020
-    return _KNOWN.get(told, matrix_for(frame.height))
+    return _KNOWN.get(matrix, matrix_for(frame.height))
 
 
 def matrix_for(height: int) -> Colorspace:
-    """The matrix that players take for pictures of this height."""
+    """The matrix that players assume for this height."""
     return Colorspace.ITU709 if height >= 720 else Colorspace.ITU601
 
 
 def to_yuv(pixels: np.ndarray, format: str) -> av.VideoFrame:
-    """uint8 RGB (height, width, 3) as a frame of limited range that says its matrix."""
+    """uint8 RGB (height, width, 3) as a frame of limited range, with the matrix of `matrix_for`."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     matrix = matrix_for(frame.height)
     return frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
 
 
 def tag(context: av.VideoCodecContext, height: int) -> None:
-    """Say in a stream what `to_yuv` made."""
+    """Set a stream's colour metadata to that of `to_yuv`."""
     high = matrix_for(height) == Colorspace.ITU709
     context.colorspace = Colorspace.ITU709 if high else 6  # SMPTE 170M
     context.color_range = ColorRange.MPEG
@@ -97,10 +95,10 @@ def tag(context: av.VideoCodecContext, height: int) -> None:
 
 
 def tone_mapped(pixels: np.ndarray, kind: str) -> np.ndarray:
-    """uint16 RGB of PQ or HLG in BT.2020 as uint8 RGB of SDR in BT.709.
+    """uint16 RGB of PQ or HLG in BT.2020 to uint8 SDR RGB in BT.709.
 
-    Light is measured in reference whites. Up to 0.6 of it stays as it is; what is brighter is bent, by the
-    brightest of the three colours so that hues stay, to reach 1 at 1000 nits (Reinhard's extended curve).
+    In units of reference white, light up to 0.6 is unchanged; above it, Reinhard's extended curve maps 1000 nits to 1.
+    The curve is applied to the largest of the three channels, which preserves hues.
     """
     light = _light(kind)[pixels]
     if kind == "HLG":  # the system gamma of a display of 1000 nits acts on luminance (ITU-R BT.2100)
@@ -109,18 +107,18 @@ def tone_mapped(pixels: np.ndarray, kind: str) -> np.ndarray:
         light *= PEAK / WHITE
     light = np.maximum(light @ _BT2020_TO_BT709.T, 0)
     brightest = light.max(-1, keepdims=True)
-    light *= _bent(brightest) / np.maximum(brightest, 1e-6)
+    light *= _compressed(brightest) / np.maximum(brightest, 1e-6)
     return (np.clip(light, 0, 1) ** (1 / 2.4) * 255 + 0.5).astype(np.uint8)
 
 
-def _bent(x: np.ndarray, knee: float = 0.6) -> np.ndarray:
+def _compressed(x: np.ndarray, knee: float = 0.6) -> np.ndarray:
     over, top = np.maximum(x - knee, 0) / (1 - knee), (PEAK / WHITE - knee) / (1 - knee)
     return np.minimum(x, knee) + (1 - knee) * over * (1 + over / top**2) / (1 + over)
 
 
 @lru_cache
 def _light(kind: str) -> np.ndarray:
-    """The light of every 16-bit value: of PQ in reference whites, of HLG in 0..1 of the scene (ITU-R BT.2100)."""
+    """The light of every 16-bit value (ITU-R BT.2100): PQ in reference whites, HLG as scene light in 0..1."""
     x = np.arange(65536, dtype=np.float64) / 65535
     if kind == "PQ":
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128

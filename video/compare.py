@@ -1,4 +1,4 @@
-"""Two clips in one, to look at."""
+"""Two clips combined into one for comparison."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
 
 
 def compare(a: Tensor, b: Tensor, how: Comparison, labels: tuple[str, str] = ("", "")) -> Tensor:
-    """Show two clips, uint8 (frames, height, width, 3), in one; labels are written into the pictures.
+    """Combine two clips, uint8 (frames, height, width, 3), into one, with labels in the frames.
 
-    how: "side by side"; "wipe", a line that runs from left to right over the clip, `b` behind it; "split",
-    the same line in the middle; "difference", |a - b|, as bright as it gets without clipping the clip.
+    how: "side by side"; "wipe", a line that moves from left to right during the clip, with `b` left of it; "split", a
+    fixed line in the middle; "difference", |a - b|, scaled to the full range over the clip.
 
-    Raises ValueError for clips that differ in frames or size, or an unknown word.
+    Raises ValueError for clips that differ in frames or size, or an unknown `how`.
     """
     if a.shape != b.shape:
-        raise ValueError(f"the clips differ: {_told(a)} and {_told(b)}")
+        raise ValueError(f"the clips differ: {_size_of(a)} and {_size_of(b)}")
     if how not in COMPARISONS:
         raise ValueError(f"comparison is {how!r}; it must be one of {', '.join(COMPARISONS)}")
     frames, width = len(a), a.shape[2]
     if how == "side by side":
         return torch.cat([_labelled(a, labels[0]), _labelled(b, labels[1])], 2)
     if how == "difference":
-        apart = (a.int() - b.int()).abs()
-        peak = max(1, int(apart.max()))
-        shown = (apart * 255 // peak).to(torch.uint8)
+        difference = (a.int() - b.int()).abs()
+        peak = max(1, int(difference.max()))
+        shown = (difference * 255 // peak).to(torch.uint8)
         names = " - ".join(label for label in labels if label)
         return _labelled(shown, f"|{names}| x {255 / peak:.1f}" if names else "")
     edge = [width // 2] * frames if how == "split" else [round(width * (t + 0.5) / frames) for t in range(frames)]
@@ -41,12 +41,12 @@ def compare(a: Tensor, b: Tensor, how: Comparison, labels: tuple[str, str] = (""
     return torch.where(line[:, None, :, None], torch.tensor(255, dtype=torch.uint8), shown)
 
 
-def _told(clip: Tensor) -> str:
+def _size_of(clip: Tensor) -> str:
     return f"{clip.shape[0]} frames of {clip.shape[2]}x{clip.shape[1]}"
 
 
 def _labelled(clip: Tensor, label: str, right: bool = False) -> Tensor:
-    """A label in the upper left (or right) corner, on a dark ground, no wider than half the picture."""
+    """A label in the upper left (or right) corner, on a dark background, at most half as wide as the frame."""
     if not label:
         return clip
     height, width = clip.shape[1:3]

@@ -1,4 +1,4 @@
-"""A video's frames, cut and scaled as they come."""
+"""A video's frames, cropped and scaled as they are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FittedVideo:
-    """A source cut at its sides (left, top, right, bottom) and scaled to fill a size (width, height)."""
+    """A source cropped (left, top, right, bottom) and scaled to fill a size (width, height)."""
 
     source: VideoSource
     cut: tuple[int, int, int, int]
@@ -26,7 +26,7 @@ class FittedVideo:
 
     @classmethod
     def of(cls, source: VideoSource, cut: tuple[int, int, int, int], size: tuple[int, int]) -> FittedVideo:
-        """Raises ValueError for a cut that leaves nothing, and for a size that takes more memory than is free."""
+        """Raises ValueError for a crop that leaves nothing, and for a size that needs more memory than is free."""
         check_crop(*source.size, *cut)
         left, top, right, bottom = cut
         shown = source.size[0] - left - right, source.size[1] - top - bottom
@@ -43,11 +43,11 @@ class FittedVideo:
 
     @property
     def times(self) -> tuple[Fraction, ...] | None:
-        """When each frame is shown, in seconds from the first; None where they are evenly spaced."""
+        """Each frame's time in seconds from the first; None if evenly spaced."""
         return None if self.source.even else self.source.times
 
     def frames(self) -> Iterator[Tensor]:
-        """uint8 (height, width, 3), one after another."""
+        """One uint8 frame (height, width, 3) at a time."""
         for frame in self.source.frames():
             yield resize_to_fill(crop(frame[None], *self.cut), *self.size)[0]
 
@@ -55,6 +55,6 @@ class FittedVideo:
         return self.source.sound()
 
     def read(self) -> Video:
-        """All of it at once."""
+        """The whole video at once."""
         sound = self.sound()
         return Video(torch.stack(list(self.frames())), self.fps, sound.read() if sound else None, self.times)

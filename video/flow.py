@@ -1,4 +1,4 @@
-"""Optical flow where it is not known: torchvision's RAFT, or OpenCV's DIS."""
+"""Estimators of optical flow: torchvision's RAFT and OpenCV's DIS."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Estimator: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 """Flow (2, h, w) in pixels, (dx, dy), from one frame (3, h, w) in 0..1 to another."""
 
 _LEAST_SIDE = {"dis": 192, "raft": 128}
-"""Smaller frames are enlarged first: both look at an eighth of the picture and less."""
+"""Smaller frames are enlarged first: both estimators work at an eighth of the size and less."""
 
 
 def flow_estimator(name: FlowName = "auto", device: torch.device | str = "cpu") -> tuple[str, Estimator]:
-    """An estimator and what it is called.
+    """An estimator and its name.
 
-    "raft" takes torchvision's RAFT (arXiv 2003.12039), fetching its weights if they were never used
-    here; "dis" OpenCV's DIS (arXiv 1603.03590). "auto" is RAFT where it can run without a network,
-    else DIS. Raises ValueError for another name, ImportError where the library is not installed.
+    "raft": torchvision's RAFT (arXiv 2003.12039), whose weights are downloaded if missing. "dis": OpenCV's DIS (arXiv
+    1603.03590). "auto": RAFT if its weights are present, else DIS. Raises ValueError for another name, ImportError if
+    the library is not installed.
     """
     if name not in get_args(FlowName):
         raise ValueError(f"flow is {name!r}; it must be one of {', '.join(get_args(FlowName))}")
@@ -41,7 +41,7 @@ def flow_estimator(name: FlowName = "auto", device: torch.device | str = "cpu") 
 
 
 def _at_least(a: Tensor, b: Tensor, name: str, estimate: Estimator) -> Tensor:
-    """Flow at a size the estimator can work on, a multiple of 8, brought back to the frames' own."""
+    """Flow estimated at a size large enough and a multiple of 8, resized to the frames' own."""
     height, width = a.shape[-2:]
     times = max(1.0, _LEAST_SIDE[name] / min(height, width))
     size = [max(8, round(side * times / 8) * 8) for side in (height, width)]
@@ -62,8 +62,8 @@ def _opencv() -> Any:
         import cv2
     except ImportError as error:
         raise ImportError(
-            "flow 'dis' needs OpenCV: pip install opencv-python-headless, unless another package of OpenCV is wanted; "
-            "flow 'none' leaves the warp error out"
+            "flow 'dis' needs OpenCV: pip install opencv-python-headless (or another OpenCV package), or use flow "
+            "'none' to skip the warp error"
         ) from error
     return cv2
 
@@ -81,12 +81,12 @@ def _run_dis(cv2: Any, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _raft_weights() -> Path | None:
-    """RAFT's weights on this machine; None where torchvision or they are missing."""
+    """RAFT's weights on this machine; None if they or torchvision are missing."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights
-    except (ImportError, RuntimeError):  # a torchvision that does not fit this torch
+    except (ImportError, RuntimeError):  # a torchvision built for another torch
         return None
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(Raft_Large_Weights.DEFAULT.url).name
     return path if path.is_file() else None
@@ -97,7 +97,7 @@ def _raft(device: str) -> torch.nn.Module:
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
     except ImportError as error:
-        raise ImportError("flow 'raft' needs torchvision; 'dis' does not") from error
+        raise ImportError("flow 'raft' needs torchvision: install it, or use flow 'dis'") from error
     return raft_large(weights=Raft_Large_Weights.DEFAULT, progress=False).to(device).eval()
 
 

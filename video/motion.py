@@ -1,4 +1,4 @@
-"""What moves where in a clip, and values averaged along it."""
+"""Motion in a clip, and averages over time along it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def warp(frames: Tensor, flow: Tensor) -> Tensor:
 
 
 def inside(flow: Tensor) -> Tensor:
-    """Where the flow stays in the picture: boolean (n, h, w)."""
+    """Where the flow ends inside the frame: boolean (n, h, w)."""
     n, _, h, w = flow.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     at_x, at_y = x.to(flow) + flow[:, 0], y.to(flow) + flow[:, 1]
@@ -35,9 +35,9 @@ def inside(flow: Tensor) -> Tensor:
 def visible(forward: Tensor, backward: Tensor) -> Tensor:
     """Pixels not occluded, after Lai et al.: boolean (n, h, w) from flows (n, 2, h, w).
 
-    Occluded where |w~b + wf|^2 > 0.01 (|w~b|^2 + |wf|^2) + 0.5, w~b being the backward flow brought
-    to frame t, or at motion boundaries, |grad wf|^2 > 0.01 |wf|^2 + 0.002. The paper tells it for the
-    pixels of frame t + 1, with the flows in each other's place.
+    Occluded where |w~b + wf|^2 > 0.01 (|w~b|^2 + |wf|^2) + 0.5, w~b being the backward flow warped to frame t, or at
+    motion boundaries, |grad wf|^2 > 0.01 |wf|^2 + 0.002. The paper defines it for the pixels of frame t + 1, with the
+    flows swapped.
     """
     back = warp(backward, forward)
     size = (forward**2).sum(1) + (back**2).sum(1)
@@ -52,22 +52,22 @@ def visible(forward: Tensor, backward: Tensor) -> Tensor:
 class Motion:
     """The optical flow between the frames of a clip, both ways.
 
-    forward: from each frame to the next, backward: from each but the first to the one before, in cells (dx, dy):
-    (frames - 1, 2, h, w). seen: where forward flow ends in something that the next frame shows, seen_before: where
-    backward flow does, 0 to 1: (frames - 1, h, w).
+    forward: from each frame to the next, backward: from each but the first to the previous one, (dx, dy) in cells:
+    (frames - 1, 2, h, w). visible, visible_before: where the forward or backward flow is not occluded, 0 to 1:
+    (frames - 1, h, w).
     """
 
     forward: Tensor
     backward: Tensor
-    seen: Tensor
-    seen_before: Tensor
+    visible: Tensor
+    visible_before: Tensor
 
     @classmethod
     def of(cls, frames: Iterable[Tensor], estimate: Estimator, reduce: int = 1) -> Motion:
-        """Of frames (3, h, w) in 0..1, two of which are looked at at a time. reduce: pixels of a cell's side."""
+        """Estimated from frames (3, h, w) in 0..1, two at a time. reduce: pixels per cell side."""
         parts = [_between(a, b, estimate, reduce) for a, b in pairwise(frames)]
         if not parts:
-            raise ValueError("motion needs two frames at least")
+            raise ValueError("motion needs at least two frames")
         return cls(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
     @property
@@ -75,7 +75,7 @@ class Motion:
         return len(self.forward) + 1
 
     def at(self, size: tuple[int, int]) -> Motion:
-        """On another grid: a coarser one by area, a finer one by bilinear interpolation."""
+        """The motion on another grid: area interpolation to a coarser one, bilinear to a finer one."""
         height, width = self.forward.shape[-2:]
         if size == (height, width):
             return self
@@ -88,34 +88,34 @@ class Motion:
             )
 
         flows = [resized(flow) * scale for flow in (self.forward, self.backward)]
-        seen = [resized(s[:, None])[:, 0] for s in (self.seen, self.seen_before)]
-        return Motion(*flows, *seen)
+        shown = [resized(s[:, None])[:, 0] for s in (self.visible, self.visible_before)]
+        return Motion(*flows, *shown)
 
     def to(self, like: Tensor) -> Motion:
-        """On the device and in the dtype of a tensor."""
-        return Motion(*(t.to(like) for t in (self.forward, self.backward, self.seen, self.seen_before)))
+        """The motion on the device and in the dtype of a tensor."""
+        return Motion(*(t.to(like) for t in (self.forward, self.backward, self.visible, self.visible_before)))
 
 
 def _between(a: Tensor, b: Tensor, estimate: Estimator, reduce: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     forward, backward = estimate(a, b)[None], estimate(b, a)[None]
-    seen, before = visible(forward, backward).float(), visible(backward, forward).float()
+    shown, before = visible(forward, backward).float(), visible(backward, forward).float()
     flows = [F.avg_pool2d(flow, reduce)[0] / reduce for flow in (forward, backward)]
-    return (*flows, *(F.avg_pool2d(s[:, None], reduce)[0, 0] for s in (seen, before)))  # type: ignore[return-value]
+    return (*flows, *(F.avg_pool2d(s[:, None], reduce)[0, 0] for s in (shown, before)))  # type: ignore[return-value]
 
 
 def averaged_along(values: Tensor, motion: Motion, amount: float) -> Tensor:
-    """Values (frames, c, h, w) of one grid with the motion, averaged over time along it.
+    """Values (frames, c, h, w) on the motion's grid, averaged over time along it.
 
-    Each frame takes `amount` of what the frame before had come to, where that is seen, and the same from the end;
-    the mean of both. 0 leaves all as it is.
+    A recursive average: each frame takes the share `amount` of the previous result where that is visible. The mean of
+    a forward and a backward pass; 0 changes nothing.
     """
-    onwards = _carried(values, motion.backward, amount * motion.seen_before)
-    back = _carried(values.flip(0), motion.forward.flip(0), amount * motion.seen.flip(0)).flip(0)
+    onwards = _recursive_mean(values, motion.backward, amount * motion.visible_before)
+    back = _recursive_mean(values.flip(0), motion.forward.flip(0), amount * motion.visible.flip(0)).flip(0)
     return (onwards + back) / 2
 
 
-def _carried(values: Tensor, flow: Tensor, weights: Tensor) -> Tensor:
-    """Every frame with a share of the one before, brought along by the flow to it."""
+def _recursive_mean(values: Tensor, flow: Tensor, weights: Tensor) -> Tensor:
+    """Each frame mixed with the previous result, warped by the flow to it."""
     done = [values[0]]
     for value, to_before, weight in zip(values[1:], flow, weights, strict=True):
         before = warp(done[-1][None], to_before[None])[0]
@@ -123,21 +123,21 @@ def _carried(values: Tensor, flow: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(done)
 
 
-def steadied(source: Tensor, edited: Tensor, motion: Motion, amount: float) -> Tensor:
+def smooth_along(source: Tensor, edited: Tensor, motion: Motion, amount: float) -> Tensor:
     """An edit (frames, c, h, w) averaged over time along the motion of its source.
 
-    What is averaged is its difference to the source, which is mostly even, so that little is lost where the flow errs;
-    or itself, where that is more even than the difference, as where it takes a texture away. Place by place, each
-    counts the more the less it changes.
+    Averages the difference to the source, which is mostly smooth, so that errors of the flow lose little detail; and
+    the edit itself, which is smoother where the edit removes a texture. At each place, the average that changes the
+    edit less has the larger weight.
     """
     along = motion.at((source.shape[-2], source.shape[-1])).to(edited)
     by_difference = source + averaged_along(edited - source, along, amount)
     by_itself = averaged_along(edited, along, amount)
-    changes = [_even(((found - edited) ** 2).mean(1, keepdim=True)) for found in (by_difference, by_itself)]
+    changes = [_blurred(((found - edited) ** 2).mean(1, keepdim=True)) for found in (by_difference, by_itself)]
     share = changes[1] / (changes[0] + changes[1]).clamp(min=torch.finfo(edited.dtype).tiny)
     return by_itself + share * (by_difference - by_itself)
 
 
-def _even(x: Tensor) -> Tensor:
-    """The mean over each place and its neighbours."""
+def _blurred(x: Tensor) -> Tensor:
+    """The mean over each place and its neighbours (3x3)."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)

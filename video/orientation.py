@@ -1,4 +1,4 @@
-"""How a stored picture is to be turned and mirrored."""
+"""Rotation and mirroring of stored pictures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from ..imports import av, np
 
 @dataclass(frozen=True)
 class Orientation:
-    """One of the eight: the picture's rows become columns (`on_its_side`), then left and right, then top and bottom
-    change places.
-    """
+    """One of eight: transpose (`on_its_side`), then flip left and right (`mirrored`), then top and bottom."""
 
     on_its_side: bool = False
     mirrored: bool = False
@@ -21,9 +19,9 @@ class Orientation:
 
     @classmethod
     def of(cls, frame: av.VideoFrame) -> Orientation:
-        """By the display matrix of a frame: x' = a x + c y, y' = b x + d y."""
-        held: Any = frame.side_data  # PyAV's own types call its items strings
-        found = next((bytes(one) for one in held if one.type.name == "DISPLAYMATRIX"), None)
+        """From a frame's display matrix: x' = a x + c y, y' = b x + d y."""
+        side_data: Any = frame.side_data  # PyAV types its items as strings
+        found = next((bytes(one) for one in side_data if one.type.name == "DISPLAYMATRIX"), None)
         if found is None or len(found) < 36:
             return cls()
         a, b, _, c, d = struct.unpack("=9i", found[:36])[:5]
@@ -32,7 +30,7 @@ class Orientation:
         return cls(False, a < 0, d < 0)
 
     def applied(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (height, width, 3) as they are to be seen."""
+        """Pixels (height, width, 3), upright."""
         pixels = pixels.swapaxes(0, 1) if self.on_its_side else pixels
         pixels = pixels[:, ::-1] if self.mirrored else pixels
         return np.ascontiguousarray(pixels[::-1] if self.upside_down else pixels)

@@ -1,4 +1,4 @@
-"""Pictures that make a clip: which a folder, a pattern or a glob names, in which order."""
+"""Picture sequences: the files of a folder, a pattern or a glob, in order."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jfif")
 _NUMBER = re.compile(r"%(?:0(\d+))?d")
-"""Where a pattern has its number, padded with zeros: "%20d", as in my%20dog.png, is none."""
+"""A pattern's number, padded with zeros; "%20d", as in my%20dog.png, does not match."""
 
 
 class VideoError(ValueError):
-    """A file that gives no frames, or fewer than asked for."""
+    """A file without frames, or with fewer than needed."""
 
 
 def numbered(path: Path) -> bool:
-    """Whether a name is a pattern with a number in it, as f_%04d.png."""
+    """Whether a name is a pattern with a number, like f_%04d.png."""
     return _NUMBER.search(path.name) is not None
 
 
 def with_number(pattern: Path, i: int) -> Path:
-    """The name that a pattern has for a number; ValueError where it has several places for it."""
+    """The pattern with a number filled in; ValueError for a pattern with several numbers."""
     if len(_NUMBER.findall(pattern.name)) > 1:
-        raise ValueError(f"{pattern.name!r} has several places for the number: use one, as in f_%04d.png")
+        raise ValueError(f"{pattern.name!r} has several numbers: use one, as in f_%04d.png")
     return pattern.with_name(_NUMBER.sub(lambda place: f"{i:0{place[1] or 1}d}", pattern.name))
 
 
 def picture_files(path: Path) -> tuple[Path, ...]:
-    """The pictures that a path names, in the order of the numbers in their names; none for a video.
+    """The pictures of a path, in the order of the numbers in their names; none for a video.
 
     Raises FileNotFoundError for a pattern, and VideoError for a folder, without pictures.
     """
@@ -48,7 +48,7 @@ def picture_files(path: Path) -> tuple[Path, ...]:
 
 
 def would_name(path: Path, picture: Path) -> bool:
-    """Whether a picture, once it is there, is one of those that a folder, a pattern or a glob names."""
+    """Whether a folder, a pattern or a glob would include a picture."""
     several = None if path.is_file() else _several(path)
     if several is None:
         return False
@@ -57,13 +57,13 @@ def would_name(path: Path, picture: Path) -> bool:
 
 
 def _several(path: Path) -> tuple[Path, Callable[[str], bool]] | None:
-    """Where a path that names several pictures looks, and whether it takes a name there; None for a single file's."""
+    """The folder of a path to several pictures, and a test of names in it; None for a path to a single file."""
     if path.is_dir():
         return path, lambda name: _is_picture(name) and not name.startswith(".")
     if numbered(path):
         pattern = re.compile(_NUMBER.sub(r"\\d+", re.escape(path.name).replace(r"\%", "%")))
         return path.parent, lambda name: pattern.fullmatch(name) is not None
-    if "*" in path.name:  # as a shell does, it takes no hidden name: ._f.png is a Mac's note on f.png
+    if "*" in path.name:  # like a shell, without hidden names: ._f.png is a Mac's metadata of f.png
         shown = path.name.startswith(".")
         return (
             path.parent,
@@ -77,5 +77,5 @@ def _is_picture(name: str) -> bool:
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
-    """f2 before f10."""
+    """A sort key that puts f2 before f10."""
     return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", path.name)]

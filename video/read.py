@@ -1,4 +1,4 @@
-"""Read frames and sound from files, one at a time, each at its own time."""
+"""Read frames and sound from files as streams, with their times."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What a damaged file makes PyAV raise; the second where streams come up that its head does not name."""
+    """The errors of PyAV on damaged files; IndexError comes from streams that the header does not list."""
     return av.error.FFmpegError, IndexError
 
 
 FOLDER_FPS = Fraction(8)
-"""The frame rate of a folder of pictures, which tells none."""
+"""The default frame rate of a folder of pictures."""
 
 
 # --- sound ----------------------------------------------------------------------------
@@ -38,7 +38,7 @@ FOLDER_FPS = Fraction(8)
 
 @dataclass(frozen=True)
 class Sound:
-    """samples: float32 (channels, n) in -1..1. rate: samples a second."""
+    """samples: float32 (channels, n) in -1..1. rate: samples per second."""
 
     samples: np.ndarray
     rate: int
@@ -48,13 +48,13 @@ class Sound:
         return len(self.samples)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The samples, some at a time: (channels, n) each."""
+        """The samples in blocks (channels, n)."""
         yield from np.array_split(self.samples, max(1, self.samples.shape[1] // self.rate), axis=1)
 
 
 @dataclass(frozen=True)
 class SoundTrack:
-    """The sound of a span of a file's time, read as it is asked for. start, seconds: on the file's clock."""
+    """The sound of a time span of a file, read on demand. start, seconds: on the file's clock."""
 
     path: Path
     start: Fraction
@@ -65,11 +65,11 @@ class SoundTrack:
 
     @property
     def length(self) -> int:
-        """How many samples there are: silence stands where the file has none."""
+        """The number of samples; gaps in the file are silence."""
         return round(self.seconds * self.rate)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The samples, some at a time: float32 (channels, n) each, `length` in all."""
+        """The samples in float32 blocks (channels, n), `length` in total."""
         done = 0
         for at, samples in self._decoded():
             skip = done - at
@@ -91,10 +91,10 @@ class SoundTrack:
         return Sound(np.concatenate(list(self.blocks()), axis=1), self.rate)
 
     def _decoded(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Samples, and where they begin, counted from the span's start."""
+        """Blocks of samples with the position of each from the span's start."""
         with opened(self.path) as container:
             stream = _sound_of(container)
-            if stream is None:  # a damaged file may show it late
+            if stream is None:  # a damaged file may list the stream late
                 return
             if self.start > 5 and stream.time_base and not self.clock.restarts:
                 container.seek(floor((self.start - 1) / stream.time_base), stream=stream)
@@ -102,14 +102,14 @@ class SoundTrack:
             at: int | None = None
             moved = self.clock.reader()
             for frame in _sound_frames(container, stream):
-                told = at or 0
+                position = at or 0
                 if frame.pts is not None and frame.time_base is not None:
-                    told = round((moved(frame.pts * frame.time_base) - self.start) * self.rate)
-                if at is None or abs(told - at) > self.rate // 100:  # some files tell times to a millisecond
-                    at = told
+                    position = round((moved(frame.pts * frame.time_base) - self.start) * self.rate)
+                if at is None or abs(position - at) > self.rate // 100:  # some files round times to milliseconds
+                    at = position
                 try:
                     blocks = resampler.resample(frame)
-                except ValueError:  # broadcasts change their rate and channels on the way
+                except ValueError:  # broadcasts may change rate and channels
                     resampler = self._resampler()
                     blocks = resampler.resample(frame)
                 for block in blocks:
@@ -124,7 +124,7 @@ class SoundTrack:
 
 
 def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-    """What can be decoded of a file's sound: a damaged packet is passed over, as players do."""
+    """The frames of a file's sound, without damaged packets, which players skip too."""
     try:
         for packet in container.demux(stream):
             try:
@@ -140,9 +140,9 @@ def _sound_frames(container: av.container.InputContainer, stream: av.AudioStream
 
 @dataclass(frozen=True)
 class Video:
-    """frames: uint8 (frames, height, width, 3). fps: of these frames, on average. sound: of their time.
+    """frames: uint8 (frames, height, width, 3). fps: average rate of these frames. sound: of their time span.
 
-    times: when each is shown, in seconds from the first; None where they are evenly spaced.
+    times: of each frame, in seconds from the first; None if evenly spaced.
     """
 
     frames: Tensor
@@ -158,13 +158,12 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoSource:
-    """The chosen part of a video, a picture or a sequence of pictures, found but not decoded.
+    """The chosen frames of a video, a picture or a sequence of pictures, not decoded yet.
 
-    indices: which frames, in order; one may come again where a rate was asked for. times: when each is shown, in
-    seconds from the first. begin: when the first is, in seconds from the file's first. fps: on average. even: whether
-    the times are evenly spaced. size: width and height as they are to be seen. notes: what a user should know of the
-    file. pictures: those of a sequence, or the one that holds several. background: the colour behind what is
-    transparent.
+    indices: frame numbers in order, with repeats if the video is resampled to a rate. times: of each frame, in seconds
+    from the first. begin: time of the first, in seconds from the file's first. fps: average rate. even: whether the
+    times are evenly spaced. size: width and height, upright. notes: warnings about the file. pictures: of a sequence,
+    or the one with an animation. background: colour behind transparent pixels.
     """
 
     path: Path
@@ -184,20 +183,20 @@ class VideoSource:
 
     @property
     def seconds(self) -> Fraction:
-        """How long the frames take."""
+        """Duration of the frames."""
         return self.times[-1] + 1 / self.fps
 
     def frames(self) -> Iterator[Tensor]:
-        """The frames one after another: uint8 (height, width, 3).
+        """One uint8 frame (height, width, 3) at a time.
 
-        Raises VideoError where the file cannot be decoded to the last of them.
+        Raises VideoError if the file cannot be decoded up to the last frame.
         """
         decoded = pictures_of(self.pictures, self.indices, self.background) if self.pictures else self._decoded()
         for done, frame in enumerate(decoded):
             if frame.shape[1::-1] != self.size:
                 raise VideoError(
-                    f"{self.path}: frame {self.indices[done]} is {frame.shape[1]}x{frame.shape[0]}, and not "
-                    f"{self.size[0]}x{self.size[1]} as those before it"
+                    f"{self.path}: frame {self.indices[done]} is {frame.shape[1]}x{frame.shape[0]}, unlike the "
+                    f"{self.size[0]}x{self.size[1]} frames before it"
                 )
             yield torch.from_numpy(frame)
 
@@ -212,21 +211,19 @@ class VideoSource:
                 if (frame.width, frame.height) != self.index.stored:
                     was = "x".join(map(str, self.index.stored))
                     raise VideoError(
-                        f"{self.path}: frame {self.indices[done]} is {frame.width}x{frame.height}, and not {was} as "
-                        "those before it"
+                        f"{self.path}: frame {self.indices[done]} is {frame.width}x{frame.height}, unlike the {was} "
+                        "frames before it"
                     )
                 stored = self.size[1] if shown.on_its_side else self.size[0]
                 yield shown.applied(to_rgb(frame, stored, self.background))
                 done += 1
         except damage() as error:
-            raise VideoError(
-                f"{self.path} cannot be decoded past {done} of the {len(self)} frames asked for: {error}"
-            ) from error
+            raise VideoError(f"{self.path}: decoding failed after {done} of {len(self)} frames: {error}") from error
         if done < len(self):
-            raise VideoError(f"{self.path} gives {done} of the {len(self)} frames asked for; its end is missing")
+            raise VideoError(f"{self.path} is truncated: it has {done} of the {len(self)} chosen frames")
 
     def sound(self) -> SoundTrack | None:
-        """The sound of the frames' time; None where there is none."""
+        """The sound of the frames' time span, if any."""
         if self.index is None or self.index.sound is None:
             return None
         rate, channels = self.index.sound
@@ -235,7 +232,7 @@ class VideoSource:
         )  # fmt: skip
 
     def read(self) -> Video:
-        """All of it at once."""
+        """The whole video at once."""
         sound = self.sound()
         frames = torch.stack(list(self.frames()))
         return Video(frames, self.fps, sound.read() if sound else None, None if self.even else self.times)
@@ -254,17 +251,17 @@ def open_video(
 ) -> VideoSource:
     """Find frames start, start + stride, ... of a video, a picture, a folder or a pattern of pictures.
 
-    count: how many frames, None for all that follow (before `end`, if it is given), or the first `at_most` of
-    them. start, end: frame numbers, or times ("2.5s"). fps: of a video, show it at this rate, each frame the one
-    seen at that time; of pictures, their rate. A pattern has a number ("f_%04d.png") or "*" in its name.
-    background: the colour behind what is transparent, red, green and blue.
+    count: number of frames; None for all that follow, before `end` if given and at most `at_most`. start, end: frame
+    numbers, or times ("2.5s"). fps: resample a video to this rate, taking the frame shown at each time; for pictures,
+    their rate. A pattern has a number ("f_%04d.png") or "*" in its name. background: colour behind transparent pixels,
+    red, green and blue.
 
-    Raises FileNotFoundError; VideoError for an empty file, one that is no video, and one
-    with fewer frames than asked for; ValueError for numbers out of range.
+    Raises FileNotFoundError; VideoError for an empty file, one that is not a video, and one with too few frames;
+    ValueError for numbers out of range.
     """
     path = Path(path)
     if stride < 1 or (count is not None and count < 1):
-        raise ValueError(f"stride={stride}, count={count}: they go from 1")
+        raise ValueError(f"stride={stride}, count={count}: both must be at least 1")
     if fps is not None and not 0 < fps <= 1000:
         raise ValueError(f"fps is {fps}; it must be above 0, and at most 1000")
     for name, moment in (("start", start), ("end", end)):
@@ -298,12 +295,12 @@ def open_video(
     elif len(chosen) < count:
         until = "" if end is None else f" to {end}"
         raise VideoError(
-            f"{path} gives {len(chosen)} frames from {start}{until} in steps of {stride}, but {count} are needed"
+            f"{path} has {len(chosen)} frames from {start}{until} with stride {stride}, but {count} are needed"
         )
     else:
         chosen = chosen[:count]
     if not len(chosen):
-        raise VideoError(f"{path} has no frame from number {start} on" + ("" if end is None else f" and before {end}"))
+        raise VideoError(f"{path} has no frame from {start} on" + ("" if end is None else f" and before {end}"))
     own = tuple(times[i] - times[first] for i in chosen)
     mean = rate / stride
     if not even and len(own) > 1:
@@ -316,23 +313,23 @@ def open_video(
 def read_video(
     path: str | Path, start: Moment = 0, stride: int = 1, count: int | None = None, at_most: int | None = None
 ) -> Video:
-    """What `open_video` finds, decoded at once; its errors are the same."""
+    """Decode the frames of `open_video` at once; the same errors."""
     return open_video(path, start, stride, count, at_most).read()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a video holds beside its streams, by name in small letters; errors are those of `opened`."""
+    """A video's text metadata, by lower-case name; errors as `opened`."""
     with opened(path) as video:
         return {name.lower(): text for name, text in video.metadata.items()}
 
 
 def _needed(start: Moment, stride: int, count: int | None) -> int | None:
-    """The number of the last frame that is needed, where that can be told before the file is looked at."""
+    """The number of the last frame needed, if it does not depend on the file."""
     return None if count is None or not isinstance(start, int) else start + stride * (count - 1)
 
 
 def _frame_at(moment: Moment, times: Sequence[Fraction]) -> int:
-    """The first frame that is not before a moment."""
+    """The first frame at or after a time."""
     return moment if isinstance(moment, int) else bisect_left(times, seconds_of(moment))
 
 
@@ -341,14 +338,14 @@ def _frame_at(moment: Moment, times: Sequence[Fraction]) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """A file opened; FileNotFoundError, or VideoError saying what is wrong with it."""
+    """Open a file; FileNotFoundError, or VideoError with the fault."""
     check_name(path)
     if not path.is_file():
         raise FileNotFoundError(f"no video at {path}")
     if path.stat().st_size == 0:
         raise VideoError(f"{path} is empty")
     try:
-        # Of files alone: a playlist that calls itself a video shall not reach the network.
+        # Files only: a playlist disguised as a video must not use the network.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{path}", metadata_errors="replace", options=options)
     except damage() as error:
@@ -359,10 +356,10 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
 
 @dataclass(frozen=True)
 class Clock:
-    """The clock of a file of several parts, written one behind the other, which begins again with each.
+    """The clock of a file that consists of several concatenated parts and restarts with each.
 
-    moves: by how many seconds each part is moved, so that it follows the one before; (0,) for a file of one. leaps:
-    whether a leap forward begins a part too, as in broadcasts.
+    moves: seconds to add to the times of each part, so that it follows the previous one; (0,) for a single part.
+    leaps: whether a leap forward starts a part too, as in broadcasts.
     """
 
     moves: tuple[Fraction, ...] = (Fraction(0),)
@@ -372,17 +369,17 @@ class Clock:
     def restarts(self) -> bool:
         return len(self.moves) > 1
 
-    def begins_again(self, before: Fraction, now: Fraction) -> bool:
-        """Whether a part begins between two times that follow each other in the file."""
+    def restarts_at(self, before: Fraction, now: Fraction) -> bool:
+        """Whether a part starts between two successive times of the file."""
         return before - now > Fraction(1, 4) or (self.leaps and now - before > 10)
 
     def reader(self) -> Callable[[Fraction], Fraction]:
-        """Moves the times of one stream, given in the order of the file."""
+        """A function that corrects the times of one stream, in file order."""
         part, before = 0, None
 
         def moved(time: Fraction) -> Fraction:
             nonlocal part, before
-            if before is not None and part + 1 < len(self.moves) and self.begins_again(before, time):
+            if before is not None and part + 1 < len(self.moves) and self.restarts_at(before, time):
                 part += 1
             before = time
             return time + self.moves[part]
@@ -392,7 +389,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class _Packet:
-    """A frame of a file, not decoded; its times in ticks. left_out: by an edit list."""
+    """A coded frame; its times in ticks. left_out: by an edit list."""
 
     pts: int | None
     dts: int | None
@@ -402,19 +399,19 @@ class _Packet:
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Where a file's frames are, read from its packets without decoding them.
+    """An index of a file's frames, read from its packets without decoding.
 
-    times: on the file's clock as `clock` has it, in the order they are shown. keys: the frames at which decoding can
-    begin. tick: how finely the file tells time. ordered: whether decoded frames tell their own times; AVI's and those
-    of bare streams do not. stored: the size of frames before they are turned and their pixels made square. sound: its
-    rate and channels. decoder: of transparency that has packets of its own.
+    times: in display order, corrected by `clock`. keys: frames at which decoding can start. tick: the file's time
+    unit. ordered: whether decoded frames carry their times; not in AVI and raw streams. declared_fps: the container's
+    rate. stored: frame size before rotation and scaling to square pixels. sound: its rate and channels. decoder: for
+    alpha in separate packets.
     """
 
     times: tuple[Fraction, ...]
     keys: tuple[int, ...]
     tick: Fraction
     ordered: bool
-    told_fps: Fraction
+    declared_fps: Fraction
     size: tuple[int, int]
     stored: tuple[int, int]
     sound: tuple[int, int] | None
@@ -424,67 +421,67 @@ class FrameIndex:
 
     @classmethod
     def of(cls, path: Path, last: int | None = None) -> FrameIndex:
-        """Look through a file, no further than to frame number `last`."""
-        first = _first_look(path)
+        """Scan a file, up to frame number `last`."""
+        first = _probe(path)
         with opened(path) as container:
             stream = _video_of(container)
-            assert stream is not None  # for the first look saw it
-            told = stream.guessed_rate or stream.average_rate or Fraction(25)
+            assert stream is not None  # `_probe` has checked
+            declared = stream.guessed_rate or stream.average_rate or Fraction(25)
             tick, kind, promised = stream.time_base or Fraction(1, 1000), container.format.name, _promised(stream)
             packets, broken = _packets(container, stream, first, last)
             audio = _sound_of(container)
-            rate = getattr(audio, "rate", 0)  # none, of a codec that nobody knows
+            rate = getattr(audio, "rate", 0)  # unknown codecs have none
             sound = (rate, min(2, audio.channels)) if audio and rate else None
         found = [packet for packet in packets if not packet.left_out]
         ordered = kind != "avi" and kind not in _BARE and all(packet.pts is not None for packet in found)
-        if kind in _BARE or all(packet.dts is None for packet in found):  # in the order in which they come
-            found, tick = [replace(one, dts=i) for i, one in enumerate(found)], 1 / told
+        if kind in _BARE or all(packet.dts is None for packet in found):  # in file order
+            found, tick = [replace(one, dts=i) for i, one in enumerate(found)], 1 / declared
         at = {True: lambda packet: packet.pts, False: lambda packet: packet.dts}[ordered]
         found = [packet for packet in found if at(packet) is not None]
         parts = _parts(found, tick, Clock(leaps=kind in _BROADCAST)) if ordered and found else [found]
         parts[0] = _readable(parts[0], first, ordered)
         readable = sum(map(len, parts))
         if not parts[0]:
-            raise VideoError(f"{path} is not a readable video: no frame in it {broken}".rstrip())
+            raise VideoError(f"{path} is not a readable video: it has no frame {broken}".rstrip())
         placed, moves, end = list[tuple[Fraction, bool]](), list[Fraction](), Fraction(0)
         for part in parts:
             times = [at(packet) * tick for packet in part]
             moves.append(end - min(times) if moves else Fraction(0))
             placed += [(time + moves[-1], packet.key) for time, packet in zip(times, part, strict=True)]
-            end = max(times) + moves[-1] + 1 / told
+            end = max(times) + moves[-1] + 1 / declared
         placed.sort(key=lambda frame: frame[0])
         notes = first.notes
         if missing := len(found) - readable:
-            notes += (f"{path.name} begins between key frames: {missing} frames before the first cannot be read",)
+            notes += (f"{path.name} starts between I-frames: the first {missing} frames cannot be decoded",)
         if len(parts) > 1:
-            notes += (f"{path.name} is of {len(parts)} parts whose clocks begin again: they follow each other",)
+            notes += (f"{path.name} has {len(parts)} parts with separate clocks: they are joined",)
         if broken or (last is None and promised > len(packets)):
-            notes += (f"{path.name} ends early: {readable} of its frames can be read",)
+            notes += (f"{path.name} is truncated: {readable} of its frames can be read",)
         return cls(
             tuple(time for time, _ in placed), tuple(i for i, (_, key) in enumerate(placed) if key), tick, ordered,
-            told, first.size, first.stored, sound, notes, Clock(tuple(moves), kind in _BROADCAST), first.decoder,
+            declared, first.size, first.stored, sound, notes, Clock(tuple(moves), kind in _BROADCAST), first.decoder,
         )  # fmt: skip
 
     @cached_property
     def fps(self) -> Fraction:
-        """Frames a second: what the file tells where its times agree with that, else their mean."""
-        if len(self.times) < 2 or self._even_at(self.told_fps):
-            return self.told_fps
+        """Frames per second: the declared rate if the times agree with it, else their mean."""
+        if len(self.times) < 2 or self._even_at(self.declared_fps):
+            return self.declared_fps
         span = max(self.tick, self.times[-1] - self.times[0])
         return (Fraction(len(self.times) - 1) / span).limit_denominator(1001)
 
     @cached_property
     def even(self) -> bool:
-        """Whether the frames are evenly spaced, as finely as the file tells."""
+        """Whether the frames are evenly spaced, to the file's time unit."""
         return self._even_at(self.fps)
 
     def _even_at(self, fps: Fraction) -> bool:
         return are_even([t - self.times[0] for t in self.times], fps, self.tick)
 
     def decoded(self, path: Path, indices: Sequence[int]) -> Iterator[av.VideoFrame]:
-        """Some frames, in order; what lies between them is decoded, or skipped to the next key frame.
+        """Some frames, in order; those in between are decoded, or skipped up to an I-frame.
 
-        For a frame that the decoder does not give stands the one after it.
+        A frame that the decoder drops is replaced by the next one.
         """
         with opened(path) as container:
             stream = _video_of(container)
@@ -499,7 +496,7 @@ class FrameIndex:
                     container.seek(int(self.times[key] / self.tick), stream=stream)
                     frames, number = self._numbered(container, stream), -1
                     coming = next(frames, None)
-                    if coming is None or coming[0] > index:  # it cannot be sought: from the beginning, then
+                    if coming is None or coming[0] > index:  # seeking failed: start over
                         container.seek(0)
                         frames = self._numbered(container, stream)
                     else:
@@ -514,7 +511,7 @@ class FrameIndex:
     def _numbered(
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> Iterator[tuple[int, av.VideoFrame]]:
-        """What the decoder gives from here on, with the number of each frame."""
+        """The decoded frames from here on, with their numbers."""
         moved = self.clock.reader()
         for i, frame in enumerate(_decoded(container, stream, self.decoder)):
             if self.ordered and frame.pts is not None:
@@ -524,25 +521,25 @@ class FrameIndex:
 
 
 def _packets(
-    container: av.container.InputContainer, stream: av.VideoStream, first: _Look, last: int | None
+    container: av.container.InputContainer, stream: av.VideoStream, first: _FirstFrame, last: int | None
 ) -> tuple[list[_Packet], str]:
-    """What a file has, in its order, and why no more can be read; up to frame `last` and those that come with it."""
-    packets, wanted = list[_Packet](), 0
+    """A file's packets in order, at least up to frame `last`, and the error that ended reading, if any."""
+    packets, frames = list[_Packet](), 0
     try:
         for packet in container.demux(stream):
             if packet.size:
                 packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
                 early = packet.pts is not None and first.pts is not None and packet.pts < first.pts
-                wanted += not (packet.is_discard or early)
-            if last is not None and wanted > last + _REORDERED:
+                frames += not (packet.is_discard or early)
+            if last is not None and frames > last + _REORDERED:
                 break
     except damage() as error:
         return packets, str(error)
     return packets, ""
 
 
-def _readable(packets: Sequence[_Packet], first: _Look, ordered: bool) -> list[_Packet]:
-    """Without those before the first that the decoder gives, of a file that begins between key frames."""
+def _readable(packets: Sequence[_Packet], first: _FirstFrame, ordered: bool) -> list[_Packet]:
+    """The packets from the first decodable frame on, for files that start between I-frames."""
     if ordered and first.pts is not None:
         begin = next((i for i, packet in enumerate(packets) if packet.pts == first.pts), 0)
         return [packet for packet in packets[begin:] if packet.pts is not None and packet.pts >= first.pts]
@@ -551,23 +548,23 @@ def _readable(packets: Sequence[_Packet], first: _Look, ordered: bool) -> list[_
 
 
 def _parts(packets: Sequence[_Packet], tick: Fraction, clock: Clock) -> list[list[_Packet]]:
-    """Packets by the parts of a file whose clock begins again with each."""
+    """Packets by the parts of a file, each with a restarted clock."""
     parts = [[packets[0]]]
     for before, packet in pairwise(packets):
         if packet.key and before.dts is not None and packet.dts is not None:
-            begins = clock.begins_again(before.dts * tick, packet.dts * tick)
+            begins = clock.restarts_at(before.dts * tick, packet.dts * tick)
             parts += [[]] if begins else []
         parts[-1].append(packet)
     return parts
 
 
 def _video_of(container: av.container.InputContainer) -> av.VideoStream | None:
-    """The first stream of pictures that move; a cover is none."""
+    """The first video stream, cover pictures excluded."""
     return next((s for s in container.streams.video if not _is(s, "attached_pic")), None)
 
 
 def _sound_of(container: av.container.InputContainer) -> av.AudioStream | None:
-    """The track that players take: the default, else the first."""
+    """The track that players choose: the default, else the first."""
     tracks = container.streams.audio
     return next((track for track in tracks if _is(track, "default")), tracks[0] if tracks else None)
 
@@ -577,7 +574,7 @@ def _is(stream: av.stream.Stream, disposition: str) -> bool:
 
 
 def _promised(stream: av.VideoStream) -> int:
-    """How many frames a file says that it has: all of them, or those of its index, which an edit list cuts."""
+    """The number of frames that a file declares, or that its index has after an edit list."""
     entries = len(getattr(stream, "index_entries", ()))
     return min(stream.frames, entries) if entries else stream.frames
 
@@ -585,7 +582,7 @@ def _promised(stream: av.VideoStream) -> int:
 def _decoded(
     container: av.container.InputContainer, stream: av.VideoStream, decoder: str | None
 ) -> Iterator[av.VideoFrame]:
-    """The frames of a stream from here on. decoder: another than FFmpeg takes."""
+    """The decoded frames of a stream from here on. decoder: replaces FFmpeg's default."""
     if decoder is None:
         yield from container.decode(stream)
         return
@@ -596,7 +593,7 @@ def _decoded(
 
 
 def _decoder_of(stream: av.VideoStream) -> str | None:
-    """Of WebM's transparency, which FFmpeg's own decoders pass over."""
+    """The decoder for WebM's alpha, which FFmpeg's own decoders ignore."""
     decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
     if decoder is None or stream.metadata.get("alpha_mode") != "1":
         return None
@@ -604,26 +601,26 @@ def _decoder_of(stream: av.VideoStream) -> str | None:
 
 
 def are_even(times: Sequence[Fraction], fps: Fraction, tick: Fraction) -> bool:
-    """Whether frames come at a rate, as finely as a clock of such ticks tells."""
+    """Whether times are evenly spaced at a rate, up to the clock's tick."""
     slack = max(tick * Fraction(3, 2), Fraction(1, 500))
     return all(abs(t - i / fps) <= slack for i, t in enumerate(times))
 
 
 _BARE = ("h264", "hevc", "vvc", "mpegvideo", "m4v", "cavsvideo", "dirac", "vc1", "obu", "mjpeg", "h261", "h263")
-"""Formats that are a stream without a container, whose frames have no times."""
+"""Raw streams without a container, whose frames have no times."""
 _BROADCAST = ("mpegts", "mpeg")
-"""Formats in which a clock may leap."""
+"""Formats whose clock may leap."""
 _REORDERED = 64
-"""Packets after one in which frames shown before it may still come."""
+"""Maximal reordering: packets after one that may belong to frames shown before it."""
 _WORTH_SEEKING = 16
-"""Frames that are sooner decoded than skipped."""
+"""Frames up to which decoding is faster than seeking."""
 _THREADS = 4
-"""Of the decoder: each holds frames of its own."""
+"""Decoder threads; each buffers frames."""
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What the first frame shows. size: as it is to be seen. pts, key: its own. stored, decoder: see `FrameIndex`."""
+class _FirstFrame:
+    """Facts from the first frame. size: upright. pts, key: of the frame. stored, decoder: see `FrameIndex`."""
 
     size: tuple[int, int]
     stored: tuple[int, int]
@@ -633,30 +630,30 @@ class _Look:
     decoder: str | None
 
 
-def _first_look(path: Path) -> _Look:
-    """The size a file's frames are seen at, and what should be known of them, from the first one."""
+def _probe(path: Path) -> _FirstFrame:
+    """Decode the first frame for the size, the notes and the decoder."""
     from .colour import has_alpha, hdr_kind
 
     with opened(path) as container:
         stream = _video_of(container)
         if stream is None:
-            raise VideoError(f"{path} holds no video")
+            raise VideoError(f"{path} has no video stream")
         decoder = _decoder_of(stream)
         try:
             frame = next(_decoded(container, stream, decoder), None)
         except damage() as error:
             raise VideoError(f"{path} is not a readable video: {error}") from error
         if frame is None:
-            raise VideoError(f"{path} is not a readable video: no frame of it can be decoded")
+            raise VideoError(f"{path} is not a readable video: no frame can be decoded")
         aspect = stream.sample_aspect_ratio or Fraction(1)
         aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)
         size = (max(1, round(frame.width * aspect)), frame.height)
         notes = []
         if frame.interlaced_frame:
-            notes.append(f"{path.name} is interlaced: its combs are edited along; deinterlace it first")
+            notes.append(f"{path.name} is interlaced: deinterlace it first, or combing becomes part of the edit")
         if kind := hdr_kind(frame):
-            notes.append(f"{path.name} is HDR ({kind}): it is tone-mapped to SDR")
+            notes.append(f"{path.name} is HDR ({kind}) and is tone-mapped to SDR")
         size = size[::-1] if Orientation.of(frame).on_its_side else size
         if has_alpha(frame):
-            notes.append(f"{path.name} has transparency: it is shown over the background")
-        return _Look(size, (frame.width, frame.height), tuple(notes), frame.pts, bool(frame.key_frame), decoder)
+            notes.append(f"{path.name} has transparency and is composited over the background")
+        return _FirstFrame(size, (frame.width, frame.height), tuple(notes), frame.pts, bool(frame.key_frame), decoder)

@@ -1,4 +1,4 @@
-"""Contact sheets: rows of frames with a title each."""
+"""Contact sheets: rows of frames, each with a title."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], title: str = "", tile: int
 
 
 def enlarge(frames: Tensor, times: int) -> Tensor:
-    """Repeat every pixel of (frames, height, width, 3), so that codecs keep its edges."""
+    """Repeat every pixel of (frames, height, width, 3), so that codecs preserve its edges."""
     return frames.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
@@ -50,7 +50,7 @@ def mask_frames(masks: Tensor) -> Tensor:
 
 
 def heat_map(heat: Tensor, size: tuple[int, int], label: str) -> Tensor:
-    """Attention (frames, y, x), each frame over its own maximum, in colours: uint8 (frames, *size, 3)."""
+    """Attention (frames, y, x), each frame divided by its maximum, in colours: uint8 (frames, *size, 3)."""
     peak = heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
     smooth = F.interpolate((heat / peak)[:, None], size=size, mode="bicubic")[:, 0].clamp(0, 1)
     stops = torch.tensor([(0, 0, 40), (90, 0, 120), (220, 50, 60), (255, 170, 40), (255, 255, 200)]).float()
@@ -61,11 +61,11 @@ def heat_map(heat: Tensor, size: tuple[int, int], label: str) -> Tensor:
 
 
 OUTLINES = ((230, 60, 60), (60, 150, 240), (250, 190, 40), (90, 200, 110), (190, 100, 230))
-"""Of one object after another."""
+"""Colours of the first, second, ... object."""
 
 
 def outlined(frames: Tensor, masks: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """Masks (frames, height, width) in 0..1, each tinted and named over frames (frames, height, width, 3) in 0..1."""
+    """Frames (frames, height, width, 3) in 0..1 with tinted and labelled masks (frames, height, width) in 0..1."""
     shown = frames.clone()
     for i, (_, mask) in enumerate(masks):
         colour = torch.tensor(OUTLINES[i % len(OUTLINES)]).to(shown) / 255
@@ -76,7 +76,7 @@ def outlined(frames: Tensor, masks: Sequence[tuple[str, Tensor]]) -> Tensor:
 
 
 def _named(frame: Tensor, objects: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """A picture with each label at the upper left of its mask; none where that is empty."""
+    """A picture with each label at the upper left of its mask, if that is not empty."""
     picture = Image.fromarray((frame.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(10, picture.height // 18))
     for i, (label, mask) in enumerate(objects):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def crop(frames: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0) -> Tensor:
     """Cut pixels off the sides of (frames, height, width, 3).
 
-    Raises ValueError where nothing would be left.
+    Raises ValueError if nothing is left.
     """
     height, width = frames.shape[1:3]
     check_crop(width, height, left, top, right, bottom)
@@ -23,7 +23,7 @@ def crop(frames: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom: in
 
 
 def check_crop(width: int, height: int, left: int, top: int, right: int, bottom: int) -> None:
-    """Raise ValueError where cutting these pixels off a picture would leave nothing."""
+    """Raise ValueError if cropping these pixels leaves nothing of a picture."""
     if min(left, top, right, bottom) < 0 or left + right >= width or top + bottom >= height:
         raise ValueError(f"crop {left},{top},{right},{bottom} (left, top, right, bottom) does not fit {width}x{height}")
 
@@ -48,7 +48,7 @@ def check_size(width: int, height: int, multiple: int) -> None:
 
 
 def scaling_bytes(source: tuple[int, int], size: tuple[int, int]) -> int:
-    """The most bytes that `resize_to_fill` holds for a frame of a size (width, height), and the frame with it."""
+    """Peak bytes of `resize_to_fill` for one frame of a size (width, height), input and result included."""
     (w, h), (width, height) = source, size
     inner_height, inner_width = _covering(w, h, width, height)
     plane = 4 * (w * h + h * inner_width + 2 * inner_height * inner_width)
@@ -62,7 +62,7 @@ def _covering(w: int, h: int, width: int, height: int) -> tuple[int, int]:
 
 
 def resize_to_fill(frames: Tensor, width: int, height: int) -> Tensor:
-    """Scale to cover the size and cut the rest off evenly: uint8 (frames, height, width, 3)."""
+    """Scale to cover the size and crop to its centre: uint8 (frames, height, width, 3)."""
     h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
@@ -70,7 +70,7 @@ def resize_to_fill(frames: Tensor, width: int, height: int) -> Tensor:
     top, left = (inner[0] - height) // 2, (inner[1] - width) // 2
     filled = torch.empty((len(frames), height, width, 3), dtype=torch.uint8)
     for frame, result in zip(frames, filled, strict=True):
-        for channel in range(3):  # one at a time: of a large frame, floats take much room
+        for channel in range(3):  # one at a time: a large frame takes much memory as floats
             plane = frame[None, None, ..., channel].float()
             scaled = F.interpolate(plane, size=inner, mode="bicubic", antialias=True)[0, 0]
             result[..., channel] = scaled[top : top + height, left : left + width].round().clamp(0, 255)

@@ -1,4 +1,4 @@
-"""Frames of picture files: one each, or all of a file that holds several."""
+"""Frames of picture files: one per file, or all of an animation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..imports import Image, ImageOps, np
 from .pictures import VideoError
 
 _ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held."""
+"""The EXIF orientation tag."""
 _ANIMATED = ("PNG", "WEBP", "AVIF", "TIFF")
-"""Formats whose files may hold a clip; the second picture of a JPEG is a preview, or a map of depth."""
+"""Formats that may contain a clip; the second picture of a JPEG is a preview or a depth map."""
 _PAGE = Fraction(1, 8)
-"""Seconds that a page of a TIFF is shown, which tells none."""
+"""Seconds per page of a TIFF, which has no times."""
 _NO_DELAY = Fraction(1, 10)
-"""Seconds that browsers show a frame whose own time is next to none."""
+"""Seconds that browsers show a frame of (nearly) zero duration."""
 Colour = tuple[int, int, int]
 
 
@@ -39,7 +39,7 @@ def _size(image: Image.Image) -> tuple[int, int]:
 
 
 def pictures_size(path: Path, pictures: Sequence[Path]) -> tuple[int, int]:
-    """Width and height of all of them as they are to be seen; VideoError where they differ."""
+    """Width and height of all pictures, upright; VideoError if they differ."""
     sizes = set()
     for picture in pictures:
         with _opened(picture) as image:
@@ -52,7 +52,7 @@ def pictures_size(path: Path, pictures: Sequence[Path]) -> tuple[int, int]:
 def pictures_of(
     pictures: Sequence[Path], indices: Sequence[int], background: Colour = (0, 0, 0)
 ) -> Iterator[np.ndarray]:
-    """Some of a sequence, or of those that one file holds: uint8 RGB (height, width, 3)."""
+    """Some pictures of a sequence or of one file: uint8 RGB (height, width, 3)."""
     if len(pictures) > 1 or max(indices) == 0:
         yield from (read_picture(pictures[i], background) for i in indices)
         return
@@ -63,7 +63,7 @@ def pictures_of(
 
 
 def read_picture(path: Path, background: Colour = (0, 0, 0)) -> np.ndarray:
-    """uint8 RGB (height, width, 3) of a picture as it is to be seen, turned as its EXIF says, over a background."""
+    """A picture as uint8 RGB (height, width, 3), turned upright by its EXIF, over a background."""
     with _opened(path) as image:
         image.seek(_first(image))
         return _rgb(image, path, background)
@@ -74,7 +74,7 @@ def read_picture(path: Path, background: Colour = (0, 0, 0)) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Animation:
-    """A picture file that holds a clip. times: when each frame is shown, in seconds."""
+    """A picture file with a clip. times: of each frame, in seconds."""
 
     size: tuple[int, int]
     times: tuple[Fraction, ...]
@@ -82,7 +82,7 @@ class Animation:
 
     @classmethod
     def of(cls, path: Path) -> Animation | None:
-        """None for a single picture, and for pages of several sizes, of which the others are smaller copies."""
+        """None for a single picture, and for pages of several sizes, where the others are smaller copies."""
         with _opened(path) as image:
             count, first = getattr(image, "n_frames", 1), _first(image)
             if image.format not in _ANIMATED or count - first < 2:
@@ -91,7 +91,7 @@ class Animation:
             for i in range(first, count):
                 image.seek(i)
                 if image.format != "TIFF":
-                    image.load()  # some formats tell a frame's time with its pixels
+                    image.load()  # some formats give a frame's time only with its pixels
                 sizes.add(_size(image))
                 seconds.append(_seconds(image))
         if len(sizes) > 1:
@@ -101,18 +101,18 @@ class Animation:
 
 
 def _first(image: Image.Image) -> int:
-    """An animated PNG may have a picture before its frames, for programs that know no animation."""
+    """The first frame's number: an animated PNG may start with a picture for programs without animation."""
     return 1 if getattr(image, "default_image", False) else 0
 
 
 def _seconds(image: Image.Image) -> Fraction:
     if image.format == "TIFF":
         return _PAGE
-    told = Fraction(image.info.get("duration", 0)).limit_denominator(1000) / 1000
-    return told if told > Fraction(1, 100) else _NO_DELAY
+    duration = Fraction(image.info.get("duration", 0)).limit_denominator(1000) / 1000
+    return duration if duration > Fraction(1, 100) else _NO_DELAY
 
 
-# --- what numbers mean ------------------------------------------------------------------------
+# --- pixel values -----------------------------------------------------------------------------
 
 
 def _rgb(image: Image.Image, path: Path, background: Colour) -> np.ndarray:
@@ -129,9 +129,9 @@ def _rgb(image: Image.Image, path: Path, background: Colour) -> np.ndarray:
 
 
 def _within(values: np.ndarray, most: float, path: Path, what: str, expected: str) -> np.ndarray:
-    """Values that can be shown; VideoError where their range is another, and would have to be guessed."""
+    """The values; VideoError if their range is not the expected one."""
     if not np.isfinite(values).all() or values.max() > most:
-        raise VideoError(f"{path} holds {what} up to {values.max():g}: bring them to {expected}")
+        raise VideoError(f"{path} has {what} up to {values.max():g}: scale them to {expected}")
     return values
 
 

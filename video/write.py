@@ -1,4 +1,4 @@
-"""Write videos and pictures frame by frame, whole or not at all."""
+"""Write videos and pictures frame by frame, atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FrameDigest:
-    """SHA-256 of frames, their sizes and their order, as they pass on the way to an encoder."""
+    """SHA-256 of a stream of frames: pixels, sizes and order."""
 
     def __init__(self) -> None:
         self._sum = sha256()
@@ -36,7 +36,7 @@ class FrameDigest:
 
 @dataclass(frozen=True)
 class _Codecs:
-    """How a kind of file is coded. rates: the samples a second that its sound can have."""
+    """Codecs of a file format. rates: supported sample rates of its audio."""
 
     video: str
     audio: str
@@ -53,10 +53,10 @@ _CODECS = {
 }
 VIDEO_SUFFIXES = (*_CODECS, ".gif")
 METADATA_SUFFIXES = tuple(_CODECS)
-"""Of the files that hold texts beside their streams."""
+"""Formats with text metadata."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _CLOCK = 90000
-"""Ticks a second of frames that are not evenly spaced."""
+"""Ticks per second for frames that are not evenly spaced."""
 
 
 def is_sequence(path: str | Path) -> bool:
@@ -65,33 +65,33 @@ def is_sequence(path: str | Path) -> bool:
 
 
 def has_sound(path: str | Path) -> bool:
-    """Whether an output can hold sound."""
+    """Whether an output format can have sound."""
     return not is_sequence(path) and _suffix(path) in _CODECS
 
 
 def shortcomings(
     path: str | Path, fps: Fraction, count: int, sound: bool, times: Sequence[Fraction] | None = None
 ) -> list[str]:
-    """What an output cannot hold of frames, to be said before they are written. sound: whether they have any."""
+    """Warnings about what an output format will lose. sound: whether there is any."""
     found = []
     if sound and not has_sound(path):
-        found.append(f"{path} holds no sound")
+        found.append(f"{path} will have no sound: the format has none")
     if not is_sequence(path) and _suffix(path) == ".gif":
-        kept = len(_gif_frames(fps, count, times))
-        if kept < count:
-            found.append(f"{path} shows {kept} of the {count} frames: browsers show a GIF's at most 50 times a second")
+        written = len(_gif_frames(fps, count, times))
+        if written < count:
+            found.append(f"{path} will have {written} of the {count} frames: browsers play GIFs at up to 50 frames/s")
     return found
 
 
 def output_files(path: str | Path, frames: int) -> list[Path]:
-    """The files that frames become at a path; ValueError for a name that cannot take them."""
+    """The files that frames are written to; ValueError for an unsuitable name."""
     if is_sequence(path):
         return [with_number(_pattern(path), i) for i in range(frames)]
     path = Path(path)
     suffix = _suffix(path)
     if suffix in PICTURE_SUFFIXES and frames > 1:
         raise ValueError(
-            f"cannot write {frames} frames to the one picture {path.name}: take a folder ({path.stem}/), a pattern "
+            f"cannot write {frames} frames to a single picture {path.name}: use a folder ({path.stem}/), a pattern "
             f"({path.stem}_%04d{suffix}) or a video ({', '.join(VIDEO_SUFFIXES)})"
         )
     if suffix not in VIDEO_SUFFIXES + PICTURE_SUFFIXES:
@@ -110,14 +110,14 @@ def write_video(
     times: Sequence[Fraction] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write uint8 frames (height, width, 3), taken one at a time: H.264 with AAC, .webm VP9 with Opus, or a GIF.
+    """Write uint8 frames (height, width, 3), one at a time: H.264 with AAC, .webm VP9 with Opus, or a GIF.
 
-    A picture's suffix takes a single frame; a folder or a pattern a picture for each (`is_sequence`); these and GIFs
-    have no sound. times: when each frame is shown, in seconds; None where they are evenly spaced. metadata: texts by
-    name, for files that hold some (`METADATA_SUFFIXES`). Odd sizes are
-    padded by a pixel, for the codecs need even ones; sound is resampled where a codec cannot have its rate.
+    A picture's suffix is for a single frame; a folder or a pattern gets a picture per frame (`is_sequence`). Pictures
+    and GIFs have no sound. times: of each frame, in seconds; None if evenly spaced. metadata: texts by name, for
+    `METADATA_SUFFIXES`. Odd sizes are padded by a pixel, since the codecs need even ones; sound is resampled to a
+    rate that the codec supports.
 
-    Raises ValueError for an unknown suffix or no frame, and OSError where the disk fails.
+    Raises ValueError for an unknown suffix or no frame, and OSError if the disk fails.
     """
     pictures = (frame.cpu().numpy() for frame in frames)
     if is_sequence(path):
@@ -197,15 +197,15 @@ def _encode(
 
 
 def _steady_x264() -> dict[str, str]:
-    """Options that keep x264 from AVX-512, with which the same frames may become other bytes from run to run.
+    """Options that disable AVX-512 in x264, whose output may vary from run to run with it.
 
-    Its `asm` says what it may use, and it does not look whether that is there: given where AVX-512 is, AVX2 is too.
+    x264 does not check that the CPU supports `asm`; a CPU with AVX-512 supports AVX2.
     """
     return {"x264-params": "asm=AVX2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 
 
 class _Track:
-    """Sound on its way into a file, beside the frames of its time."""
+    """Encodes sound into a file, interleaved with the frames."""
 
     def __init__(self, file: av.container.OutputContainer, codecs: _Codecs, sound: Sound | SoundTrack) -> None:
         rate = sound.rate if sound.rate in codecs.rates else 48000
@@ -219,7 +219,7 @@ class _Track:
         self.done = 0
 
     def write(self, until: Fraction | None) -> None:
-        """Encode what belongs to the time up to a moment, or the rest."""
+        """Encode the sound up to a time in seconds; None for the rest."""
         while until is None or self.done < until * self.rate:
             block = next(self.blocks, None)
             if block is None:
@@ -238,18 +238,18 @@ class _Track:
 
 
 def _write_gif(path: Path, pictures: Iterator[np.ndarray], fps: Fraction, times: Sequence[Fraction] | None) -> None:
-    """A GIF that goes round, a palette for each frame; it tells time in hundredths of a second."""
+    """Write a looping GIF with a palette per frame; its durations are in hundredths of a second."""
     shown = [Image.fromarray(picture).quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
-    kept = _gif_frames(fps, len(shown), times)
-    first, *more = (shown[i] for i, _ in kept)
-    durations = [10 * hundredths for _, hundredths in kept]
+    chosen = _gif_frames(fps, len(shown), times)
+    first, *more = (shown[i] for i, _ in chosen)
+    durations = [10 * hundredths for _, hundredths in chosen]
     first.save(path, save_all=True, append_images=more, duration=durations, loop=0, optimize=False)
 
 
 def _gif_frames(fps: Fraction, count: int, times: Sequence[Fraction] | None) -> list[tuple[int, int]]:
-    """The frames that a GIF shows, and for how many hundredths of a second each.
+    """The frames of a GIF, each with its duration in hundredths of a second.
 
-    At least two, for browsers take a tenth of a second for less: of frames that come faster some are left out.
+    Browsers play durations below two hundredths as a tenth of a second, so frames that come faster are dropped.
     """
     at = [i / fps for i in range(count + 1)] if times is None else [*times, times[-1] + 1 / fps]
     ticks = [round(100 * t) for t in at]
@@ -269,12 +269,12 @@ _LEAST_DELAY = 2
 
 
 def _pattern(path: str | Path) -> Path:
-    """The pattern of a sequence's names, of a folder 00000.png, 00001.png, ..."""
+    """The pattern of a sequence's names; 00000.png, 00001.png, ... in a folder."""
     return Path(path) if numbered(Path(path)) else Path(path) / "%05d.png"
 
 
 def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
-    """All the pictures or none, each under its number."""
+    """Write all the pictures or none, named by their numbers."""
     pattern.parent.mkdir(parents=True, exist_ok=True)
     folder = temporary_folder(pattern.parent)
     try:

@@ -9,7 +9,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -23,70 +22,18 @@ from ...files.whole import whole_file
 from ..config.files import MADE
 from ..config.paths import digest_of
 from ..config.record import write_record
-from ..config.settings import ConfigError, EditConfig
+from ..config.settings import EditConfig
+from ..config.values import checked, from_home
 from ..progress import in_a_line
 from .jobs import Batch, Job
 from .processes import Patience
 from .work import Ended, Measure
+from .workflow import Graph, filled, load_workflow
 
-_LOADERS = ("file", "video")
-"""What nodes call the input that takes a video's name."""
+_SHOWN = ("video", "start", "stride", "count")
+"""The settings that say which part of its clip a job edits."""
 _ASK_EVERY = 0.5
 """Seconds between two questions whether a job has ended."""
-
-
-# --- the workflow -----------------------------------------------------------------------------
-
-Graph = dict[str, Any]
-"""A workflow's API form: nodes by their number, each with its class and inputs."""
-
-
-def load_workflow(batch: Batch) -> Graph:
-    """Raises ConfigError where a file of jobs names no workflow that a server can be sent."""
-    if batch.workflow is None:
-        raise ConfigError("the jobs name no workflow: give the API form of one (Export (API) in ComfyUI's menu)")
-    try:
-        graph = json.loads(batch.workflow.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{batch.workflow} is not JSON: {error}") from error
-    nodes = graph.values() if isinstance(graph, dict) else ()
-    if not nodes or not all(isinstance(node, dict) and "class_type" in node and "inputs" in node for node in nodes):
-        raise ConfigError(f"{batch.workflow} is no API form of a workflow: export it by Export (API)")
-    return graph
-
-
-def filled(graph: Graph, values: Mapping[str, Any], inputs: Mapping[str, str]) -> Graph:
-    """A workflow with a job's settings in it, each in the one node that has an input of its name.
-
-    inputs: where others go ("5.text"). Raises ConfigError for a setting that no node has, or several.
-    """
-    graph = deepcopy(graph)
-    for name, value in values.items():
-        node, key = _place(graph, name, inputs)
-        own = graph[node]["inputs"]
-        own[key] = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        if name == "video" and key == "file" and isinstance(own.get("video"), list):
-            del own["video"]  # a link that would go before the file
-    return graph
-
-
-def _place(graph: Graph, name: str, inputs: Mapping[str, str]) -> tuple[str, str]:
-    if name in inputs:
-        node, _, key = inputs[name].partition(".")
-        if node not in graph or not key:
-            raise ConfigError(f"inputs: {name} is {inputs[name]!r}; it must be a node of the workflow and its input")
-        return node, key
-    keys = _LOADERS if name == "video" else (name,)
-    found = [
-        (node, key)
-        for node, held in graph.items()
-        for key in keys
-        if key in held["inputs"] and not isinstance(held["inputs"][key], list)
-    ]
-    if len(found) != 1:
-        many = f"{len(found)} nodes ({', '.join(node for node, _ in found)}) have" if found else "no node has"
-        raise ConfigError(f'{many} an input {name}: name it by inputs, e.g. "inputs: {{{name}: 5.text}}"')
-    return found[0]
 
 
 # --- a server ---------------------------------------------------------------------------------
@@ -253,7 +200,7 @@ def _done(
 ) -> dict[str, float]:  # fmt: skip
     """Have a server do a job, fetch its video and write it with its record; the figures."""
     values = dict(job.values)
-    video = Path(str(values.get("video", "")))
+    video = Path(from_home(str(values.get("video", ""))))
     if video.is_file():
         values["video"] = server.upload(video)
     asked = filled(graph, values, batch.inputs)
@@ -308,5 +255,4 @@ def for_server(batch: Batch) -> Callable[[Job], EditConfig]:
 
 def shown_of(job: Job) -> EditConfig:
     """The part of its clip that a job edits, as far as its settings say."""
-    named = {name: job.values[name] for name in ("video", "start", "stride", "count") if name in job.values}
-    return EditConfig(**named)
+    return EditConfig(**checked({name: job.values[name] for name in _SHOWN if name in job.values}))

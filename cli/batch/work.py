@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ...diffusion.invert import InversionSettings
 from ...imports import torch
-from ...settings import described, shown
+from ...settings import settings_of, shown
 from ...store.budget import StoreSettings
 from ...video.fitted import FittedVideo
 from ...video.flow import Estimator, flow_estimator
@@ -41,7 +41,7 @@ _OF_INVERSIONS = (
     *(
         one.name
         for part in (ModelSettings, ControlSettings, ClipSettings, InversionSettings, StoreSettings)
-        for one in described(part)
+        for one in settings_of(part)
     ),
 )  # fmt: skip
 """The settings that an inversion is made of."""
@@ -200,7 +200,7 @@ class Worker:
         config, usual = task.config, EditConfig()
         if store is not None:
             config = replace(config, **{name: getattr(usual, name) for name in _OF_PLACES})
-        run_edits(self._session, [config], str(output), store, dry_run=False, lent=store is not None)
+        run_edits(self._session, [config], str(output), store, dry_run=False, from_batch=store is not None)
         return {} if self._measure is None else self._measure(config, output)
 
 

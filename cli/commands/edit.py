@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from ...attention.masks import GivenMask
 from ...diffusion.edit import edit_many
 from ...diffusion.invert import Inversion
-from ...diffusion.spread import ALONE
+from ...diffusion.spread import ONE_PROCESS
 from ...files.whole import disk_folder, remove_stale_folders
 from ...imports import torch
 from ...methods.layout import Layout
@@ -41,6 +42,7 @@ from ..config.record import (
 from ..config.settings import PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
 from ..frames import decode, fit_frames, found_frames, shape_of
+from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
 from ..options import (
     GROUPS,
@@ -136,20 +138,20 @@ def run_edits(
     store_path: Path | None,
     dry_run: bool,
     made: Made | None = None,
-    lent: bool = False,
+    from_batch: bool = False,
 ) -> None:
-    """One inversion, or one from a file, and an edit for each configuration, with its record beside.
+    """Run one inversion, or load it from a file, and edit with each configuration; writes results and records.
 
-    made: what an earlier result was made with, which this shall be again. lent: the store is one of the caller's, made
-    with these very settings, which records leave out. Everything that can be refused is refused before the inversion
-    starts. One output that cannot be written in the end loses none of the others; OSError then tells which.
+    made: the provenance of an earlier result to reproduce. from_batch: the store is the caller's, made with the same
+    settings, and is left out of records. Invalid input is rejected before the inversion. If an output cannot be
+    written, the others still are, and OSError names it.
     """
     remove_stale_folders(disk_folder())
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
     with session.outputs(configs[0], store_path) as held:
         session, team = team_of(session)
-        run = _Run(session, team, output, store_path, made, lent)
+        run = _Run(session, team, output, store_path, made, from_batch)
         _edit(run, held, configs, dry_run)
 
 
@@ -162,7 +164,7 @@ class _Run:
     output: str
     store: Path | None
     made: Made | None
-    lent: bool
+    from_batch: bool
 
     @property
     def writes(self) -> bool:
@@ -170,7 +172,7 @@ class _Run:
 
     @property
     def recorded_store(self) -> Path | None:
-        return None if self.lent else self.store
+        return None if self.from_batch else self.store
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,11 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Clip:
-    """The clip as it is edited. shape: of its latents. fps, times, sound: of its frames. video: None for a store."""
+    """The clip as it is edited. shape: of its latents. video: None for a store. The rest: of its frames."""
 
     shape: tuple[int, ...]
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
     frames: int
     fps: Fraction
     times: tuple[Fraction, ...] | None
@@ -204,7 +208,7 @@ class _Clip:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One edit: its configuration, prompt pair and layout; where it goes and the digests of the files it reads.
+    """One edit: its configuration, prompt pair, layout and mask; where it goes and the digests of the files it reads.
 
     recorded: what its record holds of its settings.
     """
@@ -213,6 +217,7 @@ class _Asked:
     recorded: EditConfig
     prompt: Any
     layout: Layout | None
+    mask: GivenMask | None
     output: str
     files: dict[str, str]
 
@@ -229,6 +234,8 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
         config.prompt_edit(None)  # raises for words that are in no prompt
         check_objects(config, config.target)
     source = _Source.of(session, configs[0], store, origin)
+    for config in configs:
+        check_edit_mask(config, source.frames)
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = _outputs(run.output, len(configs))
@@ -244,14 +251,15 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
     checkpoint, clip = _clip_of(session, checkpoint, configs[0], source)
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
+    masks = [edit_mask(checkpoint, config, clip.crop, clip.size) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
     session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store))
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)
     if not dry_run:
-        recorded = given if run.lent else configs
-        edits = list(map(_Asked, configs, recorded, prompts, layouts, outputs, files))
+        recorded = given if run.from_batch else configs
+        edits = list(map(_Asked, configs, recorded, prompts, layouts, masks, outputs, files))
         _run(run, checkpoint, clip, store, edits, now)
 
 
@@ -264,12 +272,13 @@ def _clip_of(
         assert source.video is not None
         video = fit_frames(config, source.video, checkpoint.multiple, checkpoint.native_size)
         checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
-        clip = _Clip(shape_of(video, checkpoint), len(video), video.fps, video.times, video.sound(), video)
-        return checkpoint, clip
+        made = shape_of(video, checkpoint), video.cut, video.size, len(video), video.fps, video.times, video.sound()
+        return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
-    checkpoint = controlled(session, checkpoint, config, cut_of(origin), origin.frames, (width, height))
-    sound = sound_of(origin, config.video)
-    return checkpoint, _Clip(tuple(store.levels.shape[1:]), origin.frames, origin.fps, origin.times, sound)
+    cut, size, sound = cut_of(origin), (width, height), sound_of(origin, config.video)
+    checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size)
+    shape = tuple(store.levels.shape[1:])
+    return checkpoint, _Clip(shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound)
 
 
 def _checked_again(run: _Run, checkpoint: AnyCheckpoint, config: EditConfig, clip: _Clip) -> Made:
@@ -292,7 +301,7 @@ def _run(
     now: Made,
 ) -> None:
     """Invert, edit and write; OSError, in the end, for outputs that could not be written."""
-    session, configs, spread, failed = run.session, [one.config for one in asked], run.team or ALONE, list[str]()
+    session, configs, spread, failed = run.session, [one.config for one in asked], run.team or ONE_PROCESS, list[str]()
     with session.bars() as bar:
         if store is not None:
             inversion = Inversion(store)
@@ -300,7 +309,7 @@ def _run(
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
         motion = motion_of(checkpoint, configs, inversion, bar)
-        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout) for a in asked]
+        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout, a.mask) for a in asked]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
             checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)
@@ -376,10 +385,10 @@ def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
 
 def _note_of_layers(session: Session, config: EditConfig) -> None:
     """Say where a clip is seen otherwise than its temporal layers were tuned."""
-    from ...files.temporal_layers import about_temporal_layers, seen_with
+    from ...files.temporal_layers import about_temporal_layers, training_metadata
 
     about = about_temporal_layers(config.temporal) if config.temporal else {}
-    ours = seen_with(config.key_frames, config.clip_norm)
+    ours = training_metadata(config.key_frames, config.clip_norm)
     other = [f"{name} {about[name]}, not {mine}" for name, mine in ours.items() if about.get(name, mine) != mine]
     if other:
         session.note(f"the temporal layers were tuned with {'; '.join(other)}")

@@ -220,7 +220,7 @@ def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] |
 def _judged(prompts: tuple[str, str], edited: Video) -> dict[str, Figure]:
     """What the demo world's classifier reads; the prompts must be captions of that world, of one thing."""
     from ...demo.judge import read_words
-    from ...demo.world import SIZE, Scene
+    from ...demo.scenes import SIZE, Scene
     from ...metrics.evaluate import Figure
 
     source, target = (Scene.parse(prompt) for prompt in prompts)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ...diffusion.invert import Inversion, invert
-from ...diffusion.spread import ALONE, Spread
+from ...diffusion.spread import ONE_PROCESS, Spread
 from ...files.safetensors import format_bytes
 from ...files.whole import disk_folder, remove_stale_folders
 from ...methods.flow_edit import draw
@@ -90,7 +90,7 @@ def invert_video(
     video: FittedVideo,
     bar: Callable[[str], Callable[[int, int], None]],
     settings: StoreSettings | None = None,
-    spread: Spread = ALONE,
+    spread: Spread = ONE_PROCESS,
 ) -> Inversion:
     """Encode and invert a clip with a configuration's settings, or draw its noise; its store's unless others are given.
 

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from ...attention.key_frames import KeyFrames
 from ...files.safetensors import format_bytes
-from ...files.temporal_layers import FILE, seen_with
+from ...files.temporal_layers import FILE, training_metadata
 from ...files.whole import whole_file
 from ...imports import Image, torch
 from ...methods.tune_a_video import tune
@@ -251,7 +251,7 @@ def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: l
 
     about = {
         "prompt": config.prompt,
-        **seen_with(config.key_frames, config.clip_norm),
+        **training_metadata(config.key_frames, config.clip_norm),
         "steps": str(len(losses)),
         "model": config.model,
     }

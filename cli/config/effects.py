@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...methods.fatezero import FusionSettings
-from ...settings import described
+from ...settings import settings_of
 from .settings import OBJECTS, ConfigError, EditConfig
 
-_FUSION = tuple(one.name for one in described(FusionSettings) if one.name != "max_tokens")
+_FUSION = tuple(one.name for one in settings_of(FusionSettings) if one.name != "max_tokens")
 
 
 def of_methods() -> list[str]:
     """The settings that only edits have."""
-    return [*_FUSION, *OBJECTS, "object_mask", "injection", "propagation", "smoothing", "flow", "noise"]
+    return [
+        *_FUSION,
+        *OBJECTS,
+        "object_mask",
+        "injection",
+        "propagation",
+        "smoothing",
+        "flow",
+        "noise",
+        "edit_mask",
+        "mask_mode",
+    ]
 
 
 NOTHING_PLACED = "no object is named (box, ellipse, mask)"
@@ -45,6 +56,12 @@ _NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...
         lambda c: c.wanted,
         "the mask is that of the objects' layout",
     ),
+    (
+        ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens", "separate_words"),
+        lambda c: c.masked,
+        "the mask is edit_mask",
+    ),
+    (("mask_mode",), lambda c: not c.edit_mask, "no edit_mask is given"),
     (("blend_latents_until",), lambda c: not c.blend_latents, "blend_latents is off"),
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
     (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
@@ -63,3 +80,16 @@ def check_effect(config: EditConfig, asked: Sequence[str]) -> None:
         for name in names:
             if name in asked and idle(config):
                 raise ConfigError(f"{name} has no effect here: {why}")
+
+
+def check_masking(config: EditConfig) -> None:
+    """Raise ConfigError for a mask that the edit has no use for."""
+    if not config.edit_mask:
+        return
+    fuses = config.injection == "fatezero"
+    if fuses and not config.fusion.blends and not config.wanted:
+        raise ConfigError(
+            f"edit_mask has no effect here: {_NOTHING_BLENDED}; give a preset that blends, such as shape or attribute+"
+        )
+    if not fuses and config.mask_mode != "replace":
+        raise ConfigError(f"mask_mode is {config.mask_mode}; without FateZero's own mask it must be replace")

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from ...settings import Described, check_one, described, is_union, shown
+from ...settings import NamedSetting, check_one, is_union, settings_of, shown
 from .settings import FILES, FILES_OF_OBJECTS, ConfigError
 
 
-def fitting(values: Mapping[str, Any], known: Mapping[str, Described], where: str = "") -> dict[str, Any]:
+def fitting(values: Mapping[str, Any], known: Mapping[str, NamedSetting], where: str = "") -> dict[str, Any]:
     """Values of the right kind and in their range."""
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
@@ -53,7 +53,7 @@ def section_of(name: str, given: Any, settings: type) -> dict[str, Any]:
     """The values given of a section."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name} is {shown(given)}; it must be a section")
-    found = fitting(given, {one.name: one for one in described(settings)}, f"{name}.")
+    found = fitting(given, {one.name: one for one in settings_of(settings)}, f"{name}.")
     try:
         settings(**found)
     except ValueError as error:

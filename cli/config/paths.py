@@ -14,7 +14,7 @@ from ...files.whole import check_name
 from ...video.pictures import VideoError, numbered, picture_files
 from .settings import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
 
-_OF_CLIPS = ("video", "control", *FILES_OF_OBJECTS)
+_OF_CLIPS = ("video", "control", "edit_mask", *FILES_OF_OBJECTS)
 """Those whose file is a video, or pictures; others name weights."""
 _BUNDLED = ("demo", "demo-wan")
 """What is no file's name, though a folder may be called so."""

@@ -189,9 +189,7 @@ def check_same(now: Made, then: Made) -> None:
     """Raise ConfigError where an edit that shall be made again would be of another file or model."""
     for name, digest in then.files.items():
         if now.files.get(name, digest) != digest:
-            flag = {"video": "VIDEO", "lora": "--lora", "store": "--store", "control": "--control"}.get(
-                name.partition(" ")[0], "other settings"
-            )
+            flag = _FLAGS.get(name.partition(" ")[0], "other settings")
             raise ConfigError(f"the {name} is not the file that the result was made of: give {flag} to take this one")
     for name, what in (("model", "model"), ("vae", "autoencoder")):
         was, there = getattr(then, name), getattr(now, name)
@@ -201,6 +199,10 @@ def check_same(now: Made, then: Made) -> None:
             )
 
 
+_FLAGS = {
+    "video": "VIDEO", "lora": "--lora", "store": "--store", "control": "--control", "edit_mask": "--edit-mask",
+}  # fmt: skip
+"""The options that take another file than a record names."""
 _OF_WEIGHTS = {"model", "lora", "temporal", "variant", "controlnet", "model_config"}
 """Settings that other weights come with."""
 

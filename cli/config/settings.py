@@ -23,7 +23,7 @@ from ...methods.move_objects import MoveSettings
 from ...methods.plug_and_play import PnPSettings
 from ...methods.tokenflow import TokenFlowSettings
 from ...methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
-from ...settings import check, described, described_one, kept, setting, shown
+from ...settings import check, setting, setting_like, setting_of, settings_of, shown
 from ...store.budget import StoreSettings
 from ...video.flow import FlowName
 from ...video.which import ClipSettings
@@ -32,6 +32,7 @@ T = TypeVar("T")
 InjectionName = Literal["fatezero", "pnp", "none"]
 PropagationName = Literal["none", "tokenflow"]
 NoiseName = Literal["inverted", "drawn"]
+MaskMode = Literal["replace", "union", "intersection"]
 
 
 class ConfigError(ValueError):
@@ -134,9 +135,9 @@ class EditConfig(
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )
     negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
-    chunk_frames: int | None = kept(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
-    guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
-    strength: float = kept(Edit, "strength", 1.0)
+    chunk_frames: int | None = setting_like(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
+    guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
+    strength: float = setting_like(Edit, "strength", 1.0)
     noise: NoiseName = setting(
         "inverted",
         "What the edit begins from: inverted the clip's own noise; drawn any, and the edit goes along the difference "
@@ -155,12 +156,24 @@ class EditConfig(
         "were edited together.",
         group=_EDIT,
     )
-    smoothing: float = kept(FlowSmoothing, "amount", 0.0)
+    edit_mask: str = setting(
+        "",
+        "Video or pictures, white where the edit may change the clip; one picture serves all frames. Cropped and "
+        "scaled like the clip.",
+        shown="none",
+        group=_EDIT,
+    )
+    mask_mode: MaskMode = setting(
+        "replace",
+        "Whether edit_mask replaces FateZero's own mask, or is joined with it by union or intersection.",
+        group=_EDIT,
+    )
+    smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
         "auto", "What finds the motion: raft (torchvision) or dis (OpenCV); auto takes raft where its weights are.",
         group=FLOW,
     )  # fmt: skip
-    mode: Mode = kept(PromptEdit, "mode", "refine")
+    mode: Mode = setting_like(PromptEdit, "mode", "refine")
     blend_source: tuple[str, ...] = setting(
         (), "Words of the source that draw the mask, by commas.", shown="those that change", group=_MASK
     )
@@ -168,8 +181,8 @@ class EditConfig(
         (), "Words of the target that draw it too where latents are blended, by commas.", shown="those that change",
         group=_MASK,
     )  # fmt: skip
-    reweight: Mapping[str, float] = setting(dict, described_one(PromptEdit, "reweight").about.help, group=_MASK)
-    cross_replace_steps: float = kept(FusionSettings, "cross_replace_steps", 0.7)
+    reweight: Mapping[str, float] = setting(dict, setting_of(PromptEdit, "reweight").meta.help, group=_MASK)
+    cross_replace_steps: float = setting_like(FusionSettings, "cross_replace_steps", 0.7)
     shift: tuple[str, ...] = setting(
         (), 'How words are moved from where they are: "jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames how far right and '
         "down as shares of the picture, and the growth; may repeat.", group=LAYOUT,
@@ -189,6 +202,11 @@ class EditConfig(
     def part(self, settings: type[T]) -> T:
         """The settings of one of the parts it is made of."""
         return _part(self, settings)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask from a file replaces the edit's own."""
+        return bool(self.edit_mask) and self.mask_mode == "replace"
 
     @property
     def fusion(self) -> FusionSettings:
@@ -218,7 +236,7 @@ class EditConfig(
         if self.injection != "fatezero":
             return None
         blend = None
-        if self.fusion.blends and not self.wanted:  # a layout has an area of its own
+        if self.fusion.blends and not self.wanted and not self.masked:  # a layout has an area of its own
             changed = changed_words(self.source, self.target)
             blend = (list(self.blend_source or changed[0]), list(self.blend_target or changed[1]))
             if self.fusion.masks_by_prompts:
@@ -232,7 +250,7 @@ class EditConfig(
 
 
 def _part(config: Any, settings: type[T]) -> T:
-    return settings(**{one.name: getattr(config, one.name) for one in described(settings)})
+    return settings(**{one.name: getattr(config, one.name) for one in settings_of(settings)})
 
 
 @dataclass(frozen=True)
@@ -244,9 +262,9 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
     temporal: str = setting(
         "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
     )
-    count: int | None = kept(ClipSettings, "count", None, shown="at most 24; with --end all")
-    key_frames: tuple[str | int, ...] = kept(InversionSettings, "key_frames", TRAINED_KEYS)
-    clip_norm: bool = kept(InversionSettings, "clip_norm", True)
+    count: int | None = setting_like(ClipSettings, "count", None, shown="at most 24; with --end all")
+    key_frames: tuple[str | int, ...] = setting_like(InversionSettings, "key_frames", TRAINED_KEYS)
+    clip_norm: bool = setting_like(InversionSettings, "clip_norm", True)
 
     def __post_init__(self) -> None:
         """Its parts check themselves where they are made."""
@@ -265,15 +283,15 @@ class GenerateConfig(ObjectSettings, ModelSettings):
     """Every setting of `fatezero generate`; the names are those of the flags. `layout` is a section."""
 
     prompt: str = setting("", "Prompt that describes the clip.", group=_TEXT)
-    negative: str = kept(EditConfig, "negative", "")
+    negative: str = setting_like(EditConfig, "negative", "")
     frames: int = setting(16, "Number of frames.", least=1, most=1000, group=_CLIP)
     size: tuple[int, int] | None = setting(
         None, "WIDTHxHEIGHT of the clip.", unit="pixels", shown="the model's", group=_CLIP
     )
     fps: float = setting(8.0, "Frame rate.", least=0.1, most=1000, unit="frames a second", group=_CLIP)
     seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=_CLIP)
-    steps: int = kept(InversionSettings, "steps", 50)
-    guidance_scale: float = kept(Edit, "guidance_scale", 7.5)
+    steps: int = setting_like(InversionSettings, "steps", 50)
+    guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
     key_frames: tuple[str | int, ...] | None = setting(
         None, "Whose keys and values each frame attends to, as in `fatezero edit`.",
         shown="as the model was trained", group=_DRAWN,
@@ -292,7 +310,7 @@ SECTIONS: dict[str, Any] = {
     "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
 }  # fmt: skip
 """The sections of an edit's configuration, and the settings in them."""
-FILES = ("video", "model", "temporal", "controlnet", "control")
+FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask")
 """The settings that name a file, besides those of LoRAs, each a file with its strength."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""

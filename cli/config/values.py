@@ -11,9 +11,9 @@ from ...diffusion.edit import first_step
 from ...files.lora import LoraFile
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.tune_a_video import LayerSettings
-from ...settings import Described, Setting, described, shown
+from ...settings import NamedSetting, Setting, settings_of, shown
 from ...video.which import colour_of, seconds_of
-from .effects import NOTHING_PLACED
+from .effects import NOTHING_PLACED, check_masking
 from .fitting import fitting, section_of
 from .settings import (
     FILES,
@@ -25,10 +25,10 @@ from .settings import (
     TuneConfig,
 )
 
-_VIDEO = {"video": Described("video", str, "", Setting("Video, picture, or pictures."))}
-_OF_EDITS = _VIDEO | {one.name: one for one in described(EditConfig)}
-_OF_CLIPS = {one.name: one for one in described(GenerateConfig)}
-_OF_TUNINGS = _VIDEO | {one.name: one for one in described(TuneConfig)}
+_VIDEO = {"video": NamedSetting("video", str, "", Setting("Video, picture, or pictures."))}
+_OF_EDITS = _VIDEO | {one.name: one for one in settings_of(EditConfig)}
+_OF_CLIPS = {one.name: one for one in settings_of(GenerateConfig)}
+_OF_TUNINGS = _VIDEO | {one.name: one for one in settings_of(TuneConfig)}
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
     return config
 
 
-def _checked(values: Mapping[str, Any], known: Mapping[str, Described]) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], known: Mapping[str, NamedSetting]) -> dict[str, Any]:
     found = {name: _at_home(name, value) for name, value in fitting(values, known).items()}
     for name in ("start", "end"):
         if isinstance(found.get(name), str):
@@ -135,6 +135,7 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
     config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
+    check_masking(config)
     if not inverting and not stored:  # whose number of steps is its own
         try:
             first_step(config.strength, config.steps)

@@ -212,10 +212,12 @@ def source_of(store: AttentionStore) -> HostCondition:
 def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     """The noise levels that a MODEL has at a store's timesteps."""
     noisy = noise_of(model)
-    if noisy.world != store.world:
-        raise ValueError(f"store: was made by another model, of a {store.world} schedule; this one's is {noisy.world}")
+    if noisy.formulation != store.formulation:
+        raise ValueError(f"store: its schedule is {store.formulation}, but the model's is {noisy.formulation}")
     source = getattr(store, "patcher", None)
-    shifts = [one.get_model_object("model_sampling").shift for one in (model, source) if one and store.world == "flow"]
+    shifts = [
+        one.get_model_object("model_sampling").shift for one in (model, source) if one and store.formulation == "flow"
+    ]
     if len(set(shifts)) > 1:
         raise ValueError(
             f"model: has another shift than the inversion's ({shifts[0]:g}, {shifts[1]:g}), without effect: "

@@ -19,7 +19,7 @@ from comfy.model_sampling import (
 from einops import rearrange
 from torch import Tensor
 
-from ...diffusion.schedule import FlowSchedule, Schedule, World
+from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
 
 FLIPPED = 1.0001e-4
 """What the host's Flip Sigmas makes of an end at 0, a ten-thousandth, and as much again for its rounding."""
@@ -28,7 +28,7 @@ FLIPPED = 1.0001e-4
 class HostNoise:
     """DDIM in a host that samples in variance-exploding space: x = z / sqrt(abar), LATENT samples (frames, 4, h, w)."""
 
-    world: World = "ddim"
+    formulation: Formulation = "ddim"
 
     def __init__(self, sampling: Any) -> None:
         self.table = sampling.sigmas.cpu()
@@ -132,7 +132,7 @@ class HostNoise:
 class FlowNoise(HostNoise):
     """A rectified flow, whose latents are the host's own; LATENT samples are clips (1, c, frames, h, w)."""
 
-    world: World = "flow"
+    formulation: Formulation = "flow"
 
     def __init__(self, sampling: Any) -> None:
         super().__init__(sampling)

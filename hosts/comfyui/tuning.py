@@ -21,7 +21,7 @@ from ...attention.key_frames import Chunk, KeyFrames
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.denoiser import Guidance
 from ...methods.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
-from ...methods.tune_a_video import Kind, Told, TuneSettings, noised, tune
+from ...methods.tune_a_video import Kind, TuneProgress, TuneSettings, noised, tune
 from ..recompute import recomputed
 from .conditions import HostCondition
 from .noise import prediction_of
@@ -39,7 +39,7 @@ def tune_model(
     clip_norm: bool,
     kind: Kind = "official",
     rank: int | None = None,
-    progress: Told | None = None,
+    progress: TuneProgress | None = None,
 ) -> tuple[Any, list[float]]:
     """A MODEL with temporal layers tuned on LATENT samples (frames, 4, h, w), and the loss of each step.
 
@@ -99,7 +99,7 @@ class _TuneSampler(comfy.samplers.Sampler):
         settings: TuneSettings,
         key_frames: KeyFrames,
         clip_norm: bool,
-        progress: Told | None,
+        progress: TuneProgress | None,
     ) -> None:
         self.layers, self.prompt, self.settings, self.progress = layers, prompt, settings, progress
         self.key_frames, self.clip_norm = key_frames, clip_norm

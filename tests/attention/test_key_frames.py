@@ -79,7 +79,7 @@ def test_all_frames_of_a_call_alone():
     assert keys.gather(k, range(3), range(3), 3).flatten().tolist() == list(range(6))
     assert not keys.anchored
     assert [chunk.frame_indices for chunk in keys.chunks(6, 4)] == [(0, 1, 2, 3), (2, 3, 4, 5)]
-    with pytest.raises(ValueError, match="nor all alone"):
+    with pytest.raises(ValueError, match="unknown entry"):
         KeyFrames.of(("all", "self"))
 
 

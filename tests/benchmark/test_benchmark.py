@@ -28,7 +28,7 @@ from fatezero.benchmark.run import (
     run_benchmark,
     strip_frames,
 )
-from fatezero.benchmark.table import Results, look_at, markdown, ranked, write_tables
+from fatezero.benchmark.table import Results, case_sheet, markdown, ranked, write_tables
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 
 SMALL = BenchmarkSettings(seed=5, each=1, kinds=KINDS[:3], frames=2, steps=2)
@@ -140,12 +140,12 @@ def test_processes_give_the_same(folder, tmp_path):
 
 
 def test_other_settings_need_another_folder(folder):
-    with pytest.raises(ValueError, match="holds a run with steps 2, not 3"):
+    with pytest.raises(ValueError, match="steps 2, not 3"):
         run_benchmark(folder, replace(SMALL, steps=3), chosen_methods(FEW, False))
 
 
 def test_unknown_methods_are_named():
-    with pytest.raises(ValueError, match="no method 'Magic'"):
+    with pytest.raises(ValueError, match="unknown method 'Magic'"):
         chosen_methods(["Magic"], True)
 
 
@@ -161,10 +161,10 @@ def row(case, method, success, db, kind="shape"):
 
 def test_errors_and_gains_are_told_beside_the_papers():
     rows = [row(f"c{i}", PAPER, 0.5, 20.0) for i in range(4)] + [row(f"c{i}", BEST, 0.75, 22.0) for i in range(4)]
-    beside = Results(rows).beside(BEST, PAPER)
-    assert beside.wrong == (0.5, 0.5, 0.5)
-    assert beside.squared == pytest.approx((10**-0.2,) * 3)
-    assert beside.kept == (2, 2, 2)
+    relative = Results(rows).compared(BEST, PAPER)
+    assert relative.wrong == (0.5, 0.5, 0.5)
+    assert relative.squared == pytest.approx((10**-0.2,) * 3)
+    assert relative.kept == (2, 2, 2)
     text = markdown(Results(rows))
     assert f"| {PAPER} | 4 | 50 |" in text and "| 0.50 | 0.63 | 2.0 |" in text
 
@@ -179,7 +179,7 @@ def test_best_and_worst(folder, tmp_path):
     rows = [row("a", BEST, 0.5, 30.0), row("b", BEST, 1.0, 20.0), row("c", BEST, 1.0, 25.0)]
     assert ranked(Results(rows), BEST) == ["c", "b", "a"]
     held = load_rows(folder)
-    picture = look_at(folder, Results(held), held[0]["case"], FEW, "title")
+    picture = case_sheet(folder, Results(held), held[0]["case"], FEW, "title")
     assert picture.width > 200 and picture.height > 5 * 96
 
 

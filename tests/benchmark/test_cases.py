@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fatezero.benchmark.cases import KINDS, cases_of, draw_cases
+from fatezero.benchmark.cases import KINDS, cases_of, sample_cases
 from fatezero.benchmark.measure import measure, object_iou, unchanged_pixels
 from fatezero.demo.judge import read_words
-from fatezero.demo.world import Scene, render
+from fatezero.demo.scenes import Scene, render
 
 
 @pytest.fixture(scope="module")
 def cases():
-    return draw_cases(7, 6, 3)
+    return sample_cases(7, 6, 3)
 
 
 def test_every_kind_is_there_and_nothing_was_trained_on(cases):
@@ -49,16 +49,16 @@ def test_alike_objects_differ_in_shape_alone(cases):
 
 
 def test_a_seed_gives_the_same_cases_and_another_others(cases):
-    assert draw_cases(7, 6, 3) == cases
-    assert draw_cases(7, 2, 3) == [case for case in cases if int(case.name[-2:]) < 2], "more cases keep the first"
-    assert {c.motion for c in draw_cases(8, 6, 3)}.isdisjoint({c.motion for c in cases})
+    assert sample_cases(7, 6, 3) == cases
+    assert sample_cases(7, 2, 3) == [case for case in cases if int(case.name[-2:]) < 2], "more cases keep the first"
+    assert {c.motion for c in sample_cases(8, 6, 3)}.isdisjoint({c.motion for c in cases})
 
 
 def test_some_kinds_alone_are_those_of_all(cases):
     some = ("shape", "two objects")
-    assert draw_cases(7, 6, 3, some) == [case for case in cases if case.kind in some]
-    with pytest.raises(ValueError, match="no kind 'motion'"):
-        draw_cases(7, 1, 3, ["motion"])
+    assert sample_cases(7, 6, 3, some) == [case for case in cases if case.kind in some]
+    with pytest.raises(ValueError, match="unknown kind 'motion'"):
+        sample_cases(7, 1, 3, ["motion"])
 
 
 def test_blend_words_name_what_changes():
@@ -82,7 +82,7 @@ def test_captions_of_your_own():
     assert cases_of(pairs, 3, 2)[:2] == [both, shape] and cases_of(pairs, 4, 2)[:2] != [both, shape]
     with pytest.raises(ValueError, match="nothing changes"):
         cases_of([("a red star on sand", "a red star on sand")], 0, 2)
-    with pytest.raises(ValueError, match="as many things"):
+    with pytest.raises(ValueError, match="same number of things"):
         cases_of([("a red star on sand", "a red star and a red circle on sand")], 0, 2)
     with pytest.raises(ValueError, match="not a caption"):
         cases_of([("a jeep on a road", "a car on a road")], 0, 2)

@@ -70,10 +70,10 @@ def test_smoothed_edits_are_a_third_steadier_at_no_loss(name):
     """What QUALITY.md claims of clips of 16 frames, with the final pass: right as often, to a frame in twenty."""
     results = Results(shipped(name))
     smoothed = "FateZero+, flow smoothing, steady"
-    beside = results.beside(smoothed, BEST)
+    relative = results.compared(smoothed, BEST)
     assert results.mean(smoothed, "warp_error").value < 2 / 3 * results.mean(BEST, "warp_error").value
     assert results.mean(smoothed, "success").value > results.mean(BEST, "success").value - 0.05
-    assert beside.kept.low > 0 and beside.squared.high < 1
+    assert relative.kept.low > 0 and relative.squared.high < 1
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_texture_that_is_taken_away_stays_away_when_smoothed(tmp_path):
 @pytest.mark.parametrize("name", ["full", "two", "again"])
 def test_ours_errs_less_and_keeps_more_than_the_papers_settings(name):
     """What QUALITY.md claims, of the cases that ship with it."""
-    beside = Results(shipped(name)).beside(BEST, PAPER)
-    assert beside.wrong.value <= 2 / 3
-    assert beside.squared.high < 0.8
-    assert beside.kept.low > 2
+    relative = Results(shipped(name)).compared(BEST, PAPER)
+    assert relative.wrong.value <= 2 / 3
+    assert relative.squared.high < 0.8
+    assert relative.kept.low > 2

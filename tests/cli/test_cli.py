@@ -142,10 +142,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--place", "cloud"], "place is 'cloud'; it must be one of auto, device, ram, disk"),
         (
             [CLIP, *WORDS, "--memory", "maps", "--budget-gb", "0.1"],
-            "maps takes 6.46 GB of budget_gb 0.1. Needed by each: recompute",
+            "maps takes 6.46 GB of budget_gb 0.1. Sizes: recompute",
         ),
         (["--source", SOURCE, "--target", TARGET], "missing VIDEO"),
-        ([CLIP, *WORDS, "--count", 9], "gives 8 frames from 0 in steps of 1, but 9 are needed"),
+        ([CLIP, *WORDS, "--count", 9], "has 8 frames"),
         ([CLIP, *WORDS, "--crop", "200,0,200,0"], "does not fit 256x256"),
         ([CLIP, *WORDS, "--crop", "1,2"], "crop is '1,2'"),
         ([CLIP, *WORDS, "--size", "64"], "size is '64'"),
@@ -160,7 +160,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--model", "model.ckpt"], "pickled checkpoints are not read"),
         ([CLIP, *WORDS, "--device", "cuda:99"], "cuda:99"),
         ([CLIP, *WORDS, "-o", "out.wmv"], "cannot write 8 frames to 'out.wmv'"),
-        ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to the one picture out.png: take a folder (out/)"),
+        ([CLIP, *WORDS, "-o", "out.png"], "cannot write 8 frames to a single picture out.png: use a folder (out/)"),
         ([CLIP, *WORDS, "--config", "none.yaml"], "no configuration at none.yaml"),
         ([CLIP, *WORDS, "--steps", 0], "steps is 0"),
         ([CLIP, *WORDS, "--steps", 1000, "--dry-run"], "steps is 1000"),
@@ -202,8 +202,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--model-config", "."], "model_config has no effect"),
         ([CLIP, "--source", " ", "--target", TARGET], "source is ' '; it must not be blank"),
         ([CLIP, *WORDS, "--lora", "nowhere"], "no LoRA at nowhere"),
-        ([CLIP, *WORDS, "--start", "soon"], "start: 'soon' is no moment"),
-        ([CLIP, *WORDS, "--start", "9s"], "no frame from number 9s on"),
+        ([CLIP, *WORDS, "--start", "soon"], "start: invalid time 'soon'"),
+        ([CLIP, *WORDS, "--start", "9s"], "no frame from 9s on"),
         ([CLIP, *WORDS, "--fps", 0], "fps is 0"),
         ([CLIP, *WORDS, "--size", "100000x100000"], "GB of memory, and"),
         ([CLIP, *WORDS, "-o", "there.mp4"], "there.mp4 exists; give --overwrite"),
@@ -212,7 +212,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         (["there.mp4", *WORDS, "-o", "there.mp4", "--overwrite"], "there.mp4 is an input of this run"),
         ([CLIP, *WORDS, "--model", "no-tokenizer"], "no-tokenizer lacks its tokenizer"),
         (["--store", "none.safetensors", "--target", TARGET], "no store at none.safetensors"),
-        (["--store", "text.safetensors", "--target", TARGET], "not a whole store"),
+        (["--store", "text.safetensors", "--target", TARGET], "is damaged"),
     ],
 )
 def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
@@ -257,12 +257,12 @@ def test_options_that_a_store_leaves_without_effect_are_refused(refused, store, 
 
 def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
     write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
-    assert "gives 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
+    assert "has 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
 
 
 def test_a_truncated_store_is_refused(refused, store, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(store.read_bytes()[:-1000])
-    assert "not a whole store" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
+    assert "is damaged" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
 def _hear_signals():
@@ -519,13 +519,13 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
 
 def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
     from fatezero.cli.config.settings import SECTIONS, EditConfig
-    from fatezero.settings import described
+    from fatezero.settings import settings_of
 
     monkeypatch.setattr("fatezero.cli.progress.console.width", 80)
     said = command("edit", "--help-all")
     words = " ".join(said.replace("\u2502", " ").split())
-    names = [one.name for one in described(EditConfig)]
-    names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in described(settings)]
+    names = [one.name for one in settings_of(EditConfig)]
+    names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in settings_of(settings)]
     for name in names:
         assert f"--{name.replace('_', '-')}" in words
     for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "all"):

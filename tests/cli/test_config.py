@@ -141,7 +141,7 @@ def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
         ("blend_source: [1, 2]", r"blend_source is \[1, 2\]; it must be a list, each text"),
         ("size: [64]", r"size is \[64\]; it must be a list of 2, each a whole number"),
         ("crop: [1, 2, 3, x]", "crop is"),
-        ("start: soon", "start: 'soon' is no moment"),
+        ("start: soon", "start: invalid time 'soon'"),
         ("source: ' '", "source is ' '; it must not be blank"),
         ("tokenflow: 3", "tokenflow is 3; it must be a section"),
         ("tokenflow: {batches: 3}", "unknown setting 'tokenflow.batches' .did you mean 'tokenflow.batch_frames'"),

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fatezero.demo.scenes import Scene, render
 from fatezero.demo.show import FRAMES, MOTION, SCENE
-from fatezero.demo.world import Scene, render
 from fatezero.files.bundled import CLIP
 from fatezero.video.read import read_video
 from fatezero.video.sheet import enlarge
@@ -92,8 +92,8 @@ def test_the_source_is_cut_and_scaled_as_the_edit_was(run, folder):
         ((CLIP, "none.mp4"), "none.mp4"),
         ((CLIP, "green.mp4", "--flow", "lucas"), "must be one of auto, raft, dis"),
         ((CLIP, "green.mp4", "--flow", "gone.safetensors"), "no flow at gone.safetensors"),
-        ((CLIP, "green.mp4", "--judge"), "not a caption of the demo world"),
-        ((CLIP, "green.mp4", "--start", "3"), "gives 5 frames from 3"),
+        ((CLIP, "green.mp4", "--judge"), "not a caption of the demo scenes"),
+        ((CLIP, "green.mp4", "--start", "3"), "has 5 frames from 3"),
         ((CLIP, "green.mp4", "--lpips", "gone.safetensors"), "no LPIPS weights"),
         ((CLIP, "green.mp4", "--crop", "1,2"), "4 whole numbers"),
         ((CLIP, "green.mp4", *PROMPTS), "--source and --target have no effect here"),
@@ -134,7 +134,7 @@ def test_a_benchmark_of_captions_of_your_own(run, folder):
     [
         ("a: b", "must be a list of"),
         ("- [a red star on sand]", "must be a list of"),
-        ("- [a car on a road, a bus on a road]", "not a caption of the demo world"),
+        ("- [a car on a road, a bus on a road]", "not a caption of the demo scenes"),
         ("[", "is not YAML"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, TextToVideoSDPipeline, UNet3DConditionModel
 
-from fatezero.demo.world import SIZE
+from fatezero.demo.scenes import SIZE
 from fatezero.files.bundled import DEMO
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.video.read import read_video

@@ -137,13 +137,13 @@ def test_names_that_no_record_can_hold_are_refused_before_the_run(refused, input
         (("generate", "--prompt", "a", "-o", "o.mp4", "--mask", f"a: {'n' * 300}"), "mask a: the name 'nnn"),
         (("generate", "--prompt", "a", "-o", "o.mp4", "--mask", "a: nothing.mp4"), "mask: no video at nothing.mp4"),
         (("generate", "--prompt", "a", "-o", f"{'n' * 300}.mp4"), "output: the name 'nnn"),
-        (("generate", "--prompt", "a", "-o", "loop/o.mp4"), "cannot write loop/o.mp4: loop is no folder"),
+        (("generate", "--prompt", "a", "-o", "loop/o.mp4"), "cannot write loop/o.mp4: loop is not a folder"),
         (("generate", "--prompt", "a", "-o", "loop.mp4"), "cannot write loop.mp4: Too many levels"),
         (("tune", "n" * 300, "--prompt", "a"), "video: the name 'nnn"),
         (("evaluate", "clip.mp4", "n" * 300), "EDITED: the name 'nnn"),
         (("evaluate", "clip.mp4", "clip.mp4", "--clip", "loop"), "--clip: loop is a link to what is not there"),
         (("tune", "clip.mp4", "--prompt", "a", "--model", "loop"), "model: loop is a link to what is not there"),
-        (("evaluate", "clip.mp4", "clip.mp4", "--lpips", "clip.mp4"), "clip.mp4 is no whole safetensors file"),
+        (("evaluate", "clip.mp4", "clip.mp4", "--lpips", "clip.mp4"), "clip.mp4 is not a valid safetensors"),
     ],
 )
 def test_wrong_names_are_told_with_their_setting(refused, inputs, arguments, said):

@@ -34,7 +34,7 @@ def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_pat
     write(
         folder, clips="clips/*.mp4", targets=["a green square on water", "a red star on water"],
         jobs=[
-            {"video": "clips/a.mp4", "target": "x", "preset": "nonsense", "name": "refused"},
+            {"video": "clips/a.mp4", "target": "x", "crop_left": -1, "name": "refused"},
             {"video": "clips/a.mp4", "target": "x", "key_frames": ["nonsense"], "name": "failing"},
         ],
     )  # fmt: skip
@@ -47,8 +47,8 @@ def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_pat
     assert "2 of 6 jobs failed" in said, said
     found = {row["job"]: row for row in summary_rows(folder / "jobs")}
     errors = {name.partition("_")[0]: row["error"] for name, row in found.items() if row["status"] == "failed"}
-    assert "preset: 'nonsense' not in" in errors["refused"]
-    assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: 'nonsense' is neither")
+    assert "crop_left" in errors["refused"]
+    assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: unknown entry 'nonsense'")
     done = [row for row in found.values() if row["status"] == "done"]
     assert {row["where"] for row in done} == {host.url, other.url}, "both had some to do"
     for row in done:

@@ -144,7 +144,7 @@ def says(host, graph, message, node=None):
         ("words", {"mode": "replace", "target": "a square"}, "5 words and the target 2"),
         ("words", {"source": ""}, "source: is empty"),
         ("invert", {"key_frames": "centre"}, "key_frames: "),
-        ("invert", {"memory": "maps", "budget_gb": 0.0001}, "of budget_gb 0.0001. Needed by each: recompute"),
+        ("invert", {"memory": "maps", "budget_gb": 0.0001}, "of budget_gb 0.0001. Sizes: recompute"),
     ],
 )
 def test_errors_name_the_node_and_the_socket(host, node, inputs, message):

@@ -163,7 +163,7 @@ def test_a_pair_of_models_shares_the_steps(host, graph, checkpoint, tmp_path, lo
             by_host(host, graph, checkpoint)
     graph.set(graph.edit, model=both[0])
     graph.set(graph.invert, model=graph.model[0])
-    with pytest.raises(NodeError, match="the store was made by another model"):
+    with pytest.raises(NodeError, match="made by another model|schedule"):
         by_host(host, graph, checkpoint)
 
 
@@ -313,7 +313,7 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
     graph.set(graph.invert, memory="auto")
     assert torch.equal(by_host(host, graph, checkpoint), computed), "which takes no memory that would keep one of them"
     graph.set(graph.invert, memory="queries_keys")
-    with pytest.raises(NodeError, match="keeps one attention of each frame"):
+    with pytest.raises(NodeError, match="one attention per frame"):
         by_host(host, graph, checkpoint)
     graph.set(graph.invert, model=graph.model[0], memory="recompute")
     with pytest.raises(NodeError, match="other context windows than the inversion"):

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from fatezero.demo import temporal
 from fatezero.demo.judge import load_judge
 from fatezero.demo.model import labels
+from fatezero.demo.scenes import SIZE, scenes
 from fatezero.demo.temporal import TemporalSettings, train_temporal
-from fatezero.demo.world import SIZE, scenes
 from fatezero.diffusion.generate import generate
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 
 def test_clips_repeat_move_and_show_no_held_out_scene():
     job = (3, 5, 4)
-    clips = temporal._draw(job)
-    assert clips.shape == (5, 4, 3, SIZE, SIZE) and torch.equal(clips, temporal._draw(job))
+    clips = temporal._render(job)
+    assert clips.shape == (5, 4, 3, SIZE, SIZE) and torch.equal(clips, temporal._render(job))
     assert not any(scene.held_out for scene in temporal._scenes(job))
     assert all((clip[0] != clip[3]).any() for clip in clips)
 

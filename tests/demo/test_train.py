@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from fatezero.demo import model, train
+from fatezero.demo.scenes import COLOURS
 from fatezero.demo.train import (
     Painter,
     Pictures,
     TrainSettings,
-    _draw,
-    _draw_close,
-    _moved,
+    _augmented,
+    _render,
+    _render_close,
     _scenes,
     _scenes_close,
     train_painter,
 )
-from fatezero.demo.world import COLOURS
 
 SMALL = TrainSettings(unet_steps=2, unet_batch=2, save_every=1, compile=False)
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pictures() -> Pictures:
-    return Pictures(_draw((0, 8, None)), _scenes((0, 8, None)))
+    return Pictures(_render((0, 8, None)), _scenes((0, 8, None)))
 
 
 def painted(pictures, tokenizer, state) -> Painter:
@@ -33,14 +33,14 @@ def painted(pictures, tokenizer, state) -> Painter:
 
 
 def test_pictures_repeat_and_show_no_held_out_scene(pictures):
-    assert torch.equal(_draw((0, 8, None)), pictures.frames)
+    assert torch.equal(_render((0, 8, None)), pictures.frames)
     assert pictures.frames.shape == (8, 3, 64, 64)
     assert not any(scene.held_out for scene in pictures.scenes)
 
 
 def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
     job = (0, 6, 2)
-    frames, shown, whole = _draw_close(job), _scenes_close(job), _scenes(job)
+    frames, shown, whole = _render_close(job), _scenes_close(job), _scenes(job)
     assert frames.shape == (6, 3, 64, 64)
     assert [s.things[0] for s in shown] == [w.things[n % 2] for n, w in enumerate(whole)]
     for picture, scene in zip(frames, shown, strict=True):
@@ -52,7 +52,7 @@ def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
 def test_pictures_are_moved_a_little_for_the_judge():
     spot = torch.zeros(50, 1, 64, 64)
     spot[:, :, 31:33, 31:33] = 1
-    moved = _moved(spot, torch.Generator().manual_seed(0))
+    moved = _augmented(spot, torch.Generator().manual_seed(0))
     mass = moved / moved.sum((2, 3), keepdim=True)
     x = (mass.sum(2)[:, 0] * (torch.arange(64) + 0.5)).sum(-1)
     assert (x - 32).abs().max() <= 3.5
@@ -90,7 +90,7 @@ def test_latents_are_given_unit_variance_without_changing_the_picture(pictures):
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
-    from fatezero.demo.world import VOCABULARY
+    from fatezero.demo.scenes import VOCABULARY
 
     for word in VOCABULARY:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from fatezero.demo import train_wan as trainer
+from fatezero.demo.scenes import VOCABULARY, random_scene
 from fatezero.demo.train_wan import LENGTHS, WanSettings, batch_at, length_at, train_wan
 from fatezero.demo.wan import TEXT_TOKENS, VideoPainter, build_tokenizer, encode_ids, token_ids
-from fatezero.demo.world import VOCABULARY, random_scene
 
 SMALL = WanSettings(clips=2, frames=16, steps=3, save_every=1)
 CPU = torch.device("cpu")

@@ -160,7 +160,7 @@ def test_attention_of_frames_that_meet_is_kept_of_the_whole_clip_alone(
     denoiser, tokenizer, memory, key_frames, clip_norm
 ):
     """Each chunk has an attention of its own, where a store keeps one."""
-    latents, refused = random_latents(5), f'memory "{memory}" keeps one attention of each frame'
+    latents, refused = random_latents(5), f'memory "{memory}" stores one attention per frame'
 
     def inverted(memory, chunk):
         return invert(denoiser, latents, random_text(0), 2, key_frames, clip_norm, memory, chunk)

@@ -25,7 +25,7 @@ def predicted(schedule: Schedule, z: torch.Tensor, level: int) -> torch.Tensor:
     """E[noise | z] of DDIM, E[noise - clean | z] of a flow."""
     a, b = schedule.signal(level), schedule.noise(level)
     variance = a**2 * DEVIATION**2 + b**2
-    return z * (b / variance if schedule.world == "ddim" else (b - a * DEVIATION**2) / variance)
+    return z * (b / variance if schedule.formulation == "ddim" else (b - a * DEVIATION**2) / variance)
 
 
 def exact(schedule: Schedule, level: int) -> torch.Tensor:

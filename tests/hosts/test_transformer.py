@@ -178,18 +178,18 @@ def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
     made = invert(denoiser, random_latents(6), random_text(2), 4, memory="queries_keys", order=2)
     made.store.save(tmp_path / "store.safetensors")
     loaded = Inversion(AttentionStore.load(tmp_path / "store.safetensors"))
-    assert (loaded.store.world, loaded.store.order) == ("flow", 2)
+    assert (loaded.store.formulation, loaded.store.order) == ("flow", 2)
     settings = (random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.7, 0.6))
     whole = edit(denoiser, made, *settings)
     assert torch.equal(edit(denoiser, loaded, *settings), whole)
-    with pytest.raises(ValueError, match="keeps one attention of each frame"):
+    with pytest.raises(ValueError, match="one attention per frame"):
         edit(denoiser, made, *settings, chunk_frames=4)
     latents_alone = invert(denoiser, random_latents(6), random_text(2), 4, order=2)
     assert 1e-4 < relative(edit(denoiser, latents_alone, *settings, chunk_frames=4), whole) < 1
 
 
 def test_a_store_of_a_unet_is_refused(denoiser, inversion):
-    broken = Inversion(replace(inversion.store, world="ddim"))
+    broken = Inversion(replace(inversion.store, formulation="ddim"))
     with pytest.raises(StoreError, match="another schedule"):
         edit(denoiser, broken, random_text(3), guidance_scale=1.0)
 

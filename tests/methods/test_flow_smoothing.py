@@ -6,7 +6,7 @@ import torch
 from fatezero import FlowSmoothing, PnPSettings, TokenFlowSettings, edit, invert
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser
-from fatezero.video.motion import Motion, averaged_along, steadied
+from fatezero.video.motion import Motion, averaged_along, smooth_along
 from small import random_latents, random_text, relative, small_unet
 
 
@@ -37,7 +37,7 @@ def test_what_moves_along_stays_and_what_does_not_is_evened_out():
 def test_nothing_is_taken_from_where_nothing_is_seen():
     values = torch.randn(3, 2, 8, 8)
     motion = moving(3, 0.0)
-    hidden = Motion(motion.forward, motion.backward, 0 * motion.seen, 0 * motion.seen)
+    hidden = Motion(motion.forward, motion.backward, 0 * motion.visible, 0 * motion.visible)
     assert torch.equal(averaged_along(values, hidden, 0.9), values)
 
 
@@ -49,9 +49,9 @@ def test_a_texture_that_the_edit_takes_away_stays_away():
     wrong = moving(4, 0.0)
     by_difference = source + averaged_along(plain - source, wrong, 0.8)
     assert by_difference.abs().mean() > 0.3
-    assert steadied(source, plain, wrong, 0.8).abs().max() < 1e-5
+    assert smooth_along(source, plain, wrong, 0.8).abs().max() < 1e-5
     coloured = source + 2
-    assert relative(steadied(source, coloured, wrong, 0.8), coloured) < 1e-5, (
+    assert relative(smooth_along(source, coloured, wrong, 0.8), coloured) < 1e-5, (
         "and the source stays sharp where it stays"
     )
 
@@ -59,7 +59,7 @@ def test_a_texture_that_the_edit_takes_away_stays_away():
 def test_motion_on_a_coarser_grid_is_counted_in_its_cells():
     coarse = moving(3, 2.0, 16).at((8, 8))
     assert coarse.forward.shape == (2, 2, 8, 8)
-    assert torch.allclose(coarse.forward[:, 0], torch.tensor(1.0)) and coarse.seen.max() == 1
+    assert torch.allclose(coarse.forward[:, 0], torch.tensor(1.0)) and coarse.visible.max() == 1
 
 
 @pytest.fixture(scope="module")

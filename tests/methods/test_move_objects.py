@@ -7,7 +7,7 @@ import torch
 
 from fatezero import FusionSettings, PnPSettings, PromptEdit, TokenFlowSettings, edit, invert
 from fatezero.attention.masks import GivenMask
-from fatezero.demo.world import SIZE, Motion, Scene, Track, render
+from fatezero.demo.scenes import SIZE, Motion, Scene, Track, render
 from fatezero.diffusion.edit import Edit, EditPass
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.methods.layout import Layout, Move, Path, Shift, Wanted

@@ -236,7 +236,7 @@ def test_a_file_of_temporal_layers_serves_any_model_of_the_shape(tmp_path):
     with pytest.raises(FileNotFoundError, match="no temporal layers at"):
         load_temporal_layers(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    with pytest.raises(ValueError, match="is no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a valid safetensors"):
         load_temporal_layers(tmp_path / "text.safetensors")
 
 

@@ -98,12 +98,12 @@ def test_occlusion_by_forward_and_backward_flow():
 
 
 def test_warping_by_the_demo_worlds_flow_follows_the_picture():
-    from fatezero.benchmark.measure import seen_pixels
+    from fatezero.benchmark.measure import visible_pixels
+    from fatezero.demo.scenes import render
     from fatezero.demo.show import FRAMES, MOTION, SCENE
-    from fatezero.demo.world import render
 
     clip = render(SCENE, MOTION, FRAMES)
-    seen = seen_pixels(clip)
+    seen = visible_pixels(clip)
     assert seen.float().mean() > 0.85
     assert warp_error(clip.frames, clip.flow, seen) < 5e-4
     assert warp_error(clip.frames, 0 * clip.flow, seen) > 10 * warp_error(clip.frames, clip.flow, seen)

@@ -102,7 +102,7 @@ def test_a_crash_and_a_lack_of_memory_cost_one_row_each(tmp_path):
     found = {row["name"]: row.get("why") or row["numbers"] for row in rows_in(tmp_path)}
     assert found == {
         "first": {"time": 0.0},
-        "crashes": "its process was ended by SIGSEGV",
+        "crashes": "its process was killed by SIGSEGV",
         "does not fit": "MemoryError: takes 12 GB of 8 GB free",
         "never ends": "took longer than 0 s",
         "last": {"time": 4.0},

@@ -89,7 +89,7 @@ def test_nothing_fits(demand, monkeypatch):
         ({"budget_gb": -1}, "budget_gb"),
         ({"keep_steps": 1.5}, "keep_steps is 1.5; it must be between 0 and 1"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"memory": "maps", "precision": "float16"}, "maps are kept"),
+        ({"memory": "maps", "precision": "float16"}, "precision"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong, name):

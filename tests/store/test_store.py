@@ -65,7 +65,7 @@ def test_a_store_comes_back_from_disk_as_it_was(denoiser, tmp_path, memory):
 def test_a_truncated_store_is_refused(denoiser, tmp_path):
     path = invert(denoiser, random_latents(), random_text(0), steps=2).store.save(tmp_path / "s.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StoreError, match="truncated or damaged"):
+    with pytest.raises(StoreError, match="damaged"):
         AttentionStore.load(path)
 
 

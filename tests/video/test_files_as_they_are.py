@@ -70,7 +70,7 @@ def test_parts_written_one_behind_the_other_follow_each_other(tmp_path, name, co
     found = open_video(tmp_path / name)
     assert numbers(found.read()) == list(range(24)) * 3
     assert found.even and found.fps == rate
-    assert any("3 parts whose clocks begin again" in note for note in found.notes)
+    assert any("3 parts" in note for note in found.notes)
     assert numbers(read_video(tmp_path / name, start=20, stride=10, count=5)) == [20, 6, 16, 2, 12]
 
 
@@ -91,7 +91,7 @@ def test_a_clip_that_begins_between_key_frames_begins_with_its_first_readable_fr
     path = counted(tmp_path / name, frames=30, skip=5)
     found = open_video(path)
     assert numbers(found.read()) == list(range(12, 30))
-    assert found.even and any("begins between key frames: 7 frames" in note for note in found.notes)
+    assert found.even and any("first 7 frames" in note for note in found.notes)
     assert numbers(read_video(path, start=3, count=2)) == [15, 16]
     assert numbers(open_video(path, at_most=8).read()) == list(range(12, 20))
 
@@ -142,7 +142,7 @@ def test_a_size_that_changes_is_told(tmp_path, sizes):
         parts.append((tmp_path / "a.ts").read_bytes())
     (tmp_path / "a.ts").write_bytes(b"".join(parts))
     width, height = sizes[1]
-    with pytest.raises(VideoError, match=f"frame 4 is {width}x{height}, and not 64x64"):
+    with pytest.raises(VideoError, match=f"frame 4 is {width}x{height}, unlike the 64x64"):
         read_video(tmp_path / "a.ts")
     assert len(read_video(tmp_path / "a.ts", count=4).frames) == 4
 
@@ -212,7 +212,7 @@ def test_transparent_pictures_are_shown_over_the_background(tmp_path, kind):
 def test_colours_by_name():
     assert colour_of("white") == (255, 255, 255) and colour_of("#102030") == (16, 32, 48)
     for wrong in ("", "nocolour", "#12", "300"):
-        with pytest.raises(ValueError, match="is no colour"):
+        with pytest.raises(ValueError, match="unknown colour"):
             colour_of(wrong)
 
 
@@ -226,7 +226,7 @@ def test_floats_and_many_bits(tmp_path):
     for name in ("f.tif", "i.tif"):
         assert np.abs(read_video(tmp_path / name).frames[0, 0, :, 1].int().numpy() - np.arange(256)).max() <= 1
     for name, values, says in (
-        ("g.tif", 200 * ramp, "floats up to 200: bring them to 0 to 1"),
+        ("g.tif", 200 * ramp, "floats up to 200: scale"),
         ("h.tif", np.where(ramp > 0.5, np.nan, ramp).astype(np.float32), "floats up to nan"),
         ("j.tif", (ramp * 1e6).astype(np.int32), "whole numbers up to 1e"),
     ):

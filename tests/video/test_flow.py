@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fatezero.benchmark.measure import seen_pixels
+from fatezero.benchmark.measure import visible_pixels
+from fatezero.demo.scenes import render
 from fatezero.demo.show import FRAMES, MOTION, SCENE
-from fatezero.demo.world import render
 from fatezero.metrics.evaluate import evaluate
 from fatezero.metrics.temporal import warp_error
 from fatezero.video.flow import flow_estimator
@@ -26,10 +26,10 @@ def test_dis_comes_near_the_demo_worlds_true_flow():
     clip = render(SCENE, MOTION, FRAMES)
     _, estimate = flow_estimator("dis")
     flow = torch.stack([estimate(a, b) for a, b in zip(clip.frames[:-1], clip.frames[1:], strict=True)])
-    apart = (flow - clip.flow).norm(dim=1)[seen_pixels(clip)]
+    apart = (flow - clip.flow).norm(dim=1)[visible_pixels(clip)]
     assert apart.median() < 0.35, "pixels"
-    known = warp_error(clip.frames, clip.flow, seen_pixels(clip))
-    assert warp_error(clip.frames, flow, seen_pixels(clip)) < 4 * known
+    known = warp_error(clip.frames, clip.flow, visible_pixels(clip))
+    assert warp_error(clip.frames, flow, visible_pixels(clip)) < 4 * known
 
 
 def test_both_flows_tell_a_steady_clip_from_a_flickering_one():

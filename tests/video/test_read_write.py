@@ -81,9 +81,9 @@ def test_mono_sound(tmp_path):
 
 
 def test_more_frames_than_there_are(clip):
-    with pytest.raises(VideoError, match="gives 7 frames from 3 in steps of 1, but 8 are needed"):
+    with pytest.raises(VideoError, match="has 7 frames from 3 .*, but 8 are needed"):
         read_video(clip, start=3, count=8)
-    with pytest.raises(VideoError, match="no frame from number 10"):
+    with pytest.raises(VideoError, match="no frame from 10"):
         read_video(clip, start=10)
 
 
@@ -102,7 +102,7 @@ def test_files_that_are_no_video(tmp_path):
         frame.rate, frame.pts = 44100, 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(VideoError, match="holds no video"):
+    with pytest.raises(VideoError, match="no video stream"):
         read_video(tmp_path / "sound.mp4")
 
 
@@ -110,8 +110,8 @@ def test_a_cut_off_file_gives_the_frames_it_still_has(clip):
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     found = open_video(clip)
     assert 0 < len(found) < 10
-    assert any("ends early" in note for note in found.notes)
-    with pytest.raises(VideoError, match=f"gives {len(found)} frames from 0"):
+    assert any("truncated" in note for note in found.notes)
+    with pytest.raises(VideoError, match=f"has {len(found)} frames from 0"):
         open_video(clip, count=10)
     assert brightness(read_video(clip, count=len(found) - 1)) == list(range(len(found) - 1))
 
@@ -150,7 +150,7 @@ def test_output_names_are_checked_before_any_work(tmp_path):
     for name, frames in (("a.wmv", 8), ("a.png", 8), ("a", 1)):
         with pytest.raises(ValueError, match="cannot write"):
             output_files(tmp_path / name, frames)
-    with pytest.raises(ValueError, match="several places for the number"):
+    with pytest.raises(ValueError, match="several numbers"):
         output_files("f_%04d_%04d.png", 2)
     names = {
         "my%20dog.png": "my%20dog.png", "f_%d.png": "f_0.png", "100%_%03d.png": "100%_000.png", "%04d.webp": "0000.webp"

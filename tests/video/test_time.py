@@ -190,14 +190,14 @@ def test_start_and_end_in_frames_and_seconds(counted, start, end, expected):
 
 @pytest.mark.parametrize("wrong", ["", "s", "-1s", "1.5", "1:2:3:4", "nans", "infs", "two"])
 def test_moments_that_are_none(wrong):
-    with pytest.raises(ValueError, match="is no moment"):
+    with pytest.raises(ValueError, match="invalid time"):
         seconds_of(wrong)
 
 
 def test_an_end_before_the_start_and_too_few_frames(counted):
-    with pytest.raises(VideoError, match="no frame from number 5 on and before 5"):
+    with pytest.raises(VideoError, match="no frame from 5 on and before 5"):
         open_video(counted, 5, end=5)
-    with pytest.raises(VideoError, match="gives 3 frames from 2 to 5 in steps of 1, but 4 are needed"):
+    with pytest.raises(VideoError, match="has 3 frames from 2 to 5 .*, but 4 are needed"):
         open_video(counted, 2, 1, 4, end=5)
     for wrong in (0, -1, 1e9, float("nan")):
         with pytest.raises(ValueError, match="fps is"):

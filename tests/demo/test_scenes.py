@@ -3,7 +3,7 @@ from random import Random
 import pytest
 import torch
 
-from fatezero.demo.world import (
+from fatezero.demo.scenes import (
     COLOURS,
     SIZE,
     STYLES,

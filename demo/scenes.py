@@ -1,12 +1,11 @@
-"""A procedural world whose every edit has a known answer.
+"""Procedural scenes, which give every edit a ground truth.
 
-A `Scene` is what a caption says; a `Motion` is what it leaves open (places, speeds,
-texture phases). `render(scene, motion, frames)` gives the frames, the mask of every
-object and the optical flow, exactly. Rendering another scene with the same motion gives
-the ground truth of an edit: only what the words changed is different.
+A `Scene` is what a caption describes; a `Motion` is the rest: positions, speeds, texture phases.
+`render(scene, motion, frames)` returns the frames with exact object masks and optical flow. Rendering another scene
+with the same motion gives the ground truth of an edit, which differs only in what the words changed.
 
-Objects are signed distance functions, so edges are antialiased in closed form and a
-pixel's colour never depends on the size of the batch it was drawn in.
+Objects are signed distance functions, so edges are antialiased in closed form and a pixel's colour does not depend on
+the batch size.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ STYLES: dict[str, str] = {
 
 _GLUE = ("a", "and", "on", "of", "painting", "drawing", "watercolor", "comic")
 VOCABULARY: tuple[str, ...] = (*_GLUE, *COLOURS, *SHAPES, *TEXTURES[1:], *BACKGROUNDS)
-"""Every word a caption can hold."""
+"""Every word of the captions."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ class Thing:
 
 
 Place = tuple[int | None, str]
-"""A word of a scene: of which thing, None for what belongs to the whole picture, and of what kind."""
+"""A word of a scene: the index of its thing, None for the whole picture, and its kind."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. Things are named from left to right."""
+    """What a caption describes. Things are listed from left to right."""
 
     things: tuple[Thing, ...]
     background: str
@@ -95,10 +94,10 @@ class Scene:
             found = re.fullmatch(r"a (?:(\w+) )?(\w+) (\w+)", phrase)
             texture, colour, shape = found.groups() if found else ("?", "?", "?")
             if (texture or "plain") not in TEXTURES or colour not in COLOURS or shape not in SHAPES:
-                raise ValueError(f"not a caption of the demo world: {caption!r}")
+                raise ValueError(f"not a caption of the demo scenes: {caption!r}")
             things.append(Thing(colour, shape, texture or "plain"))
         if background not in BACKGROUNDS or not 1 <= len(things) <= 2:
-            raise ValueError(f"not a caption of the demo world: {caption!r}")
+            raise ValueError(f"not a caption of the demo scenes: {caption!r}")
         return cls(tuple(things), background, style)
 
     def with_thing(self, index: int = 0, **words: str) -> Scene:
@@ -119,10 +118,9 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether the trainer never sees this caption: one in eight combinations of words.
+        """Whether this caption is excluded from training: one in eight combinations of words.
 
-        Decided by the things alone, so that every edit of background or style of a
-        held-out thing is held out too.
+        Depends on the things only, so edits of background or style of a held-out thing are held out too.
         """
         numbers = [
             list(COLOURS).index(t.colour) + 2 * SHAPES.index(t.shape) + 3 * TEXTURES.index(t.texture)
@@ -133,16 +131,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Track:
-    """The affine path of one thing: where it is at frame t, in pixels and radians."""
+    """The affine path of one thing: its position at frame t, in pixels and radians."""
 
     x: float
     y: float
     radius: float
     vx: float = 0.0
     vy: float = 0.0
-    growth: float = 0.0  # share of the radius gained each frame
+    growth: float = 0.0  # as a share of the radius, per frame
     angle: float = 0.0
-    spin: float = 0.0  # radians a frame
+    spin: float = 0.0  # radians per frame
 
     def centre(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.x + self.vx * t, self.y + self.vy * t
@@ -156,7 +154,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Motion:
-    """What the caption leaves open: tracks, the camera's pan (pixels a frame), a phase."""
+    """What the caption leaves open: tracks, the camera's pan (pixels per frame), a phase."""
 
     tracks: tuple[Track, ...]
     pan: tuple[float, float] = (0.0, 0.0)
@@ -168,7 +166,7 @@ class Clip:
     """A rendered scene.
 
     frames: (frames, 3, SIZE, SIZE) in 0..1.
-    masks: (things, frames, SIZE, SIZE), coverage in 0..1 of what is visible.
+    masks: (things, frames, SIZE, SIZE), visible coverage in 0..1.
     flow: (frames - 1, 2, SIZE, SIZE), (dx, dy) in pixels from frame t to frame t + 1.
     """
 
@@ -178,15 +176,15 @@ class Clip:
 
     @property
     def mask(self) -> Tensor:
-        """Any object: (frames, SIZE, SIZE)."""
+        """The union of the masks: (frames, SIZE, SIZE)."""
         return self.masks.sum(0).clamp(max=1)
 
 
-# --- drawing chance -------------------------------------------------------------------
+# --- sampling scenes ------------------------------------------------------------------
 
 
 def random_scene(random: Random, things: int | None = None) -> Scene:
-    """A scene with words drawn evenly; two things in one of four unless told."""
+    """A scene of random words; one in four has two things, unless `things` is given."""
     count = things or (2 if random.random() < 0.25 else 1)
     return Scene(
         tuple(
@@ -203,7 +201,7 @@ def random_scene(random: Random, things: int | None = None) -> Scene:
 
 
 def random_motion(random: Random, things: int = 1, frames: int = 8) -> Motion:
-    """Tracks that keep every thing whole inside the picture and apart for `frames` frames."""
+    """Tracks that keep every thing inside the frame, without overlap, for `frames` frames."""
 
     def track(low: float, high: float, radius: float) -> Track:
         x0, x1 = (random.uniform(low, high) for _ in range(2))
@@ -232,7 +230,7 @@ def random_motion(random: Random, things: int = 1, frames: int = 8) -> Motion:
 
 
 def scenes(seed: int, held_out: bool, things: int | None = None) -> Iterator[tuple[Scene, Motion]]:
-    """An endless, repeatable stream of scenes the trainer does (or does not) see."""
+    """An endless, repeatable stream of scenes for training, or of held-out ones."""
     random = Random(seed)
     while True:
         scene = random_scene(random, things)
@@ -258,7 +256,7 @@ def _polygon(u: Tensor, v: Tensor, corners: list[tuple[float, float]]) -> Tensor
 
 
 def _corners(count: int, radii: tuple[float, ...], turn: float = -math.pi / 2) -> list[tuple[float, float]]:
-    """Corners of a regular or star polygon, the first at the top."""
+    """Corners of a regular or star polygon, starting at the top."""
     return [
         (
             radii[i % len(radii)] * math.cos(turn + 2 * math.pi * i / count),
@@ -289,7 +287,7 @@ def _rgb(colour: tuple[float, float, float]) -> Tensor:
 
 
 def _ground(name: str, x: Tensor, y: Tensor, phase: float) -> Tensor:
-    """Background colour at world coordinates (frames, H, W): (3, frames, H, W)."""
+    """Background colour at scene coordinates (frames, H, W): (3, frames, H, W)."""
     base = _rgb(BACKGROUNDS[name])
     x, y = x + 13.7 * phase, y + 7.3 * phase
     if name == "grass":
@@ -307,7 +305,7 @@ def _ground(name: str, x: Tensor, y: Tensor, phase: float) -> Tensor:
 
 
 def _cover(texture: str, colour: Tensor, px: Tensor, py: Tensor) -> Tensor:
-    """The thing's paint at its own pixel coordinates: (3, frames, H, W)."""
+    """The thing's texture at its own pixel coordinates: (3, frames, H, W)."""
     if texture == "striped":
         pale = (0.5 + 2.0 * torch.sin(2 * math.pi * (px + py) / 11.0)).clamp(0, 1)
     elif texture == "dotted":
@@ -319,7 +317,7 @@ def _cover(texture: str, colour: Tensor, px: Tensor, py: Tensor) -> Tensor:
 
 
 def _stylise(style: str, colour: Tensor, distance: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The picture's style over its painted colours; distance (pixels) is to the nearest edge."""
+    """Apply a style to colours; distance in pixels, to the nearest edge."""
     if style == "photo":
         return colour * (1.06 - 0.16 * (x + y) / (2 * SIZE))
     if style == "watercolor":
@@ -332,7 +330,7 @@ def _stylise(style: str, colour: Tensor, distance: Tensor, x: Tensor, y: Tensor)
 
 
 def render(scene: Scene, motion: Motion, frames: int = 8) -> Clip:
-    """Draw a scene: frames, visible masks and exact forward flow (see `Clip`)."""
+    """Render a scene: frames, visible masks and exact forward flow (see `Clip`)."""
     if len(scene.things) != len(motion.tracks):
         raise ValueError(f"{len(scene.things)} things but {len(motion.tracks)} tracks")
     t = torch.arange(frames, dtype=torch.float32).view(-1, 1, 1)
@@ -367,7 +365,7 @@ def render(scene: Scene, motion: Motion, frames: int = 8) -> Clip:
     return Clip(picture.transpose(0, 1).contiguous(), covered, flow[:-1])
 
 
-def seen_pixels(clip: Clip) -> Tensor:
-    """Pixels of frame t that frame t + 1 still shows: the flow stays inside and on the same thing."""
+def visible_pixels(clip: Clip) -> Tensor:
+    """Pixels of frame t still visible in frame t + 1: the flow stays inside the frame and on the same thing."""
     moved = warp(clip.mask[1:, None], clip.flow)[:, 0]
     return inside(clip.flow) & ((moved - clip.mask[:-1]).abs() < 0.25)

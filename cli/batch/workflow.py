@@ -1,0 +1,169 @@
+"""A ComfyUI workflow's API form, filled in with the settings of a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from ...settings import settings_of, shown
+from ..config.settings import PRESETS, ConfigError, EditConfig, with_preset
+from ..config.values import checked
+from .jobs import Batch
+
+Graph = dict[str, Any]
+"""A workflow's API form: nodes by their number, each with its class and inputs."""
+_LOADER = "FateZeroLoadVideo"
+_NODES = {
+    "tokenflow": "FateZeroTokenFlow", "pnp": "FateZeroPnP", "flow_edit": "FateZeroFlowEdit", "layout": "FateZeroLayout",
+}  # fmt: skip
+"""The nodes that hold a section of settings."""
+_INPUTS = {
+    "guidance_scale": ("", "guidance"),
+    "smoothing": ("FateZeroFlowSmoothing", "amount"),
+    "flow": ("FateZeroFlowSmoothing", "flow"),
+}
+"""What nodes call a setting, where it is another name, or on which node it is."""
+_PARTS = {"size": ("width", "height"), "crop": ("crop_left", "crop_top", "crop_right", "crop_bottom")}
+"""The inputs of the video's loader that hold a setting of several numbers."""
+_SETTINGS = {"video", *(one.name for one in settings_of(EditConfig)), *_NODES}
+Place = tuple[str, str]
+"""A node and its input."""
+
+
+def load_workflow(batch: Batch) -> Graph:
+    """The workflow of a file of jobs; ConfigError where it names none that a server can run."""
+    if batch.workflow is None:
+        raise ConfigError("the jobs name no workflow: give the API form of one (Export (API) in ComfyUI's menu)")
+    try:
+        graph = json.loads(batch.workflow.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{batch.workflow} is not JSON: {error}") from error
+    nodes = graph.values() if isinstance(graph, dict) else ()
+    if not nodes or not all(isinstance(node, dict) and "class_type" in node and "inputs" in node for node in nodes):
+        raise ConfigError(f"{batch.workflow} is not the API form of a workflow: export it with Export (API)")
+    return graph
+
+
+def filled(graph: Graph, values: Mapping[str, Any], inputs: Mapping[str, str]) -> Graph:
+    """A copy of a workflow with a job's settings in it, each in the one node that has it.
+
+    A preset sets what it sets in `fatezero edit`, guidance and key frames included; the job's own settings come first.
+    inputs: the places of others ("5.text"). Raises ConfigError for a setting of the wrong type, and for one that no
+    node has, or several.
+    """
+    filling = _Filling(deepcopy(graph), inputs)
+    for name, value in values.items():
+        if name != "preset":
+            filling.set(name, value)
+    if "preset" in values:
+        filling.set_preset(values["preset"], values)
+    return filling.graph
+
+
+class _Filling:
+    """A workflow being filled in."""
+
+    def __init__(self, graph: Graph, inputs: Mapping[str, str]) -> None:
+        self.graph, self.inputs = graph, inputs
+
+    def set(self, name: str, value: Any) -> None:
+        """Put a setting, or a section of settings, into the nodes that have it."""
+        if name in _SETTINGS and name not in self.inputs:
+            checked({name: value})
+            if name in _NODES:
+                for key, inner in value.items():
+                    self._put((self._node(_NODES[name], name), key), f"{name}.{key}", inner)
+                return
+            if name in _PARTS:
+                for key, part in zip(_PARTS[name], value, strict=True):
+                    self._put((self._node(_LOADER, name), key), name, part)
+                return
+        self._put(self.place(name), name, value)
+
+    def set_preset(self, preset: Any, values: Mapping[str, Any]) -> None:
+        """Choose a preset, with all it sets in the command that the job does not set itself."""
+        texts = {name: text for name in ("source", "target") if (text := values.get(name) or self._held(name))}
+        config, usual = with_preset(EditConfig(**checked(texts)), preset), EditConfig()
+        needed = {"tokenflow": config.propagation == "tokenflow", "flow_edit": config.noise == "drawn"}
+        for section in (name for name, needs in needed.items() if needs):
+            self._node(_NODES[section], f"preset {preset}")
+        self._put(self.place("preset"), "preset", preset if config.injection == "fatezero" else config.injection)
+        for name in ("guidance_scale", "strength", "mode", "key_frames", "clip_norm"):
+            value = getattr(config, name)
+            kept = name in ("key_frames", "clip_norm") and name not in PRESETS[preset]
+            if name not in values and not kept and (value != getattr(usual, name) or self._places(name)):
+                self._put(self.place(name), name, value)
+
+    def place(self, name: str) -> Place:
+        """The one node and input for a setting; ConfigError for none, and for several."""
+        if name in self.inputs:
+            node, _, key = self.inputs[name].partition(".")
+            if node not in self.graph or not key:
+                raise ConfigError(
+                    f"inputs: {name} is {shown(self.inputs[name])}; it must be a node of the workflow and its input"
+                )
+            return node, key
+        found = self._places(name)
+        if len(found) != 1:
+            many = f"{len(found)} nodes ({', '.join(node for node, _ in found)}) have" if found else "no node has"
+            raise ConfigError(f'{many} an input {name}: name it by inputs, e.g. "inputs: {{{name}: 5.text}}"')
+        return found[0]
+
+    def _places(self, name: str) -> list[Place]:
+        """The inputs that hold a setting, and are no links; of several, those of our nodes."""
+        if name == "negative":
+            return self._negatives()
+        kind, key = _INPUTS.get(name, ("", name))
+        keys = ("file", "video") if name == "video" else (key,)
+        found = [
+            (node, key)
+            for node, held in self._nodes(kind)
+            for key in keys
+            if key in held["inputs"] and not isinstance(held["inputs"][key], list)
+        ]
+        ours = [place for place in found if self.graph[place[0]]["class_type"].startswith("FateZero")]
+        return ours if len(ours) == 1 else found
+
+    def _negatives(self) -> list[Place]:
+        """The texts that are linked as negative, and as nothing else."""
+        inputs = (pair for _, held in self._nodes() for pair in held["inputs"].items())
+        links = [(key, link[0]) for key, link in inputs if isinstance(link, list)]
+        found = {node for key, node in links if key == "negative"} - {node for key, node in links if key != "negative"}
+        return [(node, "text") for node in sorted(found) if isinstance(self.graph[node]["inputs"].get("text"), str)]
+
+    def _nodes(self, kind: str = "") -> Iterator[tuple[str, Any]]:
+        return ((node, held) for node, held in self.graph.items() if kind in ("", held["class_type"]))
+
+    def _node(self, kind: str, name: str) -> str:
+        """The one node of a class; ConfigError for none, and for several."""
+        found = [node for node, _ in self._nodes(kind)]
+        if len(found) != 1:
+            raise ConfigError(f"{name} needs one node {kind} in the workflow, which has {len(found) or 'none'}")
+        return found[0]
+
+    def _held(self, name: str) -> str:
+        """The text of an input as it is; "" where no node has it."""
+        places = [self.place(name)] if name in self.inputs else self._places(name)
+        text = self.graph[places[0][0]]["inputs"][places[0][1]] if len(places) == 1 else ""
+        return text if isinstance(text, str) else ""
+
+    def _put(self, place: Place, name: str, value: Any) -> None:
+        node, key = place
+        own = self.graph[node]["inputs"]
+        if name not in self.inputs and key not in own:
+            raise ConfigError(f"{name}: node {node} ({self.graph[node]['class_type']}) has no input {key}")
+        value = _as_widget(value)
+        if isinstance(own.get(key), (int, float)) and isinstance(value, str):
+            raise ConfigError(f"{name} is {shown(value)}; input {key} of node {node} must be a number")
+        own[key] = value
+        if name == "video" and key == "file" and isinstance(own.get("video"), list):
+            del own["video"]  # a link that would go before the file
+
+
+def _as_widget(value: Any) -> Any:
+    """A value as widgets have it: lists and weights of words by commas."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{word}={factor}" for word, factor in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value

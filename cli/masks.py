@@ -1,0 +1,56 @@
+"""Masks in files: where an edit may change the clip, and where objects are. One picture serves all frames."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..attention.masks import GivenMask
+from ..imports import torch
+from ..video.fitted import FittedVideo
+from ..video.read import VideoSource, open_video
+from ..video.size import to_unit
+from .config.settings import ConfigError, EditConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .session import AnyCheckpoint
+
+
+def found_mask(name: str, file: str, frames: int | None = None) -> VideoSource:
+    """A mask's frames: one, or the first `frames`; ConfigError, with the name of the setting, for what has fewer."""
+    try:
+        still = len(open_video(file, at_most=2)) == 1
+        return open_video(file, count=1 if still else frames)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def check_edit_mask(config: EditConfig, frames: int) -> None:
+    """Raise ConfigError for a mask of an edit that has neither one frame nor those of the clip."""
+    if config.edit_mask and (found := len(found_mask("edit_mask", config.edit_mask))) not in (1, frames):
+        raise ConfigError(f"edit_mask: {config.edit_mask} has {found} frames; give one, or {frames} as the clip has")
+
+
+def edit_mask(
+    checkpoint: AnyCheckpoint, config: EditConfig, crop: tuple[int, int, int, int], size: tuple[int, int]
+) -> GivenMask | None:
+    """The mask of an edit, cropped and scaled as the clip is; None for none."""
+    if not config.edit_mask:
+        return None
+    try:
+        mask = grey(FittedVideo.of(found_mask("edit_mask", config.edit_mask), crop, size))
+    except ValueError as error:
+        raise ConfigError(f"edit_mask: {str(error).removeprefix('edit_mask: ')}") from error
+    return GivenMask(mask if len(mask) == 1 else _by_latent(mask, checkpoint), config.mask_mode)
+
+
+def grey(video: VideoSource | FittedVideo) -> Tensor:
+    """The brightness of frames, (frames, height, width) in 0..1."""
+    return torch.stack([to_unit(frame[None])[0].mean(0) for frame in video.frames()])
+
+
+def _by_latent(mask: Tensor, checkpoint: AnyCheckpoint) -> Tensor:
+    """A mask of frames as one of latents, of which each may have several frames: white where one of them is."""
+    latents = torch.tensor([checkpoint.latent_frames(i + 1) - 1 for i in range(len(mask))])
+    return torch.stack([mask[latents == i].amax(0) for i in range(int(latents[-1]) + 1)])

@@ -1,0 +1,138 @@
+"""Masks given to the command: of an edit, and of objects."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from commands import frames_written
+from PIL import Image
+
+from fatezero.cli.config.paths import files_of, renamed
+from fatezero.cli.config.settings import ConfigError, EditConfig
+from fatezero.cli.config.values import checked, completed
+from fatezero.cli.masks import _by_latent, edit_mask, grey
+from fatezero.files.bundled import CLIP
+from fatezero.video.read import open_video
+
+SOURCE, TARGET = "a red square on water", "a green square on water"
+RUN = ("--source", SOURCE, "--target", TARGET, "--steps", 2, "--count", 3, "--size", "64x64")
+SHAPE = ("--preset", "shape+")
+
+
+def picture(path, white=()):
+    """A black picture, white in the boxes (left, top, right, bottom)."""
+    made = Image.new("L", (64, 64))
+    for box in white:
+        made.paste(255, box)
+    made.save(path)
+    return path
+
+
+def pixels(path):
+    return torch.stack(list(open_video(path).frames())).int()
+
+
+@pytest.mark.parametrize("how", [("--preset", "flow_edit"), ("--preset", "attribute+"), ("--injection", "none")])
+def test_outside_the_mask_of_an_edit_the_clip_is_what_an_empty_mask_leaves(command, tmp_path, how):
+    """Flow edits, FateZero's and plain ones; a half mask changes its half alone."""
+    picture(tmp_path / "none.png")
+    picture(tmp_path / "left.png", [(0, 0, 32, 64)])
+    picture(tmp_path / "all.png", [(0, 0, 64, 64)])
+    made = {}
+    for name in ("none", "left", "all"):
+        run = partial(command, "edit", CLIP, *RUN, *how, "--strength", 0.6, "-o", f"{name}/")
+        run("--edit-mask", f"{name}.png")
+        made[name] = pixels(tmp_path / name)
+    change = {name: (frames - made["none"]).abs().float() for name, frames in made.items()}
+    assert change["all"].mean() > 0.1
+    assert change["left"][:, :, 48:].mean() < 0.5 * change["all"][:, :, 48:].mean()
+    assert change["left"][:, :, :16].mean() > 0.5 * change["all"][:, :, :16].mean()
+
+
+def test_a_link_to_one_picture_is_as_good_as_one_for_each_frame(command, tmp_path):
+    picture(tmp_path / "one.png", [(0, 0, 32, 64)])
+    (tmp_path / "link.png").symlink_to("one.png")
+    (tmp_path / "many").mkdir()
+    for i in range(3):
+        picture(tmp_path / "many" / f"{i}.png", [(0, 0, 32, 64)])
+    for name, mask in (("a.mp4", "link.png"), ("b.mp4", "many")):
+        command("edit", CLIP, *RUN, "--preset", "shape+", "--edit-mask", mask, "-o", name)
+    assert frames_written(tmp_path / "a.mp4") == frames_written(tmp_path / "b.mp4")
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
+    assert record["edit_mask"] == str(tmp_path / "link.png") and "edit_mask" in record["made"]["files"]
+    command("edit", "--config", "a.mp4.json", "--edit-mask", "one.png", "-o", "again.mp4")
+    assert frames_written(tmp_path / "again.mp4") == frames_written(tmp_path / "a.mp4")
+    said = command("edit", CLIP, *RUN, *SHAPE, "--edit-mask", "many", "-o", "many/", "--overwrite", code=1)
+    assert "many" in said and len(list((tmp_path / "many").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--edit-mask", "none.png"), "edit_mask: no video at none.png"),
+        (("--edit-mask", "two"), "edit_mask: two has 2 frames; give one, or 3"),
+        (("--edit-mask", "text.png"), "edit_mask: "),
+        (("--edit-mask", "one.png", "--preset", "attribute"), "edit_mask has no effect here"),
+        (("--edit-mask", "one.png", "--injection", "none", "--mask-mode", "union"), "mask_mode is union"),
+        (("--edit-mask", "one.png", "--mask-mode", "both"), "mask_mode is 'both'"),
+        (("--mask-mode", "union"), "mask_mode has no effect here"),
+        (("--edit-mask", "one.png", "--blend-source", "square"), "blend_source has no effect here"),
+    ],
+)
+def test_masks_that_an_edit_cannot_take_are_refused_before_the_model_is_loaded(refused, tmp_path, options, says):
+    picture(tmp_path / "one.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "two").mkdir()
+    for i in range(2):
+        picture(tmp_path / "two" / f"{i}.png")
+    preset = () if "--preset" in options else SHAPE
+    said = refused("edit", CLIP, *RUN, *preset, "--model", "missing/model", *options, "-o", "o.mp4")
+    assert says in said and "missing/model" not in said
+
+
+def test_a_mask_names_a_file_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = EditConfig(**checked({"edit_mask": "~/m.png", "video": "~/v.mp4"}))
+    assert files_of(config) == {"video": str(tmp_path / "v.mp4"), "edit_mask": str(tmp_path / "m.png")}
+    assert renamed(config, lambda name: f"{name}!").edit_mask == f"{tmp_path}/m.png!"
+
+
+def test_words_to_blend_are_not_needed_where_the_mask_is_given():
+    config = EditConfig(video="v", source="a b", target="a b", blend_latents=True, edit_mask="m.png")
+    assert completed(config).prompt_edit(None).blend_words is None
+    with pytest.raises(ConfigError, match="words to blend"):
+        replace(config, mask_mode="union").prompt_edit(None)
+
+
+class _Latents:
+    """Of four frames each, and one for the first."""
+
+    @staticmethod
+    def latent_frames(frames):
+        return 1 + -(-(frames - 1) // 4)
+
+
+def test_a_latent_of_several_frames_may_change_where_one_of_them_may():
+    mask = torch.zeros(6, 1, 2)
+    mask[3, :, 0] = mask[5, :, 1] = 1
+    assert _by_latent(mask, _Latents).tolist() == [[[0, 0]], [[1, 0]], [[0, 1]]]
+
+
+def test_a_mask_is_cropped_and_scaled_as_the_clip(tmp_path):
+    picture(tmp_path / "m.png", [(32, 0, 64, 64)])
+    config = EditConfig(edit_mask=str(tmp_path / "m.png"))
+    mask = edit_mask(_Latents, config, (32, 0, 0, 0), (16, 16))
+    assert mask.mask.shape == (1, 16, 16) and mask.mask.min() > 0.99
+    assert grey(open_video(tmp_path / "m.png")).mean() == 0.5
+
+
+def test_one_picture_is_the_mask_of_an_object_in_all_frames(command, tmp_path):
+    picture(tmp_path / "one.png", [(8, 8, 32, 32)])
+    (tmp_path / "many").mkdir()
+    for i in range(3):
+        picture(tmp_path / "many" / f"{i}.png", [(8, 8, 32, 32)])
+    for name, mask in (("a.mp4", "one.png"), ("b.mp4", "many")):
+        command("edit", CLIP, *RUN, "--target", SOURCE, "--mask", f"square: {mask}", "-o", name)
+    assert frames_written(tmp_path / "a_0.mp4") == frames_written(tmp_path / "b_0.mp4")
