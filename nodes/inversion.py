@@ -32,7 +32,7 @@ from .sockets import (
 )
 
 MODEL_AND_SOURCE = [
-    io.Model.Input("model", tooltip=f"{MODELS}; LoRA on it count."),
+    io.Model.Input("model", tooltip=f"{MODELS}. LoRAs on it count."),
     io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
 ]
 _BUDGET, _PLACE = (setting_of(StoreSettings, name).meta.text for name in ("budget_gb", "place"))

@@ -1,6 +1,6 @@
 """Take the pictures that show the page with a workflow: demo/page.jpg and two thumbnails in workflows/.
 
-    python tests/comfyui/write_pictures.py
+    python tests/comfyui/write_pictures.py [NAME ...]
 
 Run it after a change of these workflows or of the nodes in them; `test_workflows.py` compares the mark in each picture.
 """
@@ -28,6 +28,8 @@ PICTURES = {
     FOLDER / "custom_sampler.jpg": "custom_sampler",
 }
 """The workflow that each picture shows."""
+FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}
+"""The nodes that name files of models, and the folders of these."""
 WIDTH = 760
 """Of a thumbnail, in pixels."""
 
@@ -53,21 +55,34 @@ def run(page: Page, host: Host, name: str) -> None:
         raise RuntimeError(f"{name}: {ended}")
 
 
-def main() -> None:
+def with_files(folder: Path) -> Path:
+    """A folder for the host with empty files of the models that the workflows name: the page marks missing ones."""
+    for name in PICTURES.values():
+        for node in read(name)["nodes"]:
+            if node["type"] in FOLDERS:
+                path = folder / "models" / FOLDERS[node["type"]] / node["widgets_values"][0]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+    return folder
+
+
+def main(names: list[str]) -> None:
+    """names: of the workflows; none for all."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        started(find_hosts()[0], Path(folder)) as host,
+        started(find_hosts()[0], with_files(Path(folder))) as host,
         opened(host) as page,
     ):
         for path, name in PICTURES.items():
-            print(path.name, flush=True)
+            if names and name not in names:
+                continue
             run(page, host, name)
             thumbnail = path.parent == FOLDER
-            taken = Image.open(io.BytesIO(page.taken(canvas=thumbnail))).convert("RGB")
+            taken = Image.open(io.BytesIO(page.taken(graph_alone=thumbnail))).convert("RGB")
             if thumbnail:
                 taken = taken.resize((WIDTH, round(WIDTH * taken.height / taken.width)), Image.Resampling.LANCZOS)
             taken.save(path, quality=90, comment=mark_of(name))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
