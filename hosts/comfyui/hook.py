@@ -6,18 +6,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind, attention_map
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Beside, Memory, kept_as_map
 
-ALL_KINDS: Sequence[Kind] = get_args(Kind)
+ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
 """The transformer option with the function that replaces the host's attention kernel."""
 
