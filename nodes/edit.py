@@ -188,7 +188,7 @@ class Asked:
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if mask is None and clips_mask is not None:
-            edit = only_inside(edit, noise_of(self.model).mask_of_host(clips_mask))
+            edit = only_inside(edit, noise_of(self.model).mask_from_host(clips_mask))
         _check(edit, self.positive, self.preset, self.store.steps)
         return edit
 

@@ -144,7 +144,7 @@ def test_guidance_nodes_run_beside_it(host):
         (lambda g: g.both(g.add(
             "ContextWindowsManual", model=g.demo[0], context_length=3, context_overlap=1, context_stride=1,
             context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0)[0]),
-         "model: context windows are set, but TokenFlow"),
+         "model: context windows conflict with TokenFlow"),
         (lambda g: g.both(g.add("TomePatchModel", model=g.demo[0], ratio=0.5)[0]), "merges or rescales tokens"),
     ],
 )  # fmt: skip

@@ -39,7 +39,7 @@ def in_mask(graph, prompt):
 
 @pytest.mark.parametrize(
     ("option", "told"),
-    [(in_steps, "it is for 0% to 50% of the steps"), (in_area, r"\(area\)"), (in_mask, r"\(mask\)")],
+    [(in_steps, "is restricted to 0% to 50% of the steps"), (in_area, r"\(area\)"), (in_mask, r"\(mask\)")],
 )
 @pytest.mark.parametrize("socket", ["source", "positive"])
 def test_a_prompt_for_a_part_alone_is_refused(host, option, told, socket):
@@ -87,7 +87,7 @@ def test_another_kind_of_sampling_is_refused(host, sampling):
     graph = DemoGraph()
     graph.both(graph.add("ModelSamplingDiscrete", model=graph.demo[0], sampling=sampling, zsnr=False)[0])
     with pytest.raises(
-        NodeError, match=r"model: ModelSamplingDiscrete \((LCM|X0)\) is not a schedule that DDIM can invert"
+        NodeError, match=r"model: DDIM cannot invert the schedule ModelSamplingDiscrete \((LCM|X0)\)"
     ):
         edited(host, graph)
 
@@ -263,7 +263,7 @@ def test_two_prompts_in_one_are_refused(host):
     graph = DemoGraph()
     graph.set(graph.edit, positive=graph.add(
         "ConditioningSetDefaultCombine", cond=graph.words[1], cond_DEFAULT=graph.words[0])[0])  # fmt: skip
-    with pytest.raises(NodeError, match="positive: got 2 prompts combined"):
+    with pytest.raises(NodeError, match="positive: combines 2 prompts"):
         edited(host, graph)
 
 
@@ -308,7 +308,7 @@ def test_a_node_on_the_model_is_honoured(host, kind, lora):
     assert (relative(ours, plain) < 1e-5) == (kind in NO_EFFECT)
 
 
-NOT_A_SCHEDULE = "is not a schedule that DDIM can invert"
+NOT_A_SCHEDULE = "DDIM cannot invert the schedule"
 WITH_TOKENS = "merges or rescales tokens"
 REFUSED = [
     ("TomePatchModel", {}, WITH_TOKENS),
@@ -322,7 +322,7 @@ REFUSED = [
     ("ModelSamplingSD3", {}, NOT_A_SCHEDULE),
     ("ModelSamplingDiscrete", {"sampling": "img_to_img"}, NOT_A_SCHEDULE),
     ("ModelSamplingDiscrete", {"zsnr": True}, "made on another schedule"),
-    ("OtherGPUs", {}, "model: is spread over 2 GPUs"),
+    ("OtherGPUs", {}, "model: uses 2 GPUs"),
 ]
 
 
@@ -337,7 +337,7 @@ def test_a_node_on_the_model_that_cannot_be_honoured_is_refused(host, kind, sett
 def test_a_node_that_changes_guidance_needs_some(host):
     graph = DemoGraph()
     graph.set(graph.edit, model=add(host, graph, "CFGOverride", model=graph.demo[0], cfg=2.0)[0], guidance=1.0)
-    with pytest.raises(NodeError, match="guidance: is 1, where no negative prompt is evaluated"):
+    with pytest.raises(NodeError, match="guidance: at 1 no negative prompt is evaluated"):
         edited(host, graph)
 
 
@@ -361,7 +361,7 @@ def test_a_context_window_that_an_edit_has_no_use_for_is_refused(host, name, val
     if name not in host.known["ContextWindowsManual"]["input"]["required"]:
         pytest.skip(f"this host's context windows have no {name}")
     graph.both(add(host, graph, "ContextWindowsManual", model=graph.demo[0], **{name: value})[0])
-    with pytest.raises(NodeError, match=re.escape(f"model: context windows with {name}")):
+    with pytest.raises(NodeError, match=re.escape(f"context windows with {name}")):
         edited(host, graph)
 
 

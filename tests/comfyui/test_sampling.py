@@ -122,7 +122,7 @@ def test_another_target_does_not_invert_again(host):
     ("change", "told"),
     [
         (lambda g, b, s: {"begin": g.latent[0]}, "latent_image: is not the noise of this store"),
-        (lambda g, b, s: {"sampler": g.add("KSamplerSelect", sampler_name="heun")[0]}, "sampler: asks at sigma"),
+        (lambda g, b, s: {"sampler": g.add("KSamplerSelect", sampler_name="heun")[0]}, "sampler: evaluates sigma"),
         (lambda g, b, s: {"flipped": True}, "sigmas: "),
         (lambda g, b, s: {"sigmas": g.add("FateZeroSigmas", model=g.demo[0], steps=5)[0]}, "5 steps .* not those of"),
     ],
@@ -153,11 +153,11 @@ def test_what_an_inversion_cannot_follow_is_refused(host):
         host.latents(graph.prompt, custom(graph, guider[0], graph.latent[0], flipped=True, sampler=euler)[0])
     noisy = custom(graph, guider[0], graph.latent[0], flipped=True)
     graph.set(noisy, noise=graph.add("RandomNoise", noise_seed=1)[0])
-    with pytest.raises(NodeError, match="noise: an inversion adds none"):
+    with pytest.raises(NodeError, match="noise: an inversion adds no noise"):
         host.latents(graph.prompt, noisy[0])
     store = graph.add("FateZeroStoreOfInversion", noise=graph.latent[0])
     graph.set(graph.edit, store=store[0])
-    with pytest.raises(NodeError, match="noise: is not what the sampler gave"):
+    with pytest.raises(NodeError, match="noise: is not the direct output"):
         edited(host, graph)
 
 
