@@ -126,7 +126,9 @@ def test_an_override_on_the_edit_alone_leaves_the_source_as_it_was(host):
 
 
 def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host):
-    with pytest.raises(NodeError, match=r"1 of \d+ attention layers .mid.0.self, .... did not run in a step: SkipBlock"):
+    with pytest.raises(
+        NodeError, match=r"1 of \d+ attention layers .mid.0.self, .... did not run in a step: SkipBlock"
+    ):
         patched(host, "OtherSkip")
 
 

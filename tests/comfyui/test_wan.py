@@ -226,7 +226,9 @@ def test_an_override_that_is_laid_again_at_each_step_is_the_kernel(host, graph, 
 
 def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host, graph, checkpoint):
     graph.both(graph.add("OtherSkip", model=graph.model[0])[0])
-    with pytest.raises(NodeError, match=r"2 of 8 attention layers .block.1.self, .... did not run in a step: SkipBlock"):
+    with pytest.raises(
+        NodeError, match=r"2 of 8 attention layers .block.1.self, .... did not run in a step: SkipBlock"
+    ):
         by_host(host, graph, checkpoint)
 
 

@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
         (tmp_path / "half", "shrinks pictures 2 times, and the model 4 times"),
         (changed(global_pool_conditions=True), "pools its pictures"),
         (tmp_path / "none", "no model at"),
-        (tmp_path, "without config.json"),
+        (tmp_path, "no config.json"),
         (CLIP, "could not load"),
     ):
         with pytest.raises(CheckpointError, match=said):
@@ -237,6 +237,6 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
         (("--controlnet", folder, "--control", CLIP, "--control-start", 0.6, "--control-end", 0.5), "must be below"),
         (("--controlnet", folder, "--control", CLIP, "--control-start", 0.9999), "no step of 50 is between"),
         (("--controlnet", folder, "--control", CLIP, "--controlnet-strength", -1), "controlnet_strength is -1"),
-        (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet is for UNets"),
+        (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet: needs a UNet"),
     ):
         assert re.search(re.escape(said), refused("edit", *words, *options)), said
