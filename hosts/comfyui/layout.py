@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...attention.control import Control
 from ...attention.key_frames import Chunk, KeyFrames
-from ...methods.layout_guidance import LayoutGuidance
+from ...diffusion.steering import ClipSteering
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
@@ -35,7 +35,7 @@ class LayoutGuider(LoopGuider):
         positive: HostCondition,
         negative: HostCondition,
         guidance_scale: float,
-        layout: Callable[[tuple[int, int, int]], LayoutGuidance],
+        layout: Callable[[tuple[int, int, int]], ClipSteering],
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """layout: makes the guidance for (frames, height, width) of the latents. tell: called with a summary.
@@ -47,7 +47,7 @@ class LayoutGuider(LoopGuider):
         self.positive, self._guidance_of, self.tell = positive, layout, tell or (lambda text: None)
         twice = room_for(lambda frames: 2 * frames)  # a gradient needs about twice the memory of a call
         self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
-        self._layout: LayoutGuidance | None = None
+        self._layout: ClipSteering | None = None
         self._moved: Tensor | None = None
         self._guided = 0
 
@@ -59,7 +59,7 @@ class LayoutGuider(LoopGuider):
             )
         frames, _, height, width = latent_image.shape
         self._layout = self._guidance_of((frames, height, width))
-        if self._layout.mode == "forward" and self.model_options.get("context_handler") is not None:
+        if not self._layout.moves_latents and self.model_options.get("context_handler") is not None:
             raise ValueError("model: forward guidance does not support context windows: set mode to backward")
         outer = more.get("callback")
 
@@ -93,7 +93,7 @@ class LayoutGuider(LoopGuider):
         if not layout.guides(step, steps):
             return super().outer_predict_noise(x, timestep, model_options, seed)
         self._guided += 1
-        if layout.mode == "backward":
+        if layout.moves_latents:
             self._move(x, sigma, layout, model_options)
             return super().outer_predict_noise(x, timestep, model_options, seed)
         chunk = Chunk.whole(len(x))
@@ -101,7 +101,7 @@ class LayoutGuider(LoopGuider):
         with self.edited.controlled({0: guided, 1: (Control(_OWN_FRAME, chunk), None)}):
             return super().outer_predict_noise(x, timestep, model_options, seed)
 
-    def _move(self, x: Tensor, sigma: Tensor, layout: LayoutGuidance, options: dict[str, Any]) -> None:
+    def _move(self, x: Tensor, sigma: Tensor, layout: ClipSteering, options: dict[str, Any]) -> None:
         """Move the sampler's own latents, in place."""
         options = {**options, "transformer_options": dict(options["transformer_options"])}
         denoiser = ComfyDenoiser(self, options, x.device, None)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 from uuid import uuid5
 
 import comfy.patcher_extension
@@ -22,7 +22,7 @@ from comfy.ldm.wan.model import WanModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
@@ -211,18 +211,18 @@ class HookedWan(Hook):
 
     # Plain closures, because the host copies what it finds in a model's options.
 
-    def _room(self, of_host: Callable[..., Any]) -> Callable[..., Any]:
+    def _room(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The host's memory estimate for calling branches together; 0 with a source.
 
         Branches run one after another, so separate calls would save nothing, but store the source's attention of all
         blocks.
         """
-        of_host = hook_below(of_host)
+        original = hook_below(original)
 
         def room(*args: Any, **more: Any) -> Any:
-            return 0 if self._source >= 0 else of_host(*args, **more)
+            return 0 if self._source >= 0 else original(*args, **more)
 
-        room.previous = of_host  # type: ignore[attr-defined]
+        room.previous = original  # type: ignore[attr-defined]
         return room
 
     def _joined(self) -> Callable[..., Any]:
@@ -244,8 +244,9 @@ class HookedWan(Hook):
             finally:
                 self._source = -1
                 if again:
-                    beside.control.records.clear()
-            beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
+                    beside.control.captured.records.clear()
+            predicted = (x - clean) / sigma.view(-1, 1, 1, 1, 1)
+            beside.control.captured.prediction = rearrange(predicted, "1 c f y x -> f c y x")
             return results
 
         return joined
@@ -267,7 +268,7 @@ class HookedWan(Hook):
             handles = [
                 getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
                 for i, block in enumerate(self._unet.blocks)
-                for kind in get_args(Kind)
+                for kind in SEPARATE
             ]
             try:
                 return executor(x, *rest, **more)
@@ -396,11 +397,11 @@ def _row_of(value: Any, row: int, rows: int) -> Any:
 class _Sentences:
     """The host's sentencepiece tokenizer with a CLIP tokenizer's interface: content tokens only."""
 
-    of_host: Any
+    host_tokenizer: Any
     bos_token_id: None = None
 
     def __call__(self, text: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=self.of_host.tokenizer.encode(text, add_bos=False, add_eos=False))
+        return SimpleNamespace(input_ids=self.host_tokenizer.tokenizer.encode(text, add_bos=False, add_eos=False))
 
 
 def _tokenizer(clip: Any) -> _Sentences | None:

@@ -98,7 +98,7 @@ FOLDERS = {
     "own class": (lambda f: set_config(f, "model_index.json", _class_name="MyPipeline"), "is a MyPipeline, a pipeline"),
     "own code": (lambda f: set_config(f, "model_index.json", _class_name=["p", "Mine"]), r"custom code \(p, Mine"),
     "unet's weight": (lambda f: set_weights(f, UNET, drop("conv_in.weight")), "missing weights in its unet: conv_in"),
-    "vae's weight": (lambda f: set_weights(f, VAE, drop("encoder.conv_in.bias")), "missing weights in its vae: encoder"),
+    "vae's weight": (lambda f: set_weights(f, VAE, drop("encoder.conv_in.bias")), "missing weights in its vae"),
     "text's weight": (
         lambda f: set_weights(f, TEXT, lambda w: {k: v for k, v in w.items() if "layers.1" not in k}),
         r"has missing weights in its text_encoder: \S*encoder\.layers\.1\S* and \d+ more",
