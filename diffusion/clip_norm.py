@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 def share_statistics(
     norm: nn.GroupNorm, frames: int | None = None, other_thread: Callable[[], bool] = lambda: False
 ) -> list[RemovableHandle]:
-    """Take a GroupNorm's mean and variance over all frames of a clip, until the handles go.
+    """Take a GroupNorm's mean and variance over all frames of a clip, until the handles are removed.
 
-    frames: of one clip, where a batch holds several; None where it holds one. other_thread: whether a call is to go as
-    without us.
+    frames: of one clip, if a batch contains several. other_thread: whether another thread calls the model, which must
+    get the plain GroupNorm.
     """
     length = 1
 

@@ -22,7 +22,7 @@ from ...attention.temporal_kind import TRAINED_KEYS
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
-from ...store.records import Beside
+from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import HostCondition, check_read
 from .hook import Hook
@@ -164,29 +164,29 @@ class ComfyDenoiser:
         condition: Condition,
         control: Control,
         guidance: Guidance | None = None,
-        beside: Beside | None = None,
+        paired: PairedBranch | None = None,
     ) -> Tensor:
         """Raises the host's InterruptProcessingException between UNet calls, and ValueError for a skipped call."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
-        if branch is self._source or beside is not None:
+        if branch is self._source or paired is not None:
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
         x = self.noise.to_host(latents * self.noise.scale(sigma))
         unguided = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
         # negatives, and branches that guidance nodes add, may combine prompts of several lengths, so all tokens count
         controls = {0: (control, condition.text_tokens), 1: (unguided, None)}
-        if beside is not None and not self._joins(beside, condition, x, sigma):
-            source = beside.control
-            source.captured.prediction = self.predict_noise(beside.latents, timestep, beside.condition, source)
-            beside = None
+        if paired is not None and not self._joins(paired, condition, x, sigma):
+            source = paired.control
+            source.captured.prediction = self.predict_noise(paired.latents, timestep, paired.condition, source)
+            paired = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
             check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.family.spans_clip)
         self._load(branch)
         with (
-            self._with_source(beside, control.chunk) as pair,
+            self._with_source(paired, control.chunk) as pair,
             branch.hooked.controlled(
                 controls, self._clip_norm, pair, whole_conditions(branch.conditions[condition.role])
             ),
@@ -195,15 +195,15 @@ class ComfyDenoiser:
         self.clean = clean
         return self.noise.from_host((x - clean) / sigma)
 
-    def _joins(self, beside: Beside, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
+    def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
         """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
         hooks, and with texts of one shape, which the host batches.
         """
-        assert isinstance(beside.condition, HostCondition)
+        assert isinstance(paired.condition, HostCondition)
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
         if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # may change its prediction
             return False
-        entries = [entry for c in (beside.condition, condition) for entry in self._branch_conditions(c)]
+        entries = [entry for c in (paired.condition, condition) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
         together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
         return together and edit.hooked.joins(source.hooked)
@@ -213,14 +213,14 @@ class ComfyDenoiser:
         return branch.conditions[condition.role]
 
     @contextmanager
-    def _with_source(self, beside: Beside | None, chunk: Chunk) -> Iterator[tuple[Beside, Any] | None]:
+    def _with_source(self, paired: PairedBranch | None, chunk: Chunk) -> Iterator[tuple[PairedBranch, Any] | None]:
         """The source's branch and its conditions on a chunk's frames, for `Hook.controlled`."""
-        if beside is None:
+        if paired is None:
             yield None
             return
-        assert isinstance(beside.condition, HostCondition)
-        with conditions_of_chunk([self._branch_conditions(beside.condition)], chunk) as (conditions,):
-            yield beside, conditions
+        assert isinstance(paired.condition, HostCondition)
+        with conditions_of_chunk([self._branch_conditions(paired.condition)], chunk) as (conditions,):
+            yield paired, conditions
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
 from ...models.family import Family
 from ...store.identity import ModelIdentity
-from ...store.records import Beside, Memory, kept_as_map
+from ...store.records import Memory, PairedBranch, kept_as_map
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
@@ -79,7 +79,7 @@ class Hook:
         self,
         controls: Controls,
         clip_norm: bool = False,
-        source: tuple[Beside, Any] | None = None,
+        source: tuple[PairedBranch, Any] | None = None,
         conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
         """Run the attention of the calls inside through controls.

@@ -26,7 +26,7 @@ from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
-from ...store.records import Beside
+from ...store.records import PairedBranch
 from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, node_of, unpatched
 from .noise import FlowNoise, noise_of
 from .sameness import OWN_OPTION, ROOM, equal, same_forward
@@ -141,7 +141,7 @@ class HookedWan(Hook):
             self.low, self.boundary = HookedWan(pair.low(model)), pair.boundary
         self._unet = model.model.diffusion_model
         self._sites: dict[tuple[int, int], dict[str, AttentionSite]] = {}
-        self._beside: Beside | None = None
+        self._paired: PairedBranch | None = None
         self._conditions: Any = None
         self._options: dict[str, Any] | None = None
         """The options of the call that the source ran in."""
@@ -197,17 +197,17 @@ class HookedWan(Hook):
         self,
         controls: Controls,
         clip_norm: bool = False,
-        source: tuple[Beside, Any] | None = None,
+        source: tuple[PairedBranch, Any] | None = None,
         conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
         refuse_clip_norm(clip_norm)
-        self._beside, self._conditions = source or (None, None)
+        self._paired, self._conditions = source or (None, None)
         try:
             with super().controlled(controls, clip_norm, source, conditions):
                 yield
         finally:
             self._source = -1
-            self._beside = self._conditions = self._options = None
+            self._paired = self._conditions = self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
@@ -229,8 +229,8 @@ class HookedWan(Hook):
         """Adds the source's conditions to those of a call; `_around` puts in its latents."""
 
         def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
-            beside = self._beside
-            if beside is None or not self._controls or not self._positive.among(conds):
+            paired = self._paired
+            if paired is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
             again = self._options is not None
             try:
@@ -244,9 +244,9 @@ class HookedWan(Hook):
             finally:
                 self._source = -1
                 if again:
-                    beside.control.captured.records.clear()
+                    paired.control.captured.records.clear()
             predicted = (x - clean) / sigma.view(-1, 1, 1, 1, 1)
-            beside.control.captured.prediction = rearrange(predicted, "1 c f y x -> f c y x")
+            paired.control.captured.prediction = rearrange(predicted, "1 c f y x -> f c y x")
             return results
 
         return joined
@@ -261,9 +261,9 @@ class HookedWan(Hook):
             branches = options["cond_or_uncond"]
             if len(x) != len(branches):
                 raise ValueError(f"latent: has {len(x) // len(branches)} clips, but FateZero edits one at a time")
-            if self._beside is not None and self._source in branches:
+            if self._paired is not None and self._source in branches:
                 x = x.clone()
-                x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
+                x[branches.index(self._source)] = rearrange(self._paired.latents, "f c y x -> c f y x").to(x)
             self._replacement = self._replacements(options)
             handles = [
                 getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
@@ -376,15 +376,15 @@ class HookedWan(Hook):
         self._check_kernel(control, q4, k4, v4, site, override)
         compute = control.cross_attention if site.kind == "cross" else control.self_attention
         output = compute(q4, k4, v4, site)
-        if self._beside is not None and branch == 0 and self._source >= 0:
-            self._beside.control.forget(site.name)
+        if self._paired is not None and branch == 0 and self._source >= 0:
+            self._paired.control.forget(site.name)
         self._mark_run(name, branch == 0)
         return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
 
     def _control(self, branch: int) -> tuple[Control, int | None]:
         """The control of a branch and its text tokens; branches of guidance nodes use the negative's."""
-        if self._beside is not None and branch == self._source:
-            return self._beside.control, self._beside.condition.text_tokens
+        if self._paired is not None and branch == self._source:
+            return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
 
 

@@ -16,7 +16,7 @@ from ...diffusion.ddim import guide
 from ...diffusion.denoiser import Guidance, refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import IdentityCache, ModelIdentity
-from ...store.records import Beside
+from ...store.records import PairedBranch
 from ..exclusive import IN_USE, OtherThread, exclusively
 
 _IDENTITIES = IdentityCache()
@@ -150,16 +150,16 @@ class HookedDenoiser(ABC):
         condition: Condition,
         control: Control,
         guidance: Guidance | None = None,
-        beside: Beside | None = None,
+        paired: PairedBranch | None = None,
     ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
         branches = [(latents, condition, control)]
-        if beside is None:
+        if paired is None:
             (prediction,) = self.predicted(branches, timestep)
         else:
             assert self.pairs, "the branches of this model run one after another"
-            before = beside.latents, beside.condition, beside.control
-            beside.control.captured.prediction, prediction = self.predicted([before, *branches], timestep)
+            before = paired.latents, paired.condition, paired.control
+            paired.control.captured.prediction, prediction = self.predicted([before, *branches], timestep)
         if guidance is None:
             return prediction
         (negative,) = self.predicted([(latents, guidance.negative, guidance.control)], timestep)

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
     controlnet_for(demo.unet, (16, 32)).save_pretrained(tmp_path / "half")
     for path, said in (
         (tmp_path / "small", r"another kind of model: its block_out_channels is \[8, 16\]"),
-        (tmp_path / "half", "shrinks pictures 2 times, and the model 4 times"),
+        (tmp_path / "half", "downscales pictures by 2, the model by 4"),
         (changed(global_pool_conditions=True), "pools its pictures"),
         (tmp_path / "none", "no model at"),
         (tmp_path, "no config.json"),
