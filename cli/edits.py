@@ -10,6 +10,7 @@ from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..diffusion.invert import Inversion, Progress
 from ..diffusion.parts import Edit
+from ..imports import torch
 from ..methods.layout import Layout
 from ..methods.move_objects import moves_of
 from ..store.store import AttentionStore
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> Layout | None:
     """An edit's layout, None for none. Raises ValueError for parts that do not fit each other or the model."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
-    config.recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
+    mask = GivenMask(torch.ones(1, 1, 1), config.mask_mode) if config.edit_mask else None  # its frames are read later
+    config.recipe(layout=layout, mask=mask).check(checkpoint.denoiser.spans_clip, prompt)
     return layout
 
 
