@@ -19,5 +19,6 @@ def command(
 ) -> None:
     """Run an attribute, a shape and a style edit on the bundled clip with the bundled model."""
     from ...demo.show import show
+    from ..session import pick_device
 
-    show(output, steps, device, console, progress_bar)
+    show(output, steps, pick_device(device), console, progress_bar)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...diffusion.edit import first_step
+from ...diffusion.parts import first_step
 from ...files.lora import LoraFile
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.tune_a_video import LayerSettings

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fatezero import StoreSettings, edit, invert
-from fatezero.diffusion.edit import Edit
+from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store.records import MEMORIES
 from small import (
