@@ -23,7 +23,7 @@ FILES = {
     "record.json": '{"made": 3}',
 }
 REFUSED = {
-    ("edit", "--nonsense"): "Unknown option",
+    ("edit", "--nonsense"): "unknown option --nonsense",
     ("edit",): "missing VIDEO",
     ("edit", "clip.mp4", "--target", "x"): "missing --source",
     ("edit", *WORDS, "--steps", "0"): "steps is 0",
@@ -41,9 +41,9 @@ REFUSED = {
     ("invert", "clip.mp4"): "missing --source",
     ("tune", "clip.mp4"): "missing --prompt",
     ("tune", "clip.mp4", "--prompt", "x", "--keep-every", "0"): "keep_every is 0",
-    ("tune", "clip.mp4", "--prompt", "x", "--keep-every", "1.5"): "'1.5' is no whole number",
-    ("batch", "job.yaml", "--workers", "1.5"): "'1.5' is no whole number",
-    ("benchmark", "--steps", "2.5"): "'2.5' is no whole number",
+    ("tune", "clip.mp4", "--prompt", "x", "--keep-every", "1.5"): "'1.5'; it must be a whole number",
+    ("batch", "job.yaml", "--workers", "1.5"): "'1.5'; it must be a whole number",
+    ("benchmark", "--steps", "2.5"): "'2.5'; it must be a whole number",
     ("generate",): "missing --prompt",
     ("evaluate", "a.mp4", "b.mp4", "--crop", "1"): "crop is '1'",
     ("batch", "jobs.yaml"): "clips is empty",
