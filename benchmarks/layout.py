@@ -35,7 +35,7 @@ from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
 from fatezero.hosts.diffusers.memory import guidance_bytes
-from fatezero.methods.layout import Layout, Move, Shift, Stop, Wanted
+from fatezero.methods.layout import Layout, LayoutObject, Move, Shift, Stop
 from fatezero.methods.layout import Path as Way
 from fatezero.methods.layout_guidance import LayoutGuidance, LayoutSettings
 from fatezero.methods.move_objects import MoveSettings, moves_of
@@ -107,7 +107,7 @@ def run_new(index: int, scene: Scene, motion: Motion) -> list[Row]:
         if settings is not None:
             paths = Layout(
                 scene.caption, checkpoint.tokenizer,
-                (Wanted(f"{thing.colour} {thing.shape}", Way(stops, "ellipse")),), LayoutSettings(**settings),
+                (LayoutObject(f"{thing.colour} {thing.shape}", Way(stops, "ellipse")),), LayoutSettings(**settings),
             )  # fmt: skip
             layout = paths.guidance(NEW_FRAMES, SIZE, SIZE, text.text_tokens)
         begun = time.perf_counter()
@@ -235,7 +235,10 @@ def run_moved(index: int, case: Case) -> list[Row]:
         if method.settings is not None:
             known = source.mask if method.known else None
             moves = Layout(
-                caption, checkpoint.tokenizer, (Wanted(words, case.shift, known),), MoveSettings(**method.settings)
+                caption,
+                checkpoint.tokenizer,
+                (LayoutObject(words, case.shift, known),),
+                MoveSettings(**method.settings),
             )
             if method.guided_only:
                 columns = moves.columns(words, text.text_tokens)

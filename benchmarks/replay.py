@@ -15,20 +15,21 @@ from common import table, write_section
 from fatezero import edit, invert
 from fatezero.demo.scenes import SIZE, render, scenes
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
-from fatezero.hosts.diffusers.checkpoint_wan import NAME, WanCheckpoint
+from fatezero.hosts.diffusers.load import open_model
 from fatezero.metrics.preservation import psnr
+from fatezero.models import DEMOS
 
 FRAMES = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo", choices=["demo", NAME])
+    parser.add_argument("--model", default="demo", choices=DEMOS)
     parser.add_argument("--clips", type=int, default=6)
     given = parser.parse_args()
     with quiet():
         pictures = Checkpoint.load("demo")
-        checkpoint = pictures if given.model == "demo" else WanCheckpoint.load(given.model)
+        checkpoint = open_model(given.model)
     clips = []
     for scene, motion in islice(scenes(321, held_out=True), given.clips):
         frames = render(scene, motion, FRAMES).frames

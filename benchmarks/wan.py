@@ -27,7 +27,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from fatezero import FlowEditSettings, FusionSettings, PromptEdit, draw, edit, invert
 from fatezero.attention.condition import Condition
 from fatezero.attention.masks import GivenMask
-from fatezero.demo.wan import build_tokenizer
+from fatezero.demo.video_model import build_tokenizer
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.hosts.diffusers.memory import LiveBytes, attend_without_data

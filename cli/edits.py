@@ -22,20 +22,20 @@ from .objects import layout_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .session import AnyCheckpoint
+    from ..hosts.diffusers.model import Model
 
 
-def checked_layout(checkpoint: AnyCheckpoint, config: EditConfig, frames: int) -> Layout | None:
+def checked_layout(checkpoint: Model, config: EditConfig, frames: int) -> Layout | None:
     """An edit's layout, None for none. Raises ValueError for settings that the model has no use for."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
     if checkpoint.denoiser.spans_clip:
-        _check_of_wan(config, layout)
+        _check_of_transformer(config, layout)
     if config.noise == "drawn":
         check_of_drawn(config.chosen_propagation, config.smoothing, layout)
     return layout
 
 
-def _check_of_wan(config: EditConfig, layout: Layout | None) -> None:
+def _check_of_transformer(config: EditConfig, layout: Layout | None) -> None:
     """Raise ValueError for settings that a video transformer has no use for."""
     check_of_transformers(config.chosen_propagation, config.smoothing, layout)
     refuse_clip_norm(config.clip_norm)
@@ -44,7 +44,7 @@ def _check_of_wan(config: EditConfig, layout: Layout | None) -> None:
 
 
 def motion_of(
-    checkpoint: AnyCheckpoint, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+    checkpoint: Model, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
 ) -> Motion | None:
     """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
     if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
@@ -61,7 +61,7 @@ def motion_of(
 
 
 def one_edit(
-    checkpoint: AnyCheckpoint,
+    checkpoint: Model,
     config: EditConfig,
     prompt: Any,
     store: AttentionStore,

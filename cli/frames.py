@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..hosts.diffusers.checkpoint import Checkpoint
+    from ..hosts.diffusers.model import Model
     from .config.settings import EditConfig, TuneConfig
-    from .session import AnyCheckpoint, Session
+    from .session import Session
 
 
 def find_frames(config: EditConfig | TuneConfig, default: int | None = None) -> VideoSource:
@@ -49,51 +50,39 @@ def found_frames(session: Session, config: EditConfig) -> VideoSource:
     return source
 
 
-def encode(checkpoint: AnyCheckpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
-    """Latents of a clip's frames, as they are decoded."""
-    from ..hosts.diffusers.checkpoint import Checkpoint
-
-    if isinstance(checkpoint, Checkpoint):
-        return posterior(checkpoint, video, progress)[0]
-    latents = checkpoint.encode_clip(to_unit(torch.stack(list(video.frames()))))
-    progress(len(video), len(video))
-    return latents
+def encode(model: Model, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
+    """Latents of a clip, its frames encoded as they are decoded."""
+    return torch.cat([model.encode_clip(frames) for frames in _batches(model, video, progress)]).float()
 
 
-def posterior(
-    checkpoint: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a clip's latents, its frames encoded as they are decoded."""
-    parts: list[tuple[Tensor, Tensor]] = []
-    done = 0
-    coming, at_once = video.frames(), checkpoint.frames_at_once(*video.size)
-    while frames := list(islice(coming, at_once)):
-        parts.append(checkpoint.encode_posterior(to_unit(torch.stack(frames))))
-        done += len(frames)
-        progress(done, len(video))
+def posterior(model: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a clip's latents."""
+    parts = [model.encode_posterior(frames) for frames in _batches(model, video, progress)]
     mean, deviation = (torch.cat(list(some)).float() for some in zip(*parts, strict=True))
     return mean, deviation
 
 
-def decode(
-    checkpoint: AnyCheckpoint, latents: Tensor, frames: int, progress: Callable[[int, int], None]
-) -> Iterator[Tensor]:
+def _batches(model: Model, video: FittedVideo, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """A clip's frames in 0..1, (f, 3, h, w), as many at a time as the autoencoder takes."""
+    coming, done = video.frames(), 0
+    while frames := list(islice(coming, model.frames_at_once(*video.size) or len(video))):
+        yield to_unit(torch.stack(frames))
+        done += len(frames)
+        progress(done, len(video))
+
+
+def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
     """The frames of latents, uint8 (height, width, 3), one after another."""
-    from ..hosts.diffusers.checkpoint import Checkpoint
-
-    if not isinstance(checkpoint, Checkpoint):
-        yield from to_bytes(checkpoint.decode_clip(latents, frames))
-        progress(frames, frames)
-        return
-    height, width = (side * checkpoint.factor for side in latents.shape[-2:])
+    height, width = (side * model.factor for side in latents.shape[-2:])
     done = 0
-    for some in latents.split(checkpoint.frames_at_once(height, width)):
-        yield from to_bytes(checkpoint.decode_latents(some))
-        done += len(some)
-        progress(done, len(latents))
+    for some in latents.split(model.frames_at_once(height, width) or len(latents)):
+        pictures = model.decode_clip(some, frames - done)
+        yield from to_bytes(pictures)
+        done += len(pictures)
+        progress(done, frames)
 
 
-def shape_of(video: FittedVideo, checkpoint: AnyCheckpoint) -> tuple[int, int, int, int]:
+def shape_of(video: FittedVideo, checkpoint: Model) -> tuple[int, int, int, int]:
     width, height = video.size
     frames = checkpoint.latent_frames(len(video))
     return frames, checkpoint.channels, height // checkpoint.factor, width // checkpoint.factor

@@ -14,7 +14,7 @@ from .config.settings import ConfigError, EditConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .session import AnyCheckpoint
+    from ..hosts.diffusers.model import Model
 
 
 def found_mask(name: str, file: str, frames: int | None = None) -> VideoSource:
@@ -33,7 +33,7 @@ def check_edit_mask(config: EditConfig, frames: int) -> None:
 
 
 def edit_mask(
-    checkpoint: AnyCheckpoint, config: EditConfig, crop: tuple[int, int, int, int], size: tuple[int, int]
+    checkpoint: Model, config: EditConfig, crop: tuple[int, int, int, int], size: tuple[int, int]
 ) -> GivenMask | None:
     """The mask of an edit, cropped and scaled as the clip is; None for none."""
     if not config.edit_mask:
@@ -50,7 +50,7 @@ def grey(video: VideoSource | FittedVideo) -> Tensor:
     return torch.stack([to_unit(frame[None])[0].mean(0) for frame in video.frames()])
 
 
-def _by_latent(mask: Tensor, checkpoint: AnyCheckpoint) -> Tensor:
+def _by_latent(mask: Tensor, checkpoint: Model) -> Tensor:
     """A mask of frames as one of latents, of which each may have several frames: white where one of them is."""
     latents = torch.tensor([checkpoint.latent_frames(i + 1) - 1 for i in range(len(mask))])
     return torch.stack([mask[latents == i].amax(0) for i in range(int(latents[-1]) + 1)])

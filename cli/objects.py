@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..attention.prompt import places_of
-from ..methods.layout import Layout, Wanted, named_path
+from ..methods.layout import Layout, LayoutObject, named_path
 from ..settings import shown
 from .config.settings import ConfigError, EditConfig, GenerateConfig
 from .masks import found_mask, grey
@@ -24,9 +24,9 @@ def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, 
     for form in ("box", "ellipse", "shift"):
         for text in getattr(config, form, ()):
             words, way = named_path(text, form)
-            found.append(Wanted(words, way, known.pop(words, None)))
+            found.append(LayoutObject(words, way, known.pop(words, None)))
     for words, mask in _by_words("mask", config.mask, frames).items():
-        found.append(Wanted(words, mask, known.pop(words, None)))
+        found.append(LayoutObject(words, mask, known.pop(words, None)))
     if known:
         raise ValueError(f"object_mask: {next(iter(known))!r} is given no place (--shift, --box, --ellipse or --mask)")
     return Layout(prompt, tokenizer, tuple(found), config.layout) if found else None

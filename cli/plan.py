@@ -23,14 +23,14 @@ from .config.settings import EditConfig
 from .progress import in_words
 
 if TYPE_CHECKING:
-    from .session import AnyCheckpoint
+    from ..hosts.diffusers.model import Model
 
 
 CHUNK_FRAMES = 16
 """Frames of one call where nothing says how many, and chunks give the whole clip's result."""
 
 
-def in_chunks(config: EditConfig, checkpoint: AnyCheckpoint, frames: int) -> EditConfig:
+def in_chunks(config: EditConfig, checkpoint: Model, frames: int) -> EditConfig:
     """A configuration with the chunks of a long clip, where it sets none and they give the whole clip's result."""
     approximate = frames_meet(checkpoint.denoiser, config.keys, config.clip_norm)
     if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
@@ -38,26 +38,22 @@ def in_chunks(config: EditConfig, checkpoint: AnyCheckpoint, frames: int) -> Edi
     return replace(config, chunk_frames=CHUNK_FRAMES)
 
 
-def check_size_fits(checkpoint: AnyCheckpoint, latents_shape: Sequence[int]) -> None:
+def check_size_fits(model: Model, latents_shape: Sequence[int]) -> None:
     """Raise ValueError where frames of a size would not fit into memory, by what the autoencoder holds of one alone."""
-    from ..hosts.diffusers.checkpoint import Checkpoint
-
     frames, _, *grid = latents_shape
-    height, width = (side * checkpoint.factor for side in grid)
-    at_once = checkpoint.frames_at_once(height, width) if isinstance(checkpoint, Checkpoint) else frames
+    height, width = (side * model.factor for side in grid)
+    at_once = model.frames_at_once(height, width) or frames
     what = f"{width}x{height}: {'a frame' if at_once == 1 else f'{at_once} frames'}"
     check_room(what, 15 * at_once * height * width, free_bytes(), _SMALLER)
-    if isinstance(checkpoint, Checkpoint):
-        vae, device = checkpoint.vae, checkpoint.device
-        needed = 6 * vae.config["block_out_channels"][0] * vae.dtype.itemsize * height * width
-        check_room(f"{width}x{height}: the autoencoder", needed, available_bytes(device), _SMALLER)
+    needed = model.coding_bytes(height, width)
+    check_room(f"{width}x{height}: the autoencoder", needed, available_bytes(model.device), _SMALLER)
 
 
 _SMALLER = "choose a smaller --size, or crop the video"
 
 
 def plan(
-    checkpoint: AnyCheckpoint,
+    checkpoint: Model,
     configs: list[EditConfig],
     latents_shape: tuple[int, ...],
     settings: StoreSettings,
@@ -65,8 +61,6 @@ def plan(
     store: AttentionStore | None = None,
 ) -> str:
     """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
-    from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
-
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
@@ -81,10 +75,10 @@ def plan(
     inverts = not store and config.noise == "inverted"
     chosen = plan_store(settings, demand, device) if inverts else None
     size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
-    lines = [f"{frames} frames of {size}, {config.steps} steps, {device}"]
-    if isinstance(checkpoint, WanCheckpoint):
-        coding = checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor)
-        lines = [f"{frames} latents of {size}, {config.steps} steps, {device}", f"   autoencoder: {coding}"]
+    what = "latents" if denoiser.spans_clip else "frames"
+    lines = [f"{frames} {what} of {size}, {config.steps} steps, {device}"]
+    if coding := checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor):
+        lines.append(f"   autoencoder: {coding}")
     for memory in MEMORIES if store or inverts else ():
         mark = "->" if memory == (store or chosen or config).memory else "  "
         lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
@@ -146,7 +140,7 @@ def _calls(
 
 @no_grad
 def _cost_of_call(
-    checkpoint: AnyCheckpoint, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
+    checkpoint: Model, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
 ) -> tuple[float, int]:
     """The seconds that a call of the model takes and the most bytes that it holds, by one that is made.
 

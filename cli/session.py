@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..imports import torch
+from ..models import DEMOS
 from ..settings import shown
 from ..video.fitted import FittedVideo
 from ..video.read import open_video
@@ -21,9 +22,7 @@ from .progress import Bar, in_a_line, printable
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.checkpoint import Checkpoint
-    from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
-
-    AnyCheckpoint = Checkpoint | WanCheckpoint
+    from ..hosts.diffusers.model import Model
 
 Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
@@ -68,26 +67,23 @@ class Session:
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
 
-    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
-        """A model that edits: Wan's by what a folder or hub name says it is. videos: see `open_unet`."""
-        from ..hosts.diffusers.checkpoint import CheckpointError, kind_of, quiet
-        from ..hosts.diffusers.checkpoint_wan import NAME, WanCheckpoint
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> Model:
+        """A model of any family. videos: take text-to-video UNets too."""
+        from ..hosts.diffusers.checkpoint import quiet
+        from ..hosts.diffusers.load import open_model
 
-        where, model = pick_device(self.device), settings.model
-        if model != NAME and not kind_of(model).startswith("Wan"):
-            return self.open_unet(settings, videos)
-        if settings.temporal:
-            raise CheckpointError(f"{model} is a model of videos already, which {settings.temporal} is not for")
-        if self.model_config is not None:
-            raise ValueError(f"model_config has no effect: {model!r} is no single file")
-        dtype = torch.bfloat16 if self.dtype == "auto" and where.type != "cpu" else pick_dtype(self.dtype, where)
+        where = pick_device(self.device)
+        dtype = None if self.dtype == "auto" else pick_dtype(self.dtype, where)
         with quiet():
-            checkpoint = WanCheckpoint.load(model, where, dtype, settings.lora, variant=settings.variant)
-        self._note_of(checkpoint)
-        return checkpoint
+            model = open_model(
+                settings.model, where, dtype, self.model_config, settings.lora, settings.temporal, videos,
+                settings.variant,
+            )  # fmt: skip
+        self._note_of(model)
+        return model
 
-    def open_unet(self, settings: ModelSettings, videos: bool = False) -> Checkpoint:
-        """A model with a UNet. videos: take text-to-video UNets too."""
+    def open_unet(self, settings: ModelSettings) -> Checkpoint:
+        """A model with a UNet of images."""
         from ..hosts.diffusers.checkpoint import Checkpoint, quiet
 
         where, model = pick_device(self.device), settings.model
@@ -96,16 +92,16 @@ class Session:
         with quiet():
             checkpoint = Checkpoint.load(
                 model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
-                temporal=settings.temporal or None, videos=videos, variant=settings.variant,
+                settings.temporal or None, variant=settings.variant,
             )  # fmt: skip
         self._note_of(checkpoint)
         return checkpoint
 
-    def _note_of(self, checkpoint: AnyCheckpoint) -> None:
+    def _note_of(self, checkpoint: Model) -> None:
         """Say what was added to a model, and where it is a small one."""
         for note in checkpoint.notes:
             self.say(note)
-        if checkpoint.name in ("demo", "demo-wan"):
+        if checkpoint.name in DEMOS:
             self.note("the bundled demo model knows only its own small world; for real videos give --model")
 
     def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
@@ -126,24 +122,22 @@ class Session:
 
 def controlled(
     session: Session,
-    checkpoint: AnyCheckpoint,
+    checkpoint: Model,
     config: EditConfig,
     cut: EditConfig,
     frames: int,
     size: tuple[int, int],
-) -> AnyCheckpoint:
+) -> Model:
     """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
 
     cut: the settings of the clip. Raises ValueError for a model that takes none, for too few pictures, and for a range
     without a step in it.
     """
-    from ..hosts.diffusers.checkpoint import Checkpoint, quiet
+    from ..hosts.diffusers.checkpoint import quiet
 
     asked = config.chosen_control
     if not asked.controlnet:
         return checkpoint
-    if not isinstance(checkpoint, Checkpoint):
-        raise ValueError("controlnet is for UNets: a video transformer takes none")
     try:
         source = open_video(asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate)
         pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))

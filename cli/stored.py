@@ -21,14 +21,14 @@ from .config.values import checked
 from .frames import find_frames
 
 if TYPE_CHECKING:
-    from .session import AnyCheckpoint
+    from ..hosts.diffusers.model import Model
 
 _OF_THE_CLIP = tuple(one.name for one in settings_of(ClipSettings))
 _KEPT = (*_OF_THE_CLIP, "precision", "keep_steps")
 """The settings that a store remembers."""
 
 
-def origin_of(checkpoint: AnyCheckpoint, config: EditConfig, video: FittedVideo) -> Origin:
+def origin_of(checkpoint: Model, config: EditConfig, video: FittedVideo) -> Origin:
     """Where a clip that is inverted is from."""
     sound, samples, rate = video.sound(), None, None
     if sound is not None:
@@ -98,7 +98,7 @@ def _model_of(origin: Origin) -> str:
     raise StoreError(f"the store was made with the model {shown(name)}, which is not here: give it with --model")
 
 
-def check_of_store(checkpoint: AnyCheckpoint, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
+def check_of_store(checkpoint: Model, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
     """StoreError for a store of another model, autoencoder or text encoder, or whose prompt is not its own."""
     schedule = checkpoint.denoiser.schedule(store.steps)
     for prompt in prompts:

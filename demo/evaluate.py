@@ -17,7 +17,7 @@ from ..diffusion.generate import generate
 from ..diffusion.invert import invert
 from ..diffusion.source import source_heat
 from ..hosts.diffusers.checkpoint import Checkpoint
-from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers.model import Model
 from ..metrics.preservation import intersection_over_union, psnr
 from ..metrics.temporal import warp_error
 from ..video.flow import Estimator, flow_estimator
@@ -25,9 +25,6 @@ from ..video.motion import visible
 from .judge import close_up
 from .model import SceneClassifier, labels
 from .scenes import SIZE, random_motion, random_scene, render, scenes
-
-AnyModel = Checkpoint | WanCheckpoint
-"""A model that generates demo scenes."""
 
 
 def judge_accuracy(judge: SceneClassifier, count: int = 1000, seed: int = 77) -> float:
@@ -90,7 +87,7 @@ def painting_accuracy(
     }
 
 
-def replay_psnr(checkpoint: AnyModel, clips: int = 6, steps: int = 50) -> tuple[float, float]:
+def replay_psnr(checkpoint: Model, clips: int = 6, steps: int = 50) -> tuple[float, float]:
     """PSNR in dB to the source, of the autoencoder's round trip and of inversion and replay at guidance 1."""
     sources, coded, replayed = [], [], []
     for scene, motion in islice(scenes(321, held_out=True), clips):
@@ -133,7 +130,7 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
     return max(scores)
 
 
-def moving_figures(checkpoint: AnyModel, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
+def moving_figures(checkpoint: Model, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
     """Figures of clips generated from held-out captions: correct words by kind and in total, warp error, motion.
 
     The warp error (x 1000) uses DIS's flow of the clip itself; figures `rendered` are those of rendered clips.

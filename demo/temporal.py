@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
 from ..files.temporal_layers import training_metadata
-from ..files.whole import whole_file
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.temporal import queries_of, save_temporal_layers, temporal_layers
 from ..methods.tune_a_video import clip_loss
 from .scenes import SIZE, Scene, random_motion, random_scene, render
-from .train import Report, encode, in_bytes, noise_weight, optimiser_of, rate_at, saved_step, set_rate
+from .train import encode, in_bytes, noise_weight
+from .training import Plan, Report, train_weights
 
 KEYS = KeyFrames(("first", "previous"))
 """The key frames for training, editing and generating."""
@@ -111,25 +111,11 @@ def train_temporal(
     trained = trained_weights(unet)
     for weight in trained.values():
         weight.requires_grad_(True)
-    optimiser = optimiser_of(list(trained.values()), settings.rate)
-    average = {name: weight.detach().clone() for name, weight in trained.items()}
-    done = _resume(state / "temporal.safetensors", trained, average, optimiser)
-    running = 0.0
-    for step in range(done, settings.steps):
-        set_rate(optimiser, settings.rate * rate_at(step, settings.steps))
-        error = _step(checkpoint, latents, captions, step, settings)
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        decay = min(settings.average, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [w.detach() for w in trained.values()], 1 - decay)
-        running = error if step == done else 0.98 * running + 0.02 * error
-        if step % 50 == 49:
-            report(f"temporal layers {step + 1}/{settings.steps}: error {running:.4f}")
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            _save_state(state / "temporal.safetensors", trained, average, optimiser, step + 1)
-    for name, weight in trained.items():
-        weight.data = average[name]
+    plan = Plan(
+        "temporal layers", state / "temporal.safetensors", settings.steps, settings.rate, settings.average,
+        settings.save_every,
+    )  # fmt: skip
+    train_weights(trained, plan, lambda step: _step(checkpoint, latents, captions, step, settings), report)
     save_temporal_layers(
         unet.half(), output, training_metadata(KEYS.entries, True) | {"trained on": f"{settings.clips} moving scenes"}
     )
@@ -165,29 +151,3 @@ def _step(checkpoint: Checkpoint, latents: Tensor, captions: list[str], step: in
             (noise_weight(denoiser.scheduler.alphas_cumprod[timestep]) * error / clips).backward()
         errors.append(error.item())
     return sum(errors) / clips
-
-
-def _save_state(
-    path: Path, live: dict[str, nn.Parameter], average: dict[str, Tensor], optimiser: torch.optim.Optimizer, step: int
-) -> None:
-    tensors = {f"live.{name}": weight.detach() for name, weight in live.items()}
-    tensors |= {f"average.{name}": weight for name, weight in average.items()}
-    for name, weight in live.items():
-        tensors |= {f"adam.{name}.{key}": optimiser.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
-    with whole_file(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step)})
-
-
-def _resume(
-    path: Path, live: dict[str, nn.Parameter], average: dict[str, Tensor], optimiser: torch.optim.Optimizer
-) -> int:
-    """Load a saved state; returns the number of steps done."""
-    if not path.exists():
-        return 0
-    tensors, step = load_file(path), saved_step(path)
-    for name, weight in live.items():
-        weight.data.copy_(tensors[f"live.{name}"])
-        average[name].copy_(tensors[f"average.{name}"])
-        moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
-    return step

@@ -22,15 +22,16 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from . import model as demo
 from .judge import close_up
 from .scenes import SIZE, Motion, Scene, random_motion, render, scenes
+from .training import Plan, Report, optimiser_of, rate_at, set_rate, train_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class TrainSettings:
     compile: bool = True
 
 
-Report = Callable[[str], None]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -128,21 +128,6 @@ def _batch(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.G
     """The pictures of a step, and the generator for its other random numbers."""
     generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
     return torch.randint(count, (size,), generator=generator), generator
-
-
-def rate_at(step: int, steps: int, warmup: int = 200, tail: float = 0.3) -> float:
-    """Warm up, stay constant, then decay to zero by a cosine over the last `tail` of the steps."""
-    fall = max(0.0, (step - (1 - tail) * steps) / (tail * steps))
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
-
-
-def optimiser_of(parameters: list[nn.Parameter], rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
-
-
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = rate
 
 
 def noise_weight(signal: Tensor) -> Tensor:
@@ -274,32 +259,17 @@ def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 # --- UNet and text encoder ------------------------------------------------------------
 
 
-@dataclass
-class Painter:
+class Painter(nn.Module):
     """The two networks trained together."""
 
-    unet: UNet2DConditionModel
-    text: CLIPTextModel
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.unet.parameters(), *self.text.parameters()]
-
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        return {
-            f"{prefix}.{name}": tensor.contiguous()
-            for part, module in (("unet", self.unet), ("text", self.text))
-            for name, tensor in ((f"{part}.{k}", v) for k, v in module.state_dict().items())
-        }
-
-    def load(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        for part, module in (("unet", self.unet), ("text", self.text)):
-            start = f"{prefix}.{part}."
-            module.load_state_dict({k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)})
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.unet, self.text = demo.build_unet(), demo.build_text_encoder(tokenizer)
 
 
 def train_painter(
     latents: Tensor,
-    scenes_shown: list[Scene],
+    captions: list[str],
     tokenizer: CLIPTokenizer,
     state: Path,
     settings: TrainSettings,
@@ -315,15 +285,9 @@ def train_painter(
     Resumes from the state folder if possible. Returns the running averages.
     """
     torch.manual_seed(settings.seed)
-    live = Painter(demo.build_unet(), demo.build_text_encoder(tokenizer))
-    live.unet.to(device).train()
-    live.text.to(device).train()
-    average = deepcopy(live)
-    optimiser = optimiser_of(live.parameters(), settings.unet_rate)
-    done = _resume(state / "painter.safetensors", live, average, optimiser)
-
+    live = Painter(tokenizer).to(device).train()
     live.unet.set_attn_processor(AttnProcessor())  # on a CPU, fused kernels do not speed up heads this narrow
-    ids = demo.token_ids(tokenizer, [scene.caption for scene in scenes_shown] + [""])
+    ids = demo.token_ids(tokenizer, [*captions, ""])
     alphas = demo.build_scheduler().alphas_cumprod.to(device)
 
     def loss_of(z: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,62 +299,23 @@ def train_painter(
         return (noise_weight(signal) * error).mean(), error.mean()
 
     loss_of = _compiled(loss_of, settings)
-    running = 0.0
-    for step in range(done, settings.unet_steps):
+
+    def error_of(step: int) -> Tensor:
         chosen, generator = _batch(settings.seed + 3, step, settings.unet_batch, len(latents))
         z = latents[chosen].to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
         t = torch.randint(1000, (len(z),), generator=generator)
         no_text = torch.rand(len(z), generator=generator) < settings.text_dropout
-        text = torch.where(no_text[:, None], ids[-1], ids[chosen]).to(device)
-        set_rate(optimiser, settings.unet_rate * rate_at(step, settings.unet_steps))
-        loss, error = loss_of(z, noise, t.to(device), text)
-        optimiser.zero_grad()
+        loss, error = loss_of(z, noise, t.to(device), torch.where(no_text[:, None], ids[-1], ids[chosen]).to(device))
         loss.backward()
-        nn.utils.clip_grad_norm_(live.parameters(), 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            decay = min(settings.average, (step + 1) / (step + 10))
-            torch._foreach_lerp_([p.data for p in average.parameters()], [p.data for p in live.parameters()], 1 - decay)
-        running = error.item() if step == done else 0.98 * running + 0.02 * error.item()
-        if step % 100 == 99:
-            report(f"unet {step + 1}/{settings.unet_steps}: error {running:.4f}")
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.unet_steps:
-            _save_state(state / "painter.safetensors", live, average, optimiser, step + 1)
-    average.unet.eval()
-    average.text.eval()
-    return average
+        return error
 
-
-def _save_state(path: Path, live: Painter, average: Painter, optimiser: torch.optim.Optimizer, step: int) -> None:
-    tensors = {**live.tensors("live"), **average.tensors("average")}
-    for i, parameter in enumerate(live.parameters()):
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"adam.{i}.{key}"] = optimiser.state[parameter][key]
-    temporary = path.with_suffix(".partial")
-    save_file({k: v.detach().cpu() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    temporary.replace(path)
-
-
-def _resume(path: Path, live: Painter, average: Painter, optimiser: torch.optim.Optimizer) -> int:
-    """Load a saved state; returns the number of steps done."""
-    if not path.exists():
-        return 0
-    tensors, step = load_file(path), saved_step(path)
-    live.load(tensors, "live")
-    average.load(tensors, "average")
-    for i, parameter in enumerate(live.parameters()):
-        optimiser.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            **{k: tensors[f"adam.{i}.{k}"].to(parameter.device) for k in ("exp_avg", "exp_avg_sq")},
-        }
-    return step
-
-
-def saved_step(path: Path) -> int:
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["step"])
+    plan = Plan(
+        "unet", state / "painter.safetensors", settings.unet_steps, settings.unet_rate, settings.average,
+        settings.save_every, report_every=100,
+    )  # fmt: skip
+    train_weights(dict(live.named_parameters()), plan, error_of, report)
+    return live.eval()
 
 
 # --- the whole ------------------------------------------------------------------------
@@ -453,8 +378,8 @@ def train(folder: Path, state: Path, settings: TrainSettings, device: torch.devi
         save_file({"latents": encode(vae, pictures().frames)}, state / "latents.safetensors")
     pictures.cache_clear()  # frees half a gigabyte
     latents = load_file(state / "latents.safetensors")["latents"]
-    shown = [scene for job in _jobs(seed, images, None) for scene in _scenes(job)]
-    painter = train_painter(latents, shown, tokenizer, state, settings, device, report)
+    captions = [scene.caption for job in _jobs(seed, images, None) for scene in _scenes(job)]
+    painter = train_painter(latents, captions, tokenizer, state, settings, device, report)
     save_checkpoint(folder, vae, painter, judge)
     report(f"checkpoint written to {folder}")
 

@@ -1,4 +1,4 @@
-"""Deterministic DDIM (arXiv 2010.02502, Eq. 12 with eta 0), forward and back."""
+"""Deterministic DDIM (arXiv 2010.02502, Eq. 12 with eta 0), in both directions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def ddim_move(z: Tensor, noise: Tensor, alpha: Tensor, alpha_to: Tensor) -> Tensor:
-    """Move a latent from one cumulative alpha to another along the predicted noise.
+    """Move latents from one cumulative alpha to another along the predicted noise.
 
     z' = sqrt(a') (z - sqrt(1 - a) eps) / sqrt(a) + sqrt(1 - a') eps
 
-    alpha, alpha_to: scalars in double precision; the result has the latent's.
+    alpha, alpha_to: scalars in double precision; the result has the latents' precision.
     """
     clean = (z - (1 - alpha).sqrt() * noise) / alpha.sqrt()
     return alpha_to.sqrt() * clean + (1 - alpha_to).sqrt() * noise

@@ -1,4 +1,4 @@
-"""What the loops ask of a host."""
+"""The interface between the sampling loops and a host's model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
-"""Frames to look at together, and how much each frame's result counts."""
+"""Windows of frames, with the weight of each frame's result."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,17 @@ class Guidance:
 
 
 class Predictor(Protocol):
-    """A model that tells the noise of latents, hooked by a host adapter (`hosts/`)."""
+    """A model that predicts noise, hooked by a host adapter (`hosts/`)."""
 
     def hooked(self, clip_norm: bool = False) -> AbstractContextManager[None]:
-        """Hook the model for a run; leave no trace after the `with` block."""
+        """Hook the model for a run, and restore it after the `with` block."""
 
     def predict_noise(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, guidance: Guidance | None = None
     ) -> Tensor:
-        """What a step goes along (`schedule`) of the latents of a chunk's frames, (frames, c, h, w), guided away from a
-        negative prompt: epsilon, or the velocity of a flow.
+        """The guided prediction for latents (frames, c, h, w) of a chunk's frames: epsilon, or the velocity of a flow.
 
-        `control` computes attention, and its `chunk` tells which of the clip's frames these are.
+        `control` computes the attention; the latents are those of the frames of its `chunk`.
         """
 
 
@@ -52,27 +51,27 @@ class Denoiser(Predictor, Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The precision of the model's computations."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device of the model's computations."""
 
     @property
     def spans_clip(self) -> bool:
-        """Whether self-attention sees all frames of a call by itself, as a video transformer's does."""
+        """Whether every frame attends to all frames of a call, as in a video transformer."""
 
     @property
     def pairs(self) -> bool:
-        """Whether `predict_noise` takes a branch beside."""
+        """Whether `predict_noise` can evaluate a second branch (`beside`)."""
 
     @property
     def frames_meet(self) -> bool:
-        """Whether layers of the model mix all frames of a call, so that chunks only come near the whole clip."""
+        """Whether layers of the model mix all frames of a call, which makes chunks approximate."""
 
     @property
     def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
-        """The key frames, and whether clip norm, that the model was trained with."""
+        """The key frames, and the clip norm, of the model's training."""
 
     def predict_noise(
         self,
@@ -83,49 +82,49 @@ class Denoiser(Predictor, Protocol):
         guidance: Guidance | None = None,
         beside: Beside | None = None,
     ) -> Tensor:
-        """beside: a branch to be evaluated within the call, by hosts that pair branches."""
+        """beside: a second branch to evaluate in the same call, if the host `pairs` branches."""
 
     def schedule(self, steps: int) -> Schedule:
-        """The noise levels of a run of `steps`."""
+        """The noise levels of a run with this number of steps."""
 
     def sites(self, height: int, width: int) -> list[AttentionSite]:
-        """The attention layers on latents of this size."""
+        """The attention layers for latents of this size."""
 
     def identity(self) -> ModelIdentity:
-        """What tells this model from another."""
+        """The identity of the model's weights."""
 
     def windows(self, latents: Tensor, timestep: float) -> Windows | None:
-        """The windows a host was told to see a clip through at a timestep; None for none."""
+        """The host's context windows at a timestep, if any."""
 
 
 @runtime_checkable
 class Differentiable(Denoiser, Protocol):
-    """A denoiser whose latents can have gradients."""
+    """A denoiser that computes gradients in its latents."""
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """A number that a control has after a UNet call, and its gradient in the latents, of their shape.
+        """A scalar `value()` after a UNet call, and its gradient in the latents.
 
-        Activations are computed twice, and not kept. Raises ValueError for weights that no gradient passes through.
+        Activations are recomputed, not stored. Raises ValueError for weights without gradients.
         """
 
 
 def refuse_clip_norm(clip_norm: bool) -> None:
-    """Raise ValueError where clip norm is asked of a video transformer."""
+    """Raise ValueError for clip norm on a video transformer."""
     if clip_norm:
         raise ValueError("clip_norm is for UNets: a video transformer has no GroupNorm")
 
 
 def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | str | int) -> KeyFrames:
-    """The key frames that are asked for, on a model that has none of its own: a video transformer's frames see all."""
-    asked = KeyFrames.of(key_frames)
-    return KeyFrames((ALL,)) if denoiser.spans_clip else asked
+    """The given key frames, or "all" on a video transformer, whose frames attend to all frames."""
+    keys = KeyFrames.of(key_frames)
+    return KeyFrames((ALL,)) if denoiser.spans_clip else keys
 
 
 def frames_meet(denoiser: Denoiser, key_frames: KeyFrames, clip_norm: bool) -> bool:
-    """Whether a frame's attention depends on which frames are in its call, beyond fixed key frames: several chunks then
-    only come near the whole clip.
+    """Whether a frame's result depends on the other frames of its call, beyond fixed key frames: chunks are then
+    approximate.
     """
     return clip_norm or denoiser.frames_meet or not key_frames.anchored
 
@@ -138,7 +137,7 @@ def in_parts(
     chunk_frames: int | None,
     clip_norm: bool,
 ) -> bool:
-    """Whether frames that meet run in several chunks, so that each has an attention in every chunk it is in."""
+    """Whether frames that depend on each other run in several chunks, where a frame's attention differs by chunk."""
     chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames, clip_norm)
     return len(chunks) > 1 and frames_meet(denoiser, key_frames, clip_norm)
 
@@ -151,7 +150,7 @@ def chunks_of(
     chunk_frames: int | None,
     clip_norm: bool,
 ) -> list[Chunk]:
-    """The chunks a clip runs in at a timestep: chunks if asked for, else the host's windows, else one."""
+    """The chunks of a clip at a timestep: of `chunk_frames` if given, else the host's windows, else one."""
     if chunk_frames is None:
         windows = denoiser.windows(latents, timestep)
         if windows is not None:
@@ -165,7 +164,7 @@ def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:
 
 
 def joined(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Tensor:
-    """One result for each frame of the clip, from the chunks' weighted ones."""
+    """One result for each frame of the clip, as the weighted sum over chunks."""
     if len(chunks) == 1 and chunks[0].is_whole:
         return parts[0]
     whole = torch.zeros(chunks[0].clip, *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
@@ -176,8 +175,6 @@ def joined(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Tensor:
 
 
 def check_finite(latents: Tensor, what: str) -> None:
-    """Raise ArithmeticError for latents that hold an infinity or no number: all that follows would be black."""
+    """Raise ArithmeticError for infinite or NaN latents, which would end in black frames."""
     if not torch.isfinite(latents).all():
-        raise ArithmeticError(
-            f"{what} are not finite: a setting is too large (guidance, reweight), or the model's precision too small"
-        )
+        raise ArithmeticError(f"{what} are not finite: lower guidance or reweight, or use a higher precision")

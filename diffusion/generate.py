@@ -1,4 +1,4 @@
-"""New clips from noise: DDIM under classifier-free guidance, with nothing of a source."""
+"""New clips from noise: sampling with classifier-free guidance, without a source."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def generate(
     chunk_frames: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The latents (frames, 4, h, w) that DDIM makes of noise in that shape; frames agree on a model that knows videos.
+    """Generate latents (frames, c, h, w) from noise of this shape. Only video models give consistent frames.
 
-    text, negative: embeddings of the prompts. layout: where objects shall be (`LayoutGuidance`), which may take its
-    gradients in chunks of so many frames. key_frames, clip_norm: None for what the model was trained with. progress:
-    called with (steps done, steps in all). Raises ValueError for what does not fit the model, ArithmeticError where
-    numbers leave their range.
+    text, negative: embeddings of the prompts. layout: where objects should be (`LayoutGuidance`), whose gradients may
+    be computed in chunks of `chunk_frames`. key_frames, clip_norm: None for those of the model's training. progress:
+    called with (steps done, total steps). Raises ValueError for inputs that do not fit the model, ArithmeticError for
+    numbers out of range.
     """
     own_keys, own_norm = denoiser.trained_with
     keys = keys_on(denoiser, own_keys if key_frames is None else key_frames)
     clip_norm = (own_norm if clip_norm is None else clip_norm) and not denoiser.spans_clip
     schedule, chunk = denoiser.schedule(steps), Chunk.whole(len(noise))
     z = noise.to(denoiser.device)
-    positive, away = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
+    positive, unwanted = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
     if layout is not None:
         layout.check_fits(len(z), positive.text_tokens)
     with denoiser.hooked(clip_norm):
@@ -52,7 +52,7 @@ def generate(
                 alpha = schedule.alphas[steps - step]
                 z = layout.moved(denoiser, z, timestep, alpha, positive, keys, clip_norm, chunk_frames)
                 control = layout.control(keys, chunk)
-            guidance = Guidance(away, Control(keys, chunk), guidance_scale)
+            guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
             z = schedule.move(z, predicted, steps - step, steps - step - 1)
             check_finite(z, f"latents of step {step + 1}")

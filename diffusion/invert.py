@@ -1,4 +1,4 @@
-"""DDIM inversion that records what the edit will need."""
+"""Inversion, with a record of what the edit needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[int, int], None]
-"""Called after each step with (steps done, steps in all)."""
+"""Called after each step with (steps done, total steps)."""
 
 
 GROUP = "The inversion"
@@ -30,36 +30,36 @@ GROUP = "The inversion"
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """How a clip is carried to noise, beside its store. Raises ValueError for a number out of its range."""
+    """Settings of the inversion besides its store. Raises ValueError for a number out of range."""
 
-    steps: int = setting(50, "Steps of the inversion and of the edit. The paper takes 50.", least=1, group=GROUP)
+    steps: int = setting(50, "Steps of the inversion and the edit. The paper uses 50.", least=1, group=GROUP)
     key_frames: tuple[str | int, ...] = setting(
         ("self", "middle"),
-        "Whose keys and values each frame attends to, which makes frames agree: self, first, middle, last, previous, "
-        "or whole offsets such as -1, by commas. The paper: self, middle. The authors' style settings: middle. A video "
-        "transformer's frames see all.",
+        "Frames whose keys and values every frame attends to; more of them mean less flicker. A list of self, first, "
+        "middle, last, previous and offsets such as -1. The paper uses self, middle; the authors' style settings "
+        "middle. Frames of a video transformer attend to all.",
         group=GROUP,
     )
     key_frames_least_channels: int = setting(
-        0, "Layers with fewer channels attend to their own frame alone; the authors' least_sc_channel.", least=0,
+        0, "Layers with fewer channels attend to their own frame only; the authors' least_sc_channel.", least=0,
         group=GROUP,
     )  # fmt: skip
     order: int = setting(
         1,
-        "Of the solver, of inversion and edit alike: 2 takes steps in pairs by the midpoint method, at the same calls.",
+        "Order of the solver of inversion and edit: 1 (Euler), or 2 (midpoint), with the same number of model calls.",
         least=1, most=2, group=GROUP,
     )  # fmt: skip
     clip_norm: bool = setting(
         False,
-        "Take the normalisation statistics of the ResNet blocks over the whole clip instead of over each frame, as the "
-        "authors' code does. Steadier light, at times less detail. For UNets.",
+        "Compute the ResNet blocks' normalization statistics over the whole clip instead of each frame, as the "
+        "authors' code does. Steadier light, sometimes less detail. For UNets.",
         group=GROUP,
     )
     chunk_frames: int | None = setting(
         None,
-        "Frames of one call of the model. With key frames among self, first, middle and last the result does not "
-        "depend on it. With neighbours, clip_norm, temporal layers or a video transformer (whose frames are those of "
-        "the latents), chunks overlap and approximate the whole clip.",
+        "Frames per model call. Results do not depend on it with key frames self, first, middle and last. With "
+        "neighbours, clip_norm, temporal layers or a video transformer (which counts frames of the latents), chunks "
+        "overlap and approximate the whole clip.",
         least=1, shown="all", group="This run",
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ class InversionSettings:
 
 @dataclass(frozen=True)
 class Inversion:
-    """A clip carried to noise. `latents`: (steps + 1, frames, c, h, w), clean to noisy."""
+    """An inverted clip. `latents`: (steps + 1, frames, c, h, w), clean to noisy."""
 
     store: AttentionStore
 
@@ -100,20 +100,18 @@ def invert(
     spread: Spread = ONE_PROCESS,
     progress: Progress | None = None,
 ) -> Inversion:
-    """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1), or that of a rectified flow.
+    """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1), or inversion of a rectified flow.
 
-    latents: (frames, c, h, w), scaled as the model knows them. source_embeddings: (1, tokens,
-    dim), or a `Condition`. key_frames: whose keys and values a frame sees, see `KeyFrames`; a video transformer's see
-    all, whatever is asked. clip_norm: take the ResNet blocks' GroupNorm statistics over the whole clip. memory: a
-    name, or `StoreSettings`. chunk_frames: frames of one call, None for all; see `KeyFrames.chunks` for when this
-    approximates. order: of the solver, 1 or 2, see `Solver`. prompt, extra, attachments: kept in the store, to check
-    edits against and for the caller's own use; `extra` must fit JSON, `attachments` are tensors. spread:
-    the processes that share the chunks, with memory "recompute".
+    latents: (frames, c, h, w), in the model's scale. source_embeddings: (1, tokens, dim), or a `Condition`. key_frames:
+    see `KeyFrames`; ignored by video transformers, whose frames attend to all. clip_norm: compute the ResNet blocks'
+    GroupNorm statistics over the whole clip. memory: a name, or `StoreSettings`. chunk_frames: frames per call, None
+    for all; `KeyFrames.chunks` says when this is approximate. order: of the solver, 1 or 2, see `Solver`. prompt,
+    extra, attachments: saved in the store, for checks of edits and the caller's own use; `extra` is JSON, `attachments`
+    are tensors. spread: the processes that share the chunks, with memory "recompute".
 
-    In first order the model is called at the *target* timestep with the latent of the level
-    before, as the authors' code does; in second order at the latent's own. Raises ValueError for bad shapes or
-    options, ArithmeticError where the model's numbers leave their range, and MemoryError, with the bytes, where the
-    chosen memory does not fit.
+    In first order the model is called at the *target* timestep with the latents of the previous level, as in the
+    authors' code; in second order at the latents' own. Raises ValueError for bad shapes or options, ArithmeticError for
+    numbers out of range, and MemoryError, with the bytes, if the chosen memory does not fit.
     """
     settings, keys = StoreSettings.of(memory), keys_on(denoiser, key_frames)
     if latents.ndim != 4 or not len(latents):
@@ -130,10 +128,10 @@ def invert(
     demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes, parts)
     plan = plan_store(settings, demand, latents.device)
     if plan.memory != "recompute" and spread is not ONE_PROCESS:
-        raise ValueError(f'memory "{plan.memory}" keeps attention in one process: several take "recompute"')
+        raise ValueError(f'memory "{plan.memory}" works in one process only: use "recompute" with several')
     store = AttentionStore(
         memory=plan.memory,
-        levels=latents.expand(steps + 1, *latents.shape),  # their shape; the values come as they are computed
+        levels=latents.expand(steps + 1, *latents.shape),  # only the shape; `filling` writes the values
         source=source,
         timesteps=schedule.timesteps,
         alphas=tuple(schedule.alphas.tolist()),
@@ -149,8 +147,8 @@ def invert(
     recorded, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
 
     def called(z: Tensor, level: int) -> tuple[Tensor, Records]:
-        """The prediction at a level's timestep, and what the edit's step there will need."""
-        step = steps - level  # of the edit, which goes the other way
+        """The prediction at a level's timestep, and the records for the edit's step there."""
+        step = steps - level  # of the edit
         kept, timestep = recorded if step < store.kept_steps else set(), timestep_at(schedule, level)
         chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
         recorders = {chunk: Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks}

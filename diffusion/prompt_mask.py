@@ -1,4 +1,4 @@
-"""Where an edit belongs, from both prompts: where they predict different noise, and their words are looked at."""
+"""The area of an edit, from both prompts: where their predictions differ and their words get attention."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEVELS = (0.35, 0.5, 0.65, 0.8)
-"""Shares of the way to noise at which the prompts are compared."""
+"""Levels at which the prompts are compared, as shares of the steps."""
 SIGMAS = (0.49, 0.62, 0.73, 0.83)
-"""The same on a flow, whose shift says where on the way they lie: what noise is of noise and signal there."""
+"""The same for a flow, as sigmas, because its levels depend on the shift."""
 
 
 def difference_levels(steps: int) -> list[int]:
-    """These levels of a run of DDIM, counted from the clean end."""
+    """The compared levels of a DDIM run, counted from the clean end."""
     return sorted({int(share * steps) for share in LEVELS})
 
 
@@ -40,11 +40,11 @@ def levels_compared(store: AttentionStore) -> list[int]:
 
 @dataclass(frozen=True)
 class PromptHeat:
-    """How much each place of a clip is the edit's, and what the source's tokens are looked at for.
+    """Heat maps of an edit from its two prompts.
 
-    edit: (frames, h, w), at least 0. tokens: the source's attention to each of its tokens, averaged over the
-    levels, (frames, tokens, y, x); None where it has no blend words. words: that of both prompts to their own blend
-    words, where they have some, (frames, y, x) each.
+    edit: how strongly each place belongs to the edit, (frames, h, w), at least 0. tokens: the source's attention to
+    each of its tokens, averaged over the levels, (frames, tokens, y, x); None without blend words. words: each prompt's
+    attention to its own blend words, if any, (frames, y, x).
     """
 
     edit: Tensor
@@ -62,9 +62,9 @@ def _at_level(
     chunks: Sequence[Sequence[Chunk]],
     named: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The noise of a text on the latents z of a level, and its attention to each of its tokens in some layers.
+    """The prediction of a text on the latents z of a level, and its attention to each token in some layers.
 
-    (frames, c, h, w) and (frames, tokens, y, x), None for no layers. named: the tokens to tell of, of a video
+    (frames, c, h, w) and (frames, tokens, y, x), None for no layers. named: the tokens to compute on a video
     transformer.
     """
     step, names = store.step_at(level), {site.name for site in sites}
@@ -85,7 +85,7 @@ def source_tokens_heat(
 ) -> Tensor:
     """The source's attention to each of its tokens in some layers of one grid, averaged over a few levels.
 
-    (frames, tokens, y, x). One UNet call for each level; to be called while the denoiser is hooked.
+    (frames, tokens, y, x). One UNet call per level; the denoiser must be hooked.
     """
     heats = []
     for level in levels_compared(store):
@@ -103,13 +103,12 @@ def prompt_heat(
     sites: Sequence[AttentionSite],
     chunks: Sequence[Sequence[Chunk]],
 ) -> PromptHeat:
-    """Compare the two prompts on the inversion's own latents.
+    """Compare the two prompts on the inversion's latents.
 
-    `edit` is D, the mean over channels of |eps_target - eps_source| there (DiffEdit, arXiv
-    2210.11427), times the square root of A, the greater of both prompts' cross-attention to their own blend
-    words (`tokens`, in the layers `sites`), each over its maximum in the frame and averaged over a few
-    levels. A tells one thing from another; the root, for the words of a ground are looked at unevenly.
-    Without tokens it is D alone. Two UNet calls for each level; to be called while the denoiser is hooked.
+    `edit` is D sqrt(A). D is the mean over channels of |eps_target - eps_source| (DiffEdit, arXiv 2210.11427). A is the
+    maximum of both prompts' cross-attention to their own blend words (`tokens`, in the layers `sites`), which separates
+    objects; the root evens out the attention to backgrounds. Both are averaged over a few levels and divided by their
+    maximum in the frame. Without tokens, `edit` is D. Two UNet calls per level; the denoiser must be hooked.
     """
     size = store.levels.shape[-2:]
     differences: list[Tensor] = []

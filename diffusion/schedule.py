@@ -1,10 +1,10 @@
-"""The noise levels of a run, and the one step between two of them.
+"""The noise levels of a run, and the step between two of them.
 
-With d = (x - clean) / sigma, which a model predicts, a step of either world is
+With d = (x - clean) / sigma, which the model predicts, a step of either formulation is
     x' = x + (sigma' - sigma) d.
-Deterministic DDIM (arXiv 2010.02502, Eq. 12 with eta 0) is this in x = z / sqrt(abar) with sigma = sqrt(1 / abar - 1),
-where d is the noise; Euler of a rectified flow (arXiv 2209.03003) in x = z, whose sigma goes from 0 to 1, where d is
-the velocity, noise less clip.
+For deterministic DDIM (arXiv 2010.02502, Eq. 12 with eta 0), x = z / sqrt(abar), sigma = sqrt(1 / abar - 1) and d is
+the noise. For Euler steps of a rectified flow (arXiv 2209.03003), x = z, sigma goes from 0 to 1, and d is the velocity,
+noise - clip.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ Formulation = Literal["ddim", "flow"]
 class Schedule:
     """The noise levels of a run of DDIM: z = signal * clean + noise * eps at each.
 
-    timesteps: where the model is called, noisy to clean; whole ones of the model's, or in a host with noise levels of
-    its own between two. alphas: (steps + 1,), the cumulative
-    alpha of every level, clean to noisy: `alphas[0]` is the scheduler's final alpha, and
-    `alphas[i + 1]` belongs to `timesteps[-1 - i]`. They are in double precision.
+    timesteps: of the model calls, noisy to clean; fractional in a host that defines its own noise levels. alphas:
+    (steps + 1,), the cumulative alpha of every level, clean to noisy, in double precision: `alphas[0]` is the
+    scheduler's final alpha, and `alphas[i + 1]` belongs to `timesteps[-1 - i]`.
     """
 
     timesteps: tuple[float, ...]
@@ -40,23 +39,23 @@ class Schedule:
         return len(self.timesteps)
 
     def signal(self, level: int) -> Tensor:
-        """How much of the clean latents is in those of a level."""
+        """The factor of the clean latents at a level."""
         return self.alphas[level].sqrt()
 
     def noise(self, level: int) -> Tensor:
-        """How much noise is in the latents of a level."""
+        """The factor of the noise at a level."""
         return (1 - self.alphas[level]).sqrt()
 
     def scale(self, level: int) -> float:
-        """z over x, the latents in which a step is straight."""
+        """z / x, x being the latents in which a step is linear."""
         return self.signal(level).item()
 
     def sigma(self, level: int) -> float:
-        """Noise over signal, in which a step is straight."""
+        """Noise / signal, in which a step is linear."""
         return float((1 / self.alphas[level] - 1).sqrt())
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
-        """One step from a level to another along a prediction."""
+        """One step from a level to another along a prediction d."""
         return ddim_move(z, d, self.alphas[level], self.alphas[to])
 
     def clean(self, z: Tensor, d: Tensor, level: int) -> Tensor:
@@ -72,14 +71,14 @@ class Schedule:
 class FlowSchedule(Schedule):
     """The noise levels of a run of a rectified flow: z = (1 - sigma) clean + sigma noise.
 
-    alphas: 1 - sigma of every level, clean to noisy, from which sigmas come back unrounded.
+    alphas: 1 - sigma of every level, clean to noisy, without rounding.
     """
 
     formulation: ClassVar[Formulation] = "flow"
 
     @classmethod
     def of(cls, timesteps: tuple[float, ...], sigmas: Tensor) -> FlowSchedule:
-        """Of sigmas (steps + 1,), clean to noisy."""
+        """From sigmas (steps + 1,), clean to noisy."""
         return cls(timesteps, 1 - sigmas.double())
 
     def signal(self, level: int) -> Tensor:
@@ -105,11 +104,11 @@ class FlowSchedule(Schedule):
 
 
 class Solver:
-    """Carries latents from level to level, one after another in either direction.
+    """Moves latents from level to level, in either direction.
 
-    order: 1 takes each step along its own prediction. 2 takes two of them together, by the second-order Runge-Kutta
-    method whose second prediction is made at the level between (the midpoint method, which RF-Solver, arXiv 2411.04746,
-    comes to), at the same calls. A pair whose level between lies too near to an end takes single steps.
+    order: 1 takes each step along its own prediction. 2 takes steps in pairs by the midpoint method (second-order
+    Runge-Kutta with the second prediction at the middle level, to which RF-Solver, arXiv 2411.04746, amounts), with the
+    same number of calls. A pair whose middle level is too close to an end takes single steps.
     """
 
     def __init__(self, schedule: Schedule, order: int) -> None:
@@ -117,10 +116,10 @@ class Solver:
         self._began: tuple[Tensor, Tensor, int] | None = None
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
-        """The latents of the level `to`, next to the one that z and its prediction d are of."""
+        """The latents of the adjacent level `to`, from z and its prediction d at `level`."""
         if self._began is not None:
             (before, first, began), self._began = self._began, None
-            if level == (began + to) / 2:  # latents may begin anew elsewhere
+            if level == (began + to) / 2:  # the caller may have started over elsewhere
                 weight = 1 / (2 * self._share(began, level, to))
                 return self.schedule.move(before, (1 - weight) * first + weight * d, began, to)
         if self.order == 2 and self._begins_pair(level, to):
@@ -128,22 +127,22 @@ class Solver:
         return self.schedule.move(z, d, level, to)
 
     def _begins_pair(self, level: int, to: int) -> bool:
-        """Pairs are counted from the noisy end, so that an inversion and its edit have the same."""
+        """Pairs are counted from the noisy end, so that an inversion and its edit have the same pairs."""
         end, steps = 2 * to - level, self.schedule.steps
         return (steps - level) % 2 == 0 and 0 <= end <= steps and 0.25 <= self._share(level, to, end) <= 0.75
 
     def _share(self, level: int, between: int, end: int) -> float:
-        """How far the level between lies on the way."""
+        """The position of the middle level between the ends, 0 to 1."""
         start, middle, stop = map(self.schedule.sigma, (level, between, end))
         return (middle - start) / (stop - start)
 
 
 def timestep_at(schedule: Schedule, level: int) -> float:
-    """Where the model is called on latents of a level; on clean ones as on the next level's: it wants some noise."""
+    """The timestep for latents of a level; for clean latents that of the next level, since models need some noise."""
     return schedule.timesteps[schedule.steps - max(level, 1)]
 
 
 def same_levels(alphas: tuple[float, ...], schedule: Schedule) -> bool:
-    """Whether these are a schedule's own, but for rounding."""
+    """Whether alphas are those of a schedule, up to rounding."""
     own = schedule.alphas.double()
     return len(alphas) == len(own) and torch.allclose(torch.tensor(alphas, dtype=torch.float64), own)

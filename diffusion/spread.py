@@ -1,4 +1,4 @@
-"""One clip on several processes: each predicts some of its chunks, and all know the result."""
+"""One clip on several processes: each predicts some of its chunks, and all get the results."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 class Spread(Protocol):
-    """Which process predicts which chunk of a clip.
+    """Distributes the chunks of a clip over processes.
 
-    Every process runs the same loop on the same latents; a chunk is the same process's at every step, for what a
-    step's masks remember of the last lies with it.
+    Every process runs the same loop on the same latents. A chunk belongs to the same process at every step, because
+    masks depend on the chunk's previous steps.
     """
 
     def each(self, chunks: Sequence[Chunk], call: Callable[[Chunk], T]) -> list[T]:
-        """What a call gives for each chunk, in order, on every process; tensors, or tuples of them and None."""
+        """The results of a call for each chunk, in order, on every process: tensors, or tuples of tensors and None."""
 
 
 class OneProcess:
-    """All chunks, one after another, by this process."""
+    """Runs all chunks in this process."""
 
     def each(self, chunks: Sequence[Chunk], call: Callable[[Chunk], T]) -> list[T]:
         return [call(chunk) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""What has a say in where things are, in new clips and in edits."""
+"""Interfaces of layout guidance, in generated clips and in edits."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ if TYPE_CHECKING:
 
 
 class Steering(Protocol):
-    """What has a say in the steps of a run."""
+    """Guides some steps of a run."""
 
     def guides(self, step: int, steps: int) -> bool:
-        """Whether it has one in a step."""
+        """Whether a step is guided."""
 
     def moved(
         self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
         key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
     ) -> Tensor:  # fmt: skip
-        """The latents that the step begins from. alpha: the cumulative one there."""
+        """The guided latents from which the step starts. alpha: the cumulative alpha there."""
 
 
 class ClipSteering(Steering, Protocol):
-    """The same of new clips."""
+    """Guides a generated clip."""
 
     def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
-        """Of the conditional branch."""
+        """The control of the conditional branch."""
 
     def check_fits(self, frames: int, text_tokens: int) -> None:
-        """Raise ValueError where it is for another clip or text."""
+        """Raise ValueError for a wrong number of frames or text tokens."""
 
 
 class EditSteering(Steering, Protocol):
-    """The same in one edit, whose source it knows."""
+    """Guides one edit of a source."""
 
     @property
     def area(self) -> Tensor | None:
-        """Where alone the clip changes, (frames, h, w) in 0..1, for an injection to keep the rest; None for no such."""
+        """The area that may change, (frames, h, w) in 0..1; an injection preserves the rest. None for everything."""
 
     def started(self, z: Tensor, noisy: float) -> Tensor:
-        """The latents (frames, 4, h, w) that the edit begins from. noisy: the deviation of the noise in them."""
+        """The latents (frames, c, h, w) from which the edit starts. noisy: the deviation of their noise."""
 
     def carried(self, z: Tensor, level: int, step: int) -> Tensor:
-        """The latents after a step, at a level of the store."""
+        """The latents after a step, given those at a level of the store."""

@@ -1,12 +1,11 @@
-"""Flow smoothing: what an edit changes moves as the source does.
+"""Flow smoothing: average an edit over time along the source's motion.
 
-A video is steady, and an edit of it flickers, so the flicker is in their difference. In each step the edit predicts
-clean latents x_0, which are averaged along the source's optical flow, S, in two ways:
-    z_0 + S(x_0 - z_0), the difference to the source's z_0, and S(x_0).
-The difference is mostly even where the video is not, so that an average that is off by a pixel costs little of it, and
-nothing of the source. But where the edit takes a texture away, its difference holds that texture. So, place by place,
-each counts the more the less it changes; the steps that follow draw on what came of it. No UNet call is added; measured
-in `benchmarks/QUALITY.md`.
+A video does not flicker but its edit does, so the flicker is in their difference. In each step the edit predicts clean
+latents x_0, which are averaged along the source's optical flow (S) in two ways:
+    z_0 + S(x_0 - z_0), with the source's z_0, and S(x_0).
+The difference is mostly smooth where the video is not, so an error of the flow loses little of the edit and nothing of
+the source. But where the edit removes a texture, the difference contains it. Therefore, at each place, the average that
+changes x_0 less has the larger weight. It needs no additional UNet calls; figures are in `benchmarks/QUALITY.md`.
 """
 
 from __future__ import annotations
@@ -25,14 +24,12 @@ GROUP = "Flow smoothing"
 
 @dataclass(frozen=True)
 class FlowSmoothing:
-    """How much of the edit a frame takes over from its neighbours. motion: the source's.
-
-    Raises ValueError for an amount outside 0 to 1.
-    """
+    """The strength of the smoothing, and the source's motion. Raises ValueError for an amount outside 0 to 1."""
 
     amount: float = setting(
         0.8,
-        "How much of the edit each frame takes over from its neighbours along the source's motion; 0 is none.",
+        "Share of the edit that each frame takes from its neighbours along the source's motion; 0 is off. Lowers the "
+        "warp error, but may lose details of the edit.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
     motion: Motion | None = field(default=None, compare=False)
@@ -41,12 +38,12 @@ class FlowSmoothing:
         check(self)
 
     def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
-        """Clean latents (frames, 4, h, w) of the edit, smoothed beside the source's; ValueError without its motion."""
+        """Smooth clean latents (frames, c, h, w) of the edit, given the source's; ValueError without the motion."""
         if self.amount == 0 or len(source) == 1:
             return clean
         if self.motion is None or self.motion.frames != len(source):
             known = "none" if self.motion is None else f"that of {self.motion.frames} frames"
-            raise ValueError(f"flow smoothing needs the motion of the clip's {len(source)} frames, and has {known}")
+            raise ValueError(f"flow smoothing needs the motion of the clip's {len(source)} frames, but has {known}")
         return smooth_along(source, clean, self.motion, self.amount)
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""Where objects shall be, frame by frame: boxes and ellipses on paths with key frames, or masks."""
+"""Layouts: where objects should be in each frame, as boxes or ellipses on paths with stops, or as masks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..imports import F, torch
-from .layout_guidance import LayoutGuidance, LayoutSettings, Placed
+from .layout_guidance import LayoutGuidance, LayoutSettings, ObjectTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Form = Literal["box", "ellipse"]
 _ANY_LENGTH = 1 << 30
-"""More tokens than any text has."""
+"""A number of tokens above that of any text."""
 _FINE = 4
-"""Points of a pixel's side, of which each counts as in or out of an ellipse."""
+"""Supersampling of ellipses, in points per pixel side."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A place at a frame: centre, width and height, in shares of the picture. Raises ValueError for none."""
+    """A place at a frame: centre, width and height, as shares of the frame's size. Raises ValueError out of range."""
 
     frame: int
     x: float
@@ -42,7 +42,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Move:
-    """How far from its place an object is at a frame, in shares of the picture, and its growth. ValueError for none."""
+    """An object's shift at a frame, as shares of the frame's size, and growth. Raises ValueError out of range."""
 
     frame: int
     x: float
@@ -54,19 +54,21 @@ class Move:
         if not 0.1 <= self.growth <= 10:
             raise ValueError(f"a layout's growth is {self.growth:g}; it must be from 0.1 to 10")
         if not (abs(self.x) <= 2 and abs(self.y) <= 2):
-            raise ValueError(f"a layout's shift is {self.x:g},{self.y:g}; it must be in shares of the picture, to 2")
+            raise ValueError(
+                f"a layout's shift is {self.x:g},{self.y:g}; it must be from -2 to 2 (shares of the frame)"
+            )
 
 
 def _check_frame(frame: int) -> None:
     if frame < 0:
-        raise ValueError(f"a layout's frame is {frame}; frames count from 0")
+        raise ValueError(f"a layout's frame is {frame}; it must be at least 0")
 
 
 S = TypeVar("S", Stop, Move)
 
 
 def _between(stops: Sequence[S], frame: int) -> S:
-    """A stop at any frame: even between stops, still before the first and after the last."""
+    """The stop at any frame: linear between stops, constant before the first and after the last."""
     after = bisect_right([stop.frame for stop in stops], frame)
     if after in (0, len(stops)):
         return stops[max(0, after - 1)]
@@ -80,30 +82,30 @@ def _between(stops: Sequence[S], frame: int) -> S:
     return replace(a, frame=frame, **mixed)
 
 
-def _check_rising(stops: Sequence[S]) -> None:
+def _check_increasing(stops: Sequence[S]) -> None:
     frames = [stop.frame for stop in stops]
     if not frames:
-        raise ValueError("a layout has no place")
+        raise ValueError("a layout needs at least one stop")
     if frames != sorted(set(frames)):
-        raise ValueError(f"a layout's frames are {', '.join(map(str, frames))}; they must rise")
+        raise ValueError(f"a layout's frames are {', '.join(map(str, frames))}; they must be increasing")
 
 
 @dataclass(frozen=True)
 class Path:
-    """The way of an object: straight and even between stops, still before the first and after the last.
+    """The path of an object: linear between stops, constant before the first and after the last.
 
-    Raises ValueError for no stop, or two of one frame.
+    Raises ValueError for no stops, or two at one frame.
     """
 
     stops: tuple[Stop, ...]
     form: Form = "box"
 
     def __post_init__(self) -> None:
-        _check_rising(self.stops)
+        _check_increasing(self.stops)
 
     @classmethod
     def parse(cls, text: str, form: Form = "box") -> Path:
-        """From "0:0.1,0.5,0.3; 15:0.7,0.5,0.3": at each frame the centre and size (or width and height), as shares."""
+        """Parse "0:0.1,0.5,0.3; 15:0.7,0.5,0.3": frame:x,y,size or frame:x,y,width,height, as shares of the frame."""
         return cls(tuple(_stop(part) for part in text.split(";") if part.strip()), form)
 
     def at(self, frame: int) -> Stop:
@@ -111,23 +113,23 @@ class Path:
         return _between(self.stops, frame)
 
     def mask(self, frames: int, height: int, width: int) -> Tensor:
-        """How much of each pixel is taken: (frames, height, width) in 0..1."""
-        draw = _box if self.form == "box" else _ellipse
-        return torch.stack([draw(self.at(frame), height, width) for frame in range(frames)])
+        """The coverage of each pixel: (frames, height, width) in 0..1."""
+        render = _box if self.form == "box" else _ellipse
+        return torch.stack([render(self.at(frame), height, width) for frame in range(frames)])
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How an object of a clip is moved from where it is: even between stops, as a `Path`, with its errors."""
+    """A shift of an object from its place in the clip, interpolated like a `Path`, with the same errors."""
 
     stops: tuple[Move, ...]
 
     def __post_init__(self) -> None:
-        _check_rising(self.stops)
+        _check_increasing(self.stops)
 
     @classmethod
     def parse(cls, text: str) -> Shift:
-        """From "0:0.2,0; 15:0.2,-0.1,1.5": at each frame how far right and down, as shares, and the growth."""
+        """Parse "0:0.2,0; 15:0.2,-0.1,1.5": frame:right,down or frame:right,down,growth, as shares of the frame."""
         return cls(tuple(_move(part) for part in text.split(";") if part.strip()))
 
     def at(self, frame: int) -> Move:
@@ -136,10 +138,10 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An object by its words, and where it shall be: a path, or a mask (frames or 1, height, width) in 0..1.
+class LayoutObject:
+    """An object's words, and where it should be: a path, or a mask (frames or 1, height, width) in 0..1.
 
-    Of an edit also a shift; source: a mask of where it is in the clip, (frames or 1, height, width).
+    In an edit also a shift; source: a mask of its place in the clip, (frames or 1, height, width).
     """
 
     words: str
@@ -147,12 +149,14 @@ class Wanted:
     source: Tensor | None = None
 
     def mask(self, frames: int, height: int, width: int) -> Tensor:
-        """How much of each pixel is taken: (frames, height, width) in 0..1.
+        """The coverage of each pixel: (frames, height, width) in 0..1.
 
-        Raises ValueError for a mask of another clip, and for a shift, which is from somewhere.
+        Raises ValueError for a mask with another number of frames, and for a shift.
         """
         if isinstance(self.where, Shift):
-            raise ValueError(f"{self.words!r} is shifted from where it is, and a new clip has it nowhere: give a place")
+            raise ValueError(
+                f"{self.words!r}: a shift moves an existing object; a new clip needs a box, ellipse or mask"
+            )
         if isinstance(self.where, Path):
             return self.where.mask(frames, height, width)
         return GivenMask(self.where).at((height, width), frames)
@@ -160,41 +164,40 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Layout:
-    """Objects of a prompt, where they shall be, and how they are brought there.
+    """Objects of a prompt, where they should be, and the guidance's settings.
 
-    Raises ValueError for no object, or words that are not in the prompt.
+    Raises ValueError for no objects, or words that are not in the prompt.
     """
 
     prompt: str
     tokenizer: Any
-    objects: tuple[Wanted, ...]
+    objects: tuple[LayoutObject, ...]
     settings: LayoutSettings
 
     def __post_init__(self) -> None:
         if not self.objects:
-            raise ValueError("a layout has no object")
-        for wanted in self.objects:
-            self.columns(wanted.words, _ANY_LENGTH)
+            raise ValueError("a layout needs at least one object")
+        for one in self.objects:
+            self.columns(one.words, _ANY_LENGTH)
 
     def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance:
-        """For a clip of so many frames, with targets of a size; ValueError for masks, or a text, that do not fit."""
-        placed = [
-            Placed(wanted.mask(frames, height, width), self.columns(wanted.words, text_tokens))
-            for wanted in self.objects
+        """The guidance of a clip, with targets of height x width; ValueError for masks or a text that do not fit."""
+        targets = [
+            ObjectTarget(one.mask(frames, height, width), self.columns(one.words, text_tokens)) for one in self.objects
         ]
-        return LayoutGuidance.of(placed, self.settings)
+        return LayoutGuidance.of(targets, self.settings)
 
     def columns(self, words: str, text_tokens: int, prompt: str | None = None) -> list[int]:
-        """The tokens of some words in the layout's prompt, or another; ValueError where they are not in it."""
+        """The columns of some words in the layout's prompt, or another; ValueError for words that are not in it."""
         prompt = self.prompt if prompt is None else prompt
         return PromptEdit(prompt, prompt, self.tokenizer).token_indices(prompt, words, text_tokens, "layout")
 
 
 def named_path(text: str, form: Form | Literal["shift"] = "box") -> tuple[str, Path | Shift]:
-    """Words and their way: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", or of a shift "burger: 0:0.2,0"."""
-    words, found, rest = text.partition(":")
-    if not found or not words.strip() or words.strip().isdigit():
-        raise ValueError(f'layout {text!r} must begin with the words it is for: "burger: 0:0.1,0.5,0.3"')
+    """Words and their path: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", or their shift: "burger: 0:0.2,0"."""
+    words, colon, rest = text.partition(":")
+    if not colon or not words.strip() or words.strip().isdigit():
+        raise ValueError(f'layout {text!r} must start with an object of the prompt: "burger: 0:0.1,0.5,0.3"')
     return words.strip(), Shift.parse(rest) if form == "shift" else Path.parse(rest, form)
 
 
@@ -216,7 +219,7 @@ def _numbers(text: str, counts: tuple[int, ...], form: str, example: str) -> tup
             raise ValueError
         return int(frame), found
     except ValueError:
-        raise ValueError(f"layout {text.strip()!r} must be {form}, such as {example}") from None
+        raise ValueError(f"layout {text.strip()!r} must be {form}, e.g. {example}") from None
 
 
 def _box(stop: Stop, height: int, width: int) -> Tensor:
@@ -226,7 +229,7 @@ def _box(stop: Stop, height: int, width: int) -> Tensor:
 
 
 def _covered(begin: float, end: float, count: int) -> Tensor:
-    """How much of each of `count` pixels lies between two shares of a side."""
+    """The coverage of each of `count` pixels by an interval, given as shares of the side."""
     left = torch.arange(count, dtype=torch.float64)
     return ((left + 1).clamp(max=end * count) - left.clamp(min=begin * count)).clamp(0, 1).float()
 

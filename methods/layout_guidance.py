@@ -1,7 +1,7 @@
-"""Cross-attention guidance (arXiv 2404.05519): where an object is, frame by frame, through its words' attention.
+"""Cross-attention guidance (arXiv 2404.05519): control an object's place in each frame by its words' attention.
 
-Backward guidance moves the latents so that attention to the words takes the target's shape, by the gradient of an
-energy; forward guidance draws the target into the attention itself.
+Backward guidance moves the latents along the gradient of an energy, so that attention to the words takes the target's
+shape; forward guidance adds the target to the attention itself.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ GROUP = "Layout"
 Mode = Literal["backward", "forward"]
 Energy = Literal["shape", "centroid", "size", "inside"]
 MAPS = (64, 256)
-"""Tokens of the layers whose maps give the energy: 8x8 to 16x16, where a word's attention shows an object."""
+"""Tokens of the layers used for the energy: 8x8 to 16x16, where a word's attention is localized."""
 EPSILON = 1e-12
 SHARPNESS = 20.0
-"""Of the sigmoid that tells an object from its ground (s of self-guidance, arXiv 2306.00986)."""
+"""Slope of the sigmoid that separates an object from the background (s of self-guidance, arXiv 2306.00986)."""
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An object and where it shall be.
+class ObjectTarget:
+    """An object and where it should be.
 
-    target: (frames, h, w) in 0..1, 1 where the object shall be. columns: of its words among the text's tokens.
-    Raises ValueError for a target of another shape or no word.
+    target: (frames, h, w) in 0..1, 1 where the object should be. columns: of its words in the text. Raises ValueError
+    for a wrong shape or no columns.
     """
 
     target: Tensor
@@ -46,48 +46,53 @@ class Placed:
         if self.target.ndim != 3 or not 0 <= self.target.min() <= self.target.max() <= 1:
             raise ValueError("target must be (frames, height, width) with values from 0 to 1")
         if not self.columns or min(self.columns) < 0:
-            raise ValueError(f"columns is {list(self.columns)}; it must name tokens of the text, counted from 0")
+            raise ValueError(f"columns is {list(self.columns)}; it must list tokens of the text, counted from 0")
 
     def on(self, site: AttentionSite, frames: Sequence[int]) -> Tensor:
-        """The target of some frames on a layer's grid, by area: (frames, tokens)."""
+        """The target of some frames on a layer's grid, by area interpolation: (frames, tokens)."""
         chosen = self.target[list(frames)]
         return F.interpolate(chosen[:, None], (site.height, site.width), mode="area")[:, 0].flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutSettings:
-    """How strongly, and in which steps. The defaults are the paper's. Raises ValueError out of range."""
+    """Strength and steps of the guidance. The defaults are the paper's. Raises ValueError out of range."""
 
     mode: Mode = setting(
         "backward",
-        "backward moves the latents by the gradient of an energy of the words' attention; forward draws the target "
-        "into the attention, which costs nothing and is held to be weaker.",
+        "backward moves the latents along the gradient of an energy of the words' attention; forward adds the target "
+        "to the attention, which costs nothing and is considered weaker.",
         group=GROUP,
     )
     energy: Energy = setting(
         "shape",
-        "What the attention is compared by: its shape (the paper), its centroid, its size, or the share of it inside "
-        "the target.",
+        "Property of the attention to compare with the target: its shape (the paper), centroid, size, or its share "
+        "inside the target.",
         group=GROUP,
     )
-    scale: float = setting(15.0, "How far the latents go along the gradient.", least=0, most=10_000, group=GROUP)
-    weight: float = setting(4.0, "Of the energy.", least=0, most=10_000, group=GROUP)
+    scale: float = setting(15.0, "Step size along the gradient.", least=0, most=10_000, group=GROUP)
+    weight: float = setting(4.0, "Weight of the energy.", least=0, most=10_000, group=GROUP)
     amount: float = setting(
-        0.7, "Share of the target in the attention, of forward guidance.", least=0, most=1, symbol="lambda", group=GROUP
+        0.7,
+        "Share of the target in the attention, for forward guidance.",
+        least=0,
+        most=1,
+        symbol="lambda",
+        group=GROUP,
     )
     repeats: int = setting(
-        1, "Times that a step is guided, at most; the paper takes one.", least=1, most=100, group=GROUP
+        1, "Maximal number of guidance updates per step; the paper uses 1.", least=1, most=100, group=GROUP
     )
     enough: float = setting(
-        0.0, "An energy, before its weight and a frame, at which a step is guided no further.", least=0, group=GROUP
+        0.0, "Stop guiding a step once the energy per frame (unweighted) is at most this.", least=0, group=GROUP
     )
     most_change: float = setting(
-        0.0, "The most that the latents of a frame change at once, as a root mean square. 0: no bound.", least=0,
+        0.0, "Maximal change of a frame's latents per update, as a root mean square. 0: no limit.", least=0,
         group=GROUP,
     )  # fmt: skip
 
     steps: Sequence[int] | None = None
-    """Those that are guided; None takes the paper's 33 of 50, in proportion."""
+    """The guided steps; None for the paper's 33 of 50, in proportion."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -99,47 +104,47 @@ class LayoutSettings:
         return in_schedule(step, steps) if self.steps is None else step in self.steps
 
     def guided_calls(self, steps: int) -> int:
-        """UNet calls, with their gradients, at most."""
+        """Maximal number of UNet calls with gradients."""
         return self.repeats * sum(self.guides(step, steps) for step in range(steps)) if self.mode == "backward" else 0
 
 
 @dataclass(frozen=True)
 class LayoutGuidance(LayoutSettings):
-    """Guidance of one object, or more.
+    """Guidance of one or more objects.
 
-    target, columns: see `Placed`. more: further objects.
+    target, columns: see `ObjectTarget`. more: further objects.
     """
 
     target: Tensor
     columns: Sequence[int]
-    more: Sequence[Placed] = field(default=(), kw_only=True)
+    more: Sequence[ObjectTarget] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.objects  # noqa: B018  raise for what is none
+        self.objects  # noqa: B018  raises for invalid ones
 
     @classmethod
-    def of(cls, placed: Sequence[Placed], settings: LayoutSettings) -> LayoutGuidance:
-        """Of some objects, with settings, of which those of moved objects are left out."""
-        first, *more = placed
+    def of(cls, targets: Sequence[ObjectTarget], settings: LayoutSettings) -> LayoutGuidance:
+        """The guidance of some objects; ignores additional settings of `MoveSettings`."""
+        first, *more = targets
         values: dict[str, Any] = {one.name: getattr(settings, one.name) for one in fields(LayoutSettings)}
         return cls(first.target, first.columns, more=more, **values)
 
     @property
-    def objects(self) -> tuple[Placed, ...]:
-        return (Placed(self.target, self.columns), *self.more)
+    def objects(self) -> tuple[ObjectTarget, ...]:
+        return (ObjectTarget(self.target, self.columns), *self.more)
 
     def moved(
         self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
         key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
     ) -> Tensor:  # fmt: skip
-        """The latents that a guided step begins from."""
+        """The latents from which a guided step starts."""
         if self.mode == "forward":
             return latents
         return guided(denoiser, latents, timestep, alpha, condition, self, key_frames, clip_norm, chunk_frames)
 
     def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
-        """Of the conditional branch in a guided step."""
+        """The control of the conditional branch in a guided step."""
         return ForwardControl(key_frames, chunk, self) if self.mode == "forward" else Control(key_frames, chunk)
 
     # --- in an edit ---------------------------------------------------------------------
@@ -148,9 +153,9 @@ class LayoutGuidance(LayoutSettings):
     area = None
 
     def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> LayoutGuidance:
-        """Raises ValueError for what does not fit, and for forward guidance: there the edit has maps of its own."""
+        """Raises ValueError for what does not fit, and for forward guidance, which conflicts with the edit's maps."""
         if self.mode == "forward":
-            raise ValueError("mode is forward; an edit takes backward guidance alone")
+            raise ValueError("mode is forward; edits need backward")
         self.check_fits(context.store.frames, context.target.text_tokens)
         return self
 
@@ -164,16 +169,16 @@ class LayoutGuidance(LayoutSettings):
         return f"guided the layout of {len(self.objects)} object(s) in {self.guided_calls(steps)} gradients"
 
     def check_fits(self, frames: int, text_tokens: int) -> None:
-        """Raise ValueError for targets of another clip, or columns that the text lacks."""
-        for placed in self.objects:
-            if len(placed.target) != frames:
-                raise ValueError(f"target has {len(placed.target)} frames; the clip has {frames}")
-            if max(placed.columns) >= text_tokens:
-                raise ValueError(f"columns name token {max(placed.columns)}; the text has {text_tokens}")
+        """Raise ValueError for a wrong number of frames, or columns that the text does not have."""
+        for one in self.objects:
+            if len(one.target) != frames:
+                raise ValueError(f"target has {len(one.target)} frames; the clip has {frames}")
+            if max(one.columns) >= text_tokens:
+                raise ValueError(f"columns contain token {max(one.columns)}; the text has {text_tokens} tokens")
 
 
 def in_schedule(step: int, steps: int) -> bool:
-    """The paper's steps: of 50, the first 21 and every second one up to step 44; of other numbers, in proportion."""
+    """Whether the paper guides a step: of 50, the first 21 and every second one up to 44; otherwise in proportion."""
     return 50 * step <= 20 * steps or (50 * step <= 44 * steps and step % 2 == 0)
 
 
@@ -197,19 +202,19 @@ def shape_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def centroid_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Squared distance of the centres, sum((x, y) A) / sum(A), in shares of the picture; mean over heads."""
-    apart = _centroid(maps, grid) - _centroid(target[:, None], grid)
-    return (apart**2).sum(-1).mean(1)
+    """Squared distance of the centres, sum((x, y) A) / sum(A), in shares of the frame; mean over heads."""
+    difference = _centroid(maps, grid) - _centroid(target[:, None], grid)
+    return (difference**2).sum(-1).mean(1)
 
 
 def size_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Squared difference of the shares of the picture that are taken, the map's by a soft threshold (s = 10)."""
-    taken = torch.sigmoid(10 * (normalized(maps) - 0.5)).mean(-1)
-    return ((taken - target.mean(-1)[:, None]) ** 2).mean(1)
+    """Squared difference of the covered shares of the frame, the map's by a soft threshold (s = 10)."""
+    covered = torch.sigmoid(10 * (normalized(maps) - 0.5)).mean(-1)
+    return ((covered - target.mean(-1)[:, None]) ** 2).mean(1)
 
 
 def inside_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1 - sum(A m) / sum(A))^2, the share of attention that is outside; mean over heads."""
+    """(1 - sum(A m) / sum(A))^2, the squared share of attention outside the target; mean over heads."""
     share = (maps * target[:, None]).sum(-1) / (maps.sum(-1) + EPSILON)
     return ((1 - share) ** 2).mean(1)
 
@@ -220,7 +225,7 @@ ENERGIES: dict[Energy, Callable[[Tensor, Tensor, tuple[int, int]], Tensor]] = {
     "size": size_energy,
     "inside": inside_energy,
 }
-"""Of maps (f h t) and a target (f t) on a grid (height, width): (f)."""
+"""Functions of maps (f h t) and a target (f t) on a grid (height, width): (f)."""
 
 
 def _centroid(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -235,16 +240,16 @@ def _centroid(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class EnergyControl(Control):
-    """Attention as the model has it, and the energy of its words' maps."""
+    """The model's attention, with the energy of the words' maps."""
 
     def __init__(self, key_frames: KeyFrames, chunk: Chunk, layout: LayoutGuidance) -> None:
         super().__init__(key_frames, chunk)
         self.layout = layout
         self._found: dict[str, Tensor] = {}
-        """Of each layer that counts, the energy of each frame: kept by name, for a layer may be computed twice."""
+        """Each layer's energy by frame; by name, since a layer may be computed twice."""
 
     def on(self, chunk: Chunk) -> NoReturn:
-        raise ValueError(f"a layout is guided by a gradient of the whole clip, {NO_WINDOWS}")
+        raise ValueError(f"layout guidance needs a gradient of the whole clip, {NO_WINDOWS}")
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if MAPS[0] <= site.tokens <= MAPS[1]:
@@ -252,28 +257,29 @@ class EnergyControl(Control):
             maps = attention_map(q.to(wide), k.to(wide))
             energy, grid = ENERGIES[self.layout.energy], (site.height, site.width)
             parts = []
-            for placed in self.layout.objects:
-                target = placed.on(site, self.chunk.frame_indices).to(maps)
-                of_words = [energy(maps[..., column], target, grid) for column in placed.columns]
+            for one in self.layout.objects:
+                target = one.on(site, self.chunk.frame_indices).to(maps)
+                of_words = [energy(maps[..., column], target, grid) for column in one.columns]
                 parts.append(torch.stack(of_words).mean(0))
             self._found[site.name] = torch.stack(parts).sum(0)
         return super().cross_attention(q, k, v, site)
 
     def energy(self) -> Tensor:
-        """The mean over layers for each frame (f); ValueError where no layer has a grid that counts."""
+        """The mean over layers for each frame (f); ValueError if no layer has a suitable grid."""
         if not self._found:
             raise ValueError(
-                f"no cross-attention layer has {MAPS[0]} to {MAPS[1]} places on latents of this size, as guidance needs"
+                f"layout guidance needs a cross-attention layer of {MAPS[0]} to {MAPS[1]} tokens, but latents of this "
+                "size have none"
             )
         return torch.stack(list(self._found.values())).mean(0)
 
-    def weighed(self) -> Tensor:
-        """The sum over frames, times the weight: what is made small."""
+    def loss(self) -> Tensor:
+        """The sum over frames, times the weight."""
         return self.layout.weight * self.energy().sum()
 
 
 class ForwardControl(Control):
-    """A <- (1 - lambda) A + lambda g sum(A) in the words' columns, g the target with sum 1 in each frame."""
+    """A <- (1 - lambda) A + lambda g sum(A) in the words' columns, g being the target with sum 1 in each frame."""
 
     def __init__(self, key_frames: KeyFrames, chunk: Chunk, layout: LayoutGuidance) -> None:
         super().__init__(key_frames, chunk)
@@ -281,15 +287,15 @@ class ForwardControl(Control):
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         maps = attention_map(q, k)
-        for placed in self.layout.objects:
-            target = placed.on(site, self.chunk.frame_indices).to(maps)
+        for one in self.layout.objects:
+            target = one.on(site, self.chunk.frame_indices).to(maps)
             total = target.sum(-1, keepdim=True)
             share = (target / total.clamp(min=EPSILON))[:, None]
-            there = (total > 0)[:, None]  # in a frame without the object, attention stays
-            for column in placed.columns:
+            there = (total > 0)[:, None]  # attention is unchanged in a frame without the object
+            for column in one.columns:
                 own = maps[..., column]
-                drawn = (1 - self.layout.amount) * own + self.layout.amount * share * own.sum(-1, keepdim=True)
-                maps[..., column] = torch.where(there, drawn, own)
+                mixed = (1 - self.layout.amount) * own + self.layout.amount * share * own.sum(-1, keepdim=True)
+                maps[..., column] = torch.where(there, mixed, own)
         return maps @ v
 
 
@@ -307,7 +313,7 @@ def guided(
     clip_norm: bool = False,
     chunk_frames: int | None = None,
 ) -> Tensor:
-    """z <- z - scale (1 - abar) grad E, before a step, `repeats` times at most."""
+    """z <- z - scale (1 - abar) grad E before a step, up to `repeats` times."""
     z = latents
     for _ in range(layout.repeats):
         energy, gradient = energy_gradient(
@@ -334,18 +340,20 @@ def energy_gradient(
     clip_norm: bool = False,
     chunk_frames: int | None = None,
 ) -> tuple[float, Tensor]:
-    """E and its gradient in the latents, of the conditional branch. Frames that do not meet go by in chunks.
+    """E and its gradient in the latents, for the conditional branch. Independent frames run in chunks.
 
     Raises TypeError for a denoiser without gradients.
     """
     if not isinstance(denoiser, Differentiable):
-        raise TypeError(f"a {type(denoiser).__name__} has no gradients, which backward guidance needs; take forward")
-    alone = key_frames.entries == ("self",) and not clip_norm and not denoiser.frames_meet
-    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames if alone else None, clip_norm)
+        raise TypeError(
+            f"backward guidance needs gradients, and {type(denoiser).__name__} has none: set mode to forward"
+        )
+    independent = key_frames.entries == ("self",) and not clip_norm and not denoiser.frames_meet
+    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames if independent else None, clip_norm)
     energy, gradients = 0.0, []
     for chunk in chunks:
         control = EnergyControl(key_frames, chunk, layout)
-        found, gradient = denoiser.gradient(frames_of(latents, chunk), timestep, condition, control, control.weighed)
+        found, gradient = denoiser.gradient(frames_of(latents, chunk), timestep, condition, control, control.loss)
         energy += found.item()
         gradients.append(gradient.to(latents))
     return energy, joined(chunks, gradients)

@@ -1,8 +1,8 @@
 """The temporal layers of Tune-A-Video (arXiv 2212.11565), and of FateZero's code, for an image model.
 
-At the end of each transformer block every place attends over the frames; FateZero's variant also convolves over them
-after each 3x3 convolution. The layers are modules of their own, which a host attaches to its UNet and takes off again.
-A fresh set changes nothing: its output weights are zero, and its biases too (both official codes leave these random).
+After each transformer block, every place attends over the frames; FateZero's variant also convolves over them after
+each 3x3 convolution. The layers are separate modules, which a host attaches to its UNet and detaches again. New layers
+change nothing: their output weights and biases are zero (both official codes initialize biases randomly).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES: dict[Kind, tuple[str, str]] = {
     "official": ("attn_temp", "norm_temp"),
     "fatezero": ("attn_temporal", "norm_temporal"),
 }
-"""What each code calls the attention over frames, and its norm."""
+"""Each code's names of the attention over frames and its norm."""
 CONV = "conv_temporal"
 OTHERS = {
     "temp_convs.": "ModelScope's",
@@ -28,7 +28,7 @@ OTHERS = {
     "motion_modules.": "AnimateDiff's",
     "temporal_transformer.": "AnimateDiff's",
 }
-"""Parts of names that tell other temporal layers."""
+"""Parts of names that identify other temporal layers."""
 Blocks = Mapping[str, tuple[int, int]]
 """Channels and heads of a UNet's transformer blocks, by name."""
 
@@ -37,7 +37,7 @@ Blocks = Mapping[str, tuple[int, int]]
 
 
 class CastLinear(nn.Linear):
-    """A linear layer in the precision of what it is given, whatever its weights are kept in: for training."""
+    """A linear layer that computes in its input's precision, whatever the precision of its weights; for training."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -61,14 +61,14 @@ class TemporalAttention(nn.Module):
         q, k, v = (
             rearrange(to(places), "t f (h d) -> t h f d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v)
         )
-        seen = rearrange(F.scaled_dot_product_attention(q, k, v), "t h f d -> t f (h d)")
-        return x + rearrange(self.to_out(seen), "t f c -> f t c")
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "t h f d -> t f (h d)")
+        return x + rearrange(self.to_out(attended), "t f c -> f t c")
 
 
 class TemporalConv(nn.Module):
-    """A convolution over three frames, (f c y x) -> (f c y x): of low rank and added, or full.
+    """A convolution over three frames, (f c y x) -> (f c y x): full, or low-rank with a residual connection.
 
-    rank: None for a full one, which starts as the identity.
+    rank: None for a full one, initialized as the identity.
     """
 
     def __init__(self, channels: int, rank: int | None) -> None:
@@ -86,7 +86,7 @@ class TemporalConv(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether it gives what it is given."""
+        """Whether the output equals the input."""
         if self.rank is not None:
             return not self.up.weight.any()
         same = nn.init.dirac_(torch.empty_like(self.full.weight))
@@ -101,7 +101,7 @@ class TemporalConv(nn.Module):
 class TemporalLayers(nn.Module):
     """The temporal layers of a UNet, by the names of the modules they follow.
 
-    attentions: of transformer blocks, convolutions: of 3x3 ones. kind: whose names they have in a file.
+    attentions: after transformer blocks; convolutions: after 3x3 convolutions. kind: whose names they have in a file.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class TemporalLayers(nn.Module):
     def fresh(
         cls, blocks: Blocks, convolved: Mapping[str, int] | None = None, rank: int | None = None, seed: int = 0
     ) -> TemporalLayers:
-        """A set that changes nothing yet: the official one, or FateZero's where there are convolutions to follow.
+        """New layers, which change nothing yet: the official ones, or FateZero's if there are 3x3 convolutions.
 
-        blocks: channels and heads of each transformer block. convolved: channels of each 3x3 convolution. rank: of
-        the convolutions over frames, None for full ones. seed: of the weights that do not matter yet.
+        blocks: channels and heads of each transformer block. convolved: channels of each 3x3 convolution. rank: of the
+        convolutions over frames, None for full ones. seed: of the random weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -130,9 +130,9 @@ class TemporalLayers(nn.Module):
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor], blocks: Blocks) -> TemporalLayers:
-        """From a checkpoint's weights, told by their names; what is not temporal among them is left alone.
+        """From a checkpoint's weights, by name; ignores those that are not temporal.
 
-        Raises ValueError for another model's layers, or where one is missing or does not fit.
+        Raises ValueError for another model's layers, or a missing or wrong one.
         """
         kind = kind_of(weights)
         convolutions = {}
@@ -160,7 +160,7 @@ class TemporalLayers(nn.Module):
         return found
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of a file; ValueError naming one that is missing, that fits nothing, or of another shape."""
+        """Load the weights of a file; ValueError, naming the weight, for a missing, unknown or wrongly shaped one."""
         own = self.named()
         given = {name: tensor for name, tensor in weights.items() if is_temporal(name)}
         for problem, names in (("lacks", own.keys() - given.keys()), ("should not have", given.keys() - own.keys())):
@@ -172,9 +172,9 @@ class TemporalLayers(nn.Module):
             parameter.data = given[name].clone()
 
     def converted(self, convolved: Mapping[str, int]) -> TemporalLayers:
-        """The same layers for the other code: FateZero's get identity convolutions, the official ones lose them.
+        """The same layers for the other code, with identity convolutions for FateZero's and without for the official.
 
-        convolved: channels of each 3x3 convolution. Raises ValueError where a convolution is no identity.
+        convolved: channels of each 3x3 convolution. Raises ValueError if a convolution is not the identity.
         """
         attentions = {self._names[key]: layer for key, layer in self.attentions.items()}
         if self.kind == "official":
@@ -183,41 +183,41 @@ class TemporalLayers(nn.Module):
         changing = [name for name, layer in self.convolutions.items() if not layer.is_identity]
         if changing:
             raise ValueError(
-                f"the convolution over frames at {self._names[changing[0]]} changes what it is given "
-                f"({len(changing)} do); Tune-A-Video's code has no place for it"
+                f"Tune-A-Video's code has no convolution over frames, but that at {self._names[changing[0]]} is not "
+                f"the identity ({len(changing)} are not)"
             )
         return TemporalLayers(attentions, {}, "official")  # type: ignore[arg-type]
 
     def after(self, name: str) -> nn.Module:
-        """The layer that follows a module."""
+        """The layer after a module."""
         key = _key(name)
         return self.attentions[key] if key in self.attentions else self.convolutions[key]
 
     @property
     def places(self) -> list[str]:
-        """The names of the modules that layers follow."""
+        """The names of the modules with layers after them."""
         return list(self._names.values())
 
 
 def _key(name: str) -> str:
-    """A module's name as a ModuleDict takes it."""
+    """A module's name as a ModuleDict key."""
     return name.replace(".", "/")
 
 
 def kind_of(weights: Iterable[str]) -> Kind:
-    """Whose temporal layers a checkpoint holds; ValueError for others, or none."""
+    """The kind of a checkpoint's temporal layers; ValueError for other kinds, or none."""
     names = list(weights)
     for kind, (attention, _) in NAMES.items():
         if any(f".{attention}." in name for name in names):
             return kind
     for part, whose in OTHERS.items():
         if any(part in name for name in names):
-            raise ValueError(f"the checkpoint holds {whose} temporal layers; Tune-A-Video's and FateZero's are read")
-    raise ValueError("the checkpoint holds no temporal layers (attn_temp, attn_temporal)")
+            raise ValueError(f"the checkpoint has {whose} temporal layers: use Tune-A-Video's or FateZero's")
+    raise ValueError("the checkpoint has no temporal layers (attn_temp, attn_temporal)")
 
 
 def is_temporal(name: str) -> bool:
-    """Whether a weight of a checkpoint is of a temporal layer."""
+    """Whether a weight of a checkpoint belongs to a temporal layer."""
     parts = {part for names in NAMES.values() for part in names} | {CONV}
     return not parts.isdisjoint(name.split("."))
 
@@ -228,6 +228,6 @@ def trains(name: str) -> bool:
 
 
 def trained_of(layers: TemporalLayers) -> dict[str, nn.Parameter]:
-    """The temporal weights that are trained: all of the attention over frames; norms and convolutions stay."""
+    """The trained temporal weights: all of the attention over frames, but not norms and convolutions."""
     attention, _ = NAMES[layers.kind]
     return {name: weight for name, weight in layers.named().items() if f".{attention}." in name}

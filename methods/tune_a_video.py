@@ -1,7 +1,7 @@
 """Tune-A-Video (Wu et al., ICCV 2023, arXiv 2212.11565): an image model with temporal layers, tuned on one clip.
 
-What is trained are the queries of its attention and the attention over frames (`temporal_layers`), on the noise of the
-whole clip at one timestep a step (Sec. 3.3).
+Trains the queries of attention, and the attention over frames (`temporal_layers`), on noise of the whole clip at one
+timestep per step (Sec. 3.3).
 """
 
 from __future__ import annotations
@@ -27,42 +27,47 @@ Kind = Literal["official", "fatezero"]
 """Whose code temporal layers are of."""
 GROUP = "Tuning"
 TRAINED_KEYS = ("first", "previous")
-"""The key frames of Tune-A-Video's spatio-temporal attention, which it is trained with, and with clip norm."""
+"""The key frames of Tune-A-Video's spatio-temporal attention in training, which also uses clip norm."""
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What fresh temporal layers are. Raises ValueError for a rank without convolutions to have it."""
+    """The kind of new temporal layers. Raises ValueError for a rank without convolutions."""
 
     layers: Kind = setting(
         "official",
-        "Fresh layers: official ones attend over frames (Tune-A-Video); fatezero ones have convolutions over frames "
-        "too, which its authors' code leaves untrained.",
+        "Kind of new layers: official (Tune-A-Video) has attention over frames; fatezero also has convolutions over "
+        "frames, which its authors' code does not train.",
         group=GROUP,
     )
     rank: int | None = setting(
-        None, "Of fatezero's convolutions; its authors take 160.", least=1, most=4096, shown="full ones", group=GROUP
+        None,
+        "Rank of fatezero's convolutions; its authors use 160.",
+        least=1,
+        most=4096,
+        shown="full rank",
+        group=GROUP,
     )
 
     def __post_init__(self) -> None:
         check(self)
         if self.rank is not None and self.layers != "fatezero":
-            raise ValueError("rank has no effect without convolutions: layers must be fatezero")
+            raise ValueError("rank has no effect on official layers: set layers to fatezero")
 
 
 @dataclass(frozen=True)
 class TuneSettings:
     """How temporal layers are tuned on a clip; the defaults are the authors'. Raises ValueError out of range."""
 
-    steps: int = setting(300, "Training steps. The authors take 300 to 500.", least=1, most=100_000, group=GROUP)
+    steps: int = setting(300, "Training steps. The authors use 300 to 500.", least=1, most=100_000, group=GROUP)
     learning_rate: float = setting(
         3e-5, "Learning rate of AdamW, constant.", least=0, most=1, step=1e-6, symbol="lr", group=GROUP
     )
     weight_decay: float = setting(1e-2, "Weight decay of AdamW.", least=0, most=1, group=GROUP)
-    clip_gradients: float = setting(1.0, "The largest norm of all gradients together.", least=0, most=1000, group=GROUP)
+    clip_gradients: float = setting(1.0, "Maximal norm of all gradients.", least=0, most=1000, group=GROUP)
     optimizer: Optimizer = setting(
         "adamw",
-        "Optimizer. adamw8bit keeps its moments in 8 bits, a quarter of the bytes; it needs bitsandbytes.",
+        "Optimizer. adamw8bit stores its moments in 8 bits, a quarter of the memory, and needs bitsandbytes.",
         group=GROUP,
     )
     seed: int = setting(0, "Random seed for timesteps and noise.", least=0, most=2**63 - 1, group=GROUP)
@@ -75,25 +80,25 @@ class Tunable(Predictor, Protocol):
     """A predictor whose weights can be trained."""
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What Tune-A-Video trains: queries of self- and cross-attention, and the attention over frames."""
+        """The weights that Tune-A-Video trains: queries of self- and cross-attention, and the attention over frames."""
 
     def training(self) -> AbstractContextManager[None]:
-        """Gradients for what is trained alone, in single precision at least; activations recomputed. All as it was
-        after the `with` block.
+        """Enable gradients for the trained weights, at least in single precision, and recomputation of activations; the
+        `with` block restores the model at its end.
         """
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """Latents at a timestep, and the cumulative alpha there."""
+        """Noisy latents at a timestep, and the cumulative alpha there."""
 
     @property
     def predicts_v(self) -> bool:
-        """Whether the model predicts v, on which it then is trained, in place of the noise."""
+        """Whether the model predicts v, which is then the training target instead of the noise."""
 
 
 TuneProgress = Callable[[int, int, float, float], None]
-"""Called after each step with (steps done, steps in all, loss, norm of the gradients before it is clipped)."""
+"""Called after each step with (steps done, total steps, loss, norm of the gradients before clipping)."""
 State: TypeAlias = "Mapping[str, Tensor]"
-"""A tuning that can go on: weights, optimizer and losses."""
+"""The state of a tuning for resuming: weights, optimizer and losses."""
 
 
 def tune(
@@ -112,20 +117,20 @@ def tune(
     accelerator: Any = None,
     progress: TuneProgress | None = None,
 ) -> list[float]:
-    """Train a model's temporal layers on one clip (paper Sec. 3.3); each step's loss, those before `resume` too.
+    """Train a model's temporal layers on one clip (paper Sec. 3.3); returns all losses, those before `resume` too.
 
     latents: (frames, 4, h, w). embeddings: of the clip's prompt. draws: (timestep, noise (frames, 4, h, w)) of each
-    step, in place of random ones. deviation: of the latents under the autoencoder, in their shape; each step then takes
-    a sample, as the authors do. The loss is the mean squared error of the noise, or of v where a model predicts it.
-    keep: called with the state every so many steps, and at the end; `resume` goes on from one as if there had been
-    no break. accelerator: accelerate's, for mixed precision and several processes, each with draws of its own.
-    Raises ValueError for a model without temporal layers or a state of another tuning, and ArithmeticError where
-    numbers leave their range.
+    step, instead of random ones. deviation: of the autoencoder's posterior, in the latents' shape; each step then uses
+    a sample, as in the authors' code. The loss is the mean squared error of the noise, or of v if the model predicts
+    it. keep: called with the state every `keep_every` steps and at the end; `resume` continues from a state with the
+    same result. accelerator: accelerate's, for mixed precision and several processes, each with its own noise.
+    Raises ValueError for a model without temporal layers or a state of another tuning, and ArithmeticError for numbers
+    out of range.
     """
     settings = settings or TuneSettings()
     keys, condition = KeyFrames.of(key_frames), Condition.of(embeddings, "embeddings").to(latents)
     with torch.enable_grad(), denoiser.training(), denoiser.hooked(clip_norm):
-        tuning = _Tuning(denoiser.trained(), settings, accelerator or _Alone())
+        tuning = _Tuning(denoiser.trained(), settings, accelerator or _NoAccelerator())
         if resume is not None:
             tuning.load(resume)
         done = len(tuning.losses)
@@ -147,9 +152,9 @@ def tune(
 def clip_loss(
     denoiser: Tunable, latents: Tensor, noise: Tensor, timestep: int, condition: Condition, keys: KeyFrames
 ) -> Tensor:
-    """The mean squared error of the noise, or of v where a model predicts it, of a whole clip at one timestep.
+    """The mean squared error of the noise of a whole clip at one timestep, or of v if the model predicts it.
 
-    That of v is that of the noise divided by the cumulative alpha.
+    The error of v is that of the noise, divided by the cumulative alpha.
     """
     z, alpha = denoiser.noised(latents, noise, timestep)
     predicted = denoiser.predict_noise(z, timestep, condition, Control(keys, Chunk.whole(len(latents))))
@@ -161,13 +166,13 @@ def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
-# --- chance ---------------------------------------------------------------------------
+# --- random numbers -------------------------------------------------------------------
 
 
 def random_draws(
     latents: Tensor, settings: TuneSettings, done: int = 0, accelerator: Any = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """A timestep for the clip and noise of its own for each frame, for every step left; the same for a seed."""
+    """A random timestep of the clip, and noise for each frame, for every remaining step; reproducible by seed."""
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     for step in range(done, settings.steps):
         random = _random(settings, 2 * (step * processes + process))
@@ -180,15 +185,15 @@ def _posterior_noise(latents: Tensor, settings: TuneSettings, step: int) -> Tens
 
 
 def _random(settings: TuneSettings, number: int) -> torch.Generator:
-    """Chance that depends on the seed and a number alone, so that a run can go on at any step."""
+    """A generator that depends only on the seed and a number, so that a run can resume at any step."""
     return torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
 
 
 # --- steps ------------------------------------------------------------------------------
 
 
-class _Alone:
-    """What is asked of accelerate's Accelerator, by one process that computes as its weights are."""
+class _NoAccelerator:
+    """The part of accelerate's Accelerator that a tuning uses, for one process in the weights' precision."""
 
     num_processes, process_index, scaler = 1, 0, None
 
@@ -212,11 +217,11 @@ class _Tuning:
         self.trained, self.settings, self.accelerator = trained, settings, accelerator
         self.losses: list[float] = []
         kind = optimizer_class(settings.optimizer)
-        made = kind(trained.values(), settings.learning_rate, (0.9, 0.999), 1e-8, settings.weight_decay)
-        self.optimizer = accelerator.prepare(made)
+        optimizer = kind(trained.values(), settings.learning_rate, (0.9, 0.999), 1e-8, settings.weight_decay)
+        self.optimizer = accelerator.prepare(optimizer)
 
     def step(self, loss: Tensor) -> float:
-        """Change the weights by the gradients of a loss; their norm before it is clipped."""
+        """Update the weights; returns the norm of the gradients before clipping."""
         what = f"step {len(self.losses) + 1} of the tuning"
         check_finite(loss.detach(), f"the loss of {what}")
         self.accelerator.backward(loss)
@@ -224,7 +229,7 @@ class _Tuning:
             for weight in self.trained.values():
                 weight.grad = self.accelerator.reduce(weight.grad, "mean")
         norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.settings.clip_gradients)
-        if self.accelerator.scaler is None:  # which finds its scale by leaving out steps that are not finite
+        if self.accelerator.scaler is None:  # a scaler skips steps that are not finite
             check_finite(norm, f"the gradients of {what}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,7 +237,7 @@ class _Tuning:
         return float(norm)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `load` needs, on the CPU."""
+        """The state for `load`, on the CPU."""
         found = {f"weight.{name}": weight.detach() for name, weight in self.trained.items()}
         of_weights = self.optimizer.state_dict()["state"]
         for name, moments in zip(self.trained, of_weights.values(), strict=True):
@@ -242,34 +247,34 @@ class _Tuning:
         return {name: tensor.cpu().clone().contiguous() for name, tensor in found.items()}
 
     def load(self, state: State) -> None:
-        """Take a state of before; ValueError for one of other weights or another seed."""
+        """Resume from a state; ValueError for other weights or another seed."""
         names = {name.partition(".")[2] for name in state if name.startswith("weight.")}
         if names != self.trained.keys():
-            raise ValueError("the checkpoint of the tuning is of another model, or of other temporal layers")
+            raise ValueError("the tuning's checkpoint belongs to another model, or to other temporal layers")
         if int(state["seed"]) != self.settings.seed:
-            raise ValueError(f"the tuning began with seed {int(state['seed'])}, not {self.settings.seed}")
+            raise ValueError(f"the tuning's checkpoint has seed {int(state['seed'])}, not {self.settings.seed}")
         self.losses = state["losses"].tolist()
-        held = self.optimizer.state_dict()
+        restored = self.optimizer.state_dict()
         for number, (name, weight) in enumerate(self.trained.items()):
             if state[f"weight.{name}"].shape != weight.shape:
-                raise ValueError(f"{name} of the checkpoint is of another shape than this model's")
+                raise ValueError(f"{name} of the checkpoint has another shape than in this model")
             weight.data.copy_(state[f"weight.{name}"])
             own = {key.removesuffix(f".{name}"): value for key, value in state.items() if key.endswith(f".{name}")}
             del own["weight"]
-            # What an optimizer counts in whole numbers it wants back as one.
-            held["state"][number] = {
+            # Optimizers need integer counts as integers.
+            restored["state"][number] = {
                 key: value if value.is_floating_point() or value.ndim else int(value) for key, value in own.items()
             }
-        self.optimizer.load_state_dict(held)
+        self.optimizer.load_state_dict(restored)
 
 
 def optimizer_class(name: Optimizer) -> Callable[..., torch.optim.Optimizer]:
-    """AdamW, or bitsandbytes' with moments of 8 bits; ImportError where that is not installed."""
+    """AdamW, or bitsandbytes' version with 8-bit moments; ImportError if that is not installed."""
     if name == "adamw":
         return torch.optim.AdamW
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError("optimizer adamw8bit needs bitsandbytes, which is not installed") from error
+        raise ImportError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
     made: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
     return made

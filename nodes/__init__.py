@@ -1,4 +1,4 @@
-"""What a ComfyUI user drags: one module for each family of nodes."""
+"""ComfyUI nodes, one module per group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .wan import FateZeroWanPair
 
 
 class FateZeroExtension(ComfyExtension):
-    """Everything this pack adds to the host."""
+    """The nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -1,4 +1,4 @@
-"""Attention across frames, for anyone's sampler."""
+"""Spatio-temporal attention for any sampler."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .sockets import schema
 
 
 class FateZeroSpatioTemporalAttention(io.ComfyNode):
-    """Let the pictures of a batch see each other's key frames."""
+    """Make the pictures of a batch attend to key frames."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroSpatioTemporalAttention",
             display_name="Spatio-Temporal Attention (FateZero)",
-            description="Every frame of a batch also attends to key frames of the clip (FateZero, Eq. 8), so that a "
-            "plain KSampler draws frames that agree. Invert and Edit do this by themselves.",
+            description="Makes every frame of a batch attend to key frames of the clip (FateZero, Eq. 8), so that a "
+            "plain KSampler generates consistent frames. Invert and Edit do this on their own.",
             search_aliases=["temporal consistency", "sparse causal attention", "cross-frame attention"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model."),

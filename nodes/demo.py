@@ -1,4 +1,4 @@
-"""The bundled models and clip, so that a workflow runs with nothing downloaded."""
+"""The bundled models and clip, for workflows without downloads."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .sockets import schema
 
 
 class FateZeroDemoModel(io.ComfyNode):
-    """The tiny model of coloured shapes, and a clip of its world."""
+    """The demo model of coloured shapes, and its clip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroDemoModel",
             display_name="Demo Model (FateZero)",
-            description="A tiny model that ships with the pack and draws coloured shapes, 64 pixels square. For trying "
-            "the nodes without a download; it edits no real video.",
+            description="A tiny bundled model that generates coloured shapes, 64x64 pixels. For trying the nodes "
+            "without a download; it cannot edit real videos.",
             search_aliases=["test model", "example checkpoint"],
             inputs=[],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="SD 1.x in all but width."),
-                io.Clip.Output("clip", display_name="clip", tooltip="Knows the words of its small world."),
-                io.Vae.Output("vae", display_name="vae", tooltip="Four pixels to a latent."),
-                io.Video.Output("video", display_name="video", tooltip="A red square on water, eight frames."),
+                io.Model.Output("model", display_name="model", tooltip="SD 1.x's architecture, but narrower."),
+                io.Clip.Output("clip", display_name="clip", tooltip="CLIP with the words of the demo scenes."),
+                io.Vae.Output("vae", display_name="vae", tooltip="4x4 pixels per latent."),
+                io.Video.Output("video", display_name="video", tooltip="A red square on water, 8 frames."),
             ],
         )
 
@@ -36,22 +36,22 @@ class FateZeroDemoModel(io.ComfyNode):
 
 
 class FateZeroDemoVideoModel(io.ComfyNode):
-    """The tiny video transformer of moving shapes, and a clip of its world."""
+    """The demo video transformer of moving shapes, and its clip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroDemoVideoModel",
             display_name="Demo Video Model (FateZero)",
-            description="A tiny video transformer that ships with the pack and generates moving shapes, 64 pixels "
-            "square. For trying the nodes without a download; it cannot edit real videos.",
+            description="A tiny bundled video transformer that generates moving shapes, 64x64 pixels. For trying the "
+            "nodes without a download; it cannot edit real videos.",
             search_aliases=["test model", "example checkpoint", "video transformer"],
             inputs=[],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="A video transformer of 0.1 million weights."),
-                io.Clip.Output("clip", display_name="clip", tooltip="UMT5; knows the words of its small world."),
-                io.Vae.Output("vae", display_name="vae", tooltip="Four pixels and one frame to a latent."),
-                io.Video.Output("video", display_name="video", tooltip="A red square on water, eight frames."),
+                io.Clip.Output("clip", display_name="clip", tooltip="UMT5 with the words of the demo scenes."),
+                io.Vae.Output("vae", display_name="vae", tooltip="4x4 pixels of one frame per latent."),
+                io.Video.Output("video", display_name="video", tooltip="A red square on water, 8 frames."),
             ],
         )
 

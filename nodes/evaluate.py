@@ -1,4 +1,4 @@
-"""How good an edit is, as figures and to the eye."""
+"""Evaluation of edits by figures, and visual comparison."""
 
 from __future__ import annotations
 
@@ -23,45 +23,43 @@ from .sockets import schema, show_on_node
 
 
 class FateZeroEvaluate(io.ComfyNode):
-    """Figures of an edit beside its source."""
+    """Figures of an edit."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroEvaluate",
             display_name="Evaluate Edit (FateZero)",
-            description="What an edit kept (PSNR, SSIM, LPIPS), how steadily it moves (warp error), what CLIP says of "
-            "it (Tem-Con, Frame-Acc), and how near the truth it is, where that is known.",
+            description="Measures an edit: preservation (PSNR, SSIM, LPIPS), temporal consistency (warp error), CLIP "
+            "scores (Tem-Con, Frame-Acc), and the distance to the ground truth, if connected.",
             search_aliases=["metrics", "psnr", "ssim", "lpips", "warp error", "clip score", "temporal consistency"],
             inputs=[
                 io.Image.Input("source", tooltip="The frames before the edit."),
-                io.Image.Input("edited", tooltip="The frames after it: as many, of the same size."),
-                io.String.Input("source_prompt", default="", tooltip="What the source shows; for CLIP."),
-                io.String.Input("target_prompt", default="", tooltip="What the edit should show; for CLIP."),
+                io.Image.Input("edited", tooltip="The edited frames: same number and size."),
+                io.String.Input("source_prompt", default="", tooltip="A description of the source, for CLIP."),
+                io.String.Input("target_prompt", default="", tooltip="What the edit should show, for CLIP."),
                 io.Combo.Input(
                     "flow",
                     options=["auto", "dis", "raft", "none"],
                     default="auto",
-                    tooltip="How motion is found for the warp error: OpenCV's DIS, or torchvision's RAFT, which "
-                    "fetches its weights. auto takes RAFT where they are here already; none leaves the warp error out.",
+                    tooltip="Optical flow for the warp error: OpenCV's DIS, or torchvision's RAFT, which downloads its "
+                    "weights. auto uses RAFT if its weights are present; none skips the warp error.",
                 ),
                 io.String.Input(
                     "clip_model",
                     default="",
-                    tooltip="A CLIP of transformers, a folder or a hub name; the paper's is "
-                    "openai/clip-vit-base-patch32. Empty leaves CLIP out.",
+                    tooltip="A CLIP model of transformers, by folder or hub name; the paper uses "
+                    "openai/clip-vit-base-patch32. Empty skips the CLIP scores.",
                 ),
                 io.String.Input(
-                    "lpips_weights", default="", tooltip="A file of LPIPS weights (see help). Empty leaves LPIPS out."
+                    "lpips_weights", default="", tooltip="A file of LPIPS weights (see help). Empty skips LPIPS."
                 ),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the edit was meant to be: one, or one for each frame."
-                ),
-                io.Image.Input("truth", optional=True, tooltip="The edit as it should be, where it is known."),
+                io.Mask.Input("mask", optional=True, tooltip="Where the edit should be: one mask, or one per frame."),
+                io.Image.Input("truth", optional=True, tooltip="The ground truth of the edit, if known."),
             ],
             outputs=[
-                io.String.Output("report", display_name="report", tooltip="The figures, a line each."),
-                io.Image.Output("plot", display_name="plot", tooltip="The figures that have one value a frame."),
+                io.String.Output("report", display_name="report", tooltip="The figures, one per line."),
+                io.Image.Output("plot", display_name="plot", tooltip="A plot of the figures by frame."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -103,20 +101,20 @@ class FateZeroEvaluate(io.ComfyNode):
         text = "\n".join([str(report), *without])
         try:
             plot = plot_report(report)
-        except ImportError as error:  # the figures are there all the same
+        except ImportError as error:  # the figures do not need it
             text, plot = f"{text}\n{error}", heat_map(torch.zeros(1, 1, 1), (96, 768), str(error))[0]
         show_on_node(cls.hidden.unique_id, text)
         return io.NodeOutput(text, plot[None].float() / 255, ui=ui.PreviewText(text))
 
 
 def _estimator(name: Any, device: torch.device) -> tuple[Estimator | None, list[str]]:
-    """What finds the motion, and why nothing does: a library that is missing must not cost the other figures."""
+    """The estimator, and a note if its library is missing, which must not cost the other figures."""
     if name == "none":
         return None, []
     try:
         return flow_estimator(name, device)[1], []
     except ImportError as error:
-        return None, [f"warp error left out: {error}"]
+        return None, [f"warp error skipped: {error}"]
 
 
 def _frames(images: Tensor) -> Tensor:
@@ -125,29 +123,29 @@ def _frames(images: Tensor) -> Tensor:
 
 
 class FateZeroCompareVideos(io.ComfyNode):
-    """Two clips in one."""
+    """Combine two clips for comparison."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroCompareVideos",
             display_name="Compare Videos (FateZero)",
-            description="Two clips in one, labelled: side by side, a wipe that runs over the clip, a split in the "
+            description="Combines two clips into one, with labels: side by side, as a moving wipe, a split in the "
             "middle, or their difference.",
             search_aliases=["side by side", "wipe", "before after", "difference", "video grid"],
             inputs=[
                 io.Image.Input("a", tooltip="The frames of one clip, e.g. the source."),
-                io.Image.Input("b", tooltip="The frames of the other: as many, of the same size."),
+                io.Image.Input("b", tooltip="The frames of the other: same number and size."),
                 io.Combo.Input(
                     "comparison",
                     options=list(COMPARISONS),
                     default="side by side",
-                    tooltip="wipe: a line runs from left to right, b behind it. difference: how far a and b are apart, "
+                    tooltip="wipe: a line moves from left to right, with b left of it. difference: |a - b|, "
                     "brightened.",
                 ),
-                io.String.Input("label_a", default="source", tooltip="Written into the picture; may be empty."),
-                io.String.Input("label_b", default="edit", tooltip="Written into the picture; may be empty."),
-                io.Float.Input("fps", default=8.0, min=0.01, max=240.0, step=0.01, tooltip="Frames a second."),
+                io.String.Input("label_a", default="source", tooltip="Text in the frames; may be empty."),
+                io.String.Input("label_b", default="edit", tooltip="Text in the frames; may be empty."),
+                io.Float.Input("fps", default=8.0, min=0.01, max=240.0, step=0.01, tooltip="Frames per second."),
                 io.Audio.Input("audio", optional=True, tooltip="Sound for the video."),
             ],
             outputs=[

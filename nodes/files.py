@@ -1,4 +1,4 @@
-"""Files that a workflow names, kept inside the host's folders."""
+"""Files of a workflow, restricted to the host's folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def inside(file: str) -> Path | None:
     """The path of a file of the input or output folder ("name" or "name [output]"); None for any other."""
     try:
         path = Path(folder_paths.get_annotated_filepath(file)).resolve()
-    except ValueError:  # newer hosts refuse paths that lead out of their folder
+    except ValueError:  # newer hosts reject paths outside their folder
         return None
     roots = (folder_paths.get_input_directory(), folder_paths.get_output_directory())
     allowed = any(path.is_relative_to(Path(root).resolve()) for root in roots)

@@ -1,4 +1,4 @@
-"""FlowEdit: a clip with drawn noise, in the place of its inversion."""
+"""FlowEdit: a clip with random noise instead of its inversion."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
 
 class FateZeroFlowEdit(io.ComfyNode):
-    """What Edit Video edits without an inversion."""
+    """A store for Edit Video without an inversion."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroFlowEdit",
             display_name="FlowEdit (FateZero)",
-            description="In the place of Invert Video: the clip with noise that is drawn, not inverted, so that Edit "
-            "Video goes along the difference of both prompts' predictions (FlowEdit). For Edit Video with preset none, "
-            "guidance 8 to 13 and strength 0.7, or with what it takes of the source, and masks, as for an inversion.",
+            description="Replaces Invert Video: takes the clip with random noise, so that Edit Video moves it along "
+            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset none, guidance 8 to 13 "
+            "and strength 0.7, or with injections and masks as for an inversion.",
             search_aliases=["flow edit", "inversion-free", "rectified flow", "rf edit"],
             inputs=[
                 *MODEL_AND_SOURCE,

@@ -1,4 +1,4 @@
-"""Flow smoothing, along the source's motion."""
+"""Flow smoothing: averages along the source's motion."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .settings import widget
 from .sockets import SmoothingSocket, schema, show_on_node
 
 CELL, PICTURE_CELL = 4, 2
-"""Pixels of a cell's side that motion is kept on: for latents, whose grid is as coarse or coarser, and for pictures."""
+"""Cell size of the motion in pixels: for latents, whose grid is at least as coarse, and for pictures."""
 
 FLOW = io.Combo.Input(
     "flow",
     options=["auto", "dis", "raft"],
     default="auto",
-    tooltip="How motion is found: OpenCV's DIS, or torchvision's RAFT, which fetches its weights. auto takes RAFT "
-    "where they are here already.",
+    tooltip="Optical flow: OpenCV's DIS, or torchvision's RAFT, which downloads its weights. auto uses RAFT if its "
+    "weights are present.",
 )
 
 
 def motion_of(images: Tensor, flow: Any, cell: int, node: str | None) -> Motion:
-    """The motion of a clip's frames, told on the node; ValueError for one frame."""
+    """The motion of a clip's frames, with a text on the node; ValueError for a single frame."""
     if len(images) < 2:
-        raise ValueError("images: one frame, which has no motion; two are needed at least")
+        raise ValueError("images: a single frame has no motion; connect at least two")
     name, estimate = flow_estimator(flow, comfy.model_management.get_torch_device())
     bar = comfy.utils.ProgressBar(len(images))
 
@@ -47,18 +47,19 @@ def motion_of(images: Tensor, flow: Any, cell: int, node: str | None) -> Motion:
 
 
 class FateZeroFlowSmoothing(io.ComfyNode):
-    """What an edit changes moves as the source does."""
+    """Smooth an edit along the source's motion while it is sampled."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroFlowSmoothing",
             display_name="Flow Smoothing (FateZero)",
-            description="Less flicker: in each step, what the edit changes is averaged along the video's own motion. "
-            "Adds no UNet evaluation. For Edit Video, with any preset, with TokenFlow or without.",
+            description="Less flicker: each step averages the edit's changes along the source's motion, without "
+            "additional UNet calls. Lowers the warp error, but may lose parts of the edit, most of all changes of "
+            "shape. For Edit Video with any preset, with or without TokenFlow.",
             search_aliases=["deflicker", "temporal consistency", "optical flow", "flicker", "stabilize"],
             inputs=[
-                io.Image.Input("images", tooltip="The frames of the clip that is edited."),
+                io.Image.Input("images", tooltip="The frames of the source clip."),
                 widget(FlowSmoothing, "amount"),
                 FLOW,
             ],
@@ -72,23 +73,23 @@ class FateZeroFlowSmoothing(io.ComfyNode):
 
 
 class FateZeroSteady(io.ComfyNode):
-    """Frames of an edit that move as the source does."""
+    """Smooth a finished edit along the source's motion."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroSteady",
             display_name="Steady Video (FateZero)",
-            description="Less flicker in an edit that is done, of any node or program: its difference to the source is "
-            "averaged along the source's motion, and the source itself stays sharp.",
+            description="Less flicker in a finished edit from any node or program: averages its difference to the "
+            "source along the source's motion, so that the source stays sharp.",
             search_aliases=["deflicker", "temporal consistency", "optical flow", "flicker", "stabilize"],
             inputs=[
                 io.Image.Input("images", tooltip="The frames before the edit."),
-                io.Image.Input("edited", tooltip="The frames after it: as many, of the same size."),
+                io.Image.Input("edited", tooltip="The edited frames: same number and size."),
                 widget(FlowSmoothing, "amount"),
                 FLOW,
             ],
-            outputs=[io.Image.Output("steady", display_name="images", tooltip="The edit, steadier.")],
+            outputs=[io.Image.Output("steady", display_name="images", tooltip="The smoothed edit.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -97,7 +98,7 @@ class FateZeroSteady(io.ComfyNode):
         source, edit = images[..., :3].movedim(-1, 1), edited[..., :3].movedim(-1, 1)
         if source.shape != edit.shape:
             raise ValueError(
-                f"edited: {len(edit)} frames of {edit.shape[-1]}x{edit.shape[-2]}, but images are {len(source)} of "
+                f"edited: {len(edit)} frames of {edit.shape[-1]}x{edit.shape[-2]}, but images has {len(source)} of "
                 f"{source.shape[-1]}x{source.shape[-2]}"
             )
         motion = motion_of(images, flow, PICTURE_CELL, cls.hidden.unique_id)

@@ -1,4 +1,4 @@
-"""Inversion, its store on disk, and the check that it can be trusted."""
+"""Inversion, its store on disk, and a check of its quality."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from .sockets import (
 )
 
 MODEL_AND_SOURCE = [
-    io.Model.Input("model", tooltip=f"{MODELS}; LoRA on it count."),
-    io.Conditioning.Input("source", tooltip="The source prompt; ControlNets on it count."),
+    io.Model.Input("model", tooltip=f"{MODELS}, with any LoRA."),
+    io.Conditioning.Input("source", tooltip="The source prompt, with any ControlNets."),
 ]
 _BUDGET, _PLACE = (setting_of(StoreSettings, name).meta.text for name in ("budget_gb", "place"))
 STEPS = widget(InversionSettings, "steps", max=999)
@@ -47,17 +47,17 @@ SETTINGS = [
         "place",
         advanced=True,
         optional=True,
-        tooltip=f"{_PLACE} In ComfyUI auto leaves the device to the models.",
+        tooltip=f"{_PLACE} In ComfyUI, auto leaves the device to the models.",
     ),
     widget(StoreSettings, "precision", advanced=True, optional=True),
     widget(StoreSettings, "keep_steps", advanced=True, optional=True),
     CHUNK_FRAMES,
     widget(InversionSettings, "order", advanced=True, optional=True),
 ]
-"""The widgets of an inversion, beside its steps."""
+"""The widgets of an inversion, except its steps."""
 
 
-def asked_of(
+def invert_settings(
     source: Any,
     key_frames: str,
     clip_norm: bool,
@@ -69,7 +69,7 @@ def asked_of(
     chunk_frames: int = 0,
     order: int = 1,
 ) -> InvertSettings:
-    """What `SETTINGS` hold."""
+    """The settings of the widgets in `SETTINGS`."""
     folder = Path(folder_paths.get_temp_directory())
     store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
     prompt = source[0][1].get(PROMPT_KEY)
@@ -77,20 +77,20 @@ def asked_of(
 
 
 class FateZeroInvert(io.ComfyNode):
-    """Carry a clip to noise and keep what the edit needs."""
+    """Invert a clip to noise, and store what the edit needs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroInvert",
             display_name="Invert Video (FateZero)",
-            description="DDIM inversion of a clip under its own prompt. Edits with other target prompts, guidance or "
-            "fusion settings do not run it again.",
+            description="DDIM inversion of a clip with its source prompt. Changes of the target prompt, guidance or "
+            "fusion do not run it again.",
             search_aliases=["ddim inversion", "unsampler", "invert", "noise"],
             inputs=[
                 *MODEL_AND_SOURCE,
                 io.Latent.Input(
-                    "latent", tooltip="The clip: a latent for each frame, or a video autoencoder's (Encode Video)."
+                    "latent", tooltip="The clip (Encode Video): one latent per frame, or a video VAE's latents."
                 ),
                 STEPS,
                 *SETTINGS,
@@ -104,30 +104,30 @@ class FateZeroInvert(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **settings: Any) -> io.NodeOutput:
-        samples, told = latent["samples"], [""]
+        samples, shown = latent["samples"], [""]
         check_known(model)
         check_samples(model, samples)
 
         def tell(text: str) -> None:
-            told[0] = text
+            shown[0] = text
             show_on_node(cls.hidden.unique_id, text)
 
         condition = HostCondition.of_socket(source, "source", "source")
-        asked = asked_of(source, **settings)
-        noise, store = invert_clip(model, samples, condition, steps, asked, latent.get(NOISE_MASK), tell)
-        return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(told[0]))
+        chosen = invert_settings(source, **settings)
+        noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), tell)
+        return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(shown[0]))
 
 
 class FateZeroReconstructionCheck(io.ComfyNode):
-    """Replay an inversion at guidance 1 and compare with the clip."""
+    """Replay an inversion at guidance 1 and compare it with the clip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroReconstructionCheck",
             display_name="Reconstruction Check (FateZero)",
-            description="Replays the inversion without an edit. What it loses, every edit will lose: look before "
-            "you trust one. Below 25 dB try more steps or a source prompt nearer to the video.",
+            description="Replays the inversion without an edit. What this loses, every edit loses too. Below 25 dB, "
+            "try more steps or a more accurate source prompt.",
             search_aliases=["psnr", "replay", "reconstruct", "inversion quality"],
             inputs=[
                 io.Model.Input("model", tooltip="The model of the inversion."),
@@ -137,8 +137,8 @@ class FateZeroReconstructionCheck(io.ComfyNode):
                 CHUNK_FRAMES,
             ],
             outputs=[
-                io.Image.Output("replay", display_name="replay", tooltip="The clip as the inversion gives it back."),
-                io.String.Output("psnr", display_name="PSNR", tooltip="Decibels for each frame, and on average."),
+                io.Image.Output("replay", display_name="replay", tooltip="The reconstructed clip."),
+                io.String.Output("psnr", display_name="PSNR", tooltip="PSNR in dB by frame, and on average."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -151,10 +151,10 @@ class FateZeroReconstructionCheck(io.ComfyNode):
         positive = replace(source_of(store), role="positive")
         (samples,), _ = edit_clip(model, store, [Edit(positive, guidance_scale=1.0)], chunk_frames or None)
         replay = vae.decode(samples)
-        replay = replay.reshape(-1, *replay.shape[-3:])[: len(images)]  # a video's has its clips first
+        replay = replay.reshape(-1, *replay.shape[-3:])[: len(images)]  # a video VAE's has a batch dimension
         if replay.shape != images[..., :3].shape:
             raise ValueError(
-                f"images: {len(images)} of {images.shape[2]}x{images.shape[1]}, but the store gives {len(replay)} of "
+                f"images: {len(images)} of {images.shape[2]}x{images.shape[1]}, but the store has {len(replay)} of "
                 f"{replay.shape[2]}x{replay.shape[1]}"
             )
         pairs = zip(replay.movedim(-1, 1).split(1), images[..., :3].movedim(-1, 1).split(1), strict=True)
@@ -166,20 +166,20 @@ class FateZeroReconstructionCheck(io.ComfyNode):
 
 
 class FateZeroSaveStore(io.ComfyNode):
-    """Keep an inversion in the output folder."""
+    """Save an inversion in the output folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroSaveStore",
             display_name="Save Attention Store (FateZero)",
-            description="Writes an inversion to the output folder as safetensors, whole or not at all.",
+            description="Saves an inversion in the output folder as a safetensors file.",
             search_aliases=["save inversion"],
             inputs=[
-                AttentionStoreSocket.Input("store", tooltip="The inversion to keep."),
+                AttentionStoreSocket.Input("store", tooltip="The inversion to save."),
                 io.String.Input("filename_prefix", default="fatezero/store", tooltip="In the output folder."),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="What Load Attention Store takes.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="The file, for Load Attention Store.")],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )
@@ -189,8 +189,8 @@ class FateZeroSaveStore(io.ComfyNode):
         lost = unsaveable(source_of(store).conditioning)
         if lost and store.kept_steps < store.steps:
             raise ValueError(
-                f"store: the source prompt carries {', '.join(lost)}, which a file cannot hold and steps that are "
-                "computed again would need; invert with memory queries_keys and keep_steps 1"
+                f"store: a file cannot contain {', '.join(lost)} of the source prompt, which recomputed steps need: "
+                "invert with memory queries_keys and keep_steps 1"
             )
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
@@ -203,20 +203,20 @@ class FateZeroSaveStore(io.ComfyNode):
 
 
 class FateZeroLoadStore(io.ComfyNode):
-    """An inversion from the input or output folder."""
+    """Load an inversion from the input or output folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroLoadStore",
             display_name="Load Attention Store (FateZero)",
-            description="Reads an inversion from the input or output folder.",
+            description="Loads an inversion from the input or output folder.",
             search_aliases=["load inversion"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=_stores(),
-                    tooltip="A .safetensors file of Save Attention Store, in the input or output folder.",
+                    tooltip="A .safetensors file from Save Attention Store.",
                 )
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the sampler.")],

@@ -1,4 +1,4 @@
-"""Where objects shall be: a layout, its picture, and a guider that follows it."""
+"""Layouts: where objects should be, a preview, and a guider that follows them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..diffusion.edit import Edit
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.families import tokenizer_of
 from ..hosts.comfyui.layout import LayoutGuider
-from ..methods.layout import Form, Layout, Shift, Wanted, named_path
+from ..methods.layout import Form, Layout, LayoutObject, Shift, named_path
 from ..methods.layout_guidance import LayoutGuidance
 from ..methods.move_objects import MoveSettings
 from ..video.sheet import outlined
@@ -23,21 +23,21 @@ from .sockets import LayoutSocket, schema, show_on_node
 
 SHIFT = "shift"
 FINE = 8
-"""Points of a target for each latent, by side: a pixel of most models."""
+"""Points of a target per latent and side: one pixel for most models."""
 _BLANK = 256
-"""Pixels of a side of a picture that is drawn over nothing."""
+"""Size of the preview without an image, in pixels."""
 
 
 class FateZeroLayout(io.ComfyNode):
-    """Objects of a prompt, and where they shall be."""
+    """Objects of a prompt, and where they should be."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroLayout",
             display_name="Layout (FateZero)",
-            description="Say where objects shall be, frame by frame: boxes or ellipses on paths with key frames, or "
-            "masks. For Layout Guider, and Edit Video.",
+            description="Sets where objects should be in each frame: boxes or ellipses on paths with stops, or masks. "
+            "For Layout Guider and Edit Video.",
             search_aliases=["box", "bounding box", "trajectory", "path", "regional", "object motion", "gligen"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model: CLIP of SD 1.x, SD 2.x or SDXL."),
@@ -45,43 +45,43 @@ class FateZeroLayout(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the clip shall show, with the objects' words in it.",
+                    tooltip="What the clip should show, including the objects' words.",
                 ),
                 io.String.Input(
                     "objects",
                     multiline=True,
                     default="",
-                    tooltip='A line for each: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size '
-                    "(or width and height) as shares of the picture. Words alone take the mask.",
+                    tooltip='One object per line: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3" gives frame:x,y,size (or '
+                    "width,height) as shares of the frame. Words without a path use the mask.",
                 ),
                 io.Combo.Input(
                     "form",
                     options=[*get_args(Form), SHIFT],
                     default="box",
-                    tooltip="Of what is on a path. shift, for edits alone, moves an object from where it is: "
-                    '"jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames how far right and down, and the growth.',
+                    tooltip="Form of objects on paths. shift (edits only) moves an existing object: "
+                    '"jeep: 0:0.2,0; 7:0.3,-0.1,1.5" gives frame:right,down,growth.',
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Of words without a path: one mask, or one for each frame."
+                    "mask", optional=True, tooltip="Layout mask of words without a path: one, or one per frame."
                 ),
                 io.Mask.Input(
                     "object_mask",
                     optional=True,
-                    tooltip="Of edits: where the object is in the clip. Else the attention to its words tells.",
+                    tooltip="In edits: the object's place in the clip. Without it, attention to its words is used.",
                 ),
                 LayoutSocket.Input(
-                    "more", optional=True, tooltip="Another layout of the same prompt, whose objects come along."
+                    "more", optional=True, tooltip="Another layout of the same prompt, whose objects are added."
                 ),
-                io.Image.Input("image", optional=True, tooltip="Frames to draw the picture over."),
+                io.Image.Input("image", optional=True, tooltip="Frames to show in the preview."),
                 io.Int.Input(
-                    "frames", default=16, min=1, max=1000, tooltip="Of the picture, where no image is connected."
+                    "frames", default=16, min=1, max=1000, tooltip="Frames of the preview if no image is connected."
                 ),
                 *widgets(MoveSettings, advanced=("weight", "amount", "enough", "most_change")),
             ],
             outputs=[
-                io.Conditioning.Output("conditioning", display_name="positive", tooltip="The prompt, encoded."),
-                LayoutSocket.Output("layout", display_name="layout", tooltip="For Layout Guider, or Edit Video."),
-                io.Image.Output("picture", display_name="picture", tooltip="The layout over the frames."),
+                io.Conditioning.Output("conditioning", display_name="positive", tooltip="The encoded prompt."),
+                LayoutSocket.Output("layout", display_name="layout", tooltip="For Layout Guider or Edit Video."),
+                io.Image.Output("picture", display_name="picture", tooltip="A preview of the layout on the frames."),
             ],
         )
 
@@ -93,11 +93,11 @@ class FateZeroLayout(io.ComfyNode):
         check_clip(clip)
         words, tokenizer, settings = unweighted(prompt), tokenizer_of(clip), made(MoveSettings, values)
         if not words:
-            raise ValueError("prompt: is empty; describe the clip")
-        found = _wanted(objects, form, _masks(mask), _masks(object_mask))
+            raise ValueError("prompt: is empty: describe the clip")
+        found = _objects_of(objects, form, _masks(mask), _masks(object_mask))
         if more is not None:
             if more.prompt != words:
-                raise ValueError(f"more: is of the prompt {more.prompt!r}, not {words!r}")
+                raise ValueError(f"more: has the prompt {more.prompt!r}, not {words!r}")
             found += more.objects
         layout = Layout(words, tokenizer, found, settings)
         over = torch.full((frames, _BLANK, _BLANK, 3), 0.2) if image is None else image[..., :3]
@@ -111,28 +111,30 @@ def _masks(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1, *mask.shape[-2:])
 
 
-def _wanted(objects: str, form: Any, mask: Tensor | None, source: Tensor | None) -> tuple[Wanted, ...]:
-    """The objects of the lines of a text. mask: of those without a path; source: where the object is."""
+def _objects_of(objects: str, form: Any, mask: Tensor | None, source: Tensor | None) -> tuple[LayoutObject, ...]:
+    """The objects of a text, one per line. mask: for those without a path; source: the object's place in the clip."""
     lines = [line.strip() for line in objects.splitlines() if line.strip()]
     if not lines:
-        raise ValueError('objects: is empty; a line for each, such as "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3"')
+        raise ValueError('objects: is empty: add lines such as "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3"')
     bare = [line for line in lines if ":" not in line]
     if bare and mask is None:
-        raise ValueError(f'objects: {bare[0]!r} has no path ("{bare[0]}: 0:0.5,0.5,0.3"), and no mask is connected')
+        raise ValueError(f'objects: {bare[0]!r} has no path: add one ("{bare[0]}: 0:0.5,0.5,0.3"), or connect a mask')
     if mask is not None and not bare:
-        raise ValueError("mask: is connected, but every object has a path; write its words alone on a line")
+        raise ValueError("mask: every object has a path: write the masked object's words on a line without a path")
     if source is not None and len(lines) > 1:
-        raise ValueError("object_mask: is of one object, but there are several; join two layouts by `more`")
+        raise ValueError(
+            "object_mask: is for one object, but there are several: use one layout per object, joined by `more`"
+        )
     return tuple(
-        Wanted(line, mask, source) if line in bare else Wanted(*named_path(line, form), source)  # type: ignore[arg-type]
+        LayoutObject(line, mask, source) if line in bare else LayoutObject(*named_path(line, form), source)  # type: ignore[arg-type]
         for line in lines
     )
 
 
 def guidance_on(layout: Layout, positive: Any, shape: tuple[int, int, int], text_tokens: int) -> LayoutGuidance:
-    """A layout for so many frames, with latents of a height and width.
+    """The guidance for latents of a shape (frames, height, width).
 
-    Raises ValueError for a CONDITIONING of another prompt, and for masks of another clip.
+    Raises ValueError for a CONDITIONING of another prompt, and for masks with another number of frames.
     """
     check_words(positive, layout.prompt, "the layout's prompt")
     frames, height, width = shape
@@ -140,23 +142,24 @@ def guidance_on(layout: Layout, positive: Any, shape: tuple[int, int, int], text
 
 
 class FateZeroLayoutGuider(io.ComfyNode):
-    """Classifier-free guidance, and objects where a layout has them."""
+    """Classifier-free guidance with layout guidance."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroLayoutGuider",
             display_name="Layout Guider (FateZero)",
-            description="Draw objects where a layout has them (cross-attention guidance, arXiv 2404.05519), for "
-            "SamplerCustomAdvanced and any sampler. With temporal layers a batch is a clip; without, single pictures.",
+            description="Generates objects at the places of a layout (cross-attention guidance, arXiv 2404.05519), "
+            "with SamplerCustomAdvanced and any sampler. With temporal layers a batch is a clip, otherwise single "
+            "pictures.",
             search_aliases=["box guidance", "layout control", "backward guidance", "guider", "custom sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model; LoRA and temporal layers count."),
+                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model, with any LoRA and temporal layers."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The layout's prompt, of Layout or another encoder; ControlNets on it count."
+                    "positive", tooltip="The layout's prompt, from Layout or another encoder, with any ControlNets."
                 ),
-                io.Conditioning.Input("negative", tooltip="What to keep away from."),
-                LayoutSocket.Input("layout", tooltip="Where objects shall be (Layout)."),
+                io.Conditioning.Input("negative", tooltip="Negative prompt."),
+                LayoutSocket.Input("layout", tooltip="Where objects should be (Layout)."),
                 widget(Edit, "guidance_scale", "guidance"),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
@@ -166,10 +169,12 @@ class FateZeroLayoutGuider(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, layout: Layout, guidance: float) -> io.NodeOutput:
         node = cls.hidden.unique_id
-        wanted = HostCondition.of_socket(positive, "positive", "positive")
-        away = HostCondition.of_socket(negative, "negative", "negative")
+        condition = HostCondition.of_socket(positive, "positive", "positive")
+        unwanted = HostCondition.of_socket(negative, "negative", "negative")
 
-        def asked(shape: tuple[int, int, int]) -> LayoutGuidance:
-            return guidance_on(layout, positive, shape, wanted.text_tokens)
+        def on_shape(shape: tuple[int, int, int]) -> LayoutGuidance:
+            return guidance_on(layout, positive, shape, condition.text_tokens)
 
-        return io.NodeOutput(LayoutGuider(model, wanted, away, guidance, asked, lambda text: show_on_node(node, text)))
+        return io.NodeOutput(
+            LayoutGuider(model, condition, unwanted, guidance, on_shape, lambda text: show_on_node(node, text))
+        )

@@ -15,14 +15,14 @@ from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_nod
 
 
 class FateZeroPromptEdit(io.ComfyNode):
-    """Encode source and target prompt, and say which of their words meet."""
+    """Encode the source and target prompt, and align their words."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroPromptEdit",
             display_name="Prompt Edit (FateZero)",
-            description="A prompt that describes the video as it is, and one as it shall be.",
+            description="A prompt that describes the source video, and one that describes the edit.",
             search_aliases=["prompt to prompt", "p2p", "clip text encode", "refine", "replace", "reweight"],
             inputs=[
                 io.Clip.Input("clip", tooltip=f"The text encoder of the model: {TEXT_ENCODERS}."),
@@ -30,24 +30,25 @@ class FateZeroPromptEdit(io.ComfyNode):
                     "source",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the video shows. The inversion follows it; the closer, the better.",
+                    tooltip="Source prompt: a description of the input video. The more accurate, the better.",
                 ),
                 io.String.Input(
                     "target",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the edited video shall show. Words it shares with the source keep their place.",
+                    tooltip="Target prompt: what the edited video should show. Words shared with the source keep their "
+                    "place.",
                 ),
                 widget(PromptEdit, "mode"),
                 io.String.Input(
                     "blend_source",
                     default="",
-                    tooltip="Words of the source that draw the blend mask, with commas. Empty: those that change.",
+                    tooltip="Words of the source for the blend mask, comma-separated. Empty: the words that change.",
                 ),
                 io.String.Input(
                     "blend_target",
                     default="",
-                    tooltip="Words of the target that draw it too when latents are blended. Empty: those that change.",
+                    tooltip="Words of the target for the blend mask of latents. Empty: the words that change.",
                 ),
                 widget(PromptEdit, "reweight", default=""),
             ],
@@ -55,7 +56,9 @@ class FateZeroPromptEdit(io.ComfyNode):
                 io.Conditioning.Output("source_conditioning", display_name="source", tooltip="For Invert."),
                 io.Conditioning.Output("target_conditioning", display_name="target", tooltip="For the sampler."),
                 PromptEditSocket.Output("prompt_edit", display_name="prompt edit", tooltip="For the sampler."),
-                io.String.Output("alignment", display_name="alignment", tooltip="Which source word feeds which."),
+                io.String.Output(
+                    "alignment", display_name="alignment", tooltip="The source word aligned with each target word."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -68,14 +71,14 @@ class FateZeroPromptEdit(io.ComfyNode):
         words = {"source": unweighted(source), "target": unweighted(target)}
         for name, text in words.items():
             if not text:
-                raise ValueError(f"{name}: is empty; describe the {'video' if name == 'source' else 'edit'}")
+                raise ValueError(f"{name}: is empty: describe the {'video' if name == 'source' else 'edit'}")
         changed = changed_words(words["source"], words["target"])
         blend = _listed(blend_source) or changed[0], _listed(blend_target) or changed[1]
         tokenizer = tokenizer_of(clip)
         pair = PromptEdit(words["source"], words["target"], tokenizer)
         for given, name in zip(blend, words, strict=True):
             for word in given:
-                pair.token_indices(words[name], word, maxsize, f"blend_{name}")  # which raises ValueError for another's
+                pair.token_indices(words[name], word, maxsize, f"blend_{name}")  # raises ValueError for unknown words
         prompt = PromptEdit(
             words["source"], words["target"], tokenizer, mode, blend if any(blend) else None, _weights(reweight)  # type: ignore[arg-type]
         )  # fmt: skip
@@ -86,22 +89,22 @@ class FateZeroPromptEdit(io.ComfyNode):
 
 
 def check_clip(clip: Any) -> None:
-    """Raise ValueError where nothing is connected."""
+    """Raise ValueError for a checkpoint without a text encoder."""
     if clip is None:
         raise ValueError("clip: nothing is connected, or the checkpoint has no text encoder")
 
 
 def check_words(positive: Any, words: str, whose: str) -> None:
-    """Raise ValueError for a CONDITIONING that is known to be of another prompt than these words, which are whose."""
-    said = positive[0][1].get(PROMPT_KEY, words)
-    if said != words:
-        raise ValueError(f"positive: was made from {said!r}, but {whose} is {words!r}")
+    """Raise ValueError for a CONDITIONING made from other words. whose: names the words in the error."""
+    found = positive[0][1].get(PROMPT_KEY, words)
+    if found != words:
+        raise ValueError(f"positive: was made from {found!r}, but {whose} is {words!r}")
 
 
 def encoded(clip: Any, text: str, pair: PromptEdit, name: str) -> list[list[Any]]:
-    """The CONDITIONING of a text, which knows its words; ValueError, naming the socket, for tokens that lie otherwise.
+    """The CONDITIONING of a text, with its words in the options; ValueError, naming the socket, for unusual tokens.
 
-    pair: any with the text's tokenizer.
+    pair: any pair with the text's tokenizer.
     """
     words, tokens = unweighted(text), clip.tokenize(text)
     _check_layout(tokens, pair, words, name)
@@ -116,7 +119,7 @@ def unweighted(prompt: str) -> str:
 
 
 def _check_layout(tokens: dict[str, Any], pair: PromptEdit, words: str, name: str) -> None:
-    """The host must put tokens where the alignment looks for them."""
+    """Raise ValueError if the host's tokens are not where the alignment expects them."""
     expected = [token for word in pair.word_tokens(words) for token in word]
     first = pair.columns.of(0)
     for rows in tokens.values():
@@ -124,8 +127,8 @@ def _check_layout(tokens: dict[str, Any], pair: PromptEdit, words: str, name: st
         found = [item[0] for row in content for item in row][: len(expected)]
         if any(not isinstance(token, int) for token in found) or found != expected:
             raise ValueError(
-                f"{name}: its tokens do not stand one after another (an embedding:..., or weights at the border of "
-                f"{BLOCK} tokens); write it without them"
+                f"{name}: its tokens are not consecutive: remove embedding:..., and weights at the boundary of {BLOCK} "
+                "tokens"
             )
 
 
@@ -134,7 +137,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _weights(text: str) -> dict[str, float]:
-    """ "watercolor=10, red=2" as a mapping."""
+    """Parse "watercolor=10, red=2"."""
     weights = {}
     for item in _listed(text.replace("\n", ",")):
         word, mark, weight = item.rpartition("=")

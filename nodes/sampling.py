@@ -1,4 +1,4 @@
-"""Inversion and edit in the host's own way of sampling: GUIDERs, a SAMPLER and SIGMAS for *SamplerCustomAdvanced*."""
+"""Inversion and edit with the host's custom sampling: GUIDERs, a SAMPLER and SIGMAS for *SamplerCustomAdvanced*."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..hosts.comfyui.inversion import InvertGuider, store_of
 from ..hosts.comfyui.noise import noise_of
 from ..hosts.comfyui.sampling import DDIMSampler
 from .edit import INPUTS, Asked, report_of
-from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, asked_of
+from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, invert_settings
 from .sockets import AttentionStoreSocket, schema, show_on_node
 
 
 class FateZeroSigmas(io.ComfyNode):
-    """FateZero's noise levels."""
+    """The noise levels of Invert Video and Edit Video."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroSigmas",
             display_name="DDIM Sigmas (FateZero)",
-            description="The noise levels of Invert Video and Edit Video, for SamplerCustomAdvanced: from noise to the "
-            "clip for an edit, through Flip Sigmas for an inversion. Other schedulers work too, the same for both.",
+            description="The noise levels of Invert Video and Edit Video, for SamplerCustomAdvanced: for an edit as "
+            "they are, for an inversion through Flip Sigmas. Other schedulers work too, if both use the same.",
             search_aliases=["scheduler", "sigmas", "ddim", "custom sampler"],
             inputs=[
                 io.Model.Input("model", tooltip=f"{MODELS}."),
@@ -43,16 +43,15 @@ class FateZeroSigmas(io.ComfyNode):
 
 
 class FateZeroDDIM(io.ComfyNode):
-    """DDIM steps, both ways."""
+    """DDIM steps in both directions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroDDIM",
             display_name="DDIM Sampler (FateZero)",
-            description="Deterministic DDIM for SamplerCustomAdvanced: to the clip along falling sigmas, to noise "
-            "along rising ones. Runs Inversion Guider and Edit Guider as Invert Video and Edit Video do; with other "
-            "guiders it is a plain inversion or sampling.",
+            description="Deterministic DDIM for SamplerCustomAdvanced: sampling along falling sigmas, inversion along "
+            "rising ones. With Inversion Guider and Edit Guider the results equal Invert Video and Edit Video.",
             search_aliases=["sampler", "ddim inversion", "unsampler", "custom sampler"],
             inputs=[],
             outputs=[io.Sampler.Output("sampler", display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
@@ -71,8 +70,8 @@ class FateZeroInvertGuider(io.ComfyNode):
         return schema(
             node_id="FateZeroInvertGuider",
             display_name="Inversion Guider (FateZero)",
-            description="Invert Video for SamplerCustomAdvanced: with DDIM Sampler, Disable Noise, flipped sigmas and "
-            "the clip's latent it gives the noise, of which Inversion's Store makes the attention store.",
+            description="Invert Video for SamplerCustomAdvanced. Use it with DDIM Sampler, Disable Noise, flipped "
+            "sigmas and the clip's latent; Inversion's Store turns the resulting noise into the attention store.",
             search_aliases=["ddim inversion", "unsampler", "guider", "custom sampler"],
             inputs=[*MODEL_AND_SOURCE, *SETTINGS],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
@@ -83,21 +82,23 @@ class FateZeroInvertGuider(io.ComfyNode):
     def execute(cls, model: Any, source: Any, **settings: Any) -> io.NodeOutput:
         node = cls.hidden.unique_id
         condition = HostCondition.of_socket(source, "source", "source")
-        guider = InvertGuider(model, condition, asked_of(source, **settings), lambda text: show_on_node(node, text))
+        guider = InvertGuider(
+            model, condition, invert_settings(source, **settings), lambda text: show_on_node(node, text)
+        )
         return io.NodeOutput(guider)
 
 
 class FateZeroStoreOfInversion(io.ComfyNode):
-    """The store that an Inversion Guider left with its noise."""
+    """The store of a noise from an Inversion Guider."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroStoreOfInversion",
             display_name="Inversion's Store (FateZero)",
-            description="The attention store of a noise that SamplerCustomAdvanced made with an Inversion Guider.",
+            description="The attention store of the noise from SamplerCustomAdvanced with an Inversion Guider.",
             search_aliases=["attention store", "custom sampler"],
-            inputs=[io.Latent.Input("noise", tooltip="The sampler's output itself, with no node between.")],
+            inputs=[io.Latent.Input("noise", tooltip="The sampler's output, without a node in between.")],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the edit.")],
         )
 
@@ -115,8 +116,8 @@ class FateZeroEditGuider(io.ComfyNode):
             node_id="FateZeroEditGuider",
             display_name="Edit Guider (FateZero)",
             description="Edit Video for SamplerCustomAdvanced, with Disable Noise, the inversion's noise and sigmas. "
-            "DDIM Sampler gives what Edit Video gives; samplers of the host that keep to the steps (euler, dpmpp_2m) "
-            "work where the edit blends no latents.",
+            "With DDIM Sampler the result equals Edit Video's; samplers with one call per step (euler, dpmpp_2m) work "
+            "if the edit does not blend latents.",
             search_aliases=["video edit", "prompt edit", "guider", "custom sampler"],
             inputs=INPUTS,
             outputs=[

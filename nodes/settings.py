@@ -1,4 +1,4 @@
-"""Widgets made of the settings that their dataclasses describe, and the nodes that hold a method's."""
+"""Widgets made from the settings of dataclasses."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..settings import NamedSetting, setting_of, settings_of
 T = TypeVar("T")
 
 ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in signature(io.Float.Input.__init__).parameters else {}
-"""Has the page, where it can, put a widget away until it is asked for: what few change."""
+"""Options that hide a rarely used widget by default, if the host supports it."""
 
 MOST = {int: 1_000_000, float: 10_000.0}
-"""The most that a widget takes where its setting has no bound."""
+"""Maximal values of widgets whose settings have none."""
 
 
 def widget(settings: type, name: str, id: str | None = None, advanced: bool = False, **other: Any) -> Any:
-    """The widget of a setting. id: its name on the node, if another. other: in the place of what the setting says.
+    """The widget of a setting. id: its name on the node, if different. other: replaces options of the setting.
 
-    A number that may be None is so at 0.
+    For an optional number, 0 means None.
     """
     one = setting_of(settings, name)
-    about, kind = one.meta, one.plain
-    given: dict[str, Any] = {"default": _default(one), "tooltip": about.text, **(ADVANCED if advanced else {})}
+    meta, kind = one.meta, one.plain
+    given: dict[str, Any] = {"default": _default(one), "tooltip": meta.text, **(ADVANCED if advanced else {})}
     if one.optional and kind in (int, float):
-        given |= {"min": 0, "tooltip": f"{about.text} 0: {about.shown}."}
+        given |= {"min": 0, "tooltip": f"{meta.text} 0: {meta.shown}."}
     elif kind in (int, float):
-        given |= {"min": kind(about.least) if isfinite(about.least) else -MOST[kind]}
+        given |= {"min": kind(meta.least) if isfinite(meta.least) else -MOST[kind]}
     if kind in (int, float):
         given |= {
-            "max": kind(about.most) if isfinite(about.most) else MOST[kind],
-            "step": about.step or {int: 1, float: 0.01}[kind],
+            "max": kind(meta.most) if isfinite(meta.most) else MOST[kind],
+            "step": meta.step or {int: 1, float: 0.01}[kind],
         }
     if one.choices:
         return io.Combo.Input(id or name, **{"options": list(one.choices), **given, **other})
@@ -49,7 +49,7 @@ def widgets(settings: type, *names: str, advanced: tuple[str, ...] = ()) -> list
 
 
 def made(settings: type[T], values: dict[str, Any]) -> T:
-    """The settings of what widgets hold; ValueError for values that do not fit each other."""
+    """The settings from widgets' values; ValueError for values that conflict."""
     kinds = {one.name: one for one in settings_of(settings)}
     return settings(**{name: _value(kinds[name], value) for name, value in values.items()})
 

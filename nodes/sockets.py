@@ -1,4 +1,4 @@
-"""Socket types of our own, and what all nodes share."""
+"""Custom socket types, and helpers of all nodes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LayoutSocket = io.Custom("LAYOUT")
 
 CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"
-"""Where FateZeroPromptEdit leaves the words of a prompt inside its CONDITIONING."""
+"""The key of a prompt's words in a CONDITIONING's options, set by FateZeroPromptEdit."""
 
 TEXT_KEY = "fatezero_text"
-"""Where it leaves the embeddings of that prompt, to tell whether other nodes have changed them."""
+"""The key of that prompt's embeddings, to detect changes by other nodes."""
 
 
 def schema(search_aliases: list[str], **given: Any) -> io.Schema:
-    """A node's schema, with its search aliases where the host knows them."""
+    """A node's schema, with search aliases if the host supports them."""
     if "search_aliases" in io.Schema.__dataclass_fields__:
         given["search_aliases"] = search_aliases
     return io.Schema(category=CATEGORY, **given)
@@ -33,7 +33,7 @@ TEXT_EVENT = "fatezero.text"
 
 
 def show_on_node(node_id: str | None, text: str) -> None:
-    """Write lines onto a node in the page that queued it, where they stay when the job ends."""
+    """Show lines of text on a node in the page that queued it; they remain after the job."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)

@@ -1,4 +1,4 @@
-"""Tune-A-Video: temporal layers, tuned on a clip or from a file."""
+"""Tune-A-Video: temporal layers from a file, or tuned on a clip."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, schema, show_on_node
 
 FOLDER = "temporal_layers"
-"""The host's folder of models that holds files of temporal layers."""
+"""The host's folder of temporal layers."""
 DEMO = "demo"
-"""The name of the bundled ones."""
+"""The name of the bundled layers."""
 
 
 def _folder() -> Path:
-    """Where files of temporal layers are, made known to the host."""
+    """The folder of temporal layers, registered with the host."""
     home = Path(folder_paths.models_dir) / FOLDER
     folder_paths.folder_names_and_paths.setdefault(FOLDER, ([str(home)], {".safetensors"}))
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
 
 
 def _free_path(name: str) -> Path:
-    """Where a file of a name goes: numbered where there is one. ValueError for a name that is more than one."""
+    """An unused path for a name, numbered if need be; ValueError for a name with a folder."""
     if Path(name).name != name or "\\" in name or name.startswith("."):
-        raise ValueError(f"name: {name!r} is no plain name of a file")
+        raise ValueError(f"name: {name!r} must be a file name without a folder")
     stem = name.removesuffix(".safetensors")
     paths = (_folder() / f"{stem}{f'_{number}' if number else ''}.safetensors" for number in range(10_000))
     return next(path for path in paths if not path.exists())
 
 
 class FateZeroLoadTemporalLayers(io.ComfyNode):
-    """A MODEL with temporal layers of a file."""
+    """Load temporal layers into a MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -56,23 +56,22 @@ class FateZeroLoadTemporalLayers(io.ComfyNode):
         return schema(
             node_id="FateZeroLoadTemporalLayers",
             display_name="Load Temporal Layers (FateZero)",
-            description="Make an image model one of videos: layers through which the frames of a batch see each other, "
-            "of Tune-A-Video or FateZero, from a .safetensors file in models/temporal_layers.",
+            description="Turns an image model into a video model: adds temporal layers of Tune-A-Video or FateZero "
+            "from a .safetensors file in models/temporal_layers.",
             search_aliases=["tune-a-video", "text to video", "temporal attention", "motion module"],
             inputs=[
-                io.Model.Input("model", tooltip="Of the shape that the layers were trained for. LoRA before or after."),
+                io.Model.Input("model", tooltip="A model of the layers' architecture. LoRA before or after."),
                 io.Combo.Input(
                     "name",
                     options=[DEMO, *folder_paths.get_filename_list(FOLDER)],
-                    tooltip="demo makes the demo model draw moving scenes.",
+                    tooltip="demo makes the demo model generate moving scenes.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     "patched",
                     display_name="model",
-                    tooltip="For any sampler of a batch, whose pictures then are the frames of a clip; for Invert and "
-                    "Edit too.",
+                    tooltip="For any sampler, where a batch is then the frames of a clip, and for Invert and Edit.",
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -97,20 +96,20 @@ def _path_of(name: str) -> str:
 
 
 class FateZeroTuneOnVideo(io.ComfyNode):
-    """Tune a MODEL's temporal layers on a clip."""
+    """Tune a MODEL's temporal layers on one clip."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroTuneOnVideo",
             display_name="Tune on Video (FateZero)",
-            description="One-shot tuning (Tune-A-Video, arXiv 2212.11565): the model learns the motion of one clip, in "
-            "some hundred steps, so that edits may change shapes much. Trains on a copy; takes a GPU minutes.",
+            description="One-shot tuning (Tune-A-Video, arXiv 2212.11565): the model learns the motion of one clip in "
+            "a few hundred steps, so that edits can change shapes more. Trains a copy; takes minutes on a GPU.",
             search_aliases=["tune-a-video", "one-shot tuning", "train", "temporal layers"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model, with or without temporal layers."),
-                io.Latent.Input("latent", tooltip="The clip, of Encode Video."),
-                io.Conditioning.Input("prompt", tooltip="What the clip shows."),
+                io.Latent.Input("latent", tooltip="The clip (Encode Video)."),
+                io.Conditioning.Input("prompt", tooltip="A description of the clip."),
                 *widgets(TuneSettings, advanced=("weight_decay", "clip_gradients", "optimizer")),
                 widget(InversionSettings, "key_frames", default="first, previous"),
                 widget(InversionSettings, "clip_norm", default=True),
@@ -118,8 +117,8 @@ class FateZeroTuneOnVideo(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="",
-                    tooltip="Saved under this name in models/temporal_layers, for Load Temporal Layers; numbered where "
-                    "there is one. Empty: not saved.",
+                    tooltip="File name in models/temporal_layers, for Load Temporal Layers; numbered if it exists. "
+                    "Empty: do not save.",
                 ),
             ],
             outputs=[
@@ -136,7 +135,7 @@ class FateZeroTuneOnVideo(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         settings, fresh = made(TuneSettings, values), made(LayerSettings, {"layers": layers, "rank": rank})
         if temporal_layers(model) is not None and fresh != LayerSettings():
-            raise ValueError("layers: have no effect, for the model carries temporal layers already")
+            raise ValueError("layers: has no effect: the model already has temporal layers")
         path, keys = _free_path(name) if name else None, KeyFrames.parse(key_frames)
         condition = HostCondition.of_socket(prompt, "positive", "prompt")
         bar = comfy.utils.ProgressBar(settings.steps)

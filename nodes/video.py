@@ -1,4 +1,4 @@
-"""From a video to frames and latents."""
+"""Videos to frames and latents."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _choices() -> list[str]:
 
 
 class FateZeroLoadVideo(io.ComfyNode):
-    """The chosen part of a video, cut and scaled."""
+    """Chosen frames of a video, cropped and scaled."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroLoadVideo",
             display_name="Load Video Frames (FateZero)",
-            description="Choose frames of a video, cut and scale them. Sizes are brought to multiples of 8.",
+            description="Loads frames of a video, cropped and scaled to multiples of 8.",
             search_aliases=["video to frames", "load clip", "vhs load video"],
             inputs=[
                 io.Combo.Input(
@@ -45,7 +45,7 @@ class FateZeroLoadVideo(io.ComfyNode):
                     options=["", *_choices()],
                     default="",
                     upload=io.UploadType.video,
-                    tooltip="A video in the input folder. Leave empty when the video socket is connected.",
+                    tooltip="A video in the input folder. Leave empty if the video socket is connected.",
                 ),
                 io.Int.Input("start", default=0, min=0, max=1_000_000, tooltip="The first frame, counted from 0."),
                 widget(ClipSettings, "stride"),
@@ -56,7 +56,7 @@ class FateZeroLoadVideo(io.ComfyNode):
                     min=0,
                     max=16384,
                     step=8,
-                    tooltip="Pixels, a multiple of 8. 0 follows from the height; both 0 keep the video's own size.",
+                    tooltip="Pixels, a multiple of 8. 0: from the height; both 0: the video's size.",
                 ),
                 io.Int.Input(
                     "height",
@@ -64,19 +64,19 @@ class FateZeroLoadVideo(io.ComfyNode):
                     min=0,
                     max=16384,
                     step=8,
-                    tooltip="Pixels, a multiple of 8. 0 follows from the width; both 0 keep the video's own size.",
+                    tooltip="Pixels, a multiple of 8. 0: from the width; both 0: the video's size.",
                 ),
                 *(
-                    io.Int.Input(f"crop_{side}", default=0, min=0, max=16384, tooltip=f"Pixels cut off the {side}.")
+                    io.Int.Input(f"crop_{side}", default=0, min=0, max=16384, tooltip=f"Pixels to crop at the {side}.")
                     for side in ("left", "top", "right", "bottom")
                 ),
-                io.Video.Input("video", optional=True, tooltip="A video of another node, instead of the file."),
+                io.Video.Input("video", optional=True, tooltip="A video from another node, instead of the file."),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The chosen frames."),
-                io.Video.Output("clip", display_name="video", tooltip="The chosen part, with its sound."),
-                io.Float.Output("fps", display_name="frame rate", tooltip="Frames a second, of the chosen frames."),
-                io.Int.Output("frames", display_name="frame count", tooltip="How many frames were chosen."),
+                io.Video.Output("clip", display_name="video", tooltip="The chosen frames as a video, with sound."),
+                io.Float.Output("fps", display_name="frame rate", tooltip="Frames per second of the chosen frames."),
+                io.Int.Output("frames", display_name="frame count", tooltip="Number of chosen frames."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -129,9 +129,9 @@ class FateZeroLoadVideo(io.ComfyNode):
 
 @dataclass(frozen=True)
 class _Part:
-    """Frames, uint8 (height, width, 3) one after another, with their count, size and rate, and the host's AUDIO.
+    """A stream of uint8 frames (height, width, 3) with their count, size and rate, and the host's AUDIO.
 
-    notes: what should be known of the file.
+    notes: warnings about the file.
     """
 
     frames: Iterator[torch.Tensor]
@@ -143,7 +143,7 @@ class _Part:
 
 
 def _chosen(file: str) -> Path:
-    """The file chosen on the node; ValueError for none, and for one outside the host's folders."""
+    """The file chosen on the node; ValueError for none, or one outside the host's folders."""
     if not file:
         raise ValueError("file: choose a video, or connect one to the video socket")
     path = inside(file)
@@ -153,18 +153,18 @@ def _chosen(file: str) -> Path:
 
 
 def _file_of(video: Any) -> str | None:
-    """The file behind a VIDEO, from which only the chosen part need be decoded; None for one in memory."""
+    """The file behind a VIDEO, for decoding only the chosen frames; None for a video in memory."""
     source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
     return source if isinstance(source, str) else None
 
 
 def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> _Part:
-    """Of a file; one of varying frame times is seen at its mean rate, for a VIDEO has a single one."""
+    """Frames of a file, resampled to its mean rate if its times vary, since a VIDEO has one rate."""
     source = open_video(path, start, stride, count or None)
     notes = source.notes
     if not source.even and source.index is not None:
         source = open_video(path, start, stride, count or None, fps=source.index.fps)
-        notes = (*source.notes, f"frames come at varying times; they are seen at {float(source.fps):.3g} a second")
+        notes = (*source.notes, f"variable frame rate: resampled to {float(source.fps):.3g} frames/s")
     track, sound = source.sound(), None
     if track is not None:
         sound = {"waveform": torch.from_numpy(track.read().samples)[None], "sample_rate": track.rate}
@@ -172,13 +172,13 @@ def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> _Par
 
 
 def _part_of(components: Any, start: int, stride: int, count: int) -> _Part:
-    """Of a video that another node made."""
+    """Frames of a video from another node."""
     last = start + stride * count if count else None
     images = components.images[start:last:stride]
     if not len(images) or (count and len(images) < count):
         raise VideoError(
-            f"video: {len(components.images)} frames give {len(images)} from {start} in steps of {stride}, "
-            f"but {count or 'some'} are needed"
+            f"video: has {len(images)} of {len(components.images)} frames from {start} with stride {stride}, but "
+            f"{count or 'some'} are needed"
         )
     rate, fps = Fraction(components.frame_rate), Fraction(components.frame_rate) / stride
     sound = components.audio
@@ -190,35 +190,35 @@ def _part_of(components: Any, start: int, stride: int, count: int) -> _Part:
     return _Part(frames, len(images), (images.shape[2], images.shape[1]), fps, sound)
 
 
-def _size(width: int, height: int, wanted_width: int, wanted_height: int) -> tuple[int, int]:
+def _size(width: int, height: int, set_width: int, set_height: int) -> tuple[int, int]:
     """The size to scale to, in multiples of 8."""
-    if wanted_width and wanted_height:
-        return 8 * max(1, round(wanted_width / 8)), 8 * max(1, round(wanted_height / 8))
-    scale = wanted_width / width if wanted_width else wanted_height / height if wanted_height else 1
+    if set_width and set_height:
+        return 8 * max(1, round(set_width / 8)), 8 * max(1, round(set_height / 8))
+    scale = set_width / width if set_width else set_height / height if set_height else 1
     return fit_size(width, height, max(8, round(min(width, height) * scale)), 8)
 
 
 class FateZeroEncodeVideo(io.ComfyNode):
-    """Frames to latents, some at a time."""
+    """Encode frames to latents in chunks."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="FateZeroEncodeVideo",
             display_name="Encode Video (FateZero)",
-            description="VAE-encode frames in chunks, so that long clips fit in memory. A video VAE sees all at "
-            "once; the last frame is repeated to a number of frames that it takes.",
+            description="VAE-encodes frames in chunks, so that long clips fit in memory. A video VAE encodes all "
+            "frames at once; the last frame is repeated to a number that it supports.",
             search_aliases=["vae encode video", "vae encode batch"],
             inputs=[
                 io.Image.Input("images", tooltip="The frames of a clip."),
-                io.Vae.Input("vae", tooltip="The VAE of the model that will edit."),
-                io.Int.Input("chunk_size", default=8, min=1, max=4096, tooltip="Frames encoded at a time."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Int.Input("chunk_size", default=8, min=1, max=4096, tooltip="Frames per chunk."),
             ],
             outputs=[
                 io.Latent.Output(
                     "latent",
                     display_name="latent",
-                    tooltip="One latent for each frame, or of a video VAE for each few.",
+                    tooltip="One latent per frame, or a video VAE's latents.",
                 )
             ],
         )
@@ -228,8 +228,8 @@ class FateZeroEncodeVideo(io.ComfyNode):
         ratio = vae.spacial_compression_encode()
         height, width = images.shape[1:3]
         if height % ratio or width % ratio:
-            raise ValueError(f"images: {width}x{height} must be multiples of {ratio}; use Load Video Frames (FateZero)")
-        if getattr(vae, "latent_dim", 2) == 3:  # a video's, which sees all frames and wants a number of its own
+            raise ValueError(f"images: {width}x{height} must be multiples of {ratio}: use Load Video Frames (FateZero)")
+        if getattr(vae, "latent_dim", 2) == 3:  # a video VAE, which encodes all frames of certain numbers
             of_latent = vae.temporal_compression_decode() or 1
             missing = -(len(images) - 1) % of_latent
             clip = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])

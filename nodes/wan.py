@@ -1,4 +1,4 @@
-"""Wan 2.2, whose work two models share."""
+"""Wan 2.2's pair of models."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class FateZeroWanPair(io.ComfyNode):
         return schema(
             node_id="FateZeroWanPair",
             display_name="Wan 2.2 Pair (FateZero)",
-            description="The model for much noise and the one for little as one MODEL, for Invert Video, FlowEdit and "
-            "Edit Video and their guiders. Under other samplers it is the first alone.",
+            description="Joins the high-noise and the low-noise model to one MODEL, for Invert Video, FlowEdit, Edit "
+            "Video and their guiders. Other samplers use the first model only.",
             search_aliases=["wan 2.2", "high noise", "low noise", "14b", "moe"],
             inputs=[
-                io.Model.Input("model", tooltip="Wan 2.2's model for high noise, with its LoRA and shift."),
-                io.Model.Input("low_noise", tooltip="The one for low noise, with its own LoRA and the same shift."),
+                io.Model.Input("model", tooltip="Wan 2.2's high-noise model, with its LoRA and shift."),
+                io.Model.Input("low_noise", tooltip="The low-noise model, with its own LoRA and the same shift."),
                 io.Float.Input(
                     "boundary",
                     default=0.875,
                     min=0.0,
                     max=1.0,
                     step=0.005,
-                    tooltip="The sigma below which the second takes over; Wan 2.2 14B for text to video: 0.875.",
+                    tooltip="Sigma below which the low-noise model is used; 0.875 for Wan 2.2 14B, text to video.",
                 ),
             ],
             outputs=[io.Model.Output("both", display_name="model", tooltip="For inversion and edit alike.")],

@@ -35,7 +35,7 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.benchmarks.common import prompt_pair, random_wan, side_by_side
 from fatezero.demo.model import build_scheduler
-from fatezero.demo.wan import build_tokenizer
+from fatezero.demo.video_model import build_tokenizer
 from fatezero.hosts.diffusers import (
     DiffusersDenoiser,
     DiffusersVideoDenoiser,

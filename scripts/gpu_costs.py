@@ -27,7 +27,7 @@ from fatezero import (
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import attention
 from fatezero.benchmarks.common import flops_of_call, guided_steps, matrix_rate, prompt_pair, side_by_side, timed
-from fatezero.demo.wan import build_tokenizer
+from fatezero.demo.video_model import build_tokenizer
 from fatezero.diffusion.edit import Calls, unet_calls
 from fatezero.hosts.diffusers.unet import xformers_attention
 from fatezero.methods import flow_edit

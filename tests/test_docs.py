@@ -15,7 +15,7 @@ from fatezero.cli.app import app
 from fatezero.cli.batch.jobs import load_batch
 from fatezero.cli.config.files import load_configs
 from fatezero.demo.model import build_scheduler
-from fatezero.demo.wan import build_tokenizer
+from fatezero.demo.video_model import build_tokenizer
 from small import TEXT, random_latents, small_unet
 
 REPO = Path(__file__).parents[1]

@@ -33,8 +33,8 @@ from ..session import Session, pick_device
 from .jobs import Job
 
 if TYPE_CHECKING:
+    from ...hosts.diffusers.model import Model
     from ...metrics.clip import ClipScorer
-    from ..session import AnyCheckpoint
 
 _OF_INVERSIONS = (
     "video", "source",
@@ -208,9 +208,9 @@ class Worker:
 class _Keeping(Session):
     """A session that keeps the model it opened last."""
 
-    kept: dict[tuple[Any, ...], AnyCheckpoint] = field(default_factory=dict)
+    kept: dict[tuple[Any, ...], Model] = field(default_factory=dict)
 
-    def open_model(self, settings: ModelSettings, videos: bool = False) -> AnyCheckpoint:
+    def open_model(self, settings: ModelSettings, videos: bool = False) -> Model:
         asked = (settings, videos)
         if asked not in self.kept:
             self.kept.clear()  # before the next is loaded: there may not be room for both

@@ -64,8 +64,8 @@ from .invert import invert_video
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...hosts.diffusers.model import Model
     from ...hosts.diffusers.processes import Processes
-    from ..session import AnyCheckpoint
 
 EditOptions = edit_options()
 
@@ -252,9 +252,7 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
         _run(run, checkpoint, clip, store, edits, now)
 
 
-def _clip_of(
-    session: Session, checkpoint: AnyCheckpoint, config: EditConfig, source: _Source
-) -> tuple[AnyCheckpoint, _Clip]:
+def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _Source) -> tuple[Model, _Clip]:
     """The clip as the model takes it, and the model with the configuration's ControlNet."""
     store, origin = source.store, source.origin
     if store is None or origin is None:
@@ -270,7 +268,7 @@ def _clip_of(
     return checkpoint, _Clip(shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound)
 
 
-def _checked_again(run: _Run, checkpoint: AnyCheckpoint, config: EditConfig, clip: _Clip) -> Made:
+def _checked_again(run: _Run, checkpoint: Model, config: EditConfig, clip: _Clip) -> Made:
     """What this run edits with; ConfigError where a result is made again with another model."""
     _note_of_layers(run.session, config)
     now = _made(run.session, checkpoint, clip.shape, run.recorded_store)
@@ -283,7 +281,7 @@ def _checked_again(run: _Run, checkpoint: AnyCheckpoint, config: EditConfig, cli
 
 def _run(
     run: _Run,
-    checkpoint: AnyCheckpoint,
+    checkpoint: Model,
     clip: _Clip,
     store: AttentionStore | None,
     asked: Sequence[_Asked],
@@ -354,14 +352,12 @@ def _say_whether_same(session: Session, frames: str, made: Made) -> None:
         session.note("its frames are not those of the record, bit for bit")
 
 
-def _made(session: Session, checkpoint: AnyCheckpoint, shape: Sequence[int], store: Path | None) -> Made:
+def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path | None) -> Made:
     """What a run edits with, beside its settings and files. shape: of the clip's latents."""
-    from ...hosts.diffusers.checkpoint import Checkpoint
-
     height, width = (side * checkpoint.factor for side in shape[-2:])
     return Made(
         versions(), str(checkpoint.device), str(checkpoint.dtype).removeprefix("torch."), threads_on(checkpoint.device),
-        "" if isinstance(checkpoint, Checkpoint) else checkpoint.coding(height, width),
+        checkpoint.coding(height, width),
         checkpoint.denoiser.identity().digest, checkpoint.vae_identity.digest,
         store=None if store is None else str(store), model_config=session.model_config,
     )  # fmt: skip

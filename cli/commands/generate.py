@@ -29,7 +29,7 @@ from ..plan import check_size_fits
 from ..session import Session
 
 if TYPE_CHECKING:
-    from ..session import AnyCheckpoint
+    from ...hosts.diffusers.model import Model
 
 GenerateOptions = generate_options()
 
@@ -103,7 +103,7 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     session.say(f"{config.prompt!r} written to {output}")
 
 
-def _as_trained(checkpoint: AnyCheckpoint, config: GenerateConfig) -> tuple[KeyFrames, bool]:
+def _as_trained(checkpoint: Model, config: GenerateConfig) -> tuple[KeyFrames, bool]:
     """The key frames and clip norm that are asked for, or those the model was trained with."""
     own_keys, own_norm = checkpoint.denoiser.trained_with
     about = about_temporal_layers(config.temporal) if config.temporal else {}

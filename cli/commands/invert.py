@@ -26,7 +26,7 @@ from ..session import Session, controlled
 from ..stored import origin_of
 
 if TYPE_CHECKING:
-    from ..session import AnyCheckpoint
+    from ...hosts.diffusers.model import Model
 
 InvertOptions = invert_options(of_methods())
 
@@ -77,7 +77,7 @@ def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -
 
 
 def invert_video(
-    checkpoint: AnyCheckpoint,
+    checkpoint: Model,
     config: EditConfig,
     video: FittedVideo,
     bar: Callable[[str], Callable[[int, int], None]],

@@ -49,10 +49,10 @@ def command(
     from ...demo.judge import load_judge
     from ...demo.temporal import TemporalSettings, train_temporal
     from ...demo.train import TrainSettings, train
-    from ...demo.train_wan import WanSettings, train_wan
+    from ...demo.train_video import VideoSettings, train_video
     from ...files.temporal_layers import FILE
     from ...hosts.diffusers.checkpoint import Checkpoint
-    from ...hosts.diffusers.checkpoint_wan import WanCheckpoint
+    from ...hosts.diffusers.load import demo_video_model
 
     where = pick_device(device)
     if config.part == "image":
@@ -62,10 +62,10 @@ def command(
         evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
         return
     if config.part == "transformer":
-        of_wan = WanSettings()
-        of_wan = replace(of_wan, steps=steps or of_wan.steps, clips=images or of_wan.clips)
-        train_wan(output, state, of_wan, where, console.print)
-        _tell(moving_figures(WanCheckpoint.of_demo(where, folder=output), load_judge()))
+        of_clips = VideoSettings()
+        of_clips = replace(of_clips, steps=steps or of_clips.steps, clips=images or of_clips.clips)
+        train_video(output, state, of_clips, where, console.print)
+        _tell(moving_figures(demo_video_model(output, where), load_judge()))
         return
     of_layers = TemporalSettings()
     of_layers = replace(of_layers, steps=steps or of_layers.steps, clips=images or of_layers.clips)

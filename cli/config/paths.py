@@ -11,13 +11,12 @@ from typing import Any
 
 from ...files.lora import LoraFile
 from ...files.whole import check_name
+from ...models import DEMOS
 from ...video.pictures import VideoError, numbered, picture_files
 from .settings import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
 
 _OF_CLIPS = ("video", "control", "edit_mask", *FILES_OF_OBJECTS)
 """Those whose file is a video, or pictures; others name weights."""
-_BUNDLED = ("demo", "demo-wan")
-"""What is no file's name, though a folder may be called so."""
 
 
 def is_clip(what: str) -> bool:
@@ -30,7 +29,7 @@ def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]
     second LoRA.
     """
     found = {name: getattr(config, name, "") for name in FILES}
-    found = {name: file for name, file in found.items() if name == "video" or file not in _BUNDLED}
+    found = {name: file for name, file in found.items() if name == "video" or file not in DEMOS}
     for number, text in enumerate(getattr(config, "lora", ()), 1):
         found["lora" if number == 1 else f"lora {number}"] = LoraFile.parse(text).path
     for kind in FILES_OF_OBJECTS:
@@ -70,7 +69,7 @@ def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
 
 def is_here(model: str) -> bool:
     """Whether a model is bundled or lies here; others are a hub's."""
-    return model in _BUNDLED or Path(model).exists()
+    return model in DEMOS or Path(model).exists()
 
 
 def full_name(name: str) -> str:

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from .temporal import save_temporal_layers, with_temporal_layers
     from .unet import DiffusersDenoiser
     from .unet3d import DiffusersVideoDenoiser
-    from .wan import VideoTransformerDenoiser
+    from .wan import VideoTransformer, VideoTransformerDenoiser
 
 _HOMES = {
     "DiffusersDenoiser": ".unet",
     "DiffusersVideoDenoiser": ".unet3d",
+    "VideoTransformer": ".wan",
     "VideoTransformerDenoiser": ".wan",
     "save_temporal_layers": ".temporal",
     "with_temporal_layers": ".temporal",
@@ -21,6 +22,7 @@ _HOMES = {
 __all__ = [
     "DiffusersDenoiser",
     "DiffusersVideoDenoiser",
+    "VideoTransformer",
     "VideoTransformerDenoiser",
     "save_temporal_layers",
     "with_temporal_layers",

@@ -1,11 +1,11 @@
-"""A Stable Diffusion checkpoint by path or name, with its text and picture coding."""
+"""Checkpoints of Stable Diffusion's UNets, by path or name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,19 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor
 
 from ...attention.condition import Condition
 from ...attention.prompt import BLOCK
-from ...diffusion.denoiser import check_finite
-from ...files.lora import LoraFile
 from ...files.temporal_layers import load_temporal_layers
 from ...files.whole import whole_file
+from ...models.unet import UNET
 from ...store.identity import ModelIdentity
 from .controlnet import ControlNet, load_controlnet
-from .lora import LoraError, fuse_loras
+from .lora import add_loras, lora_files
 from .model_files import CheckpointError, check_parts, check_whole, kind_of, loaded
+from .pictures import FrameByFrame
 from .schedulers import as_ddim, with_signal
 from .temporal import save_inflated_unet, with_temporal_layers
 from .unet import DiffusersDenoiser
@@ -35,22 +35,19 @@ __all__ = ["Checkpoint", "CheckpointError", "kind_of", "quiet", "save_tuned"]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The parts of an SD 1.x, SD 2.x or SDXL model on one device.
+class Checkpoint(FrameByFrame):
+    """An SD 1.x, SD 2.x or SDXL model, or a text-to-video UNet with their text.
 
-    notes: what was added to it, a line each. zero_negative: an empty negative prompt is zeros, as of SDXL, and not the
-    embeddings of no words. controlnet: see `with_control`.
+    zero_negative: an empty negative prompt is zeros, as for SDXL, and not the embeddings of no words. controlnet: see
+    `with_control`.
     """
 
-    name: str
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: DDIMScheduler
-    tokenizers: tuple[Any, ...]
-    text_encoders: tuple[Any, ...]
-    notes: tuple[str, ...] = ()
-    zero_negative: bool = False
-    controlnet: ControlNet | None = None
+    family = UNET
+    pipelines = ""
+
+    unet: Any
+    zero_negative: bool = field(default=False, kw_only=True)
+    controlnet: ControlNet | None = field(default=None, kw_only=True)
 
     @classmethod
     def load(
@@ -60,21 +57,12 @@ class Checkpoint:
         dtype: torch.dtype = torch.float32,
         config: str | None = None,
         lora: str | Sequence[str] | None = None,
-        lora_scale: float = 1.0,
         temporal: str | None = None,
         videos: bool = False,
         variant: str | None = None,
     ) -> Checkpoint:
-        """Load "demo", a diffusers folder, a single `.safetensors` file or a hub name.
-
-        config: for a single file, a diffusers folder with the tokenizer and configuration of
-        its kind. Only a hub name uses the network. lora: LoRA files or folders, each with a strength as FILE=0.8, all
-        of them times `lora_scale`. temporal: temporal layers, as `load_temporal_layers` takes them. videos: take
-        text-to-video UNets (ModelScope) too. variant: of the weights in its folders, as "fp16".
-
-        Raises CheckpointError, saying what was looked for.
-        """
-        loras = lora_files(lora, lora_scale)
+        """A model with a UNet (see `Model.load`)."""
+        loras = lora_files(lora)
         pipeline = loaded(name, dtype, config, variant)
         kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
         if not isinstance(getattr(pipeline, "unet", None), kinds):
@@ -84,83 +72,43 @@ class Checkpoint:
         check_parts(name, pipeline)
         check_whole(name, pipeline)
         if temporal is not None:
-            if isinstance(pipeline.unet, UNet3DConditionModel):
-                raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
-            try:
-                with_temporal_layers(pipeline.unet, load_temporal_layers(temporal))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{temporal}: {error}") from error
+            _attach(name, pipeline.unet, temporal)
         if loras:  # where it is quick
             pipeline.unet.to(device)
-        notes = fused(pipeline, loras)  # after the tuned queries, which take the place of the model's
-        pairs = [
-            (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
-        ]
-        missing = [f"{part}{n}" for n, pair in zip(("", "_2"), pairs, strict=True) if any(pair)
-                   for part, held in zip(("tokenizer", "text_encoder"), pair, strict=True) if held is None]  # fmt: skip
-        known = [(t, e) for t, e in pairs if t is not None and e is not None]
-        if missing or not known:
-            raise CheckpointError(f"{name} lacks its {', '.join(missing) or 'tokenizer and text encoder'}")
-        for tokenizer, encoder in known:  # transformers makes an empty one of a folder that is missing
-            if 2 * len(tokenizer) < encoder.config.vocab_size:
-                raise CheckpointError(
-                    f"{name} lacks its tokenizer: it has {len(tokenizer)} of {encoder.config.vocab_size} entries"
-                )
+        notes = add_loras(pipeline, loras)  # after the tuned queries, which take the place of the model's
+        tokenizers, encoders = _text_parts(name, pipeline)
         try:
             scheduler = with_signal(as_ddim(pipeline.scheduler))
         except TypeError as error:
             raise CheckpointError(f"{name}: {error}") from error
         if dtype == torch.float16 and _upcasts(pipeline.vae):
             pipeline.vae.to(torch.float32)
-        for part in (pipeline.unet, pipeline.vae, *(e for _, e in known)):
+        for part in (pipeline.unet, pipeline.vae, *encoders):
             part.to(device).eval().requires_grad_(False)
+        zero = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         return cls(
-            name, pipeline.unet, pipeline.vae, scheduler, tuple(t for t, _ in known), tuple(e for _, e in known), notes,
-            bool(pipeline.config.get("force_zeros_for_empty_prompt")),
+            name, pipeline.vae, scheduler, pipeline.unet.device, tokenizers, encoders, pipeline.unet,
+            notes=notes, zero_negative=zero,
         )  # fmt: skip
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+    def networks(self) -> list[Any]:
+        return [self.unet]
 
     @property
     def parts(self) -> list[Any]:
-        """Its networks."""
-        return [self.unet, self.vae, *self.text_encoders, *([self.controlnet.model] if self.controlnet else [])]
+        return [*super().parts, *([self.controlnet.model] if self.controlnet else [])]
 
     def with_control(
         self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
         variant: str | None = None,
     ) -> Checkpoint:  # fmt: skip
-        """The same with a ControlNet, of a folder, a file or a hub's name, and uint8 frames (f, h, w, 3) it follows.
-
-        strength, start, end: see `ControlNet`. Raises CheckpointError for one that does not fit.
-        """
         if isinstance(self.unet, UNet3DConditionModel):
             raise CheckpointError(f"{self.name} is a model of videos, which has no ControlNet")
         model = load_controlnet(name, self.unet, self.factor, variant)
         return replace(self, controlnet=ControlNet(model, frames, strength, start, end))
 
-    @property
-    def channels(self) -> int:
-        """Of its latents."""
-        return int(self.unet.config["in_channels"])
-
-    @property
-    def multiple(self) -> int:
-        """What both sides of a frame must be multiples of."""
-        return self.factor
-
-    def latent_frames(self, frames: int) -> int:
-        """How many latents a clip of so many frames has."""
-        return frames
-
     def control_steps(self, steps: int) -> int:
-        """In how many of so many steps the ControlNet acts."""
         total = self.scheduler.config["num_train_timesteps"]
         timesteps = self.denoiser.schedule(steps).timesteps
         return sum(self.controlnet.acts(t, total) for t in timesteps) if self.controlnet else 0
@@ -173,28 +121,17 @@ class Checkpoint:
 
     @cached_property
     def vae_identity(self) -> ModelIdentity:
-        """What tells this autoencoder from another."""
         scale = f"AutoencoderKL factor={self.factor} scaling={self.vae.config['scaling_factor']}"
         if self.vae.config.get("latents_mean"):
             scale += f" mean={self.vae.config['latents_mean']} deviation={self.vae.config['latents_std']}"
         return ModelIdentity.of(scale, self.vae.dtype, self.vae.state_dict().items())
 
     @property
-    def tokenizer(self) -> Any:
-        return self.tokenizers[0]
-
-    @property
     def sdxl(self) -> bool:
         return self.unet.config.get("addition_embed_type") == "text_time"
 
     @property
-    def factor(self) -> int:
-        """Pixels of a latent's side."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-
-    @property
     def native_size(self) -> int:
-        """The side in pixels the model was trained on."""
         side = self.unet.config["sample_size"] or 64
         return int(side if isinstance(side, int) else min(side)) * self.factor
 
@@ -202,10 +139,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
-        """Embeddings of a prompt of any length, in blocks of 77 tokens.
-
-        width, height: of the pictures, which SDXL is told. blocks: at least so many blocks.
-        """
+        """Embeddings of a prompt of any length, in blocks of 77 tokens."""
         if self.sdxl:
             parts = [self._encode(i, prompt, blocks, layer=-2) for i in range(2)]
             embeddings = torch.cat([states for states, _ in parts], -1)
@@ -214,7 +148,6 @@ class Checkpoint:
         return Condition(self._encode(0, prompt, blocks, layer=None)[0])
 
     def encode_negative(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
-        """`encode_prompt` of a negative prompt, which may be empty."""
         condition = self.encode_prompt(prompt, width, height, blocks)
         if prompt or not self.zero_negative:
             return condition
@@ -222,7 +155,6 @@ class Checkpoint:
         return Condition(torch.zeros_like(condition.embeddings), extras)
 
     def blocks(self, *prompts: str) -> int:
-        """How many blocks of 77 tokens the longest of the prompts takes."""
         return max(1, *(-(-len(self._content(t, p)) // BLOCK) for t in self.tokenizers for p in prompts))
 
     def _content(self, tokenizer: Any, prompt: str) -> list[int]:
@@ -242,77 +174,32 @@ class Checkpoint:
         pooled = output[0][:, -1] if pooled is None else pooled
         return states.reshape(1, -1, states.shape[-1]), pooled[:1]
 
-    # --- pictures ---------------------------------------------------------------------
 
-    def frames_at_once(self, height: int, width: int) -> int:
-        """How many pictures of a size the autoencoder takes in one call: on a CPU one, on a GPU as many as 8 of 512x512
-        have pixels in half precision.
-        """
-        pixels = 16 * 512 * 512 // self.vae.dtype.itemsize
-        return 1 if self.vae.device.type == "cpu" else max(1, pixels // (height * width))
+def _attach(name: str, unet: Any, temporal: str) -> None:
+    """Attach temporal layers to a model's UNet; CheckpointError for layers that do not fit."""
+    if isinstance(unet, UNet3DConditionModel):
+        raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
+    try:
+        with_temporal_layers(unet, load_temporal_layers(temporal))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{temporal}: {error}") from error
 
-    @torch.no_grad()
-    def encode_frames(self, frames: Tensor) -> Tensor:
-        """Frames (f, 3, h, w) in 0..1 to scaled latents (f, 4, h/factor, w/factor), `frames_at_once`."""
-        return self.encode_posterior(frames)[0]
 
-    @torch.no_grad()
-    def encode_posterior(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of frames' scaled latents, as `encode_frames` has them."""
-        means, deviations = [], []
-
-        def encoded(frame: Tensor) -> Tensor:
-            posterior = self.vae.encode((2 * frame - 1).to(self.vae.device, self.vae.dtype)).latent_dist
-            return torch.stack([posterior.mean, posterior.std])
-
-        for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
-            mean, deviation = self._finite(encoded, frame, "the encoded frames")
-            shift, scale = self._statistics(mean)
-            means.append((mean - shift) * scale)
-            deviations.append(deviation * scale)
-        return torch.cat(means), torch.cat(deviations)
-
-    def encode_clip(self, frames: Tensor) -> Tensor:
-        """`encode_frames`, as models of videos name it."""
-        return self.encode_frames(frames)
-
-    def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
-        """The first so many frames of `decode_latents`, as models of videos name it."""
-        return self.decode_latents(latents[:frames])
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents to frames in 0..1 on the CPU, `frames_at_once`."""
-        parts = []
-
-        def decoded(latent: Tensor) -> Tensor:
-            latent = latent.to(self.vae.dtype)
-            shift, scale = self._statistics(latent)
-            pixels: Tensor = self.vae.decode(latent / scale + shift).sample
-            return pixels
-
-        for latent in latents.split(self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))):
-            pixels = self._finite(decoded, latent, "the decoded pictures")
-            parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
-        return torch.cat(parts)
-
-    def _finite(self, code: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
-        """What the autoencoder makes of x; in single precision from there on where it leaves the range of half."""
-        y = code(x)
-        if self.vae.dtype == torch.float16 and not torch.isfinite(y).all():
-            self.vae.to(torch.float32)
-            y = code(x)
-        check_finite(y, what)
-        return y
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """What is taken off the autoencoder's latents, and what the rest is multiplied by."""
-        config = self.vae.config
-        scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
-        if not config.get("latents_mean") or not config.get("latents_std"):
-            return shift, scale
-        mean, deviation = (torch.tensor(config[f"latents_{name}"]).to(like).view(-1, 1, 1) for name in ("mean", "std"))
-        return mean + shift, scale / deviation
+def _text_parts(name: str, pipeline: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tokenizers of a pipeline and their text encoders; CheckpointError for a part that is missing."""
+    pairs = [
+        {part: getattr(pipeline, part, None) for part in (f"tokenizer{n}", f"text_encoder{n}")} for n in ("", "_2")
+    ]
+    pairs = [pair for pair in pairs if any(part is not None for part in pair.values())] or pairs[:1]
+    missing = [part for pair in pairs for part, found in pair.items() if found is None]
+    if missing:
+        raise CheckpointError(f"{name} lacks its {', '.join(missing)}")
+    tokenizers, encoders = zip(*(pair.values() for pair in pairs), strict=True)
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        entries, needed = len(tokenizer), encoder.config.vocab_size
+        if 2 * entries < needed:  # transformers makes an empty one of a folder that is missing
+            raise CheckpointError(f"{name} lacks its tokenizer: it has {entries} of {needed} entries")
+    return tokenizers, encoders
 
 
 def _upcasts(vae: AutoencoderKL) -> bool:
@@ -362,27 +249,3 @@ def quiet() -> Iterator[None]:
         for log, level in zip(logs, levels, strict=True):
             log.set_verbosity(level)
             log.enable_progress_bar()
-
-
-def lora_files(lora: str | Sequence[str] | None, scale: float = 1.0) -> list[LoraFile]:
-    """LoRAs by their texts, each strength times `scale`; CheckpointError for one that is not there."""
-    texts = [lora] if isinstance(lora, str) else lora or ()
-    try:
-        found = [LoraFile.parse(text) for text in texts]
-        for one in found:
-            one.file()
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    return [replace(one, strength=one.strength * scale) for one in found]
-
-
-def fused(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
-    """Add LoRAs to the weights of a pipeline's networks; a line on each. CheckpointError for one that does not fit."""
-    names = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2")
-    networks = {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
-    if "transformer" in networks:
-        networks = {name: network for name, network in networks.items() if name.startswith("transformer")}
-    try:
-        return tuple(fuse_loras(networks, loras))
-    except LoraError as error:
-        raise CheckpointError(str(error)) from error

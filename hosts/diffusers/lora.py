@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,26 @@ _TITLES = {
     "unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
     "transformer": "transformer", "transformer_2": "low-noise transformer",
 }  # fmt: skip
+
+
+def lora_files(texts: str | Sequence[str] | None) -> list[LoraFile]:
+    """LoRAs given as FILE or FILE=STRENGTH; LoraError for a file that is missing."""
+    try:
+        found = [LoraFile.parse(text) for text in ([texts] if isinstance(texts, str) else texts or ())]
+        for one in found:
+            one.file()
+    except ValueError as error:
+        raise LoraError(str(error)) from error
+    return found
+
+
+def add_loras(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """`fuse_loras` for the networks of a pipeline: a transformer's, or a UNet's with its text encoders."""
+    names = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2")
+    networks = {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
+    if "transformer" in networks:
+        networks = {name: network for name, network in networks.items() if name.startswith("transformer")}
+    return tuple(fuse_loras(networks, loras))
 
 
 def fuse_loras(networks: Networks, loras: Sequence[LoraFile]) -> list[str]:

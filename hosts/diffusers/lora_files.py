@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...files.lora import PICKLED, LoraFile
 from ...files.safetensors import is_pointer
+from .model_files import CheckpointError
 
 
-class LoraError(ValueError):
+class LoraError(CheckpointError):
     """A LoRA that cannot be read or does not fit the model."""
 
 

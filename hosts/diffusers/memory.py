@@ -64,7 +64,7 @@ def guidance_bytes(
             with LiveBytes() as live, torch.no_grad():
                 if guided:
                     control = EnergyControl(keys, chunk, layout)
-                    own.gradient(latents, 500, text, control, control.weighed)
+                    own.gradient(latents, 500, text, control, control.loss)
                 else:
                     own.predict_noise(latents, 500, text, Control(keys, chunk))
             most.append(live.most)

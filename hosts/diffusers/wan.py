@@ -1,26 +1,43 @@
-"""Wan's video transformers on diffusers: attention, and branches that run block by block beside each other."""
+"""Wan on diffusers: its transformers' attention, whose branches run block by block beside each other, its text, and
+its clips.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import T5Tokenizer, UMT5EncoderModel
 
+from ...attention.condition import Condition
 from ...attention.control import Attend, AttentionSite, Control, Kind, attention
 from ...diffusion.schedule import FlowSchedule
-from ...models.wan import WAN
+from ...files.bundled import DEMO
+from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
+from ...store.budget import available_bytes
+from ...store.identity import ModelIdentity
 from ..held import Stranger
+from .clips import WholeClip
 from .hook import Branch, ControlledProcessor, HookedDenoiser, base_weights, wrapped
+from .lora import add_loras, lora_files
+from .model_files import CheckpointError, check_weights, check_whole, opened
+from .pictures import FrameByFrame
 from .schedulers import flow_schedule, is_flow
 
-__all__ = ["VideoTransformerDenoiser"]
+__all__ = ["VideoTransformer", "VideoTransformerDenoiser", "WanCheckpoint"]
+
+VideoTransformer = WanTransformer3DModel
+"""The class of the demo world's video transformer."""
 
 
 def kernel_of(processor: Any) -> Attend:
@@ -251,3 +268,129 @@ def _check_model(model: Any) -> None:
         )
     if model.config["image_dim"] or model.config["in_channels"] != model.config["out_channels"]:
         raise ValueError("transformer takes a picture beside the text (Wan I2V); take one for text to video")
+
+
+# --- the model with its text and clips ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WanCheckpoint(WholeClip):
+    """A Wan 2.1 or 2.2 text-to-video model.
+
+    low_noise, boundary: 2.2's second transformer, and the sigma below which it takes over.
+    """
+
+    family = WAN
+    pipelines = "Wan"
+
+    transformer: Any
+    low_noise: Any = field(default=None, kw_only=True)
+    boundary: float | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: str | None = None,
+        lora: str | Sequence[str] | None = None,
+        temporal: str | None = None,
+        videos: bool = False,
+        variant: str | None = None,
+    ) -> WanCheckpoint:
+        """A Wan model (see `Model.load`). A LoRA goes into both transformers of 2.2, or into the one that its name
+        gives: high_noise or low_noise.
+
+        Where a GPU has no room for all parts at once, each waits in RAM until it is called (model offloading).
+        """
+        device, loras = torch.device(device), lora_files(lora)
+        if temporal:
+            raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
+        if name == WAN.demo:
+            demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
+            return replace(demo, notes=add_loras(demo, loras))
+
+        def read(where: Any, **local: Any) -> Any:
+            if isinstance(where, Path):
+                check_weights(where, DiffusionPipeline.load_config(where, **local), variant)
+            return DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, variant=variant or None, **local)
+
+        pipeline: Any = opened(name, read)
+        if not isinstance(getattr(pipeline, "transformer", None), WanTransformer3DModel):
+            raise CheckpointError(f"{name} is a {type(pipeline).__name__} without a Wan transformer for text to video")
+        check_whole(name, pipeline)
+        notes, low_noise = add_loras(pipeline, loras), getattr(pipeline, "transformer_2", None)
+        if dtype == torch.float16:
+            pipeline.vae.to(torch.float32)  # whose numbers leave half precision's range
+        model = cls(
+            name, pipeline.vae, pipeline.scheduler, device, (pipeline.tokenizer,), (pipeline.text_encoder,),
+            pipeline.transformer, notes=notes, low_noise=low_noise,
+            boundary=pipeline.config.get("boundary_ratio") if low_noise is not None else None,
+        )  # fmt: skip
+        for part in model.parts:
+            part.eval().requires_grad_(False)
+        weights, free = sum(p.nbytes for part in model.parts for p in part.parameters()), available_bytes(device)
+        if device.type == "cuda" and free is not None and weights > 0.7 * free:
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+        return model
+
+    @property
+    def networks(self) -> list[Any]:
+        return [self.transformer, *([] if self.low_noise is None else [self.low_noise])]
+
+    @cached_property
+    def denoiser(self) -> VideoTransformerDenoiser:
+        return VideoTransformerDenoiser(self.transformer, self.scheduler, self.low_noise, self.boundary)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
+        """Embeddings of a prompt of any length, padded with zeros."""
+        most = min(TEXT_TOKENS, self.tokenizer.model_max_length)
+        content = len(self.tokenizer(prompt, truncation=False).input_ids)
+        text = self.tokenizer(prompt, padding="max_length", max_length=max(most, content), return_tensors="pt")
+        mask = text.attention_mask.to(self.device)
+        states = self.text_encoders[0](text.input_ids.to(self.device), mask).last_hidden_state
+        return Condition(states * mask[..., None].to(states))
+
+    @property
+    def multiple(self) -> int:
+        return self.factor * int(max(self.transformer.config["patch_size"][1:]))
+
+    @property
+    def native_size(self) -> int:
+        return NATIVE_SIZE
+
+    @cached_property
+    def vae_identity(self) -> ModelIdentity:
+        layout = f"{type(self.vae).__name__} factor={self.factor} frames={self.frames_per_latent}"
+        return ModelIdentity.of(layout, self.vae.dtype, self.vae.state_dict().items())
+
+
+class SmallWan(FrameByFrame, WanCheckpoint):
+    """The demo world's: a Wan transformer on the latents of its image model."""
+
+    @classmethod
+    def of_folder(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> SmallWan:
+        """The transformer, text and schedule of a folder. Raises CheckpointError for a folder that is missing."""
+        if not folder.is_dir():
+            raise CheckpointError(f"no model at {folder}")
+        local: dict[str, Any] = {"local_files_only": True}
+        parts = [
+            AutoencoderKL.from_pretrained(DEMO / "vae", torch_dtype=dtype, **local),
+            WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, **local),
+            UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local),
+        ]
+        vae, transformer, text_encoder = (part.to(device).eval().requires_grad_(False) for part in parts)
+        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", **local)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", **local)
+        return cls(WAN.demo, vae, scheduler, device, (tokenizer,), (text_encoder,), transformer)
+
+    @property
+    def native_size(self) -> int:
+        return 64
+
+    def coding(self, height: int, width: int) -> str:
+        return "frame by frame"

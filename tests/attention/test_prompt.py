@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fatezero.attention.prompt import PromptEdit, align_sequences, changed_words
-from fatezero.demo.wan import build_tokenizer as build_wan_tokenizer
+from fatezero.demo.video_model import build_tokenizer as build_wan_tokenizer
 
 
 @pytest.fixture(scope="module")

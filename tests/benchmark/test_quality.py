@@ -60,7 +60,7 @@ def test_words_kept_apart_keep_a_neighbours_texture_out(tmp_path):
     assert right[BEST] == 1 > right["FateZero+, words mixed"]
 
 
-@pytest.mark.parametrize("name", ["quick", "full", "settings", "two", "again", "long", "long again"])
+@pytest.mark.parametrize("name", ["quick", "full", "settings", "two", "again", "long", "long again", "long unseen"])
 def test_the_page_tells_what_the_rows_say(name):
     assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
 

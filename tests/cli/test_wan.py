@@ -5,7 +5,7 @@ import torch
 from wan import write_wan
 
 from fatezero.files.bundled import CLIP
-from fatezero.hosts.diffusers.checkpoint_wan import WanCheckpoint
+from fatezero.hosts.diffusers.wan import WanCheckpoint
 from fatezero.video.read import read_video
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water")

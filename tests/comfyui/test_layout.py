@@ -14,7 +14,7 @@ from comfyui.test_sampling import edit_with, invert_with
 from fatezero import generate
 from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
-from fatezero.methods.layout import Layout, Path, Wanted
+from fatezero.methods.layout import Layout, LayoutObject, Path
 from fatezero.methods.layout_guidance import LayoutSettings
 from small import relative
 
@@ -84,7 +84,7 @@ def test_the_two_hosts_agree(host, layers, settings):
     noise = torch.randn(FRAMES, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     text, empty = (drawer.encode_prompt(words, 64, 64) for words in (PROMPT, ""))
     layout = Layout(
-        PROMPT, drawer.tokenizer, (Wanted("red circle", Path.parse(OBJECTS.partition(":")[2])),),
+        PROMPT, drawer.tokenizer, (LayoutObject("red circle", Path.parse(OBJECTS.partition(":")[2])),),
         LayoutSettings(**settings),
     )  # fmt: skip
     keys, norm = (("first", "previous"), True) if layers else (("self",), False)
@@ -245,8 +245,8 @@ def white(graph):
         (lambda g: g.set(g.layout, objects="blue star: 0:0.5,0.5,0.3"), "'blue star' is not in the prompt"),
         (lambda g: g.set(g.layout, objects=""), "objects: is empty"),
         (lambda g: g.set(g.layout, objects="circle"), "objects: 'circle' has no path"),
-        (lambda g: g.set(g.layout, form="shift", objects="circle: 0:0.1,0"), "shifted from where it is"),
-        (lambda g: g.set(g.layout, mask=white(g)), "mask: is connected, but"),
+        (lambda g: g.set(g.layout, form="shift", objects="circle: 0:0.1,0"), "a shift moves an existing object"),
+        (lambda g: g.set(g.layout, mask=white(g)), "mask: every object has a path"),
         (lambda g: g.set(g.guider, positive=g.words[1]), "positive: was made from"),
         (lambda g: (g.set(g.layout, mode="forward"), g.set(g.guider, model=in_windows(g))), "context windows are set"),
         (lambda g: g.set(

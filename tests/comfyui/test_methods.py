@@ -205,7 +205,7 @@ def test_a_finished_edit_is_made_steady(host):
             "ImageScale", image=graph.video[0], upscale_method="area", width=16, height=16, crop="disabled"
         )[0],
     )
-    with pytest.raises(NodeError, match="edited: 5 frames of 32x32, but images are 5 of 16x16"):
+    with pytest.raises(NodeError, match="edited: 5 frames of 32x32, but images has 5 of 16x16"):
         host.run(graph.prompt)
 
 

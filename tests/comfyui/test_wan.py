@@ -13,7 +13,7 @@ from wan import write_wan
 from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
 from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
-from fatezero.hosts.diffusers.checkpoint_wan import WanCheckpoint
+from fatezero.hosts.diffusers.wan import WanCheckpoint
 from fatezero.methods.fatezero import preset_fusion
 from small import relative
 

@@ -93,9 +93,9 @@ def test_sdxl_text_is_the_pipelines_own(sdxl_folder):
 def test_sdxl_edits_end_to_end(sdxl_folder, tmp_path):
     from rich.console import Console
 
-    from fatezero.cli.app import progress_bar
     from fatezero.cli.commands.edit import run_edits
     from fatezero.cli.config.settings import EditConfig, with_preset
+    from fatezero.cli.progress import progress_bar
     from fatezero.cli.session import Session
     from fatezero.files.bundled import CLIP
 

@@ -350,7 +350,7 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "two").mkdir()
     for name, said in (
         ("pointer.safetensors", "git lfs pull"), ("page.safetensors", "damaged"), ("none.safetensors", "no LoRA at"),
-        ("two", "holds no LoRA"),
+        ("two", "contains no LoRA"),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=said):
             Checkpoint.load("demo", lora=str(tmp_path / name))
@@ -378,7 +378,7 @@ def test_a_folder_with_one_lora_or_several(tmp_path):
     (tmp_path / "pytorch_lora_weights.bin").touch()
     assert LoraFile(str(tmp_path)).file() == one, "the same in another format"
     save_file(pair(KOHYA), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"holds 2 files .*other\.safetensors.*: give the file"):
+    with pytest.raises(ValueError, match=r"contains 2 possible LoRAs .*other\.safetensors.*: give the file"):
         LoraFile(str(tmp_path)).file()
 
 

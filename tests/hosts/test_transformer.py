@@ -23,7 +23,7 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask, word_heat
 from fatezero.demo.model import build_scheduler
-from fatezero.demo.wan import build_tokenizer
+from fatezero.demo.video_model import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat

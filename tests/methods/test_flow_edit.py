@@ -10,7 +10,7 @@ from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk
 from fatezero.attention.masks import GivenMask
 from fatezero.demo.model import build_scheduler
-from fatezero.demo.wan import build_tokenizer
+from fatezero.demo.video_model import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
 from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
 from tests.hosts import test_transformer as wan

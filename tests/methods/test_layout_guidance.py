@@ -18,7 +18,7 @@ from fatezero.methods.layout_guidance import (
     EnergyControl,
     ForwardControl,
     LayoutGuidance,
-    Placed,
+    ObjectTarget,
     energy_gradient,
     in_schedule,
     shape_of,
@@ -138,7 +138,7 @@ def test_words_are_averaged_and_objects_added():
 
     one, other = energy([2]), energy([5])
     assert energy([2, 5]) == pytest.approx((one + other) / 2)
-    assert energy([2], [Placed(disc(), [5])]) == pytest.approx(one + other)
+    assert energy([2], [ObjectTarget(disc(), [5])]) == pytest.approx(one + other)
 
 
 def test_frames_that_do_not_meet_have_no_share_in_each_other_and_go_by_in_chunks():
@@ -224,18 +224,18 @@ def test_the_models_weights_keep_their_gradients_to_themselves():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"target must be \(frames, height, width\)"):
         LayoutGuidance(target=torch.full((1, 4, 4), 2.0), columns=[1])
-    with pytest.raises(ValueError, match="columns is .*must name tokens"):
+    with pytest.raises(ValueError, match="columns is .*must list tokens"):
         LayoutGuidance(target=torch.ones(1, 4, 4), columns=[])
     with pytest.raises(ValueError, match="target has 3 frames; the clip has 2"):
         drawn(LayoutGuidance(target=disc(3), columns=[2]))
-    with pytest.raises(ValueError, match="columns name token 99; the text has 77"):
+    with pytest.raises(ValueError, match="token 99; the text has 77"):
         drawn(LayoutGuidance(target=disc(), columns=[99]))
     with pytest.raises(ValueError, match="scale is -1"):
         LayoutGuidance(target=disc(), columns=[2], scale=-1)
     with pytest.raises(TypeError, match="unet is a UNet2DConditionModel; .* UNet3DConditionModel"):
         DiffusersVideoDenoiser(small_unet(), build_scheduler())
     coarse = DiffusersDenoiser(small_unet(), build_scheduler())
-    with pytest.raises(ValueError, match="no cross-attention layer has 64 to 256 places"), coarse.hooked():
+    with pytest.raises(ValueError, match="cross-attention layer of 64 to 256 tokens"), coarse.hooked():
         energy_of(coarse, random_latents(2, 4, 4), LayoutGuidance(target=disc(), columns=[2]))
     odd = DiffusersDenoiser(small_unet(), build_scheduler())
     assert isinstance(odd.unet, UNet2DConditionModel)
@@ -259,6 +259,6 @@ def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
     told, plain = guidance_bytes(own, shape, condition, SELF, False, layout)
     with own.hooked(), torch.no_grad(), LiveBytes() as live:
         control = EnergyControl(SELF, Chunk.whole(2), layout)
-        own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.weighed)
+        own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.loss)
     assert abs(told / live.most - 1) < 0.25
     assert plain < told

@@ -262,7 +262,7 @@ def test_a_folder_of_the_official_layout(tmp_path, name):
     [
         ({"down_blocks.0.temp_convs.0.conv1.0.weight": torch.zeros(1)}, "ModelScope's temporal layers"),
         ({"down_blocks.0.motion_modules.0.proj.weight": torch.zeros(1)}, "AnimateDiff's temporal layers"),
-        ({"conv_in.weight": torch.zeros(1)}, "holds no temporal layers"),
+        ({"conv_in.weight": torch.zeros(1)}, "has no temporal layers"),
         ({"nowhere.attn_temp.to_q.weight": torch.zeros(2, 2)}, "the checkpoint lacks"),
     ],
 )
@@ -299,7 +299,7 @@ def test_fresh_layers_with_convolutions_change_nothing(rank):
 
 
 def test_a_rank_needs_convolutions():
-    with pytest.raises(ValueError, match="rank has no effect without convolutions"):
+    with pytest.raises(ValueError, match="rank has no effect"):
         LayerSettings(rank=4)
 
 
@@ -326,7 +326,7 @@ def test_convolutions_that_do_something_are_not_dropped(rank):
     unet = with_temporal_layers(small_unet(), kind="fatezero", rank=rank)
     conv = next(iter(temporal_layers(unet).convolutions.values()))
     (conv.full if rank is None else conv.up).weight.data[0, 0, 0] = 0.5
-    with pytest.raises(ValueError, match=r"the convolution over frames at .* changes what it is given \(1 do\)"):
+    with pytest.raises(ValueError, match="no convolution over frames"):
         convert_temporal_layers(unet)
 
 
@@ -359,10 +359,10 @@ def test_a_tuning_that_was_stopped_goes_on_as_if_it_had_not_been():
 def test_a_state_of_another_tuning_is_refused():
     states = []
     tune(fresh_denoiser(), LATENTS, TEXT, replace(FAST, steps=1), keep=states.append)
-    with pytest.raises(ValueError, match="began with seed 3, not 4"):
+    with pytest.raises(ValueError, match="seed 3, not 4"):
         tune(fresh_denoiser(), LATENTS, TEXT, replace(FAST, seed=4), resume=states[0])
     other = DiffusersDenoiser(with_temporal_layers(small_unet(), kind="fatezero"), build_scheduler())
-    with pytest.raises(ValueError, match="of another model, or of other temporal layers"):
+    with pytest.raises(ValueError, match="another model"):
         tune(other, LATENTS, TEXT, FAST, resume=states[0])
 
 

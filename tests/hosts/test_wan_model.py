@@ -5,7 +5,7 @@ import torch
 from diffusers import WanPipeline
 
 from fatezero.hosts.diffusers.checkpoint import CheckpointError, kind_of
-from fatezero.hosts.diffusers.checkpoint_wan import WanCheckpoint
+from fatezero.hosts.diffusers.wan import WanCheckpoint
 from tests.wan import write_wan
 
 
@@ -51,7 +51,7 @@ def test_frames_and_their_latents(checkpoint, frames, latents):
 def test_tiles_where_memory_is_short(folder, monkeypatch):
     loaded = WanCheckpoint.load(str(folder))
     assert "whole" in loaded.coding(32, 32)
-    monkeypatch.setattr("fatezero.hosts.diffusers.checkpoint_wan.available_bytes", lambda device: 10_000)
+    monkeypatch.setattr("fatezero.hosts.diffusers.clips.available_bytes", lambda device: 10_000)
     assert "tiles" in loaded.coding(32, 32)
     assert loaded.vae.use_tiling
 

@@ -6,19 +6,17 @@ folder, from which an interrupted run resumes with the same result.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..files.whole import whole_file
 from ..hosts.diffusers.checkpoint import Checkpoint
 from .temporal import TemporalSettings, captions_of, render_latents
-from .train import Report, optimiser_of, rate_at, saved_step, set_rate
-from .wan import SHIFT, VideoPainter, build_tokenizer, save_wan, token_ids
+from .training import Plan, Report, train_weights
+from .video_model import SHIFT, VideoPainter, build_tokenizer, save_video_model, token_ids
 
 NOISY_SHIFT = 8.0
 """Shift of half of the clips' sigmas: outlines and paths are decided at very high noise."""
@@ -27,7 +25,7 @@ LENGTHS = (1, 8, 16)
 
 
 @dataclass(frozen=True)
-class WanSettings:
+class VideoSettings:
     """Training settings; the defaults produced the bundled transformer."""
 
     seed: int = 0
@@ -41,7 +39,7 @@ class WanSettings:
     save_every: int = 250
 
 
-def length_at(step: int, settings: WanSettings, random: torch.Generator) -> int:
+def length_at(step: int, settings: VideoSettings, random: torch.Generator) -> int:
     """The length of a step's clips: mostly one frame in the first half, then all lengths."""
     shares = (0.7, 0.2, 0.1) if step < settings.steps / 2 else (0.2, 0.4, 0.4)
     return LENGTHS[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
@@ -57,7 +55,7 @@ class Batch:
     captions: Tensor
 
 
-def batch_at(latents: Tensor, step: int, settings: WanSettings) -> Batch:
+def batch_at(latents: Tensor, step: int, settings: VideoSettings) -> Batch:
     """The batch of a step, which depends only on the seed and the step; the last caption is empty."""
     random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
     length = length_at(step, settings, random)
@@ -74,7 +72,9 @@ def batch_at(latents: Tensor, step: int, settings: WanSettings) -> Batch:
     return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(no_text, len(latents), chosen))
 
 
-def train_wan(folder: Path, state: Path, settings: WanSettings, device: torch.device, report: Report = print) -> None:
+def train_video(
+    folder: Path, state: Path, settings: VideoSettings, device: torch.device, report: Report = print
+) -> None:
     """Train the transformer and its text encoder, and write their running averages to `folder`."""
     state.mkdir(parents=True, exist_ok=True)
     data = TemporalSettings(clips=settings.clips)
@@ -87,58 +87,20 @@ def train_wan(folder: Path, state: Path, settings: WanSettings, device: torch.de
 
     torch.manual_seed(settings.seed)
     live = VideoPainter(tokenizer).to(device)
-    average = deepcopy(live).requires_grad_(False)
-    optimiser = optimiser_of(list(live.parameters()), settings.rate)
-    done, running = _resume(state / "wan.safetensors", live, average, optimiser), 0.0
-    for step in range(done, settings.steps):
+
+    def error_of(step: int) -> Tensor:
         batch = batch_at(latents, step, settings)
         clips, noise, sigmas = (x.to(device) for x in (batch.clips, batch.noise, batch.sigmas))
         s = sigmas.view(-1, 1, 1, 1, 1)
         text = (x[batch.captions].to(device) for x in (ids, mask))
         error = (live((1 - s) * clips + s * noise, sigmas, *text) - (noise - clips)).square().mean()
-        set_rate(optimiser, settings.rate * rate_at(step, settings.steps))
-        optimiser.zero_grad()
         error.backward()
-        nn.utils.clip_grad_norm_(live.parameters(), 1.0)
-        optimiser.step()
-        decay = min(settings.average, (step + 1) / (step + 10))
-        weights = [weight.data for weight in live.parameters()]
-        torch._foreach_lerp_([weight.data for weight in average.parameters()], weights, 1 - decay)
-        running = error.item() if step == done else 0.98 * running + 0.02 * error.item()
-        if step % 50 == 49:
-            report(f"video transformer {step + 1}/{settings.steps}: error {running:.4f}")
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            _save_state(state / "wan.safetensors", live, average, optimiser, step + 1)
-    save_wan(folder, average.eval(), tokenizer)
+        return error
+
+    plan = Plan(
+        "video transformer", state / "transformer.safetensors", settings.steps, settings.rate, settings.average,
+        settings.save_every,
+    )  # fmt: skip
+    train_weights(dict(live.named_parameters()), plan, error_of, report)
+    save_video_model(folder, live.eval(), tokenizer)
     report(f"video transformer written to {folder}")
-
-
-def _save_state(
-    path: Path, live: VideoPainter, average: VideoPainter, optimiser: torch.optim.Optimizer, step: int
-) -> None:
-    tensors = {f"{name}.{k}": v for name, part in (("live", live), ("average", average)) for k, v in _own(part).items()}
-    for name, weight in live.named_parameters():
-        tensors |= {f"adam.{name}.{key}": optimiser.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
-    with whole_file(path) as partial:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, {"step": str(step)}
-        )
-
-
-def _own(painter: VideoPainter) -> dict[str, Tensor]:
-    """All weights, each once: tied embeddings have two names."""
-    return {name: weight.data for name, weight in painter.named_parameters()}
-
-
-def _resume(path: Path, live: VideoPainter, average: VideoPainter, optimiser: torch.optim.Optimizer) -> int:
-    """Load a saved state; returns the number of steps done."""
-    if not path.exists():
-        return 0
-    tensors, step = load_file(path), saved_step(path)
-    for name, part in (("live", live), ("average", average)):
-        for key, weight in part.named_parameters():
-            weight.data.copy_(tensors[f"{name}.{key}"])
-    for name, weight in live.named_parameters():
-        moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
-    return step

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fatezero.demo import train_wan as trainer
+from fatezero.demo import train_video as trainer
 from fatezero.demo.scenes import VOCABULARY, random_scene
-from fatezero.demo.train_wan import LENGTHS, WanSettings, batch_at, length_at, train_wan
-from fatezero.demo.wan import TEXT_TOKENS, VideoPainter, build_tokenizer, encode_ids, token_ids
+from fatezero.demo.train_video import LENGTHS, VideoSettings, batch_at, length_at, train_video
+from fatezero.demo.video_model import TEXT_TOKENS, VideoPainter, build_tokenizer, encode_ids, token_ids
 
-SMALL = WanSettings(clips=2, frames=16, steps=3, save_every=1)
+SMALL = VideoSettings(clips=2, frames=16, steps=3, save_every=1)
 CPU = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ def test_text_is_zeros_after_its_end_and_does_not_see_them():
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    latents, settings = torch.randn(5, 16, 4, 16, 16), WanSettings()
+    latents, settings = torch.randn(5, 16, 4, 16, 16), VideoSettings()
     batch, again = (batch_at(latents, 7, settings) for _ in range(2))
     assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
     assert len(batch.clips) * batch.clips.shape[2] == settings.frames
@@ -48,8 +48,8 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     def trained(name):
         (tmp_path / name).mkdir(exist_ok=True)
-        train_wan(tmp_path / name / "out", tmp_path / name, SMALL, CPU, lambda _: None)
-        return load_file(tmp_path / name / "wan.safetensors")
+        train_video(tmp_path / name / "out", tmp_path / name, SMALL, CPU, lambda _: None)
+        return load_file(tmp_path / name / "transformer.safetensors")
 
     whole = trained("whole")
     monkeypatch.setattr(trainer, "batch_at", lambda *given: _stop() if given[1] == 2 else batch_at(*given))

@@ -1,6 +1,6 @@
-"""The demo's video transformer: Wan's parts, hundreds of times smaller.
+"""The demo's video model, hundreds of times smaller than the models of its family.
 
-Stock classes: `WanTransformer3DModel` and a UMT5 encoder, with Wan's text layout (no start token, one end token, zeros
+Stock classes: the family's transformer and a UMT5 encoder, with its text layout (no start token, one end token, zeros
 as padding). It uses the demo checkpoint's autoencoder of single pictures: one latent per frame.
 """
 
@@ -9,22 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ..files.sentencepiece import MARKS
+from ..hosts.diffusers import VideoTransformer
 from .scenes import VOCABULARY
 
 TEXT_TOKENS = 32
-"""Tokens of every prompt, padding included; Wan has 512."""
+"""Tokens of every prompt, padding included."""
 SHIFT = 2.0
 """Shift of the schedule's sigmas."""
 
 
-def build_transformer() -> WanTransformer3DModel:
+def build_transformer() -> VideoTransformer:
     """A flow-predicting transformer of latents (4, frames, 16, 16), with 8x8 tokens per frame."""
-    transformer = WanTransformer3DModel(
+    transformer = VideoTransformer(
         patch_size=(1, 2, 2),
         num_attention_heads=6,
         attention_head_dim=32,
@@ -98,7 +99,7 @@ class VideoPainter(nn.Module):
         return velocity
 
 
-def save_wan(folder: Path, painter: VideoPainter, tokenizer: T5Tokenizer) -> None:
+def save_video_model(folder: Path, painter: VideoPainter, tokenizer: T5Tokenizer) -> None:
     """Write diffusers' folder layout in fp16, without an autoencoder."""
     for module, name in ((painter.transformer, "transformer"), (painter.text, "text_encoder")):
         module.to(torch.float16).save_pretrained(folder / name, safe_serialization=True)

@@ -1,0 +1,112 @@
+"""The loop of every training of the demo world: an optimiser, a running average, and a state that a stopped run
+resumes from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..files.whole import whole_file
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training is called, its file, and for how long it runs.
+
+    rate: peak learning rate. average: decay of the running average. save_every, report_every: in steps.
+    """
+
+    name: str
+    state: Path
+    steps: int
+    rate: float
+    average: float
+    save_every: int
+    report_every: int = 50
+
+
+def train_weights(
+    weights: Mapping[str, nn.Parameter], plan: Plan, error_of: Callable[[int], Tensor | float], report: Report
+) -> None:
+    """Train weights with AdamW and set them to their running average; resumes from the plan's state.
+
+    error_of: computes the gradients of a step and returns its error.
+    """
+    live, optimiser = list(weights.values()), optimiser_of(list(weights.values()), plan.rate)
+    average = {name: weight.detach().clone() for name, weight in weights.items()}
+    done, running = _resume(plan.state, weights, average, optimiser), 0.0
+    for step in range(done, plan.steps):
+        set_rate(optimiser, plan.rate * rate_at(step, plan.steps))
+        optimiser.zero_grad()
+        error = torch.as_tensor(error_of(step)).item()
+        nn.utils.clip_grad_norm_(live, 1.0)
+        optimiser.step()
+        decay = min(plan.average, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), [weight.detach() for weight in live], 1 - decay)
+        running = error if step == done else 0.98 * running + 0.02 * error
+        if (step + 1) % plan.report_every == 0:
+            report(f"{plan.name} {step + 1}/{plan.steps}: error {running:.4f}")
+        if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
+            _save(plan.state, weights, average, optimiser, step + 1)
+    for name, weight in weights.items():
+        weight.data = average[name]
+
+
+def rate_at(step: int, steps: int, warmup: int = 200, tail: float = 0.3) -> float:
+    """Warm up, stay constant, then decay to zero by a cosine over the last `tail` of the steps."""
+    fall = max(0.0, (step - (1 - tail) * steps) / (tail * steps))
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
+
+
+def optimiser_of(parameters: list[nn.Parameter], rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _save(
+    path: Path, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, step: int
+) -> None:
+    tensors = {f"live.{name}": weight for name, weight in live.items()}
+    tensors |= {f"average.{name}": weight for name, weight in average.items()}
+    tensors |= {f"adam.{name}.{key}": optimiser.state[w][key] for name, w in live.items() for key in _MOMENTS}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
+        save_file(kept, partial, {"step": str(step)})
+
+
+def _resume(
+    path: Path, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
+) -> int:
+    """Load a saved state; returns the number of steps done."""
+    if not path.exists():
+        return 0
+    tensors, step = load_file(path), saved_step(path)
+    for name, weight in live.items():
+        weight.data.copy_(tensors[f"live.{name}"])
+        average[name].copy_(tensors[f"average.{name}"])
+        moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in _MOMENTS}
+        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def saved_step(path: Path) -> int:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int(header["__metadata__"]["step"])

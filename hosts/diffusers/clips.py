@@ -1,0 +1,78 @@
+"""Clips coded whole, by a causal video autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...diffusion.denoiser import check_finite
+from ...files.safetensors import format_bytes
+from ...store.budget import available_bytes
+from .model import Model
+
+
+class WholeClip(Model):
+    """A model whose autoencoder codes a clip's frames together: the first has a latent of its own."""
+
+    @property
+    def factor(self) -> int:
+        return int(self.vae.config["scale_factor_spatial"])
+
+    @property
+    def frames_per_latent(self) -> int:
+        return int(self.vae.config["scale_factor_temporal"])
+
+    def frames_at_once(self, height: int, width: int) -> int | None:
+        return None
+
+    @torch.no_grad()
+    def encode_clip(self, frames: Tensor) -> Tensor:
+        """The last frame is repeated until the latents are whole."""
+        missing = (self.latent_frames(len(frames)) - 1) * self.frames_per_latent + 1 - len(frames)
+        pixels = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) * 2 - 1
+        self._tile(*frames.shape[-2:])
+        clip = pixels.to(self.device, self.vae.dtype).transpose(0, 1)[None]
+        mean = self.vae.encode(clip).latent_dist.mean[0].float()
+        shift, deviation = self._deviations(mean)
+        return ((mean - shift) / deviation).transpose(0, 1).contiguous()
+
+    @torch.no_grad()
+    def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
+        self._tile(*(side * self.factor for side in latents.shape[-2:]))
+        clip = latents.float().transpose(0, 1)
+        shift, deviation = self._deviations(clip)
+        clip = (clip * deviation + shift)[None].to(self.device, self.vae.dtype)
+        pixels = self.vae.decode(clip, return_dict=False)[0][0].transpose(0, 1)
+        check_finite(pixels, "the decoded pictures")
+        return (pixels[:frames].float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _deviations(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the autoencoder's channels, for (channels, f, h, w)."""
+        values: list[Sequence[float]] = [self.vae.config["latents_mean"], self.vae.config["latents_std"]]
+        mean, deviation = (torch.tensor(of).to(like).view(-1, 1, 1, 1) for of in values)
+        return mean, deviation
+
+    def _tile(self, height: int, width: int) -> None:
+        """Have the autoencoder work in tiles where memory is short for whole frames."""
+        free, needed = available_bytes(self.device), decoder_bytes(self.vae, height, width)
+        if free is not None and needed > 0.5 * free:
+            self.vae.enable_tiling()
+
+    def coding(self, height: int, width: int) -> str:
+        self._tile(height, width)
+        how = "in tiles" if self.vae.use_tiling else "whole"
+        return f"frames {how}, some {format_bytes(decoder_bytes(self.vae, height, width))} beside the weights"
+
+
+def decoder_bytes(vae: Any, height: int, width: int) -> int:
+    """About what the last level of the decoder holds: a chunk of frames in its widest channels, three times, and the
+    frames kept for the causal convolutions of each of its layers.
+    """
+    widest = int(vae.config["base_dim"]) * 2
+    frames = int(vae.config["scale_factor_temporal"])
+    layers = 2 * (int(vae.config["num_res_blocks"]) + 1)
+    size: int = vae.dtype.itemsize
+    return widest * height * width * size * (3 * frames + 2 * layers)

@@ -1,0 +1,57 @@
+"""Models of every family, opened by path or name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...models import DEMOS
+from ...models.unet import UNET
+from .checkpoint import Checkpoint
+from .model import Model
+from .model_files import CheckpointError, kind_of
+from .wan import SmallWan, WanCheckpoint
+
+FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, Checkpoint)
+"""Each family's loader; the last takes what no other does."""
+
+
+def loader_of(name: str) -> type[Model]:
+    """The loader of a model's family, from the class of its pipeline. Raises CheckpointError for a name that is not a
+    model.
+    """
+    pipeline = "" if name in DEMOS else kind_of(name)
+    return next(one for one in FAMILIES if name == one.family.demo or pipeline.startswith(one.pipelines))
+
+
+def open_model(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    config: str | None = None,
+    lora: str | Sequence[str] | None = None,
+    temporal: str | None = None,
+    videos: bool = False,
+    variant: str | None = None,
+) -> Model:
+    """A model of whatever family (see `Model.load`). dtype: None for float32 on a CPU and the family's half precision
+    elsewhere.
+
+    Raises CheckpointError for a model that cannot be loaded, and for options that have no effect on it.
+    """
+    if config is not None and not Path(name).is_file():
+        raise CheckpointError(f"model_config has no effect: {name!r} is not a single file")
+    loader, device = loader_of(name), torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else getattr(torch, loader.family.half)
+    return loader.load(name, device, dtype, config, lora, temporal or None, videos, variant)
+
+
+def demo_video_model(folder: Path, device: torch.device) -> Model:
+    """The demo world's video model from a folder that its training wrote."""
+    return SmallWan.of_folder(folder, device)
+
+
+__all__ = ["FAMILIES", "UNET", "CheckpointError", "demo_video_model", "loader_of", "open_model"]

@@ -1,0 +1,174 @@
+"""A diffusion model with its text encoders and autoencoder: the interface of all families."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...attention.condition import Condition
+from ...diffusion.denoiser import Denoiser
+from ...models.family import Family, latent_frames
+from ...store.identity import ModelIdentity
+from .model_files import CheckpointError
+
+
+@dataclass(frozen=True)
+class Model(ABC):
+    """The parts of a model on one device.
+
+    name: as it was given to `load`. device: where it computes; with offloading, parts wait elsewhere. notes: a line on
+    each LoRA that was added.
+    """
+
+    family: ClassVar[Family]
+    pipelines: ClassVar[str]
+    """How the names of the family's pipeline classes begin in diffusers."""
+
+    name: str
+    vae: Any
+    scheduler: Any
+    device: torch.device
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: str | None = None,
+        lora: str | Sequence[str] | None = None,
+        temporal: str | None = None,
+        videos: bool = False,
+        variant: str | None = None,
+    ) -> Model:
+        """A bundled model, a diffusers folder, a single `.safetensors` file or a hub name. Only the last uses the
+        network.
+
+        config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files
+        or folders, each with a strength as FILE=0.8. temporal: temporal layers, as `load_temporal_layers` takes them.
+        videos: accept text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16".
+
+        Raises CheckpointError.
+        """
+
+    # --- networks -----------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def networks(self) -> list[Any]:
+        """The networks that denoise."""
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def parts(self) -> list[Any]:
+        """All networks, text encoders and autoencoder included."""
+        return [*self.networks, self.vae, *self.text_encoders]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.networks[0].dtype
+        return dtype
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.networks[0].config["in_channels"])
+
+    def with_control(
+        self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
+        variant: str | None = None,
+    ) -> Model:  # fmt: skip
+        """The model with a ControlNet, given as a folder, a file or a hub name, and the frames it follows: uint8
+        (f, h, w, 3).
+
+        strength, start, end: see `ControlNet`. Raises CheckpointError for one that does not fit.
+        """
+        raise CheckpointError(f"a controlnet is for UNets, and {self.name} is a {self.family.network}")
+
+    def control_steps(self, steps: int) -> int:
+        """How many of `steps` steps the ControlNet acts in."""
+        return 0
+
+    # --- text ---------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose tokens are columns of the embeddings."""
+        return self.tokenizers[0]
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
+        """Embeddings of a prompt of any length.
+
+        width, height: pixels of a frame, which SDXL takes too. blocks: pad to this many blocks (see `blocks`).
+        """
+
+    def encode_negative(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
+        """`encode_prompt` of a negative prompt, which may be empty."""
+        return self.encode_prompt(prompt, width, height, blocks)
+
+    def blocks(self, *prompts: str) -> int:
+        """How many blocks of tokens the longest of the prompts takes."""
+        return 1
+
+    # --- frames -------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def factor(self) -> int:
+        """Pixels of a latent's side."""
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of a frame must be multiples of this."""
+        return self.factor
+
+    @property
+    @abstractmethod
+    def native_size(self) -> int:
+        """The short side in pixels that the model was trained on."""
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Frames of each latent but the first, which has one."""
+        return 1
+
+    def latent_frames(self, frames: int) -> int:
+        """The number of latents of a clip."""
+        return latent_frames(frames, self.frames_per_latent)
+
+    @property
+    @abstractmethod
+    def vae_identity(self) -> ModelIdentity: ...
+
+    @abstractmethod
+    def frames_at_once(self, height: int, width: int) -> int | None:
+        """How many frames of a size go through the autoencoder in one call; None for the whole clip."""
+
+    @abstractmethod
+    def encode_clip(self, frames: Tensor) -> Tensor:
+        """Frames (f, 3, h, w) in 0..1 to scaled latents (`latent_frames`, channels, h / factor, w / factor)."""
+
+    @abstractmethod
+    def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
+        """The first `frames` frames of scaled latents, in 0..1 on the CPU: (frames, 3, h, w)."""
+
+    def coding(self, height: int, width: int) -> str:
+        """How a clip of this size is coded, in a few words; "" where nothing depends on it."""
+        return ""
+
+    def coding_bytes(self, height: int, width: int) -> int:
+        """The least that the autoencoder holds of a frame of this size; 0 where it works in tiles."""
+        return 0

@@ -1,0 +1,91 @@
+"""Clips coded frame by frame, by the autoencoder of an image model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...diffusion.denoiser import check_finite
+from .model import Model
+
+
+class FrameByFrame(Model):
+    """A model whose autoencoder is an `AutoencoderKL`: each frame has a latent."""
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+
+    @property
+    def frames_per_latent(self) -> int:
+        return 1
+
+    def frames_at_once(self, height: int, width: int) -> int:
+        """One on a CPU; on a GPU as many as have the pixels of eight frames of 512x512 in half precision."""
+        pixels = 16 * 512 * 512 // self.vae.dtype.itemsize
+        return 1 if self.vae.device.type == "cpu" else max(1, pixels // (height * width))
+
+    def coding_bytes(self, height: int, width: int) -> int:
+        return int(6 * self.vae.config["block_out_channels"][0] * self.vae.dtype.itemsize * height * width)
+
+    @torch.no_grad()
+    def encode_posterior(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents of frames (f, 3, h, w) in 0..1."""
+        means, deviations = [], []
+
+        def encoded(frame: Tensor) -> Tensor:
+            posterior = self.vae.encode((2 * frame - 1).to(self.vae.device, self.vae.dtype)).latent_dist
+            return torch.stack([posterior.mean, posterior.std])
+
+        for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
+            mean, deviation = self._finite(encoded, frame, "the encoded frames")
+            shift, scale = self._statistics(mean)
+            means.append((mean - shift) * scale)
+            deviations.append(deviation * scale)
+        return torch.cat(means), torch.cat(deviations)
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Frames (f, 3, h, w) in 0..1 to scaled latents (f, channels, h / factor, w / factor) in the model's dtype."""
+        return self.encode_posterior(frames)[0]
+
+    def encode_clip(self, frames: Tensor) -> Tensor:
+        return self.encode_frames(frames).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents to frames in 0..1 on the CPU."""
+        parts = []
+
+        def decoded(latent: Tensor) -> Tensor:
+            latent = latent.to(self.vae.device, self.vae.dtype)
+            shift, scale = self._statistics(latent)
+            pixels: Tensor = self.vae.decode(latent / scale + shift).sample
+            return pixels
+
+        for latent in latents.split(self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))):
+            pixels = self._finite(decoded, latent, "the decoded pictures")
+            parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(parts)
+
+    def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
+        return self.decode_latents(latents[:frames])
+
+    def _finite(self, code: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
+        """code(x); in single precision, from then on, where half precision overflows."""
+        y = code(x)
+        if self.vae.dtype == torch.float16 and not torch.isfinite(y).all():
+            self.vae.to(torch.float32)
+            y = code(x)
+        check_finite(y, what)
+        return y
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale): scaled latents are (latents - shift) * scale."""
+        config = self.vae.config
+        scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+        if not config.get("latents_mean") or not config.get("latents_std"):
+            return shift, scale
+        mean, deviation = (torch.tensor(config[f"latents_{name}"]).to(like).view(-1, 1, 1) for name in ("mean", "std"))
+        return mean + shift, scale / deviation
