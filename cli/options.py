@@ -220,8 +220,9 @@ def _weight(pair: str) -> tuple[str, float]:
         raise ConfigError(f"reweight is {shown(pair)}; it must be word=factor, e.g. watercolor=10") from None
 
 
-def _moment(text: str) -> int | str:
-    return int(text) if text.strip().lstrip("+-").isdigit() else text
+def _moment(given: int | str) -> int | str:
+    whole = isinstance(given, str) and given.strip().lstrip("+-").isdigit()
+    return int(given) if whole else given
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
@@ -231,7 +232,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "reweight": _weights,
     "crop": lambda text: whole_numbers("crop", text, ",", 4),
     "size": lambda text: whole_numbers("size", text.lower(), "x", 2),
-    **dict.fromkeys(_REPEATED, tuple),
+    **dict.fromkeys(_REPEATED, lambda given: tuple(given) if isinstance(given, list) else given),
     "start": _moment,
     "end": _moment,
 }

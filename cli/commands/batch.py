@@ -35,7 +35,7 @@ from ..config.values import config_as
 from ..options import DryRun, Dtype, ModelConfig, Quiet, given_of, options_of
 from ..outputs import check_folder
 from ..progress import console, progress_bar, told
-from ..session import Session, pick_device, pick_dtype
+from ..session import Session, check_clip, pick_device, pick_dtype
 
 _RAY = "On a Ray cluster"
 LOG = "jobs.jsonl"
@@ -107,6 +107,8 @@ def command(
     config.check_places(dtype, model_config)
     folder = Path(config.output) if config.output else jobs.with_suffix("")
     check_folder(folder)
+    if config.clip and config.measure:
+        check_clip(config.clip)
     how = How(dtype, model_config, config.measure, config.clip)
     run_batch(Session(console, progress_bar), held, Asked(folder, how, config, dry_run))
 

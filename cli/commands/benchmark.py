@@ -18,7 +18,7 @@ from ..config.values import config_as
 from ..options import Device, given_of, options_of
 from ..outputs import check_folder
 from ..progress import console, printable, progress_bar
-from ..session import pick_device
+from ..session import check_clip, pick_device
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def command(
         config.seed, config.each or (4 if config.quick else 10), config.kind or KINDS, config.frames, config.steps,
         config.guidance_scale, config.model, config.clip, captions,
     )  # fmt: skip
+    if config.clip:
+        check_clip(config.clip)
     methods = chosen_methods(config.method, config.quick)
     where, folder = pick_device(device), Path(config.output)
     processes = config.workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)

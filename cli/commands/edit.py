@@ -56,7 +56,7 @@ from ..options import (
 from ..outputs import Outputs
 from ..plan import in_chunks, plan
 from ..progress import Bar
-from ..session import Session, controlled
+from ..session import Session, check_control, controlled
 from ..stored import check_of_store, cut_of, read_origin, sound_of, with_store
 from ..team import in_team, team_of
 from .invert import invert_video
@@ -234,6 +234,7 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Made(files=files[0]), replace(run.made, model="", vae=""))
+    check_control(configs[0])
     checkpoint = session.open_model(configs[0].chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [checked_layout(checkpoint, config, source.frames) for config in configs]

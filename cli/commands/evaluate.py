@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -26,13 +24,13 @@ from ...video.size import check_crop, to_unit
 from ...video.which import ClipSettings, colour_of
 from ...video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
 from ..config.paths import check_names
-from ..config.settings import ConfigError
+from ..config.settings import ConfigError, of_setting
 from ..config.values import config_as
 from ..masks import found_mask
 from ..options import Device, Overwrite, Quiet, given_of, options_of
 from ..outputs import Outputs
 from ..progress import console, printable, progress_bar
-from ..session import Session, pick_device
+from ..session import Session, open_clip, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,34 +143,23 @@ class _Clips:
         check_crop(*source.size, *config.crop)
         truth = mask = None
         if config.truth:
-            with _of_setting("truth"):
+            with of_setting("truth"):
                 truth = open_video(config.truth, count=len(found), background=colour)
         if config.mask:
             mask = found_mask("mask", config.mask, len(found))
         return cls(source, found, truth, mask)
 
 
-@contextmanager
-def _of_setting(name: str) -> Iterator[None]:
-    """Errors of a file, with the setting that names it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
 def _evaluate(session: Session, config: EvaluateConfig, clips: _Clips) -> Report:
-    from ...metrics.clip import ClipScorer
     from ...metrics.evaluate import Report, evaluate
     from ...metrics.lpips import Lpips
 
     device = pick_device(session.device)
     scenes = _scenes(config.prompts) if config.judge else None
     name, flow = _flow(config.flow, device)
-    with _of_setting("lpips"):
+    with of_setting("lpips"):
         lpips = Lpips.load(config.lpips) if config.lpips else None
-    with _of_setting("clip"):
-        scorer = ClipScorer.load(config.clip, device) if config.clip else None
+    scorer = open_clip(config.clip, device) if config.clip else None
     edited = clips.edited.read()
     source = _like(clips.original, edited, config.crop)
     truth = None if clips.truth is None else to_unit(_like(clips.truth, edited))
@@ -246,7 +233,7 @@ def _scenes(prompts: tuple[str, str]) -> tuple[Any, Any]:
     """The scenes of the demo world that two captions describe; ConfigError for others."""
     from ...demo.scenes import Scene
 
-    with _of_setting("judge"):
+    with of_setting("judge"):
         source, target = (Scene.parse(prompt) for prompt in prompts)
         if len(source.things) != 1 or len(target.things) != 1:
             raise ValueError("the captions must have one thing; of two, only `fatezero benchmark` knows where they are")

@@ -22,7 +22,7 @@ from ..config.settings import EditConfig
 from ..frames import encode, fit_frames, found_frames, shape_of
 from ..options import AS_USUAL, Config, RunOptions, Video, flags_of, invert_options
 from ..plan import in_chunks, plan
-from ..session import Session, controlled
+from ..session import Session, check_control, controlled
 from ..stored import origin_of
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
 def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     settings = replace(config.store, path=output)
     source = found_frames(session, config)
+    check_control(config)
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     shape = shape_of(video, checkpoint)

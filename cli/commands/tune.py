@@ -67,8 +67,9 @@ def command(
     run: RunOptions = AS_USUAL,
 ) -> None:
     """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
-    config = tune_config(flags_of(video, options))
-    run_tune(run.session(), config, config_as(TuneRun, given_of(more)), run.dry_run)
+    config, asked = tune_config(flags_of(video, options)), config_as(TuneRun, given_of(more))
+    check_folder(asked.path)
+    run_tune(run.session(), config, asked, run.dry_run)
 
 
 def run_tune(session: Session, config: TuneConfig, asked: TuneRun, dry_run: bool) -> None:
@@ -77,7 +78,6 @@ def run_tune(session: Session, config: TuneConfig, asked: TuneRun, dry_run: bool
     Raises what is wrong with the input before the model is loaded, and ValueError for a state of other settings.
     """
     optimizer_class(config.optimizer)  # raises where its library is missing
-    check_folder(asked.path)
     state = _state_of(asked.path / STATE, config) if asked.resume else None
     accelerator = _accelerator(session)
     session.console.quiet = session.console.quiet or not accelerator.is_main_process
