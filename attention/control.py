@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from einops import rearrange
 
 from ..imports import F, torch
+from .capture import Captured
 from .key_frames import Chunk, KeyFrames, as_one
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 Place = Literal["down", "mid", "up", "block"]
 """Of a UNet; a transformer has blocks alone."""
-Kind = Literal["self", "cross"]
+Kind = Literal["self", "cross", "joint"]
+"""joint: one softmax over the tokens of several streams, such as video and text."""
+SEPARATE: tuple[Kind, ...] = ("self", "cross")
+"""The kinds of layers whose queries are the tokens of frames only."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class AttentionSite:
     place, index: where it is; index counts the layers of its kind within its place.
     heads, head_dim: its attention heads and their channels.
     height, width: the grid of a frame's tokens.
+    streams: of a joint layer, where each stream's tokens are in its one sequence, by name: ("video", 0, 512).
     """
 
     place: Place
@@ -41,6 +46,7 @@ class AttentionSite:
     head_dim: int
     height: int
     width: int
+    streams: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -120,8 +126,8 @@ class Control:
         self.attend: Attend = attention
         self.extended = False
         """Whether every frame attends to all the frames of the call, whatever the key frames are."""
-        self.outputs: dict[str, Tensor] | None = None
-        """Where self-attention layers leave their outputs (f t c), before or after their last projection, by name."""
+        self.captured = Captured()
+        """What the call leaves behind; a host fills in the outputs of self-attention layers."""
         self.gather: Gather | None = None
         """What is asked for a self-attention layer's output, in place of attention."""
         self.windows: dict[tuple[int, ...], Self] = {}
@@ -140,10 +146,10 @@ class Control:
 
     def on(self, chunk: Chunk) -> Self:
         """A copy for some frames of its chunk."""
-        if self.gather is not None or self.outputs is not None or self.extended:
+        if self.gather is not None or self.captured.outputs is not None or self.extended:
             raise ValueError(f"TokenFlow runs a clip in batches of its own, {NO_WINDOWS}")
         copied = copy(self)
-        copied.chunk, copied.windows = chunk, {}
+        copied.chunk, copied.windows, copied.captured = chunk, {}, self.captured.emptied()
         return copied
 
     def feature(self, x: Tensor, name: str) -> Tensor:
@@ -151,11 +157,11 @@ class Control:
         return x
 
     def input_tokens(self, x: Tensor, site: AttentionSite) -> None:
-        """Told the input tokens (f t c) of a self-attention layer."""
+        """Called with the input tokens (f t c) of a self-attention layer."""
 
     @property
     def wants_tokens(self) -> bool:
-        """Whether it has a use for them; a host may pay for their telling."""
+        """Whether `input_tokens` has to be called; it may cost time."""
         return self.gather is not None
 
     def forget(self, layer: str) -> None:
@@ -167,6 +173,10 @@ class Control:
         return self.attend(q, self.of_key_frames(k, site), self.of_key_frames(v, site))
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        return self.attend(q, k, v)
+
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        """A layer whose rows are those of several streams (`site.streams`), of one clip: (1 h n d)."""
         return self.attend(q, k, v)
 
     def of_key_frames(self, k: Tensor, site: AttentionSite) -> Tensor:

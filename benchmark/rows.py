@@ -14,12 +14,12 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..cli.config.settings import EditConfig, with_preset
 from ..demo.scenes import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
-from ..diffusion.edit import Edit, edit_many
+from ..diffusion.edit import edit_many
 from ..diffusion.invert import Inversion, invert
+from ..diffusion.parts import Edit
 from ..files.temporal_layers import load_temporal_layers
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
+from ..recipes.recipe import Recipe
 from ..video.flow import flow_estimator
 from ..video.motion import Motion, smooth_along
 from .cases import Case
@@ -119,32 +120,26 @@ class Trial:
             )  # fmt: skip
         return replace(self, checkpoint=checkpoint)
 
-    def config(self, method: Method) -> EditConfig:
-        """The case's preset with the method's settings and blend words, of which an edit of style has none."""
-        case = self.case
-        config = EditConfig(
-            source=case.source.caption, target=case.target.caption, steps=self.steps,
-            guidance_scale=self.guidance_scale,
-        )  # fmt: skip
-        preset = method.preset or case.preset + ("+" if method.plus else "")
-        config = replace(with_preset(config, preset), **method.settings)
-        of_source, of_target = case.blend_words
-        if not of_source:
-            return replace(config, blend_self_attention=False, blend_latents=False)
-        return replace(config, blend_source=of_source, blend_target=of_target)
+    def recipe(self, method: Method) -> Recipe:
+        """The case's preset, the method's settings, and the words that draw a mask; an edit of style has none."""
+        case, own = self.case, dict(method.settings)
+        source, target = case.source.caption, case.target.caption
+        if method.source is None or method.injection is not None:
+            scale = method.guidance or self.guidance_scale
+            recipe = Recipe(source, target, guidance_scale=scale, injection=method.injection)
+        else:
+            words = dict(zip(("blend_source", "blend_target"), case.blend_words, strict=True))
+            own |= words if words["blend_source"] else {"blend_self_attention": False, "blend_latents": False}
+            recipe = Recipe.of_preset(
+                method.preset or case.preset + ("+" if method.plus else ""), source, target, **own
+            )
+        return replace(
+            recipe, propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength
+        )
 
     def edit(self, method: Method) -> Edit:
-        if method.source is None or method.injection is not None:
-            return Edit(
-                self.target, self.negative, method.guidance or self.guidance_scale, fusion=method.injection,
-                propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength,
-            )  # fmt: skip
-        config = self.config(method)
-        prompt = config.prompt_edit(self.checkpoint.tokenizer)
-        return Edit(
-            self.target, self.negative, config.guidance_scale, prompt, config.fusion, propagation=method.propagation,
-            smoothing=self.smoothing(method), strength=method.strength,
-        )  # fmt: skip
+        recipe = self.recipe(method)
+        return recipe.edit(self.target, self.negative, recipe.pair(self.checkpoint.tokenizer))
 
     def smoothing(self, method: Method) -> FlowSmoothing | None:
         return FlowSmoothing(method.smoothing, self.motion) if method.smoothing else None

@@ -233,7 +233,7 @@ def guided_steps(
         recorder = Recorder(keys, chunk, layers)
         pair = Beside(z, text, recorder)
         with denoiser.hooked():
-            edited(SourceStep(recorder.records, keys, chunk, beside=pair), pair)
+            edited(SourceStep(recorder.captured, keys, chunk, beside=pair), pair)
 
     @torch.no_grad()
     def before() -> None:

@@ -27,9 +27,8 @@ from common import (
     write_section,
 )
 
-from fatezero import FusionSettings, StoreSettings, edit, invert
-from fatezero.cli.config.settings import PRESETS
-from fatezero.diffusion.edit import unet_calls
+from fatezero import PRESETS, FusionSettings, StoreSettings, edit, invert
+from fatezero.recipes.recipe import Recipe
 
 KEY_FRAMES = (("middle",), ("self", "middle"))
 
@@ -79,7 +78,7 @@ def main() -> None:
             works[memory, "+".join(keys), "inversion"] = (given.steps, run)
             inversion = run()
             for name, fusion, prompt in (("style", style, prompt_pair(False)), ("shape", shape, prompt_pair(True))):
-                calls = unet_calls(given.steps, 7.5, inversion.store.kept_steps, fusion)
+                calls = Recipe(injection=fusion).calls(given.steps, inversion.store.kept_steps)
                 works[memory, "+".join(keys), f"{name} edit"] = (
                     calls.edit + calls.source,
                     lambda inversion=inversion, prompt=prompt, fusion=fusion: edit(

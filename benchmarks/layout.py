@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,7 +38,7 @@ from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
 from fatezero.hosts.diffusers.memory import guidance_bytes
 from fatezero.methods.layout import Layout, LayoutObject, Move, Shift, Stop
 from fatezero.methods.layout import Path as Way
-from fatezero.methods.layout_guidance import LayoutGuidance, LayoutSettings
+from fatezero.methods.layout_guidance import EnergyControl, LayoutGuidance, LayoutSettings
 from fatezero.methods.move_objects import MoveSettings, moves_of
 from fatezero.metrics.preservation import changed_pixels, psnr
 from fatezero.metrics.temporal import warp_error
@@ -322,7 +323,8 @@ def memory() -> str:
     for name, (denoiser, side, wide) in kinds.items():
         layout = LayoutGuidance(torch.ones(16, side, side), columns=[2])
         text = Condition(torch.empty(1, 77, wide))
-        most, plain = guidance_bytes(denoiser, (16, 4, side, side), text, KeyFrames(("self",)), False, layout)
+        guide, keys = partial(EnergyControl, layout=layout), KeyFrames(("self",))
+        most, plain = guidance_bytes(denoiser, (16, 4, side, side), text, keys, False, guide)
         weights = sum(weight.nbytes for weight in denoiser.unet.parameters())
         lines.append(f"| {name} | {' | '.join(map(format_bytes, (weights, plain, most)))} |")
     return "\n".join(lines)

@@ -17,10 +17,10 @@ from diffusers import UNet2DConditionModel
 from fatezero.attention.condition import Condition
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.model import build_scheduler
+from fatezero.diffusion.training import clip_loss
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import DiffusersDenoiser, with_temporal_layers
 from fatezero.hosts.diffusers.memory import LiveBytes, activation_bytes
-from fatezero.methods.tune_a_video import clip_loss
 
 KEYS = KeyFrames(("first", "previous"))
 SD = {"cross_attention_dim": 768, "attention_head_dim": 8}

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_origin
 from cyclopts import Group, Parameter, Token
 
 from ..attention.key_frames import KeyFrames
+from ..methods import METHODS
 from ..methods.layout_guidance import LayoutSettings
 from ..settings import NamedSetting, is_union, settings_of, shown
 from .config.settings import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
@@ -21,9 +22,9 @@ GROUPS = {
     name: Group(name, sort_key=order)
     for order, name in enumerate(
         (
-            "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit", "FateZero",
-            "FlowEdit", "Plug-and-Play", "TokenFlow", "Flow smoothing", "Tuning", "The clip", "Layout", "This run",
-            "On a Ray cluster",
+            "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit",
+            *dict.fromkeys(one.meta.group for method in METHODS for one in settings_of(method.settings)),
+            "Flow smoothing", "The clip", "Layout", "This run", "On a Ray cluster",
         )
     )
 }  # fmt: skip

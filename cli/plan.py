@@ -12,7 +12,6 @@ from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import GivenMask
 from ..diffusion.denoiser import frames_meet, keys_on
-from ..diffusion.edit import unet_calls
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
@@ -111,20 +110,10 @@ def _calls(
     configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
 ) -> tuple[str, float]:
     """How often the model sees the clip: in words, and in all, a call with gradients as four."""
+    given = [GivenMask(torch.ones(1, 1, 1), c.mask_mode) if c.edit_mask else None for c in configs]
     counted = [
-        unet_calls(
-            c.steps,
-            c.guidance_scale,
-            kept_steps,
-            c.chosen_injection,
-            GivenMask(torch.ones(1, 1, 1), c.mask_mode) if c.edit_mask else None,
-            c.chosen_propagation,
-            frames,
-            c.strength,
-            spans_clip,
-            c.flow_edit.draws if c.noise == "drawn" else 0,
-        )
-        for c in configs
+        config.recipe(mask=mask).calls(config.steps, kept_steps, frames, spans_clip)
+        for config, mask in zip(configs, given, strict=True)
     ]
     source = max(calls.source for calls in counted)
     parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)

@@ -6,10 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,21 +18,21 @@ from torch import Tensor
 
 from ..attention.masks import threshold_mask
 from ..attention.prompt import PromptEdit
-from ..cli.commands.invert import invert_video
-from ..cli.config.settings import EditConfig, with_preset
-from ..cli.frames import find_frames, fit_frames
-from ..cli.session import pick_device
-from ..diffusion.edit import edit
-from ..diffusion.invert import Inversion
+from ..diffusion.edit import edit_many
+from ..diffusion.invert import Inversion, invert
 from ..diffusion.source import source_heat
 from ..files.bundled import CLIP
 from ..files.whole import whole_file
 from ..hosts.diffusers.checkpoint import Checkpoint, quiet
+from ..methods.fatezero import FusionSettings
 from ..metrics.memory import PeakMemory
 from ..metrics.preservation import psnr
 from ..metrics.temporal import warp_error
+from ..recipes.recipe import Recipe
+from ..video.fitted import FittedVideo
+from ..video.read import open_video
 from ..video.sheet import contact_sheet, enlarge, mask_frames
-from ..video.size import to_bytes
+from ..video.size import to_bytes, to_unit
 from ..video.write import write_picture, write_video
 from .judge import load_judge
 from .model import labels
@@ -66,65 +67,61 @@ class Outcome:
 def show(
     folder: Path,
     steps: int,
-    device: str,
+    device: torch.device,
     console: Console,
     bars: Callable[[], AbstractContextManager[Callable[[str], Callable[[int, int], None]]]],
 ) -> list[dict[str, float | str]]:
     """Run the demo and write its results to a folder; returns the rows of its table."""
-    where = pick_device(device)
     with quiet():
-        checkpoint = Checkpoint.load("demo", where)
-    config = EditConfig(video=str(CLIP), source=SCENE.caption, steps=steps, count=FRAMES, size=(SIZE, SIZE))
-    video = fit_frames(config, find_frames(config), checkpoint.factor, SIZE)
-    frames = video.read().frames
+        checkpoint = Checkpoint.load("demo", device)
+    frames = FittedVideo.of(open_video(str(CLIP), count=FRAMES), (0, 0, 0, 0), (SIZE, SIZE)).read().frames
     rows: list[dict[str, float | str]] = []
     edits = [(f"source: {SCENE.caption}", frames)]
     with bars() as bar:
         start = time.perf_counter()
-        with PeakMemory(where) as memory:
-            inversion = invert_video(checkpoint, config, video, bar)
+        with PeakMemory(device) as memory:
+            latents = checkpoint.encode_posterior(to_unit(frames))[0].float()
+            source = checkpoint.encode_prompt(SCENE.caption, SIZE, SIZE)
+            inversion = invert(
+                checkpoint.denoiser, latents, source, steps, prompt=SCENE.caption, progress=bar("invert")
+            )
         console.print(f"inverted in {time.perf_counter() - start:.0f} s, peak {memory.bytes / 1e6:.0f} MB")
         for preset, (head, target) in EDITS.items():
-            chosen = with_preset(EditConfig(source=SCENE.caption, target=target.caption, steps=steps), preset)
+            recipe = Recipe.of_preset(preset, SCENE.caption, target.caption)
+            plain = replace(recipe, injection=None)
             truth = render(target, MOTION, FRAMES)
             methods = {
-                "FateZero": _run(checkpoint, inversion, chosen, bar(f"{preset}: FateZero"), fused=True),
-                "DDIM + prompt": _run(checkpoint, inversion, chosen, bar(f"{preset}: DDIM + prompt"), fused=False),
+                "FateZero": _run(checkpoint, inversion, recipe, bar(f"{preset}: FateZero")),
+                "DDIM + prompt": _run(checkpoint, inversion, plain, bar(f"{preset}: DDIM + prompt")),
             }
             for method, outcome in methods.items():
                 measures = _measures(outcome, truth, head, target)
                 rows.append({"edit": preset, "method": method, **measures, "store bytes": inversion.store.nbytes})
             edits.append((f"{preset}: {target.caption}", to_bytes(methods["FateZero"].frames)))
-            _write(folder, preset, chosen, frames, methods, truth, _mask(checkpoint, inversion, chosen))
+            _write(folder, preset, recipe, frames, methods, truth, _mask(checkpoint, inversion, recipe))
     write_picture(folder / "overview.png", contact_sheet(edits))
     _summary(folder, rows, console)
     return rows
 
 
-def _run(
-    checkpoint: Checkpoint, inversion: Inversion, config: EditConfig, progress: Callable[[int, int], None], fused: bool
-) -> Outcome:
-    prompt = config.prompt_edit(checkpoint.tokenizer) if fused else None
-    condition = checkpoint.encode_prompt(config.target, SIZE, SIZE)
-    negative = checkpoint.encode_prompt(config.negative, SIZE, SIZE)
+def _run(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe, progress: Callable[[int, int], None]) -> Outcome:
+    target, negative = (checkpoint.encode_prompt(text, SIZE, SIZE) for text in (recipe.target, recipe.negative))
+    edit = recipe.edit(target, negative, recipe.pair(checkpoint.tokenizer))
     start = time.perf_counter()
     with PeakMemory(checkpoint.unet.device) as memory:
-        latents = edit(
-            checkpoint.denoiser, inversion, condition, negative, config.guidance_scale, prompt,
-            config.fusion if fused else None, progress=progress,
-        )  # fmt: skip
+        (latents,) = edit_many(checkpoint.denoiser, inversion, [edit], progress=progress)
         frames = checkpoint.decode_latents(latents)
     return Outcome(frames, time.perf_counter() - start, memory.bytes)
 
 
-def _mask(checkpoint: Checkpoint, inversion: Inversion, config: EditConfig) -> Tensor:
+def _mask(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe) -> Tensor:
     """The object's blend mask halfway through the run, at the frames' size."""
     thing = SCENE.things[0]
-    prompt = PromptEdit(
-        config.source, config.target, checkpoint.tokenizer, blend_words=([thing.colour, thing.shape], [])
-    )
-    heat = source_heat(checkpoint.denoiser, inversion, prompt, config.steps // 2)
-    return threshold_mask(heat, (SIZE, SIZE), config.blend_threshold).cpu()
+    words: tuple[list[str], list[str]] = ([thing.colour, thing.shape], [])
+    prompt = PromptEdit(recipe.source, recipe.target, checkpoint.tokenizer, blend_words=words)
+    heat = source_heat(checkpoint.denoiser, inversion, prompt, inversion.store.steps // 2)
+    assert isinstance(recipe.injection, FusionSettings)
+    return threshold_mask(heat, (SIZE, SIZE), recipe.injection.blend_threshold).cpu()
 
 
 def _measures(outcome: Outcome, truth: Clip, head: str, target: Scene) -> dict[str, float]:
@@ -145,7 +142,7 @@ def _measures(outcome: Outcome, truth: Clip, head: str, target: Scene) -> dict[s
 def _write(
     folder: Path,
     preset: str,
-    config: EditConfig,
+    recipe: Recipe,
     source: Tensor,
     methods: dict[str, Outcome],
     truth: Clip,
@@ -154,8 +151,8 @@ def _write(
     edited = to_bytes(methods["FateZero"].frames)
     write_video(folder / f"{preset}.mp4", enlarge(edited, ENLARGED), Fraction(FPS))
     rows = [
-        (f"source: {config.source}", source),
-        (f"FateZero: {config.target}", edited),
+        (f"source: {recipe.source}", source),
+        (f"FateZero: {recipe.target}", edited),
         ("DDIM inversion + prompt", to_bytes(methods["DDIM + prompt"].frames)),
         ("ground truth", to_bytes(truth.frames)),
         ("mask from attention", mask_frames(mask)),

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..attention.key_frames import KeyFrames
+from ..diffusion.training import clip_loss
 from ..files.temporal_layers import training_metadata
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.temporal import queries_of, save_temporal_layers, temporal_layers
-from ..methods.tune_a_video import clip_loss
 from .scenes import SIZE, Scene, random_motion, random_scene, render
 from .train import encode, in_bytes, noise_weight
 from .training import Plan, Report, train_weights

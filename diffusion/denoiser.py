@@ -174,6 +174,12 @@ def joined(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+def check_latents(latents: Tensor) -> None:
+    """Raise ValueError for latents that are not those of a clip."""
+    if latents.ndim != 4 or not len(latents):
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
+
+
 def check_finite(latents: Tensor, what: str) -> None:
     """Raise ArithmeticError for infinite or NaN latents, which would end in black frames."""
     if not torch.isfinite(latents).all():

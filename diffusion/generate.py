@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
+from ..imports import no_grad
 from .denoiser import Denoiser, Guidance, check_finite, keys_on
 from .invert import Progress
 from .steering import ClipSteering
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@torch.no_grad()
+
+@no_grad
 def generate(
     denoiser: Denoiser,
     noise: Tensor,

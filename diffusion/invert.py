@@ -14,7 +14,17 @@ from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
-from .denoiser import Denoiser, check_finite, chunks_of, frames_of, in_parts, joined, keys_on, refuse_clip_norm
+from .denoiser import (
+    Denoiser,
+    check_finite,
+    check_latents,
+    chunks_of,
+    frames_of,
+    in_parts,
+    joined,
+    keys_on,
+    refuse_clip_norm,
+)
 from .schedule import Solver, timestep_at
 from .spread import ONE_PROCESS, Spread
 
@@ -114,8 +124,7 @@ def invert(
     numbers out of range, and MemoryError, with the bytes, if the chosen memory does not fit.
     """
     settings, keys = StoreSettings.of(memory), keys_on(denoiser, key_frames)
-    if latents.ndim != 4 or not len(latents):
-        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
+    check_latents(latents)
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
     if denoiser.spans_clip:
@@ -159,20 +168,32 @@ def invert(
         predicted = joined(chunks, spread.each(chunks, predict))
         return predicted, whole_clip(list(recorders.values()), sites) if kept else {}
 
-    z, solver, records = latents, Solver(schedule, order), Records()
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-        if order == 1:
-            put(0, z, {})
-        for level in range(steps):
-            predicted, records = called(z, level + (order == 1))
-            if order == 2:
-                put(level, z, records)
-            z = solver.move(z, predicted, level, level + 1)
-            check_finite(z, f"the inversion's latents at step {level + 1} of {steps}")
-            if order == 1:
-                put(level + 1, z, records)
-            if progress:
-                progress(level + 1, steps)
-        if order == 2:
-            put(steps, z, called(z, steps)[1] if store.kept_steps else {})
+        _carry(latents, Solver(schedule, order), called, put, store.kept_steps > 0, progress)
     return Inversion(store)
+
+
+def _carry(
+    z: Tensor,
+    solver: Solver,
+    called: Callable[[Tensor, int], tuple[Tensor, Records]],
+    put: Callable[[int, Tensor, Records], None],
+    keeps: bool,
+    progress: Progress | None,
+) -> None:
+    """Carry clean latents to noise, and put every level into the store, with the records that the edit reads there."""
+    steps, order = solver.schedule.steps, solver.order
+    if order == 1:
+        put(0, z, {})
+    for level in range(steps):
+        predicted, records = called(z, level + (order == 1))
+        if order == 2:
+            put(level, z, records)
+        z = solver.move(z, predicted, level, level + 1)
+        check_finite(z, f"the inversion's latents at step {level + 1} of {steps}")
+        if order == 1:
+            put(level + 1, z, records)
+        if progress:
+            progress(level + 1, steps)
+    if order == 2:
+        put(steps, z, called(z, steps)[1] if keeps else {})

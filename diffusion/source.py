@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..attention.capture import Captured
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite
-from ..attention.key_frames import Chunk
+from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import mask_sites, word_heat
 from ..attention.prompt import PromptEdit
 from ..imports import no_grad
@@ -26,23 +27,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asks:
-    """What a step reads of the source: the attention of some layers, and the feature.
+class Needs:
+    """What a step reads from the source.
 
-    own_level: of the source's latents at the edit's own level of noise, as Plug-and-Play and TokenFlow take them; else
-    of the inversion's call at that timestep, whose latents are one level cleaner, as FateZero takes them, unless the
-    solver is of second order, whose inversion calls the model at the latents' own level. prediction: what the model
-    predicts of the source.
+    layers: the attention layers whose queries and keys it reads. values: and whose values. feature: that of the
+    decoder's ResNet block. prediction: the model's prediction. own_level: all this for the source's latents at the
+    edit's own noise level, as Plug-and-Play and TokenFlow do; else as the inversion's call at that timestep saw it, one
+    level cleaner, as FateZero does (a second-order inversion calls the model at the latents' own level).
     """
 
     layers: set[str] = field(default_factory=set)
     feature: bool = False
     own_level: bool = False
     prediction: bool = False
+    values: bool = False
 
     @property
     def nothing(self) -> bool:
         return not (self.layers or self.feature or self.prediction)
+
+    def recorder(self, key_frames: KeyFrames, chunk: Chunk) -> Recorder:
+        """A recorder of the source's branch that captures all this."""
+        recorder = Recorder(key_frames, chunk, self.layers)
+        recorder.captured.features = {} if self.feature else None
+        recorder.captured.values = {} if self.values else None
+        return recorder
 
 
 SourceOf = Callable[[int, Chunk], SourceStep]
@@ -51,7 +60,7 @@ SourceOf = Callable[[int, Chunk], SourceStep]
 
 @contextmanager
 def sources(
-    denoiser: Denoiser, store: AttentionStore, chunks: list[list[Chunk]], asks: list[Asks], in_order: bool = True
+    denoiser: Denoiser, store: AttentionStore, chunks: list[list[Chunk]], needs: list[Needs], in_order: bool = True
 ) -> Iterator[SourceOf]:
     """The source's attention at each step and chunk: from the store, read ahead if in order, or computed again.
 
@@ -59,14 +68,14 @@ def sources(
     """
 
     def kept(step: int) -> bool:
-        return bool(asks[step].layers) and store.keeps(step)
+        return bool(needs[step].layers) and not needs[step].values and store.keeps(step)
 
     meet = frames_meet(denoiser, store.key_frames, store.clip_norm)
     if meet and any(kept(step) and len(chunks[step]) > 1 for step in range(store.steps)):
         raise ValueError(NOT_IN_PARTS.format(memory=store.memory))
 
     def job(step: int, chunk: Chunk) -> Callable[[], Records]:
-        return lambda: store.fetch(step, asks[step].layers, chunk, denoiser.device)
+        return lambda: store.fetch(step, needs[step].layers, chunk, denoiser.device)
 
     steps = range(store.steps) if in_order else ()
     jobs = (job(step, chunk) for step in steps if kept(step) for chunk in chunks[step])
@@ -74,24 +83,25 @@ def sources(
 
         def source_of(step: int, chunk: Chunk) -> SourceStep:
             if kept(step):
-                return SourceStep(take() if in_order else job(step, chunk)(), store.key_frames, chunk, stored=True)
-            return source_for(denoiser, store, step, asks[step], chunk)
+                records = take() if in_order else job(step, chunk)()
+                return SourceStep(Captured(records), store.key_frames, chunk, stored=True)
+            return source_for(denoiser, store, step, needs[step], chunk)
 
         yield source_of
 
 
-def source_for(denoiser: Denoiser, store: AttentionStore, step: int, asks: Asks, chunk: Chunk) -> SourceStep:
+def source_for(denoiser: Denoiser, store: AttentionStore, step: int, needs: Needs, chunk: Chunk) -> SourceStep:
     """The source's branch at an edit step, evaluated now, or by hosts that pair branches within the edit's call."""
-    if asks.nothing or not denoiser.pairs:
-        return compute_source(denoiser, store, step, asks, chunk).step
-    recorder = Recorder(store.key_frames, chunk, asks.layers)
-    z = _latents(denoiser, store, step, asks, chunk)
-    return SourceStep(recorder.records, store.key_frames, chunk, beside=Beside(z, store.source, recorder))
+    if needs.nothing or not denoiser.pairs:
+        return compute_source(denoiser, store, step, needs, chunk).step
+    recorder = needs.recorder(store.key_frames, chunk)
+    z = _latents(denoiser, store, step, needs, chunk)
+    return SourceStep(recorder.captured, store.key_frames, chunk, beside=Beside(z, store.source, recorder))
 
 
-def _latents(denoiser: Denoiser, store: AttentionStore, step: int, asks: Asks, chunk: Chunk) -> Tensor:
+def _latents(denoiser: Denoiser, store: AttentionStore, step: int, needs: Needs, chunk: Chunk) -> Tensor:
     """The source's latents that an edit step looks at."""
-    level = store.steps - step if asks.own_level else store.looked_at(step)
+    level = store.steps - step if needs.own_level else store.looked_at(step)
     return frames_of(store.level(level).to(denoiser.device, non_blocking=True), chunk)
 
 
@@ -99,7 +109,7 @@ def compute_source(
     denoiser: Denoiser,
     store: AttentionStore,
     step: int,
-    asks: Asks,
+    needs: Needs,
     chunk: Chunk,
     prepare: Callable[[Recorder], None] | None = None,
 ) -> Recorder:
@@ -107,14 +117,13 @@ def compute_source(
 
     prepare: called with the control before the call, which is then made in any case.
     """
-    recorder = Recorder(store.key_frames, chunk, asks.layers)
-    recorder.features = {} if asks.feature else None
+    recorder = needs.recorder(store.key_frames, chunk)
     if prepare is not None:
         prepare(recorder)
-    elif asks.nothing:
+    elif needs.nothing:
         return recorder
-    z = _latents(denoiser, store, step, asks, chunk)
-    recorder.predicted = denoiser.predict_noise(z, store.timesteps[step], store.source, recorder)
+    z = _latents(denoiser, store, step, needs, chunk)
+    recorder.captured.prediction = denoiser.predict_noise(z, store.timesteps[step], store.source, recorder)
     return recorder
 
 
@@ -143,7 +152,7 @@ def source_heats(
     chunks = chunks_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
     layers = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in tokens]
-    every_step = [Asks(layers if other == step else set()) for other in range(store.steps)]
+    every_step = [Needs(layers if other == step else set()) for other in range(store.steps)]
     by_step = [chunks] * store.steps
     with denoiser.hooked(store.clip_norm), sources(denoiser, store, by_step, every_step) as source_of:
         for chunk in chunks:

@@ -29,6 +29,10 @@ class Steering(Protocol):
 class ClipSteering(Steering, Protocol):
     """Guides a generated clip."""
 
+    @property
+    def moves_latents(self) -> bool:
+        """Whether it moves latents before a step, and not attention within it."""
+
     def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
         """The control of the conditional branch."""
 

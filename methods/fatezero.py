@@ -13,23 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from einops import rearrange
-
-from ..attention.control import AttentionSite, Control, attention_map, over_windows
-from ..attention.key_frames import Chunk, as_one
+from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
-from ..attention.prompt import Alignment
-from ..diffusion.edit import Edit, EditContext, Injected
+from ..attention.prompt import Alignment, PromptEdit
+from ..diffusion.parts import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
-from ..diffusion.source import Asks
+from ..diffusion.source import Needs
 from ..imports import F, torch
-from ..settings import check, setting, settings_of, steps_of_share, whole_steps
+from ..settings import check, setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
-from ..store.records import Map, QueriesKeys, SourceStep
+from ..store.records import SourceStep
+from .fatezero_branch import Fuser
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from typing_extensions import Self
 
 MaskFrom = Literal["attention", "prompts"]
 GROUP = "FateZero"
@@ -129,7 +128,15 @@ class FusionSettings:
     def fuses(self, site: AttentionSite) -> bool:
         return self.max_tokens is None or site.tokens <= self.max_tokens
 
-    # --- as the sampling loop asks ------------------------------------------------------
+    # --- for the loop -------------------------------------------------------------------
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """A mask needs a setting that blends; blending needs the prompt pair, and words unless a mask replaces them."""
+        in_area = edit.layout is not None and edit.layout.keeps_rest
+        if edit.mask is not None and edit.prompt is not None and not (self.blends or in_area):
+            raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
+        if edit.prompt is None and self.blends:
+            raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
 
     def reads_source(self, step: int, steps: int) -> bool:
         plan = StepPlan.of(self, step, steps)
@@ -140,17 +147,18 @@ class FusionSettings:
         own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not (mask is not None and mask.replaces)
         return 2 * len(difference_levels(steps)) if own_mask else 0
 
+    def inside(self) -> FusionSettings:
+        return replace(self, blend_latents=True, blend_latents_until=1.0)
+
     def summary(self, steps: int) -> str:
         return (
             f"fused cross-attention in {self.cross_steps(steps)} and self-attention in {self.self_steps(steps)} of "
             f"{steps} steps"
         )
 
-    def injected(self, asked: Edit, context: EditContext) -> Injected:
-        """Raises ValueError for a prompt pair, blend words or mask that do not fit."""
-        if asked.prompt is None and not self.blends:
-            return Injected(asked, context)
-        return Fusion(self, asked, context)
+    def injected(self, edit: Edit, context: EditContext) -> Injected:
+        """Raises ValueError for blend words or a mask that do not fit."""
+        return Injected(edit, context) if edit.prompt is None else Fusion(self, edit.prompt, edit, context)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ class StepPlan:
     def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
         """Names of the layers whose source attention this step reads."""
         fused = {"cross": self.fuse_cross, "self": self.fuse_self}
-        names = {site.name for site in sites if fusion.fuses(site) and fused[site.kind]}
+        names = {site.name for site in sites if fusion.fuses(site) and fused.get(site.kind)}
         return names | {site.name for site in mask_sites} if self.mask else names
 
 
@@ -183,7 +191,7 @@ _ALL_BUT_AN_AREA: dict[str, Any] = {
 }  # fmt: skip
 """What keeps the source wherever a layout does not move objects."""
 _MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
-PRESETS: dict[str, dict[str, Any]] = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "shape": {
@@ -215,26 +223,18 @@ style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus ar
 inside of it at words of elsewhere, and other shares of steps."""
 
 
-def preset_fusion(preset: str) -> FusionSettings:
-    """A preset's fusion alone, without its guidance."""
-    own = {one.name for one in settings_of(FusionSettings)}
-    return FusionSettings(**{name: value for name, value in PRESETS[preset].items() if name in own})
-
-
 class Fusion(Injected):
     """FateZero's fusion in one edit, its inputs checked."""
 
     own_level = False
 
-    def __init__(self, settings: FusionSettings, asked: Edit, context: EditContext) -> None:
+    def __init__(self, settings: FusionSettings, prompt: PromptEdit, edit: Edit, context: EditContext) -> None:
         self.context = context
         self.settings = settings
-        prompt, given = asked.prompt, asked.mask
-        self.in_area = asked.layout is not None and asked.layout.keeps_rest
+        given = edit.mask
+        self.in_area = edit.layout is not None and edit.layout.keeps_rest
         if self.in_area:
             self.settings = settings = replace(settings, **_ALL_BUT_AN_AREA)
-        if prompt is None:
-            raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
         source, target = context.store.source, context.target
         self.alignment: Alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
         self.wordless = prompt.wordless(prompt.source, source.text_tokens)
@@ -250,8 +250,6 @@ class Fusion(Injected):
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
         if given is not None:
-            if not settings.blends:
-                raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
             self.given_at = self._on_grids(given)
         if settings.blends and not self.in_area and not (given is not None and given.replaces):
             if settings.masks_by_step or prompt.blend_words is not None:
@@ -306,9 +304,9 @@ class Fusion(Injected):
         plan = StepPlan.of(self.settings, step, self.context.steps)
         return plan if self.masks_by_step else replace(plan, mask=False)
 
-    def asks(self, step: int) -> Asks:
+    def needs(self, step: int) -> Needs:
         layers = self.plan(step).layers(self.settings, self.context.sites, self.mask_sites)
-        return Asks(layers, own_level=self.own_level)
+        return Needs(layers, own_level=self.own_level)
 
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
         """Of the target's branch, and of the negative's, which is left alone."""
@@ -370,118 +368,17 @@ class Fusion(Injected):
         return found
 
 
-class Fuser(Control):
-    """The conditional branch of the edit at one step, fused with the source's.
-
-    masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where
-    the edit keeps its own self-attention; None for none. shares: grid -> what each place keeps of its
-    attention to each target token, (f, c, height, width) in 0..1; None for all of it. keep: names of the
-    layers whose own cross maps are kept in `maps`. own_words: whether the edit keeps its own cross-attention too where
-    a mask is 1.
-    """
-
-    def __init__(
-        self,
-        source: SourceStep,
-        alignment: Alignment,
-        fusion: FusionSettings,
-        plan: StepPlan,
-        masks: dict[tuple[int, int], Tensor] | None = None,
-        shares: dict[tuple[int, int], Tensor] | None = None,
-        keep: frozenset[str] = frozenset(),
-        own_words: bool = False,
-    ) -> None:
-        super().__init__(source.key_frames, source.chunk)
-        self.source = source
-        self.alignment = alignment
-        self.fusion = fusion
-        self.plan = plan
-        self.masks = masks
-        self.shares = shares
-        self.keep = keep
-        self.own_words = own_words
-        self.maps: dict[str, Tensor] = {}
-        """A host's guidance may evaluate the branch again; the first time counts."""
-
-    def on(self, chunk: Chunk) -> Self:
-        own, rows = super().on(chunk), self.chunk.rows(chunk)
-        own.source, own.maps = self.source.window(chunk.frame_indices), {}
-        own.masks, own.shares = (x and {grid: m[rows] for grid, m in x.items()} for x in (self.masks, self.shares))
-        return own
-
-    def map_of(self, site: AttentionSite) -> Tensor:
-        """The cross map that was kept of a layer."""
-        if self.windows:
-            maps = {frames: control.maps[site.name] for frames, control in self.windows.items()}
-            return over_windows(maps, self.chunk.frame_indices)
-        return self.maps[site.name]
-
-    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        if not (self.plan.fuse_self and self.fusion.fuses(site)):
-            return super().self_attention(q, k, v, site)
-        if self.masks is not None and self.key_frames.everyone:
-            return self._blended_by_token(q, k, v, self.masks[site.height, site.width], site)
-        source = self._source(v, site)
-        if self.masks is None:
-            return source
-        return self._blended(super().self_attention(q, k, v, site), source, self.masks, site)
-
-    def _blended_by_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, site: AttentionSite) -> Tensor:
-        """The same where all tokens of the clip attend to each other: each of both only where it counts."""
-        m, v = rearrange(mask, "f y x -> (f y x)").to(q), as_one(v)
-        record = self.source.records[site.name]
-        if isinstance(record, Map):
-            source = rearrange(record.probabilities.to(v), "f h t n -> 1 h (f t) n") @ v
-            own = self.attend(as_one(q), as_one(k), v)
-            return rearrange(m[:, None] * own + (1 - m[:, None]) * source, "1 h (f t) d -> f h t d", f=len(q))
-        output = torch.zeros_like(as_one(q))
-        sides = ((m, q, k), (1 - m, record.queries(q.dtype), record.keys(q.dtype)))
-        for share, queries, keys in sides:
-            rows = share.nonzero()[:, 0]
-            if len(rows) == len(share):
-                output += share[:, None] * self.attend(as_one(queries), as_one(keys), v)
-            elif len(rows):
-                found = self.attend(as_one(queries)[:, :, rows], as_one(keys), v)
-                output.index_add_(2, rows, share[rows, None] * found)
-        return rearrange(output, "1 h (f t) d -> f h t d", f=len(q))
-
-    @staticmethod
-    def _blended(own: Tensor, source: Tensor, masks: dict[Grid, Tensor], site: AttentionSite) -> Tensor:
-        """M own + (1 - M) source, of outputs (f h t d)."""
-        mask = rearrange(masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(own)
-        return mask * own + (1 - mask) * source
-
-    def _source(self, v: Tensor, site: AttentionSite) -> Tensor:
-        """A_src @ v; where key frames attend to all of each other, the source's queries and keys do so too."""
-        record = self.source.record(site.name)
-        if self.extended and isinstance(record, QueriesKeys):
-            return super().self_attention(record.queries(v.dtype), record.keys(v.dtype), v, site)
-        return self.source.apply_self(site, self.of_key_frames(v, site), self.attend)
-
-    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        fuses, keeps = self.plan.fuse_cross and self.fusion.fuses(site), site.name in self.keep
-        if not (fuses or keeps or self.shares):
-            return super().cross_attention(q, k, v, site)
-        attend = self.attend
-        if keeps or self.shares:
-            own = attention_map(q, k)
-            attend = lambda q, k, v: own @ v  # noqa: E731
-        if keeps:
-            self.maps.setdefault(site.name, own)
-        if self.shares:
-            fused = self.alignment.fused(self.source.cross_map(site, q.dtype), own) if fuses else own
-            return _shared(fused, self.shares[site.height, site.width]) @ v
-        if not fuses:
-            return attend(q, k, v)
-        of_source, of_own = self.alignment.values(v)
-        fused = self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
-        if not (self.own_words and self.masks):
-            return fused
-        return self._blended(attend(q, k, v), fused, self.masks, site)
-
-
-def _shared(map: Tensor, shares: Tensor) -> Tensor:
-    """A map (f h t c) without what places do not keep of it (shares of `Fuser`); what they do has the same sum."""
-    kept = map * rearrange(shares, "f c y x -> f 1 (y x) c").to(map)
-    tiny = torch.finfo(map.dtype).tiny
-    return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))
+METHOD = Method(
+    name="fatezero",
+    title="FateZero",
+    paper="Qi et al., ICCV 2023, arXiv 2303.09535",
+    sentence="Fuses the inversion's self- and cross-attention into the edit, word by word and under a blend mask.",
+    part="injection",
+    settings=FusionSettings,
+    presets=_PRESETS,
+    node_id="FateZeroFusion",
+    node_title="FateZero Settings",
+    node_text="How much of the source's attention an edit takes: for preset custom of Edit Video.",
+    aliases=("attention fusion", "cross replace steps", "self replace steps", "blend mask"),
+    advanced=("max_tokens", "mask_tokens"),
+)

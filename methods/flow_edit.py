@@ -1,33 +1,39 @@
-"""FlowEdit (Kulikov et al., ICCV 2025, arXiv 2412.08629): from clip to edit without noise of the clip's own.
+"""FlowEdit (Kulikov et al., ICCV 2025, arXiv 2412.08629): edit without inverting.
 
 At each level sigma noise is drawn. The clip with it, x_source, and the edit with it, x = x_edit + x_source - x_0, are
 both predicted, and the edit goes along their difference:
     x_edit' = x_edit + (sigma' - sigma) (d_edit(x) - d_source(x_source)).
-Its two branches are FateZero's, source beside edit, on levels that are drawn in the place of inverted ones: what an
-edit takes of the source and where it keeps the clip combine with it. The paper knows flows; with d the noise and
-x = z / sqrt(abar) the same holds for DDIM.
+It replaces the start of an edit: noise is sampled instead of inverted, and the other parts of an edit (injection,
+masks) work as they do from an inversion. The paper covers flows; with d the noise and x = z / sqrt(abar) the same holds
+for DDIM.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
+from ..attention.control import Control
 from ..attention.key_frames import KeyFrames
-from ..diffusion.denoiser import Denoiser, keys_on
+from ..diffusion.ddim import guide
+from ..diffusion.denoiser import Denoiser, check_latents, frames_of, keys_on
 from ..diffusion.invert import Inversion
-from ..imports import no_grad
+from ..diffusion.parts import Edit, Prediction
+from ..imports import no_grad, torch
 from ..settings import check, setting
 from ..store.backends import DrawnLevels
+from ..store.records import SourceStep
 from ..store.store import AttentionStore
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..diffusion.branches import Branches, EditRun
+
 GROUP = "FlowEdit"
-PRESET = {"guidance_scale": 10.0, "strength": 0.7}
-"""Guidance of the target, and where it begins, beside `FlowEditSettings`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,62 @@ class FlowEditSettings:
         check(self)
 
 
+class DrawnNoise:
+    """FlowEdit's start: the clip with sampled noise, `settings.draws` of them averaged in each step."""
+
+    def __init__(self, settings: FlowEditSettings) -> None:
+        self.draws, self._source_guidance = settings.draws, settings.source_guidance
+
+    def check(self, edit: Edit) -> None:
+        """Parts that need the inversion's own noise do not work."""
+        parts = ((edit.propagation, "TokenFlow"), (edit.smoothing, "flow smoothing"), (edit.layout, "a layout"))
+        for part, name in parts:
+            if part is not None:
+                raise ValueError(f"{name} needs an inversion: it does not work with drawn noise (FlowEdit)")
+
+    def latents(self, run: EditRun) -> Tensor:
+        return run.store.level(run.schedule.steps - run.first).to(run.denoiser.device)
+
+    def predict(self, run: EditRun, z: Tensor, step: int, predict: Callable[[Branches], Prediction]) -> Prediction:
+        """The mean over draws of the noise; z is the edit with the first."""
+        levels, level, found = _drawn(run.store), run.schedule.steps - step, list[Prediction]()
+        first = levels[level].to(z.device)
+        for draw in range(self.draws):
+            noises = levels.of_draw(draw)
+            store = replace(run.store, levels=noises)
+            found.append(predict(run.branches(z + (noises[level].to(z.device) - first), step, store)))
+        noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
+        return Prediction(noise, found[0].mask, source)
+
+    def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
+        """d_source, with guidance of its own."""
+        run, step = branches.run, branches.step
+        predicted = source.captured.prediction
+        assert predicted is not None
+        if run.negative is None or self._source_guidance == 1:
+            return predicted
+        z = frames_of(branches.store.level(run.schedule.steps - step).to(predicted.device), source.chunk)
+        plain = Control(source.key_frames, source.chunk)
+        away = run.denoiser.predict_noise(z, run.schedule.timesteps[step], run.negative, plain)
+        return guide(away, predicted, self._source_guidance)
+
+    def moved(self, run: EditRun, z: Tensor, predicted: Prediction, level: int) -> Tensor:
+        """x_edit' = x_edit + (sigma' - sigma) (d_edit - d_source), in latents that hold the level's noise:
+        x_edit - x_0 = x - x_source.
+        """
+        assert predicted.source is not None
+        here, there = (run.store.level(at).to(z.device) for at in (level, level - 1))
+        change = run.schedule.move(z - here, predicted.noise - predicted.source, level, level - 1)
+        if level == 1:  # the clean clip itself, of which even DDIM's first level has a little less
+            change = change / run.schedule.scale(0)
+        return there + change
+
+
+def _drawn(store: AttentionStore) -> DrawnLevels:
+    assert isinstance(store.levels, DrawnLevels)
+    return store.levels
+
+
 @no_grad
 def draw(
     denoiser: Denoiser,
@@ -60,22 +122,19 @@ def draw(
     *,
     prompt: str | None = None,
 ) -> Inversion:
-    """A clip with noise that is drawn, in the place of its inversion: `edit` of it is FlowEdit's.
+    """A clip with sampled noise in place of its inversion; an `edit` of it is FlowEdit.
 
-    latents: (frames, c, h, w). source_embeddings: of what the clip shows. The model is not called. The rest as for
-    `invert`, whose errors it raises.
+    latents: (frames, c, h, w). source_embeddings: of the source prompt. The model is not called. The other arguments
+    and the errors are those of `invert`.
     """
     settings, schedule = settings or FlowEditSettings(), denoiser.schedule(steps)
-    if latents.ndim != 4 or not len(latents):
-        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (frames, c, h, w), at least one frame")
+    check_latents(latents)
     levels = range(steps + 1)
     drawn = DrawnLevels(
         latents,
         [schedule.signal(level).item() for level in levels],
         [schedule.noise(level).item() for level in levels],
         settings.seed,
-        settings.source_guidance,
-        settings.draws,
     )
     return Inversion(
         AttentionStore(
@@ -89,5 +148,18 @@ def draw(
             formulation=schedule.formulation,
             model=denoiser.identity(),
             prompt=prompt,
+            start=DrawnNoise(settings),
         )
     )
+
+
+METHOD = Method(
+    name="flow_edit",
+    title=GROUP,
+    paper="Kulikov et al., ICCV 2025, arXiv 2412.08629",
+    sentence="Follows the difference between both prompts' predictions from sampled noise, without an inversion.",
+    part="start",
+    settings=FlowEditSettings,
+    presets={"flow_edit": {"noise": "drawn", "injection": "none", "guidance_scale": 10.0, "strength": 0.7}},
+    node_id="FateZeroFlowEdit",
+)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..diffusion.parts import Edit, check_needs_unet
 from ..settings import check, setting
 from ..video.motion import Motion, smooth_along
 
@@ -36,6 +37,10 @@ class FlowSmoothing:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        if self.amount:
+            check_needs_unet("Flow smoothing", spans_clip)
 
     def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
         """Smooth clean latents (frames, c, h, w) of the edit, given the source's; ValueError without the motion."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
+from ..diffusion.parts import Edit, check_needs_unet
 from ..imports import F, torch
 from .layout_guidance import LayoutGuidance, LayoutSettings, ObjectTarget
 
@@ -179,6 +180,12 @@ class Layout:
             raise ValueError("a layout needs at least one object")
         for one in self.objects:
             self.columns(one.words, _ANY_LENGTH)
+
+    keeps_rest = True
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """See `diffusion.parts.Layouts`; where objects are is known only in a clip (`moves_of`)."""
+        check_needs_unet("A layout", spans_clip)
 
     def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance:
         """The guidance of a clip, with targets of height x width; ValueError for masks or a text that do not fit."""

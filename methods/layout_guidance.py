@@ -14,7 +14,7 @@ from ..attention.condition import Condition
 from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
-from ..diffusion.edit import EditContext
+from ..diffusion.parts import Edit, EditContext, check_needs_unet
 from ..imports import F, torch
 from ..settings import check, setting
 
@@ -134,6 +134,10 @@ class LayoutGuidance(LayoutSettings):
     def objects(self) -> tuple[ObjectTarget, ...]:
         return (ObjectTarget(self.target, self.columns), *self.more)
 
+    @property
+    def moves_latents(self) -> bool:
+        return self.mode == "backward"
+
     def moved(
         self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
         key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
@@ -151,6 +155,9 @@ class LayoutGuidance(LayoutSettings):
 
     keeps_rest = False
     area = None
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        check_needs_unet("A layout", spans_clip)
 
     def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> LayoutGuidance:
         """Raises ValueError for what does not fit, and for forward guidance, which conflicts with the edit's maps."""

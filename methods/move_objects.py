@@ -15,7 +15,7 @@ from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import GivenMask, grown, mask_sites, over_maximum
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.edit import EditContext
+from ..diffusion.parts import Edit, EditContext, check_needs_unet
 from ..diffusion.prompt_mask import source_tokens_heat
 from ..imports import F, torch
 from ..settings import setting, setting_like, whole_steps
@@ -84,6 +84,9 @@ class MoveObjects(MoveSettings):
             raise ValueError("objects is empty: give at least one")
 
     keeps_rest = True
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        check_needs_unet("A layout", spans_clip)
 
     def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> Rearranged:
         """The denoiser must be hooked. Raises ValueError for masks or a text that do not fit."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
-from ..attention.masks import GivenMask
-from ..diffusion.edit import Edit, EditContext, Injected
-from ..diffusion.source import Asks
+from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
+from ..diffusion.source import Needs
 from ..settings import check, setting, whole_steps
 from ..store.records import QueriesKeys, SourceStep
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ GROUP = "Plug-and-Play"
 
 
 @dataclass(frozen=True)
-class PnPSettings:
+class PnPSettings(BaseInjection):
     """How long an edit takes the source's attention and feature.
 
     Shares of steps count from the noisy end. Raises ValueError for a share outside 0 to 1.
@@ -51,32 +51,28 @@ class PnPSettings:
     def takes_feature(self, step: int, steps: int) -> bool:
         return step < whole_steps(self.feature_steps, steps)
 
-    # --- as the sampling loop asks ------------------------------------------------------
+    # --- for the loop -------------------------------------------------------------------
 
-    def injected(self, asked: Edit, context: EditContext) -> Injected:
-        """Raises ValueError for a layout: queries, keys and feature of the source hold all things where they are; and
-        for a video transformer, which has no such layers.
-        """
-        if context.spans_clip:
-            raise ValueError(OF_UNETS)
-        if asked.layout is not None:
-            raise ValueError("a layout goes with FateZero, or with no injection: Plug-and-Play holds things in place")
-        return PnPInjection(self, asked, context)
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """It needs a UNet's decoder, and no layout: the source's attention and feature keep all objects in place."""
+        if spans_clip:
+            raise ValueError(
+                "Plug-and-Play needs a UNet: it injects a feature of the decoder; use FateZero or no injection"
+            )
+        if edit.layout is not None:
+            raise ValueError("Plug-and-Play keeps objects in place: use a layout with FateZero or no injection")
+
+    def injected(self, edit: Edit, context: EditContext) -> Injected:
+        return PnPInjection(self, edit, context)
 
     def reads_source(self, step: int, steps: int) -> bool:
         return self.takes_attention(step, steps) or self.takes_feature(step, steps)
-
-    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
-        return 0
 
     def summary(self, steps: int) -> str:
         return (
             f"took queries and keys in {whole_steps(self.attention_steps, steps)} and the feature in "
             f"{whole_steps(self.feature_steps, steps)} of {steps} steps"
         )
-
-
-OF_UNETS = "Plug-and-Play takes a feature of a UNet's decoder, which a video transformer has not: take FateZero or none"
 
 
 def takes(site: AttentionSite) -> bool:
@@ -87,14 +83,14 @@ def takes(site: AttentionSite) -> bool:
 class PnPInjection(Injected):
     """Plug-and-Play in one edit: the same for the target and the negative prompt."""
 
-    def __init__(self, settings: PnPSettings, asked: Edit, context: EditContext) -> None:
-        super().__init__(asked, context)
+    def __init__(self, settings: PnPSettings, edit: Edit, context: EditContext) -> None:
+        super().__init__(edit, context)
         self.settings = settings
 
-    def asks(self, step: int) -> Asks:
+    def needs(self, step: int) -> Needs:
         steps = self.context.steps
         layers = {site.name for site in self.context.sites if takes(site)}
-        return Asks(
+        return Needs(
             layers if self.settings.takes_attention(step, steps) else set(),
             self.settings.takes_feature(step, steps),
             self.own_level,
@@ -128,3 +124,19 @@ class PlugAndPlay(Control):
 
     def feature(self, x: Tensor, name: str) -> Tensor:
         return self.source.feature(name).to(x) if self.takes_feature else x
+
+
+METHOD = Method(
+    name="pnp",
+    title="Plug-and-Play",
+    paper="Tumanyan et al., CVPR 2023, arXiv 2211.12572",
+    sentence="Injects the source's self-attention queries and keys and one residual feature of the decoder.",
+    part="injection",
+    settings=PnPSettings,
+    presets={"pnp": {"injection": "pnp", "key_frames": ("self",)}},
+    node_id="FateZeroPnP",
+    node_title="Plug-and-Play Settings (FateZero)",
+    node_text="The source's queries, keys and one feature (arXiv 2211.12572), for how many steps: for preset custom of "
+    "Edit Video. Needs no words in common between the prompts.",
+    aliases=("pnp", "plug and play", "feature injection"),
+)

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.control import AttentionSite, Control, Gather
 from ..attention.key_frames import Chunk
-from ..diffusion.edit import Branches, Prediction
+from ..diffusion.branches import Branches
+from ..diffusion.parts import Edit, Prediction, check_needs_unet
 from ..imports import F, np, torch
 from ..settings import check, setting
 from ..store.records import Recorder
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Literal["authors", "paper", "linear"]
-GROUP = "TokenFlow"
+TITLE = GROUP = "TokenFlow"
 BLOCK = {"cpu": 2**20, "gpu": 2**24}
 """The most similarities that the neighbour search holds at once: what stays in a CPU's cache, or fills a GPU."""
 
@@ -86,6 +88,9 @@ class TokenFlowSettings:
             raise ValueError("pivots must hold one frame of each batch, in order")
         return [list(map(int, row)) for row in given]
 
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        check_needs_unet(TITLE, spans_clip)
+
     def predict(
         self, step: int, steps: int, clip: int, branches: Branches, chunk_frames: int | None
     ) -> list[tuple[Chunk, Prediction]]:
@@ -95,14 +100,14 @@ class TokenFlowSettings:
 
         def keep(branch: str, control: Control) -> None:
             if isinstance(control, Recorder):
-                control.inputs = {}
-            control.outputs = outputs[branch]
+                control.captured.inputs = {}
+            control.captured.outputs = outputs[branch]
             control.extended = branch != "source"
 
         source = branches.source(Chunk.of(pivots, clip), keep)
         branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
-        assert source.inputs is not None
-        keys = KeyTokens(source.inputs)
+        assert source.captured.inputs is not None
+        keys = KeyTokens(source.captured.inputs)
         found = []
         for batch, frames in self.chunks(clip, chunk_frames):
             neighbours = Neighbours(keys, [self.mixture(frame, batch, pivots) for frame in frames])
@@ -208,3 +213,20 @@ def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], looks: bool =
         return neighbours.gather(outputs[site.name], site)
 
     return gather
+
+
+METHOD = Method(
+    name="tokenflow",
+    title=TITLE,
+    paper="Geyer et al., ICLR 2024, arXiv 2307.10373",
+    sentence="Edits key frames together; all frames then take their self-attention from these, token by token.",
+    part="propagation",
+    settings=TokenFlowSettings,
+    presets={"tokenflow": {"injection": "pnp", "propagation": "tokenflow", "key_frames": ("self",)}},
+    node_id="FateZeroTokenFlow",
+    node_title="TokenFlow (FateZero)",
+    node_text="Frames agree because the source's do (arXiv 2307.10373): key frames are edited together, and all frames "
+    "take their self-attention from these, token by token. For Edit Video, with any preset.",
+    aliases=("tokenflow", "temporal consistency", "propagation", "flicker"),
+    advanced=("seed",),
+)

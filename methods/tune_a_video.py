@@ -7,27 +7,25 @@ timestep per step (Sec. 3.3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..attention.condition import Condition
-from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
-from ..diffusion.denoiser import Predictor, check_finite
-from ..imports import F, torch
+from ..attention.key_frames import KeyFrames
+from ..attention.temporal_kind import TRAINED_KEYS, Kind
+from ..diffusion.denoiser import check_finite
+from ..diffusion.training import Tunable, clip_loss
+from ..imports import torch
 from ..settings import check, setting
+from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Optimizer = Literal["adamw", "adamw8bit"]
-Kind = Literal["official", "fatezero"]
-"""Whose code temporal layers are of."""
+
 GROUP = "Tuning"
-TRAINED_KEYS = ("first", "previous")
-"""The key frames of Tune-A-Video's spatio-temporal attention in training, which also uses clip norm."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +72,6 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-class Tunable(Predictor, Protocol):
-    """A predictor whose weights can be trained."""
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The weights that Tune-A-Video trains: queries of self- and cross-attention, and the attention over frames."""
-
-    def training(self) -> AbstractContextManager[None]:
-        """Enable gradients for the trained weights, at least in single precision, and recomputation of activations; the
-        `with` block restores the model at its end.
-        """
-
-    def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """Noisy latents at a timestep, and the cumulative alpha there."""
-
-    @property
-    def predicts_v(self) -> bool:
-        """Whether the model predicts v, which is then the training target instead of the noise."""
 
 
 TuneProgress = Callable[[int, int, float, float], None]
@@ -147,23 +126,6 @@ def tune(
             if keep and (done % keep_every == 0 or done == settings.steps):
                 keep(tuning.state())
     return tuning.losses
-
-
-def clip_loss(
-    denoiser: Tunable, latents: Tensor, noise: Tensor, timestep: int, condition: Condition, keys: KeyFrames
-) -> Tensor:
-    """The mean squared error of the noise of a whole clip at one timestep, or of v if the model predicts it.
-
-    The error of v is that of the noise, divided by the cumulative alpha.
-    """
-    z, alpha = denoiser.noised(latents, noise, timestep)
-    predicted = denoiser.predict_noise(z, timestep, condition, Control(keys, Chunk.whole(len(latents))))
-    return F.mse_loss(predicted, noise) / (alpha if denoiser.predicts_v else 1.0)
-
-
-def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """sqrt(abar) z + sqrt(1 - abar) eps."""
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 # --- random numbers -------------------------------------------------------------------
@@ -278,3 +240,21 @@ def optimizer_class(name: Optimizer) -> Callable[..., torch.optim.Optimizer]:
         raise ImportError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
     made: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
     return made
+
+
+METHOD = Method(
+    name="tune_a_video",
+    title="Tune-A-Video",
+    paper="Wu et al., ICCV 2023, arXiv 2212.11565",
+    sentence="Trains temporal layers on the clip; edits then start from its inverted noise.",
+    part="training",
+    settings=TuneSettings,
+    presets={
+        "tune_a_video": {
+            "injection": "none",
+            "guidance_scale": 12.5,
+            "key_frames": TRAINED_KEYS,
+            "clip_norm": True,
+        }
+    },
+)

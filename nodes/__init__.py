@@ -6,14 +6,14 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attention import FateZeroSpatioTemporalAttention
 from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
-from .edit import FateZeroMaskPreview, FateZeroSampler
+from .edit import FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
-from .fatezero import FateZeroFusion
 from .flow_edit import FateZeroFlowEdit
 from .flow_smoothing import FateZeroFlowSmoothing, FateZeroSteady
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .layout import FateZeroLayout, FateZeroLayoutGuider
-from .plug_and_play import FateZeroPnP
+from .mask_preview import FateZeroMaskPreview
+from .methods import SETTINGS_NODES
 from .prompt import FateZeroPromptEdit
 from .sampling import (
     FateZeroDDIM,
@@ -22,7 +22,6 @@ from .sampling import (
     FateZeroSigmas,
     FateZeroStoreOfInversion,
 )
-from .tokenflow import FateZeroTokenFlow
 from .tune_a_video import FateZeroLoadTemporalLayers, FateZeroTuneOnVideo
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
 from .wan import FateZeroWanPair
@@ -39,9 +38,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroInvert,
             FateZeroFlowEdit,
             FateZeroSampler,
-            FateZeroFusion,
-            FateZeroPnP,
-            FateZeroTokenFlow,
+            *SETTINGS_NODES,
             FateZeroFlowSmoothing,
             FateZeroSteady,
             FateZeroLayout,

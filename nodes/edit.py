@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from comfy_api.latest import io, ui
-from einops import rearrange
 from torch import Tensor
 
-from ..attention.masks import GivenMask, threshold_mask
+from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..diffusion.edit import Edit, Injection, Propagation, Smoothing, first_step, unet_calls
+from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
+from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import check_masking, edit_clip, heat_of_words, only_inside
+from ..hosts.comfyui.editing import check_masking, edit_clip, only_inside
 from ..hosts.comfyui.families import count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore
 from ..hosts.comfyui.noise import noise_of
-from ..methods.fatezero import PRESETS, FusionSettings, preset_fusion
+from ..methods.fatezero import FusionSettings
+from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of
-from ..methods.plug_and_play import OF_UNETS, PnPSettings
-from ..video.sheet import heat_map
+from ..recipes.cost import calls_of
+from ..recipes.presets import PRESETS
+from ..recipes.recipe import Recipe
+from ..settings import setting_of
 from .inversion import CHUNK_FRAMES
 from .prompt import check_words
 from .settings import widget
@@ -40,13 +43,7 @@ from .sockets import (
     show_on_node,
 )
 
-INJECTIONS: dict[str, Injection | None] = {
-    **{name: preset_fusion(name) for name in PRESETS},
-    "pnp": PnPSettings(),
-    "none": None,
-}
-"""What an edit takes of the source, by the name of its preset."""
-CUSTOM = "custom"
+NONE, CUSTOM = "none", "custom"
 
 INPUTS = [
     io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
@@ -69,14 +66,22 @@ INPUTS = [
     SmoothingSocket.Input(
         "smoothing", optional=True, tooltip="Less flicker along the video's own motion (Flow Smoothing)."
     ),
-    widget(Edit, "guidance_scale", "guidance"),
+    widget(
+        Edit,
+        "guidance_scale",
+        "guidance",
+        default=0.0,
+        min=0.0,
+        tooltip="Classifier-free guidance. 0 uses the preset's own: 7.5 as in the paper, 5 with a plus.",
+    ),
     io.Combo.Input(
         "preset",
-        options=[*INJECTIONS, CUSTOM],
+        options=[*PRESETS, NONE, CUSTOM],
         default="style+",
-        tooltip="What to take of the source. style, attribute and shape: FateZero's attention as the paper sets it, or "
-        "with a plus as edited and kept better in our benchmark. pnp: Plug-and-Play, of UNets. none: nothing but the "
-        "noise, inverted or drawn (FlowEdit). custom: what is connected to settings.",
+        tooltip="What the edit takes from the source, with its guidance, as in `fatezero edit --preset`. style, "
+        "attribute, shape: FateZero as in the paper; with a plus, as our benchmark found better. pnp, tokenflow: for "
+        "UNets; invert with key_frames self. flow_edit: for the store of FlowEdit. none: nothing but the noise. "
+        "custom: what is connected to settings.",
     ),
     io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
     io.Combo.Input(
@@ -87,7 +92,14 @@ INPUTS = [
         tooltip="Whether the mask replaces the edit's own, adds to it, or limits it.",
     ),
     CHUNK_FRAMES,
-    widget(Edit, "strength", advanced=True, optional=True),
+    widget(
+        Edit,
+        "strength",
+        advanced=True,
+        optional=True,
+        default=0.0,
+        tooltip=f"{setting_of(Edit, 'strength').meta.text} 0 uses the preset's own.",
+    ),
     LayoutSocket.Input("layout", optional=True, tooltip="Objects of the clip, moved to where they shall be (Layout)."),
 ]
 """What an edit is asked for."""
@@ -120,12 +132,14 @@ class FateZeroSampler(io.ComfyNode):
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
         """Every input is a list, of one entry unless a node before gives several prompts."""
         latents, reports = [], []
-        for alike in _groups([Asked(**row) for row in _rows(lists)]):
+        for alike in _groups([EditInputs(**row) for row in _rows(lists)]):
             first, edits = alike[0], [one.edit(f".{i}" if i else "") for i, one in enumerate(alike)]
             store = first.store.with_model(first.model)
             samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
             latents += [{"samples": edited} for edited in samples]
-            reports += [report_of(first.model, hooked, store, edit) for edit in edits]
+            reports += [
+                report_of(first.model, hooked, store, edit, one.notes) for one, edit in zip(alike, edits, strict=True)
+            ]
         text = "\n\n".join(reports)
         show_on_node(cls.hidden.unique_id, text)
         return io.NodeOutput(latents, reports, ui=ui.PreviewText(text))
@@ -138,8 +152,8 @@ def _rows(lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the sockets hold for one edit."""
+class EditInputs:
+    """The sockets and widgets of one edit."""
 
     model: Any
     positive: Any
@@ -150,47 +164,69 @@ class Asked:
     prompt_edit: PromptEdit | None = None
     settings: Injection | None = None
     propagation: Propagation | None = None
-    smoothing: Smoothing | None = None
+    smoothing: FlowSmoothing | None = None
     layout: Layout | None = None
     mask: Tensor | None = None
     mask_mode: Literal["replace", "union", "intersection"] = "replace"
     chunk_frames: int = 0
-    strength: float = 1.0
+    strength: float = 0.0
 
     @property
-    def injection(self) -> Injection | None:
-        """What to take of the source; ValueError for settings that the preset would ignore, or that are missing."""
+    def recipe(self) -> Recipe:
+        """The preset, or the connected settings, with what else is connected.
+
+        Raises ValueError for settings that the preset would ignore, or that are missing.
+        """
         if (self.preset == CUSTOM) != (self.settings is not None):
             raise ValueError(
                 f"settings: are connected, but preset {self.preset!r} would ignore them; set it to custom"
                 if self.settings is not None
                 else "settings: preset custom needs them (FateZero Settings, Plug-and-Play Settings)"
             )
-        return self.settings if self.preset == CUSTOM else INJECTIONS[self.preset]
+        if 0 < self.guidance < 1:
+            raise ValueError(f"guidance: is {self.guidance:g}; it must be at least 1, or 0 for the preset's own")
+        recipe = Recipe(injection=self.settings) if self.preset in (NONE, CUSTOM) else Recipe.of_preset(self.preset)
+        mask = None if self.mask is None else GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
+        return replace(
+            recipe,
+            guidance_scale=self.guidance or recipe.guidance_scale,
+            strength=self.strength or recipe.strength,
+            propagation=self.propagation or recipe.propagation,
+            smoothing=self.smoothing,
+            mask=mask,
+        )
 
     def edit(self, suffix: str = "") -> Edit:
-        """The edit asked for; suffix: tells its prompts from those of other edits of the pass."""
-        mask = None if self.mask is None else GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
+        """The edit. suffix: tells its prompts from those of other edits of the pass."""
+        recipe, start = self.recipe, start_of(self.store)
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive")
         negative = None
-        if self.guidance != 1:
+        if recipe.guidance_scale != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
-        injection = self.injection
-        fuses = isinstance(injection, FusionSettings)
+        fuses = isinstance(recipe.injection, FusionSettings)
         if fuses and self.prompt_edit is None:
             raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
-        if self.preset == "pnp" and not facts_of(self.model).decoder_features:
-            raise ValueError(f"preset: {OF_UNETS}")
-        edit = Edit(
-            positive, negative, self.guidance, self.prompt_edit if fuses else None, injection, mask, self.propagation,
-            self.smoothing, self._moves(positive), self.strength,
-        )  # fmt: skip
+        if recipe.noise is not None and not start.draws:
+            raise ValueError("store: preset flow_edit needs the store of FlowEdit, not that of an inversion")
+        recipe = replace(recipe, layout=self._moves(positive))
+        edit = recipe.edit(positive, negative, self.prompt_edit if fuses else None)
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
-        if mask is None and clips_mask is not None:
+        if edit.mask is None and clips_mask is not None:
             edit = only_inside(edit, noise_of(self.model).mask_of_host(clips_mask))
-        _check(edit, self.positive, self.preset, self.store.steps)
+        first_step(edit.strength, self.store.steps)
+        _check_words(edit, self.positive, self.preset)
+        check_parts(edit, facts_of(self.model).spans_clip, start)
         return edit
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the preset only the inversion could set."""
+        keys = self.recipe.key_frames
+        if keys is None or facts_of(self.model).spans_clip or self.store.key_frames.entries == keys:
+            return []
+        own, preset = (", ".join(map(str, entries)) for entries in (self.store.key_frames.entries, keys))
+        return [f"preset {self.preset} is made for key_frames {preset} of Invert Video; this store has {own}"]
 
     def _moves(self, positive: HostCondition) -> MoveObjects | None:
         """The layout's objects, moved from where the source prompt's words, or a mask, tell they are."""
@@ -201,16 +237,15 @@ class Asked:
         return moves_of(self.layout, source, self.store.source.text_tokens, positive.text_tokens)
 
 
-def _groups(asked: list[Asked]) -> list[list[Asked]]:
+def _groups(edits: list[EditInputs]) -> list[list[EditInputs]]:
     """The edits that one pass can serve: neighbours that share store and model."""
     key = lambda one: (id(one.store), id(one.model), one.chunk_frames)  # noqa: E731
-    return [list(group) for _, group in groupby(asked, key)]
+    return [list(group) for _, group in groupby(edits, key)]
 
 
-def _check(edit: Edit, positive: Any, preset: str, steps: int) -> None:
-    """Say what would otherwise do nothing, or fail far from its socket."""
+def _check_words(edit: Edit, positive: Any, preset: str) -> None:
+    """Raise ValueError, naming the socket, for words and masks that do not fit the preset."""
     prompt, fusion, mask = edit.prompt, edit.fusion, edit.mask
-    first_step(edit.strength, steps)
     if prompt is None or not isinstance(fusion, FusionSettings):
         return
     check_words(positive, prompt.target, "prompt_edit's target")
@@ -226,15 +261,13 @@ def _check(edit: Edit, positive: Any, preset: str, steps: int) -> None:
         raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
 
 
-def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> str:
-    """What an edit fuses and spends; hooked: the attention layers that were reached, None before it ran."""
-    calls = unet_calls(
-        store.steps, edit.guidance_scale, store.kept_steps, edit.injection, edit.mask, edit.propagation, store.frames,
-        edit.strength, facts_of(model).spans_clip, 0 if store.drawn is None else store.drawn.draws,
-    )  # fmt: skip
-    kind = "model" if facts_of(model).spans_clip else "UNet"
+def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
+    """What an edit fuses and costs. hooked: the attention layers that ran under control; None before the run."""
+    spans_clip, start = facts_of(model).spans_clip, start_of(store)
+    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start)
+    kind = "model" if spans_clip else "UNet"
     lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
-    lines.append("took nothing of the source" if edit.injection is None else edit.injection.summary(store.steps))
+    lines.append("took nothing of the source" if edit.fusion is None else edit.fusion.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))
     if edit.smoothing is not None:
@@ -243,10 +276,11 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit) -> s
         lines.append(edit.layout.summary(store.steps))
     lines.append(
         f"{calls.edit:g} {kind} evaluations of {store.frames} frames, {calls.source:g} more for the source; "
-        + (f"store of memory {store.memory}" if store.drawn is None else "noise drawn (FlowEdit)")
+        + (f"store of memory {store.memory}" if not start.draws else "noise drawn (FlowEdit)")
     )
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
         lines.append(OTHER_TEXT)
+    lines += notes
     return "\n".join(lines)
 
 
@@ -257,81 +291,3 @@ def _is_text_of_pair(positive: Any) -> bool:
     embeddings, options = positive.conditioning[0]
     encoded = options.get(TEXT_KEY)
     return encoded is embeddings or (encoded is not None and torch.equal(encoded, embeddings))
-
-
-class FateZeroMaskPreview(io.ComfyNode):
-    """Where the source's words are, and the blend mask that follows."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="FateZeroMaskPreview",
-            display_name="Mask Preview (FateZero)",
-            description="Heat maps of the source's cross-attention for each word, and the blend mask over the frames.",
-            search_aliases=["attention map", "heat map", "daam", "cross attention"],
-            inputs=[
-                AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
-                PromptEditSocket.Input("prompt_edit", tooltip="The prompt pair of the edit."),
-                io.String.Input(
-                    "words", default="", tooltip="Words of the source, with commas. Empty: the blend words of the edit."
-                ),
-                io.Float.Input(
-                    "from_share", default=0.2, min=0.0, max=1.0, step=0.01, tooltip="First step, as a share of all."
-                ),
-                io.Float.Input(
-                    "to_share", default=0.8, min=0.0, max=1.0, step=0.01, tooltip="Last step, as a share of all."
-                ),
-                io.Float.Input(
-                    "threshold",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of a frame's strongest attention counts as the object.",
-                ),
-                io.Int.Input("width", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
-                io.Int.Input("height", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
-                io.Model.Input("model", optional=True, tooltip="Needed for a store that was loaded from a file."),
-                CHUNK_FRAMES,
-            ],
-            outputs=[
-                io.Image.Output("heat", display_name="heat maps", tooltip="Frames with the words side by side."),
-                io.Mask.Output("mask", display_name="mask", tooltip="The blend mask of each frame."),
-            ],
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        store: HostStore,
-        prompt_edit: PromptEdit,
-        words: str,
-        from_share: float,
-        to_share: float,
-        threshold: float,
-        width: int,
-        height: int,
-        model: Any = None,
-        chunk_frames: int = 0,
-    ) -> io.NodeOutput:
-        model = model if store.patcher is None else store.patcher
-        if model is None:
-            raise ValueError("model: this store was loaded from a file, so connect the model of the inversion")
-        chosen = [w.strip() for w in words.split(",") if w.strip()] or list((prompt_edit.blend_words or ([], []))[0])
-        if not chosen:
-            raise ValueError("words: none given, and the edit has no blend words")
-        steps = _spread(store.steps, from_share, to_share)
-        store = store.with_model(model)
-        heats = heat_of_words(model, store, prompt_edit, chosen, steps, chunk_frames or None)
-        pictures = [heat_map(heat, (height, width), word) for word, heat in heats.items()]
-        image = rearrange(torch.stack(pictures), "w f y x c -> f y (w x) c").float() / 255
-        return io.NodeOutput(image, threshold_mask(sum(heats.values(), torch.zeros(())), (height, width), threshold))
-
-
-def _spread(steps: int, start: float, end: float, at_most: int = 8) -> Sequence[int]:
-    """Up to eight steps, evenly from one share of all to another."""
-    if start > end:
-        raise ValueError(f"from_share: {start} lies behind to_share {end}")
-    first, last = (min(steps - 1, round(share * (steps - 1))) for share in (start, end))
-    count = min(at_most, last - first + 1)
-    return [round(first + (last - first) * i / max(1, count - 1)) for i in range(count)]

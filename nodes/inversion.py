@@ -12,8 +12,8 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..attention.key_frames import KeyFrames
-from ..diffusion.edit import Edit
 from ..diffusion.invert import InversionSettings
+from ..diffusion.parts import Edit
 from ..hosts.comfyui.conditions import HostCondition, unsaveable
 from ..hosts.comfyui.editing import edit_clip
 from ..hosts.comfyui.families import MODELS, check_known, facts_of

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..attention.prompt import PromptEdit
-from ..diffusion.edit import Edit
+from ..diffusion.parts import Edit
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.families import tokenizer_of
 from ..hosts.comfyui.layout import LayoutGuider

@@ -12,7 +12,7 @@ from ..hosts.comfyui.families import MODELS, check_known
 from ..hosts.comfyui.inversion import InvertGuider, store_of
 from ..hosts.comfyui.noise import noise_of
 from ..hosts.comfyui.sampling import DDIMSampler
-from .edit import INPUTS, Asked, report_of
+from .edit import INPUTS, EditInputs, report_of
 from .inversion import MODEL_AND_SOURCE, SETTINGS, STEPS, invert_settings
 from .sockets import AttentionStoreSocket, schema, show_on_node
 
@@ -130,12 +130,12 @@ class FateZeroEditGuider(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, store: Any, **asked: Any) -> io.NodeOutput:
         node, store = cls.hidden.unique_id, store.with_model(model)
-        one = Asked(model=model, store=store, **asked)
+        one = EditInputs(model=model, store=store, **asked)
         edit = one.edit()
 
         def tell(reached: int) -> None:
-            show_on_node(node, report_of(model, reached, store, edit))
+            show_on_node(node, report_of(model, reached, store, edit, one.notes))
 
         guider = EditGuider(model, store, [edit], one.chunk_frames or None, tell)
-        text = report_of(model, None, store, edit)
+        text = report_of(model, None, store, edit, one.notes)
         return io.NodeOutput(guider, text, ui=ui.PreviewText(text))

@@ -20,7 +20,7 @@ from ..files.temporal_layers import (
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.temporal import temporal_layers, weights_of, with_temporal_layers
 from ..hosts.comfyui.tuning import tune_model
-from ..methods.tune_a_video import LayerSettings, TuneSettings
+from ..methods.tune_a_video import LayerSettings, TuneSettings, tune
 from ..metrics.losses import plot_losses
 from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, schema, show_on_node
@@ -145,10 +145,12 @@ class FateZeroTuneOnVideo(io.ComfyNode):
             if done % 10 == 0 or done == of:
                 show_on_node(cls.hidden.unique_id, f"step {done} of {of}, loss {loss:.4f}")
 
+        def train(denoiser: Any, latents: Any, text: HostCondition) -> list[float]:
+            return tune(denoiser, latents, text, settings, None, keys, clip_norm, progress=progress)
+
         tuned, losses = tune_model(
-            model, latent["samples"], condition, settings, keys, clip_norm, fresh.layers,
-            fresh.rank, progress,
-        )  # fmt: skip
+            model, latent["samples"], condition, train, keys, fresh.layers, fresh.rank, settings.seed
+        )
         if path is not None:
             text = prompt[0][1].get(PROMPT_KEY)
             about = {"prompt": text} if isinstance(text, str) else {}

@@ -42,8 +42,8 @@ from fatezero.hosts.diffusers import (
     VideoTransformerDenoiser,
     with_temporal_layers,
 )
-from fatezero.methods.fatezero import preset_fusion
 from fatezero.metrics.memory import PeakMemory
+from fatezero.recipes.recipe import Recipe
 from fatezero.store.backends import read
 from fatezero.tests.small import FIXTURES, random_latents, random_text, reference_denoiser, relative, small_unet
 
@@ -175,7 +175,7 @@ def wan_case(at: Machine, flow_edit: bool) -> Measured:
         tensors[name] = torch.randn(1, 32, 32, generator=random, dtype=torch.float64)
     words = "a red square on water", "a blue star on water"
     prompt = PromptEdit(*words, build_tokenizer(), "refine", (["square"], ["star"]))
-    fusion = preset_fusion("shape")
+    fusion = Recipe.of_preset("shape").injection
 
     def run(device: torch.device, dtype: torch.dtype) -> Tensor:
         model = random_wan("tiny", device, dtype)
@@ -224,7 +224,7 @@ KEPT = {
 def shape_edit(clip: Any, memory: str | StoreSettings = "recompute") -> tuple[Tensor, Any]:
     """A shape edit and its store."""
     inversion = invert(clip.denoiser, clip.latents, clip.source, clip.steps, memory=memory)
-    prompt, fusion = prompt_pair(True), preset_fusion("shape")
+    prompt, fusion = prompt_pair(True), Recipe.of_preset("shape").injection
     return edit(clip.denoiser, inversion, clip.target, clip.negative, 7.5, prompt, fusion), inversion.store
 
 

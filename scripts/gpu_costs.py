@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fatezero import (
-    FlowEditSettings,
     FlowSmoothing,
     FusionSettings,
     PnPSettings,
@@ -28,10 +27,9 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.control import attention
 from fatezero.benchmarks.common import flops_of_call, guided_steps, matrix_rate, prompt_pair, side_by_side, timed
 from fatezero.demo.video_model import build_tokenizer
-from fatezero.diffusion.edit import Calls, unet_calls
 from fatezero.hosts.diffusers.unet import xformers_attention
-from fatezero.methods import flow_edit
-from fatezero.methods.fatezero import PRESETS, preset_fusion
+from fatezero.recipes.cost import Calls
+from fatezero.recipes.recipe import Recipe
 from fatezero.video.motion import Motion
 
 STEPS = 50
@@ -109,7 +107,8 @@ def unet_edit(
 
     def calls(steps: int) -> Calls:
         kept = settings.kept_steps(steps) if memory != "recompute" else 0
-        return unet_calls(steps, guidance, kept, fusion, None, propagation, frames)
+        recipe = Recipe(injection=fusion, propagation=propagation, guidance_scale=guidance)
+        return recipe.calls(steps, kept, frames)
 
     def edited(inversion: Any) -> Tensor:
         return edit(
@@ -134,7 +133,8 @@ def random_motion(latents: Tensor) -> Motion:
 
 def of_preset(preset: str, max_tokens: int | None) -> tuple[FusionSettings, float]:
     """A preset's fusion and guidance."""
-    return replace(preset_fusion(preset), max_tokens=max_tokens), PRESETS[preset].get("guidance_scale", 7.5)
+    recipe = Recipe.of_preset(preset)
+    return replace(recipe.injection, max_tokens=max_tokens), recipe.guidance_scale
 
 
 def unet_preset(at: Machine, preset: str, **more: Any) -> Measured:
@@ -175,7 +175,7 @@ def wan_preset(at: Machine, preset: str, memory: str = "recompute", **more: Any)
 
     def calls(steps: int) -> Calls:
         kept = 0 if memory == "recompute" else steps
-        return unet_calls(steps, guidance, kept, fusion, spans_clip=True)
+        return Recipe(injection=fusion, guidance_scale=guidance).calls(steps, kept, spans_clip=True)
 
     return cost(
         at,
@@ -188,14 +188,14 @@ def wan_preset(at: Machine, preset: str, memory: str = "recompute", **more: Any)
 
 def wan_flow_edit(at: Machine, **more: Any) -> Measured:
     clip = wan_clip(at, **more)
-    guidance, strength = flow_edit.PRESET["guidance_scale"], flow_edit.PRESET["strength"]
-    settings = FlowEditSettings()
+    recipe = Recipe.of_preset("flow_edit")
+    guidance, strength, settings = recipe.guidance_scale, recipe.strength, recipe.noise
     return cost(
         at,
         clip,
         lambda: draw(clip.denoiser, clip.latents, clip.source, clip.steps, settings),
         lambda of: edit(clip.denoiser, of, clip.target, clip.negative, guidance, strength=strength),
-        lambda steps: unet_calls(steps, guidance, 0, None, strength=strength, spans_clip=True, draws=settings.draws),
+        lambda steps: recipe.calls(steps, spans_clip=True),
     )
 
 

@@ -103,9 +103,9 @@ class FileLevels:
 
 class DrawnLevels:
     """The latents of every level as noise of a seed gives them, clean to noisy: signal * clip + deviation * eps, with
-    other noise for each level and draw. It gives one level for one index, of the draw that is set.
+    other noise for each level and draw. One index gives one level.
 
-    clip: (frames, c, h, w). source_guidance, draws: what FlowEdit does with them (`methods.flow_edit`).
+    clip: (frames, c, h, w). draw: which of the noises of each level.
     """
 
     def __init__(
@@ -114,12 +114,10 @@ class DrawnLevels:
         signals: Sequence[float],
         deviations: Sequence[float],
         seed: int,
-        source_guidance: float,
-        draws: int,
+        draw: int = 0,
     ) -> None:
-        self.clip, self.signals, self.deviations, self.seed = clip, signals, deviations, seed
-        self.source_guidance, self.draws = source_guidance, draws
-        self.draw = 0
+        self.clip, self.signals, self.deviations = clip, signals, deviations
+        self.seed, self.draw = seed, draw
         self.shape = torch.Size((len(signals), *clip.shape))
         self.dtype = clip.dtype
         self.nbytes = clip.nbytes
@@ -136,9 +134,11 @@ class DrawnLevels:
 
     def to(self, device: torch.device | str) -> DrawnLevels:
         """With its clip on a device."""
-        return DrawnLevels(
-            self.clip.to(device), self.signals, self.deviations, self.seed, self.source_guidance, self.draws
-        )
+        return DrawnLevels(self.clip.to(device), self.signals, self.deviations, self.seed, self.draw)
+
+    def of_draw(self, draw: int) -> DrawnLevels:
+        """The same clip with another noise in each level."""
+        return DrawnLevels(self.clip, self.signals, self.deviations, self.seed, draw)
 
 
 Levels: TypeAlias = "Tensor | FileLevels | DrawnLevels"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from einops import rearrange
 
+from ..attention.capture import Captured
 from ..attention.condition import Condition
 from ..attention.control import (
     Attend,
@@ -129,13 +130,12 @@ class Beside:
     """A branch that a host evaluates within the call of another, each layer just before the other's: what it records
     there is gone after the layer.
 
-    latents: (frames, c, h, w), as in `predict_noise`. predicted: its result, after the call.
+    latents: (frames, c, h, w), as in `predict_noise`. The host leaves its result in `control.captured.prediction`.
     """
 
     latents: Tensor
     condition: Condition
     control: Recorder
-    predicted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,20 +143,22 @@ class SourceStep:
     """The source branch at one step, for one chunk of a clip.
 
     Queries and maps have a row for each frame of the chunk. So have keys, or with `stored` a row for each of its key
-    frames, as in a store. beside: the branch, if it is yet to be evaluated within the edit's call.
+    frames, as in a store. beside: the branch, if it runs only within the edit's call, layer by layer; `captured` fills
+    up meanwhile.
     """
 
-    records: dict[str, Record]
+    captured: Captured
     key_frames: KeyFrames
     chunk: Chunk
     stored: bool = False
-    features: dict[str, Tensor] = field(default_factory=dict)
-    """Features of ResNet blocks, (f c y x) by name."""
     beside: Beside | None = None
-    predicted: Tensor | None = None
-    """The model's prediction for the source, if requested and already evaluated."""
     windows: dict[tuple[int, ...], SourceStep] = field(default_factory=dict)
     """The source in context windows, by their frames, where another node on the model splits the clip."""
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """Of attention layers, by name."""
+        return self.captured.records
 
     def window(self, frames: tuple[int, ...]) -> SourceStep:
         """The source in a context window of the edit; ValueError if it ran in other windows or comes from a store."""
@@ -168,8 +170,11 @@ class SourceStep:
             raise ValueError(KEPT_WINDOWS)
         part = Chunk.of(frames, self.chunk.clip)
         rows = self.chunk.rows(part)
-        features = {name: x[rows] for name, x in self.features.items()}
-        return replace(self, chunk=part, records=_of_rows(self.records, rows), features=features)
+        values, features = (
+            {name: x[rows] for name, x in (kept or {}).items()}
+            for kept in (self.captured.values, self.captured.features)
+        )
+        return replace(self, chunk=part, captured=Captured(_of_rows(self.records, rows), values, features=features))
 
     def record(self, name: str) -> Record | None:
         """A layer's record, if any; ValueError if the source ran in context windows."""
@@ -181,7 +186,8 @@ class SourceStep:
         """The feature of a ResNet block; ValueError if the source ran in context windows."""
         if self.windows:
             raise ValueError(OTHER_WINDOWS)
-        return self.features[name]
+        assert self.captured.features is not None
+        return self.captured.features[name]
 
     def _record(self, site: AttentionSite) -> Record:
         found = self.record(site.name)
@@ -239,46 +245,43 @@ class Recorder(Control):
         self.layers = layers
         self.memory = memory
         self.dtype = dtype
-        self.records: dict[str, Record] = {}
-        self.features: dict[str, Tensor] | None = None
-        """Recorded features of ResNet blocks (f c y x), by name; None to record none."""
-        self.predicted: Tensor | None = None
-        """The prediction of the call, set by its caller."""
-        self.inputs: dict[str, Tensor] | None = None
-        """Recorded inputs of self-attention layers (f t c), by name; None to record none."""
 
     @property
     def step(self) -> SourceStep:
-        """The recorded step, for the same chunk."""
-        return SourceStep(
-            self.records, self.key_frames, self.chunk, features=self.features or {}, predicted=self.predicted,
-            windows={frames: recorder.step for frames, recorder in self.windows.items()},
-        )  # fmt: skip
+        """What it has recorded, for the same chunk."""
+        windows = {frames: recorder.step for frames, recorder in self.windows.items()}
+        return SourceStep(self.captured, self.key_frames, self.chunk, windows=windows)
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """Of attention layers, by name."""
+        return self.captured.records
 
     def on(self, chunk: Chunk) -> Self:
         if self.memory != "recompute" and self.layers:
             raise ValueError(KEPT_WINDOWS)
-        own = super().on(chunk)
-        own.records, own.features, own.predicted = {}, None if self.features is None else {}, None
-        return own
+        return super().on(chunk)
 
     def forget(self, layer: str) -> None:
         self.records.pop(layer, None)
+        (self.captured.values or {}).pop(layer, None)
 
     def feature(self, x: Tensor, name: str) -> Tensor:
-        if self.features is not None:
-            self.features[name] = x
+        if self.captured.features is not None:
+            self.captured.features[name] = x
         return x
 
     @property
     def wants_tokens(self) -> bool:
-        return self.inputs is not None or super().wants_tokens
+        return self.captured.inputs is not None or super().wants_tokens
 
     def input_tokens(self, x: Tensor, site: AttentionSite) -> None:
-        if self.inputs is not None:
-            self.inputs[site.name] = x
+        if self.captured.inputs is not None:
+            self.captured.inputs[site.name] = x
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if self.captured.values is not None and site.name in self.layers:
+            self.captured.values[site.name] = v
         if site.name in self.layers:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
             self.records[site.name] = (

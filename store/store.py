@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..attention.capture import Captured
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, KeyFrames
 from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
@@ -58,7 +59,8 @@ class AttentionStore:
     (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every level, clean to
     noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order: of the inversion's solver.
     kept_steps: number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
-    "recompute". plan: the chosen memory and place; None for a store from a file. extra, attachments: the caller's own
+    "recompute". plan: the chosen memory and place; None for a store from a file. start: where edits start
+    (`diffusion.parts.Start`); None: at the noisiest latents. extra, attachments: the caller's own
     data, as JSON and as tensors.
     """
 
@@ -78,6 +80,7 @@ class AttentionStore:
     order: int = 1
     backend: Backend | None = None
     plan: StorePlan | None = None
+    start: Any = None
 
     @property
     def latents(self) -> Tensor:
@@ -149,7 +152,7 @@ class AttentionStore:
         """The source at an edit step, for a chunk or the whole clip, on the latents' device."""
         chunk = chunk or Chunk.whole(self.frames)
         records = self.fetch(step, layers, chunk, self.source.embeddings.device)
-        return SourceStep(records, self.key_frames, chunk, stored=True)
+        return SourceStep(Captured(records), self.key_frames, chunk, stored=True)
 
     def level(self, level: int) -> Tensor:
         """The latents of a level, 0 the clean one: (frames, c, h, w); StoreError if they are damaged."""

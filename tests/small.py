@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from fatezero.attention.condition import Condition
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.model import build_scheduler
-from fatezero.diffusion.edit import Edit, EditPass
+from fatezero.diffusion.edit import EditPass
 from fatezero.diffusion.invert import Inversion
+from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store.store import AttentionStore
 

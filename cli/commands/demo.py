@@ -14,6 +14,7 @@ from ..config.values import config_as
 from ..options import Device, given_of, options_of
 from ..outputs import check_folder
 from ..progress import console, progress_bar
+from ..session import pick_device
 
 
 @dataclass(frozen=True)
@@ -37,4 +38,4 @@ def command(
     check_folder(config.output)
     from ...demo.show import show
 
-    show(Path(config.output), config.steps, device, console, progress_bar)
+    show(Path(config.output), config.steps, pick_device(device), console, progress_bar)

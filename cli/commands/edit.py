@@ -237,7 +237,10 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
     check_control(configs[0])
     checkpoint = session.open_model(configs[0].chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
-    layouts = [checked_layout(checkpoint, config, source.frames) for config in configs]
+    layouts = [
+        checked_layout(checkpoint, config, prompt, source.frames)
+        for config, prompt in zip(configs, prompts, strict=True)
+    ]
     checkpoint, clip = _clip_of(session, checkpoint, configs[0], source)
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from ...attention.key_frames import KeyFrames
 from ...files.safetensors import format_bytes
 from ...files.temporal_layers import about_temporal_layers
 from ...imports import torch
+from ...methods.layout_guidance import EnergyControl
 from ...video.size import check_size
 from ...video.write import shortcomings, write_video
 from ..config.settings import GenerateConfig
@@ -84,7 +86,7 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
         if not isinstance(denoiser, DiffusersDenoiser):
             raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
         if layout.guided_calls(config.steps):
-            most, plain = guidance_bytes(denoiser, shape, text, keys, norm, layout)
+            most, plain = guidance_bytes(denoiser, shape, text, keys, norm, partial(EnergyControl, layout=layout))
             session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
         session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ...methods.fatezero import FusionSettings
 from ...settings import settings_of
-from .settings import OBJECTS, ConfigError, EditConfig
+from .settings import INJECTIONS, OBJECTS, PROPAGATIONS, SECTIONS, STARTS, ConfigError, EditConfig
 
 _FUSION = tuple(one.name for one in settings_of(FusionSettings) if one.name != "max_tokens")
 
@@ -29,20 +29,29 @@ def of_methods() -> list[str]:
 
 NOTHING_PLACED = "no object is named (box, ellipse, mask)"
 _NOTHING_BLENDED = "nothing is blended (blend_self_attention, blend_latents)"
-_NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[EditConfig], bool], str], ...] = (
+Rule = tuple[tuple[str, ...], Callable[[EditConfig], bool], str]
+"""Settings, when they have no effect, and why."""
+
+
+def _of_method(part: str, name: str) -> Rule:
+    """The section of a method that an edit does not use."""
+    return (name,), lambda config: getattr(config, part) != name, f"{part} is not {name}"
+
+
+_NO_EFFECT: tuple[Rule, ...] = (
     (
         (*_FUSION, "mode", "blend_source", "blend_target", "reweight"),
         lambda c: c.injection != "fatezero",
         "injection is not fatezero",
     ),
-    (("flow_edit",), lambda c: c.noise != "drawn", "noise is not drawn"),
+    *(_of_method("injection", method.name) for method in INJECTIONS if method.name in SECTIONS),
+    *(_of_method("propagation", method.name) for method in PROPAGATIONS),
+    *(((method.name,), lambda c: c.noise != "drawn", "noise is not drawn") for method in STARTS),
     (
         ("order", "memory", "place", "budget_gb", "precision", "keep_steps"),
         lambda c: c.noise == "drawn",
         "noise is drawn, not inverted",
     ),
-    (("pnp",), lambda c: c.injection != "pnp", "injection is not pnp"),
-    (("tokenflow",), lambda c: c.propagation != "tokenflow", "propagation is not tokenflow"),
     (("layout", "object_mask"), lambda c: not c.wanted, "no object is named (box, ellipse, mask, shift)"),
     (("flow",), lambda c: c.smoothing == 0, "smoothing is 0"),
     (("precision", "keep_steps"), lambda c: c.memory == "recompute", "memory recompute keeps no attention"),

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from ...attention.key_frames import KeyFrames
-from ...attention.prompt import Mode, PromptEdit, changed_words, words_of
-from ...diffusion.edit import Edit, Injection, Propagation
+from ...attention.prompt import Mode, PromptEdit
 from ...diffusion.invert import InversionSettings
+from ...diffusion.parts import Edit
 from ...methods.fatezero import GROUP as FATEZERO
-from ...methods.fatezero import PRESETS as FATEZERO_PRESETS
 from ...methods.fatezero import FusionSettings
-from ...methods.flow_edit import PRESET as FLOW_EDIT_PRESET
-from ...methods.flow_edit import FlowEditSettings
 from ...methods.flow_smoothing import GROUP as FLOW
 from ...methods.flow_smoothing import FlowSmoothing
 from ...methods.layout_guidance import GROUP as LAYOUT
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.move_objects import MoveSettings
-from ...methods.plug_and_play import PnPSettings
-from ...methods.tokenflow import TokenFlowSettings
 from ...methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
-from ...settings import check, setting, setting_like, setting_of, settings_of, shown
+from ...recipes.presets import PRESETS, methods_of, preset_values
+from ...recipes.recipe import Recipe
+from ...settings import check, setting, setting_like, setting_of, settings_of
 from ...store.budget import StoreSettings
 from ...video.flow import FlowName
 from ...video.which import ClipSettings
 
 T = TypeVar("T")
-InjectionName = Literal["fatezero", "pnp", "none"]
-PropagationName = Literal["none", "tokenflow"]
+INJECTIONS, PROPAGATIONS, STARTS = (methods_of(part) for part in ("injection", "propagation", "start"))
+if TYPE_CHECKING:
+    InjectionName: TypeAlias = str
+    PropagationName: TypeAlias = str
+else:
+    InjectionName = Literal[(*(method.name for method in INJECTIONS), "none")]
+    PropagationName = Literal[("none", *(method.name for method in PROPAGATIONS))]
 NoiseName = Literal["inverted", "drawn"]
 MaskMode = Literal["replace", "union", "intersection"]
+SECTIONS: dict[str, Any] = {
+    method.name: method.settings for method in (*INJECTIONS, *PROPAGATIONS, *STARTS) if method.name != "fatezero"
+} | {"layout": MoveSettings}
+"""The sections of an edit's configuration, and the settings in them. FateZero's settings stand outside of sections."""
 
 
 class ConfigError(ValueError):
@@ -133,13 +139,10 @@ class ControlSettings:
 
 
 @dataclass(frozen=True)
-class EditConfig(
+class EditSettings(
     ClipSettings, InversionSettings, StoreSettings, FusionSettings, ObjectSettings, ControlSettings, ModelSettings
 ):
-    """Every setting of `fatezero edit`; the names are those of the flags and of the YAML keys.
-
-    Those of a method besides FateZero stand in a section of their own: `pnp`, `tokenflow`, `layout`.
-    """
+    """The settings of `fatezero edit` outside of sections; the names are those of the flags and of the YAML keys."""
 
     video: str = ""
     source: str = setting("", "Prompt that describes the video.", group=_TEXT)
@@ -158,14 +161,15 @@ class EditConfig(
     )
     injection: InjectionName = setting(
         "fatezero",
-        "What the edit takes of the source: fatezero its attention, word by word and under a mask; pnp the decoder's "
-        "queries, keys and one feature (Plug-and-Play); none nothing but the inverted noise.",
+        "What the edit takes from the source. "
+        + " ".join(f"{method.name}: {method.sentence}" for method in INJECTIONS)
+        + " none: nothing but the noise.",
         group=_EDIT,
     )
     propagation: PropagationName = setting(
         "none",
-        "How frames agree beyond their key frames: tokenflow has each take its self-attention from key frames that "
-        "were edited together.",
+        "How frames agree beyond their key frames. "
+        + " ".join(f"{method.name}: {method.sentence}" for method in PROPAGATIONS),
         group=_EDIT,
     )
     edit_mask: str = setting(
@@ -203,10 +207,6 @@ class EditConfig(
         (), 'Where words are in the clip, by a video or pictures: "jeep: mask.mp4". Else their attention tells.',
         group=LAYOUT,
     )  # fmt: skip
-    flow_edit: FlowEditSettings = FlowEditSettings()
-    pnp: PnPSettings = PnPSettings()
-    tokenflow: TokenFlowSettings = TokenFlowSettings()
-    layout: MoveSettings = MoveSettings()
 
     def __post_init__(self) -> None:
         """Its parts check themselves where they are made."""
@@ -224,16 +224,10 @@ class EditConfig(
     def fusion(self) -> FusionSettings:
         return self.part(FusionSettings)
 
-    @property
-    def chosen_injection(self) -> Injection | None:
-        """What the edit takes of the source."""
-        chosen: dict[str, Injection | None] = {"fatezero": self.fusion, "pnp": self.pnp, "none": None}
-        return chosen[self.injection]
-
-    @property
-    def chosen_propagation(self) -> Propagation | None:
-        """How frames agree."""
-        return self.tokenflow if self.propagation == "tokenflow" else None
+    def recipe(self, **more: Any) -> Recipe:
+        """The edit as every door has it. more: fields of the recipe."""
+        of_clip: dict[str, Any] = {"layout": None, "mask": None, **more}  # settings of these names are texts
+        return Recipe.of({one.name: getattr(self, one.name) for one in fields(self)}, **of_clip)
 
     @property
     def store(self) -> StoreSettings:
@@ -244,21 +238,27 @@ class EditConfig(
         return self.part(InversionSettings).keys
 
     def prompt_edit(self, tokenizer: Any) -> PromptEdit | None:
-        """The prompt pair, which FateZero's fusion alone needs; blend words not given are the words that change."""
-        if self.injection != "fatezero":
-            return None
-        blend = None
-        if self.fusion.blends and not self.wanted and not self.masked:  # a layout has an area of its own
-            changed = changed_words(self.source, self.target)
-            blend = (list(self.blend_source or changed[0]), list(self.blend_target or changed[1]))
-            if self.fusion.masks_by_prompts:
-                blend = blend if any(blend) else None
-            elif not blend[0] or (self.blend_latents and not blend[1]):
-                raise ConfigError(
-                    "blending needs words to blend: no word of the source changes, so give --blend-source and "
-                    f"--blend-target ({shown(self.source)} / {shown(self.target)})"
-                )
-        return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
+        """The prompt pair; see `Recipe.pair`."""
+        return self.recipe().pair(tokenizer, in_area=self.wanted or self.masked)
+
+
+if TYPE_CHECKING:
+
+    class EditConfig(EditSettings):
+        """Every setting of `fatezero edit`, each method's besides FateZero's in a section of its own."""
+
+        layout: MoveSettings
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    EditConfig = make_dataclass(
+        "EditConfig",
+        [(name, settings, field(default=settings())) for name, settings in SECTIONS.items()],
+        bases=(EditSettings,),
+        frozen=True,
+        namespace={"__module__": __name__, "__doc__": "Every setting of `fatezero edit`, with its sections."},
+    )
 
 
 def _part(config: Any, settings: type[T]) -> T:
@@ -318,41 +318,25 @@ class GenerateConfig(ObjectSettings, ModelSettings):
         check(self)
 
 
-SECTIONS: dict[str, Any] = {
-    "flow_edit": FlowEditSettings, "pnp": PnPSettings, "tokenflow": TokenFlowSettings, "layout": MoveSettings,
-}  # fmt: skip
-"""The sections of an edit's configuration, and the settings in them."""
 FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask")
 """The settings that name a file, besides those of LoRAs, each a file with its strength."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """Those that name files for words: "burger: mask.mp4"."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    **FATEZERO_PRESETS,
-    "pnp": {"injection": "pnp", "key_frames": ("self",)},
-    "tokenflow": {"injection": "pnp", "propagation": "tokenflow", "key_frames": ("self",)},
-    "tune_a_video": {
-        "injection": "none", "guidance_scale": 12.5, "key_frames": ("first", "previous"), "clip_norm": True,
-    },
-    "flow_edit": {"noise": "drawn", "injection": "none", **FLOW_EDIT_PRESET},
-}  # fmt: skip
-"""FateZero's, and the other papers' settings. Plug-and-Play and TokenFlow attend to one frame while they invert."""
-
 _LEFT_ALONE = {"key_frames", "clip_norm"}
 """Settings of the inversion that a preset may name, and leaves as they are where it does not."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE} | {"mode"}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE}
 """The settings that presets speak of; what one does not name has its default."""
 
 
 def with_preset(config: EditConfig, preset: str) -> EditConfig:
-    """A configuration with a preset's settings over its own.
-
-    The shape preset maps word to word where both prompts have equally many words, and
-    refines where they have not. Raises ConfigError for an unknown preset.
+    """A configuration with a preset's settings over its own, see `preset_values`. Raises ConfigError for an unknown
+    preset.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
-    mapped = preset.startswith("shape") and len(words_of(config.source)) == len(words_of(config.target))
-    default = EditConfig(mode="replace" if mapped else "refine")
-    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | PRESETS[preset])
+    try:
+        values = preset_values(preset, config.source, config.target)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    default = EditConfig()
+    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | values)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...diffusion.edit import first_step
+from ...diffusion.parts import first_step
 from ...files.lora import LoraFile
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.tune_a_video import LayerSettings
@@ -83,8 +83,9 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, NamedSetting]) -> di
             colour_of(found["background"])
         except ValueError as error:
             raise ConfigError(f"background: {error}") from error
-    for name in ("video", "source", "target", "prompt", "model"):
-        if isinstance(found.get(name), str) and name in values and not found[name].strip():
+    for name, value in found.items():
+        needed = name in ("video", "source", "target", "prompt", "model")
+        if isinstance(value, str) and (needed or (value and name in FILE_NAMES)) and not value.strip():
             raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")
     if "lora" in found:
         found["lora"] = tuple(text for text in found["lora"] if text.strip())

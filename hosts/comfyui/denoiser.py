@@ -18,9 +18,9 @@ from torch import Tensor
 from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.temporal_kind import TRAINED_KEYS
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.schedule import Schedule
-from ...methods.tune_a_video import TRAINED_KEYS
 from ...store.identity import ModelIdentity
 from ...store.records import Beside
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
@@ -178,7 +178,8 @@ class ComfyDenoiser:
         # negatives, and branches that guidance nodes add, may have prompts of several lengths: all their tokens count
         controls = {0: (control, condition.text_tokens), 1: (away, None)}
         if beside is not None and not self._joins(beside, condition, x, sigma):
-            beside.predicted = self.predict_noise(beside.latents, timestep, beside.condition, beside.control)
+            source = beside.control
+            source.captured.prediction = self.predict_noise(beside.latents, timestep, beside.condition, source)
             beside = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:

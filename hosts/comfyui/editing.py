@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...attention.masks import GivenMask
 from ...attention.prompt import PromptEdit
-from ...diffusion.edit import Edit, EditPass, edit_many
+from ...diffusion.edit import EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress
+from ...diffusion.parts import Edit
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
-from ...methods.fatezero import FusionSettings
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, noise_samples, schedule_of_store, source_of
@@ -162,9 +162,7 @@ def edit_clip(
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
     """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
-    fusion = edit.injection
-    if isinstance(fusion, FusionSettings):
-        fusion = replace(fusion, blend_latents=True, blend_latents_until=1.0)
+    fusion = None if edit.fusion is None else edit.fusion.inside()
     return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
 
 

@@ -6,20 +6,24 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import comfy.utils
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind, attention_map
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Beside, Memory, kept_as_map
 
-ALL_KINDS: Sequence[Kind] = get_args(Kind)
+ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
 """The transformer option with the function that replaces the host's attention kernel."""
 
+COMPILED = "torch.compile"
+"""The key of the wrapper that compiles a MODEL's calls (TorchCompileModel), which would not follow controls from step
+to step: calls of ours are not compiled."""
 SAME_KERNEL = 0.1
 """The largest difference from softmax attention, as a share of the largest value, of kernels that round it."""
 
@@ -46,6 +50,7 @@ class Hook:
         self.given, self.kinds = model, kinds
         """The MODEL as other nodes left it."""
         self.patcher = model.clone()
+        self.patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
         self.one_text = False
         """Whether the text of each branch is the same for all frames."""
         self.memory: Memory = "recompute"

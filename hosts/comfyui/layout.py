@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...attention.control import Control
 from ...attention.key_frames import Chunk, KeyFrames
-from ...methods.layout_guidance import LayoutGuidance
+from ...diffusion.steering import ClipSteering
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
@@ -35,7 +35,7 @@ class LayoutGuider(LoopGuider):
         positive: HostCondition,
         negative: HostCondition,
         guidance_scale: float,
-        layout: Callable[[tuple[int, int, int]], LayoutGuidance],
+        layout: Callable[[tuple[int, int, int]], ClipSteering],
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """layout: made for so many frames, of so many latents in height and width. tell: called with what is done.
@@ -47,7 +47,7 @@ class LayoutGuider(LoopGuider):
         self.positive, self._asked, self.tell = positive, layout, tell or (lambda text: None)
         twice = room_for(lambda frames: 2 * frames)  # what a gradient holds beside a call is about as much again
         self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
-        self._layout: LayoutGuidance | None = None
+        self._layout: ClipSteering | None = None
         self._moved: Tensor | None = None
         self._guided = 0
 
@@ -57,7 +57,7 @@ class LayoutGuider(LoopGuider):
             raise ValueError("latent_image: has a noise mask, which layout guidance does not take; Edit Video does")
         frames, _, height, width = latent_image.shape
         self._layout = self._asked((frames, height, width))
-        if self._layout.mode == "forward" and self.model_options.get("context_handler") is not None:
+        if not self._layout.moves_latents and self.model_options.get("context_handler") is not None:
             raise ValueError("model: context windows are set, which forward guidance does not follow; take backward")
         told = more.get("callback")
 
@@ -91,7 +91,7 @@ class LayoutGuider(LoopGuider):
         if not layout.guides(step, steps):
             return super().outer_predict_noise(x, timestep, model_options, seed)
         self._guided += 1
-        if layout.mode == "backward":
+        if layout.moves_latents:
             self._move(x, sigma, layout, model_options)
             return super().outer_predict_noise(x, timestep, model_options, seed)
         chunk = Chunk.whole(len(x))
@@ -99,7 +99,7 @@ class LayoutGuider(LoopGuider):
         with self.edited.controlled({0: guided, 1: (Control(_ALONE, chunk), None)}):
             return super().outer_predict_noise(x, timestep, model_options, seed)
 
-    def _move(self, x: Tensor, sigma: Tensor, layout: LayoutGuidance, options: dict[str, Any]) -> None:
+    def _move(self, x: Tensor, sigma: Tensor, layout: ClipSteering, options: dict[str, Any]) -> None:
         """Move the sampler's own latents, in place."""
         options = {**options, "transformer_options": dict(options["transformer_options"])}
         denoiser = ComfyDenoiser(self, options, x.device, None)

@@ -14,8 +14,8 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ...methods.temporal_layers import Blocks, TemporalLayers, is_temporal, trains
-from ...methods.tune_a_video import Kind
+from ...attention.temporal_kind import Kind
+from ...attention.temporal_layers import Blocks, TemporalLayers, is_temporal, trains
 from .hook import unpatched
 from .unet import check_unet
 

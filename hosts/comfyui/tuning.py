@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ...attention.condition import Condition
 from ...attention.control import Control
 from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.temporal_kind import Kind
+from ...attention.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.denoiser import Guidance
-from ...methods.temporal_layers import CastLinear, TemporalLayers, trained_of, trains
-from ...methods.tune_a_video import Kind, TuneProgress, TuneSettings, noised, tune
+from ...diffusion.training import Tunable, noised
 from ..recompute import recomputed
 from .conditions import HostCondition
 from .noise import prediction_of
@@ -29,32 +30,34 @@ from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in
 from .unet import HookedUNet, check_unet
 from .unet_layers import BLOCKS, norms_of_clip
 
+Train = Callable[[Tunable, Tensor, HostCondition], list[float]]
+"""Trains a model on latents and a prompt; returns the loss of each step."""
+
 
 def tune_model(
     model: Any,
     samples: Tensor,
     prompt: HostCondition,
-    settings: TuneSettings,
+    train: Train,
     key_frames: KeyFrames,
-    clip_norm: bool,
     kind: Kind = "official",
     rank: int | None = None,
-    progress: TuneProgress | None = None,
+    seed: int = 0,
 ) -> tuple[Any, list[float]]:
     """A MODEL with temporal layers tuned on LATENT samples (frames, 4, h, w), and the loss of each step.
 
-    What it carries already, layers or LoRA, is where the tuning begins. Raises ValueError for a model that is no
-    attention UNet, and the host's InterruptProcessingException between steps.
+    Layers or LoRA that it has are where the tuning begins. seed: of fresh layers. Raises ValueError for a model that is
+    no attention UNet, and the host's InterruptProcessingException between steps.
     """
     check_unet(model)
     before = temporal_layers(model)
     with torch.inference_mode(False):
-        layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, settings.seed)
+        layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, seed)
         own = _copied(model)
         hooked = HookedUNet(own, default_control=lambda frames: Control(key_frames, Chunk.whole(frames)))
         guider = comfy.samplers.CFGGuider(hooked.patcher)
         guider.inner_set_conds({"positive": prompt.conditioning})
-        sampler = _TuneSampler(layers.float(), prompt, settings, key_frames, clip_norm, progress)
+        sampler = _TuneSampler(layers.float(), prompt, train)
         latents = samples.clone()  # one of inference cannot be trained on
         guider.sample(torch.zeros_like(latents), latents, sampler, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
         known = before.queries if before else {}
@@ -96,13 +99,9 @@ class _TuneSampler(comfy.samplers.Sampler):
         self,
         layers: TemporalLayers,
         prompt: HostCondition,
-        settings: TuneSettings,
-        key_frames: KeyFrames,
-        clip_norm: bool,
-        progress: TuneProgress | None,
+        train: Train,
     ) -> None:
-        self.layers, self.prompt, self.settings, self.progress = layers, prompt, settings, progress
-        self.key_frames, self.clip_norm = key_frames, clip_norm
+        self.layers, self.prompt, self.train = layers, prompt, train
         self.losses: list[float] = []
         self.changes: dict[str, Tensor] = {}
         """What became of the queries, by diffusers' names."""
@@ -113,10 +112,7 @@ class _TuneSampler(comfy.samplers.Sampler):
     ) -> Tensor:  # fmt: skip
         denoiser = _HostTunable(guider, extra_args["model_options"], self.layers, latent_image)
         begun = {name: weight.detach().clone() for name, weight in denoiser.queries.items()}
-        self.losses = tune(
-            denoiser, latent_image, self.prompt, self.settings, None, self.key_frames, self.clip_norm,
-            progress=self.progress,
-        )  # fmt: skip
+        self.losses = self.train(denoiser, latent_image, self.prompt)
         self.changes = {name: (w.detach() - begun[name]).cpu() for name, w in denoiser.queries.items()}
         self.layers.cpu()
         return latent_image

@@ -345,8 +345,8 @@ class HookedUNet(Hook):
                 k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)
             k4, v4 = (t.expand(len(q), -1, -1, -1) for t in (k4, v4))
             output = output + theirs(q, joined(k4), joined(v4), options) - joined(attend(q4, k4, v4))
-        if control.outputs is not None and site.kind == "self":
-            control.outputs[site.name] = output
+        if control.captured.outputs is not None and site.kind == "self":
+            control.captured.outputs[site.name] = output
         return output
 
     def _control(self, branch: int, frames: int) -> tuple[Control, int | None]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 from comfy.model_sampling import V_PREDICTION
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Kind, Place
+from ...attention.control import SEPARATE, AttentionSite, Kind, Place
 from ...models.unet import clip_norms, feature_level
 from ...store.identity import IdentityCache, ModelIdentity
 from .noise import prediction_of
@@ -51,7 +51,7 @@ def attention_layers(unet: UNetModel) -> dict[Layer, LayerShape]:
             if isinstance(module, SpatialTransformer):
                 for i, transformer in enumerate(module.transformer_blocks):
                     index = sum(shape.place == place and at[3] == "self" for at, shape in found.items())
-                    for kind in get_args(Kind):
+                    for kind in SEPARATE:
                         attn = transformer.attn1 if kind == "self" else transformer.attn2
                         found[name, number, i, kind] = LayerShape(place, index, attn.heads, attn.dim_head, level)
             level += isinstance(module, Downsample) or (isinstance(module, ResBlock) and _resizes(module, Downsample))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 from uuid import uuid5
 
 import comfy.patcher_extension
@@ -22,7 +22,7 @@ from comfy.ldm.wan.model import WanModel
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind
+from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
@@ -246,8 +246,9 @@ class HookedWan(Hook):
             finally:
                 self._source = -1
                 if again:
-                    beside.control.records.clear()
-            beside.predicted = rearrange((x - clean) / sigma.view(-1, 1, 1, 1, 1), "1 c f y x -> f c y x")
+                    beside.control.captured.records.clear()
+            predicted = (x - clean) / sigma.view(-1, 1, 1, 1, 1)
+            beside.control.captured.prediction = rearrange(predicted, "1 c f y x -> f c y x")
             return results
 
         return joined
@@ -269,7 +270,7 @@ class HookedWan(Hook):
             handles = [
                 getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
                 for i, block in enumerate(self._unet.blocks)
-                for kind in get_args(Kind)
+                for kind in SEPARATE
             ]
             try:
                 return executor(x, *rest, **more)

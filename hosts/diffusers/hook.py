@@ -159,7 +159,7 @@ class HookedDenoiser(ABC):
         else:
             assert self.pairs, "the branches of this model run one after another"
             before = beside.latents, beside.condition, beside.control
-            beside.predicted, prediction = self.predicted([before, *branches], timestep)
+            beside.control.captured.prediction, prediction = self.predicted([before, *branches], timestep)
         if guidance is None:
             return prediction
         (negative,) = self.predicted([(latents, guidance.negative, guidance.control)], timestep)

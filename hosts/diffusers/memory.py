@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ...attention.condition import Condition
 from ...attention.control import Control
 from ...attention.key_frames import Chunk, KeyFrames
-from ...methods.layout_guidance import EnergyControl, LayoutGuidance
-from ...methods.tune_a_video import clip_loss
+from ...diffusion.training import clip_loss
 from .temporal import temporal_layers, with_temporal_layers
 from .unet import DiffusersDenoiser
 
@@ -53,9 +52,12 @@ def guidance_bytes(
     condition: Condition,
     keys: KeyFrames,
     clip_norm: bool,
-    layout: LayoutGuidance,
+    guide: Callable[[KeyFrames, Chunk], Any],
 ) -> tuple[int, int]:
-    """The most bytes that a guided step holds beside the weights: (of a gradient, of a plain call beside)."""
+    """The most bytes that a guided step needs besides the weights: (for a gradient, for a plain call).
+
+    guide: makes the control whose `loss` is differentiated.
+    """
     own, latents, text = _without_data(denoiser, latents_shape, condition)
     chunk, most = Chunk.whole(len(latents)), []
     with own.hooked(clip_norm):
@@ -63,7 +65,7 @@ def guidance_bytes(
         for guided in (True, False):
             with LiveBytes() as live, torch.no_grad():
                 if guided:
-                    control = EnergyControl(keys, chunk, layout)
+                    control = guide(keys, chunk)
                     own.gradient(latents, 500, text, control, control.loss)
                 else:
                     own.predict_noise(latents, 500, text, Control(keys, chunk))

@@ -14,10 +14,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...attention.temporal_kind import Kind
+from ...attention.temporal_layers import TemporalLayers, is_temporal, kind_of, trains
 from ...files.temporal_layers import load_temporal_layers, write_temporal_layers
 from ...files.whole import whole_file
-from ...methods.temporal_layers import TemporalLayers, is_temporal, kind_of, trains
-from ...methods.tune_a_video import Kind
 
 __all__ = [
     "convert_temporal_layers",

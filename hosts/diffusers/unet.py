@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from ...attention.condition import Condition
 from ...attention.control import Attend, AttentionSite, Control, Place, attention
+from ...attention.temporal_kind import TRAINED_KEYS
+from ...attention.temporal_layers import CastLinear, trained_of
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.schedule import Schedule
-from ...methods.temporal_layers import CastLinear, trained_of
-from ...methods.tune_a_video import TRAINED_KEYS, noised
+from ...diffusion.training import noised
 from ...models.unet import UNET, clip_norms, feature_level
 from ...store.identity import ModelIdentity
 from ..held import Stranger
@@ -99,8 +100,8 @@ class _Processor(ControlledProcessor):
         output = rearrange(attend(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
         for layer in attn.to_out:
             output = layer(output)
-        if control.outputs is not None and site.kind == "self":
-            control.outputs[site.name] = output
+        if control.captured.outputs is not None and site.kind == "self":
+            control.captured.outputs[site.name] = output
         if residual.ndim == 4:
             output = rearrange(output, "f (y x) c -> f c y x", y=grid[0], x=grid[1])
         return (output + residual if attn.residual_connection else output) / attn.rescale_output_factor

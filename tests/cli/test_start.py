@@ -84,7 +84,6 @@ REFUSED = {
     ("evaluate", "a.mp4", "b.mp4", "--plot", "p.txt"): "plot is 'p.txt'",
     ("evaluate", "a.mp4", "b.mp4", "--judge"): "judge needs --source and --target",
     ("evaluate", "a.mp4", "b.mp4", "--mask", " "): "mask is ' '",
-    ("evaluate", "none.mp4", "none.mp4"): "no video at none.mp4",
     ("batch", "job.yaml", "--workers", "0"): "workers is 0",
     ("batch", "job.yaml", "--timeout", "nan"): "timeout is nan",
     ("batch", "job.yaml", "--timeout", "0"): "timeout is 0",

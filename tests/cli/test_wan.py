@@ -42,9 +42,9 @@ def test_a_pair_of_transformers_and_a_store_in_a_file(command, tmp_path):
     [
         (("--preset", "pnp"), "Plug-and-Play"),
         (("--propagation", "tokenflow"), "TokenFlow"),
-        (("--smoothing", "0.5"), "flow smoothing"),
+        (("--smoothing", "0.5"), "smoothing needs a UNet"),
         (("--clip-norm",), "clip_norm"),
-        (("--shift", "square: 0:0.1,0"), "a layout"),
+        (("--shift", "square: 0:0.1,0"), "layout needs a UNet"),
         (("--temporal", "demo"), "model of videos already"),
         (("--size", "40x32"), "multiples of 16"),
     ],

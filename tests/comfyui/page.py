@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from comfyui.host import Host
@@ -15,6 +14,8 @@ from comfyui.host import Host
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOW = "no browser found: install Chromium (Debian's package chromium)"
 READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
+ACTIVE = "app.extensionManager.workflow.activeWorkflow?.path"
+"""The workflow that is open."""
 SETTLED = """async pictures => {
     const boxes = () => app.graph._nodes.map(node => {
         const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
@@ -38,6 +39,29 @@ SETTLED = """async pictures => {
 }"""
 """The place and size of each node, titles included, when three drawings made no difference and, if so told, pictures
 are loaded."""
+
+
+INNER = """async title => {
+    const outer = app.graph._nodes.find(node => node.title === title), inner = outer.subgraph
+    app.canvas.openSubgraph(inner, outer)
+    for (const drawn = app.canvas.frame; app.canvas.frame < drawn + 3;) {
+        app.canvas.setDirty(true, true)
+        await new Promise(requestAnimationFrame)
+    }
+    const ends = [['inputs', ...inner.inputNode.boundingRect], ['outputs', ...inner.outputNode.boundingRect]]
+    const boxes = [...inner._nodes.map(node => [`${node.id} ${node.type}`, ...node.boundingRect]), ...ends]
+    app.canvas.setGraph(outer.graph)
+    return boxes
+}"""
+PLACE = """() => {
+    const { scale, offset } = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect()
+    const boxes = app.graph._nodes.map(node => node.boundingRect).concat(app.graph._groups.map(one => one._bounding))
+    const onPage = (value, i, margin) => (value + offset[i]) * scale + [canvas.x, canvas.y][i] + margin
+    const low = i => onPage(Math.min(...boxes.map(box => box[i])), i, -12)
+    const high = i => onPage(Math.max(...boxes.map(box => box[i] + box[i + 2])), i, 12)
+    return [low(0), low(1), high(0), high(1)]
+}"""
+"""Left, top, right and bottom of the graph on the page, with a margin."""
 
 
 @dataclass
@@ -87,6 +111,11 @@ class Page:
         found = self.tab.evaluate(SETTLED, True)
         return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
 
+    def inner_boxes(self, title: str) -> dict[str, tuple[float, float, float, float]]:
+        """Left, top, right and bottom of each node inside a subgraph node, which is opened, with its two ends."""
+        found = self.tab.evaluate(INNER, title)
+        return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
+
     def texts(self) -> list[str]:
         """The texts that nodes show and nobody may edit."""
         return self.tab.evaluate(
@@ -113,10 +142,27 @@ class Page:
         self.tab.wait_for_function("() => window.ended")
         return self.tab.evaluate("() => window.ended")
 
-    def picture(self, path: Path) -> None:
-        """The page with the whole graph in view."""
+    def taken(self, graph_alone: bool = False) -> bytes:
+        """A PNG of the page with the whole graph in view, or of the graph alone."""
         self.boxes()
-        self.tab.screenshot(path=str(path))
+        if not graph_alone:
+            return self.tab.screenshot()
+        left, top, right, bottom = self.tab.evaluate(PLACE)
+        return self.tab.screenshot(clip={"x": left, "y": top, "width": right - left, "height": bottom - top})
+
+    def reload(self) -> None:
+        """Load the page again, which opens what was open."""
+        self.tab.reload()
+        self.tab.wait_for_function(READY)
+
+    def back(self) -> None:
+        """Go to the tab of the workflow that was opened before."""
+        before = self._active()
+        self.tab.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+        self.tab.wait_for_function(f"before => {ACTIVE} !== before", arg=before)
+
+    def _active(self) -> str:
+        return self.tab.evaluate(f"() => {ACTIVE}")
 
 
 @contextmanager

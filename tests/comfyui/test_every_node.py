@@ -134,7 +134,7 @@ MODELS: dict[str, Run | str] = {
     "TCFG": Run(),
     "TemporalScoreRescaling": Run(unet=HOST_FAILS, settings={"tsr_k": 0.5}),
     "TomePatchModel": Run(WITH_TOKENS, HOST_FAILS),
-    "TorchCompileModel": "compiles the same calls, for minutes",
+    "TorchCompileModel": "compiles the same calls for minutes; test_one_side has it on an edit, which is not compiled",
     "TripoSplatSamplingPreview": "needs the autoencoder of TripoSplat",
     "UNetCrossAttentionMultiply": Run(),
     "UNetSelfAttentionMultiply": Run(),

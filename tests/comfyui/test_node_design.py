@@ -2,7 +2,7 @@
 
 import pytest
 from comfyui import page as browser
-from comfyui.test_workflows import read
+from comfyui.shipped import read
 
 
 @pytest.mark.slow

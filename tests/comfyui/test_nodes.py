@@ -6,6 +6,7 @@ import pytest
 from comfyui.graph import SIDE, SOURCE, DemoGraph
 from comfyui.host import NodeError
 
+from fatezero.methods import METHODS
 from fatezero.video.read import read_video
 
 IDS = {
@@ -13,10 +14,11 @@ IDS = {
     "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroDemoVideoModel",
-    "FateZeroFusion", "FateZeroPnP", "FateZeroTokenFlow", "FateZeroFlowSmoothing", "FateZeroSteady",
+    "FateZeroFlowSmoothing", "FateZeroSteady",
     "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroFlowEdit", "FateZeroWanPair",
     "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
+    *(method.node_id for method in METHODS if method.part in ("injection", "propagation")),
 }  # fmt: skip
 JPEG = b"\xff\xd8\xff"
 

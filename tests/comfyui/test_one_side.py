@@ -184,3 +184,17 @@ def test_guidance_that_is_rescaled_over_all_frames_is_refused_in_chunks(host):
     graph.set(graph.edit, model=slg[0], chunk_frames=2)
     with pytest.raises(NodeError, match="guidance of SkipLayerGuidanceDiT .* may depend on all frames"):
         given(host, graph)
+
+
+@pytest.mark.parametrize("family", ["unet", "wan"])
+def test_an_edit_of_a_compiled_model_runs_uncompiled(host, folder, family):
+    graph = DemoGraph(steps=2) if family == "unet" else WanGraph(folder=str(folder))
+    graph.set(graph.invert, steps=2, memory="recompute")
+    graph.set(graph.edit, preset="attribute")
+    plain = given(host, graph)
+    model = graph.demo[0] if family == "unet" else graph.model[0]
+    compiled = add(host, graph, "TorchCompileModel", model=model, backend="inductor")
+    for side in SIDES:
+        on(graph, "both", "model", "model", model)
+        on(graph, side, "model", "model", compiled[0])
+        assert relative(given(host, graph), plain) < 1e-5

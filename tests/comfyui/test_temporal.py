@@ -9,12 +9,12 @@ from comfyui.host import NodeError
 from comfyui.test_parity import EDITS, parity
 from safetensors.torch import load_file
 
+from fatezero.attention.temporal_layers import trains
 from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.files.temporal_layers import write_temporal_layers
 from fatezero.hosts.diffusers import with_temporal_layers
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.hosts.diffusers.temporal import temporal_layers
-from fatezero.methods.temporal_layers import trains
 from fatezero.methods.tokenflow import TokenFlowSettings
 from fatezero.methods.tune_a_video import TuneSettings, tune
 from small import relative

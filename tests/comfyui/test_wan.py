@@ -14,7 +14,7 @@ from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
 from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.hosts.diffusers.wan import WanCheckpoint
-from fatezero.methods.fatezero import preset_fusion
+from fatezero.recipes.recipe import Recipe
 from small import relative
 
 SOURCE, TARGET = "a red square on water", "a green striped square on water"
@@ -117,7 +117,7 @@ def test_the_two_hosts_agree(host, graph, checkpoint, preset, memory, order):
     graph.set(graph.words, blend_source="square", blend_target="striped")
     graph.set(graph.invert, memory=memory, order=order)
     graph.set(graph.edit, preset=preset)
-    fusion = None if preset == "none" else preset_fusion(preset)
+    fusion = None if preset == "none" else Recipe.of_preset(preset).injection
     ours = by_library(checkpoint, fusion, memory=memory, order=order)
     assert relative(by_host(host, graph, checkpoint), ours) < 1e-4
     assert relative(ours, library_latents(checkpoint)) > 1e-2
@@ -132,7 +132,7 @@ def test_flow_edit_agrees(host, graph, checkpoint, preset):
         source_guidance=2.0, draws=2, seed=3,
     )  # fmt: skip
     graph.set(graph.edit, store=store[0], preset=preset, strength=0.75)
-    fusion = None if preset == "none" else preset_fusion(preset)
+    fusion = None if preset == "none" else Recipe.of_preset(preset).injection
     ours = by_library(checkpoint, fusion, settings, strength=0.75)
     assert relative(by_host(host, graph, checkpoint), ours) < 1e-4
 
@@ -145,9 +145,9 @@ def test_a_pair_of_models_shares_the_steps(host, graph, checkpoint, tmp_path, lo
     both = graph.add("FateZeroWanPair", model=graph.model[0], low_noise=low[0], boundary=0.8)
     graph.both(both[0])
     denoiser = Hosts(checkpoint.transformer, checkpoint.scheduler, WanCheckpoint.load(str(other)).transformer, 0.8)
-    ours = by_library(checkpoint, preset_fusion("style"), denoiser=denoiser)
+    ours = by_library(checkpoint, Recipe.of_preset("style").injection, denoiser=denoiser)
     assert relative(by_host(host, graph, checkpoint), ours) < 1e-4
-    assert relative(ours, by_library(checkpoint, preset_fusion("style"))) > 1e-2
+    assert relative(ours, by_library(checkpoint, Recipe.of_preset("style").injection)) > 1e-2
     loaded = {"lora_name": "wan.safetensors", "strength_model": 1.0}
     with_lora = [graph.add("LoraLoaderModelOnly", model=one[0], **loaded)[0] for one in (graph.model, low)]
     before = graph.add("FateZeroWanPair", model=with_lora[0], low_noise=with_lora[1], boundary=0.8)
@@ -428,8 +428,8 @@ def test_other_transformers_are_refused(host, graph, kind, error):
 @pytest.mark.parametrize(
     ("part", "error"),
     [
-        ({"preset": "pnp"}, "Plug-and-Play takes a feature"),
-        ({"propagation": "FateZeroTokenFlow"}, "TokenFlow is for UNets"),
+        ({"preset": "pnp"}, "Plug-and-Play needs a UNet"),
+        ({"propagation": "FateZeroTokenFlow"}, "TokenFlow needs a UNet"),
     ],
 )
 def test_parts_that_are_of_unets(host, graph, part, error):
@@ -461,7 +461,7 @@ def demo_edit(samples: torch.Tensor) -> torch.Tensor:
     source, target, empty = (checkpoint.encode_prompt(text, 32, 32) for text in (SOURCE, TARGET, ""))
     inversion = invert(denoiser, by_host_of_demo(samples), source, 4, order=2)
     prompt = PromptEdit(SOURCE, TARGET, checkpoint.tokenizer, "refine", (["square"], ["striped"]))
-    return edit(denoiser, inversion, target, empty, 5.0, prompt, preset_fusion("shape+"))
+    return edit(denoiser, inversion, target, empty, 5.0, prompt, Recipe.of_preset("shape+").injection)
 
 
 @pytest.mark.every_host

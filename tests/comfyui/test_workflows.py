@@ -2,78 +2,26 @@
 
 import json
 import os
-import shutil
-from pathlib import Path
 
 import pytest
 from comfyui import page as browser
-from comfyui.host import REPO
 from comfyui.layout_of_nodes import groups_of, lay_out, members_of, troubles
+from comfyui.shipped import DEMO, FOLDER, WITH_STEPS, of_demo, read
+from comfyui.write_pictures import PICTURES, mark_of
 from PIL import Image
 
 from fatezero.video.read import read_video
 
-FOLDER = REPO / "workflows"
 NAMES = (
     "attribute", "controlnet_lora", "custom_sampler", "demo", "layout_move_object", "layout_new_clip",
     "mask_correction", "measure",
     "one_inversion_three_edits", "shape", "style", "tokenflow",
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
-DEMO = {
-    "custom_sampler": 6,
-    "demo": 3,
-    "layout_move_object": 4,
-    "layout_new_clip": 3,
-    "mask_correction": 9,
-    "one_inversion_three_edits": 8,
-    "measure": 7,
-    "tokenflow": 5,
-    "tune_a_video": 11,
-    "wan_demo": 12,
-}
-"""Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
 OFTEN = ("demo",)
 """Those that run in the page by default; the others do so as prompts, which the page makes the same."""
 ROOMS = ("demo", "wan")
 """Those whose room is looked at by default."""
-
-
-WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas", "FateZeroFlowEdit")
-WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
-"""The nodes that load Wan's parts, and which output of the demo's video model takes the place of each."""
-
-
-def read(name: str, folder=FOLDER):
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def of_demo(prompt, host, lora, controlnet):
-    """A workflow for real models, with the demo's model and clip in their place and few steps."""
-    shutil.copy(REPO / "demo" / "clip.mp4", host.base / "input")
-    words = {"source": "a red square on water", "target": "a blue circle on water"}
-    placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # whose words are its prompt's
-    parts = {name: WAN_FILES[node["class_type"]] for name, node in prompt.items() if node["class_type"] in WAN_FILES}
-    for node in prompt.values():
-        inputs, kind = node["inputs"], node["class_type"]
-        inputs |= {k: [v[0], parts[v[0]]] for k, v in inputs.items() if isinstance(v, list) and v[0] in parts}
-        if kind in WAN_FILES:
-            node |= {"class_type": "FateZeroDemoVideoModel", "inputs": {}}
-        elif kind == "CheckpointLoaderSimple":
-            node |= {"class_type": "FateZeroDemoModel", "inputs": {}}
-        elif kind == "FateZeroLoadVideo":
-            inputs |= {"width": 64, "height": 64, "count": 3} | ({} if "video" in inputs else {"file": "clip.mp4"})
-        elif kind == "FateZeroPromptEdit" and isinstance(inputs["source"], str) and not placed:
-            inputs |= words | {"blend_source": "", "blend_target": ""}
-        elif kind == "EmptyLatentImage":
-            inputs["batch_size"] = 3
-        elif kind in WITH_STEPS or kind == "FateZeroTuneOnVideo":
-            inputs["steps"] = 2
-        elif kind == "LoraLoaderModelOnly":
-            inputs["lora_name"] = lora
-        elif kind == "ControlNetLoader":
-            inputs["control_net_name"] = controlnet
-    return prompt
 
 
 def test_every_workflow_has_a_thumbnail_and_a_twin():
@@ -84,6 +32,11 @@ def test_every_workflow_has_a_thumbnail_and_a_twin():
         workflow = read(name)
         assert workflow["groups"]
         assert any("Note" in node["type"] for node in workflow["nodes"])
+
+
+def test_pictures_of_the_page_show_the_workflows_as_they_are():
+    for path, name in PICTURES.items():
+        assert Image.open(path).info.get("comment") == mark_of(name).encode(), "run tests/comfyui/write_pictures.py"
 
 
 @pytest.mark.every_host
@@ -161,11 +114,11 @@ def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, contro
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
-def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
-    """With fewer steps, for time. FATEZERO_PICTURES=folder keeps the picture that the README shows."""
+def test_the_page_runs_a_demo_to_its_end(host, page, name):
+    """With fewer frames and steps, for time. Its texts stay when another workflow is opened and after a reload."""
     page.errors.clear()
     host.forget()  # texts of cached nodes are not sent again
-    workflow, frames = read(name), 8 if "FATEZERO_PICTURES" in os.environ else 3
+    workflow, frames = read(name), 3
     for node in workflow["nodes"]:
         if node["type"] == "FateZeroLoadVideo":
             node["widgets_values"][3] = frames
@@ -177,10 +130,18 @@ def test_the_page_runs_a_demo_to_its_end(host, page, tmp_path, name):
             node["widgets_values"][2] = 4
     page.open(workflow, name)
     assert page.run() == "execution_success"
-    page.picture(Path(os.environ.get("FATEZERO_PICTURES", tmp_path)) / f"page_{name}.jpg")
-    assert page.errors == []
-    shown = "\n".join(page.texts())
+    page.boxes()
+    texts = page.texts()
+    shown = "\n".join(texts)
     layers = "12 of 12" if name == "wan_demo" else "14 of 14"
     told = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
     for text in ("guided in 3 predictions of 3 steps",) if name == "layout_new_clip" else told:
         assert text in shown  # the store's bytes, the alignment and the report stand on their nodes
+    page.open(read("style"), "another")
+    page.boxes()
+    assert page.texts() == []
+    for again in (page.back, page.reload):
+        again()
+        page.boxes()
+        assert page.texts() == texts
+    assert page.errors == []

@@ -78,7 +78,7 @@ def test_the_demo_edits_and_keeps_better_than_plain_ddim(tmp_path):
 
     from fatezero.cli.app import progress_bar
 
-    rows = show(tmp_path, 10, "cpu", Console(quiet=True), progress_bar)
+    rows = show(tmp_path, 10, torch.device("cpu"), Console(quiet=True), progress_bar)
     assert {p.name for p in tmp_path.iterdir()} == {
         f"{edit}.{kind}" for edit in ("attribute", "shape", "style") for kind in ("mp4", "png")
     } | {"overview.png", "summary.md", "summary.json"}

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
-from fatezero.diffusion.edit import unet_calls
+from fatezero.diffusion.branches import EditRun
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.recipes.recipe import Recipe
 from fatezero.store.records import MEMORIES
 from fatezero.store.store import AttentionStore
 from small import THREE_LEVELS, random_latents, random_text, relative, small_unet
@@ -223,11 +224,10 @@ def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denois
 
 def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer, monkeypatch):
     """Of the matching level, not of the noisier one that the authors' index takes."""
-    from fatezero.diffusion.edit import _Run
 
     seen = []
-    move = _Run.move
-    monkeypatch.setattr(_Run, "move", lambda *given: seen.append(move(*given)) or seen[-1])
+    move = EditRun.move
+    monkeypatch.setattr(EditRun, "move", lambda *given: seen.append(move(*given)) or seen[-1])
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     fusion = FusionSettings(0.5, 0.5, blend_latents=True, blend_threshold=1.0)
     edit(denoiser, inversion, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion)
@@ -262,7 +262,7 @@ def test_calls_of_the_unet_are_as_told(denoiser, tokenizer):
     for fusion, memory in ((BLENDED, "recompute"), (BLENDED, "queries_keys"), (FusionSettings(0.2, 0.4), "recompute")):
         calls.clear()
         run(denoiser, tokenizer, random_latents(1), memory, fusion)
-        assert len(calls) == sum(unet_calls(5, 7.5, 0 if memory == "recompute" else 5, fusion))
+        assert len(calls) == sum(Recipe(injection=fusion).calls(5, 0 if memory == "recompute" else 5))
     counted.remove()
 
 

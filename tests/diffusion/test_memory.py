@@ -20,8 +20,8 @@ from fatezero import (
     edit_many,
     invert,
 )
-from fatezero.diffusion.edit import unet_calls
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.recipes.recipe import Recipe
 from fatezero.store import store as stores
 from fatezero.store.budget import PRECISIONS
 from small import forked, random_latents, random_text, relative, small_unet
@@ -162,7 +162,7 @@ def test_steps_that_are_not_kept_are_computed_again(denoiser, unet, prompt, shar
     counted = unet.register_forward_hook(lambda *_: calls.append(1))
     assert relative(edited(denoiser, inversion, prompt), expected) < 1e-9
     counted.remove()
-    assert len(calls) == sum(unet_calls(STEPS, 7.5, inversion.store.kept_steps, FUSION)) - STEPS
+    assert len(calls) == sum(Recipe(injection=FUSION).calls(STEPS, inversion.store.kept_steps)) - STEPS
     assert inversion.store.kept_steps == {0.0: 0, 0.4: 2, 0.8: 4}[share]
 
 

@@ -7,8 +7,8 @@ from fatezero import FusionSettings, PromptEdit, edit, invert
 from fatezero.attention.condition import Condition
 from fatezero.attention.key_frames import Chunk
 from fatezero.attention.masks import GivenMask, mask_sites, soft_mask
-from fatezero.diffusion.edit import unet_calls
 from fatezero.diffusion.prompt_mask import difference_levels, prompt_heat
+from fatezero.recipes.recipe import Recipe
 from small import random_latents, random_text, relative
 
 SOURCE, TARGET = "a red circle on sand", "a blue square on sand"
@@ -150,17 +150,17 @@ def test_a_given_mask_replaces_joins_or_limits_it(denoiser, prompt, how, unet):
 def test_calls_are_as_told(denoiser, unet, prompt, steps, levels):
     assert difference_levels(steps) == levels
     settings = FusionSettings(blend_self_attention=True, **PROMPTS)
-    plain = unet_calls(steps, 7.5, 0, FusionSettings())
-    assert unet_calls(steps, 7.5, 0, settings) == plain._replace(edit=plain.edit + 2 * len(levels))
+    plain = Recipe(injection=FusionSettings()).calls(steps)
+    assert Recipe(injection=settings).calls(steps) == plain._replace(edit=plain.edit + 2 * len(levels))
     alone, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
-    assert unet_calls(steps, 7.5, 0, settings, alone) == plain
-    assert unet_calls(steps, 7.5, 0, settings, joined) == unet_calls(steps, 7.5, 0, settings)
+    assert Recipe(injection=settings, mask=alone).calls(steps) == plain
+    assert Recipe(injection=settings, mask=joined).calls(steps) == Recipe(injection=settings).calls(steps)
     if steps == 5:
         inversion, calls = invert(denoiser, random_latents(), random_text(0), steps), []
         handle = unet.register_forward_hook(lambda *_: calls.append(1))
         edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
         handle.remove()
-        told = unet_calls(steps, 7.5, 0, settings)
+        told = Recipe(injection=settings).calls(steps)
         assert len(calls) == told.edit + told.source
 
 

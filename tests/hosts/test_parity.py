@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
-from fatezero.diffusion.edit import Edit
+from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store.records import MEMORIES
 from small import FIXTURES, levels_of, reference_denoiser, reference_inversion, relative, stepped

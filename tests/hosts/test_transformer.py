@@ -206,8 +206,8 @@ def test_where_words_are_looked_at_without_maps(denoiser, inversion, prompt):
 @pytest.mark.parametrize(
     ("part", "error"),
     [
-        ({"fusion": PnPSettings()}, "Plug-and-Play takes a feature"),
-        ({"propagation": TokenFlowSettings()}, "TokenFlow is for UNets"),
+        ({"fusion": PnPSettings()}, "Plug-and-Play needs a UNet"),
+        ({"propagation": TokenFlowSettings()}, "TokenFlow needs a UNet"),
     ],
 )
 def test_parts_that_are_of_unets(denoiser, inversion, part, error):

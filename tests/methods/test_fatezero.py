@@ -29,7 +29,7 @@ def recorded(maps=False, keys=KEYS):
     recorder = Recorder(keys, CLIP, {SELF.name, CROSS.name}, "maps" if maps else "recompute")
     recorder.self_attention(*tensors(SIDE**2, 0), SELF)
     recorder.cross_attention(*tensors(COLUMNS, 1), CROSS)
-    return SourceStep(recorder.records, keys, CLIP)
+    return SourceStep(recorder.captured, keys, CLIP)
 
 
 def fuser(plan=BOTH, masks=None, maps=False, settings=None):

@@ -4,7 +4,18 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fatezero import FlowEditSettings, FusionSettings, PromptEdit, TokenFlowSettings, draw, edit
+from fatezero import (
+    FlowEditSettings,
+    FlowSmoothing,
+    FusionSettings,
+    Moved,
+    MoveObjects,
+    PromptEdit,
+    Shift,
+    TokenFlowSettings,
+    draw,
+    edit,
+)
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk
@@ -56,8 +67,8 @@ def reference(world, settings, guidance_scale, first):
     with denoiser.hooked():
         for step in range(first, STEPS):
             level, timestep, differences = STEPS - step, schedule.timesteps[step], []
-            for levels.draw in range(settings.draws):
-                z_source = levels[level]
+            for number in range(settings.draws):
+                z_source = levels.of_draw(number)[level]
                 z = z_source + schedule.scale(level) * (x - clip)
                 differences.append(
                     predicted(z, timestep, target, guidance_scale)
@@ -101,12 +112,19 @@ def test_with_fusion_and_a_mask(world, request):
 
 
 def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
-    with pytest.raises(ValueError, match="drawn"):
+    with pytest.raises(ValueError, match="cannot be saved"):
         draw(world.denoiser, world.clip, world.text(2), STEPS).store.save(tmp_path / "store.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", [{"propagation": TokenFlowSettings(2)}, {"smoothing": object()}, {"layout": object()}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"propagation": TokenFlowSettings(2)},
+        {"smoothing": FlowSmoothing()},
+        {"layout": MoveObjects(objects=[Moved(Shift.parse("0:0.1,0"), [1], [1])])},
+    ],
+)
 def test_parts_that_need_an_inversion(part):
-    with pytest.raises(ValueError, match="does not go with drawn noise"):
+    with pytest.raises(ValueError, match="drawn noise"):
         World("ddim").edited(**part)

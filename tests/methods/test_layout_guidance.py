@@ -1,5 +1,7 @@
 """Layout guidance: the reference's numbers on a video UNet, gradients, and what must hold of energies and steps."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
@@ -256,7 +258,7 @@ def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
         text = random_text(1)
     layout, shape = LayoutGuidance(target=disc(2), columns=[2]), (2, 4, 16, 16)
     condition = Condition.of(text, "text")
-    told, plain = guidance_bytes(own, shape, condition, SELF, False, layout)
+    told, plain = guidance_bytes(own, shape, condition, SELF, False, partial(EnergyControl, layout=layout))
     with own.hooked(), torch.no_grad(), LiveBytes() as live:
         control = EnergyControl(SELF, Chunk.whole(2), layout)
         own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.loss)

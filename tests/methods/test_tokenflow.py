@@ -13,10 +13,12 @@ from fatezero.attention.masks import GivenMask
 from fatezero.demo.model import build_scheduler
 from fatezero.diffusion import ddim
 from fatezero.diffusion.denoiser import Guidance
-from fatezero.diffusion.edit import Edit, edit_many, unet_calls
+from fatezero.diffusion.edit import edit_many
+from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.methods import tokenflow
 from fatezero.methods.tokenflow import nearest
+from fatezero.recipes.recipe import Recipe
 from small import (
     FIXTURES,
     random_latents,
@@ -230,7 +232,7 @@ def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(denoiser, fusion):
     half = clip.shape[-1] // 2
     assert torch.equal(edited[..., half:], clip[..., half:])
     assert relative(edited[..., :half], clip[..., :half]) > 1e-2
-    with pytest.raises(ValueError, match='a mask joined as "union"'):
+    with pytest.raises(ValueError, match='how="union"'):
         run(denoiser, clip, None, fusion, mask=GivenMask(mask, "union"))
 
 
@@ -240,6 +242,6 @@ def test_less_strength_starts_from_the_clip_with_less_noise(denoiser):
     whole, half = (edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=s) for s in (1.0, 0.5))
     clip = inversion.latents[0]
     assert 0 < relative(half, clip) < relative(whole, clip)
-    assert unet_calls(4, 7.5, 0, None, strength=0.5) == (4, 4, 0)
+    assert Recipe(strength=0.5).calls(4) == (4, 4, 0)
     with pytest.raises(ValueError, match="strength is 0.1; it must be above 0 and leave a step of 4"):
         edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=0.1)

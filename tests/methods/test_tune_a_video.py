@@ -13,7 +13,8 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.demo.model import build_scheduler
-from fatezero.diffusion.edit import Edit
+from fatezero.diffusion.parts import Edit
+from fatezero.diffusion.training import clip_loss
 from fatezero.hosts.diffusers.memory import LiveBytes, activation_bytes
 from fatezero.hosts.diffusers.temporal import (
     convert_temporal_layers,
@@ -24,7 +25,7 @@ from fatezero.hosts.diffusers.temporal import (
     temporal_layers,
 )
 from fatezero.hosts.diffusers.unet import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.methods.tune_a_video import LayerSettings, TuneSettings, clip_loss, optimizer_class, tune
+from fatezero.methods.tune_a_video import LayerSettings, TuneSettings, optimizer_class, tune
 from small import (
     FIXTURES,
     random_latents,

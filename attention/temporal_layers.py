@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .tune_a_video import Kind
+from .temporal_kind import Kind
 
 NAMES: dict[Kind, tuple[str, str]] = {
     "official": ("attn_temp", "norm_temp"),

@@ -1,0 +1,152 @@
+"""One edit while it runs: its inputs on their device, and the branches of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..attention.condition import Condition
+from ..attention.key_frames import Chunk
+from ..store.records import Recorder, SourceStep
+from ..store.store import AttentionStore
+from .denoiser import Denoiser, Guidance, frames_of
+from .parts import Edit, EditContext, Injected, Prediction, Prepare, check_parts, first_step
+from .schedule import Schedule, Solver
+from .source import Needs, compute_source, source_for
+from .start import start_of
+from .steering import EditSteering
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The branches of one edit at one step, evaluated on any frames. `edit` is the only way to the edit's prediction,
+    and always injects.
+
+    store: the edit's, or a view of it with other noise. z: the edit's latents, (frames, c, h, w).
+    """
+
+    run: EditRun
+    store: AttentionStore
+    z: Tensor
+    step: int
+    made: list[Prediction] = field(default_factory=list)
+    """Everything that `edit` returned."""
+
+    def source(self, chunk: Chunk, prepare: Prepare | None = None) -> Recorder:
+        """The source's branch on a chunk."""
+        prepared = None if prepare is None else lambda recorder: prepare("source", recorder)
+        return compute_source(self.run.denoiser, self.store, self.step, self.run.needs(self.step), chunk, prepared)
+
+    def source_for(self, chunk: Chunk) -> SourceStep:
+        """The source's branch on a chunk, for `edit`, within whose call it may run."""
+        return source_for(self.run.denoiser, self.store, self.step, self.run.needs(self.step), chunk)
+
+    def edit(self, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
+        """The guided prediction of the edit on the source's chunk."""
+        self.made.append(self.run.predict(self, source, prepare))
+        return self.made[-1]
+
+
+class EditRun:
+    """One edit with its inputs checked, on the device it runs on.
+
+    first: the step, 0 the noisiest, at which it begins. negative: None at guidance 1.
+    """
+
+    def __init__(self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, edit: Edit) -> None:
+        if not math.isfinite(edit.guidance_scale):
+            raise ValueError(f"guidance_scale is {edit.guidance_scale}; it must be a finite number")
+        self.start = start_of(store)
+        check_parts(edit, denoiser.spans_clip, self.start)
+        self.denoiser, self.store, self.schedule = denoiser, store, schedule
+        like = store.level(0)[:1].to(denoiser.device)
+        self.target = Condition.of(edit.target_embeddings, "target_embeddings").to(like)
+        self.negative: Condition | None = None
+        if edit.guidance_scale != 1:
+            if edit.negative_embeddings is None:
+                raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")
+            self.negative = Condition.of(edit.negative_embeddings, "negative_embeddings").to(like)
+        self.guidance_scale = edit.guidance_scale
+        self.solver = Solver(schedule, store.order)
+        self.propagation, self.smoothing, self.layout = edit.propagation, edit.smoothing, edit.layout
+        self.first = first_step(edit.strength, schedule.steps)
+        self.context = EditContext(denoiser, store, self.target, like)
+        injection = edit.fusion
+        self.injected = Injected(edit, self.context) if injection is None else injection.injected(edit, self.context)
+        self._steering: EditSteering | None = None
+
+    def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """Called once, while the denoiser is hooked. chunks: of every step."""
+        if self.layout is not None:
+            self._steering = self.layout.prepared(self.context, chunks)
+            self.context.area = self._steering.area
+        self.injected.prepare(chunks)
+
+    def begin(self) -> Tensor:
+        """The latents of the first step, (frames, c, h, w)."""
+        z, level = self.start.latents(self), self.schedule.steps - self.first
+        return z if self._steering is None else self._steering.started(z, self.schedule.noise(level).item())
+
+    def steered(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
+        """The latents that a step begins from, moved where the layout guides it."""
+        steps, steering = self.schedule.steps, self._steering
+        if steering is None or step < self.first or not steering.guides(step, steps):
+            return z
+        timestep, alpha = self.schedule.timesteps[step], self.schedule.alphas[steps - step]
+        keys, norm = self.store.key_frames, self.store.clip_norm
+        return steering.moved(self.denoiser, z, timestep, alpha, self.target, keys, norm, chunk_frames)
+
+    @property
+    def shares_source(self) -> bool:
+        """Whether one evaluation of the source serves this edit and others of the pass."""
+        return self.propagation is None and not self.injected.own_level and not self.start.draws
+
+    def needs(self, step: int) -> Needs:
+        """What a step reads from the source."""
+        return replace(self.injected.needs(step), prediction=self.start.draws > 0)
+
+    def branches(self, z: Tensor, step: int, store: AttentionStore | None = None) -> Branches:
+        """The branches of a step for latents z. store: a view of the edit's store, with other noise."""
+        return Branches(self, store or self.store, z, step)
+
+    def predict(self, branches: Branches, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
+        """The guided prediction on the source's chunk. prepare: called with the control of each branch."""
+        step = branches.step
+        control, negative = self.injected.controls(source, step)
+        if prepare is not None:
+            prepare("target", control)
+            prepare("negative", negative)
+        guidance = None if self.negative is None else Guidance(self.negative, negative, self.guidance_scale)
+        latents, timestep = frames_of(branches.z, source.chunk), self.schedule.timesteps[step]
+        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.beside)
+        mask = self.injected.latent_mask(source, control, step)
+        of_source = self.start.source_prediction(branches, source)
+        return Prediction(noise, None if mask is None else mask.to(branches.z), of_source)
+
+    def smoothed(self, z: Tensor, step: int, predicted: Prediction) -> Prediction:
+        """A prediction whose clean latents went through the smoothing."""
+        if self.smoothing is None:
+            return predicted
+        level = self.schedule.steps - step
+        source = self.store.level(0).to(z.device, non_blocking=True)
+        clean = self.schedule.clean(z, predicted.noise, level)
+        smoothed = self.smoothing.smoothed(clean, source)
+        if smoothed is clean:
+            return predicted
+        return Prediction(self.schedule.towards(z, smoothed, level), predicted.mask)
+
+    def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
+        """One step from level steps - step to the next cleaner one."""
+        level = self.schedule.steps - step
+        z = self.start.moved(self, z, predicted, level)
+        if self._steering is not None:
+            z = self._steering.carried(z, level - 1, step)
+        if predicted.mask is not None:
+            kept = self.store.level(level - 1).to(z.device, non_blocking=True)
+            z = kept + predicted.mask * (z - kept)
+        return z

@@ -1,0 +1,260 @@
+"""The parts of an edit: what it takes from the source, how frames agree, where it starts, and where objects are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ..attention.condition import Condition
+from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import Chunk
+from ..attention.masks import GivenMask
+from ..attention.prompt import PromptEdit
+from ..settings import setting, whole_steps
+from ..store.records import SourceStep
+from ..store.store import AttentionStore
+from .denoiser import Denoiser
+from .source import Needs
+from .steering import EditSteering
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from .branches import Branches, EditRun
+
+
+class Prediction(NamedTuple):
+    """The model's prediction at one step, for the whole clip or for the frames of a chunk.
+
+    noise: (frames, c, h, w). mask: (frames, 1, h, w), 0 where the source's latents replace the edit's; None for no
+    mask. source: the same prediction for the source's branch, where the start needs it.
+    """
+
+    noise: Tensor
+    mask: Tensor | None
+    source: Tensor | None = None
+
+
+Prepare = Callable[[str, Control], None]
+"""Called with a branch's name ("source", "target", "negative") and its control, before the branch runs."""
+
+
+class Injection(Protocol):
+    """What an edit takes from the source: `FusionSettings`, `PnPSettings`."""
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
+
+    def injected(self, edit: Edit, context: EditContext) -> Injected:
+        """The injection in one edit. Raises ValueError for settings that do not fit it."""
+
+    def reads_source(self, step: int, steps: int) -> bool:
+        """Whether a step reads the source's attention."""
+
+    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
+        """Model calls before the first step. spans_clip: see `Denoiser`."""
+
+    def inside(self) -> Injection:
+        """The injection of an edit that may change nothing outside its mask, to the last step."""
+
+    def summary(self, steps: int) -> str:
+        """One line for the report of a run of `steps`."""
+
+
+class BaseInjection:
+    """An injection that fits every edit, and needs no model call before the first step."""
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """See `Injection.check`."""
+
+    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
+        return 0
+
+    def inside(self) -> Self:
+        return self
+
+
+class Propagation(Protocol):
+    """How frames agree beyond the key frames of their attention: `TokenFlowSettings`."""
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
+
+    def predict(
+        self, step: int, steps: int, clip: int, branches: Branches, chunk_frames: int | None
+    ) -> list[tuple[Chunk, Prediction]]:
+        """A step's predictions, each made by `branches.edit`; the chunks' weights sum to 1 in every frame.
+
+        chunk_frames: the most frames of one model call, where the method has a choice.
+        """
+
+    def evaluated(self, clip: int) -> float:
+        """Frames that a branch evaluates in a step, as a multiple of the clip's."""
+
+    def summary(self, clip: int) -> str:
+        """One line for the report of a clip of so many frames."""
+
+
+class Smoothing(Protocol):
+    """A filter on the clean latents that a step predicts: `FlowSmoothing`."""
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
+
+    def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
+        """The filtered clean latents of the clip, (frames, c, h, w). source: the source's."""
+
+    def summary(self) -> str:
+        """One line for the report."""
+
+
+class Layouts(Protocol):
+    """Where objects go: `LayoutGuidance`, `MoveObjects`."""
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
+
+    @property
+    def keeps_rest(self) -> bool:
+        """Whether the clip changes only in an area, known once the layout is prepared."""
+
+    def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> EditSteering:
+        """The layout in one edit, made while the denoiser is hooked. chunks: of every step. Raises ValueError for
+        settings that do not fit the edit.
+        """
+
+    def summary(self, steps: int) -> str:
+        """One line for the report of a run of `steps`."""
+
+
+class Start(Protocol):
+    """Where edits of a store start, and how a step moves their latents: `Inverted`, or FlowEdit's `DrawnNoise`."""
+
+    draws: int
+    """How many drawn noises a step averages over; 0 where edits start from an inversion."""
+
+    def check(self, edit: Edit) -> None:
+        """Raise ValueError for a part of an edit that does not work from this start."""
+
+    def latents(self, run: EditRun) -> Tensor:
+        """The latents of an edit's first step, (frames, c, h, w)."""
+
+    def predict(self, run: EditRun, z: Tensor, step: int, predict: Callable[[Branches], Prediction]) -> Prediction:
+        """The prediction of a step for latents z. predict: evaluates branches, in the chunks of the step."""
+
+    def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
+        """The prediction for the source on a chunk, (frames, c, h, w); None where a step does not need it."""
+
+    def moved(self, run: EditRun, z: Tensor, predicted: Prediction, level: int) -> Tensor:
+        """The latents of a level moved to the next cleaner one."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of a clip: the arguments of `edit` that may differ between the edits of one inversion."""
+
+    target_embeddings: Tensor | Condition
+    negative_embeddings: Tensor | Condition | None = None
+    guidance_scale: float = setting(
+        7.5, "Classifier-free guidance. The paper uses 7.5.", least=1, most=100, step=0.1, group="The edit"
+    )
+    prompt: PromptEdit | None = None
+    fusion: Injection | None = None
+    mask: GivenMask | None = None
+    propagation: Propagation | None = None
+    smoothing: Smoothing | None = None
+    layout: Layouts | None = None
+    strength: float = setting(
+        1.0,
+        "Share of the steps that the edit runs. Below 1 it starts from the clip with less of the inverted noise "
+        "(SDEdit), and stays closer to it.",
+        least=0, most=1, step=0.01, group="The edit",
+    )  # fmt: skip
+
+
+def first_step(strength: float, steps: int) -> int:
+    """The step, 0 the noisiest, at which an edit of a strength begins. Raises ValueError where it leaves no step."""
+    if not 0 < strength <= 1 or steps - whole_steps(strength, steps) >= steps:
+        raise ValueError(f"strength is {strength}; it must be above 0 and leave a step of {steps}, and at most 1")
+    return steps - whole_steps(strength, steps)
+
+
+def check_parts(edit: Edit, spans_clip: bool, start: Start) -> None:
+    """Raise ValueError where the parts of an edit do not fit each other, the model or the start.
+
+    Needs neither latents nor the model, so that it can run before an inversion.
+    """
+    parts = (edit.fusion, edit.propagation, edit.smoothing, edit.layout)
+    for part in parts:
+        if part is not None:
+            part.check(edit, spans_clip)
+    start.check(edit)
+
+
+def check_needs_unet(title: str, spans_clip: bool) -> None:
+    """Raise ValueError, naming a method by its title, on a video transformer."""
+    if spans_clip:
+        raise ValueError(
+            f"{title} needs a UNet: the frames of a video transformer already attend to each other; leave it out"
+        )
+
+
+class EditContext:
+    """State of one edit's run that its parts share.
+
+    like, latents_like: tensors with the device and dtype of the model, and of the latents. area: see `EditSteering`.
+    """
+
+    area: Tensor | None = None
+
+    def __init__(self, denoiser: Denoiser, store: AttentionStore, target: Condition, latents_like: Tensor) -> None:
+        self.denoiser, self.store, self.target = denoiser, store, target
+        self.steps = store.steps
+        self.sites: list[AttentionSite] = denoiser.sites(*store.levels.shape[-2:])
+        self.spans_clip = denoiser.spans_clip
+        self.latents_like = latents_like
+        self.like = latents_like.to(denoiser.dtype)
+
+
+class Injected:
+    """An injection in one edit. This base class injects nothing; outside a given mask it restores the source's latents.
+
+    own_level: see `Needs`.
+    """
+
+    own_level = True
+
+    def __init__(self, edit: Edit, context: EditContext) -> None:
+        self.context = context
+        self._inside = None if edit.mask is None else self.of_latents(edit.mask)
+
+    def of_latents(self, mask: GivenMask) -> Tensor:
+        """A mask on the latents' grid, (frames, 1, h, w). Raises ValueError for one to join with a computed mask."""
+        if not mask.replaces:
+            raise ValueError(
+                f'mask how="{mask.how}" needs an edit that computes a mask (FateZero with blending); use "replace"'
+            )
+        store = self.context.store
+        height, width = store.levels.shape[-2:]
+        return mask.at((height, width), store.frames).to(self.context.latents_like)[:, None]
+
+    def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        """Called once, while the denoiser is hooked. chunks: of every step."""
+
+    def needs(self, step: int) -> Needs:
+        """What a step reads from the source."""
+        return Needs(own_level=self.own_level)
+
+    def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
+        """The controls of the target's and the negative prompt's branch, on the source's chunk."""
+        return Control(source.key_frames, source.chunk), Control(source.key_frames, source.chunk)
+
+    def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
+        """Where the edit's own latents stay, after its branch ran: (frames of the chunk, 1, h, w); None: everywhere."""
+        return None if self._inside is None else self._inside[list(source.chunk.frame_indices)]
+
+    def blends_latents(self, step: int) -> bool:
+        """Whether a step has such a mask."""
+        return self._inside is not None

@@ -1,0 +1,51 @@
+"""Where edits start: an inversion's noise, unless the store says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..store.records import SourceStep
+from ..store.store import AttentionStore
+from .parts import Edit, Prediction, Start
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .branches import Branches, EditRun
+
+
+class Inverted:
+    """Edits start at the inverted noise, or with less strength at the clip with less of it."""
+
+    draws = 0
+
+    def check(self, edit: Edit) -> None:
+        """Every edit can start from an inversion."""
+
+    def latents(self, run: EditRun) -> Tensor:
+        """The noisiest level; later starts mix the clip with the eps that makes that level."""
+        schedule, store, level = run.schedule, run.store, run.schedule.steps - run.first
+        noise = store.level(store.steps).to(run.denoiser.device)
+        if not run.first:
+            return noise
+        clip = store.level(0).to(noise.device)
+        eps = (noise - schedule.signal(schedule.steps) * clip) / schedule.noise(schedule.steps)
+        return (schedule.signal(level) * clip + schedule.noise(level) * eps).to(noise.dtype)
+
+    def predict(self, run: EditRun, z: Tensor, step: int, predict: Callable[[Branches], Prediction]) -> Prediction:
+        return predict(run.branches(z, step))
+
+    def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
+        return None
+
+    def moved(self, run: EditRun, z: Tensor, predicted: Prediction, level: int) -> Tensor:
+        return run.solver.move(z, predicted.noise, level, level - 1)
+
+
+INVERTED = Inverted()
+
+
+def start_of(store: AttentionStore) -> Start:
+    """The start of a store's edits."""
+    return store.start or INVERTED

@@ -1,0 +1,136 @@
+"""FateZero's branch in one step of an edit: the source's attention, fused layer by layer without building a map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from einops import rearrange
+
+from ..attention.control import AttentionSite, Control, attention_map, over_windows
+from ..attention.key_frames import Chunk, as_one
+from ..attention.prompt import Alignment
+from ..imports import torch
+from ..store.records import Map, QueriesKeys, SourceStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from .fatezero import FusionSettings, Grid, StepPlan
+
+
+class Fuser(Control):
+    """The conditional branch of the edit at one step, fused with the source's.
+
+    masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where
+    the edit keeps its own self-attention; None for none. shares: grid -> what each place keeps of its
+    attention to each target token, (f, c, height, width) in 0..1; None for all of it. keep: names of the
+    layers whose own cross maps are kept in `maps`. own_words: whether the edit keeps its own cross-attention too where
+    a mask is 1.
+    """
+
+    def __init__(
+        self,
+        source: SourceStep,
+        alignment: Alignment,
+        fusion: FusionSettings,
+        plan: StepPlan,
+        masks: dict[tuple[int, int], Tensor] | None = None,
+        shares: dict[tuple[int, int], Tensor] | None = None,
+        keep: frozenset[str] = frozenset(),
+        own_words: bool = False,
+    ) -> None:
+        super().__init__(source.key_frames, source.chunk)
+        self.source = source
+        self.alignment = alignment
+        self.fusion = fusion
+        self.plan = plan
+        self.masks = masks
+        self.shares = shares
+        self.keep = keep
+        self.own_words = own_words
+        self.maps: dict[str, Tensor] = {}
+        """A host's guidance may evaluate the branch again; the first time counts."""
+
+    def on(self, chunk: Chunk) -> Self:
+        own, rows = super().on(chunk), self.chunk.rows(chunk)
+        own.source, own.maps = self.source.window(chunk.frame_indices), {}
+        own.masks, own.shares = (x and {grid: m[rows] for grid, m in x.items()} for x in (self.masks, self.shares))
+        return own
+
+    def map_of(self, site: AttentionSite) -> Tensor:
+        """The cross map that was kept of a layer."""
+        if self.windows:
+            maps = {frames: control.maps[site.name] for frames, control in self.windows.items()}
+            return over_windows(maps, self.chunk.frame_indices)
+        return self.maps[site.name]
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        if not (self.plan.fuse_self and self.fusion.fuses(site)):
+            return super().self_attention(q, k, v, site)
+        if self.masks is not None and self.key_frames.everyone:
+            return self._blended_by_token(q, k, v, self.masks[site.height, site.width], site)
+        source = self._source(v, site)
+        if self.masks is None:
+            return source
+        return self._blended(super().self_attention(q, k, v, site), source, self.masks, site)
+
+    def _blended_by_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, site: AttentionSite) -> Tensor:
+        """The same where all tokens of the clip attend to each other: each of both only where it counts."""
+        m, v = rearrange(mask, "f y x -> (f y x)").to(q), as_one(v)
+        record = self.source.records[site.name]
+        if isinstance(record, Map):
+            source = rearrange(record.probabilities.to(v), "f h t n -> 1 h (f t) n") @ v
+            own = self.attend(as_one(q), as_one(k), v)
+            return rearrange(m[:, None] * own + (1 - m[:, None]) * source, "1 h (f t) d -> f h t d", f=len(q))
+        output = torch.zeros_like(as_one(q))
+        sides = ((m, q, k), (1 - m, record.queries(q.dtype), record.keys(q.dtype)))
+        for share, queries, keys in sides:
+            rows = share.nonzero()[:, 0]
+            if len(rows) == len(share):
+                output += share[:, None] * self.attend(as_one(queries), as_one(keys), v)
+            elif len(rows):
+                found = self.attend(as_one(queries)[:, :, rows], as_one(keys), v)
+                output.index_add_(2, rows, share[rows, None] * found)
+        return rearrange(output, "1 h (f t) d -> f h t d", f=len(q))
+
+    @staticmethod
+    def _blended(own: Tensor, source: Tensor, masks: dict[Grid, Tensor], site: AttentionSite) -> Tensor:
+        """M own + (1 - M) source, of outputs (f h t d)."""
+        mask = rearrange(masks[site.height, site.width], "f y x -> f 1 (y x) 1").to(own)
+        return mask * own + (1 - mask) * source
+
+    def _source(self, v: Tensor, site: AttentionSite) -> Tensor:
+        """A_src @ v; where key frames attend to all of each other, the source's queries and keys do so too."""
+        record = self.source.record(site.name)
+        if self.extended and isinstance(record, QueriesKeys):
+            return super().self_attention(record.queries(v.dtype), record.keys(v.dtype), v, site)
+        return self.source.apply_self(site, self.of_key_frames(v, site), self.attend)
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        fuses, keeps = self.plan.fuse_cross and self.fusion.fuses(site), site.name in self.keep
+        if not (fuses or keeps or self.shares):
+            return super().cross_attention(q, k, v, site)
+        attend = self.attend
+        if keeps or self.shares:
+            own = attention_map(q, k)
+            attend = lambda q, k, v: own @ v  # noqa: E731
+        if keeps:
+            self.maps.setdefault(site.name, own)
+        if self.shares:
+            fused = self.alignment.fused(self.source.cross_map(site, q.dtype), own) if fuses else own
+            return _shared(fused, self.shares[site.height, site.width]) @ v
+        if not fuses:
+            return attend(q, k, v)
+        of_source, of_own = self.alignment.values(v)
+        fused = self.source.apply_cross(site, of_source, self.attend) + attend(q, k, of_own)
+        if not (self.own_words and self.masks):
+            return fused
+        return self._blended(attend(q, k, v), fused, self.masks, site)
+
+
+def _shared(map: Tensor, shares: Tensor) -> Tensor:
+    """A map (f h t c) without what places do not keep of it (shares of `Fuser`); what they do has the same sum."""
+    kept = map * rearrange(shares, "f c y x -> f 1 (y x) c").to(map)
+    tiny = torch.finfo(map.dtype).tiny
+    return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))

@@ -1,0 +1,1 @@
+"""What an edit is, for every door: command, nodes, Python, batches and benchmarks."""

@@ -1,0 +1,31 @@
+"""Presets: settings that go together, the same for every door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..attention.prompt import words_of
+from ..methods import METHODS
+from ..methods.method import Method
+from ..settings import shown
+
+PRESETS: dict[str, Mapping[str, Any]] = {name: values for method in METHODS for name, values in method.presets.items()}
+"""The settings of each preset, by name: guidance and key frames included. Others keep their defaults."""
+BY_NAME: dict[str, Method] = {method.name: method for method in METHODS}
+
+
+def methods_of(part: str) -> tuple[Method, ...]:
+    """The methods that are one part of an edit."""
+    return tuple(method for method in METHODS if method.part == part)
+
+
+def preset_values(preset: str, source: str = "", target: str = "") -> dict[str, Any]:
+    """The settings of a preset for two prompts: shape edits map word to word where both have equally many words.
+
+    Raises ValueError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {shown(preset)} is unknown: use one of {', '.join(PRESETS)}")
+    mapped = preset.startswith("shape") and len(words_of(source)) == len(words_of(target))
+    return {**PRESETS[preset], "mode": "replace" if mapped else "refine"}

@@ -1,0 +1,138 @@
+"""One edit as a value: its parts, prompts and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..attention.masks import GivenMask
+from ..attention.prompt import Mode, PromptEdit, changed_words
+from ..diffusion.denoiser import refuse_clip_norm
+from ..diffusion.parts import Edit, Injection, Layouts, Propagation, Start, check_parts
+from ..diffusion.start import INVERTED
+from ..methods.fatezero import FusionSettings
+from ..methods.flow_edit import DrawnNoise, FlowEditSettings
+from ..methods.flow_smoothing import FlowSmoothing
+from ..settings import settings_of, shown
+from .cost import Calls, calls_of
+from .presets import BY_NAME, preset_values
+
+if TYPE_CHECKING:
+    from ..attention.condition import Condition
+
+    Text = Condition | Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an edit is.
+
+    injection: what it takes from the source. propagation, smoothing: how frames agree. noise: FlowEdit's settings where
+    it starts from sampled noise; None for an inversion. layout: where objects go. mask: of the edit. blend_source,
+    blend_target: words that draw the blend mask; empty for the words that change. key_frames, clip_norm: of the
+    inversion; None where the recipe leaves them open.
+    """
+
+    source: str = ""
+    target: str = ""
+    negative: str = ""
+    guidance_scale: float = 7.5
+    strength: float = 1.0
+    injection: Injection | None = None
+    propagation: Propagation | None = None
+    smoothing: FlowSmoothing | None = None
+    noise: FlowEditSettings | None = None
+    layout: Layouts | None = None
+    mask: GivenMask | None = None
+    mode: Mode = "refine"
+    blend_source: tuple[str, ...] = ()
+    blend_target: tuple[str, ...] = ()
+    reweight: Mapping[str, float] = field(default_factory=dict)
+    key_frames: tuple[str | int, ...] | None = None
+    clip_norm: bool | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], **more: Any) -> Recipe:
+        """By settings as a configuration or a preset has them: parts by name, methods' settings in their sections.
+
+        more: fields of the recipe itself.
+        """
+        own = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        injection, propagation = values.get("injection", "fatezero"), values.get("propagation", "none")
+        start, amount = "flow_edit" if values.get("noise") == "drawn" else "none", values.get("smoothing", 0)
+        own |= {
+            "injection": _part(injection, values),
+            "propagation": _part(propagation, values),
+            "noise": _part(start, values),
+            "smoothing": FlowSmoothing(amount) if amount else None,
+        }
+        return cls(**own | more)
+
+    @classmethod
+    def of_preset(cls, preset: str, source: str = "", target: str = "", **more: Any) -> Recipe:
+        """A preset with its guidance and key frames, see `preset_values`. more: other settings, by name."""
+        return cls.of({**preset_values(preset, source, target), **more}, source=source, target=target)
+
+    @property
+    def start(self) -> Start:
+        return INVERTED if self.noise is None else DrawnNoise(self.noise)
+
+    def pair(self, tokenizer: Any, in_area: bool = False) -> PromptEdit | None:
+        """The prompt pair, for an injection that matches words. in_area: whether a layout gives the area that changes.
+
+        Raises ValueError where blending has no words.
+        """
+        fusion = self.injection
+        if not isinstance(fusion, FusionSettings):
+            return None
+        blend = None
+        if fusion.blends and not in_area and not (self.mask is not None and self.mask.replaces):
+            blend = blend_words(self.source, self.target, self.blend_source, self.blend_target)
+            if fusion.masks_by_prompts:
+                blend = blend if any(blend) else None
+            elif not blend[0] or (fusion.blend_latents and not blend[1]):
+                raise ValueError(
+                    "blending needs words: no word of the source changes, so set blend_source and blend_target "
+                    f"({shown(self.source)} / {shown(self.target)})"
+                )
+        return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
+
+    def edit(self, target: Text, negative: Text | None, prompt: PromptEdit | None) -> Edit:
+        """The edit of a clip, its prompts encoded."""
+        return Edit(
+            target, negative, self.guidance_scale, prompt, self.injection, self.mask, self.propagation, self.smoothing,
+            self.layout, self.strength,
+        )  # fmt: skip
+
+    def check(self, spans_clip: bool, prompt: PromptEdit | None) -> None:
+        """Raise ValueError where its parts do not fit each other or the model; before an inversion.
+
+        spans_clip: see `Denoiser`.
+        """
+        if spans_clip:
+            refuse_clip_norm(bool(self.clip_norm))
+        check_parts(self.edit(None, None, prompt), spans_clip, self.start)
+
+    def calls(self, steps: int, kept_steps: int = 0, frames: int = 1, spans_clip: bool = False) -> Calls:
+        """What it costs, see `calls_of`."""
+        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start)
+
+
+def _part(name: str, values: Mapping[str, Any]) -> Any:
+    """A part of an edit by its method's name: the method's section, or for FateZero, which has none, its settings."""
+    if name == "none":
+        return None
+    method = BY_NAME[name]
+    given = values.get(name)
+    if given is not None:
+        return given
+    return method.settings(**{one.name: values[one.name] for one in settings_of(method.settings) if one.name in values})
+
+
+def blend_words(
+    source: str, target: str, blend_source: tuple[str, ...] = (), blend_target: tuple[str, ...] = ()
+) -> tuple[list[str], list[str]]:
+    """The words that draw the blend mask: those given, else the words that change between the prompts."""
+    changed = changed_words(source, target)
+    return list(blend_source or changed[0]), list(blend_target or changed[1])

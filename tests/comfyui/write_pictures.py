@@ -1,0 +1,88 @@
+"""Take the pictures that show the page with a workflow: demo/page.jpg and two thumbnails in workflows/.
+
+    python tests/comfyui/write_pictures.py [NAME ...]
+
+Run it after a change of these workflows or of the nodes in them; `test_workflows.py` compares the mark in each picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from comfyui.host import REPO, Host, find_hosts, started
+from comfyui.page import Page, opened
+from comfyui.random_weights import write_controlnet, write_lora
+from comfyui.shipped import DEMO, FOLDER, of_demo, read
+from PIL import Image
+
+PICTURES = {
+    REPO / "demo" / "page.jpg": "demo",
+    FOLDER / "controlnet_lora.jpg": "controlnet_lora",
+    FOLDER / "custom_sampler.jpg": "custom_sampler",
+}
+"""The workflow that each picture shows."""
+FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}
+"""The nodes that name files of models, and the folders of these."""
+WIDTH = 760
+"""Of a thumbnail, in pixels."""
+
+
+def mark_of(name: str) -> str:
+    """A hash of what a picture of a workflow shows: nodes, their places, sizes and values, links and groups."""
+    workflow = read(name)
+    keys = ("id", "type", "pos", "size", "title", "widgets_values")
+    nodes = [{key: node.get(key) for key in keys} for node in workflow["nodes"]]
+    shown = [nodes, [link[:5] for link in workflow["links"]], workflow["groups"]]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def run(page: Page, host: Host, name: str) -> None:
+    """Open a workflow and run it: as it is where it needs no files, else with the demo's model in their place."""
+    page.open(read(name), name)
+    if name in DEMO:
+        ended = page.run()
+    else:
+        lora, controlnet = write_lora(host), write_controlnet(host)
+        ended = page.queue(host, host.complete(of_demo(page.prompt(), host, lora, controlnet)))
+    if ended != "execution_success":
+        raise RuntimeError(f"{name}: {ended}")
+
+
+def with_files(folder: Path) -> Path:
+    """A folder for the host with empty files of the models that the workflows name: the page marks missing ones."""
+    for name in PICTURES.values():
+        for node in read(name)["nodes"]:
+            if node["type"] in FOLDERS:
+                path = folder / "models" / FOLDERS[node["type"]] / node["widgets_values"][0]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+    return folder
+
+
+def main(names: list[str]) -> None:
+    """names: of the workflows; none for all."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(find_hosts()[0], with_files(Path(folder))) as host,
+        opened(host) as page,
+    ):
+        for path, name in PICTURES.items():
+            if names and name not in names:
+                continue
+            run(page, host, name)
+            thumbnail = path.parent == FOLDER
+            taken = Image.open(io.BytesIO(page.taken(graph_alone=thumbnail))).convert("RGB")
+            if thumbnail:
+                taken = taken.resize((WIDTH, round(WIDTH * taken.height / taken.width)), Image.Resampling.LANCZOS)
+            taken.save(path, quality=90, comment=mark_of(name))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
