@@ -104,9 +104,9 @@ def command(
     console.quiet = quiet
     config = config_as(BatchConfig, given_of(options))
     held = load_batch(jobs)
-    config.check_places(dtype, model_config)
     folder = Path(config.output) if config.output else jobs.with_suffix("")
     check_folder(folder)
+    config.check_places(dtype, model_config)
     if config.clip and config.measure:
         check_clip(config.clip)
     how = How(dtype, model_config, config.measure, config.clip)
