@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..attention.masks import GivenMask
-from ..diffusion.denoiser import refuse_clip_norm
-from ..diffusion.edit import Edit, check_of_drawn, check_of_transformers
+from ..attention.prompt import PromptEdit
 from ..diffusion.invert import Inversion, Progress
-from ..methods.flow_smoothing import FlowSmoothing
+from ..diffusion.parts import Edit
 from ..methods.layout import Layout
 from ..methods.move_objects import moves_of
-from ..methods.plug_and_play import OF_UNETS
 from ..store.store import AttentionStore
 from ..video.flow import flow_estimator
 from ..video.motion import Motion
@@ -25,22 +24,11 @@ if TYPE_CHECKING:
     from ..hosts.diffusers.model import Model
 
 
-def checked_layout(checkpoint: Model, config: EditConfig, frames: int) -> Layout | None:
-    """An edit's layout, None for none. Raises ValueError for settings that the model has no use for."""
+def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> Layout | None:
+    """An edit's layout, None for none. Raises ValueError for parts that do not fit each other or the model."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
-    if checkpoint.denoiser.spans_clip:
-        _check_of_transformer(config, layout)
-    if config.noise == "drawn":
-        check_of_drawn(config.chosen_propagation, config.smoothing, layout)
+    config.recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
     return layout
-
-
-def _check_of_transformer(config: EditConfig, layout: Layout | None) -> None:
-    """Raise ValueError for settings that a video transformer has no use for."""
-    check_of_transformers(config.chosen_propagation, config.smoothing, layout)
-    refuse_clip_norm(config.clip_norm)
-    if config.injection == "pnp":
-        raise ValueError(OF_UNETS)
 
 
 def motion_of(
@@ -77,15 +65,7 @@ def one_edit(
     moves = None
     if layout is not None:
         moves = moves_of(layout, config.source, store.source.text_tokens, target.text_tokens)
-    return Edit(
-        target,
-        negative,
-        config.guidance_scale,
-        prompt,
-        config.chosen_injection,
-        mask,
-        propagation=config.chosen_propagation,
-        smoothing=FlowSmoothing(config.smoothing, motion) if config.smoothing else None,
-        layout=moves,
-        strength=config.strength,
-    )
+    recipe = config.recipe(layout=moves, mask=mask)
+    if recipe.smoothing is not None:
+        recipe = replace(recipe, smoothing=replace(recipe.smoothing, motion=motion))
+    return recipe.edit(target, negative, prompt)
