@@ -13,11 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet3DConditionModel
 from gpu_machine import Machine, Measured, Units, unet_clip
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from fatezero import (
     FlowEditSettings,
-    FusionSettings,
     LayoutGuidance,
     PnPSettings,
     PromptEdit,
@@ -45,7 +43,16 @@ from fatezero.hosts.diffusers import (
 from fatezero.metrics.memory import PeakMemory
 from fatezero.recipes.recipe import Recipe
 from fatezero.store.backends import read
-from fatezero.tests.small import FIXTURES, random_latents, random_text, reference_denoiser, relative, small_unet
+from fatezero.tests.small import (
+    FIXTURES,
+    random_latents,
+    random_text,
+    reference_denoiser,
+    reference_edit,
+    reference_keys,
+    relative,
+    small_unet,
+)
 
 CPU = torch.device("cpu")
 Run = Callable[[torch.device, torch.dtype], Tensor]
@@ -102,23 +109,7 @@ def fatezero_case(at: Machine, name: str) -> Measured:
     cases = json.loads((FIXTURES / "cases.json").read_text(encoding="utf-8"))
     case, tensors = cases["cases"][name], given(at, 16, "reconstruct", name)
     steps = 2 if at.tiny else cases["steps"]
-    prompt = PromptEdit(
-        cases["source"],
-        case["target"],
-        CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer"),
-        mode="replace" if case["replace"] else "refine",
-        blend_words=tuple(case["blend"]) if "blend" in case else None,
-        reweight=dict(zip(*case.get("eq", ([], [])), strict=True)),
-    )
-    fusion = FusionSettings(
-        cross_replace_steps=case["cross"],
-        self_replace_steps=case["self"],
-        blend_self_attention="blend" in case and case.get("blend_self", True),
-        blend_latents=case.get("blend_latents", False),
-        blend_threshold=case.get("th", [0.3])[0],
-        max_tokens=1024,
-    )
-    keys = tuple("middle" if entry == "mid" else entry for entry in case["kv"])
+    (prompt, fusion), keys = reference_edit(cases["source"], case), reference_keys(case)
 
     def run(device: torch.device, dtype: torch.dtype) -> Tensor:
         denoiser, own = reference(device, dtype), placed(tensors, device, dtype)

@@ -1,4 +1,5 @@
-"""Write the reference pages from the code: docs/settings.md from the settings, docs/nodes.md from the nodes' texts.
+"""Write the reference from the code: docs/settings.md from the settings, docs/nodes.md from the nodes' texts, and the
+README's table of methods.
 
     python scripts/write_docs.py
 
@@ -8,6 +9,7 @@ Run it after a change of a setting or a node; `tests/test_docs.py` compares.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 from fatezero.cli.config.settings import SECTIONS, EditConfig, GenerateConfig, TuneConfig
 from fatezero.cli.options import GROUPS
+from fatezero.methods import METHODS
+from fatezero.methods.method import Method
 from fatezero.settings import NamedSetting, settings_of
 
 REPO = Path(__file__).resolve().parents[1]
@@ -35,6 +39,9 @@ shows (select a node and press **?**).
 | node | what it does | inputs | outputs |
 |---|---|---|---|
 """
+
+
+BEGIN, END = "<!-- methods, written by scripts/write_docs.py -->\n", "<!-- end of methods -->\n"
 
 
 def settings_page() -> str:
@@ -100,9 +107,35 @@ def node_row(name: str, about: dict[str, Any]) -> str:
     return f"| [{title}](../web/docs/{name}.md) | {about['description']} | {inputs} | {outputs} |\n"
 
 
+def methods_table() -> str:
+    rows = "".join(
+        f"| {method.title} ({linked(method.paper)}) | {method.sentence} | {uses_of(method)} |\n" for method in METHODS
+    )
+    return f"| method | what it does | `--preset` |\n|---|---|---|\n{rows}"
+
+
+def linked(paper: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", paper)
+
+
+def uses_of(method: Method) -> str:
+    return ", ".join(f"`{preset}`" for preset in method.presets)
+
+
+def with_methods(page: str) -> str:
+    """A page with the table of methods between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + methods_table() + END + rest.partition(END)[2]
+
+
 def written() -> dict[Path, str]:
     """The text of each page that is generated."""
-    return {REPO / "docs" / "settings.md": settings_page(), REPO / "docs" / "nodes.md": nodes_page()}
+    readme = REPO / "README.md"
+    return {
+        REPO / "docs" / "settings.md": settings_page(),
+        REPO / "docs" / "nodes.md": nodes_page(),
+        readme: with_methods(readme.read_text(encoding="utf-8")),
+    }
 
 
 if __name__ == "__main__":

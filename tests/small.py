@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
+from fatezero import FusionSettings, PromptEdit
 from fatezero.attention.condition import Condition
 from fatezero.attention.key_frames import KeyFrames
 from fatezero.demo.model import build_scheduler
@@ -74,6 +76,32 @@ def reference_denoiser() -> DiffusersDenoiser:
     )
     unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
+
+
+def reference_edit(source: str, case: dict[str, Any]) -> tuple[PromptEdit, FusionSettings]:
+    """The prompts and fusion of one of FateZero's reference results, a case of `cases.json`."""
+    prompt = PromptEdit(
+        source,
+        case["target"],
+        CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer"),
+        mode="replace" if case["replace"] else "refine",
+        blend_words=tuple(case["blend"]) if "blend" in case else None,
+        reweight=dict(zip(*case.get("eq", ([], [])), strict=True)),
+    )
+    fusion = FusionSettings(
+        cross_replace_steps=case["cross"],
+        self_replace_steps=case["self"],
+        blend_self_attention="blend" in case and case.get("blend_self", True),
+        blend_latents=case.get("blend_latents", False),
+        blend_threshold=case.get("th", [0.3])[0],
+        max_tokens=1024,
+    )
+    return prompt, fusion
+
+
+def reference_keys(case: dict[str, Any]) -> tuple[str | int, ...]:
+    """The key frames of a reference result."""
+    return tuple("middle" if entry == "mid" else entry for entry in case["kv"])
 
 
 def levels_of(tensors: dict[str, torch.Tensor], name: str, steps: int) -> torch.Tensor:

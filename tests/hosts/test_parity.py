@@ -4,13 +4,21 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
 
-from fatezero import FusionSettings, PromptEdit, StoreSettings, edit, invert
+from fatezero import StoreSettings, edit, invert
 from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.store.records import MEMORIES
-from small import FIXTURES, levels_of, reference_denoiser, reference_inversion, relative, stepped
+from small import (
+    FIXTURES,
+    levels_of,
+    reference_denoiser,
+    reference_edit,
+    reference_inversion,
+    reference_keys,
+    relative,
+    stepped,
+)
 
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 STEPS = CASES["steps"]
@@ -28,34 +36,16 @@ def given(name):
     )
 
 
-def key_frames(case):
-    return tuple("middle" if entry == "mid" else entry for entry in case["kv"])
-
-
 def edited(case, tensors):
     """The edit of a case."""
-    prompt = PromptEdit(
-        CASES["source"],
-        case["target"],
-        CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer"),
-        mode="replace" if case["replace"] else "refine",
-        blend_words=tuple(case["blend"]) if "blend" in case else None,
-        reweight=dict(zip(*case.get("eq", ([], [])), strict=True)),
-    )
-    fusion = FusionSettings(
-        cross_replace_steps=case["cross"],
-        self_replace_steps=case["self"],
-        blend_self_attention="blend" in case,
-        blend_threshold=case.get("th", [0.3])[0],
-        max_tokens=1024,
-    )
+    prompt, fusion = reference_edit(CASES["source"], case)
     return Edit(tensors["target"], tensors["uncond"], case["cfg"], prompt, fusion)
 
 
 def test_an_inversion_and_the_first_step_of_an_edit(reference):
     """In double precision from end to end."""
     case, tensors = given("style")
-    settings = {"steps": STEPS, "key_frames": key_frames(case), "clip_norm": True, "prompt": CASES["source"]}
+    settings = {"steps": STEPS, "key_frames": reference_keys(case), "clip_norm": True, "prompt": CASES["source"]}
     inversion = invert(reference, tensors["z0"], tensors["source"], **settings)
     assert relative(inversion.latents, levels_of(tensors, "inverted", STEPS)) < 1e-7
     after = stepped(reference, inversion, edited(case, tensors), 0)
@@ -70,7 +60,7 @@ def test_a_step_of_an_edit(reference, name, step):
     precision, 6e-8, of which guidance makes 1e-6 and more."""
     case, tensors = given(name)
     inversion = reference_inversion(
-        reference, tensors, tensors["source"], STEPS, key_frames(case), clip_norm=True, prompt=CASES["source"]
+        reference, tensors, tensors["source"], STEPS, reference_keys(case), clip_norm=True, prompt=CASES["source"]
     )
     after = stepped(reference, inversion, edited(case, tensors), step, tensors[f"edited.{step}"])
     assert relative(after, tensors[f"edited.{step + 1}"].double()) < 1e-5
@@ -86,7 +76,7 @@ def test_the_whole_edit(reference, name, memory):
         tensors["z0"],
         tensors["source"],
         steps=STEPS,
-        key_frames=key_frames(case),
+        key_frames=reference_keys(case),
         clip_norm=True,
         memory=StoreSettings(memory, max_tokens=1024),
     )
