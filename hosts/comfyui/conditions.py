@@ -1,4 +1,4 @@
-"""What a ComfyUI CONDITIONING asks for, and what of it an edit can honour (`web/docs/options.md` has the table)."""
+"""A ComfyUI CONDITIONING and those of its options that an edit honours (listed in `web/docs/options.md`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HostCondition(Condition):
 
     @property
     def guided(self) -> bool:
-        """Whether the host's guidance acts on its predictions: a negative that is asked alone is part of our own."""
+        """Whether the host's guidance acts on its predictions: a negative evaluated by itself is part of our own."""
         return self.role.partition(".")[0] == "positive"
 
     @classmethod
@@ -85,12 +85,11 @@ def _check_whole(options: dict[str, Any], socket: str) -> None:
 
 
 def check_read(conditions: Sequence[dict[str, Any]], socket: str) -> None:
-    """Raise ValueError, naming them, for what the host has a model read of a prompt beside what FateZero knows."""
+    """Raise ValueError, naming them, for inputs of a model from a prompt that FateZero does not support."""
     unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - READ)
     if unknown:
         raise ValueError(
-            f"{socket}: the model would read {', '.join(unknown)} of it, which FateZero does not know: leave out the "
-            "node that sets it"
+            f"{socket}: sets {', '.join(unknown)}, which FateZero does not support: leave out the node that sets it"
         )
 
 

@@ -27,9 +27,9 @@ from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 
 class EditGuider(LoopGuider):
-    """A GUIDER for edits of a store: `DDIMSampler` runs them whole, a sampler of the host's on its predictions of one.
+    """A GUIDER for edits of a store: `DDIMSampler` runs all, a sampler of the host's one by its predictions.
 
-    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    Their conditions are `HostCondition`s, whose roles distinguish the edits.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class EditGuider(LoopGuider):
         store: HostStore,
         edits: Sequence[Edit],
         chunk_frames: int | None = None,
-        tell: Callable[[int], None] | None = None,
+        report: Callable[[int], None] | None = None,
     ) -> None:
-        """tell: called at the end with the number of attention layers that were reached.
+        """report: called at the end with the number of attention layers that were reached.
 
-        Raises ValueError for context windows beside a propagation, which has batches of its own.
+        Raises ValueError for context windows with a propagation, which has batches of its own.
         """
         if model.model_options.get("context_handler") is not None and any(e.propagation for e in edits):
             raise ValueError(
                 "model: context windows are set, but TokenFlow runs a clip in batches of its own: remove them, or it"
             )
         self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
-        self.tell = tell or (lambda reached: None)
+        self.report = report or (lambda reached: None)
         self.done: list[Tensor] = []
-        """The edited latents of the last run, as the UNet knows them."""
-        self._asked: Sequence[Edit] = edits
+        """The edited latents of the last run, in the library's scale."""
+        self._edits: Sequence[Edit] = edits
         self._running: EditPass | None = None
         self._levels = torch.empty(0)  # the sigmas of the running pass, one for each step
         self._open = ExitStack()
@@ -84,19 +84,19 @@ class EditGuider(LoopGuider):
         check_masking(self.model_patcher, mask)
         masked = mask is not None and NOISE_MASK not in self.store.attachments
         inside = noise_of(self.model_patcher).mask_of_host(mask) if masked else None
-        self._asked = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
+        self._edits = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
         self.done = []
         if not isinstance(sampler, DDIMSampler):
             noise, latent_image = noise_of(self.model_patcher).begun(self.model_patcher.model, latent_image, sigmas[0])
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
-        self.tell(self.reached)
+        self.report(self.reached)
         return result
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
-        self.done = edit_many(denoiser, Inversion(self.store), self._asked, self.chunk_frames, progress=progress)
+        self.done = edit_many(denoiser, Inversion(self.store), self._edits, self.chunk_frames, progress=progress)
         return self.done[0]
 
-    # For samplers of the host's, which ask for one prediction after another.
+    # For samplers of the host's, which call one prediction after another.
 
     def inner_sample(self, *args: Any, **more: Any) -> Any:
         with ExitStack() as self._open:
@@ -119,7 +119,7 @@ class EditGuider(LoopGuider):
             sigmas = options["transformer_options"]["sample_sigmas"]
             denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
             self._levels = denoiser.noise.sigmas(denoiser.in_use)[:-1]
-            edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
+            edits = EditPass(denoiser, Inversion(self.store), self._edits, self.chunk_frames, in_order=False)
             if edits.blends_latents:
                 raise ValueError(
                     "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
@@ -128,15 +128,15 @@ class EditGuider(LoopGuider):
                 raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
             if self.store.drawn is not None:
                 raise ValueError("sampler: this edit's noise is drawn (FlowEdit), which needs DDIM Sampler (FateZero)")
-            if any(edit.strength < 1 for edit in self._asked):
+            if any(edit.strength < 1 for edit in self._edits):
                 raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
             self._running = self._open.enter_context(edits)
         sigma = timestep[0].cpu()
         step = int((self._levels - sigma).abs().argmin())
         if abs(self._levels[step] - sigma) > 1e-3 * self._levels[step]:
             raise ValueError(
-                f"sampler: asks at sigma {sigma:.4g}, between those of the inversion; take one that keeps to the "
-                "steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
+                f"sampler: calls the model at sigma {sigma:.4g}, which the inversion does not have; use one that "
+                "keeps to its steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
             )
         noisy, sigma = noise_of(self.model_patcher), sigma.to(x)
         (predicted,) = self._running.predict([noisy.of_host(x) / noisy.scale(sigma)], step)
@@ -149,7 +149,7 @@ def edit_clip(
 ) -> tuple[list[Tensor], int]:
     """The edits of a store in one pass: (LATENT samples of each, attention layers reached).
 
-    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    Their conditions are `HostCondition`s, whose roles distinguish the edits.
     """
     guider = EditGuider(model, store, edits, chunk_frames)
     noisy = noise_of(model)
@@ -161,7 +161,7 @@ def edit_clip(
 
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
-    """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
+    """The edit restricted to a mask of its LATENT, as the host's samplers apply it."""
     fusion = None if edit.fusion is None else edit.fusion.inside()
     return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
 

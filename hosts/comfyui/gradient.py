@@ -13,9 +13,9 @@ from .unet_layers import BLOCKS
 
 
 class Derivative:
-    """What a value is after a UNet call, and its gradient in the call's latents, which are DDIM's z.
+    """A value after a UNet call, and its gradient in the call's latents, which are DDIM's z.
 
-    Taken inside the call, where all that other nodes hook for its time is in place; the host's inference mode is left.
+    Computed inside the call, with the hooks of other nodes in place; the host's inference mode is left.
     """
 
     def __init__(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> None:
@@ -26,7 +26,7 @@ class Derivative:
         self.found: tuple[Tensor, Tensor] | None = None
 
     def of(self, call: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
-        """In the place of a call with these: what the host goes on with is of no use to anyone."""
+        """Runs in the place of a call with these; the latents that it returns are not used."""
         with torch.inference_mode(False), ExitStack() as opened:
             for part in self.parts:
                 opened.enter_context(_known_to_autograd(part))

@@ -1,4 +1,4 @@
-"""What the families of models share: the hook on a clone of a MODEL, and what the host's code needs of a family."""
+"""The parts that all model families of this host share: the hook on a clone of a MODEL, and a family's facts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Hook:
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
         """kinds: of the attention layers to hook; the others stay as they are."""
-        self.given, self.kinds = model, kinds
+        self.kinds = kinds
+        self.given = model
         """The MODEL as other nodes left it."""
         self.patcher = model.clone()
         self.patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
@@ -63,7 +64,7 @@ class Hook:
         self._replacement: Callable[[AttentionSite], Any] = lambda site: None
 
     def identity(self) -> ModelIdentity:
-        """The identity of the MODEL, LoRA included or not."""
+        """The identity of the MODEL, the same with and without LoRA."""
         raise NotImplementedError
 
     def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:

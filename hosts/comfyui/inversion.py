@@ -26,12 +26,12 @@ from .noise import check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 NOISE_MASK = "noise_mask"
-"""What the host calls the mask of a LATENT, and the store its copy."""
+"""The key of a LATENT's mask in the host, and of its copy in the store."""
 
 
 @dataclass
 class HostStore(AttentionStore):
-    """A store that remembers the MODEL it was made with, for the recomputed source branch.
+    """A store with the MODEL that made it, for the recomputed source branch.
 
     patcher: the MODEL, None for a store read from a file.
     """
@@ -39,20 +39,20 @@ class HostStore(AttentionStore):
     patcher: Any = None
 
     def get_ram_usage(self) -> int:
-        """Bytes of memory, as the host's cache asks for them; what is on disk takes none."""
+        """Bytes of memory, read by the host's cache; parts on disk count as none."""
         on_disk = [part.nbytes for part in (self.levels, self.backend) if isinstance(part, (FileLevels, FileBackend))]
         return self.nbytes - sum(on_disk)
 
     def with_model(self, model: Any) -> HostStore:
-        """For a store from a file: take the edit's MODEL for the inversion's."""
+        """The store, with the edit's MODEL as the inversion's where it was read from a file."""
         return self if self.patcher is not None else replace(self, patcher=model)
 
 
 @dataclass(frozen=True)
 class InvertSettings:
-    """What an inversion is asked for beside its model, clip and prompt; see `fatezero.invert`.
+    """The settings of an inversion; see `fatezero.invert`.
 
-    prompt: the source's words, for the store to remember.
+    prompt: the source's words, kept in the store.
     """
 
     key_frames: KeyFrames
@@ -67,10 +67,10 @@ class InvertGuider(LoopGuider):
     """A GUIDER that inverts a clip along rising sigmas, and keeps what its edits need."""
 
     def __init__(
-        self, model: Any, source: HostCondition, settings: InvertSettings, tell: Callable[[str], None] | None = None
+        self, model: Any, source: HostCondition, settings: InvertSettings, report: Callable[[str], None] | None = None
     ) -> None:
-        """tell: called with what the store will take, and then with what it holds."""
-        self.source, self.settings, self.tell = source, settings, tell or (lambda text: None)
+        """report: called with the plan of the store, and then with its contents."""
+        self.source, self.settings, self.report = source, settings, report or (lambda text: None)
         self._model = model
         self._made: AttentionStore | None = None
         self._mask: Tensor | None = None
@@ -78,7 +78,7 @@ class InvertGuider(LoopGuider):
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Any:
         """The noise, as a KSampler without added noise takes it; `store_of` gives its store, which keeps the mask
-        of the latent: where alone edits may change the clip.
+        of the latent, the part of the clip that edits may change.
         """
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
@@ -96,22 +96,22 @@ class InvertGuider(LoopGuider):
             self._made = self._mask = None
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
-        asked, schedule, mask = self.settings, denoiser.in_use, self._mask
-        keys, timestep = keys_on(denoiser, asked.key_frames), schedule.timesteps[0]
-        parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
-        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
-        self.tell(str(plan))
+        settings, schedule, mask = self.settings, denoiser.in_use, self._mask
+        keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
+        parts = in_parts(denoiser, keys, latents, timestep, settings.chunk_frames, settings.clip_norm)
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
+        self.report(str(plan))
         self.fills_or_reads(plan.memory)
-        memory = replace(asked.store, memory=plan.memory, place=plan.place)
+        memory = replace(settings.store, memory=plan.memory, place=plan.place)
         inversion = invert(
-            denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,
-            asked.chunk_frames, order=asked.order, prompt=asked.prompt,
+            denoiser, latents, self.source, schedule.steps, settings.key_frames, settings.clip_norm, memory,
+            settings.chunk_frames, order=settings.order, prompt=settings.prompt,
             extra={"conditioning": plain_options(self.source.conditioning)},
             attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
             progress=progress,
         )  # fmt: skip
         self._made = store = inversion.store
-        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
+        self.report(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
         return denoiser.noise.at_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
 
 
@@ -126,7 +126,8 @@ def store_of(samples: Tensor) -> HostStore:
     """
     if samples not in _STORES:
         raise ValueError(
-            "noise: is not what the sampler gave with an Inversion Guider; connect its output, with no node between"
+            "noise: is not the direct output of a sampler with an Inversion Guider; connect that output, "
+            "with no node between"
         )
     return _STORES[samples]
 
@@ -138,13 +139,13 @@ def invert_clip(
     steps: int,
     settings: InvertSettings,
     noise_mask: Tensor | None = None,
-    tell: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, HostStore]:
     """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store).
 
-    noise_mask: where alone edits of this store may change the clip; the store keeps it.
+    noise_mask: the part of the clip that edits of this store may change; the store keeps it.
     """
-    guider = InvertGuider(model, source, settings, tell)
+    guider = InvertGuider(model, source, settings, report)
     noisy = noise_of(model)
     sigmas = noisy.sigmas(noisy.schedule(steps))
     noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
@@ -189,7 +190,7 @@ def plan_in_host(
     settings: StoreSettings,
     in_parts: bool,
 ) -> StorePlan:
-    """What store an inversion of latents (frames, c, h, w) will make; in_parts: see `Demand`.
+    """The plan of the store of an inversion of latents (frames, c, h, w); in_parts: see `Demand`.
 
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
     Raises MemoryError, with the bytes of each memory, where nothing fits.

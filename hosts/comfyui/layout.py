@@ -24,7 +24,7 @@ class LayoutGuider(LoopGuider):
     """Classifier-free guidance by the host, and objects where a layout has them.
 
     A step that is not guided is the host's own, bit for bit. Backward guidance moves the latents that the sampler
-    holds, so it goes with every sampler that takes its steps from the tensor it asks about.
+    holds, so it goes with every sampler that takes its steps from the tensor that it passes to the model.
     """
 
     loop = None
@@ -36,16 +36,16 @@ class LayoutGuider(LoopGuider):
         negative: HostCondition,
         guidance_scale: float,
         layout: Callable[[tuple[int, int, int]], ClipSteering],
-        tell: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
-        """layout: made for so many frames, of so many latents in height and width. tell: called with what is done.
+        """layout: made for so many frames, of so many latents in height and width. report: called with a summary.
 
         Raises ValueError for a MODEL that is no attention UNet.
         """
         super().__init__(model, [positive, negative], kinds=("cross",))
         self.set_cfg(guidance_scale)
-        self.positive, self._asked, self.tell = positive, layout, tell or (lambda text: None)
-        twice = room_for(lambda frames: 2 * frames)  # what a gradient holds beside a call is about as much again
+        self.positive, self._layout_of, self.report = positive, layout, report or (lambda text: None)
+        twice = room_for(lambda frames: 2 * frames)  # a gradient takes about as much memory again
         self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
         self._layout: ClipSteering | None = None
         self._moved: Tensor | None = None
@@ -56,10 +56,10 @@ class LayoutGuider(LoopGuider):
         if more.get("denoise_mask") is not None:
             raise ValueError("latent_image: has a noise mask, which layout guidance does not take; Edit Video does")
         frames, _, height, width = latent_image.shape
-        self._layout = self._asked((frames, height, width))
+        self._layout = self._layout_of((frames, height, width))
         if not self._layout.moves_latents and self.model_options.get("context_handler") is not None:
             raise ValueError("model: context windows are set, which forward guidance does not follow; take backward")
-        told = more.get("callback")
+        outer = more.get("callback")
 
         def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
             if self._moved is not None and x.data_ptr() != self._moved.data_ptr():
@@ -67,13 +67,13 @@ class LayoutGuider(LoopGuider):
                     "sampler: steps from a copy of its latents, which layout guidance cannot move; take another "
                     "(euler, dpmpp_2m, ddim, DDIM Sampler)"
                 )
-            if told is not None:
-                told(step, clean, x, steps)
+            if outer is not None:
+                outer(step, clean, x, steps)
 
         self._guided = 0
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, **{**more, "callback": callback})
-            self.tell(f"guided in {self._guided} predictions of {len(sigmas) - 1} steps")
+            self.report(f"guided in {self._guided} predictions of {len(sigmas) - 1} steps")
             return result
         finally:
             self._layout = self._moved = None

@@ -64,7 +64,7 @@ class HostNoise:
         low, high = self.table[0].item(), self.table[-1].item()
         if sigmas[0] > high * 1.001 or sigmas[-2] < low * 0.999 or sigmas[-1] < 0:
             raise ValueError(
-                f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model knows {low:.4g} to "
+                f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model has {low:.4g} to "
                 f"{high:.4g}"
             )
         timesteps = [round(t) if abs(t - round(t)) < 2e-3 else t for t in self.timesteps(sigmas[:-1])]
@@ -175,7 +175,7 @@ class FlowNoise(HostNoise):
         return (1 - sigma) * clean + sigma * noise
 
     def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The host takes (1 - sigma) of the latents, which is nothing of them where there is noise alone."""
+        """The host takes (1 - sigma) of the latents, which is none of them at pure noise."""
         return model.process_latent_in(samples) / sigma, torch.zeros_like(samples)
 
     def at_end(self, latents: Tensor, alpha: float) -> Tensor:

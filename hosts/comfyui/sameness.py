@@ -1,7 +1,7 @@
-"""Whether two MODELs compute the same: what changes a forward pass is compared here, and nowhere else.
+"""Whether two MODELs compute the same: everything that changes a forward pass is compared here.
 
-Two MODELs of one checkpoint share its module, whose weights and parts are exchanged. All that a MODEL carries counts,
-but for what is listed here as harmless.
+Two MODELs of one checkpoint share its module, whose weights and parts are exchanged. All attributes of a MODEL
+count, except those listed here as harmless.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 ROOM = "memory_required"
-"""The host's method that tells what memory a call takes, which FateZero replaces."""
+"""The host's method that estimates the memory of a call, which FateZero replaces."""
 OWN_OPTION = "fatezero"
 """How the names of FateZero's own options of a MODEL begin."""
 OF_GUIDANCE = {
     "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
     "disable_cfg1_optimization", "denoise_mask_function",
 }  # fmt: skip
-"""Options that act on predictions once they are made."""
+"""Options that act on predictions after the call."""
 OF_RUNS = {WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE}
-"""Wrappers of what is around the calls of a model: the room for it, and guidance."""
+"""Wrappers outside the calls of a model: of memory, and of guidance."""
 PLAIN = (bool, int, float, str, bytes, UUID, torch.dtype, torch.device)
 """Values that are compared as such; all else is the same where it is the same object."""
 HARMLESS = {*OF_GUIDANCE, "context_handler"}

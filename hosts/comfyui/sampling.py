@@ -35,7 +35,7 @@ Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
 
 
 class LoopGuider(comfy.samplers.CFGGuider):
-    """A GUIDER that holds what a loop of the library evaluates; `DDIMSampler` runs the loop."""
+    """A GUIDER with the model and conditions of a loop of the library; `DDIMSampler` runs the loop."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         """source_model: the MODEL that evaluates the source prompt, if not the same. chunk_frames: frames of one
         UNet call, for which the host then makes room. kinds: of attention layers that are hooked.
 
-        Raises ValueError for a MODEL that is no attention UNet, or with options that cannot be honoured.
+        Raises ValueError for a MODEL that cannot be edited, or with options that cannot be honoured.
         """
         check_options(model)
         self.edited = hooked(model, kinds)
@@ -78,7 +78,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
 
     @property
     def reached(self) -> int:
-        """How many attention layers the last UNet calls reached."""
+        """The number of attention layers that the last calls reached."""
         return len(set().union(*(model.reached for model in self._models())))
 
     def fills_or_reads(self, memory: Memory) -> None:
@@ -128,7 +128,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         return own + [model.low for model in own if model.low is not None]
 
     def outer_sample(self, noise: Tensor, *rest: Any, **more: Any) -> Any:
-        """As the host has it, inside what other nodes wrap around samplings with the further MODELs of the run too."""
+        """The host's, inside the sampling wrappers of the further MODELs of the run too."""
         before, self.function, self.shape = self.function, comfy.samplers.sampling_function, noise.shape
         of_source = {role: conds for role, conds in self.conds.items() if role == "source"}
         self.sides = {
@@ -147,7 +147,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self, run: Callable[..., Any], noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *rest: Any,
         **more: Any,
     ) -> Any:  # fmt: skip
-        """The host's sampling inside all wrappers; ValueError where one has it do other than what was asked."""
+        """The host's sampling inside all wrappers; ValueError where one changes its inputs or repeats it."""
         given, self._given = self._given, None
         if self.loop is not None and (given is None or not all(map(_equal, given, (noise, latent_image, sigmas)))):
             raise ValueError(
@@ -164,8 +164,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 class SideGuider(comfy.samplers.CFGGuider):
-    """What the sampling wrappers of a further MODEL of a run find for a guider: of the source's, where it is not the
-    edit's, and of what takes over below a sigma.
+    """The guider that the sampling wrappers of a further MODEL of a run receive: the source's, where it is not the
+    edit's, or the one for low noise.
     """
 
     def __init__(self, model: Hook, conds: dict[str, Any], function: Callable[..., Any]) -> None:
@@ -182,7 +182,7 @@ class SideGuider(comfy.samplers.CFGGuider):
         patcher, own = self.model_patcher, self.model_options
 
         def loaded_later(model: Any, shape: Any, conds: Any, **more: Any) -> tuple[Any, Any, list[Any]]:
-            return model.model, conds, []  # when it is its turn, which may be never
+            return model.model, conds, []  # loaded when it is first called
 
         def inside(noise: Tensor, *args: Any, **more: Any) -> Any:
             self.function, options = comfy.samplers.sampling_function, self.model_options
@@ -193,7 +193,7 @@ class SideGuider(comfy.samplers.CFGGuider):
             return run(noise, *args, **more)
 
         self.model_options = comfy.model_patcher.create_model_options_clone(own)
-        # AnimateDiff-Evolved puts a sampling function of its own in the host's place: here for this MODEL alone.
+        # AnimateDiff-Evolved replaces the host's sampling function: here for this MODEL only.
         of_others, comfy.samplers.sampling_function = comfy.samplers.sampling_function, self.function
         try:
             comfy.sampler_helpers.prepare_model_patcher(patcher, self.conds, self.model_options)
@@ -206,7 +206,7 @@ class SideGuider(comfy.samplers.CFGGuider):
 
 
 class _Inside(comfy.samplers.Sampler):
-    """A sampler inside what other nodes wrap around samplers with a further MODEL of the run."""
+    """A sampler inside the sampler wrappers of a further MODEL of the run."""
 
     def __init__(self, side: SideGuider, sampler: Any) -> None:
         self._side, self._sampler = side, sampler
@@ -229,7 +229,7 @@ class _Inside(comfy.samplers.Sampler):
 class DDIMSampler(comfy.samplers.Sampler):
     """A SAMPLER of deterministic DDIM steps: towards the clip along falling sigmas, to noise along rising ones.
 
-    In our own guiders it runs their loop, in others the plain steps.
+    With our guiders it runs their loop, with others plain steps.
     """
 
     def sample(
@@ -273,7 +273,7 @@ def _plain_ddim(
     noisy = noise_of(guider.model_patcher)
     rises = bool(sigmas[0] < sigmas[-1])
     if denoise_mask is not None:
-        raise ValueError("latent_image: has a noise mask, which DDIM Sampler takes with FateZero's own guiders alone")
+        raise ValueError("latent_image: has a noise mask, which DDIM Sampler takes only with FateZero's guiders")
     if rises:
         check_quiet(noise, "an inversion adds none")
     begin = noisy.scale(sigmas[0])
@@ -289,7 +289,7 @@ def _plain_ddim(
 
 
 def check_quiet(noise: Tensor, why: str) -> None:
-    """Raise ValueError, saying why, where random noise is connected."""
+    """Raise ValueError with a reason where random noise is connected."""
     if noise.any():
         raise ValueError(f"noise: {why}; connect Disable Noise")
 
@@ -319,7 +319,7 @@ def run_in_host(guider: LoopGuider, samples: Tensor, sigmas: Tensor, noise_mask:
 
 
 def room_for(frames: Callable[[int], int]) -> Callable[..., Any]:
-    """A wrapper that has the host make room for other numbers of frames than a clip's."""
+    """A wrapper that has the host reserve memory for another number of frames than the clip's."""
 
     def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
         return executor(model, [frames(shape[0]), *shape[1:]], *rest, **more)

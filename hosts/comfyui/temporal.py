@@ -1,4 +1,4 @@
-"""Temporal layers on a ComfyUI MODEL: by hooks that a call of its UNet brings and takes with it."""
+"""Temporal layers on a ComfyUI MODEL, hooked for each call of its UNet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AROUND = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
 @dataclass(frozen=True)
 class HostLayers:
-    """What a MODEL carries: temporal layers, and what is added to the queries of the model beneath."""
+    """The temporal layers of a MODEL, and the changes of its image model's queries."""
 
     layers: TemporalLayers
     queries: Mapping[str, Tensor]

@@ -27,7 +27,7 @@ Layer = tuple[str, int, int, Kind]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """An attention layer of any size of picture: its site, and how often the picture was halved there."""
+    """An attention layer on pictures of any size. level: how often the picture is halved there."""
 
     place: Place
     index: int
@@ -72,7 +72,7 @@ def _resizes(block: ResBlock, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Feature:
-    """The convolution whose output Plug-and-Play takes, and the name it has."""
+    """The convolution whose output Plug-and-Play takes, and its name."""
 
     name: str
     conv: nn.Module
@@ -105,7 +105,7 @@ def norms_of_clip(unet: UNetModel) -> list[nn.GroupNorm]:
 
 
 def identity_of(patcher: Any) -> ModelIdentity:
-    """What tells a MODEL from another, LoRA on it or not."""
+    """The identity of a MODEL's UNet, the same with and without LoRA."""
     model = patcher.model
     config = model.model_config.unet_config
     layers = attention_layers(model.diffusion_model)
