@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.masks import GivenMask
 from ..demo.scenes import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
@@ -29,6 +30,7 @@ from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
+from ..recipes.presets import methods_of
 from ..recipes.recipe import Recipe
 from ..video.flow import flow_estimator
 from ..video.motion import Motion, smooth_along
@@ -43,11 +45,11 @@ class Method:
     """A row of the table.
 
     run: edits a trial's clip without an inversion. Otherwise `settings` override those of the case's preset (the
-    paper's, or ours with `plus`) or of another `preset`, with attention of `source`. smoothing: along the source's
-    flow, in each step; steady: of the resulting frames. layers: temporal layers on the image model, "fresh" or the
-    bundled ones ("demo"), `tuned` on the clip for that many steps. wan: use the demo's video transformer. order: of the
-    solver. drawn: FlowEdit instead of an inversion. blind: invert with the empty prompt. guidance: of an edit without
-    fusion, if not the run's.
+    paper's, or ours with `plus`) or of another `preset`, with attention of `source`. masked: with the true mask of what
+    changes as the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
+    temporal layers on the image model, "fresh" or the bundled ones ("demo"), `tuned` on the clip for that many steps.
+    wan: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion. blind: invert
+    with the empty prompt. guidance: of an edit without fusion, if not the run's.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Method:
     clip_norm: bool = False
     injection: PnPSettings | None = None
     propagation: TokenFlowSettings | None = None
+    masked: bool = False
     smoothing: float = 0.0
     steady: float = 0.0
     layers: str = ""
@@ -133,8 +136,13 @@ class Trial:
             recipe = Recipe.of_preset(
                 method.preset or case.preset + ("+" if method.plus else ""), source, target, **own
             )
+        mask = GivenMask(torch.maximum(case.clip.mask, case.truth.mask)) if method.masked else None
         return replace(
-            recipe, propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength
+            recipe,
+            mask=mask,
+            propagation=method.propagation,
+            smoothing=self.smoothing(method),
+            strength=method.strength,
         )
 
     def edit(self, method: Method) -> Edit:
@@ -274,6 +282,13 @@ METHODS: tuple[Method, ...] = (
     Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
 )
 
+METHODS += tuple(
+    Method(declared.title, preset=preset, masked=declared.needs_mask)
+    for declared in methods_of("injection")
+    for preset in declared.presets
+    if declared.name not in ("fatezero", "pnp")
+)
+"""Further injections, each as it declares itself."""
 PNP = PnPSettings()
 EXTENDED = TokenFlowSettings(1, "linear")
 """Every frame is a pivot and attends to all frames: extended attention only."""
