@@ -50,8 +50,8 @@ class Method:
     paper's, or ours with `plus`) or of another `preset`, with attention of `source`. masked: with the true mask of what
     changes as the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
     temporal layers on the image model, "fresh" or the bundled ones ("demo"), `tuned` on the clip for that many steps.
-    transformer: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion. blind: invert
-    with the empty prompt. guidance: of an edit without fusion, if not the run's.
+    transformer: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion.
+    blind: invert with the empty prompt. guidance: of an edit without fusion, if not the run's.
     """
 
     name: str
@@ -356,7 +356,9 @@ TRANSFORMER = (
     _on_transformer("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
         "guidance_scale": 10.0, "cross_replace_steps": 0.0, "self_replace_steps": 0.0,
     }, strength=0.7),
-    _on_transformer("FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7),
+    _on_transformer(
+        "FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7
+    ),
     Method("DDIM inversion of second order + prompt", source=None, order=2),
     Method("FateZero+, second order", plus=True, order=2),
 )  # fmt: skip
