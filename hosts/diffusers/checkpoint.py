@@ -203,14 +203,14 @@ def _text_parts(name: str, pipeline: Any) -> tuple[tuple[Any, ...], tuple[Any, .
 
 
 def _upcasts(vae: AutoencoderKL) -> bool:
-    """Whether an autoencoder's own configuration says that half precision is too small for it."""
+    """Whether an autoencoder's configuration asks for single precision."""
     return bool(vae.config.get("force_upcast")) and "force_upcast" not in vae.config.get("_use_default_values", ())
 
 
 def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a model with its temporal layers as a diffusers folder: `Checkpoint.load` and the layers' own code read it.
+    """Write a model with its temporal layers as a diffusers folder, for `Checkpoint.load` and for the layers' own code.
 
-    ValueError for SDXL, which that code does not know.
+    Raises ValueError for SDXL, which that code does not read.
     """
     if checkpoint.sdxl:
         raise ValueError(f"{checkpoint.name} is an SDXL model, which the authors' code does not read")
@@ -237,7 +237,7 @@ def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' loading bars and remarks off the terminal."""
+    """Silence the libraries' progress bars and log messages."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     levels = [log.get_verbosity() for log in logs]
     for log in logs:

@@ -56,7 +56,7 @@ class WholeClip(Model):
         return mean, deviation
 
     def _tile(self, height: int, width: int) -> None:
-        """Have the autoencoder work in tiles where memory is short for whole frames."""
+        """Switch the autoencoder to tiles if memory is short for whole frames."""
         free, needed = available_bytes(self.device), decoder_bytes(self.vae, height, width)
         if free is not None and needed > 0.5 * free:
             self.vae.enable_tiling()
@@ -68,8 +68,8 @@ class WholeClip(Model):
 
 
 def decoder_bytes(vae: Any, height: int, width: int) -> int:
-    """About what the last level of the decoder holds: a chunk of frames in its widest channels, three times, and the
-    frames kept for the causal convolutions of each of its layers.
+    """Estimated memory of the decoder's last level in bytes: three copies of a chunk of frames in its widest channels,
+    and the frames cached for the causal convolutions of each of its layers.
     """
     widest = int(vae.config["base_dim"]) * 2
     frames = int(vae.config["scale_factor_temporal"])

@@ -1,4 +1,4 @@
-"""A ControlNet on a diffusers UNet: what it adds to the UNet's call for each frame (arXiv 2302.05543)."""
+"""A ControlNet on a diffusers UNet (arXiv 2302.05543), with a picture for each frame."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _IDENTITIES = IdentityCache()
 class ControlNet:
     """A ControlNet and the pictures it follows, one for each frame of the clip.
 
-    frames: uint8 (f, h, w, 3), of the clip's size. strength: what its output is multiplied by; with 0 it is not called.
-    start, end: the part of the way from noise to clip on which it acts, by shares of the training timesteps.
+    frames: uint8 (f, h, w, 3), of the clip's size. strength: factor of its output; at 0 it is not called. start, end:
+    the range in which it acts, as fractions of the training timesteps from noise (0) to clip (1).
     """
 
     model: Any
@@ -34,17 +34,17 @@ class ControlNet:
     end: float = 1.0
 
     def acts(self, timestep: float, total: int) -> bool:
-        """Whether it has a part in the steps at a timestep."""
+        """Whether it acts at a timestep."""
         return self.strength != 0 and self.start <= 1 - timestep / total <= self.end
 
     @property
     def controlled(self) -> str:
-        """What tells one control from another, beside the weights of the ControlNet."""
+        """Identifies its pictures and settings."""
         pictures = hashlib.sha256(self.frames.contiguous().numpy().data).hexdigest()[:16]
         return f"ControlNet of {pictures} x{self.strength:g} from {self.start:g} to {self.end:g}"
 
     def with_identity(self, unet: ModelIdentity) -> ModelIdentity:
-        """The identity of a UNet together with this."""
+        """The identity of a UNet with this ControlNet."""
         if self.strength == 0:
             return unet
         own = _IDENTITIES.of(self.model, "ControlNet", self.model.dtype, self.model.state_dict())
@@ -56,7 +56,7 @@ class ControlNet:
     def residuals(
         self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor], indices: tuple[int, ...]
     ) -> dict[str, Any]:
-        """What the UNet's call is given more, for the clip's frames of some indices; text (1, tokens, dim)."""
+        """Additional arguments of the UNet's call on the frames with these indices; text (1, tokens, dim)."""
         pictures = self.frames[list(indices)].movedim(-1, 1).to(latents.device, latents.dtype) / 255
         down, mid = self.model(
             latents,
@@ -85,7 +85,7 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
             if not path.is_dir():
                 check_hub_name(name)
             elif not (path / "config.json").is_file():
-                raise CheckpointError(f"{path} is a folder without config.json, so not a ControlNet of diffusers")
+                raise CheckpointError(f"{path} has no config.json, so it is not a ControlNet in diffusers' layout")
             else:
                 check_weights(path.parent, {path.name: ("diffusers", "ControlNetModel")}, variant)
             model = ControlNetModel.from_pretrained(
@@ -96,7 +96,7 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
 
 
 def _single_file(path: Path, unet: Any) -> Any:
-    """A ControlNet in one file, its configuration that of the UNet."""
+    """A ControlNet in one file, with the UNet's configuration."""
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
             like = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
@@ -108,7 +108,7 @@ _SAME = ("in_channels", "block_out_channels", "layers_per_block", "cross_attenti
 
 
 def _check_fits(name: str, model: Any, unet: Any, factor: int) -> None:
-    """Raise CheckpointError for a ControlNet of another kind of UNet, or that takes what is not given."""
+    """Raise CheckpointError for a ControlNet that is for another kind of UNet or needs other inputs."""
     missing = sorted(key for key, weight in model.named_parameters() if weight.is_meta)
     if missing:
         raise CheckpointError(f"the ControlNet {name} lacks weights: {missing[0]} and {len(missing) - 1} more")

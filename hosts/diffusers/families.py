@@ -19,10 +19,10 @@ _FAMILIES = (
     ("another transformer (LTX-Video, PixArt, ...)", r"(^|_)transformer_blocks_\d|(^|_)(layers|blocks)_\d+_att"),
     ("textual inversion", r"^emb_params$|^string_to_param|^clip_[lg]$|^<.*>$"),
 )  # fmt: skip
-"""Patterns of names with underscores for dots; the first that any name matches decides."""
+"""Patterns of tensor names, with underscores for dots; the first one that matches any name applies."""
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """The family of models that tensors of these names are of or for; None for one that is not known."""
+    """The model family of tensors with these names, or of a LoRA for it; None if unknown."""
     plain = [name.replace(".", "_") for name in names]
     return next((family for family, pattern in _FAMILIES if any(re.search(pattern, name) for name in plain)), None)

@@ -23,7 +23,7 @@ _IDENTITIES = IdentityCache()
 Branch = tuple[Tensor, Condition, Control]
 """The latents, text and control of one branch of a call."""
 Wrap = Callable[[Callable[..., Tensor], Stranger], Callable[..., Tensor]]
-"""What goes around a module's forward during a run."""
+"""Wraps a module's forward for the time of a run."""
 
 
 class ControlledProcessor(ABC):

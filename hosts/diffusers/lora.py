@@ -44,9 +44,9 @@ def add_loras(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
 
 
 def fuse_loras(networks: Networks, loras: Sequence[LoraFile]) -> list[str]:
-    """Add LoRAs to the weights of a model's networks, one after another; a line on each.
+    """Add LoRAs to the weights of a model's networks, in order; returns a line on each.
 
-    Raises LoraError for one that does not fit, before that file changes a weight, and where weights leave their range.
+    Raises LoraError for a file that does not fit, before it changes a weight, and for weights that become infinite.
     """
     targets = {name: Target.of(network) for name, network in networks.items()}
     return [_fuse(lora, targets, scope) for lora, scope in zip(loras, _scopes(networks, loras), strict=True)]
@@ -60,7 +60,7 @@ def _fuse(lora: LoraFile, targets: Mapping[str, Target], scope: Sequence[str]) -
     for layer in layers:
         for change in changes(lora, layer.on(layer.device), adapter):
             if not change.add(lora.strength):
-                raise LoraError(f"{lora.name}: with {cut(layer.key)} a weight is no finite number: lower its strength")
+                raise LoraError(f"{lora.name}: with {cut(layer.key)} a weight is not finite: lower its strength")
     done = len(layers)
     counted = Counter(layer.network for layer in layers)
     where = ", ".join(f"{counted[network]} in the {_TITLES[network]}" for network in targets if counted[network])
@@ -74,7 +74,7 @@ _NOISE = re.compile(r"(high|low)[-_ ]?noise|(?<![a-z])(high|low)(?![a-z])", re.I
 
 
 def _scopes(networks: Networks, loras: Sequence[LoraFile]) -> list[tuple[str, ...]]:
-    """For each LoRA, the networks that names without a network's prefix are of."""
+    """For each LoRA, the networks to which names without a network prefix belong."""
     if "transformer_2" not in networks:
         return [(next(iter(networks)),)] * len(loras)
     pairs = Counter(_NOISE.sub("*", lora.name) for lora in loras)
@@ -82,8 +82,8 @@ def _scopes(networks: Networks, loras: Sequence[LoraFile]) -> list[tuple[str, ..
 
 
 def _scope_of_pair(lora: LoraFile, paired: bool) -> tuple[str, ...]:
-    """The transformers of Wan 2.2 that a file is for by its name: "..._high_noise.safetensors", or a pair of files that
-    differ in high and low alone; both for other names.
+    """The transformers of Wan 2.2 that a file is for, by its name: "..._high_noise.safetensors", or a pair of files
+    whose names differ only in high and low; both for other names.
     """
     found = [(match[1] or match[2]).lower() for match in _NOISE.finditer(lora.name)]
     clear = paired or all(match[1] for match in _NOISE.finditer(lora.name))

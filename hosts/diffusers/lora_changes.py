@@ -19,14 +19,14 @@ from .lora_layers import ENDINGS, Layer
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a parameter. magnitude: DoRA's, and the axis it is along."""
+    """What is added to a parameter. magnitude: DoRA's, with its axis."""
 
     parameter: nn.Parameter
     change: Tensor
     magnitude: tuple[Tensor, int] | None = None
 
     def add(self, strength: float) -> bool:
-        """To the parameter, computed in single precision at least; whether it still holds finite numbers."""
+        """Add to the parameter, in at least single precision; returns whether the result is finite."""
         weight = self.parameter.data
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         change = self.change.to(exact.dtype).view(exact.shape)
@@ -37,7 +37,7 @@ class Change:
 
 
 def decomposed(weight: Tensor, magnitude: Tensor, axis: int) -> Tensor:
-    """DoRA, Eq. 5: m V / |V|, with a magnitude for each entry of an axis (outputs 0, inputs 1)."""
+    """DoRA, Eq. 5: m V / |V|, with a magnitude for each entry of an axis (0: outputs, 1: inputs)."""
     shape = [1] * weight.ndim
     shape[axis] = -1
     length = weight.transpose(0, axis).flatten(1).norm(dim=1)
@@ -82,7 +82,7 @@ _OF_KINDS = (
     ({name for name in ENDINGS.values() if name.startswith("hada")}, hadamard, "hada_w1_b"),
     ({name for name in ENDINGS.values() if name.startswith("lokr")}, kronecker, None),
 )
-"""The tensors of a kind of change, the change, and the tensor whose first side is its rank."""
+"""For each kind of change: its tensors, the change, and the tensor whose first side is the rank."""
 
 
 def changes(lora: LoraFile, layer: Layer, adapter: Adapter) -> Iterator[Change]:
@@ -118,7 +118,7 @@ def _checked_changes(lora: LoraFile, layer: Layer, adapter: Adapter) -> Iterator
 def _scale(
     layer: Layer, own: Mapping[str, Tensor], ranked: str | None, alpha: Tensor | None, adapter: Adapter
 ) -> float:
-    """alpha / rank. LoKr's rank is that of its low-rank factor; with two whole ones its file's alpha says nothing."""
+    """alpha / rank. LoKr's rank is that of its low-rank factor; with two full factors, alpha has no effect."""
     if ranked is None:
         factor = next((own[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in own), None)
     else:
@@ -133,7 +133,7 @@ def _scale(
 def _magnitude(
     lora: LoraFile, layer: Layer, dora: Tensor | None, magnitude: Tensor | None
 ) -> tuple[Tensor, int] | None:
-    """DoRA's magnitudes with the axis they are along; PEFT's are of outputs, LyCORIS's of either, by their shape."""
+    """DoRA's magnitudes and their axis: outputs for PEFT, either for LyCORIS, by their shape."""
     if dora is None and magnitude is None:
         return None
     sides = layer.target.parameters[f"{layer.name}.weight"].shape[:2]
@@ -153,7 +153,9 @@ def _fitting(
         name = layer.name
     parameter = parameters.get(name)
     if parameter is None:
-        raise LoraError(f"{lora.name}: {cut(layer.key)} changes a {of} that the model's layer {layer.name} has not")
+        raise LoraError(
+            f"{lora.name}: {cut(layer.key)} changes a {of}, which the model's layer {layer.name} does not have"
+        )
     shape = parameter.shape if parameter.ndim < 2 else parameter.flatten(1).shape
     given = change.shape if change.ndim < 2 else change.flatten(1).shape
     if given != shape and change.shape != parameter.shape:

@@ -29,12 +29,12 @@ def cut(name: str) -> str:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What PEFT keeps beside the weights: alphas and ranks of its layers, by network; "" is of all."""
+    """PEFT's settings: alphas and ranks of its layers, by network; "" for all networks."""
 
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def scale(self, network: str, layer: str, rank: int | None) -> float | None:
-        """A layer's scale; None where nothing is said of it."""
+        """A layer's scale; None if not given."""
         about = self.settings.get(network, self.settings.get("", {}))
         alpha = about.get("lora_alpha", about.get("alpha"))
         if alpha is None or (rank is None and about.get("r") is None):
@@ -50,7 +50,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, usual: Any) -> A
 
 
 def read(lora: LoraFile) -> tuple[dict[str, Tensor], Adapter]:
-    """The tensors of a file, and what PEFT says beside them."""
+    """The tensors of a file, and PEFT's settings."""
     try:
         path = lora.file()
     except ValueError as error:
@@ -74,13 +74,13 @@ def why_unreadable(path: Path, error: Exception) -> str:
     if is_pointer(path):
         return "is a Git LFS pointer and not the file itself: run `git lfs pull`"
     if isinstance(error, UnpicklingError):
-        return "is damaged, or a pickle of more than weights, which is not read"
+        return "is damaged, or a pickle that contains more than weights, which is not read"
     first = next(iter(str(error).splitlines()), "")
-    return f"is damaged, or no file of weights: {first}"
+    return f"is damaged, or not a file of weights: {first}"
 
 
 def _adapter_of(path: Path, metadata: Mapping[str, str]) -> Adapter:
-    """PEFT's `adapter_config.json` beside a file, or what diffusers writes into it."""
+    """PEFT's settings, from `adapter_config.json` next to a file or from the file's metadata."""
     try:
         if "lora_adapter_metadata" in metadata:
             found: dict[str, dict[str, Any]] = {}

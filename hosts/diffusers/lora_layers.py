@@ -1,4 +1,4 @@
-"""The layers of a LoRA's file, found in a model by the names that files of all writers give them."""
+"""The layers of a LoRA's file, found in a model under the names that different tools use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDINGS = {
     **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }  # fmt: skip
-"""What the tensors of a layer are called, longest first where one ends another."""
+"""Endings of tensor names, and the part of a layer's change that they are."""
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 _NOT_APPLIED = {
     "OFT": r"\.oft_", "BOFT": r"\.boft_", "GLoRA": r"\.[ab][12]\.weight$", "(IA)^3": r"\.on_input$|\.ia3_l$",
@@ -38,7 +38,7 @@ _PLAINER = (
     (r"(^|\.)(base_model\.model|_orig_mod|module)\.", r"\1"), (r"\.processor\.", "."), (r"\.default(?=\.|$)", ""),
     (r"\.(lora_[AB]|lora_magnitude_vector)\.[^.]+\.(weight|bias)$", r".\1.\2"), (r"\.diff_m$", ".modulation.diff"),
 )  # fmt: skip
-"""What wrappers, attention processors and the names of adapters add to a name, taken off."""
+"""Removes what wrappers, attention processors and adapter names add to a name."""
 _PREFIXES = (
     ("lycoris_", ""), ("lora_transformer_", ""),
     ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"), ("lora_te_", "text_encoder"), ("lora_unet_", ""),
@@ -47,12 +47,12 @@ _PREFIXES = (
     ("model.diffusion_model.", ""), ("diffusion_model.", ""), ("transformer_2.", "transformer_2"),
     ("transformer.", "transformer"),
 )  # fmt: skip
-"""What names begin with, and the network that they are of; "" is the one that denoises."""
+"""Prefixes of names and their networks; "" for the denoising network."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors of one layer in a file, and the weights they change. key: one of its names in the file."""
+    """The tensors of one layer in a file, and the weights that they change. key: one of its names in the file."""
 
     key: str
     network: str
@@ -62,18 +62,18 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return next(iter(self.target.parameters.values())).device
 
     def on(self, device: str | torch.device) -> Layer:
-        """The same with its tensors elsewhere, but its alpha."""
+        """The layer with its tensors on a device, except alpha."""
         parts = {name: tensor if name == "alpha" else tensor.to(device) for name, tensor in self.parts.items()}
         return replace(self, parts=parts)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A network's parameters, and its layers by each name that files may call them."""
+    """A network's parameters, and its layers by every name that files use."""
 
     parameters: dict[str, nn.Parameter]
     names: dict[str, str]
@@ -88,13 +88,13 @@ class Target:
         return cls(parameters, names)
 
     def find(self, name: str) -> str | None:
-        """The layer of a name; None for none."""
+        """The layer with a name, or None."""
         plain = _plain(name)
         return self.names.get(plain, self.names.get(f"{plain}_0") if plain.endswith("to_out") else None)
 
 
 def _plain(name: str) -> str:
-    """A layer's name in the form in which names of all writers agree."""
+    """A layer's name in the form that all tools have in common."""
     return name.replace(".", "_").removeprefix("text_model_")
 
 
@@ -120,7 +120,7 @@ def _original(network: Any) -> Callable[[str], str]:
 
 
 def _of_unet(unet: Any) -> list[tuple[str, str]]:
-    """diffusers' names of a UNet's layers to those of the original code, as patterns in the order they apply."""
+    """Patterns from diffusers' names of a UNet's layers to those of the original code, in order of application."""
     found = [("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2")]
     found += [(f"{ours}.linear_{n}", theirs.format(2 * n - 2)) for n in (1, 2) for ours, theirs in
               (("time_embedding", "time_embed.{}"), ("add_embedding", "label_emb.0.{}"))]  # fmt: skip
@@ -156,7 +156,7 @@ def _of_unet(unet: Any) -> list[tuple[str, str]]:
 def layers_of(
     lora: LoraFile, tensors: Mapping[str, Tensor], targets: Mapping[str, Target], scope: Sequence[str]
 ) -> list[Layer]:
-    """The layers of a file with the layers of the model that they are for; LoraError unless all are found."""
+    """The layers of a file, with the model's layers that they change; LoraError unless all are found."""
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     unknown = []
@@ -191,7 +191,7 @@ def layers_of(
 
 
 def _candidates(network: str, targets: Mapping[str, Target], scope: Sequence[str], both: bool) -> Sequence[str]:
-    """The networks that a layer may be of. both: the file names both transformers of Wan 2.2."""
+    """The networks that a layer may belong to. both: the file names both transformers of Wan 2.2."""
     if network == "?":
         return [*scope, *(name for name in targets if name not in scope)]
     if network == "":
@@ -200,19 +200,19 @@ def _candidates(network: str, targets: Mapping[str, Target], scope: Sequence[str
 
 
 def _model_of(targets: Mapping[str, Target]) -> str:
-    """The family of a model in a few words."""
+    """The name of a model's family."""
     if "unet" not in targets:
         return WAN.title
     return "SDXL" if "text_encoder_2" in targets else UNET.title
 
 
 def _refuse_unknown(lora: LoraFile, names: list[str], unknown: list[str], targets: Mapping[str, Target]) -> None:
-    """LoraError for tensors that are no part of a change of weights."""
+    """Raise LoraError for tensors that do not change weights."""
     if not unknown and names:
         return
     for kind, pattern in _NOT_APPLIED.items():
         if found := [name for name in unknown if re.search(pattern, name)]:
-            raise LoraError(f"{lora.name} holds {kind} ({cut(found[0])}), which cannot be applied to this model")
+            raise LoraError(f"{lora.name} contains {kind} ({cut(found[0])}), which cannot be applied to this model")
     family, own = family_of(names), _model_of(targets)
     if len(unknown) == len(names):
         what = f"it looks like a file of {family}" if family else "it has no tensors of one"
@@ -226,7 +226,7 @@ def _refuse_unknown(lora: LoraFile, names: list[str], unknown: list[str], target
 
 
 def _lost(lora: LoraFile, names: list[str], lost: list[str], count: int, targets: Mapping[str, Target]) -> str:
-    """Why layers have no place in the model."""
+    """Why layers were not found in the model."""
     family, own = family_of(names), _model_of(targets)
     other = f"{lora.name} is a LoRA for {family}, and the model is {own}: " if family not in (None, own) else ""
     start = other or f"{lora.name}: "

@@ -1,4 +1,4 @@
-"""What training and guidance hold of activations, told before they run by a run on no data."""
+"""Memory of activations in training and guidance, measured in advance by a run on torch's meta device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def activation_bytes(
     clip_norm: bool,
     recompute: bool = True,
 ) -> int:
-    """The most bytes that a training step on latents (frames, 4, h, w) holds beside weights, gradients and optimizer.
+    """Peak bytes of a training step on latents (frames, 4, h, w), without weights, gradients and optimizer.
 
     A model of the same shapes runs forward and backward on torch's meta device, where every tensor has its size and
     no memory; what a kernel takes for itself is not in it. recompute: as `DiffusersDenoiser.training` has it.
@@ -40,7 +40,7 @@ def activation_bytes(
         if not recompute:
             own.unet.disable_gradient_checkpointing()
         _without_maps(own)
-        kept = sum(weight.nbytes for weight in own.trained().values())  # the gradients, which are told for themselves
+        kept = sum(weight.nbytes for weight in own.trained().values())  # the gradients, which are counted separately
         with LiveBytes() as live:
             clip_loss(own, latents, noise, 500, text, keys).backward()
     return live.most - kept
@@ -76,7 +76,7 @@ def guidance_bytes(
 def _without_data(
     denoiser: DiffusersDenoiser, latents_shape: tuple[int, ...], condition: Condition
 ) -> tuple[DiffusersDenoiser, Tensor, Condition]:
-    """A model of the same shapes, latents and a text on torch's meta device."""
+    """A model of the same shapes, latents and a text, on torch's meta device."""
     layers = temporal_layers(denoiser.unet)
     with torch.device("meta"):
         kind: Any = denoiser.kind
@@ -91,14 +91,14 @@ def _without_data(
 
 
 def _without_maps(denoiser: DiffusersDenoiser) -> None:
-    """Have a hooked model attend as kernels do."""
+    """Give a hooked model attention that needs as much memory as the kernels."""
     for layer, *_ in denoiser._layers.values():
         layer.processor.kernel = _Kernel.apply
 
 
 @contextmanager
 def attend_without_data() -> Iterator[None]:
-    """Have attention on torch's meta device be held as kernels hold it, without a map."""
+    """Give attention on torch's meta device the memory of the kernels, which build no map."""
     plain = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda query, key, value, **_: torch.empty_like(query)
     try:
@@ -108,7 +108,7 @@ def attend_without_data() -> Iterator[None]:
 
 
 class _Kernel(torch.autograd.Function):
-    """Attention as the kernels hold it, without a map; torch's meta device knows the plain way alone."""
+    """Attention with the memory of the kernels; on the meta device, torch only has the implementation with a map."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _Kernel(torch.autograd.Function):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and not gone yet; known: models whose weights are not."""
+    """Counts the bytes of living tensors that were created inside. known: models whose weights do not count."""
 
     def __init__(self, *known: torch.nn.Module) -> None:
         super().__init__()

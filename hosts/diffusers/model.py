@@ -170,5 +170,5 @@ class Model(ABC):
         return ""
 
     def coding_bytes(self, height: int, width: int) -> int:
-        """The least that the autoencoder holds of a frame of this size; 0 where it works in tiles."""
+        """The least memory that the autoencoder needs for a frame of this size, in bytes; 0 if it can use tiles."""
         return 0

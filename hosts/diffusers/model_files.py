@@ -1,4 +1,4 @@
-"""Models in folders, single files and by hub names: found, checked and read into diffusers' pipelines."""
+"""Models in folders, in single files and on the hub: found, checked and read into diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class CheckpointError(ValueError):
 
 
 def opened(name: str, load: Callable[..., T]) -> T:
-    """What `load` makes of a diffusers folder, or of a hub name that may be fetched; CheckpointError for neither."""
+    """`load` of a diffusers folder, or of a hub name that may be downloaded; CheckpointError for anything else."""
     path = DEMO if name == "demo" else Path(name)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise CheckpointError(f"{path} is a folder without model_index.json, so not a diffusers checkpoint")
+        raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers checkpoint")
     if not path.is_dir():
         check_hub_name(name)
     with as_checkpoint_error(name):
@@ -59,12 +59,12 @@ def opened(name: str, load: Callable[..., T]) -> T:
         return load(name, local_files_only=True)
     except _DAMAGED as error:
         raise CheckpointError(
-            f"{name!r} is neither here nor among the models fetched before, and {constants.ENDPOINT} cannot be reached"
+            f"{name!r} is not a local folder, has not been downloaded before, and {constants.ENDPOINT} does not answer"
         ) from error
 
 
 def hub_answers() -> bool:
-    """Whether the hub's address is known, or a proxy asked for it; libraries would try each file again and again."""
+    """Whether the hub's address resolves, here or by a proxy; without it, libraries would retry every file."""
     if constants.HF_HUB_OFFLINE or getproxies():
         return True
     try:
@@ -74,7 +74,7 @@ def hub_answers() -> bool:
 
 
 def check_hub_name(name: str) -> None:
-    """Raise CheckpointError for what is no name of a hub's model: a path, or a word alone."""
+    """Raise CheckpointError for a name that is not of the form owner/name, such as a path."""
     owner = name.partition("/")[0]
     hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
     if not hub or owner in ("models", "datasets", "spaces") or Path(owner).is_dir() or Path(owner).is_symlink():
@@ -85,7 +85,7 @@ def check_hub_name(name: str) -> None:
 
 @contextmanager
 def as_checkpoint_error(name: str) -> Iterator[None]:
-    """A failure to read a model as a CheckpointError that names it."""
+    """Turn failures to read a model into a CheckpointError that names it."""
     try:
         yield
     except CheckpointError:
@@ -101,26 +101,26 @@ _DAMAGED = (
     OSError, ValueError, SafetensorError, UnpicklingError, KeyError, IndexError, TypeError, AttributeError,
     RuntimeError, ImportError, EOFError,
 )  # fmt: skip
-"""What the libraries raise for folders that are not as they should be."""
+"""What the libraries raise for damaged folders."""
 
 
 def kind_of(name: str) -> str:
-    """The class of pipeline that a diffusers folder or hub name says it is; "" for a single file."""
+    """The pipeline class of a diffusers folder or hub name; "" for a single file."""
     if Path(name).is_file():
         return ""
     return class_of(name, opened(name, DiffusionPipeline.load_config))
 
 
 def class_of(name: str, index: dict[str, Any]) -> str:
-    """The class of a pipeline by its index; CheckpointError for one with code of its own."""
+    """The class of a pipeline, from its index; CheckpointError for one with custom code."""
     found = index.get("_class_name", "")
     if isinstance(found, str):
         return found
-    raise CheckpointError(f"{name} is a pipeline with code of its own ({', '.join(map(str, found))}), which is not run")
+    raise CheckpointError(f"{name} is a pipeline with custom code ({', '.join(map(str, found))}), which is not run")
 
 
 def loaded(name: str, dtype: torch.dtype, config: str | None = None, variant: str | None = None) -> Any:
-    """The pipeline of a model with a UNet, its kind not checked yet. variant: of the files in its folders, as fp16."""
+    """The pipeline of a model with a UNet, not checked yet. variant: of the files in its folders, such as fp16."""
     if name != "demo" and Path(name).is_file():
         if variant:
             raise CheckpointError(f"variant has no effect: {name!r} is a single file")
@@ -156,12 +156,12 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?"
     r"(?:\.(?P<after>[\w-]+))?\.(?:safetensors|bin)"
 )
-"""What files of weights are called, whole or in shards."""
+"""Names of weight files, whole or in shards."""
 
 
 def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> None:
-    """Raise CheckpointError for weights that are pointers of Git LFS, or of another variant than is asked for, and for
-    configurations that are not JSON.
+    """Raise CheckpointError for weights that are Git LFS pointers or of another variant, and for configurations
+    that are not JSON.
     """
     variants = set[str]()
     for part, about in index.items():
@@ -178,9 +178,7 @@ def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> N
                 found.setdefault(match["variant"] or match["after"] or "", []).append(file)
         variants |= found.keys()
         if found and not variant and "" not in found:
-            raise CheckpointError(
-                f"{folder} has weights of its {part} in a variant alone: give --variant {sorted(found)[0]}"
-            )
+            raise CheckpointError(f"{folder} has its {part} only in a variant: give --variant {sorted(found)[0]}")
         own = found.get(variant or "", found.get("", []))
         for file in [file for file in own if file.suffix == ".safetensors"] or own:
             if is_pointer(file):
@@ -197,11 +195,11 @@ _NOT_GIVEN = {
     "time_cond_proj_dim": "its guidance (a latent consistency model)", "class_embed_type": "a class or a noise level",
     "num_class_embeds": "a class or a noise level", "encoder_hid_dim_type": "more than text",
 }  # fmt: skip
-"""What a UNet may take beside latents and text, by its configuration."""
+"""Inputs of a UNet other than latents and text, by keys of its configuration."""
 
 
 def check_parts(name: str, pipeline: Any) -> None:
-    """Raise CheckpointError for a model that takes more than latents and text, or whose parts are of other kinds."""
+    """Raise CheckpointError for a model that takes more than latents and text, or has parts of other kinds."""
     unet, vae = pipeline.unet.config, getattr(pipeline, "vae", None)
     if not isinstance(vae, AutoencoderKL):
         kind = "no autoencoder" if vae is None else f"a {type(vae).__name__} for its autoencoder"
@@ -215,7 +213,7 @@ def check_parts(name: str, pipeline: Any) -> None:
     if channels != latents:
         kind = f", as {_CHANNELS[channels]}" if channels in _CHANNELS else ""
         raise CheckpointError(
-            f"{name} takes {channels} channels{kind}, and its latents have {latents}: give a model for text alone"
+            f"{name} takes {channels} channels{kind}, and its latents have {latents}: give a text-to-image model"
         )
     if unet["out_channels"] != channels:
         raise CheckpointError(f"{name} predicts {unet['out_channels']} channels of {channels}, its variance too")
@@ -255,7 +253,7 @@ def check_whole(name: str, pipeline: Any) -> None:
 
 
 def _stored(folder: Path) -> set[str]:
-    """The names of the tensors in a folder's safetensors; none where there are none."""
+    """The names of all tensors in a folder's safetensors files."""
     found = set[str]()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -298,7 +296,7 @@ _FAMILIES = {
     _SD2: "cond_stage_model.model.",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "",
 }
-"""Where a family's tokenizer and configuration live, and the keys that tell it; in this order."""
+"""Each family's tokenizer and configuration on the hub, and the prefix of keys that identifies it, in this order."""
 
 
 def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
@@ -314,7 +312,7 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
     if config is None:
         config = _fetched_before(family, path)
         if family == _SD2 and predicts is None:
-            raise CheckpointError(f"{path.name} does not say if it predicts noise or v: give --model-config")
+            raise CheckpointError(f"{path.name} does not state whether it predicts noise or v: give --model-config")
     elif not Path(config).is_dir():
         check_hub_name(config)
     sdxl = "xl" in family
@@ -329,7 +327,7 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
 
 
 def _prediction(contents: _Contents) -> str | None:
-    """What a file says its model predicts; None where it does not say."""
+    """The prediction type that a file states, or None."""
     told = contents.metadata.get("modelspec.prediction_type", contents.metadata.get("modelspec.predict_key", ""))
     if "v_pred" in contents.names or told in ("v", "v_prediction"):
         return "v_prediction"
@@ -337,7 +335,7 @@ def _prediction(contents: _Contents) -> str | None:
 
 
 def _check_contents(path: Path, contents: _Contents) -> None:
-    """Raise CheckpointError for a file that is no whole Stable Diffusion checkpoint."""
+    """Raise CheckpointError for a file that is not a complete Stable Diffusion checkpoint."""
     name, family = path.name, family_of(contents.names)
     if any(".lora_" in key or "lora_unet" in key for key in contents.names):
         raise CheckpointError(f"{name} is a LoRA, not a model: give it with --lora")
@@ -345,7 +343,7 @@ def _check_contents(path: Path, contents: _Contents) -> None:
         folder = ": give it as a diffusers folder" if family.startswith("Wan") else ""
         raise CheckpointError(f"{name} is a file of {family}, not a Stable Diffusion checkpoint{folder} ({EDITED})")
     if contents.channels is None:
-        alone = "a part of a model alone" if contents.has("down_blocks.") or contents.has("encoder.") else None
+        alone = "only a part of a model" if contents.has("down_blocks.") or contents.has("encoder.") else None
         what = f"{alone}, and no" if alone else "a safetensors file, but no"
         raise CheckpointError(f"{name} is {what} Stable Diffusion checkpoint")
     if contents.has("conditioner.embedders.0.model.") and not contents.has("conditioner.embedders.1."):
@@ -354,7 +352,7 @@ def _check_contents(path: Path, contents: _Contents) -> None:
         )
     if contents.channels != 4:
         kind = _CHANNELS.get(contents.channels, "another kind of model")
-        raise CheckpointError(f"{name} takes {contents.channels} channels, as {kind}: give a model for text alone")
+        raise CheckpointError(f"{name} takes {contents.channels} channels, as {kind}: give a text-to-image model")
     if any(key.startswith(("edm_mean", "edm_std", "edm_vpred")) for key in contents.names):
         raise CheckpointError(f"{name} has EDM's noise levels, which are not DDIM's")
     for part, marks in (
@@ -368,11 +366,11 @@ def _check_contents(path: Path, contents: _Contents) -> None:
 
 
 def _fetched_before(family: str, path: Path) -> str:
-    """A family's configuration in the hub's cache; never a download, which nobody asked for."""
+    """A family's configuration in the hub's cache; it is never downloaded."""
     try:
         return str(snapshot_download(family, local_files_only=True))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path.name} holds weights alone: say with --model-config where its tokenizer and configuration are "
+            f"{path.name} contains only weights: give its tokenizer and configuration with --model-config "
             f"(a diffusers folder of the same kind, or a hub name such as {family})"
         ) from error

@@ -1,4 +1,4 @@
-"""Temporal layers on a diffusers UNet: attached by forward hooks to the stock class, and taken off without trace."""
+"""Temporal layers on a diffusers UNet, attached to the stock class by forward hooks and removable without trace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 NAME = "temporal_layers"
-"""The submodule that holds them while they are attached."""
+"""The submodule that contains attached layers."""
 
 
 def with_temporal_layers(
@@ -68,7 +68,7 @@ def with_temporal_layers(
 
 
 def without_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Take temporal layers off again, if there are any: the UNet is the one it was."""
+    """Remove temporal layers, if any; the UNet is then as before."""
     attached = getattr(unet, NAME, None)
     if attached is not None:
         attached.remove(unet)
@@ -77,7 +77,8 @@ def without_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def convert_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Give the layers attached to a UNet the other code's form, for the same function: see `TemporalLayers.converted`.
+    """Convert the layers attached to a UNet to the other code's form, with the same function: see
+    `TemporalLayers.converted`.
 
     Raises ValueError for a UNet without layers, and where a convolution over frames is no identity.
     """
@@ -91,7 +92,7 @@ def queries_of(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 
 
 def convolutions_of(unet: UNet2DConditionModel) -> dict[str, int]:
-    """The 3x3 convolutions of a UNet, by name, and the channels they give: FateZero's go after them."""
+    """The 3x3 convolutions of a UNet and their output channels; FateZero's layers follow them."""
     return {
         name: module.out_channels
         for name, module in unet.named_modules()
@@ -159,7 +160,7 @@ def save_inflated_unet(unet: UNet2DConditionModel, folder: Path) -> None:
 _CLASSES = {"official": ("UNet3DConditionModel", "3D"), "fatezero": ("UNetPseudo3DConditionModel", "Pseudo3D")}
 _BLOCKS = ("down_block_types", "mid_block_type", "up_block_types")
 _SAFE, _BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
-"""What the official codes write is the second; the first is taken where it is there."""
+"""The official codes write the second; the first is preferred if present."""
 
 
 def _weights_of(folder: Path) -> dict[str, Tensor]:
@@ -170,7 +171,7 @@ def _weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def _as_pictures(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the image UNet beneath: its blocks' names, and none of what images do not know."""
+    """The configuration of the image UNet: its block names, without the settings of video models."""
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     plain = {key: value for key, value in config.items() if key in known}
     for inflated in ("Pseudo3D", "3D"):
@@ -183,7 +184,7 @@ def _renamed(blocks: Any, old: str, new: str) -> Any:
 
 
 class _Attached(nn.Module):
-    """Layers with their hooks on a UNet, and the weights that others have taken the place of."""
+    """Layers with their hooks on a UNet, and the weights of the UNet that were replaced."""
 
     def __init__(self, layers: TemporalLayers, unet: UNet2DConditionModel, base: Mapping[str, Tensor]) -> None:
         super().__init__()

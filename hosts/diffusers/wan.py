@@ -1,6 +1,4 @@
-"""Wan on diffusers: its transformers' attention, whose branches run block by block beside each other, its text, and
-its clips.
-"""
+"""Wan on diffusers: attention of its transformers, paired branches, text and loading."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ from .schedulers import flow_schedule, is_flow
 __all__ = ["VideoTransformer", "VideoTransformerDenoiser", "WanCheckpoint"]
 
 VideoTransformer = WanTransformer3DModel
-"""The class of the demo world's video transformer."""
+"""The class of the demo's video transformer."""
 
 
 def kernel_of(processor: Any) -> Attend:
@@ -137,7 +135,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
             )
         self.boundary = boundary
         self._rows: Sequence[Control] = ()
-        """Whose branch each row of the batch under way is."""
+        """The control of each row of the current batch."""
         self._row = 0
         super().__init__(self.transformers, scheduler)
 
@@ -194,7 +192,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         self._rows = ()
 
     def predicted(self, branches: Sequence[Branch], timestep: float) -> list[Tensor]:
-        """The velocities of branches on the same frames, evaluated beside each other."""
+        """The velocities of branches on the same frames, evaluated in one call."""
         for latents, condition, _ in branches:
             self.check(latents, condition)
         model, first = self._model_at(timestep), branches[0][0]
@@ -214,7 +212,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         return self.transformers[int(low)]
 
     def _by_row(self, forward: Callable[..., Tensor], stranger: Stranger) -> Callable[..., Tensor]:
-        """A block that takes the rows of a batch one after another, so that one leaves attention for the next."""
+        """A block that processes the rows of a batch in order, so that one records attention for the next."""
 
         def by_row(hidden: Tensor, text: Tensor, times: Tensor, rotary: Any) -> Tensor:
             if stranger():
@@ -228,8 +226,8 @@ class VideoTransformerDenoiser(HookedDenoiser):
         return by_row
 
     def _in_parts(self, forward: Callable[..., Tensor], stranger: Stranger) -> Callable[..., Tensor]:
-        """A feed-forward that takes a branch beside another by halves: it is what a block holds most of, and then
-        there is what the branches hold for each other.
+        """A feed-forward that processes paired branches in halves: it needs most of a block's memory, of which recorded
+        attention needs a part.
         """
 
         def in_parts(tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
@@ -251,7 +249,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         else:
             k, v = (rearrange(x, "1 (f t) h d -> f h t d", t=site.tokens) for x in (k, v))
             output = control.self_attention(q, k, v, site)
-        if self._row:  # a layer that was recorded beside this one has served
+        if self._row:  # what the first branch recorded of this layer was used
             self._rows[self._row - 1].forget(name)
         return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
@@ -263,11 +261,11 @@ def _padded(text: Tensor, tokens: int) -> Tensor:
 def _check_model(model: Any) -> None:
     if not isinstance(model, WanTransformer3DModel):
         raise TypeError(
-            f"transformer is a {type(model).__name__}; FateZero knows the attention of a WanTransformer3DModel "
+            f"transformer is a {type(model).__name__}; FateZero supports a WanTransformer3DModel "
             "(Wan 2.1 and 2.2, text to video)"
         )
     if model.config["image_dim"] or model.config["in_channels"] != model.config["out_channels"]:
-        raise ValueError("transformer takes a picture beside the text (Wan I2V); take one for text to video")
+        raise ValueError("transformer takes an image as well as text (Wan I2V): give one for text to video")
 
 
 # --- the model with its text and clips ------------------------------------------------------
@@ -322,7 +320,7 @@ class WanCheckpoint(WholeClip):
         check_whole(name, pipeline)
         notes, low_noise = add_loras(pipeline, loras), getattr(pipeline, "transformer_2", None)
         if dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # whose numbers leave half precision's range
+            pipeline.vae.to(torch.float32)  # its values overflow half precision
         model = cls(
             name, pipeline.vae, pipeline.scheduler, device, (pipeline.tokenizer,), (pipeline.text_encoder,),
             pipeline.transformer, notes=notes, low_noise=low_noise,
@@ -370,7 +368,7 @@ class WanCheckpoint(WholeClip):
 
 
 class SmallWan(FrameByFrame, WanCheckpoint):
-    """The demo world's: a Wan transformer on the latents of its image model."""
+    """The demo's video model: a Wan transformer on the latents of the demo's image model."""
 
     @classmethod
     def of_folder(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> SmallWan:

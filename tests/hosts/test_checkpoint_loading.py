@@ -49,7 +49,7 @@ def test_a_safetensors_file_that_is_no_checkpoint(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"without model_index\.json"):
+    with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         Checkpoint.load(str(tmp_path))
 
 

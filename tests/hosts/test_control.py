@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
         (tmp_path / "half", "shrinks pictures 2 times, and the model 4 times"),
         (changed(global_pool_conditions=True), "pools its pictures"),
         (tmp_path / "none", "no model at"),
-        (tmp_path, "without config.json"),
+        (tmp_path, "no config.json"),
         (CLIP, "could not load"),
     ):
         with pytest.raises(CheckpointError, match=said):

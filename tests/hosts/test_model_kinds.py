@@ -96,7 +96,7 @@ FOLDERS = {
     "inpainting": (inpainting, "takes 9 channels, as an inpainting model"),
     "TAESD": (tiny_autoencoder, "has a AutoencoderTiny for its autoencoder"),
     "own class": (lambda f: set_config(f, "model_index.json", _class_name="MyPipeline"), "is a MyPipeline, a pipeline"),
-    "own code": (lambda f: set_config(f, "model_index.json", _class_name=["p", "Mine"]), r"code of its own \(p, Mine"),
+    "own code": (lambda f: set_config(f, "model_index.json", _class_name=["p", "Mine"]), r"custom code \(p, Mine"),
     "unet's weight": (lambda f: set_weights(f, UNET, drop("conv_in.weight")), "lacks weights of its unet: conv_in"),
     "vae's weight": (lambda f: set_weights(f, VAE, drop("encoder.conv_in.bias")), "lacks weights of its vae: encoder"),
     "text's weight": (
@@ -136,7 +136,7 @@ def test_variants(folder):
     for name in (UNET, VAE, TEXT):
         path = folder / name
         path.rename(path.with_suffix(".fp16.safetensors"))
-    with pytest.raises(CheckpointError, match="in a variant alone: give --variant fp16"):
+    with pytest.raises(CheckpointError, match="only in a variant: give --variant fp16"):
         Checkpoint.load(str(folder))
     with pytest.raises(CheckpointError, match=r"no variant 'bf16'; its variants: fp16"):
         Checkpoint.load(str(folder), variant="bf16")
@@ -182,7 +182,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     monkeypatch.setattr("fatezero.hosts.diffusers.model_files.getaddrinfo", unknown)
     monkeypatch.setattr("fatezero.hosts.diffusers.model_files.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(CheckpointError, match="'owner/name' is neither here .* cannot be reached"):
+    with pytest.raises(CheckpointError, match="'owner/name' is not a local folder.* does not answer"):
         opened("owner/name", load)
 
 
@@ -215,7 +215,7 @@ FILES = {
     "no autoencoder": (BARE | {"cond_stage_model.transformer.x": (4,)}, "has no autoencoder in it"),
     "no text encoder": (BARE | {"first_stage_model.x": (4,)}, "has no text encoder in it"),
     "edm": (BARE | {"edm_mean": (4,)}, "has EDM's noise levels"),
-    "vae": ({"encoder.conv_in.weight": (4,)}, "is a part of a model alone"),
+    "vae": ({"encoder.conv_in.weight": (4,)}, "is only a part of a model"),
     "other": ({"weight": (4,)}, "is a safetensors file, but no Stable Diffusion checkpoint"),
 }
 
@@ -232,7 +232,7 @@ def test_a_file_of_sd_2_says_what_it_predicts(tmp_path, monkeypatch):
     monkeypatch.setattr("fatezero.hosts.diffusers.model_files._fetched_before", lambda family, path: str(DEMO))
     names = BARE | {"cond_stage_model.model.x": (4,), "first_stage_model.x": (4,)}
     save_file({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not say if it predicts noise or v: give --model-config"):
+    with pytest.raises(CheckpointError, match=r"does not state whether .*: give --model-config"):
         Checkpoint.load(str(tmp_path / "m.safetensors"))
 
 
