@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError, Group
 
 from .. import __version__
 from .commands import batch, benchmark, demo, edit, evaluate, generate, invert, train_demo, tune
+from .errors import parsing_error
 from .help import show_help
 from .progress import complain, console, in_a_line, told
 
@@ -41,7 +42,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except CycloptsError as error:
-        complain(f"error: {in_a_line(str(error))}")
+        complain(f"error: {in_a_line(parsing_error(app, error))}")
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FATEZERO_DEBUG"):

@@ -9,7 +9,7 @@ from ..imports import torch
 from ..video.fitted import FittedVideo
 from ..video.read import VideoSource, open_video
 from ..video.size import to_unit
-from .config.settings import ConfigError, EditConfig
+from .config.settings import ConfigError, EditConfig, of_setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
 def found_mask(name: str, file: str, frames: int | None = None) -> VideoSource:
     """A mask's frames: one, or the first `frames`; ConfigError, with the name of the setting, for what has fewer."""
-    try:
+    with of_setting(name):
         still = len(open_video(file, at_most=2)) == 1
         return open_video(file, count=1 if still else frames)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from error
 
 
 def check_edit_mask(config: EditConfig, frames: int) -> None:
@@ -38,10 +36,8 @@ def edit_mask(
     """The mask of an edit, cropped and scaled as the clip is; None for none."""
     if not config.edit_mask:
         return None
-    try:
+    with of_setting("edit_mask"):
         mask = grey(FittedVideo.of(found_mask("edit_mask", config.edit_mask), crop, size))
-    except ValueError as error:
-        raise ConfigError(f"edit_mask: {str(error).removeprefix('edit_mask: ')}") from error
     return GivenMask(mask if len(mask) == 1 else _by_latent(mask, checkpoint), config.mask_mode)
 
 

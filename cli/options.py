@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -15,6 +15,8 @@ from ..methods import METHODS
 from ..methods.layout_guidance import LayoutSettings
 from ..settings import NamedSetting, is_union, settings_of, shown
 from .config.settings import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
+from .progress import console, progress_bar
+from .session import Session
 
 GROUPS = {
     name: Group(name, sort_key=order)
@@ -22,7 +24,7 @@ GROUPS = {
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit",
             *dict.fromkeys(one.meta.group for method in METHODS for one in settings_of(method.settings)),
-            "Flow smoothing", "The clip", "Layout", "This run",
+            "Flow smoothing", "The clip", "Layout", "This run", "On a Ray cluster",
         )
     )
 }  # fmt: skip
@@ -53,6 +55,28 @@ DryRun = Annotated[bool, Parameter(negative="", help="Print the plan with its me
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace an existing output.", group=RUN)]
 Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Print errors only.", group=RUN)]
 
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a command runs, and how."""
+
+    model_config: ModelConfig = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    overwrite: Overwrite = False
+    dry_run: DryRun = False
+    quiet: Quiet = False
+
+    def session(self, *inputs: Path | None) -> Session:
+        """The session of a command. inputs: files that it reads, besides those its settings name."""
+        console.quiet = self.quiet
+        read = tuple(path for path in inputs if path)
+        return Session(console, progress_bar, self.device, self.dtype, self.model_config, self.overwrite, read)
+
+
+AS_USUAL = RunOptions()
+_REPEATED = (*REPEATED, "kind", "method", "comfyui")
 NOT_INVERTED = {
     "mode",
     "reweight",
@@ -92,6 +116,11 @@ def generate_options() -> type:
     return _options_of("GenerateOptions", own, sections)
 
 
+def options_of(settings: type, **negative: str) -> type:
+    """Every setting of a dataclass. negative: the names of switches' other side, "" for none."""
+    return _options_of(f"{settings.__name__}Options", settings_of(settings), negative=negative)
+
+
 def flags_of(video: str | None, options: Any) -> dict[str, Any]:
     """The settings that were given as options, with the video's."""
     return ({} if video is None else {"video": video}) | given_of(options)
@@ -110,8 +139,16 @@ def given_of(options: Any) -> dict[str, Any]:
     return found
 
 
-def _options_of(name: str, settings: Iterable[NamedSetting], sections: Mapping[str, type] | None = None) -> type:
-    parts: list[Any] = [(one.name, Annotated[_typed(one), _parameter(one)], None) for one in settings]
+def _options_of(
+    name: str,
+    settings: Iterable[NamedSetting],
+    sections: Mapping[str, type] | None = None,
+    negative: Mapping[str, str] | None = None,
+) -> type:
+    other = negative or {}
+    parts: list[Any] = [
+        (one.name, Annotated[_typed(one), _parameter(one, other.get(one.name))], None) for one in settings
+    ]
     parts += [(key, Annotated[kind | None, Parameter()], None) for key, kind in (sections or {}).items()]
     made = make_dataclass(name, parts)
     made.__module__ = __name__  # cyclopts leaves those of `types`, where such classes are from, as they are
@@ -123,18 +160,20 @@ def _typed(one: NamedSetting) -> Any:
     """What the command line reads: a number, a switch, or text."""
     kind = one.plain
     if get_origin(kind) is not None or is_union(kind):
-        kind = list[str] if get_origin(kind) is Mapping or one.name in REPEATED else str
+        kind = list[str] if get_origin(kind) is Mapping or one.name in _REPEATED else str
     return kind | None
 
 
-def _parameter(one: NamedSetting) -> Parameter:
+def _parameter(one: NamedSetting, negative: str | None) -> Parameter:
     help = f"{one.meta.text} ({', '.join(one.choices)})" if one.choices else one.meta.text
     shown = one.meta.shown or _default_text(one.default)
+    group: dict[str, Any] = {"group": GROUPS[one.meta.group]} if one.meta.group else {}  # else that of the app
     return Parameter(
+        name=("--output", "-o") if one.name == "output" else None,
         help=help,
-        group=GROUPS[one.meta.group],
+        **group,
         show_default=(lambda _: shown) if shown else False,
-        negative=None if one.plain is bool else "",
+        negative=negative if one.plain is bool else "",
         converter=whole if one.plain is int else None,
     )
 
@@ -142,8 +181,8 @@ def _parameter(one: NamedSetting) -> Parameter:
 def whole(_: Any, tokens: Sequence[Token]) -> int:
     """A whole number as an option has it; ValueError for others, which cyclopts would round."""
     text = tokens[0].value
-    if not text.strip().lstrip("+-").isdecimal():
-        raise ValueError(f"{shown(text)} is no whole number")
+    if not text.strip().lstrip("+-").isdecimal() or len(text) > 40:
+        raise ValueError("a whole number")
     return int(text)
 
 
@@ -182,8 +221,9 @@ def _weight(pair: str) -> tuple[str, float]:
         raise ConfigError(f"reweight is {shown(pair)}; it must be word=factor, e.g. watercolor=10") from None
 
 
-def _moment(text: str) -> int | str:
-    return int(text) if text.strip().lstrip("+-").isdigit() else text
+def _moment(given: int | str) -> int | str:
+    whole = isinstance(given, str) and given.strip().lstrip("+-").isdigit()
+    return int(given) if whole else given
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
@@ -193,7 +233,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "reweight": _weights,
     "crop": lambda text: whole_numbers("crop", text, ",", 4),
     "size": lambda text: whole_numbers("size", text.lower(), "x", 2),
-    **dict.fromkeys(REPEATED, tuple),
+    **dict.fromkeys(_REPEATED, lambda given: tuple(given) if isinstance(given, list) else given),
     "start": _moment,
     "end": _moment,
 }

@@ -90,6 +90,7 @@ def in_words(seconds: float) -> str:
 
 _MOST = 320
 """Characters of an error: two lines of a wide terminal."""
+_ERRNO = re.compile(r"\[Errno -?\d+\] ")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -99,8 +100,8 @@ def printable(text: str) -> str:
 
 
 def in_a_line(text: str) -> str:
-    """A text for one line, its middle left out where it is long."""
-    return shortened(" ".join(printable(text).split()), _MOST)
+    """A text for one line, without the numbers of system errors; its middle left out where it is long."""
+    return shortened(" ".join(_ERRNO.sub("", printable(text)).split()), _MOST)
 
 
 def told(error: Exception) -> str:

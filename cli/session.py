@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,16 @@ from ..models import DEMOS
 from ..settings import shown
 from ..video.fitted import FittedVideo
 from ..video.read import open_video
+from ..video.which import colour_of
 from .config.paths import check_names, files_of, is_clip
-from .config.settings import EditConfig, GenerateConfig, ModelSettings, TuneConfig
+from .config.settings import EditConfig, GenerateConfig, ModelSettings, TuneConfig, of_setting
 from .outputs import Outputs
 from .progress import Bar, in_a_line, printable
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.checkpoint import Checkpoint
     from ..hosts.diffusers.model import Model
+    from ..metrics.clip import ClipScorer
 
 Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
@@ -72,6 +75,7 @@ class Session:
         from ..hosts.diffusers.checkpoint import quiet
         from ..hosts.diffusers.load import open_model
 
+        check_temporal(settings)
         where = pick_device(self.device)
         dtype = None if self.dtype == "auto" else pick_dtype(self.dtype, where)
         with quiet():
@@ -85,8 +89,14 @@ class Session:
     def open_unet(self, settings: ModelSettings) -> Checkpoint:
         """A model with a UNet of images."""
         from ..hosts.diffusers.checkpoint import Checkpoint, quiet
+        from ..hosts.diffusers.load import CheckpointError, loader_of
 
+        check_temporal(settings)
         where, model = pick_device(self.device), settings.model
+        with quiet():
+            family = loader_of(model).family
+        if family.title != Checkpoint.family.title:
+            raise CheckpointError(f"{model} is a {family.title} model; give one with a UNet: SD 1.x, SD 2.x or SDXL")
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is no single file")
         with quiet():
@@ -120,6 +130,55 @@ class Session:
         self.say(f"note: {in_a_line(text)}", style="yellow")
 
 
+def check_temporal(settings: ModelSettings) -> None:
+    """Raise ConfigError, before the model is loaded, for temporal layers that cannot be read."""
+    from ..files.temporal_layers import about_temporal_layers
+
+    with of_setting("temporal"):
+        _ = settings.temporal and about_temporal_layers(settings.temporal)
+
+
+def check_control(config: EditConfig) -> None:
+    """Raise ConfigError, before the model is loaded, for a ControlNet or a control video that cannot be read."""
+    if not config.controlnet:
+        return
+    from ..hosts.diffusers.model_files import check_hub_name
+
+    path = Path(config.controlnet)
+    with of_setting("controlnet"):
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError(f"{path} is a folder without config.json, so not a ControlNet of diffusers")
+        if not path.exists():
+            check_hub_name(config.controlnet)
+    with of_setting("control"):
+        open_video(config.control, at_most=1)
+
+
+def open_clip(name: str, device: torch.device) -> ClipScorer:
+    """A CLIP of transformers, a folder or a hub name; CheckpointError for what is neither."""
+    from ..hosts.diffusers.checkpoint import quiet
+    from ..hosts.diffusers.model_files import as_checkpoint_error, from_hub
+    from ..metrics.clip import ClipScorer
+
+    load = partial(ClipScorer.load, device=device)
+    with quiet(), of_setting("clip"), as_checkpoint_error(name):
+        return load(name, local_files_only=True) if Path(name).is_dir() else from_hub(name, load)
+
+
+def check_clip(name: str) -> None:
+    """Raise CheckpointError for a CLIP that `open_clip` would not find."""
+    from transformers import AutoConfig
+
+    from ..hosts.diffusers.checkpoint import quiet
+    from ..hosts.diffusers.model_files import as_checkpoint_error, from_hub
+
+    with quiet(), of_setting("clip"), as_checkpoint_error(name):
+        if Path(name).is_dir():
+            AutoConfig.from_pretrained(name, local_files_only=True)
+        else:
+            from_hub(name, AutoConfig.from_pretrained)
+
+
 def controlled(
     session: Session,
     checkpoint: Model,
@@ -138,12 +197,12 @@ def controlled(
     asked = config.chosen_control
     if not asked.controlnet:
         return checkpoint
-    try:
-        source = open_video(asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate)
+    with of_setting("control"):
+        source = open_video(
+            asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate, background=colour_of(cut.background)
+        )
         pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"control: {error}") from error
-    with quiet():
+    with quiet(), of_setting("controlnet"):
         made = checkpoint.with_control(
             asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
             config.variant,

@@ -21,17 +21,19 @@ class ClipScorer:
     processor: Any
 
     @classmethod
-    def load(cls, name: str, device: torch.device | str = "cpu") -> ClipScorer:
+    def load(cls, name: str, device: torch.device | str = "cpu", local_files_only: bool = False) -> ClipScorer:
         """Load from a folder, or from the hub by name, which may use the network.
 
         Raises OSError if it is missing, ValueError for a model of another kind.
         """
         from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
-        kind = AutoConfig.from_pretrained(name).model_type
+        where = {"local_files_only": local_files_only}
+        kind = AutoConfig.from_pretrained(name, **where).model_type
         if kind != "clip":
             raise ValueError(f"{name} is a {kind!r} model: give a CLIP model")
-        return cls(CLIPModel.from_pretrained(name).to(device).eval(), CLIPProcessor.from_pretrained(name))
+        model = CLIPModel.from_pretrained(name, **where)
+        return cls(model.to(device).eval(), CLIPProcessor.from_pretrained(name, **where))
 
     @torch.no_grad()
     def images(self, frames: Tensor, batch: int = 8) -> Tensor:

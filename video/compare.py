@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from ..imports import Image, np, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Comparison = Literal["side by side", "wipe", "split", "difference"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
@@ -61,6 +61,8 @@ def _labelled(clip: Tensor, label: str, right: bool = False) -> Tensor:
 
 
 def _tag(label: str, size: int) -> Image.Image:
+    from PIL import ImageDraw, ImageFont
+
     font = ImageFont.load_default(size=size)
     left, top, right, bottom = font.getbbox(label)
     pad = max(1, size // 4)

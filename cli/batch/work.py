@@ -29,7 +29,7 @@ from ..config.settings import ControlSettings, EditConfig, ModelSettings
 from ..config.values import completed
 from ..frames import find_frames
 from ..progress import no_bars
-from ..session import Session, pick_device
+from ..session import Session, open_clip, pick_device
 from .jobs import Job
 
 if TYPE_CHECKING:
@@ -175,9 +175,7 @@ class Measure:
 
     @cached_property
     def _scorer(self) -> ClipScorer | None:
-        from ...metrics.clip import ClipScorer
-
-        return ClipScorer.load(self._clip, self._device) if self._clip else None
+        return open_clip(self._clip, self._device) if self._clip else None
 
 
 class Worker:

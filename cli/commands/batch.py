@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +15,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
 from ...files.lines import append_lines
 from ...files.whole import lock_folder
 from ...imports import torch
+from ...settings import setting, shown
 from ..batch.cluster import Cluster, run_on_cluster
 from ..batch.jobs import Batch, Job, load_batch
 from ..batch.processes import Patience, Places, run_here
@@ -29,11 +31,13 @@ from ..config.files import MADE
 from ..config.paths import digest_of
 from ..config.record import record_path
 from ..config.settings import ConfigError, EditConfig
-from ..options import DryRun, Dtype, ModelConfig, Quiet, whole
+from ..config.values import config_as
+from ..options import DryRun, Dtype, ModelConfig, Quiet, given_of, options_of
+from ..outputs import check_folder
 from ..progress import console, progress_bar, told
-from ..session import Session, pick_device
+from ..session import Session, check_clip, pick_device, pick_dtype
 
-_RAY = Group("On a Ray cluster", sort_key=100)
+_RAY = "On a Ray cluster"
 LOG = "jobs.jsonl"
 """How each job ended, a line for each try of a run; the last one of a job counts."""
 STORES = "stores"
@@ -42,43 +46,55 @@ _SUM_UP_EVERY = 30.0
 """Seconds between summaries while a batch runs."""
 
 
+@dataclass(frozen=True)
+class BatchConfig:
+    """Settings of `fatezero batch`."""
+
+    output: str = setting(
+        "", "Folder for results and summary. A run there continues.", shown="that of the jobs, without .yaml"
+    )
+    workers: int = setting(1, "Processes on each device.", least=1, most=1024)
+    timeout: float | None = setting(None, "Seconds that a job may take.", least=0.1, most=1e9, shown="any")
+    retries: int = setting(1, "Retries of a job whose process died.", least=0, most=1000)
+    measure: bool = setting(True, "Measure each result beside its source.")
+    clip: str = setting("", "CLIP model of transformers to measure with.", shown="none")
+    redo: bool = setting(False, "Repeat finished jobs.")
+    ray: str = setting("", "Address of a Ray cluster to run the jobs on, auto, or local.", shown="none", group=_RAY)
+    ray_gpus: float | None = setting(
+        None, "GPUs of each job.", least=0, most=1024, shown="1 where there are any", group=_RAY
+    )
+    ray_cpus: float = setting(1.0, "CPU cores of each job.", least=0, most=1024, group=_RAY)
+    ray_inputs: Literal["shared", "sent"] = setting(
+        "shared", "Clips, masks and LoRAs lie on a path that all machines share, or are sent through Ray.", group=_RAY
+    )
+    comfyui: tuple[str, ...] = setting(
+        (), "Address of a ComfyUI server to run the jobs' workflow on; may repeat.", shown="none"
+    )
+    device: str = setting("auto", "cpu, cuda, mps, several (cuda:0,cuda:1), or auto: all GPUs.")
+
+    def check_places(self, dtype: str, model_config: str | None) -> None:
+        """Raise ConfigError for settings of another place than the one that jobs run in."""
+        if self.ray and self.comfyui:
+            raise ConfigError("give --ray or --comfyui: a job is done in one place")
+        if model_config is not None and self.comfyui:
+            raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
+        if self.ray and self.timeout is not None:
+            raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
+        for url in self.comfyui:
+            if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+                raise ConfigError(f"comfyui is {shown(url)}; it must be an address such as http://127.0.0.1:8188")
+        if not self.comfyui:
+            pick_dtype(dtype, torch.device("cpu"))
+
+
+BatchOptions = options_of(BatchConfig, redo="")
+
+
 def command(
     jobs: Annotated[Path, Parameter(help="YAML file of jobs, or of clips, targets, settings and methods to combine.")],
     /,
     *,
-    output: Annotated[
-        Path | None,
-        Parameter(
-            name=("--output", "-o"),
-            help="Folder for results and summary. A run there continues.",
-            show_default=lambda _: "that of the jobs, without .yaml",
-        ),
-    ] = None,
-    workers: Annotated[int, Parameter(converter=whole, help="Processes on each device.")] = 1,
-    timeout: Annotated[float | None, Parameter(help="Seconds that a job may take.")] = None,
-    retries: Annotated[int, Parameter(converter=whole, help="Retries of a job whose process died.")] = 1,
-    measure: Annotated[bool, Parameter(help="Measure each result beside its source.")] = True,
-    clip: Annotated[str, Parameter(help="CLIP model of transformers to measure with.")] = "",
-    redo: Annotated[bool, Parameter(negative="", help="Repeat finished jobs.")] = False,
-    ray: Annotated[
-        str | None,
-        Parameter(help="Address of a Ray cluster to run the jobs on, auto, or local.", group=_RAY),
-    ] = None,
-    ray_gpus: Annotated[
-        float | None, Parameter(help="GPUs of each job.", show_default=lambda _: "1 where there are any", group=_RAY)
-    ] = None,
-    ray_cpus: Annotated[float, Parameter(help="CPU cores of each job.", group=_RAY)] = 1,
-    ray_inputs: Annotated[
-        Literal["shared", "sent"],
-        Parameter(
-            help="Clips, masks and LoRAs lie on a path that all machines share, or are sent through Ray.", group=_RAY
-        ),
-    ] = "shared",
-    comfyui: Annotated[
-        list[str] | None,
-        Parameter(help="Address of a ComfyUI server to run the jobs' workflow on; may repeat.", negative=""),
-    ] = None,
-    device: Annotated[str, Parameter(help="cpu, cuda, mps, several (cuda:0,cuda:1), or auto: all GPUs.")] = "auto",
+    options: Annotated[BatchOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     dtype: Dtype = "auto",
     model_config: ModelConfig = None,
     dry_run: DryRun = False,
@@ -86,19 +102,15 @@ def command(
 ) -> None:
     """Do many edits: those not done yet, an inversion that several share once; a failed one leaves the others alone."""
     console.quiet = quiet
+    config = config_as(BatchConfig, given_of(options))
     held = load_batch(jobs)
-    if ray is not None and comfyui:
-        raise ConfigError("give --ray or --comfyui: a job is done in one place")
-    if model_config is not None and comfyui:
-        raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
-    if ray is not None and timeout is not None:
-        raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
-
-    cluster = None if ray is None else Cluster(ray, ray_gpus, ray_cpus, retries, ray_inputs == "sent")
-    folder, patience = output or jobs.with_suffix(""), Patience(timeout, retries)
-    how = How(dtype, model_config, measure, clip)
-    asked = Asked(folder, how, device, workers, patience, cluster, tuple(comfyui or ()), redo, dry_run)
-    run_batch(Session(console, progress_bar), held, asked)
+    folder = Path(config.output) if config.output else jobs.with_suffix("")
+    check_folder(folder)
+    config.check_places(dtype, model_config)
+    if config.clip and config.measure:
+        check_clip(config.clip)
+    how = How(dtype, model_config, config.measure, config.clip)
+    run_batch(Session(console, progress_bar), held, Asked(folder, how, config, dry_run))
 
 
 class BatchError(OSError):
@@ -107,21 +119,33 @@ class BatchError(OSError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a run of `fatezero batch` is asked for, beside its jobs.
-
-    device: one or several by commas, each a process; `workers` of them on each. cluster, servers: Ray's
-    and ComfyUI's, in the place of this machine. redo: do again what is done.
-    """
+    """What a run is asked for, beside its jobs."""
 
     output: Path
     how: How
-    device: str = "auto"
-    workers: int = 1
-    patience: Patience = Patience()
-    cluster: Cluster | None = None
-    servers: tuple[str, ...] = ()
-    redo: bool = False
+    config: BatchConfig
     dry_run: bool = False
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """ComfyUI's, each once, in the place of this machine."""
+        return tuple(dict.fromkeys(url.rstrip("/") for url in self.config.comfyui))
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """Ray's, in the place of this machine."""
+        one = self.config
+        if not one.ray:
+            return None
+        return Cluster(one.ray, one.ray_gpus, one.ray_cpus, one.retries, one.ray_inputs == "sent")
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.config.timeout, self.config.retries)
+
+    @property
+    def devices(self) -> list[str]:
+        return [name.strip() for name in self.config.device.split(",")]
 
 
 def run_batch(session: Session, batch: Batch, asked: Asked) -> None:
@@ -132,7 +156,7 @@ def run_batch(session: Session, batch: Batch, asked: Asked) -> None:
         there, todo = list[Job](), list[Job]()
         for job in batch.jobs:
             if (config := configs.get(job.name)) is not None:
-                done = not asked.redo and _is_done(job, config, asked, batch, digest)
+                done = not asked.config.redo and _is_done(job, config, asked, batch, digest)
                 (there if done else todo).append(job)
         session.say(f"{len(batch.jobs)} jobs" + (f", {len(there)} of them done" if there else ""))
         blank = _blank(there, configs, asked)
@@ -193,7 +217,7 @@ def _filled(
     blank: Mapping[str, Ended], configs: Mapping[str, EditConfig], batch: Batch, asked: Asked
 ) -> Iterator[Ended]:
     """Measure results that are there."""
-    device = "auto" if asked.cluster is not None else asked.device.partition(",")[0].strip()
+    device = "auto" if asked.cluster is not None else asked.devices[0]
     measure = asked.how.measure(device) if blank else None
     for name, last in blank.items():
         try:
@@ -211,7 +235,7 @@ def _begun(session: Session, batch: Batch, jobs: Sequence[tuple[Job, EditConfig]
     """Say where jobs run and what they share; the jobs as they end, which begin when the first is asked for."""
     if asked.servers:
         session.say(f"   on {', '.join(asked.servers)}")
-        measure = asked.how.measure(asked.device)
+        measure = asked.how.measure(asked.devices[0])
         return run_on_servers([job for job, _ in jobs], batch, asked.output, asked.servers, asked.patience, measure)
     groups = groups_of(jobs)
     shared = [group for group in groups if group.inversion]
@@ -254,13 +278,11 @@ def _summed_up(batch: Batch, output: Path, configs: Mapping[str, EditConfig], di
 
 def _places(asked: Asked) -> Places:
     """A process for each device, or several; ValueError for a device that is not there."""
-    devices = [pick_device(name.strip()) for name in asked.device.split(",")]
-    if asked.device == "auto" and devices[0].type == "cuda":
+    devices, workers = [pick_device(name) for name in asked.devices], asked.config.workers
+    if asked.config.device == "auto" and devices[0].type == "cuda":
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    if asked.workers < 1:
-        raise ConfigError(f"workers is {asked.workers}; it must be a number of at least 1")
-    names = tuple(str(device) for device in devices for _ in range(asked.workers))
-    on_cpu = sum(device.type == "cpu" for device in devices) * asked.workers
+    names = tuple(str(device) for device in devices for _ in range(workers))
+    on_cpu = sum(device.type == "cpu" for device in devices) * workers
     threads = max(1, _cores() // on_cpu) if on_cpu else None
     return Places(names, asked.how, threads)
 

@@ -3,61 +3,80 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from ...diffusion.edit import Edit
+from ...diffusion.invert import InversionSettings
+from ...settings import setting, setting_like, shown
 from ..config.files import load_pairs
-from ..options import Device, whole
+from ..config.settings import ConfigError
+from ..config.values import config_as
+from ..options import Device, given_of, options_of
+from ..outputs import check_folder
 from ..progress import console, printable, progress_bar
-from ..session import pick_device
+from ..session import check_clip, pick_device
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Settings of `fatezero benchmark`."""
+
+    output: str = setting("benchmark", "Folder of the run; a run there goes on.")
+    quick: bool = setting(True, "4 cases of each kind and the main methods, or 10 and all.")
+    seed: int = setting(2303, "Random seed for scenes, motions and words.", least=0, most=2**63 - 1)
+    each: int | None = setting(None, "Cases of each kind.", least=1, most=10_000, shown="4, or 10 with --full")
+    kind: tuple[str, ...] = setting(
+        (),
+        "attribute, texture, shape, style, background, swap, two objects or alike objects; may repeat.",
+        shown="all",
+    )
+    frames: int = setting(4, "Frames of every clip.", least=1, most=1000)
+    steps: int = setting_like(InversionSettings, "steps", 20, help="DDIM steps.", group="")
+    guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5, help="Classifier-free guidance.", group="")
+    method: tuple[str, ...] = setting(
+        (), "A method by its name in the table; may repeat.", shown="the main ones, or all with --full"
+    )
+    pairs: str = setting(
+        "", "YAML list of [source caption, target caption], in the place of drawn cases.", shown="none"
+    )
+    model: str = setting("demo", "Another checkpoint of the demo world.")
+    clip: str = setting("", "A CLIP of transformers, for Tem-Con and Frame-Acc.", shown="none")
+    workers: int | None = setting(None, "Processes.", least=1, most=1024, shown="one for each core; one on a GPU")
+
+
+BenchmarkOptions = options_of(BenchmarkConfig, quick="--full")
 
 
 def command(
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder of the run; a run there goes on.")] = Path(
-        "benchmark"
-    ),
-    quick: Annotated[
-        bool, Parameter(negative="--full", help="4 cases of each kind and the main methods, or 10 and all.")
-    ] = True,
-    seed: Annotated[int, Parameter(converter=whole, help="Of scenes, motions and words.")] = 2303,
-    each: Annotated[int | None, Parameter(converter=whole, help="Cases of each kind.")] = None,
-    kind: Annotated[
-        list[str] | None,
-        Parameter(help="attribute, texture, shape, style, background, swap, two objects or alike objects; may repeat."),
-    ] = None,
-    frames: Annotated[int, Parameter(converter=whole, help="Frames of every clip.")] = 4,
-    steps: Annotated[int, Parameter(converter=whole, help="DDIM steps.")] = 20,
-    guidance_scale: Annotated[float, Parameter(help="Classifier-free guidance.")] = 7.5,
-    method: Annotated[list[str] | None, Parameter(help="A method by its name in the table; may repeat.")] = None,
-    pairs: Annotated[
-        Path | None, Parameter(help="YAML list of [source caption, target caption], in the place of drawn cases.")
-    ] = None,
-    model: Annotated[str, Parameter(help="Another checkpoint of the demo world.")] = "demo",
-    clip: Annotated[str, Parameter(help="A CLIP of transformers, for Tem-Con and Frame-Acc.")] = "",
-    workers: Annotated[
-        int | None,
-        Parameter(converter=whole, help="Processes.", show_default=lambda _: "one for each core; one on a GPU"),
-    ] = None,
+    options: Annotated[BenchmarkOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     device: Device = "auto",
 ) -> None:
     """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
-    captions = load_pairs(pairs) if pairs else ()
+    config = config_as(BenchmarkConfig, given_of(options))
+    captions = load_pairs(config.pairs) if config.pairs else ()
+    check_folder(config.output)
     from ...benchmark.cases import KINDS
     from ...benchmark.rows import BEST
     from ...benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
     from ...benchmark.table import write_tables
 
+    if unknown := sorted(set(config.kind) - set(KINDS)):
+        raise ConfigError(f"kind is {shown(unknown[0])}; it must be one of {', '.join(KINDS)}")
     settings = BenchmarkSettings(
-        seed, each or (4 if quick else 10), tuple(kind or KINDS), frames, steps, guidance_scale, model, clip, captions
+        config.seed, config.each or (4 if config.quick else 10), config.kind or KINDS, config.frames, config.steps,
+        config.guidance_scale, config.model, config.clip, captions,
     )  # fmt: skip
-    where = pick_device(device)
-    processes = workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)
+    if config.clip:
+        check_clip(config.clip)
+    methods = chosen_methods(config.method, config.quick)
+    where, folder = pick_device(device), Path(config.output)
+    processes = config.workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)
     with progress_bar() as bar:
-        rows = run_benchmark(
-            output, settings, chosen_methods(method, quick), str(where), processes, bar("cases")
-        )  # fmt: skip
-    console.print(write_tables(output, rows, BEST), markup=False, soft_wrap=True)
-    console.print(printable(f"written to {output}: table.md, table.csv, page.html"), markup=False, soft_wrap=True)
+        rows = run_benchmark(folder, settings, methods, str(where), processes, bar("cases"))
+    console.print(write_tables(folder, rows, BEST), markup=False, soft_wrap=True)
+    console.print(printable(f"written to {folder}: table.md, table.csv, page.html"), markup=False, soft_wrap=True)

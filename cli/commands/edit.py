@@ -45,22 +45,18 @@ from ..frames import decode, fit_frames, found_frames, shape_of
 from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
 from ..options import (
+    AS_USUAL,
     GROUPS,
     Config,
-    Device,
-    DryRun,
-    Dtype,
-    ModelConfig,
-    Overwrite,
-    Quiet,
+    RunOptions,
     Video,
     edit_options,
     flags_of,
 )
 from ..outputs import Outputs
 from ..plan import in_chunks, plan
-from ..progress import Bar, console, progress_bar
-from ..session import Session, controlled
+from ..progress import Bar
+from ..session import Session, check_control, controlled
 from ..stored import check_of_store, cut_of, read_origin, sound_of, with_store
 from ..team import in_team, team_of
 from .invert import invert_video
@@ -102,33 +98,26 @@ def command(
         Path | None,
         Parameter(help="A store of `fatezero invert`, in the place of an inversion.", group=GROUPS["The store"]),
     ] = None,
-    model_config: ModelConfig = None,
     options: Annotated[EditOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
+    run: RunOptions = AS_USUAL,
 ) -> None:
     """Edit a video: invert it, then denoise with the target prompt and what is taken of the source."""
-    console.quiet = quiet
     flags = flags_of(video, options)
     made = made_by(config) if config else None
     if made is not None:  # a result's record: made again with what it was made with
-        others = {"store": store, "model_config": model_config, "target": target, "preset": preset}
+        others = {"store": store, "model_config": run.model_config, "target": target, "preset": preset}
         given = {*flags, *(name for name, value in others.items() if value)}
         made = apart_from(made, given)
         store = store or (Path(made.store) if made.store else None)
-        model_config = model_config or made.model_config
-        device, dtype = (b if a == "auto" else a for a, b in ((device, made.device), (dtype, made.dtype)))
-    inputs = tuple(path for path in (config, store) if path)
-    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+        device, dtype = (b if a == "auto" else a for a, b in ((run.device, made.device), (run.dtype, made.dtype)))
+        run = replace(run, model_config=run.model_config or made.model_config, device=device, dtype=dtype)
+    session = run.session(config, store)
     configs, notes = configs_of(config, preset, flags, target or [], stored=store is not None)
     for note in notes:
         session.note(note)
     if config is not None and made is not None:
-        check_is_here(config, configs[0], model_config, given)
-    run_edits(session, configs, output, store, dry_run, made)
+        check_is_here(config, configs[0], run.model_config, given)
+    run_edits(session, configs, output, store, run.dry_run, made)
 
 
 def run_edits(
@@ -245,6 +234,7 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Made(files=files[0]), replace(run.made, model="", vae=""))
+    check_control(configs[0])
     checkpoint = session.open_model(configs[0].chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [

@@ -21,18 +21,13 @@ from ..config.values import generate_config
 from ..frames import decode
 from ..objects import check_objects, layout_of
 from ..options import (
+    AS_USUAL,
     GROUPS,
-    Device,
-    DryRun,
-    Dtype,
-    ModelConfig,
-    Overwrite,
-    Quiet,
+    RunOptions,
     generate_options,
     given_of,
 )
 from ..plan import check_size_fits
-from ..progress import console, progress_bar
 from ..session import Session
 
 if TYPE_CHECKING:
@@ -46,19 +41,12 @@ def command(
     output: Annotated[
         str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Output, as in `fatezero edit`.")
     ] = "clip.mp4",
-    model_config: ModelConfig = None,
     options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
+    run: RunOptions = AS_USUAL,
 ) -> None:
     """Draw a new clip of a prompt, with objects where they are asked for (cross-attention guidance)."""
-    console.quiet = quiet
     config = generate_config(given_of(options))
-    session = Session(console, progress_bar, device, dtype, model_config, overwrite)
-    run_generate(session, config, output, dry_run)
+    run_generate(run.session(), config, output, run.dry_run)
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:

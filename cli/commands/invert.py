@@ -20,10 +20,9 @@ from ..config.effects import of_methods
 from ..config.files import configs_of
 from ..config.settings import EditConfig
 from ..frames import encode, fit_frames, found_frames, shape_of
-from ..options import Config, Device, DryRun, Dtype, ModelConfig, Overwrite, Quiet, Video, flags_of, invert_options
+from ..options import AS_USUAL, Config, RunOptions, Video, flags_of, invert_options
 from ..plan import in_chunks, plan
-from ..progress import console, progress_bar
-from ..session import Session, controlled
+from ..session import Session, check_control, controlled
 from ..stored import origin_of
 
 if TYPE_CHECKING:
@@ -40,22 +39,15 @@ def command(
         "store.safetensors"
     ),
     config: Config = None,
-    model_config: ModelConfig = None,
     options: Annotated[InvertOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
+    run: RunOptions = AS_USUAL,
 ) -> None:
     """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
-    console.quiet = quiet
-    inputs = (config,) if config else ()
-    session = Session(console, progress_bar, device, dtype, model_config, overwrite, inputs)
+    session = run.session(config)
     configs, notes = configs_of(config, None, flags_of(video, options), inverting=True)
     for note in notes:
         session.note(note)
-    run_invert(session, configs[0], output, dry_run)
+    run_invert(session, configs[0], output, run.dry_run)
 
 
 def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
@@ -71,6 +63,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
 def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     settings = replace(config.store, path=output)
     source = found_frames(session, config)
+    check_control(config)
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     shape = shape_of(video, checkpoint)

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from ..options import Device, whole
+from ...settings import setting
+from ..config.values import config_as
+from ..options import Device, given_of, options_of
+from ..outputs import check_folder
 from ..progress import console
 from ..session import pick_device
 
 
+@dataclass(frozen=True)
+class TrainDemoConfig:
+    """Settings of `fatezero train-demo`."""
+
+    part: Literal["image", "video", "transformer"] = setting(
+        "image",
+        "The image model, the temporal layers that make the bundled one a model of videos, or the video transformer.",
+    )
+    output: str = setting("checkpoint", "Folder for what is trained.")
+    state: str = setting("training", "Folder for what a resume needs.")
+    steps: int | None = setting(
+        None, "Steps of the UNet or the layers, if fewer.", least=1, most=10_000_000, shown="all"
+    )
+    images: int | None = setting(None, "Pictures or clips to draw, if fewer.", least=1, most=10_000_000, shown="all")
+
+
+TrainDemoOptions = options_of(TrainDemoConfig)
+
+
 def command(
     *,
-    part: Annotated[
-        Literal["image", "video", "transformer"],
-        Parameter(
-            help="The image model, the temporal layers that make the bundled one a model of videos, or the video "
-            "transformer."
-        ),
-    ] = "image",
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="Folder for what is trained.")] = Path(
-        "checkpoint"
-    ),
-    state: Annotated[Path, Parameter(help="Folder for what a resume needs.")] = Path("training"),
+    options: Annotated[TrainDemoOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     device: Device = "auto",
-    steps: Annotated[int | None, Parameter(converter=whole, help="Steps of the UNet or the layers, if fewer.")] = None,
-    images: Annotated[int | None, Parameter(converter=whole, help="Pictures or clips to draw, if fewer.")] = None,
 ) -> None:
     """Train the bundled models again; hours on a CPU, minutes on a GPU."""
+    config = config_as(TrainDemoConfig, given_of(options))
+    output, state, steps, images = Path(config.output), Path(config.state), config.steps, config.images
+    for folder in (output, state):
+        check_folder(folder)
     from ...demo.evaluate import evaluate, moving_figures
     from ...demo.judge import load_judge
     from ...demo.temporal import TemporalSettings, train_temporal
@@ -41,13 +55,13 @@ def command(
     from ...hosts.diffusers.load import demo_video_model
 
     where = pick_device(device)
-    if part == "image":
+    if config.part == "image":
         settings = TrainSettings()
         settings = replace(settings, unet_steps=steps or settings.unet_steps, images=images or settings.images)
         train(output, state, settings, where, console.print)
         evaluate(Checkpoint.load(str(output), where), load_judge(output).to(where), console.print)
         return
-    if part == "transformer":
+    if config.part == "transformer":
         of_clips = VideoSettings()
         of_clips = replace(of_clips, steps=steps or of_clips.steps, clips=images or of_clips.clips)
         train_video(output, state, of_clips, where, console.print)

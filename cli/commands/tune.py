@@ -17,28 +17,17 @@ from ...files.safetensors import format_bytes
 from ...files.temporal_layers import FILE, training_metadata
 from ...files.whole import whole_file
 from ...imports import Image, torch
-from ...methods.tune_a_video import tune
+from ...methods.tune_a_video import optimizer_class, tune
+from ...settings import setting
 from ...store.budget import available_bytes
 from ...video.fitted import FittedVideo
 from ...video.write import write_picture
-from ..config.settings import ConfigError, TuneConfig
-from ..config.values import tune_config
+from ..config.settings import TuneConfig
+from ..config.values import config_as, tune_config
 from ..frames import find_frames, fit_frames, posterior, shape_of
-from ..options import (
-    RUN,
-    Device,
-    DryRun,
-    Dtype,
-    ModelConfig,
-    Overwrite,
-    Quiet,
-    Video,
-    flags_of,
-    tune_options,
-    whole,
-)
+from ..options import AS_USUAL, RunOptions, Video, flags_of, given_of, options_of, tune_options
+from ..outputs import check_folder
 from ..plan import check_size_fits
-from ..progress import console, progress_bar
 from ..session import Session, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -46,80 +35,66 @@ if TYPE_CHECKING:
 
     from ...hosts.diffusers.checkpoint import Checkpoint
 
-TuneOptions = tune_options()
-
 DEFAULT_FRAMES = 24
 """Frames tuned on, at most, where nothing says how many: the authors' number."""
 STATE = "state.safetensors"
 """What a tuning goes on from."""
 
 
-def command(
-    video: Video = None,
-    /,
-    *,
-    output: Annotated[
-        Path,
-        Parameter(name=("--output", "-o"), help="Folder for the layers, the losses and their plot.", group=RUN),
-    ] = Path("tuned"),
-    model_config: ModelConfig = None,
-    options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    resume: Annotated[bool, Parameter(negative="", help="Continue the tuning in the folder.", group=RUN)] = False,
-    keep_every: Annotated[
-        int, Parameter(converter=whole, help="Steps between two states to go on from.", group=RUN)
-    ] = 50,
-    folder: Annotated[
-        bool,
-        Parameter(
-            negative="",
-            help="Write the whole model too. The authors' code and --model read it.",
-            group=RUN,
-        ),
-    ] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
-    """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
-    console.quiet = quiet
-    config = tune_config(flags_of(video, options))
-    if keep_every < 1:
-        raise ConfigError(f"keep_every is {keep_every}; it must be a number of at least 1")
-
-    session = Session(console, progress_bar, device, dtype, model_config, overwrite)
-    run_tune(session, config, TuneRun(output, resume, folder, keep_every, dry_run))
-
-
 @dataclass(frozen=True)
 class TuneRun:
     """What a run of `fatezero tune` is asked for beside its settings."""
 
-    output: Path
-    resume: bool
-    folder: bool
-    keep_every: int
-    dry_run: bool
+    output: str = setting("tuned", "Folder for the layers, the losses and their plot.", group="This run")
+    resume: bool = setting(False, "Continue the tuning in the folder.", group="This run")
+    keep_every: int = setting(50, "Steps between two states to go on from.", least=1, most=1_000_000, group="This run")
+    folder: bool = setting(False, "Write the whole model too. The authors' code and --model read it.", group="This run")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.output)
 
 
-def run_tune(session: Session, config: TuneConfig, asked: TuneRun) -> None:
+TuneOptions, TuneRunOptions = tune_options(), options_of(TuneRun, resume="", folder="")
+
+
+def command(
+    video: Video = None,
+    /,
+    *,
+    options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    more: Annotated[TuneRunOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    run: RunOptions = AS_USUAL,
+) -> None:
+    """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
+    config, asked = tune_config(flags_of(video, options)), config_as(TuneRun, given_of(more))
+    check_folder(asked.path)
+    run_tune(run.session(), config, asked, run.dry_run)
+
+
+def run_tune(session: Session, config: TuneConfig, asked: TuneRun, dry_run: bool) -> None:
     """Tune a model on a clip; writes layers, losses and their plot into a folder, and at times a state to go on from.
 
     Raises what is wrong with the input before the model is loaded, and ValueError for a state of other settings.
     """
-    state = _state_of(asked.output / STATE, config) if asked.resume else None
+    optimizer_class(config.optimizer)  # raises where its library is missing
+    state = _state_of(asked.path / STATE, config) if asked.resume else None
     accelerator = _accelerator(session)
     session.console.quiet = session.console.quiet or not accelerator.is_main_process
     with replace(session, overwrite=session.overwrite or asked.resume).outputs(config) as outputs:
         names = (FILE, STATE, "loss.csv", "loss.png", *(("model_index.json",) if asked.folder else ()))
         for name in names if accelerator.is_main_process else ():
-            outputs.file(asked.output / name)
-        _tune(session, config, asked, state, accelerator)
+            outputs.file(asked.path / name)
+        _tune(session, config, asked, state, accelerator, dry_run)
 
 
 def _tune(
-    session: Session, config: TuneConfig, asked: TuneRun, state: dict[str, Tensor] | None, accelerator: Any
+    session: Session,
+    config: TuneConfig,
+    asked: TuneRun,
+    state: dict[str, Tensor] | None,
+    accelerator: Any,
+    dry_run: bool,
 ) -> None:
     settings, keys = config.tuning, KeyFrames.of(config.key_frames)
     source = find_frames(config, DEFAULT_FRAMES)
@@ -128,7 +103,7 @@ def _tune(
     check_size_fits(checkpoint, shape_of(video, checkpoint))
     text = checkpoint.encode_prompt(config.prompt, *video.size, checkpoint.blocks(config.prompt))
     session.say(_plan(checkpoint, config, video, text, accelerator.num_processes))
-    if asked.dry_run:
+    if dry_run:
         return
     with session.bars() as bar:
         latents, deviation = posterior(checkpoint, video, bar("encode"))
@@ -143,7 +118,7 @@ def _tune(
 
         done = tune(
             checkpoint.denoiser, latents, text, settings, None, keys, config.clip_norm, deviation=deviation,
-            resume=state, keep=lambda held: _keep(asked.output / STATE, held, config, accelerator),
+            resume=state, keep=lambda held: _keep(asked.path / STATE, held, config, accelerator),
             keep_every=asked.keep_every, accelerator=accelerator, progress=progress,
         )  # fmt: skip
     if not accelerator.is_main_process:
@@ -151,7 +126,7 @@ def _tune(
     _write(checkpoint, config, asked, done)
     session.say(
         f"loss {fmean(done[:25]):.4f} at first, {fmean(done[-25:]):.4f} in the end (means of 25 steps)\n"
-        f"temporal layers written to {asked.output / FILE}; edit with them by\n"
+        f"temporal layers written to {asked.path / FILE}; edit with them by\n"
         f"   fatezero edit {config.video} --temporal {asked.output} --key-frames {','.join(map(str, keys.entries))}"
         f"{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
     )
@@ -255,9 +230,9 @@ def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: l
         "steps": str(len(losses)),
         "model": config.model,
     }
-    save_temporal_layers(checkpoint.unet, asked.output / FILE, about)
+    save_temporal_layers(checkpoint.unet, asked.path / FILE, about)
     if asked.folder:
-        save_tuned(checkpoint, asked.output)
-    with whole_file(asked.output / "loss.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        save_tuned(checkpoint, asked.path)
+    with whole_file(asked.path / "loss.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("step", "loss"), *enumerate(losses, 1)])
-    write_picture(asked.output / "loss.png", Image.fromarray(plot_losses(losses).numpy()))
+    write_picture(asked.path / "loss.png", Image.fromarray(plot_losses(losses).numpy()))

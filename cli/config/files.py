@@ -117,8 +117,11 @@ def _read(path: Path) -> Any:
 
 def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
     """Pairs of captions of a YAML list; ConfigError for anything else."""
-    with _naming(Path(path)):
-        held = _read(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"pairs: no file at {path}")
+    with _naming(path):
+        held = _read(path)
         right = isinstance(held, list) and all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in held
         )

@@ -11,6 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 from ...settings import NamedSetting, check_one, is_union, settings_of, shown
 from .settings import FILES, FILES_OF_OBJECTS, ConfigError
 
+FILE_NAMES = {
+    *FILES, *FILES_OF_OBJECTS, "lora", "truth", "lpips", "clip", "output", "plot", "comparison", "pairs", "state",
+}  # fmt: skip
+"""The settings that name a file, or several."""
+
 
 def fitting(values: Mapping[str, Any], known: Mapping[str, NamedSetting], where: str = "") -> dict[str, Any]:
     """Values of the right kind and in their range."""
@@ -25,7 +30,7 @@ def fitting(values: Mapping[str, Any], known: Mapping[str, NamedSetting], where:
         found[name] = fitted(_plain_value(value, kind), kind)
         if found[name] is WRONG:
             raise ConfigError(f"{where}{name} is {shown(value)}; it must be {in_words(kind)}{_if_great(value)}")
-        _check_text(where + name, found[name], "\0" if name in (*FILES, "lora", *FILES_OF_OBJECTS) else _HALVES)
+        _check_text(where + name, found[name], "\0" if name in FILE_NAMES else _HALVES)
         try:
             check_one(known[name], found[name])
         except ValueError as error:

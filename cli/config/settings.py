@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -43,6 +44,17 @@ SECTIONS: dict[str, Any] = {
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong kind, or missing."""
+
+
+@contextmanager
+def of_setting(name: str) -> Iterator[None]:
+    """Raise what is wrong with a file as a ConfigError that names its setting."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 _TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO

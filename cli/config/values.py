@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...diffusion.parts import first_step
 from ...files.lora import LoraFile
@@ -14,9 +14,8 @@ from ...methods.tune_a_video import LayerSettings
 from ...settings import NamedSetting, Setting, settings_of, shown
 from ...video.which import colour_of, seconds_of
 from .effects import NOTHING_PLACED, check_masking
-from .fitting import fitting, section_of
+from .fitting import FILE_NAMES, fitting, section_of
 from .settings import (
-    FILES,
     FILES_OF_OBJECTS,
     SECTIONS,
     ConfigError,
@@ -25,6 +24,7 @@ from .settings import (
     TuneConfig,
 )
 
+T = TypeVar("T")
 _VIDEO = {"video": NamedSetting("video", str, "", Setting("Video, picture, or pictures."))}
 _OF_EDITS = _VIDEO | {one.name: one for one in settings_of(EditConfig)}
 _OF_CLIPS = {one.name: one for one in settings_of(GenerateConfig)}
@@ -36,6 +36,11 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     of_sections = {name: section_of(name, values[name], kind) for name, kind in SECTIONS.items() if name in values}
     values = {name: value for name, value in values.items() if name not in SECTIONS}
     return _checked(values, _OF_EDITS) | of_sections
+
+
+def config_as(settings: type[T], values: Mapping[str, Any]) -> T:
+    """Settings of a dataclass, those not given at their defaults; ConfigError naming what is wrong."""
+    return settings(**_checked(values, {one.name: one for one in settings_of(settings)}))
 
 
 def tune_config(values: Mapping[str, Any]) -> TuneConfig:
@@ -78,8 +83,9 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, NamedSetting]) -> di
             colour_of(found["background"])
         except ValueError as error:
             raise ConfigError(f"background: {error}") from error
-    for name in ("video", "source", "target", "prompt", "model"):
-        if isinstance(found.get(name), str) and name in values and not found[name].strip():
+    for name, value in found.items():
+        needed = name in ("video", "source", "target", "prompt", "model")
+        if isinstance(value, str) and (needed or (value and name in FILE_NAMES)) and not value.strip():
             raise ConfigError(f"{name} is {shown(values[name])}; it must not be blank")
     if "lora" in found:
         found["lora"] = tuple(text for text in found["lora"] if text.strip())
@@ -93,12 +99,12 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, NamedSetting]) -> di
 
 def _at_home(name: str, value: Any) -> Any:
     """A value whose files are no longer named by ~."""
-    if name in FILES_OF_OBJECTS:
+    if name in FILES_OF_OBJECTS and isinstance(value, tuple):
         parts = (text.partition(":") for text in value)
         return tuple(f"{words}{mark}{_indented(file)}" for words, mark, file in parts)
     if name == "lora" and isinstance(value, tuple):
         return tuple(from_home(text) for text in value)
-    return from_home(value) if name in FILES and isinstance(value, str) else value
+    return from_home(value) if name in FILE_NAMES and isinstance(value, str) else value
 
 
 def _indented(file: str) -> str:

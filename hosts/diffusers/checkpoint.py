@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -237,14 +238,16 @@ def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' progress bars and log messages."""
+    """Silence the libraries' progress bars, log messages and warnings."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     levels = [log.get_verbosity() for log in logs]
     for log in logs:
         log.set_verbosity_error()
         log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.set_verbosity(level)

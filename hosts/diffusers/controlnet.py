@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...files.safetensors import is_pointer
 from ...store.identity import IdentityCache, ModelIdentity
-from .model_files import CheckpointError, as_checkpoint_error, check_hub_name, check_weights
+from .model_files import CheckpointError, as_checkpoint_error, check_weights, from_hub
 
 _IDENTITIES = IdentityCache()
 
@@ -82,15 +83,14 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
                 raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
             model = _single_file(path, unet)
         else:
-            if not path.is_dir():
-                check_hub_name(name)
-            elif not (path / "config.json").is_file():
+            if path.is_dir() and not (path / "config.json").is_file():
                 raise CheckpointError(f"{path} has no config.json, so it is not a ControlNet in diffusers' layout")
-            else:
+            load = partial(ControlNetModel.from_pretrained, torch_dtype=unet.dtype, variant=variant or None)
+            if path.is_dir():
                 check_weights(path.parent, {path.name: ("diffusers", "ControlNetModel")}, variant)
-            model = ControlNetModel.from_pretrained(
-                name, torch_dtype=unet.dtype, variant=variant or None, local_files_only=path.is_dir()
-            )
+                model = load(name, local_files_only=True)
+            else:
+                model = from_hub(name, load)
     _check_fits(name, model, unet, factor)
     return model.to(unet.device).eval().requires_grad_(False)
 

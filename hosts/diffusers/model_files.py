@@ -49,11 +49,16 @@ def opened(name: str, load: Callable[..., T]) -> T:
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers checkpoint")
     if not path.is_dir():
-        check_hub_name(name)
+        return from_hub(name, load)
     with as_checkpoint_error(name):
-        if path.is_dir():
-            return load(path, local_files_only=True)
-        if hub_answers():
+        return load(path, local_files_only=True)
+
+
+def from_hub(name: str, load: Callable[..., T]) -> T:
+    """What `load` makes of a hub name, fetched or from the cache; CheckpointError for neither."""
+    check_hub_name(name)
+    if hub_answers():
+        with as_checkpoint_error(name):
             return load(name)
     try:
         return load(name, local_files_only=True)

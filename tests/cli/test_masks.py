@@ -10,7 +10,7 @@ from commands import frames_written
 from PIL import Image
 
 from fatezero.cli.config.paths import files_of, renamed
-from fatezero.cli.config.settings import ConfigError, EditConfig
+from fatezero.cli.config.settings import EditConfig
 from fatezero.cli.config.values import checked, completed
 from fatezero.cli.masks import _by_latent, edit_mask, grey
 from fatezero.files.bundled import CLIP
@@ -102,7 +102,7 @@ def test_a_mask_names_a_file_like_any_other(tmp_path, monkeypatch):
 def test_words_to_blend_are_not_needed_where_the_mask_is_given():
     config = EditConfig(video="v", source="a b", target="a b", blend_latents=True, edit_mask="m.png")
     assert completed(config).prompt_edit(None).blend_words is None
-    with pytest.raises(ConfigError, match="words to blend"):
+    with pytest.raises(ValueError, match="words"):
         replace(config, mask_mode="union").prompt_edit(None)
 
 

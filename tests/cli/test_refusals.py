@@ -1,0 +1,75 @@
+"""What cannot be read or fetched, or does not go together, is refused in a line that names the setting."""
+
+import pytest
+
+from fatezero.files.bundled import CLIP
+
+EDIT = ("edit", CLIP, "--source", "a red square", "--target", "a green square", "--steps", 2, "--count", 2)
+EVALUATE = ("evaluate", CLIP, CLIP, "--source", "x", "--target", "y")
+TUNE = ("tune", CLIP, "--prompt", "a red square", "--count", 2, "--steps", 1)
+UNREACHABLE = "is neither here nor among the models fetched before"
+
+
+@pytest.fixture
+def said(refused, tmp_path, monkeypatch):
+    """What a command says that ends with status 1: one line without a library's remarks, and nothing written."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+
+    def say(*line):
+        text = refused(*line)
+        lines = [one for one in text.split("error: ", 1) if one.strip()]
+        assert "Warning" not in text and "Retry" not in text and "[Errno" not in text and len(lines[-1]) < 340, text
+        assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == before
+        return text
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ((*EDIT, "--model", "a/b"), UNREACHABLE),
+        ((*EDIT, "--controlnet", "a/b", "--control", CLIP), f"controlnet: 'a/b' {UNREACHABLE}"),
+        ((*EDIT, "--controlnet", "nothing", "--control", CLIP), "controlnet: no model at nothing"),
+        ((*EDIT, "--controlnet", "folder", "--control", CLIP), "controlnet: folder is a folder without config.json"),
+        ((*EDIT, "--controlnet", "a/b", "--control", "none.mp4"), "control: no video at none.mp4"),
+        ((*EDIT, "--temporal", "nothing"), "temporal: no temporal layers at nothing"),
+        ((*EDIT, "--temporal", "text.mp4"), "temporal: "),
+        ((*EDIT, "--dtype", "float8"), "dtype is 'float8'"),
+        ((*EDIT, "--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("edit", "text.mp4", *EDIT[2:]), "text.mp4 is not a readable video"),
+        (("edit", "folder", *EDIT[2:]), "folder is a folder without pictures"),
+        ((*EVALUATE, "--clip", "a/b"), f"clip: 'a/b' {UNREACHABLE}"),
+        ((*EVALUATE, "--clip", "nothing"), "clip: no model at nothing"),
+        ((*EVALUATE, "--clip", "folder"), "clip: "),
+        ((*EVALUATE, "--judge"), "judge: "),
+        ((*EVALUATE[:3], "--truth", "text.mp4"), "truth: text.mp4 is not a readable video"),
+        ((*EVALUATE[:3], "--mask", "none.png"), "mask: "),
+        ((*EVALUATE[:3], "--lpips", "text.mp4"), "lpips: "),
+        ((*EVALUATE[:3], "--crop", "600,0,60,0"), "crop 600,0,60,0"),
+        (("evaluate", CLIP, "text.mp4"), "text.mp4 is not a readable video"),
+        ((*TUNE, "--model", "demo-wan"), "demo-wan is a Wan model; give one with a UNet"),
+        ((*TUNE, "--model", "demo-wan", "--dry-run"), "demo-wan is a Wan model; give one with a UNet"),
+        (("generate", "--prompt", "x", "--temporal", "nothing"), "temporal: no temporal layers at nothing"),
+        (("benchmark", "--clip", "nothing"), "clip: no model at nothing"),
+        (("benchmark", "--kind", "nonsense"), "kind is 'nonsense'"),
+        (("benchmark", "--method", "nonsense"), "'nonsense'"),
+        (("train-demo", "--device", "abacus"), "device 'abacus'"),
+        (("demo", "--device", "abacus"), "device 'abacus'"),
+        ((*EVALUATE[:3], "--background", "nocolour"), "background: "),
+    ],
+)
+def test_what_cannot_be_read_or_fetched_is_refused_in_a_line(said, line, says):
+    assert says in said(*line)
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_before_a_plan(said):
+    pytest.importorskip("torch")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        assert "bitsandbytes" in said(*TUNE, "--optimizer", "adamw8bit", "--dry-run")
