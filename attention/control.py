@@ -1,4 +1,4 @@
-"""What a model's attention layers are asked to do.
+"""How a model's attention layers compute under the control of an edit.
 
 Shapes are given as einops strings: f frames, h heads, t tokens of a frame, s source
 text tokens, c target text tokens, n key frames, d channels of a head.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Place = Literal["down", "mid", "up", "block"]
-"""Of a UNet; a transformer has blocks alone."""
+"""Of a UNet; a transformer has blocks only."""
 Kind = Literal["self", "cross", "joint"]
 """joint: one softmax over the tokens of several streams, such as video and text."""
 SEPARATE: tuple[Kind, ...] = ("self", "cross")
@@ -31,7 +31,7 @@ SEPARATE: tuple[Kind, ...] = ("self", "cross")
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention layer on one size of picture.
+    """One attention layer for one picture size.
 
     place, index: where it is; index counts the layers of its kind within its place.
     heads, head_dim: its attention heads and their channels.
@@ -67,25 +67,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 Attend: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
-"""softmax(q k^T / sqrt(d)) v as `attention` has it, by whichever kernel a host prefers."""
+"""`attention` with the host's preferred kernel."""
 
 
 NO_WINDOWS = "but a node on the model splits it into context windows (AnimateDiff-Evolved): remove one of them"
-"""How the refusals of what needs all frames in one call end."""
+"""The end of errors of methods that need all frames in one call."""
 
 Gather: TypeAlias = "Callable[[Tensor, AttentionSite], Tensor]"
 """A self-attention layer's output (f t c) from its input tokens (f t c)."""
 
 
 def attend_as_one(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every frame of q (f h t d) attends to keys and values that all see, (1 h n d), which are copied for none."""
+    """Every frame of q (f h t d) attends to the same keys and values, (1 h n d), without copies of these."""
     return rearrange(attend(as_one(q), k, v), "1 h (f t) d -> f h t d", f=len(q))
 
 
 def token_shares(q: Tensor, k: Tensor, tokens: Sequence[int], attend: Attend = attention) -> Tensor:
-    """How much each place looks at some text tokens, averaged over heads, without a map: (f t n).
+    """The attention of each position to some text tokens, averaged over heads, without a map: (f t n).
 
-    Attention whose values are a one for each of these tokens, as many at a time as a head has channels.
+    Attention with one-hot values for these tokens, in groups of as many as a head has channels.
     """
     parts = []
     for at in range(0, len(tokens), q.shape[-1]):
@@ -97,10 +97,10 @@ def token_shares(q: Tensor, k: Tensor, tokens: Sequence[int], attend: Attend = a
 
 
 def over_windows(windows: Mapping[tuple[int, ...], Tensor], frames: Sequence[int]) -> Tensor:
-    """What windows of a clip have for each of some frames: the mean over the windows that hold it."""
+    """For each of some frames, the mean over the windows that contain it."""
     found: dict[int, list[Tensor]] = {frame: [] for frame in frames}
-    for held, rows in windows.items():
-        for frame, row in zip(held, rows, strict=True):
+    for members, rows in windows.items():
+        for frame, row in zip(members, rows, strict=True):
             found[frame].append(row)
     return torch.stack([torch.stack(rows).mean(0) for rows in found.values()])
 
@@ -113,7 +113,7 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 
 
 class Control:
-    """Attention as the model has it, but with keys and values from the clip's key frames.
+    """The model's attention with keys and values from the clip's key frames.
 
     A host calls the two methods once for every layer of a UNet call on the frames of a
     `chunk`, with tensors (frames, heads, tokens, head_dim) of one branch; the text's keys and
@@ -125,18 +125,18 @@ class Control:
         self.chunk = chunk
         self.attend: Attend = attention
         self.extended = False
-        """Whether every frame attends to all the frames of the call, whatever the key frames are."""
+        """Whether every frame attends to all frames of the call instead of the key frames."""
         self.captured = Captured()
-        """What the call leaves behind; a host fills in the outputs of self-attention layers."""
+        """Tensors recorded in the call; a host fills in the outputs of self-attention layers."""
         self.gather: Gather | None = None
-        """What is asked for a self-attention layer's output, in place of attention."""
+        """Computes a self-attention layer's output in place of attention."""
         self.windows: dict[tuple[int, ...], Self] = {}
-        """The controls of calls that hold some frames of the chunk alone, by these frames."""
+        """The controls of calls on only some frames of the chunk, by these frames."""
 
     def window(self, frames: tuple[int, ...]) -> Self:
-        """The control of a call on some frames of the chunk, where another node splits the clip into context windows.
+        """The control of a call on some frames of the chunk, for context windows of another node.
 
-        Raises ValueError for what such a call cannot do.
+        Raises ValueError for a control that does not support them.
         """
         if frames == self.chunk.frame_indices:
             return self
@@ -147,13 +147,13 @@ class Control:
     def on(self, chunk: Chunk) -> Self:
         """A copy for some frames of its chunk."""
         if self.gather is not None or self.captured.outputs is not None or self.extended:
-            raise ValueError(f"TokenFlow runs a clip in batches of its own, {NO_WINDOWS}")
+            raise ValueError(f"TokenFlow runs a clip in its own batches, {NO_WINDOWS}")
         copied = copy(self)
         copied.chunk, copied.windows, copied.captured = chunk, {}, self.captured.emptied()
         return copied
 
     def feature(self, x: Tensor, name: str) -> Tensor:
-        """What goes on of a ResNet block's feature (f c y x), after its last convolution and before its shortcut."""
+        """The feature (f c y x) of a ResNet block to use, after its last convolution and before its shortcut."""
         return x
 
     def input_tokens(self, x: Tensor, site: AttentionSite) -> None:
@@ -161,11 +161,11 @@ class Control:
 
     @property
     def wants_tokens(self) -> bool:
-        """Whether `input_tokens` has to be called; it may cost time."""
+        """Whether the control needs `input_tokens`, which may cost time."""
         return self.gather is not None
 
     def forget(self, layer: str) -> None:
-        """Told that nobody will ask for what it recorded of a layer, by its name."""
+        """Called by a layer's name when its records are no longer needed."""
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if self.extended or self.key_frames.everyone:
@@ -176,7 +176,7 @@ class Control:
         return self.attend(q, k, v)
 
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        """A layer whose rows are those of several streams (`site.streams`), of one clip: (1 h n d)."""
+        """A layer over the tokens of several streams (`site.streams`) of one clip: (1 h n d)."""
         return self.attend(q, k, v)
 
     def of_key_frames(self, k: Tensor, site: AttentionSite) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..files.lines import append_lines
 from ..files.whole import whole_file
 from ..hosts.diffusers.checkpoint import Checkpoint, quiet
-from ..hosts.diffusers.model_files import hub_answers
+from ..hosts.diffusers.model_files import hub_is_online
 from ..metrics.clip import ClipScorer
 from ..video.size import to_bytes
 from ..video.write import write_picture
@@ -157,7 +157,7 @@ class _Worker:
         with quiet():
             self.checkpoint = Checkpoint.load(settings.model, torch.device(device))
         self.settings = settings
-        self.clip = ClipScorer.load(settings.clip, device, not hub_answers()) if settings.clip else None
+        self.clip = ClipScorer.load(settings.clip, device, not hub_is_online()) if settings.clip else None
 
     def run(self, job: Job) -> Done:
         case, names = job

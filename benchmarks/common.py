@@ -32,7 +32,7 @@ from fatezero.diffusion.schedule import FlowSchedule, Schedule
 from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
 from fatezero.methods.fatezero import Fuser, StepPlan
 from fatezero.metrics.memory import PeakMemory
-from fatezero.store.records import Beside, Recorder, SourceStep
+from fatezero.store.records import PairedBranch, Recorder, SourceStep
 
 # --- models ---------------------------------------------------------------------------------
 
@@ -218,9 +218,9 @@ def guided_steps(
     layers = {site.name for site in denoiser.sites(z.shape[-2], z.shape[-1])}
     alignment = prompt.align(text.text_tokens, text.text_tokens).to(z.to(denoiser.dtype))
 
-    def edited(source: SourceStep, beside: Beside | None = None) -> None:
+    def edited(source: SourceStep, paired: PairedBranch | None = None) -> None:
         control = Fuser(source, alignment, fusion, StepPlan(True, True, False, False))
-        denoiser.predict_noise(z, 500.0, text, control, Guidance(text, Control(keys, chunk), 5.0), beside)
+        denoiser.predict_noise(z, 500.0, text, control, Guidance(text, Control(keys, chunk), 5.0), paired)
 
     @torch.no_grad()
     def plain() -> None:
@@ -231,9 +231,9 @@ def guided_steps(
     @torch.no_grad()
     def beside() -> None:
         recorder = Recorder(keys, chunk, layers)
-        pair = Beside(z, text, recorder)
+        pair = PairedBranch(z, text, recorder)
         with denoiser.hooked():
-            edited(SourceStep(recorder.captured, keys, chunk, beside=pair), pair)
+            edited(SourceStep(recorder.captured, keys, chunk, paired=pair), pair)
 
     @torch.no_grad()
     def before() -> None:

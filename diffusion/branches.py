@@ -1,4 +1,4 @@
-"""One edit while it runs: its inputs on their device, and the branches of a step."""
+"""The run of one edit: its inputs on their device, and the branches of a step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branches:
-    """The branches of one edit at one step, evaluated on any frames. `edit` is the only way to the edit's prediction,
-    and always injects.
+    """The branches of one edit at one step, evaluated on any frames. Only `edit` predicts, and it always injects.
 
     store: the edit's, or a view of it with other noise. z: the edit's latents, (frames, c, h, w).
     """
@@ -35,7 +34,7 @@ class Branches:
     z: Tensor
     step: int
     made: list[Prediction] = field(default_factory=list)
-    """Everything that `edit` returned."""
+    """All results of `edit`."""
 
     def source(self, chunk: Chunk, prepare: Prepare | None = None) -> Recorder:
         """The source's branch on a chunk."""
@@ -43,7 +42,7 @@ class Branches:
         return compute_source(self.run.denoiser, self.store, self.step, self.run.needs(self.step), chunk, prepared)
 
     def source_for(self, chunk: Chunk) -> SourceStep:
-        """The source's branch on a chunk, for `edit`, within whose call it may run."""
+        """The source's branch on a chunk, for `edit`; it may run only within that call."""
         return source_for(self.run.denoiser, self.store, self.step, self.run.needs(self.step), chunk)
 
     def edit(self, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
@@ -53,9 +52,9 @@ class Branches:
 
 
 class EditRun:
-    """One edit with its inputs checked, on the device it runs on.
+    """One edit with checked inputs, on the model's device.
 
-    first: the step, 0 the noisiest, at which it begins. negative: None at guidance 1.
+    first: its first step, 0 the noisiest. negative: None at guidance 1.
     """
 
     def __init__(self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, edit: Edit) -> None:
@@ -93,7 +92,7 @@ class EditRun:
         return z if self._steering is None else self._steering.started(z, self.schedule.noise(level).item())
 
     def steered(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
-        """The latents that a step begins from, moved where the layout guides it."""
+        """The input latents of a step, moved by the layout's guidance if it acts in this step."""
         steps, steering = self.schedule.steps, self._steering
         if steering is None or step < self.first or not steering.guides(step, steps):
             return z
@@ -103,7 +102,7 @@ class EditRun:
 
     @property
     def shares_source(self) -> bool:
-        """Whether one evaluation of the source serves this edit and others of the pass."""
+        """Whether this edit can share one evaluation of the source with other edits of the pass."""
         return self.propagation is None and not self.injected.own_level and not self.start.draws
 
     def needs(self, step: int) -> Needs:
@@ -123,13 +122,13 @@ class EditRun:
             prepare("negative", negative)
         guidance = None if self.negative is None else Guidance(self.negative, negative, self.guidance_scale)
         latents, timestep = frames_of(branches.z, source.chunk), self.schedule.timesteps[step]
-        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.beside)
+        noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.paired)
         mask = self.injected.latent_mask(source, control, step)
         of_source = self.start.source_prediction(branches, source)
         return Prediction(noise, None if mask is None else mask.to(branches.z), of_source)
 
     def smoothed(self, z: Tensor, step: int, predicted: Prediction) -> Prediction:
-        """A prediction whose clean latents went through the smoothing."""
+        """A prediction with its clean latents smoothed."""
         if self.smoothing is None:
             return predicted
         level = self.schedule.steps - step
@@ -141,12 +140,12 @@ class EditRun:
         return Prediction(self.schedule.towards(z, smoothed, level), predicted.mask)
 
     def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
-        """One step from level steps - step to the next cleaner one."""
+        """The step from level steps - step to the next less noisy level."""
         level = self.schedule.steps - step
         z = self.start.moved(self, z, predicted, level)
         if self._steering is not None:
             z = self._steering.carried(z, level - 1, step)
         if predicted.mask is not None:
-            kept = self.store.level(level - 1).to(z.device, non_blocking=True)
-            z = kept + predicted.mask * (z - kept)
+            source = self.store.level(level - 1).to(z.device, non_blocking=True)
+            z = source + predicted.mask * (z - source)
         return z

@@ -12,7 +12,7 @@ from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import ALL, Chunk, KeyFrames
 from ..imports import torch
 from ..store.identity import ModelIdentity
-from ..store.records import Beside
+from ..store.records import PairedBranch
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Denoiser(Predictor, Protocol):
 
     @property
     def pairs(self) -> bool:
-        """Whether `predict_noise` can evaluate a second branch (`beside`)."""
+        """Whether `predict_noise` can evaluate a second branch (`paired`)."""
 
     @property
     def frames_meet(self) -> bool:
@@ -80,9 +80,9 @@ class Denoiser(Predictor, Protocol):
         condition: Condition,
         control: Control,
         guidance: Guidance | None = None,
-        beside: Beside | None = None,
+        paired: PairedBranch | None = None,
     ) -> Tensor:
-        """beside: a second branch to evaluate in the same call, if the host `pairs` branches."""
+        """paired: a second branch to evaluate in the same call, if the host `pairs` branches."""
 
     def schedule(self, steps: int) -> Schedule:
         """The noise levels of a run with this number of steps."""

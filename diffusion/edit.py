@@ -1,4 +1,4 @@
-"""The edit: denoise with the target prompt, with what its parts take from the source and how they make frames agree."""
+"""The edit: denoise with the target prompt, with its injection, propagation, smoothing and layout."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def edit(
     """Edit an inverted clip; returns latents (frames, c, h, w).
 
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative ones may be None at
-    guidance 1. prompt: the pair of prompts, which FateZero needs. fusion: what the edit takes from the source
-    (`FusionSettings`, `PnPSettings`); None is plain sampling from the inverted noise. propagation: how frames agree
-    beyond their key frames (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend
-    mask; without FateZero, the inversion's latents outside it. smoothing: filters what the edit changes over time
-    (`FlowSmoothing`). layout: where objects go (`MoveObjects`, `LayoutGuidance`). strength: see `Edit`.
+    guidance 1. prompt: the pair of prompts, which FateZero needs. fusion: the injection (`FusionSettings`,
+    `PnPSettings`); None is plain sampling from the inverted noise. propagation: from key frames to the other frames
+    (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask; without FateZero,
+    the edit restores the inversion's latents outside it. smoothing: filters the edit's changes over time
+    (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength: see `Edit`.
 
-    Injection acts on the conditional branch, Plug-and-Play's on both. Model calls: two a step (one at guidance 1), and
-    one more in every step that reads a source that the store does not keep (`recipes.cost.calls_of`).
+    FateZero injects into the conditional branch, Plug-and-Play into both. Model calls: two a step (one at guidance 1),
+    and one more in every step that reads a source that is not in the store (`recipes.cost.calls_of`).
 
-    Raises StoreError for a store of another model, schedule or prompt, and ValueError for options that do not fit each
-    other, before the first step; ArithmeticError for latents that are not finite.
+    Before the first step, raises StoreError for a store of another model, schedule or prompt, and ValueError for
+    options that conflict; later, ArithmeticError for latents that are not finite.
     """
     one = Edit(
         target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, layout,
@@ -70,7 +70,7 @@ def edit_many(
     spread: Spread = ONE_PROCESS,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """Several edits of an inverted clip in one pass, which reads or computes each step's source once.
+    """Several edits of an inverted clip in one pass that reads or computes each step's source once.
 
     spread: the processes that share the chunks. Raises the errors of `edit`.
     """
@@ -90,10 +90,10 @@ def edit_many(
 
 
 class EditPass:
-    """Several edits of an inverted clip, step by step (0 the noisiest); inside `with`, the denoiser is hooked.
+    """Several edits of an inverted clip, step by step (0 the noisiest). Inside `with`, the denoiser is hooked.
 
-    in_order: whether each step is predicted once and after the one before, so that a store on disk can be read
-    ahead. spread: see `edit_many`. Raises the errors of `edit`.
+    in_order: whether each step is predicted once and in order, so that a store on disk can be read ahead. spread: see
+    `edit_many`. Raises the errors of `edit`.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class EditPass:
         self._open.__exit__(*error)
 
     def _shared_needs(self) -> list[Needs]:
-        """What each step reads from the one source that serves all edits which take the inversion's own calls."""
+        """What each step reads from the source that several edits share."""
         together = [run for run in self._runs if run.shares_source]
         return [
             Needs(set().union(*(run.injected.needs(step).layers for run in together if step >= run.first)))
@@ -147,7 +147,7 @@ class EditPass:
 
     @no_grad
     def steered(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:
-        """Each edit's latents as the step begins from, moved where a layout guides it."""
+        """Each edit's input latents of a step, moved by layout guidance."""
         return [run.steered(z, step, self._chunk_frames) for run, z in zip(self._runs, zs, strict=True)]
 
     @no_grad
@@ -160,7 +160,7 @@ class EditPass:
             source, found = self._source_of(step, chunk), list[Prediction]()
             for i in together:
                 found.append(self._runs[i].branches(zs[i], step).edit(source))
-                if source.beside is not None and i != together[-1]:  # it ran within that edit's call
+                if source.paired is not None and i != together[-1]:  # it ran within that edit's call only
                     source = self._source_of(step, chunk)
             return tuple(found)
 
@@ -175,7 +175,7 @@ class EditPass:
     def _of_run(
         self, run: EditRun, z: Tensor, step: int, chunks: Sequence[Chunk], shared: Sequence[Prediction]
     ) -> Prediction:
-        """An edit's prediction. shared: its parts by chunk, where the source served other edits too."""
+        """An edit's prediction. shared: its parts by chunk, if it shares the source."""
         if run.shares_source:
             return _joined(chunks, shared)
         if run.propagation is None:
@@ -184,28 +184,28 @@ class EditPass:
         found = run.propagation.predict(step, self._steps, self._store.frames, branches, self._chunk_frames)
         if not all(any(part is made for made in branches.made) for _, part in found):
             raise TypeError(
-                f"{type(run.propagation).__name__} predicts without `Branches.edit`, so nothing is injected"
+                f"{type(run.propagation).__name__} predicts without `Branches.edit`, so that nothing is injected"
             )
         return _joined([chunk for chunk, _ in found], [part for _, part in found])
 
     def _of_chunks(self, branches: Branches) -> Prediction:
-        """An edit's prediction with a source of its own."""
+        """An edit's prediction with its own source."""
         chunks = self._chunks[branches.step]
         return _joined(chunks, self._spread.each(chunks, lambda chunk: branches.edit(branches.source_for(chunk))))
 
     @no_grad
     def move(self, zs: Sequence[Tensor], step: int, predicted: Sequence[Prediction | None]) -> list[Tensor]:
-        """Each edit's latents one level cleaner."""
+        """Each edit's latents at the next less noisy level."""
         return [z if p is None else run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]
 
     @property
     def steers(self) -> bool:
-        """Whether an edit has a layout, which moves latents before a step."""
+        """Whether an edit has a layout, which can move latents before a step."""
         return any(run.layout is not None for run in self._runs)
 
     @property
     def blends_latents(self) -> bool:
-        """Whether an edit restores latents of the inversion, which only `move` does."""
+        """Whether an edit restores latents of the inversion, which `move` does."""
         return any(run.injected.blends_latents(step) for run in self._runs for step in range(self._steps))
 
 

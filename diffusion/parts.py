@@ -1,4 +1,4 @@
-"""The parts of an edit: what it takes from the source, how frames agree, where it starts, and where objects are."""
+"""The parts of an edit: injection from the source, propagation over frames, start, smoothing and layout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Prepare = Callable[[str, Control], None]
 
 
 class Injection(Protocol):
-    """What an edit takes from the source: `FusionSettings`, `PnPSettings`."""
+    """Injection of the source's attention and features: `FusionSettings`, `PnPSettings`."""
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
@@ -54,17 +54,17 @@ class Injection(Protocol):
         """Whether a step reads the source's attention."""
 
     def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
-        """Model calls before the first step. spans_clip: see `Denoiser`."""
+        """The number of model calls before the first step. spans_clip: see `Denoiser`."""
 
     def inside(self) -> Injection:
-        """The injection of an edit that may change nothing outside its mask, to the last step."""
+        """The injection for an edit that keeps the source outside its mask up to the last step."""
 
     def summary(self, steps: int) -> str:
         """One line for the report of a run of `steps`."""
 
 
 class BaseInjection:
-    """An injection that fits every edit, and needs no model call before the first step."""
+    """An injection that fits every edit and makes no model calls before the first step."""
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
@@ -77,7 +77,7 @@ class BaseInjection:
 
 
 class Propagation(Protocol):
-    """How frames agree beyond the key frames of their attention: `TokenFlowSettings`."""
+    """Propagation of edited frames to the other frames: `TokenFlowSettings`."""
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
@@ -87,14 +87,14 @@ class Propagation(Protocol):
     ) -> list[tuple[Chunk, Prediction]]:
         """A step's predictions, each made by `branches.edit`; the chunks' weights sum to 1 in every frame.
 
-        chunk_frames: the most frames of one model call, where the method has a choice.
+        chunk_frames: the maximal number of frames of a model call, if the method has a choice.
         """
 
     def evaluated(self, clip: int) -> float:
-        """Frames that a branch evaluates in a step, as a multiple of the clip's."""
+        """Frames that a branch evaluates in a step, relative to the clip's."""
 
     def summary(self, clip: int) -> str:
-        """One line for the report of a clip of so many frames."""
+        """One line for the report. clip: its number of frames."""
 
 
 class Smoothing(Protocol):
@@ -111,18 +111,19 @@ class Smoothing(Protocol):
 
 
 class Layouts(Protocol):
-    """Where objects go: `LayoutGuidance`, `MoveObjects`."""
+    """The positions of objects: `LayoutGuidance`, `MoveObjects`."""
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
 
     @property
     def keeps_rest(self) -> bool:
-        """Whether the clip changes only in an area, known once the layout is prepared."""
+        """Whether the edit changes only an area, which is known after `prepared`."""
 
     def prepared(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> EditSteering:
-        """The layout in one edit, made while the denoiser is hooked. chunks: of every step. Raises ValueError for
-        settings that do not fit the edit.
+        """The layout in one edit; called while the denoiser is hooked. chunks: of every step.
+
+        Raises ValueError for settings that do not fit the edit.
         """
 
     def summary(self, steps: int) -> str:
@@ -130,13 +131,13 @@ class Layouts(Protocol):
 
 
 class Start(Protocol):
-    """Where edits of a store start, and how a step moves their latents: `Inverted`, or FlowEdit's `DrawnNoise`."""
+    """The start of a store's edits and the sampling step: `Inverted`, or FlowEdit's `DrawnNoise`."""
 
     draws: int
-    """How many drawn noises a step averages over; 0 where edits start from an inversion."""
+    """The number of noise samples that a step averages over; 0 if edits start from an inversion."""
 
     def check(self, edit: Edit) -> None:
-        """Raise ValueError for a part of an edit that does not work from this start."""
+        """Raise ValueError for a part of an edit that does not support this start."""
 
     def latents(self, run: EditRun) -> Tensor:
         """The latents of an edit's first step, (frames, c, h, w)."""
@@ -145,15 +146,15 @@ class Start(Protocol):
         """The prediction of a step for latents z. predict: evaluates branches, in the chunks of the step."""
 
     def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
-        """The prediction for the source on a chunk, (frames, c, h, w); None where a step does not need it."""
+        """The prediction for the source on a chunk, (frames, c, h, w); None if a step does not need it."""
 
     def moved(self, run: EditRun, z: Tensor, predicted: Prediction, level: int) -> Tensor:
-        """The latents of a level moved to the next cleaner one."""
+        """The latents of a level, moved to the next less noisy level."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of a clip: the arguments of `edit` that may differ between the edits of one inversion."""
+    """The arguments of `edit` that may differ between the edits of one inversion."""
 
     target_embeddings: Tensor | Condition
     negative_embeddings: Tensor | Condition | None = None
@@ -169,20 +170,20 @@ class Edit:
     strength: float = setting(
         1.0,
         "Share of the steps that the edit runs. Below 1 it starts from the clip with less of the inverted noise "
-        "(SDEdit), and stays closer to it.",
+        "(SDEdit), and stays closer to the clip.",
         least=0, most=1, step=0.01, group="The edit",
     )  # fmt: skip
 
 
 def first_step(strength: float, steps: int) -> int:
-    """The step, 0 the noisiest, at which an edit of a strength begins. Raises ValueError where it leaves no step."""
+    """The first step of an edit of a strength, 0 the noisiest. Raises ValueError if no step is left."""
     if not 0 < strength <= 1 or steps - whole_steps(strength, steps) >= steps:
-        raise ValueError(f"strength is {strength}; it must be above 0 and leave a step of {steps}, and at most 1")
+        raise ValueError(f"strength is {strength}; it must be in 0..1 and leave at least one of {steps} steps")
     return steps - whole_steps(strength, steps)
 
 
 def check_parts(edit: Edit, spans_clip: bool, start: Start) -> None:
-    """Raise ValueError where the parts of an edit do not fit each other, the model or the start.
+    """Raise ValueError if the parts of an edit do not fit each other, the model or the start.
 
     Needs neither latents nor the model, so that it can run before an inversion.
     """
@@ -202,7 +203,7 @@ def check_needs_unet(title: str, spans_clip: bool) -> None:
 
 
 class EditContext:
-    """State of one edit's run that its parts share.
+    """The state of one edit's run that its parts share.
 
     like, latents_like: tensors with the device and dtype of the model, and of the latents. area: see `EditSteering`.
     """
@@ -219,7 +220,7 @@ class EditContext:
 
 
 class Injected:
-    """An injection in one edit. This base class injects nothing; outside a given mask it restores the source's latents.
+    """The injection of one edit. This class injects nothing; outside a given mask it restores the source's latents.
 
     own_level: see `Needs`.
     """
@@ -231,7 +232,7 @@ class Injected:
         self._inside = None if edit.mask is None else self.of_latents(edit.mask)
 
     def of_latents(self, mask: GivenMask) -> Tensor:
-        """A mask on the latents' grid, (frames, 1, h, w). Raises ValueError for one to join with a computed mask."""
+        """A mask on the latents' grid, (frames, 1, h, w). Raises ValueError for a mask to join with a computed one."""
         if not mask.replaces:
             raise ValueError(
                 f'mask how="{mask.how}" needs an edit that computes a mask (FateZero with blending); use "replace"'
@@ -248,13 +249,13 @@ class Injected:
         return Needs(own_level=self.own_level)
 
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
-        """The controls of the target's and the negative prompt's branch, on the source's chunk."""
+        """The controls of the target's and the negative prompt's branches, on the source's chunk."""
         return Control(source.key_frames, source.chunk), Control(source.key_frames, source.chunk)
 
     def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
-        """Where the edit's own latents stay, after its branch ran: (frames of the chunk, 1, h, w); None: everywhere."""
+        """Where the edit keeps its own latents, after its branch ran: (frames, 1, h, w) of the chunk; None: all."""
         return None if self._inside is None else self._inside[list(source.chunk.frame_indices)]
 
     def blends_latents(self, step: int) -> bool:
-        """Whether a step has such a mask."""
+        """Whether a step has a `latent_mask`."""
         return self._inside is not None

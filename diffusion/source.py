@@ -1,4 +1,4 @@
-"""The source's branch: read from a store, or computed again, as a step of an edit asks for it."""
+"""The source's branch of a step: read from a store, or computed again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..attention.prompt import PromptEdit
 from ..imports import no_grad
 from ..store.backends import FileBackend, Records, read_ahead
 from ..store.budget import NOT_IN_PARTS, record_shapes
-from ..store.records import Beside, Recorder, SourceStep, TokenHeatRecorder
+from ..store.records import PairedBranch, Recorder, SourceStep, TokenHeatRecorder
 from ..store.store import AttentionStore, StoreError
 from .denoiser import Denoiser, chunks_of, frames_meet, frames_of, joined
 from .invert import Inversion
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class Needs:
     """What a step reads from the source.
 
-    layers: the attention layers whose queries and keys it reads. values: and whose values. feature: that of the
-    decoder's ResNet block. prediction: the model's prediction. own_level: all this for the source's latents at the
-    edit's own noise level, as Plug-and-Play and TokenFlow do; else as the inversion's call at that timestep saw it, one
-    level cleaner, as FateZero does (a second-order inversion calls the model at the latents' own level).
+    layers: the attention layers whose queries and keys it reads. values: whether it reads their values too. feature:
+    whether it reads the feature of the decoder's ResNet block. prediction: the model's prediction. own_level: whether
+    the source's latents have the edit's noise level, as for Plug-and-Play and TokenFlow. Else they are those of the
+    inversion's call at that timestep, as for FateZero: one level cleaner, or with a second-order inversion the same.
     """
 
     layers: set[str] = field(default_factory=set)
@@ -47,7 +47,7 @@ class Needs:
         return not (self.layers or self.feature or self.prediction)
 
     def recorder(self, key_frames: KeyFrames, chunk: Chunk) -> Recorder:
-        """A recorder of the source's branch that captures all this."""
+        """A recorder of the source's branch that captures all of these."""
         recorder = Recorder(key_frames, chunk, self.layers)
         recorder.captured.features = {} if self.feature else None
         recorder.captured.values = {} if self.values else None
@@ -62,27 +62,27 @@ SourceOf = Callable[[int, Chunk], SourceStep]
 def sources(
     denoiser: Denoiser, store: AttentionStore, chunks: list[list[Chunk]], needs: list[Needs], in_order: bool = True
 ) -> Iterator[SourceOf]:
-    """The source's attention at each step and chunk: from the store, read ahead if in order, or computed again.
+    """The source at each step and chunk: from the store, read ahead if in order, or computed again.
 
-    Raises ValueError where kept attention is not that of the chunks.
+    Raises ValueError for stored attention that does not fit the chunks.
     """
 
-    def kept(step: int) -> bool:
+    def is_stored(step: int) -> bool:
         return bool(needs[step].layers) and not needs[step].values and store.keeps(step)
 
     meet = frames_meet(denoiser, store.key_frames, store.clip_norm)
-    if meet and any(kept(step) and len(chunks[step]) > 1 for step in range(store.steps)):
+    if meet and any(is_stored(step) and len(chunks[step]) > 1 for step in range(store.steps)):
         raise ValueError(NOT_IN_PARTS.format(memory=store.memory))
 
     def job(step: int, chunk: Chunk) -> Callable[[], Records]:
         return lambda: store.fetch(step, needs[step].layers, chunk, denoiser.device)
 
     steps = range(store.steps) if in_order else ()
-    jobs = (job(step, chunk) for step in steps if kept(step) for chunk in chunks[step])
+    jobs = (job(step, chunk) for step in steps if is_stored(step) for chunk in chunks[step])
     with read_ahead(denoiser.device, store.on_disk, jobs) as take:
 
         def source_of(step: int, chunk: Chunk) -> SourceStep:
-            if kept(step):
+            if is_stored(step):
                 records = take() if in_order else job(step, chunk)()
                 return SourceStep(Captured(records), store.key_frames, chunk, stored=True)
             return source_for(denoiser, store, step, needs[step], chunk)
@@ -91,17 +91,17 @@ def sources(
 
 
 def source_for(denoiser: Denoiser, store: AttentionStore, step: int, needs: Needs, chunk: Chunk) -> SourceStep:
-    """The source's branch at an edit step, evaluated now, or by hosts that pair branches within the edit's call."""
+    """The source's branch at an edit step: evaluated now, or within the edit's call by hosts that pair branches."""
     if needs.nothing or not denoiser.pairs:
         return compute_source(denoiser, store, step, needs, chunk).step
     recorder = needs.recorder(store.key_frames, chunk)
     z = _latents(denoiser, store, step, needs, chunk)
-    return SourceStep(recorder.captured, store.key_frames, chunk, beside=Beside(z, store.source, recorder))
+    return SourceStep(recorder.captured, store.key_frames, chunk, paired=PairedBranch(z, store.source, recorder))
 
 
 def _latents(denoiser: Denoiser, store: AttentionStore, step: int, needs: Needs, chunk: Chunk) -> Tensor:
-    """The source's latents that an edit step looks at."""
-    level = store.steps - step if needs.own_level else store.looked_at(step)
+    """The source's latents that an edit step reads."""
+    level = store.steps - step if needs.own_level else store.source_level(step)
     return frames_of(store.level(level).to(denoiser.device, non_blocking=True), chunk)
 
 
@@ -113,9 +113,9 @@ def compute_source(
     chunk: Chunk,
     prepare: Callable[[Recorder], None] | None = None,
 ) -> Recorder:
-    """The source's branch at an edit step (0 the noisiest); without a UNet call where nothing is asked of it.
+    """The source's branch at an edit step (0 the noisiest); without a model call if the step needs nothing.
 
-    prepare: called with the control before the call, which is then made in any case.
+    prepare: called with the control before the model call, which is then always made.
     """
     recorder = needs.recorder(store.key_frames, chunk)
     if prepare is not None:
@@ -127,7 +127,7 @@ def compute_source(
     return recorder
 
 
-# --- a look at the source -------------------------------------------------------------------
+# --- the source's attention to words --------------------------------------------------------
 
 
 @no_grad
@@ -139,16 +139,16 @@ def source_heats(
     mask_tokens: int = 256,
     chunk_frames: int | None = None,
 ) -> list[Tensor]:
-    """Where the source attends to some sets of its tokens at an edit step: (frames, y, x) for each.
+    """Heat maps of the source's attention to some sets of its tokens at an edit step: (frames, y, x) for each.
 
-    Taken from the layers that masks come from, which are read, or computed, once for all.
+    From the layers of the blend masks, which are read or computed once for all sets.
     """
     store = inversion.store
     if denoiser.spans_clip:
         heat = _heat_without_maps(denoiser, store, step, chunk_frames)
         return [heat[:, list(chosen)].sum(1) for chosen in tokens]
     sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
-    z = store.level(store.looked_at(step)).to(denoiser.device)
+    z = store.level(store.source_level(step)).to(denoiser.device)
     chunks = chunks_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
     layers = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in tokens]
@@ -163,8 +163,8 @@ def source_heats(
 
 
 def _heat_without_maps(denoiser: Denoiser, store: AttentionStore, step: int, chunk_frames: int | None) -> Tensor:
-    """What the source looks at in a video transformer: (frames, tokens, y, x)."""
-    z, timestep = store.level(store.looked_at(step)).to(denoiser.device), store.timesteps[step]
+    """The source's attention in a video transformer: (frames, tokens, y, x)."""
+    z, timestep = store.level(store.source_level(step)).to(denoiser.device), store.timesteps[step]
     chunks = chunks_of(denoiser, store.key_frames, z, timestep, chunk_frames, store.clip_norm)
     sites, tokens = mask_sites(denoiser.sites(*z.shape[-2:]), 0), range(store.source.text_tokens)
     with denoiser.hooked():
@@ -181,8 +181,8 @@ def look(
     chunks: Sequence[Chunk],
     tokens: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The noise of a text on latents z at a step's timestep, (frames, c, h, w), and its attention to some of its
-    tokens in some layers of one grid, (frames, all tokens, y, x), without maps. While the denoiser is hooked.
+    """The predicted noise of latents z at a step's timestep, (frames, c, h, w), and the attention to some tokens of
+    the text in some layers of one grid, (frames, all tokens, y, x), without maps. Called while the denoiser is hooked.
     """
     names, count = {site.name for site in sites}, condition.text_tokens
     lookers = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
@@ -193,7 +193,7 @@ def look(
 def source_heat(
     denoiser: Denoiser, inversion: Inversion, prompt: PromptEdit, step: int, mask_tokens: int = 256
 ) -> Tensor:
-    """Where the source attends to the source's blend words at an edit step: (frames, y, x)."""
+    """The heat map of the source's blend words at an edit step: (frames, y, x)."""
     count = inversion.store.source.text_tokens
     return source_heats(denoiser, inversion, [prompt.blend_tokens(count, count)[0]], step, mask_tokens)[0]
 
@@ -201,7 +201,7 @@ def source_heat(
 def check_store(
     store: AttentionStore, denoiser: Denoiser, schedule: Schedule, prompt: PromptEdit | None = None
 ) -> None:
-    """Raise StoreError where a store does not belong to this model, schedule or prompt."""
+    """Raise StoreError for a store of another model, schedule or prompt."""
     if not store.model.matches(denoiser.identity()):
         raise StoreError(
             "the store was made by another model: invert again with this one "
@@ -226,7 +226,7 @@ def check_store(
 
 
 def _check_backend(store: AttentionStore, backend: FileBackend, denoiser: Denoiser) -> None:
-    """StoreError where a file's attention is not of the shape that this model's layers have."""
+    """Raise StoreError if the shapes of a file's attention differ from this model's layers."""
     sites = {site.name: site for site in denoiser.sites(*store.levels.shape[-2:])}
     for step in backend.steps:
         for name, parts in backend.tensors(step).items():

@@ -1,4 +1,4 @@
-"""Where edits start: an inversion's noise, unless the store says otherwise."""
+"""The start of an edit: the inversion's noise, unless the store has another start."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class Inverted:
-    """Edits start at the inverted noise, or with less strength at the clip with less of it."""
+    """Edits start from the inverted noise; with a strength below 1, from the clip with less of it."""
 
     draws = 0
 
     def check(self, edit: Edit) -> None:
-        """Every edit can start from an inversion."""
+        """Every edit supports an inversion."""
 
     def latents(self, run: EditRun) -> Tensor:
-        """The noisiest level; later starts mix the clip with the eps that makes that level."""
+        """The noisiest level; a later start mixes the clip with the eps of that level."""
         schedule, store, level = run.schedule, run.store, run.schedule.steps - run.first
         noise = store.level(store.steps).to(run.denoiser.device)
         if not run.first:

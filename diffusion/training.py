@@ -1,4 +1,4 @@
-"""The training loss of a clip, and what it needs from a model."""
+"""The training loss of a clip, and the interface of a model for training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Tunable(Predictor, Protocol):
         """The weights to train, by name."""
 
     def training(self) -> AbstractContextManager[None]:
-        """Enable gradients for the trained weights only, in single precision at least, with activations recomputed;
-        undone after the `with` block.
+        """Enable gradients for the trained weights only, in at least single precision, with activations recomputed.
+
+        Undone after the `with` block.
         """
 
     def noised(self, latents: Tensor, noise: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
@@ -37,9 +38,9 @@ class Tunable(Predictor, Protocol):
 def clip_loss(
     denoiser: Tunable, latents: Tensor, noise: Tensor, timestep: int, condition: Condition, keys: KeyFrames
 ) -> Tensor:
-    """Mean squared error of the noise, or of v for a model that predicts it, of a whole clip at one timestep.
+    """Mean squared error of a clip's predicted noise at one timestep, or of v for a model that predicts v.
 
-    The error of v is that of the noise divided by the cumulative alpha.
+    The error of v equals that of the noise divided by the cumulative alpha.
     """
     z, alpha = denoiser.noised(latents, noise, timestep)
     predicted = denoiser.predict_noise(z, timestep, condition, Control(keys, Chunk.whole(len(latents))))

@@ -1,10 +1,10 @@
-"""FateZero (Qi et al., ICCV 2023, arXiv 2303.09535): the source's attention, fused without ever building a map.
+"""FateZero (Qi et al., ICCV 2023, arXiv 2303.09535): fuse the source's attention without building attention maps.
 
 The blend of self-attention (paper Eq. 7) has one mask value for each query row, so
     (M A_edit + (1 - M) A_src) V = M attn(Q_edit, K_edit, V) + (1 - M) attn(Q_src, K_src, V)
-exactly, with V from the edit. In a video transformer a row is a token of the whole clip, and each kernel is called for
-the rows alone whose mask asks for it. Its masks are made before the first step, from a few levels of the inversion:
-those of a step would have to wait for the source's last blocks, beside which the edit's first ones run.
+exactly, with V from the edit. In a video transformer a row is a token of the whole clip, and each kernel computes only
+the rows that its mask selects. The masks are computed before the first step, from a few levels of the inversion,
+because the edit's first blocks run before the source's last blocks.
 """
 
 from __future__ import annotations
@@ -38,53 +38,53 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """How much of the source's attention the edit takes.
+    """How much of the source's attention the edit uses.
 
     Shares of steps count from the noisy end. Raises ValueError for a value outside its range.
     """
 
     cross_replace_steps: float = setting(
         0.8,
-        "The share of steps in which words that both prompts share take the source's cross-attention.",
+        "Share of steps in which words common to both prompts take the source's cross-attention.",
         least=0, most=1, symbol="1 - t_c/T", step=0.01, group=GROUP,
     )  # fmt: skip
     self_replace_steps: float = setting(
         0.8,
-        "The share of steps in which self-attention, the layout, comes from the source.",
+        "Share of steps in which self-attention, which sets the layout, comes from the source.",
         least=0, most=1, symbol="1 - t_s/T", step=0.01, group=GROUP,
     )  # fmt: skip
     blend_self_attention: bool = setting(
-        False, "Inside the blend mask the edit keeps its own self-attention: shapes may change.", group=GROUP
+        False, "Keep the edit's own self-attention inside the blend mask, so that shapes may change.", group=GROUP
     )
     blend_latents: bool = setting(
-        False, "Outside the mask, put the inversion's latents back: a background kept exactly.", group=GROUP
+        False, "Restore the inversion's latents outside the mask, so that the background stays exact.", group=GROUP
     )
     blend_threshold: float = setting(
         0.3,
-        "How much of a frame's strongest attention counts as the object; from 1 on the mask of attention is empty.",
+        "Share of a frame's strongest attention that counts as the object; from 1 on, a mask from attention is empty.",
         least=0, symbol="tau", step=0.01, group=GROUP,
     )  # fmt: skip
     max_tokens: int | None = max_tokens()
     mask_tokens: int = setting(
-        256, "The mask of attention comes from the finest grid of at most this many tokens.", least=1, group=GROUP
+        256, "A mask from attention uses the finest grid of at most this many tokens.", least=1, group=GROUP
     )
     mask_from: MaskFrom = setting(
         "attention",
-        "attention is the paper's mask of the source's cross-attention to the blend words, anew in each step (of a "
-        "video transformer that of both prompts', the same in all); prompts a soft mask of where both prompts' "
-        "predictions differ and their blend words are looked at, the same in all.",
+        "attention: the paper's mask, from the source's cross-attention to the blend words, in each step (for a video "
+        "transformer from both prompts, the same in all steps). prompts: a soft mask where the prompts' predictions "
+        "differ and their blend words have attention, the same in all steps.",
         group=GROUP,
     )
     blend_latents_until: float = setting(
         0.8,
-        "The share of steps up to which blend_latents keeps the background, from a fifth of them on. The authors' "
-        "code stops at 0.8; 1 keeps most.",
+        "Share of steps up to which blend_latents keeps the background, starting at a fifth of them. The authors' code "
+        "uses 0.8; 1 keeps most.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
     separate_words: float = setting(
         0.0,
-        "Inside the mask of both prompts, how little to look at words that belong to a neighbour or to the ground, so "
-        "that things do not mix: this share of the attention to them goes to the other words. For UNets.",
+        "Inside the mask of both prompts, the share of the attention to words of neighbouring objects or the ground "
+        "that goes to the other words, so that objects do not mix. For UNets.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
 
@@ -97,11 +97,11 @@ class FusionSettings:
             )
 
     def cross_steps(self, steps: int) -> int:
-        """How many steps fuse cross-attention."""
+        """The number of steps that fuse cross-attention."""
         return steps_of_share(self.cross_replace_steps, steps)
 
     def self_steps(self, steps: int) -> int:
-        """How many steps fuse self-attention."""
+        """The number of steps that fuse self-attention."""
         return whole_steps(self.self_replace_steps, steps)
 
     def latent_steps(self, steps: int) -> range:
@@ -117,12 +117,12 @@ class FusionSettings:
 
     @property
     def masks_by_step(self) -> bool:
-        """Whether it takes the paper's mask, anew in each step."""
+        """Whether it uses the paper's mask, recomputed in each step."""
         return self.blends and self.mask_from == "attention"
 
     @property
     def masks_by_prompts(self) -> bool:
-        """Whether it takes the mask of both prompts."""
+        """Whether it uses the mask of both prompts."""
         return self.blends and self.mask_from == "prompts"
 
     def fuses(self, site: AttentionSite) -> bool:
@@ -131,10 +131,10 @@ class FusionSettings:
     # --- for the loop -------------------------------------------------------------------
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
-        """A mask needs a setting that blends; blending needs the prompt pair, and words unless a mask replaces them."""
+        """A mask needs a setting that blends; blending needs the prompt pair."""
         in_area = edit.layout is not None and edit.layout.keeps_rest
         if edit.mask is not None and edit.prompt is not None and not (self.blends or in_area):
-            raise ValueError("a mask needs blend_self_attention or blend_latents: nothing else uses one")
+            raise ValueError("a mask needs blend_self_attention or blend_latents: no other setting uses a mask")
         if edit.prompt is None and self.blends:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
 
@@ -143,7 +143,7 @@ class FusionSettings:
         return plan.fuse_cross or plan.fuse_self or plan.mask
 
     def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
-        """Calls for the mask of both prompts, and on a video transformer for any."""
+        """Calls for the mask of both prompts, and on a video transformer for any computed mask."""
         own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not (mask is not None and mask.replaces)
         return 2 * len(difference_levels(steps)) if own_mask else 0
 
@@ -157,13 +157,13 @@ class FusionSettings:
         )
 
     def injected(self, edit: Edit, context: EditContext) -> Injected:
-        """Raises ValueError for blend words or a mask that do not fit."""
+        """Raises ValueError for blend words or a mask that do not fit the edit."""
         return Injected(edit, context) if edit.prompt is None else Fusion(self, edit.prompt, edit, context)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step of the edit fuses, and whether it needs a mask of the source's attention."""
+    """What one step of the edit fuses, and whether it needs a mask from the source's attention."""
 
     fuse_cross: bool
     fuse_self: bool
@@ -189,7 +189,7 @@ _ALL_BUT_AN_AREA: dict[str, Any] = {
     "blend_self_attention": True, "blend_latents": True, "blend_latents_until": 1.0, "mask_from": "attention",
     "separate_words": 0.0,
 }  # fmt: skip
-"""What keeps the source wherever a layout does not move objects."""
+"""Settings that keep the source outside a layout's area."""
 _MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
 _PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
@@ -242,11 +242,11 @@ class Fusion(Injected):
         self.given_at: dict[Grid, Tensor] = {}
         """The given mask on each grid."""
         self.of_prompts: dict[Grid, Tensor] = {}
-        """The mask of the prompts' difference on each grid, where the edit takes one."""
+        """The mask of the prompts' difference on each grid, if the edit uses one."""
         self.foreign: Tensor | None = None
-        """Where each target token belongs to something else, (frames, tokens, y, x), with `separate_words`."""
+        """Where each target token belongs to another object, (frames, tokens, y, x), with `separate_words`."""
         self.masks_by_step = settings.masks_by_step and not context.spans_clip
-        """Whether a step's own attention makes its mask."""
+        """Whether a step's mask comes from its own attention."""
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
         if given is not None:
@@ -256,14 +256,14 @@ class Fusion(Injected):
                 self.blend_tokens = prompt.blend_tokens(source.text_tokens, target.text_tokens)
             if settings.masks_by_step:
                 if not self.blend_tokens[0]:
-                    raise ValueError("a mask of attention needs blend_words of the source prompt")
+                    raise ValueError("a mask from attention needs blend_words of the source prompt")
                 if settings.blend_latents and not self.blend_tokens[1]:
                     raise ValueError("blend_latents needs blend_words of the target prompt too")
             if self.masks_by_step:
                 self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
-        """Make the mask of the two prompts, or of a layout's area, where the edit takes one."""
+        """Compute the mask of the two prompts or of a layout's area, if the edit uses one."""
         if self.context.area is not None:
             area = self.context.area
             if self.given is None:
@@ -291,7 +291,7 @@ class Fusion(Injected):
         self.of_prompts = self._on_grids(GivenMask(soft_mask(heat.edit, threshold)))
 
     def _on_grids(self, mask: GivenMask) -> dict[Grid, Tensor]:
-        """A mask on the latents' grid and those of the attention layers."""
+        """A mask on the grids of the latents and of the attention layers."""
         frames, like = self.context.store.frames, self.context.latents_like
         return {grid: mask.at(grid, frames).to(like) for grid in self._grids()}
 
@@ -309,7 +309,7 @@ class Fusion(Injected):
         return Needs(layers, own_level=self.own_level)
 
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
-        """Of the target's branch, and of the negative's, which is left alone."""
+        """Of the target's branch, and of the negative prompt's, which is not changed."""
         return self._control(source, self.plan(step)), Control(source.key_frames, source.chunk)
 
     def _control(self, source: SourceStep, plan: StepPlan) -> Control:
@@ -326,8 +326,9 @@ class Fusion(Injected):
         return Fuser(source, self.alignment, self.settings, plan, masks, shares, keep, self.in_area)
 
     def shares(self, chunk: Chunk) -> dict[Grid, Tensor] | None:
-        """What each place of a chunk keeps of its attention to each target token, less inside the mask to foreign
-        ones: (frames of the chunk, tokens, y, x) on each grid.
+        """The share of its attention to each target token that each position of a chunk keeps, on each grid.
+
+        (frames of the chunk, tokens, y, x); smaller for other objects' tokens inside the mask.
         """
         if self.foreign is None:
             return None
@@ -339,7 +340,7 @@ class Fusion(Injected):
         return {grid: 1 - less * masks[grid][:, None] * scaled[grid] for grid in grids}
 
     def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
-        """Where source or target show a blend word: (frames of the chunk, 1, h, w)."""
+        """The mask of the blend words in source and target: (frames of the chunk, 1, h, w)."""
         if not (self.plan(step).blend_latents and isinstance(control, Fuser)):
             return None
         heats = []
@@ -356,7 +357,7 @@ class Fusion(Injected):
         return word_heat(source.maps(self.mask_sites, self.context.denoiser.dtype), self.blend_tokens[0])
 
     def masks(self, grids: set[Grid], heats: list[Tensor], chunk: Chunk) -> dict[Grid, Tensor]:
-        """The blend mask of a chunk on some grids: the union of the masks found, with the mask given."""
+        """The blend mask of a chunk on some grids: the union of the computed masks, joined with the given mask."""
         frames, found = list(chunk.frame_indices), {}
         for grid in grids:
             masks = [threshold_mask(heat, grid, self.settings.blend_threshold) for heat in heats]
@@ -378,7 +379,7 @@ METHOD = Method(
     presets=_PRESETS,
     node_id="FateZeroFusion",
     node_title="FateZero Settings",
-    node_text="How much of the source's attention an edit takes: for preset custom of Edit Video.",
+    node_text="How much of the source's attention an edit uses, for preset custom of Edit Video.",
     aliases=("attention fusion", "cross replace steps", "self replace steps", "blend mask"),
     advanced=("max_tokens", "mask_tokens"),
 )

@@ -1,4 +1,4 @@
-"""FateZero's branch in one step of an edit: the source's attention, fused layer by layer without building a map."""
+"""FateZero's branch in one step of an edit: fuse the source's attention layer by layer without building maps."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 class Fuser(Control):
     """The conditional branch of the edit at one step, fused with the source's.
 
-    masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where
-    the edit keeps its own self-attention; None for none. shares: grid -> what each place keeps of its
-    attention to each target token, (f, c, height, width) in 0..1; None for all of it. keep: names of the
-    layers whose own cross maps are kept in `maps`. own_words: whether the edit keeps its own cross-attention too where
-    a mask is 1.
+    masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where the edit keeps its
+    own self-attention. shares: grid -> the share of its attention to each target token that each position keeps,
+    (f, c, height, width) in 0..1; None for all. keep: the layers whose own cross maps are recorded in `maps`.
+    own_words: whether the edit also keeps its own cross-attention where a mask is 1.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Fuser(Control):
         self.keep = keep
         self.own_words = own_words
         self.maps: dict[str, Tensor] = {}
-        """A host's guidance may evaluate the branch again; the first time counts."""
+        """Of the first evaluation, because a host's guidance may evaluate the branch again."""
 
     def on(self, chunk: Chunk) -> Self:
         own, rows = super().on(chunk), self.chunk.rows(chunk)
@@ -59,7 +58,7 @@ class Fuser(Control):
         return own
 
     def map_of(self, site: AttentionSite) -> Tensor:
-        """The cross map that was kept of a layer."""
+        """The recorded cross map of a layer."""
         if self.windows:
             maps = {frames: control.maps[site.name] for frames, control in self.windows.items()}
             return over_windows(maps, self.chunk.frame_indices)
@@ -76,7 +75,7 @@ class Fuser(Control):
         return self._blended(super().self_attention(q, k, v, site), source, self.masks, site)
 
     def _blended_by_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, site: AttentionSite) -> Tensor:
-        """The same where all tokens of the clip attend to each other: each of both only where it counts."""
+        """`_blended` where all tokens of the clip attend to each other; computes only rows with a weight above 0."""
         m, v = rearrange(mask, "f y x -> (f y x)").to(q), as_one(v)
         record = self.source.records[site.name]
         if isinstance(record, Map):
@@ -101,7 +100,7 @@ class Fuser(Control):
         return mask * own + (1 - mask) * source
 
     def _source(self, v: Tensor, site: AttentionSite) -> Tensor:
-        """A_src @ v; where key frames attend to all of each other, the source's queries and keys do so too."""
+        """A_src @ v; if all key frames attend to each other, so do the source's queries and keys."""
         record = self.source.record(site.name)
         if self.extended and isinstance(record, QueriesKeys):
             return super().self_attention(record.queries(v.dtype), record.keys(v.dtype), v, site)
@@ -130,7 +129,7 @@ class Fuser(Control):
 
 
 def _shared(map: Tensor, shares: Tensor) -> Tensor:
-    """A map (f h t c) without what places do not keep of it (shares of `Fuser`); what they do has the same sum."""
+    """A map (f h t c) scaled by the shares of `Fuser` and normalized to its former sum."""
     kept = map * rearrange(shares, "f c y x -> f 1 (y x) c").to(map)
     tiny = torch.finfo(map.dtype).tiny
     return kept * (map.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=tiny))

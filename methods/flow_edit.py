@@ -1,11 +1,10 @@
 """FlowEdit (Kulikov et al., ICCV 2025, arXiv 2412.08629): edit without inverting.
 
-At each level sigma noise is drawn. The clip with it, x_source, and the edit with it, x = x_edit + x_source - x_0, are
-both predicted, and the edit goes along their difference:
+At each level sigma it samples noise, predicts for the noised clip x_source and the noised edit
+x = x_edit + x_source - x_0, and moves the edit along the difference of the predictions:
     x_edit' = x_edit + (sigma' - sigma) (d_edit(x) - d_source(x_source)).
-It replaces the start of an edit: noise is sampled instead of inverted, and the other parts of an edit (injection,
-masks) work as they do from an inversion. The paper covers flows; with d the noise and x = z / sqrt(abar) the same holds
-for DDIM.
+It replaces the start of an edit, and the other parts (injection, masks) work as with an inversion. The paper covers
+flows; with d the noise and x = z / sqrt(abar) the same holds for DDIM.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ GROUP = "FlowEdit"
 
 @dataclass(frozen=True)
 class FlowEditSettings:
-    """How FlowEdit's noise is drawn. Raises ValueError for a number out of its range."""
+    """Settings of FlowEdit's noise. Raises ValueError for a number outside its range."""
 
     source_guidance: float = setting(
-        4.0, "Guidance of the source's branch; the edit's is usually two to three times as strong.",
+        4.0, "Guidance of the source's branch; the edit's is usually two to three times as high.",
         least=1, most=100, step=0.1, group=GROUP,
     )  # fmt: skip
     draws: int = setting(
-        1, "How many noises each step takes the mean of; each costs as much as the first.", least=1, symbol="n_avg",
+        1, "Number of noise samples that a step averages over; the cost is proportional.", least=1, symbol="n_avg",
         group=GROUP,
     )  # fmt: skip
     seed: int = setting(0, "Random seed for the noise.", least=0, most=2**63 - 1, group=GROUP)
@@ -55,23 +54,23 @@ class FlowEditSettings:
 
 
 class DrawnNoise:
-    """FlowEdit's start: the clip with sampled noise, `settings.draws` of them averaged in each step."""
+    """FlowEdit's start: the clip with sampled noise, averaged over `settings.draws` samples in each step."""
 
     def __init__(self, settings: FlowEditSettings) -> None:
         self.draws, self._source_guidance = settings.draws, settings.source_guidance
 
     def check(self, edit: Edit) -> None:
-        """Parts that need the inversion's own noise do not work."""
+        """Refuses parts that need the inversion's noise."""
         parts = ((edit.propagation, "TokenFlow"), (edit.smoothing, "flow smoothing"), (edit.layout, "a layout"))
         for part, name in parts:
             if part is not None:
-                raise ValueError(f"{name} needs an inversion: it does not work with drawn noise (FlowEdit)")
+                raise ValueError(f"{name} needs an inversion: it does not work with FlowEdit's sampled noise")
 
     def latents(self, run: EditRun) -> Tensor:
         return run.store.level(run.schedule.steps - run.first).to(run.denoiser.device)
 
     def predict(self, run: EditRun, z: Tensor, step: int, predict: Callable[[Branches], Prediction]) -> Prediction:
-        """The mean over draws of the noise; z is the edit with the first."""
+        """The mean over the noise samples; z is the edit with the first one."""
         levels, level, found = _drawn(run.store), run.schedule.steps - step, list[Prediction]()
         first = levels[level].to(z.device)
         for draw in range(self.draws):
@@ -82,7 +81,7 @@ class DrawnNoise:
         return Prediction(noise, found[0].mask, source)
 
     def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
-        """d_source, with guidance of its own."""
+        """d_source, with its own guidance."""
         run, step = branches.run, branches.step
         predicted = source.captured.prediction
         assert predicted is not None
@@ -94,13 +93,13 @@ class DrawnNoise:
         return guide(away, predicted, self._source_guidance)
 
     def moved(self, run: EditRun, z: Tensor, predicted: Prediction, level: int) -> Tensor:
-        """x_edit' = x_edit + (sigma' - sigma) (d_edit - d_source), in latents that hold the level's noise:
+        """x_edit' = x_edit + (sigma' - sigma) (d_edit - d_source), in latents with the level's noise:
         x_edit - x_0 = x - x_source.
         """
         assert predicted.source is not None
         here, there = (run.store.level(at).to(z.device) for at in (level, level - 1))
         change = run.schedule.move(z - here, predicted.noise - predicted.source, level, level - 1)
-        if level == 1:  # the clean clip itself, of which even DDIM's first level has a little less
+        if level == 1:  # the clean clip; DDIM's first level scales it
             change = change / run.schedule.scale(0)
         return there + change
 
@@ -122,9 +121,9 @@ def draw(
     *,
     prompt: str | None = None,
 ) -> Inversion:
-    """A clip with sampled noise in place of its inversion; an `edit` of it is FlowEdit.
+    """A clip with sampled noise instead of an inversion, for a FlowEdit `edit`.
 
-    latents: (frames, c, h, w). source_embeddings: of the source prompt. The model is not called. The other arguments
+    latents: (frames, c, h, w). source_embeddings: of the source prompt. Does not call the model. The other arguments
     and the errors are those of `invert`.
     """
     settings, schedule = settings or FlowEditSettings(), denoiser.schedule(steps)

@@ -1,4 +1,4 @@
-"""What a method declares about itself, once, for every door: command, nodes, Python, docs, benchmark."""
+"""The declaration of a method, for command, nodes, Python, docs and benchmark."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Part = Literal["injection", "propagation", "start", "training"]
 class Method:
     """A method of editing.
 
-    name: its section in a configuration. title: as its paper calls it. paper: authors, venue and arXiv number.
-    sentence: what it does. part: what it is in an edit: what is taken from the source, how frames agree, where the edit
-    starts, or training before it. settings: the dataclass that is this part, or makes it. presets: settings that go
-    together, by the preset's name; a preset names settings of the whole edit, this method's own among them. node_id,
-    node_title, node_text: of the ComfyUI node with the settings, where not made from the others. aliases, advanced: its
-    search words, and the widgets that few people change.
+    name: its section in a configuration. title: its name in the paper. paper: authors, venue and arXiv number.
+    sentence: what it does. part: its part of an edit: injection, propagation, start, or training before the edit.
+    settings: the dataclass that is this part, or makes it. presets: values of settings of the whole edit, by the
+    preset's name. node_id, node_title, node_text: of the ComfyUI node of the settings; empty for defaults made from the
+    others. aliases, advanced: its search words, and its rarely used widgets.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Plug-and-Play (Tumanyan et al., CVPR 2023, arXiv 2211.12572): the source's queries, keys and one residual feature.
+"""Plug-and-Play (Tumanyan et al., CVPR 2023, arXiv 2211.12572): inject queries, keys and one residual feature.
 
-TokenFlow (arXiv 2307.10373) edits with it. In its first steps an edit takes, in both guided branches, the source's
-self-attention queries and keys in the decoder, and the source's feature in one ResNet block there.
+In the first steps both guided branches take the source's self-attention queries and keys in the decoder, and the
+source's feature of one ResNet block there. TokenFlow (arXiv 2307.10373) edits with it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ GROUP = "Plug-and-Play"
 
 @dataclass(frozen=True)
 class PnPSettings(BaseInjection):
-    """How long an edit takes the source's attention and feature.
+    """How long an edit uses the source's attention and feature.
 
     Shares of steps count from the noisy end. Raises ValueError for a share outside 0 to 1.
     """
 
     attention_steps: float = setting(
         0.5,
-        "The share of steps in which the decoder's self-attention takes the source's queries and keys: the layout.",
+        "Share of steps in which the decoder's self-attention uses the source's queries and keys, for the layout.",
         least=0, most=1, symbol="tau_A", step=0.01, group=GROUP,
     )  # fmt: skip
     feature_steps: float = setting(
         0.8,
-        "The share of steps in which one ResNet block of the decoder gives the source's feature: the coarse shapes.",
+        "Share of steps in which one ResNet block of the decoder uses the source's feature, for coarse shapes.",
         least=0, most=1, symbol="tau_f", step=0.01, group=GROUP,
     )  # fmt: skip
 
@@ -54,10 +54,10 @@ class PnPSettings(BaseInjection):
     # --- for the loop -------------------------------------------------------------------
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
-        """It needs a UNet's decoder, and no layout: the source's attention and feature keep all objects in place."""
+        """Needs a UNet's decoder, and no layout, because the source's attention and feature keep objects in place."""
         if spans_clip:
             raise ValueError(
-                "Plug-and-Play needs a UNet: it injects a feature of the decoder; use FateZero or no injection"
+                "Plug-and-Play needs a UNet, because it injects a feature of the decoder; use FateZero or no injection"
             )
         if edit.layout is not None:
             raise ValueError("Plug-and-Play keeps objects in place: use a layout with FateZero or no injection")
@@ -70,13 +70,13 @@ class PnPSettings(BaseInjection):
 
     def summary(self, steps: int) -> str:
         return (
-            f"took queries and keys in {whole_steps(self.attention_steps, steps)} and the feature in "
+            f"injected queries and keys in {whole_steps(self.attention_steps, steps)} and the feature in "
             f"{whole_steps(self.feature_steps, steps)} of {steps} steps"
         )
 
 
 def takes(site: AttentionSite) -> bool:
-    """Whether a layer takes the source's queries and keys: self-attention of the decoder, but its first."""
+    """Whether a layer uses the source's queries and keys: self-attention of the decoder, except the first."""
     return site.kind == "self" and site.place == "up" and site.index > 0
 
 
@@ -103,7 +103,7 @@ class PnPInjection(Injected):
 
 
 class PlugAndPlay(Control):
-    """A guided branch with the source's queries and keys, and its feature."""
+    """A guided branch with the source's queries, keys and feature."""
 
     def __init__(self, source: SourceStep, takes_attention: bool, takes_feature: bool) -> None:
         super().__init__(source.key_frames, source.chunk)
@@ -136,7 +136,7 @@ METHOD = Method(
     presets={"pnp": {"injection": "pnp", "key_frames": ("self",)}},
     node_id="FateZeroPnP",
     node_title="Plug-and-Play Settings (FateZero)",
-    node_text="The source's queries, keys and one feature (arXiv 2211.12572), for how many steps: for preset custom of "
-    "Edit Video. Needs no words in common between the prompts.",
+    node_text="For how many steps an edit uses the source's queries, keys and one feature (arXiv 2211.12572), for "
+    "preset custom of Edit Video. The prompts need no words in common.",
     aliases=("pnp", "plug and play", "feature injection"),
 )

@@ -1,8 +1,8 @@
-"""TokenFlow (Geyer et al., ICLR 2024, arXiv 2307.10373): frames agree because the source's do.
+"""TokenFlow (Geyer et al., ICLR 2024, arXiv 2307.10373): propagate edited key frames along the source's features.
 
-Each step edits key frames, one drawn from each batch of frames, together: every one sees the keys and values of all
-(Sec. 4.1). Then all frames take their self-attention from those: a token takes the output of its nearest neighbour in
-the source's key frames, mixed over two of these (Eq. 3 and 4). No frame but the key frames attends to itself.
+Each step samples one key frame (pivot) from each batch of frames and edits the pivots together, with attention to the
+keys and values of all pivots (Sec. 4.1). Then all frames take their self-attention from the pivots: a token takes the
+output of its nearest neighbour in the source's pivots, mixed over two of them (Eq. 3 and 4).
 """
 
 from __future__ import annotations
@@ -26,43 +26,41 @@ if TYPE_CHECKING:
 Weights = Literal["authors", "paper", "linear"]
 TITLE = GROUP = "TokenFlow"
 BLOCK = {"cpu": 2**20, "gpu": 2**24}
-"""The most similarities that the neighbour search holds at once: what stays in a CPU's cache, or fills a GPU."""
+"""The number of similarities that the neighbour search computes at once: fits a CPU's cache, or fills a GPU."""
 
 
 @dataclass(frozen=True)
 class TokenFlowSettings:
-    """How frames take over what the key frames did.
+    """How edited pivots propagate to all frames.
 
-    pivots: (steps, batches) indices of the key frames, in the order of the steps, a tensor or nested lists, in place of
-    draws.
-
-    Raises ValueError for another word or number.
+    pivots: (steps, batches) indices of the pivots, in the order of the steps, a tensor or nested lists; None samples
+    them. Raises ValueError for an unknown word or a number outside its range.
     """
 
     batch_frames: int = setting(
         8,
-        "One key frame is drawn from each run of so many frames, anew in each step; also the frames of one UNet call.",
+        "Frames in a batch: each step samples one pivot from each batch, and a UNet call takes one batch.",
         least=1, symbol="B", group=GROUP,
     )  # fmt: skip
     weights: Weights = setting(
         "authors",
-        "How a frame mixes two key frames: paper takes the nearest before and after, by sigmoid(d- / (d+ + d-)); "
-        "linear the same without the sigmoid; authors, as their code, its own batch's and the one's before, by the "
+        "How a frame mixes two pivots. paper: the nearest before and after, by sigmoid(d- / (d+ + d-)). linear: the "
+        "same without the sigmoid. authors, as their code: those of its own batch and the batch before, by the "
         "distances to the centres of these batches.",
         group=GROUP,
     )
-    seed: int = setting(0, "Random seed for the draws of key frames.", least=0, most=2**63 - 1, group=GROUP)
+    seed: int = setting(0, "Random seed for the pivots.", least=0, most=2**63 - 1, group=GROUP)
     pivots: Tensor | Sequence[Sequence[int]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check(self)
 
     def batches(self, clip: int) -> list[range]:
-        """The clip's frames in runs of B, the last one shorter where they do not divide."""
+        """The clip's frames in batches of B; the last one may be shorter."""
         return [range(clip)[at : at + self.batch_frames] for at in range(0, clip, self.batch_frames)]
 
     def chunks(self, clip: int, chunk_frames: int | None) -> list[tuple[int, range]]:
-        """(number of the batch, frames) of each call: the batches, or parts of them where they are longer."""
+        """(number of the batch, frames) of each call: the batches, or parts of them if they exceed chunk_frames."""
         longest = min(self.batch_frames, chunk_frames or clip)
         return [
             (number, batch[at : at + longest])
@@ -71,7 +69,7 @@ class TokenFlowSettings:
         ]
 
     def key_frames(self, clip: int, steps: int) -> list[list[int]]:
-        """The key frames of every step, one from each batch.
+        """The pivots of every step, one from each batch.
 
         Raises ValueError for pivots of another shape, or outside their batch.
         """
@@ -94,7 +92,7 @@ class TokenFlowSettings:
     def predict(
         self, step: int, steps: int, clip: int, branches: Branches, chunk_frames: int | None
     ) -> list[tuple[Chunk, Prediction]]:
-        """A step's predictions of the batches, by what its key frames did (paper Fig. 3, Alg. 1)."""
+        """A step's predictions of the batches, propagated from its pivots (paper Fig. 3, Alg. 1)."""
         pivots = self.key_frames(clip, steps)[step]
         outputs: dict[str, dict[str, Tensor]] = {"source": {}, "target": {}, "negative": {}}
 
@@ -105,7 +103,7 @@ class TokenFlowSettings:
             control.extended = branch != "source"
 
         source = branches.source(Chunk.of(pivots, clip), keep)
-        branches.edit(source.step, keep)  # what the key frames give by themselves is left: they run again below
+        branches.edit(source.step, keep)  # this result is discarded: the pivots run again below
         assert source.captured.inputs is not None
         keys = KeyTokens(source.captured.inputs)
         found = []
@@ -124,12 +122,12 @@ class TokenFlowSettings:
 
     def summary(self, clip: int) -> str:
         return (
-            f"TokenFlow: {len(self.batches(clip))} key frames a step for {clip} frames, in batches of "
+            f"TokenFlow: {len(self.batches(clip))} pivots a step for {clip} frames, in batches of "
             f"{self.batch_frames}, weights {self.weights}"
         )
 
     def mixture(self, frame: int, batch: int, pivots: Sequence[int]) -> list[tuple[int, float]]:
-        """(which key frame, weight) pairs of a frame; the weights sum to 1."""
+        """(index of a pivot, weight) pairs of a frame; the weights sum to 1."""
         if self.weights == "authors":
             if batch == 0:
                 return [(0, 1.0)]
@@ -152,20 +150,20 @@ def _sigmoid(x: float) -> float:
 
 
 class KeyTokens:
-    """The source's inputs to each self-attention layer on the key frames of a step: (pivots, tokens, channels)."""
+    """The source's inputs to each self-attention layer on a step's pivots: (pivots, tokens, channels)."""
 
     def __init__(self, tokens: dict[str, Tensor]) -> None:
         self._unit = {name: F.normalize(x, dim=-1) for name, x in tokens.items()}
 
     def nearest(self, layer: str, pivot: int, unit: Tensor) -> Tensor:
-        """For tokens (f t c) of length 1, which token of a key frame is the most similar: (f t)."""
+        """The index of a pivot's most similar token, for tokens (f t c) of length 1: (f t)."""
         return search(unit.flatten(0, 1), self._unit[layer][pivot]).view(unit.shape[:2])
 
 
 class Neighbours:
-    """Which token of the key frames each token of some frames is nearest to, found as the source's layers come.
+    """The nearest token in the pivots for each token of some frames, found layer by layer as the source runs.
 
-    mixtures: what each frame mixes, see `TokenFlowSettings.mixture`.
+    mixtures: the pivots and weights of each frame, see `TokenFlowSettings.mixture`.
     """
 
     def __init__(self, keys: KeyTokens, mixtures: Sequence[Sequence[tuple[int, float]]]) -> None:
@@ -184,7 +182,7 @@ class Neighbours:
         self._found[site.name] = found
 
     def gather(self, outputs: Tensor, site: AttentionSite) -> Tensor:
-        """What the frames take from the key frames' outputs (pivots, t, c) of a layer: (f t c), paper Eq. 4."""
+        """The frames' outputs (f t c) of a layer, gathered from the pivots' outputs (pivots, t, c), paper Eq. 4."""
         found = self._found[site.name]
         frames = []
         for i, mixture in enumerate(self._mixtures):
@@ -199,13 +197,13 @@ def nearest(tokens: Tensor, among: Tensor) -> Tensor:
 
 
 def search(unit: Tensor, among: Tensor) -> Tensor:
-    """`nearest` of vectors of length 1; in blocks, never all pairs at once."""
+    """`nearest` of vectors of length 1, in blocks of pairs to limit memory."""
     block = BLOCK["cpu" if unit.device.type == "cpu" else "gpu"]
     return torch.cat([(part @ among.T).max(-1).indices for part in unit.split(max(1, block // len(among)))])
 
 
 def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], looks: bool = False) -> Gather:
-    """What a branch's layers do on a batch. looks: the source's, which finds the neighbours."""
+    """The `Gather` of a branch's layers on a batch. looks: whether it finds the neighbours."""
 
     def gather(tokens: Tensor, site: AttentionSite) -> Tensor:
         if looks:
@@ -219,14 +217,14 @@ METHOD = Method(
     name="tokenflow",
     title=TITLE,
     paper="Geyer et al., ICLR 2024, arXiv 2307.10373",
-    sentence="Edits key frames together; all frames then take their self-attention from these, token by token.",
+    sentence="Edits key frames (pivots) together; all frames take their self-attention from these, token by token.",
     part="propagation",
     settings=TokenFlowSettings,
     presets={"tokenflow": {"injection": "pnp", "propagation": "tokenflow", "key_frames": ("self",)}},
     node_id="FateZeroTokenFlow",
     node_title="TokenFlow (FateZero)",
-    node_text="Frames agree because the source's do (arXiv 2307.10373): key frames are edited together, and all frames "
-    "take their self-attention from these, token by token. For Edit Video, with any preset.",
+    node_text="Consistent frames with TokenFlow (arXiv 2307.10373): pivots are edited together, and all frames take "
+    "their self-attention from these, token by token. For Edit Video, with any preset.",
     aliases=("tokenflow", "temporal consistency", "propagation", "flicker"),
     advanced=("seed",),
 )

@@ -1,4 +1,4 @@
-"""The edit, and a look at what it will blend."""
+"""The Edit Video node."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ from .sockets import (
 NONE, CUSTOM = "none", "custom"
 
 INPUTS = [
-    io.Model.Input("model", tooltip="The model of the inversion; LoRA may be added for the edit alone."),
-    io.Conditioning.Input("positive", tooltip="The target prompt; ControlNets on it count."),
-    io.Conditioning.Input("negative", tooltip="What to keep away from; an empty prompt will do."),
-    AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video), or drawn noise (FlowEdit)."),
+    io.Model.Input("model", tooltip="The model of the inversion; you may add LoRA for the edit."),
+    io.Conditioning.Input("positive", tooltip="The target prompt; its ControlNets apply."),
+    io.Conditioning.Input("negative", tooltip="The negative prompt; may be empty."),
+    AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video), or sampled noise (FlowEdit)."),
     PromptEditSocket.Input(
         "prompt_edit",
         optional=True,
-        tooltip="How source and target words meet (Prompt Edit); only FateZero needs it.",
+        tooltip="How source and target words match (Prompt Edit); only FateZero needs it.",
     ),
     InjectionSocket.Input(
         "settings",
         optional=True,
-        tooltip="For preset custom: what to take of the source (FateZero Settings, Plug-and-Play Settings).",
+        tooltip="For preset custom: what to take from the source (FateZero Settings, Plug-and-Play Settings).",
     ),
     PropagationSocket.Input(
-        "propagation", optional=True, tooltip="How frames agree beyond their key frames (TokenFlow)."
+        "propagation", optional=True, tooltip="Propagation from edited key frames to all frames (TokenFlow)."
     ),
     SmoothingSocket.Input(
-        "smoothing", optional=True, tooltip="Less flicker along the video's own motion (Flow Smoothing)."
+        "smoothing", optional=True, tooltip="Less flicker along the video's motion (Flow Smoothing)."
     ),
     widget(
         Edit,
@@ -72,24 +72,24 @@ INPUTS = [
         "guidance",
         default=0.0,
         min=0.0,
-        tooltip="Classifier-free guidance. 0 uses the preset's own: 7.5 as in the paper, 5 with a plus.",
+        tooltip="Classifier-free guidance. 0 uses the preset's: 7.5 as in the paper, 5 with a plus.",
     ),
     io.Combo.Input(
         "preset",
         options=[*PRESETS, NONE, CUSTOM],
         default="style+",
         tooltip="What the edit takes from the source, with its guidance, as in `fatezero edit --preset`. style, "
-        "attribute, shape: FateZero as in the paper; with a plus, as our benchmark found better. pnp, tokenflow: for "
-        "UNets; invert with key_frames self. flow_edit: for the store of FlowEdit. none: nothing but the noise. "
-        "custom: what is connected to settings.",
+        "attribute, shape: FateZero as in the paper; with a plus, tuned on our benchmark. pnp, tokenflow: for UNets; "
+        "invert with key_frames self. flow_edit: for the store of FlowEdit. none: only the inverted noise. custom: the "
+        "connected settings.",
     ),
-    io.Mask.Input("mask", optional=True, tooltip="A blend mask of your own: one, or one for each frame."),
+    io.Mask.Input("mask", optional=True, tooltip="Your blend mask: one, or one for each frame."),
     io.Combo.Input(
         "mask_mode",
         options=["replace", "union", "intersection"],
         default="replace",
         optional=True,
-        tooltip="Whether the mask replaces the edit's own, adds to it, or limits it.",
+        tooltip="Whether the mask replaces the edit's blend mask, adds to it, or limits it.",
     ),
     CHUNK_FRAMES,
     widget(
@@ -98,15 +98,15 @@ INPUTS = [
         advanced=True,
         optional=True,
         default=0.0,
-        tooltip=f"{setting_of(Edit, 'strength').meta.text} 0 uses the preset's own.",
+        tooltip=f"{setting_of(Edit, 'strength').meta.text} 0 uses the preset's.",
     ),
-    LayoutSocket.Input("layout", optional=True, tooltip="Objects of the clip, moved to where they shall be (Layout)."),
+    LayoutSocket.Input("layout", optional=True, tooltip="New positions of objects in the clip (Layout)."),
 ]
-"""What an edit is asked for."""
+"""The inputs of an edit."""
 
 
 class FateZeroSampler(io.ComfyNode):
-    """Denoise with the target prompt, fused with the inversion's attention."""
+    """Denoise with the target prompt and the inversion's attention."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -121,7 +121,10 @@ class FateZeroSampler(io.ComfyNode):
                     "latent", display_name="latent", is_output_list=True, tooltip="The edited clip, for VAE Decode."
                 ),
                 io.String.Output(
-                    "report", display_name="report", is_output_list=True, tooltip="What was hooked, fused and spent."
+                    "report",
+                    display_name="report",
+                    is_output_list=True,
+                    tooltip="The hooked layers, the fused steps and the cost.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -130,15 +133,15 @@ class FateZeroSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
-        """Every input is a list, of one entry unless a node before gives several prompts."""
+        """Every input is a list, of one entry unless an earlier node outputs several prompts."""
         latents, reports = [], []
-        for alike in _groups([EditInputs(**row) for row in _rows(lists)]):
-            first, edits = alike[0], [one.edit(f".{i}" if i else "") for i, one in enumerate(alike)]
+        for group in _groups([EditInputs(**row) for row in _rows(lists)]):
+            first, edits = group[0], [one.edit(f".{i}" if i else "") for i, one in enumerate(group)]
             store = first.store.with_model(first.model)
             samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
             latents += [{"samples": edited} for edited in samples]
             reports += [
-                report_of(first.model, hooked, store, edit, one.notes) for one, edit in zip(alike, edits, strict=True)
+                report_of(first.model, hooked, store, edit, one.notes) for one, edit in zip(group, edits, strict=True)
             ]
         text = "\n\n".join(reports)
         show_on_node(cls.hidden.unique_id, text)
@@ -146,7 +149,7 @@ class FateZeroSampler(io.ComfyNode):
 
 
 def _rows(lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """The inputs of each edit; a shorter list repeats its last entry, as the host has it."""
+    """The inputs of each edit; a shorter list repeats its last entry, as in the host."""
     count = max(len(values) for values in lists.values())
     return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in range(count)]
 
@@ -173,18 +176,18 @@ class EditInputs:
 
     @property
     def recipe(self) -> Recipe:
-        """The preset, or the connected settings, with what else is connected.
+        """The preset or the connected settings, with the other connected inputs.
 
         Raises ValueError for settings that the preset would ignore, or that are missing.
         """
         if (self.preset == CUSTOM) != (self.settings is not None):
             raise ValueError(
-                f"settings: are connected, but preset {self.preset!r} would ignore them; set it to custom"
+                f"settings: are connected, but preset {self.preset!r} ignores them: set preset to custom"
                 if self.settings is not None
-                else "settings: preset custom needs them (FateZero Settings, Plug-and-Play Settings)"
+                else "settings: preset custom needs them: connect FateZero Settings or Plug-and-Play Settings"
             )
         if 0 < self.guidance < 1:
-            raise ValueError(f"guidance: is {self.guidance:g}; it must be at least 1, or 0 for the preset's own")
+            raise ValueError(f"guidance: is {self.guidance:g}; it must be at least 1, or 0 for the preset's")
         recipe = Recipe(injection=self.settings) if self.preset in (NONE, CUSTOM) else Recipe.of_preset(self.preset)
         mask = None if self.mask is None else GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
         return replace(
@@ -197,7 +200,7 @@ class EditInputs:
         )
 
     def edit(self, suffix: str = "") -> Edit:
-        """The edit. suffix: tells its prompts from those of other edits of the pass."""
+        """The edit. suffix: distinguishes its prompts from those of other edits of the pass."""
         recipe, start = self.recipe, start_of(self.store)
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive")
         negative = None
@@ -205,15 +208,15 @@ class EditInputs:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
         fuses = isinstance(recipe.injection, FusionSettings)
         if fuses and self.prompt_edit is None:
-            raise ValueError("prompt_edit: FateZero needs it (Prompt Edit); presets pnp and none do without")
+            raise ValueError("prompt_edit: FateZero needs it: connect Prompt Edit, or use preset pnp or none")
         if recipe.noise is not None and not start.draws:
-            raise ValueError("store: preset flow_edit needs the store of FlowEdit, not that of an inversion")
+            raise ValueError("store: preset flow_edit needs the store of FlowEdit, not of an inversion")
         recipe = replace(recipe, layout=self._moves(positive))
         edit = recipe.edit(positive, negative, self.prompt_edit if fuses else None)
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if edit.mask is None and clips_mask is not None:
-            edit = only_inside(edit, noise_of(self.model).mask_of_host(clips_mask))
+            edit = only_inside(edit, noise_of(self.model).mask_from_host(clips_mask))
         first_step(edit.strength, self.store.steps)
         _check_words(edit, self.positive, self.preset)
         check_parts(edit, facts_of(self.model).spans_clip, start)
@@ -221,7 +224,7 @@ class EditInputs:
 
     @property
     def notes(self) -> list[str]:
-        """What of the preset only the inversion could set."""
+        """Settings of the preset that only the inversion can set, if they differ."""
         keys = self.recipe.key_frames
         if keys is None or facts_of(self.model).spans_clip or self.store.key_frames.entries == keys:
             return []
@@ -229,7 +232,7 @@ class EditInputs:
         return [f"preset {self.preset} is made for key_frames {preset} of Invert Video; this store has {own}"]
 
     def _moves(self, positive: HostCondition) -> MoveObjects | None:
-        """The layout's objects, moved from where the source prompt's words, or a mask, tell they are."""
+        """The layout's objects, with their source positions from the source prompt's words or a mask."""
         if self.layout is None:
             return None
         check_words(self.positive, self.layout.prompt, "the layout's prompt")
@@ -238,7 +241,7 @@ class EditInputs:
 
 
 def _groups(edits: list[EditInputs]) -> list[list[EditInputs]]:
-    """The edits that one pass can serve: neighbours that share store and model."""
+    """Edits grouped by pass: neighbours that share store and model."""
     key = lambda one: (id(one.store), id(one.model), one.chunk_frames)  # noqa: E731
     return [list(group) for _, group in groupby(edits, key)]
 
@@ -253,21 +256,21 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
         return
     if mask is not None and not fusion.blends:
         raise ValueError(
-            f"mask: preset {preset!r} blends nothing, so a mask would do nothing; take preset shape, or custom with "
+            f"mask: preset {preset!r} does not blend, so a mask has no effect: use preset shape, or custom with "
             "blend_self_attention or blend_latents"
         )
     needs_words = fusion.masks_by_step and (mask is None or not mask.replaces)
     if needs_words and not (prompt.blend_words or ([], []))[0]:
-        raise ValueError("prompt_edit: blending needs words, and none of the source changes; fill in blend_source")
+        raise ValueError("prompt_edit: blending needs words, but no word of the source changes: fill in blend_source")
 
 
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
-    """What an edit fuses and costs. hooked: the attention layers that ran under control; None before the run."""
+    """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
     spans_clip, start = facts_of(model).spans_clip, start_of(store)
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start)
     kind = "model" if spans_clip else "UNet"
     lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
-    lines.append("took nothing of the source" if edit.fusion is None else edit.fusion.summary(store.steps))
+    lines.append("injected nothing from the source" if edit.fusion is None else edit.fusion.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))
     if edit.smoothing is not None:
@@ -276,7 +279,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
         lines.append(edit.layout.summary(store.steps))
     lines.append(
         f"{calls.edit:g} {kind} evaluations of {store.frames} frames, {calls.source:g} more for the source; "
-        + (f"store of memory {store.memory}" if not start.draws else "noise drawn (FlowEdit)")
+        + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
     )
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
         lines.append(OTHER_TEXT)
@@ -284,7 +287,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     return "\n".join(lines)
 
 
-OTHER_TEXT = "positive is not Prompt Edit's target as it was encoded: words are matched as if it were"
+OTHER_TEXT = "positive was not encoded from Prompt Edit's target; words are matched as if it was"
 
 
 def _is_text_of_pair(positive: Any) -> bool:

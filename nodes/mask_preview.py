@@ -1,4 +1,4 @@
-"""A look at what an edit will blend."""
+"""The Mask Preview node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .sockets import AttentionStoreSocket, PromptEditSocket, schema
 
 
 class FateZeroMaskPreview(io.ComfyNode):
-    """Where the source's words are, and the blend mask that follows."""
+    """Heat maps of the source's words, and the blend mask."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,7 +32,9 @@ class FateZeroMaskPreview(io.ComfyNode):
                 AttentionStoreSocket.Input("store", tooltip="The inversion (Invert Video)."),
                 PromptEditSocket.Input("prompt_edit", tooltip="The prompt pair of the edit."),
                 io.String.Input(
-                    "words", default="", tooltip="Words of the source, with commas. Empty: the blend words of the edit."
+                    "words",
+                    default="",
+                    tooltip="Words of the source, separated by commas. Empty: the blend words of the edit.",
                 ),
                 io.Float.Input(
                     "from_share", default=0.2, min=0.0, max=1.0, step=0.01, tooltip="First step, as a share of all."
@@ -46,10 +48,14 @@ class FateZeroMaskPreview(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much of a frame's strongest attention counts as the object.",
+                    tooltip="Share of a frame's strongest attention that counts as the object.",
                 ),
-                io.Int.Input("width", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
-                io.Int.Input("height", default=512, min=8, max=16384, step=8, tooltip="Pixels of the pictures."),
+                io.Int.Input(
+                    "width", default=512, min=8, max=16384, step=8, tooltip="Size of the pictures, in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=512, min=8, max=16384, step=8, tooltip="Size of the pictures, in pixels."
+                ),
                 io.Model.Input("model", optional=True, tooltip="Needed for a store that was loaded from a file."),
                 CHUNK_FRAMES,
             ],
@@ -88,9 +94,9 @@ class FateZeroMaskPreview(io.ComfyNode):
 
 
 def _spread(steps: int, start: float, end: float, at_most: int = 8) -> Sequence[int]:
-    """Up to eight steps, evenly from one share of all to another."""
+    """At most eight steps, evenly spaced between two shares of all steps."""
     if start > end:
-        raise ValueError(f"from_share: {start} lies behind to_share {end}")
+        raise ValueError(f"from_share: {start} is above to_share {end}")
     first, last = (min(steps - 1, round(share * (steps - 1))) for share in (start, end))
     count = min(at_most, last - first + 1)
     return [round(first + (last - first) * i / max(1, count - 1)) for i in range(count)]

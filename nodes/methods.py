@@ -1,4 +1,4 @@
-"""The nodes that hold a method's settings, made from what the methods declare."""
+"""The nodes for the methods' settings, made from the table of methods."""
 
 from __future__ import annotations
 

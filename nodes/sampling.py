@@ -25,8 +25,8 @@ class FateZeroSigmas(io.ComfyNode):
         return schema(
             node_id="FateZeroSigmas",
             display_name="DDIM Sigmas (FateZero)",
-            description="The noise levels of Invert Video and Edit Video, for SamplerCustomAdvanced: for an edit as "
-            "they are, for an inversion through Flip Sigmas. Other schedulers work too, if both use the same.",
+            description="The noise levels of Invert Video and Edit Video, for SamplerCustomAdvanced. For an inversion, "
+            "connect Flip Sigmas. Other schedulers work too if inversion and edit use the same.",
             search_aliases=["scheduler", "sigmas", "ddim", "custom sampler"],
             inputs=[
                 io.Model.Input("model", tooltip=f"{MODELS}."),
@@ -50,8 +50,9 @@ class FateZeroDDIM(io.ComfyNode):
         return schema(
             node_id="FateZeroDDIM",
             display_name="DDIM Sampler (FateZero)",
-            description="Deterministic DDIM for SamplerCustomAdvanced: sampling along falling sigmas, inversion along "
-            "rising ones. With Inversion Guider and Edit Guider the results equal Invert Video and Edit Video.",
+            description="Deterministic DDIM for SamplerCustomAdvanced: sampling along decreasing sigmas, inversion "
+            "along increasing ones. With Inversion Guider and Edit Guider the results equal Invert Video and Edit "
+            "Video.",
             search_aliases=["sampler", "ddim inversion", "unsampler", "custom sampler"],
             inputs=[],
             outputs=[io.Sampler.Output("sampler", display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
@@ -98,7 +99,7 @@ class FateZeroStoreOfInversion(io.ComfyNode):
             display_name="Inversion's Store (FateZero)",
             description="The attention store of the noise from SamplerCustomAdvanced with an Inversion Guider.",
             search_aliases=["attention store", "custom sampler"],
-            inputs=[io.Latent.Input("noise", tooltip="The sampler's output, without a node in between.")],
+            inputs=[io.Latent.Input("noise", tooltip="The sampler's output; connect it directly.")],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the edit.")],
         )
 
@@ -122,19 +123,19 @@ class FateZeroEditGuider(io.ComfyNode):
             inputs=INPUTS,
             outputs=[
                 io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced."),
-                io.String.Output("report", display_name="report", tooltip="What will be fused and spent."),
+                io.String.Output("report", display_name="report", tooltip="The fused steps and the cost."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, store: Any, **asked: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, store: Any, **inputs: Any) -> io.NodeOutput:
         node, store = cls.hidden.unique_id, store.with_model(model)
-        one = EditInputs(model=model, store=store, **asked)
+        one = EditInputs(model=model, store=store, **inputs)
         edit = one.edit()
 
-        def tell(reached: int) -> None:
-            show_on_node(node, report_of(model, reached, store, edit, one.notes))
+        def tell(hooked: int) -> None:
+            show_on_node(node, report_of(model, hooked, store, edit, one.notes))
 
         guider = EditGuider(model, store, [edit], one.chunk_frames or None, tell)
         text = report_of(model, None, store, edit, one.notes)

@@ -126,7 +126,7 @@ def _from_float8(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass
-class Beside:
+class PairedBranch:
     """A branch that a host evaluates within the call of another, each layer just before the other's: what it records
     there is gone after the layer.
 
@@ -143,7 +143,7 @@ class SourceStep:
     """The source branch at one step, for one chunk of a clip.
 
     Queries and maps have a row for each frame of the chunk. So have keys, or with `stored` a row for each of its key
-    frames, as in a store. beside: the branch, if it runs only within the edit's call, layer by layer; `captured` fills
+    frames, as in a store. paired: the branch, if it runs only within the edit's call, layer by layer; `captured` fills
     up meanwhile.
     """
 
@@ -151,7 +151,7 @@ class SourceStep:
     key_frames: KeyFrames
     chunk: Chunk
     stored: bool = False
-    beside: Beside | None = None
+    paired: PairedBranch | None = None
     windows: dict[tuple[int, ...], SourceStep] = field(default_factory=dict)
     """The source in context windows, by their frames, where another node on the model splits the clip."""
 

@@ -102,20 +102,20 @@ class AttentionStore:
 
     @property
     def drawn(self) -> DrawnLevels | None:
-        """The levels where they were drawn, not inverted: its edits are FlowEdit's."""
+        """The levels of sampled noise, for FlowEdit; None for an inversion."""
         return self.levels if isinstance(self.levels, DrawnLevels) else None
 
     @property
     def calls_own_level(self) -> bool:
-        """Whether an edit's step looks at the source's latents of its own level, not at those one level cleaner."""
+        """Whether an edit's step reads the source's latents of its own level, not those one level cleaner."""
         return self.order == 2 or self.drawn is not None
 
-    def looked_at(self, step: int) -> int:
-        """The level whose latents an edit's step looks at."""
+    def source_level(self, step: int) -> int:
+        """The level of the source's latents that an edit's step reads."""
         return self.steps - step - (0 if self.calls_own_level else 1)
 
     def step_at(self, level: int) -> int:
-        """The edit's step that looks at a level, the clean one together with the next where it is no step's own."""
+        """The edit's step that reads a level; the clean level belongs to the last step."""
         return self.steps - max(level, 1) if self.calls_own_level else self.steps - 1 - level
 
     @property

@@ -1,4 +1,4 @@
-"""Parts of a clip: context windows, the conditions of some frames, and what must see all frames at once."""
+"""Parts of a clip: context windows, conditions of some frames, and checks for nodes that need all frames."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .hook import name_of_node, node_of
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 FRAME_BY_FRAME = ("fatezero", "easycache")
-"""The keys of wrappers around calls that depend on the frames of the call alone."""
+"""The keys of wrappers around calls that depend only on the call's frames."""
 PER_POSITION = {
     "nodes_cfg.CFGNorm", "nodes_custom_sampler.CFGOverride", "nodes_easycache.lazycache_predict_noise_wrapper",
     "nodes_eps.EpsilonScaling", "nodes_eps.TemporalScoreRescaling", "nodes_fresca.FreSca",
@@ -33,11 +33,11 @@ PER_SAMPLE = {"nodes_cfg.CFGZeroStar", "nodes_model_advanced.RescaleCFG", "nodes
 def windowing(wrappers: dict[str, dict[Any, Any]]) -> list[Any]:
     """The names of a MODEL's wrappers that may call it on parts of a clip (AnimateDiff-Evolved's context options)."""
     around_calls = wrappers.get(WrappersMP.CALC_COND_BATCH, {})
-    return [name for name, held in around_calls.items() if held and name not in FRAME_BY_FRAME]
+    return [name for name, wrappers in around_calls.items() if wrappers and name not in FRAME_BY_FRAME]
 
 
 def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: bool, clip_is_sample: bool) -> None:
-    """Raise ValueError, naming the node, for what needs all frames of a clip, where a call has some of them.
+    """Raise ValueError, naming the node, for what needs all frames of a clip when calls have only some of them.
 
     options: the MODEL's. around_predictions: the wrappers of its predictions. guided: whether its guidance functions
     run. clip_is_sample: whether the frames of a clip are one sample of the host's.
@@ -48,14 +48,14 @@ def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: 
         names = ["AnimateDiff's motion modules"]
     if names:
         raise ValueError(
-            f"model: {names[0]} must see all frames of a clip, but this run takes them in parts: set chunk_frames to "
-            "0, and leave out TokenFlow and Context Windows (AnimateDiff-Evolved has context options of its own)"
+            f"model: {names[0]} needs all frames of a clip, but this run splits them: set chunk_frames to 0, and "
+            "remove TokenFlow and Context Windows (AnimateDiff-Evolved has its own context options)"
         )
     found = mixing_guidance(around_predictions + (_guidance_of(options) if guided else []), clip_is_sample)
     if found:
         raise ValueError(
-            f"model: guidance of {node_of(found[0])} may depend on all frames, of which chunks, context windows and "
-            "TokenFlow's batches have some: run the clip whole, or remove it"
+            f"model: guidance of {node_of(found[0])} may depend on all frames, but chunks, context windows and "
+            "TokenFlow's batches have only some: run the whole clip at once, or remove it"
         )
 
 
@@ -85,19 +85,19 @@ def windows_of(handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, 
 
 
 def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
-    """A context window and the frame before it, which comes along where the host's handler has `causal_window_fix`."""
+    """A context window, with the frame before it if the host's handler has `causal_window_fix`."""
     before, weights = frames[0] - 1, [float(weight) for weight in weights]
     if before < 0 or not getattr(handler, "causal_window_fix", False):
         return frames, weights
     if before in frames:
         raise ValueError(
-            f"model: a context window holds the frame before it already ({before}): switch off causal_window_fix"
+            f"model: a context window already contains the frame before it ({before}): switch off causal_window_fix"
         )
     return [before, *frames], [0.0, *weights]
 
 
 def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
-    """How much each frame of a context window counts, as the host's handler fuses windows."""
+    """The weight of each frame of a context window, by the host's fuse method."""
     if handler.fuse_method.name == comfy.context_windows.ContextFuseMethods.RELATIVE:
         middle, reach = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
         return [max(1e-2, 1 - abs(frame - middle) / reach) for frame in frames]
@@ -105,7 +105,7 @@ def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tenso
 
 
 def whole_conditions(conditions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conditions of the whole picture: without those that the host adds for areas."""
+    """The conditions of the whole picture, without those that the host adds for areas."""
     return [entry for entry in conditions if "area" not in entry]
 
 
@@ -128,7 +128,7 @@ def conditions_of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[An
     for control in (c.get("control") for entries in conditions for c in entries or []):
         while control is not None:
             hint = control.cond_hint_original
-            if hint is not None and len(hint) > 1:  # of fewer frames than the clip's, the host repeats them
+            if hint is not None and len(hint) > 1:  # the host repeats shorter hints
                 hints[control] = hint
             control = control.previous_controlnet
     try:
@@ -138,6 +138,3 @@ def conditions_of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[An
     finally:
         for control, hint in hints.items():
             control.cond_hint_original, control.cond_hint = hint, None
-
-
-# --- guiders and the sampler ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a ComfyUI CONDITIONING asks for, and what of it an edit can honour (`web/docs/options.md` has the table)."""
+"""ComfyUI's CONDITIONING, and the options of it that an edit supports (`web/docs/options.md` has the table)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ REFUSED = {
     "time_dim_concat": "frames to append are set",
     "unclip_conditioning": "pictures for unCLIP are set",
 }
-"""Options of a CONDITIONING that a source or positive prompt must not have: they are of a part of the picture, or of
-models that FateZero does not know. The attention of such parts does not line up with the clip's."""
+"""Options that a source or positive prompt must not have, because they restrict it to a part of the picture, whose
+attention does not align with the clip's, or belong to unsupported models."""
 
 READ = {"c_crossattn", "crossattn_controlnet", "y", "c_concat"}
-"""The inputs that a model reads of a prompt: its text, the ControlNet's, pooled text and sizes, and the empty picture
+"""The supported model inputs from a prompt: text, the ControlNet's text, pooled text and sizes, and the empty picture
 of an inpainting UNet."""
 
 
 @dataclass(frozen=True)
 class HostCondition(Condition):
-    """One CONDITIONING and the name it goes by in the run.
+    """One CONDITIONING and its name in the run.
 
-    role: "source", "positive" or "negative", with ".1", ".2", ... for further edits of one pass.
+    role: "source", "positive" or "negative", with ".1", ".2", ... for additional edits of a pass.
     """
 
     role: str = "source"
@@ -43,22 +43,22 @@ class HostCondition(Condition):
 
     @property
     def guided(self) -> bool:
-        """Whether the host's guidance acts on its predictions: a negative that is asked alone is part of our own."""
+        """Whether the host's guidance applies to its predictions; a negative evaluated on its own is part of ours."""
         return self.role.partition(".")[0] == "positive"
 
     @classmethod
     def of_socket(cls, conditioning: Conditioning, role: str, socket: str) -> HostCondition:
-        """Wrap what a socket got.
+        """Wrap the CONDITIONING of a socket.
 
-        Raises ValueError for a source or positive that is more than one prompt, or for a part of the picture or of
-        the steps alone. A negative may be anything: its attention is left alone.
+        Raises ValueError for a source or positive with several prompts, or one for a part of the picture or steps. A
+        negative may be anything, since its attention is not changed.
         """
         entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
         if not entries:
-            raise ValueError(f"{socket}: holds no prompt")
+            raise ValueError(f"{socket}: has no prompt")
         if socket != "negative":
             if len(entries) != 1:
-                raise ValueError(f"{socket}: got {len(entries)} prompts combined; FateZero needs a single one")
+                raise ValueError(f"{socket}: combines {len(entries)} prompts: connect a single one")
             _check_whole(entries[0][1], socket)
         embeddings, options = entries[0]
         pooled = options.get("pooled_output")
@@ -66,39 +66,38 @@ class HostCondition(Condition):
 
     @classmethod
     def restored(cls, condition: Condition, options: dict[str, Any]) -> HostCondition:
-        """The source's conditioning again, from a store that was saved."""
+        """The source's conditioning of a saved store."""
         conditioning = [(condition.embeddings, {**condition.extras, **options})]
         return cls(condition.embeddings, condition.extras, "source", conditioning)
 
 
 def _check_whole(options: dict[str, Any], socket: str) -> None:
-    """Raise ValueError, naming the option, for a prompt that is not for the whole clip in every step."""
+    """Raise ValueError, naming the option, for a prompt that is restricted to a part of the clip or steps."""
     for name, what in REFUSED.items():
         if options.get(name) is not None:
-            raise ValueError(f"{socket}: {what} ({name}); FateZero needs a prompt for all of the clip")
+            raise ValueError(f"{socket}: {what} ({name}): connect a prompt for the whole clip")
     start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
     if start > 0 or end < 1:
         raise ValueError(
-            f"{socket}: it is for {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range); FateZero "
-            "needs a prompt for all of them"
+            f"{socket}: is restricted to {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range): "
+            "connect a prompt for all of them"
         )
 
 
 def check_read(conditions: Sequence[dict[str, Any]], socket: str) -> None:
-    """Raise ValueError, naming them, for what the host has a model read of a prompt beside what FateZero knows."""
+    """Raise ValueError, with their names, for unsupported model inputs from a prompt."""
     unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - READ)
     if unknown:
         raise ValueError(
-            f"{socket}: the model would read {', '.join(unknown)} of it, which FateZero does not know: leave out the "
-            "node that sets it"
+            f"{socket}: sets {', '.join(unknown)}, which FateZero does not support: remove the node that sets it"
         )
 
 
 def plain_options(conditioning: Conditioning) -> dict[str, Any]:
-    """What of a conditioning's options a file can hold: SDXL's sizes and the like."""
+    """The options of a conditioning that can be saved in a file, such as SDXL's sizes."""
     return {k: v for k, v in conditioning[0][1].items() if isinstance(v, (int, float, str))}
 
 
 def unsaveable(conditioning: Conditioning) -> list[str]:
-    """The options that a file cannot hold and that change what the source branch computes."""
+    """The options that change the source branch but cannot be saved in a file."""
     return [k for k, v in conditioning[0][1].items() if k in ("control", "gligen", "hooks", "model_conds") and v]

@@ -19,11 +19,11 @@ from .single_file import single_file
 
 LATENT_RGB = [[0.147, -0.049, 0.007], [-0.046, 0.128, 0.209], [-0.288, -0.336, -0.218], [0.033, -0.103, 0.124]]
 LATENT_RGB_BIAS = [0.137, 0.112, -0.007]
-"""Pictures from latents, for previews: the least squares fit over rendered scenes."""
+"""Linear map from latents to RGB for previews, fitted to rendered scenes."""
 
 
 def load_demo(folder: Path = DEMO) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of the demo checkpoint, SD 1.x in all but width."""
+    """(MODEL, CLIP, VAE) of the demo checkpoint, a narrower SD 1.x."""
     tensors = single_file(folder)
     return _model(_part(tensors, "model.diffusion_model.")), _clip(folder, tensors), load_vae(folder, tensors)
 
@@ -34,7 +34,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _model(unet: dict[str, Tensor]) -> Any:
     config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(unet, ""))
-    config.unet_config |= config.unet_extra_config  # SD 1.x's eight heads, which weights do not tell
+    config.unet_config |= config.unet_extra_config  # SD 1.x's eight heads, which cannot be detected from weights
     patcher = patcher_of(config, unet)
     patcher.model.latent_format.latent_rgb_factors = LATENT_RGB
     patcher.model.latent_format.latent_rgb_factors_bias = LATENT_RGB_BIAS
@@ -42,7 +42,7 @@ def _model(unet: dict[str, Tensor]) -> Any:
 
 
 def patcher_of(config: Any, weights: dict[str, Tensor]) -> Any:
-    """A MODEL of a host's configuration, at the precision that the host chooses."""
+    """A MODEL of a host's configuration, in the precision that the host chooses."""
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     count = sum(t.numel() for t in weights.values())
     dtype = comfy.model_management.unet_dtype(model_params=count, supported_dtypes=config.supported_inference_dtypes)
@@ -76,7 +76,7 @@ def _clip(folder: Path, tensors: dict[str, Tensor]) -> Any:
                 special_tokens={"start": start, "end": end, "pad": end},
                 model_options=model_options or {},
             )
-            # The host builds CLIP's own vocabulary, whatever the configuration says.
+            # The host ignores the configuration's vocabulary size.
             words = self.operations.Embedding(about["vocab_size"], about["hidden_size"], dtype=dtype, device=device)
             self.transformer.set_input_embeddings(words)
 
@@ -92,7 +92,7 @@ def _clip(folder: Path, tensors: dict[str, Tensor]) -> Any:
 
 
 def load_vae(folder: Path, tensors: dict[str, Tensor]) -> Any:
-    """The VAE of a diffusers folder whose tensors have their original names."""
+    """The VAE of a diffusers folder, given tensors under original names."""
     about = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     widths = about["block_out_channels"]
     network = {

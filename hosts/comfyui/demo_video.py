@@ -1,4 +1,4 @@
-"""The bundled video transformer as objects of ComfyUI: Wan 2.1 in all but its sizes."""
+"""The bundled video transformer, a small Wan 2.1, as objects of ComfyUI."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .single_file import single_file
 
 
 def load_demo_video(folder: Path = WAN.demo_folder, autoencoder: Path = DEMO) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of the demo world's video transformer."""
+    """(MODEL, CLIP, VAE) of the demo's video transformer."""
     tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     about = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["shift"]
@@ -43,13 +43,13 @@ def wan_model(tensors: dict[str, Tensor], about: dict[str, Any], shift: float) -
     known |= {"num_heads": about["num_attention_heads"]} | {name: about[name] for name in ("text_dim", "freq_dim")}
     config = comfy.supported_models.WAN21_T2V(known)
     config.sampling_settings = {"shift": shift}
-    if about["in_channels"] == 4:  # latents of the demo's own autoencoder, not of Wan's
+    if about["in_channels"] == 4:  # latents of the demo's autoencoder, not Wan's
         config.latent_format = _DemoLatents()
     return patcher_of(config, weights)
 
 
 class _DemoLatents(comfy.latent_formats.LatentFormat):
-    """Stable Diffusion's, over frames."""
+    """Stable Diffusion's latent format with a frame dimension."""
 
     latent_channels = 4
     latent_dimensions = 3
@@ -100,7 +100,7 @@ def wan_clip(folder: Path) -> Any:
 
 
 def _of_videos(vae: Any) -> Any:
-    """The picture autoencoder as a video's that has a latent for each frame."""
+    """The picture autoencoder as a video autoencoder with one latent per frame."""
     vae.first_stage_model = _FrameByFrame(vae.first_stage_model)
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=vae.patcher.offload_device
@@ -116,7 +116,7 @@ def _of_videos(vae: Any) -> Any:
 
 
 class _FrameByFrame(nn.Module):
-    """A picture autoencoder that sees (b, c, f, y, x) as b f pictures."""
+    """A picture autoencoder that processes (b, c, f, y, x) as b f pictures."""
 
     def __init__(self, of_pictures: nn.Module) -> None:
         super().__init__()

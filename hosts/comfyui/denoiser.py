@@ -1,4 +1,4 @@
-"""A MODEL inside the host's sampling, as the loops of `fatezero.diffusion` call it."""
+"""A denoiser for the loops of `fatezero.diffusion`, from a MODEL inside the host's sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...attention.temporal_kind import TRAINED_KEYS
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
-from ...store.records import Beside
+from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import HostCondition, check_read
 from .hook import Hook
@@ -56,23 +56,23 @@ class _Branch:
 
 
 class ComfyDenoiser:
-    """A MODEL inside a running `LoopGuider`, as the loops of `fatezero.diffusion` call it.
+    """The denoiser of a MODEL inside a running `LoopGuider`.
 
-    Its guider's `edited` evaluates the positive and negative prompt, its `sourced` the source prompt. The weights of
-    the two may differ (a LoRA on the edit alone); those of the next call are then loaded first.
+    The guider's `edited` evaluates the positive and negative prompt, its `sourced` the source prompt. If their weights
+    differ (e.g. a LoRA on the edit only), those of the next call are loaded first.
     """
 
     def __init__(
         self, guider: LoopGuider, options: dict[str, Any], device: torch.device, schedule: Schedule | None
     ) -> None:
-        """options: the MODEL's, of this run. device: where the host runs the model. schedule: of the run, for a loop
-        of the library.
+        """options: of the MODEL in this run. device: where the host runs the model. schedule: of the run, for a loop of
+        the library.
         """
         self.device = device
         self._guider = guider
         self._model = guider.inner_model
         self._schedule = schedule
-        self._handler = options.pop("context_handler", None)  # our own chunks follow its windows
+        self._handler = options.pop("context_handler", None)  # our own chunks use its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
             if not role.startswith("negative"):
@@ -129,7 +129,7 @@ class ComfyDenoiser:
         return self._edited.hooked.identity()
 
     def _check_windows(self, key_frames: KeyFrames) -> None:
-        """Raise ValueError where the source was inverted in other context windows than the edit's, and frames mix."""
+        """Raise ValueError if inversion and edit have different context windows, and frames depend on each other."""
         handlers = (self._handler, self._guider.sourced.patcher.model_options.get("context_handler"))
         edit, source = (
             handler and {name: value for name, value in vars(handler).items() if name not in ("_step", "_model")}
@@ -137,12 +137,12 @@ class ComfyDenoiser:
         )
         if edit != source and frames_meet(self, key_frames, self._clip_norm):
             raise ValueError(
-                "model: the edit has other context windows than the inversion, in which frames attend to each other: "
-                "connect one MODEL with Context Windows to both"
+                "model: the edit and the inversion have different context windows, in which frames attend to each "
+                "other: connect the same MODEL with Context Windows to both"
             )
 
     def windows(self, latents: Tensor, timestep: float) -> Windows | None:
-        """The context windows that a node set on the MODEL, with the weights of its fuse method."""
+        """The context windows of a node on the MODEL, with the weights of its fuse method."""
         handler = self._handler
         if handler is None or len(latents) <= handler.context_length:
             return None
@@ -164,46 +164,46 @@ class ComfyDenoiser:
         condition: Condition,
         control: Control,
         guidance: Guidance | None = None,
-        beside: Beside | None = None,
+        paired: PairedBranch | None = None,
     ) -> Tensor:
-        """Raises the host's InterruptProcessingException between UNet calls, and ValueError for one that never ran."""
+        """Raises the host's InterruptProcessingException between UNet calls, and ValueError for a skipped call."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
-        if branch is self._source or beside is not None:
+        if branch is self._source or paired is not None:
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
         x = self.noise.to_host(latents * self.noise.scale(sigma))
-        away = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
-        # negatives, and branches that guidance nodes add, may have prompts of several lengths: all their tokens count
-        controls = {0: (control, condition.text_tokens), 1: (away, None)}
-        if beside is not None and not self._joins(beside, condition, x, sigma):
-            source = beside.control
-            source.captured.prediction = self.predict_noise(beside.latents, timestep, beside.condition, source)
-            beside = None
+        unguided = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
+        # negatives, and branches that guidance nodes add, may combine prompts of several lengths, so all tokens count
+        controls = {0: (control, condition.text_tokens), 1: (unguided, None)}
+        if paired is not None and not self._joins(paired, condition, x, sigma):
+            source = paired.control
+            source.captured.prediction = self.predict_noise(paired.latents, timestep, paired.condition, source)
+            paired = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
             check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.family.spans_clip)
         self._load(branch)
         with (
-            self._with_source(beside, control.chunk) as pair,
+            self._with_source(paired, control.chunk) as pair,
             branch.hooked.controlled(
                 controls, self._clip_norm, pair, whole_conditions(branch.conditions[condition.role])
             ),
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = clean
-        return self.noise.of_host((x - clean) / sigma)
+        return self.noise.from_host((x - clean) / sigma)
 
-    def _joins(self, beside: Beside, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
-        """Whether the source can run in the calls of the edit: on a MODEL that computes the same, without weights of
-        a prompt's hooks, and where the host batches both, which it does for texts of one shape.
+    def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
+        """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
+        hooks, and with texts of one shape, which the host batches.
         """
-        assert isinstance(beside.condition, HostCondition)
+        assert isinstance(paired.condition, HostCondition)
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
-        if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # which may change its prediction
+        if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # may change its prediction
             return False
-        entries = [entry for c in (beside.condition, condition) for entry in self._branch_conditions(c)]
+        entries = [entry for c in (paired.condition, condition) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
         together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
         return together and edit.hooked.joins(source.hooked)
@@ -213,19 +213,19 @@ class ComfyDenoiser:
         return branch.conditions[condition.role]
 
     @contextmanager
-    def _with_source(self, beside: Beside | None, chunk: Chunk) -> Iterator[tuple[Beside, Any] | None]:
+    def _with_source(self, paired: PairedBranch | None, chunk: Chunk) -> Iterator[tuple[PairedBranch, Any] | None]:
         """The source's branch and its conditions on a chunk's frames, for `Hook.controlled`."""
-        if beside is None:
+        if paired is None:
             yield None
             return
-        assert isinstance(beside.condition, HostCondition)
-        with conditions_of_chunk([self._branch_conditions(beside.condition)], chunk) as (conditions,):
-            yield beside, conditions
+        assert isinstance(paired.condition, HostCondition)
+        with conditions_of_chunk([self._branch_conditions(paired.condition)], chunk) as (conditions,):
+            yield paired, conditions
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Raises the host's InterruptProcessingException before it begins."""
+        """Raises the host's InterruptProcessingException before the call."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch, sigma = self._edited, self.noise.sigma(timestep).to(latents)
@@ -255,10 +255,10 @@ class ComfyDenoiser:
         control: Control,
         guidance: Guidance | None,
     ) -> Tensor:
-        """The clean latents: of the edit with the model's guidance functions, of source and negatives without.
+        """The clean latents; for the edit with the model's guidance functions, for source and negatives without.
 
-        For an area of the negative the host adds the same area of the positive, without fusion: it is left out where
-        the whole positive is fused.
+        For an area of the negative the host adds the same area of the positive, without fusion; this is dropped if the
+        whole positive is fused.
         """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
         if type(control) is not Control:
@@ -271,15 +271,15 @@ class ComfyDenoiser:
                 return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
             if negative is None and branch.around_predictions:
                 raise ValueError(
-                    "guidance: is 1, where no negative prompt is evaluated, but a node on the model changes guidance "
-                    "(CFG Override, LazyCache): remove it, or take another guidance"
+                    "guidance: at 1 no negative prompt is evaluated, but a node on the model changes guidance (CFG "
+                    "Override, LazyCache): remove it, or use another guidance"
                 )
             return self._predicted(branch, partial(self._guided, branch, positive, negative), x, sigma, scale)
 
     def _predicted(
         self, branch: _Branch, predict: Callable[..., Tensor], x: Tensor, sigma: Tensor, scale: float
     ) -> Tensor:
-        """A prediction inside the wrappers of other nodes on its MODEL, which may change the guider's `cfg`."""
+        """A prediction inside the wrappers of other nodes on the MODEL, which may change the guider's `cfg`."""
         branch.guider.cfg = scale
         clean: Tensor = wrapped(WrappersMP.PREDICT_NOISE, predict, branch.guider, branch.options)(
             x, sigma, branch.options, self._guider.seed
@@ -291,7 +291,7 @@ class ComfyDenoiser:
         branch: _Branch, positive: Any, negative: Any, x: Tensor, sigma: Tensor, options: dict[str, Any],
         seed: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """The host's guidance."""
+        """The host's sampling function with guidance."""
         model, guider = branch.hooked.patcher.model, branch.guider
         clean: Tensor = guider.function(model, x, sigma, negative, positive, guider.cfg, options, seed=seed)
         return clean
@@ -300,7 +300,7 @@ class ComfyDenoiser:
     def _plainly(
         branch: _Branch, positive: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: int | None = None
     ) -> Tensor:
-        """The host's sampling function without guidance, nor that of other nodes."""
+        """The host's sampling function without guidance, including that of other nodes."""
         options = {name: value for name, value in options.items() if not name.startswith("sampler_")}
         options["sampler_post_cfg_function"] = [lambda args: args["cond_denoised"]]
         model = branch.hooked.patcher.model
@@ -308,7 +308,7 @@ class ComfyDenoiser:
         return clean
 
     def _load(self, branch: _Branch) -> None:
-        """Make a branch's MODEL the host's current one, and load its weights if they differ."""
+        """Make a branch's MODEL the current one, and load its weights if they differ."""
         patcher = branch.hooked.patcher
         if patcher is self._loaded:
             return
@@ -318,12 +318,12 @@ class ComfyDenoiser:
         self._loaded = patcher
 
     def restore(self) -> None:
-        """Load the edit's own weights again, as the host left them."""
+        """Load the edit's weights again, as the host left them."""
         self._load(self._edited)
 
 
 def _side_branch(side: SideGuider, conditions: dict[str, Any]) -> _Branch:
-    """The branch of a further MODEL of the run."""
+    """The branch of an additional MODEL of the run."""
     options = {name: value for name, value in side.running.items() if name != "context_handler"}
     return _Branch(side.hooked, options, conditions, side)
 

@@ -1,4 +1,4 @@
-"""Edits of a store, and its words' attention, inside ComfyUI's sampling."""
+"""Edits of a store, and heat maps of its words, inside ComfyUI's sampling."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 
 class EditGuider(LoopGuider):
-    """A GUIDER for edits of a store: `DDIMSampler` runs them whole, a sampler of the host's on its predictions of one.
+    """A GUIDER for edits of a store: `DDIMSampler` runs the whole loop, the host's samplers get single predictions.
 
-    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    The conditions are `HostCondition`s; their roles distinguish the edits.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class EditGuider(LoopGuider):
         chunk_frames: int | None = None,
         tell: Callable[[int], None] | None = None,
     ) -> None:
-        """tell: called at the end with the number of attention layers that were reached.
+        """tell: called at the end with the number of attention layers that ran.
 
-        Raises ValueError for context windows beside a propagation, which has batches of its own.
+        Raises ValueError for context windows with a propagation, which has its own batches.
         """
         if model.model_options.get("context_handler") is not None and any(e.propagation for e in edits):
             raise ValueError(
-                "model: context windows are set, but TokenFlow runs a clip in batches of its own: remove them, or it"
+                "model: context windows conflict with TokenFlow, which has its own batches: remove one of them"
             )
         self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
-        self.tell = tell or (lambda reached: None)
+        self.tell = tell or (lambda layers: None)
         self.done: list[Tensor] = []
-        """The edited latents of the last run, as the UNet knows them."""
-        self._asked: Sequence[Edit] = edits
+        """The edited latents of the last run, in the UNet's scale."""
+        self._masked_edits: Sequence[Edit] = edits
         self._running: EditPass | None = None
-        self._levels = torch.empty(0)  # the sigmas of the running pass, one for each step
+        self._levels = torch.empty(0)  # the sigmas of the running pass, one per step
         self._open = ExitStack()
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
@@ -62,41 +62,43 @@ class EditGuider(LoopGuider):
         self.fills_or_reads(store.memory)
 
     def schedule(self, sigmas: Tensor) -> Schedule:
-        """The store's own, which the sigmas must be."""
+        """The store's schedule, which must match the sigmas."""
         own = schedule_of_store(self.model_patcher, self.store)
         of_store, given = noise_of(self.model_patcher).sigmas(own), sigmas.cpu()
         if given.shape != of_store.shape or not torch.allclose(given, of_store, rtol=1e-3, atol=1e-3):
             raise ValueError(
-                f"sigmas: {len(given) - 1} steps from {given[0]:.4g} to {given[-1]:.4g} are not those of the "
-                f"inversion: {self.store.steps} from {of_store[0]:.4g} to {of_store[-1]:.4g}"
+                f"sigmas: {len(given) - 1} steps from {given[0]:.4g} to {given[-1]:.4g}, but the inversion has "
+                f"{self.store.steps} from {of_store[0]:.4g} to {of_store[-1]:.4g}: use the same for both"
             )
         return own
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
-        """Raises ValueError for noise, latents or sigmas that are not those of the store."""
-        check_quiet(noise, "an edit begins from the inverted noise")
+        """Raises ValueError for noise, latents or sigmas that do not match the store."""
+        check_quiet(noise, "an edit starts from the inverted noise")
         self.schedule(sigmas)
         begin = noise_samples(self.model_patcher, self.store)
         same = latent_image.shape == begin.shape and torch.allclose(latent_image.cpu(), begin, rtol=1e-3, atol=1e-3)
         if not same:
-            raise ValueError("latent_image: is not the noise of this store; connect what the inversion gave")
+            raise ValueError("latent_image: is not the noise of this store: connect the inversion's output")
         mask = more.pop("denoise_mask", None)
         check_masking(self.model_patcher, mask)
         masked = mask is not None and NOISE_MASK not in self.store.attachments
-        inside = noise_of(self.model_patcher).mask_of_host(mask) if masked else None
-        self._asked = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
+        inside = noise_of(self.model_patcher).mask_from_host(mask) if masked else None
+        self._masked_edits = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
         self.done = []
         if not isinstance(sampler, DDIMSampler):
-            noise, latent_image = noise_of(self.model_patcher).begun(self.model_patcher.model, latent_image, sigmas[0])
+            noise, latent_image = noise_of(self.model_patcher).initial(
+                self.model_patcher.model, latent_image, sigmas[0]
+            )
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
-        self.tell(self.reached)
+        self.tell(self.layers_run)
         return result
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
-        self.done = edit_many(denoiser, Inversion(self.store), self._asked, self.chunk_frames, progress=progress)
+        self.done = edit_many(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, progress=progress)
         return self.done[0]
 
-    # For samplers of the host's, which ask for one prediction after another.
+    # For the host's samplers, which request single predictions.
 
     def inner_sample(self, *args: Any, **more: Any) -> Any:
         with ExitStack() as self._open:
@@ -108,10 +110,10 @@ class EditGuider(LoopGuider):
     def outer_predict_noise(
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
     ) -> Tensor:
-        """The clean latents that a step of the edit predicts; x: in the host's space.
+        """The predicted clean latents of a step of the edit; x: in the host's space.
 
-        Raises ValueError where the edit blends latents, which needs the whole step, and for a sigma between those
-        of the store. What other nodes wrap around predictions runs inside, once for each UNet evaluation.
+        Raises ValueError if the edit blends latents, which needs the whole step, and for a sigma between those of the
+        store. Other nodes' wrappers around predictions run inside, once per UNet call.
         """
         assert model_options is not None
         if self._running is None:
@@ -119,7 +121,7 @@ class EditGuider(LoopGuider):
             sigmas = options["transformer_options"]["sample_sigmas"]
             denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
             self._levels = denoiser.noise.sigmas(denoiser.in_use)[:-1]
-            edits = EditPass(denoiser, Inversion(self.store), self._asked, self.chunk_frames, in_order=False)
+            edits = EditPass(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, in_order=False)
             if edits.blends_latents:
                 raise ValueError(
                     "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
@@ -128,28 +130,28 @@ class EditGuider(LoopGuider):
                 raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
             if self.store.drawn is not None:
                 raise ValueError("sampler: this edit's noise is drawn (FlowEdit), which needs DDIM Sampler (FateZero)")
-            if any(edit.strength < 1 for edit in self._asked):
+            if any(edit.strength < 1 for edit in self._masked_edits):
                 raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
             self._running = self._open.enter_context(edits)
         sigma = timestep[0].cpu()
         step = int((self._levels - sigma).abs().argmin())
         if abs(self._levels[step] - sigma) > 1e-3 * self._levels[step]:
             raise ValueError(
-                f"sampler: asks at sigma {sigma:.4g}, between those of the inversion; take one that keeps to the "
-                "steps (euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
+                f"sampler: evaluates sigma {sigma:.4g}, between those of the inversion: use one with one call per step "
+                "(euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
             )
         noisy, sigma = noise_of(self.model_patcher), sigma.to(x)
-        (predicted,) = self._running.predict([noisy.of_host(x) / noisy.scale(sigma)], step)
-        assert predicted is not None  # `sample` refuses less strength
+        (predicted,) = self._running.predict([noisy.from_host(x) / noisy.scale(sigma)], step)
+        assert predicted is not None  # `sample` rejects lower strengths
         return x - sigma * noisy.to_host(predicted.noise)
 
 
 def edit_clip(
     model: Any, store: HostStore, edits: Sequence[Edit], chunk_frames: int | None = None
 ) -> tuple[list[Tensor], int]:
-    """The edits of a store in one pass: (LATENT samples of each, attention layers reached).
+    """The edits of a store in one pass: (LATENT samples of each, number of attention layers that ran).
 
-    Their conditions are `HostCondition`s, whose roles tell the edits apart.
+    The conditions are `HostCondition`s; their roles distinguish the edits.
     """
     guider = EditGuider(model, store, edits, chunk_frames)
     noisy = noise_of(model)
@@ -157,7 +159,7 @@ def edit_clip(
     first = run_in_host(guider, noise_samples(model, store), sigmas)
     done = (noisy.to_host(z.float()) for z in guider.done[1:])
     others = [model.model.process_latent_out(z).to(first.device) for z in done]
-    return [first, *others], guider.reached
+    return [first, *others], guider.layers_run
 
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
@@ -170,7 +172,7 @@ def check_masking(model: Any, mask: Tensor | None) -> None:
     """Raise ValueError for a MODEL that changes a LATENT's mask from step to step."""
     if mask is not None and "denoise_mask_function" in model.model_options:
         raise ValueError(
-            "model: changes the latent's noise mask step by step (Differential Diffusion), which an edit does not: "
+            "model: changes the latent's noise mask step by step (Differential Diffusion), which edits do not support: "
             "remove it, or the mask"
         )
 
@@ -188,7 +190,7 @@ def heat_of_words(
     heats: list[Tensor] = []
     bar = comfy.utils.ProgressBar(len(steps))
 
-    def look(denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+    def collect(denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         check_store(store, denoiser, denoiser.in_use, prompt)
         for step in steps:
             found = source_heats(denoiser, Inversion(store), tokens, step, chunk_frames=chunk_frames)
@@ -197,6 +199,6 @@ def heat_of_words(
         return latents
 
     guider = LoopGuider(model, [source_of(store)], store.patcher, chunk_frames)
-    guider.loop = look
+    guider.loop = collect
     run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))

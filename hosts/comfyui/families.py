@@ -25,7 +25,7 @@ def family_of(model: Any) -> HostFamily:
 
 
 def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> Hook:
-    """A clone of a MODEL, hooked. kinds: of attention layers. Raises ValueError for one that cannot be edited."""
+    """A hooked clone of a MODEL. kinds: of attention layers. Raises ValueError for a MODEL that cannot be edited."""
     return family_of(model).hook(model, kinds)
 
 
@@ -45,7 +45,7 @@ def facts_of(model: Any) -> Family:
 
 
 def tokenizer_of(clip: Any) -> Any:
-    """The tokenizer inside a CLIP, as `PromptEdit` uses one; ValueError for an unknown text encoder."""
+    """The tokenizer in a CLIP, for `PromptEdit`; ValueError for an unknown text encoder."""
     found = next((own for own in (family.tokenizer(clip) for family in FAMILIES) if own is not None), None)
     if found is None:
         raise ValueError(f"clip: {type(clip.tokenizer).__name__} is not supported: use {TEXT_ENCODERS}")

@@ -1,4 +1,4 @@
-"""What the families of models share: the hook on a clone of a MODEL, and what the host's code needs of a family."""
+"""Shared code of model families: the hook on a clone of a MODEL, and the interface of a family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
 from ...models.family import Family
 from ...store.identity import ModelIdentity
-from ...store.records import Beside, Memory, kept_as_map
+from ...store.records import Memory, PairedBranch, kept_as_map
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
@@ -35,7 +35,7 @@ branch, 1 the negative, as in the host's `cond_or_uncond`."""
 class Hook:
     """A clone of a MODEL whose attention layers run through controls while `controlled` is open.
 
-    What other packs hook into the MODEL stays in place. A family derives from it.
+    Hooks of other packs stay in place. Each family derives from it.
     """
 
     family: Family
@@ -55,7 +55,7 @@ class Hook:
         """Whether the text of each branch is the same for all frames."""
         self.memory: Memory = "recompute"
         """The memory of the store that the run fills or reads."""
-        self.reached: set[str] = set()
+        self.ran: set[str] = set()
         """The names of the layers that ran through a control."""
         self._controls: Controls = {}
         self._positive = PositiveBranch(None)
@@ -79,7 +79,7 @@ class Hook:
         self,
         controls: Controls,
         clip_norm: bool = False,
-        source: tuple[Beside, Any] | None = None,
+        source: tuple[PairedBranch, Any] | None = None,
         conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
         """Run the attention of the calls inside through controls.
@@ -87,7 +87,7 @@ class Hook:
         source: the source branch that runs in the same calls, with its conditions. conditions: those of the positive
         branch. Raises ValueError where the calls did not reach all attention layers of the positive branch.
         """
-        self._controls, self.reached, self._positive = controls, set(), PositiveBranch(conditions)
+        self._controls, self.ran, self._positive = controls, set(), PositiveBranch(conditions)
         try:
             yield
             sites = [site for site in self.sites(*self._grid).values() if site.kind in self.kinds]
@@ -97,7 +97,7 @@ class Hook:
 
     def derivative(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Compute a value that controls have after the next call, and its gradient in the latents; in `controlled`."""
-        raise ValueError("model: is no UNet, which guidance by gradients needs")
+        raise ValueError("model: guidance by gradients needs a UNet")
 
     def _check_kernel(
         self, control: Control, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite, kernel: Any
@@ -112,27 +112,27 @@ class Hook:
         softmax = attention_map(q, k) @ v
         if (control.attend(q, k, v) - softmax).abs().max() > SAME_KERNEL * softmax.abs().max():
             raise ValueError(
-                f"memory: the store keeps attention maps, which are softmax attention, but {node_of(kernel)} on the "
-                "model computes another kind: invert with memory recompute, or remove that node"
+                f"memory: stored maps are softmax attention, but {node_of(kernel)} on the model computes another kind: "
+                "invert with memory recompute, or remove that node"
             )
 
-    def _reach(self, name: str, positive: bool) -> None:
-        self.reached.add(name)
+    def _mark_run(self, name: str, positive: bool) -> None:
+        self.ran.add(name)
         if positive:
-            self._positive.reached.add(name)
+            self._positive.ran.add(name)
 
 
 class PositiveBranch:
-    """The positive branch of the calls of a step, and the attention layers that it reached.
+    """The positive branch of the calls of a step, and the attention layers that ran for it.
 
     The host's calls list it as branch 0. Those of guidance nodes number their branches from 0, and only the uuid of
     the condition identifies it.
     """
 
     def __init__(self, conditions: Sequence[dict[str, Any]] | None) -> None:
-        """conditions: the host's, of the positive prompt; None where branch 0 is it in any call."""
+        """conditions: the host's, of the positive prompt; None if it is branch 0 of every call."""
         self._uuids = None if conditions is None else {condition["uuid"] for condition in conditions}
-        self.reached: set[str] = set()
+        self.ran: set[str] = set()
 
     def among(self, conds: Sequence[Any]) -> bool:
         """Whether a call of these conditions, a list for each branch, contains it."""
@@ -141,7 +141,7 @@ class PositiveBranch:
         return any(condition["uuid"] in self._uuids for entries in conds for condition in entries or [])
 
     def roles(self, options: dict[str, Any]) -> list[int]:
-        """The branches of a call, with 0 for this one alone."""
+        """The branches of a call, with 0 only for this one."""
         branches: list[int] = options["cond_or_uncond"]
         if self._uuids is None:
             return branches
@@ -149,18 +149,18 @@ class PositiveBranch:
         return [0 if uuid in self._uuids else branch or 1 for branch, uuid in named]
 
     def check(self, sites: Sequence[AttentionSite], replacement: Callable[[AttentionSite], Any]) -> None:
-        """Raise ValueError where it did not reach every layer; replacement: another node's in the place of a layer."""
-        missed = [site for site in sites if site.name not in self.reached]
+        """Raise ValueError if a layer did not run; replacement: another node's replacement of a layer."""
+        missed = [site for site in sites if site.name not in self.ran]
         if len(missed) == len(sites):
             raise ValueError(
-                "model: a call reached none of its attention layers: another node on the model skips calls "
-                "(EasyCache, LazyCache, TeaCache) or replaces the model; remove it"
+                "model: no attention layer ran in a call: another node on the model skips calls (EasyCache, LazyCache, "
+                "TeaCache) or replaces the model: remove it"
             )
         if missed:
             found = next((name for name in map(node_of, map(replacement, missed)) if name), None)
             raise ValueError(
-                f"model: a step did not reach {len(missed)} of {len(sites)} attention layers ({missed[0].name}, ...): "
-                f"{found or 'another node on the model'} skips or replaces them; remove it"
+                f"model: {len(missed)} of {len(sites)} attention layers ({missed[0].name}, ...) did not run in a step: "
+                f"{found or 'another node on the model'} skips or replaces them: remove it"
             )
 
 
@@ -182,13 +182,13 @@ class HostFamily:
     count_layers: Callable[[Any], int]
     """The number of attention layers of a MODEL."""
     tokenizer: Callable[[Any], Any]
-    """The tokenizer inside a CLIP, as `PromptEdit` uses one; None for a text encoder of another family."""
+    """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
     frame_dim: int
     """The dimension of LATENT samples along which frames lie."""
 
 
 def hook_below(hook: Any) -> Any:
-    """The hook below ours, if any; another node's own otherwise."""
+    """The hook below ours, if any; otherwise another node's hook itself."""
     return getattr(hook, "previous", hook)
 
 
@@ -209,7 +209,7 @@ def name_of_node(hook: Any) -> str:
 
 
 def unpatched(patcher: Any, key: str) -> Tensor:
-    """A weight as the checkpoint has it; LoRA may have been written into the live one."""
+    """A weight of the checkpoint, without LoRA merged into it."""
     if key in patcher.backup:
         return patcher.backup[key].weight
     return comfy.utils.get_attr(patcher.model, key)

@@ -1,4 +1,4 @@
-"""Inversion in ComfyUI, the store that it makes, and drawn noise in its place."""
+"""Inversion in ComfyUI, its store, and stores of random noise (FlowEdit)."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from .noise import check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 NOISE_MASK = "noise_mask"
-"""What the host calls the mask of a LATENT, and the store its copy."""
+"""The key of a mask in a LATENT, and of its copy in the store."""
 
 
 @dataclass
 class HostStore(AttentionStore):
-    """A store that remembers the MODEL it was made with, for the recomputed source branch.
+    """A store with its MODEL, for recomputing the source branch.
 
-    patcher: the MODEL, None for a store read from a file.
+    patcher: the MODEL, None for a store from a file.
     """
 
     patcher: Any = None
 
     def get_ram_usage(self) -> int:
-        """Bytes of memory, as the host's cache asks for them; what is on disk takes none."""
+        """Bytes in memory, for the host's cache; without what is on disk."""
         on_disk = [part.nbytes for part in (self.levels, self.backend) if isinstance(part, (FileLevels, FileBackend))]
         return self.nbytes - sum(on_disk)
 
     def with_model(self, model: Any) -> HostStore:
-        """For a store from a file: take the edit's MODEL for the inversion's."""
+        """The store with the edit's MODEL, if it has none because it is from a file."""
         return self if self.patcher is not None else replace(self, patcher=model)
 
 
 @dataclass(frozen=True)
 class InvertSettings:
-    """What an inversion is asked for beside its model, clip and prompt; see `fatezero.invert`.
+    """Settings of an inversion, except its model, clip and condition; see `fatezero.invert`.
 
-    prompt: the source's words, for the store to remember.
+    prompt: the source's words, saved in the store.
     """
 
     key_frames: KeyFrames
@@ -64,12 +64,12 @@ class InvertSettings:
 
 
 class InvertGuider(LoopGuider):
-    """A GUIDER that inverts a clip along rising sigmas, and keeps what its edits need."""
+    """A GUIDER that inverts a clip along rising sigmas, and stores what its edits need."""
 
     def __init__(
         self, model: Any, source: HostCondition, settings: InvertSettings, tell: Callable[[str], None] | None = None
     ) -> None:
-        """tell: called with what the store will take, and then with what it holds."""
+        """tell: called with texts about the planned and the finished store."""
         self.source, self.settings, self.tell = source, settings, tell or (lambda text: None)
         self._model = model
         self._made: AttentionStore | None = None
@@ -77,15 +77,15 @@ class InvertGuider(LoopGuider):
         super().__init__(model, [source], chunk_frames=settings.chunk_frames)
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Any:
-        """The noise, as a KSampler without added noise takes it; `store_of` gives its store, which keeps the mask
-        of the latent: where alone edits may change the clip.
+        """The noise, for a KSampler without added noise. Its store (`store_of`) has the mask of the latent, outside
+        which edits do not change the clip.
         """
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
-        check_quiet(noise, "an inversion adds none")
+        check_quiet(noise, "an inversion adds no noise")
         check_samples(self._model, latent_image)
         if sigmas[0] > sigmas[-1]:
-            raise ValueError("sigmas: fall, as for an edit; an inversion needs them flipped (Flip Sigmas)")
+            raise ValueError("sigmas: are decreasing, as for an edit: flip them for an inversion (Flip Sigmas)")
         self._mask = more.pop("denoise_mask", None)
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, **more)
@@ -96,37 +96,38 @@ class InvertGuider(LoopGuider):
             self._made = self._mask = None
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
-        asked, schedule, mask = self.settings, denoiser.in_use, self._mask
-        keys, timestep = keys_on(denoiser, asked.key_frames), schedule.timesteps[0]
-        parts = in_parts(denoiser, keys, latents, timestep, asked.chunk_frames, asked.clip_norm)
-        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, asked.store, parts)
+        settings, schedule, mask = self.settings, denoiser.in_use, self._mask
+        keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
+        parts = in_parts(denoiser, keys, latents, timestep, settings.chunk_frames, settings.clip_norm)
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
         self.tell(str(plan))
         self.fills_or_reads(plan.memory)
-        memory = replace(asked.store, memory=plan.memory, place=plan.place)
+        memory = replace(settings.store, memory=plan.memory, place=plan.place)
         inversion = invert(
-            denoiser, latents, self.source, schedule.steps, asked.key_frames, asked.clip_norm, memory,
-            asked.chunk_frames, order=asked.order, prompt=asked.prompt,
+            denoiser, latents, self.source, schedule.steps, settings.key_frames, settings.clip_norm, memory,
+            settings.chunk_frames, order=settings.order, prompt=settings.prompt,
             extra={"conditioning": plain_options(self.source.conditioning)},
             attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
             progress=progress,
         )  # fmt: skip
         self._made = store = inversion.store
-        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention kept of {store.kept_steps}")
-        return denoiser.noise.at_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
+        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention stored for {store.kept_steps}")
+        return denoiser.noise.noisy_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
 
 
 _STORES = WeakTensorKeyDictionary()
-"""The store of each inversion's noise, for as long as the host keeps that noise."""
+"""The store of each inversion's noise, as long as the host has that noise."""
 
 
 def store_of(samples: Tensor) -> HostStore:
-    """The store of the inversion that gave these LATENT samples.
+    """The store of the inversion that returned these LATENT samples.
 
-    Raises ValueError for others: of another sampling, copied, or from a file.
+    Raises ValueError for other samples: of another sampling, copied, or from a file.
     """
     if samples not in _STORES:
         raise ValueError(
-            "noise: is not what the sampler gave with an Inversion Guider; connect its output, with no node between"
+            "noise: is not the direct output of a sampler with Inversion Guider: connect that output, without a node "
+            "in between"
         )
     return _STORES[samples]
 
@@ -140,9 +141,9 @@ def invert_clip(
     noise_mask: Tensor | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, HostStore]:
-    """DDIM inversion of LATENT samples: (noise, as a KSampler without added noise takes it; store).
+    """DDIM inversion of LATENT samples: (noise for a KSampler without added noise, store).
 
-    noise_mask: where alone edits of this store may change the clip; the store keeps it.
+    noise_mask: saved in the store; its edits do not change the clip outside of it.
     """
     guider = InvertGuider(model, source, settings, tell)
     noisy = noise_of(model)
@@ -152,7 +153,7 @@ def invert_clip(
 
 
 class UncalledModel:
-    """The schedule and identity of a MODEL that is not called, for noise that is drawn."""
+    """The schedule and identity of a MODEL that is not called, for random noise."""
 
     def __init__(self, model: Any) -> None:
         self._noise, self._hooked = noise_of(model), hooked(model)
@@ -168,12 +169,12 @@ class UncalledModel:
 def draw_clip(
     model: Any, samples: Tensor, draw: Callable[[Any, Tensor], AttentionStore], noise_mask: Tensor | None = None
 ) -> HostStore:
-    """The store of LATENT samples with drawn noise, in the place of an inversion.
+    """The store of LATENT samples with random noise, instead of an inversion.
 
     draw: makes it from the model and the library's latents (frames, c, h, w). noise_mask: as for `invert_clip`.
     """
     check_samples(model, samples)
-    latents = noise_of(model).of_host(model.model.process_latent_in(samples.float()))
+    latents = noise_of(model).from_host(model.model.process_latent_in(samples.float()))
     store = draw(UncalledModel(model), latents)
     if noise_mask is not None:
         store.attachments[NOISE_MASK] = noise_mask.float().cpu()
@@ -189,13 +190,13 @@ def plan_in_host(
     settings: StoreSettings,
     in_parts: bool,
 ) -> StorePlan:
-    """What store an inversion of latents (frames, c, h, w) will make; in_parts: see `Demand`.
+    """The plan of the store for latents (frames, c, h, w); in_parts: see `Demand`.
 
-    "auto" leaves the device's memory to the host's models, unless the host keeps everything there.
-    Raises MemoryError, with the bytes of each memory, where nothing fits.
+    "auto" leaves the device's memory to the host's models, unless the host keeps everything there. Raises MemoryError,
+    with the bytes of each memory, if nothing fits.
     """
     if settings.memory == "auto" and windowing(model.wrappers):
-        settings = replace(settings, memory="recompute")  # the one that follows context windows
+        settings = replace(settings, memory="recompute")  # the only one for context windows
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     shape = tuple(latents.shape)
@@ -210,7 +211,7 @@ def source_of(store: AttentionStore) -> HostCondition:
 
 
 def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
-    """The noise levels that a MODEL has at a store's timesteps."""
+    """A MODEL's noise levels at a store's timesteps."""
     noisy = noise_of(model)
     if noisy.formulation != store.formulation:
         raise ValueError(f"store: its schedule is {store.formulation}, but the model's is {noisy.formulation}")
@@ -220,13 +221,13 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     ]
     if len(set(shifts)) > 1:
         raise ValueError(
-            f"model: has another shift than the inversion's ({shifts[0]:g}, {shifts[1]:g}), without effect: "
-            "put Model Sampling before both"
+            f"model: its shift {shifts[0]:g} has no effect, since the inversion had {shifts[1]:g}: put Model Sampling "
+            "before both"
         )
-    return noisy.again(store.timesteps, store.alphas)
+    return noisy.schedule_at(store.timesteps, store.alphas)
 
 
 def noise_samples(model: Any, store: AttentionStore) -> Tensor:
     """The inverted noise as LATENT samples."""
     noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
-    return model.model.process_latent_out(noisy.to_host(noisy.at_end(noise, store.alphas[-1])))
+    return model.model.process_latent_out(noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])))

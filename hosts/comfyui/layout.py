@@ -1,4 +1,4 @@
-"""Layout guidance in the host: a GUIDER of any sampler that moves its latents before a step."""
+"""Layout guidance in the host: a GUIDER that moves a sampler's latents before a step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .denoiser import ComfyDenoiser
 from .noise import noise_of
 from .sampling import LoopGuider, room_for
 
-_ALONE = KeyFrames(("self",))
-"""Self-attention stays as the MODEL has it, key frames of other nodes too."""
+_OWN_FRAME = KeyFrames(("self",))
+"""Self-attention is the MODEL's, including key frames of other nodes."""
 
 
 class LayoutGuider(LoopGuider):
-    """Classifier-free guidance by the host, and objects where a layout has them.
+    """The host's classifier-free guidance with layout guidance.
 
-    A step that is not guided is the host's own, bit for bit. Backward guidance moves the latents that the sampler
-    holds, so it goes with every sampler that takes its steps from the tensor it asks about.
+    A step without layout guidance equals the host's, bit for bit. Backward guidance moves the sampler's latents in
+    place, which works with samplers that step from the tensor they evaluate.
     """
 
     loop = None
@@ -38,37 +38,39 @@ class LayoutGuider(LoopGuider):
         layout: Callable[[tuple[int, int, int]], ClipSteering],
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        """layout: made for so many frames, of so many latents in height and width. tell: called with what is done.
+        """layout: makes the guidance for (frames, height, width) of the latents. tell: called with a summary.
 
-        Raises ValueError for a MODEL that is no attention UNet.
+        Raises ValueError for a MODEL that is not an attention UNet.
         """
         super().__init__(model, [positive, negative], kinds=("cross",))
         self.set_cfg(guidance_scale)
-        self.positive, self._asked, self.tell = positive, layout, tell or (lambda text: None)
-        twice = room_for(lambda frames: 2 * frames)  # what a gradient holds beside a call is about as much again
+        self.positive, self._guidance_of, self.tell = positive, layout, tell or (lambda text: None)
+        twice = room_for(lambda frames: 2 * frames)  # a gradient needs about twice the memory of a call
         self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
         self._layout: ClipSteering | None = None
         self._moved: Tensor | None = None
         self._guided = 0
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Tensor:
-        """Raises ValueError for a sampler that steps from a copy of its latents, and for a latent with a mask."""
+        """Raises ValueError for a sampler that steps from a copy of its latents, and for a noise mask."""
         if more.get("denoise_mask") is not None:
-            raise ValueError("latent_image: has a noise mask, which layout guidance does not take; Edit Video does")
+            raise ValueError(
+                "latent_image: has a noise mask, which layout guidance does not support: remove it, or use Edit Video"
+            )
         frames, _, height, width = latent_image.shape
-        self._layout = self._asked((frames, height, width))
+        self._layout = self._guidance_of((frames, height, width))
         if not self._layout.moves_latents and self.model_options.get("context_handler") is not None:
-            raise ValueError("model: context windows are set, which forward guidance does not follow; take backward")
-        told = more.get("callback")
+            raise ValueError("model: forward guidance does not support context windows: set mode to backward")
+        outer = more.get("callback")
 
         def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
             if self._moved is not None and x.data_ptr() != self._moved.data_ptr():
                 raise ValueError(
-                    "sampler: steps from a copy of its latents, which layout guidance cannot move; take another "
-                    "(euler, dpmpp_2m, ddim, DDIM Sampler)"
+                    "sampler: steps from a copy of its latents, which layout guidance cannot move: use another (euler, "
+                    "dpmpp_2m, ddim, DDIM Sampler)"
                 )
-            if told is not None:
-                told(step, clean, x, steps)
+            if outer is not None:
+                outer(step, clean, x, steps)
 
         self._guided = 0
         try:
@@ -81,7 +83,7 @@ class LayoutGuider(LoopGuider):
     def outer_predict_noise(
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
     ) -> Tensor:
-        """The host's prediction, of latents that were moved where the step is guided; x: in the host's space."""
+        """The host's prediction, after moving the latents of a guided step; x: in the host's space."""
         layout = self._layout
         assert layout is not None and model_options is not None
         sigma, levels = timestep[0].cpu(), model_options["transformer_options"]["sample_sigmas"].cpu()
@@ -95,8 +97,8 @@ class LayoutGuider(LoopGuider):
             self._move(x, sigma, layout, model_options)
             return super().outer_predict_noise(x, timestep, model_options, seed)
         chunk = Chunk.whole(len(x))
-        guided = (layout.control(_ALONE, chunk), self.positive.text_tokens)
-        with self.edited.controlled({0: guided, 1: (Control(_ALONE, chunk), None)}):
+        guided = (layout.control(_OWN_FRAME, chunk), self.positive.text_tokens)
+        with self.edited.controlled({0: guided, 1: (Control(_OWN_FRAME, chunk), None)}):
             return super().outer_predict_noise(x, timestep, model_options, seed)
 
     def _move(self, x: Tensor, sigma: Tensor, layout: ClipSteering, options: dict[str, Any]) -> None:
@@ -106,6 +108,6 @@ class LayoutGuider(LoopGuider):
         (timestep,) = noise_of(self.model_patcher).timesteps(sigma[None])
         scale = (1 + sigma.to(x) ** 2).sqrt()
         alpha = 1 / (1 + sigma**2)
-        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _ALONE, False, None)
+        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _OWN_FRAME, False, None)
         x.copy_(z * scale)
         self._moved = x

@@ -1,4 +1,4 @@
-"""A MODEL's noise: the library's schedules from the host's sigmas, and its latents from the host's."""
+"""A MODEL's noise: converts sigmas and latents between the host and the library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
 
 FLIPPED = 1.0001e-4
-"""What the host's Flip Sigmas makes of an end at 0, a ten-thousandth, and as much again for its rounding."""
+"""The value into which the host's Flip Sigmas turns a final 0, up to rounding."""
 
 
 class HostNoise:
@@ -32,7 +32,7 @@ class HostNoise:
 
     def __init__(self, sampling: Any) -> None:
         self.table = sampling.sigmas.cpu()
-        """The model's own sigmas, on the CPU, for to read one from the device is to wait for its queue."""
+        """The model's sigmas, on the CPU, since reading one from the device would synchronize it."""
 
     # --- schedules --------------------------------------------------------------------
 
@@ -52,36 +52,36 @@ class HostNoise:
         sigmas = torch.stack([self.sigma(t) for t in reversed(timesteps)]).double()
         alphas = torch.cat([clean[None], 1 / (1 + sigmas**2)])
         if alphas.min() < 1e-6:
-            raise ValueError("a schedule that ends at zero signal (zsnr) cannot be inverted")
+            raise ValueError("model: a schedule that ends at zero signal (zsnr) cannot be inverted")
         return Schedule(tuple(timesteps), alphas)
 
-    def along(self, sigmas: Tensor) -> Schedule:
-        """The schedule of a SIGMAS that falls; whole timesteps where it comes near them.
+    def schedule_of(self, sigmas: Tensor) -> Schedule:
+        """The schedule of decreasing SIGMAS, with timesteps rounded if they are close to integers.
 
-        Raises ValueError, naming `sigmas`, for one that does not fall or leaves the model's own range.
+        Raises ValueError, naming `sigmas`, for others, and for sigmas outside the model's range.
         """
-        sigmas = falling(sigmas)
+        sigmas = decreasing(sigmas)
         low, high = self.table[0].item(), self.table[-1].item()
         if sigmas[0] > high * 1.001 or sigmas[-2] < low * 0.999 or sigmas[-1] < 0:
             raise ValueError(
-                f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last; the model knows {low:.4g} to "
-                f"{high:.4g}"
+                f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-2]:.4g} before the last, but the model's range is "
+                f"{low:.4g} to {high:.4g}"
             )
         timesteps = [round(t) if abs(t - round(t)) < 2e-3 else t for t in self.timesteps(sigmas[:-1])]
         return self._at(timesteps, 1 / (1 + sigmas[-1].double() ** 2))
 
-    def again(self, timesteps: Sequence[float], alphas: Sequence[float]) -> Schedule:
-        """The model's noise at the timesteps of a store, whose alphas these are."""
+    def schedule_at(self, timesteps: Sequence[float], alphas: Sequence[float]) -> Schedule:
+        """The model's schedule at a store's timesteps. alphas: the store's."""
         return self._at(timesteps, torch.tensor(alphas[0], dtype=torch.float64))
 
     def timesteps(self, sigmas: Tensor) -> list[float]:
-        """Where sigmas lie in the model's table of them, as the host interpolates it."""
+        """The timesteps of sigmas, by the host's interpolation of the model's table."""
         places = np.arange(len(self.table))
         found = np.interp(sigmas.double().log().numpy(), self.table.double().log().numpy(), places)
         return [float(t) for t in found]
 
     def sigma(self, timestep: float) -> Tensor:
-        """The sigma of a timestep, which may lie between two whole ones of the table, as the host interpolates it."""
+        """The sigma of a timestep, which may be fractional, by the host's interpolation of the model's table."""
         low = int(timestep)
         if low == timestep:
             return self.table[low]
@@ -95,42 +95,42 @@ class HostNoise:
     # --- latents ----------------------------------------------------------------------
 
     def scale(self, sigma: Tensor) -> Tensor | float:
-        """The host's latents of a sigma over the library's."""
+        """The ratio of the host's to the library's latents at a sigma."""
         return (1 + sigma**2).sqrt()
 
     def rescaled(self, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
-        """The host's latents of a sigma at the scale of another."""
+        """The host's latents at a sigma, rescaled to another."""
         return x * ((1 + there**2) / (1 + here**2)).sqrt()
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The host's latents of a sigma."""
+        """The host's noisy latents at a sigma."""
         return clean + noise * sigma
 
-    def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(noise, latent_image) from which a sampler of the host's begins at these noisy LATENT samples."""
+    def initial(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(noise, latent_image) that make the host's samplers start from these noisy LATENT samples."""
         return torch.zeros_like(samples), samples
 
-    def at_end(self, latents: Tensor, alpha: float) -> Tensor:
-        """The library's latents of a run's noisy end, whose alpha this is, at the host's scale."""
+    def noisy_end(self, latents: Tensor, alpha: float) -> Tensor:
+        """The library's latents at the noisy end of a run, in the host's scale. alpha: there."""
         return latents / alpha**0.5
 
-    def of_host(self, samples: Tensor) -> Tensor:
-        """LATENT samples as the library's latents (frames, c, h, w); ValueError for those of another kind."""
+    def from_host(self, samples: Tensor) -> Tensor:
+        """LATENT samples as the library's latents (frames, c, h, w); ValueError for other shapes."""
         if samples.ndim != 4:
-            raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent for each frame")
+            raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one picture latent per frame")
         return samples
 
     def to_host(self, latents: Tensor) -> Tensor:
-        """The inverse of `of_host`."""
+        """The inverse of `from_host`."""
         return latents
 
-    def mask_of_host(self, mask: Tensor) -> Tensor:
-        """A noise mask as the host's samplers get it, as (frames or 1, h, w)."""
+    def mask_from_host(self, mask: Tensor) -> Tensor:
+        """A noise mask of the host's samplers as (frames or 1, h, w)."""
         return mask.reshape(-1, *mask.shape[-2:])
 
 
 class FlowNoise(HostNoise):
-    """A rectified flow, whose latents are the host's own; LATENT samples are clips (1, c, frames, h, w)."""
+    """A rectified flow, with the host's latents; LATENT samples are clips (1, c, frames, h, w)."""
 
     formulation: Formulation = "flow"
 
@@ -139,21 +139,21 @@ class FlowNoise(HostNoise):
         self._sampling = sampling
 
     def schedule(self, steps: int) -> FlowSchedule:
-        """The host's "simple" one, with the MODEL's shift."""
+        """The host's "simple" schedule, with the MODEL's shift."""
         total = len(self.table)
         if not 1 <= steps <= total:
             raise ValueError(f"steps is {steps}; it must be between 1 and {total}")
-        return self.along(comfy.samplers.calculate_sigmas(self._sampling, "simple", steps))
+        return self.schedule_of(comfy.samplers.calculate_sigmas(self._sampling, "simple", steps))
 
-    def along(self, sigmas: Tensor) -> FlowSchedule:
-        sigmas = falling(sigmas)
+    def schedule_of(self, sigmas: Tensor) -> FlowSchedule:
+        sigmas = decreasing(sigmas)
         if sigmas[-1] <= FLIPPED:
             sigmas[-1] = 0
         if sigmas[0] > 1 or sigmas[-1] < 0:
-            raise ValueError(f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}; a flow's lie from 1 to 0")
+            raise ValueError(f"sigmas: go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}; a flow's must be in 1 to 0")
         return FlowSchedule.of(tuple(self.timesteps(sigmas[:-1])), sigmas.flip(0))
 
-    def again(self, timesteps: Sequence[float], alphas: Sequence[float]) -> FlowSchedule:
+    def schedule_at(self, timesteps: Sequence[float], alphas: Sequence[float]) -> FlowSchedule:
         return FlowSchedule(tuple(timesteps), torch.tensor(alphas, dtype=torch.float64))
 
     def timesteps(self, sigmas: Tensor) -> list[float]:
@@ -174,33 +174,33 @@ class FlowNoise(HostNoise):
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return (1 - sigma) * clean + sigma * noise
 
-    def begun(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The host takes (1 - sigma) of the latents, which is nothing of them where there is noise alone."""
+    def initial(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The host multiplies latents by 1 - sigma, which is 0 at pure noise."""
         return model.process_latent_in(samples) / sigma, torch.zeros_like(samples)
 
-    def at_end(self, latents: Tensor, alpha: float) -> Tensor:
+    def noisy_end(self, latents: Tensor, alpha: float) -> Tensor:
         return latents
 
-    def of_host(self, samples: Tensor) -> Tensor:
-        """Raises ValueError for several clips in one."""
+    def from_host(self, samples: Tensor) -> Tensor:
+        """Raises ValueError for several clips."""
         if samples.ndim != 5 or len(samples) != 1:
-            raise ValueError(
-                f"latent: has shape {tuple(samples.shape)}; a video transformer edits one clip, (1, c, frames, h, w)"
-            )
+            raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one clip, (1, c, frames, h, w)")
         return rearrange(samples, "1 c f y x -> f c y x")
 
     def to_host(self, latents: Tensor) -> Tensor:
         return rearrange(latents, "f c y x -> 1 c f y x")
 
-    def mask_of_host(self, mask: Tensor) -> Tensor:
-        return mask.reshape(-1, *mask.shape[-3:])[0] if mask.ndim == 5 else super().mask_of_host(mask)
+    def mask_from_host(self, mask: Tensor) -> Tensor:
+        return mask.reshape(-1, *mask.shape[-3:])[0] if mask.ndim == 5 else super().mask_from_host(mask)
 
 
-def falling(sigmas: Tensor) -> Tensor:
-    """A SIGMAS in double precision; ValueError for one that does not fall."""
+def decreasing(sigmas: Tensor) -> Tensor:
+    """SIGMAS in double precision; ValueError if they do not decrease."""
     sigmas = sigmas.cpu().double()
     if len(sigmas) < 2 or not (sigmas[:-1] > sigmas[1:]).all():
-        raise ValueError(f"sigmas: {[round(s, 4) for s in sigmas.tolist()]}; they must fall, or rise, in steps")
+        raise ValueError(
+            f"sigmas: {[round(s, 4) for s in sigmas.tolist()]}; they must be strictly decreasing, or increasing"
+        )
     return sigmas
 
 
@@ -210,20 +210,20 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
     if flows and isinstance(sampling, CONST) and isinstance(sampling, ModelSamplingDiscreteFlow):
         scale = getattr(sampling, "noise_scale", 1.0)
         if scale != 1:
-            raise ValueError(f"model: has noise {scale:g} times a flow's (Model Noise Scale): remove that node")
+            raise ValueError(f"model: scales a flow's noise by {scale:g} (Model Noise Scale): remove that node")
         return FlowNoise(sampling)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
-            f"model: {_named(sampling)} is not a schedule that DDIM can invert. FateZero works with models that "
-            "predict epsilon, v or a flow, without a node that changes their schedule"
+            f"model: DDIM cannot invert the schedule {_named(sampling)}: use a model that predicts epsilon, v or a "
+            "flow, without a node that changes its schedule"
         )
     return HostNoise(sampling)
 
 
 def check_samples(model: Any, samples: Tensor) -> None:
-    """Raise ValueError for LATENT samples that are not a MODEL's."""
-    noise_of(model).of_host(samples)
+    """Raise ValueError for LATENT samples that do not fit a MODEL."""
+    noise_of(model).from_host(samples)
     channels = model.model.latent_format.latent_channels
     if samples.shape[1] != channels:
         raise ValueError(
@@ -233,13 +233,13 @@ def check_samples(model: Any, samples: Tensor) -> None:
 
 
 def prediction_of(sampling: Any) -> type | None:
-    """The class by which a model's output becomes clean latents; LCM, X0 and others derive from EPS."""
+    """The class that converts a model's output to clean latents; LCM, X0 and others derive from EPS."""
     kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))
     return next(kinds, None)
 
 
 def _named(sampling: Any) -> str:
-    """The node that made it, or its class where the host did, and how it predicts."""
+    """The node that made it, or its class if the host did, and its kind of prediction."""
     method, _, _ = type(sampling).__qualname__.partition(".<locals>")
     name = method.partition(".")[0] if "." in method else type(sampling).__name__
     kind = prediction_of(sampling)

@@ -1,7 +1,7 @@
-"""Whether two MODELs compute the same: what changes a forward pass is compared here, and nowhere else.
+"""Comparison of MODELs: whether two of them compute the same.
 
-Two MODELs of one checkpoint share its module, whose weights and parts are exchanged. All that a MODEL carries counts,
-but for what is listed here as harmless.
+MODELs of one checkpoint share its module, whose weights and parts the host exchanges. Everything that a MODEL carries
+is compared, except what is listed here as harmless.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 ROOM = "memory_required"
-"""The host's method that tells what memory a call takes, which FateZero replaces."""
+"""The host's method that estimates a call's memory, which FateZero replaces."""
 OWN_OPTION = "fatezero"
-"""How the names of FateZero's own options of a MODEL begin."""
+"""The prefix of FateZero's own options of a MODEL."""
 OF_GUIDANCE = {
     "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
     "disable_cfg1_optimization", "denoise_mask_function",
 }  # fmt: skip
-"""Options that act on predictions once they are made."""
+"""Options that act on finished predictions."""
 OF_RUNS = {WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE}
-"""Wrappers of what is around the calls of a model: the room for it, and guidance."""
+"""Wrappers around the calls of a model: memory and guidance."""
 PLAIN = (bool, int, float, str, bytes, UUID, torch.dtype, torch.device)
-"""Values that are compared as such; all else is the same where it is the same object."""
+"""Types compared by value; others are compared by identity."""
 HARMLESS = {*OF_GUIDANCE, "context_handler"}
-"""Options that leave a call of the model as it is: of guidance, and of the frames of a call."""
+"""Options that do not change a call of the model: of guidance, and of the call's frames."""
 
 
 def same_in_place(one: Any, other: Any) -> bool:
-    """Whether two MODELs make the same of the module that they share: its weights, its parts and what is injected."""
+    """Whether two MODELs make the same changes to their shared module: weights, parts and injections."""
     return bool(one.is_clone(other)) and equal(_in_place(one), _in_place(other))
 
 
 def same_forward(one: Any, other: Any) -> bool:
-    """Whether two MODELs give the same for the same call."""
+    """Whether two MODELs return the same for the same call."""
     return same_in_place(one, other) and equal(_of_calls(one), _of_calls(other))
 
 
 def with_parts(patcher: Any) -> list[Any]:
-    """A MODEL and the models that it brings along, such as temporal layers."""
+    """A MODEL and its additional models, such as temporal layers."""
     return [patcher, *patcher.get_nested_additional_models()]
 
 
@@ -56,7 +56,7 @@ def _in_place(patcher: Any) -> dict[str, Any]:
 
 
 def _of_calls(patcher: Any) -> dict[str, Any]:
-    wrappers = {kind: held for kind, held in patcher.wrappers.items() if kind not in OF_RUNS}
+    wrappers = {kind: value for kind, value in patcher.wrappers.items() if kind not in OF_RUNS}
     return {
         "options": {name: value for name, value in patcher.model_options.items() if not _harmless(name)},
         "wrappers": wrappers,
@@ -70,11 +70,11 @@ def _harmless(option: str) -> bool:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two settings are the same objects or plain values, in the same dicts and lists; what is empty is none."""
+    """Whether two values are the same objects or equal plain values, also inside dicts and lists; empty equals None."""
     if one is other:
         return True
     if isinstance(one, dict) and isinstance(other, dict):
-        one, other = ({name: held for name, held in of.items() if not _empty(held)} for of in (one, other))
+        one, other = ({name: value for name, value in of.items() if not _empty(value)} for of in (one, other))
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(equal, one, other))
@@ -83,5 +83,5 @@ def equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and isinstance(one, PLAIN) and bool(one == other)
 
 
-def _empty(held: Any) -> bool:
-    return held is None or (isinstance(held, (dict, list)) and not held)
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (dict, list)) and not value)

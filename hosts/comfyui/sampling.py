@@ -1,7 +1,7 @@
-"""GUIDERs and the SAMPLER that run the loops of `fatezero.diffusion` inside the host's own sampling.
+"""GUIDERs and the SAMPLER that run the loops of `fatezero.diffusion` inside the host's sampling.
 
 They run in the host's `CFGGuider`, so that its memory management, ControlNets, LoRA, wrappers and guidance functions
-work as under a KSampler. The host samples in variance-exploding space, x = z / sqrt(abar); the loops stay in DDIM's z.
+work as with a KSampler. The host samples in variance-exploding space, x = z / sqrt(abar); the loops use DDIM's z.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
 
 
 class LoopGuider(comfy.samplers.CFGGuider):
-    """A GUIDER that holds what a loop of the library evaluates; `DDIMSampler` runs the loop."""
+    """A GUIDER with the models and conditions of a library loop, which `DDIMSampler` runs."""
 
     def __init__(
         self,
@@ -45,10 +45,10 @@ class LoopGuider(comfy.samplers.CFGGuider):
         chunk_frames: int | None = None,
         kinds: Sequence[Kind] = ALL_KINDS,
     ) -> None:
-        """source_model: the MODEL that evaluates the source prompt, if not the same. chunk_frames: frames of one
-        UNet call, for which the host then makes room. kinds: of attention layers that are hooked.
+        """source_model: the MODEL for the source prompt, if different. chunk_frames: frames per UNet call, for the
+        host's memory estimate. kinds: of the hooked attention layers.
 
-        Raises ValueError for a MODEL that is no attention UNet, or with options that cannot be honoured.
+        Raises ValueError for an unsupported MODEL, or unsupported options.
         """
         check_options(model)
         self.edited = hooked(model, kinds)
@@ -57,45 +57,45 @@ class LoopGuider(comfy.samplers.CFGGuider):
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
         if chunk_frames is not None:
-            most = chunk_frames + 3  # with their key frames
+            most = chunk_frames + 3  # including key frames
             room = room_for(lambda frames: min(frames, most))
             self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero", room)
         super().__init__(self.edited.patcher)
         self.inner_set_conds({c.role: c.conditioning for c in conditions})
-        self.edited.patcher = self.model_patcher  # the host may take a delegate for conditions with hooks
+        self.edited.patcher = self.model_patcher  # the host may replace it for conditions with hooks
         self.function: Callable[..., Any] = comfy.samplers.sampling_function
-        """The host's sampling function, as the wrappers of the edit's MODEL left it."""
+        """The host's sampling function inside the wrappers of the edit's MODEL."""
         self.sides: dict[int, SideGuider] = {}
-        """The further MODELs of the run under way, by the id of their hooked form."""
+        """The additional MODELs of the current run, by the id of their hook."""
         self.shape: Sequence[int] = ()
-        """Of its latents."""
+        """The shape of the latents."""
         self.seed: int | None = None
         self._given: tuple[Tensor, ...] | None = None
-        """Noise, latents and sigmas of the run, until they are sampled."""
+        """Noise, latents and sigmas of the run, until sampling starts."""
 
     loop: Loop | None
-    """What `DDIMSampler` runs: a method of those that derive from this, or a function; None for its own steps."""
+    """The loop for `DDIMSampler`: a method of a subclass, or a function; None for its own steps."""
 
     @property
-    def reached(self) -> int:
-        """How many attention layers the last UNet calls reached."""
-        return len(set().union(*(model.reached for model in self._models())))
+    def layers_run(self) -> int:
+        """The number of attention layers that ran in the last UNet calls."""
+        return len(set().union(*(model.ran for model in self._models())))
 
     def fills_or_reads(self, memory: Memory) -> None:
-        """Set the memory of the store of the run."""
+        """Set the memory of the run's store."""
         for model in self._models():
             model.memory = memory
 
     def schedule(self, sigmas: Tensor) -> Schedule:
-        """The noise levels of a run along falling sigmas, as `inner_sample` has them for either way."""
-        return noise_of(self.model_patcher).along(sigmas)
+        """The noise levels of a run, for decreasing sigmas as in `inner_sample`."""
+        return noise_of(self.model_patcher).schedule_of(sigmas)
 
     def inner_sample(
         self, noise: Tensor, latent_image: Tensor, device: torch.device, sampler: Any, sigmas: Tensor, *rest: Any,
         **more: Any,
     ) -> Any:  # fmt: skip
-        # The source and further edits separately from the first: a ControlNet of one target may ask to be
-        # applied to every other prompt it is processed with.
+        # Process the source and additional edits separately from the first: a target's ControlNet may request to be
+        # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
         for group in {role.partition(".")[2] if role != "source" else role for role in others}:
@@ -105,30 +105,30 @@ class LoopGuider(comfy.samplers.CFGGuider):
             self.others |= {ends[name]: processed for name, processed in done.items()}
         for side in self.sides.values():
             sampler = _Inside(side, sampler)
-        try:  # noisy to clean, also for an inversion: the host's nodes find their steps so
-            falling = sigmas.sort(descending=True).values
-            return super().inner_sample(noise, latent_image, device, sampler, falling, *rest, **more)
+        try:  # noisy to clean, also for an inversion, because the host's nodes find their steps by sigma
+            decreasing = sigmas.sort(descending=True).values
+            return super().inner_sample(noise, latent_image, device, sampler, decreasing, *rest, **more)
         finally:
             self.conds |= self.others
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
-        """The result is where the host keeps latents, so that it stays the same tensor in its outputs."""
+        """Moves the result to the host's device for latents, so that it is the same tensor in the host's outputs."""
         self._given, self.seed = (noise, latent_image, sigmas), more.get("seed")
         self.function = comfy.samplers.sampling_function
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
             return result.to(comfy.model_management.intermediate_device())
-        finally:  # our clones do not outlive the run, and the host ejects what a MODEL injected only while it lives
+        finally:  # our clones end with the run, and the host ejects injections only of living MODELs
             for hooked in self._models():
                 hooked.patcher.eject_model()
 
     def _models(self) -> list[Hook]:
-        """The edit's model, and the further ones of a run."""
+        """The hooks of the edit's MODEL and the additional ones of a run."""
         own = [self.edited] if self.sourced is self.edited else [self.edited, self.sourced]
         return own + [model.low for model in own if model.low is not None]
 
     def outer_sample(self, noise: Tensor, *rest: Any, **more: Any) -> Any:
-        """As the host has it, inside what other nodes wrap around samplings with the further MODELs of the run too."""
+        """The host's sampling, inside the sampling wrappers of the run's additional MODELs too."""
         before, self.function, self.shape = self.function, comfy.samplers.sampling_function, noise.shape
         of_source = {role: conds for role, conds in self.conds.items() if role == "source"}
         self.sides = {
@@ -147,7 +147,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self, run: Callable[..., Any], noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *rest: Any,
         **more: Any,
     ) -> Any:  # fmt: skip
-        """The host's sampling inside all wrappers; ValueError where one has it do other than what was asked."""
+        """The host's sampling inside all wrappers; ValueError if a wrapper changes its inputs or repeats it."""
         given, self._given = self._given, None
         if self.loop is not None and (given is None or not all(map(_equal, given, (noise, latent_image, sigmas)))):
             raise ValueError(
@@ -164,25 +164,25 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 class SideGuider(comfy.samplers.CFGGuider):
-    """What the sampling wrappers of a further MODEL of a run find for a guider: of the source's, where it is not the
-    edit's, and of what takes over below a sigma.
+    """The guider for sampling wrappers of an additional MODEL of a run: the source's, if it is not the edit's, and the
+    low-noise model.
     """
 
     def __init__(self, model: Hook, conds: dict[str, Any], function: Callable[..., Any]) -> None:
-        """function: the host's sampling function as it is outside all wrappers."""
+        """function: the host's sampling function outside all wrappers."""
         super().__init__(model.patcher)
         self.model_options: dict[str, Any] = model.patcher.model_options
         self.hooked, self.conds, self.function = model, dict(conds), function
         self.inner_model = model.patcher.model
         self.running: dict[str, Any] = {}
-        """The options of the run under way."""
+        """The options of the current run."""
 
     def around(self, run: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        """A sampling inside the wrappers of this MODEL."""
+        """Run a sampling inside the wrappers of this MODEL."""
         patcher, own = self.model_patcher, self.model_options
 
         def loaded_later(model: Any, shape: Any, conds: Any, **more: Any) -> tuple[Any, Any, list[Any]]:
-            return model.model, conds, []  # when it is its turn, which may be never
+            return model.model, conds, []  # loaded before its first call, which may never come
 
         def inside(noise: Tensor, *args: Any, **more: Any) -> Any:
             self.function, options = comfy.samplers.sampling_function, self.model_options
@@ -193,7 +193,7 @@ class SideGuider(comfy.samplers.CFGGuider):
             return run(noise, *args, **more)
 
         self.model_options = comfy.model_patcher.create_model_options_clone(own)
-        # AnimateDiff-Evolved puts a sampling function of its own in the host's place: here for this MODEL alone.
+        # AnimateDiff-Evolved replaces the host's sampling function: here only for this MODEL.
         of_others, comfy.samplers.sampling_function = comfy.samplers.sampling_function, self.function
         try:
             comfy.sampler_helpers.prepare_model_patcher(patcher, self.conds, self.model_options)
@@ -206,7 +206,7 @@ class SideGuider(comfy.samplers.CFGGuider):
 
 
 class _Inside(comfy.samplers.Sampler):
-    """A sampler inside what other nodes wrap around samplers with a further MODEL of the run."""
+    """A sampler inside the sampler wrappers of an additional MODEL of the run."""
 
     def __init__(self, side: SideGuider, sampler: Any) -> None:
         self._side, self._sampler = side, sampler
@@ -227,9 +227,9 @@ class _Inside(comfy.samplers.Sampler):
 
 
 class DDIMSampler(comfy.samplers.Sampler):
-    """A SAMPLER of deterministic DDIM steps: towards the clip along falling sigmas, to noise along rising ones.
+    """A SAMPLER of deterministic DDIM steps: sampling along decreasing sigmas, inversion along rising ones.
 
-    In our own guiders it runs their loop, in others the plain steps.
+    With our own guiders it runs their loop, with others plain steps.
     """
 
     def sample(
@@ -248,11 +248,11 @@ class DDIMSampler(comfy.samplers.Sampler):
         denoiser = ComfyDenoiser(guider, extra_args["model_options"], latent_image.device, guider.schedule(sigmas))
 
         def progress(done: int, of: int) -> None:
-            if callback is not None and denoiser.clean is not None:  # None while an edit of less strength waits
+            if callback is not None and denoiser.clean is not None:  # None before an edit of lower strength starts
                 callback(done - 1, denoiser.clean, denoiser.clean, of)
 
         try:
-            return denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.of_host(latent_image), progress))
+            return denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.from_host(latent_image), progress))
         finally:
             denoiser.restore()
 
@@ -266,21 +266,21 @@ def _plain_ddim(
     latent_image: Tensor,
     denoise_mask: Tensor | None,
 ) -> Tensor:
-    """Steps with anyone's guider, DDIM's or a flow's: x' = x + d (sigma' - sigma).
+    """DDIM or flow steps with any guider: x' = x + d (sigma' - sigma).
 
-    Each evaluates the noisier of its two levels, x scaled to it, as FateZero's inversion does.
+    Each step evaluates the noisier of its two levels, with x scaled to it, like FateZero's inversion.
     """
     noisy = noise_of(guider.model_patcher)
     rises = bool(sigmas[0] < sigmas[-1])
     if denoise_mask is not None:
-        raise ValueError("latent_image: has a noise mask, which DDIM Sampler takes with FateZero's own guiders alone")
+        raise ValueError("latent_image: DDIM Sampler supports a noise mask only with FateZero's guiders: remove it")
     if rises:
         check_quiet(noise, "an inversion adds none")
     begin = noisy.scale(sigmas[0])
     x = latent_image * begin if rises else noisy.noised(latent_image, noise, sigmas[0])
     for i, (here, there) in enumerate(pairwise(sigmas)):
         at = torch.maximum(here, there)
-        scaled = x if at == here else noisy.rescaled(x, here, at)  # a guider may move it
+        scaled = x if at == here else noisy.rescaled(x, here, at)  # a guider may change it
         clean = guider(scaled, at.expand(len(x)), **extra_args)
         x = x + (scaled - clean) / at * (there - here)
         if callback is not None:
@@ -289,24 +289,24 @@ def _plain_ddim(
 
 
 def check_quiet(noise: Tensor, why: str) -> None:
-    """Raise ValueError, saying why, where random noise is connected."""
+    """Raise ValueError, with the reason, if random noise is connected."""
     if noise.any():
-        raise ValueError(f"noise: {why}; connect Disable Noise")
+        raise ValueError(f"noise: {why}: connect Disable Noise")
 
 
 def check_options(model: Any) -> None:
-    """Raise ValueError for options of a MODEL that an edit cannot honour."""
+    """Raise ValueError for unsupported options of a MODEL."""
     handler = model.model_options.get("context_handler")
     if handler is not None:
         dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
         if dim != own:
-            raise ValueError(f"model: context windows along dim {dim}; frames lie along dim {own}")
+            raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
         for name in ("freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"):
             if getattr(handler, name, None):
-                raise ValueError(f"model: context windows with {name}, which an edit has no use for: switch it off")
+                raise ValueError(f"model: edits do not support context windows with {name}: switch it off")
     clones = model.get_additional_models_with_key("multigpu")
     if clones:
-        raise ValueError(f"model: is spread over {len(clones) + 1} GPUs (MultiGPU); an edit runs on one: remove it")
+        raise ValueError(f"model: uses {len(clones) + 1} GPUs (MultiGPU), but edits run on one: remove it")
 
 
 def run_in_host(guider: LoopGuider, samples: Tensor, sigmas: Tensor, noise_mask: Tensor | None = None) -> Tensor:
@@ -319,7 +319,7 @@ def run_in_host(guider: LoopGuider, samples: Tensor, sigmas: Tensor, noise_mask:
 
 
 def room_for(frames: Callable[[int], int]) -> Callable[..., Any]:
-    """A wrapper that has the host make room for other numbers of frames than a clip's."""
+    """A wrapper that changes the number of frames in the host's memory estimate."""
 
     def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
         return executor(model, [frames(shape[0]), *shape[1:]], *rest, **more)

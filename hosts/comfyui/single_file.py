@@ -1,4 +1,4 @@
-"""A small diffusers folder in Stable Diffusion's original layout, as hosts and single files have it."""
+"""A small diffusers folder in Stable Diffusion's original layout of single files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNET = {
 
 
 def unet_names(names: list[str], layers: int = 1) -> dict[str, str]:
-    """diffusers' UNet names to the original ones, for `layers` ResNet blocks a level."""
+    """Map diffusers' UNet names to the original ones, for `layers` ResNet blocks per level."""
 
     def block(name: str) -> str:
         if found := re.match(
@@ -41,7 +41,7 @@ def unet_names(names: list[str], layers: int = 1) -> dict[str, str]:
                 inner = rest.replace("conv.", "op.") if part == "downsamplers" else rest
                 return f"input_blocks.{number}.{int(part == 'attentions')}.{inner}"
             number = level * (layers + 1) + (layers if part == "upsamplers" else at)
-            # The upsampler comes last in its block: after the attention where there is one.
+            # The upsampler comes last in its block, after any attention.
             with_attention = any(f"up_blocks.{level}.attentions" in other for other in names)
             place = {"resnets": 0, "attentions": 1, "upsamplers": 1 + with_attention}[part]
             return f"output_blocks.{number}.{place}.{rest}"
@@ -74,7 +74,7 @@ def vae_name(name: str, levels: int) -> str:
 
 
 def single_file(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a diffusers folder with one ResNet block a level, under their original names."""
+    """The tensors of a diffusers folder with one ResNet block per level, under original names."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(folder / "text_encoder" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Temporal layers on a ComfyUI MODEL: by hooks that a call of its UNet brings and takes with it."""
+"""Temporal layers on a ComfyUI MODEL, by hooks that exist only during a UNet call."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _AROUND = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
 @dataclass(frozen=True)
 class HostLayers:
-    """What a MODEL carries: temporal layers, and what is added to the queries of the model beneath."""
+    """Temporal layers of a MODEL, and the differences of its queries."""
 
     layers: TemporalLayers
     queries: Mapping[str, Tensor]
 
 
 def temporal_layers(model: Any) -> HostLayers | None:
-    """The layers that a MODEL carries."""
+    """The temporal layers of a MODEL, if any."""
     found: HostLayers | None = model.get_attachment(KEY)
     return found
 
 
 def with_temporal_layers(model: Any, weights: Mapping[str, Tensor]) -> Any:
-    """A MODEL with temporal layers, whose batches then are the frames of one clip; the one given stays as it is.
+    """A copy of a MODEL with temporal layers, for which a batch is the frames of one clip.
 
-    weights: of Tune-A-Video, or of FateZero, by the names of diffusers. The queries among them take the place of the
-    model's; LoRA on these count on top. Raises ValueError for a MODEL that carries some, for other weights than these,
-    and for layers that do not fit.
+    weights: Tune-A-Video's or FateZero's, under diffusers' names. Queries among them replace the model's; LoRA are
+    applied on top. Raises ValueError for a MODEL with temporal layers, for other weights, and for layers that do not
+    fit.
     """
     check_unet(model)
     if temporal_layers(model) is not None:
-        raise ValueError("model: carries temporal layers already; connect it as it was before")
+        raise ValueError("model: already has temporal layers: connect it without them")
     names = host_names(model)
     layers = TemporalLayers.of(weights, blocks_of(model, names))
     queries = {}
@@ -55,7 +55,9 @@ def with_temporal_layers(model: Any, weights: Mapping[str, Tensor]) -> Any:
             continue
         base = unpatched(model, names[name]) if name in names and trains(name) else None
         if base is None:
-            raise ValueError(f"the file has a weight {name}, which is no temporal layer's and no query of this model")
+            raise ValueError(
+                f"the file has a weight {name}, which belongs neither to temporal layers nor to queries of this model"
+            )
         if base.shape != weight.shape:
             raise ValueError(f"{name} is {tuple(weight.shape)}; this model needs {tuple(base.shape)}")
         queries[name] = weight.float() - base.float().cpu()
@@ -63,14 +65,14 @@ def with_temporal_layers(model: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def attach(model: Any, layers: TemporalLayers, queries: Mapping[str, Tensor]) -> Any:
-    """A MODEL with these layers, in the place of those it carries, and queries that differ so from the model's own."""
+    """A copy of a MODEL with these layers instead of its own, and these differences of its queries."""
     patcher, names, before = model.clone(), host_names(model), temporal_layers(model)
     known = before.queries if before else {}
     changed = {name: difference - known[name] if name in known else difference for name, difference in queries.items()}
     patcher.add_patches({names[name]: ("diff", (difference,)) for name, difference in changed.items()})
     layers = layers.requires_grad_(False).to(model.model.manual_cast_dtype or model.model.get_dtype())
-    held = comfy.model_patcher.ModelPatcher(layers, model.load_device, model.offload_device)
-    patcher.set_additional_models(KEY, [held])
+    added = comfy.model_patcher.ModelPatcher(layers, model.load_device, model.offload_device)
+    patcher.set_additional_models(KEY, [added])
     patcher.set_attachments(KEY, HostLayers(layers, dict(queries)))
     patcher.remove_wrappers_with_key(_AROUND, KEY)
     patcher.add_wrapper_with_key(_AROUND, KEY, _around(layers, names))
@@ -78,16 +80,16 @@ def attach(model: Any, layers: TemporalLayers, queries: Mapping[str, Tensor]) ->
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """The layers that a MODEL carries as a file holds them, with whole queries, LoRA left out."""
-    held, names = temporal_layers(model), host_names(model)
-    assert held is not None
-    queries = {name: unpatched(model, names[name]).float().cpu() + d for name, d in held.queries.items()}
-    weights = {name: weight.detach().float().cpu() for name, weight in held.layers.named().items()}
+    """The weights of a MODEL's temporal layers for a file, with full queries, without LoRA."""
+    found, names = temporal_layers(model), host_names(model)
+    assert found is not None
+    queries = {name: unpatched(model, names[name]).float().cpu() + d for name, d in found.queries.items()}
+    weights = {name: weight.detach().float().cpu() for name, weight in found.layers.named().items()}
     return queries | weights
 
 
 def fresh_layers(model: Any, kind: Kind, rank: int | None, seed: int) -> TemporalLayers:
-    """A set for a MODEL that changes nothing yet."""
+    """New layers for a MODEL, which change nothing yet."""
     names = host_names(model)
     convolved = convolutions_of(model, names) if kind == "fatezero" else None
     return TemporalLayers.fresh(blocks_of(model, names), convolved, rank, seed)
@@ -97,7 +99,7 @@ def fresh_layers(model: Any, kind: Kind, rank: int | None, seed: int) -> Tempora
 
 
 def host_names(model: Any) -> dict[str, str]:
-    """diffusers' names of a UNet's weights, and the host's keys."""
+    """The host's keys of a UNet's weights, by diffusers' names."""
     table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     return {name: f"diffusion_model.{key}" for name, key in table.items()}
 
@@ -128,14 +130,14 @@ def convolutions_of(model: Any, names: Mapping[str, str]) -> dict[str, int]:
         try:
             module = module_of(model.model, key)
         except AttributeError:
-            continue  # the table also names what a UNet may have and this one lacks
+            continue  # the table also has names that this UNet does not
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             found[name.removesuffix(".weight")] = module.out_channels
     return found
 
 
 def places_in(unet: nn.Module, layers: TemporalLayers, names: Mapping[str, str]) -> list[tuple[nn.Module, nn.Module]]:
-    """(module, the layer that follows it) for each layer; unet: the host's `diffusion_model`."""
+    """(module, the layer after it) for each layer; unet: the host's `diffusion_model`."""
     found = []
     for place in layers.places:
         leaf = ".attn1.to_q.weight" if f"{place}.attn1.to_q.weight" in names else ".weight"
@@ -149,7 +151,7 @@ def places_in(unet: nn.Module, layers: TemporalLayers, names: Mapping[str, str])
 
 @contextmanager
 def hooked_layers(places: Sequence[tuple[nn.Module, nn.Module]], clips: int) -> Iterator[None]:
-    """Have each module followed by its layer; a batch holds so many clips, one after another."""
+    """Run each module's layer after it; clips: the number of clips in a batch, one after another."""
 
     def followed_by(layer: nn.Module) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:

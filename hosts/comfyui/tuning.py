@@ -1,4 +1,4 @@
-"""Tune-A-Video in the host: a MODEL's temporal layers trained inside its own sampling, on a copy of its UNet."""
+"""Tune-A-Video in the host: trains temporal layers inside the host's sampling, on a copy of the UNet."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def tune_model(
 ) -> tuple[Any, list[float]]:
     """A MODEL with temporal layers tuned on LATENT samples (frames, 4, h, w), and the loss of each step.
 
-    Layers or LoRA that it has are where the tuning begins. seed: of fresh layers. Raises ValueError for a model that is
-    no attention UNet, and the host's InterruptProcessingException between steps.
+    Starts from the MODEL's layers and LoRA, if any. seed: of new layers. Raises ValueError for a MODEL that is not an
+    attention UNet, and the host's InterruptProcessingException between steps.
     """
     check_unet(model)
     before = temporal_layers(model)
@@ -58,7 +58,7 @@ def tune_model(
         guider = comfy.samplers.CFGGuider(hooked.patcher)
         guider.inner_set_conds({"positive": prompt.conditioning})
         sampler = _TuneSampler(layers.float(), prompt, train)
-        latents = samples.clone()  # one of inference cannot be trained on
+        latents = samples.clone()  # inference tensors cannot be trained on
         guider.sample(torch.zeros_like(latents), latents, sampler, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
         known = before.queries if before else {}
         queries = {name: known.get(name, 0) + change for name, change in sampler.changes.items()}
@@ -67,12 +67,12 @@ def tune_model(
 
 
 def _copied(model: Any) -> Any:
-    """A MODEL whose UNet is its own, with the same LoRA and settings: one that is shared must not be trained."""
-    comfy.model_management.unload_all_models()  # so that what is copied is the checkpoint's
-    alone = copy(model.model)
-    alone._modules = dict(alone._modules)
-    alone.diffusion_model = deepcopy(model.model.diffusion_model)
-    own = comfy.model_patcher.ModelPatcher(alone, model.load_device, model.offload_device)
+    """A MODEL with its own copy of the UNet, since a shared one must not be trained, and the same LoRA and settings."""
+    comfy.model_management.unload_all_models()  # restores the checkpoint's weights
+    inner = copy(model.model)
+    inner._modules = dict(inner._modules)
+    inner.diffusion_model = deepcopy(model.model.diffusion_model)
+    own = comfy.model_patcher.ModelPatcher(inner, model.load_device, model.offload_device)
     own.patches = {key: list(patches) for key, patches in model.patches.items()}
     own.patches_uuid = model.patches_uuid
     own.object_patches = dict(model.object_patches)
@@ -84,7 +84,7 @@ def _copied(model: Any) -> Any:
 
 
 def _replace(model: nn.Module, name: str) -> None:
-    """Have a query's layer keep its weight in single precision."""
+    """Convert a query's layer to single precision."""
     old: Any = model.get_submodule(name)
     parent, _, leaf = name.rpartition(".")
     new = CastLinear(old.weight.shape[1], old.weight.shape[0], bias=False, device=old.weight.device)
@@ -93,7 +93,7 @@ def _replace(model: nn.Module, name: str) -> None:
 
 
 class _TuneSampler(comfy.samplers.Sampler):
-    """A SAMPLER that trains in the place of sampling: so the host loads the model and prepares its conditions."""
+    """A SAMPLER that trains instead of sampling, so that the host loads the model and prepares its conditions."""
 
     def __init__(
         self,
@@ -104,22 +104,22 @@ class _TuneSampler(comfy.samplers.Sampler):
         self.layers, self.prompt, self.train = layers, prompt, train
         self.losses: list[float] = []
         self.changes: dict[str, Tensor] = {}
-        """What became of the queries, by diffusers' names."""
+        """The changes of the queries, by diffusers' names."""
 
     def sample(
         self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
         latent_image: Tensor, *rest: Any, **more: Any,
     ) -> Tensor:  # fmt: skip
         denoiser = _HostTunable(guider, extra_args["model_options"], self.layers, latent_image)
-        begun = {name: weight.detach().clone() for name, weight in denoiser.queries.items()}
+        before = {name: weight.detach().clone() for name, weight in denoiser.queries.items()}
         self.losses = self.train(denoiser, latent_image, self.prompt)
-        self.changes = {name: (w.detach() - begun[name]).cpu() for name, w in denoiser.queries.items()}
+        self.changes = {name: (w.detach() - before[name]).cpu() for name, w in denoiser.queries.items()}
         self.layers.cpu()
         return latent_image
 
 
 class _HostTunable:
-    """The host's UNet as `tune` calls it. Its hooks stay for a whole training: activations are computed twice."""
+    """The host's UNet for `tune`. Its hooks stay for the whole training, since activations are recomputed."""
 
     def __init__(self, guider: Any, options: dict[str, Any], layers: TemporalLayers, latents: Tensor) -> None:
         self._model, self._conditions, self._options = guider.inner_model, guider.conds["positive"], options
@@ -127,7 +127,7 @@ class _HostTunable:
         self._names = host_names(guider.model_patcher)
         self._layers = layers.to(latents.device)
         self._sampling = guider.model_patcher.get_model_object("model_sampling")
-        self._sigmas = self._sampling.sigmas.clone().cpu()  # one of inference cannot be trained through
+        self._sigmas = self._sampling.sigmas.clone().cpu()  # inference tensors cannot be trained through
         weights = dict(self._model.named_parameters())
         self.queries = {name: weights[key] for name, key in self._names.items() if trains(name)}
 

@@ -1,4 +1,4 @@
-"""A ComfyUI MODEL's UNet: how its attention is hooked on a clone."""
+"""UNets in ComfyUI: their attention, hooked on a clone of the MODEL."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def is_unet(model: Any) -> bool:
 
 
 def check_unet(model: Any) -> None:
-    """Raise ValueError for a MODEL that is no attention UNet, or whose schedule DDIM cannot invert."""
+    """Raise ValueError for a MODEL that is not an attention UNet, or whose schedule DDIM cannot invert."""
     if not is_unet(model):
         name, network = type(model.model).__name__, type(model.model.diffusion_model).__name__
-        raise ValueError(f"model: {name} with a {network} is no attention UNet; this works with {MODELS}")
+        raise ValueError(f"model: {name} with a {network} is not an attention UNet: use {MODELS}")
     noise_of(model, flows=False)
 
 
 class HookedUNet(Hook):
     """A clone of a UNet's MODEL whose attention layers run through controls.
 
-    Of an attention replacement by another pack, the difference from plain attention is added to the control's output.
+    If another pack replaces attention, its difference from plain attention is added to the control's output.
     """
 
     family = UNET
@@ -111,7 +111,7 @@ class HookedUNet(Hook):
 
     @property
     def _idle(self) -> bool:
-        """Whether no control is set: then the MODEL runs as it was without us."""
+        """Whether no control is set, so that the MODEL runs without our changes."""
         return self._default_control is None and not self._controls
 
     @contextmanager
@@ -212,11 +212,11 @@ class HookedUNet(Hook):
                 self._grid = x.shape[-2], x.shape[-1]
             frames = len(x) // len(branches)
             self._window = window_of(options)
-            held = {len(self._control(branch, frames)[0].chunk.frame_indices) for branch in branches}
-            if self._controls and held != {frames}:
+            expected = {len(self._control(branch, frames)[0].chunk.frame_indices) for branch in branches}
+            if self._controls and expected != {frames}:
                 raise ValueError(
-                    f"model: a node on it calls the UNet with {frames} of {max(held)} frames without naming them; "
-                    "remove it"
+                    f"model: a node on it calls the UNet with {frames} of {max(expected)} frames without their "
+                    "numbers: remove it"
                 )
             handles = [h for norm in self._norms for h in share_statistics(norm, frames)] if self._clip_norm else []
             if self._feature is not None and self._controls:
@@ -261,7 +261,7 @@ class HookedUNet(Hook):
         branches, roles = options["cond_or_uncond"], self._positive.roles(options)
         if kind == "self" and self._tokens is not None:
             tokens, self._tokens = self._tokens, None
-            self._reach(site.name, 0 in roles)
+            self._mark_run(site.name, 0 in roles)
             return self._gather(site, tokens, roles, theirs)
         self._check_tokens(site, q)
         parts = zip(branches, roles, *(t.chunk(len(branches)) for t in (q, k, v)), strict=True)
@@ -269,28 +269,28 @@ class HookedUNet(Hook):
         for branch, role, q_part, k_part, v_part in parts:
             of_branch = {**options, "cond_or_uncond": [branch]}
             done.append(self._branch(role, site, theirs, q_part, k_part, v_part, of_branch))
-        self._reach(site.name, 0 in roles)
+        self._mark_run(site.name, 0 in roles)
         return torch.cat(done)
 
     def _replacements(self, options: dict[str, Any]) -> Callable[[AttentionSite], Any]:
-        """What other nodes have in the place of an attention layer in a call."""
+        """Other nodes' replacements of attention layers in a call."""
         replaced, names = options.get("patches_replace", {}), {"self": "attn1", "cross": "attn2"}
         places = {site.name: layer for layer, site in self.sites(*self._grid).items()}
 
         def replacing(site: AttentionSite) -> Any:
             block, number, index, kind = places[site.name]
-            held = replaced.get(names[kind], {})
-            return hook_below(held.get((block, number, index), held.get((block, number))))
+            found = replaced.get(names[kind], {})
+            return hook_below(found.get((block, number, index), found.get((block, number))))
 
         return replacing
 
     def _gather(
         self, site: AttentionSite, tokens: Tensor, branches: Sequence[int], theirs: Callable[..., Tensor] | None
     ) -> Tensor:
-        """One self-attention layer whose output is taken from elsewhere: of (branches*frames, tokens, channels)."""
+        """One self-attention layer whose output comes from the control: (branches*frames, tokens, channels)."""
         if theirs is not None:
             raise ValueError(
-                f"model: another node replaces self-attention ({site.name}), which TokenFlow does not compute; "
+                f"model: another node replaces self-attention ({site.name}), which TokenFlow does not compute: "
                 "remove it"
             )
         done = []
@@ -305,7 +305,7 @@ class HookedUNet(Hook):
         if x.shape[1] != site.tokens:
             raise ValueError(
                 f"{site.name} has {x.shape[1]} tokens where {site.height}x{site.width} are expected: another node "
-                "on the model merges or rescales tokens (ToMe, HyperTile, Deep Shrink); remove it"
+                "on the model merges or rescales tokens (ToMe, HyperTile, Deep Shrink): remove it"
             )
 
     def _branch(
@@ -335,7 +335,7 @@ class HookedUNet(Hook):
         control.attend = attend
         text_tokens = text_tokens if site.kind == "cross" else None
         own = control.cross_attention if site.kind == "cross" else control.self_attention
-        # The host repeats a shorter prompt beside a longer one; the repetition changes nothing.
+        # The host repeats shorter prompts to the longest one's length, which changes nothing.
         q4, k4, v4 = split(q), split(k[:, :text_tokens]), split(v[:, :text_tokens])
         if type(control) is not Control:
             self._check_kernel(control, q4, k4, v4, site, options.get(OVERRIDE))
@@ -350,7 +350,7 @@ class HookedUNet(Hook):
         return output
 
     def _control(self, branch: int, frames: int) -> tuple[Control, int | None]:
-        """The control of a branch and its text tokens; a branch that a guidance node adds runs as the negative does."""
+        """The control of a branch and its text tokens; branches of guidance nodes use the negative's."""
         if self._default_control is not None:
             return self._default_control(frames), None
         control, text_tokens = self._controls.get(branch) or self._controls[1]
@@ -358,9 +358,9 @@ class HookedUNet(Hook):
 
 
 def window_of(options: dict[str, Any]) -> tuple[int, ...] | None:
-    """The clip's frames that a call holds, of a model's transformer options; None for all.
+    """The clip's frames in a call, from a model's transformer options; None for all.
 
-    The context windows of other packs are read under the key that AnimateDiff-Evolved introduced.
+    Context windows of other packs use AnimateDiff-Evolved's key.
     """
     frames = options.get("ad_params", {}).get("sub_idxs")
     return None if frames is None else tuple(int(frame) for frame in frames)
@@ -377,7 +377,7 @@ def _as_host(theirs: Callable[..., Tensor] | None, q: Tensor, k: Tensor, v: Tens
 
 
 def share_key_frames(model: Any, key_frames: KeyFrames, clip_norm: bool) -> Any:
-    """A MODEL whose frames see each other's key frames, for anyone's sampler; in context windows, the window's."""
+    """A MODEL whose frames attend to key frames, for any sampler; in context windows, to the window's."""
     return HookedUNet(
         model, default_control=lambda frames: Control(key_frames, Chunk.whole(frames)), clip_norm=clip_norm
     ).patcher

@@ -17,7 +17,7 @@ from .noise import prediction_of
 
 _IDENTITIES = IdentityCache()
 BLOCKS = (ResBlock, SpatialTransformer)
-"""The modules that are computed twice for a gradient."""
+"""The modules that are recomputed for gradients."""
 OWN_LAYERS = (ResBlock, SpatialTransformer, Downsample, Upsample, nn.Conv2d)
 """The modules of a UNet's blocks."""
 
@@ -27,7 +27,7 @@ Layer = tuple[str, int, int, Kind]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """An attention layer of any size of picture: its site, and how often the picture was halved there."""
+    """An attention layer for any size of picture: its site, and the number of halvings of the picture there."""
 
     place: Place
     index: int
@@ -72,7 +72,7 @@ def _resizes(block: ResBlock, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Feature:
-    """The convolution whose output Plug-and-Play takes, and the name it has."""
+    """The convolution whose output Plug-and-Play uses, and its name."""
 
     name: str
     conv: nn.Module
@@ -99,13 +99,13 @@ def _attends(block: nn.Module) -> bool:
 
 
 def norms_of_clip(unet: UNetModel) -> list[nn.GroupNorm]:
-    """The GroupNorms that see the whole clip in the authors' 5-D UNet."""
+    """The GroupNorms over the whole clip in the authors' 5-D UNet."""
     blocks = (m for m in unet.modules() if isinstance(m, ResBlock))
     return clip_norms(((block.in_layers[0], block.out_layers[0]) for block in blocks), unet.out[0])
 
 
 def identity_of(patcher: Any) -> ModelIdentity:
-    """What tells a MODEL from another, LoRA on it or not."""
+    """The identity of a MODEL, regardless of LoRA."""
     model = patcher.model
     config = model.model_config.unet_config
     layers = attention_layers(model.diffusion_model)
@@ -118,10 +118,10 @@ def identity_of(patcher: Any) -> ModelIdentity:
 
 
 def own_weights(patcher: Any) -> dict[str, Tensor]:
-    """The weights of a MODEL's UNet as its checkpoint has them, by the host's keys.
+    """The checkpoint's weights of a MODEL's UNet, by the host's keys.
 
-    Layers that another node puts into the blocks while its MODEL is loaded (AnimateDiff's motion modules) are left
-    out; those behind them are known by their places without.
+    Ignores layers that another node inserts into the blocks while its MODEL is loaded (AnimateDiff's motion modules),
+    and corrects the keys of the layers after them.
     """
     found = {}
     for key, weight in patcher.model.state_dict().items():
@@ -131,7 +131,7 @@ def own_weights(patcher: Any) -> dict[str, Tensor]:
 
 
 def own_key(unet: UNetModel, key: str) -> str | None:
-    """The checkpoint's key of a weight of a UNet with layers put into its blocks; None for a weight of those."""
+    """The checkpoint's key of a weight in a UNet with inserted layers; None for an inserted layer's weight."""
     if not key.startswith("diffusion_model."):
         return None
     parts = key.split(".")

@@ -1,9 +1,9 @@
 """Wan in ComfyUI: the attention of its video transformer, hooked on a clone by the host's public hooks.
 
-`patches_replace["dit"]` wraps each block, which then runs the branches of a call one after another, the source's
-first. During a call, hooks of the modules `self_attn` and `cross_attn` pass each an `optimized_attention_override` of
-ours around the one that is there by then. Overrides and block patches of other packs stay: the first as the kernel,
-the second around the block's own forward.
+`patches_replace["dit"]` wraps each block, which runs the branches of a call one after another, the source's first.
+During a call, hooks of the modules `self_attn` and `cross_attn` pass our `optimized_attention_override` to each, around
+any existing one. Overrides and block patches of other packs stay active: overrides as the kernel, block patches around
+the block's own forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...diffusion.denoiser import refuse_clip_norm
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
-from ...store.records import Beside
+from ...store.records import PairedBranch
 from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, node_of, unpatched
 from .noise import FlowNoise, noise_of
 from .sameness import OWN_OPTION, ROOM, equal, same_forward
@@ -35,23 +35,23 @@ WrappersMP = comfy.patcher_extension.WrappersMP
 
 MODELS = "Wan 2.1 and 2.2 for text to video"
 PAIR = f"{OWN_OPTION}_low_noise"
-"""The option of a MODEL with the one for low noise, a `Pair`."""
+"""The option of a MODEL with its low-noise model, a `Pair`."""
 _IDENTITIES = IdentityCache()
 _BRANCH = "fatezero_branch"
 """The transformer option with the branch that a block computes."""
 
 
 def paired(model: Any, low_noise: Any, boundary: float) -> Any:
-    """A MODEL that another replaces below a sigma, in FateZero's own sampling.
+    """A MODEL that another one replaces below a sigma, in FateZero's own sampling.
 
     Raises ValueError for MODELs that are not Wan of the same shape.
     """
     for one, socket in ((model, "model"), (low_noise, "low_noise")):
         if not is_wan(one):
-            raise ValueError(f"{socket}: {type(one.model).__name__} is no Wan transformer")
+            raise ValueError(f"{socket}: {type(one.model).__name__} is not a Wan transformer")
     shapes = [(u.in_dim, u.dim, len(u.blocks)) for u in (m.model.diffusion_model for m in (model, low_noise))]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"low_noise: has another shape than the model, {shapes[1]} and {shapes[0]}")
+        raise ValueError(f"low_noise: has another shape ({shapes[1]}) than the model ({shapes[0]})")
     both = model.clone()
     both.model_options[PAIR] = Pair(model, low_noise, boundary)
     return both
@@ -59,32 +59,30 @@ def paired(model: Any, low_noise: Any, boundary: float) -> Any:
 
 @dataclass(frozen=True)
 class Pair:
-    """Wan 2.2's MODELs as they were joined, and the sigma below which the one for low noise takes over."""
+    """Wan 2.2's MODELs as joined, and the sigma below which the low-noise one is used."""
 
     model: Any
     low_noise: Any
     boundary: float
 
     def __deepcopy__(self, memo: Any) -> Pair:
-        return self  # the host copies what it finds in a model's options, older ones with all weights
+        return self  # the host copies a model's options, older versions with all weights
 
     def low(self, model: Any) -> Any:
-        """The one for low noise, with what nodes after the pair set on the MODEL: LoRA, guidance, patches.
+        """The low-noise MODEL, with the changes of nodes after the pair: LoRA, guidance, patches.
 
-        Raises ValueError, naming it, for what is bound to the modules of the first.
+        Raises ValueError, naming the node, for changes bound to the first MODEL's modules.
         """
         before, low = self.model, self.low_noise.clone()
-        known = (ROOM, "model_sampling")  # a flow's is of the run, which is the first's
+        known = (ROOM, "model_sampling")  # the run has the first MODEL's flow
         parts = {name: part for name, part in model.object_patches.items() if name not in known}
         bound = [part for name, part in parts.items() if not equal(part, before.object_patches.get(name))]
         if bound or not equal(model.injections, before.injections):
             what = node_of(bound[0]) if bound else "LoRA Loader (Bypass)"
-            raise ValueError(
-                f"model: {what} after Wan 2.2 Pair would change the model for high noise alone: put it before"
-            )
-        added = {key: held[len(before.patches.get(key, [])) :] for key, held in model.patches.items()}
+            raise ValueError(f"model: {what} after Wan 2.2 Pair would change only the high-noise model: put it before")
+        added = {key: patches[len(before.patches.get(key, [])) :] for key, patches in model.patches.items()}
         if any(added.values()):
-            low.patches |= {key: [*low.patches.get(key, []), *held] for key, held in added.items() if held}
+            low.patches |= {key: [*low.patches.get(key, []), *new] for key, new in added.items() if new}
             low.patches_uuid = uuid5(low.patches_uuid, str(model.patches_uuid))
         of_options = {name: value for name, value in model.model_options.items() if name != PAIR}
         low.model_options = _with_added(low.model_options, of_options, before.model_options)
@@ -94,12 +92,12 @@ class Pair:
 
 
 def _with_added(to: Any, now: Any, before: Any) -> Any:
-    """What settings became elsewhere, from `before` to `now`, on top of one's own: dicts merged, lists prolonged."""
+    """Apply the changes of settings from `before` to `now` to others: merge dicts, extend lists."""
     if equal(now, before):
         return to
     if isinstance(now, dict):
         to, before = to or {}, before or {}
-        return {**to, **{name: _with_added(to.get(name), held, before.get(name)) for name, held in now.items()}}
+        return {**to, **{name: _with_added(to.get(name), value, before.get(name)) for name, value in now.items()}}
     return [*(to or []), *now[len(before or []) :]] if isinstance(now, list) else now
 
 
@@ -115,7 +113,7 @@ def check_wan(model: Any) -> None:
     if not plain or getattr(unet, "ref_conv", None) is not None:
         raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {MODELS}")
     if not isinstance(noise_of(model), FlowNoise):
-        raise ValueError("model: is a video transformer that is not sampled as a flow")
+        raise ValueError("model: is not sampled as a flow: remove the Model Sampling node")
 
 
 def _kind_of(unet: Any) -> str:
@@ -133,22 +131,22 @@ class HookedWan(Hook):
     pairs = True
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
-        """Raises ValueError for a MODEL that is not Wan for text to video, and for kinds of layers other than all."""
+        """Raises ValueError for a MODEL that is not Wan for text to video, and for a subset of kinds."""
         check_wan(model)
         if len(kinds) < len(ALL_KINDS):
-            raise ValueError(f"model: {type(model.model).__name__} is no attention UNet, which layout guidance needs")
+            raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
         super().__init__(model)
         pair: Pair | None = self.patcher.model_options.pop(PAIR, None)
         if pair is not None:
             self.low, self.boundary = HookedWan(pair.low(model)), pair.boundary
         self._unet = model.model.diffusion_model
         self._sites: dict[tuple[int, int], dict[str, AttentionSite]] = {}
-        self._beside: Beside | None = None
+        self._paired: PairedBranch | None = None
         self._conditions: Any = None
         self._options: dict[str, Any] | None = None
         """The options of the call that the source ran in."""
         self._source = -1
-        """The branch of the source in the call under way; -1 without one."""
+        """The branch of the source in the current call; -1 without one."""
         replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
         blocks = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
         for i, theirs in enumerate(blocks):
@@ -199,44 +197,44 @@ class HookedWan(Hook):
         self,
         controls: Controls,
         clip_norm: bool = False,
-        source: tuple[Beside, Any] | None = None,
+        source: tuple[PairedBranch, Any] | None = None,
         conditions: Sequence[dict[str, Any]] | None = None,
     ) -> Iterator[None]:
         refuse_clip_norm(clip_norm)
-        self._beside, self._conditions = source or (None, None)
+        self._paired, self._conditions = source or (None, None)
         try:
             with super().controlled(controls, clip_norm, source, conditions):
                 yield
         finally:
             self._source = -1
-            self._beside = self._conditions = self._options = None
+            self._paired = self._conditions = self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
-    def _room(self, of_host: Callable[..., Any]) -> Callable[..., Any]:
-        """The memory that the host estimates before it calls branches together: none with a source.
+    def _room(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The host's memory estimate for calling branches together; 0 with a source.
 
-        Branches run one after another, so separate calls would save nothing and keep the source's attention of all
+        Branches run one after another, so separate calls would save nothing, but store the source's attention of all
         blocks.
         """
-        of_host = hook_below(of_host)
+        original = hook_below(original)
 
         def room(*args: Any, **more: Any) -> Any:
-            return 0 if self._source >= 0 else of_host(*args, **more)
+            return 0 if self._source >= 0 else original(*args, **more)
 
-        room.previous = of_host  # type: ignore[attr-defined]
+        room.previous = original  # type: ignore[attr-defined]
         return room
 
     def _joined(self) -> Callable[..., Any]:
         """Adds the source's conditions to those of a call; `_around` puts in its latents."""
 
         def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
-            beside = self._beside
-            if beside is None or not self._controls or not self._positive.among(conds):
+            paired = self._paired
+            if paired is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
             again = self._options is not None
             try:
-                if again:  # a guidance node calls once more, with layers left out, which the source has
+                if again:  # a guidance node calls again with skipped layers, which the source has
                     self._source = 1
                     executor(model, [None, self._conditions], x, sigma, self._options)
                     self._source = -1
@@ -246,9 +244,9 @@ class HookedWan(Hook):
             finally:
                 self._source = -1
                 if again:
-                    beside.control.captured.records.clear()
+                    paired.control.captured.records.clear()
             predicted = (x - clean) / sigma.view(-1, 1, 1, 1, 1)
-            beside.control.captured.prediction = rearrange(predicted, "1 c f y x -> f c y x")
+            paired.control.captured.prediction = rearrange(predicted, "1 c f y x -> f c y x")
             return results
 
         return joined
@@ -262,10 +260,10 @@ class HookedWan(Hook):
             options = more["transformer_options"] if "transformer_options" in more else rest[4]
             branches = options["cond_or_uncond"]
             if len(x) != len(branches):
-                raise ValueError(f"latent: holds {len(x) // len(branches)} clips; FateZero edits one")
-            if self._beside is not None and self._source in branches:
+                raise ValueError(f"latent: has {len(x) // len(branches)} clips, but FateZero edits one at a time")
+            if self._paired is not None and self._source in branches:
                 x = x.clone()
-                x[branches.index(self._source)] = rearrange(self._beside.latents, "f c y x -> c f y x").to(x)
+                x[branches.index(self._source)] = rearrange(self._paired.latents, "f c y x -> c f y x").to(x)
             self._replacement = self._replacements(options)
             handles = [
                 getattr(block, f"{kind}_attn").register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
@@ -281,7 +279,7 @@ class HookedWan(Hook):
         return around
 
     def _replacements(self, options: dict[str, Any]) -> Callable[[AttentionSite], Any]:
-        """What other nodes have in the place of an attention layer in a call."""
+        """Other nodes' replacements of attention layers in a call."""
         blocks = options.get("patches_replace", {}).get("dit", {})
 
         def replacing(site: AttentionSite) -> Any:
@@ -336,7 +334,7 @@ class HookedWan(Hook):
             more = {**more, "transformer_options": options}
             control = self._control(branch)[0]
             if taken or type(control) is Control:  # other packs' own, or attention as the model has it
-                self._reach(name, branch == 0)
+                self._mark_run(name, branch == 0)
                 return kernel(q, k, v, heads, *rest, **more)
             taken = True
             more = {name: value for name, value in more.items() if name not in ("skip_reshape", "skip_output_reshape")}
@@ -367,7 +365,7 @@ class HookedWan(Hook):
         if rest or frames != len(control.chunk.frame_indices):
             raise ValueError(
                 f"{site.name} has {q.shape[1]} tokens where {len(control.chunk.frame_indices)} frames of "
-                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens; remove it"
+                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
             )
         control.attend = attend
         q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
@@ -378,32 +376,32 @@ class HookedWan(Hook):
         self._check_kernel(control, q4, k4, v4, site, override)
         compute = control.cross_attention if site.kind == "cross" else control.self_attention
         output = compute(q4, k4, v4, site)
-        if self._beside is not None and branch == 0 and self._source >= 0:
-            self._beside.control.forget(site.name)
-        self._reach(name, branch == 0)
+        if self._paired is not None and branch == 0 and self._source >= 0:
+            self._paired.control.forget(site.name)
+        self._mark_run(name, branch == 0)
         return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
 
     def _control(self, branch: int) -> tuple[Control, int | None]:
-        """The control of a branch and its text tokens; a branch that a guidance node adds runs as the negative does."""
-        if self._beside is not None and branch == self._source:
-            return self._beside.control, self._beside.condition.text_tokens
+        """The control of a branch and its text tokens; branches of guidance nodes use the negative's."""
+        if self._paired is not None and branch == self._source:
+            return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
 
 
 def _row_of(value: Any, row: int, rows: int) -> Any:
-    """A branch's row of what a block is given; what all share as it is."""
+    """A branch's row of a block's input; shared inputs are returned unchanged."""
     return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
 
 
 @dataclass(frozen=True)
 class _Sentences:
-    """The host's sentencepiece tokenizer with the call of a CLIP tokenizer: content tokens alone."""
+    """The host's sentencepiece tokenizer with a CLIP tokenizer's interface: content tokens only."""
 
-    of_host: Any
+    host_tokenizer: Any
     bos_token_id: None = None
 
     def __call__(self, text: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=self.of_host.tokenizer.encode(text, add_bos=False, add_eos=False))
+        return SimpleNamespace(input_ids=self.host_tokenizer.tokenizer.encode(text, add_bos=False, add_eos=False))
 
 
 def _tokenizer(clip: Any) -> _Sentences | None:

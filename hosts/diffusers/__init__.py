@@ -1,4 +1,4 @@
-"""diffusers as a host: how its models are loaded, hooked and called. Names are loaded when first used."""
+"""diffusers as a host: loads, hooks and calls its models. Names are loaded on first use."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ __all__ = ["Checkpoint", "CheckpointError", "kind_of", "quiet", "save_tuned"]
 class Checkpoint(FrameByFrame):
     """An SD 1.x, SD 2.x or SDXL model, or a text-to-video UNet with their text.
 
-    zero_negative: an empty negative prompt is zeros, as for SDXL, and not the embeddings of no words. controlnet: see
-    `with_control`.
+    zero_negative: an empty negative prompt is zeros, as for SDXL, instead of the embeddings of an empty text.
+    controlnet: see `with_control`.
     """
 
     family = UNET
@@ -68,15 +68,15 @@ class Checkpoint(FrameByFrame):
         kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
         if not isinstance(getattr(pipeline, "unet", None), kinds):
             raise CheckpointError(
-                f"{name} is a {type(pipeline).__name__}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL"
+                f"{name} is a {type(pipeline).__name__} without an attention UNet: use SD 1.x, SD 2.x or SDXL"
             )
         check_parts(name, pipeline)
         check_whole(name, pipeline)
         if temporal is not None:
             _attach(name, pipeline.unet, temporal)
-        if loras:  # where it is quick
+        if loras:  # fusing is faster on the device
             pipeline.unet.to(device)
-        notes = add_loras(pipeline, loras)  # after the tuned queries, which take the place of the model's
+        notes = add_loras(pipeline, loras)  # after the tuned queries, which replace the model's
         tokenizers, encoders = _text_parts(name, pipeline)
         try:
             scheduler = with_signal(as_ddim(pipeline.scheduler))
@@ -105,7 +105,7 @@ class Checkpoint(FrameByFrame):
         variant: str | None = None,
     ) -> Checkpoint:  # fmt: skip
         if isinstance(self.unet, UNet3DConditionModel):
-            raise CheckpointError(f"{self.name} is a model of videos, which has no ControlNet")
+            raise CheckpointError(f"{self.name} is a video model, which has no ControlNets")
         model = load_controlnet(name, self.unet, self.factor, variant)
         return replace(self, controlnet=ControlNet(model, frames, strength, start, end))
 
@@ -179,7 +179,7 @@ class Checkpoint(FrameByFrame):
 def _attach(name: str, unet: Any, temporal: str) -> None:
     """Attach temporal layers to a model's UNet; CheckpointError for layers that do not fit."""
     if isinstance(unet, UNet3DConditionModel):
-        raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
+        raise CheckpointError(f"{name} is already a video model: --temporal is for image models")
     try:
         with_temporal_layers(unet, load_temporal_layers(temporal))
     except (OSError, ValueError) as error:
@@ -187,34 +187,34 @@ def _attach(name: str, unet: Any, temporal: str) -> None:
 
 
 def _text_parts(name: str, pipeline: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The tokenizers of a pipeline and their text encoders; CheckpointError for a part that is missing."""
+    """The tokenizers and text encoders of a pipeline; CheckpointError for a missing part."""
     pairs = [
         {part: getattr(pipeline, part, None) for part in (f"tokenizer{n}", f"text_encoder{n}")} for n in ("", "_2")
     ]
     pairs = [pair for pair in pairs if any(part is not None for part in pair.values())] or pairs[:1]
     missing = [part for pair in pairs for part, found in pair.items() if found is None]
     if missing:
-        raise CheckpointError(f"{name} lacks its {', '.join(missing)}")
+        raise CheckpointError(f"{name} has no {', '.join(missing)}")
     tokenizers, encoders = zip(*(pair.values() for pair in pairs), strict=True)
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         entries, needed = len(tokenizer), encoder.config.vocab_size
-        if 2 * entries < needed:  # transformers makes an empty one of a folder that is missing
-            raise CheckpointError(f"{name} lacks its tokenizer: it has {entries} of {needed} entries")
+        if 2 * entries < needed:  # transformers creates an empty one for a missing folder
+            raise CheckpointError(f"{name} has no complete tokenizer: {entries} of {needed} entries")
     return tokenizers, encoders
 
 
 def _upcasts(vae: AutoencoderKL) -> bool:
-    """Whether an autoencoder's configuration asks for single precision."""
+    """Whether an autoencoder's configuration requires single precision."""
     return bool(vae.config.get("force_upcast")) and "force_upcast" not in vae.config.get("_use_default_values", ())
 
 
 def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a model with its temporal layers as a diffusers folder, for `Checkpoint.load` and for the layers' own code.
+    """Write a model with its temporal layers as a diffusers folder, for `Checkpoint.load` and the authors' code.
 
-    Raises ValueError for SDXL, which that code does not read.
+    Raises ValueError for SDXL, which that code does not support.
     """
     if checkpoint.sdxl:
-        raise ValueError(f"{checkpoint.name} is an SDXL model, which the authors' code does not read")
+        raise ValueError(f"{checkpoint.name} is an SDXL model, which the authors' code does not support")
     parts = {
         "vae": checkpoint.vae,
         "text_encoder": checkpoint.text_encoders[0],
@@ -238,7 +238,7 @@ def save_tuned(checkpoint: Checkpoint, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' progress bars, log messages and warnings."""
+    """Suppress the libraries' progress bars, messages and warnings."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     levels = [log.get_verbosity() for log in logs]
     for log in logs:

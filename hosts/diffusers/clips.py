@@ -1,4 +1,4 @@
-"""Clips coded whole, by a causal video autoencoder."""
+"""Encoding and decoding of whole clips by a causal video autoencoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .model import Model
 
 
 class WholeClip(Model):
-    """A model whose autoencoder codes a clip's frames together: the first has a latent of its own."""
+    """A model whose autoencoder encodes a clip's frames together; the first frame has its own latent."""
 
     @property
     def factor(self) -> int:
@@ -30,7 +30,7 @@ class WholeClip(Model):
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor) -> Tensor:
-        """The last frame is repeated until the latents are whole."""
+        """Repeats the last frame to complete the last latent."""
         missing = (self.latent_frames(len(frames)) - 1) * self.frames_per_latent + 1 - len(frames)
         pixels = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) * 2 - 1
         self._tile(*frames.shape[-2:])
@@ -56,7 +56,7 @@ class WholeClip(Model):
         return mean, deviation
 
     def _tile(self, height: int, width: int) -> None:
-        """Switch the autoencoder to tiles if memory is short for whole frames."""
+        """Enable tiling if memory is too small for whole frames."""
         free, needed = available_bytes(self.device), decoder_bytes(self.vae, height, width)
         if free is not None and needed > 0.5 * free:
             self.vae.enable_tiling()
@@ -64,12 +64,12 @@ class WholeClip(Model):
     def coding(self, height: int, width: int) -> str:
         self._tile(height, width)
         how = "in tiles" if self.vae.use_tiling else "whole"
-        return f"frames {how}, some {format_bytes(decoder_bytes(self.vae, height, width))} beside the weights"
+        return f"frames {how}, about {format_bytes(decoder_bytes(self.vae, height, width))} besides the weights"
 
 
 def decoder_bytes(vae: Any, height: int, width: int) -> int:
-    """Estimated memory of the decoder's last level in bytes: three copies of a chunk of frames in its widest channels,
-    and the frames cached for the causal convolutions of each of its layers.
+    """Approximate bytes of the decoder's last level: three tensors of a chunk of frames in the widest channels, and the
+    frames cached by the causal convolutions of each layer.
     """
     widest = int(vae.config["base_dim"]) * 2
     frames = int(vae.config["scale_factor_temporal"])

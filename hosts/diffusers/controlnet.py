@@ -1,4 +1,4 @@
-"""A ControlNet on a diffusers UNet (arXiv 2302.05543), with a picture for each frame."""
+"""ControlNets on a diffusers UNet (arXiv 2302.05543), with a picture per frame."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _IDENTITIES = IdentityCache()
 
 @dataclass(frozen=True)
 class ControlNet:
-    """A ControlNet and the pictures it follows, one for each frame of the clip.
+    """A ControlNet and its pictures, one per frame of the clip.
 
     frames: uint8 (f, h, w, 3), of the clip's size. strength: factor of its output; at 0 it is not called. start, end:
-    the range in which it acts, as fractions of the training timesteps from noise (0) to clip (1).
+    the range of steps in which it acts, as shares of the training timesteps from noise to clip.
     """
 
     model: Any
@@ -40,7 +40,7 @@ class ControlNet:
 
     @property
     def controlled(self) -> str:
-        """Identifies its pictures and settings."""
+        """Identifies the pictures and settings, besides the ControlNet's weights."""
         pictures = hashlib.sha256(self.frames.contiguous().numpy().data).hexdigest()[:16]
         return f"ControlNet of {pictures} x{self.strength:g} from {self.start:g} to {self.end:g}"
 
@@ -57,7 +57,7 @@ class ControlNet:
     def residuals(
         self, latents: Tensor, timestep: float, text: Tensor, extras: dict[str, Tensor], indices: tuple[int, ...]
     ) -> dict[str, Any]:
-        """Additional arguments of the UNet's call on the frames with these indices; text (1, tokens, dim)."""
+        """Additional inputs of a UNet call, for the clip's frames at some indices; text (1, tokens, dim)."""
         pictures = self.frames[list(indices)].movedim(-1, 1).to(latents.device, latents.dtype) / 255
         down, mid = self.model(
             latents,
@@ -80,11 +80,11 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
     with as_checkpoint_error(name):
         if path.is_file():
             if is_pointer(path):
-                raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
+                raise CheckpointError(f"{path} is a Git LFS pointer: run `git lfs pull` to fetch the weights")
             model = _single_file(path, unet)
         else:
             if path.is_dir() and not (path / "config.json").is_file():
-                raise CheckpointError(f"{path} has no config.json, so it is not a ControlNet in diffusers' layout")
+                raise CheckpointError(f"{path} is not a ControlNet of diffusers: it has no config.json")
             load = partial(ControlNetModel.from_pretrained, torch_dtype=unet.dtype, variant=variant or None)
             if path.is_dir():
                 check_weights(path.parent, {path.name: ("diffusers", "ControlNetModel")}, variant)
@@ -96,7 +96,7 @@ def load_controlnet(name: str, unet: Any, factor: int, variant: str | None = Non
 
 
 def _single_file(path: Path, unet: Any) -> Any:
-    """A ControlNet in one file, with the UNet's configuration."""
+    """A ControlNet in a single file, with the UNet's configuration."""
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
             like = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
@@ -108,21 +108,21 @@ _SAME = ("in_channels", "block_out_channels", "layers_per_block", "cross_attenti
 
 
 def _check_fits(name: str, model: Any, unet: Any, factor: int) -> None:
-    """Raise CheckpointError for a ControlNet that is for another kind of UNet or needs other inputs."""
+    """Raise CheckpointError for a ControlNet of another kind of UNet, or with unsupported inputs."""
     missing = sorted(key for key, weight in model.named_parameters() if weight.is_meta)
     if missing:
-        raise CheckpointError(f"the ControlNet {name} lacks weights: {missing[0]} and {len(missing) - 1} more")
+        raise CheckpointError(f"the ControlNet {name} has missing weights: {missing[0]} and {len(missing) - 1} more")
     for key in _SAME:
         own, theirs = (_listed(config.get(key)) for config in (model.config, unet.config))
         if own != theirs:
             raise CheckpointError(
-                f"the ControlNet {name} is for another kind of model: its {key} is {own}, and the UNet's {theirs}"
+                f"the ControlNet {name} is for another kind of model: its {key} is {own}, the UNet's {theirs}"
             )
     if model.config.get("global_pool_conditions"):
-        raise CheckpointError(f"the ControlNet {name} pools its pictures (shuffle), which follows no frame")
+        raise CheckpointError(f"the ControlNet {name} pools its pictures (shuffle) and cannot follow frames")
     shrunk = 2 ** (len(model.config["conditioning_embedding_out_channels"]) - 1)
     if shrunk != factor:
-        raise CheckpointError(f"the ControlNet {name} shrinks pictures {shrunk} times, and the model {factor} times")
+        raise CheckpointError(f"the ControlNet {name} downscales pictures by {shrunk}, the model by {factor}")
 
 
 def _listed(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which family of models a file belongs to, read from the names of its tensors."""
+"""Detection of a file's model family from the names of its tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FAMILIES = (
     ("another transformer (LTX-Video, PixArt, ...)", r"(^|_)transformer_blocks_\d|(^|_)(layers|blocks)_\d+_att"),
     ("textual inversion", r"^emb_params$|^string_to_param|^clip_[lg]$|^<.*>$"),
 )  # fmt: skip
-"""Patterns of tensor names, with underscores for dots; the first one that matches any name applies."""
+"""Patterns of names with underscores for dots; the first pattern that matches any name decides."""
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """The model family of tensors with these names, or of a LoRA for it; None if unknown."""
+    """The family of tensors with these names, or that they are for; None if unknown."""
     plain = [name.replace(".", "_") for name in names]
     return next((family for family, pattern in _FAMILIES if any(re.search(pattern, name) for name in plain)), None)

@@ -1,4 +1,4 @@
-"""What the denoisers of all families share: hooked attention layers, the branches of a call, and their weights."""
+"""Shared code of all families' denoisers: hooked attention layers, branches of a call, weights."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ...diffusion.ddim import guide
 from ...diffusion.denoiser import Guidance, refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import IdentityCache, ModelIdentity
-from ...store.records import Beside
-from ..held import IN_USE, Stranger, held
+from ...store.records import PairedBranch
+from ..exclusive import IN_USE, OtherThread, exclusively
 
 _IDENTITIES = IdentityCache()
 Branch = tuple[Tensor, Condition, Control]
 """The latents, text and control of one branch of a call."""
-Wrap = Callable[[Callable[..., Tensor], Stranger], Callable[..., Tensor]]
-"""Wraps a module's forward for the time of a run."""
+Wrap = Callable[[Callable[..., Tensor], OtherThread], Callable[..., Tensor]]
+"""What goes around a module's forward during a run."""
 
 
 class ControlledProcessor(ABC):
-    """diffusers' attention with the softmax product computed by a control; `before`, in calls of other threads."""
+    """diffusers' attention, with the softmax product computed by a control; in other threads the original, `before`."""
 
-    def __init__(self, denoiser: Any, name: str, before: Any, stranger: Stranger) -> None:
+    def __init__(self, denoiser: Any, name: str, before: Any, other_thread: OtherThread) -> None:
         self.denoiser, self.name, self.kernel = denoiser, name, self.kernel_of(before)
-        self.before, self.stranger = before, stranger
+        self.before, self.other_thread = before, other_thread
 
     @staticmethod
     @abstractmethod
@@ -47,7 +47,7 @@ class HookedDenoiser(ABC):
     plain: ClassVar[tuple[type, ...]]
     """Processors whose attention ours computes."""
     reset: ClassVar[str]
-    """The call that brings these back."""
+    """The call that restores these."""
     text_dim: ClassVar[str]
     """The configuration's key of the text embeddings' width."""
     pairs: ClassVar[bool] = False
@@ -104,41 +104,41 @@ class HookedDenoiser(ABC):
         """
         if not self.family.group_norms:
             refuse_clip_norm(clip_norm)
-        with held(self.networks, self.family.network) as stranger, ExitStack() as stack:
+        with exclusively(self.networks, self.family.network) as other_thread, ExitStack() as stack:
             self.check_processors()
             stack.callback(self.forget)
-            stack.enter_context(self._processors(stranger))
-            self.hook_more(stack, stranger, clip_norm)
+            stack.enter_context(self._processors(other_thread))
+            self.hook_more(stack, other_thread, clip_norm)
             yield
 
     @contextmanager
-    def _processors(self, stranger: Stranger) -> Iterator[None]:
+    def _processors(self, other_thread: OtherThread) -> Iterator[None]:
         before = [(layer, layer.processor) for _, layer in self.attention]
         try:
             for name, layer in self.attention:
-                layer.processor = self.processor(self, name, layer.processor, stranger)
+                layer.processor = self.processor(self, name, layer.processor, other_thread)
             yield
         finally:
             for layer, processor in before:
                 layer.processor = processor
 
     @abstractmethod
-    def hook_more(self, stack: ExitStack, stranger: Stranger, clip_norm: bool) -> None:
+    def hook_more(self, stack: ExitStack, other_thread: OtherThread, clip_norm: bool) -> None:
         """Hook what is not attention, until the stack closes."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop what a run leaves on the denoiser."""
+        """Drop the state of a run."""
 
     def check_processors(self) -> None:
-        """Raise ValueError for attention processors that ours cannot stand in for."""
+        """Raise ValueError for attention processors that ours cannot replace."""
         for name, layer in self.attention:
             kind = type(layer.processor)
             if issubclass(kind, ControlledProcessor):
                 raise ValueError(IN_USE.format(what=self.family.network))
             if kind not in self.plain:
                 raise ValueError(
-                    f"{name} has a {kind.__name__}, which FateZero cannot reproduce: remove it first ({self.reset})"
+                    f"{name} has a {kind.__name__}, which FateZero cannot replace: remove it first ({self.reset})"
                 )
 
     # --- calls --------------------------------------------------------------------------
@@ -150,16 +150,16 @@ class HookedDenoiser(ABC):
         condition: Condition,
         control: Control,
         guidance: Guidance | None = None,
-        beside: Beside | None = None,
+        paired: PairedBranch | None = None,
     ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
         branches = [(latents, condition, control)]
-        if beside is None:
+        if paired is None:
             (prediction,) = self.predicted(branches, timestep)
         else:
             assert self.pairs, "the branches of this model run one after another"
-            before = beside.latents, beside.condition, beside.control
-            beside.control.captured.prediction, prediction = self.predicted([before, *branches], timestep)
+            before = paired.latents, paired.condition, paired.control
+            paired.control.captured.prediction, prediction = self.predicted([before, *branches], timestep)
         if guidance is None:
             return prediction
         (negative,) = self.predicted([(latents, guidance.negative, guidance.control)], timestep)
@@ -176,12 +176,12 @@ class HookedDenoiser(ABC):
 
 
 @contextmanager
-def wrapped(modules: Mapping[nn.Module, Wrap], stranger: Stranger) -> Iterator[None]:
-    """Wrap the forward of modules for the time of the block."""
+def wrapped(modules: Mapping[nn.Module, Wrap], other_thread: OtherThread) -> Iterator[None]:
+    """Wrap the forward of modules inside the `with` block."""
     before = {module: module.__dict__.get("forward") for module in modules}
     try:
         for module, wrap in modules.items():
-            module.forward = wrap(module.forward, stranger)
+            module.forward = wrap(module.forward, other_thread)
         yield
     finally:
         for module, forward in before.items():
@@ -190,18 +190,18 @@ def wrapped(modules: Mapping[nn.Module, Wrap], stranger: Stranger) -> Iterator[N
                 module.forward = forward
 
 
-# --- weights and where they are ---------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------
 
 
 def base_weights(network: nn.Module) -> dict[str, Tensor]:
-    """A network's weights without the LoRA layers around them; from RAM, where accelerate keeps them there."""
+    """A network's weights without LoRA layers; offloaded ones from RAM, where accelerate keeps them."""
     weights = network.state_dict()
     for prefix, module, hook in _offloads(network):
-        kept = getattr(hook, "weights_map", None)
-        for name, _ in module.named_parameters(recurse=bool(kept) and hook.place_submodules):
+        offloaded = getattr(hook, "weights_map", None)
+        for name, _ in module.named_parameters(recurse=bool(offloaded) and hook.place_submodules):
             key = f"{prefix}.{name}".lstrip(".")
-            if kept is not None and weights[key].is_meta:
-                weights[key] = kept[name]
+            if offloaded is not None and weights[key].is_meta:
+                weights[key] = offloaded[name]
     return {name.replace(".base_layer", ""): weight for name, weight in weights.items() if ".lora_" not in name}
 
 

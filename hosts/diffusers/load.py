@@ -15,7 +15,7 @@ from .model_files import CheckpointError, kind_of
 from .wan import SmallWan, WanCheckpoint
 
 FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, Checkpoint)
-"""Each family's loader; the last one takes all other pipelines."""
+"""Each family's loader; the last one takes all other models."""
 
 
 def loader_of(name: str) -> type[Model]:
@@ -36,7 +36,7 @@ def open_model(
     videos: bool = False,
     variant: str | None = None,
 ) -> Model:
-    """A model of any family (see `Model.load`). dtype: None for float32 on a CPU and the family's half precision
+    """Load a model of any family (see `Model.load`). dtype: None for float32 on a CPU and the family's half precision
     elsewhere.
 
     Raises CheckpointError for a model that cannot be loaded, and for options that have no effect on it.
@@ -50,7 +50,7 @@ def open_model(
 
 
 def demo_video_model(folder: Path, device: torch.device) -> Model:
-    """The demo's video model, from a folder that its training wrote."""
+    """The demo's video model from the folder of a training."""
     return SmallWan.of_folder(folder, device)
 
 

@@ -1,4 +1,4 @@
-"""LoRAs and their kin, added to a model's own weights. Either all layers of a file are added, or it is refused."""
+"""LoRAs and similar adapters, fused into a model's weights. Each file is fused completely or rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TITLES = {
 
 
 def lora_files(texts: str | Sequence[str] | None) -> list[LoraFile]:
-    """LoRAs given as FILE or FILE=STRENGTH; LoraError for a file that is missing."""
+    """LoRAs given as FILE or FILE=STRENGTH; LoraError for a missing file."""
     try:
         found = [LoraFile.parse(text) for text in ([texts] if isinstance(texts, str) else texts or ())]
         for one in found:
@@ -44,9 +44,9 @@ def add_loras(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
 
 
 def fuse_loras(networks: Networks, loras: Sequence[LoraFile]) -> list[str]:
-    """Add LoRAs to the weights of a model's networks, in order; returns a line on each.
+    """Fuse LoRAs into the weights of a model's networks; returns a line of text about each.
 
-    Raises LoraError for a file that does not fit, before it changes a weight, and for weights that become infinite.
+    Raises LoraError for a file that does not fit, before it changes any weight, and for weights out of range.
     """
     targets = {name: Target.of(network) for name, network in networks.items()}
     return [_fuse(lora, targets, scope) for lora, scope in zip(loras, _scopes(networks, loras), strict=True)]
@@ -55,12 +55,12 @@ def fuse_loras(networks: Networks, loras: Sequence[LoraFile]) -> list[str]:
 def _fuse(lora: LoraFile, targets: Mapping[str, Target], scope: Sequence[str]) -> str:
     tensors, adapter = read(lora)
     layers = layers_of(lora, tensors, targets, scope)
-    for layer in layers:  # by their shapes, before any weight is changed
+    for layer in layers:  # check shapes before changing any weight
         list(changes(lora, layer.on("meta"), adapter))
     for layer in layers:
         for change in changes(lora, layer.on(layer.device), adapter):
             if not change.add(lora.strength):
-                raise LoraError(f"{lora.name}: with {cut(layer.key)} a weight is not finite: lower its strength")
+                raise LoraError(f"{lora.name}: {cut(layer.key)} makes a weight infinite or NaN: lower its strength")
     done = len(layers)
     counted = Counter(layer.network for layer in layers)
     where = ", ".join(f"{counted[network]} in the {_TITLES[network]}" for network in targets if counted[network])
@@ -68,13 +68,13 @@ def _fuse(lora: LoraFile, targets: Mapping[str, Target], scope: Sequence[str]) -
     return f"LoRA {lora.name}: {done} of {done} layers{how} ({where})"
 
 
-# --- which transformer of Wan 2.2 -----------------------------------------------------------
+# --- the transformers of Wan 2.2 ------------------------------------------------------------
 
 _NOISE = re.compile(r"(high|low)[-_ ]?noise|(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
 
 def _scopes(networks: Networks, loras: Sequence[LoraFile]) -> list[tuple[str, ...]]:
-    """For each LoRA, the networks to which names without a network prefix belong."""
+    """For each LoRA, the networks of names without a network's prefix."""
     if "transformer_2" not in networks:
         return [(next(iter(networks)),)] * len(loras)
     pairs = Counter(_NOISE.sub("*", lora.name) for lora in loras)
@@ -82,14 +82,14 @@ def _scopes(networks: Networks, loras: Sequence[LoraFile]) -> list[tuple[str, ..
 
 
 def _scope_of_pair(lora: LoraFile, paired: bool) -> tuple[str, ...]:
-    """The transformers of Wan 2.2 that a file is for, by its name: "..._high_noise.safetensors", or a pair of files
-    whose names differ only in high and low; both for other names.
+    """The transformers of Wan 2.2 for a file, by its name: "..._high_noise.safetensors", or a pair of files that differ
+    only in high and low; both for other names.
     """
     found = [(match[1] or match[2]).lower() for match in _NOISE.finditer(lora.name)]
     clear = paired or all(match[1] for match in _NOISE.finditer(lora.name))
     if len(set(found)) > 1 or not clear:
         raise LoraError(
-            f"{lora.name}: unclear whether this LoRA is for one transformer of Wan 2.2 or for both: rename it with "
+            f"{lora.name}: unclear whether this LoRA is for one transformer of Wan 2.2 or both: rename it with "
             "high_noise or low_noise, or without high and low for both"
         )
     return {"high": ("transformer",), "low": ("transformer_2",)}.get(

@@ -1,7 +1,7 @@
-"""How a LoRA changes a weight: W + strength * (alpha / rank) * change.
+"""Changes of weights by a LoRA: W + strength * (alpha / rank) * change.
 
 The change is `up @ down` (LoRA, arXiv 2106.09685), `(a1 @ b1) * (a2 @ b2)` (LoHa, arXiv 2108.06098), `kron(w1, w2)`
-(LoKr, arXiv 2309.14859) or a plain difference; DoRA (arXiv 2402.09353) then gives it its own magnitudes.
+(LoKr, arXiv 2309.14859) or a plain difference; DoRA (arXiv 2402.09353) then rescales the weight to its magnitudes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .lora_layers import ENDINGS, Layer
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to a parameter. magnitude: DoRA's, with its axis."""
+    """A change of a parameter. magnitude: DoRA's, with its axis."""
 
     parameter: nn.Parameter
     change: Tensor
     magnitude: tuple[Tensor, int] | None = None
 
     def add(self, strength: float) -> bool:
-        """Add to the parameter, in at least single precision; returns whether the result is finite."""
+        """Apply it to the parameter, at least in single precision; returns whether the result is finite."""
         weight = self.parameter.data
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         change = self.change.to(exact.dtype).view(exact.shape)
@@ -82,17 +82,17 @@ _OF_KINDS = (
     ({name for name in ENDINGS.values() if name.startswith("hada")}, hadamard, "hada_w1_b"),
     ({name for name in ENDINGS.values() if name.startswith("lokr")}, kronecker, None),
 )
-"""For each kind of change: its tensors, the change, and the tensor whose first side is the rank."""
+"""For each kind: its tensors, the function of the change, and the tensor whose first dimension is the rank."""
 
 
 def changes(lora: LoraFile, layer: Layer, adapter: Adapter) -> Iterator[Change]:
-    """The changes of a layer's parameters; LoraError for tensors that are missing, left over, or do not fit."""
+    """The changes of a layer's parameters; LoraError for missing, unknown or misfitting tensors."""
     try:
         yield from _checked_changes(lora, layer, adapter)
     except KeyError as error:
-        raise LoraError(f"{lora.name}: the layer of {cut(layer.key)} lacks its {error.args[0]}") from error
+        raise LoraError(f"{lora.name}: the layer of {cut(layer.key)} has no {error.args[0]}") from error
     except RuntimeError as error:
-        raise LoraError(f"{lora.name}: the tensors of {cut(layer.key)} do not fit each other") from error
+        raise LoraError(f"{lora.name}: the tensors of {cut(layer.key)} have conflicting shapes") from error
 
 
 def _checked_changes(lora: LoraFile, layer: Layer, adapter: Adapter) -> Iterator[Change]:
@@ -118,49 +118,47 @@ def _checked_changes(lora: LoraFile, layer: Layer, adapter: Adapter) -> Iterator
 def _scale(
     layer: Layer, own: Mapping[str, Tensor], ranked: str | None, alpha: Tensor | None, adapter: Adapter
 ) -> float:
-    """alpha / rank. LoKr's rank is that of its low-rank factor; with two full factors, alpha has no effect."""
+    """alpha / rank. LoKr's rank is that of its low-rank factor; with two full factors alpha is ignored."""
     if ranked is None:
         factor = next((own[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in own), None)
     else:
         factor = own[ranked]
     rank = None if factor is None else len(factor)
     if alpha is None:
-        told = adapter.scale(layer.network, layer.name, rank)
-        return 1.0 if told is None else told
+        scale = adapter.scale(layer.network, layer.name, rank)
+        return 1.0 if scale is None else scale
     return 1.0 if rank is None else alpha.item() / rank
 
 
 def _magnitude(
     lora: LoraFile, layer: Layer, dora: Tensor | None, magnitude: Tensor | None
 ) -> tuple[Tensor, int] | None:
-    """DoRA's magnitudes and their axis: outputs for PEFT, either for LyCORIS, by their shape."""
+    """DoRA's magnitudes with their axis: outputs for PEFT, outputs or inputs by shape for LyCORIS."""
     if dora is None and magnitude is None:
         return None
     sides = layer.target.parameters[f"{layer.name}.weight"].shape[:2]
     axis = 0 if dora is None or dora.ndim < 2 or dora.shape[0] != 1 or sides[0] == 1 else 1
     values = (magnitude if dora is None else dora).flatten()  # type: ignore[union-attr]
     if len(values) != sides[axis]:
-        raise LoraError(f"{lora.name}: the magnitudes of {cut(layer.key)} are {len(values)}; {sides[axis]} are needed")
+        raise LoraError(f"{lora.name}: {cut(layer.key)} has {len(values)} magnitudes; {sides[axis]} are needed")
     return values, axis
 
 
 def _fitting(
     lora: LoraFile, layer: Layer, of: str, change: Tensor, magnitude: tuple[Tensor, int] | None = None
 ) -> Change:
-    """A change of a layer's weight or bias; LoraError for one that it does not fit."""
+    """A change of a layer's weight or bias; LoraError if it does not fit."""
     parameters, name = layer.target.parameters, f"{layer.name}.{of}"
     if of == "weight" and name not in parameters:
         name = layer.name
     parameter = parameters.get(name)
     if parameter is None:
-        raise LoraError(
-            f"{lora.name}: {cut(layer.key)} changes a {of}, which the model's layer {layer.name} does not have"
-        )
+        raise LoraError(f"{lora.name}: {cut(layer.key)} changes a {of}, but the model's layer {layer.name} has none")
     shape = parameter.shape if parameter.ndim < 2 else parameter.flatten(1).shape
     given = change.shape if change.ndim < 2 else change.flatten(1).shape
     if given != shape and change.shape != parameter.shape:
         raise LoraError(
-            f"{lora.name}: {cut(layer.key)} is for a layer of {'x'.join(map(str, given))}, and the model's is "
-            f"{'x'.join(map(str, shape))}: a LoRA for another size of model (SD 1.x, SD 2.x, SDXL, ...)"
+            f"{lora.name}: {cut(layer.key)} is for a layer of {'x'.join(map(str, given))}, but the model's is "
+            f"{'x'.join(map(str, shape))}: use a LoRA for this kind of model (SD 1.x, SD 2.x, SDXL, ...)"
         )
     return Change(parameter, change, magnitude)

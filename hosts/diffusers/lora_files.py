@@ -1,4 +1,4 @@
-"""Files of LoRAs, read with the settings that PEFT keeps beside them."""
+"""LoRA files, with the settings that PEFT saves next to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cut(name: str) -> str:
 
 @dataclass(frozen=True)
 class Adapter:
-    """PEFT's settings: alphas and ranks of its layers, by network; "" for all networks."""
+    """PEFT's adapter settings: alphas and ranks of layers, by network; "" for all networks."""
 
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, usual: Any) -> A
 
 
 def read(lora: LoraFile) -> tuple[dict[str, Tensor], Adapter]:
-    """The tensors of a file, and PEFT's settings."""
+    """The tensors of a file, and its adapter settings."""
     try:
         path = lora.file()
     except ValueError as error:
@@ -63,24 +63,24 @@ def read(lora: LoraFile) -> tuple[dict[str, Tensor], Adapter]:
             )
             return tensors, _adapter_of(path, {})
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             return tensors, _adapter_of(path, file.metadata() or {})
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise LoraError(f"{path}: {why_unreadable(path, error)}") from error
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
-    """Why a file of weights could not be read, in one line."""
+    """The reason why a file of weights could not be read, in one line."""
     if is_pointer(path):
-        return "is a Git LFS pointer and not the file itself: run `git lfs pull`"
+        return "is a Git LFS pointer: run `git lfs pull` to fetch the file"
     if isinstance(error, UnpicklingError):
-        return "is damaged, or a pickle that contains more than weights, which is not read"
+        return "is damaged, or a pickle of more than weights, which is not supported"
     first = next(iter(str(error).splitlines()), "")
     return f"is damaged, or not a file of weights: {first}"
 
 
 def _adapter_of(path: Path, metadata: Mapping[str, str]) -> Adapter:
-    """PEFT's settings, from `adapter_config.json` next to a file or from the file's metadata."""
+    """The settings in PEFT's `adapter_config.json` next to a file, or in the file's metadata from diffusers."""
     try:
         if "lora_adapter_metadata" in metadata:
             found: dict[str, dict[str, Any]] = {}
@@ -88,9 +88,9 @@ def _adapter_of(path: Path, metadata: Mapping[str, str]) -> Adapter:
                 network, _, setting = name.partition(".")
                 found.setdefault(network, {})[setting] = value
             return Adapter(found)
-        beside = path.parent / "adapter_config.json"
-        if path.stem == "adapter_model" and beside.is_file():
-            return Adapter({"": json.loads(beside.read_text(encoding="utf-8"))})
+        config = path.parent / "adapter_config.json"
+        if path.stem == "adapter_model" and config.is_file():
+            return Adapter({"": json.loads(config.read_text(encoding="utf-8"))})
     except (ValueError, AttributeError) as error:
         raise LoraError(f"{path}: its adapter settings are damaged: {error}") from error
     return Adapter()

@@ -1,4 +1,4 @@
-"""The layers of a LoRA's file, found in a model under the names that different tools use."""
+"""Matching of a LoRA file's layers to a model's, for the naming schemes of all common trainers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDINGS = {
     **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }  # fmt: skip
-"""Endings of tensor names, and the part of a layer's change that they are."""
+"""Suffixes of a layer's tensors."""
 _BY_LENGTH = sorted(ENDINGS, key=len, reverse=True)
 _NOT_APPLIED = {
     "OFT": r"\.oft_", "BOFT": r"\.boft_", "GLoRA": r"\.[ab][12]\.weight$", "(IA)^3": r"\.on_input$|\.ia3_l$",
@@ -38,7 +38,7 @@ _PLAINER = (
     (r"(^|\.)(base_model\.model|_orig_mod|module)\.", r"\1"), (r"\.processor\.", "."), (r"\.default(?=\.|$)", ""),
     (r"\.(lora_[AB]|lora_magnitude_vector)\.[^.]+\.(weight|bias)$", r".\1.\2"), (r"\.diff_m$", ".modulation.diff"),
 )  # fmt: skip
-"""Removes what wrappers, attention processors and adapter names add to a name."""
+"""Substitutions that remove additions of wrappers, attention processors and adapter names."""
 _PREFIXES = (
     ("lycoris_", ""), ("lora_transformer_", ""),
     ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"), ("lora_te_", "text_encoder"), ("lora_unet_", ""),
@@ -47,12 +47,12 @@ _PREFIXES = (
     ("model.diffusion_model.", ""), ("diffusion_model.", ""), ("transformer_2.", "transformer_2"),
     ("transformer.", "transformer"),
 )  # fmt: skip
-"""Prefixes of names and their networks; "" for the denoising network."""
+"""Prefixes of names, and their network; "" is the denoising network."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The tensors of one layer in a file, and the weights that they change. key: one of its names in the file."""
+    """A layer's tensors in a file, and the weights they change. key: one of its names in the file."""
 
     key: str
     network: str
@@ -62,18 +62,18 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return next(iter(self.target.parameters.values())).device
 
     def on(self, device: str | torch.device) -> Layer:
-        """The layer with its tensors on a device, except alpha."""
+        """The layer with its tensors, except alpha, on a device."""
         parts = {name: tensor if name == "alpha" else tensor.to(device) for name, tensor in self.parts.items()}
         return replace(self, parts=parts)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A network's parameters, and its layers by every name that files use."""
+    """A network's parameters, and its layers by all their names in files."""
 
     parameters: dict[str, nn.Parameter]
     names: dict[str, str]
@@ -88,25 +88,25 @@ class Target:
         return cls(parameters, names)
 
     def find(self, name: str) -> str | None:
-        """The layer with a name, or None."""
+        """The layer of a name, if any."""
         plain = _plain(name)
         return self.names.get(plain, self.names.get(f"{plain}_0") if plain.endswith("to_out") else None)
 
 
 def _plain(name: str) -> str:
-    """A layer's name in the form that all tools have in common."""
+    """A layer's name in a normalized form."""
     return name.replace(".", "_").removeprefix("text_model_")
 
 
 def _aliases(network: nn.Module, layers: set[str]) -> Iterator[tuple[str, str]]:
-    """Every name of each layer: diffusers' own, and that of the original code."""
+    """All names of each layer: diffusers' and the original code's."""
     yield from ((layer, layer) for layer in sorted(layers))
     original = _original(network)
     yield from ((theirs, layer) for layer in sorted(layers) if (theirs := original(layer)) != layer)
 
 
 def _original(network: Any) -> Callable[[str], str]:
-    """The names that the original code gives a network's layers."""
+    """A function from diffusers' names to the original code's."""
     if hasattr(network, "blocks"):
         return original_name
     patterns = _of_unet(network) if hasattr(network, "down_blocks") else ()
@@ -120,7 +120,7 @@ def _original(network: Any) -> Callable[[str], str]:
 
 
 def _of_unet(unet: Any) -> list[tuple[str, str]]:
-    """Patterns from diffusers' names of a UNet's layers to those of the original code, in order of application."""
+    """Patterns from diffusers' names of a UNet's layers to the original code's, in order of application."""
     found = [("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2")]
     found += [(f"{ours}.linear_{n}", theirs.format(2 * n - 2)) for n in (1, 2) for ours, theirs in
               (("time_embedding", "time_embed.{}"), ("add_embedding", "label_emb.0.{}"))]  # fmt: skip
@@ -156,7 +156,7 @@ def _of_unet(unet: Any) -> list[tuple[str, str]]:
 def layers_of(
     lora: LoraFile, tensors: Mapping[str, Tensor], targets: Mapping[str, Target], scope: Sequence[str]
 ) -> list[Layer]:
-    """The layers of a file, with the model's layers that they change; LoraError unless all are found."""
+    """The layers of a file, matched to the model's; LoraError unless all match."""
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     unknown = []
@@ -180,7 +180,7 @@ def layers_of(
         key = keys[network, name]
         within = _candidates(network, targets, scope, both)
         placed = [(n, layer) for n in within if n in targets and (layer := targets[n].find(name)) is not None]
-        if network == "?" and placed:  # no prefix: of the network that denoises, else of a text encoder
+        if network == "?" and placed:  # no prefix: the denoising network, else a text encoder
             placed = [one for one in placed if one[0] in scope] or placed[:1]
         found += [Layer(key, n, layer, targets[n], parts) for n, layer in placed]
         if not placed:
@@ -191,7 +191,7 @@ def layers_of(
 
 
 def _candidates(network: str, targets: Mapping[str, Target], scope: Sequence[str], both: bool) -> Sequence[str]:
-    """The networks that a layer may belong to. both: the file names both transformers of Wan 2.2."""
+    """The possible networks of a layer. both: the file has layers of both transformers of Wan 2.2."""
     if network == "?":
         return [*scope, *(name for name in targets if name not in scope)]
     if network == "":
@@ -207,28 +207,28 @@ def _model_of(targets: Mapping[str, Target]) -> str:
 
 
 def _refuse_unknown(lora: LoraFile, names: list[str], unknown: list[str], targets: Mapping[str, Target]) -> None:
-    """Raise LoraError for tensors that do not change weights."""
+    """Raise LoraError for tensors that are not part of a supported change."""
     if not unknown and names:
         return
     for kind, pattern in _NOT_APPLIED.items():
         if found := [name for name in unknown if re.search(pattern, name)]:
-            raise LoraError(f"{lora.name} contains {kind} ({cut(found[0])}), which cannot be applied to this model")
+            raise LoraError(f"{lora.name} contains {kind} ({cut(found[0])}), which is not supported for this model")
     family, own = family_of(names), _model_of(targets)
     if len(unknown) == len(names):
-        what = f"it looks like a file of {family}" if family else "it has no tensors of one"
+        what = f"it looks like a file of {family}" if family else "it has none of a LoRA's tensors"
         example = f", e.g. {cut(unknown[0])}" if unknown else ""
-        raise LoraError(f"{lora.name} is no LoRA: {what}{example}")
+        raise LoraError(f"{lora.name} is not a LoRA: {what}{example}")
     other = f"; it is made for {family}, not {own}" if family not in (None, own) else ""
     raise LoraError(
-        f"{lora.name}: {len(unknown)} of its {len(names)} tensors are of no kind that can be applied, "
-        f"e.g. {cut(unknown[0])}{other}"
+        f"{lora.name}: {len(unknown)} of its {len(names)} tensors are of unsupported kinds, e.g. "
+        f"{cut(unknown[0])}{other}"
     )
 
 
 def _lost(lora: LoraFile, names: list[str], lost: list[str], count: int, targets: Mapping[str, Target]) -> str:
-    """Why layers were not found in the model."""
+    """The reason why layers do not match the model."""
     family, own = family_of(names), _model_of(targets)
-    other = f"{lora.name} is a LoRA for {family}, and the model is {own}: " if family not in (None, own) else ""
+    other = f"{lora.name} is a LoRA for {family}, but the model is {own}: " if family not in (None, own) else ""
     start = other or f"{lora.name}: "
     which = (
         f"none of its {count} layers matches"

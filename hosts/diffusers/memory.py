@@ -1,4 +1,4 @@
-"""Memory of activations in training and guidance, measured in advance by a run on torch's meta device."""
+"""Memory for activations of training and guidance, computed in advance on torch's meta device."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def activation_bytes(
     clip_norm: bool,
     recompute: bool = True,
 ) -> int:
-    """Peak bytes of a training step on latents (frames, 4, h, w), without weights, gradients and optimizer.
+    """Peak bytes of a training step on latents (frames, 4, h, w), besides weights, gradients and optimizer.
 
-    A model of the same shapes runs forward and backward on torch's meta device, where every tensor has its size and
-    no memory; what a kernel takes for itself is not in it. recompute: as `DiffusersDenoiser.training` has it.
+    A model of the same shapes runs forward and backward on torch's meta device, which allocates no memory. Workspaces
+    of kernels are not included. recompute: recompute activations, as in `DiffusersDenoiser.training`.
     """
     own, latents, text = _without_data(denoiser, latents_shape, condition)
     noise = torch.empty_like(latents)
@@ -40,10 +40,10 @@ def activation_bytes(
         if not recompute:
             own.unet.disable_gradient_checkpointing()
         _without_maps(own)
-        kept = sum(weight.nbytes for weight in own.trained().values())  # the gradients, which are counted separately
+        gradients = sum(weight.nbytes for weight in own.trained().values())
         with LiveBytes() as live:
             clip_loss(own, latents, noise, 500, text, keys).backward()
-    return live.most - kept
+    return live.most - gradients
 
 
 def guidance_bytes(
@@ -54,7 +54,7 @@ def guidance_bytes(
     clip_norm: bool,
     guide: Callable[[KeyFrames, Chunk], Any],
 ) -> tuple[int, int]:
-    """The most bytes that a guided step needs besides the weights: (for a gradient, for a plain call).
+    """Peak bytes of a guided step besides the weights: (of a gradient, of a plain call).
 
     guide: makes the control whose `loss` is differentiated.
     """
@@ -76,7 +76,7 @@ def guidance_bytes(
 def _without_data(
     denoiser: DiffusersDenoiser, latents_shape: tuple[int, ...], condition: Condition
 ) -> tuple[DiffusersDenoiser, Tensor, Condition]:
-    """A model of the same shapes, latents and a text, on torch's meta device."""
+    """A model of the same shapes, with latents and a text, on torch's meta device."""
     layers = temporal_layers(denoiser.unet)
     with torch.device("meta"):
         kind: Any = denoiser.kind
@@ -91,14 +91,14 @@ def _without_data(
 
 
 def _without_maps(denoiser: DiffusersDenoiser) -> None:
-    """Give a hooked model attention that needs as much memory as the kernels."""
+    """Make a hooked model attend without maps, like fused kernels."""
     for layer, *_ in denoiser._layers.values():
         layer.processor.kernel = _Kernel.apply
 
 
 @contextmanager
 def attend_without_data() -> Iterator[None]:
-    """Give attention on torch's meta device the memory of the kernels, which build no map."""
+    """Replace attention on torch's meta device by one without a map, like fused kernels."""
     plain = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda query, key, value, **_: torch.empty_like(query)
     try:
@@ -108,7 +108,7 @@ def attend_without_data() -> Iterator[None]:
 
 
 class _Kernel(torch.autograd.Function):
-    """Attention with the memory of the kernels; on the meta device, torch only has the implementation with a map."""
+    """Attention without a map, like fused kernels, which torch's meta device does not have."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,12 +122,12 @@ class _Kernel(torch.autograd.Function):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of living tensors that were created inside. known: models whose weights do not count."""
+    """Counts the bytes of live tensors created inside the block; known: models whose weights do not count."""
 
     def __init__(self, *known: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._seen = {w.untyped_storage()._cdata for model in known for w in model.parameters()}
+        self._counted = {w.untyped_storage()._cdata for model in known for w in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -138,12 +138,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._seen:
-            self._seen.add(key)
+        if key not in self._counted:
+            self._counted.add(key)
             self.now += storage.nbytes()
             self.most = max(self.most, self.now)
             weakref.finalize(storage, self._gone, key, storage.nbytes())
 
     def _gone(self, key: int, nbytes: int) -> None:
-        self._seen.discard(key)
+        self._counted.discard(key)
         self.now -= nbytes

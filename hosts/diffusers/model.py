@@ -21,13 +21,12 @@ from .model_files import CheckpointError
 class Model(ABC):
     """The parts of a model on one device.
 
-    name: as it was given to `load`. device: where it computes; with offloading, parts wait elsewhere. notes: a line on
-    each LoRA that was added.
+    name: as given to `load`. device: where it computes, also with offloading. notes: a line on each fused LoRA.
     """
 
     family: ClassVar[Family]
     pipelines: ClassVar[str]
-    """How the names of the family's pipeline classes begin in diffusers."""
+    """The prefix of the family's pipeline classes in diffusers."""
 
     name: str
     vae: Any
@@ -54,8 +53,8 @@ class Model(ABC):
         network.
 
         config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files
-        or folders, each with a strength as FILE=0.8. temporal: temporal layers, as `load_temporal_layers` takes them.
-        videos: accept text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16".
+        or folders, optionally with a strength, FILE=0.8. temporal: temporal layers, see `load_temporal_layers`. videos:
+        accept text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16".
 
         Raises CheckpointError.
         """
@@ -65,7 +64,7 @@ class Model(ABC):
     @property
     @abstractmethod
     def networks(self) -> list[Any]:
-        """The networks that denoise."""
+        """The denoising networks."""
 
     @property
     @abstractmethod
@@ -90,15 +89,15 @@ class Model(ABC):
         self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
         variant: str | None = None,
     ) -> Model:  # fmt: skip
-        """The model with a ControlNet, given as a folder, a file or a hub name, and the frames it follows: uint8
+        """The model with a ControlNet, given as a folder, a file or a hub name, and the ControlNet's frames: uint8
         (f, h, w, 3).
 
         strength, start, end: see `ControlNet`. Raises CheckpointError for one that does not fit.
         """
-        raise CheckpointError(f"a controlnet is for UNets, and {self.name} is a {self.family.network}")
+        raise CheckpointError(f"controlnet: needs a UNet, but {self.name} is a {self.family.network}")
 
     def control_steps(self, steps: int) -> int:
-        """How many of `steps` steps the ControlNet acts in."""
+        """Number of steps in which the ControlNet acts."""
         return 0
 
     # --- text ---------------------------------------------------------------------------
@@ -112,7 +111,7 @@ class Model(ABC):
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
         """Embeddings of a prompt of any length.
 
-        width, height: pixels of a frame, which SDXL takes too. blocks: pad to this many blocks (see `blocks`).
+        width, height: pixels of a frame, which SDXL uses too. blocks: pad to this many blocks (see `blocks`).
         """
 
     def encode_negative(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
@@ -120,7 +119,7 @@ class Model(ABC):
         return self.encode_prompt(prompt, width, height, blocks)
 
     def blocks(self, *prompts: str) -> int:
-        """How many blocks of tokens the longest of the prompts takes."""
+        """Number of token blocks of the longest prompt."""
         return 1
 
     # --- frames -------------------------------------------------------------------------
@@ -155,7 +154,7 @@ class Model(ABC):
 
     @abstractmethod
     def frames_at_once(self, height: int, width: int) -> int | None:
-        """How many frames of a size go through the autoencoder in one call; None for the whole clip."""
+        """Number of frames per call of the autoencoder; None for the whole clip."""
 
     @abstractmethod
     def encode_clip(self, frames: Tensor) -> Tensor:
@@ -166,9 +165,9 @@ class Model(ABC):
         """The first `frames` frames of scaled latents, in 0..1 on the CPU: (frames, 3, h, w)."""
 
     def coding(self, height: int, width: int) -> str:
-        """How a clip of this size is coded, in a few words; "" where nothing depends on it."""
+        """A short text on how a clip of this size is encoded; "" if there is nothing to report."""
         return ""
 
     def coding_bytes(self, height: int, width: int) -> int:
-        """The least memory that the autoencoder needs for a frame of this size, in bytes; 0 if it can use tiles."""
+        """The autoencoder's least memory for a frame of this size in bytes; 0 if it can work in tiles."""
         return 0

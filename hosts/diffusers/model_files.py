@@ -1,4 +1,4 @@
-"""Models in folders, in single files and on the hub: found, checked and read into diffusers' pipelines."""
+"""Loading of models from folders, single files and hub names into diffusers' pipelines, with checks."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """A model that cannot be loaded or is not of a kind that FateZero edits."""
+    """A model that cannot be loaded or is not supported."""
 
 
 # --- folders and hub names ------------------------------------------------------------------
 
 
 def opened(name: str, load: Callable[..., T]) -> T:
-    """`load` of a diffusers folder, or of a hub name that may be downloaded; CheckpointError for anything else."""
+    """Call `load` on a diffusers folder, or on a hub name, which may download; CheckpointError for anything else."""
     path = DEMO if name == "demo" else Path(name)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers checkpoint")
+        raise CheckpointError(f"{path} is not a diffusers checkpoint: it has no model_index.json")
     if not path.is_dir():
         return from_hub(name, load)
     with as_checkpoint_error(name):
@@ -55,21 +55,22 @@ def opened(name: str, load: Callable[..., T]) -> T:
 
 
 def from_hub(name: str, load: Callable[..., T]) -> T:
-    """What `load` makes of a hub name, fetched or from the cache; CheckpointError for neither."""
+    """Call `load` on a hub name, downloaded or from the cache; CheckpointError for neither."""
     check_hub_name(name)
-    if hub_answers():
+    if hub_is_online():
         with as_checkpoint_error(name):
             return load(name)
     try:
         return load(name, local_files_only=True)
     except _DAMAGED as error:
         raise CheckpointError(
-            f"{name!r} is not a local folder, has not been downloaded before, and {constants.ENDPOINT} does not answer"
+            f"{name!r} is neither a folder nor in the cache, and {constants.ENDPOINT} is offline: check the name or "
+            "the network"
         ) from error
 
 
-def hub_answers() -> bool:
-    """Whether the hub's address resolves, here or by a proxy; without it, libraries would retry every file."""
+def hub_is_online() -> bool:
+    """Whether the hub's address resolves, or a proxy is set; otherwise libraries would retry every file."""
     if constants.HF_HUB_OFFLINE or getproxies():
         return True
     try:
@@ -79,7 +80,7 @@ def hub_answers() -> bool:
 
 
 def check_hub_name(name: str) -> None:
-    """Raise CheckpointError for a name that is not of the form owner/name, such as a path."""
+    """Raise CheckpointError for an invalid hub name, such as a path or a single word."""
     owner = name.partition("/")[0]
     hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
     if not hub or owner in ("models", "datasets", "spaces") or Path(owner).is_dir() or Path(owner).is_symlink():
@@ -90,23 +91,23 @@ def check_hub_name(name: str) -> None:
 
 @contextmanager
 def as_checkpoint_error(name: str) -> Iterator[None]:
-    """Turn failures to read a model into a CheckpointError that names it."""
+    """Turn errors of loading a model into CheckpointError with its name."""
     try:
         yield
     except CheckpointError:
         raise
     except _DAMAGED as error:
-        said = " ".join(
+        text = " ".join(
             f"{'' if isinstance(error, (OSError, ValueError)) else type(error).__name__ + ': '}{error}".split()
         )
-        raise CheckpointError(f"could not load the model {name!r}: {said[:400]}") from error
+        raise CheckpointError(f"could not load the model {name!r}: {text[:400]}") from error
 
 
 _DAMAGED = (
     OSError, ValueError, SafetensorError, UnpicklingError, KeyError, IndexError, TypeError, AttributeError,
     RuntimeError, ImportError, EOFError,
 )  # fmt: skip
-"""What the libraries raise for damaged folders."""
+"""The libraries' errors for damaged folders."""
 
 
 def kind_of(name: str) -> str:
@@ -117,15 +118,17 @@ def kind_of(name: str) -> str:
 
 
 def class_of(name: str, index: dict[str, Any]) -> str:
-    """The class of a pipeline, from its index; CheckpointError for one with custom code."""
+    """The class of a pipeline from its index; CheckpointError for one with custom code."""
     found = index.get("_class_name", "")
     if isinstance(found, str):
         return found
-    raise CheckpointError(f"{name} is a pipeline with custom code ({', '.join(map(str, found))}), which is not run")
+    raise CheckpointError(
+        f"{name} is a pipeline with custom code ({', '.join(map(str, found))}), which is not supported"
+    )
 
 
 def loaded(name: str, dtype: torch.dtype, config: str | None = None, variant: str | None = None) -> Any:
-    """The pipeline of a model with a UNet, not checked yet. variant: of the files in its folders, such as fp16."""
+    """The pipeline of a model with a UNet, of any kind. variant: of the files in its folders, such as fp16."""
     if name != "demo" and Path(name).is_file():
         if variant:
             raise CheckpointError(f"variant has no effect: {name!r} is a single file")
@@ -144,11 +147,11 @@ def loaded(name: str, dtype: torch.dtype, config: str | None = None, variant: st
             )
         kind = class_of(name, index)
         if "unet" not in index:
-            raise CheckpointError(f"{name} is a {kind}; FateZero needs an attention UNet: SD 1.x, SD 2.x or SDXL")
+            raise CheckpointError(f"{name} is a {kind} without an attention UNet: use SD 1.x, SD 2.x or SDXL")
         if not hasattr(diffusers, kind):
             raise CheckpointError(
-                f"{name} is a {kind}, a pipeline that diffusers does not have: if its parts are Stable Diffusion's, "
-                "write StableDiffusionPipeline as _class_name into its model_index.json"
+                f"{name} is a {kind}, which diffusers does not have: if its parts are Stable Diffusion's, set "
+                "_class_name to StableDiffusionPipeline in its model_index.json"
             )
         return DiffusionPipeline.from_pretrained(
             where, torch_dtype=dtype, safety_checker=None, variant=variant or None, **local
@@ -161,13 +164,11 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?"
     r"(?:\.(?P<after>[\w-]+))?\.(?:safetensors|bin)"
 )
-"""Names of weight files, whole or in shards."""
+"""Names of weight files, single or sharded."""
 
 
 def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> None:
-    """Raise CheckpointError for weights that are Git LFS pointers or of another variant, and for configurations
-    that are not JSON.
-    """
+    """Raise CheckpointError for Git LFS pointers, for weights of another variant, and for invalid configurations."""
     variants = set[str]()
     for part, about in index.items():
         if not isinstance(about, (list, tuple)) or about[0] is None or part in ("safety_checker", "image_encoder"):
@@ -183,91 +184,93 @@ def check_weights(folder: Path, index: dict[str, Any], variant: str | None) -> N
                 found.setdefault(match["variant"] or match["after"] or "", []).append(file)
         variants |= found.keys()
         if found and not variant and "" not in found:
-            raise CheckpointError(f"{folder} has its {part} only in a variant: give --variant {sorted(found)[0]}")
+            raise CheckpointError(
+                f"{folder} has weights of its {part} only in a variant: give --variant {sorted(found)[0]}"
+            )
         own = found.get(variant or "", found.get("", []))
         for file in [file for file in own if file.suffix == ".safetensors"] or own:
             if is_pointer(file):
-                raise CheckpointError(f"{file} is a Git LFS pointer and not the weights: run `git lfs pull`")
+                raise CheckpointError(f"{file} is a Git LFS pointer: run `git lfs pull` to fetch the weights")
     if variant and variants and variant not in variants:
-        there = ", ".join(sorted(variants - {""})) or "none"
-        raise CheckpointError(f"{folder} has no variant {variant!r}; its variants: {there}")
+        known = ", ".join(sorted(variants - {""})) or "none"
+        raise CheckpointError(f"{folder} has no variant {variant!r}; its variants: {known}")
 
 
-# --- what FateZero edits --------------------------------------------------------------------
+# --- supported models -----------------------------------------------------------------------
 
 _CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth-to-image model"}
 _NOT_GIVEN = {
     "time_cond_proj_dim": "its guidance (a latent consistency model)", "class_embed_type": "a class or a noise level",
     "num_class_embeds": "a class or a noise level", "encoder_hid_dim_type": "more than text",
 }  # fmt: skip
-"""Inputs of a UNet other than latents and text, by keys of its configuration."""
+"""Unsupported inputs of a UNet besides latents and text, by configuration key."""
 
 
 def check_parts(name: str, pipeline: Any) -> None:
-    """Raise CheckpointError for a model that takes more than latents and text, or has parts of other kinds."""
+    """Raise CheckpointError for a model with inputs besides latents and text, or with unsupported parts."""
     unet, vae = pipeline.unet.config, getattr(pipeline, "vae", None)
     if not isinstance(vae, AutoencoderKL):
         kind = "no autoencoder" if vae is None else f"a {type(vae).__name__} for its autoencoder"
-        raise CheckpointError(f"{name} has {kind}: an AutoencoderKL is needed, in the folder's vae")
+        raise CheckpointError(f"{name} has {kind}: it needs an AutoencoderKL in the folder's vae")
     if pipeline.config.get("requires_aesthetics_score"):
-        raise CheckpointError(
-            f"{name} is an SDXL refiner, which finishes pictures of another model: give the base model"
-        )
+        raise CheckpointError(f"{name} is an SDXL refiner, which only finishes pictures: give the base model")
     _check_text(name, pipeline)
     channels, latents = unet["in_channels"], vae.config["latent_channels"]
     if channels != latents:
         kind = f", as {_CHANNELS[channels]}" if channels in _CHANNELS else ""
         raise CheckpointError(
-            f"{name} takes {channels} channels{kind}, and its latents have {latents}: give a text-to-image model"
+            f"{name} takes {channels} channels{kind}, but its latents have {latents}: give a plain text-to-image model"
         )
     if unet["out_channels"] != channels:
-        raise CheckpointError(f"{name} predicts {unet['out_channels']} channels of {channels}, its variance too")
+        raise CheckpointError(
+            f"{name} predicts its variance too ({unet['out_channels']} channels for {channels}), which is not supported"
+        )
     taken = next((what for key, what in _NOT_GIVEN.items() if unet.get(key)), None)
     if taken is None and unet.get("addition_embed_type") not in (None, "text_time"):
         taken = "more than text"
     if taken:
-        raise CheckpointError(f"the UNet of {name} takes {taken} as an input, which FateZero does not give")
+        raise CheckpointError(f"the UNet of {name} takes {taken} as an input, which is not supported")
 
 
 def _check_text(name: str, pipeline: Any) -> None:
-    """Raise CheckpointError for text encoders that are not CLIP's, or whose embeddings the UNet does not take."""
+    """Raise CheckpointError for text encoders other than CLIP, or embeddings that do not fit the UNet."""
     encoders = [e for n in ("", "_2") if (e := getattr(pipeline, f"text_encoder{n}", None)) is not None]
     for encoder in encoders:
         if not type(encoder).__name__.startswith("CLIPText"):
-            raise CheckpointError(f"{name} has a {type(encoder).__name__} for its text encoder; CLIP's is needed")
+            raise CheckpointError(f"{name} has a {type(encoder).__name__} as its text encoder: it needs CLIP's")
     width, taken = sum(e.config.hidden_size for e in encoders), pipeline.unet.config["cross_attention_dim"]
     if encoders and isinstance(taken, int) and width != taken:
         raise CheckpointError(
-            f"{name} has text embeddings {width} wide, and its UNet takes {taken}: a part is of another model"
+            f"{name} has text embeddings of width {width}, but its UNet takes {taken}: a part is from another model"
         )
 
 
 def check_whole(name: str, pipeline: Any) -> None:
-    """Raise CheckpointError where weights are missing from a model's files."""
+    """Raise CheckpointError for missing weights in a model's files."""
     folder = DEMO if name == "demo" else Path(name)
     for part, network in pipeline.components.items():
         if not isinstance(network, torch.nn.Module):
             continue
         missing = sorted(key for key, weight in network.named_parameters() if weight.is_meta)
-        if part.startswith("text_encoder"):  # transformers draws missing weights at random
+        if part.startswith("text_encoder"):  # transformers initializes missing weights randomly
             stored = _stored(folder / part)
             missing += sorted(key for key, _ in network.named_parameters() if stored and _bare(key) not in stored)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{name} lacks weights of its {part}: {missing[0]}{more}")
+            raise CheckpointError(f"{name} has missing weights in its {part}: {missing[0]}{more}")
 
 
 def _stored(folder: Path) -> set[str]:
-    """The names of all tensors in a folder's safetensors files."""
+    """The names of the tensors in a folder's safetensors files, if any."""
     found = set[str]()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {_bare(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            found |= {_bare(key) for key in file.keys()}  # noqa: SIM118  not a mapping
     return found
 
 
 def _bare(key: str) -> str:
-    """A weight of a text encoder by the name that all versions of transformers share."""
+    """A text encoder's weight name, common to all versions of transformers."""
     key = key.removeprefix("text_model.")
     return "encoder.embed_tokens.weight" if key == "shared.weight" else key
 
@@ -277,7 +280,7 @@ def _bare(key: str) -> str:
 
 @dataclass(frozen=True)
 class _Contents:
-    """The header of a safetensors file: its tensors' names, the channels that its UNet takes, and its metadata."""
+    """The header of a safetensors file: tensor names, the UNet's input channels, and metadata."""
 
     names: frozenset[str]
     channels: int | None
@@ -301,42 +304,42 @@ _FAMILIES = {
     _SD2: "cond_stage_model.model.",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "",
 }
-"""Each family's tokenizer and configuration on the hub, and the prefix of keys that identifies it, in this order."""
+"""The hub name of each family's tokenizer and configuration, and the prefix of keys that identifies it, in order."""
 
 
 def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
-    """A checkpoint in one file; its kind is read from its keys."""
+    """A checkpoint in a single file; its kind is detected from its keys."""
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path.name} is not a .safetensors file; GGUF and pickled checkpoints are not read")
+        raise CheckpointError(f"{path.name} is not a .safetensors file: GGUF and pickled checkpoints are not supported")
     if is_pointer(path):
-        raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: run `git lfs pull`")
+        raise CheckpointError(f"{path} is a Git LFS pointer: run `git lfs pull` to fetch the weights")
     contents = _Contents.of(path)
     _check_contents(path, contents)
     family = next(name for name, mark in _FAMILIES.items() if contents.has(mark))
     predicts = _prediction(contents)
     if config is None:
-        config = _fetched_before(family, path)
+        config = _cached_config(family, path)
         if family == _SD2 and predicts is None:
-            raise CheckpointError(f"{path.name} does not state whether it predicts noise or v: give --model-config")
+            raise CheckpointError(f"{path.name} has no metadata on whether it predicts noise or v: give --model-config")
     elif not Path(config).is_dir():
         check_hub_name(config)
     sdxl = "xl" in family
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     extra = {} if sdxl else {"safety_checker": None}
     pipeline = kind.from_single_file(str(path), config=config, torch_dtype=dtype, local_files_only=True, **extra)
-    said: dict[str, Any] = {} if predicts is None else {"prediction_type": predicts}
-    said |= {"rescale_betas_zero_snr": True} if "ztsnr" in contents.names else {}
-    if said:
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=False, **said)
+    changed: dict[str, Any] = {} if predicts is None else {"prediction_type": predicts}
+    changed |= {"rescale_betas_zero_snr": True} if "ztsnr" in contents.names else {}
+    if changed:
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=False, **changed)
     return pipeline
 
 
 def _prediction(contents: _Contents) -> str | None:
-    """The prediction type that a file states, or None."""
-    told = contents.metadata.get("modelspec.prediction_type", contents.metadata.get("modelspec.predict_key", ""))
-    if "v_pred" in contents.names or told in ("v", "v_prediction"):
+    """The prediction type in a file's metadata, if any."""
+    found = contents.metadata.get("modelspec.prediction_type", contents.metadata.get("modelspec.predict_key", ""))
+    if "v_pred" in contents.names or found in ("v", "v_prediction"):
         return "v_prediction"
-    return "epsilon" if told == "epsilon" else None
+    return "epsilon" if found == "epsilon" else None
 
 
 def _check_contents(path: Path, contents: _Contents) -> None:
@@ -348,34 +351,30 @@ def _check_contents(path: Path, contents: _Contents) -> None:
         folder = ": give it as a diffusers folder" if family.startswith("Wan") else ""
         raise CheckpointError(f"{name} is a file of {family}, not a Stable Diffusion checkpoint{folder} ({EDITED})")
     if contents.channels is None:
-        alone = "only a part of a model" if contents.has("down_blocks.") or contents.has("encoder.") else None
-        what = f"{alone}, and no" if alone else "a safetensors file, but no"
-        raise CheckpointError(f"{name} is {what} Stable Diffusion checkpoint")
+        incomplete = contents.has("down_blocks.") or contents.has("encoder.")
+        what = "only a part of a model" if incomplete else "a safetensors file"
+        raise CheckpointError(f"{name} is {what}, but not a Stable Diffusion checkpoint")
     if contents.has("conditioner.embedders.0.model.") and not contents.has("conditioner.embedders.1."):
-        raise CheckpointError(
-            f"{name} is an SDXL refiner, which finishes pictures of another model: give the base model"
-        )
+        raise CheckpointError(f"{name} is an SDXL refiner, which only finishes pictures: give the base model")
     if contents.channels != 4:
         kind = _CHANNELS.get(contents.channels, "another kind of model")
-        raise CheckpointError(f"{name} takes {contents.channels} channels, as {kind}: give a text-to-image model")
+        raise CheckpointError(f"{name} takes {contents.channels} channels, as {kind}: give a plain text-to-image model")
     if any(key.startswith(("edm_mean", "edm_std", "edm_vpred")) for key in contents.names):
-        raise CheckpointError(f"{name} has EDM's noise levels, which are not DDIM's")
+        raise CheckpointError(f"{name} has EDM's noise levels, which are not supported")
     for part, marks in (
         ("autoencoder", ("first_stage_model.",)),
         ("text encoder", ("cond_stage_model.", "conditioner.")),
     ):
         if not any(contents.has(mark) for mark in marks):
-            raise CheckpointError(
-                f"{name} has no {part} in it: give a checkpoint with all parts, or a diffusers folder"
-            )
+            raise CheckpointError(f"{name} contains no {part}: give a checkpoint with all parts, or a diffusers folder")
 
 
-def _fetched_before(family: str, path: Path) -> str:
-    """A family's configuration in the hub's cache; it is never downloaded."""
+def _cached_config(family: str, path: Path) -> str:
+    """A family's configuration in the hub's cache; never downloads."""
     try:
         return str(snapshot_download(family, local_files_only=True))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path.name} contains only weights: give its tokenizer and configuration with --model-config "
-            f"(a diffusers folder of the same kind, or a hub name such as {family})"
+            f"{path.name} contains only weights: give --model-config for its tokenizer and configuration (a diffusers "
+            f"folder of the same kind, or a hub name such as {family})"
         ) from error

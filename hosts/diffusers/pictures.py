@@ -1,4 +1,4 @@
-"""Clips coded frame by frame, by the autoencoder of an image model."""
+"""Encoding and decoding of clips frame by frame, by an image model's autoencoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .model import Model
 
 
 class FrameByFrame(Model):
-    """A model whose autoencoder is an `AutoencoderKL`: each frame has a latent."""
+    """A model with an `AutoencoderKL`: one latent per frame."""
 
     @property
     def factor(self) -> int:
@@ -23,7 +23,7 @@ class FrameByFrame(Model):
         return 1
 
     def frames_at_once(self, height: int, width: int) -> int:
-        """One on a CPU; on a GPU as many as have the pixels of eight frames of 512x512 in half precision."""
+        """One on a CPU; on a GPU as many pixels as eight frames of 512x512 in half precision."""
         pixels = 16 * 512 * 512 // self.vae.dtype.itemsize
         return 1 if self.vae.device.type == "cpu" else max(1, pixels // (height * width))
 
@@ -73,7 +73,7 @@ class FrameByFrame(Model):
         return self.decode_latents(latents[:frames])
 
     def _finite(self, code: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
-        """code(x); in single precision, from then on, where half precision overflows."""
+        """code(x); if half precision overflows, switch to single precision."""
         y = code(x)
         if self.vae.dtype == torch.float16 and not torch.isfinite(y).all():
             self.vae.to(torch.float32)

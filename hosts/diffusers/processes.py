@@ -1,4 +1,4 @@
-"""Processes that accelerate started, each with the model on a device of its own, edit one clip together."""
+"""Editing one clip on several processes of accelerate, each with the model on its own device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Processes:
     """A `Spread` over the processes of an `Accelerator`.
 
-    What they predict goes through RAM: latents of chunks, some hundred kilobytes a step.
+    Predictions are exchanged through RAM: latents of chunks, some hundred kilobytes per step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

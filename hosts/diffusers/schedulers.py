@@ -1,4 +1,4 @@
-"""Schedulers of diffusers, read for their noise levels."""
+"""Noise levels of diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PREDICTED = ("epsilon", "v_prediction", "sample")
 
 
 def as_ddim(scheduler: Any) -> DDIMScheduler:
-    """The DDIM scheduler with a scheduler's noise levels and prediction type.
+    """A DDIM scheduler with the noise levels and prediction type of a scheduler.
 
-    Raises TypeError for levels that DDIM does not have: those of flows and of EDM.
+    Raises TypeError for noise levels of flows and EDM.
     """
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     alphas, predicted = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
@@ -26,11 +26,11 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
             return scheduler
         try:
             found = DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False)
-        except NotImplementedError:  # betas that DDIM does not have
+        except NotImplementedError:  # unsupported betas
             found = None
         if found is not None and _same_levels(found.alphas_cumprod, alphas):
             return found
-    raise TypeError(f"scheduler is a {kind}, whose noise levels are not DDIM's: a DDIMScheduler or its like is needed")
+    raise TypeError(f"scheduler is a {kind}, whose noise levels are not DDIM's: use a DDIMScheduler or similar")
 
 
 def _same_levels(ours: Tensor, theirs: Tensor) -> bool:
@@ -38,7 +38,7 @@ def _same_levels(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def with_signal(scheduler: DDIMScheduler) -> DDIMScheduler:
-    """A scheduler whose first step has some signal: from a step at zero signal nothing can be inverted."""
+    """A scheduler whose first step has some signal, since a step at zero signal cannot be inverted."""
     if not scheduler.config["rescale_betas_zero_snr"] or scheduler.config["timestep_spacing"] == "leading":
         return scheduler
     return DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
@@ -57,26 +57,26 @@ def ddim_schedule(scheduler: DDIMScheduler, steps: int) -> Schedule:
     scheduler = DDIMScheduler.from_config(scheduler.config)
     scheduler.set_timesteps(steps)
     timesteps = tuple(int(t) for t in scheduler.timesteps)
-    if timesteps[0] >= total:  # the scheduler's offset moves all steps up
+    if timesteps[0] >= total:  # the scheduler's offset shifts all steps
         raise ValueError(f"steps is {steps}; with this schedule's steps_offset it must be below {total}")
     alphas = torch.cat([scheduler.final_alpha_cumprod.view(1), scheduler.alphas_cumprod[list(timesteps[::-1])]])
     if alphas.min() < 1e-6:
         raise ValueError(
-            f"steps is {steps}; the first would be at zero signal, which cannot be inverted: give fewer steps, or a "
+            f"steps is {steps}; the first would be at zero signal, which cannot be inverted: use fewer steps, or a "
             "scheduler with timestep_spacing='leading'"
         )
     return Schedule(timesteps, alphas.double())
 
 
 def flow_schedule(scheduler: Any, steps: int) -> FlowSchedule:
-    """Raises ValueError for a number of steps that the scheduler does not take."""
+    """Raises ValueError for a number of steps that the scheduler does not support."""
     total = _check_steps(scheduler, steps)
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
     sigmas = torch.as_tensor(scheduler.sigmas).double().cpu()
-    falls = bool((sigmas[:-1] > sigmas[1:]).all())
-    if len(sigmas) != steps + 1 or not falls or sigmas[0] > 1 or sigmas[-1] < 0:
-        raise ValueError(f"the scheduler's sigmas do not fall from at most 1 to 0 in {steps} steps")
+    decreases = bool((sigmas[:-1] > sigmas[1:]).all())
+    if len(sigmas) != steps + 1 or not decreases or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ValueError(f"the scheduler's sigmas do not decrease from at most 1 to 0 in {steps} steps")
     return FlowSchedule.of(tuple((total * sigmas[:-1]).tolist()), sigmas.flip(0))
 
 

@@ -1,4 +1,4 @@
-"""Temporal layers on a diffusers UNet, attached to the stock class by forward hooks and removable without trace."""
+"""Temporal layers on a diffusers UNet, attached to the stock class by forward hooks, and removable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 NAME = "temporal_layers"
-"""The submodule that contains attached layers."""
+"""The submodule of attached layers."""
 
 
 def with_temporal_layers(
@@ -39,13 +39,12 @@ def with_temporal_layers(
     rank: int | None = None,
     seed: int = 0,
 ) -> UNet2DConditionModel:
-    """Attach temporal layers to a UNet, and return it; its batch then is the frames of one clip.
+    """Attach temporal layers to a UNet, and return it; its batch is then the frames of one clip.
 
-    state_dict: of Tune-A-Video, or of FateZero with low-rank or full convolutions, told by its keys; other weights in
-    it take the place of the UNet's. None attaches a fresh set, with which the UNet computes what it did: Tune-A-Video's
-    or, of `kind` "fatezero", with convolutions over frames of a rank, full ones for None; drawn by
-    a seed.
-    Raises ValueError for ModelScope's and AnimateDiff's layers, and for weights that do not fit.
+    state_dict: Tune-A-Video's layers, or FateZero's with low-rank or full convolutions, detected by keys; other weights
+    in it replace the UNet's. None attaches new layers, which do not change the UNet's results yet: Tune-A-Video's, or
+    for `kind` "fatezero" with convolutions over frames of a rank (None: full), initialized from a seed. Raises
+    ValueError for ModelScope's and AnimateDiff's layers, and for weights that do not fit.
     """
     blocks = {
         name: (module.norm1.normalized_shape[0], module.attn1.heads)
@@ -68,7 +67,7 @@ def with_temporal_layers(
 
 
 def without_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Remove temporal layers, if any; the UNet is then as before."""
+    """Remove temporal layers, if any, and restore the UNet."""
     attached = getattr(unet, NAME, None)
     if attached is not None:
         attached.remove(unet)
@@ -77,22 +76,21 @@ def without_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def convert_temporal_layers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Convert the layers attached to a UNet to the other code's form, with the same function: see
-    `TemporalLayers.converted`.
+    """Convert a UNet's layers to the other code's form of the same function: see `TemporalLayers.converted`.
 
-    Raises ValueError for a UNet without layers, and where a convolution over frames is no identity.
+    Raises ValueError for a UNet without layers, and if a convolution over frames is not the identity.
     """
     converted = _attached_layers(unet).converted(convolutions_of(unet)).named()
     return with_temporal_layers(unet, {name: w.detach() for name, w in (queries_of(unet) | converted).items()})
 
 
 def queries_of(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """The weights of a UNet itself that Tune-A-Video trains, by name."""
+    """The weights of the UNet itself that Tune-A-Video trains, by name."""
     return {name: weight for name, weight in unet.named_parameters() if trains(name)}
 
 
 def convolutions_of(unet: UNet2DConditionModel) -> dict[str, int]:
-    """The 3x3 convolutions of a UNet and their output channels; FateZero's layers follow them."""
+    """The output channels of a UNet's 3x3 convolutions, by name; FateZero's layers follow these."""
     return {
         name: module.out_channels
         for name, module in unet.named_modules()
@@ -101,7 +99,7 @@ def convolutions_of(unet: UNet2DConditionModel) -> dict[str, int]:
 
 
 def temporal_layers(unet: UNet2DConditionModel) -> TemporalLayers | None:
-    """The layers attached to a UNet."""
+    """The temporal layers of a UNet, if any."""
     attached = getattr(unet, NAME, None)
     return None if attached is None else attached.layers
 
@@ -114,10 +112,10 @@ def _attached_layers(unet: UNet2DConditionModel) -> TemporalLayers:
 
 
 def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path, about: Mapping[str, str] | None = None) -> None:
-    """Write the layers attached to a UNet, and the queries that are tuned with them, whole or not at all.
+    """Write a UNet's temporal layers and tuned queries atomically, for any model of the same architecture.
 
-    For any model of the same shape; `load_temporal_layers` reads it. about: texts to keep with them, such as
-    `key_frames` and `clip_norm` of the tuning. Raises ValueError for a UNet without layers.
+    `load_temporal_layers` reads the file. about: metadata, such as `key_frames` and `clip_norm` of the tuning. Raises
+    ValueError for a UNet without layers.
     """
     write_temporal_layers(path, queries_of(unet) | _attached_layers(unet).named(), about)
 
@@ -126,10 +124,10 @@ def save_temporal_layers(unet: UNet2DConditionModel, path: str | Path, about: Ma
 
 
 def inflated_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel | None:
-    """The UNet of a folder that Tune-A-Video's or FateZero's code wrote; None for a folder of another UNet.
+    """The UNet of a folder written by Tune-A-Video's or FateZero's code; None for another UNet.
 
-    Their classes are image UNets with temporal layers, under names that collide with diffusers' video UNets: the
-    weights tell them. Raises ValueError for other temporal layers, or weights that do not fit.
+    Their classes are image UNets with temporal layers, whose names collide with diffusers' video UNets, so they are
+    detected by weights. Raises ValueError for other temporal layers, or weights that do not fit.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -145,7 +143,7 @@ def inflated_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel | No
 
 
 def save_inflated_unet(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write a UNet with its temporal layers into a folder, as the official code of their kind reads it."""
+    """Write a UNet with its temporal layers to a folder, for the official code of their kind."""
     layers = _attached_layers(unet)
     name, block = _CLASSES[layers.kind]
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
@@ -171,7 +169,7 @@ def _weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def _as_pictures(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the image UNet: its block names, without the settings of video models."""
+    """The configuration of the underlying image UNet: its block names, without options of video UNets."""
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     plain = {key: value for key, value in config.items() if key in known}
     for inflated in ("Pseudo3D", "3D"):
@@ -184,7 +182,7 @@ def _renamed(blocks: Any, old: str, new: str) -> Any:
 
 
 class _Attached(nn.Module):
-    """Layers with their hooks on a UNet, and the weights of the UNet that were replaced."""
+    """Layers with their hooks on a UNet, and the UNet's replaced weights."""
 
     def __init__(self, layers: TemporalLayers, unet: UNet2DConditionModel, base: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -217,13 +215,13 @@ def _submodule(unet: nn.Module, name: str) -> nn.Module:
     try:
         return unet.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"the checkpoint has a temporal layer at {name}, which this model lacks") from None
+        raise ValueError(f"the checkpoint has a temporal layer at {name}, which this model does not have") from None
 
 
 def _check_fits(unet: nn.Module, name: str, weight: Tensor) -> None:
     try:
         own = unet.get_parameter(name)
     except AttributeError:
-        raise ValueError(f"the checkpoint has a weight {name}, which this model lacks") from None
+        raise ValueError(f"the checkpoint has a weight {name}, which this model does not have") from None
     if own.shape != weight.shape:
         raise ValueError(f"{name} is {tuple(weight.shape)}; this model needs {tuple(own.shape)}")

@@ -31,7 +31,7 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.training import noised
 from ...models.unet import UNET, clip_norms, feature_level
 from ...store.identity import ModelIdentity
-from ..held import Stranger
+from ..exclusive import OtherThread
 from ..recompute import check_differentiable, frozen, gradient_of, recomputed
 from .hook import Branch, ControlledProcessor, HookedDenoiser
 from .schedulers import as_ddim, ddim_schedule
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersDenoiser", "with_temporal_layers", "without_temporal_layers"]
 
 _BLOCKS = (ResnetBlock2D, Transformer2DModel, TransformerTemporalModel, TemporalConvLayer)
-"""What is computed twice where gradients are taken."""
+"""Modules that are recomputed for gradients."""
 
 
 def kernel_of(processor: object) -> Attend:
-    """The attention kernel a UNet was set to use: xformers where it was enabled, else torch's."""
+    """The attention kernel of a UNet: xformers if enabled, else torch's."""
     return xformers_attention if isinstance(processor, XFormersAttnProcessor) else attention
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` by xformers, which takes (f t h d)."""
+    """`attention` with xformers, which takes (f t h d)."""
     from xformers.ops import memory_efficient_attention
 
     q, k, v = (rearrange(x.expand(len(q), -1, -1, -1), "f h t d -> f t h d").contiguous() for x in (q, k, v))
@@ -71,7 +71,7 @@ class _Processor(ControlledProcessor):
         temb: Tensor | None = None,
         **more: object,
     ) -> Tensor:
-        if self.stranger():
+        if self.other_thread():
             done: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **more)
             return done
         control, site = self.denoiser._control, self.denoiser._sites[self.name]
@@ -110,9 +110,9 @@ class _Processor(ControlledProcessor):
 class DiffusersDenoiser(HookedDenoiser):
     """A diffusers UNet and its DDIM schedule, as the loops of `fatezero.diffusion` call them.
 
-    unet: a `UNet2DConditionModel` of any width that predicts epsilon, v or the sample; LoRA layers in it keep working.
-    scheduler: a `DDIMScheduler`; of diffusers' other schedulers the noise levels are used. controlnet: a `ControlNet`
-    whose output is added in every call.
+    unet: a `UNet2DConditionModel` of any width that predicts epsilon, v or the sample; its LoRA layers stay active.
+    scheduler: a `DDIMScheduler`, or another scheduler of diffusers, of which only the noise levels are used.
+    controlnet: a `ControlNet` for every call.
 
     Raises TypeError for a model that is not an attention UNet, and ValueError for one whose attention processors
     compute something else.
@@ -124,15 +124,12 @@ class DiffusersDenoiser(HookedDenoiser):
     reset = "unet.set_default_attn_processor(), or unload the adapter that set it"
     text_dim = "cross_attention_dim"
     kind: ClassVar[type] = UNet2DConditionModel
-    """The class of UNet it takes."""
+    """The supported class of UNet."""
     known: ClassVar[str] = "SD 1.x, SD 2.x, SDXL"
 
     def __init__(self, unet: Any, scheduler: DDIMScheduler, controlnet: ControlNet | None = None) -> None:
         if not isinstance(unet, self.kind):
-            raise TypeError(
-                f"unet is a {type(unet).__name__}; FateZero works through the attention of a {self.kind.__name__} "
-                f"({self.known})"
-            )
+            raise TypeError(f"unet is a {type(unet).__name__}; it must be a {self.kind.__name__} ({self.known})")
         self.unet: Any = unet
         self.controlnet = controlnet
         self._control: Control | None = None
@@ -208,7 +205,7 @@ class DiffusersDenoiser(HookedDenoiser):
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """What is trained is kept in single precision at least, and computed in the model's."""
+        """Stores trained weights at least in single precision, and computes in the model's."""
         before = {name: weight.requires_grad for name, weight in self.unet.named_parameters()}
         recomputed, dtype, trained = self.unet.is_gradient_checkpointing, self.unet.dtype, self.trained()
         queries = [layer.to_q for layer, *_ in self._layers.values()]
@@ -234,14 +231,14 @@ class DiffusersDenoiser(HookedDenoiser):
 
     # --- calls --------------------------------------------------------------------------
 
-    def hook_more(self, stack: ExitStack, stranger: Stranger, clip_norm: bool) -> None:
+    def hook_more(self, stack: ExitStack, other_thread: OtherThread, clip_norm: bool) -> None:
         if clip_norm:
             for norm in _clip_norms(self.unet):
-                for handle in share_statistics(norm, stranger=stranger):
+                for handle in share_statistics(norm, other_thread=other_thread):
                     stack.callback(handle.remove)
         if feature := _feature_of(self.unet):
             name, conv = feature
-            stack.callback(conv.register_forward_hook(self._featured(name, stranger)).remove)
+            stack.callback(conv.register_forward_hook(self._featured(name, other_thread)).remove)
 
     def forget(self) -> None:
         self._control, self._text, self._texts = None, {}, {}
@@ -253,7 +250,7 @@ class DiffusersDenoiser(HookedDenoiser):
         self.check(latents, condition)
         frames, dtype = len(latents), self.unet.dtype
         self._control, self._sites = control, self._sites_by_layer(*latents.shape[-2:])
-        # The text is the same for all frames and steps: one row, whose keys and values are kept for the run.
+        # The text is the same for all frames and steps: one row, whose keys and values are cached for the run.
         _, self._text = self._texts.setdefault(id(condition), (condition, {}))
         extras = {k: v.to(latents.device, dtype).expand(frames, *v.shape[1:]) for k, v in condition.extras.items()}
         text, z = condition.embeddings.to(latents.device, dtype), latents.to(dtype)
@@ -272,7 +269,7 @@ class DiffusersDenoiser(HookedDenoiser):
         return output
 
     def _epsilon(self, output: Tensor, latents: Tensor, timestep: float) -> Tensor:
-        """The model's output as epsilon (v: arXiv 2202.00512, App. D)."""
+        """The model's output, converted to epsilon (v: arXiv 2202.00512, App. D)."""
         kind = self.scheduler.config["prediction_type"]
         signal = self.scheduler.alphas_cumprod[timestep].cpu().double()
         if kind == "epsilon":
@@ -281,9 +278,9 @@ class DiffusersDenoiser(HookedDenoiser):
             return signal.sqrt() * output + (1 - signal).sqrt() * latents
         return (latents - signal.sqrt() * output) / (1 - signal).sqrt()
 
-    def _featured(self, name: str, stranger: Stranger) -> Callable[..., Tensor]:
+    def _featured(self, name: str, other_thread: OtherThread) -> Callable[..., Tensor]:
         def featured(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output if self._control is None or stranger() else self._control.feature(output, name)
+            return output if self._control is None or other_thread() else self._control.feature(output, name)
 
         return featured
 
@@ -320,7 +317,7 @@ def _heads(x: Tensor, attn: Attention) -> Tensor:
 
 
 def _keys_values(attn: Attention, of: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of a text or of the frames' own tokens: (f h t d) each."""
+    """The keys and values of a text or the frames' own tokens: (f h t d) each."""
     if attn.is_cross_attention and attn.norm_cross:
         of = attn.norm_encoder_hidden_states(of)
     k, v = _heads(attn.to_k(of), attn), _heads(attn.to_v(of), attn)
@@ -328,12 +325,12 @@ def _keys_values(attn: Attention, of: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attention_layers(unet: Any) -> dict[str, tuple[Attention, Place, int, int]]:
-    """name -> (layer, place, index within place and kind, times the picture was halved)."""
+    """name -> (layer, place, index within place and kind, number of halvings of the picture)."""
     found: dict[str, tuple[Attention, Place, int, int]] = {}
 
     def add(block: nn.Module, prefix: str, place: Place, level: int) -> None:
         for name, module in block.named_modules():
-            if isinstance(module, Attention) and not name.startswith("temp_"):  # those attend over frames
+            if isinstance(module, Attention) and not name.startswith("temp_"):  # temp_ layers attend over frames
                 kind = module.is_cross_attention
                 index = sum(p == place and a.is_cross_attention == kind for a, p, *_ in found.values())
                 found[f"{prefix}.{name}"] = (module, place, index, level)

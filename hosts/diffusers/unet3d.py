@@ -14,9 +14,8 @@ from .unet import DiffusersDenoiser
 class DiffusersVideoDenoiser(DiffusersDenoiser):
     """A text-to-video UNet and its schedule, as the loops of `fatezero.diffusion` call them.
 
-    Its batch is one clip. The attention that a control sees is that of single frames, the 16 spatial layers; what runs
-    over frames (`temp_attentions`, `transformer_in`) stays the model's.
-    Raises TypeError for another model.
+    Its batch is one clip. Controls compute the attention of single frames, the 16 spatial layers; attention over frames
+    (`temp_attentions`, `transformer_in`) is the model's. Raises TypeError for another model.
     """
 
     kind: ClassVar[type] = UNet3DConditionModel

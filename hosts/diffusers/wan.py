@@ -1,4 +1,4 @@
-"""Wan on diffusers: attention of its transformers, paired branches, text and loading."""
+"""Wan on diffusers: its transformers' attention, with branches interleaved block by block, its text and its clips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...files.bundled import DEMO
 from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
 from ...store.budget import available_bytes
 from ...store.identity import ModelIdentity
-from ..held import Stranger
+from ..exclusive import OtherThread
 from .clips import WholeClip
 from .hook import Branch, ControlledProcessor, HookedDenoiser, base_weights, wrapped
 from .lora import add_loras, lora_files
@@ -39,7 +39,7 @@ VideoTransformer = WanTransformer3DModel
 
 
 def kernel_of(processor: Any) -> Attend:
-    """The attention kernel that a transformer was set to use (`set_attention_backend`), else torch's."""
+    """The attention kernel of a transformer (`set_attention_backend`), else torch's."""
     backend = processor._attention_backend
     if backend is None:
         return attention
@@ -53,7 +53,7 @@ def kernel_of(processor: Any) -> Attend:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on (1, tokens, heads, channels), neighbours in pairs, as Wan has them."""
+    """Rotary positions (arXiv 2104.09864) on (1, tokens, heads, channels), with adjacent channels paired, like Wan."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     output = torch.empty_like(x)
@@ -73,7 +73,7 @@ class _Processor(ControlledProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if self.stranger():
+        if self.other_thread():
             done: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return done
         of = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -95,16 +95,16 @@ class _Processor(ControlledProcessor):
 class VideoTransformerDenoiser(HookedDenoiser):
     """A Wan transformer and the schedule of its flow, as the loops of `fatezero.diffusion` call them.
 
-    transformer: a `WanTransformer3DModel` for text to video, of any width; LoRA layers in it keep working.
+    transformer: a `WanTransformer3DModel` for text to video, of any width; its LoRA layers stay active.
     scheduler: one of diffusers' with a flow's sigmas, of which only the noise levels are used:
     `FlowMatchEulerDiscreteScheduler`, or `UniPCMultistepScheduler` with `use_flow_sigmas`. low_noise: Wan 2.2's second
-    transformer, which takes over where sigma falls below `boundary`.
+    transformer, used below sigma `boundary`.
 
-    Latents are (latent frames, channels, h, w). Of two paired branches the first goes through each block just before
-    the second, so that what it records for the other is kept for one block only.
+    Latents are (latent frames, channels, h, w). Of two paired branches, the first runs each block just before the
+    second, so that its records for the second exist for one block only.
 
-    Raises TypeError for a model or scheduler of another kind, and ValueError for one that takes pictures too, or whose
-    attention processors compute something else.
+    Raises TypeError for another kind of model or scheduler, and ValueError for a model with picture inputs, or with
+    attention processors that compute something else.
     """
 
     family = WAN
@@ -130,7 +130,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
             raise ValueError("low_noise and boundary belong together: Wan 2.2's second transformer, and its sigma")
         if not is_flow(scheduler):
             raise TypeError(
-                f"scheduler is a {type(scheduler).__name__} without a flow's sigmas; take a "
+                f"scheduler is a {type(scheduler).__name__} without a flow's sigmas: use a "
                 "FlowMatchEulerDiscreteScheduler, or a UniPCMultistepScheduler with use_flow_sigmas=True"
             )
         self.boundary = boundary
@@ -149,11 +149,11 @@ class VideoTransformerDenoiser(HookedDenoiser):
         ]
 
     def schedule(self, steps: int) -> FlowSchedule:
-        """Raises ValueError for a number of steps that the scheduler does not take."""
+        """Raises ValueError for a number of steps that the scheduler does not support."""
         return flow_schedule(self.scheduler, steps)
 
     def sites(self, height: int, width: int) -> list[AttentionSite]:
-        """Raises ValueError for latents that its patches do not divide."""
+        """Raises ValueError for latents that are not divisible into patches."""
         model = self.transformers[0]
         _, down, across = model.config["patch_size"]
         if height % down or width % across:
@@ -183,10 +183,10 @@ class VideoTransformerDenoiser(HookedDenoiser):
             for name, weight in base_weights(model).items()
         }
 
-    def hook_more(self, stack: ExitStack, stranger: Stranger, clip_norm: bool) -> None:
+    def hook_more(self, stack: ExitStack, other_thread: OtherThread, clip_norm: bool) -> None:
         blocks = [block for model in self.transformers for block in model.blocks]
         wraps = dict.fromkeys(blocks, self._by_row) | {block.ffn: self._in_parts for block in blocks}
-        stack.enter_context(wrapped(wraps, stranger))
+        stack.enter_context(wrapped(wraps, other_thread))
 
     def forget(self) -> None:
         self._rows = ()
@@ -211,11 +211,11 @@ class VideoTransformerDenoiser(HookedDenoiser):
         low = self.boundary is not None and timestep < self.boundary * self.scheduler.config["num_train_timesteps"]
         return self.transformers[int(low)]
 
-    def _by_row(self, forward: Callable[..., Tensor], stranger: Stranger) -> Callable[..., Tensor]:
-        """A block that processes the rows of a batch in order, so that one records attention for the next."""
+    def _by_row(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
+        """A block that runs the rows of a batch one after another, so that each can use the previous one's records."""
 
         def by_row(hidden: Tensor, text: Tensor, times: Tensor, rotary: Any) -> Tensor:
-            if stranger():
+            if other_thread():
                 return forward(hidden, text, times, rotary)
             done = []
             for self._row in range(len(hidden)):
@@ -225,20 +225,20 @@ class VideoTransformerDenoiser(HookedDenoiser):
 
         return by_row
 
-    def _in_parts(self, forward: Callable[..., Tensor], stranger: Stranger) -> Callable[..., Tensor]:
-        """A feed-forward that processes paired branches in halves: it needs most of a block's memory, of which recorded
-        attention needs a part.
+    def _in_parts(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
+        """A feed-forward that splits the tokens of each of several branches in two, since it dominates a block's
+        memory, to which the branches' records add.
         """
 
         def in_parts(tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
-            if stranger() or len(self._rows) == 1:
+            if other_thread() or len(self._rows) == 1:
                 return forward(tokens, *rest, **more)
             return torch.cat([forward(part, *rest, **more) for part in tokens.chunk(2, 1)], 1)
 
         return in_parts
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, kernel: Attend) -> Tensor:
-        """One layer of one row, (1, tokens, heads, channels), by its control."""
+        """One layer of one row, (1, tokens, heads, channels), computed by its control."""
         control, site = self._rows[self._row], self._sites[name]
         control.attend = kernel
         q = rearrange(q, "1 (f t) h d -> f h t d", t=site.tokens)
@@ -249,7 +249,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         else:
             k, v = (rearrange(x, "1 (f t) h d -> f h t d", t=site.tokens) for x in (k, v))
             output = control.self_attention(q, k, v, site)
-        if self._row:  # what the first branch recorded of this layer was used
+        if self._row:  # the previous row's record of this layer is no longer needed
             self._rows[self._row - 1].forget(name)
         return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
@@ -261,11 +261,11 @@ def _padded(text: Tensor, tokens: int) -> Tensor:
 def _check_model(model: Any) -> None:
     if not isinstance(model, WanTransformer3DModel):
         raise TypeError(
-            f"transformer is a {type(model).__name__}; FateZero supports a WanTransformer3DModel "
-            "(Wan 2.1 and 2.2, text to video)"
+            f"transformer is a {type(model).__name__}; it must be a WanTransformer3DModel (Wan 2.1 and 2.2, text to "
+            "video)"
         )
     if model.config["image_dim"] or model.config["in_channels"] != model.config["out_channels"]:
-        raise ValueError("transformer takes an image as well as text (Wan I2V): give one for text to video")
+        raise ValueError("transformer takes a picture as input (Wan I2V): use one for text to video")
 
 
 # --- the model with its text and clips ------------------------------------------------------
@@ -275,7 +275,7 @@ def _check_model(model: Any) -> None:
 class WanCheckpoint(WholeClip):
     """A Wan 2.1 or 2.2 text-to-video model.
 
-    low_noise, boundary: 2.2's second transformer, and the sigma below which it takes over.
+    low_noise, boundary: 2.2's second transformer, and the sigma below which it is used.
     """
 
     family = WAN
@@ -297,14 +297,14 @@ class WanCheckpoint(WholeClip):
         videos: bool = False,
         variant: str | None = None,
     ) -> WanCheckpoint:
-        """A Wan model (see `Model.load`). A LoRA goes into both transformers of 2.2, or into the one that its name
-        gives: high_noise or low_noise.
+        """A Wan model (see `Model.load`). A LoRA is fused into both transformers of 2.2, or into the one in its name:
+        high_noise or low_noise.
 
-        Where a GPU has no room for all parts at once, each waits in RAM until it is called (model offloading).
+        If not all parts fit on a GPU at once, each is kept in RAM until it is called (model offloading).
         """
         device, loras = torch.device(device), lora_files(lora)
         if temporal:
-            raise CheckpointError(f"{name} is a model of videos already, which {temporal} is not for")
+            raise CheckpointError(f"{name} is already a video model: --temporal is for image models")
         if name == WAN.demo:
             demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
             return replace(demo, notes=add_loras(demo, loras))
@@ -320,7 +320,7 @@ class WanCheckpoint(WholeClip):
         check_whole(name, pipeline)
         notes, low_noise = add_loras(pipeline, loras), getattr(pipeline, "transformer_2", None)
         if dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # its values overflow half precision
+            pipeline.vae.to(torch.float32)  # it overflows in half precision
         model = cls(
             name, pipeline.vae, pipeline.scheduler, device, (pipeline.tokenizer,), (pipeline.text_encoder,),
             pipeline.transformer, notes=notes, low_noise=low_noise,
@@ -368,7 +368,7 @@ class WanCheckpoint(WholeClip):
 
 
 class SmallWan(FrameByFrame, WanCheckpoint):
-    """The demo's video model: a Wan transformer on the latents of the demo's image model."""
+    """The demo's Wan transformer, on the latents of its image model."""
 
     @classmethod
     def of_folder(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> SmallWan:

@@ -41,11 +41,11 @@ class Run:
     """How far results may be apart, where it rounds or makes numbers large."""
 
 
-NOT_A_SCHEDULE = r"{kind}.* is not a schedule that DDIM can invert"
+NOT_A_SCHEDULE = r"DDIM cannot invert the schedule {kind}"
 WITH_TOKENS = r"merges or rescales tokens \(ToMe, HyperTile, Deep Shrink\)"
-OFF_DIM = "context windows along dim 2; frames lie along dim 0"
-NO_FLOW = "is a video transformer that is not sampled as a flow"
-SHIFT = "another shift than the inversion's"
+OFF_DIM = "context windows along dim 2, but frames are along dim 0"
+NO_FLOW = "is not sampled as a flow"
+SHIFT = r"its shift .* has no effect"
 WINDOWS = {"context_length": 2, "context_overlap": 1}
 HALF = {"*": 0.5}
 """Every number's value."""
@@ -71,7 +71,7 @@ MODELS: dict[str, Run | str] = {
     "HiDreamO1PatchSeamSmoothing": Run(unet=HOST_FAILS),
     "HyperTile": Run(WITH_TOKENS, HOST_FAILS, {"tile_size": 32}),
     "HypernetworkLoader": Run(wan=HOST_FAILS),
-    "LTXVContextWindows": Run(OFF_DIM, "other context windows", {
+    "LTXVContextWindows": Run(OFF_DIM, "different context windows", {
         "context_length": 9, "context_overlap": 1, "freenoise": False}, alike=True, memory="auto"),
     "LTXVModalityGuidance": Run(),
     "LTXVReferenceAudio": "needs an audio autoencoder",
@@ -143,7 +143,7 @@ MODELS: dict[str, Run | str] = {
     "VideoLinearCFGGuidance": Run(),
     "VideoTriangleCFGGuidance": Run(),
     "WanAnimate2Cache": Run(),
-    "WanContextWindowsManual": Run(OFF_DIM, "other context windows", {
+    "WanContextWindowsManual": Run(OFF_DIM, "different context windows", {
         "context_length": 5, "context_overlap": 1, "freenoise": False}, alike=True, memory="auto"),
     "WanInfiniteTalkToVideo": PATCH,
     "WanUni3CControlnetApply": PATCH,
@@ -152,10 +152,10 @@ MODELS: dict[str, Run | str] = {
 }  # fmt: skip
 """The host's nodes from MODEL to MODEL: what becomes of them, or why they do not run here."""
 
-COMBINED = "got 2 prompts combined"
+COMBINED = "combines 2 prompts"
 AREA, MASK = r"an area of the picture is set \(area\)", r"a mask of the picture is set \(mask\)"
 INTO = r"a picture to paint into is set \(concat_latent_image\)"
-STEPS = r"it is for 0% to 50% of the steps \(Conditioning Set Timestep Range\)"
+STEPS = r"is restricted to 0% to 50% of the steps \(Conditioning Set Timestep Range\)"
 VISION = "needs CLIP vision weights; test_options has the option that it sets"
 OTHER_FAMILY = "is for models of another family, with their own autoencoder or latents"
 WEIGHTS = "needs weights made for one model"

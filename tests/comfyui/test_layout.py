@@ -248,7 +248,7 @@ def white(graph):
         (lambda g: g.set(g.layout, form="shift", objects="circle: 0:0.1,0"), "a shift moves an existing object"),
         (lambda g: g.set(g.layout, mask=white(g)), "mask: every object has a path"),
         (lambda g: g.set(g.guider, positive=g.words[1]), "positive: was made from"),
-        (lambda g: (g.set(g.layout, mode="forward"), g.set(g.guider, model=in_windows(g))), "context windows are set"),
+        (lambda g: (g.set(g.layout, mode="forward"), g.set(g.guider, model=in_windows(g))), "support context windows"),
         (lambda g: g.set(
             g.sampled, latent_image=g.add("SetLatentNoiseMask", samples=g.empty[0], mask=white(g))[0]
         ), "has a noise mask"),

@@ -136,7 +136,7 @@ def test_guidance_nodes_run_beside_it(host):
     [
         (lambda g: g.set(g.edit, preset="custom"), "settings: preset custom needs them"),
         (lambda g: (g.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8), g.set(g.edit, preset="style")),
-         "settings: are connected, but preset 'style' would ignore them"),
+         "settings: are connected, but preset 'style' ignores them"),
         (lambda g: (g.set(g.edit, preset="style"), g.prompt[g.edit.id]["inputs"].pop("prompt_edit")),
          "prompt_edit: FateZero needs it"),
         (lambda g: g.set(g.edit, mask=g.add("SolidMask", value=1.0, width=64, height=64)[0], mask_mode="union"),
@@ -144,7 +144,7 @@ def test_guidance_nodes_run_beside_it(host):
         (lambda g: g.both(g.add(
             "ContextWindowsManual", model=g.demo[0], context_length=3, context_overlap=1, context_stride=1,
             context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0)[0]),
-         "model: context windows are set, but TokenFlow"),
+         "model: context windows conflict with TokenFlow"),
         (lambda g: g.both(g.add("TomePatchModel", model=g.demo[0], ratio=0.5)[0]), "merges or rescales tokens"),
     ],
 )  # fmt: skip
@@ -159,8 +159,8 @@ def test_the_report_tells_what_was_taken_and_spent(host):
     graph = flowing(frames=5)
     shown = graph.add("PreviewAny", source=graph.edit[1])
     told = str(host.run(graph.prompt).outputs[shown.id])
-    assert "took queries and keys in 2 and the feature in 4 of 5 steps" in told
-    assert "3 key frames a step for 5 frames, in batches of 2, weights authors" in told
+    assert "injected queries and keys in 2 and the feature in 4 of 5 steps" in told
+    assert "3 pivots a step for 5 frames, in batches of 2, weights authors" in told
     assert "16 UNet evaluations of 5 frames, 8 more for the source" in told
     assert PnPSettings().attention_steps == 0.5
 

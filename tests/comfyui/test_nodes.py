@@ -174,7 +174,7 @@ def test_conditioning_that_does_not_fit_is_refused(host):
     graph = DemoGraph()
     two = graph.add("ConditioningCombine", conditioning_1=graph.words[1], conditioning_2=graph.words[0])
     graph.set(graph.edit, positive=two[0])
-    says(host, graph, "positive: got 2 prompts combined", graph.edit)
+    says(host, graph, "positive: combines 2 prompts", graph.edit)
 
     graph = DemoGraph()
     latent = graph.add("EmptyLatentImage", width=128, height=64, batch_size=2)

@@ -28,7 +28,7 @@ OF_WAN = {
 """Nodes on a Wan MODEL, and settings with which they change something."""
 KERNELS = ("OtherSparseAttention", "OtherAttention")
 """Kernels that are not softmax attention, which maps are."""
-OF_BOTH = {"ModelSamplingSD3": "another shift", "ContextWindowsManual": "context windows"}
+OF_BOTH = {"ModelSamplingSD3": "its shift", "ContextWindowsManual": "context windows"}
 """Nodes that inversion and edit need alike, and what their refusal says."""
 OFTEN = {
     ("LoraLoaderBypassModelOnly", "edit"), ("FreeU_V2", "inversion"), ("PerturbedAttentionGuidance", "edit"),

@@ -133,7 +133,7 @@ def test_refusals(host, files):
     graph = DemoGraph()
     layers = graph.add("FateZeroLoadTemporalLayers", model=graph.demo[0], name="official.safetensors")
     twice = graph.add("FateZeroLoadTemporalLayers", model=layers[0], name="full.safetensors")
-    with pytest.raises(NodeError, match="carries temporal layers already"):
+    with pytest.raises(NodeError, match="already has temporal layers"):
         host.latents(graph.prompt, sampled(graph, twice[0])[0])
     write_temporal_layers(files / "other.safetensors", {"down_blocks.0.temp_convs.0.conv1.weight": torch.zeros(1)})
     graph = DemoGraph()

@@ -111,7 +111,7 @@ def test_a_node_on_one_side_leaves_the_other(host, lora):
 def test_other_windows_than_the_sources_are_refused(host):
     graph = fused()
     graph.set(graph.invert, model=windowed(graph))
-    with pytest.raises(NodeError, match="model: the source's model splits the clip into other context windows"):
+    with pytest.raises(NodeError, match="model: the source's context windows differ"):
         edited(host, graph)
     graph.set(graph.edit, model=graph.prompt[graph.invert.id]["inputs"]["model"])
     alike = edited(host, graph)

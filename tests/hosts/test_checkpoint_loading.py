@@ -44,7 +44,7 @@ def test_a_single_file_without_its_configuration_says_what_it_needs(tmp_path, mo
 
 def test_a_safetensors_file_that_is_no_checkpoint(tmp_path):
     save_file({"lora_up": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    with pytest.raises(CheckpointError, match=r"lora\.safetensors .* no Stable Diffusion checkpoint"):
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors .* not a Stable Diffusion checkpoint"):
         Checkpoint.load(str(tmp_path / "lora.safetensors"))
 
 

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
     controlnet_for(demo.unet, (16, 32)).save_pretrained(tmp_path / "half")
     for path, said in (
         (tmp_path / "small", r"another kind of model: its block_out_channels is \[8, 16\]"),
-        (tmp_path / "half", "shrinks pictures 2 times, and the model 4 times"),
+        (tmp_path / "half", "downscales pictures by 2, the model by 4"),
         (changed(global_pool_conditions=True), "pools its pictures"),
         (tmp_path / "none", "no model at"),
         (tmp_path, "no config.json"),
@@ -237,6 +237,6 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
         (("--controlnet", folder, "--control", CLIP, "--control-start", 0.6, "--control-end", 0.5), "must be below"),
         (("--controlnet", folder, "--control", CLIP, "--control-start", 0.9999), "no step of 50 is between"),
         (("--controlnet", folder, "--control", CLIP, "--controlnet-strength", -1), "controlnet_strength is -1"),
-        (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet is for UNets"),
+        (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet: needs a UNet"),
     ):
         assert re.search(re.escape(said), refused("edit", *words, *options)), said

@@ -42,8 +42,8 @@ def test_a_clip_goes_through_every_model_alike(name):
 
 
 def test_options_without_effect_are_refused():
-    for options, reason in (({"config": str(DEMO)}, "single file"), ({"temporal": "demo"}, "model of videos already")):
+    for options, reason in (({"config": str(DEMO)}, "single file"), ({"temporal": "demo"}, "video model")):
         with pytest.raises(CheckpointError, match=reason):
             open_model("demo-wan", **options)
-    with pytest.raises(CheckpointError, match="UNets"):
+    with pytest.raises(CheckpointError, match="UNet"):
         open_model("demo-wan").with_control("any", torch.zeros(1, 64, 64, 3, dtype=torch.uint8))

@@ -301,23 +301,23 @@ def pair(layer, up=SIDE, down=SIDE, rank=2):
 REFUSED = {
     "flux": (pair("transformer.single_transformer_blocks.0.attn.to_q"), "for Flux .* none of its 1 layers"),
     "sd3": (pair("transformer.transformer_blocks.0.attn.add_q_proj"), "for Stable Diffusion 3"),
-    "wan": (pair("diffusion_model.blocks.0.self_attn.q"), "for Wan, and the model is Stable Diffusion"),
+    "wan": (pair("diffusion_model.blocks.0.self_attn.q"), "for Wan, .* the model is Stable Diffusion"),
     "motion": (pair("down_blocks.0.motion_modules.0.temporal_transformer.proj_in"), "for AnimateDiff motion"),
     "sdxl": (pair(KOHYA) | pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "SDXL.* 1 of its 2 layers match no"),
     "in part": (pair(KOHYA) | pair("lora_unet_down_blocks_7_attentions_0_proj_in"), "1 of its 2 layers .*blocks_7"),
-    "size": (pair(KOHYA, 320, 320), r"attn1_to_q\S* is for a layer of 320x320, and the model's is 8x8"),
-    "no up": ({f"{KOHYA}.lora_down.weight": drawn(2, SIDE)}, "lacks its up"),
-    "ranks": (pair(KOHYA) | {f"{KOHYA}.lora_down.weight": drawn(3, SIDE)}, "do not fit each other"),
-    "dora alone": ({f"{KOHYA}.dora_scale": drawn(SIDE, 1)}, "lacks its up"),
-    "magnitudes": (pair(KOHYA) | {f"{KOHYA}.dora_scale": drawn(5, 1)}, "magnitudes .* are 5; 8"),
+    "size": (pair(KOHYA, 320, 320), r"attn1_to_q\S* is for a layer of 320x320, .* 8x8"),
+    "no up": ({f"{KOHYA}.lora_down.weight": drawn(2, SIDE)}, "has no up"),
+    "ranks": (pair(KOHYA) | {f"{KOHYA}.lora_down.weight": drawn(3, SIDE)}, "conflicting shapes"),
+    "dora alone": ({f"{KOHYA}.dora_scale": drawn(SIDE, 1)}, "has no up"),
+    "magnitudes": (pair(KOHYA) | {f"{KOHYA}.dora_scale": drawn(5, 1)}, "5 magnitudes; 8"),
     "bias": ({f"{KOHYA}.diff_b": drawn(SIDE)}, "changes a bias"),
-    "oft": ({f"{KOHYA}.oft_blocks": drawn(2, 4, 4)}, "contains OFT"),
-    "glora": ({f"{KOHYA}.a1.weight": drawn(2, 4)}, "contains GLoRA"),
-    "ia3": ({f"{KOHYA}.weight": drawn(8), f"{KOHYA}.on_input": torch.zeros(1)}, r"contains \(IA\)\^3"),
+    "oft": ({f"{KOHYA}.oft_blocks": drawn(2, 4, 4)}, "OFT"),
+    "glora": ({f"{KOHYA}.a1.weight": drawn(2, 4)}, "GLoRA"),
+    "ia3": ({f"{KOHYA}.weight": drawn(8), f"{KOHYA}.on_input": torch.zeros(1)}, r"\(IA\)\^3"),
     "dropped": (pair(KOHYA) | {f"{KOHYA}.other": drawn(2)}, "1 of its 3 tensors .*other"),
-    "embedding": ({"emb_params": drawn(2, 768)}, "no LoRA: it looks like a file of textual inversion"),
-    "model": ({"model.diffusion_model.input_blocks.0.0.weight": drawn(4, 4)}, "no LoRA"),
-    "empty": ({}, "no LoRA"),
+    "embedding": ({"emb_params": drawn(2, 768)}, "not a LoRA: .* textual inversion"),
+    "model": ({"model.diffusion_model.input_blocks.0.0.weight": drawn(4, 4)}, "not a LoRA"),
+    "empty": ({}, "not a LoRA"),
 }  # fmt: skip
 
 
@@ -333,12 +333,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(fused, case):
 
 def test_numbers_that_are_none(fused):
     for change, strength in ((torch.full((SIDE, SIDE), torch.nan), 1.0), (torch.ones(SIDE, SIDE), 1e9)):
-        with pytest.raises(LoraError, match="a weight is not finite"):
+        with pytest.raises(LoraError, match="infinite or NaN"):
             fused({f"{KOHYA}.diff": change}, strength, network=small_unet().half())
 
 
 def test_a_lora_of_pictures_on_wan(fused):
-    with pytest.raises(LoraError, match="for Stable Diffusion, and the model is Wan"):
+    with pytest.raises(LoraError, match="for Stable Diffusion, .* the model is Wan"):
         fused(pair("lora_unet_down_blocks_0_attentions_0_proj_in"), network=small_wan())
     with pytest.raises(LoraError, match="for Wan image-to-video"):
         fused(pair("blocks.0.self_attn.q", 24, 24) | pair("blocks.0.cross_attn.k_img", 24, 24), network=small_wan())

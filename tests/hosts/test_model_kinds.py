@@ -95,15 +95,15 @@ def narrower(weights):
 FOLDERS = {
     "inpainting": (inpainting, "takes 9 channels, as an inpainting model"),
     "TAESD": (tiny_autoencoder, "has a AutoencoderTiny for its autoencoder"),
-    "own class": (lambda f: set_config(f, "model_index.json", _class_name="MyPipeline"), "is a MyPipeline, a pipeline"),
+    "own class": (lambda f: set_config(f, "model_index.json", _class_name="MyPipeline"), "is a MyPipeline"),
     "own code": (lambda f: set_config(f, "model_index.json", _class_name=["p", "Mine"]), r"custom code \(p, Mine"),
-    "unet's weight": (lambda f: set_weights(f, UNET, drop("conv_in.weight")), "lacks weights of its unet: conv_in"),
-    "vae's weight": (lambda f: set_weights(f, VAE, drop("encoder.conv_in.bias")), "lacks weights of its vae: encoder"),
+    "unet's weight": (lambda f: set_weights(f, UNET, drop("conv_in.weight")), "missing weights in its unet: conv_in"),
+    "vae's weight": (lambda f: set_weights(f, VAE, drop("encoder.conv_in.bias")), "missing weights in its vae"),
     "text's weight": (
         lambda f: set_weights(f, TEXT, lambda w: {k: v for k, v in w.items() if "layers.1" not in k}),
-        r"lacks weights of its text_encoder: \S*encoder\.layers\.1\S* and \d+ more",
+        r"has missing weights in its text_encoder: \S*encoder\.layers\.1\S* and \d+ more",
     ),
-    "pointer": (lambda f: pointer(f / UNET), "is a Git LFS pointer and not the weights"),
+    "pointer": (lambda f: pointer(f / UNET), "is a Git LFS pointer"),
     "cut off": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:5000]), "could not load the model"),
     "broken configuration": (
         lambda f: (f / "scheduler" / "scheduler_config.json").write_text("{"), r"scheduler_config\.json is not JSON",
@@ -113,12 +113,12 @@ FOLDERS = {
     "flow": (scheduler(FlowMatchEulerDiscreteScheduler), "FlowMatchEulerDiscreteScheduler, whose noise levels"),
     "other text": (
         lambda f: set_config(f, "unet/config.json", cross_attention_dim=32) or set_weights(f, UNET, narrower),
-        "has text embeddings 64 wide, and its UNet takes 32",
+        "text embeddings .* 64, .* UNet takes 32",
     ),
     "LCM": (consistency, "takes its guidance"),
     "other pipeline": (
         lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline", "vae": ["diffusers", "x"]}'),
-        "is a FluxPipeline; FateZero needs",
+        "is a FluxPipeline .*attention UNet",
     ),
 }  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     monkeypatch.setattr("fatezero.hosts.diffusers.model_files.getaddrinfo", unknown)
     monkeypatch.setattr("fatezero.hosts.diffusers.model_files.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(CheckpointError, match="'owner/name' is not a local folder.* does not answer"):
+    with pytest.raises(CheckpointError, match="'owner/name' is neither a folder nor .* is offline"):
         opened("owner/name", load)
 
 
@@ -212,11 +212,11 @@ FILES = {
     "embedding": ({"emb_params": (1, 768)}, "is a file of textual inversion"),
     "refiner": (BARE | {"conditioner.embedders.0.model.ln_final.weight": (4,)}, "is an SDXL refiner"),
     "inpainting": ({FIRST: (8, 9, 3, 3)}, "takes 9 channels, as an inpainting model"),
-    "no autoencoder": (BARE | {"cond_stage_model.transformer.x": (4,)}, "has no autoencoder in it"),
-    "no text encoder": (BARE | {"first_stage_model.x": (4,)}, "has no text encoder in it"),
+    "no autoencoder": (BARE | {"cond_stage_model.transformer.x": (4,)}, "contains no autoencoder"),
+    "no text encoder": (BARE | {"first_stage_model.x": (4,)}, "contains no text encoder"),
     "edm": (BARE | {"edm_mean": (4,)}, "has EDM's noise levels"),
     "vae": ({"encoder.conv_in.weight": (4,)}, "is only a part of a model"),
-    "other": ({"weight": (4,)}, "is a safetensors file, but no Stable Diffusion checkpoint"),
+    "other": ({"weight": (4,)}, "is a safetensors file, but not"),
 }
 
 
@@ -232,7 +232,7 @@ def test_a_file_of_sd_2_says_what_it_predicts(tmp_path, monkeypatch):
     monkeypatch.setattr("fatezero.hosts.diffusers.model_files._fetched_before", lambda family, path: str(DEMO))
     names = BARE | {"cond_stage_model.model.x": (4,), "first_stage_model.x": (4,)}
     save_file({name: torch.zeros(shape) for name, shape in names.items()}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not state whether .*: give --model-config"):
+    with pytest.raises(CheckpointError, match=r"predicts noise or v: give --model-config"):
         Checkpoint.load(str(tmp_path / "m.safetensors"))
 
 
@@ -288,7 +288,7 @@ def test_schedules_that_end_at_zero_signal(folder):
     scheduler(EulerDiscreteScheduler, prediction_type="v_prediction", **euler)(folder)
     denoiser = Checkpoint.load(str(folder)).denoiser
     schedule = denoiser.schedule(20)
-    with pytest.raises(ValueError, match=r"steps is 500; the first would be at zero signal.* give fewer steps"):
+    with pytest.raises(ValueError, match=r"steps is 500; the first would be at zero signal.* use fewer steps"):
         denoiser.schedule(500)
     assert schedule.timesteps[0] == 951
     levels = EulerDiscreteScheduler.from_pretrained(folder / "scheduler").alphas_cumprod

@@ -235,7 +235,7 @@ def test_what_it_does_not_take(denoiser):
         invert(denoiser, random_latents(), random_text(2), 2, order=3)
     other = small_wan()
     other.blocks[0].attn1.processor = object()
-    with pytest.raises(ValueError, match="cannot reproduce"):
+    with pytest.raises(ValueError, match="cannot replace"):
         VideoTransformerDenoiser(other, scheduler)
 
 

@@ -126,5 +126,5 @@ def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
     ],
 )
 def test_parts_that_need_an_inversion(part):
-    with pytest.raises(ValueError, match="drawn noise"):
+    with pytest.raises(ValueError, match="needs an inversion"):
         World("ddim").edited(**part)

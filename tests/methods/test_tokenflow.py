@@ -243,5 +243,5 @@ def test_less_strength_starts_from_the_clip_with_less_noise(denoiser):
     clip = inversion.latents[0]
     assert 0 < relative(half, clip) < relative(whole, clip)
     assert Recipe(strength=0.5).calls(4) == (4, 4, 0)
-    with pytest.raises(ValueError, match="strength is 0.1; it must be above 0 and leave a step of 4"):
+    with pytest.raises(ValueError, match="strength is 0.1; .* leave at least one of 4"):
         edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=0.1)
