@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fatezero import edit, invert
 from fatezero.attention.masks import GivenMask
@@ -21,6 +21,7 @@ from fatezero.cli.config.files import load_configs
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.video_model import build_tokenizer
 from small import TEXT, random_latents, random_text, relative, small_unet
+from tests.wan import small_wan
 
 REPO = Path(__file__).parents[1]
 PATTERNS = ("*.md", "docs/**/*.md", "web/docs/*.md", "workflows/*.md", "demo/*/*.md", "benchmarks/*.md")
@@ -130,10 +131,6 @@ def small() -> dict[str, object]:
     def text(prompt: str, tokens: int) -> torch.Tensor:
         return torch.randn(1, tokens, TEXT, dtype=torch.float64, generator=torch.Generator().manual_seed(len(prompt)))
 
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT, freq_dim=32,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
     return {
         "unet": small_unet(),
         "scheduler": build_scheduler(),
@@ -141,7 +138,7 @@ def small() -> dict[str, object]:
         "decode": list,
         "latents": random_latents(3),
         "pixels": torch.rand(3, 3, 64, 64),
-        "transformer": transformer.double().eval().requires_grad_(False),
+        "transformer": small_wan(),
         "flow_scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "wan_latents": random_latents(3, 8, 6),
         "wan_encode": lambda prompt: text(prompt, 512),

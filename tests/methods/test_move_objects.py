@@ -184,14 +184,14 @@ def test_what_is_refused(denoiser, inversion, pair):
         Moved(shift(0, 0), [1])
     with pytest.raises(ValueError, match="Plug-and-Play"):
         edited(denoiser, inversion, pair, moving(), fusion=PnPSettings())
-    with pytest.raises(ValueError, match="mask has 2 frames; the clip has 3"):
+    with pytest.raises(ValueError, match="mask has 2 frames, .* 3"):
         edited(denoiser, inversion, pair, moving(source=box(2, 2, 7, 7, 2).float()))
     with pytest.raises(ValueError, match="token 99"):
         edited(denoiser, inversion, pair, replace(moving(), objects=[Moved(shift(0, 0), [99], [1])]))
     with pytest.raises(ValueError, match="mode is forward"):
         forward = LayoutGuidance(target=box(8, 8, 12, 12, 3).float(), columns=COLUMNS, mode="forward")
         edited(denoiser, inversion, pair, forward)
-    for text, told in (("0:0.1", "must be frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "no place")):
+    for text, told in (("0:0.1", "must be frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "at least one stop")):
         with pytest.raises(ValueError, match=told):
             Shift.parse(text)
 
