@@ -61,7 +61,7 @@ class KVEditSettings(BaseInjection):
 
 
 class KVEdit(Injected):
-    """KV-Edit in one edit: the same for the target's and the negative prompt's branch."""
+    """KV-Edit in one edit: in the target's branch, as others run when a transformer's source is gone."""
 
     def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
         super().__init__(edit, context)
@@ -75,10 +75,10 @@ class KVEdit(Injected):
         return Needs(self._layers, own_level=self.own_level, values=True)
 
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
-        if not self.settings.reads_source(step, self.context.steps):
-            return super().controls(source, step)
-        frames = self.context.store.frames
-        return Background(source, self._mask, frames), Background(source, self._mask, frames)
+        target, negative = super().controls(source, step)
+        if self.settings.reads_source(step, self.context.steps):
+            target = Background(source, self._mask, self.context.store.frames)
+        return target, negative
 
 
 class Background(Control):

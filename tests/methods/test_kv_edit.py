@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fatezero import StoreSettings, edit, invert
 from fatezero.attention.control import AttentionSite
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask
+from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.methods.kv_edit import Background, KVEditSettings
 from fatezero.store.records import Recorder
 from small import random_latents, random_text, relative
+from tests.wan import small_wan
 
 STEPS = 4
 
@@ -65,3 +68,19 @@ def test_it_needs_a_mask_before_anything_runs(denoiser):
     inversion = invert(denoiser, random_latents(1), random_text(0), STEPS)
     with pytest.raises(ValueError, match="KV-Edit needs an edit mask"):
         edit(denoiser, inversion, random_text(1), random_text(2), fusion=KVEditSettings())
+
+
+def test_on_a_video_transformer():
+    """Its source branch runs in the call of the target's branch only."""
+    denoiser = VideoTransformerDenoiser(small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    latents, half, tokens = random_latents(3, 8, 6), torch.zeros(1, 8, 6), 512
+    half[..., :3] = 1
+    inversion = invert(denoiser, latents, random_text(0, tokens), 2)
+
+    def run(settings):
+        texts = random_text(1, tokens), random_text(2, tokens)
+        return edit(denoiser, inversion, *texts, fusion=settings, mask=GivenMask(half))
+
+    ours = run(KVEditSettings())
+    assert torch.equal(ours[..., 3:], latents[..., 3:])
+    assert relative(ours, run(None)) > 1e-4
