@@ -55,7 +55,7 @@ def test_every_command_takes_a_lora(command, tmp_path, arguments, says):
 def test_a_lora_of_another_model_is_refused_before_anything_runs(refused, tmp_path):
     write_loras(tmp_path)
     said = refused("edit", CLIP, *WORDS, "--lora", "w.safetensors", "--dry-run")
-    assert "w.safetensors is a LoRA for Wan, and the model is Stable Diffusion" in said
+    assert "w.safetensors is a LoRA for Wan, but the model is Stable Diffusion" in said
     assert "the model is Wan" in refused(
         "edit", CLIP, *WORDS, "--model", "demo-wan", "--lora", "a.safetensors", "--dry-run"
     )
