@@ -62,13 +62,13 @@ def no_bars() -> Iterator[Callable[[str], Bar]]:
 
 
 def _progress_lines(title: str) -> Bar:
-    begun, told, title = time.monotonic(), float("-inf"), printable(title)
+    begun, last, title = time.monotonic(), float("-inf"), printable(title)
 
     def update(done: int, total: int, note: str = "") -> None:
-        nonlocal told
+        nonlocal last
         now = time.monotonic()
-        if now - told >= _LINE_EVERY or done == total:
-            told, left = now, (now - begun) / max(1, done) * (total - done)
+        if now - last >= _LINE_EVERY or done == total:
+            last, left = now, (now - begun) / max(1, done) * (total - done)
             rest = f", {_minutes(left)} left" if done < total else f" in {_minutes(now - begun)}"
             console.print(f"{title} {done}/{total}{note and ', '}{note}{rest}", markup=False, soft_wrap=True)
             console.file.flush()
@@ -104,7 +104,7 @@ def in_a_line(text: str) -> str:
     return shortened(" ".join(_ERRNO.sub("", printable(text)).split()), _MOST)
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error in one line; of one that is no user's doing, where it came from."""
     text = in_a_line(str(error)) or type(error).__name__
     if "out of memory" in text.lower() or "can't allocate memory" in text:

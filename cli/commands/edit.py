@@ -26,7 +26,6 @@ from ...video.write import FrameDigest, shortcomings, write_video
 from ..config.files import configs_of
 from ..config.record import (
     Made,
-    apart_from,
     check_is_here,
     check_same,
     differences,
@@ -37,6 +36,7 @@ from ..config.record import (
     record_path,
     threads_on,
     versions,
+    without_given,
     write_record,
 )
 from ..config.settings import PRESETS, EditConfig
@@ -107,7 +107,7 @@ def command(
     if made is not None:  # a result's record: made again with what it was made with
         others = {"store": store, "model_config": run.model_config, "target": target, "preset": preset}
         given = {*flags, *(name for name, value in others.items() if value)}
-        made = apart_from(made, given)
+        made = without_given(made, given)
         store = store or (Path(made.store) if made.store else None)
         device, dtype = (b if a == "auto" else a for a, b in ((run.device, made.device), (run.dtype, made.dtype)))
         run = replace(run, model_config=run.model_config or made.model_config, device=device, dtype=dtype)

@@ -35,7 +35,7 @@ def load_configs(
     file's own preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
     """
     path, texts = Path(path), dict(texts or {})
-    data = held_by(path)
+    data = data_of(path)
     with _naming(path):
         if not isinstance(data, Mapping):
             raise ConfigError("holds no settings")
@@ -86,7 +86,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def held_by(path: Path) -> Any:
+def data_of(path: Path) -> Any:
     """What a configuration holds: YAML, JSON, or a video's own record; ConfigError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}")

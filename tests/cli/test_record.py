@@ -112,7 +112,7 @@ def test_another_clip_or_model_is_refused(command, clip, tmp_path):
     record["made"]["model"] = "0" * 64
     (tmp_path / "r.json").write_text(json.dumps(record))
     said = command("edit", "--config", "r.json", "-o", "b.mp4", code=1)
-    assert "the model's weights are not those the result was made with" in said
+    assert "the model's weights are not those of the result" in said
     command("edit", "--config", "r.json", "--model", DEMO, "-o", "b.mp4")
 
 
@@ -147,7 +147,7 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"threads": true}}', "made.threads is True"),
         ('{"made": {"device": "meta"}}', "device 'meta' cannot be used here"),
         ('{"steps": 2, "steps": 3}', "'steps' is given a second time"),
-        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not here"),
+        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not on"),
         ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
