@@ -105,7 +105,7 @@ def test_another_clip_or_model_is_refused(command, clip, tmp_path):
     whole = clip.read_bytes()
     clip.write_bytes((tmp_path / "out.mp4").read_bytes())
     said = command("edit", "--config", "out.mp4.json", "-o", "again.mp4", code=1)
-    assert "the video is not the file that the result was made of" in said
+    assert "the video is not the file that the result was made from" in said
     command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as asked
     clip.write_bytes(whole)
     record = json.loads((tmp_path / "out.mp4.json").read_text())
