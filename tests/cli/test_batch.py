@@ -88,9 +88,9 @@ def test_a_name_does_not_follow_what_else_there_is(folder):
         ({"jobs": "a.mp4", "workflow": 3}, "workflow is 3"),
         ({"jobs": "a.mp4", 1: 2, "steps": 3}, "1 is not the name of a setting"),
         ({"clips": "a.mp4", "targets": ["x", {"reweight": {1: 2, "x": 3}}]}, "1 is not the name of a setting"),
-        ("jobs: &a [{video: a.mp4}, *a]", "a part of it holds itself"),
-        ("clips: a.mp4\nsettings: &a {pnp: *a}", "a part of it holds itself"),
-        ("jobs: a.mp4\njobs: b.mp4", "line 2: 'jobs' is given a second time"),
+        ("jobs: &a [{video: a.mp4}, *a]", "a part of it contains itself"),
+        ("clips: a.mp4\nsettings: &a {pnp: *a}", "a part of it contains itself"),
+        ("jobs: a.mp4\njobs: b.mp4", "line 2: 'jobs' is given twice"),
         ({"jobs": "a.mp4", "inputs": ["x" * 10**6]}, "inputs is ['xx"),
     ],
 )

@@ -102,7 +102,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     ("options", "says"),
     [
         (("--key-frames", "previous"), "give --chunk-frames"),
-        (("--memory", "maps"), "memory maps keeps attention in one process"),
+        (("--memory", "maps"), "memory maps needs one process"),
         (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),
     ],
 )

@@ -100,7 +100,7 @@ def test_what_is_refused(refused, tuned, tmp_path):
     said = refused("tune", CLIP, *PROMPT, "--count", 2, "--steps", 9, "--resume", "-o", tuned)
     assert "started with learning_rate 0.003, not 3e-05" in said
     assert "rank has no effect" in refused(*TUNE, "--rank", 4)
-    assert "no effect on temporal layers of a file" in refused(*TUNE, "--temporal", tuned, "--layers", "fatezero")
+    assert "no effect on temporal layers from a file" in refused(*TUNE, "--temporal", tuned, "--layers", "fatezero")
     assert "steps is 0; it must be between 1 and 100000" in refused(*TUNE, "--steps", 0)
     assert "keep_every is 0" in refused(*TUNE, "--keep-every", 0)
     (tmp_path / "bad").mkdir()
