@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.masks import GivenMask
 from ..demo.scenes import SIZE
 from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
@@ -23,12 +24,15 @@ from ..diffusion.parts import Edit
 from ..files.temporal_layers import load_temporal_layers
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
-from ..hosts.diffusers.checkpoint_wan import WanCheckpoint
+from ..hosts.diffusers.load import open_model
+from ..hosts.diffusers.model import Model
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
+from ..models import FAMILIES
+from ..recipes.presets import methods_of
 from ..recipes.recipe import Recipe
 from ..video.flow import flow_estimator
 from ..video.motion import Motion, smooth_along
@@ -43,11 +47,11 @@ class Method:
     """A row of the table.
 
     run: edits a trial's clip without an inversion. Otherwise `settings` override those of the case's preset (the
-    paper's, or ours with `plus`) or of another `preset`, with attention of `source`. smoothing: along the source's
-    flow, in each step; steady: of the resulting frames. layers: temporal layers on the image model, "fresh" or the
-    bundled ones ("demo"), `tuned` on the clip for that many steps. wan: use the demo's video transformer. order: of the
-    solver. drawn: FlowEdit instead of an inversion. blind: invert with the empty prompt. guidance: of an edit without
-    fusion, if not the run's.
+    paper's, or ours with `plus`) or of another `preset`, with attention of `source`. masked: with the true mask of what
+    changes as the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
+    temporal layers on the image model, "fresh" or the bundled ones ("demo"), `tuned` on the clip for that many steps.
+    transformer: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion.
+    blind: invert with the empty prompt. guidance: of an edit without fusion, if not the run's.
     """
 
     name: str
@@ -60,11 +64,12 @@ class Method:
     clip_norm: bool = False
     injection: PnPSettings | None = None
     propagation: TokenFlowSettings | None = None
+    masked: bool = False
     smoothing: float = 0.0
     steady: float = 0.0
     layers: str = ""
     tuned: int = 0
-    wan: bool = False
+    transformer: bool = False
     order: int = 1
     drawn: FlowEditSettings | None = None
     strength: float = 1.0
@@ -76,7 +81,7 @@ class Method:
 class Trial:
     """One case with a model, to run methods on."""
 
-    checkpoint: Checkpoint | WanCheckpoint
+    checkpoint: Model
     case: Case
     steps: int
     guidance_scale: float = 7.5
@@ -84,17 +89,20 @@ class Trial:
     """Tuning states of this clip, by layers and steps; longer tunings resume from them."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoint, WanCheckpoint):
-            self.latents = self.checkpoint.encode_clip(self.case.clip.frames)
-        else:
+        if isinstance(self.checkpoint, Checkpoint):
             self.latents, self.deviation = self.checkpoint.encode_posterior(self.case.clip.frames)
+        else:
+            self.latents = self.checkpoint.encode_clip(self.case.clip.frames)
         self.source, self.target, self.negative = (
             self.checkpoint.encode_prompt(text, SIZE, SIZE)
             for text in (self.case.source.caption, self.case.target.caption, "")
         )
 
     def invert(self, method: Method) -> Inversion:
-        source, memory = self.negative if method.blind else self.source, "recompute" if method.wan else "queries_keys"
+        source, memory = (
+            self.negative if method.blind else self.source,
+            "recompute" if method.transformer else "queries_keys",
+        )
         if method.drawn is not None:
             return draw(self.checkpoint.denoiser, self.latents, source, self.steps, method.drawn, method.key_frames)
         return invert(
@@ -102,9 +110,10 @@ class Trial:
             order=method.order, prompt=self.case.source.caption,
         )  # fmt: skip
 
-    def on_wan(self) -> Trial:
+    def on_transformer(self) -> Trial:
         """The same case on the demo's video transformer."""
-        return replace(self, checkpoint=WanCheckpoint.load("demo-wan", self.latents.device))
+        demo = next(family.demo for family in FAMILIES if family.spans_clip)
+        return replace(self, checkpoint=open_model(demo, self.latents.device))
 
     def tuned(self, layers: str, steps: int) -> Trial:
         """The same case on a copy of the model with temporal layers, tuned on the clip for so many steps."""
@@ -133,8 +142,13 @@ class Trial:
             recipe = Recipe.of_preset(
                 method.preset or case.preset + ("+" if method.plus else ""), source, target, **own
             )
+        mask = GivenMask(torch.maximum(case.clip.mask, case.truth.mask)) if method.masked else None
         return replace(
-            recipe, propagation=method.propagation, smoothing=self.smoothing(method), strength=method.strength
+            recipe,
+            mask=mask,
+            propagation=method.propagation,
+            smoothing=self.smoothing(method),
+            strength=method.strength,
         )
 
     def edit(self, method: Method) -> Edit:
@@ -160,10 +174,12 @@ class Trial:
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
     """The latents of every method; methods share models, inversions and passes where possible."""
     found = {method.name: method.run(trial) for method in methods if method.run is not None}
-    models = dict.fromkeys((m.layers, m.tuned, m.wan) for m in methods if m.run is None)
-    for layers, steps, wan in models:
-        own = trial.on_wan() if wan else trial.tuned(layers, steps) if layers else trial
-        alike = [m for m in methods if m.run is None and (m.layers, m.tuned, m.wan) == (layers, steps, wan)]
+    models = dict.fromkeys((m.layers, m.tuned, m.transformer) for m in methods if m.run is None)
+    for layers, steps, transformer in models:
+        own = trial.on_transformer() if transformer else trial.tuned(layers, steps) if layers else trial
+        alike = [
+            m for m in methods if m.run is None and (m.layers, m.tuned, m.transformer) == (layers, steps, transformer)
+        ]
         found |= _edited_on_one_model(own, alike)
     return found
 
@@ -274,6 +290,13 @@ METHODS: tuple[Method, ...] = (
     Method("FateZero+, latents up to 0.8", plus=True, settings={"blend_latents_until": 0.8}),
 )
 
+METHODS += tuple(
+    Method(declared.title, preset=preset, masked=declared.needs_mask)
+    for declared in methods_of("injection")
+    for preset in declared.presets
+    if declared.name not in ("fatezero", "pnp")
+)
+"""Further injections, each as it declares itself."""
 PNP = PnPSettings()
 EXTENDED = TokenFlowSettings(1, "linear")
 """Every frame is a pivot and attends to all frames: extended attention only."""
@@ -318,27 +341,29 @@ METHODS += TUNED
 _FLOW_EDIT = FlowEditSettings()
 
 
-def _on_wan(name: str, **more: Any) -> Method:
+def _on_transformer(name: str, **more: Any) -> Method:
     """A row on the demo's video transformer."""
-    return Method(f"Wan: {name}", wan=True, **more)
+    return Method(f"Wan: {name}", transformer=True, **more)
 
 
-WAN = (
-    _on_wan("inversion + prompt", source=None, guidance=5.0),
-    _on_wan("inversion of second order + prompt", source=None, guidance=5.0, order=2),
-    _on_wan("FateZero (paper)", settings={"guidance_scale": 5.0}),
-    _on_wan("FateZero+", plus=True),
-    _on_wan("FateZero+, second order", plus=True, order=2),
-    _on_wan("FlowEdit", source=None, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
-    _on_wan("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
+TRANSFORMER = (
+    _on_transformer("inversion + prompt", source=None, guidance=5.0),
+    _on_transformer("inversion of second order + prompt", source=None, guidance=5.0, order=2),
+    _on_transformer("FateZero (paper)", settings={"guidance_scale": 5.0}),
+    _on_transformer("FateZero+", plus=True),
+    _on_transformer("FateZero+, second order", plus=True, order=2),
+    _on_transformer("FlowEdit", source=None, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
+    _on_transformer("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
         "guidance_scale": 10.0, "cross_replace_steps": 0.0, "self_replace_steps": 0.0,
     }, strength=0.7),
-    _on_wan("FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7),
+    _on_transformer(
+        "FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7
+    ),
     Method("DDIM inversion of second order + prompt", source=None, order=2),
     Method("FateZero+, second order", plus=True, order=2),
 )  # fmt: skip
 """Rows with a video model, with FlowEdit on it, and with second-order solvers."""
-METHODS += WAN
+METHODS += TRANSFORMER
 
 QUICK = ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.6", PAPER, "full self fusion", BEST)
 """The methods of `--quick`."""

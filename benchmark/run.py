@@ -28,7 +28,7 @@ from ..video.size import to_bytes
 from ..video.write import write_picture
 from .cases import KINDS, Case, cases_of, sample_cases
 from .measure import measure
-from .rows import LONG, METHODS, QUICK, TUNED, WAN, Method, Trial, edited
+from .rows import LONG, METHODS, QUICK, TRANSFORMER, TUNED, Method, Trial, edited
 
 Row = dict[str, float | str]
 Progress = Callable[[int, int], None]
@@ -62,7 +62,11 @@ class BenchmarkSettings:
 def chosen_methods(names: Sequence[str] | None, quick: bool) -> list[Method]:
     """Methods by name, or those of `--quick`, or all; ValueError for an unknown one."""
     if not names:
-        return [m for m in METHODS if m.name in QUICK] if quick else [m for m in METHODS if m not in LONG + TUNED + WAN]
+        return (
+            [m for m in METHODS if m.name in QUICK]
+            if quick
+            else [m for m in METHODS if m not in LONG + TUNED + TRANSFORMER]
+        )
     unknown = sorted(set(names) - {m.name for m in METHODS})
     if unknown:
         raise ValueError(f"unknown method {unknown[0]!r}: use some of {', '.join(repr(m.name) for m in METHODS)}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> Layout | None:
     """An edit's layout, if any. Raises ValueError for parts that do not fit each other or the model."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
-    config.recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
+    config.planned_recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
     return layout
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, KeyFrames
-from ..attention.masks import GivenMask
 from ..diffusion.denoiser import frames_meet, keys_on
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
@@ -111,11 +110,7 @@ def _calls(
     configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
 ) -> tuple[str, float]:
     """The calls of the model on the clip: in words, and their total, with a call with gradients as four."""
-    given = [GivenMask(torch.ones(1, 1, 1), c.mask_mode) if c.edit_mask else None for c in configs]
-    counted = [
-        config.recipe(mask=mask).calls(config.steps, kept_steps, frames, spans_clip)
-        for config, mask in zip(configs, given, strict=True)
-    ]
+    counted = [config.planned_recipe().calls(config.steps, kept_steps, frames, spans_clip) for config in configs]
     source = max(calls.source for calls in counted)
     parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)
     if edits:

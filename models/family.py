@@ -1,4 +1,4 @@
-"""What a family of models is, whatever host runs it."""
+"""The facts of a model family, the same in every host."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ class Family:
 
 
 def latent_frames(frames: int, frames_per_latent: int) -> int:
-    """The latents of a clip whose first latent holds one frame and each other `frames_per_latent`."""
+    """The number of latents of a clip whose first latent is one frame, and each other `frames_per_latent` frames."""
     return 1 + -(-(frames - 1) // frames_per_latent)

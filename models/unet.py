@@ -35,7 +35,8 @@ def feature_level(levels: Iterable[tuple[int, bool]]) -> int | None:
 
 
 def clip_norms(blocks: Iterable[tuple[Any, Any]], last: Any) -> list[nn.GroupNorm]:
-    """The GroupNorms that see the whole clip in the 5-D UNet of Tune-A-Video's and FateZero's code: both norms of each
-    ResNet block, and the one before the last convolution.
+    """The GroupNorms whose statistics span the whole clip in the 5-D UNet of Tune-A-Video's and FateZero's code.
+
+    blocks: the two norms of each ResNet block. last: the norm before the last convolution.
     """
     return [norm for norms in (*blocks, (last,)) for norm in norms if isinstance(norm, torch.nn.GroupNorm)]

@@ -18,7 +18,7 @@ from ..settings import setting_of
 from ..video.pictures import VideoError
 from ..video.read import open_video
 from ..video.size import check_crop, crop, fit_size, resize_to_fill
-from ..video.which import ClipSettings
+from ..video.which import ClipSettings, colour_of
 from .files import inside
 from .settings import widget
 from .sockets import schema, show_on_node
@@ -71,6 +71,7 @@ class FateZeroLoadVideo(io.ComfyNode):
                     for side in ("left", "top", "right", "bottom")
                 ),
                 io.Video.Input("video", optional=True, tooltip="A video from another node, instead of the file."),
+                widget(ClipSettings, "background", advanced=True, optional=True),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The chosen frames."),
@@ -104,13 +105,14 @@ class FateZeroLoadVideo(io.ComfyNode):
         crop_right: int,
         crop_bottom: int,
         video: Any = None,
+        background: str = "black",
     ) -> io.NodeOutput:
         path = _chosen(file) if video is None else _file_of(video)
         cut = (crop_left, crop_top, crop_right, crop_bottom)
         if path is None:
             part = _part_of(video.get_components(), start, stride, count)
         else:
-            part = _part_of_file(path, start, stride, count)
+            part = _part_of_file(path, start, stride, count, _colour(background))
         if part.notes:
             show_on_node(cls.hidden.unique_id, "\n".join(part.notes))
         check_crop(*part.size, *cut)
@@ -158,12 +160,19 @@ def _file_of(video: Any) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _part_of_file(path: str | Path, start: int, stride: int, count: int) -> _Part:
+def _colour(background: str) -> tuple[int, int, int]:
+    try:
+        return colour_of(background)
+    except ValueError as error:
+        raise ValueError(f"background: {error}") from error
+
+
+def _part_of_file(path: str | Path, start: int, stride: int, count: int, colour: tuple[int, int, int]) -> _Part:
     """Frames of a file, resampled to its mean rate if its times vary, since a VIDEO has one rate."""
-    source = open_video(path, start, stride, count or None)
+    source = open_video(path, start, stride, count or None, background=colour)
     notes = source.notes
     if not source.even and source.index is not None:
-        source = open_video(path, start, stride, count or None, fps=source.index.fps)
+        source = open_video(path, start, stride, count or None, fps=source.index.fps, background=colour)
         notes = (*source.notes, f"variable frame rate: resampled to {float(source.fps):.3g} frames/s")
     track, sound = source.sound(), None
     if track is not None:

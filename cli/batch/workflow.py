@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+from ...methods import METHODS
 from ...settings import settings_of, shown
-from ..config.settings import PRESETS, ConfigError, EditConfig, with_preset
+from ..config.settings import PRESETS, SECTIONS, ConfigError, EditConfig, with_preset
 from ..config.values import checked
 from .jobs import Batch
 
 Graph = dict[str, Any]
 """A workflow's API form: nodes by number, each with its class and inputs."""
 _LOADER = "FateZeroLoadVideo"
-_NODES = {
-    "tokenflow": "FateZeroTokenFlow", "pnp": "FateZeroPnP", "flow_edit": "FateZeroFlowEdit", "layout": "FateZeroLayout",
-}  # fmt: skip
+_NODES = {m.name: m.node_id for m in METHODS if m.name in SECTIONS} | {"layout": "FateZeroLayout"}
 """The nodes of sections of settings."""
 _INPUTS = {
     "guidance_scale": ("", "guidance"),
@@ -86,8 +85,8 @@ class _Filling:
         """Choose a preset, with all its settings that the job does not override."""
         texts = {name: text for name in ("source", "target") if (text := values.get(name) or self._text(name))}
         config, usual = with_preset(EditConfig(**checked(texts)), preset), EditConfig()
-        needed = {"tokenflow": config.propagation == "tokenflow", "flow_edit": config.noise == "drawn"}
-        for section in (name for name, needs in needed.items() if needs):
+        needed = [config.propagation] if config.propagation != "none" else []
+        for section in (*needed, *(["flow_edit"] if config.noise == "drawn" else [])):
             self._node(_NODES[section], f"preset {preset}")
         self._put(self.place("preset"), "preset", preset if config.injection == "fatezero" else config.injection)
         for name in ("guidance_scale", "strength", "mode", "key_frames", "clip_norm"):

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from ...attention.key_frames import KeyFrames
+from ...attention.masks import GivenMask
 from ...attention.prompt import Mode, PromptEdit
 from ...diffusion.invert import InversionSettings
 from ...diffusion.parts import Edit
+from ...imports import torch
 from ...methods.fatezero import GROUP as FATEZERO
 from ...methods.fatezero import FusionSettings
 from ...methods.flow_smoothing import GROUP as FLOW
@@ -236,6 +238,11 @@ class EditSettings(
     @property
     def keys(self) -> KeyFrames:
         return self.part(InversionSettings).keys
+
+    def planned_recipe(self, **more: Any) -> Recipe:
+        """The recipe before the files of its edit mask are read: a mask of ones stands for them."""
+        mask = GivenMask(torch.ones(1, 1, 1), self.mask_mode) if self.edit_mask else None
+        return self.recipe(mask=mask, **more)
 
     def prompt_edit(self, tokenizer: Any) -> PromptEdit | None:
         """The prompt pair; see `Recipe.pair`."""

@@ -37,7 +37,7 @@ class Change:
 
 
 def decomposed(weight: Tensor, magnitude: Tensor, axis: int) -> Tensor:
-    """DoRA, Eq. 5: m V / |V|, with a magnitude for each entry of an axis (outputs 0, inputs 1)."""
+    """DoRA, Eq. 5: m V / |V|, with a magnitude for each entry of an axis (0: outputs, 1: inputs)."""
     shape = [1] * weight.ndim
     shape[axis] = -1
     length = weight.transpose(0, axis).flatten(1).norm(dim=1)

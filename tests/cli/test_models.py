@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fatezero.cli.config.files import config_of
 from fatezero.cli.config.paths import bare_name, files_of, renamed
-from fatezero.cli.config.settings import ConfigError, EditConfig
+from fatezero.cli.config.settings import FILES, FILES_OF_OBJECTS, ConfigError, EditConfig
 from fatezero.cli.config.values import checked
 from fatezero.files.bundled import CLIP
 
@@ -55,7 +55,7 @@ def test_every_command_takes_a_lora(command, tmp_path, arguments, says):
 def test_a_lora_of_another_model_is_refused_before_anything_runs(refused, tmp_path):
     write_loras(tmp_path)
     said = refused("edit", CLIP, *WORDS, "--lora", "w.safetensors", "--dry-run")
-    assert "w.safetensors is a LoRA for Wan, and the model is Stable Diffusion" in said
+    assert "w.safetensors is a LoRA for Wan, but the model is Stable Diffusion" in said
     assert "the model is Wan" in refused(
         "edit", CLIP, *WORDS, "--model", "demo-wan", "--lora", "a.safetensors", "--dry-run"
     )
@@ -88,3 +88,14 @@ def test_loras_under_other_names(tmp_path):
 def test_models_that_are_refused_before_anything_runs(refused, tmp_path, options, says):
     write_loras(tmp_path)
     assert says in refused("edit", CLIP, *WORDS, *options, "--dry-run")
+
+
+def test_every_setting_that_names_a_file_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = {name: f"~/{name}" for name in FILES}
+    several = {"lora": ["~/a.safetensors", "~/b=0.5"], **{name: ["a burger: ~/m.mp4"] for name in FILES_OF_OBJECTS}}
+    found = checked({**named, **several})
+    assert {name: found[name] for name in FILES} == {name: str(tmp_path / name) for name in FILES}
+    assert found["lora"] == (f"{tmp_path}/a.safetensors", f"{tmp_path}/b=0.5")
+    assert all(found[name] == (f"a burger: {tmp_path}/m.mp4",) for name in FILES_OF_OBJECTS)
+    assert all("~" not in file for file in files_of(EditConfig(**found)).values())

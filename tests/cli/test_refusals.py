@@ -7,7 +7,7 @@ from fatezero.files.bundled import CLIP
 EDIT = ("edit", CLIP, "--source", "a red square", "--target", "a green square", "--steps", 2, "--count", 2)
 EVALUATE = ("evaluate", CLIP, CLIP, "--source", "x", "--target", "y")
 TUNE = ("tune", CLIP, "--prompt", "a red square", "--count", 2, "--steps", 1)
-UNREACHABLE = "is neither here nor among the models fetched before"
+UNREACHABLE = "is neither a folder nor in the cache"
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_guidance_nodes_run_beside_it(host):
         (lambda g: (g.set(g.edit, preset="style"), g.prompt[g.edit.id]["inputs"].pop("prompt_edit")),
          "prompt_edit: FateZero needs it"),
         (lambda g: g.set(g.edit, mask=g.add("SolidMask", value=1.0, width=64, height=64)[0], mask_mode="union"),
-         'a mask joined as "union"'),
+         'how="union"'),
         (lambda g: g.both(g.add(
             "ContextWindowsManual", model=g.demo[0], context_length=3, context_overlap=1, context_stride=1,
             context_schedule="standard_static", closed_loop=False, fuse_method="pyramid", dim=0)[0]),

@@ -144,3 +144,17 @@ def test_varying_frame_times_and_late_starts_keep_step_in_the_host(host):
     assert size == (64, 48)
     assert flash_times(video) == pytest.approx([0, 1, 2, 3], abs=0.06)
     assert beep_times(video.sound) == pytest.approx([0, 1, 2, 3], abs=0.06)
+
+
+def test_a_background_lies_behind_what_is_transparent(host):
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(host.base / "input" / "clear.png")
+
+    def brightness(**choice):
+        graph = Graph()
+        node = graph.add("FateZeroLoadVideo", **{**CHOICE, "file": "clear.png", **choice})
+        images = graph.add("SaveImage", images=node[0], filename_prefix="clear")
+        return np.asarray(Image.open(host.file(host.run(graph.prompt), images.id)).convert("L")).mean()
+
+    assert (brightness(), brightness(background="white")) == (0, 255)
+    with pytest.raises(NodeError, match="background"):
+        brightness(background="nocolour")

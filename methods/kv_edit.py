@@ -1,0 +1,116 @@
+"""KV-Edit (Zhu et al., 2025, arXiv 2502.17363), its simplest form: the background's keys and values are the source's.
+
+In self-attention, a token outside the edit mask m has the source's key and value, a token inside has the edit's:
+    K = m K_edit + (1 - m) K_source,   V = m V_edit + (1 - m) V_source,
+and the latents outside m are the source's after every step. So the new object fits a background that does not change.
+The paper also skips the queries outside m, which saves their cost; here they are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from einops import rearrange
+
+from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import Chunk
+from ..attention.masks import GivenMask
+from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
+from ..diffusion.source import Needs
+from ..settings import check, setting, whole_steps
+from ..store.records import QueriesKeys, SourceStep
+from .method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+GROUP = "KV-Edit"
+
+
+@dataclass(frozen=True)
+class KVEditSettings(BaseInjection):
+    """How long the background keeps the source's keys and values. Raises ValueError for a share outside 0 to 1."""
+
+    background_steps: float = setting(
+        1.0,
+        "Share of the steps, from the noisy end, in which the background's keys and values are the source's.",
+        least=0, most=1, step=0.01, group=GROUP,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def check(self, edit: Edit, spans_clip: bool) -> None:
+        """It needs an edit mask, and has no place for objects that move."""
+        if edit.mask is None:
+            raise ValueError("KV-Edit needs an edit mask that marks what may change")
+        if edit.layout is not None:
+            raise ValueError("KV-Edit keeps the background in place: use a layout with FateZero or no injection")
+
+    def injected(self, edit: Edit, context: EditContext) -> Injected:
+        return KVEdit(self, edit, context)
+
+    def reads_source(self, step: int, steps: int) -> bool:
+        return step < whole_steps(self.background_steps, steps)
+
+    def summary(self, steps: int) -> str:
+        taken = whole_steps(self.background_steps, steps)
+        return f"background keys and values from the source in {taken} of {steps} steps"
+
+
+class KVEdit(Injected):
+    """KV-Edit in one edit: in the target's branch, as others run when a transformer's source is gone."""
+
+    def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
+        super().__init__(edit, context)
+        assert edit.mask is not None  # `check` refuses others
+        self.settings, self._mask = settings, edit.mask
+        self._layers = {site.name for site in context.sites if site.kind == "self"}
+
+    def needs(self, step: int) -> Needs:
+        if not self.settings.reads_source(step, self.context.steps):
+            return super().needs(step)
+        return Needs(self._layers, own_level=self.own_level, values=True)
+
+    def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
+        target, negative = super().controls(source, step)
+        if self.settings.reads_source(step, self.context.steps):
+            target = Background(source, self._mask, self.context.store.frames)
+        return target, negative
+
+
+class Background(Control):
+    """A branch whose tokens outside a mask have the source's keys and values. frames: of the clip."""
+
+    def __init__(self, source: SourceStep, mask: GivenMask, frames: int) -> None:
+        super().__init__(source.key_frames, source.chunk)
+        self.source, self.mask, self.frames = source, mask, frames
+
+    def on(self, chunk: Chunk) -> Self:
+        own = super().on(chunk)
+        own.source = self.source.window(chunk.frame_indices)
+        return own
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        record, values = self.source.record(site.name), self.source.captured.values
+        assert isinstance(record, QueriesKeys) and values is not None
+        inside = self.mask.at((site.height, site.width), self.frames)[list(self.chunk.frame_indices)]
+        m = rearrange(inside, "f y x -> f 1 (y x) 1").to(k)
+        k = m * k + (1 - m) * record.keys(k.dtype)
+        v = m * v + (1 - m) * values[site.name]
+        return super().self_attention(q, k, v, site)
+
+
+METHOD = Method(
+    name="kv_edit",
+    title="KV-Edit",
+    paper="Zhu et al., 2025, arXiv 2502.17363",
+    sentence="Keeps the source's keys and values outside an edit mask, so that the background does not change.",
+    part="injection",
+    settings=KVEditSettings,
+    presets={"kv_edit": {"injection": "kv_edit"}},
+    needs_mask=True,
+    aliases=("background preservation", "inpaint", "object removal"),
+)
