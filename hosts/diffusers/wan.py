@@ -390,5 +390,8 @@ class SmallWan(FrameByFrame, WanCheckpoint):
     def native_size(self) -> int:
         return 64
 
+    def encode_clip(self, frames: Tensor) -> Tensor:
+        return super().encode_clip(frames.contiguous())  # convolutions round differently on other memory layouts
+
     def coding(self, height: int, width: int) -> str:
         return "frame by frame"
