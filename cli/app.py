@@ -1,4 +1,4 @@
-"""The command line: its commands, and what it says of an error."""
+"""The command line: its commands, and its error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import __version__
 from .commands import batch, benchmark, demo, edit, evaluate, generate, invert, train_demo, tune
 from .errors import parsing_error
 from .help import show_help
-from .progress import complain, console, in_a_line, told
+from .progress import complain, console, in_a_line, one_line
 
 app = App(
     name="fatezero",
@@ -31,7 +31,7 @@ for name, module in {
 
 
 def main() -> None:
-    """Run the command line; ends with one line and status 1 on bad input, and on whatever goes wrong."""
+    """Run the command line. On any error, prints one line and exits with status 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -47,7 +47,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FATEZERO_DEBUG"):
             raise
-        complain(told(error))
+        complain(one_line(error))
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""An edit of a store, made of its configuration."""
+"""Make an edit of a store from its configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | None, frames: int) -> Layout | None:
-    """An edit's layout, None for none. Raises ValueError for parts that do not fit each other or the model."""
+    """An edit's layout, if any. Raises ValueError for parts that do not fit each other or the model."""
     layout = layout_of(config, checkpoint.tokenizer, config.target, frames)
     config.planned_recipe(layout=layout).check(checkpoint.denoiser.spans_clip, prompt)
     return layout
@@ -34,7 +34,7 @@ def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | N
 def motion_of(
     checkpoint: Model, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
 ) -> Motion | None:
-    """The clip's motion on its latents' grid, where an edit smooths along it: of the clip as the autoencoder has it."""
+    """The motion of the reconstructed clip on the latents' grid, if an edit smooths along it."""
     if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
         return None
     _, estimate = flow_estimator(configs[0].flow, checkpoint.device)
@@ -57,7 +57,7 @@ def one_edit(
     layout: Layout | None = None,
     mask: GivenMask | None = None,
 ) -> Edit:
-    """A configuration's edit of a store, its prompts encoded. motion: the clip's, where it smooths along it."""
+    """A configuration's edit of a store, with encoded prompts. motion: of the clip, for smoothing."""
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     blocks = checkpoint.blocks(config.target, config.negative)
     target = checkpoint.encode_prompt(config.target, width, height, blocks)

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in the words of our other errors."""
+"""Errors of the command line, in the style of our other errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def parsing_error(app: App, error: CycloptsError) -> str:
-    """One line on what cyclopts found wrong."""
+    """An error of cyclopts in one line."""
     command = " ".join(["fatezero", *(error.command_chain or ())])
     describe = _ERRORS.get(type(error).__name__)
     return str(error).rstrip(".") if describe is None else describe(app, error, command)

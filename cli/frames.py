@@ -1,4 +1,4 @@
-"""A clip on its way into a model and out of it: frames found, fitted, encoded and decoded."""
+"""Find, fit, encode and decode the frames of a clip."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def find_frames(config: EditConfig | TuneConfig, default: int | None = None) -> VideoSource:
-    """The frames of a run, found in their file and not decoded. default: how many at most, where nothing says; None
-    for all."""
+    """The frames of a run, not decoded yet. default: the maximal number if the configuration has none; None for
+    all."""
     at_most = default if config.count is None and config.end is None else None
     return open_video(
         config.video, config.start, config.stride, config.count or None, at_most, end=config.end, fps=config.frame_rate,
@@ -32,7 +32,7 @@ def find_frames(config: EditConfig | TuneConfig, default: int | None = None) -> 
 
 
 def fit_frames(config: EditConfig | TuneConfig, source: VideoSource, multiple: int, native: int) -> FittedVideo:
-    """The frames to edit as a model takes them; ValueError for a cut or a size it cannot take."""
+    """The frames to edit, fitted to a model. Raises ValueError for an unsuitable crop or size."""
     left, top, right, bottom = config.crop
     width, height = source.size[0] - left - right, source.size[1] - top - bottom
     size = config.size or fit_size(max(1, width), max(1, height), native, multiple)
@@ -41,17 +41,17 @@ def fit_frames(config: EditConfig | TuneConfig, source: VideoSource, multiple: i
 
 
 def found_frames(session: Session, config: EditConfig) -> VideoSource:
-    """The frames to edit, with what should be known of their file said."""
+    """The frames to edit, with notes on their file."""
     source = find_frames(config)
     for note in source.notes:
         session.note(note)
     if not source.even:
-        session.note(f"frames come at varying times, {float(source.fps):.3g} a second on average; each keeps its own")
+        session.note(f"frames have varying times, {float(source.fps):.3g} a second on average; each keeps its time")
     return source
 
 
 def encode(model: Model, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
-    """Latents of a clip, its frames encoded as they are decoded."""
+    """Latents of a clip, encoded while its frames are decoded."""
     return torch.cat([model.encode_clip(frames) for frames in _batches(model, video, progress)]).float()
 
 
@@ -63,7 +63,7 @@ def posterior(model: Checkpoint, video: FittedVideo, progress: Callable[[int, in
 
 
 def _batches(model: Model, video: FittedVideo, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
-    """A clip's frames in 0..1, (f, 3, h, w), as many at a time as the autoencoder takes."""
+    """A clip's frames in 0..1, (f, 3, h, w), in batches for the autoencoder."""
     coming, done = video.frames(), 0
     while frames := list(islice(coming, model.frames_at_once(*video.size) or len(video))):
         yield to_unit(torch.stack(frames))
@@ -72,7 +72,7 @@ def _batches(model: Model, video: FittedVideo, progress: Callable[[int, int], No
 
 
 def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
-    """The frames of latents, uint8 (height, width, 3), one after another."""
+    """The decoded frames of latents, uint8 (height, width, 3)."""
     height, width = (side * model.factor for side in latents.shape[-2:])
     done = 0
     for some in latents.split(model.frames_at_once(height, width) or len(latents)):

@@ -1,4 +1,4 @@
-"""Masks in files: where an edit may change the clip, and where objects are. One picture serves all frames."""
+"""Edit masks and object masks in files. One picture covers all frames."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def found_mask(name: str, file: str, frames: int | None = None) -> VideoSource:
-    """A mask's frames: one, or the first `frames`; ConfigError, with the name of the setting, for what has fewer."""
+    """A mask's frames: one, or the first `frames`. Raises ConfigError, naming the setting, for fewer."""
     with of_setting(name):
         still = len(open_video(file, at_most=2)) == 1
         return open_video(file, count=1 if still else frames)
 
 
 def check_edit_mask(config: EditConfig, frames: int) -> None:
-    """Raise ConfigError for a mask of an edit that has neither one frame nor those of the clip."""
+    """Raise ConfigError for an edit mask with neither one frame nor the clip's number of frames."""
     if config.edit_mask and (found := len(found_mask("edit_mask", config.edit_mask))) not in (1, frames):
-        raise ConfigError(f"edit_mask: {config.edit_mask} has {found} frames; give one, or {frames} as the clip has")
+        raise ConfigError(f"edit_mask: {config.edit_mask} has {found} frames; give one, or {frames} like the clip")
 
 
 def edit_mask(
     checkpoint: Model, config: EditConfig, crop: tuple[int, int, int, int], size: tuple[int, int]
 ) -> GivenMask | None:
-    """The mask of an edit, cropped and scaled as the clip is; None for none."""
+    """The edit mask, cropped and scaled like the clip, if any."""
     if not config.edit_mask:
         return None
     with of_setting("edit_mask"):
@@ -47,6 +47,6 @@ def grey(video: VideoSource | FittedVideo) -> Tensor:
 
 
 def _by_latent(mask: Tensor, checkpoint: Model) -> Tensor:
-    """A mask of frames as one of latents, of which each may have several frames: white where one of them is."""
+    """A mask of frames as a mask of latents, which may each cover several frames: the union of their masks."""
     latents = torch.tensor([checkpoint.latent_frames(i + 1) - 1 for i in range(len(mask))])
     return torch.stack([mask[latents == i].amax(0) for i in range(int(latents[-1]) + 1)])

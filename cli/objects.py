@@ -1,4 +1,4 @@
-"""Objects that a command names, and where they shall be."""
+"""Objects of a command, and their target positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, frames: int) -> Layout | None:
-    """The layout of a configuration, None for none.
+    """The layout of a configuration, if any.
 
     Raises ValueError for words that are not in the prompt, or that no place is named for.
     """
@@ -28,12 +28,14 @@ def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, 
     for words, mask in _by_words("mask", config.mask, frames).items():
         found.append(LayoutObject(words, mask, known.pop(words, None)))
     if known:
-        raise ValueError(f"object_mask: {next(iter(known))!r} is given no place (--shift, --box, --ellipse or --mask)")
+        raise ValueError(
+            f"object_mask: {next(iter(known))!r} has no position: give --shift, --box, --ellipse or --mask"
+        )
     return Layout(prompt, tokenizer, tuple(found), config.layout) if found else None
 
 
 def check_objects(config: EditConfig | GenerateConfig, prompt: str) -> None:
-    """Raise ValueError or FileNotFoundError, before a model is loaded, for texts that `layout_of` could not read."""
+    """Raise ValueError or FileNotFoundError for texts that `layout_of` could not read; needs no model."""
     for form in ("box", "ellipse", "shift"):
         for text in getattr(config, form, ()):
             try:
@@ -56,6 +58,6 @@ def _words_and_file(name: str, text: str) -> tuple[str, str]:
 
 
 def _by_words(name: str, texts: tuple[str, ...], frames: int) -> dict[str, Tensor]:
-    """Masks (frames or 1, height, width) by the words they are for, of "words: file"."""
+    """Masks (frames or 1, height, width) by words, from texts "words: file"."""
     files = (_words_and_file(name, text) for text in texts)
     return {words: grey(found_mask(name, file, frames)) for words, file in files}

@@ -1,4 +1,4 @@
-"""Options of the command, made of the settings that their dataclasses describe."""
+"""Options of the command, made from the dataclasses of settings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Pri
 @Parameter(name="*")
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a command runs, and how."""
+    """Options of a command's run."""
 
     model_config: ModelConfig = None
     device: Device = "auto"
@@ -69,7 +69,7 @@ class RunOptions:
     quiet: Quiet = False
 
     def session(self, *inputs: Path | None) -> Session:
-        """The session of a command. inputs: files that it reads, besides those its settings name."""
+        """The session of a command. inputs: files that it reads besides those in its settings."""
         console.quiet = self.quiet
         read = tuple(path for path in inputs if path)
         return Session(console, progress_bar, self.device, self.dtype, self.model_config, self.overwrite, read)
@@ -88,7 +88,7 @@ NOT_INVERTED = {
     "strength",
     "place",
 }
-"""Settings that an inversion kept in a file has no use for, beside those of the methods."""
+"""Settings without effect on an inversion in a file, besides those of the methods."""
 
 
 def edit_options() -> type:
@@ -99,7 +99,7 @@ def edit_options() -> type:
 
 
 def invert_options(of_methods: Iterable[str]) -> type:
-    """The settings of an inversion. of_methods: those of edits alone."""
+    """The settings of an inversion. of_methods: the settings that only edits have."""
     left_out = NOT_INVERTED | set(of_methods)
     return _options_of("InvertOptions", [one for one in settings_of(EditConfig) if one.name not in left_out])
 
@@ -110,24 +110,24 @@ def tune_options() -> type:
 
 
 def generate_options() -> type:
-    """Every setting of a new clip, and the section of its layout."""
+    """Every setting of a generated clip, and the section of its layout."""
     own = [one for one in settings_of(GenerateConfig) if one.name != "layout"]
     sections = {"layout": _options_of(LayoutSettings.__name__, settings_of(LayoutSettings))}
     return _options_of("GenerateOptions", own, sections)
 
 
 def options_of(settings: type, **negative: str) -> type:
-    """Every setting of a dataclass. negative: the names of switches' other side, "" for none."""
+    """Every setting of a dataclass. negative: the names of the switches' negative options, "" for none."""
     return _options_of(f"{settings.__name__}Options", settings_of(settings), negative=negative)
 
 
 def flags_of(video: str | None, options: Any) -> dict[str, Any]:
-    """The settings that were given as options, with the video's."""
+    """The settings given as options, including the video."""
     return ({} if video is None else {"video": video}) | given_of(options)
 
 
 def given_of(options: Any) -> dict[str, Any]:
-    """The values that were given, by the names of their settings; lists and pairs read from their text."""
+    """The given values by setting name, with lists and pairs parsed."""
     found: dict[str, Any] = {}
     for one in fields(options) if options is not None else ():
         value = getattr(options, one.name)
@@ -151,13 +151,13 @@ def _options_of(
     ]
     parts += [(key, Annotated[kind | None, Parameter()], None) for key, kind in (sections or {}).items()]
     made = make_dataclass(name, parts)
-    made.__module__ = __name__  # cyclopts leaves those of `types`, where such classes are from, as they are
+    made.__module__ = __name__  # cyclopts ignores classes of the module `types`
     setattr(sys.modules[__name__], name, made)
     return made
 
 
 def _typed(one: NamedSetting) -> Any:
-    """What the command line reads: a number, a switch, or text."""
+    """The type that the command line parses: a number, a switch, or text."""
     kind = one.plain
     if get_origin(kind) is not None or is_union(kind):
         kind = list[str] if get_origin(kind) is Mapping or one.name in _REPEATED else str
@@ -179,7 +179,7 @@ def _parameter(one: NamedSetting, negative: str | None) -> Parameter:
 
 
 def whole(_: Any, tokens: Sequence[Token]) -> int:
-    """A whole number as an option has it; ValueError for others, which cyclopts would round."""
+    """A whole number of an option. Raises ValueError for other numbers, which cyclopts would round."""
     text = tokens[0].value
     if not text.strip().lstrip("+-").isdecimal() or len(text) > 40:
         raise ValueError("a whole number")
@@ -198,7 +198,7 @@ def _default_text(default: Any) -> str:
 
 
 def whole_numbers(name: str, text: str, by: str, count: int) -> tuple[int, ...]:
-    """So many whole numbers of a text; ConfigError for anything else."""
+    """The whole numbers in a text. Raises ConfigError for any other text. count: how many there must be."""
     parts = text.split(by)
     if len(parts) != count or not all(part.strip().isdigit() for part in parts):
         raise ConfigError(f"{name} is {shown(text)}; it must be {count} whole numbers with {by!r} between")
@@ -237,4 +237,4 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "start": _moment,
     "end": _moment,
 }
-"""How the text of an option becomes its value, where it is not a number, a switch or a word."""
+"""Parsers of options that are not a number, a switch or a word."""

@@ -1,4 +1,4 @@
-"""The outputs of a run: none is an input, and no other run takes their names before it ends."""
+"""The outputs of a run: they must not be inputs, and are locked for other runs until it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Outputs(ExitStack):
                     self._inputs |= {_identity(file): path for file in files(path)}
 
     def clip(self, path: str | Path, frames: int) -> None:
-        """Frames at a path; ValueError for a name that cannot take them, OSError for a place that cannot."""
+        """An output of frames. Raises ValueError for an unsuitable name, and OSError for an unwritable place."""
         _check_output(path)
         first, *more = output_files(path, frames)
         self.file(first)
@@ -41,13 +41,13 @@ class Outputs(ExitStack):
             check_free(one, self._overwrite)
 
     def file(self, path: str | Path) -> None:
-        """Any other file; OSError where it cannot be written."""
+        """Any other output. Raises OSError if it cannot be written."""
         path = Path(path)
         _check_output(path)
         self._refuse_input(path)
         name = os.path.realpath(path)
         if name in self._taken:
-            raise ValueError(f"{path} is named for two outputs of this run")
+            raise ValueError(f"{path} is given for two outputs of this run")
         self._taken.add(name)
         self.enter_context(reserved(path, self._overwrite))
 
@@ -61,7 +61,7 @@ class Outputs(ExitStack):
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise ValueError or OSError, before any work, for a path that cannot be a folder to write into."""
+    """Raise ValueError or OSError for a path that cannot be a folder to write into."""
     _check_output(path)
     path = Path(path).absolute()
     there = next(one for one in (path, *path.parents) if one.exists() or one.is_symlink())
@@ -79,7 +79,7 @@ def _check_output(path: str | Path) -> None:
 
 
 def _identity(file: Path) -> tuple[int, int]:
-    """The same for all names of a file."""
+    """A key that is equal for all names of a file."""
     about = file.stat()
     return about.st_dev, about.st_ino
 
@@ -89,7 +89,7 @@ def _of_clip(path: Path) -> Iterable[Path]:
 
 
 def _of_folder(path: Path) -> Iterator[Path]:
-    """A file, or those of a folder and the folders in it, as a model's."""
+    """A file, or all files in a folder, as of a model."""
     if not path.is_dir():
         yield path
         return

@@ -1,4 +1,4 @@
-"""What a run will do and what it takes: memory, calls of the model, and time."""
+"""The plan of a run: memory, calls of the model, and time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 CHUNK_FRAMES = 16
-"""Frames of one call where nothing says how many, and chunks give the whole clip's result."""
+"""Default frames of a call, if chunks give the whole clip's result."""
 
 
 def in_chunks(config: EditConfig, checkpoint: Model, frames: int) -> EditConfig:
-    """A configuration with the chunks of a long clip, where it sets none and they give the whole clip's result."""
+    """A configuration with default chunks for a long clip, if they give the whole clip's result."""
     approximate = frames_meet(checkpoint.denoiser, config.keys, config.clip_norm)
     if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
         return config
@@ -37,7 +37,7 @@ def in_chunks(config: EditConfig, checkpoint: Model, frames: int) -> EditConfig:
 
 
 def check_size_fits(model: Model, latents_shape: Sequence[int]) -> None:
-    """Raise ValueError where frames of a size would not fit into memory, by what the autoencoder holds of one alone."""
+    """Raise ValueError for frames that do not fit into memory, from the autoencoder's memory for one frame."""
     frames, _, *grid = latents_shape
     height, width = (side * model.factor for side in grid)
     at_once = model.frames_at_once(height, width) or frames
@@ -58,7 +58,7 @@ def plan(
     edits: bool,
     store: AttentionStore | None = None,
 ) -> str:
-    """What will run and what it takes, in a few lines. store: one from a file, in the place of an inversion."""
+    """The plan of a run, in a few lines. store: a store from a file, instead of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
     denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
@@ -100,7 +100,8 @@ def plan(
     lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
     if parts:
         lines.append(
-            "   chunks approximate the whole clip: its frames meet through neighbours, clip norm or temporal layers"
+            "   chunks approximate the whole clip, because frames interact through neighbours, clip norm or temporal "
+            "layers"
         )
     return "\n".join(lines)
 
@@ -108,16 +109,16 @@ def plan(
 def _calls(
     configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
 ) -> tuple[str, float]:
-    """How often the model sees the clip: in words, and in all, a call with gradients as four."""
+    """The calls of the model on the clip: in words, and their total, with a call with gradients as four."""
     counted = [config.planned_recipe().calls(config.steps, kept_steps, frames, spans_clip) for config in configs]
     source = max(calls.source for calls in counted)
     parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)
     if edits:
         edit = sum(calls.edit for calls in counted)
         parts.append(f"{edit:g} for {len(configs)} edit(s)")
-        parts += [f"{source:g} for the source beside"] if source else []
-        gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.wanted)
-        parts += [f"{gradients} with gradients, each some four calls long, for the layout"] if gradients else []
+        parts += [f"{source:g} for the source"] if source else []
+        gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.places_objects)
+        parts += [f"{gradients} with gradients for the layout, each about four times as long"] if gradients else []
         whole += edit + source + 4 * gradients
     return ", ".join(parts), whole
 
@@ -126,7 +127,7 @@ def _calls(
 def _cost_of_call(
     checkpoint: Model, shape: tuple[int, ...], source: Condition, keys: KeyFrames, clip_norm: bool
 ) -> tuple[float, int]:
-    """The seconds that a call of the model takes and the most bytes that it holds, by one that is made.
+    """The seconds and peak bytes of a model call, measured with one call.
 
     A quick one is timed by a second, for the first makes things ready.
     """

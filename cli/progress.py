@@ -1,4 +1,4 @@
-"""How a command speaks: bars on a terminal, lines elsewhere, errors in one line."""
+"""The messages of a command: progress bars on a terminal, else lines; errors in one line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ console = Console(highlight=False)
 
 
 class Bar(Protocol):
-    """Told how far a thing is, and what else there is to say."""
+    """A progress callback: called with (done, total) and an optional note."""
 
     def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
 
 
 _LINE_EVERY = 10.0
-"""Seconds between lines of progress where there is no terminal."""
+"""Seconds between lines of progress without a terminal."""
 
 
 @contextmanager
@@ -57,18 +57,18 @@ def progress_bar() -> Iterator[Callable[[str], Bar]]:
 
 @contextmanager
 def no_bars() -> Iterator[Callable[[str], Bar]]:
-    """In the place of `progress_bar`, where nobody looks."""
+    """Replaces `progress_bar` for no output."""
     yield lambda title: lambda done, total, note="": None
 
 
 def _progress_lines(title: str) -> Bar:
-    begun, told, title = time.monotonic(), float("-inf"), printable(title)
+    begun, last, title = time.monotonic(), float("-inf"), printable(title)
 
     def update(done: int, total: int, note: str = "") -> None:
-        nonlocal told
+        nonlocal last
         now = time.monotonic()
-        if now - told >= _LINE_EVERY or done == total:
-            told, left = now, (now - begun) / max(1, done) * (total - done)
+        if now - last >= _LINE_EVERY or done == total:
+            last, left = now, (now - begun) / max(1, done) * (total - done)
             rest = f", {_minutes(left)} left" if done < total else f" in {_minutes(now - begun)}"
             console.print(f"{title} {done}/{total}{note and ', '}{note}{rest}", markup=False, soft_wrap=True)
             console.file.flush()
@@ -89,31 +89,31 @@ def in_words(seconds: float) -> str:
 
 
 _MOST = 320
-"""Characters of an error: two lines of a wide terminal."""
+"""Maximal characters of an error: two lines of a wide terminal."""
 _ERRNO = re.compile(r"\[Errno -?\d+\] ")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text whose control characters, and whatever else is no text, are written as escapes."""
+    """A text with its unprintable characters escaped."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def in_a_line(text: str) -> str:
-    """A text for one line, without the numbers of system errors; its middle left out where it is long."""
+    """A text in one line, without the numbers of system errors; long texts are shortened in the middle."""
     return shortened(" ".join(_ERRNO.sub("", printable(text)).split()), _MOST)
 
 
-def told(error: Exception) -> str:
-    """An error in one line; of one that is no user's doing, where it came from."""
+def one_line(error: Exception) -> str:
+    """An error in one line; with its place in the code for an internal error."""
     text = in_a_line(str(error)) or type(error).__name__
     if "out of memory" in text.lower() or "can't allocate memory" in text:
-        return f"error: out of memory: {text}; take fewer or smaller frames, --chunk-frames, or another --device"
+        return f"error: out of memory: {text}; use fewer or smaller frames, --chunk-frames, or another --device"
     if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError, MemoryError)):
         return f"error: {text}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
-    return f"error: {type(error).__name__}: {text} ({where}; FATEZERO_DEBUG=1 shows all of it)"
+    return f"error: {type(error).__name__}: {text} ({where}; FATEZERO_DEBUG=1 shows the traceback)"
 
 
 def complain(text: str) -> None:

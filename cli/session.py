@@ -1,4 +1,4 @@
-"""Where a command runs: its device, the models it opens, what it says, and the files it writes."""
+"""The session of a command: its device, models, messages and output files."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Bars = Callable[[], AbstractContextManager[Callable[[str], Bar]]]
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name; "auto" takes CUDA, then MPS, then the CPU. ValueError for one that is absent."""
+    """A device by name; "auto" takes CUDA, then MPS, then the CPU. Raises ValueError for a missing device."""
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(found)
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which fails for those without memory, too
+        torch.zeros(1, device=device).item()  # also fails for devices without memory
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {shown(name)} cannot be used here ({reason}): give another by --device") from error
+        raise ValueError(f"device {shown(name)} cannot be used ({reason}): give another with --device") from error
     return device
 
 
@@ -56,10 +56,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Session:
-    """Where a command runs and how it speaks.
+    """The session of a command.
 
     model_config: for single-file checkpoints, a folder with tokenizer and configuration.
-    overwrite: replace outputs that are there. inputs: files of the run that are never replaced.
+    overwrite: replace existing outputs. inputs: files of the run that are never replaced.
     """
 
     console: Console
@@ -71,7 +71,7 @@ class Session:
     inputs: tuple[Path, ...] = ()
 
     def open_model(self, settings: ModelSettings, videos: bool = False) -> Model:
-        """A model of any family. videos: take text-to-video UNets too."""
+        """A model of any family. videos: also accept text-to-video UNets."""
         from ..hosts.diffusers.checkpoint import quiet
         from ..hosts.diffusers.load import open_model
 
@@ -98,7 +98,7 @@ class Session:
         if family.title != Checkpoint.family.title:
             raise CheckpointError(f"{model} is a {family.title} model; give one with a UNet: SD 1.x, SD 2.x or SDXL")
         if self.model_config is not None and not Path(model).is_file():
-            raise ValueError(f"model_config has no effect: {model!r} is no single file")
+            raise ValueError(f"model_config has no effect: {model!r} is not a single file")
         with quiet():
             checkpoint = Checkpoint.load(
                 model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
@@ -108,14 +108,14 @@ class Session:
         return checkpoint
 
     def _note_of(self, checkpoint: Model) -> None:
-        """Say what was added to a model, and where it is a small one."""
+        """Print notes on a model, and one for the demo models."""
         for note in checkpoint.notes:
             self.say(note)
         if checkpoint.name in DEMOS:
-            self.note("the bundled demo model knows only its own small world; for real videos give --model")
+            self.note("the bundled demo model only knows its own simple scenes; for real videos give --model")
 
     def outputs(self, config: EditConfig | GenerateConfig | TuneConfig, *inputs: Path | None) -> Outputs:
-        """For the files that a run writes. inputs: those it reads beside what its configuration names."""
+        """The outputs of a run. inputs: the files it reads besides those in its configuration."""
         files = files_of(config)
         check_names({**files, "model_config": self.model_config})
         clips = [file for what, file in files.items() if is_clip(what)]
@@ -147,7 +147,7 @@ def check_control(config: EditConfig) -> None:
     path = Path(config.controlnet)
     with of_setting("controlnet"):
         if path.is_dir() and not (path / "config.json").is_file():
-            raise ValueError(f"{path} is a folder without config.json, so not a ControlNet of diffusers")
+            raise ValueError(f"{path} is not a ControlNet of diffusers: it has no config.json")
         if not path.exists():
             check_hub_name(config.controlnet)
     with of_setting("control"):
@@ -155,7 +155,7 @@ def check_control(config: EditConfig) -> None:
 
 
 def open_clip(name: str, device: torch.device) -> ClipScorer:
-    """A CLIP of transformers, a folder or a hub name; CheckpointError for what is neither."""
+    """A CLIP model of transformers, by folder or hub name. Raises CheckpointError for anything else."""
     from ..hosts.diffusers.checkpoint import quiet
     from ..hosts.diffusers.model_files import as_checkpoint_error, from_hub
     from ..metrics.clip import ClipScorer
@@ -166,7 +166,7 @@ def open_clip(name: str, device: torch.device) -> ClipScorer:
 
 
 def check_clip(name: str) -> None:
-    """Raise CheckpointError for a CLIP that `open_clip` would not find."""
+    """Raise CheckpointError for a CLIP model that `open_clip` would not find."""
     from transformers import AutoConfig
 
     from ..hosts.diffusers.checkpoint import quiet
@@ -187,32 +187,32 @@ def controlled(
     frames: int,
     size: tuple[int, int],
 ) -> Model:
-    """A model with the ControlNet of a configuration, if it has one, whose pictures are cut as the clip is.
+    """A model with the configuration's ControlNet, if any, on pictures cropped like the clip.
 
-    cut: the settings of the clip. Raises ValueError for a model that takes none, for too few pictures, and for a range
-    without a step in it.
+    cut: the settings of the clip. Raises ValueError for a model without ControlNet support, for too few pictures, and
+    for a range without a step.
     """
     from ..hosts.diffusers.checkpoint import quiet
 
-    asked = config.chosen_control
-    if not asked.controlnet:
+    chosen = config.chosen_control
+    if not chosen.controlnet:
         return checkpoint
     with of_setting("control"):
         source = open_video(
-            asked.control, cut.start, cut.stride, frames, fps=cut.frame_rate, background=colour_of(cut.background)
+            chosen.control, cut.start, cut.stride, frames, fps=cut.frame_rate, background=colour_of(cut.background)
         )
         pictures = torch.stack(list(FittedVideo.of(source, cut.crop, size).frames()))
     with quiet(), of_setting("controlnet"):
         made = checkpoint.with_control(
-            asked.controlnet, pictures, asked.controlnet_strength, asked.control_start, asked.control_end,
+            chosen.controlnet, pictures, chosen.controlnet_strength, chosen.control_start, chosen.control_end,
             config.variant,
         )  # fmt: skip
     acting = made.control_steps(config.steps)
-    if asked.controlnet_strength and not acting:
+    if chosen.controlnet_strength and not acting:
         raise ValueError(
-            f"no step of {config.steps} is between control_start {asked.control_start:g} and control_end "
-            f"{asked.control_end:g}: give a wider range, or more steps"
+            f"no step of {config.steps} is between control_start {chosen.control_start:g} and control_end "
+            f"{chosen.control_end:g}: give a wider range, or more steps"
         )
-    how = "" if asked.controlnet_strength == 1 else f" at strength {asked.controlnet_strength:g}"
-    session.say(f"ControlNet {Path(asked.controlnet).name}: in {acting} of {config.steps} steps{how}")
+    how = "" if chosen.controlnet_strength == 1 else f" at strength {chosen.controlnet_strength:g}"
+    session.say(f"ControlNet {Path(chosen.controlnet).name}: in {acting} of {config.steps} steps{how}")
     return made

@@ -1,4 +1,4 @@
-"""An edit of a store: its clip, its settings and its model are those of the inversion."""
+"""Edits of a store, with the clip, settings and model of its inversion."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 _OF_THE_CLIP = tuple(one.name for one in settings_of(ClipSettings))
 _KEPT = (*_OF_THE_CLIP, "precision", "keep_steps")
-"""The settings that a store remembers."""
+"""The settings that a store contains."""
 
 
 def origin_of(checkpoint: Model, config: EditConfig, video: FittedVideo) -> Origin:
-    """Where a clip that is inverted is from."""
+    """The origin of an inverted clip."""
     sound, samples, rate = video.sound(), None, None
     if sound is not None:
         blocks = [np.round(block.clip(-1, 1) * 32767).astype(np.int16) for block in sound.blocks()]
@@ -41,19 +41,19 @@ def origin_of(checkpoint: Model, config: EditConfig, video: FittedVideo) -> Orig
 
 
 def read_origin(store: AttentionStore) -> Origin:
-    """Where the clip of a store is from, its settings checked; StoreError for what no inversion writes."""
+    """The origin of a store's clip, with checked settings. Raises StoreError for invalid content."""
     origin = Origin.of(store)
-    with as_store_error("the store's account of its clip is damaged: "):
+    with as_store_error("the store's description of its clip is damaged: "):
         return replace(origin, settings=checked({name: v for name, v in origin.settings.items() if name in _KEPT}))
 
 
 def cut_of(origin: Origin) -> EditConfig:
-    """The settings of a store's clip: which frames, and how they were cut."""
+    """The settings of a store's clip: its frames and crop."""
     return EditConfig(**{name: origin.settings[name] for name in _OF_THE_CLIP if name in origin.settings})
 
 
 def sound_of(origin: Origin, video: str) -> Sound | SoundTrack | None:
-    """The store's own sound; that of the same frames of a video, where one is given beside the store."""
+    """The sound of a video's frames, if a video is given with the store; else the store's sound."""
     if video:
         named = {name: v for name, v in origin.settings.items() if name in ("start", "end", "stride", "fps")}
         return find_frames(replace(EditConfig(video=video, count=origin.frames), **named)).sound()
@@ -63,7 +63,7 @@ def sound_of(origin: Origin, video: str) -> Sound | SoundTrack | None:
 
 
 def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> EditConfig:
-    """A configuration that says what the store was made with; StoreError where it says otherwise."""
+    """A configuration with the store's settings. Raises StoreError if it has others."""
     default = EditConfig()
     made: dict[str, tuple[Any, ...]] = {
         "steps": (store.steps,),
@@ -75,13 +75,13 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
         **{name: (origin.settings.get(name),) for name in _KEPT},
     }
     made["count"] += (origin.frames,)
-    for name, told in made.items():
-        asked = getattr(config, name)
-        if asked not in (getattr(default, name), *told):
-            raise StoreError(f"the store was made with {name} {shown(told[0])}, not {shown(asked)}")
+    for name, allowed in made.items():
+        given = getattr(config, name)
+        if given not in (getattr(default, name), *allowed):
+            raise StoreError(f"the store was made with {name} {shown(allowed[0])}, not {shown(given)}")
     for name in ("place", "budget_gb"):
         if getattr(config, name) != getattr(default, name):
-            raise StoreError(f"{name} has no effect on a store that is made: it is in its file")
+            raise StoreError(f"{name} has no effect on an existing store")
     model = config.model if config.model != default.model else _model_of(origin)
     return replace(
         config, steps=store.steps, order=store.order, memory=store.memory, clip_norm=store.clip_norm, model=model,
@@ -91,20 +91,22 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
 
 
 def _model_of(origin: Origin) -> str:
-    """A store may name the bundled model or files that are here; what is fetched from a hub, its user names."""
+    """The store's model if it is bundled or on this machine; only users name models to download."""
     name = origin.model or EditConfig().model
     if is_here(name):
         return name
-    raise StoreError(f"the store was made with the model {shown(name)}, which is not here: give it with --model")
+    raise StoreError(
+        f"the store was made with the model {shown(name)}, which is not on this machine: give it with --model"
+    )
 
 
 def check_of_store(checkpoint: Model, store: AttentionStore, origin: Origin, prompts: Iterable[Any]) -> None:
-    """StoreError for a store of another model, autoencoder or text encoder, or whose prompt is not its own."""
+    """Raise StoreError for a store of another model, autoencoder, text encoder or prompt."""
     schedule = checkpoint.denoiser.schedule(store.steps)
     for prompt in prompts:
         check_store(store, checkpoint.denoiser, schedule, prompt)
     if origin.vae is not None and not origin.vae.matches(checkpoint.vae_identity):
-        raise StoreError("the store's latents are of another autoencoder than this model's: invert again")
+        raise StoreError("the store's latents are from another autoencoder than this model's: invert again")
     if store.prompt is None:
         return
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])

@@ -1,4 +1,4 @@
-"""Several processes that edit one clip together, as `accelerate launch` starts them."""
+"""Several processes of `accelerate launch` that edit one clip together."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
     ValueError where the whole clip must run in one.
     """
     if config.memory not in ("auto", "recompute"):
-        raise ValueError(f"memory {config.memory} keeps attention in one process; several take recompute")
-    if config.propagation != "none" or config.wanted:
+        raise ValueError(f"memory {config.memory} needs one process: with several, set memory to recompute")
+    if config.propagation != "none" or config.places_objects:
         raise ValueError("TokenFlow and layouts run in one process: accelerate spreads chunks of other edits")
     chunk = config.chunk_frames
     if chunk is None and not (config.keys.anchored and not config.clip_norm):
         raise ValueError(
-            "several processes need chunks, which only come near the whole clip where frames meet through neighbours "
-            "or clip norm: give --chunk-frames, or key frames among self, first, middle and last"
+            "several processes need chunks, which only approximate the whole clip with neighbours as key frames or "
+            "clip norm: give --chunk-frames, or key frames among self, first, middle and last"
         )
     return replace(config, memory="recompute", chunk_frames=chunk or -(-frames // count))

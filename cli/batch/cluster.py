@@ -1,4 +1,4 @@
-"""A batch on a Ray cluster: Ray places the tasks, asks GPUs for them, and tries them again where a machine goes."""
+"""A batch on a Ray cluster: Ray schedules the tasks, allocates GPUs, and retries the tasks of lost machines."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ...files.whole import remove_folder, temporary_folder, whole_file
 from ...video.pictures import picture_files
 from ..config.paths import files_of, full_name, renamed
 from ..config.record import record_path, settings_of, write_record
-from ..progress import told
+from ..progress import one_line
 from .work import Ended, Group, How, Task, Worker
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is asked of Ray.
+    """Settings of Ray.
 
-    address: of a running cluster, "auto", or "local" for one of this machine. gpus, cpus: for each task; None for one
-    GPU where the cluster has any. retries: of a task whose process or machine died. ships: send the files of a job
-    through Ray's object store; else they lie on a path that all machines share.
+    address: of a running cluster, "auto", or "local" for a cluster of this machine. gpus, cpus: for each task; None for
+    one GPU if the cluster has any. retries: of a task whose process or machine died. ships: whether to send the files
+    of a job through Ray's object store; else they must be on a path that all machines share.
     """
 
     address: str
@@ -39,9 +39,9 @@ class Cluster:
 
 
 def run_on_cluster(groups: Sequence[Group], folder: Path, suffix: str, cluster: Cluster, how: How) -> Iterator[Ended]:
-    """Do all tasks and tell how each edit ended, as it ends. The results come through Ray, and are written here alone.
+    """Run all tasks and yield each edit's result when it ends. Results come through Ray; only this process writes them.
 
-    Raises ImportError where Ray is not installed, and ConnectionError where there is no cluster.
+    Raises ImportError if Ray is not installed, and ConnectionError if there is no cluster.
     """
     ray = _ray(cluster.address)
     try:
@@ -74,10 +74,10 @@ def _ray(address: str) -> Any:
         raise ImportError("--ray needs Ray: pip install 'fatezero[ray]'") from error
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
-        try:  # Ray itself tries for minutes
+        try:  # Ray would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise ConnectionError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
+            raise ConnectionError(f"no Ray cluster responds at {address}: {error.strerror or error}") from error
     ray.init(
         address=None if address == "local" else address, log_to_driver=False, logging_level=logging.ERROR,
         include_dashboard=False if address == "local" else None,
@@ -87,7 +87,7 @@ def _ray(address: str) -> Any:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A file, or the pictures of a folder or a pattern, in Ray's object store: their names and references to them."""
+    """A file, or the pictures of a folder or pattern, in Ray's object store: their names and references."""
 
     name: str
     contents: tuple[tuple[str, Any], ...]
@@ -102,7 +102,7 @@ class Shipped:
         return cls(path.name, tuple(found))
 
     def unpack(self, ray: Any, folder: Path) -> str:
-        """Write it into a folder; its name there."""
+        """Write it into a folder; returns its path."""
         for name, ref in self.contents:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(ray.get(ref))
@@ -110,7 +110,7 @@ class Shipped:
 
 
 def _is_shipped(what: str, name: str) -> bool:
-    """Whether a file goes to the machine that needs it; models are too large, and lie on every machine."""
+    """Whether to send a file to the machine that needs it; models are too large, and must be on every machine."""
     try:
         return what not in ("model", "temporal", "controlnet") and (
             Path(name).is_file() or bool(picture_files(Path(name)))
@@ -120,7 +120,7 @@ def _is_shipped(what: str, name: str) -> bool:
 
 
 def _received(ray: Any, ref: Any, task: Task, folder: Path, suffix: str) -> Ended:
-    """Write what came of an edit, or tell why nothing did."""
+    """Write the result of an edit, or return its error."""
     try:
         (content, record), figures, seconds, where = ray.get(ref)
     except Exception as error:
@@ -133,20 +133,20 @@ def _received(ray: Any, ref: Any, task: Task, folder: Path, suffix: str) -> Ende
 
 
 def _cause(ray: Any, error: Exception) -> str:
-    """An error of a task in one line, be it its own, that of its inversion, or of its machine."""
+    """The error of a task, its inversion or its machine, in one line."""
     inner: Any = error
     while isinstance(getattr(inner, "cause", None), Exception):
         inner = inner.cause
     if isinstance(inner, ray.exceptions.RayError):
         return f"on the cluster: {' '.join(str(inner).split())}"
-    return told(inner).removeprefix("error: ")
+    return one_line(inner).removeprefix("error: ")
 
 
 # --- on the machines of the cluster -----------------------------------------------------------
 
 
 def _invert(task: Task, files: Mapping[str, Shipped], how: How, threads: int) -> bytes:
-    """The store of an inversion, as its file has it."""
+    """The store of an inversion, as the content of its file."""
     with _folder() as folder:
         here, store = _unpacked(task, files, folder), folder / "store.safetensors"
         _worker(how, threads).invert(here, store)
@@ -156,7 +156,7 @@ def _invert(task: Task, files: Mapping[str, Shipped], how: How, threads: int) ->
 def _edit(
     task: Task, suffix: str, files: Mapping[str, Shipped], how: How, threads: int, store: bytes | None
 ) -> tuple[tuple[bytes, dict[str, Any]], dict[str, float], float, str]:
-    """Result and record, figures, seconds, and the machine's name."""
+    """Result and record, metrics, seconds, and the machine's name."""
     begun = time.monotonic()
     with _folder() as folder:
         here, kept = _unpacked(task, files, folder), None
@@ -179,7 +179,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _unpacked(task: Task, files: Mapping[str, Shipped], folder: Path) -> Task:
-    """The task with its files as they lie here."""
+    """The task with the paths of its files on this machine."""
     import ray
 
     places = {name: file.unpack(ray, folder / str(i)) for i, (name, file) in enumerate(files.items())}
@@ -188,5 +188,5 @@ def _unpacked(task: Task, files: Mapping[str, Shipped], folder: Path) -> Task:
 
 @cache
 def _worker(how: How, threads: int) -> Worker:
-    """That of this process, which Ray uses again and again."""
+    """The worker of this process, which Ray reuses."""
     return Worker(how, "auto", threads)

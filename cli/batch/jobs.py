@@ -1,4 +1,4 @@
-"""A file of jobs: clips x targets x settings x methods, each with its own, and single ones."""
+"""A file of jobs: combinations of clips, targets, settings and methods, and single jobs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 from ...settings import shown
 from ...video.pictures import picture_files
 from ...video.write import METADATA_SUFFIXES
-from ..config.files import held_by
+from ..config.files import data_of
 from ..config.settings import ConfigError
 from ..config.values import from_home
 
 AXES = ("clips", "methods", "settings", "targets")
-"""The keys whose entries are combined: a later one's settings stand over an earlier one's, and all over the file's."""
+"""The keys whose entries are combined; later keys override earlier ones, and all override the file's settings."""
 _TEXT_OF = {"clips": "video", "jobs": "video", "methods": "preset", "settings": "preset", "targets": "target"}
-"""The setting that an entry is which is a text alone."""
+"""The setting that an entry of only a text stands for."""
 _OTHER = ("jobs", "suffix", "workflow", "inputs")
 
 
@@ -30,8 +30,8 @@ _OTHER = ("jobs", "suffix", "workflow", "inputs")
 class Job:
     """One edit of a batch.
 
-    name: of its result, without folder and suffix; the same whatever else its file holds. values: the settings its
-    file gives it. labels: the name of its entry on each axis.
+    name: of its result, without folder and suffix; depends only on its settings. values: its settings in the file.
+    labels: the name of its entry on each axis.
     """
 
     name: str
@@ -54,26 +54,26 @@ class Batch:
 
 
 def load_batch(path: str | Path) -> Batch:
-    """Read a file of jobs, YAML or JSON; ConfigError, naming the file, for what cannot be one."""
+    """Read a file of jobs, YAML or JSON. Raises ConfigError, naming the file, for invalid content."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no jobs at {path}")
-    held = held_by(path)
+    data = data_of(path)
     try:
-        return _batch(held)
+        return _batch(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _batch(held: Any) -> Batch:
-    if not isinstance(held, Mapping) or not {*AXES, "jobs"} & set(held):
-        raise ConfigError(f"holds no jobs: give {', '.join(AXES)}, or jobs one by one")
-    _check_keys({name: entries for name, entries in held.items() if name not in ("methods", "settings")})
-    shared = {name: value for name, value in held.items() if name not in (*AXES, *_OTHER)}
-    axes = {axis: _entries(axis, held[axis]) for axis in AXES if axis in held}
+def _batch(data: Any) -> Batch:
+    if not isinstance(data, Mapping) or not {*AXES, "jobs"} & set(data):
+        raise ConfigError(f"contains no jobs: give {', '.join(AXES)}, or jobs")
+    _check_keys({name: entries for name, entries in data.items() if name not in ("methods", "settings")})
+    shared = {name: value for name, value in data.items() if name not in (*AXES, *_OTHER)}
+    axes = {axis: _entries(axis, data[axis]) for axis in AXES if axis in data}
     jobs = [_job(shared, dict(zip(axes, chosen, strict=True))) for chosen in product(*axes.values())] if axes else []
-    jobs += [_job(shared, {"clips": one}) for one in _entries("jobs", held["jobs"])] if "jobs" in held else []
-    suffix, workflow, inputs = held.get("suffix", ".mp4"), held.get("workflow"), held.get("inputs", {})
+    jobs += [_job(shared, {"clips": one}) for one in _entries("jobs", data["jobs"])] if "jobs" in data else []
+    suffix, workflow, inputs = data.get("suffix", ".mp4"), data.get("workflow"), data.get("inputs", {})
     if suffix not in METADATA_SUFFIXES:
         raise ConfigError(f"suffix is {shown(suffix)}; it must be one of {', '.join(METADATA_SUFFIXES)}")
     if workflow is not None and not isinstance(workflow, str):
@@ -86,27 +86,28 @@ def _batch(held: Any) -> Batch:
     return Batch(tuple({job.name: job for job in jobs}.values()), suffix, file, dict(inputs))
 
 
-def _check_keys(held: Any) -> None:
-    """Raise ConfigError for a setting whose name is no text."""
-    for part in held if isinstance(held, list) else held.values() if isinstance(held, Mapping) else ():
+def _check_keys(data: Any) -> None:
+    """Raise ConfigError for a setting whose name is not a text."""
+    for part in data if isinstance(data, list) else data.values() if isinstance(data, Mapping) else ():
         _check_keys(part)
-    wrong = [key for key in held if not isinstance(key, str)] if isinstance(held, Mapping) else []
+    wrong = [key for key in data if not isinstance(key, str)] if isinstance(data, Mapping) else []
     if wrong:
-        raise ConfigError(f"{shown(wrong[0])} is no name of a setting: write names as text")
+        raise ConfigError(f"{shown(wrong[0])} is not the name of a setting: write names as text")
 
 
 Entry = tuple[str, dict[str, Any]]
 """A name, and settings."""
 
 
-def _entries(axis: str, held: Any) -> list[Entry]:
-    """The entries of an axis, or of "jobs": a list, a section of named ones, or one alone; a clip's for each file it
-    names. What a single job or target is that is no text, its edit refuses.
+def _entries(axis: str, data: Any) -> list[Entry]:
+    """The entries of an axis, or of "jobs", from a list, a section of named entries, or one entry.
+
+    A clip has an entry for each file that matches. Jobs and targets of invalid types are left to their edits' checks.
     """
-    if isinstance(held, Mapping) and axis in ("methods", "settings"):
-        given: list[tuple[str, Any]] = [(str(name), entry) for name, entry in held.items()]
+    if isinstance(data, Mapping) and axis in ("methods", "settings"):
+        given: list[tuple[str, Any]] = [(str(name), entry) for name, entry in data.items()]
     else:
-        given = [("", entry) for entry in (held if isinstance(held, list) else [held])]
+        given = [("", entry) for entry in (data if isinstance(data, list) else [data])]
     if not given:
         raise ConfigError(f"{axis} is empty")
     found = []
@@ -118,13 +119,13 @@ def _entries(axis: str, held: Any) -> list[Entry]:
         name = str(values.pop("name", name))
         files = _files(values) if axis in ("clips", "jobs") else [values]
         if axis == "clips" and not files:
-            raise ConfigError(f"clips: there is none at {shown(values['video'])[1:-1]}")
+            raise ConfigError(f"clips: there are no clips at {shown(values['video'])[1:-1]}")
         found += [(name or _named(axis, one), one) for one in files or [values]]
     return found
 
 
 def _files(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """A clip's entry for each file that its name stands for, where it has a * in it."""
+    """An entry for each file that matches a clip's pattern."""
     pattern = values.get("video")
     if not isinstance(pattern, str) or not glob.has_magic(pattern) or Path(pattern).exists():
         return [values]
@@ -142,7 +143,7 @@ def _of_pictures(folder: str) -> bool:
 
 
 def _named(axis: str, values: Mapping[str, Any]) -> str:
-    """A name for an entry that was given none."""
+    """The default name of an entry."""
     text = values.get(_TEXT_OF[axis])
     if isinstance(text, str):
         return Path(text).stem if axis in ("clips", "jobs") else text
@@ -150,7 +151,7 @@ def _named(axis: str, values: Mapping[str, Any]) -> str:
 
 
 _LONGEST = 200
-"""Bytes of a name before its digest; file systems take 255 with suffixes."""
+"""Maximal bytes of a name before its digest; file systems allow 255 with suffixes."""
 
 
 def _job(shared: Mapping[str, Any], chosen: Mapping[str, Entry]) -> Job:
@@ -166,5 +167,5 @@ def _job(shared: Mapping[str, Any], chosen: Mapping[str, Entry]) -> Job:
 
 
 def _slug(text: str) -> str:
-    """A text as a part of a file's name."""
+    """A text as a part of a file name."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:40]

@@ -1,4 +1,4 @@
-"""A batch on the processes of one machine, each of which keeps a model on its device."""
+"""A batch on processes of one machine that each keep a model on their device."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ...files.whole import remove_leftovers
-from ..progress import told as in_a_line
+from ..progress import one_line as in_a_line
 from .work import Ended, Group, How, Task, Worker
 
 _CONTEXT = get_context("spawn")
 _READY = "ready"
-"""What a process says once it is there, which takes seconds that are no task's."""
+"""The message of a process that has started, because the start does not count as a task's time."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a batch runs: a process for each entry of `devices`, and the threads of each on a CPU."""
+    """Where a batch runs: a process for each entry of `devices`. threads: of each on a CPU."""
 
     devices: tuple[str, ...]
     how: How = How()
@@ -36,7 +36,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Patience:
-    """timeout: seconds that a task may take, None for any. retries: how often one whose process died is tried again."""
+    """timeout: the maximal seconds of a task; None for no limit. retries: of a task whose process died."""
 
     timeout: float | None = None
     retries: int = 1
@@ -45,9 +45,9 @@ class Patience:
 def run_here(
     groups: Sequence[Group], folder: Path, stores: Path, suffix: str, places: Places, patience: Patience
 ) -> Iterator[Ended]:
-    """Do all tasks and tell how each job ended, as it ends; an inversion before the edits that share it.
+    """Run all tasks and yield each job's result when it ends; an inversion runs before the edits that share it.
 
-    folder: of the results. stores: of inversions, which are removed after their last edit.
+    folder: of the results. stores: the folder of inversions, which are removed after their last edit.
     """
     ready = deque(task for group in groups for task in ((group.inversion,) if group.inversion else group.edits))
     waiting = {group.inversion.name: list(group.edits) for group in groups if group.inversion}
@@ -73,7 +73,7 @@ def run_here(
                     edits = waiting.pop(task.name)
                     yield from (Ended(edit.name, f"its inversion: {error}", where=slot.name) for edit in edits)
                 else:
-                    ready.extendleft(reversed(waiting.pop(task.name)))  # its store may go the sooner
+                    ready.extendleft(reversed(waiting.pop(task.name)))  # to remove its store early
                 if task.job is not None and task.store is not None:
                     left[task.store] -= 1
                     if not left[task.store]:
@@ -84,7 +84,7 @@ def run_here(
 
 
 def _next(slots: Sequence[_Slot], patience: Patience) -> Iterator[tuple[_Slot, str, dict[str, float], bool]]:
-    """Wait for something to end: the slot, what went wrong, the figures, and whether another try may help."""
+    """Wait for tasks to end: yields the slot, the error, the metrics, and whether to retry."""
     busy, limit = [slot for slot in slots if slot.task is not None], None
     if patience.timeout is not None:
         limit = max(0.0, min(slot.begun for slot in busy) + patience.timeout - time.monotonic())
@@ -93,18 +93,18 @@ def _next(slots: Sequence[_Slot], patience: Patience) -> Iterator[tuple[_Slot, s
     for slot in dict.fromkeys(ends[id(end)] for end in found if id(end) in ends):
         if slot.line.poll():
             with suppress(EOFError, OSError):
-                told = slot.line.recv()
-                if told == _READY:
+                message = slot.line.recv()
+                if message == _READY:
                     slot.begun = time.monotonic()
                 else:
-                    yield slot, *told, False
+                    yield slot, *message, False
                 continue
         slot.process.join(5)
         yield slot, _death(slot.process.exitcode), {}, True
     for slot in busy:
         if patience.timeout is not None and slot.task is not None and time.monotonic() > slot.begun + patience.timeout:
             slot.stop()
-            yield slot, f"it took longer than {patience.timeout:g} seconds", {}, False
+            yield slot, f"it took more than {patience.timeout:g} seconds", {}, False
 
 
 def _death(code: int | None) -> str:
@@ -115,7 +115,7 @@ def _death(code: int | None) -> str:
 
 
 class _Slot:
-    """A process that does one task at a time, begun when there is one, and again after it died."""
+    """A process that runs one task at a time; started on demand, and again after it died."""
 
     def __init__(self, name: str, device: str, places: Places) -> None:
         self.name, self.device, self.places = name, device, places
@@ -131,11 +131,11 @@ class _Slot:
             self.process.start()
             theirs.close()
         self.task, self.begun = task, time.monotonic()
-        with suppress(OSError):  # it died meanwhile, which `_next` finds
+        with suppress(OSError):  # it died, which `_next` finds
             self.line.send((task, folder, stores, suffix))
 
     def finish(self) -> Task:
-        """What it did, now that it is over."""
+        """The task that ended."""
         task, self.task = self.task, None
         self.seconds = round(time.monotonic() - self.begun, 2)
         assert task is not None
@@ -153,7 +153,7 @@ class _Slot:
 
 
 def _work(line: Connection, device: str, places: Places) -> None:
-    """A process: does what comes along its line until nobody is there any more."""
+    """A process that runs the tasks from its line until the parent exits."""
     _end_with_parent()
     warnings.filterwarnings("ignore", category=FutureWarning)
     worker: Worker | None = None
@@ -177,7 +177,7 @@ def _work(line: Connection, device: str, places: Places) -> None:
 
 
 def _end_with_parent() -> None:
-    """Leave nothing half-written at the end, which the parent decides on; if it is gone, the end is now."""
+    """Remove partial files when the parent ends this process, or when the parent is gone."""
 
     def end(*_: object) -> None:
         remove_leftovers()

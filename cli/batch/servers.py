@@ -31,31 +31,31 @@ from .work import Ended, Measure
 from .workflow import Graph, filled, load_workflow
 
 _SHOWN = ("video", "start", "stride", "count")
-"""The settings that say which part of its clip a job edits."""
+"""The settings that select the frames of a job's clip."""
 _ASK_EVERY = 0.5
-"""Seconds between two questions whether a job has ended."""
+"""Seconds between two polls of a job's state."""
 
 
 # --- a server ---------------------------------------------------------------------------------
 
 
 class ServerGoneError(OSError):
-    """A server does not answer."""
+    """A server does not respond."""
 
 
 class JobError(OSError):
-    """What a server says of a job that it could not do."""
+    """A job failed on a server, or was refused."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A ComfyUI server by its address. client: how it shall know us."""
+    """A ComfyUI server by its address. client: our ID for it."""
 
     url: str
     client: str
 
-    def ask(self, path: str, data: Any = None, kind: str = "application/json") -> bytes:
-        """Raises JobError with what the server says, and ServerGoneError where it does not answer."""
+    def request(self, path: str, data: Any = None, kind: str = "application/json") -> bytes:
+        """Raises JobError with the server's message, and ServerGoneError if it does not respond."""
         body = data if isinstance(data, (bytes, type(None))) else json.dumps(data).encode()
         try:
             with urlopen(Request(f"{self.url}{path}", body, {"Content-Type": kind}), timeout=60) as answer:
@@ -63,13 +63,13 @@ class Server:
         except HTTPError as error:
             raise JobError(_refusal(error.read())) from error
         except (URLError, OSError) as error:
-            raise ServerGoneError(f"{self.url} does not answer: {getattr(error, 'reason', error)}") from error
+            raise ServerGoneError(f"{self.url} does not respond: {getattr(error, 'reason', error)}") from error
 
     def version(self) -> str:
-        return str(json.loads(self.ask("/system_stats"))["system"].get("comfyui_version", ""))
+        return str(json.loads(self.request("/system_stats"))["system"].get("comfyui_version", ""))
 
     def upload(self, path: Path) -> str:
-        """Into the server's input folder, under a name of its content; the name there."""
+        """Upload into the server's input folder, under a name with its digest; returns that name."""
         edge, name = uuid.uuid4().hex, f"{path.stem}_{digest_of(path)[:12]}{path.suffix}".replace('"', "")
         fields = {"type": "input", "subfolder": "fatezero", "overwrite": "true"}
         head = "".join(
@@ -78,57 +78,58 @@ class Server:
         )
         head += f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
         body = head.encode() + path.read_bytes() + f"\r\n--{edge}--\r\n".encode()
-        told = json.loads(self.ask("/upload/image", body, f"multipart/form-data; boundary={edge}"))
-        return "/".join(filter(None, (told.get("subfolder", ""), told["name"])))
+        answer = json.loads(self.request("/upload/image", body, f"multipart/form-data; boundary={edge}"))
+        return "/".join(filter(None, (answer.get("subfolder", ""), answer["name"])))
 
     def queue(self, graph: Graph) -> str:
-        """The number of a prompt in the queue; JobError where a part of it is refused, which would be left out."""
-        answer = self.ask("/prompt", {"prompt": graph, "client_id": self.client})
-        told = json.loads(answer)
-        if told.get("node_errors"):
-            self.stop(told["prompt_id"])
+        """Queue a prompt; returns its ID. Raises JobError if the server refuses a part, which it would leave out."""
+        answer = self.request("/prompt", {"prompt": graph, "client_id": self.client})
+        queued = json.loads(answer)
+        if queued.get("node_errors"):
+            self.stop(queued["prompt_id"])
             raise JobError(_refusal(answer))
-        return str(told["prompt_id"])
+        return str(queued["prompt_id"])
 
     def outputs(self, prompt: str) -> dict[str, Any] | None:
-        """What a prompt made, by node; None while it is not done. JobError where it failed or was taken away."""
-        queue = json.loads(self.ask("/queue"))
+        """A prompt's outputs by node; None while it runs. Raises JobError if it failed or was removed."""
+        queue = json.loads(self.request("/queue"))
         waiting = any(prompt in entry for part in queue.values() for entry in part)
-        held = json.loads(self.ask(f"/history/{prompt}")).get(prompt)
-        if held is None:
+        done = json.loads(self.request(f"/history/{prompt}")).get(prompt)
+        if done is None:
             if not waiting:
                 raise JobError("it was removed from the server's queue")
             return None
-        for kind, about in held.get("status", {}).get("messages", []):
+        for kind, about in done.get("status", {}).get("messages", []):
             if kind == "execution_interrupted":
                 raise JobError("it was interrupted on the server")
             if kind == "execution_error":
                 message = " ".join(str(about.get("exception_message", "")).split())
                 raise JobError(f"{about.get('node_type')} (node {about.get('node_id')}): {message}")
-        return dict(held["outputs"])
+        return dict(done["outputs"])
 
     def stop(self, prompt: str) -> None:
-        """Take a prompt out of the queue, and interrupt it if it runs."""
-        self.ask("/queue", {"delete": [prompt]})
-        running = json.loads(self.ask("/queue"))["queue_running"]
+        """Remove a prompt from the queue, and interrupt it if it runs."""
+        self.request("/queue", {"delete": [prompt]})
+        running = json.loads(self.request("/queue"))["queue_running"]
         if any(prompt in entry for entry in running):
-            self.ask("/interrupt", {"prompt_id": prompt})
+            self.request("/interrupt", {"prompt_id": prompt})
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
-        asked = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
-        return self.ask(f"/view?{urlencode(asked)}")
+        query = {key: file[key] for key in ("filename", "subfolder", "type") if key in file}
+        return self.request(f"/view?{urlencode(query)}")
 
 
 def _refusal(answer: bytes) -> str:
-    """Why a server refused a prompt: its own message, and each node's."""
+    """The reason why a server refused a prompt: its message, and each node's."""
     try:
-        held = json.loads(answer)
-        error = held.get("error", "")
-        told = [error["message"] if isinstance(error, dict) else str(error)]
-        for node, about in (held.get("node_errors") or {}).items():
+        refused = json.loads(answer)
+        error = refused.get("error", "")
+        messages = [error["message"] if isinstance(error, dict) else str(error)]
+        for node, about in (refused.get("node_errors") or {}).items():
             for one in about["errors"]:
-                told.append(f"{about['class_type']} (node {node}): {one['message']} {one.get('details', '')}".strip())
-        return "; ".join(filter(None, told))
+                text = f"{about['class_type']} (node {node}): {one['message']} {one.get('details', '')}"
+                messages.append(text.strip())
+        return "; ".join(filter(None, messages))
     except (ValueError, LookupError, TypeError, AttributeError):
         return answer.decode(errors="replace")[:500]
 
@@ -139,9 +140,9 @@ def _refusal(answer: bytes) -> str:
 def run_on_servers(
     jobs: Sequence[Job], batch: Batch, folder: Path, urls: Sequence[str], patience: Patience, measure: Measure | None
 ) -> Iterator[Ended]:
-    """Queue each job on a server that is free, one after another on each, and tell how it ended, as it ends.
+    """Queue each job on a free server, one at a time on each, and yield its result when it ends.
 
-    A server that does not answer gives its job back, and gets no other.
+    The job of a server that does not respond goes to another, and the server gets no more jobs.
     """
     graph, client = load_workflow(batch), uuid.uuid4().hex
     servers = [Server(url.rstrip("/"), client) for url in urls]
@@ -157,7 +158,7 @@ def run_on_servers(
         while todo:
             try:
                 job, attempt = todo.popleft()
-            except IndexError:  # another was quicker
+            except IndexError:  # another thread took it
                 break
             begun = time.monotonic()
             try:
@@ -187,7 +188,7 @@ def run_on_servers(
         else:
             yield one
     for job, attempt in todo:
-        yield Ended(job.name, f"no server is left: {'; '.join(gone)}", attempts=attempt)
+        yield Ended(job.name, f"no server responds: {'; '.join(gone)}", attempts=attempt)
 
 
 def _since(begun: float) -> float:
@@ -198,35 +199,37 @@ def _done(
     server: Server, job: Job, batch: Batch, graph: Graph, folder: Path, patience: Patience, running: dict[Server, str],
     measure: Measure | None,
 ) -> dict[str, float]:  # fmt: skip
-    """Have a server do a job, fetch its video and write it with its record; the figures."""
+    """Run a job on a server and write its video with its record; returns its metrics."""
     values = dict(job.values)
     video = Path(from_home(str(values.get("video", ""))))
     if video.is_file():
         values["video"] = server.upload(video)
-    asked = filled(graph, values, batch.inputs)
-    prompt = running[server] = server.queue(asked)
+    prompt = filled(graph, values, batch.inputs)
+    number = running[server] = server.queue(prompt)
     limit = None if patience.timeout is None else time.monotonic() + patience.timeout
-    while (made := server.outputs(prompt)) is None:
+    while (made := server.outputs(number)) is None:
         if limit is not None and time.monotonic() > limit:
-            server.stop(prompt)
-            raise JobError(f"it took longer than {patience.timeout:g} seconds")
+            server.stop(number)
+            raise JobError(f"it took more than {patience.timeout:g} seconds")
         time.sleep(_ASK_EVERY)
     result = folder / f"{job.name}{batch.suffix}"
     with whole_file(result) as partial:
         partial.write_bytes(server.fetch(_video_of(made, batch)))
     files = {"video": digest_of(video)} if video.is_file() else {}
-    record = {"prompt": asked, MADE: {"versions": {"comfyui": server.version()}, "files": files}}
+    record = {"prompt": prompt, MADE: {"versions": {"comfyui": server.version()}, "files": files}}
     write_record(result, record)
     return measure(shown_of(job), result) if measure is not None and video.is_file() else {}
 
 
 def _video_of(made: Mapping[str, Any], batch: Batch) -> Mapping[str, str]:
     """The one video that a workflow saved; JobError for none or several."""
-    nodes = {node: held for node, held in made.items() if batch.inputs.get("result", node).partition(".")[0] == node}
+    nodes = {
+        node: outputs for node, outputs in made.items() if batch.inputs.get("result", node).partition(".")[0] == node
+    }
     files = [
         file
-        for held in nodes.values()
-        for part in held.values()
+        for outputs in nodes.values()
+        for part in outputs.values()
         for file in (part if isinstance(part, list) else ())
         if isinstance(file, dict) and file.get("type") == "output" and str(file.get("filename")).endswith(batch.suffix)
     ]
@@ -243,7 +246,7 @@ def _video_of(made: Mapping[str, Any], batch: Batch) -> Mapping[str, str]:
 
 
 def for_server(batch: Batch) -> Callable[[Job], EditConfig]:
-    """What reads jobs that servers do: `shown_of`, and ConfigError for a setting that the workflow has no place for."""
+    """A reader of jobs for servers: `shown_of`, which raises ConfigError for a setting that the workflow lacks."""
     graph = load_workflow(batch)
 
     def read(job: Job) -> EditConfig:
@@ -254,5 +257,5 @@ def for_server(batch: Batch) -> Callable[[Job], EditConfig]:
 
 
 def shown_of(job: Job) -> EditConfig:
-    """The part of its clip that a job edits, as far as its settings say."""
+    """The settings that select the frames of a job's clip."""
     return EditConfig(**checked({name: job.values[name] for name in _SHOWN if name in job.values}))

@@ -1,4 +1,4 @@
-"""How a batch went: a CSV, and a page with source and result side by side, playing, and their figures."""
+"""The summary of a batch: a CSV, and a page that plays source and result side by side with their metrics."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .jobs import AXES, Job
 from .work import Ended
 
 Digest = Callable[[str], str]
-"""`digest_of`, which may remember."""
+"""`digest_of`, possibly cached."""
 SOURCES = "sources"
-"""The folder of clips as they were edited."""
+"""The folder of the edited clips' sources."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job and how it ended. status: done, failed or open. where, attempts, seconds: of its last try."""
+    """A job and its result. status: done, failed or open. where, attempts, seconds: of its last attempt."""
 
     job: Job
     result: Path
@@ -46,7 +46,7 @@ class Row:
 
     @classmethod
     def of(cls, job: Job, result: Path, last: Ended | None) -> Row:
-        """last: how it ended last, by the log."""
+        """last: its last result in the log."""
         there = result.is_file() and record_path(result).is_file()
         status = "failed" if last and last.error else "done" if there else "open"
         if last is None:
@@ -57,7 +57,7 @@ class Row:
 
 
 def write_summary(output: Path, rows: Sequence[Row], clips: Mapping[str, Path]) -> None:
-    """clips: the sources that can be shown, by the names of jobs."""
+    """clips: the sources to show, by the names of jobs."""
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     _write(output / "summary.csv", _csv(rows, names))
     _write(output / "index.html", _page(output, rows, names, clips))
@@ -117,7 +117,7 @@ def _is_number(text: str) -> bool:
 
 
 def sources_of(output: Path, rows: Sequence[Row], configs: Mapping[str, EditConfig], digest: Digest) -> dict[str, Path]:
-    """The clip of each job that is done, as it was edited, written once into the folder `sources`."""
+    """The source frames of each finished job, written once into the folder `sources`."""
     found = dict[str, Path]()
     for row in rows:
         if row.status == "done":
@@ -137,7 +137,7 @@ def _source_of(output: Path, row: Row, config: EditConfig, digest: Digest) -> Pa
             clip = FittedVideo.of(found, config.crop, size)
             write_video(path, clip.frames(), clip.fps, times=clip.times)
         return path
-    except (OSError, ValueError):  # a clip that is gone by now leaves its place empty
+    except (OSError, ValueError):  # a missing clip is not shown
         return None
 
 
@@ -160,17 +160,17 @@ _SCRIPT = """
 for (const pair of document.querySelectorAll('.pair')) {
   const [source, result] = pair.querySelectorAll('video');
   if (!result) continue;
-  // Both begin anew together, so that they stay in step however often they go round.
+  // Restart both together, so that they stay in sync.
   result.loop = false;
   result.addEventListener('ended', () => [source, result].forEach(video => { video.currentTime = 0; video.play(); }));
   result.addEventListener('pause', () => { if (!result.ended) source.pause(); });
   result.addEventListener('play', () => source.play());
   result.addEventListener('seeked', () => { source.currentTime = result.currentTime; });
 }
-// Only what can be seen plays: a hundred clips at once are too many for a browser.
-const seen = new IntersectionObserver(entries => entries.forEach(({ target, isIntersecting }) =>
+// Play only visible clips: a hundred at once are too many for a browser.
+const visible = new IntersectionObserver(entries => entries.forEach(({ target, isIntersecting }) =>
   isIntersecting ? target.play().catch(() => {}) : target.pause()));
-document.querySelectorAll('video').forEach(video => seen.observe(video));
+document.querySelectorAll('video').forEach(video => visible.observe(video));
 document.querySelector('input').addEventListener('input', ({ target }) => {
   const words = target.value.toLowerCase().split(/\\s+/);
   for (const card of document.querySelectorAll('article'))
@@ -181,13 +181,13 @@ document.querySelector('input').addEventListener('input', ({ target }) => {
 
 def _page(output: Path, rows: Sequence[Row], names: Sequence[str], clips: Mapping[str, Path]) -> str:
     counts = {status: sum(row.status == status for row in rows) for status in ("done", "failed", "open")}
-    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    text = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     name = _text(output.resolve().name)
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{name}: {told}</title><style>{_STYLE}</style>",
-        f"<h1>{name}</h1><p>{len(rows)} jobs: {told}. <a href='summary.csv'>summary.csv</a></p>",
+        f"<title>{name}: {text}</title><style>{_STYLE}</style>",
+        f"<h1>{name}</h1><p>{len(rows)} jobs: {text}. <a href='summary.csv'>summary.csv</a></p>",
         "<label>Show only jobs with these words <input type='search'></label>",
     ]
     failed = [row for row in rows if row.status == "failed"]
@@ -206,8 +206,8 @@ def _text(text: str) -> str:
 
 
 def _failure(row: Row) -> str:
-    told = f"<p>{_text(row.error)}</p><small>{_text(row.job.name)}</small>"
-    return f"<article class='failed'>{_title(row)}{told}</article>"
+    text = f"<p>{_text(row.error)}</p><small>{_text(row.job.name)}</small>"
+    return f"<article class='failed'>{_title(row)}{text}</article>"
 
 
 def _title(row: Row) -> str:
@@ -219,7 +219,7 @@ def _title(row: Row) -> str:
 def _card(output: Path, row: Row, names: Sequence[str], clips: Mapping[str, Path]) -> str:
     shown = [(clips.get(row.job.name), "source"), (row.result, "result")]
     figures = "".join(_figure(path.relative_to(output), what) for path, what in shown if path is not None)
-    table = "".join(f"<tr><td>{_text(name)}<td>{_told(row.figures[name])}" for name in names if name in row.figures)
+    table = "".join(f"<tr><td>{_text(name)}<td>{_shown(row.figures[name])}" for name in names if name in row.figures)
     time = f"{row.seconds:g} s" if row.seconds is not None else ""
     return (
         f"<article>{_title(row)}<div class='pair'>{figures}</div><table>{table}</table>"
@@ -235,5 +235,5 @@ def _figure(path: Path, what: str) -> str:
     )
 
 
-def _told(value: float) -> str:
+def _shown(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""What one process of a batch does: an inversion that edits share, or one edit with its figures."""
+"""The tasks of a batch's process: an inversion that edits share, or one edit with its metrics."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _OF_INVERSIONS = (
         for one in settings_of(part)
     ),
 )  # fmt: skip
-"""The settings that an inversion is made of."""
+"""The settings of an inversion."""
 _OF_PLACES = ("place", "budget_gb")
-"""Settings that say where an inversion is kept while it is made and read."""
+"""Settings for where an inversion is stored."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. error: None where it did what it should. attempts: it took. figures: by name."""
+    """The result of a job. error: None for success. attempts: their number. figures: metrics by name."""
 
     name: str
     error: str | None = None
@@ -76,16 +76,16 @@ class Ended:
 
     @classmethod
     def read(cls, line: str) -> Ended:
-        """From a line of the log; ValueError or TypeError for what is none."""
+        """From a line of the log. Raises ValueError or TypeError for any other line."""
         one = cls(**json.loads(line))
         texts = isinstance(one.name, str) and isinstance(one.where, str) and isinstance(one.error, (str, NoneType))
         numbers = (one.seconds, one.attempts, *one.figures.values()) if isinstance(one.figures, dict) else (None,)
         if not texts or not all(isinstance(number, (int, float)) for number in numbers):
-            raise ValueError(f"{shown(line)} is no line of the log")
+            raise ValueError(f"{shown(line)} is not a line of the log")
         return one
 
     def lacks(self, clip: bool) -> bool:
-        """Whether an edit that is done has no figures. clip: whether CLIP measures too."""
+        """Whether a finished edit lacks metrics. clip: whether CLIP metrics are required."""
         from ...metrics.evaluate import OF_CLIP
 
         return self.error is not None or not self.figures or (clip and OF_CLIP not in self.figures)
@@ -93,7 +93,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Group:
-    """Edits of one clip, and the inversion they share, if they do."""
+    """Edits of one clip, and their shared inversion, if any."""
 
     inversion: Task | None
     edits: tuple[Task, ...]
@@ -104,12 +104,12 @@ class Group:
 
 
 def config_for(job: Job) -> EditConfig:
-    """A job as an edit; ConfigError for settings that are none."""
+    """A job's edit. Raises ConfigError for invalid settings."""
     return completed(config_of(job.values))
 
 
 def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
-    """Jobs by the inversion they need; those that share one with no other make their own."""
+    """Jobs grouped by their inversion; a job that shares none inverts by itself."""
     sharing = dict[str, list[tuple[Job, EditConfig]]]()
     for job, config in jobs:
         key = job.name if config.noise == "drawn" else _digest(inversion_of(config))
@@ -123,7 +123,7 @@ def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
 
 
 def inversion_of(config: EditConfig) -> EditConfig:
-    """An edit's settings that its inversion is made of, the others at their defaults."""
+    """An edit's settings for its inversion, with the others at their defaults."""
     return replace(EditConfig(), **{name: getattr(config, name) for name in _OF_INVERSIONS})
 
 
@@ -133,7 +133,7 @@ def _digest(config: EditConfig) -> str:
 
 @dataclass(frozen=True)
 class How:
-    """What all jobs of a run have in common, wherever they are done.
+    """Options of all jobs of a run, wherever they run.
 
     model_config: see `Session`. measures: whether results are measured; clip: by which CLIP of transformers too.
     """
@@ -148,13 +148,13 @@ class How:
 
 
 class Measure:
-    """Measures results beside their sources. clip: a CLIP of transformers that measures too."""
+    """Measures results against their sources. clip: a CLIP model of transformers for more metrics."""
 
     def __init__(self, device: str = "auto", clip: str = "") -> None:
         self._device, self._clip = pick_device(device), clip
 
     def __call__(self, config: EditConfig, output: Path) -> dict[str, float]:
-        """The figures of an edit by name; config: which frames of its clip were edited."""
+        """The metrics of an edit by name. config: selects the edited frames of its clip."""
         from ...metrics.evaluate import evaluate
 
         edited = open_video(output).read()
@@ -170,7 +170,7 @@ class Measure:
     def _flow(self) -> Estimator | None:
         try:
             return flow_estimator("auto", self._device)[1]
-        except ImportError:  # without OpenCV the warp error is left out
+        except ImportError:  # without OpenCV there is no warp error
             return None
 
     @cached_property
@@ -179,7 +179,7 @@ class Measure:
 
 
 class Worker:
-    """Does tasks one after another, and keeps the model it had last.
+    """Runs tasks one by one, and keeps the last model.
 
     threads: of a CPU; None leaves them as they are.
     """
@@ -194,7 +194,7 @@ class Worker:
         run_invert(self._session, task.config, store, dry_run=False)
 
     def edit(self, task: Task, output: Path, store: Path | None = None) -> dict[str, float]:
-        """Edit and measure; the figures by name."""
+        """Edit and measure; returns the metrics by name."""
         config, usual = task.config, EditConfig()
         if store is not None:
             config = replace(config, **{name: getattr(usual, name) for name in _OF_PLACES})
@@ -204,13 +204,13 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Keeping(Session):
-    """A session that keeps the model it opened last."""
+    """A session that keeps the last model it opened."""
 
     kept: dict[tuple[Any, ...], Model] = field(default_factory=dict)
 
     def open_model(self, settings: ModelSettings, videos: bool = False) -> Model:
-        asked = (settings, videos)
-        if asked not in self.kept:
-            self.kept.clear()  # before the next is loaded: there may not be room for both
-            self.kept[asked] = super().open_model(settings, videos)
-        return self.kept[asked]
+        key = (settings, videos)
+        if key not in self.kept:
+            self.kept.clear()  # free memory before the next model is loaded
+            self.kept[key] = super().open_model(settings, videos)
+        return self.kept[key]

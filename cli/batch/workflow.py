@@ -1,4 +1,4 @@
-"""A ComfyUI workflow's API form, filled in with the settings of a job."""
+"""A ComfyUI workflow's API form, with the settings of a job filled in."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..config.values import checked
 from .jobs import Batch
 
 Graph = dict[str, Any]
-"""A workflow's API form: nodes by their number, each with its class and inputs."""
+"""A workflow's API form: nodes by number, each with its class and inputs."""
 _LOADER = "FateZeroLoadVideo"
 _NODES = {m.name: m.node_id for m in METHODS if m.name in SECTIONS} | {"layout": "FateZeroLayout"}
-"""The nodes that hold a section of settings."""
+"""The nodes of sections of settings."""
 _INPUTS = {
     "guidance_scale": ("", "guidance"),
     "smoothing": ("FateZeroFlowSmoothing", "amount"),
     "flow": ("FateZeroFlowSmoothing", "flow"),
 }
-"""What nodes call a setting, where it is another name, or on which node it is."""
+"""The inputs of settings with another name on the nodes, or on a certain node."""
 _PARTS = {"size": ("width", "height"), "crop": ("crop_left", "crop_top", "crop_right", "crop_bottom")}
-"""The inputs of the video's loader that hold a setting of several numbers."""
+"""The inputs of the video loader for settings of several numbers."""
 _SETTINGS = {"video", *(one.name for one in settings_of(EditConfig)), *_NODES}
 Place = tuple[str, str]
 """A node and its input."""
 
 
 def load_workflow(batch: Batch) -> Graph:
-    """The workflow of a file of jobs; ConfigError where it names none that a server can run."""
+    """The workflow of a file of jobs. Raises ConfigError if it names none that a server can run."""
     if batch.workflow is None:
-        raise ConfigError("the jobs name no workflow: give the API form of one (Export (API) in ComfyUI's menu)")
+        raise ConfigError("the jobs name no workflow: give one in the API form (Export (API) in ComfyUI's menu)")
     try:
         graph = json.loads(batch.workflow.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -68,7 +68,7 @@ class _Filling:
         self.graph, self.inputs = graph, inputs
 
     def set(self, name: str, value: Any) -> None:
-        """Put a setting, or a section of settings, into the nodes that have it."""
+        """Fill in a setting, or a section of settings."""
         if name in _SETTINGS and name not in self.inputs:
             checked({name: value})
             if name in _NODES:
@@ -82,8 +82,8 @@ class _Filling:
         self._put(self.place(name), name, value)
 
     def set_preset(self, preset: Any, values: Mapping[str, Any]) -> None:
-        """Choose a preset, with all it sets in the command that the job does not set itself."""
-        texts = {name: text for name in ("source", "target") if (text := values.get(name) or self._held(name))}
+        """Choose a preset, with all its settings that the job does not override."""
+        texts = {name: text for name in ("source", "target") if (text := values.get(name) or self._text(name))}
         config, usual = with_preset(EditConfig(**checked(texts)), preset), EditConfig()
         needed = [config.propagation] if config.propagation != "none" else []
         for section in (*needed, *(["flow_edit"] if config.noise == "drawn" else [])):
@@ -96,7 +96,7 @@ class _Filling:
                 self._put(self.place(name), name, value)
 
     def place(self, name: str) -> Place:
-        """The one node and input for a setting; ConfigError for none, and for several."""
+        """The node and input of a setting. Raises ConfigError for none or several."""
         if name in self.inputs:
             node, _, key = self.inputs[name].partition(".")
             if node not in self.graph or not key:
@@ -111,39 +111,39 @@ class _Filling:
         return found[0]
 
     def _places(self, name: str) -> list[Place]:
-        """The inputs that hold a setting, and are no links; of several, those of our nodes."""
+        """The unlinked inputs of a setting; if several nodes have it, those of our nodes."""
         if name == "negative":
             return self._negatives()
         kind, key = _INPUTS.get(name, ("", name))
         keys = ("file", "video") if name == "video" else (key,)
         found = [
             (node, key)
-            for node, held in self._nodes(kind)
+            for node, found in self._nodes(kind)
             for key in keys
-            if key in held["inputs"] and not isinstance(held["inputs"][key], list)
+            if key in found["inputs"] and not isinstance(found["inputs"][key], list)
         ]
         ours = [place for place in found if self.graph[place[0]]["class_type"].startswith("FateZero")]
         return ours if len(ours) == 1 else found
 
     def _negatives(self) -> list[Place]:
-        """The texts that are linked as negative, and as nothing else."""
-        inputs = (pair for _, held in self._nodes() for pair in held["inputs"].items())
+        """The texts that are linked only as negative."""
+        inputs = (pair for _, found in self._nodes() for pair in found["inputs"].items())
         links = [(key, link[0]) for key, link in inputs if isinstance(link, list)]
         found = {node for key, node in links if key == "negative"} - {node for key, node in links if key != "negative"}
         return [(node, "text") for node in sorted(found) if isinstance(self.graph[node]["inputs"].get("text"), str)]
 
     def _nodes(self, kind: str = "") -> Iterator[tuple[str, Any]]:
-        return ((node, held) for node, held in self.graph.items() if kind in ("", held["class_type"]))
+        return ((node, found) for node, found in self.graph.items() if kind in ("", found["class_type"]))
 
     def _node(self, kind: str, name: str) -> str:
-        """The one node of a class; ConfigError for none, and for several."""
+        """The node of a class. Raises ConfigError for none or several."""
         found = [node for node, _ in self._nodes(kind)]
         if len(found) != 1:
             raise ConfigError(f"{name} needs one node {kind} in the workflow, which has {len(found) or 'none'}")
         return found[0]
 
-    def _held(self, name: str) -> str:
-        """The text of an input as it is; "" where no node has it."""
+    def _text(self, name: str) -> str:
+        """The current text of an input; "" if no node has it."""
         places = [self.place(name)] if name in self.inputs else self._places(name)
         text = self.graph[places[0][0]]["inputs"][places[0][1]] if len(places) == 1 else ""
         return text if isinstance(text, str) else ""
@@ -158,11 +158,11 @@ class _Filling:
             raise ConfigError(f"{name} is {shown(value)}; input {key} of node {node} must be a number")
         own[key] = value
         if name == "video" and key == "file" and isinstance(own.get("video"), list):
-            del own["video"]  # a link that would go before the file
+            del own["video"]  # a link would override the file
 
 
 def _as_widget(value: Any) -> Any:
-    """A value as widgets have it: lists and weights of words by commas."""
+    """A value in the widgets' form: lists and weights of words separated by commas."""
     if isinstance(value, Mapping):
         return ", ".join(f"{word}={factor}" for word, factor in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""`fatezero batch`: what of a file of jobs is still to be done, doing it, and telling how it went."""
+"""`fatezero batch`: run the unfinished jobs of a file, and write a summary."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from ..config.settings import ConfigError, EditConfig
 from ..config.values import config_as
 from ..options import DryRun, Dtype, ModelConfig, Quiet, given_of, options_of
 from ..outputs import check_folder
-from ..progress import console, progress_bar, told
+from ..progress import console, one_line, progress_bar
 from ..session import Session, check_clip, pick_device, pick_dtype
 
 _RAY = "On a Ray cluster"
 LOG = "jobs.jsonl"
-"""How each job ended, a line for each try of a run; the last one of a job counts."""
+"""The results of jobs, one line for each; the last one of a job counts."""
 STORES = "stores"
-"""The folder of inversions that jobs share, while they need them."""
+"""The folder of shared inversions, while jobs need them."""
 _SUM_UP_EVERY = 30.0
 """Seconds between summaries while a batch runs."""
 
@@ -51,35 +51,37 @@ class BatchConfig:
     """Settings of `fatezero batch`."""
 
     output: str = setting(
-        "", "Folder for results and summary. A run there continues.", shown="that of the jobs, without .yaml"
+        "", "Folder for results and summary. An existing batch continues.", shown="the jobs' path without .yaml"
     )
     workers: int = setting(1, "Processes on each device.", least=1, most=1024)
-    timeout: float | None = setting(None, "Seconds that a job may take.", least=0.1, most=1e9, shown="any")
+    timeout: float | None = setting(None, "Maximal seconds of a job.", least=0.1, most=1e9, shown="no limit")
     retries: int = setting(1, "Retries of a job whose process died.", least=0, most=1000)
-    measure: bool = setting(True, "Measure each result beside its source.")
+    measure: bool = setting(True, "Measure each result against its source.")
     clip: str = setting("", "CLIP model of transformers to measure with.", shown="none")
     redo: bool = setting(False, "Repeat finished jobs.")
     ray: str = setting("", "Address of a Ray cluster to run the jobs on, auto, or local.", shown="none", group=_RAY)
     ray_gpus: float | None = setting(
-        None, "GPUs of each job.", least=0, most=1024, shown="1 where there are any", group=_RAY
+        None, "GPUs of each job.", least=0, most=1024, shown="1 if there are any", group=_RAY
     )
     ray_cpus: float = setting(1.0, "CPU cores of each job.", least=0, most=1024, group=_RAY)
     ray_inputs: Literal["shared", "sent"] = setting(
-        "shared", "Clips, masks and LoRAs lie on a path that all machines share, or are sent through Ray.", group=_RAY
+        "shared",
+        "Whether clips, masks and LoRAs are on a path that all machines share, or are sent through Ray.",
+        group=_RAY,
     )
     comfyui: tuple[str, ...] = setting(
-        (), "Address of a ComfyUI server to run the jobs' workflow on; may repeat.", shown="none"
+        (), "Address of a ComfyUI server to run the jobs' workflow on; repeatable.", shown="none"
     )
     device: str = setting("auto", "cpu, cuda, mps, several (cuda:0,cuda:1), or auto: all GPUs.")
 
     def check_places(self, dtype: str, model_config: str | None) -> None:
-        """Raise ConfigError for settings of another place than the one that jobs run in."""
+        """Raise ConfigError for settings that do not apply where the jobs run."""
         if self.ray and self.comfyui:
-            raise ConfigError("give --ray or --comfyui: a job is done in one place")
+            raise ConfigError("give only one of --ray and --comfyui")
         if model_config is not None and self.comfyui:
             raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
         if self.ray and self.timeout is not None:
-            raise ConfigError("timeout has no effect with --ray: Ray decides how long a job may take")
+            raise ConfigError("timeout has no effect with --ray: Ray sets the time limit of jobs")
         for url in self.comfyui:
             if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
                 raise ConfigError(f"comfyui is {shown(url)}; it must be an address such as http://127.0.0.1:8188")
@@ -100,17 +102,17 @@ def command(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Do many edits: those not done yet, an inversion that several share once; a failed one leaves the others alone."""
+    """Run many edits with shared inversions, or continue a batch. A failed edit does not stop the others."""
     console.quiet = quiet
     config = config_as(BatchConfig, given_of(options))
-    held = load_batch(jobs)
+    batch = load_batch(jobs)
     folder = Path(config.output) if config.output else jobs.with_suffix("")
     check_folder(folder)
     config.check_places(dtype, model_config)
     if config.clip and config.measure:
         check_clip(config.clip)
     how = How(dtype, model_config, config.measure, config.clip)
-    run_batch(Session(console, progress_bar), held, Asked(folder, how, config, dry_run))
+    run_batch(Session(console, progress_bar), batch, Run(folder, how, config, dry_run))
 
 
 class BatchError(OSError):
@@ -118,8 +120,8 @@ class BatchError(OSError):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run is asked for, beside its jobs."""
+class Run:
+    """The options of a run."""
 
     output: Path
     how: How
@@ -128,12 +130,12 @@ class Asked:
 
     @property
     def servers(self) -> tuple[str, ...]:
-        """ComfyUI's, each once, in the place of this machine."""
+        """ComfyUI servers to run on instead of this machine, without duplicates."""
         return tuple(dict.fromkeys(url.rstrip("/") for url in self.config.comfyui))
 
     @property
     def cluster(self) -> Cluster | None:
-        """Ray's, in the place of this machine."""
+        """The Ray cluster to run on instead of this machine."""
         one = self.config
         if not one.ray:
             return None
@@ -148,41 +150,41 @@ class Asked:
         return [name.strip() for name in self.config.device.split(",")]
 
 
-def run_batch(session: Session, batch: Batch, asked: Asked) -> None:
-    """Do the jobs that are not done yet, and write the summary; BatchError, in the end, where some failed."""
-    configs, refused = _understood(batch, for_server(batch) if asked.servers else config_for)
-    digest = cache(digest_of)  # of clips, each for many jobs
-    with lock_folder(asked.output):
+def run_batch(session: Session, batch: Batch, run: Run) -> None:
+    """Run the unfinished jobs and write the summary; finally raises BatchError if jobs failed."""
+    configs, refused = _understood(batch, for_server(batch) if run.servers else config_for)
+    digest = cache(digest_of)  # a clip has many jobs
+    with lock_folder(run.output):
         there, todo = list[Job](), list[Job]()
         for job in batch.jobs:
             if (config := configs.get(job.name)) is not None:
-                done = not asked.config.redo and _is_done(job, config, asked, batch, digest)
+                done = not run.config.redo and _is_done(job, config, run, batch, digest)
                 (there if done else todo).append(job)
         session.say(f"{len(batch.jobs)} jobs" + (f", {len(there)} of them done" if there else ""))
-        blank = _blank(there, configs, asked)
+        blank = _blank(there, configs, run)
         if blank:
-            session.say(f"   {len(blank)} of those done have no figures yet")
-        begun = _begun(session, batch, [(job, configs[job.name]) for job in todo], asked) if todo else ()
-        if asked.dry_run:
+            session.say(f"   {len(blank)} finished jobs have no metrics yet")
+        begun = _begun(session, batch, [(job, configs[job.name]) for job in todo], run) if todo else ()
+        if run.dry_run:
             for one in refused:
                 _say_failed(session, one)
             if refused:
                 raise BatchError(f"{len(refused)} of {len(batch.jobs)} jobs cannot run")
             return
-        sum_up = partial(_summed_up, batch, asked.output, configs, digest)
-        ended = chain(refused, _filled(blank, configs, batch, asked), begun)
+        sum_up = partial(_summed_up, batch, run.output, configs, digest)
+        ended = chain(refused, _filled(blank, configs, batch, run), begun)
         count = len(refused) + len(blank) + len(todo)
-        failed = _followed(session, asked.output, count, ended, sum_up)
-        shutil.rmtree(asked.output / STORES, ignore_errors=True)
+        failed = _followed(session, run.output, count, ended, sum_up)
+        shutil.rmtree(run.output / STORES, ignore_errors=True)
         rows = sum_up()
         whole = sum(row.status == "done" for row in rows)
-        session.say(f"{whole} of {len(rows)} jobs done; summary.csv and index.html are in {asked.output}")
+        session.say(f"{whole} of {len(rows)} jobs done; summary.csv and index.html are in {run.output}")
         if failed:
-            raise BatchError(f"{failed} of {count} jobs failed: {asked.output / 'summary.csv'} has their errors")
+            raise BatchError(f"{failed} of {count} jobs failed: {run.output / 'summary.csv'} has their errors")
 
 
 def _understood(batch: Batch, read: Callable[[Job], EditConfig]) -> tuple[dict[str, EditConfig], list[Ended]]:
-    """The edits of jobs by name, and the jobs that are none; ConfigError where none of them is one."""
+    """The edits by job name, and the invalid jobs. Raises ConfigError if all are invalid."""
     configs, refused = dict[str, EditConfig](), list[Ended]()
     for job in batch.jobs:
         try:
@@ -195,62 +197,58 @@ def _understood(batch: Batch, read: Callable[[Job], EditConfig]) -> tuple[dict[s
 
 
 def _of_error(error: Exception) -> str:
-    return told(error).removeprefix("error: ")
+    return one_line(error).removeprefix("error: ")
 
 
-# --- figures that are missing -----------------------------------------------------------------
+# --- missing metrics --------------------------------------------------------------------------
 
 
-def _blank(there: Sequence[Job], configs: Mapping[str, EditConfig], asked: Asked) -> dict[str, Ended]:
-    """How jobs ended by name, of those done whose figures are missing: a run may have been killed before it kept them,
-    or have failed to measure.
-    """
-    log, clip = _logged(asked.output), bool(asked.how.clip)
+def _blank(there: Sequence[Job], configs: Mapping[str, EditConfig], run: Run) -> dict[str, Ended]:
+    """The results of finished jobs without metrics, by name, because a run was killed or failed to measure."""
+    log, clip = _logged(run.output), bool(run.how.clip)
     last = {job.name: log.get(job.name, Ended(job.name)) for job in there}
-    if not asked.how.measures:
+    if not run.how.measures:
         return {name: one for name, one in last.items() if one.error is not None}
-    measured = {name for name in last if not asked.servers or Path(configs[name].video).is_file()}
+    measured = {name for name in last if not run.servers or Path(configs[name].video).is_file()}
     return {name: one for name, one in last.items() if name in measured and one.lacks(clip)}
 
 
-def _filled(
-    blank: Mapping[str, Ended], configs: Mapping[str, EditConfig], batch: Batch, asked: Asked
-) -> Iterator[Ended]:
-    """Measure results that are there."""
-    device = "auto" if asked.cluster is not None else asked.devices[0]
-    measure = asked.how.measure(device) if blank else None
+def _filled(blank: Mapping[str, Ended], configs: Mapping[str, EditConfig], batch: Batch, run: Run) -> Iterator[Ended]:
+    """Measure existing results."""
+    device = "auto" if run.cluster is not None else run.devices[0]
+    measure = run.how.measure(device) if blank else None
     for name, last in blank.items():
         try:
-            figures = {} if measure is None else measure(configs[name], _result(asked.output, name, batch))
+            figures = {} if measure is None else measure(configs[name], _result(run.output, name, batch))
             yield replace(last, error=None, figures=figures)
         except Exception as error:
-            yield replace(last, error=f"its figures: {_of_error(error)}")
+            yield replace(last, error=f"its metrics: {_of_error(error)}")
 
 
 def _result(output: Path, name: str, batch: Batch) -> Path:
     return output / f"{name}{batch.suffix}"
 
 
-def _begun(session: Session, batch: Batch, jobs: Sequence[tuple[Job, EditConfig]], asked: Asked) -> Iterator[Ended]:
-    """Say where jobs run and what they share; the jobs as they end, which begin when the first is asked for."""
-    if asked.servers:
-        session.say(f"   on {', '.join(asked.servers)}")
-        measure = asked.how.measure(asked.devices[0])
-        return run_on_servers([job for job, _ in jobs], batch, asked.output, asked.servers, asked.patience, measure)
+def _begun(session: Session, batch: Batch, jobs: Sequence[tuple[Job, EditConfig]], run: Run) -> Iterator[Ended]:
+    """Print where jobs run and what they share; returns an iterator that runs the jobs."""
+    if run.servers:
+        session.say(f"   on {', '.join(run.servers)}")
+        measure = run.how.measure(run.devices[0])
+        return run_on_servers([job for job, _ in jobs], batch, run.output, run.servers, run.patience, measure)
     groups = groups_of(jobs)
     shared = [group for group in groups if group.inversion]
     saved = sum(len(group.edits) - 1 for group in shared)
-    places = _places(asked)
-    session.say(f"   on {', '.join(places.devices) if asked.cluster is None else f'Ray at {asked.cluster.address}'}")
+    places = _places(run)
+    session.say(f"   on {', '.join(places.devices) if run.cluster is None else f'Ray at {run.cluster.address}'}")
     if saved:
-        session.say(f"   {len(shared)} inversions are shared, which saves {saved}")
-    if asked.cluster is not None:
-        return run_on_cluster(groups, asked.output, batch.suffix, asked.cluster, asked.how)
-    return run_here(groups, asked.output, asked.output / STORES, batch.suffix, places, asked.patience)
+        session.say(f"   {len(shared)} shared inversions save {saved}")
+    if run.cluster is not None:
+        return run_on_cluster(groups, run.output, batch.suffix, run.cluster, run.how)
+    return run_here(groups, run.output, run.output / STORES, batch.suffix, places, run.patience)
 
 
 def _followed(session: Session, output: Path, count: int, ended: Iterable[Ended], sum_up: Callable[[], Any]) -> int:
-    """Keep how each job ended, and sum up at times; how many failed."""
+    """Log each result and update the summary from time to time; returns the number of failures."""
     failed, summed_up = 0, time.monotonic()
     with session.bars() as bar:
         update = bar("jobs")
@@ -276,30 +274,30 @@ def _summed_up(batch: Batch, output: Path, configs: Mapping[str, EditConfig], di
     return rows
 
 
-def _places(asked: Asked) -> Places:
-    """A process for each device, or several; ValueError for a device that is not there."""
-    devices, workers = [pick_device(name) for name in asked.devices], asked.config.workers
-    if asked.config.device == "auto" and devices[0].type == "cuda":
+def _places(run: Run) -> Places:
+    """One or more processes for each device. Raises ValueError for a missing device."""
+    devices, workers = [pick_device(name) for name in run.devices], run.config.workers
+    if run.config.device == "auto" and devices[0].type == "cuda":
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     names = tuple(str(device) for device in devices for _ in range(workers))
     on_cpu = sum(device.type == "cpu" for device in devices) * workers
     threads = max(1, _cores() // on_cpu) if on_cpu else None
-    return Places(names, asked.how, threads)
+    return Places(names, run.how, threads)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- what is done -----------------------------------------------------------------------------
+# --- finished jobs ----------------------------------------------------------------------------
 
 
-def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch, digest: Digest) -> bool:
-    """Whether the result is there, with the record of its making, of the clip as it is now.
+def _is_done(job: Job, config: EditConfig, run: Run, batch: Batch, digest: Digest) -> bool:
+    """Whether the result exists with its record, and was made from the clip's current content.
 
-    The settings are those of the name.
+    Its name identifies the settings.
     """
-    result = _result(asked.output, job.name, batch)
+    result = _result(run.output, job.name, batch)
     record = record_path(result)
     if not result.is_file() or not record.is_file():
         return False
@@ -311,16 +309,16 @@ def _is_done(job: Job, config: EditConfig, asked: Asked, batch: Batch, digest: D
 
 
 def _logged(output: Path) -> dict[str, Ended]:
-    """How each job ended last, by name."""
+    """The last result of each job, by name."""
     found, log = dict[str, Ended](), output / LOG
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ():
-        with suppress(ValueError, TypeError):  # an interruption may cut a line short
+        with suppress(ValueError, TypeError):  # an interruption may truncate a line
             one = Ended.read(line)
             found[one.name] = one
     return found
 
 
 def rows_of(batch: Batch, output: Path) -> list[Row]:
-    """Every job of a file with how it ended last."""
+    """Every job of a file with its last result."""
     log = _logged(output)
     return [Row.of(job, _result(output, job.name, batch), log.get(job.name)) for job in batch.jobs]

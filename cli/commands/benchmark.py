@@ -1,4 +1,4 @@
-"""`fatezero benchmark`: every method on edits whose right answer is known."""
+"""`fatezero benchmark`: all methods on edits with known true results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ..session import check_clip, pick_device
 class BenchmarkConfig:
     """Settings of `fatezero benchmark`."""
 
-    output: str = setting("benchmark", "Folder of the run; a run there goes on.")
-    quick: bool = setting(True, "4 cases of each kind and the main methods, or 10 and all.")
+    output: str = setting("benchmark", "Folder of the run. An existing run continues.")
+    quick: bool = setting(True, "4 cases of each kind and the main methods; else 10 cases and all methods.")
     seed: int = setting(2303, "Random seed for scenes, motions and words.", least=0, most=2**63 - 1)
     each: int | None = setting(None, "Cases of each kind.", least=1, most=10_000, shown="4, or 10 with --full")
     kind: tuple[str, ...] = setting(
@@ -43,8 +43,8 @@ class BenchmarkConfig:
     pairs: str = setting(
         "", "YAML list of [source caption, target caption], in the place of drawn cases.", shown="none"
     )
-    model: str = setting("demo", "Another checkpoint of the demo world.")
-    clip: str = setting("", "A CLIP of transformers, for Tem-Con and Frame-Acc.", shown="none")
+    model: str = setting("demo", "Checkpoint trained on the demo scenes.")
+    clip: str = setting("", "CLIP model of transformers, for Tem-Con and Frame-Acc.", shown="none")
     workers: int | None = setting(None, "Processes.", least=1, most=1024, shown="one for each core; one on a GPU")
 
 
@@ -56,7 +56,7 @@ def command(
     options: Annotated[BenchmarkOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     device: Device = "auto",
 ) -> None:
-    """Compare every method on edits of the demo world, whose right answer is known; goes on where it was stopped."""
+    """Compare all methods on edits of demo scenes with known true results; continues an interrupted run."""
     config = config_as(BenchmarkConfig, given_of(options))
     captions = load_pairs(config.pairs) if config.pairs else ()
     check_folder(config.output)

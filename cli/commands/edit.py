@@ -26,7 +26,6 @@ from ...video.write import FrameDigest, shortcomings, write_video
 from ..config.files import configs_of
 from ..config.record import (
     Made,
-    apart_from,
     check_is_here,
     check_same,
     differences,
@@ -37,6 +36,7 @@ from ..config.record import (
     record_path,
     threads_on,
     versions,
+    without_given,
     write_record,
 )
 from ..config.settings import PRESETS, EditConfig
@@ -96,18 +96,18 @@ def command(
     ] = None,
     store: Annotated[
         Path | None,
-        Parameter(help="A store of `fatezero invert`, in the place of an inversion.", group=GROUPS["The store"]),
+        Parameter(help="A store of `fatezero invert`, instead of an inversion.", group=GROUPS["The store"]),
     ] = None,
     options: Annotated[EditOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
-    """Edit a video: invert it, then denoise with the target prompt and what is taken of the source."""
+    """Edit a video: invert it, then denoise with the target prompt and the source's attention."""
     flags = flags_of(video, options)
     made = made_by(config) if config else None
-    if made is not None:  # a result's record: made again with what it was made with
+    if made is not None:  # a result's record, to repeat it
         others = {"store": store, "model_config": run.model_config, "target": target, "preset": preset}
         given = {*flags, *(name for name, value in others.items() if value)}
-        made = apart_from(made, given)
+        made = without_given(made, given)
         store = store or (Path(made.store) if made.store else None)
         device, dtype = (b if a == "auto" else a for a, b in ((run.device, made.device), (run.dtype, made.dtype)))
         run = replace(run, model_config=run.model_config or made.model_config, device=device, dtype=dtype)
@@ -138,15 +138,15 @@ def run_edits(
     remove_stale_folders(disk_folder())
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
-    with session.outputs(configs[0], store_path) as held:
+    with session.outputs(configs[0], store_path) as files:
         session, team = team_of(session)
         run = _Run(session, team, output, store_path, made, from_batch)
-        _edit(run, held, configs, dry_run)
+        _edit(run, files, configs, dry_run)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run is asked for beside its settings; see `run_edits`. team: the processes it runs on, None for this."""
+    """Options of a run besides its settings; see `run_edits`. team: the processes it runs on; None for this one."""
 
     session: Session
     team: Processes | None
@@ -166,7 +166,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is edited: the frames of a video, or a store and where it is from."""
+    """The source of an edit: the frames of a video, or a store and its origin."""
 
     frames: int
     video: VideoSource | None = None
@@ -183,7 +183,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Clip:
-    """The clip as it is edited. shape: of its latents. video: None for a store. The rest: of its frames."""
+    """The clip of an edit. shape: of its latents. video: None for a store. The others: of its frames."""
 
     shape: tuple[int, ...]
     crop: tuple[int, int, int, int]
@@ -196,10 +196,10 @@ class _Clip:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One edit: its configuration, prompt pair, layout and mask; where it goes and the digests of the files it reads.
+class _OneEdit:
+    """One edit: its configuration, prompt pair, layout and mask; its output and the digests of the files it reads.
 
-    recorded: what its record holds of its settings.
+    recorded: the settings for its record.
     """
 
     config: EditConfig
@@ -211,16 +211,16 @@ class _Asked:
     files: dict[str, str]
 
 
-def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) -> None:
+def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) -> None:
     session, team = run.session, run.team
     if run.store and configs[0].noise == "drawn":
-        raise ValueError("noise is drawn, which a store has no use for")
+        raise ValueError("store cannot be used with noise drawn, because FlowEdit has no inversion")
     store = AttentionStore.load(run.store) if run.store else None
     origin, given = read_origin(store) if store else None, configs
     if store is not None and origin is not None:
         configs = [with_store(config, store, origin) for config in configs]
     for config in configs:
-        config.prompt_edit(None)  # raises for words that are in no prompt
+        config.prompt_edit(None)  # raises for words that are not in the prompts
         check_objects(config, config.target)
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
@@ -229,8 +229,8 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = _outputs(run.output, len(configs))
     for path in outputs if run.writes else ():
-        held.clip(path, source.frames)
-        held.file(record_path(path))
+        writes.clip(path, source.frames)
+        writes.file(record_path(path))
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Made(files=files[0]), replace(run.made, model="", vae=""))
@@ -252,12 +252,12 @@ def _edit(run: _Run, held: Outputs, configs: list[EditConfig], dry_run: bool) ->
         session.note(lost)
     if not dry_run:
         recorded = given if run.from_batch else configs
-        edits = list(map(_Asked, configs, recorded, prompts, layouts, masks, outputs, files))
+        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, files))
         _run(run, checkpoint, clip, store, edits, now)
 
 
 def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _Source) -> tuple[Model, _Clip]:
-    """The clip as the model takes it, and the model with the configuration's ControlNet."""
+    """The clip fitted to the model, and the model with the configuration's ControlNet."""
     store, origin = source.store, source.origin
     if store is None or origin is None:
         assert source.video is not None
@@ -273,7 +273,7 @@ def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _S
 
 
 def _checked_again(run: _Run, checkpoint: Model, config: EditConfig, clip: _Clip) -> Made:
-    """What this run edits with; ConfigError where a result is made again with another model."""
+    """The provenance of this run. Raises ConfigError if a result is repeated with another model."""
     _note_of_layers(run.session, config)
     now = _made(run.session, checkpoint, clip.shape, run.recorded_store)
     if run.made is not None:
@@ -288,11 +288,11 @@ def _run(
     checkpoint: Model,
     clip: _Clip,
     store: AttentionStore | None,
-    asked: Sequence[_Asked],
+    tasks: Sequence[_OneEdit],
     now: Made,
 ) -> None:
-    """Invert, edit and write; OSError, in the end, for outputs that could not be written."""
-    session, configs, spread, failed = run.session, [one.config for one in asked], run.team or ONE_PROCESS, list[str]()
+    """Invert, edit and write; finally raises OSError for outputs that could not be written."""
+    session, configs, spread, failed = run.session, [one.config for one in tasks], run.team or ONE_PROCESS, list[str]()
     with session.bars() as bar:
         if store is not None:
             inversion = Inversion(store)
@@ -300,25 +300,25 @@ def _run(
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
         motion = motion_of(checkpoint, configs, inversion, bar)
-        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout, a.mask) for a in asked]
+        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout, a.mask) for a in tasks]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
             checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)
         )
         if not run.writes:
             return
-        for one, latents in zip(asked, results, strict=True):
+        for one, latents in zip(tasks, results, strict=True):
             writing = _Writing(one.output, _recorded(one.recorded, inversion.store), replace(now, files=one.files))
             try:
                 _write(run, writing, decode(checkpoint, latents, clip.frames, _bar(bar, one)), clip)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
-        raise OSError(f"{len(failed)} of {len(asked)} edits could not be written: {'; '.join(failed)}")
+        raise OSError(f"{len(failed)} of {len(tasks)} edits could not be written: {'; '.join(failed)}")
 
 
-def _bar(bar: Callable[[str], Bar], asked: _Asked) -> Bar:
-    return bar(f"write {Path(asked.output).name}")
+def _bar(bar: Callable[[str], Bar], one: _OneEdit) -> Bar:
+    return bar(f"write {Path(one.output).name}")
 
 
 def _write(run: _Run, writing: _Writing, pictures: Iterable[Tensor], clip: _Clip) -> None:
@@ -330,34 +330,34 @@ def _write(run: _Run, writing: _Writing, pictures: Iterable[Tensor], clip: _Clip
 
 @dataclass(frozen=True)
 class _Writing:
-    """A result on its way to a file, with what its record says."""
+    """The output of a result, with its record."""
 
     path: str
     config: EditConfig
     made: Made
 
     def write(self, pictures: Iterable[Tensor], clip: _Clip) -> str:
-        """Returns the digest of the frames. The record comes last: where it is, the result is whole."""
+        """Returns the digest of the frames. Writes the record last, so that it marks a complete result."""
         metadata, digest = metadata_of(self.config, self.made), FrameDigest()
         write_video(self.path, digest.passing(pictures), clip.fps, clip.sound, times=clip.times, metadata=metadata)
         made = replace(self.made, frames=str(digest))
         try:
             write_record(self.path, record_of(self.config, made))
         except OSError as error:
-            raise OSError(f"{self.path} is written, but without its record: {error}") from error
+            raise OSError(f"{self.path} is written, but not its record: {error}") from error
         return made.frames
 
 
 def _say_whether_same(session: Session, frames: str, made: Made) -> None:
-    """Whether a result that was made again has the frames it had."""
+    """Say whether a repeated result has the same frames."""
     if frames == made.frames:
-        session.say("its frames are those of the record, bit for bit")
+        session.say("its frames equal those of the record, bit for bit")
     else:
-        session.note("its frames are not those of the record, bit for bit")
+        session.note("its frames differ from those of the record")
 
 
 def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path | None) -> Made:
-    """What a run edits with, beside its settings and files. shape: of the clip's latents."""
+    """The provenance of a run without its files. shape: of the clip's latents."""
     height, width = (side * checkpoint.factor for side in shape[-2:])
     return Made(
         versions(), str(checkpoint.device), str(checkpoint.dtype).removeprefix("torch."), threads_on(checkpoint.device),
@@ -368,12 +368,12 @@ def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path
 
 
 def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
-    """A configuration that gives the same again, whatever memory is free by then."""
+    """A configuration that gives the same result whatever memory is free."""
     return config if config.noise == "drawn" else replace(config, memory=store.memory)
 
 
 def _note_of_layers(session: Session, config: EditConfig) -> None:
-    """Say where a clip is seen otherwise than its temporal layers were tuned."""
+    """Note differences between the settings and those of the temporal layers' tuning."""
     from ...files.temporal_layers import about_temporal_layers, training_metadata
 
     about = about_temporal_layers(config.temporal) if config.temporal else {}
@@ -384,7 +384,7 @@ def _note_of_layers(session: Session, config: EditConfig) -> None:
 
 
 def _outputs(output: str, count: int) -> list[str]:
-    """Where each edit goes: numbered, where there are several."""
+    """The output of each edit, numbered if there are several."""
     if count == 1:
         return [output]
     path, end = Path(output), "/" if output.endswith(("/", "\\")) else ""

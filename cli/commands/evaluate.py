@@ -1,4 +1,4 @@
-"""What `fatezero evaluate` does: measure an edited video beside its source."""
+"""`fatezero evaluate`: measure an edited video against its source."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure with, and where the results go: settings of `fatezero evaluate`."""
+    """Settings of `fatezero evaluate`."""
 
-    source: str = setting("", "What the original shows; for CLIP.")
-    target: str = setting("", "What the edit should show; for CLIP.")
-    mask: str = setting("", "White where the edit was meant to be: a video or picture.")
-    truth: str = setting("", "The edit as it should be, where it is known.")
+    source: str = setting("", "Prompt that describes the original; for CLIP.")
+    target: str = setting("", "Prompt that describes the edit; for CLIP.")
+    mask: str = setting("", "Video or picture, white where the edit should be.")
+    truth: str = setting("", "The true edited video, if known.")
     flow: str = setting("auto", "auto, dis, raft, none, or a .safetensors file with tensors forward and backward.")
     clip: str = setting("", "A CLIP of transformers, folder or hub name, e.g. openai/clip-vit-base-patch32.")
     lpips: str = setting("", 'Weights of lpips.LPIPS(net="alex") as .safetensors.')
-    judge: bool = setting(False, "Read the demo world's words from the frames.")
+    judge: bool = setting(False, "Classify the demo scenes' words in the frames.")
     start: int = setting(0, "The original's first frame, as in `fatezero edit`.", least=0, most=2**63 - 1)
     stride: int = setting(1, "Take every n-th frame of the original.", least=1, most=1000)
     crop: tuple[int, int, int, int] = setting(
         (0, 0, 0, 0), "Pixels cut off the original: left,top,right,bottom.", shown="0,0,0,0"
     )
     background: str = setting_like(ClipSettings, "background", "black", group="")
-    output: str = setting("", "The figures as JSON.")
-    plot: str = setting("", "Curves over the frames, a picture.")
-    comparison: str = setting("", "Both clips in one video.")
+    output: str = setting("", "Output file for the metrics, as JSON.")
+    plot: str = setting("", "Output picture of the metrics over the frames.")
+    comparison: str = setting("", "Output video with both clips.")
     how: Comparison = setting("side by side", "How the comparison shows them.")
 
     @property
@@ -72,9 +72,9 @@ class EvaluateConfig:
     def check_effect(self) -> None:
         """Raise ConfigError for settings that have no effect, or that need others."""
         if any(self.prompts) and not (self.clip or self.judge):
-            raise ConfigError("source and target have no effect here: they are for --clip and --judge")
+            raise ConfigError("source and target have no effect without --clip or --judge")
         if self.how != "side by side" and not self.comparison:
-            raise ConfigError("how has no effect here: it is for --comparison")
+            raise ConfigError("how has no effect without --comparison")
         if self.judge and not all(self.prompts):
             raise ConfigError("judge needs --source and --target, captions such as 'a red square on water'")
         if self.plot and Path(self.plot).suffix.lower() not in PICTURE_SUFFIXES:
@@ -97,7 +97,7 @@ def command(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure an edit: what it kept, how steadily it moves, what CLIP says, how near the truth it is."""
+    """Measure an edit: fidelity to the source, consistency over time, CLIP scores, and distance to the truth."""
     console.quiet = quiet
     config = config_as(EvaluateConfig, given_of(options))
     config.check_effect()
@@ -105,7 +105,7 @@ def command(
 
 
 def run_evaluate(session: Session, original: Path, edited: Path, config: EvaluateConfig) -> Report:
-    """Measure, print a table, and write what was asked for."""
+    """Measure, print a table, and write the outputs."""
     read = {"ORIGINAL": original, "EDITED": edited}
     read |= {name: Path(getattr(config, name)) for name in ("mask", "truth", "flow", "clip", "lpips")}
     check_names(read)
@@ -127,7 +127,7 @@ def run_evaluate(session: Session, original: Path, edited: Path, config: Evaluat
 
 @dataclass(frozen=True)
 class _Clips:
-    """The clips to measure, found and not decoded."""
+    """The clips to measure, not decoded yet."""
 
     original: VideoSource
     edited: VideoSource
@@ -136,7 +136,7 @@ class _Clips:
 
     @classmethod
     def of(cls, original: Path, edited: Path, config: EvaluateConfig) -> _Clips:
-        """Raises OSError or ValueError, with the name of the setting, for what cannot be read."""
+        """Raises OSError or ValueError, with the name of the setting, for unreadable files."""
         colour = colour_of(config.background)
         found = open_video(edited, background=colour)
         source = open_video(original, config.start, config.stride, len(found), background=colour)
@@ -201,7 +201,7 @@ def _write(config: EvaluateConfig, report: Report, source: Tensor, edited: Video
 
 
 def _finite(value: float) -> float | str | None:
-    """JSON has no infinity and no NaN: "inf" and null."""
+    """A number for JSON, which has no infinity or NaN: "inf" and null."""
     return None if math.isnan(value) else "inf" if math.isinf(value) else value
 
 
@@ -211,7 +211,7 @@ def _like(video: VideoSource, edited: Video, cut: tuple[int, int, int, int] = (0
 
 
 def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] | Estimator | None]:
-    """What finds the motion, by name; or a file with tensors `forward` and `backward`."""
+    """The estimator of motion by name, or the flow in a file with tensors `forward` and `backward`."""
     if name == "none":
         return "none", None
     from safetensors import SafetensorError
@@ -226,22 +226,22 @@ def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] |
         held = load_file(path)
         return path.name, (held["forward"].float(), held["backward"].float())
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} must hold tensors `forward` and `backward`: {error}") from error
+        raise ValueError(f"{path} must contain tensors `forward` and `backward`: {error}") from error
 
 
 def _scenes(prompts: tuple[str, str]) -> tuple[Any, Any]:
-    """The scenes of the demo world that two captions describe; ConfigError for others."""
+    """The demo scenes of two captions. Raises ConfigError for other captions."""
     from ...demo.scenes import Scene
 
     with of_setting("judge"):
         source, target = (Scene.parse(prompt) for prompt in prompts)
         if len(source.things) != 1 or len(target.things) != 1:
-            raise ValueError("the captions must have one thing; of two, only `fatezero benchmark` knows where they are")
+            raise ValueError("the captions must have one object; only `fatezero benchmark` knows the positions of two")
     return source, target
 
 
 def _judged(scenes: tuple[Any, Any], edited: Video) -> dict[str, Figure]:
-    """What the demo world's classifier reads of the frames."""
+    """The metrics of the demo scenes' classifier on the frames."""
     from ...demo.judge import read_words
     from ...demo.scenes import SIZE
     from ...metrics.evaluate import Figure

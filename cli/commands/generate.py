@@ -1,4 +1,4 @@
-"""`fatezero generate`: new clips, with objects where they are asked for."""
+"""`fatezero generate`: new clips, with objects at given positions."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def command(
     options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
-    """Draw a new clip of a prompt, with objects where they are asked for (cross-attention guidance)."""
+    """Generate a clip from a prompt, with objects at given positions (cross-attention guidance)."""
     config = generate_config(given_of(options))
     run_generate(run.session(), config, output, run.dry_run)
 
 
 def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
-    """Draw a clip of a prompt and write it; everything that can be refused is, before the first step."""
+    """Generate a clip and write it; rejects invalid input before the first step."""
     with session.outputs(config) as outputs:
         check_objects(config, config.prompt)
         outputs.clip(output, config.frames)
@@ -74,22 +74,22 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     empty = checkpoint.encode_negative(config.negative, width, height, blocks)
     denoiser = checkpoint.denoiser
     denoiser.schedule(config.steps)
-    asked = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)
-    layout = asked.guidance(config.frames, height, width, text.text_tokens) if asked else None
+    placed = layout_of(config, checkpoint.tokenizer, config.prompt, config.frames)
+    layout = placed.guidance(config.frames, height, width, text.text_tokens) if placed else None
     guided = sum(layout.guides(step, config.steps) for step in range(config.steps)) if layout else 0
     session.say(
-        f"{config.frames} frames of {width}x{height}, {config.steps} steps, {guided} of them guided, "
+        f"{config.frames} frames of {width}x{height}, {config.steps} steps, {guided} of them with guidance, "
         f"{checkpoint.device}"
     )
     keys, norm = _as_trained(checkpoint, config)
     if layout is not None:
         if not isinstance(denoiser, DiffusersDenoiser):
-            raise ValueError("a layout is for UNets: FateZero takes no gradients of a video transformer")
+            raise ValueError("a layout needs a UNet: there is no gradient guidance for video transformers")
         if layout.guided_calls(config.steps):
             most, plain = guidance_bytes(denoiser, shape, text, keys, norm, partial(EnergyControl, layout=layout))
             session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
-        session.note("this is a model of single pictures, whose frames hardly agree: give --temporal")
+        session.note("this is an image model, so the frames will hardly match: give --temporal")
     rate = Fraction(str(config.fps))
     for lost in shortcomings(output, rate, config.frames, sound=False):
         session.note(lost)
@@ -99,14 +99,14 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     with session.bars() as bar:
         latents = generate(
             denoiser, noise, text, empty, config.steps, config.guidance_scale, keys, norm, layout=layout,
-            progress=bar("draw"),
+            progress=bar("generate"),
         )  # fmt: skip
         write_video(output, decode(checkpoint, latents, config.frames, bar(f"write {Path(output).name}")), rate)
     session.say(f"{config.prompt!r} written to {output}")
 
 
 def _as_trained(checkpoint: Model, config: GenerateConfig) -> tuple[KeyFrames, bool]:
-    """The key frames and clip norm that are asked for, or those the model was trained with."""
+    """The given key frames and clip norm, or those of the model's training."""
     own_keys, own_norm = checkpoint.denoiser.trained_with
     about = about_temporal_layers(config.temporal) if config.temporal else {}
     keys = KeyFrames.parse(about["key_frames"]) if "key_frames" in about else KeyFrames(own_keys)

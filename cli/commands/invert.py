@@ -1,4 +1,4 @@
-"""`fatezero invert`: keep an inversion in a file, for many edits."""
+"""`fatezero invert`: write an inversion to a file, for many edits."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def command(
 
 
 def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
-    """Keep an inversion in a file, written while it runs."""
+    """Write an inversion to a file while it runs."""
     if config.noise == "drawn":
-        raise ValueError("noise is drawn, so there is nothing to invert")
+        raise ValueError("noise is drawn, so there is no inversion")
     remove_stale_folders(disk_folder())
     with session.outputs(config) as outputs:
         outputs.file(output)
@@ -85,9 +85,10 @@ def invert_video(
     settings: StoreSettings | None = None,
     spread: Spread = ONE_PROCESS,
 ) -> Inversion:
-    """Encode and invert a clip with a configuration's settings, or draw its noise; its store's unless others are given.
+    """Encode and invert a clip with a configuration's settings, or sample its noise.
 
-    A store that is kept remembers where the clip is from, and its sound. spread: the processes that share the chunks.
+    settings: of the store; None for the configuration's. A store in a file contains the clip's origin and sound.
+    spread: the processes that share the chunks.
     """
     source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
     latents = encode(checkpoint, video, bar("encode"))

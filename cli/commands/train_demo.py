@@ -1,4 +1,4 @@
-"""`fatezero train-demo`: the bundled models, trained again."""
+"""`fatezero train-demo`: train the bundled models again."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TrainDemoConfig:
         "image",
         "The image model, the temporal layers that make the bundled one a model of videos, or the video transformer.",
     )
-    output: str = setting("checkpoint", "Folder for what is trained.")
-    state: str = setting("training", "Folder for what a resume needs.")
+    output: str = setting("checkpoint", "Folder for the trained weights.")
+    state: str = setting("training", "Folder for the state for --resume.")
     steps: int | None = setting(
         None, "Steps of the UNet or the layers, if fewer.", least=1, most=10_000_000, shown="all"
     )
-    images: int | None = setting(None, "Pictures or clips to draw, if fewer.", least=1, most=10_000_000, shown="all")
+    images: int | None = setting(None, "Number of pictures or clips, if fewer.", least=1, most=10_000_000, shown="all")
 
 
 TrainDemoOptions = options_of(TrainDemoConfig)

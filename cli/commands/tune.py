@@ -1,4 +1,4 @@
-"""`fatezero tune`: temporal layers for a model, tuned on a clip."""
+"""`fatezero tune`: tune temporal layers on a clip."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from ...hosts.diffusers.checkpoint import Checkpoint
 
 DEFAULT_FRAMES = 24
-"""Frames tuned on, at most, where nothing says how many: the authors' number."""
+"""The default maximal number of frames to tune on, as in the authors' code."""
 STATE = "state.safetensors"
-"""What a tuning goes on from."""
+"""The file of the state for --resume."""
 
 
 @dataclass(frozen=True)
 class TuneRun:
-    """What a run of `fatezero tune` is asked for beside its settings."""
+    """Options of a run of `fatezero tune` besides its settings."""
 
     output: str = setting("tuned", "Folder for the layers, the losses and their plot.", group="This run")
     resume: bool = setting(False, "Continue the tuning in the folder.", group="This run")
-    keep_every: int = setting(50, "Steps between two states to go on from.", least=1, most=1_000_000, group="This run")
-    folder: bool = setting(False, "Write the whole model too. The authors' code and --model read it.", group="This run")
+    keep_every: int = setting(50, "Steps between saved states for --resume.", least=1, most=1_000_000, group="This run")
+    folder: bool = setting(False, "Write the whole model too, for the authors' code and --model.", group="This run")
 
     @property
     def path(self) -> Path:
@@ -67,31 +67,31 @@ def command(
     run: RunOptions = AS_USUAL,
 ) -> None:
     """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
-    config, asked = tune_config(flags_of(video, options)), config_as(TuneRun, given_of(more))
-    check_folder(asked.path)
-    run_tune(run.session(), config, asked, run.dry_run)
+    config, tune_run = tune_config(flags_of(video, options)), config_as(TuneRun, given_of(more))
+    check_folder(tune_run.path)
+    run_tune(run.session(), config, tune_run, run.dry_run)
 
 
-def run_tune(session: Session, config: TuneConfig, asked: TuneRun, dry_run: bool) -> None:
-    """Tune a model on a clip; writes layers, losses and their plot into a folder, and at times a state to go on from.
+def run_tune(session: Session, config: TuneConfig, more: TuneRun, dry_run: bool) -> None:
+    """Tune a model on a clip; writes layers, losses, their plot, and from time to time a state for --resume.
 
-    Raises what is wrong with the input before the model is loaded, and ValueError for a state of other settings.
+    Raises errors of the input before the model is loaded, and ValueError for a state of other settings.
     """
-    optimizer_class(config.optimizer)  # raises where its library is missing
-    state = _state_of(asked.path / STATE, config) if asked.resume else None
+    optimizer_class(config.optimizer)  # raises if its library is missing
+    state = _state_of(more.path / STATE, config) if more.resume else None
     accelerator = _accelerator(session)
     session.console.quiet = session.console.quiet or not accelerator.is_main_process
-    with replace(session, overwrite=session.overwrite or asked.resume).outputs(config) as outputs:
-        names = (FILE, STATE, "loss.csv", "loss.png", *(("model_index.json",) if asked.folder else ()))
+    with replace(session, overwrite=session.overwrite or more.resume).outputs(config) as outputs:
+        names = (FILE, STATE, "loss.csv", "loss.png", *(("model_index.json",) if more.folder else ()))
         for name in names if accelerator.is_main_process else ():
-            outputs.file(asked.path / name)
-        _tune(session, config, asked, state, accelerator, dry_run)
+            outputs.file(more.path / name)
+        _tune(session, config, more, state, accelerator, dry_run)
 
 
 def _tune(
     session: Session,
     config: TuneConfig,
-    asked: TuneRun,
+    more: TuneRun,
     state: dict[str, Tensor] | None,
     accelerator: Any,
     dry_run: bool,
@@ -107,7 +107,7 @@ def _tune(
         return
     with session.bars() as bar:
         latents, deviation = posterior(checkpoint, video, bar("encode"))
-        for part in (checkpoint.vae, *checkpoint.text_encoders):  # their room is the training's
+        for part in (checkpoint.vae, *checkpoint.text_encoders):  # to free memory for training
             part.to("cpu")
         losses: list[float] = [] if state is None else state["losses"].tolist()
         update = bar("tune")
@@ -118,16 +118,16 @@ def _tune(
 
         done = tune(
             checkpoint.denoiser, latents, text, settings, None, keys, config.clip_norm, deviation=deviation,
-            resume=state, keep=lambda held: _keep(asked.path / STATE, held, config, accelerator),
-            keep_every=asked.keep_every, accelerator=accelerator, progress=progress,
+            resume=state, keep=lambda state: _keep(more.path / STATE, state, config, accelerator),
+            keep_every=more.keep_every, accelerator=accelerator, progress=progress,
         )  # fmt: skip
     if not accelerator.is_main_process:
         return
-    _write(checkpoint, config, asked, done)
+    _write(checkpoint, config, more, done)
     session.say(
-        f"loss {fmean(done[:25]):.4f} at first, {fmean(done[-25:]):.4f} in the end (means of 25 steps)\n"
-        f"temporal layers written to {asked.path / FILE}; edit with them by\n"
-        f"   fatezero edit {config.video} --temporal {asked.output} --key-frames {','.join(map(str, keys.entries))}"
+        f"loss {fmean(done[:25]):.4f} at first, {fmean(done[-25:]):.4f} at the end (means of 25 steps)\n"
+        f"temporal layers written to {more.path / FILE}; to edit with them:\n"
+        f"   fatezero edit {config.video} --temporal {more.output} --key-frames {','.join(map(str, keys.entries))}"
         f"{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
     )
 
@@ -154,7 +154,7 @@ def _model(session: Session, config: TuneConfig, accelerator: Any) -> Checkpoint
 
 
 def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: Any, processes: int) -> str:
-    """What will run and what it takes, in a few lines."""
+    """The plan of a run and its memory, in a few lines."""
     from ...hosts.diffusers.memory import activation_bytes
 
     denoiser, settings = checkpoint.denoiser, config.tuning
@@ -164,7 +164,7 @@ def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: 
     moments = 8 if settings.optimizer == "adamw" else 2
     parts = {
         "model": sum(p.nbytes for p in checkpoint.unet.parameters()),
-        "what is trained, its gradients and moments": numbers * (8 + moments),
+        "trained weights, gradients and moments": numbers * (8 + moments),
         "activations of a step": activation_bytes(
             denoiser, shape, text, KeyFrames.of(config.key_frames), config.clip_norm
         ),
@@ -172,8 +172,8 @@ def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: 
     device = checkpoint.unet.device
     free = available_bytes(device)
     whole = f"{len(video)} frames of {width}x{height}, {settings.steps} steps, {device}"
-    lines = [whole + (f", {processes} processes with draws of their own" if processes > 1 else "")]
-    lines.append(f"   {numbers:,} numbers are trained")
+    lines = [whole + (f", {processes} processes with different samples" if processes > 1 else "")]
+    lines.append(f"   {numbers:,} trained numbers")
     lines += [f"   {name}: {format_bytes(nbytes)}" for name, nbytes in parts.items()]
     lines.append(
         f"   together {format_bytes(sum(parts.values()))}; free on {device}: "
@@ -182,7 +182,7 @@ def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: 
     return "\n".join(lines)
 
 
-# --- what is kept -------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------
 
 
 def _keep(path: Path, state: Mapping[str, Tensor], config: TuneConfig, accelerator: Any) -> None:
@@ -194,12 +194,12 @@ def _keep(path: Path, state: Mapping[str, Tensor], config: TuneConfig, accelerat
 
 
 def _of_the_run(config: TuneConfig) -> dict[str, Any]:
-    """The settings that a tuning must go on with: all but where it ends."""
+    """The settings that a resumed tuning must keep: all but the number of steps."""
     return {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name != "steps"}
 
 
 def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
-    """What a stopped tuning left; ValueError naming a setting that it did not have."""
+    """The state of a stopped tuning. Raises ValueError for a state of other settings."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -207,19 +207,19 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             made = json.loads((file.metadata() or {}).get("settings", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no state of a tuning: {error}") from error
+        raise ValueError(f"{path} is not the state of a tuning: {error}") from error
     usual = _of_the_run(TuneConfig())
     for name, value in _of_the_run(config).items():
         if made.get(name, usual[name]) != value:
-            raise ValueError(f"the tuning in {path.parent} was begun with {name} {made.get(name)!r}, not {value!r}")
+            raise ValueError(f"the tuning in {path.parent} was started with {name} {made.get(name)!r}, not {value!r}")
     if len(state["losses"]) >= config.steps:
         raise ValueError(f"the tuning in {path.parent} has done {len(state['losses'])} steps: give more with --steps")
     return state
 
 
-def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: list[float]) -> None:
+def _write(checkpoint: Checkpoint, config: TuneConfig, more: TuneRun, losses: list[float]) -> None:
     from ...hosts.diffusers.checkpoint import save_tuned
     from ...hosts.diffusers.temporal import save_temporal_layers
     from ...metrics.losses import plot_losses
@@ -230,9 +230,9 @@ def _write(checkpoint: Checkpoint, config: TuneConfig, asked: TuneRun, losses: l
         "steps": str(len(losses)),
         "model": config.model,
     }
-    save_temporal_layers(checkpoint.unet, asked.path / FILE, about)
-    if asked.folder:
-        save_tuned(checkpoint, asked.path)
-    with whole_file(asked.path / "loss.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    save_temporal_layers(checkpoint.unet, more.path / FILE, about)
+    if more.folder:
+        save_tuned(checkpoint, more.path)
+    with whole_file(more.path / "loss.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("step", "loss"), *enumerate(losses, 1)])
-    write_picture(asked.path / "loss.png", Image.fromarray(plot_losses(losses).numpy()))
+    write_picture(more.path / "loss.png", Image.fromarray(plot_losses(losses).numpy()))

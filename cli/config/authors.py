@@ -1,4 +1,4 @@
-"""The authors' configuration files, read as edits of ours."""
+"""The authors' configuration files, converted to edits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _PROMPT2PROMPT = {
 _SILENT = {
     "seed", "clip_length", "sample_seeds", "prompt2prompt_edit", "annotate", "use_invertion_latents",
     "test_pipeline_config", "disk_store",
-    "stride",  # of the tuning set's windows
-    "lora",  # rank of the authors' temporal layers, the identity in an untuned model
+    "stride",  # of the windows of the tuning set
+    "lora",  # rank of the authors' temporal layers, which are the identity in an untuned model
 }  # fmt: skip
 _TUNING = {
     "train_steps", "validation_steps", "checkpointing_steps", "trainer_pipeline_config", "learning_rate",
@@ -37,55 +37,55 @@ _KEY_FRAME_NAMES = {"mid": "middle", "first": "first", "last": "last"}
 
 
 def authors_configs(data: Mapping[str, Any]) -> tuple[list[EditConfig], list[str]]:
-    """The authors' configuration as edits, one for each entry of `editing_prompts`, and notes on what was left out.
+    """The authors' configuration as edits, one for each entry of `editing_prompts`, and notes on ignored parts.
 
-    Their defaults are kept: GroupNorm over the clip, layers of up to 32x32 tokens fused, keys of the previous and the
-    first frame. Words that are not in the prompt, which their code ignores, are left out with a note.
+    Uses their defaults: GroupNorm over the clip, fusion in layers of up to 32x32 tokens, keys of the previous and the
+    first frame. Like their code, ignores words that are not in the prompt, with a note.
     """
     file = _Section(data, "", [])
     file.check_keys(_FILE)
     editing = file.section("editing_config")
-    targets = editing.held.get("editing_prompts")
+    targets = editing.data.get("editing_prompts")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         raise ConfigError("editing_config.editing_prompts must be a list of prompts")
     base = _base(file, file.section("dataset_config"), editing, file.section("model_config"))
-    controls = editing.held.get("p2p_config") or {}
+    controls = editing.data.get("p2p_config") or {}
     controls = dict(enumerate(controls)) if isinstance(controls, list) else controls
     if not isinstance(controls, Mapping):
         raise ConfigError(f"editing_config.p2p_config is {shown(controls)}; it must have a section for each prompt")
     edits = []
     for i, target in enumerate(targets):
-        held, where = controls.get(i, controls.get(str(i))) or {}, f"editing_config.p2p_config[{i}]"
-        edits.append(_edit(replace(base, target=target), _Section(held, where, file.notes)))
+        own, where = controls.get(i, controls.get(str(i))) or {}, f"editing_config.p2p_config[{i}]"
+        edits.append(_edit(replace(base, target=target), _Section(own, where, file.notes)))
     return edits, file.notes
 
 
 @dataclass(frozen=True)
 class _Section:
-    """A section of the file, by its name in there. notes: on what is left out of the file."""
+    """A section of the file. where: its name there. notes: on ignored parts."""
 
-    held: Mapping[str, Any]
+    data: Mapping[str, Any]
     where: str
     notes: list[str]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.held, Mapping):
-            raise ConfigError(f"{self.where} is {shown(self.held)}; it must be a section")
+        if not isinstance(self.data, Mapping):
+            raise ConfigError(f"{self.where} is {shown(self.data)}; it must be a section")
 
     def name(self, key: str) -> str:
         return f"{self.where}.{key}" if self.where else key
 
     def section(self, key: str) -> _Section:
-        """The section of a key, empty where it is missing."""
-        return _Section(self.held.get(key) or {}, self.name(key), self.notes)
+        """The section of a key; empty if it is missing."""
+        return _Section(self.data.get(key) or {}, self.name(key), self.notes)
 
     def value(self, key: str, default: Any, kind: Any) -> Any:
-        """A value of a type, the default where it is missing or null; ConfigError naming it for another type."""
-        return self.typed(key, default if self.held.get(key) is None else self.held[key], kind)
+        """A value of a type; the default if it is missing or null. Raises ConfigError, naming the key."""
+        return self.typed(key, default if self.data.get(key) is None else self.data[key], kind)
 
     def typed(self, key: str, value: Any, kind: Any) -> Any:
-        """The value of a key as a type; ConfigError naming the key."""
+        """The value of a key as a type. Raises ConfigError, naming the key."""
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if fitted(value, kind) is WRONG:
@@ -93,15 +93,15 @@ class _Section:
         return kind(value)
 
     def check_keys(self, names: set[str]) -> None:
-        """ConfigError for an unknown key; a note for keys of the authors' tuning."""
-        for key in self.held:
+        """Raise ConfigError for an unknown key; add a note for keys of the authors' tuning."""
+        for key in self.data:
             if key in _TUNING:
                 self.notes.append(f"{self.name(key)}: belongs to tuning, left out")
             elif key not in names | _SILENT:
                 raise ConfigError(f"unknown key {self.name(key)}")
 
     def present(self, word: str, prompt: str) -> bool:
-        """Whether a prompt has a word; a note where it has not."""
+        """Whether a prompt has a word; adds a note if not."""
         found = bare(word) in map(bare, prompt.split())
         if not found:
             self.notes.append(f"{self.where}: {shown(word)} is not in {shown(prompt)}, left out")
@@ -109,13 +109,13 @@ class _Section:
 
 
 def _base(file: _Section, dataset: _Section, editing: _Section, model: _Section) -> EditConfig:
-    """What all edits of a file have in common."""
+    """The common settings of all edits of a file."""
     dataset.check_keys(_DATASET)
     editing.check_keys(_EDITING)
     model.check_keys(_MODEL)
     offset = dataset.section("offset")
     left, top, right, bottom = (offset.value(side, 0, int) for side in ("left", "top", "right", "bottom"))
-    entries = model.held.get("SparseCausalAttention_index", [-1, "first"])
+    entries = model.data.get("SparseCausalAttention_index", [-1, "first"])
     if fitted(entries, tuple[int | str, ...]) is WRONG:
         raise ConfigError(f"model_config.SparseCausalAttention_index is {shown(entries)}; it must be a list")
     return EditConfig(
@@ -137,32 +137,32 @@ def _base(file: _Section, dataset: _Section, editing: _Section, model: _Section)
 
 
 def _edit(base: EditConfig, control: _Section) -> EditConfig:
-    """One edit of a file; without a section of its own their plain DDIM pipeline, without fusion."""
-    if not control.held:
+    """One edit of a file; without its own section the authors' plain DDIM pipeline, without fusion."""
+    if not control.data:
         return replace(base, cross_replace_steps=0.0, self_replace_steps=0.0)
     control.check_keys(_PROMPT2PROMPT)
     of_source, of_target = _blend_words(base, control)
     blends = bool(of_source)
-    if control.held.get("blend_self_attention") and not blends:
+    if control.data.get("blend_self_attention") and not blends:
         control.notes.append(f"{control.where}: without blend_words all self-attention comes from the source")
-    thresholds = control.held.get("blend_th") or [0.3]
+    thresholds = control.data.get("blend_th") or [0.3]
     threshold = thresholds[0] if isinstance(thresholds, list) else thresholds
     return replace(
         base,
-        mode="replace" if control.held.get("is_replace_controller") else "refine",
+        mode="replace" if control.data.get("is_replace_controller") else "refine",
         cross_replace_steps=_share_of_cross(control),
         self_replace_steps=control.value("self_replace_steps", 0.8, float),
         reweight=_weights(base, control),
         blend_source=of_source,
         blend_target=of_target if blends else (),
-        blend_self_attention=bool(control.held.get("blend_self_attention")) and blends,
-        blend_latents=bool(control.held.get("blend_latents")) and blends,
+        blend_self_attention=bool(control.data.get("blend_self_attention")) and blends,
+        blend_latents=bool(control.data.get("blend_latents")) and blends,
         blend_threshold=control.typed("blend_th", 0.3 if threshold is None else threshold, float),
     )
 
 
 def _share_of_cross(control: _Section) -> float:
-    share = control.held.get("cross_replace_steps")
+    share = control.data.get("cross_replace_steps")
     if isinstance(share, Mapping):
         if set(share) != {"default_"}:
             name = control.name("cross_replace_steps")
@@ -172,9 +172,9 @@ def _share_of_cross(control: _Section) -> float:
 
 
 def _weights(base: EditConfig, control: _Section) -> dict[str, float]:
-    held = control.section("eq_params").held
-    words = fitted(held.get("words", ()), tuple[str, ...])
-    factors = fitted(held.get("values", ()), tuple[float, ...])
+    data = control.section("eq_params").data
+    words = fitted(data.get("words", ()), tuple[str, ...])
+    factors = fitted(data.get("values", ()), tuple[float, ...])
     if WRONG in (words, factors) or len(words) != len(factors):
         raise ConfigError(f"{control.name('eq_params')} must have `words` and as many `values`")
     pairs = zip(words, factors, strict=True)
@@ -182,8 +182,8 @@ def _weights(base: EditConfig, control: _Section) -> dict[str, float]:
 
 
 def _blend_words(base: EditConfig, control: _Section) -> list[tuple[str, ...]]:
-    """Of the source and of the target, whose may be missing."""
-    given = control.held.get("blend_words")
+    """The blend words of the source and of the target; the latter may be missing."""
+    given = control.data.get("blend_words")
     words = fitted(given or (), tuple[tuple[str, ...] | str, ...])
     if words is WRONG:
         name = control.name("blend_words")

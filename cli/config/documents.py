@@ -1,4 +1,4 @@
-"""YAML and JSON as people write them, read with an error that says which line is wrong."""
+"""Read YAML and JSON, with errors that name the line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MOST = 1_000_000
 
 
 class DocumentError(ValueError):
-    """A text that is no document, or whose parts cannot be told apart."""
+    """A text that is not a document, or has ambiguous parts."""
 
 
 def read_yaml(text: str) -> Any:
-    """What a YAML document holds, with the numbers of YAML 1.2: 1e-1 is one, and 1:02 is a text."""
+    """The content of a YAML document, with the numbers of YAML 1.2: 1e-1 is a number, and 1:02 is a text."""
     try:
         held = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -32,13 +32,13 @@ def read_yaml(text: str) -> Any:
 
 
 def _where(error: Exception) -> str:
-    """The line that is wrong, and why."""
+    """The line and reason of an error."""
     mark = getattr(error, "problem_mark", None)
     return str(error) if mark is None else f"line {mark.line + 1}: {getattr(error, 'problem', error)}"
 
 
 def read_json(text: str) -> Any:
-    """What a JSON document holds."""
+    """The content of a JSON document."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -48,7 +48,7 @@ def read_json(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without base 60, with exponents that have no point and no sign, and with each key once."""
+    """A loader without base 60, with exponents without point and sign, and with unique keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
             if name in found and key.value != "<<":
-                raise DocumentError(f"line {key.start_mark.line + 1}: {shown(key.value)} is given a second time")
+                raise DocumentError(f"line {key.start_mark.line + 1}: {shown(key.value)} is given twice")
             if name:
                 found.add(name)
         return node
@@ -80,20 +80,20 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found = dict[str, Any]()
     for key, value in pairs:
         if key in found:
-            raise DocumentError(f"{shown(key)} is given a second time")
+            raise DocumentError(f"{shown(key)} is given twice")
         found[key] = value
     return found
 
 
 def _check_size(held: Any) -> None:
-    """Raise DocumentError for a document that holds itself by an alias, or far more than is written in it."""
+    """Raise DocumentError for a document that contains itself by an alias, or expands to too many values."""
     sizes, inside = dict[int, int](), set[int]()
 
     def size(value: Any) -> int:
         if not isinstance(value, (dict, list)):
             return 1
         if id(value) in inside:
-            raise DocumentError("a part of it holds itself, by an alias (*)")
+            raise DocumentError("a part of it contains itself, by an alias (*)")
         if id(value) not in sizes:
             inside.add(id(value))
             parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -102,4 +102,4 @@ def _check_size(held: Any) -> None:
         return sizes[id(value)]
 
     if size(held) > _MOST:
-        raise DocumentError(f"it holds more than {_MOST} values, by its aliases (*)")
+        raise DocumentError(f"it contains more than {_MOST} values, by its aliases (*)")

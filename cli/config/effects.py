@@ -1,4 +1,4 @@
-"""Which settings have no effect beside which others."""
+"""Settings that have no effect with others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _NO_EFFECT: tuple[Rule, ...] = (
         lambda c: c.noise == "drawn",
         "noise is drawn, not inverted",
     ),
-    (("layout", "object_mask"), lambda c: not c.wanted, "no object is named (box, ellipse, mask, shift)"),
+    (("layout", "object_mask"), lambda c: not c.places_objects, "no object is named (box, ellipse, mask, shift)"),
     (("flow",), lambda c: c.smoothing == 0, "smoothing is 0"),
     (("precision", "keep_steps"), lambda c: c.memory == "recompute", "memory recompute keeps no attention"),
     (
@@ -62,7 +62,7 @@ _NO_EFFECT: tuple[Rule, ...] = (
     ),
     (
         ("blend_source", "blend_target", "blend_threshold", "mask_from", "mask_tokens", "separate_words"),
-        lambda c: c.wanted,
+        lambda c: c.places_objects,
         "the mask is that of the objects' layout",
     ),
     (
@@ -83,20 +83,20 @@ _NO_EFFECT: tuple[Rule, ...] = (
 )
 
 
-def check_effect(config: EditConfig, asked: Sequence[str]) -> None:
-    """Raise ConfigError for a setting asked for that the others leave without effect."""
+def check_effect(config: EditConfig, given: Sequence[str]) -> None:
+    """Raise ConfigError for a given setting that has no effect with the others. given: names of settings."""
     for names, idle, why in _NO_EFFECT:
         for name in names:
-            if name in asked and idle(config):
+            if name in given and idle(config):
                 raise ConfigError(f"{name} has no effect here: {why}")
 
 
 def check_masking(config: EditConfig) -> None:
-    """Raise ConfigError for a mask that the edit has no use for."""
+    """Raise ConfigError for a mask that has no effect on the edit."""
     if not config.edit_mask:
         return
     fuses = config.injection == "fatezero"
-    if fuses and not config.fusion.blends and not config.wanted:
+    if fuses and not config.fusion.blends and not config.places_objects:
         raise ConfigError(
             f"edit_mask has no effect here: {_NOTHING_BLENDED}; give a preset that blends, such as shape or attribute+"
         )

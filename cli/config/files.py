@@ -17,9 +17,9 @@ from .settings import ConfigError, EditConfig, with_preset
 from .values import checked, completed, with_values
 
 MADE = "made"
-"""The section of a result's record that is no setting: see `record.py`."""
+"""The section of a result's record without settings: see `record.py`."""
 METADATA = "fatezero"
-"""What a video's metadata call its record."""
+"""The key of the record in a video's metadata."""
 _AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
 _OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
 
@@ -27,7 +27,7 @@ _OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
 def load_configs(
     path: str | Path, texts: Mapping[str, Any] | None = None, preset: str | None = None
 ) -> tuple[list[EditConfig], list[str]]:
-    """The edits of a file, and notes on what was left out of it.
+    """The edits of a file, and notes on ignored parts.
 
     Reads our own files (the fields of `EditConfig`, and `preset`), a result's record (JSON, or the result itself), and
     the authors' files as they are, one edit for each of their prompts. texts: a `source` or `target` given elsewhere,
@@ -35,10 +35,10 @@ def load_configs(
     file's own preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
     """
     path, texts = Path(path), dict(texts or {})
-    data = held_by(path)
+    data = data_of(path)
     with _naming(path):
         if not isinstance(data, Mapping):
-            raise ConfigError("holds no settings")
+            raise ConfigError("contains no settings")
         if any(mark in data for mark in _OLDER_MARKS):
             raise ConfigError(
                 "is in the authors' older layout (train_dataset); dataset_config and editing_config are read"
@@ -64,7 +64,7 @@ def _check_ranges(config: EditConfig) -> None:
 
 
 def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:
-    """An edit by the values of a file, its preset beneath its other settings. texts: see `load_configs`.
+    """An edit from the values of a file, which override its preset. texts: see `load_configs`.
 
     Raises ConfigError naming what is wrong.
     """
@@ -79,15 +79,15 @@ def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None)
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of a file, with its name."""
+    """Add the name of a file to errors."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def held_by(path: Path) -> Any:
-    """What a configuration holds: YAML, JSON, or a video's own record; ConfigError naming the file."""
+def data_of(path: Path) -> Any:
+    """The content of a configuration: YAML, JSON, or a video's record. Raises ConfigError, naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}")
     with _naming(path):
@@ -100,7 +100,7 @@ def _held(path: Path) -> Any:
     try:
         return read_json(read_metadata(path)[METADATA])
     except KeyError:
-        raise ConfigError("has no settings in its metadata: it is no result of `fatezero edit`") from None
+        raise ConfigError("has no settings in its metadata: it is not a result of `fatezero edit`") from None
     except DocumentError as error:
         raise ConfigError(str(error)) from error
 
@@ -116,7 +116,7 @@ def _read(path: Path) -> Any:
 
 
 def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
-    """Pairs of captions of a YAML list; ConfigError for anything else."""
+    """Pairs of captions from a YAML list. Raises ConfigError for anything else."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"pairs: no file at {path}")
@@ -142,7 +142,7 @@ def configs_of(
     inverting: bool = False,
     stored: bool = False,
 ) -> tuple[list[EditConfig], list[str]]:
-    """Flags over the preset over the file over the defaults, one for each target; and notes on what was left out.
+    """A configuration for each target, from flags, preset, file and defaults in this order; and notes on ignored parts.
 
     inverting: for an inversion without an edit. stored: beside a store, which has a clip and a source prompt.
     """

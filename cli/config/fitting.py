@@ -1,4 +1,4 @@
-"""Values as people write them, fitted to the type and range of their setting."""
+"""Convert values that users wrote to the type and range of their setting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .settings import FILES, FILES_OF_OBJECTS, ConfigError
 FILE_NAMES = {
     *FILES, *FILES_OF_OBJECTS, "lora", "truth", "lpips", "clip", "output", "plot", "comparison", "pairs", "state",
 }  # fmt: skip
-"""The settings that name a file, or several."""
+"""The settings of files."""
 
 
 def fitting(values: Mapping[str, Any], known: Mapping[str, NamedSetting], where: str = "") -> dict[str, Any]:
-    """Values of the right kind and in their range."""
+    """Values converted to their types and checked against their ranges."""
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -44,18 +44,18 @@ def _if_great(value: Any) -> str:
 
 
 _HALVES = "\ud800-\udfff"
-"""Halves of pairs of UTF-16, which are no text; in names of files they stand for bytes that are no UTF-8."""
+"""UTF-16 surrogates, which are not text; in file names they stand for bytes that are not UTF-8."""
 
 
 def _check_text(name: str, value: Any, wrong: str) -> None:
-    """Raise ConfigError for a text with characters that it cannot have."""
+    """Raise ConfigError for a text with invalid characters."""
     for text in (value,) if isinstance(value, str) else value if isinstance(value, (tuple, dict)) else ():
         if isinstance(text, str) and (found := re.search(f"[{wrong}]", text)):
-            raise ConfigError(f"{name} is {shown(value)}; take {found[0]!r} out of it")
+            raise ConfigError(f"{name} is {shown(value)}; remove {found[0]!r}")
 
 
 def section_of(name: str, given: Any, settings: type) -> dict[str, Any]:
-    """The values given of a section."""
+    """The given values of a section."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name} is {shown(given)}; it must be a section")
     found = fitting(given, {one.name: one for one in settings_of(settings)}, f"{name}.")
@@ -70,11 +70,11 @@ WRONG = object()
 
 
 _MOST = 2**63 - 1
-"""The greatest whole number that tensors count with."""
+"""The largest integer of tensors."""
 
 
 def _plain_value(value: Any, kind: Any) -> Any:
-    """A single word or number where a list of them may stand."""
+    """A single word or number as a list, for a setting of lists."""
     several = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
     return (value,) if several and isinstance(value, (str, int)) else value
 

@@ -1,4 +1,4 @@
-"""The files that an edit names: which, what is in them, and under other names."""
+"""The files of an edit: their paths, digests and other names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ...video.pictures import VideoError, numbered, picture_files
 from .settings import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
 
 _OF_CLIPS = ("video", "control", "edit_mask", *FILES_OF_OBJECTS)
-"""Those whose file is a video, or pictures; others name weights."""
+"""The settings whose file is a video or pictures; others are weights."""
 
 
 def is_clip(what: str) -> bool:
-    """Whether a file is a video, or pictures, by what `files_of` calls it."""
+    """Whether a file is a video or pictures, by its key in `files_of`."""
     return what.partition(" ")[0] in _OF_CLIPS
 
 
 def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]:
-    """The files that a configuration names, by what they are for; "mask burger" is the mask of a burger, "lora 2" the
+    """The files of a configuration by purpose; "mask burger" is the mask of a burger, "lora 2" the
     second LoRA.
     """
     found = {name: getattr(config, name, "") for name in FILES}
@@ -40,18 +40,18 @@ def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]
 
 
 def check_names(files: Mapping[str, str | Path | None]) -> None:
-    """Raise ValueError, saying which it is, for a file whose name cannot be one, and for a link to nothing."""
+    """Raise ValueError, naming the setting, for an invalid file name or a broken link."""
     for what, file in files.items():
         try:
             check_name(file or "")
         except (OSError, ValueError) as error:
             raise ValueError(f"{what}: {error}") from error
         if file and Path(file).is_symlink() and not Path(file).exists():
-            raise FileNotFoundError(f"{what}: {file} is a link to what is not there")
+            raise FileNotFoundError(f"{what}: {file} is a broken link")
 
 
 def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
-    """An edit whose files go by other names."""
+    """An edit with other names for its files."""
 
     def of_object(text: str) -> str:
         words, _, file = text.partition(":")
@@ -68,19 +68,19 @@ def renamed(config: EditConfig, named: Callable[[str], str]) -> EditConfig:
 
 
 def is_here(model: str) -> bool:
-    """Whether a model is bundled or lies here; others are a hub's."""
+    """Whether a model is bundled or on this machine; others are on a hub."""
     return model in DEMOS or Path(model).exists()
 
 
 def full_name(name: str) -> str:
-    """The whole path of what is here; other names, as of a hub's models, as they are."""
+    """The full path of a file on this machine; other names, as of hub models, unchanged."""
     path = Path(name)
     pattern = path.parent.is_dir() and ("*" in path.name or numbered(path))
     return str(path.absolute()) if path.exists() or pattern else name
 
 
 def bare_name(name: str) -> str:
-    """A file's name without its folder; other names as they are."""
+    """A file's name without its folder; other names unchanged."""
     path = Path(full_name(name))
     return path.name if path.is_absolute() else name
 

@@ -45,12 +45,12 @@ SECTIONS: dict[str, Any] = {
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong kind, or missing."""
+    """A setting is unknown, of the wrong kind, or missing."""
 
 
 @contextmanager
 def of_setting(name: str) -> Iterator[None]:
-    """Raise what is wrong with a file as a ConfigError that names its setting."""
+    """Raise errors of a file as a ConfigError that names its setting."""
     try:
         yield
     except ConfigError:
@@ -65,36 +65,36 @@ _CLIP, _DRAWN = "The clip", "The edit"
 
 @dataclass(frozen=True)
 class ObjectSettings:
-    """Where objects shall be, each a text of its own."""
+    """The target positions of objects, a text for each."""
 
     box: tuple[str, ...] = setting(
-        (), 'Where words shall be: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size (or width '
-        "and height) as shares of the picture; may repeat.", group=LAYOUT,
+        (), 'Target boxes of words: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", at frames the centre and size (or width '
+        "and height) as shares of the picture. Repeatable.", group=LAYOUT,
     )  # fmt: skip
-    ellipse: tuple[str, ...] = setting((), "The same as an ellipse.", group=LAYOUT)
-    mask: tuple[str, ...] = setting((), 'The same by a video or pictures: "burger: mask.mp4".', group=LAYOUT)
+    ellipse: tuple[str, ...] = setting((), "The same for ellipses.", group=LAYOUT)
+    mask: tuple[str, ...] = setting((), 'The same from a video or pictures: "burger: mask.mp4".', group=LAYOUT)
 
     @property
-    def wanted(self) -> bool:
-        """Whether there is any."""
+    def places_objects(self) -> bool:
+        """Whether objects are given."""
         return any(getattr(self, name, ()) for name in OBJECTS)
 
 
 OBJECTS = ("box", "ellipse", "mask", "shift")
-"""The settings that name an object and where it shall be."""
+"""The settings of an object and its target position."""
 REPEATED = (*OBJECTS, "object_mask", "lora")
-"""Settings that may be given several times."""
+"""Repeatable settings."""
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model, and what is added to its weights."""
+    """The model, and the changes of its weights."""
 
     model: str = setting(
         "demo", "Diffusers folder, .safetensors checkpoint or hub name.", shown="the bundled demo", group=_MODEL
     )
     lora: tuple[str, ...] = setting(
-        (), "LoRA file or folder, or FILE=0.8 for its strength. May repeat.", shown="none", group=_MODEL
+        (), "LoRA file or folder, or FILE=0.8 for its strength. Repeatable.", shown="none", group=_MODEL
     )
     variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
     temporal: str = setting(
@@ -113,7 +113,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """A ControlNet and what it follows."""
+    """A ControlNet and its pictures."""
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
@@ -121,16 +121,16 @@ class ControlSettings:
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
-        1.0, "What the ControlNet's output is multiplied by.", least=0, most=10, group=_MODEL
+        1.0, "Strength of the ControlNet, a factor on its output.", least=0, most=10, group=_MODEL
     )
     control_start: float = setting(
-        0.0, "Where on the way from noise to clip the ControlNet begins to act.", least=0, most=1, group=_MODEL
+        0.0, "Start of the ControlNet's range, as a share of the way from noise to clip.", least=0, most=1, group=_MODEL
     )
-    control_end: float = setting(1.0, "Where it ends.", least=0, most=1, group=_MODEL)
+    control_end: float = setting(1.0, "End of the ControlNet's range.", least=0, most=1, group=_MODEL)
 
     @property
     def chosen_control(self) -> ControlSettings:
-        """These settings without the others of a configuration. Raises ConfigError for what is no range."""
+        """These settings without the others of a configuration. Raises ConfigError for an empty range."""
         found = _part(self, ControlSettings)
         check(found)
         if found.control_start >= found.control_end:
@@ -157,69 +157,69 @@ class EditSettings(
     strength: float = setting_like(Edit, "strength", 1.0)
     noise: NoiseName = setting(
         "inverted",
-        "What the edit begins from: inverted the clip's own noise; drawn any, and the edit goes along the difference "
-        "of both prompts' predictions (FlowEdit), without an inversion.",
+        "The noise that the edit starts from. inverted: the clip's inverted noise. drawn: sampled noise, and the edit "
+        "follows the difference of both prompts' predictions (FlowEdit), without an inversion.",
         group=_EDIT,
     )
     injection: InjectionName = setting(
         "fatezero",
         "What the edit takes from the source. "
         + " ".join(f"{method.name}: {method.sentence}" for method in INJECTIONS)
-        + " none: nothing but the noise.",
+        + " none: only the noise.",
         group=_EDIT,
     )
     propagation: PropagationName = setting(
         "none",
-        "How frames agree beyond their key frames. "
+        "Propagation from key frames to all frames. "
         + " ".join(f"{method.name}: {method.sentence}" for method in PROPAGATIONS),
         group=_EDIT,
     )
     edit_mask: str = setting(
         "",
-        "Video or pictures, white where the edit may change the clip; one picture serves all frames. Cropped and "
+        "Video or pictures, white where the edit may change the clip; one picture covers all frames. Cropped and "
         "scaled like the clip.",
         shown="none",
         group=_EDIT,
     )
     mask_mode: MaskMode = setting(
         "replace",
-        "Whether edit_mask replaces FateZero's own mask, or is joined with it by union or intersection.",
+        "Whether edit_mask replaces FateZero's blend mask, or joins it by union or intersection.",
         group=_EDIT,
     )
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
-        "auto", "What finds the motion: raft (torchvision) or dis (OpenCV); auto takes raft where its weights are.",
+        "auto", "Estimator of motion: raft (torchvision) or dis (OpenCV); auto uses raft if its weights are installed.",
         group=FLOW,
     )  # fmt: skip
     mode: Mode = setting_like(PromptEdit, "mode", "refine")
     blend_source: tuple[str, ...] = setting(
-        (), "Words of the source that draw the mask, by commas.", shown="those that change", group=_MASK
+        (), "Words of the source for the blend mask, separated by commas.", shown="the changed words", group=_MASK
     )
     blend_target: tuple[str, ...] = setting(
-        (), "Words of the target that draw it too where latents are blended, by commas.", shown="those that change",
+        (), "Words of the target for the mask of blend_latents, separated by commas.", shown="the changed words",
         group=_MASK,
     )  # fmt: skip
     reweight: Mapping[str, float] = setting(dict, setting_of(PromptEdit, "reweight").meta.help, group=_MASK)
     cross_replace_steps: float = setting_like(FusionSettings, "cross_replace_steps", 0.7)
     shift: tuple[str, ...] = setting(
-        (), 'How words are moved from where they are: "jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames how far right and '
-        "down as shares of the picture, and the growth; may repeat.", group=LAYOUT,
+        (), 'Shifts of words: "jeep: 0:0.2,0; 7:0.3,-0.1,1.5", at frames the way right and down as shares of the '
+        "picture, and the growth. Repeatable.", group=LAYOUT,
     )  # fmt: skip
     object_mask: tuple[str, ...] = setting(
-        (), 'Where words are in the clip, by a video or pictures: "jeep: mask.mp4". Else their attention tells.',
+        (), 'Source positions of words, a video or pictures: "jeep: mask.mp4". Default: from their attention.',
         group=LAYOUT,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Its parts check themselves where they are made."""
+        """Builds its parts, which check themselves."""
 
     def part(self, settings: type[T]) -> T:
-        """The settings of one of the parts it is made of."""
+        """The settings of one of its parts."""
         return _part(self, settings)
 
     @property
     def masked(self) -> bool:
-        """Whether a mask from a file replaces the edit's own."""
+        """Whether a mask from a file replaces the edit's blend mask."""
         return bool(self.edit_mask) and self.mask_mode == "replace"
 
     @property
@@ -227,7 +227,7 @@ class EditSettings(
         return self.part(FusionSettings)
 
     def recipe(self, **more: Any) -> Recipe:
-        """The edit as every door has it. more: fields of the recipe."""
+        """The recipe of the edit. more: fields of the recipe."""
         of_clip: dict[str, Any] = {"layout": None, "mask": None, **more}  # settings of these names are texts
         return Recipe.of({one.name: getattr(self, one.name) for one in fields(self)}, **of_clip)
 
@@ -246,7 +246,7 @@ class EditSettings(
 
     def prompt_edit(self, tokenizer: Any) -> PromptEdit | None:
         """The prompt pair; see `Recipe.pair`."""
-        return self.recipe().pair(tokenizer, in_area=self.wanted or self.masked)
+        return self.recipe().pair(tokenizer, in_area=self.places_objects or self.masked)
 
 
 if TYPE_CHECKING:
@@ -279,14 +279,14 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
     video: str = ""
     prompt: str = setting("", "Prompt that describes the video.", group=_TEXT)
     temporal: str = setting(
-        "", "Temporal layers to begin from, as in `fatezero edit`.", shown="fresh ones", group=_MODEL
+        "", "Temporal layers to start from, as in `fatezero edit`.", shown="new layers", group=_MODEL
     )
     count: int | None = setting_like(ClipSettings, "count", None, shown="at most 24; with --end all")
     key_frames: tuple[str | int, ...] = setting_like(InversionSettings, "key_frames", TRAINED_KEYS)
     clip_norm: bool = setting_like(InversionSettings, "clip_norm", True)
 
     def __post_init__(self) -> None:
-        """Its parts check themselves where they are made."""
+        """Builds its parts, which check themselves."""
 
     @property
     def fresh(self) -> LayerSettings:
@@ -312,12 +312,12 @@ class GenerateConfig(ObjectSettings, ModelSettings):
     steps: int = setting_like(InversionSettings, "steps", 50)
     guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
     key_frames: tuple[str | int, ...] | None = setting(
-        None, "Whose keys and values each frame attends to, as in `fatezero edit`.",
-        shown="as the model was trained", group=_DRAWN,
+        None, "Frames whose keys and values each frame attends to, as in `fatezero edit`.",
+        shown="as in the model's training", group=_DRAWN,
     )  # fmt: skip
     clip_norm: bool | None = setting(
-        None, "Take the normalisation statistics of the ResNet blocks over the whole clip.",
-        shown="as the model was trained", group=_DRAWN,
+        None, "Compute the normalisation statistics of the ResNet blocks over the whole clip.",
+        shown="as in the model's training", group=_DRAWN,
     )  # fmt: skip
     layout: LayoutSettings = LayoutSettings()
 
@@ -326,15 +326,15 @@ class GenerateConfig(ObjectSettings, ModelSettings):
 
 
 FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask")
-"""The settings that name a file, besides those of LoRAs, each a file with its strength."""
+"""The settings of files, besides LoRAs, which have a strength too."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
-"""Those that name files for words: "burger: mask.mp4"."""
+"""The settings of files for words: "burger: mask.mp4"."""
 
 
-_LEFT_ALONE = {"key_frames", "clip_norm"}
-"""Settings of the inversion that a preset may name, and leaves as they are where it does not."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _LEFT_ALONE}
-"""The settings that presets speak of; what one does not name has its default."""
+_OF_INVERSION = {"key_frames", "clip_norm"}
+"""Settings of the inversion, which a preset keeps unless it sets them."""
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION}
+"""The settings that presets control; those that a preset omits have their defaults."""
 
 
 def with_preset(config: EditConfig, preset: str) -> EditConfig:

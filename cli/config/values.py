@@ -1,4 +1,4 @@
-"""Settings that were given, checked: each of its type, in its range, and with what it needs."""
+"""Check given settings: their types, ranges and requirements."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ _OF_TUNINGS = _VIDEO | {one.name: one for one in settings_of(TuneConfig)}
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by setting name, with lists made tuples; ConfigError naming what is wrong."""
+    """Values by setting name, with lists as tuples. Raises ConfigError, naming the setting."""
     of_sections = {name: section_of(name, values[name], kind) for name, kind in SECTIONS.items() if name in values}
     values = {name: value for name, value in values.items() if name not in SECTIONS}
     return _checked(values, _OF_EDITS) | of_sections
 
 
 def config_as(settings: type[T], values: Mapping[str, Any]) -> T:
-    """Settings of a dataclass, those not given at their defaults; ConfigError naming what is wrong."""
+    """Settings of a dataclass, with defaults. Raises ConfigError, naming the setting."""
     return settings(**_checked(values, {one.name: one for one in settings_of(settings)}))
 
 
 def tune_config(values: Mapping[str, Any]) -> TuneConfig:
-    """A tuning by its settings that were given; ConfigError naming what is wrong or missing."""
+    """A tuning from its given settings. Raises ConfigError for wrong or missing settings."""
     config = TuneConfig(**_checked(values, _OF_TUNINGS))
     for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
         if not getattr(config, name):
             raise ConfigError(f"missing {flag}")
     if config.temporal and config.fresh != LayerSettings():
-        raise ConfigError("layers and rank have no effect on temporal layers of a file")
+        raise ConfigError("layers and rank have no effect on temporal layers from a file")
     if config.rank is not None and config.layers != "fatezero":
         raise ConfigError("rank has no effect without --layers fatezero")
     return config
 
 
 def generate_config(values: Mapping[str, Any]) -> GenerateConfig:
-    """A clip to draw by its settings that were given; ConfigError naming what is wrong or missing."""
+    """A clip to generate from its given settings. Raises ConfigError for wrong or missing settings."""
     layout = LayoutSettings(**section_of("layout", values.get("layout", {}), LayoutSettings))
     found = _checked({name: value for name, value in values.items() if name != "layout"}, _OF_CLIPS)
     config = GenerateConfig(**found, layout=layout)
     if not config.prompt:
         raise ConfigError("missing --prompt")
-    if values.get("layout") and not config.wanted:
+    if values.get("layout") and not config.places_objects:
         raise ConfigError(f"layout has no effect here: {NOTHING_PLACED}")
     return config
 
@@ -98,7 +98,7 @@ def _checked(values: Mapping[str, Any], known: Mapping[str, NamedSetting]) -> di
 
 
 def _at_home(name: str, value: Any) -> Any:
-    """A value whose files are no longer named by ~."""
+    """A value with ~ expanded in the names of its files."""
     if name in FILES_OF_OBJECTS and isinstance(value, tuple):
         parts = (text.partition(":") for text in value)
         return tuple(f"{words}{mark}{_indented(file)}" for words, mark, file in parts)
@@ -108,13 +108,13 @@ def _at_home(name: str, value: Any) -> Any:
 
 
 def _indented(file: str) -> str:
-    """A file's name behind the blanks that it has, as `from_home` has it."""
+    """A file's name with ~ expanded after leading blanks."""
     name = file.lstrip()
     return file[: len(file) - len(name)] + from_home(name)
 
 
 def from_home(file: str) -> str:
-    """A file's name with the folder that ~ stands for."""
+    """A file's name with ~ expanded."""
     try:
         return str(Path(file).expanduser()) if file.startswith("~") and not Path(file).exists() else file
     except RuntimeError:  # there is no such user
@@ -122,17 +122,17 @@ def from_home(file: str) -> str:
 
 
 def with_values(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
-    """A configuration with checked values over its own; of a section, those given alone."""
+    """A configuration with checked values set; sections are merged."""
     sections = {name: replace(getattr(config, name), **values[name]) for name in SECTIONS if name in values}
     return replace(config, **{**values, **sections})
 
 
 def completed(config: EditConfig, inverting: bool = False, stored: bool = False) -> EditConfig:
-    """A configuration that has all its run needs, and every setting in its range; ValueError naming what is wrong.
+    """A configuration checked for missing settings and ranges. Raises ValueError, naming the setting.
 
     inverting: for an inversion alone. stored: beside a store, which knows clip and source.
     """
-    config = replace(config, target=config.target or config.source) if config.wanted else config
+    config = replace(config, target=config.target or config.source) if config.places_objects else config
     config.chosen_control  # noqa: B018  raises for settings out of range
     needed = ("video", "source") if inverting or config.injection == "fatezero" else ("video",)
     missing = [] if stored else [name for name in needed if not getattr(config, name)]

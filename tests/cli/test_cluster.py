@@ -61,10 +61,10 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
 
 def test_a_cluster_that_is_not_there(refused, tmp_path):
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"source": "x", "clips": str(CLIP), "targets": "y"}))
-    assert "no Ray cluster answers at 127.0.0.1:1: Connection refused" in refused(
+    assert "no Ray cluster responds at 127.0.0.1:1: Connection refused" in refused(
         "batch", "jobs.yaml", "--ray", "127.0.0.1:1"
     )
-    assert "a job is done in one place" in refused("batch", "jobs.yaml", "--ray", "auto", "--comfyui", "http://x")
+    assert "only one of --ray and --comfyui" in refused("batch", "jobs.yaml", "--ray", "auto", "--comfyui", "http://x")
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     ("options", "says"),
     [
         (("--key-frames", "previous"), "give --chunk-frames"),
-        (("--memory", "maps"), "memory maps keeps attention in one process"),
+        (("--memory", "maps"), "memory maps needs one process"),
         (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),
     ],
 )

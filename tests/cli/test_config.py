@@ -133,7 +133,7 @@ def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
         ("steps: many", "steps is 'many'"),
         ("clip_norm: 3", "clip_norm is 3"),
         ("preset: cubism", "preset 'cubism' is unknown"),
-        ("- a\n- b", "config.yaml: holds no settings"),
+        ("- a\n- b", "config.yaml: contains no settings"),
         ("guidance_scale: .nan", "guidance_scale is nan; it must be a finite number"),
         ("blend_threshold: .inf", "blend_threshold is inf"),
         ("reweight: {1: 2}", "reweight is .*; it must be pairs of text and a finite number"),
@@ -151,13 +151,13 @@ def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
         ("1: 2", "unknown setting '1'"),
         ("train_dataset: {}", "older layout"),
         ("a: [", "is not YAML: line 1: "),
-        ("steps: 2\ntarget: x\nsteps: 3", "line 3: 'steps' is given a second time"),
-        ("pnp: &a {b: *a}", "a part of it holds itself"),
+        ("steps: 2\ntarget: x\nsteps: 3", "line 3: 'steps' is given twice"),
+        ("pnp: &a {b: *a}", "a part of it contains itself"),
         ("steps: " + "9" * 5000, "is not YAML: Exceeds the limit"),
         ("steps: 0x" + "f" * 5000, "steps is a number of 20000 bits; it must be a whole number, below 2..63"),
         ("guidance_scale: 0x" + "f" * 500, "guidance_scale is a number of 2000 bits; it must be"),
         ("smoothing: 2", "config.yaml: smoothing is 2; it must be between 0 and 1"),
-        ('target: "\\ud800"', "target is .*; take '.ud800' out of it"),
+        ('target: "\\ud800"', "target is .*; remove '.ud800'"),
     ],
 )
 def test_wrong_files_are_told(tmp_path, text, message):
@@ -288,6 +288,6 @@ def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
             bar("write [bold]\x1b[2J.mp4")(1, 1)
     said = capsys.readouterr().out
     assert "write [bold]\\x1b[2J.mp4" in said
-    told = progress.told(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
+    told = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
     assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
     assert len(told) <= 330 and "\n" not in told

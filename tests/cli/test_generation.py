@@ -19,7 +19,7 @@ def test_an_object_is_where_it_is_sent(command, tmp_path):
     strong = ("--layout.energy", "inside", "--layout.scale", 60, "--layout.most-change", 0.1, "--layout.repeats", 2)
     for name, x in (("left", 0.3), ("right", 0.7)):
         said = command(*DRAW, *strong, "--steps", 8, "--box", f"red circle: 0:{x},0.5,0.5", "-o", f"{name}.mp4")
-        assert "8 steps, 6 of them guided" in " ".join(said.split()) and "single pictures" not in said
+        assert "8 steps, 6 of them with guidance" in " ".join(said.split()) and "image model" not in said
         frames = read_video(tmp_path / f"{name}.mp4").frames.float() / 255
         red = (frames[..., 0] - frames[..., 1:].amax(-1)).clamp(min=0)
         across = (red.sum(1) * (torch.arange(SIZE) + 0.5) / SIZE).sum(-1) / red.sum((1, 2))
@@ -30,9 +30,9 @@ def test_seeds_sizes_masks_and_a_plan(command, tmp_path):
     command(*DRAW, "--steps", 2, "--seed", 1, "--size", "80x64", "-o", "a.mp4")
     assert read_video(tmp_path / "a.mp4").frames.shape == (4, 64, 80, 3)
     said = command(*DRAW, "--steps", 4, "--mask", "circle: a.mp4", "-o", "b.mp4", "--dry-run")
-    assert "4 frames of 64x64, 4 steps, 3 of them guided" in " ".join(said.split())
+    assert "4 frames of 64x64, 4 steps, 3 of them with guidance" in " ".join(said.split())
     said = command("generate", *PROMPT, "--frames", 2, "--steps", 1, "-o", "c.mp4", "--dry-run")
-    assert "a model of single pictures" in " ".join(said.split())
+    assert "an image model" in " ".join(said.split())
 
 
 def test_what_is_refused(refused):

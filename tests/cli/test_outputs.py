@@ -92,7 +92,7 @@ def test_what_an_input_does_not_name_may_lie_beside_it(command, inputs):
         ("e", "e/o.gif"),
     ):
         command("edit", source, *WORDS, "-o", output, "--dry-run")
-    assert "is named for two outputs" in command("evaluate", "e", "other", "-o", "x.png", "--plot", "x.png", code=1)
+    assert "is given for two outputs" in command("evaluate", "e", "other", "-o", "x.png", "--plot", "x.png", code=1)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_names_that_no_record_can_hold_are_refused_before_the_run(refused, input
         (("generate", "--prompt", "a", "-o", "loop.mp4"), "cannot write loop.mp4: Too many levels"),
         (("tune", "n" * 300, "--prompt", "a"), "video: the name 'nnn"),
         (("evaluate", "clip.mp4", "n" * 300), "EDITED: the name 'nnn"),
-        (("evaluate", "clip.mp4", "clip.mp4", "--clip", "loop"), "clip: loop is a link to what is not there"),
-        (("tune", "clip.mp4", "--prompt", "a", "--model", "loop"), "model: loop is a link to what is not there"),
+        (("evaluate", "clip.mp4", "clip.mp4", "--clip", "loop"), "clip: loop is a broken link"),
+        (("tune", "clip.mp4", "--prompt", "a", "--model", "loop"), "model: loop is a broken link"),
         (("evaluate", "clip.mp4", "clip.mp4", "--lpips", "clip.mp4"), "clip.mp4 is not a valid safetensors"),
     ],
 )

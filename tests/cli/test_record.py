@@ -40,9 +40,9 @@ def test_a_result_is_made_again_bit_for_bit(command, clip, tmp_path, options):
     other = tmp_path / "other"
     other.mkdir()
     said = command("edit", "--config", "../first.mp4.json", "-o", "again.mp4", cwd=other)
-    assert "its frames are those of the record, bit for bit" in said
+    assert "its frames equal those of the record, bit for bit" in said
     said = command("edit", "../clip.mp4", "--config", "../first.mp4", "-o", "of_itself.mp4", cwd=other)
-    assert "its frames are those of the record, bit for bit" in said
+    assert "its frames equal those of the record, bit for bit" in said
     first = frames_written(tmp_path / "first.mp4")
     assert frames_written(other / "again.mp4") == frames_written(other / "of_itself.mp4") == first
     assert (other / "again.mp4.json").read_text() == (tmp_path / "first.mp4.json").read_text()
@@ -78,7 +78,7 @@ def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_
     record["made"]["frames"] = "0" * 64
     (tmp_path / "r.json").write_text(json.dumps(record))
     said = command("edit", "--config", "r.json", "-o", "again.mp4").replace("\n", " ")
-    assert "its frames are not those of the record, bit for bit" in said
+    assert "its frames differ from those of the record" in said
     assert frames_written(tmp_path / "again.mp4") == digest
     said = command("edit", "--config", "r.json", "--guidance-scale", 2, "-o", "other.mp4")
     assert "of the record" not in said, "another edit was asked for"
@@ -105,14 +105,14 @@ def test_another_clip_or_model_is_refused(command, clip, tmp_path):
     whole = clip.read_bytes()
     clip.write_bytes((tmp_path / "out.mp4").read_bytes())
     said = command("edit", "--config", "out.mp4.json", "-o", "again.mp4", code=1)
-    assert "the video is not the file that the result was made of" in said
+    assert "the video is not the file that the result was made from" in said
     command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as asked
     clip.write_bytes(whole)
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     record["made"]["model"] = "0" * 64
     (tmp_path / "r.json").write_text(json.dumps(record))
     said = command("edit", "--config", "r.json", "-o", "b.mp4", code=1)
-    assert "the model's weights are not those the result was made with" in said
+    assert "the model's weights are not those of the result" in said
     command("edit", "--config", "r.json", "--model", DEMO, "-o", "b.mp4")
 
 
@@ -137,7 +137,7 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
     ("text", "says"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds no settings"),
+        ("[]", "contains no settings"),
         ('{"stebs": 2}', "unknown setting 'stebs' (did you mean 'steps'?)"),
         ('{"made": 3}', "made must be a section"),
         ('{"made": {"threads": 0}}', "made.threads is 0"),
@@ -145,9 +145,9 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"files": {"video": 3}}}', "made.files is"),
         ('{"made": {"wheels": 4}}', "made.wheels is 4"),
         ('{"made": {"threads": true}}', "made.threads is True"),
-        ('{"made": {"device": "meta"}}', "device 'meta' cannot be used here"),
-        ('{"steps": 2, "steps": 3}', "'steps' is given a second time"),
-        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not here"),
+        ('{"made": {"device": "meta"}}', "device 'meta' cannot be used"),
+        ('{"steps": 2, "steps": 3}', "'steps' is given twice"),
+        ('{"model": "somebody/some-repo", "made": {}}', "r.json: model is 'somebody/some-repo', which is not on"),
         ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
@@ -157,7 +157,7 @@ def test_records_that_are_none(refused, tmp_path, text, says):
 
 
 def test_a_video_without_a_record(refused):
-    assert "it is no result of `fatezero edit`" in refused("edit", "--config", CLIP, "-o", "o.mp4")
+    assert "it is not a result of `fatezero edit`" in refused("edit", "--config", CLIP, "-o", "o.mp4")
 
 
 def test_settings_come_back_as_they_were(tmp_path, monkeypatch):

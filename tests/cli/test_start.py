@@ -47,7 +47,7 @@ REFUSED = {
     ("generate",): "missing --prompt",
     ("evaluate", "a.mp4", "b.mp4", "--crop", "1"): "crop is '1'",
     ("batch", "jobs.yaml"): "clips is empty",
-    ("batch", "job.yaml", "--comfyui", "http://x", "--ray", "auto"): "a job is done in one place",
+    ("batch", "job.yaml", "--comfyui", "http://x", "--ray", "auto"): "only one of --ray and --comfyui",
     ("benchmark", "--pairs", "unknown.yaml"): "must be a list of",
     ("edit", "clip.mp4", "stray"): "unexpected argument 'stray'",
     ("edit", "--target"): "--target needs a value",

@@ -27,7 +27,7 @@ def tuned(tmp_path_factory):
     """The folder of three steps, with the whole model beside."""
     folder = tmp_path_factory.mktemp("tuned")
     said = here(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
-    assert "467,648 numbers are trained" in said and "activations of a step" in said
+    assert "467,648 trained numbers" in said and "activations of a step" in said
     assert "tune 3/3, loss 0." in said
     assert "--temporal mine --key-frames first,previous --clip-norm" in said
     return folder / "mine"
@@ -98,14 +98,14 @@ def test_what_is_refused(refused, tuned, tmp_path):
     assert "nothing to resume" in refused(*TUNE, "--resume", "-o", "new")
     assert "has done 3 steps: give more with --steps" in refused(*TUNE, "--steps", 3, "--resume", "-o", tuned)
     said = refused("tune", CLIP, *PROMPT, "--count", 2, "--steps", 9, "--resume", "-o", tuned)
-    assert "begun with learning_rate 0.003, not 3e-05" in said
+    assert "started with learning_rate 0.003, not 3e-05" in said
     assert "rank has no effect" in refused(*TUNE, "--rank", 4)
-    assert "no effect on temporal layers of a file" in refused(*TUNE, "--temporal", tuned, "--layers", "fatezero")
+    assert "no effect on temporal layers from a file" in refused(*TUNE, "--temporal", tuned, "--layers", "fatezero")
     assert "steps is 0; it must be between 1 and 100000" in refused(*TUNE, "--steps", 0)
     assert "keep_every is 0" in refused(*TUNE, "--keep-every", 0)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "state.safetensors").write_text("no tensors")
-    assert "is no state of a tuning" in refused(*TUNE, "--resume", "-o", "bad")
+    assert "not the state of a tuning" in refused(*TUNE, "--resume", "-o", "bad")
     assert "needs bitsandbytes" in refused(*TUNE, "--steps", 1, "--optimizer", "adamw8bit", "-o", "new")
 
 
@@ -119,5 +119,5 @@ def test_two_processes_tune_and_one_of_them_writes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("temporal layers written to") == 1
-    assert "2 processes with draws of their own" in done.stdout
+    assert "2 processes with different samples" in done.stdout
     assert load_file(tmp_path / "two" / "state.safetensors")["losses"].shape == (2,)

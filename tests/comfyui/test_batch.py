@@ -77,7 +77,7 @@ def test_a_job_is_interrupted(host, folder, how):
     told = {
         "on the server": "it was interrupted on the server",
         "by a signal": "nothing half-written is left",
-        "by a timeout": "it took longer than 1 seconds",
+        "by a timeout": "it took more than 1 seconds",
     }
     assert told[how] in said, said
     wait_until(lambda: not host.get("/queue")["queue_running"])
