@@ -57,7 +57,7 @@ def test_a_store_that_a_file_cannot_hold_is_refused(host, controlnet):
     graph = DemoGraph()
     graph.set(graph.invert, source=graph.with_control(controlnet, graph.words[0], graph.negative[0], 1.0)[0])
     graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix="stores/control")
-    with pytest.raises(NodeError, match="store: the source prompt carries control"):
+    with pytest.raises(NodeError, match="store: .*control"):
         host.run(graph.prompt)
     graph.set(graph.invert, memory="queries_keys")
     host.run(graph.prompt)
