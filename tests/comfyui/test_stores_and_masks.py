@@ -123,7 +123,7 @@ def test_latents_outside_a_mask_are_the_clips(host):
 def test_a_mask_that_fits_no_clip_or_would_do_nothing_is_refused(host):
     graph = DemoGraph()
     graph.set(graph.edit, mask=add_mask(graph, host, "one", np.ones((64, 64))))
-    with pytest.raises(NodeError, match="mask: preset 'attribute' blends nothing"):
+    with pytest.raises(NodeError, match="mask: preset 'attribute' does not blend"):
         edited(host, graph)
     graph = blended()
     two = graph.add(
