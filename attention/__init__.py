@@ -1,1 +1,1 @@
-"""What methods share: layers and what they are asked to do, key frames, prompt alignment, masks. No host, no UNet."""
+"""What methods share: control of layers, key frames, prompt alignment, masks. No host, no UNet."""

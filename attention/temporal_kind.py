@@ -6,4 +6,4 @@ from typing import Literal
 
 Kind = Literal["official", "fatezero"]
 TRAINED_KEYS = ("first", "previous")
-"""The key frames of the spatio-temporal attention beside them, which is trained with clip norm."""
+"""The key frames of the spatio-temporal attention, which is trained with clip norm."""

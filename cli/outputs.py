@@ -13,7 +13,7 @@ from ..video.write import output_files
 
 
 class Outputs(ExitStack):
-    """The files that a run writes, each checked before any work, and its name held until this context ends.
+    """The files that a run writes, each checked first, and locked until this context ends.
 
     overwrite: replace those that are there. clips: inputs that are videos, pictures, folders, patterns or globs of
     pictures. others: inputs that are files, or folders of files as a model's. An input is never replaced, whatever
@@ -28,7 +28,7 @@ class Outputs(ExitStack):
         for given, files in ((self._clips, _of_clip), ([Path(other) for other in others], _of_folder)):
             for path in given:
                 check_name(path)
-                with suppress(OSError, ValueError):  # what is not there is told by those who read it
+                with suppress(OSError, ValueError):  # readers report missing files
                     self._inputs |= {_identity(file): path for file in files(path)}
 
     def clip(self, path: str | Path, frames: int) -> None:

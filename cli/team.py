@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def team_of(session: Session) -> tuple[Session, Processes | None]:
-    """The processes that `accelerate launch` started to edit one clip together, and what this one of them runs in; None
-    for this process alone.
+    """The session of this process, and the processes of `accelerate launch` that edit one clip together; None for a
+    single process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return session, None

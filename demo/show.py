@@ -162,7 +162,7 @@ def _write(
 
 def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console) -> None:
     table = Table(
-        title="FateZero beside plain DDIM inversion + prompt", box=box.SIMPLE, collapse_padding=True, pad_edge=False
+        title="FateZero and plain DDIM inversion + prompt", box=box.SIMPLE, collapse_padding=True, pad_edge=False
     )
     for name in rows[0]:
         words = name in ("edit", "method")

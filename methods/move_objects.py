@@ -164,7 +164,7 @@ class Way:
     def _from(self, axis: int, size: int) -> Tensor:
         """The source index of each place along an axis: (frames, size)."""
         distance = torch.arange(size) + 0.5 - self.end[:, axis, None] * size
-        # The epsilon keeps rounding from tearing apart a shift by half a place.
+        # The epsilon keeps rounding from splitting a shift by half a place.
         return torch.floor(self.begin[:, axis, None] * size + distance / self.growth[:, None] + 1e-4).long()
 
 

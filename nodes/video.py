@@ -160,7 +160,13 @@ def _file_of(video: Any) -> str | None:
     return source if isinstance(source, str) else None
 
 
+UPLOAD = "image"
+"""The value of the page's upload button, which workflows saved before `background` have in its place."""
+
+
 def _colour(background: str) -> tuple[int, int, int]:
+    if background == UPLOAD:
+        background = ClipSettings().background
     try:
         return colour_of(background)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Where the clip of a store is from: what a store keeps beside latents and attention."""
+"""The origin of a store's clip, which a store contains besides latents and attention."""
 
 from __future__ import annotations
 

@@ -223,8 +223,8 @@ def _flow(name: str, device: torch.device) -> tuple[str, tuple[Tensor, Tensor] |
     if not path.is_file():
         raise FileNotFoundError(f"no flow at {path}")
     try:
-        held = load_file(path)
-        return path.name, (held["forward"].float(), held["backward"].float())
+        tensors = load_file(path)
+        return path.name, (tensors["forward"].float(), tensors["backward"].float())
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} must contain tensors `forward` and `backward`: {error}") from error
 

@@ -22,13 +22,13 @@ class DocumentError(ValueError):
 def read_yaml(text: str) -> Any:
     """The content of a YAML document, with the numbers of YAML 1.2: 1e-1 is a number, and 1:02 is a text."""
     try:
-        held = yaml.load(text, _Loader)
+        data = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, DocumentError):
             raise
         raise DocumentError(f"is not YAML: {_where(error)}") from error
-    _check_size(held)
-    return held
+    _check_size(data)
+    return data
 
 
 def _where(error: Exception) -> str:
@@ -85,7 +85,7 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_size(held: Any) -> None:
+def _check_size(data: Any) -> None:
     """Raise DocumentError for a document that contains itself by an alias, or expands to too many values."""
     sizes, inside = dict[int, int](), set[int]()
 
@@ -101,5 +101,5 @@ def _check_size(held: Any) -> None:
             inside.remove(id(value))
         return sizes[id(value)]
 
-    if size(held) > _MOST:
+    if size(data) > _MOST:
         raise DocumentError(f"it contains more than {_MOST} values, by its aliases (*)")

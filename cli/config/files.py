@@ -31,8 +31,8 @@ def load_configs(
 
     Reads our own files (the fields of `EditConfig`, and `preset`), a result's record (JSON, or the result itself), and
     the authors' files as they are, one edit for each of their prompts. texts: a `source` or `target` given elsewhere,
-    in the place of the file's. preset: one given elsewhere, over all the file says of what presets speak of; the
-    file's own preset stands beneath its other settings. Raises ConfigError naming the file and an unknown key.
+    instead of the file's. preset: one given elsewhere, which overrides all settings of presets in the file; the
+    file's other settings override the file's preset. Raises ConfigError naming the file and an unknown key.
     """
     path, texts = Path(path), dict(texts or {})
     data = data_of(path)
@@ -121,16 +121,16 @@ def load_pairs(path: str | Path) -> tuple[tuple[str, str], ...]:
     if not path.is_file():
         raise FileNotFoundError(f"pairs: no file at {path}")
     with _naming(path):
-        held = _read(path)
-        right = isinstance(held, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in held
+        pairs = _read(path)
+        right = isinstance(pairs, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
         )
-        if not right or not held:
+        if not right or not pairs:
             raise ConfigError("must be a list of [source caption, target caption]")
-    return tuple((before, after) for before, after in held)
+    return tuple((before, after) for before, after in pairs)
 
 
-# --- files beneath options ------------------------------------------------------------------
+# --- files and options ----------------------------------------------------------------------
 
 
 def configs_of(
@@ -144,7 +144,7 @@ def configs_of(
 ) -> tuple[list[EditConfig], list[str]]:
     """A configuration for each target, from flags, preset, file and defaults in this order; and notes on ignored parts.
 
-    inverting: for an inversion without an edit. stored: beside a store, which has a clip and a source prompt.
+    inverting: for an inversion without an edit. stored: with a store, which has a clip and a source prompt.
     """
     given = checked(flags)
     texts = {"source": given["source"]} if "source" in given else {}

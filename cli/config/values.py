@@ -130,7 +130,7 @@ def with_values(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
 def completed(config: EditConfig, inverting: bool = False, stored: bool = False) -> EditConfig:
     """A configuration checked for missing settings and ranges. Raises ValueError, naming the setting.
 
-    inverting: for an inversion alone. stored: beside a store, which knows clip and source.
+    inverting: for an inversion without an edit. stored: with a store, which has a clip and a source prompt.
     """
     config = replace(config, target=config.target or config.source) if config.places_objects else config
     config.chosen_control  # noqa: B018  raises for settings out of range

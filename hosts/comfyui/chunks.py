@@ -45,7 +45,7 @@ def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: 
     of_calls = options["transformer_options"]
     names = [f"a node's wrapper {name}" for name in windowing(of_calls.get("wrappers", {}))]
     if of_calls.get("patches", {}).get("forward_timestep_embed_patch"):
-        names = ["AnimateDiff's motion modules"]
+        names = ["a motion module of AnimateDiff"]
     if names:
         raise ValueError(
             f"model: {names[0]} needs all frames of a clip, but this run splits them: set chunk_frames to 0, and "

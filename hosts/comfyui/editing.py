@@ -163,7 +163,7 @@ def edit_clip(
 
 
 def only_inside(edit: Edit, mask: Tensor) -> Edit:
-    """The edit that changes the clip inside a mask of its LATENT alone, as the host's samplers take it."""
+    """The edit that changes the clip only inside the mask of its LATENT, as in the host's samplers."""
     fusion = None if edit.fusion is None else edit.fusion.inside()
     return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
 

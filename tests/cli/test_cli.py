@@ -192,7 +192,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         ([CLIP, *WORDS, "--pnp.feature-steps", "0.5"], "pnp has no effect here: injection is not pnp"),
         ([CLIP, *WORDS, "--tokenflow.seed", "1"], "tokenflow has no effect here: propagation is not tokenflow"),
         ([CLIP, *WORDS, "--injection", "pnp", "--blend-latents"], "blend_latents has no effect here: injection is not"),
-        ([CLIP, *WORDS, "--injection", "magic"], "injection is 'magic'; it must be one of fatezero, pnp, none"),
+        ([CLIP, *WORDS, "--injection", "magic"], "injection is 'magic'; it must be one of fatezero"),
         ([CLIP, *WORDS, "--tokenflow.weights", "even"], "tokenflow.weights is 'even'; it must be one of authors"),
         ([CLIP, *WORDS, "--tokenflow.batch-frames", "0"], "tokenflow.batch_frames is 0; it must be a number of at"),
         ([CLIP, *WORDS, "--steps", "many"], "many"),

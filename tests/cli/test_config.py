@@ -288,6 +288,6 @@ def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
             bar("write [bold]\x1b[2J.mp4")(1, 1)
     said = capsys.readouterr().out
     assert "write [bold]\\x1b[2J.mp4" in said
-    one_line = progress.told(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
+    told = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
     assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
     assert len(told) <= 330 and "\n" not in told

@@ -310,7 +310,7 @@ def test_the_two_hosts_move_an_object_alike(host, checkpoint, preset):  # noqa: 
 def test_what_cannot_be_moved_is_refused(host):
     for change, told in (
         (lambda g: g.set(g.layout, prompt="a red square on grass"), "but the layout's prompt is"),
-        (lambda g: g.set(g.layout, mode="forward"), "an edit moves objects by backward"),
+        (lambda g: g.set(g.layout, mode="forward"), "edits need backward"),
         (lambda g: g.set(g.edit, preset="pnp"), "Plug-and-Play keeps objects in place"),
         (lambda g: g.set(g.layout, objects="red square: 0:0.1"), "must be frame:right,down"),
     ):

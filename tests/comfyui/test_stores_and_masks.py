@@ -57,7 +57,7 @@ def test_a_store_that_a_file_cannot_hold_is_refused(host, controlnet):
     graph = DemoGraph()
     graph.set(graph.invert, source=graph.with_control(controlnet, graph.words[0], graph.negative[0], 1.0)[0])
     graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix="stores/control")
-    with pytest.raises(NodeError, match="store: the source prompt carries control"):
+    with pytest.raises(NodeError, match="store: .*control"):
         host.run(graph.prompt)
     graph.set(graph.invert, memory="queries_keys")
     host.run(graph.prompt)
@@ -123,7 +123,7 @@ def test_latents_outside_a_mask_are_the_clips(host):
 def test_a_mask_that_fits_no_clip_or_would_do_nothing_is_refused(host):
     graph = DemoGraph()
     graph.set(graph.edit, mask=add_mask(graph, host, "one", np.ones((64, 64))))
-    with pytest.raises(NodeError, match="mask: preset 'attribute' blends nothing"):
+    with pytest.raises(NodeError, match="mask: preset 'attribute' does not blend"):
         edited(host, graph)
     graph = blended()
     two = graph.add(

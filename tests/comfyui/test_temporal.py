@@ -206,5 +206,5 @@ def test_names_of_files_stay_names(host):
     graph = DemoGraph()
     node = tuned(graph, graph.demo[0], name="../up")
     graph.add("PreviewImage", images=node[1])
-    with pytest.raises(NodeError, match="no plain name"):
+    with pytest.raises(NodeError, match="file name"):
         host.run(graph.prompt)

@@ -122,10 +122,10 @@ def test_other_windows_than_the_sources_are_refused(host):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda g: g.set(g.invert, model=windowed(g), chunk_frames=2), "model: AnimateDiff's motion modules must see"),
+        (lambda g: g.set(g.invert, model=windowed(g), chunk_frames=2), "model: a motion module of AnimateDiff needs"),
         (lambda g: g.set(g.invert, model=windowed(g, motion=False), chunk_frames=2), "model: a node's wrapper other"),
         (lambda g: g.set(g.edit, model=windowed(g), preset="none", propagation=g.add(
-            "FateZeroTokenFlow", batch_frames=2, weights="authors", seed=0)[0]), "model: AnimateDiff's motion modules"),
+            "FateZeroTokenFlow", batch_frames=2, weights="authors", seed=0)[0]), "a motion module of AnimateDiff"),
         (lambda g: g.both(g.add("OtherTwice", model=g.demo[0])[0]), "model: a node on it samples more than once"),
     ],
 )  # fmt: skip
