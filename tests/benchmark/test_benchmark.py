@@ -76,6 +76,7 @@ def test_every_method_edits_and_no_two_alike(trial, methods):
     assert torch.allclose(latents[PAPER], latents["blended self fusion"])
 
 
+@pytest.mark.slow
 def test_methods_do_not_depend_on_their_company(trial):
     alone = edited(trial, [m for m in METHODS if m.name == PAPER])[PAPER]
     together = edited(trial, chosen_methods(FEW, False))[PAPER]

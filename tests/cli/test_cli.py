@@ -353,6 +353,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_record_is_told_with_its_name_and_the_result_stays(tmp_path):
     long = ("--negative", "blur" + 20_000 * " ")  # for which a GIF has no metadata
     arguments = ["edit", CLIP, *WORDS, "--steps", 1, "--count", 1, *long, "-o", "out.gif"]

@@ -34,7 +34,14 @@ def pixels(path):
     return torch.stack(list(open_video(path).frames())).int()
 
 
-@pytest.mark.parametrize("how", [("--preset", "flow_edit"), ("--preset", "attribute+"), ("--injection", "none")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("--preset", "flow_edit"), marks=pytest.mark.slow),
+        ("--preset", "attribute+"),
+        pytest.param(("--injection", "none"), marks=pytest.mark.slow),
+    ],
+)
 def test_outside_the_mask_of_an_edit_the_clip_is_what_an_empty_mask_leaves(command, tmp_path, how):
     """Flow edits, FateZero's and plain ones; a half mask changes its half alone."""
     picture(tmp_path / "none.png")
@@ -51,6 +58,7 @@ def test_outside_the_mask_of_an_edit_the_clip_is_what_an_empty_mask_leaves(comma
     assert change["left"][:, :, :16].mean() > 0.5 * change["all"][:, :, :16].mean()
 
 
+@pytest.mark.slow
 def test_a_link_to_one_picture_is_as_good_as_one_for_each_frame(command, tmp_path):
     picture(tmp_path / "one.png", [(0, 0, 32, 64)])
     (tmp_path / "link.png").symlink_to("one.png")

@@ -90,7 +90,7 @@ def test_a_job_is_interrupted(host, folder, how):
         ({}, "nodes (6, 7, 9, 13) have an input chunk_frames"),
         ({"nonsense": 3}, "no node has an input nonsense"),
         ({"inputs": {"source": "99.source"}}, "inputs: source is '99.source'"),
-        ({"workflow": "workflows/demo.json"}, "is no API form of a workflow"),
+        ({"workflow": "workflows/demo.json"}, "is not the API form"),
         ({"workflow": None}, "name no workflow"),
     ],
 )

@@ -186,6 +186,7 @@ def prompt(**more) -> PromptEdit:
     return PromptEdit("a silver jeep", "a silver jeep", tokenizer, **more)
 
 
+@pytest.mark.slow
 def test_fatezeros_fusion_flows_too(denoiser):
     fusion = FusionSettings(blend_self_attention=True, blend_latents=True)
     pair = prompt(blend_words=(["jeep"], ["jeep"]))

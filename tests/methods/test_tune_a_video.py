@@ -241,7 +241,7 @@ def test_a_file_of_temporal_layers_serves_any_model_of_the_shape(tmp_path):
         load_temporal_layers(tmp_path / "text.safetensors")
 
 
-@pytest.mark.parametrize("name", [CASES[1], pytest.param(CASES[0], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)])
 def test_a_folder_of_the_official_layout(tmp_path, name):
     """Under the official classes' names, told by its weights; read again it is the same function."""
     _, weights = given(name)
