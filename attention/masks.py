@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from einops import rearrange
 
@@ -96,6 +96,10 @@ def soft_mask(heat: Tensor, threshold: float) -> Tensor:
     return (over_maximum(blurred) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
 
 
+MaskMode = Literal["replace", "union", "intersection"]
+"""Whether a given mask replaces the computed one, or is joined with it."""
+
+
 @dataclass(frozen=True)
 class GivenMask:
     """An edit mask from the user, used instead of the blend mask or joined with it.
@@ -107,12 +111,12 @@ class GivenMask:
     """
 
     mask: Tensor
-    how: Literal["replace", "union", "intersection"] = "replace"
+    how: MaskMode = "replace"
 
     def __post_init__(self) -> None:
         if self.mask.ndim != 3:
             raise ValueError(f"mask has shape {tuple(self.mask.shape)}; it must be (frames, height, width)")
-        if self.how not in ("replace", "union", "intersection"):
+        if self.how not in get_args(MaskMode):
             raise ValueError(f'how is {self.how!r}; it must be "replace", "union" or "intersection"')
 
     @property

@@ -14,16 +14,15 @@ class Family:
 
     title: its name in messages. network: what its denoising network is called. formulation: "ddim" where the network
     predicts epsilon, v or the sample, "flow" where it predicts a velocity. spans_clip: every frame of a call attends to
-    all frames of the call, so that key frames, TokenFlow and flow smoothing do not apply. decoder_features: the network
-    has a ResNet decoder, whose features Plug-and-Play takes. group_norms: it has GroupNorms, whose statistics
-    `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
+    all frames of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has
+    GroupNorms, whose statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the
+    bundled demo model.
     """
 
     title: str
     network: str
     formulation: Formulation
     spans_clip: bool
-    decoder_features: bool
     group_norms: bool
     half: str
     demo: str

@@ -17,7 +17,6 @@ UNET = Family(
     network="UNet",
     formulation="ddim",
     spans_clip=False,
-    decoder_features=True,
     group_norms=True,
     half="float16",
     demo="demo",

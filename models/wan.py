@@ -12,7 +12,6 @@ WAN = Family(
     network="video transformer",
     formulation="flow",
     spans_clip=True,
-    decoder_features=False,
     group_norms=False,
     half="bfloat16",
     demo="demo-wan",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..attention.masks import GivenMask
+from ..attention.masks import GivenMask, MaskMode
 from ..attention.prompt import PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
@@ -86,7 +86,7 @@ INPUTS = [
     io.Mask.Input("mask", optional=True, tooltip="Your blend mask: one, or one for each frame."),
     io.Combo.Input(
         "mask_mode",
-        options=["replace", "union", "intersection"],
+        options=list(get_args(MaskMode)),
         default="replace",
         optional=True,
         tooltip="Whether the mask replaces the edit's blend mask, adds to it, or limits it.",
@@ -170,7 +170,7 @@ class EditInputs:
     smoothing: FlowSmoothing | None = None
     layout: Layout | None = None
     mask: Tensor | None = None
-    mask_mode: Literal["replace", "union", "intersection"] = "replace"
+    mask_mode: MaskMode = "replace"
     chunk_frames: int = 0
     strength: float = 0.0
 

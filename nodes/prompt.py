@@ -8,8 +8,9 @@ from typing import Any
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from comfy_api.latest import io, ui
 
-from ..attention.prompt import BLOCK, PromptEdit, changed_words
+from ..attention.prompt import BLOCK, PromptEdit
 from ..hosts.comfyui.families import TEXT_ENCODERS, tokenizer_of
+from ..recipes.recipe import blend_words
 from .settings import widget
 from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_node
 
@@ -72,8 +73,9 @@ class FateZeroPromptEdit(io.ComfyNode):
         for name, text in words.items():
             if not text:
                 raise ValueError(f"{name}: is empty: describe the {'video' if name == 'source' else 'edit'}")
-        changed = changed_words(words["source"], words["target"])
-        blend = _listed(blend_source) or changed[0], _listed(blend_target) or changed[1]
+        blend = blend_words(
+            words["source"], words["target"], tuple(_listed(blend_source)), tuple(_listed(blend_target))
+        )
         tokenizer = tokenizer_of(clip)
         pair = PromptEdit(words["source"], words["target"], tokenizer)
         for given, name in zip(blend, words, strict=True):

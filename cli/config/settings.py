@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from ...attention.key_frames import KeyFrames
-from ...attention.masks import GivenMask
+from ...attention.masks import GivenMask, MaskMode
 from ...attention.prompt import Mode, PromptEdit
 from ...diffusion.invert import InversionSettings
 from ...diffusion.parts import Edit
@@ -37,7 +37,6 @@ else:
     InjectionName = Literal[(*(method.name for method in INJECTIONS), "none")]
     PropagationName = Literal[("none", *(method.name for method in PROPAGATIONS))]
 NoiseName = Literal["inverted", "drawn"]
-MaskMode = Literal["replace", "union", "intersection"]
 SECTIONS: dict[str, Any] = {
     method.name: method.settings for method in (*INJECTIONS, *PROPAGATIONS, *STARTS) if method.name != "fatezero"
 } | {"layout": MoveSettings}
