@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from typing import Any
 
@@ -135,8 +135,11 @@ class _HostTunable:
     def predicts_v(self) -> bool:
         return prediction_of(self._sampling) is V_PREDICTION
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return self.queries | trained_of(self._layers)
+    def trained(self, convolutions: bool = False) -> dict[str, nn.Parameter]:
+        return self.queries | trained_of(self._layers, convolutions)
+
+    def bypassed(self) -> AbstractContextManager[None]:
+        return self._layers.bypassed()
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
@@ -149,10 +152,10 @@ class _HostTunable:
                 handle.remove()
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, convolutions: bool = False) -> Iterator[None]:
         self._model.requires_grad_(False)
         self._layers.requires_grad_(False)
-        for weight in self.trained().values():
+        for weight in self.trained(convolutions).values():
             weight.requires_grad_(True)
         try:
             with recomputed(self._unet, BLOCKS):

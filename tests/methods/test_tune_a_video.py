@@ -25,7 +25,7 @@ from fatezero.hosts.diffusers.temporal import (
     temporal_layers,
 )
 from fatezero.hosts.diffusers.unet import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.methods.tune_a_video import LayerSettings, TuneSettings, optimizer_class, tune
+from fatezero.methods.tune_a_video import ClassPictures, LayerSettings, TuneSettings, optimizer_class, tune
 from small import (
     FIXTURES,
     random_latents,
@@ -109,6 +109,39 @@ def test_the_authors_training(name):
     for key, weight in denoiser.unet.state_dict().items():
         assert weight.data_ptr() in tuned or torch.equal(weight, frozen[key]), key
     assert not any(w.grad is not None for w in denoiser.unet.parameters())
+
+
+def test_the_authors_training_with_convolutions_and_class_pictures():
+    """FateZero's configuration files: each step on the clip follows one on pictures, without temporal layers."""
+    tensors = {k: t.double() if t.is_floating_point() else t for k, t in given("tav_fatezero_trained")[0].items()}
+    denoiser = with_layers(given("tav_fatezero_lora")[1])
+    before = {k: w.detach().clone() for k, w in denoiser.trained(convolutions=True).items()}
+    on_pictures, on_clip = [], []
+    pictures = ClassPictures(
+        tensors["class_latents"].flatten(0, 1),
+        tensors["class_text"],
+        draws=list(
+            zip([(0, 1), (2, 3), (4, 5)], tensors["class_timesteps"].tolist(), tensors["class_noise"], strict=True)
+        ),
+        progress=lambda *told: on_pictures.append(told),
+    )
+    tune(
+        denoiser,
+        tensors["z0"],
+        tensors["source"],
+        TuneSettings(steps=3, train_convolutions=True),
+        list(zip(tensors["train_timesteps"].tolist(), tensors["train_noise"], strict=True)),
+        class_pictures=pictures,
+        progress=lambda done, of, *told: on_clip.append(told),
+    )
+    told = torch.tensor([(*a, *b) for a, b in zip(on_pictures, on_clip, strict=True)], dtype=torch.float64)
+    assert relative(told, tensors["losses"]) < 1e-6
+    expected = {k.removeprefix("tuned."): t for k, t in tensors.items() if k.startswith("tuned.")}
+    after = denoiser.trained(convolutions=True)
+    assert after.keys() == expected.keys()
+    for key, tensor in expected.items():
+        change = (tensor - before[key]).norm()
+        assert (after[key] - tensor).norm() < 1e-3 * change + 1e-7 * tensor.norm(), key
 
 
 # --- invariants -------------------------------------------------------------------------
