@@ -97,8 +97,7 @@ class EditRun:
         if steering is None or step < self.first or not steering.guides(step, steps):
             return z
         timestep, alpha = self.schedule.timesteps[step], self.schedule.alphas[steps - step]
-        keys, norm = self.store.key_frames, self.store.clip_norm
-        return steering.moved(self.denoiser, z, timestep, alpha, self.target, keys, norm, chunk_frames)
+        return steering.moved(self.denoiser, z, timestep, alpha, self.target, self.store.calls(chunk_frames))
 
     @property
     def shares_source(self) -> bool:

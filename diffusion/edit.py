@@ -116,10 +116,8 @@ class EditPass:
         self.start: list[Tensor] = []
         """The latents of each edit's first step."""
         noise = store.level(store.steps).to(denoiser.device)
-        self._chunks = [
-            chunks_of(denoiser, store.key_frames, noise, timestep, chunk_frames, store.clip_norm)
-            for timestep in store.timesteps
-        ]
+        calls = store.calls(chunk_frames)
+        self._chunks = [chunks_of(denoiser, calls, noise, timestep) for timestep in store.timesteps]
         self._open = ExitStack()
 
     @no_grad

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from .denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -20,9 +20,14 @@ class Steering(Protocol):
         """Whether a step is guided."""
 
     def moved(
-        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
-        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        timestep: float,
+        alpha: Tensor,
+        condition: Condition,
+        calls: ClipCalls,
+    ) -> Tensor:
         """The guided latents from which the step starts. alpha: the cumulative alpha there."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls
 from ..attention.masks import GivenMask, grown, mask_sites, over_maximum
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.parts import Edit, EditContext, check_needs_unet
@@ -257,7 +257,12 @@ class Rearranged:
         return self.guidance.guides(step, steps)
 
     def moved(
-        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
-        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
-    ) -> Tensor:  # fmt: skip
-        return self.guidance.moved(denoiser, latents, timestep, alpha, condition, key_frames, clip_norm, chunk_frames)
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        timestep: float,
+        alpha: Tensor,
+        condition: Condition,
+        calls: ClipCalls,
+    ) -> Tensor:
+        return self.guidance.moved(denoiser, latents, timestep, alpha, condition, calls)

@@ -10,7 +10,7 @@ import comfy.model_management
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...attention.key_frames import KeyFrames
+from ...attention.key_frames import ClipCalls, KeyFrames
 from ...diffusion.denoiser import in_parts, keys_on
 from ...diffusion.invert import Progress, invert
 from ...diffusion.schedule import Schedule
@@ -98,7 +98,7 @@ class InvertGuider(LoopGuider):
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         settings, schedule, mask = self.settings, denoiser.in_use, self._mask
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
-        parts = in_parts(denoiser, keys, latents, timestep, settings.chunk_frames, settings.clip_norm)
+        parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, settings.chunk_frames), latents, timestep)
         plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
         self.notify(str(plan))
         self.fills_or_reads(plan.memory)

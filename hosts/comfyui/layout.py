@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...attention.control import Control
-from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...diffusion.steering import ClipSteering
 from .chunks import WrappersMP
 from .conditions import HostCondition
@@ -108,6 +108,6 @@ class LayoutGuider(LoopGuider):
         (timestep,) = noise_of(self.model_patcher).timesteps(sigma[None])
         scale = (1 + sigma.to(x) ** 2).sqrt()
         alpha = 1 / (1 + sigma**2)
-        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _OWN_FRAME, False, None)
+        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, ClipCalls(_OWN_FRAME))
         x.copy_(z * scale)
         self._moved = x
