@@ -79,7 +79,7 @@ class Recipe:
         return INVERTED if self.noise is None else DrawnNoise(self.noise)
 
     def pair(self, tokenizer: Any, in_area: bool = False) -> PromptEdit | None:
-        """The prompt pair if the injection aligns words, else None. in_area: whether a layout limits the edit to an area.
+        """The prompt pair if the injection aligns words, else None. in_area: a layout limits the edit to an area.
 
         Raises ValueError if blending has no words.
         """
