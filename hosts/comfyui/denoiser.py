@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
-from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...attention.temporal_kind import TRAINED_KEYS
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.schedule import Schedule
@@ -135,7 +135,7 @@ class ComfyDenoiser:
             handler and {name: value for name, value in vars(handler).items() if name not in ("_step", "_model")}
             for handler in handlers
         )
-        if edit != source and frames_meet(self, key_frames, self._clip_norm):
+        if edit != source and frames_meet(self, ClipCalls(key_frames, self._clip_norm)):
             raise ValueError(
                 "model: the edit and the inversion have different context windows, in which frames attend to each "
                 "other: connect the same MODEL with Context Windows to both"
