@@ -18,7 +18,7 @@ from ..attention.temporal_kind import TRAINED_KEYS, Kind
 from ..diffusion.denoiser import Guidance, check_finite
 from ..diffusion.schedule import timestep_at
 from ..diffusion.training import Prior, Tunable, clip_loss
-from ..imports import torch
+from ..imports import no_grad, torch
 from ..settings import check, setting
 from .method import Method
 
@@ -73,14 +73,14 @@ class TuneSettings:
     seed: int = setting(0, "Random seed for timesteps and noise.", least=0, most=2**63 - 1, group=GROUP)
     train_convolutions: bool = setting(
         False,
-        "Train fatezero's convolutions over frames too, as all configuration files of its authors do. Otherwise new ones "
-        "have no effect.",
+        "Train fatezero's convolutions over frames too, as all configuration files of its authors do. Otherwise new "
+        "ones have no effect.",
         group=GROUP,
     )
     prior_preservation: float = setting(
         0.0,
-        "Weight in the loss of the distance from the untuned image model: of its prediction for the clip's first frame, "
-        "and for class pictures. 0 turns it off.",
+        "Weight in the loss of the distance from the untuned image model's prediction, for the clip's first frame and "
+        "for class pictures. 0 turns it off.",
         least=0, most=1000, group=GROUP,
     )  # fmt: skip
     class_batch: int | None = setting(
@@ -216,11 +216,12 @@ def tune(
             if more.keep and (done % more.keep_every == 0 or done == settings.steps):
                 more.keep(tuning.state())
             if more.validation is not None and more.validation.due(done, settings.steps):
-                clips = validation_clips(denoiser, latents, more.validation, keys, clip_norm)
-                more.validation.show(done, clips)
+                with torch.no_grad():
+                    more.validation.show(done, validation_clips(denoiser, latents, more.validation, keys, clip_norm))
     return tuning.losses
 
 
+@no_grad
 def validation_clips(
     denoiser: Tunable, latents: Tensor, validation: Validation, keys: KeyFrames, clip_norm: bool
 ) -> list[Tensor]:
@@ -231,7 +232,7 @@ def validation_clips(
         for text in (validation.source, validation.negative, *validation.prompts)
     )
     guidance = Guidance(negative, control, validation.settings.validate_guidance)
-    with torch.no_grad(), denoiser.hooked(clip_norm):
+    with denoiser.hooked(clip_norm):
         noise = latents
         for level in range(schedule.steps):
             predicted = denoiser.predict_noise(noise, timestep_at(schedule, level + 1), source, control)

@@ -33,8 +33,8 @@ def activation_bytes(
     """Peak bytes of a training step on latents (frames, 4, h, w), besides weights, gradients and optimizer.
 
     A model of the same shapes runs forward and backward on torch's meta device, which allocates no memory. Workspaces
-    of kernels are not included. recompute: recompute activations, as in `DiffusersDenoiser.training`. convolutions: train those
-    over frames too.
+    of kernels are not included. recompute: recompute activations, as in `DiffusersDenoiser.training`. convolutions:
+    train those over frames too.
     """
     own, latents, text = _without_data(denoiser, latents_shape, condition)
     noise = torch.empty_like(latents)
