@@ -55,7 +55,7 @@ class PlainFlow(Hook):
 
 
 FAMILY = HostFamily(
-    models="for FlowEdit any model that is sampled as a flow",
+    models="without attention control any model that is sampled as a flow",
     text_encoder="",
     hook=PlainFlow,
     matches=is_flow,
