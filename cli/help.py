@@ -58,8 +58,7 @@ PAGES = {
         (f"clip.mp4 {_SD}", '--prompt "a silver jeep on a road" -o jeep'),
         {
             "Video and prompt": "VIDEO prompt",
-            "Training": "steps learning-rate seed layers rank train-convolutions class-pictures class-prompt",
-            "Validation": "validate validate-every",
+            "Training": "steps learning-rate seed class-pictures validate validate-every",
             "Frames": "start end count size",
             "Model": "model temporal",
             "Output": "output folder resume overwrite",
