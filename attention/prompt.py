@@ -91,6 +91,10 @@ class Alignment:
         """The alignment on the device and in the dtype of a tensor."""
         return Alignment(self.matrix.to(like), self.copied.to(like), self.weights.to(like))
 
+    def within(self, fused: Tensor) -> Alignment:
+        """The alignment where some target tokens keep the target's own map. fused: (target tokens,), 0 for these."""
+        return Alignment(self.matrix, self.copied * fused, 1 + (self.weights - 1) * fused)
+
     def values(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The values to multiply with the source's map and the target's own: (f h c d) -> (f h s d), (f h c d).
 

@@ -86,6 +86,7 @@ class Recipe:
         fusion = self.injection
         if not isinstance(fusion, FusionSettings):
             return None
+        fusion.check_words(self.target)
         blend = None
         if fusion.blends and not in_area and not (self.mask is not None and self.mask.replaces):
             blend = blend_words(self.source, self.target, self.blend_source, self.blend_target)

@@ -43,6 +43,15 @@ def test_the_three_memories_agree(denoiser, tokenizer, shape, clip_norm):
     assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
 
 
+def test_words_with_shares_of_their_own(denoiser, tokenizer):
+    latents = random_latents(2)
+    plain = run(denoiser, tokenizer, latents, fusion=FusionSettings(0.5, 0.5))
+    same = run(denoiser, tokenizer, latents, fusion=FusionSettings(0.5, 0.5, cross_replace_words={"blue": 0.5}))
+    assert relative(same, plain) < 1e-12, "the usual share for a word changes nothing"
+    for changed in ({"cross_replace_words": {"blue": 0.0}}, {"self_replace_from": 0.4}, {"cross_replace_from": 0.4}):
+        assert relative(run(denoiser, tokenizer, latents, fusion=FusionSettings(0.5, 0.5, **changed)), plain) > 1e-6
+
+
 def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):
     """One head of 80 channels is wider than a map of 77 columns."""
     unet = small_unet(block_out_channels=(8, 80), attention_head_dim=1)
