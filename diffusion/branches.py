@@ -89,9 +89,9 @@ class EditRun:
     def begin(self) -> Tensor:
         """The latents of the first step, (frames, c, h, w)."""
         z, level = self.start.latents(self), self.schedule.steps - self.first
-        return z if self._steering is None else self._steering.started(z, self.schedule.noise(level).item())
+        return z if self._steering is None else self._steering.initial(z, self.schedule.noise(level).item())
 
-    def steered(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
+    def guided(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
         """The input latents of a step, moved by the layout's guidance if it acts in this step."""
         steps, steering = self.schedule.steps, self._steering
         if steering is None or step < self.first or not steering.guides(step, steps):
@@ -143,7 +143,7 @@ class EditRun:
         level = self.schedule.steps - step
         z = self.start.moved(self, z, predicted, level)
         if self._steering is not None:
-            z = self._steering.carried(z, level - 1, step)
+            z = self._steering.after_step(z, level - 1, step)
         if predicted.mask is not None:
             source = self.store.level(level - 1).to(z.device, non_blocking=True)
             z = source + predicted.mask * (z - source)

@@ -168,10 +168,10 @@ def _heat_without_maps(denoiser: Denoiser, store: AttentionStore, step: int, chu
     chunks = chunks_of(denoiser, store.calls(chunk_frames), z, timestep)
     sites, tokens = mask_sites(denoiser.sites(*z.shape[-2:]), 0), range(store.source.text_tokens)
     with denoiser.hooked():
-        return look(denoiser, store, z, step, store.source, sites, chunks, tokens)[1]
+        return attention_to(denoiser, store, z, step, store.source, sites, chunks, tokens)[1]
 
 
-def look(
+def attention_to(
     denoiser: Denoiser,
     store: AttentionStore,
     z: Tensor,
@@ -185,9 +185,9 @@ def look(
     the text in some layers of one grid, (frames, all tokens, y, x), without maps. Called while the denoiser is hooked.
     """
     names, count = {site.name for site in sites}, condition.text_tokens
-    lookers = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
-    parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in lookers]
-    return joined(chunks, parts), joined(chunks, [r.heat(count) for r in lookers])
+    recorders = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
+    parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in recorders]
+    return joined(chunks, parts), joined(chunks, [r.heat(count) for r in recorders])
 
 
 def source_heat(

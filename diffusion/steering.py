@@ -52,8 +52,8 @@ class EditSteering(Steering, Protocol):
     def area(self) -> Tensor | None:
         """The area that may change, (frames, h, w) in 0..1; an injection preserves the rest. None for everything."""
 
-    def started(self, z: Tensor, noisy: float) -> Tensor:
+    def initial(self, z: Tensor, noisy: float) -> Tensor:
         """The latents (frames, c, h, w) from which the edit starts. noisy: the deviation of their noise."""
 
-    def carried(self, z: Tensor, level: int, step: int) -> Tensor:
+    def after_step(self, z: Tensor, level: int, step: int) -> Tensor:
         """The latents after a step, given those at a level of the store."""

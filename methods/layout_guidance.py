@@ -171,10 +171,10 @@ class LayoutGuidance(LayoutSettings):
         self.check_fits(context.store.frames, context.target.text_tokens)
         return self
 
-    def started(self, z: Tensor, noisy: float) -> Tensor:
+    def initial(self, z: Tensor, noisy: float) -> Tensor:
         return z
 
-    def carried(self, z: Tensor, level: int, step: int) -> Tensor:
+    def after_step(self, z: Tensor, level: int, step: int) -> Tensor:
         return z
 
     def summary(self, steps: int) -> str:

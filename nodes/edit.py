@@ -83,7 +83,7 @@ INPUTS = [
         "invert with key_frames self. flow_edit: for the store of FlowEdit. none: only the inverted noise. custom: the "
         "connected settings.",
     ),
-    io.Mask.Input("mask", optional=True, tooltip="Your blend mask: one, or one for each frame."),
+    io.Mask.Input("mask", optional=True, tooltip="Edit mask, white where the video may change: one, or one per frame."),
     io.Combo.Input(
         "mask_mode",
         options=list(get_args(MaskMode)),

@@ -55,9 +55,9 @@ class FateZeroPromptEdit(io.ComfyNode):
                 widget(PromptEdit, "reweight"),
             ],
             outputs=[
-                io.Conditioning.Output("source_conditioning", display_name="source", tooltip="For Invert."),
-                io.Conditioning.Output("target_conditioning", display_name="target", tooltip="For the sampler."),
-                PromptEditSocket.Output("prompt_edit", display_name="prompt edit", tooltip="For the sampler."),
+                io.Conditioning.Output("source_conditioning", display_name="source", tooltip="For Invert Video."),
+                io.Conditioning.Output("target_conditioning", display_name="target", tooltip="For Edit Video."),
+                PromptEditSocket.Output("prompt_edit", display_name="prompt edit", tooltip="For Edit Video."),
                 io.String.Output(
                     "alignment", display_name="alignment", tooltip="The source word aligned with each target word."
                 ),

@@ -134,9 +134,9 @@ class FateZeroEditGuider(io.ComfyNode):
         one = EditInputs(model=model, store=store, **inputs)
         edit = one.edit()
 
-        def tell(hooked: int) -> None:
+        def notify(hooked: int) -> None:
             show_on_node(node, report_of(model, hooked, store, edit, one.notes))
 
-        guider = EditGuider(model, store, [edit], one.chunk_frames or None, tell)
+        guider = EditGuider(model, store, [edit], one.chunk_frames or None, notify)
         text = report_of(model, None, store, edit, one.notes)
         return io.NodeOutput(guider, text, ui=ui.PreviewText(text))

@@ -71,7 +71,7 @@ class FateZeroLoadTemporalLayers(io.ComfyNode):
                 io.Model.Output(
                     "patched",
                     display_name="model",
-                    tooltip="For any sampler, where a batch is then the frames of a clip, and for Invert and Edit.",
+                    tooltip="For Invert Video, Edit Video and any sampler, whose batch is then a clip.",
                 )
             ],
             hidden=[io.Hidden.unique_id],

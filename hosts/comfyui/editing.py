@@ -38,9 +38,9 @@ class EditGuider(LoopGuider):
         store: HostStore,
         edits: Sequence[Edit],
         chunk_frames: int | None = None,
-        tell: Callable[[int], None] | None = None,
+        notify: Callable[[int], None] | None = None,
     ) -> None:
-        """tell: called at the end with the number of attention layers that ran.
+        """notify: called at the end with the number of attention layers that ran.
 
         Raises ValueError for context windows with a propagation, which has its own batches.
         """
@@ -49,7 +49,7 @@ class EditGuider(LoopGuider):
                 "model: context windows conflict with TokenFlow, which has its own batches: remove one of them"
             )
         self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
-        self.tell = tell or (lambda layers: None)
+        self.notify = notify or (lambda layers: None)
         self.done: list[Tensor] = []
         """The edited latents of the last run, in the UNet's scale."""
         self._masked_edits: Sequence[Edit] = edits
@@ -91,7 +91,7 @@ class EditGuider(LoopGuider):
                 self.model_patcher.model, latent_image, sigmas[0]
             )
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
-        self.tell(self.layers_run)
+        self.notify(self.layers_run)
         return result
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
@@ -126,7 +126,7 @@ class EditGuider(LoopGuider):
                 raise ValueError(
                     "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
                 )
-            if edits.steers:
+            if edits.guides_layout:
                 raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
             if self.store.drawn is not None:
                 raise ValueError("sampler: this edit's noise is drawn (FlowEdit), which needs DDIM Sampler (FateZero)")

@@ -67,10 +67,10 @@ class InvertGuider(LoopGuider):
     """A GUIDER that inverts a clip along rising sigmas, and stores what its edits need."""
 
     def __init__(
-        self, model: Any, source: HostCondition, settings: InvertSettings, tell: Callable[[str], None] | None = None
+        self, model: Any, source: HostCondition, settings: InvertSettings, notify: Callable[[str], None] | None = None
     ) -> None:
-        """tell: called with texts about the planned and the finished store."""
-        self.source, self.settings, self.tell = source, settings, tell or (lambda text: None)
+        """notify: called with texts about the planned and the finished store."""
+        self.source, self.settings, self.notify = source, settings, notify or (lambda text: None)
         self._model = model
         self._made: AttentionStore | None = None
         self._mask: Tensor | None = None
@@ -100,7 +100,7 @@ class InvertGuider(LoopGuider):
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
         parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, settings.chunk_frames), latents, timestep)
         plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
-        self.tell(str(plan))
+        self.notify(str(plan))
         self.fills_or_reads(plan.memory)
         memory = replace(settings.store, memory=plan.memory, place=plan.place)
         inversion = invert(
@@ -111,7 +111,7 @@ class InvertGuider(LoopGuider):
             progress=progress,
         )  # fmt: skip
         self._made = store = inversion.store
-        self.tell(f"{plan}\n{store.frames} frames, {store.steps} steps, attention stored for {store.kept_steps}")
+        self.notify(f"{plan}\n{store.frames} frames, {store.steps} steps, attention stored for {store.kept_steps}")
         return denoiser.noise.noisy_end(store.level(schedule.steps).to(denoiser.device), store.alphas[-1])
 
 
@@ -139,13 +139,13 @@ def invert_clip(
     steps: int,
     settings: InvertSettings,
     noise_mask: Tensor | None = None,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, HostStore]:
     """DDIM inversion of LATENT samples: (noise for a KSampler without added noise, store).
 
     noise_mask: saved in the store; its edits do not change the clip outside of it.
     """
-    guider = InvertGuider(model, source, settings, tell)
+    guider = InvertGuider(model, source, settings, notify)
     noisy = noise_of(model)
     sigmas = noisy.sigmas(noisy.schedule(steps))
     noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
