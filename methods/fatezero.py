@@ -19,6 +19,7 @@ from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, 
 from ..attention.prompt import Alignment, PromptEdit, places_of
 from ..diffusion.parts import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
+from ..diffusion.reconstruction import reconstructed
 from ..diffusion.source import Needs
 from ..imports import F, torch
 from ..settings import check, setting, steps_of_share, whole_steps
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MaskFrom = Literal["attention", "prompts"]
+AttentionFrom = Literal["inversion", "reconstruction"]
 GROUP = "FateZero"
 Grid = tuple[int, int]
 """Height and width of a grid of tokens."""
@@ -98,6 +100,12 @@ class FusionSettings:
     cross_replace_words: Mapping[str, Shares] = setting(
         dict,
         "cross_replace_steps of single words of the target prompt: Porsche=0.2, or Porsche=0.1:0.4 with a beginning.",
+        group=GROUP,
+    )
+    attention_from: AttentionFrom = setting(
+        "inversion",
+        "The source's attention. inversion: that of the inversion, as in the paper. reconstruction: that of guided "
+        "sampling with the source prompt, as in Prompt-to-Prompt; the paper's ablation, which drifts from the video.",
         group=GROUP,
     )
 
@@ -188,10 +196,14 @@ class FusionSettings:
         plan = StepPlan.of(self, step, steps)
         return plan.fuse_cross or plan.fuse_self or plan.mask
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
-        """Calls for the mask of both prompts, and on a video transformer for any computed mask."""
-        own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not (mask is not None and mask.replaces)
-        return 2 * len(difference_levels(steps)) if own_mask else 0
+    def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
+        """Calls for the reconstruction, for the mask of both prompts, and on a video transformer for any computed
+        mask.
+        """
+        replaced = edit.mask is not None and edit.mask.replaces
+        own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not replaced
+        replay = steps * (1 if edit.guidance_scale == 1 else 2) if self.attention_from == "reconstruction" else 0
+        return replay + (2 * len(difference_levels(steps)) if own_mask else 0)
 
     def inside(self) -> FusionSettings:
         return replace(self, blend_latents=True, blend_latents_until=1.0)
@@ -241,11 +253,13 @@ _ALL_BUT_AN_AREA: dict[str, Any] = {
 class Fusion(Injected):
     """FateZero's fusion in one edit, its inputs checked."""
 
-    own_level = False
-
     def __init__(self, settings: FusionSettings, prompt: PromptEdit, edit: Edit, context: EditContext) -> None:
-        self.context = context
+        self.context, self.store = context, context.store
         self.settings = settings
+        self.own_level = settings.attention_from == "reconstruction"
+        if self.own_level and context.store.drawn is not None:
+            raise ValueError("attention_from is reconstruction, which needs an inversion: FlowEdit has none")
+        self.guidance_scale, self.negative = edit.guidance_scale, edit.negative_embeddings
         given = edit.mask
         self.in_area = edit.layout is not None and edit.layout.keeps_rest
         if self.in_area:
@@ -282,7 +296,10 @@ class Fusion(Injected):
                 self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
-        """Compute the mask of the two prompts or of a layout's area, if the edit uses one."""
+        """Compute the reconstruction, and the mask of the two prompts or of a layout's area, if the edit uses them."""
+        if self.own_level:
+            context = self.context
+            self.store = reconstructed(context.denoiser, context.store, self.negative, self.guidance_scale, chunks)
         if self.context.area is not None:
             area = self.context.area
             if self.given is None:
@@ -394,7 +411,7 @@ class Fusion(Injected):
         return found
 
 
-_LATER = ("cross_replace_from", "self_replace_from", "cross_replace_words")
+_LATER = ("cross_replace_from", "self_replace_from", "cross_replace_words", "attention_from")
 METHOD = Method(
     name="fatezero",
     title="FateZero",
