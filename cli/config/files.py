@@ -91,10 +91,10 @@ def data_of(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}")
     with _naming(path):
-        return _held(path)
+        return _contents_of(path)
 
 
-def _held(path: Path) -> Any:
+def _contents_of(path: Path) -> Any:
     if path.suffix.lower() not in METADATA_SUFFIXES:
         return _read(path)
     try:

@@ -142,8 +142,8 @@ class LiveBytes(TorchDispatchMode):
             self._counted.add(key)
             self.now += storage.nbytes()
             self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, key, storage.nbytes())
+            weakref.finalize(storage, self._freed, key, storage.nbytes())
 
-    def _gone(self, key: int, nbytes: int) -> None:
+    def _freed(self, key: int, nbytes: int) -> None:
         self._counted.discard(key)
         self.now -= nbytes
