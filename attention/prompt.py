@@ -112,9 +112,9 @@ class Alignment:
 class PromptEdit:
     """A source prompt, a target prompt and how to edit their words.
 
-    blend_words: (source words, target words) whose maps make the blend mask. One side may be empty: the target's if
-    only self-attention is blended, either side with a mask of both prompts. Case and surrounding punctuation of words
-    are ignored; an entry may be a phrase; a repeated word means all its occurrences.
+    blend_words: (source words, target words) whose maps make the blend mask. One side may be empty: the target's,
+    where the mask is the source's alone, and either side with a mask of both prompts. Case and surrounding punctuation
+    of words are ignored; an entry may be a phrase; a repeated word means all its occurrences.
 
     Raises ValueError for a word that is not in its prompt, for unequal word counts in "replace", and for a tokenizer
     whose tokens cross spaces.

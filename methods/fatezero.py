@@ -287,11 +287,8 @@ class Fusion(Injected):
         if settings.blends and not self.in_area and not (given is not None and given.replaces):
             if settings.masks_by_step or prompt.blend_words is not None:
                 self.blend_tokens = prompt.blend_tokens(source.text_tokens, target.text_tokens)
-            if settings.masks_by_step:
-                if not self.blend_tokens[0]:
-                    raise ValueError("a mask from attention needs blend_words of the source prompt")
-                if settings.blend_latents and not self.blend_tokens[1]:
-                    raise ValueError("blend_latents needs blend_words of the target prompt too")
+            if settings.masks_by_step and not self.blend_tokens[0]:
+                raise ValueError("a mask from attention needs blend_words of the source prompt")
             if self.masks_by_step:
                 self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
 

@@ -50,7 +50,8 @@ class FateZeroPromptEdit(io.ComfyNode):
                 io.String.Input(
                     "blend_target",
                     default="",
-                    tooltip="Words of the target for the blend mask of latents. Empty: the words that change.",
+                    tooltip="Words of the target for the blend mask of latents. Empty: the words that change; none: "
+                    "the source's mask alone.",
                 ),
                 widget(PromptEdit, "reweight"),
             ],
