@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..imports import torch
 from ..video.write import write_picture, write_video
 
 if TYPE_CHECKING:
@@ -16,15 +15,12 @@ if TYPE_CHECKING:
 
 SHEET = "steps.png"
 """The file with every word's attention over the steps."""
-_SHOWN = 8
-"""Maximal number of steps in it."""
 
 
 def map_files(folder: Path, words: Iterable[str]) -> dict[str, Path]:
     """The video of each word."""
-    return {
-        word: folder / f"{re.sub(r'[^0-9A-Za-z]+', '_', word) or 'word'}_{i}.mp4" for i, word in enumerate(words, 1)
-    }
+    plain = {word: re.sub(r"[^0-9A-Za-z]+", "_", word) for word in words}
+    return {word: folder / f"{name}_{number}.mp4" for number, (word, name) in enumerate(plain.items(), 1)}
 
 
 def write_maps(folder: Path, heats: Mapping[str, Tensor], size: tuple[int, int], rate: Fraction) -> None:
@@ -32,12 +28,8 @@ def write_maps(folder: Path, heats: Mapping[str, Tensor], size: tuple[int, int],
 
     heats: (steps, frames, y, x) of each word. size: height and width of the videos.
     """
-    from ..video.sheet import contact_sheet, heat_map
+    from ..video.sheet import heat_map, heat_steps
 
     for word, path in map_files(folder, heats).items():
         write_video(path, heat_map(heats[word].mean(0), size, word), rate)
-    steps, frames = next(iter(heats.values())).shape[:2]
-    shown = torch.linspace(0, steps - 1, min(_SHOWN, steps)).round().long()
-    rows = [(word, heat_map(heat[shown, frames // 2], size, "")) for word, heat in heats.items()]
-    title = f"frame {frames // 2}, steps {', '.join(str(int(step)) for step in shown)}"
-    write_picture(folder / SHEET, contact_sheet(rows, title))
+    write_picture(folder / SHEET, heat_steps(heats, size))

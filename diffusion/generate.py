@@ -38,8 +38,8 @@ def generate(
 
     text, negative: embeddings of the prompts. layout: where objects should be (`LayoutGuidance`), whose gradients may
     be computed in chunks of `chunk_frames`. attention: records the frames' attention to words in every step.
-    key_frames, clip_norm: None for those of the model's training. progress: called with (steps done, total steps). Raises ValueError for inputs that do not fit the model, ArithmeticError for
-    numbers out of range.
+    key_frames, clip_norm: None for those of the model's training. progress: called with (steps done, total steps).
+    Raises ValueError for inputs that do not fit the model, ArithmeticError for numbers out of range.
     """
     own_keys, own_norm = denoiser.trained_with
     keys = keys_on(denoiser, own_keys if key_frames is None else key_frames)

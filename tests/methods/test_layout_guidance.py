@@ -201,10 +201,8 @@ def test_attention_to_words_is_recorded_and_changes_nothing(guided):
     steps = seen.steps()
     assert list(steps) == ["red circle", "grass"] and steps["grass"].shape == (4, 2, 16, 16)
     if not guided:
-        denoiser, recorder = (
-            small_denoiser(),
-            Recorder(SELF, Chunk.whole(2), {"down.0.cross", "up.0.cross", "up.1.cross"}),
-        )
+        denoiser, layers = small_denoiser(), {"down.0.cross", "up.0.cross", "up.1.cross"}
+        recorder = Recorder(SELF, Chunk.whole(2), layers)
         with torch.no_grad(), denoiser.hooked():
             timestep = denoiser.schedule(4).timesteps[0]
             denoiser.predict_noise(random_latents(2), timestep, Condition.of(random_text(2), "text"), recorder)
