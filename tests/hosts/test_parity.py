@@ -1,6 +1,7 @@
 """The reference results of the authors' code, reproduced through the public names and step by step."""
 
 import json
+from collections import ChainMap
 
 import pytest
 from safetensors.torch import load_file
@@ -30,10 +31,9 @@ def reference() -> DiffusersDenoiser:
 
 
 def given(name):
-    """A case's settings and tensors; what all cases of a source share is in `reconstruct` alone."""
-    return CASES["cases"][name], load_file(FIXTURES / "reconstruct.safetensors") | load_file(
-        FIXTURES / f"{name}.safetensors"
-    )
+    """A case's settings and tensors; a case's file has only what differs from those it builds on."""
+    files = ["reconstruct", *(["refine_blend"] if name == "refine_latent_blend" else []), name]
+    return CASES["cases"][name], dict(ChainMap(*(load_file(FIXTURES / f"{file}.safetensors") for file in files[::-1])))
 
 
 def edited(case, tensors):
