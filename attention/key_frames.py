@@ -191,6 +191,19 @@ class KeyFrames:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
+@dataclass(frozen=True)
+class ClipCalls:
+    """How model calls split a clip, and how its frames depend on each other.
+
+    clip_norm: whether normalization statistics are those of the whole clip. chunk_frames: frames per call; None for the
+    host's windows, else all.
+    """
+
+    key_frames: KeyFrames
+    clip_norm: bool = False
+    chunk_frames: int | None = None
+
+
 @lru_cache(maxsize=256)
 def _rows(keys: KeyFrames, given: tuple[int, ...], frames: tuple[int, ...], clip: int) -> tuple[tuple[int, ...], ...]:
     """For each entry, the row of `given` that each frame attends to; for a single frame if it is the same for all."""

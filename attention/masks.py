@@ -57,7 +57,7 @@ class HeatOverSteps:
         """The sum up to a step, given the step's heat (f, y, x) of some frames of the clip."""
         self._rows.setdefault(step, {}).update(zip(frames, heat, strict=True))
         so_far = [rows for at, rows in sorted(self._rows.items()) if at <= step]
-        return torch.stack([sum(rows[f] for rows in so_far if f in rows) for f in frames])
+        return torch.stack([torch.stack([rows[f] for rows in so_far if f in rows]).sum(0) for f in frames])
 
 
 def foreign_tokens(heat: Tensor, tokens: Sequence[int], wordless: Sequence[int]) -> Tensor:

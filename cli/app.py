@@ -12,7 +12,7 @@ from .. import __version__
 from .commands import batch, benchmark, demo, edit, evaluate, generate, invert, train_demo, tune
 from .errors import parsing_error
 from .help import show_help
-from .progress import complain, console, in_a_line, one_line
+from .progress import console, in_a_line, one_line, print_error
 
 app = App(
     name="fatezero",
@@ -42,12 +42,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except CycloptsError as error:
-        complain(f"error: {in_a_line(parsing_error(app, error))}")
+        print_error(f"error: {in_a_line(parsing_error(app, error))}")
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FATEZERO_DEBUG"):
             raise
-        complain(one_line(error))
+        print_error(one_line(error))
         sys.exit(1)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import frames_meet, keys_on
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
@@ -30,7 +30,7 @@ CHUNK_FRAMES = 16
 
 def in_chunks(config: EditConfig, checkpoint: Model, frames: int) -> EditConfig:
     """A configuration with default chunks for a long clip, if they give the whole clip's result."""
-    approximate = frames_meet(checkpoint.denoiser, config.keys, config.clip_norm)
+    approximate = frames_meet(checkpoint.denoiser, ClipCalls(config.keys, config.clip_norm))
     if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
         return config
     return replace(config, chunk_frames=CHUNK_FRAMES)
@@ -65,7 +65,7 @@ def plan(
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
     keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
-    parts = chunk is not None and chunk < frames and frames_meet(denoiser, keys, config.clip_norm)
+    parts = chunk is not None and chunk < frames and frames_meet(denoiser, ClipCalls(keys, config.clip_norm))
     demand = Demand(
         denoiser.sites(height, width), latents_shape, 4, config.steps, keys, checkpoint.dtype, source.text_tokens,
         source.nbytes, parts,

@@ -116,6 +116,6 @@ def one_line(error: Exception) -> str:
     return f"error: {type(error).__name__}: {text} ({where}; FATEZERO_DEBUG=1 shows the traceback)"
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """One line on standard error."""
     Console(stderr=True, highlight=False).print(printable(text), style="red", markup=False, soft_wrap=True)

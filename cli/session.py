@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -79,10 +79,7 @@ class Session:
         where = pick_device(self.device)
         dtype = None if self.dtype == "auto" else pick_dtype(self.dtype, where)
         with quiet():
-            model = open_model(
-                settings.model, where, dtype, self.model_config, settings.lora, settings.temporal, videos,
-                settings.variant,
-            )  # fmt: skip
+            model = open_model(settings.model, where, dtype, **self._options(settings), videos=videos)
         self._note_of(model)
         return model
 
@@ -100,12 +97,16 @@ class Session:
         if self.model_config is not None and not Path(model).is_file():
             raise ValueError(f"model_config has no effect: {model!r} is not a single file")
         with quiet():
-            checkpoint = Checkpoint.load(
-                model, where, pick_dtype(self.dtype, where), self.model_config, settings.lora,
-                settings.temporal or None, variant=settings.variant,
-            )  # fmt: skip
+            checkpoint = Checkpoint.load(model, where, pick_dtype(self.dtype, where), **self._options(settings))
         self._note_of(checkpoint)
         return checkpoint
+
+    def _options(self, settings: ModelSettings) -> dict[str, Any]:
+        """Of `LoadOptions`."""
+        return {
+            "config": self.model_config, "lora": settings.lora, "temporal": settings.temporal,
+            "variant": settings.variant,
+        }  # fmt: skip
 
     def _note_of(self, checkpoint: Model) -> None:
         """Print notes on a model, and one for the demo models."""

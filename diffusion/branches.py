@@ -89,16 +89,15 @@ class EditRun:
     def begin(self) -> Tensor:
         """The latents of the first step, (frames, c, h, w)."""
         z, level = self.start.latents(self), self.schedule.steps - self.first
-        return z if self._steering is None else self._steering.started(z, self.schedule.noise(level).item())
+        return z if self._steering is None else self._steering.initial(z, self.schedule.noise(level).item())
 
-    def steered(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
+    def guided(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
         """The input latents of a step, moved by the layout's guidance if it acts in this step."""
         steps, steering = self.schedule.steps, self._steering
         if steering is None or step < self.first or not steering.guides(step, steps):
             return z
         timestep, alpha = self.schedule.timesteps[step], self.schedule.alphas[steps - step]
-        keys, norm = self.store.key_frames, self.store.clip_norm
-        return steering.moved(self.denoiser, z, timestep, alpha, self.target, keys, norm, chunk_frames)
+        return steering.moved(self.denoiser, z, timestep, alpha, self.target, self.store.calls(chunk_frames))
 
     @property
     def shares_source(self) -> bool:
@@ -111,7 +110,7 @@ class EditRun:
 
     def branches(self, z: Tensor, step: int, store: AttentionStore | None = None) -> Branches:
         """The branches of a step for latents z. store: a view of the edit's store, with other noise."""
-        return Branches(self, store or self.store, z, step)
+        return Branches(self, store or self.injected.store, z, step)
 
     def predict(self, branches: Branches, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
         """The guided prediction on the source's chunk. prepare: called with the control of each branch."""
@@ -144,7 +143,7 @@ class EditRun:
         level = self.schedule.steps - step
         z = self.start.moved(self, z, predicted, level)
         if self._steering is not None:
-            z = self._steering.carried(z, level - 1, step)
+            z = self._steering.after_step(z, level - 1, step)
         if predicted.mask is not None:
             source = self.store.level(self.injected.restored_level(level)).to(z.device, non_blocking=True)
             z = source + predicted.mask * (z - source)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
-from ..attention.key_frames import ALL, Chunk, KeyFrames
+from ..attention.key_frames import ALL, Chunk, ClipCalls, KeyFrames
 from ..imports import torch
 from ..store.identity import ModelIdentity
 from ..store.records import PairedBranch
@@ -122,40 +122,25 @@ def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | st
     return KeyFrames((ALL,)) if denoiser.spans_clip else keys
 
 
-def frames_meet(denoiser: Denoiser, key_frames: KeyFrames, clip_norm: bool) -> bool:
+def frames_meet(denoiser: Denoiser, calls: ClipCalls) -> bool:
     """Whether a frame's result depends on the other frames of its call, beyond fixed key frames: chunks are then
     approximate.
     """
-    return clip_norm or denoiser.frames_meet or not key_frames.anchored
+    return calls.clip_norm or denoiser.frames_meet or not calls.key_frames.anchored
 
 
-def in_parts(
-    denoiser: Denoiser,
-    key_frames: KeyFrames,
-    latents: Tensor,
-    timestep: float,
-    chunk_frames: int | None,
-    clip_norm: bool,
-) -> bool:
+def in_parts(denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float) -> bool:
     """Whether frames that depend on each other run in several chunks, where a frame's attention differs by chunk."""
-    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames, clip_norm)
-    return len(chunks) > 1 and frames_meet(denoiser, key_frames, clip_norm)
+    return len(chunks_of(denoiser, calls, latents, timestep)) > 1 and frames_meet(denoiser, calls)
 
 
-def chunks_of(
-    denoiser: Denoiser,
-    key_frames: KeyFrames,
-    latents: Tensor,
-    timestep: float,
-    chunk_frames: int | None,
-    clip_norm: bool,
-) -> list[Chunk]:
+def chunks_of(denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float) -> list[Chunk]:
     """The chunks of a clip at a timestep: of `chunk_frames` if given, else the host's windows, else one."""
-    if chunk_frames is None:
+    if calls.chunk_frames is None:
         windows = denoiser.windows(latents, timestep)
         if windows is not None:
-            return key_frames.around(windows, len(latents))
-    return key_frames.chunks(len(latents), chunk_frames, clip_norm or denoiser.frames_meet)
+            return calls.key_frames.around(windows, len(latents))
+    return calls.key_frames.chunks(len(latents), calls.chunk_frames, calls.clip_norm or denoiser.frames_meet)
 
 
 def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:

@@ -80,7 +80,7 @@ def edit_many(
     with EditPass(denoiser, inversion, edits, chunk_frames, spread=spread) as run:
         zs = run.start
         for step in range(steps):
-            zs = run.steered(zs, step)
+            zs = run.guided(zs, step)
             zs = run.move(zs, step, run.predict(zs, step))
             for z in zs:
                 check_finite(z, f"the edit's latents at step {step + 1} of {steps}")
@@ -116,10 +116,8 @@ class EditPass:
         self.start: list[Tensor] = []
         """The latents of each edit's first step."""
         noise = store.level(store.steps).to(denoiser.device)
-        self._chunks = [
-            chunks_of(denoiser, store.key_frames, noise, timestep, chunk_frames, store.clip_norm)
-            for timestep in store.timesteps
-        ]
+        calls = store.calls(chunk_frames)
+        self._chunks = [chunks_of(denoiser, calls, noise, timestep) for timestep in store.timesteps]
         self._open = ExitStack()
 
     @no_grad
@@ -146,9 +144,9 @@ class EditPass:
         ]
 
     @no_grad
-    def steered(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:
+    def guided(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:
         """Each edit's input latents of a step, moved by layout guidance."""
-        return [run.steered(z, step, self._chunk_frames) for run, z in zip(self._runs, zs, strict=True)]
+        return [run.guided(z, step, self._chunk_frames) for run, z in zip(self._runs, zs, strict=True)]
 
     @no_grad
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
@@ -199,7 +197,7 @@ class EditPass:
         return [z if p is None else run.move(z, step, p) for run, z, p in zip(self._runs, zs, predicted, strict=True)]
 
     @property
-    def steers(self) -> bool:
+    def guides_layout(self) -> bool:
         """Whether an edit has a layout, which can move latents before a step."""
         return any(run.layout is not None for run in self._runs)
 

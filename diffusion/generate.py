@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..imports import no_grad
 from .denoiser import Denoiser, Guidance, check_finite, keys_on
 from .invert import Progress
@@ -52,7 +52,7 @@ def generate(
             control = Control(keys, chunk)
             if layout is not None and layout.guides(step, steps):
                 alpha = schedule.alphas[steps - step]
-                z = layout.moved(denoiser, z, timestep, alpha, positive, keys, clip_norm, chunk_frames)
+                z = layout.moved(denoiser, z, timestep, alpha, positive, ClipCalls(keys, clip_norm, chunk_frames))
                 control = layout.control(keys, chunk)
             guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..imports import no_grad
 from ..settings import check, setting
 from ..store.backends import Records
@@ -124,6 +124,7 @@ def invert(
     numbers out of range, and MemoryError, with the bytes, if the chosen memory does not fit.
     """
     settings, keys = StoreSettings.of(memory), keys_on(denoiser, key_frames)
+    calls = ClipCalls(keys, clip_norm, chunk_frames)
     check_latents(latents)
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it must be 1 or 2")
@@ -133,7 +134,7 @@ def invert(
     schedule = denoiser.schedule(steps)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
-    parts = in_parts(denoiser, keys, latents, schedule.timesteps[0], chunk_frames, clip_norm)
+    parts = in_parts(denoiser, calls, latents, schedule.timesteps[0])
     demand = Demand(sites, shape, size, steps, keys, denoiser.dtype, source.text_tokens, source.nbytes, parts)
     plan = plan_store(settings, demand, latents.device)
     if plan.memory != "recompute" and spread is not ONE_PROCESS:
@@ -159,7 +160,7 @@ def invert(
         """The prediction at a level's timestep, and the records for the edit's step there."""
         step = steps - level  # of the edit
         kept, timestep = recorded if step < store.kept_steps else set(), timestep_at(schedule, level)
-        chunks = chunks_of(denoiser, keys, z, timestep, chunk_frames, clip_norm)
+        chunks = chunks_of(denoiser, calls, z, timestep)
         recorders = {chunk: Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks}
 
         def predict(chunk: Chunk) -> Tensor:

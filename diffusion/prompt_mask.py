@@ -14,7 +14,7 @@ from ..imports import F, torch
 from ..store.records import Recorder
 from ..store.store import AttentionStore
 from .denoiser import Denoiser, frames_of, joined
-from .source import look
+from .source import attention_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def _at_level(
     step, names = store.step_at(level), {site.name for site in sites}
     if denoiser.spans_clip and sites:
         named = range(condition.text_tokens) if named is None else named
-        return look(denoiser, store, z, step, condition, sites, chunks[step], named)
+        return attention_to(denoiser, store, z, step, condition, sites, chunks[step], named)
     recorders = [Recorder(store.key_frames, chunk, names) for chunk in chunks[step]]
     parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in recorders]
     noise = joined(chunks[step], parts)

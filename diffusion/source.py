@@ -70,7 +70,7 @@ def sources(
     def is_stored(step: int) -> bool:
         return bool(needs[step].layers) and not needs[step].values and store.keeps(step)
 
-    meet = frames_meet(denoiser, store.key_frames, store.clip_norm)
+    meet = frames_meet(denoiser, store.calls())
     if meet and any(is_stored(step) and len(chunks[step]) > 1 for step in range(store.steps)):
         raise ValueError(NOT_IN_PARTS.format(memory=store.memory))
 
@@ -149,7 +149,7 @@ def source_heats(
         return [heat[:, list(chosen)].sum(1) for chosen in tokens]
     sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
     z = store.level(store.source_level(step)).to(denoiser.device)
-    chunks = chunks_of(denoiser, store.key_frames, z, store.timesteps[step], chunk_frames, store.clip_norm)
+    chunks = chunks_of(denoiser, store.calls(chunk_frames), z, store.timesteps[step])
     layers = {site.name for site in sites}
     parts: list[list[Tensor]] = [[] for _ in tokens]
     every_step = [Needs(layers if other == step else set()) for other in range(store.steps)]
@@ -165,13 +165,13 @@ def source_heats(
 def _heat_without_maps(denoiser: Denoiser, store: AttentionStore, step: int, chunk_frames: int | None) -> Tensor:
     """The source's attention in a video transformer: (frames, tokens, y, x)."""
     z, timestep = store.level(store.source_level(step)).to(denoiser.device), store.timesteps[step]
-    chunks = chunks_of(denoiser, store.key_frames, z, timestep, chunk_frames, store.clip_norm)
+    chunks = chunks_of(denoiser, store.calls(chunk_frames), z, timestep)
     sites, tokens = mask_sites(denoiser.sites(*z.shape[-2:]), 0), range(store.source.text_tokens)
     with denoiser.hooked():
-        return look(denoiser, store, z, step, store.source, sites, chunks, tokens)[1]
+        return attention_to(denoiser, store, z, step, store.source, sites, chunks, tokens)[1]
 
 
-def look(
+def attention_to(
     denoiser: Denoiser,
     store: AttentionStore,
     z: Tensor,
@@ -185,9 +185,9 @@ def look(
     the text in some layers of one grid, (frames, all tokens, y, x), without maps. Called while the denoiser is hooked.
     """
     names, count = {site.name for site in sites}, condition.text_tokens
-    lookers = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
-    parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in lookers]
-    return joined(chunks, parts), joined(chunks, [r.heat(count) for r in lookers])
+    recorders = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
+    parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in recorders]
+    return joined(chunks, parts), joined(chunks, [r.heat(count) for r in recorders])
 
 
 def source_heat(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from .denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -20,9 +20,14 @@ class Steering(Protocol):
         """Whether a step is guided."""
 
     def moved(
-        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
-        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        timestep: float,
+        alpha: Tensor,
+        condition: Condition,
+        calls: ClipCalls,
+    ) -> Tensor:
         """The guided latents from which the step starts. alpha: the cumulative alpha there."""
 
 
@@ -47,8 +52,8 @@ class EditSteering(Steering, Protocol):
     def area(self) -> Tensor | None:
         """The area that may change, (frames, h, w) in 0..1; an injection preserves the rest. None for everything."""
 
-    def started(self, z: Tensor, noisy: float) -> Tensor:
+    def initial(self, z: Tensor, noisy: float) -> Tensor:
         """The latents (frames, c, h, w) from which the edit starts. noisy: the deviation of their noise."""
 
-    def carried(self, z: Tensor, level: int, step: int) -> Tensor:
+    def after_step(self, z: Tensor, level: int, step: int) -> Tensor:
         """The latents after a step, given those at a level of the store."""

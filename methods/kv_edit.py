@@ -1,9 +1,9 @@
 """KV-Edit (Zhu et al., 2025, arXiv 2502.17363), its simplest form: the background's keys and values are the source's.
 
-In self-attention, a token outside the edit mask m has the source's key and value, a token inside has the edit's:
+In self-attention, tokens outside the edit mask m take the source's keys and values, tokens inside keep the edit's:
     K = m K_edit + (1 - m) K_source,   V = m V_edit + (1 - m) V_source,
-and the latents outside m are the source's after every step. So the new object fits a background that does not change.
-The paper also skips the queries outside m, which saves their cost; here they are computed.
+and after every step the latents outside m are restored from the source. The new object fits into a background that does
+not change. The paper saves the cost of the queries outside m; here they are computed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class KVEditSettings(BaseInjection):
         check(self)
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
-        """It needs an edit mask, and has no place for objects that move."""
+        """Raise ValueError without an edit mask, or with a layout."""
         if edit.mask is None:
             raise ValueError("KV-Edit needs an edit mask that marks what may change")
         if edit.layout is not None:
@@ -61,11 +61,11 @@ class KVEditSettings(BaseInjection):
 
 
 class KVEdit(Injected):
-    """KV-Edit in one edit: in the target's branch, as others run when a transformer's source is gone."""
+    """KV-Edit in one edit. It acts on the target's branch only: a transformer's negative runs without its source."""
 
     def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
         super().__init__(edit, context)
-        assert edit.mask is not None  # `check` refuses others
+        assert edit.mask is not None  # see `check`
         self.settings, self._mask = settings, edit.mask
         self._layers = {site.name for site in context.sites if site.kind == "self"}
 
@@ -82,7 +82,7 @@ class KVEdit(Injected):
 
 
 class Background(Control):
-    """A branch whose tokens outside a mask have the source's keys and values. frames: of the clip."""
+    """The control that gives tokens outside a mask the source's keys and values. frames: number of the clip's."""
 
     def __init__(self, source: SourceStep, mask: GivenMask, frames: int) -> None:
         super().__init__(source.key_frames, source.chunk)

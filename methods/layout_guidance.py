@@ -7,12 +7,12 @@ shape; forward guidance adds the target to the attention itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..attention.condition import Condition
 from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
 from ..diffusion.parts import Edit, EditContext, check_needs_unet
 from ..imports import F, torch
@@ -139,13 +139,18 @@ class LayoutGuidance(LayoutSettings):
         return self.mode == "backward"
 
     def moved(
-        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
-        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        timestep: float,
+        alpha: Tensor,
+        condition: Condition,
+        calls: ClipCalls,
+    ) -> Tensor:
         """The latents from which a guided step starts."""
         if self.mode == "forward":
             return latents
-        return guided(denoiser, latents, timestep, alpha, condition, self, key_frames, clip_norm, chunk_frames)
+        return guided(denoiser, latents, timestep, alpha, condition, self, calls)
 
     def control(self, key_frames: KeyFrames, chunk: Chunk) -> Control:
         """The control of the conditional branch in a guided step."""
@@ -166,10 +171,10 @@ class LayoutGuidance(LayoutSettings):
         self.check_fits(context.store.frames, context.target.text_tokens)
         return self
 
-    def started(self, z: Tensor, noisy: float) -> Tensor:
+    def initial(self, z: Tensor, noisy: float) -> Tensor:
         return z
 
-    def carried(self, z: Tensor, level: int, step: int) -> Tensor:
+    def after_step(self, z: Tensor, level: int, step: int) -> Tensor:
         return z
 
     def summary(self, steps: int) -> str:
@@ -316,16 +321,12 @@ def guided(
     alpha: Tensor,
     condition: Condition,
     layout: LayoutGuidance,
-    key_frames: KeyFrames,
-    clip_norm: bool = False,
-    chunk_frames: int | None = None,
+    calls: ClipCalls,
 ) -> Tensor:
     """z <- z - scale (1 - abar) grad E before a step, up to `repeats` times."""
     z = latents
     for _ in range(layout.repeats):
-        energy, gradient = energy_gradient(
-            denoiser, z, timestep, condition, layout, key_frames, clip_norm, chunk_frames
-        )
+        energy, gradient = energy_gradient(denoiser, z, timestep, condition, layout, calls)
         if energy <= layout.enough * layout.weight * len(z):
             break
         change = layout.scale * (1 - alpha).to(z) * gradient
@@ -343,9 +344,7 @@ def energy_gradient(
     timestep: float,
     condition: Condition,
     layout: LayoutGuidance,
-    key_frames: KeyFrames,
-    clip_norm: bool = False,
-    chunk_frames: int | None = None,
+    calls: ClipCalls,
 ) -> tuple[float, Tensor]:
     """E and its gradient in the latents, for the conditional branch. Independent frames run in chunks.
 
@@ -355,11 +354,11 @@ def energy_gradient(
         raise TypeError(
             f"backward guidance needs gradients, and {type(denoiser).__name__} has none: set mode to forward"
         )
-    independent = key_frames.entries == ("self",) and not clip_norm and not denoiser.frames_meet
-    chunks = chunks_of(denoiser, key_frames, latents, timestep, chunk_frames if independent else None, clip_norm)
+    independent = calls.key_frames.entries == ("self",) and not calls.clip_norm and not denoiser.frames_meet
+    chunks = chunks_of(denoiser, calls if independent else replace(calls, chunk_frames=None), latents, timestep)
     energy, gradients = 0.0, []
     for chunk in chunks:
-        control = EnergyControl(key_frames, chunk, layout)
+        control = EnergyControl(calls.key_frames, chunk, layout)
         found, gradient = denoiser.gradient(frames_of(latents, chunk), timestep, condition, control, control.loss)
         energy += found.item()
         gradients.append(gradient.to(latents))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls
 from ..attention.masks import GivenMask, grown, mask_sites, over_maximum
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.parts import Edit, EditContext, check_needs_unet
@@ -235,20 +235,20 @@ class Rearranged:
         """own: the new place of each object, holes: the old places, (frames, 1, h, w)."""
         self.guidance, self.area = guidance, area
         self._context, self._ways, self._own, self._holes = context, ways, own, holes
-        self._carried_steps = whole_steps(settings.carry, context.steps)
+        self._copied_steps = whole_steps(settings.carry, context.steps)
 
-    def started(self, z: Tensor, noisy: float) -> Tensor:
+    def initial(self, z: Tensor, noisy: float) -> Tensor:
         """The latents of the first step: holes filled with noise of this deviation, objects copied."""
         fill = torch.randn(1, *z.shape[1:], generator=torch.Generator().manual_seed(0)).to(z)
-        return self._laid(z + self._holes * (noisy * fill - z), z)
+        return self._copied(z + self._holes * (noisy * fill - z), z)
 
-    def carried(self, z: Tensor, level: int, step: int) -> Tensor:
+    def after_step(self, z: Tensor, level: int, step: int) -> Tensor:
         """The latents after a step, with the source's latents of objects copied to their new places."""
-        if step >= self._carried_steps:
+        if step >= self._copied_steps:
             return z
-        return self._laid(z, self._context.store.level(level).to(z.device, non_blocking=True))
+        return self._copied(z, self._context.store.level(level).to(z.device, non_blocking=True))
 
-    def _laid(self, z: Tensor, source: Tensor) -> Tensor:
+    def _copied(self, z: Tensor, source: Tensor) -> Tensor:
         for way, own in zip(self._ways, self._own, strict=True):
             z = z + own * (way.applied(source) - z)
         return z
@@ -257,7 +257,12 @@ class Rearranged:
         return self.guidance.guides(step, steps)
 
     def moved(
-        self, denoiser: Denoiser, latents: Tensor, timestep: float, alpha: Tensor, condition: Condition,
-        key_frames: KeyFrames, clip_norm: bool, chunk_frames: int | None,
-    ) -> Tensor:  # fmt: skip
-        return self.guidance.moved(denoiser, latents, timestep, alpha, condition, key_frames, clip_norm, chunk_frames)
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        timestep: float,
+        alpha: Tensor,
+        condition: Condition,
+        calls: ClipCalls,
+    ) -> Tensor:
+        return self.guidance.moved(denoiser, latents, timestep, alpha, condition, calls)

@@ -111,7 +111,7 @@ class TokenFlowSettings:
             neighbours = Neighbours(keys, [self.mixture(frame, batch, pivots) for frame in frames])
 
             def take(branch: str, control: Control, neighbours: Neighbours = neighbours) -> None:
-                control.gather = _gathering(neighbours, outputs[branch], looks=branch == "source")
+                control.gather = _gathering(neighbours, outputs[branch], finds=branch == "source")
 
             chunk = Chunk.of(frames, clip)
             found.append((chunk, branches.edit(branches.source(chunk, take).step, take)))
@@ -171,7 +171,7 @@ class Neighbours:
         self._mixtures = mixtures
         self._found: dict[str, dict[tuple[int, int], Tensor]] = {}
 
-    def look(self, tokens: Tensor, site: AttentionSite) -> None:
+    def find(self, tokens: Tensor, site: AttentionSite) -> None:
         """Find the neighbours of the source's tokens (f t c) at a layer."""
         unit = F.normalize(tokens, dim=-1)
         found: dict[tuple[int, int], Tensor] = {}
@@ -202,12 +202,12 @@ def search(unit: Tensor, among: Tensor) -> Tensor:
     return torch.cat([(part @ among.T).max(-1).indices for part in unit.split(max(1, block // len(among)))])
 
 
-def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], looks: bool = False) -> Gather:
-    """The `Gather` of a branch's layers on a batch. looks: whether it finds the neighbours."""
+def _gathering(neighbours: Neighbours, outputs: dict[str, Tensor], finds: bool = False) -> Gather:
+    """The `Gather` of a branch's layers on a batch. finds: whether it finds the neighbours."""
 
     def gather(tokens: Tensor, site: AttentionSite) -> Tensor:
-        if looks:
-            neighbours.look(tokens, site)
+        if finds:
+            neighbours.find(tokens, site)
         return neighbours.gather(outputs[site.name], site)
 
     return gather

@@ -36,13 +36,13 @@ class PeakMemory:
         else:
             self._done.set()
             self._watcher.join()
-            self._look()  # work that ended before the first sample
+            self._measure()  # work that ended before the first sample
 
     def _watch(self) -> None:
         while not self._done.wait(0.02):
-            self._look()
+            self._measure()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         self.bytes = max(self.bytes, _resident_bytes())
 
 

@@ -1,4 +1,4 @@
-"""What is true of a family of models in every host: one file a family."""
+"""Facts of model families that hold in every host, one file per family."""
 
 from .unet import UNET
 from .wan import WAN

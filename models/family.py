@@ -1,4 +1,4 @@
-"""The facts of a model family, the same in every host."""
+"""Facts of a model family that hold in every host."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..diffusion.schedule import Formulation
 
 @dataclass(frozen=True)
 class Family:
-    """The facts of a model family.
+    """Facts of a model family.
 
-    title: its name in messages. network: what its denoising network is called. formulation: "ddim" where the network
-    predicts epsilon, v or the sample, "flow" where it predicts a velocity. spans_clip: every frame of a call attends to
-    all frames of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has
-    GroupNorms, whose statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the
-    bundled demo model.
+    title: its name in messages. network: the name of its denoising network. formulation: "ddim" if the network predicts
+    epsilon, v or the sample, "flow" if it predicts a velocity. spans_clip: every frame of a call attends to all frames
+    of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has GroupNorms, whose
+    statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
+    attention: whether its attention can be controlled.
     """
 
     title: str
@@ -27,8 +27,9 @@ class Family:
     half: str
     demo: str
     demo_folder: Path
+    attention: bool = True
 
 
 def latent_frames(frames: int, frames_per_latent: int) -> int:
-    """The number of latents of a clip whose first latent is one frame, and each other `frames_per_latent` frames."""
+    """The number of latents of a clip: the first codes one frame, each other `frames_per_latent` frames."""
     return 1 + -(-(frames - 1) // frames_per_latent)

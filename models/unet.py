@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNets: SD 1.x, SD 2.x, SDXL, and video UNets of their kind."""
+"""UNets of Stable Diffusion: SD 1.x, SD 2.x, SDXL, and video UNets derived from them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ UNET = Family(
 
 
 def feature_level(levels: Iterable[tuple[int, bool]]) -> int | None:
-    """The decoder level whose feature Plug-and-Play takes (arXiv 2211.12572, Sec. 4.1), after its second ResNet block:
-    the first with attention.
+    """The decoder level of Plug-and-Play's feature (arXiv 2211.12572, Sec. 4.1), the output of its second ResNet block.
 
-    levels: (ResNet blocks, whether it has attention) of each decoder level. None where no level fits.
+    It is the first level with attention and two blocks; None if no level fits. levels: (number of ResNet blocks, has
+    attention) of each decoder level.
     """
     return next((i for i, (blocks, attends) in enumerate(levels) if attends and blocks > 1), None)
 
 
 def clip_norms(blocks: Iterable[tuple[Any, Any]], last: Any) -> list[nn.GroupNorm]:
-    """The GroupNorms whose statistics span the whole clip in the 5-D UNet of Tune-A-Video's and FateZero's code.
+    """The GroupNorms that span the whole clip in the 5-D UNet of Tune-A-Video's and FateZero's code.
 
     blocks: the two norms of each ResNet block. last: the norm before the last convolution.
     """

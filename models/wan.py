@@ -18,9 +18,9 @@ WAN = Family(
     demo_folder=DEMO.parent / "wan",
 )
 TEXT_TOKENS = 512
-"""Columns of a prompt's embeddings, padding included; longer prompts have as many as they need."""
+"""Number of text columns of a prompt, padding included. Longer prompts have more."""
 NATIVE_SIZE = 480
-"""Short side in pixels that Wan 2.1 was trained on."""
+"""Short side, in pixels, of Wan 2.1's training videos."""
 
 _ORIGINAL = tuple(
     (re.compile(pattern), name)
@@ -37,7 +37,7 @@ _ORIGINAL = tuple(
 
 
 def original_name(name: str) -> str:
-    """The name that Wan's own code gives a layer or weight of diffusers' transformer."""
+    """The name in Wan's own code of a layer or weight of diffusers' transformer."""
     for pattern, theirs in _ORIGINAL:
         name = pattern.sub(theirs, name)
     return name

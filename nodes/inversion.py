@@ -97,7 +97,7 @@ class FateZeroInvert(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
-                AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the sampler."),
+                AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -108,13 +108,13 @@ class FateZeroInvert(io.ComfyNode):
         check_known(model)
         check_samples(model, samples)
 
-        def tell(text: str) -> None:
+        def notify(text: str) -> None:
             shown[0] = text
             show_on_node(cls.hidden.unique_id, text)
 
-        condition = HostCondition.of_socket(source, "source", "source")
+        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
         chosen = invert_settings(source, **settings)
-        noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), tell)
+        noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), notify)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(shown[0]))
 
 
@@ -219,7 +219,7 @@ class FateZeroLoadStore(io.ComfyNode):
                     tooltip="A .safetensors file from Save Attention Store.",
                 )
             ],
-            outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For the sampler.")],
+            outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )
 
     @classmethod

@@ -1,1 +1,1 @@
-"""What an edit is, for every door: command, nodes, Python, batches and benchmarks."""
+"""The description of an edit, shared by the command, the nodes, Python, batches and benchmarks."""

@@ -1,4 +1,4 @@
-"""`edit` and `edit_many` as `fatezero` exports them: a prompt pair on its own means FateZero's fusion."""
+"""The public `edit` and `edit_many`: a prompt pair without an injection uses FateZero's fusion."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def edit(
 def edit_many(
     denoiser: Denoiser, inversion: Inversion, edits: Sequence[Edit], chunk_frames: int | None = None, **more: Any
 ) -> list[Tensor]:
-    """See `diffusion.edit.edit_many`."""
-    return loop.edit_many(denoiser, inversion, [_fused(one) for one in edits], chunk_frames, **more)
+    """`diffusion.edit.edit_many`, where a prompt pair without an injection uses FateZero's fusion."""
+    return loop.edit_many(denoiser, inversion, [_with_fusion(one) for one in edits], chunk_frames, **more)
 
 
-def _fused(edit: Edit) -> Edit:
+def _with_fusion(edit: Edit) -> Edit:
     return replace(edit, fusion=FusionSettings()) if edit.fusion is None and edit.prompt is not None else edit

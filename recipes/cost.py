@@ -1,4 +1,4 @@
-"""How often an edit calls the model."""
+"""The number of model calls of an edit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..diffusion.start import INVERTED
 
 
 class Calls(NamedTuple):
-    """Calls of the model on the whole clip: to invert, to edit once, and for the source of all edits of a pass."""
+    """Model calls on the whole clip: of the inversion, of one edit, and of the source, which edits of a pass share."""
 
     invert: float
     edit: float
@@ -24,13 +24,13 @@ def calls_of(
     spans_clip: bool = False,
     start: Start = INVERTED,
 ) -> Calls:
-    """What a run of `steps` costs where the store keeps the attention of so many steps, none with memory "recompute".
+    """The calls of a run of `steps`. kept_steps: steps whose attention the store keeps; 0 with memory "recompute".
 
-    A propagation evaluates its key frames once more, and the source in every step. A layout counts its own gradients.
+    A propagation evaluates its pivots once more, and the source in every step. Gradients of a layout are not counted.
     """
     branches = 1 if edit.guidance_scale == 1 else 2
     injection, first = edit.fusion, first_step(edit.strength, steps)
-    preparing = 0 if injection is None else injection.preparing_calls(steps, edit.mask, spans_clip)
+    preparing = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
     if start.draws:
         times = start.draws * branches * (steps - first)
         return Calls(0, times + preparing, times)

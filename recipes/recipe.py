@@ -1,4 +1,4 @@
-"""One edit as a value: its parts, prompts and numbers."""
+"""The description of an edit: its parts, prompts and settings."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
     Text = Condition | Any
 
+NO_WORDS = ("none",)
+"""As blend words of the target: latents are blended by the mask of the source's words."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an edit is.
+    """An edit: its parts, prompts and settings.
 
-    injection: what it takes from the source. propagation, smoothing: how frames agree. noise: FlowEdit's settings where
-    it starts from sampled noise; None for an inversion. layout: where objects go. mask: of the edit. blend_source,
-    blend_target: words that draw the blend mask; empty for the words that change. key_frames, clip_norm: of the
-    inversion; None where the recipe leaves them open.
+    injection: what it takes from the source. propagation, smoothing: how frames agree. noise: FlowEdit's settings if it
+    starts from sampled noise; None for an inversion. layout: where objects should be. mask: the edit mask.
+    blend_source, blend_target: the words of the blend mask; empty for the words that change. key_frames, clip_norm: of
+    the inversion; None for its defaults.
     """
 
     source: str = ""
@@ -54,9 +57,9 @@ class Recipe:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], **more: Any) -> Recipe:
-        """By settings as a configuration or a preset has them: parts by name, methods' settings in their sections.
+        """The recipe of a configuration or preset: parts by name, settings of methods in their sections.
 
-        more: fields of the recipe itself.
+        more: fields of the recipe, which override these.
         """
         own = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         injection, propagation = values.get("injection", "fatezero"), values.get("propagation", "none")
@@ -71,7 +74,7 @@ class Recipe:
 
     @classmethod
     def of_preset(cls, preset: str, source: str = "", target: str = "", **more: Any) -> Recipe:
-        """A preset with its guidance and key frames, see `preset_values`. more: other settings, by name."""
+        """The recipe of a preset, with its guidance and key frames (`preset_values`). more: other settings, by name."""
         return cls.of({**preset_values(preset, source, target), **more}, source=source, target=target)
 
     @property
@@ -79,34 +82,35 @@ class Recipe:
         return INVERTED if self.noise is None else DrawnNoise(self.noise)
 
     def pair(self, tokenizer: Any, in_area: bool = False) -> PromptEdit | None:
-        """The prompt pair, for an injection that matches words. in_area: whether a layout gives the area that changes.
+        """The prompt pair if the injection aligns words, else None. in_area: a layout limits the edit to an area.
 
-        Raises ValueError where blending has no words.
+        Raises ValueError if blending has no words.
         """
         fusion = self.injection
         if not isinstance(fusion, FusionSettings):
             return None
+        fusion.check_words(self.target)
         blend = None
         if fusion.blends and not in_area and not (self.mask is not None and self.mask.replaces):
             blend = blend_words(self.source, self.target, self.blend_source, self.blend_target)
             if fusion.masks_by_prompts:
                 blend = blend if any(blend) else None
-            elif not blend[0] or (fusion.blend_latents and not blend[1]):
+            elif not blend[0]:
                 raise ValueError(
-                    "blending needs words: no word of the source changes, so set blend_source and blend_target "
+                    "blending needs words: no word of the source changes, so set blend_source "
                     f"({shown(self.source)} / {shown(self.target)})"
                 )
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
 
     def edit(self, target: Text, negative: Text | None, prompt: PromptEdit | None) -> Edit:
-        """The edit of a clip, its prompts encoded."""
+        """The arguments of `edit_many`, for encoded prompts."""
         return Edit(
             target, negative, self.guidance_scale, prompt, self.injection, self.mask, self.propagation, self.smoothing,
             self.layout, self.strength,
         )  # fmt: skip
 
     def check(self, spans_clip: bool, prompt: PromptEdit | None) -> None:
-        """Raise ValueError where its parts do not fit each other or the model; before an inversion.
+        """Raise ValueError if the parts do not fit each other or the model. Called before an inversion.
 
         spans_clip: see `Denoiser`.
         """
@@ -115,12 +119,12 @@ class Recipe:
         check_parts(self.edit(None, None, prompt), spans_clip, self.start)
 
     def calls(self, steps: int, kept_steps: int = 0, frames: int = 1, spans_clip: bool = False) -> Calls:
-        """What it costs, see `calls_of`."""
+        """The number of model calls, see `calls_of`."""
         return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start)
 
 
 def _part(name: str, values: Mapping[str, Any]) -> Any:
-    """A part of an edit by its method's name: the method's section, or for FateZero, which has none, its settings."""
+    """The part of a method: its section of the values, or for FateZero, which has none, its single settings."""
     if name == "none":
         return None
     method = BY_NAME[name]
@@ -133,6 +137,7 @@ def _part(name: str, values: Mapping[str, Any]) -> Any:
 def blend_words(
     source: str, target: str, blend_source: tuple[str, ...] = (), blend_target: tuple[str, ...] = ()
 ) -> tuple[list[str], list[str]]:
-    """The words that draw the blend mask: those given, else the words that change between the prompts."""
+    """The words of the blend mask: those given, else the words that change between the prompts."""
     changed = changed_words(source, target)
-    return list(blend_source or changed[0]), list(blend_target or changed[1])
+    of_target = () if blend_target == NO_WORDS else blend_target or changed[1]
+    return list(blend_source or changed[0]), list(of_target)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.capture import Captured
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
 from ..files.whole import remove_folder, temporary_folder
 from ..imports import torch
@@ -95,6 +95,10 @@ class AttentionStore:
     @property
     def frames(self) -> int:
         return self.levels.shape[1]
+
+    def calls(self, chunk_frames: int | None = None) -> ClipCalls:
+        """The calls of an edit, in chunks of so many frames."""
+        return ClipCalls(self.key_frames, self.clip_norm, chunk_frames)
 
     @property
     def on_disk(self) -> bool:

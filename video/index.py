@@ -117,7 +117,11 @@ class FrameIndex:
             stream = video_of(container)
             assert stream is not None  # `_probe` has checked
             declared = stream.guessed_rate or stream.average_rate or Fraction(25)
-            tick, kind, promised = stream.time_base or Fraction(1, 1000), container.format.name, _promised(stream)
+            tick, kind, declared_frames = (
+                stream.time_base or Fraction(1, 1000),
+                container.format.name,
+                _declared_frames(stream),
+            )
             packets, broken = _packets(container, stream, first, last)
             audio = sound_of(container)
             rate = getattr(audio, "rate", 0)  # unknown codecs have none
@@ -145,7 +149,7 @@ class FrameIndex:
             notes += (f"{path.name} starts between I-frames: the first {missing} frames cannot be decoded",)
         if len(parts) > 1:
             notes += (f"{path.name} has {len(parts)} parts with separate clocks: they are joined",)
-        if broken or (last is None and promised > len(packets)):
+        if broken or (last is None and declared_frames > len(packets)):
             notes += (f"{path.name} is truncated: {readable} of its frames can be read",)
         return cls(
             tuple(time for time, _ in placed), tuple(i for i, (_, key) in enumerate(placed) if key), tick, ordered,
@@ -263,7 +267,7 @@ def _is(stream: av.stream.Stream, disposition: str) -> bool:
     return bool(stream.disposition & av.stream.Disposition[disposition])
 
 
-def _promised(stream: av.VideoStream) -> int:
+def _declared_frames(stream: av.VideoStream) -> int:
     """The number of frames that a file declares, or that its index has after an edit list."""
     entries = len(getattr(stream, "index_entries", ()))
     return min(stream.frames, entries) if entries else stream.frames

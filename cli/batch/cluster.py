@@ -19,7 +19,7 @@ from ...video.pictures import picture_files
 from ..config.paths import files_of, full_name, renamed
 from ..config.record import record_path, settings_of, write_record
 from ..progress import one_line
-from .work import Ended, Group, How, Task, Worker
+from .work import Ended, Group, Task, Worker, WorkerOptions
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Cluster:
     ships: bool = False
 
 
-def run_on_cluster(groups: Sequence[Group], folder: Path, suffix: str, cluster: Cluster, how: How) -> Iterator[Ended]:
+def run_on_cluster(
+    groups: Sequence[Group], folder: Path, suffix: str, cluster: Cluster, options: WorkerOptions
+) -> Iterator[Ended]:
     """Run all tasks and yield each edit's result when it ends. Results come through Ray; only this process writes them.
 
     Raises ImportError if Ray is not installed, and ConnectionError if there is no cluster.
@@ -49,7 +51,7 @@ def run_on_cluster(groups: Sequence[Group], folder: Path, suffix: str, cluster: 
         placed = ray.remote(num_gpus=gpus, num_cpus=cluster.cpus, max_retries=cluster.retries)
         inverts, edits = placed(_invert), placed(_edit)
         threads = max(1, int(cluster.cpus))
-        ship = cache(lambda name: Shipped.of(ray, name))
+        ship = cache(lambda name: SentInput.of(ray, name))
         coming: dict[Any, Task] = {}
         for group in groups:
             store = None
@@ -57,9 +59,9 @@ def run_on_cluster(groups: Sequence[Group], folder: Path, suffix: str, cluster: 
                 named = files_of(one.config).items() if cluster.ships else ()
                 files = {name: ship(name) for what, name in named if _is_shipped(what, name)}
                 if one.job is None:
-                    store = inverts.remote(one, files, how, threads)
+                    store = inverts.remote(one, files, options, threads)
                 else:
-                    coming[edits.remote(one, suffix, files, how, threads, store)] = one
+                    coming[edits.remote(one, suffix, files, options, threads, store)] = one
         while coming:
             for ref in ray.wait(list(coming))[0]:
                 yield _received(ray, ref, coming.pop(ref), folder, suffix)
@@ -86,14 +88,14 @@ def _ray(address: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Shipped:
+class SentInput:
     """A file, or the pictures of a folder or pattern, in Ray's object store: their names and references."""
 
     name: str
     contents: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, ray: Any, name: str) -> Shipped:
+    def of(cls, ray: Any, name: str) -> SentInput:
         path = Path(name)
         if path.is_file():
             return cls(path.name, ((path.name, ray.put(path.read_bytes())),))
@@ -145,16 +147,16 @@ def _cause(ray: Any, error: Exception) -> str:
 # --- on the machines of the cluster -----------------------------------------------------------
 
 
-def _invert(task: Task, files: Mapping[str, Shipped], how: How, threads: int) -> bytes:
+def _invert(task: Task, files: Mapping[str, SentInput], options: WorkerOptions, threads: int) -> bytes:
     """The store of an inversion, as the content of its file."""
     with _folder() as folder:
         here, store = _unpacked(task, files, folder), folder / "store.safetensors"
-        _worker(how, threads).invert(here, store)
+        _worker(options, threads).invert(here, store)
         return store.read_bytes()
 
 
 def _edit(
-    task: Task, suffix: str, files: Mapping[str, Shipped], how: How, threads: int, store: bytes | None
+    task: Task, suffix: str, files: Mapping[str, SentInput], options: WorkerOptions, threads: int, store: bytes | None
 ) -> tuple[tuple[bytes, dict[str, Any]], dict[str, float], float, str]:
     """Result and record, metrics, seconds, and the machine's name."""
     begun = time.monotonic()
@@ -164,7 +166,7 @@ def _edit(
             kept = folder / "store.safetensors"
             kept.write_bytes(store)
         result = folder / f"{task.name}{suffix}"
-        figures = _worker(how, threads).edit(here, result, kept)
+        figures = _worker(options, threads).edit(here, result, kept)
         made = result.read_bytes(), json.loads(record_path(result).read_text(encoding="utf-8"))
     return made, figures, round(time.monotonic() - begun, 2), platform.node()
 
@@ -178,7 +180,7 @@ def _folder() -> Iterator[Path]:
         remove_folder(folder)
 
 
-def _unpacked(task: Task, files: Mapping[str, Shipped], folder: Path) -> Task:
+def _unpacked(task: Task, files: Mapping[str, SentInput], folder: Path) -> Task:
     """The task with the paths of its files on this machine."""
     import ray
 
@@ -187,6 +189,6 @@ def _unpacked(task: Task, files: Mapping[str, Shipped], folder: Path) -> Task:
 
 
 @cache
-def _worker(how: How, threads: int) -> Worker:
+def _worker(options: WorkerOptions, threads: int) -> Worker:
     """The worker of this process, which Ray reuses."""
-    return Worker(how, "auto", threads)
+    return Worker(options, "auto", threads)

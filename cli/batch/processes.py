@@ -18,7 +18,7 @@ from typing import Any
 
 from ...files.whole import remove_leftovers
 from ..progress import one_line as in_a_line
-from .work import Ended, Group, How, Task, Worker
+from .work import Ended, Group, Task, Worker, WorkerOptions
 
 _CONTEXT = get_context("spawn")
 _READY = "ready"
@@ -26,16 +26,16 @@ _READY = "ready"
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a batch runs: a process for each entry of `devices`. threads: of each on a CPU."""
+class Devices:
+    """The devices of a batch: one process per name in `names`. threads: of each process on a CPU."""
 
-    devices: tuple[str, ...]
-    how: How = How()
+    names: tuple[str, ...]
+    options: WorkerOptions = WorkerOptions()
     threads: int | None = None
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """timeout: the maximal seconds of a task; None for no limit. retries: of a task whose process died."""
 
     timeout: float | None = None
@@ -43,7 +43,7 @@ class Patience:
 
 
 def run_here(
-    groups: Sequence[Group], folder: Path, stores: Path, suffix: str, places: Places, patience: Patience
+    groups: Sequence[Group], folder: Path, stores: Path, suffix: str, devices: Devices, policy: RetryPolicy
 ) -> Iterator[Ended]:
     """Run all tasks and yield each job's result when it ends; an inversion runs before the edits that share it.
 
@@ -53,8 +53,8 @@ def run_here(
     waiting = {group.inversion.name: list(group.edits) for group in groups if group.inversion}
     left = {name: len(edits) for name, edits in waiting.items()}
     tries = dict[str, int]()
-    slots = [_Slot(f"{device} #{i}" if len(places.devices) > 1 else device, device, places) for i, device in
-             enumerate(places.devices)]  # fmt: skip
+    slots = [_Slot(f"{device} #{i}" if len(devices.names) > 1 else device, device, devices) for i, device in
+             enumerate(devices.names)]  # fmt: skip
     try:
         while ready or any(slot.task for slot in slots):
             for slot in slots:
@@ -62,9 +62,9 @@ def run_here(
                     task = ready.popleft()
                     tries[task.name] = tries.get(task.name, 0) + 1
                     slot.begin(task, folder, stores, suffix)
-            for slot, error, figures, again in _next(slots, patience):
+            for slot, error, figures, again in _next(slots, policy):
                 task = slot.finish()
-                if again and tries[task.name] <= patience.retries:
+                if again and tries[task.name] <= policy.retries:
                     ready.append(task)
                     continue
                 if task.job is not None:
@@ -83,11 +83,11 @@ def run_here(
             slot.stop()
 
 
-def _next(slots: Sequence[_Slot], patience: Patience) -> Iterator[tuple[_Slot, str, dict[str, float], bool]]:
+def _next(slots: Sequence[_Slot], policy: RetryPolicy) -> Iterator[tuple[_Slot, str, dict[str, float], bool]]:
     """Wait for tasks to end: yields the slot, the error, the metrics, and whether to retry."""
     busy, limit = [slot for slot in slots if slot.task is not None], None
-    if patience.timeout is not None:
-        limit = max(0.0, min(slot.begun for slot in busy) + patience.timeout - time.monotonic())
+    if policy.timeout is not None:
+        limit = max(0.0, min(slot.begun for slot in busy) + policy.timeout - time.monotonic())
     ends = {id(end): slot for slot in busy for end in (slot.line, slot.process.sentinel)}
     found = wait([end for slot in busy for end in (slot.line, slot.process.sentinel)], limit)
     for slot in dict.fromkeys(ends[id(end)] for end in found if id(end) in ends):
@@ -102,9 +102,9 @@ def _next(slots: Sequence[_Slot], patience: Patience) -> Iterator[tuple[_Slot, s
         slot.process.join(5)
         yield slot, _death(slot.process.exitcode), {}, True
     for slot in busy:
-        if patience.timeout is not None and slot.task is not None and time.monotonic() > slot.begun + patience.timeout:
+        if policy.timeout is not None and slot.task is not None and time.monotonic() > slot.begun + policy.timeout:
             slot.stop()
-            yield slot, f"it took more than {patience.timeout:g} seconds", {}, False
+            yield slot, f"it took more than {policy.timeout:g} seconds", {}, False
 
 
 def _death(code: int | None) -> str:
@@ -117,8 +117,8 @@ def _death(code: int | None) -> str:
 class _Slot:
     """A process that runs one task at a time; started on demand, and again after it died."""
 
-    def __init__(self, name: str, device: str, places: Places) -> None:
-        self.name, self.device, self.places = name, device, places
+    def __init__(self, name: str, device: str, devices: Devices) -> None:
+        self.name, self.device, self.devices = name, device, devices
         self.task: Task | None = None
         self.begun = self.seconds = 0.0
         self.process: Any = None
@@ -127,7 +127,7 @@ class _Slot:
     def begin(self, task: Task, folder: Path, stores: Path, suffix: str) -> None:
         if self.process is None or not self.process.is_alive():
             self.line, theirs = _CONTEXT.Pipe()
-            self.process = _CONTEXT.Process(target=_work, args=(theirs, self.device, self.places), daemon=True)
+            self.process = _CONTEXT.Process(target=_work, args=(theirs, self.device, self.devices), daemon=True)
             self.process.start()
             theirs.close()
         self.task, self.begun = task, time.monotonic()
@@ -152,7 +152,7 @@ class _Slot:
             self.process = None
 
 
-def _work(line: Connection, device: str, places: Places) -> None:
+def _work(line: Connection, device: str, devices: Devices) -> None:
     """A process that runs the tasks from its line until the parent exits."""
     _end_with_parent()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -161,7 +161,7 @@ def _work(line: Connection, device: str, places: Places) -> None:
     def done(task: Task, folder: Path, stores: Path, suffix: str) -> tuple[str, dict[str, float]]:
         nonlocal worker
         try:
-            worker = worker or Worker(places.how, device, places.threads)
+            worker = worker or Worker(devices.options, device, devices.threads)
             if task.job is None:
                 worker.invert(task, stores / task.name)
                 return "", {}

@@ -26,7 +26,7 @@ from ..config.settings import EditConfig
 from ..config.values import checked, from_home
 from ..progress import in_a_line
 from .jobs import Batch, Job
-from .processes import Patience
+from .processes import RetryPolicy
 from .work import Ended, Measure
 from .workflow import Graph, filled, load_workflow
 
@@ -138,7 +138,7 @@ def _refusal(answer: bytes) -> str:
 
 
 def run_on_servers(
-    jobs: Sequence[Job], batch: Batch, folder: Path, urls: Sequence[str], patience: Patience, measure: Measure | None
+    jobs: Sequence[Job], batch: Batch, folder: Path, urls: Sequence[str], policy: RetryPolicy, measure: Measure | None
 ) -> Iterator[Ended]:
     """Queue each job on a free server, one at a time on each, and yield its result when it ends.
 
@@ -162,11 +162,11 @@ def run_on_servers(
                 break
             begun = time.monotonic()
             try:
-                figures = _done(server, job, batch, graph, folder, patience, running, measure)
+                figures = _done(server, job, batch, graph, folder, policy, running, measure)
                 ended.put(Ended(job.name, None, _since(begun), attempt, server.url, figures))
             except ServerGoneError as error:
                 gone.append(str(error))
-                if attempt > patience.retries:
+                if attempt > policy.retries:
                     ended.put(Ended(job.name, str(error), _since(begun), attempt, server.url))
                 else:
                     todo.append((job, attempt + 1))
@@ -196,7 +196,7 @@ def _since(begun: float) -> float:
 
 
 def _done(
-    server: Server, job: Job, batch: Batch, graph: Graph, folder: Path, patience: Patience, running: dict[Server, str],
+    server: Server, job: Job, batch: Batch, graph: Graph, folder: Path, policy: RetryPolicy, running: dict[Server, str],
     measure: Measure | None,
 ) -> dict[str, float]:  # fmt: skip
     """Run a job on a server and write its video with its record; returns its metrics."""
@@ -206,11 +206,11 @@ def _done(
         values["video"] = server.upload(video)
     prompt = filled(graph, values, batch.inputs)
     number = running[server] = server.queue(prompt)
-    limit = None if patience.timeout is None else time.monotonic() + patience.timeout
+    limit = None if policy.timeout is None else time.monotonic() + policy.timeout
     while (made := server.outputs(number)) is None:
         if limit is not None and time.monotonic() > limit:
             server.stop(number)
-            raise JobError(f"it took more than {patience.timeout:g} seconds")
+            raise JobError(f"it took more than {policy.timeout:g} seconds")
         time.sleep(_ASK_EVERY)
     result = folder / f"{job.name}{batch.suffix}"
     with whole_file(result) as partial:

@@ -132,7 +132,7 @@ def _digest(config: EditConfig) -> str:
 
 
 @dataclass(frozen=True)
-class How:
+class WorkerOptions:
     """Options of all jobs of a run, wherever they run.
 
     model_config: see `Session`. measures: whether results are measured; clip: by which CLIP of transformers too.
@@ -184,11 +184,13 @@ class Worker:
     threads: of a CPU; None leaves them as they are.
     """
 
-    def __init__(self, how: How, device: str, threads: int | None = None) -> None:
+    def __init__(self, options: WorkerOptions, device: str, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._measure = how.measure(device)
-        self._session = _Keeping(Console(quiet=True), no_bars, device, how.dtype, how.model_config, overwrite=True)
+        self._measure = options.measure(device)
+        self._session = _Keeping(
+            Console(quiet=True), no_bars, device, options.dtype, options.model_config, overwrite=True
+        )
 
     def invert(self, task: Task, store: Path) -> None:
         run_invert(self._session, task.config, store, dry_run=False)

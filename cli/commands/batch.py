@@ -23,10 +23,10 @@ from ...imports import torch
 from ...settings import setting, shown
 from ..batch.cluster import Cluster, run_on_cluster
 from ..batch.jobs import Batch, Job, load_batch
-from ..batch.processes import Patience, Places, run_here
+from ..batch.processes import Devices, RetryPolicy, run_here
 from ..batch.servers import for_server, run_on_servers
 from ..batch.summary import Digest, Row, sources_of, write_summary
-from ..batch.work import Ended, How, config_for, groups_of
+from ..batch.work import Ended, WorkerOptions, config_for, groups_of
 from ..config.files import MADE
 from ..config.paths import digest_of
 from ..config.record import record_path
@@ -111,8 +111,8 @@ def command(
     config.check_places(dtype, model_config)
     if config.clip and config.measure:
         check_clip(config.clip)
-    how = How(dtype, model_config, config.measure, config.clip)
-    run_batch(Session(console, progress_bar), batch, Run(folder, how, config, dry_run))
+    options = WorkerOptions(dtype, model_config, config.measure, config.clip)
+    run_batch(Session(console, progress_bar), batch, Run(folder, options, config, dry_run))
 
 
 class BatchError(OSError):
@@ -124,7 +124,7 @@ class Run:
     """The options of a run."""
 
     output: Path
-    how: How
+    options: WorkerOptions
     config: BatchConfig
     dry_run: bool = False
 
@@ -142,8 +142,8 @@ class Run:
         return Cluster(one.ray, one.ray_gpus, one.ray_cpus, one.retries, one.ray_inputs == "sent")
 
     @property
-    def patience(self) -> Patience:
-        return Patience(self.config.timeout, self.config.retries)
+    def policy(self) -> RetryPolicy:
+        return RetryPolicy(self.config.timeout, self.config.retries)
 
     @property
     def devices(self) -> list[str]:
@@ -167,7 +167,7 @@ def run_batch(session: Session, batch: Batch, run: Run) -> None:
         begun = _begun(session, batch, [(job, configs[job.name]) for job in todo], run) if todo else ()
         if run.dry_run:
             for one in refused:
-                _say_failed(session, one)
+                _print_failed(session, one)
             if refused:
                 raise BatchError(f"{len(refused)} of {len(batch.jobs)} jobs cannot run")
             return
@@ -205,9 +205,9 @@ def _of_error(error: Exception) -> str:
 
 def _blank(there: Sequence[Job], configs: Mapping[str, EditConfig], run: Run) -> dict[str, Ended]:
     """The results of finished jobs without metrics, by name, because a run was killed or failed to measure."""
-    log, clip = _logged(run.output), bool(run.how.clip)
+    log, clip = _logged(run.output), bool(run.options.clip)
     last = {job.name: log.get(job.name, Ended(job.name)) for job in there}
-    if not run.how.measures:
+    if not run.options.measures:
         return {name: one for name, one in last.items() if one.error is not None}
     measured = {name for name in last if not run.servers or Path(configs[name].video).is_file()}
     return {name: one for name, one in last.items() if name in measured and one.lacks(clip)}
@@ -216,7 +216,7 @@ def _blank(there: Sequence[Job], configs: Mapping[str, EditConfig], run: Run) ->
 def _filled(blank: Mapping[str, Ended], configs: Mapping[str, EditConfig], batch: Batch, run: Run) -> Iterator[Ended]:
     """Measure existing results."""
     device = "auto" if run.cluster is not None else run.devices[0]
-    measure = run.how.measure(device) if blank else None
+    measure = run.options.measure(device) if blank else None
     for name, last in blank.items():
         try:
             figures = {} if measure is None else measure(configs[name], _result(run.output, name, batch))
@@ -233,18 +233,18 @@ def _begun(session: Session, batch: Batch, jobs: Sequence[tuple[Job, EditConfig]
     """Print where jobs run and what they share; returns an iterator that runs the jobs."""
     if run.servers:
         session.say(f"   on {', '.join(run.servers)}")
-        measure = run.how.measure(run.devices[0])
-        return run_on_servers([job for job, _ in jobs], batch, run.output, run.servers, run.patience, measure)
+        measure = run.options.measure(run.devices[0])
+        return run_on_servers([job for job, _ in jobs], batch, run.output, run.servers, run.policy, measure)
     groups = groups_of(jobs)
     shared = [group for group in groups if group.inversion]
     saved = sum(len(group.edits) - 1 for group in shared)
-    places = _places(run)
-    session.say(f"   on {', '.join(places.devices) if run.cluster is None else f'Ray at {run.cluster.address}'}")
+    devices = _places(run)
+    session.say(f"   on {', '.join(devices.names) if run.cluster is None else f'Ray at {run.cluster.address}'}")
     if saved:
         session.say(f"   {len(shared)} shared inversions save {saved}")
     if run.cluster is not None:
-        return run_on_cluster(groups, run.output, batch.suffix, run.cluster, run.how)
-    return run_here(groups, run.output, run.output / STORES, batch.suffix, places, run.patience)
+        return run_on_cluster(groups, run.output, batch.suffix, run.cluster, run.options)
+    return run_here(groups, run.output, run.output / STORES, batch.suffix, devices, run.policy)
 
 
 def _followed(session: Session, output: Path, count: int, ended: Iterable[Ended], sum_up: Callable[[], Any]) -> int:
@@ -256,7 +256,7 @@ def _followed(session: Session, output: Path, count: int, ended: Iterable[Ended]
             append_lines(output / LOG, [asdict(one)])
             if one.error is not None:
                 failed += 1
-                _say_failed(session, one)
+                _print_failed(session, one)
             if time.monotonic() - summed_up > _SUM_UP_EVERY:
                 sum_up()
                 summed_up = time.monotonic()
@@ -264,7 +264,7 @@ def _followed(session: Session, output: Path, count: int, ended: Iterable[Ended]
     return failed
 
 
-def _say_failed(session: Session, one: Ended) -> None:
+def _print_failed(session: Session, one: Ended) -> None:
     session.say(f"failed: {one.name}: {one.error}", style="red")
 
 
@@ -274,7 +274,7 @@ def _summed_up(batch: Batch, output: Path, configs: Mapping[str, EditConfig], di
     return rows
 
 
-def _places(run: Run) -> Places:
+def _places(run: Run) -> Devices:
     """One or more processes for each device. Raises ValueError for a missing device."""
     devices, workers = [pick_device(name) for name in run.devices], run.config.workers
     if run.config.device == "auto" and devices[0].type == "cuda":
@@ -282,7 +282,7 @@ def _places(run: Run) -> Places:
     names = tuple(str(device) for device in devices for _ in range(workers))
     on_cpu = sum(device.type == "cpu" for device in devices) * workers
     threads = max(1, _cores() // on_cpu) if on_cpu else None
-    return Places(names, run.how, threads)
+    return Devices(names, run.options, threads)
 
 
 def _cores() -> int:

@@ -25,7 +25,7 @@ from ...video.read import Sound, SoundTrack, VideoSource
 from ...video.write import FrameDigest, shortcomings, write_video
 from ..config.files import configs_of
 from ..config.record import (
-    Made,
+    Provenance,
     check_is_here,
     check_same,
     differences,
@@ -126,7 +126,7 @@ def run_edits(
     output: str,
     store_path: Path | None,
     dry_run: bool,
-    made: Made | None = None,
+    made: Provenance | None = None,
     from_batch: bool = False,
 ) -> None:
     """Run one inversion, or load it from a file, and edit with each configuration; writes results and records.
@@ -152,7 +152,7 @@ class _Run:
     team: Processes | None
     output: str
     store: Path | None
-    made: Made | None
+    made: Provenance | None
     from_batch: bool
 
     @property
@@ -233,7 +233,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         writes.file(record_path(path))
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
-        check_same(Made(files=files[0]), replace(run.made, model="", vae=""))
+        check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
     check_control(configs[0])
     checkpoint = session.open_model(configs[0].chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
@@ -272,7 +272,7 @@ def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _S
     return checkpoint, _Clip(shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound)
 
 
-def _checked_again(run: _Run, checkpoint: Model, config: EditConfig, clip: _Clip) -> Made:
+def _checked_again(run: _Run, checkpoint: Model, config: EditConfig, clip: _Clip) -> Provenance:
     """The provenance of this run. Raises ConfigError if a result is repeated with another model."""
     _note_of_layers(run.session, config)
     now = _made(run.session, checkpoint, clip.shape, run.recorded_store)
@@ -289,7 +289,7 @@ def _run(
     clip: _Clip,
     store: AttentionStore | None,
     tasks: Sequence[_OneEdit],
-    now: Made,
+    now: Provenance,
 ) -> None:
     """Invert, edit and write; finally raises OSError for outputs that could not be written."""
     session, configs, spread, failed = run.session, [one.config for one in tasks], run.team or ONE_PROCESS, list[str]()
@@ -325,7 +325,7 @@ def _write(run: _Run, writing: _Writing, pictures: Iterable[Tensor], clip: _Clip
     digest = writing.write(pictures, clip)
     run.session.say(f"{shown(writing.config.target)} written to {writing.path}")
     if run.made is not None and run.made.frames:
-        _say_whether_same(run.session, digest, run.made)
+        _compare_frames(run.session, digest, run.made)
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ class _Writing:
 
     path: str
     config: EditConfig
-    made: Made
+    made: Provenance
 
     def write(self, pictures: Iterable[Tensor], clip: _Clip) -> str:
         """Returns the digest of the frames. Writes the record last, so that it marks a complete result."""
@@ -348,7 +348,7 @@ class _Writing:
         return made.frames
 
 
-def _say_whether_same(session: Session, frames: str, made: Made) -> None:
+def _compare_frames(session: Session, frames: str, made: Provenance) -> None:
     """Say whether a repeated result has the same frames."""
     if frames == made.frames:
         session.say("its frames equal those of the record, bit for bit")
@@ -356,10 +356,10 @@ def _say_whether_same(session: Session, frames: str, made: Made) -> None:
         session.note("its frames differ from those of the record")
 
 
-def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path | None) -> Made:
+def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path | None) -> Provenance:
     """The provenance of a run without its files. shape: of the clip's latents."""
     height, width = (side * checkpoint.factor for side in shape[-2:])
-    return Made(
+    return Provenance(
         versions(), str(checkpoint.device), str(checkpoint.dtype).removeprefix("torch."), threads_on(checkpoint.device),
         checkpoint.coding(height, width),
         checkpoint.denoiser.identity().digest, checkpoint.vae_identity.digest,

@@ -59,7 +59,7 @@ class EvaluateConfig:
     output: str = setting("", "Output file for the metrics, as JSON.")
     plot: str = setting("", "Output picture of the metrics over the frames.")
     comparison: str = setting("", "Output video with both clips.")
-    how: Comparison = setting("side by side", "How the comparison shows them.")
+    how: Comparison = setting("side by side", "WorkerOptions the comparison shows them.")
 
     @property
     def prompts(self) -> tuple[str, str]:

@@ -65,14 +65,14 @@ def command(
         of_clips = VideoSettings()
         of_clips = replace(of_clips, steps=steps or of_clips.steps, clips=images or of_clips.clips)
         train_video(output, state, of_clips, where, console.print)
-        _tell(moving_figures(demo_video_model(output, where), load_judge()))
+        _print_figures(moving_figures(demo_video_model(output, where), load_judge()))
         return
     of_layers = TemporalSettings()
     of_layers = replace(of_layers, steps=steps or of_layers.steps, clips=images or of_layers.clips)
     train_temporal(output / FILE, state, of_layers, where, console.print)
-    _tell(moving_figures(Checkpoint.load("demo", where, temporal=str(output)), load_judge()))
+    _print_figures(moving_figures(Checkpoint.load("demo", where, temporal=str(output)), load_judge()))
 
 
-def _tell(figures: dict[str, float]) -> None:
+def _print_figures(figures: dict[str, float]) -> None:
     for name, value in figures.items():
         console.print(f"{name}: {value:.3f}")

@@ -30,7 +30,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "av", "numpy")
 
 
 @dataclass(frozen=True)
-class Made:
+class Provenance:
     """The provenance of a result besides its settings.
 
     versions: of the program and its libraries. threads: of the CPU, because their number changes the order of sums.
@@ -53,7 +53,7 @@ class Made:
     model_config: str | None = None
 
     @classmethod
-    def of(cls, data: Any) -> Made:
+    def of(cls, data: Any) -> Provenance:
         """From a record. Raises ConfigError for invalid content."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"{MADE} must be a section, as in a record")
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 # --- writing --------------------------------------------------------------------------------
 
 
-def record_of(config: EditConfig, made: Made, named: Callable[[str], str] = full_name) -> dict[str, Any]:
+def record_of(config: EditConfig, made: Provenance, named: Callable[[str], str] = full_name) -> dict[str, Any]:
     """A record. named: converts the names of files; by default to full paths."""
     other = {
         name: value and named(value) for name, value in (("store", made.store), ("model_config", made.model_config))
@@ -120,7 +120,7 @@ def write_record(output: str | Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def metadata_of(config: EditConfig, made: Made) -> dict[str, str]:
+def metadata_of(config: EditConfig, made: Provenance) -> dict[str, str]:
     """The record for a video's metadata: with file names without folders, because videos are shared."""
     return {METADATA: json.dumps(record_of(config, made, bare_name), ensure_ascii=False)}
 
@@ -128,22 +128,22 @@ def metadata_of(config: EditConfig, made: Made) -> dict[str, str]:
 # --- reading --------------------------------------------------------------------------------
 
 
-def made_by(path: Path) -> Made | None:
+def made_by(path: Path) -> Provenance | None:
     """The provenance in a record; None for a plain configuration. Raises ConfigError naming the file."""
     data = data_of(path)
     if not isinstance(data, Mapping) or MADE not in data:
         return None
     try:
-        made = Made.of(data[MADE])
+        made = Provenance.of(data[MADE])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return made if made.frames else replace(made, frames=_frames_of_record(path, made))
 
 
-def _frames_of_record(result: Path, made: Made) -> str:
+def _frames_of_record(result: Path, made: Provenance) -> str:
     """The digest of a result's frames in the record next to it, if that matches its metadata; else ""."""
     with suppress(ConfigError, OSError, KeyError, TypeError):
-        found = Made.of(data_of(record_path(result))[MADE])
+        found = Provenance.of(data_of(record_path(result))[MADE])
         # the metadata omit the folders of files
         same = replace(found, frames="", store=made.store, model_config=made.model_config) == made
         return found.frames if same else ""
@@ -171,7 +171,7 @@ def files_read(configs: Sequence[EditConfig], store: str | Path | None) -> list[
     ]
 
 
-def differences(now: Made, then: Made) -> list[str]:
+def differences(now: Provenance, then: Provenance) -> list[str]:
     """The differences, in words, that can change the last digits of a result."""
     found = [
         f"{name} {then.versions[name]} (here {there})"
@@ -185,7 +185,7 @@ def differences(now: Made, then: Made) -> list[str]:
     return found
 
 
-def check_same(now: Made, then: Made) -> None:
+def check_same(now: Provenance, then: Provenance) -> None:
     """Raise ConfigError if repeating an edit would use another file or model."""
     for name, digest in then.files.items():
         if now.files.get(name, digest) != digest:
@@ -205,7 +205,7 @@ _OF_WEIGHTS = {"model", "lora", "temporal", "variant", "controlnet", "model_conf
 """Settings that change the weights."""
 
 
-def without_given(made: Made, given: Collection[str]) -> Made:
+def without_given(made: Provenance, given: Collection[str]) -> Provenance:
     """Without the parts that given settings replace. given: the names of settings."""
     files = {name: digest for name, digest in made.files.items() if name.partition(" ")[0] not in given}
     frames = made.frames if set(given) <= {"video"} else ""  # a video may have moved

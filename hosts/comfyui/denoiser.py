@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
-from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...attention.temporal_kind import TRAINED_KEYS
 from ...diffusion.denoiser import Guidance, Windows, frames_meet
 from ...diffusion.schedule import Schedule
@@ -72,10 +72,11 @@ class ComfyDenoiser:
         self._guider = guider
         self._model = guider.inner_model
         self._schedule = schedule
-        self._handler = options.pop("context_handler", None)  # our own chunks use its windows
+        attends = guider.edited.family.attention
+        self._handler = options.pop("context_handler", None) if attends else None  # our own chunks use its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
-            if not role.startswith("negative"):
+            if attends and not role.startswith("negative"):
                 check_read(conditions, role.partition(".")[0])
         self._source = self._edited
         if guider.sourced is not guider.edited:
@@ -135,7 +136,7 @@ class ComfyDenoiser:
             handler and {name: value for name, value in vars(handler).items() if name not in ("_step", "_model")}
             for handler in handlers
         )
-        if edit != source and frames_meet(self, key_frames, self._clip_norm):
+        if edit != source and frames_meet(self, ClipCalls(key_frames, self._clip_norm)):
             raise ValueError(
                 "model: the edit and the inversion have different context windows, in which frames attend to each "
                 "other: connect the same MODEL with Context Windows to both"

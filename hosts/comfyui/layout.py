@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...attention.control import Control
-from ...attention.key_frames import Chunk, KeyFrames
+from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...diffusion.steering import ClipSteering
 from .chunks import WrappersMP
 from .conditions import HostCondition
@@ -36,15 +36,15 @@ class LayoutGuider(LoopGuider):
         negative: HostCondition,
         guidance_scale: float,
         layout: Callable[[tuple[int, int, int]], ClipSteering],
-        tell: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
-        """layout: makes the guidance for (frames, height, width) of the latents. tell: called with a summary.
+        """layout: makes the guidance for (frames, height, width) of the latents. notify: called with a summary.
 
         Raises ValueError for a MODEL that is not an attention UNet.
         """
         super().__init__(model, [positive, negative], kinds=("cross",))
         self.set_cfg(guidance_scale)
-        self.positive, self._guidance_of, self.tell = positive, layout, tell or (lambda text: None)
+        self.positive, self._guidance_of, self.notify = positive, layout, notify or (lambda text: None)
         twice = room_for(lambda frames: 2 * frames)  # a gradient needs about twice the memory of a call
         self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
         self._layout: ClipSteering | None = None
@@ -75,7 +75,7 @@ class LayoutGuider(LoopGuider):
         self._guided = 0
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, **{**more, "callback": callback})
-            self.tell(f"guided in {self._guided} predictions of {len(sigmas) - 1} steps")
+            self.notify(f"guided in {self._guided} predictions of {len(sigmas) - 1} steps")
             return result
         finally:
             self._layout = self._moved = None
@@ -108,6 +108,6 @@ class LayoutGuider(LoopGuider):
         (timestep,) = noise_of(self.model_patcher).timesteps(sigma[None])
         scale = (1 + sigma.to(x) ** 2).sqrt()
         alpha = 1 / (1 + sigma**2)
-        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, _OWN_FRAME, False, None)
+        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, ClipCalls(_OWN_FRAME))
         x.copy_(z * scale)
         self._moved = x

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -25,12 +25,16 @@ from ...models.unet import UNET
 from ...store.identity import ModelIdentity
 from .controlnet import ControlNet, load_controlnet
 from .lora import add_loras, lora_files
+from .model import LoadOptions
 from .model_files import CheckpointError, check_parts, check_whole, kind_of, loaded
 from .pictures import FrameByFrame
 from .schedulers import as_ddim, with_signal
 from .temporal import save_inflated_unet, with_temporal_layers
 from .unet import DiffusersDenoiser
 from .unet3d import DiffusersVideoDenoiser
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Checkpoint", "CheckpointError", "kind_of", "quiet", "save_tuned"]
 
@@ -51,29 +55,19 @@ class Checkpoint(FrameByFrame):
     controlnet: ControlNet | None = field(default=None, kw_only=True)
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        config: str | None = None,
-        lora: str | Sequence[str] | None = None,
-        temporal: str | None = None,
-        videos: bool = False,
-        variant: str | None = None,
-    ) -> Checkpoint:
-        """A model with a UNet (see `Model.load`)."""
-        loras = lora_files(lora)
-        pipeline = loaded(name, dtype, config, variant)
-        kinds = (UNet2DConditionModel, UNet3DConditionModel) if videos else UNet2DConditionModel
+    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
+        """A model with a UNet."""
+        loras = lora_files(options.lora)
+        pipeline = loaded(name, dtype, options.config, options.variant)
+        kinds = (UNet2DConditionModel, UNet3DConditionModel) if options.videos else UNet2DConditionModel
         if not isinstance(getattr(pipeline, "unet", None), kinds):
             raise CheckpointError(
                 f"{name} is a {type(pipeline).__name__} without an attention UNet: use SD 1.x, SD 2.x or SDXL"
             )
         check_parts(name, pipeline)
         check_whole(name, pipeline)
-        if temporal is not None:
-            _attach(name, pipeline.unet, temporal)
+        if options.temporal:
+            _attach(name, pipeline.unet, options.temporal)
         if loras:  # fusing is faster on the device
             pipeline.unet.to(device)
         notes = add_loras(pipeline, loras)  # after the tuned queries, which replace the model's

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,26 +27,19 @@ def loader_of(name: str) -> type[Model]:
 
 
 def open_model(
-    name: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    config: str | None = None,
-    lora: str | Sequence[str] | None = None,
-    temporal: str | None = None,
-    videos: bool = False,
-    variant: str | None = None,
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **options: Any
 ) -> Model:
-    """Load a model of any family (see `Model.load`). dtype: None for float32 on a CPU and the family's half precision
+    """Load a model of any family, with `LoadOptions`. dtype: None for float32 on a CPU and the family's half precision
     elsewhere.
 
     Raises CheckpointError for a model that cannot be loaded, and for options that have no effect on it.
     """
-    if config is not None and not Path(name).is_file():
+    if options.get("config") is not None and not Path(name).is_file():
         raise CheckpointError(f"model_config has no effect: {name!r} is not a single file")
     loader, device = loader_of(name), torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, loader.family.half)
-    return loader.load(name, device, dtype, config, lora, temporal or None, videos, variant)
+    return loader.load(name, device, dtype, **options)
 
 
 def demo_video_model(folder: Path, device: torch.device) -> Model:

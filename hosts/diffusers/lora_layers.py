@@ -186,7 +186,7 @@ def layers_of(
         if not placed:
             lost.append(key)
     if lost:
-        raise LoraError(_lost(lora, list(tensors), lost, len(grouped), targets))
+        raise LoraError(_unmatched(lora, list(tensors), lost, len(grouped), targets))
     return found
 
 
@@ -225,7 +225,7 @@ def _refuse_unknown(lora: LoraFile, names: list[str], unknown: list[str], target
     )
 
 
-def _lost(lora: LoraFile, names: list[str], lost: list[str], count: int, targets: Mapping[str, Target]) -> str:
+def _unmatched(lora: LoraFile, names: list[str], lost: list[str], count: int, targets: Mapping[str, Target]) -> str:
     """The reason why layers do not match the model."""
     family, own = family_of(names), _model_of(targets)
     other = f"{lora.name} is a LoRA for {family}, but the model is {own}: " if family not in (None, own) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,28 @@ from ...diffusion.denoiser import Denoiser
 from ...models.family import Family, latent_frames
 from ...store.identity import ModelIdentity
 from .model_files import CheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of a model's loading.
+
+    config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files or
+    folders, optionally with a strength, FILE=0.8. temporal: temporal layers, see `load_temporal_layers`. videos: accept
+    text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16".
+    """
+
+    config: str | None = None
+    lora: str | Sequence[str] | None = None
+    temporal: str | None = None
+    videos: bool = False
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,27 +59,20 @@ class Model(ABC):
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @classmethod
-    @abstractmethod
     def load(
-        cls,
-        name: str,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        config: str | None = None,
-        lora: str | Sequence[str] | None = None,
-        temporal: str | None = None,
-        videos: bool = False,
-        variant: str | None = None,
-    ) -> Model:
-        """A bundled model, a diffusers folder, a single `.safetensors` file or a hub name. Only the last uses the
-        network.
-
-        config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files
-        or folders, optionally with a strength, FILE=0.8. temporal: temporal layers, see `load_temporal_layers`. videos:
-        accept text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16".
+        cls, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Self:
+        """A bundled model, a diffusers folder, a single `.safetensors` file or a hub name, with `LoadOptions`. Only a
+        hub name uses the network.
 
         Raises CheckpointError.
         """
+        return cls.opened(name, torch.device(device), dtype, LoadOptions(**options))
+
+    @classmethod
+    @abstractmethod
+    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
+        """`load` for one family."""
 
     # --- networks -----------------------------------------------------------------------
 

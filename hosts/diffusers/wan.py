@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -28,9 +28,13 @@ from ..exclusive import OtherThread
 from .clips import WholeClip
 from .hook import Branch, ControlledProcessor, HookedDenoiser, base_weights, wrapped
 from .lora import add_loras, lora_files
+from .model import LoadOptions
 from .model_files import CheckpointError, check_weights, check_whole, opened
 from .pictures import FrameByFrame
 from .schedulers import flow_schedule, is_flow
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["VideoTransformer", "VideoTransformerDenoiser", "WanCheckpoint"]
 
@@ -286,28 +290,18 @@ class WanCheckpoint(WholeClip):
     boundary: float | None = field(default=None, kw_only=True)
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        config: str | None = None,
-        lora: str | Sequence[str] | None = None,
-        temporal: str | None = None,
-        videos: bool = False,
-        variant: str | None = None,
-    ) -> WanCheckpoint:
-        """A Wan model (see `Model.load`). A LoRA is fused into both transformers of 2.2, or into the one in its name:
+    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
+        """A Wan model. A LoRA is fused into both transformers of 2.2, or into the one in its name:
         high_noise or low_noise.
 
         If not all parts fit on a GPU at once, each is kept in RAM until it is called (model offloading).
         """
-        device, loras = torch.device(device), lora_files(lora)
-        if temporal:
+        loras, variant = lora_files(options.lora), options.variant
+        if options.temporal:
             raise CheckpointError(f"{name} is already a video model: --temporal is for image models")
         if name == WAN.demo:
             demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
-            return replace(demo, notes=add_loras(demo, loras))
+            return replace(demo, notes=add_loras(demo, loras))  # type: ignore[return-value]
 
         def read(where: Any, **local: Any) -> Any:
             if isinstance(where, Path):

@@ -15,9 +15,9 @@ import yaml
 from commands import COMMAND, frames_written, summary_rows, two_clips
 
 from fatezero.cli.batch.jobs import Job, load_batch
-from fatezero.cli.batch.processes import Patience, Places, run_here
+from fatezero.cli.batch.processes import Devices, RetryPolicy, run_here
 from fatezero.cli.batch.summary import Row, write_summary
-from fatezero.cli.batch.work import How, config_for, groups_of
+from fatezero.cli.batch.work import WorkerOptions, config_for, groups_of
 from fatezero.cli.config.settings import ConfigError
 
 SOURCE = "a red square on water"
@@ -340,9 +340,9 @@ def test_an_inversion_that_fails_fails_its_edits_alone(folder):
     held = {"source": SOURCE, "steps": 1, "count": 1, "clips": "clips/*.mp4", "targets": ["x", "y"]}
     batch = load_batch(write(folder, held))
     groups = groups_of([(job, config_for(job)) for job in batch.jobs])
-    places = Places(("cpu",), How(measures=False), 1)
+    places = Devices(("cpu",), WorkerOptions(measures=False), 1)
     (folder / "out").mkdir()
-    ended = list(run_here(groups, folder / "out", folder / "out" / "stores", ".mp4", places, Patience()))
+    ended = list(run_here(groups, folder / "out", folder / "out" / "stores", ".mp4", places, RetryPolicy()))
     assert len(ended) == 6
     assert all(("broken" in one.name) == (one.error is not None) for one in ended)
     assert all("its inversion: " in one.error and "not a readable video" in one.error for one in ended if one.error)
@@ -351,7 +351,7 @@ def test_an_inversion_that_fails_fails_its_edits_alone(folder):
 def test_a_job_that_takes_longer_than_it_may_is_stopped(folder):
     held = {"source": SOURCE, "jobs": {"video": "clips/a.mp4", "target": "a green square on water"}}
     (job,) = load_batch(write(folder, held)).jobs
-    places, patience = Places(("cpu",), How(measures=False), 1), Patience(timeout=0.01)
+    places, patience = Devices(("cpu",), WorkerOptions(measures=False), 1), RetryPolicy(timeout=0.01)
     (ended,) = run_here(groups_of([(job, config_for(job))]), folder, folder / "stores", ".mp4", places, patience)
     assert ended.error == "it took more than 0.01 seconds" and ended.attempts == 1
     assert not list(folder.glob("*.mp4*"))

@@ -9,7 +9,7 @@ from commands import frames_written
 
 from fatezero import __version__
 from fatezero.cli.config.files import load_configs
-from fatezero.cli.config.record import Made, differences, files_read, made_by, record_of, settings_of
+from fatezero.cli.config.record import Provenance, differences, files_read, made_by, record_of, settings_of
 from fatezero.cli.config.settings import ConfigError, EditConfig
 from fatezero.files.bundled import CLIP, DEMO
 from fatezero.video.read import read_metadata, read_video
@@ -168,13 +168,13 @@ def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
         start="1.5s", temporal="demo", box=("y: 0:0.1,0.5,0.3",), mask=("x: nothing here.mp4",),
     )  # fmt: skip
     path = tmp_path / "r.json"
-    path.write_text(json.dumps(record_of(config, Made(files={"video": "1"}))))
+    path.write_text(json.dumps(record_of(config, Provenance(files={"video": "1"}))))
     assert load_configs(path) == ([config], [])
-    assert made_by(path) == Made(files={"video": "1"})
+    assert made_by(path) == Provenance(files={"video": "1"})
     assert settings_of(EditConfig()) == {}
     with pytest.raises(ConfigError):
-        Made.of({"dtype": 3})
-    assert differences(Made(threads=2), Made(threads=1)) == ["threads 1 (here 2)"]
+        Provenance.of({"dtype": 3})
+    assert differences(Provenance(threads=2), Provenance(threads=1)) == ["threads 1 (here 2)"]
 
 
 def test_a_lora_may_be_a_folder(tmp_path):

@@ -1,8 +1,9 @@
-"""Write the tables of the help pages and the texts of `locales/` as a real host tells the nodes.
+"""Write the titles and tables of the help pages and the texts of `locales/` from the nodes of a real host.
 
     python tests/comfyui/write_help.py
 
-Run it after a change of a setting's or socket's help; `test_help.py` compares. A page that is missing is begun.
+Run it after a change of a description or tooltip; `test_help.py` compares. "Good to know" is written by hand and stays.
+A missing page is made.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def table(rows: dict[str, str]) -> str:
     return "\n".join(["| socket | what it is for |", "|---|---|", *lines])
 
 
-def with_tables(page: str, tables: dict[str, dict[str, str]]) -> str:
-    """A page with the tables under some headings written anew; a heading with no rows goes."""
+def with_tables(page: str, intro: str, tables: dict[str, dict[str, str]]) -> str:
+    """A page with its introduction and the tables under some headings replaced; no table without rows."""
+    page = intro + page[found.start() :] if (found := re.search(r"^## ", page, re.MULTILINE)) else intro
     for heading, rows in tables.items():
         section = f"## {heading}\n\n{table(rows)}\n\n" if rows else ""
         found = re.search(rf"## {heading}\n\n(\|.*\n)+\n?", page)
@@ -44,13 +46,16 @@ def main() -> None:
         inputs = {socket: options[1]["tooltip"] for socket, options in sockets.items()}
         outputs = dict(zip(about["output_name"], about["output_tooltips"], strict=True))
         path = DOCS / f"{name}.md"
-        page = path.read_text() if path.exists() else f"# {about['display_name']}\n\n{about['description']}\n\n"
-        path.write_text(with_tables(page, {"Inputs": inputs, "Outputs": outputs}))
+        page, intro = (
+            path.read_text() if path.exists() else "",
+            f"# {about['display_name']}\n\n{about['description']}\n\n",
+        )
+        path.write_text(with_tables(page, intro, {"Inputs": inputs, "Outputs": outputs}))
         texts[name] = {
             "display_name": about["display_name"],
             "description": about["description"],
-            "inputs": {socket: {"name": socket, "tooltip": told} for socket, told in inputs.items()},
-            "outputs": {str(i): {"name": n, "tooltip": told} for i, (n, told) in enumerate(outputs.items())},
+            "inputs": {socket: {"name": socket, "tooltip": tip} for socket, tip in inputs.items()},
+            "outputs": {str(i): {"name": n, "tooltip": tip} for i, (n, tip) in enumerate(outputs.items())},
         }
     TEXTS.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fatezero import generate
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import AttentionSite, Control
-from fatezero.attention.key_frames import Chunk, KeyFrames
+from fatezero.attention.key_frames import Chunk, ClipCalls, KeyFrames
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser, with_temporal_layers
 from fatezero.hosts.diffusers.memory import LiveBytes, guidance_bytes
@@ -101,7 +101,7 @@ def test_energies_vanish_at_the_target_and_rise_away_from_it(kind):
 
 
 def energy_of(denoiser, z, layout, keys=SELF):
-    return energy_gradient(denoiser, z, 401, Condition.of(random_text(2), "text"), layout, keys)
+    return energy_gradient(denoiser, z, 401, Condition.of(random_text(2), "text"), layout, ClipCalls(keys))
 
 
 def small_denoiser(layers=False):
@@ -152,7 +152,7 @@ def test_frames_that_do_not_meet_have_no_share_in_each_other_and_go_by_in_chunks
         changed[1] += 1
         _, other = energy_of(denoiser, changed, layout)
         in_chunks = energy_gradient(
-            denoiser, z, 401, Condition.of(random_text(2), "text"), layout, SELF, chunk_frames=1
+            denoiser, z, 401, Condition.of(random_text(2), "text"), layout, ClipCalls(SELF, chunk_frames=1)
         )
     assert torch.allclose(other[[0, 2]], gradient[[0, 2]], atol=1e-12)
     assert not torch.allclose(other[1], gradient[1])
@@ -191,9 +191,7 @@ def test_repeats_end_where_the_energy_is_low_enough_and_steps_are_bounded():
     denoiser, z = small_denoiser(), random_latents(2)
     layout = LayoutGuidance(target=disc(), columns=[2], scale=1e4, most_change=0.01)
     with denoiser.hooked():
-        moved = layout.moved(
-            denoiser, z, 401, torch.tensor(0.5), Condition.of(random_text(2), "text"), SELF, False, None
-        )
+        moved = layout.moved(denoiser, z, 401, torch.tensor(0.5), Condition.of(random_text(2), "text"), ClipCalls(SELF))
     assert (moved - z).pow(2).mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.01, 0.01])
 
 

@@ -126,9 +126,9 @@ def test_guidance_lowers_the_energy_in_an_edit(denoiser, inversion, pair):
         text, store = run._runs[0].target, inversion.store
 
         def energy(z):
-            return energy_gradient(denoiser, z, store.timesteps[0], text, layout, store.key_frames)[0]
+            return energy_gradient(denoiser, z, store.timesteps[0], text, layout, store.calls())[0]
 
-        (moved,) = run.steered(run.start, 0)
+        (moved,) = run.guided(run.start, 0)
         assert energy(moved) < energy(run.start[0])
 
 
