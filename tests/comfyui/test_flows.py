@@ -40,6 +40,13 @@ def streams(host: Host, graph: Graph, link) -> list[torch.Tensor]:
     return [host.latents(graph.prompt, graph.add("FlowStream", latent=link, number=i)[0]) for i in range(count)]
 
 
+def left_kept(graph):
+    """A mask that keeps the left half."""
+    half = graph.add("SolidMask", value=1.0, width=32, height=32)
+    none = graph.add("SolidMask", value=0.0, width=16, height=32)
+    return graph.add("MaskComposite", destination=half[0], source=none[0], x=0, y=0, operation="multiply")[0]
+
+
 @pytest.fixture(params=KINDS)
 def graph(host, request) -> FlowGraph:
     return FlowGraph(kind=request.param)
@@ -93,10 +100,7 @@ def test_sound_is_kept_or_edited(host, kind):
     before = streams(host, graph, graph.latent[0])
     assert relative(video, before[0]) > 1e-2
     assert torch.equal(sound, before[1])
-    half = graph.add("SolidMask", value=1.0, width=32, height=32)
-    none = graph.add("SolidMask", value=0.0, width=16, height=32)
-    mask = graph.add("MaskComposite", destination=half[0], source=none[0], x=0, y=0, operation="multiply")
-    graph.set(graph.edit, mask=mask[0])
+    graph.set(graph.edit, mask=left_kept(graph))
     for choice in ("keep", "edit"):
         graph.set(graph.store, sound=choice)
         video, sound = streams(host, graph, graph.edit[0])
@@ -104,3 +108,56 @@ def test_sound_is_kept_or_edited(host, kind):
         assert torch.equal(video[..., :middle], before[0][..., :middle])
         assert relative(video[..., middle + 1 :], before[0][..., middle + 1 :]) > 1e-3
         assert torch.equal(sound, before[1]) == (choice == "keep")
+
+
+# --- the host's samplers ----------------------------------------------------------------------
+
+
+def by_guider(graph, sampler, sigmas=None):
+    """FlowEdit by SamplerCustomAdvanced, from the clip."""
+    values = {**graph.prompt[graph.edit.id]["inputs"]}
+    guider = graph.add("FateZeroEditGuider", **values)
+    sigmas = sigmas or graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)[0]
+    quiet = graph.add("DisableNoise")
+    return graph.add(
+        "SamplerCustomAdvanced", noise=quiet[0], guider=guider[0], sampler=sampler[0], sigmas=sigmas,
+        latent_image=graph.latent[0],
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["h3", "flux"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_hosts_samplers_integrate_the_edit(host, kind, masked):
+    graph = FlowGraph(kind=kind)
+    graph.set(graph.edit, strength=0.75)
+    if masked:
+        graph.set(graph.edit, mask=left_kept(graph))
+    expected = streams(host, graph, graph.edit[0])
+    before = streams(host, graph, graph.latent[0])
+    ours = graph.add("FateZeroDDIM")
+    euler, multistep = (graph.add("KSamplerSelect", sampler_name=name) for name in ("euler", "dpmpp_2m"))
+    for sampler, near in ((ours, 1e-6), (euler, 1e-5), (multistep, 0.5)):
+        found = streams(host, graph, by_guider(graph, sampler))
+        for mine, theirs, clip in zip(found, expected, before, strict=True):
+            assert relative(mine - clip, theirs - clip) < near
+
+
+def test_any_sigmas_will_do(host):
+    """Those of another scheduler and number of steps, as the same loop takes them."""
+    graph = FlowGraph(kind="qwen")
+    sigmas = graph.add("BasicScheduler", model=graph.model[0], scheduler="beta", steps=6, denoise=1.0)[0]
+    loop = graph.add(
+        "FlowLoop", model=graph.model[0], source=graph.source[0], positive=graph.target[0], negative=graph.negative[0],
+        latent=graph.latent[0], sigmas=sigmas, guidance=GUIDANCE, source_guidance=2.0, first=0, seed=SEED,
+    )  # fmt: skip
+    graph.set(graph.edit, strength=1.0)
+    expected = host.latents(graph.prompt, loop[0])
+    for sampler in (graph.add("FateZeroDDIM"), graph.add("KSamplerSelect", sampler_name="euler")):
+        assert relative(host.latents(graph.prompt, by_guider(graph, sampler, sigmas)), expected) < 1e-5
+
+
+def test_a_sampler_that_adds_noise_is_refused(host):
+    graph = FlowGraph(kind="flux")
+    sampler = graph.add("KSamplerSelect", sampler_name="euler_ancestral")
+    with pytest.raises(NodeError, match="euler_ancestral.* adds noise"):
+        host.latents(graph.prompt, by_guider(graph, sampler))
