@@ -18,7 +18,8 @@ from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.editing import check_masking, edit_clip, given_mask, only_inside
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
-from ..hosts.comfyui.inversion import NOISE_MASK, HostStore
+from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
+from ..hosts.comfyui.noise import is_flow
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -200,9 +201,11 @@ class EditInputs:
 
     def edit(self, suffix: str = "") -> Edit:
         """The edit. suffix: distinguishes its prompts from those of other edits of the pass."""
-        recipe, start, attends = self.recipe, start_of(self.store), facts_of(self.model).attention
+        recipe, start = self.recipe, start_of(self.store)
+        attends = not is_flow(self.model) or recipe.injection is not None
         if recipe.injection is not None:
             check_attention(self.model, f"preset: {self.preset}")
+            source_of(self.store).check_attention("source")
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends)
         negative = None
         if recipe.guidance_scale != 1:

@@ -9,7 +9,7 @@ from comfyui.host import Host, NodeError
 
 from small import relative
 
-KINDS = ("h3", "ltxav", "qwen", "z_image", "flux", "wan_i2v", "wan_vace")
+KINDS = ("h3", "ltxav", "qwen", "z_image", "flux", "sd3", "hunyuan", "wan", "wan_i2v", "wan_vace")
 WITH_SOUND = ("h3", "ltxav")
 STEPS, GUIDANCE, SEED = 4, 3.0, 5
 
@@ -65,7 +65,7 @@ def test_an_edit_is_the_papers_loop_on_the_hosts_guider(host, graph, strength):
     for ours, theirs, before in zip(
         streams(host, graph, graph.edit[0]), streams(host, graph, loop[0]), given, strict=True
     ):
-        assert relative(ours, theirs) < 1e-5
+        assert relative(ours, theirs) < 1e-4, "up to rounding, which random weights amplify"
         assert relative(ours, before) > 1e-2
 
 
@@ -89,6 +89,42 @@ def test_what_needs_attention_is_refused_by_name(host, preset):
     graph = FlowGraph(kind="wan_vace")
     graph.set(graph.edit, preset=preset)
     with pytest.raises(NodeError, match=f"{preset}.* needs control of the attention.*WAN21_Vace.*FlowEdit"):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+def test_attention_does_not_follow_references(host):
+    """Bernini's clips, on the Wan whose attention FateZero controls."""
+    graph = FlowGraph(kind="wan")
+    words = {"source": "a red square", "target": "a green square", "mode": "refine"}
+    graph.set(graph.edit, preset="style", prompt_edit=graph.add(
+        "FateZeroPromptEdit", clip=graph.add("FateZeroDemoVideoModel")[1], **words, blend_source="", blend_target="",
+        reweight="",
+    )[2])  # fmt: skip
+    with pytest.raises(NodeError, match=r"source: reference clips are set .Bernini"):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+def test_a_pair_shares_the_steps(host):
+    """Wan 2.2's, for image to video: below the boundary the low-noise model is called."""
+    graph = FlowGraph(kind="wan_i2v")
+    alone = host.latents(graph.prompt, graph.edit[0])
+    other = graph.add("FlowModel", kind="wan_i2v", seed=1)
+    edits = {}
+    for boundary in (0.0, 0.9):
+        pair = graph.add("FateZeroWanPair", model=graph.model[0], low_noise=other[0], boundary=boundary)
+        graph.set(graph.store, model=pair[0])
+        graph.set(graph.edit, model=pair[0])
+        edits[boundary] = host.latents(graph.prompt, graph.edit[0])
+    graph.set(graph.store, model=other[0])
+    graph.set(graph.edit, model=other[0])
+    low = host.latents(graph.prompt, graph.edit[0])
+    assert relative(edits[0.0], alone) < 1e-6
+    assert relative(edits[0.9], alone) > 1e-2 < relative(edits[0.9], low)
+    first = graph.add("FateZeroWanPair", model=other[0], low_noise=graph.model[0], boundary=0.0)
+    graph.set(graph.edit, model=first[0])
+    assert relative(host.latents(graph.prompt, graph.edit[0]), low) < 1e-6
+    with pytest.raises(NodeError, match="low_noise: WAN21 and Flux are not two flow models of one architecture"):
+        graph.set(first, low_noise=graph.add("FlowModel", kind="flux")[0])
         host.latents(graph.prompt, graph.edit[0])
 
 
