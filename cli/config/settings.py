@@ -196,8 +196,8 @@ class EditSettings(
         (), "Words of the source for the blend mask, separated by commas.", shown="the changed words", group=_MASK
     )
     blend_target: tuple[str, ...] = setting(
-        (), "Words of the target for the mask of blend_latents, separated by commas.", shown="the changed words",
-        group=_MASK,
+        (), "Words of the target for the mask of blend_latents, separated by commas; none: the source's mask alone.",
+        shown="the changed words", group=_MASK,
     )  # fmt: skip
     reweight: Mapping[str, float] = setting(dict, setting_of(PromptEdit, "reweight").meta.help, group=_MASK)
     cross_replace_steps: float = setting_like(FusionSettings, "cross_replace_steps", 0.7)
