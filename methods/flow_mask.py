@@ -155,5 +155,7 @@ METHOD = Method(
     presets={
         "flow_mask": {"noise": "drawn", "injection": "flow_mask", "guidance_scale": 10.0, "strength": 0.7},
     },
+    node_id="FateZeroFlowMask",
+    node_title="Flow Mask Settings (FateZero)",
     aliases=("otsu", "diffedit", "automatic mask", "inversion-free"),
 )

@@ -128,6 +128,23 @@ def test_a_pair_shares_the_steps(host):
         host.latents(graph.prompt, graph.edit[0])
 
 
+@pytest.mark.parametrize("kind", ["h3", "qwen"])
+def test_a_flow_mask_needs_no_attention(host, kind):
+    graph = FlowGraph(kind=kind)
+    settings = graph.add("FateZeroFlowMask", threshold=0.85, grow=0, still=0)
+    graph.set(graph.store, sound="keep")
+    graph.set(graph.edit, preset="custom", settings=settings[0])
+    before, found = (streams(host, graph, link) for link in (graph.latent[0], graph.edit[0]))
+    kept = found[0] == before[0]
+    assert 0 < kept.float().mean() < 1
+    assert torch.equal(kept[:, :1].expand_as(kept), kept), "the same places in every channel"
+    if kind in WITH_SOUND:
+        assert torch.equal(found[1], before[1])
+    graph.set(graph.edit, mask=left_kept(graph), mask_mode="intersection")
+    both = streams(host, graph, graph.edit[0])[0] == before[0]
+    assert both[..., : both.shape[-1] // 2].all() and (both | ~kept).all()
+
+
 @pytest.mark.parametrize("kind", WITH_SOUND)
 def test_sound_is_kept_or_edited(host, kind):
     graph = FlowGraph(kind=kind)
