@@ -44,6 +44,10 @@ Prepare = Callable[[str, Control], None]
 class Injection(Protocol):
     """Injection of the source's attention and features: `FusionSettings`, `PnPSettings`."""
 
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it needs control of the attention."""
+
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
 
@@ -65,6 +69,8 @@ class Injection(Protocol):
 
 class BaseInjection:
     """An injection that fits every edit and makes no model calls before the first step."""
+
+    needs_attention = True
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""

@@ -114,6 +114,8 @@ class FusionSettings:
         group=GROUP,
     )
 
+    needs_attention = True
+
     def __post_init__(self) -> None:
         check(self)
         ends = {"cross_replace_steps": self.cross_replace_from, "self_replace_steps": self.self_replace_from}
