@@ -15,6 +15,7 @@ from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstruction
 from .layout import FateZeroLayout, FateZeroLayoutGuider
 from .mask_preview import FateZeroMaskPreview
 from .methods import SETTINGS_NODES
+from .model_pair import FateZeroWanPair
 from .prompt import FateZeroPromptEdit
 from .sampling import (
     FateZeroDDIM,
@@ -25,7 +26,6 @@ from .sampling import (
 )
 from .tune_a_video import FateZeroLoadTemporalLayers, FateZeroTuneOnVideo
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
-from .wan import FateZeroWanPair
 
 
 class FateZeroExtension(ComfyExtension):
