@@ -248,6 +248,7 @@ METHODS: tuple[Method, ...] = (
     Method("full self fusion", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
     Method("blended self fusion", preset="shape"),
     Method("latent blending", settings={"blend_latents": True}),
+    Method("latent blending, authors' code", settings={"blend_latents": "authors"}),
     Method("clip norm", clip_norm=True),
     _keys("self"),  # without spatio-temporal attention
     _keys("middle"),

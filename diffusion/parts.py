@@ -267,3 +267,7 @@ class Injected:
     def blends_latents(self, step: int) -> bool:
         """Whether a step has a `latent_mask`."""
         return self._inside is not None
+
+    def restored_level(self, level: int) -> int:
+        """The level of the source's latents that replace the edit's outside the mask, after the step from a level."""
+        return level - 1
