@@ -14,7 +14,7 @@ from fatezero.hosts.diffusers.caption import caption
 from fatezero.video.read import read_video
 from tests.tiny_blip import write_blip
 
-EDIT = ("edit", CLIP, "--target", "a green square on water", "--count", 3, "--steps", 1, "--preset", "style")
+EDIT = ("edit", CLIP, "--target", "a green square on water", "--count", 3, "--steps", 1)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_what_is_refused_before_anything_is_loaded(refused, blip, monkeypatch, t
     (tmp_path / "empty").mkdir()
     assert "could not load the model" in refused(*part, "--source", "auto", "--caption-model", "empty")
     assert "'jeep' is not in the prompt" in refused(
-        *part, "--preset", "shape", "--source", "auto", "--caption-model", blip, "--blend-source", "jeep"
+        *part, "--source", "auto", "--caption-model", blip, "--reweight", "jeep=2", "--preset", "shape"
     )
     with pytest.raises(ConfigError, match="connect a captioning node"):
         filled({}, {"source": "auto"}, {})
