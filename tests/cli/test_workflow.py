@@ -40,7 +40,9 @@ def test_settings_reach_the_inputs_that_have_another_name():
     assert before == graph("style"), "the workflow itself stays as it is"
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("tokenflow", "flow_edit", "tune_a_video")])
+@pytest.mark.parametrize(
+    "preset", [name for name in PRESETS if name not in ("tokenflow", "flow_edit", "flow_mask", "tune_a_video")]
+)
 def test_a_preset_sets_what_it_sets_in_the_command(preset):
     words = {"source": "a silver jeep", "target": "a red jeep"}
     made = filled(graph("attribute"), {**words, "preset": preset}, {})
