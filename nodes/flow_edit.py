@@ -12,7 +12,7 @@ from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
 from .inversion import MODEL_AND_SOURCE, STEPS
-from .settings import made, widgets
+from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
 
@@ -25,14 +25,15 @@ class FateZeroFlowEdit(io.ComfyNode):
             node_id="FateZeroFlowEdit",
             display_name="FlowEdit (FateZero)",
             description="Replaces Invert Video: takes the clip with random noise, so that Edit Video moves it along "
-            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset none, guidance 8 to 13 "
-            "and strength 0.7, or with injections and masks as for an inversion.",
+            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset flow_edit or wan_edit, "
+            "or with injections and masks as for an inversion.",
             search_aliases=["flow edit", "inversion-free", "rectified flow", "rf edit"],
             inputs=[
                 *MODEL_AND_SOURCE,
                 io.Latent.Input("latent", tooltip="The clip, as for Invert Video (Encode Video)."),
                 STEPS,
-                *widgets(FlowEditSettings),
+                *widgets(FlowEditSettings, "source_guidance", "draws", "seed"),
+                *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )
