@@ -43,9 +43,14 @@ def config_as(settings: type[T], values: Mapping[str, Any]) -> T:
     return settings(**_checked(values, {one.name: one for one in settings_of(settings)}))
 
 
+def tuning_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a tuning by setting name. Raises ConfigError, naming the setting."""
+    return _checked(values, _OF_TUNINGS)
+
+
 def tune_config(values: Mapping[str, Any]) -> TuneConfig:
     """A tuning from its given settings. Raises ConfigError for wrong or missing settings."""
-    config = TuneConfig(**_checked(values, _OF_TUNINGS))
+    config = TuneConfig(**tuning_values(values))
     for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
         if not getattr(config, name):
             raise ConfigError(f"missing {flag}")
@@ -53,6 +58,14 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
         raise ConfigError("layers and rank have no effect on temporal layers from a file")
     if config.rank is not None and config.layers != "fatezero":
         raise ConfigError("rank has no effect without --layers fatezero")
+    if config.train_convolutions and not config.temporal and config.layers != "fatezero":
+        raise ConfigError("train_convolutions has no effect without --layers fatezero")
+    if not config.class_pictures and (config.class_prompt or config.class_batch):
+        raise ConfigError("class_prompt and class_batch have no effect without --class-pictures")
+    if config.validate and not config.validate_every:
+        raise ConfigError("missing --validate-every: after how many steps to sample clips of --validate")
+    if config.validate_every and not config.validate:
+        raise ConfigError("missing --validate: the prompt of a validation clip")
     return config
 
 
