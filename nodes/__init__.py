@@ -14,6 +14,7 @@ from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstruction
 from .layout import FateZeroLayout, FateZeroLayoutGuider
 from .mask_preview import FateZeroMaskPreview
 from .methods import SETTINGS_NODES
+from .model_pair import FateZeroWanPair
 from .prompt import FateZeroPromptEdit
 from .sampling import (
     FateZeroDDIM,
@@ -24,7 +25,6 @@ from .sampling import (
 )
 from .tune_a_video import FateZeroLoadTemporalLayers, FateZeroTuneOnVideo
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
-from .wan import FateZeroWanPair
 
 
 class FateZeroExtension(ComfyExtension):

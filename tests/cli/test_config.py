@@ -82,7 +82,7 @@ def test_the_authors_file_is_read_as_it_is(tmp_path):
     assert (same.clip_norm, same.max_tokens) == (True, 1024)
     assert (same.cross_replace_steps, same.self_replace_steps, same.blend_self_attention) == (0.8, 0.9, False)
     assert (shape.mode, shape.blend_source, shape.blend_target) == ("replace", ("silver", "jeep"), ("Porsche", "car"))
-    assert (shape.blend_self_attention, shape.blend_latents, shape.blend_threshold) == (True, True, 0.4)
+    assert (shape.blend_self_attention, shape.blend_latents, shape.blend_threshold) == (True, "authors", 0.4)
     assert (style.mode, dict(style.reweight), style.cross_replace_steps) == ("refine", {"watercolor": 10.0}, 0.7)
     assert any("'cat' is not in" in note for note in notes)
     assert any("without blend_words" in note for note in notes)
