@@ -12,6 +12,7 @@ from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..settings import setting, whole_steps
+from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
 from .denoiser import Denoiser
@@ -151,6 +152,9 @@ class Start(Protocol):
 
     def schedule(self, schedule: Schedule) -> Schedule:
         """The schedule of the model calls. Raises ValueError for one that does not support this start."""
+
+    def levels(self, clip: Tensor, schedule: Schedule) -> Levels:
+        """The clip at every level, clean to noisy, with sampled noise. Only where `draws` is not 0."""
 
     def solver(self, schedule: Schedule, order: int) -> Steps:
         """A solver for `moved`, for one edit. order: of the inversion's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
 from .parts import Edit, Prediction, Start
@@ -29,6 +30,9 @@ class Inverted:
 
     def schedule(self, schedule: Schedule) -> Schedule:
         return schedule
+
+    def levels(self, clip: Tensor, schedule: Schedule) -> Levels:
+        raise TypeError("an inversion computes its levels")
 
     def solver(self, schedule: Schedule, order: int) -> Solver:
         return Solver(schedule, order)

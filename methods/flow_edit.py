@@ -103,7 +103,7 @@ class DrawnNoise:
     def follows(self, level: int) -> bool:
         return level > self.settings.n_min
 
-    def levels(self, clip: Tensor, schedule: Schedule, noises: Tensor | None) -> DrawnLevels:
+    def levels(self, clip: Tensor, schedule: Schedule, noises: Tensor | None = None) -> DrawnLevels:
         """The clip with the noise of each level, clean to noisy. noises: see `draw`."""
         settings, steps = self.settings, schedule.steps
         signals = [schedule.signal(level).item() for level in range(steps + 1)]
