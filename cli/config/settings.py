@@ -59,6 +59,8 @@ def of_setting(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}") from error
 
 
+AUTO, CAPTIONER = "auto", "Salesforce/blip-image-captioning-base"
+"""The source prompt that a captioning model writes, and the model where none is named."""
 _TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO
 _CLIP, _DRAWN = "The clip", "The edit"
 
@@ -147,7 +149,16 @@ class EditSettings(
     """The settings of `fatezero edit` outside of sections; the names are those of the flags and of the YAML keys."""
 
     video: str = ""
-    source: str = setting("", "Prompt that describes the video.", group=_TEXT)
+    source: str = setting(
+        "", "Prompt that describes the video. auto: a caption of its middle frame, by caption_model.", group=_TEXT
+    )
+    caption_model: str = setting(
+        "",
+        "Captioning model of transformers for source auto, such as BLIP: a folder, or a hub name, which may be "
+        "downloaded.",
+        shown=f"{CAPTIONER}, if it is on this machine",
+        group=_TEXT,
+    )
     target: str = setting(
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )
@@ -356,8 +367,12 @@ FILES_OF_OBJECTS = ("mask", "object_mask")
 
 _OF_INVERSION = {"key_frames", "clip_norm"}
 """Settings of the inversion, which a preset keeps unless it sets them."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION | set(SECTIONS)}
 """The settings that presets control; those that a preset omits have their defaults."""
+_OF_SECTIONS = {
+    section: {name for preset in PRESETS.values() for name in preset.get(section, {})} for section in SECTIONS
+}
+"""The same in sections."""
 
 
 def with_preset(config: EditConfig, preset: str) -> EditConfig:
@@ -369,4 +384,12 @@ def with_preset(config: EditConfig, preset: str) -> EditConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     default = EditConfig()
-    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | values)
+    sections = {
+        section: replace(
+            getattr(config, section),
+            **{name: getattr(getattr(default, section), name) for name in names} | values.get(section, {}),
+        )
+        for section, names in _OF_SECTIONS.items()
+        if names
+    }
+    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | values | sections)

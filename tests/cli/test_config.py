@@ -1,7 +1,9 @@
+import json
+
 import pytest
 import yaml
 
-from fatezero import PnPSettings, TokenFlowSettings
+from fatezero import FlowEditSettings, PnPSettings, TokenFlowSettings
 from fatezero.attention.prompt import changed_words
 from fatezero.cli.config.files import load_configs
 from fatezero.cli.config.settings import PRESETS, ConfigError, EditConfig, with_preset
@@ -192,7 +194,16 @@ def test_presets_are_the_papers_settings():
     assert flow.key_frames == ("self",)
     assert with_preset(flow, "style").recipe().propagation is None
     fatezeros = {name + plus for name in ("style", "attribute", "shape") for plus in ("", "+")}
-    assert set(PRESETS) >= fatezeros | {"flow_edit", "pnp", "tokenflow", "tune_a_video"}
+    assert set(PRESETS) >= fatezeros | {"flow_edit", "wan_edit", "pnp", "tokenflow", "tune_a_video"}
+
+
+def test_a_preset_sets_a_part_of_a_section(tmp_path):
+    path = written(tmp_path, "preset: wan_edit\nflow_edit: {seed: 5, source_guidance: 6}\n")
+    (config,), _ = load_configs(path)
+    assert config.recipe().noise == FlowEditSettings(6.0, seed=5, variant="wan_edit")
+    (other,), _ = load_configs(path, preset="flow_edit")
+    assert other.recipe().noise == FlowEditSettings(seed=5), "what presets set is the given one's"
+    assert config.recipe().guidance_scale == 12
 
 
 def test_presets_with_a_plus_keep_the_latents_of_the_background():
@@ -291,3 +302,19 @@ def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
     told = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
     assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
     assert len(told) <= 330 and "\n" not in told
+
+
+def test_shares_of_words_from_options_files_and_records(tmp_path):
+    from fatezero.cli.config.record import settings_of as changed
+    from fatezero.cli.options import edit_options, given_of
+
+    options = edit_options()(cross_replace_words=["green=0.2:0.5", "water=0"], self_replace_from=0.25)
+    given = checked(given_of(options))
+    assert given == {"cross_replace_words": {"green": (0.2, 0.5), "water": 0}, "self_replace_from": 0.25}
+    config = with_values(EditConfig(), given)
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps(changed(config)))
+    assert load_configs(record)[0] == [config]
+    for wrong in ("green", "=2", "green=much", "green=0.1:0.2:0.3"):
+        with pytest.raises(ValueError, match="cross_replace_words is .*word=number"):
+            given_of(edit_options()(cross_replace_words=[wrong]))
