@@ -3,6 +3,9 @@
 The host loads this file by itself; it knows nothing of the tests.
 """
 
+import zlib
+from types import SimpleNamespace
+
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
@@ -147,6 +150,80 @@ class FlowText(io.ComfyNode):
         return io.NodeOutput([[random_values(seed, 1, 9, TEXT.get(kind, 16)), more]])
 
 
+class Words:
+    """In place of a CLIP: random embeddings of each text."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def tokenize(self, text):
+        return zlib.crc32(text.encode())
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return FlowText.execute(self.kind, tokens % 1000)[0]
+
+
+class Pixels:
+    """In place of a VAE of videos or pictures: each latent holds the mean colours of its pixels."""
+
+    latent_dim = 3
+    FACTS = {"h3": (24, 16, 17, 5), "ltxav": (128, 32, 8, 1), "qwen": (16, 8, 4, 1)}
+
+    def __init__(self, kind):
+        self.channels, self.size, self.frames, self.latents = self.FACTS[kind]
+
+    def spacial_compression_encode(self):
+        return self.size
+
+    def temporal_compression_decode(self):
+        return round(self.frames / self.latents)
+
+    def encode(self, pixels):
+        count = -(-(len(pixels) - 5) // 17) * 5 + 2 if self.latents == 5 else (len(pixels) - 1) // self.frames + 1
+        size = (count, pixels.shape[1] // self.size, pixels.shape[2] // self.size)
+        small = torch.nn.functional.adaptive_avg_pool3d(pixels[None].movedim(-1, 1), size)
+        return small.repeat(1, -(-self.channels // 3), 1, 1, 1)[:, : self.channels] - 0.5
+
+    def decode(self, latents):
+        count = latents.shape[2]
+        frames = (count - 2) // 5 * 17 + 5 if self.latents == 5 else (count - 1) * self.frames + 1
+        size = (frames, *(self.size * side for side in latents.shape[3:]))
+        return torch.nn.functional.interpolate(latents[:, :3], size).movedim(1, -1).sigmoid()
+
+
+class Sound:
+    """In place of a VAE of sound: means over the samples of each latent."""
+
+    audio_sample_rate = 32000
+
+    def __init__(self, kind):
+        self.shape, self.samples = {"h3": ((32, 2, -1), 800), "ltxav": ((8, -1, 16), 1280)}[kind]
+        self.first_stage_model = SimpleNamespace(output_sample_rate=self.audio_sample_rate)
+
+    def encode(self, waveform):
+        count = -(-waveform.shape[1] // self.samples)
+        means = torch.nn.functional.adaptive_avg_pool1d(waveform.mean(-1)[:1], count)
+        shape = [count if side < 0 else side for side in self.shape]
+        return (means[:, None] if self.shape[-1] < 0 else means[..., None]).expand(1, *shape).contiguous()
+
+    def decode(self, latent):
+        count = latent.shape[1 + self.shape.index(-1)]
+        return latent.mean().expand(1, count * self.samples, 2).tanh()
+
+
+PARTS = [io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output("sound")]
+
+
+@node("FlowLoader", [KIND], PARTS)
+class FlowLoader(io.ComfyNode):
+    """What loaders of files give: a small model of random weights, and stand-ins for the parts around it."""
+
+    @classmethod
+    def execute(cls, kind):
+        sound = Sound(kind) if len(SHAPES[kind]) > 1 else None
+        return io.NodeOutput(FlowModel.execute(kind)[0], Words(kind), Pixels(kind), sound)
+
+
 @node("FlowLatent", [KIND, io.Int.Input("seed")], [io.Latent.Output()])
 class FlowLatent(io.ComfyNode):
     """Random latents of a kind of model: a clip, pictures, or a clip with sound."""
@@ -224,7 +301,7 @@ class FlowLoop(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        return [FlowModel, FlowText, FlowLatent, FlowStream, FlowLoop]
+        return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop]
 
 
 async def comfy_entrypoint():

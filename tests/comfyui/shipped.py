@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from fractions import Fraction
 
 from comfyui.host import REPO
+
+from clips import flashes
 
 FOLDER = REPO / "workflows"
 DEMO = {
@@ -20,14 +23,54 @@ DEMO = {
     "wan_demo": 12,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
-WITH_STEPS = {"FateZeroInvert": 0, "FateZeroSigmas": 0, "FateZeroFlowEdit": 0, "BasicScheduler": 1}
+WITH_STEPS = {"FateZeroInvert": 0, "FateZeroSigmas": 0, "FateZeroFlowEdit": 0, "BasicScheduler": 1, "LTXVScheduler": 0}
 """The nodes that have a number of steps, and the place of its widget."""
 WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
 """The nodes that load Wan's parts, and which output of the demo's video model takes the place of each."""
 
+FLOWS = {"flow_edit_h3": "h3", "flow_edit_ltx2": "ltxav", "flow_edit_qwen_image": "qwen"}
+"""Those for other flow models than Wan, and the kind of small random model that takes the files' place."""
+FLOW_FILES = {
+    "UNETLoader": {0: 0}, "CheckpointLoaderSimple": {0: 0, 2: 2}, "CLIPLoader": {0: 1},
+    "LTXAVTextEncoderLoader": {0: 1}, "VAELoader": {0: 2}, "LTXVAudioVAELoader": {0: 3},
+}  # fmt: skip
+"""The nodes that load their parts, and which output of *FlowLoader* takes the place of each output."""
+LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9}
+"""Frames of the clip in the tests, where the model does not take three."""
+
 
 def read(name: str, folder=FOLDER):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def stood_in(name, prompt, host, lora, controlnet):
+    """A workflow with small models in place of its files, a short clip and few steps."""
+    return of_flow(name, prompt, host) if name in FLOWS else of_demo(prompt, host, lora, controlnet)
+
+
+def of_flow(name, prompt, host):
+    """A workflow for another flow model than Wan, with small random weights and a clip with sound."""
+    flashes(host.base / "input" / "sounding.mp4", times=[Fraction(i, 24) for i in range(24)])
+    shutil.copy(REPO / "demo" / "overview.png", host.base / "input" / "example.png")
+    parts = {}
+    for node, given in prompt.items():
+        if given["class_type"] in FLOW_FILES:
+            sound = "audio" in given["inputs"].get("vae_name", "")
+            parts[node] = {0: 3} if sound else FLOW_FILES[given["class_type"]]
+    for given in prompt.values():
+        inputs, kind = given["inputs"], given["class_type"]
+        inputs |= {k: ["parts", parts[v[0]][v[1]]] for k, v in inputs.items() if isinstance(v, list) and v[0] in parts}
+        if kind == "FateZeroLoadVideo":
+            inputs |= {"file": "sounding.mp4", "width": 64, "height": 64, "count": LENGTHS[name]}
+        elif kind == "EmptyMiniMaxH3LatentAV":
+            inputs |= {"width": 64, "height": 64}
+        elif kind == "FluxKontextImageScale":
+            given |= {"class_type": "ImageScale"}
+            inputs |= {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
+        elif kind in WITH_STEPS:
+            inputs["steps"] = 2
+    kept = {node: given for node, given in prompt.items() if node not in parts}
+    return kept | {"parts": {"class_type": "FlowLoader", "inputs": {"kind": FLOWS[name]}}}
 
 
 def of_demo(prompt, host, lora, controlnet):
