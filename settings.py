@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from inspect import get_annotations
 from math import inf, isfinite
@@ -155,6 +155,28 @@ def shortened(text: str, most: int) -> str:
     """A text cut in its middle to at most `most` characters: errors start with the fault and end with the remedy."""
     head = 2 * (most - 5) // 3
     return text if len(text) <= most else f"{text[:head]} ... {text[head + 5 - most :]}"
+
+
+# --- numbers of words -----------------------------------------------------------------------
+
+
+def numbers_of_words(name: str, items: Iterable[str]) -> dict[str, float | tuple[float, float]]:
+    """Numbers of words written as "watercolor=10", ranges as "car=0.2:0.8". Raises ValueError, naming the setting."""
+    return dict(_number_of_word(name, item) for item in items)
+
+
+def _number_of_word(name: str, item: str) -> tuple[str, float | tuple[float, float]]:
+    word, _, text = item.rpartition("=")
+    try:
+        first, *more = map(float, text.split(":", 1))
+    except ValueError:
+        first, more, word = 0.0, [], ""
+    if not word.strip():
+        raise ValueError(f"{name} is {shown(item)}; it must be word=number, such as watercolor=10")
+    return word.strip(), (first, *more) if more else first  # type: ignore[return-value]
+
+
+# --- shares of steps ------------------------------------------------------------------------
 
 
 def steps_of_share(share: float, steps: int) -> int:

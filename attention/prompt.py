@@ -91,6 +91,10 @@ class Alignment:
         """The alignment on the device and in the dtype of a tensor."""
         return Alignment(self.matrix.to(like), self.copied.to(like), self.weights.to(like))
 
+    def within(self, fused: Tensor) -> Alignment:
+        """The alignment where some target tokens keep the target's own map. fused: (target tokens,), 0 for these."""
+        return Alignment(self.matrix, self.copied * fused, 1 + (self.weights - 1) * fused)
+
     def values(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """The values to multiply with the source's map and the target's own: (f h c d) -> (f h s d), (f h c d).
 
@@ -108,9 +112,9 @@ class Alignment:
 class PromptEdit:
     """A source prompt, a target prompt and how to edit their words.
 
-    blend_words: (source words, target words) whose maps make the blend mask. One side may be empty: the target's if
-    only self-attention is blended, either side with a mask of both prompts. Case and surrounding punctuation of words
-    are ignored; an entry may be a phrase; a repeated word means all its occurrences.
+    blend_words: (source words, target words) whose maps make the blend mask. One side may be empty: the target's,
+    where the mask is the source's alone, and either side with a mask of both prompts. Case and surrounding punctuation
+    of words are ignored; an entry may be a phrase; a repeated word means all its occurrences.
 
     Raises ValueError for a word that is not in its prompt, for unequal word counts in "replace", and for a tokenizer
     whose tokens cross spaces.

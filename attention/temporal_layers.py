@@ -7,7 +7,8 @@ change nothing: their output weights and biases are zero (both official codes in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,28 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class TemporalAttention(nn.Module):
+class CastConv(nn.Conv1d):
+    """The same for a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
+class TemporalLayer(nn.Module):
+    """A layer that mixes the frames of one clip."""
+
+    bypassed = False
+    """Whether it returns its input, as for single pictures."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.bypassed else self.mixed(x)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TemporalAttention(TemporalLayer):
     """Every place attends over the frames, without a mask or positions: (f t c) -> (f t c)."""
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -56,7 +78,7 @@ class TemporalAttention(nn.Module):
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mixed(self, x: Tensor) -> Tensor:
         places = rearrange(self.norm(x), "f t c -> t f c")
         q, k, v = (
             rearrange(to(places), "t f (h d) -> t h f d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v)
@@ -65,7 +87,7 @@ class TemporalAttention(nn.Module):
         return x + rearrange(self.to_out(attended), "t f c -> f t c")
 
 
-class TemporalConv(nn.Module):
+class TemporalConv(TemporalLayer):
     """A convolution over three frames, (f c y x) -> (f c y x): full, or low-rank with a residual connection.
 
     rank: None for a full one, initialized as the identity.
@@ -75,12 +97,12 @@ class TemporalConv(nn.Module):
         super().__init__()
         self.rank = rank
         if rank is None:
-            self.full = nn.Conv1d(channels, channels, 3, padding=1)
+            self.full = CastConv(channels, channels, 3, padding=1)
             nn.init.dirac_(self.full.weight)
             nn.init.zeros_(self.full.bias)  # type: ignore[arg-type]
         else:
-            self.down = nn.Conv1d(channels, rank, 3, padding=1, bias=False)
-            self.up = nn.Conv1d(rank, channels, 3, padding=1, bias=False)
+            self.down = CastConv(channels, rank, 3, padding=1, bias=False)
+            self.up = CastConv(rank, channels, 3, padding=1, bias=False)
             nn.init.normal_(self.down.weight, std=1 / rank)
             nn.init.zeros_(self.up.weight)
 
@@ -92,7 +114,7 @@ class TemporalConv(nn.Module):
         same = nn.init.dirac_(torch.empty_like(self.full.weight))
         return torch.equal(self.full.weight, same) and not self.full.bias.any()  # type: ignore[union-attr]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mixed(self, x: Tensor) -> Tensor:
         places = rearrange(x, "f c y x -> (y x) c f")
         done = self.full(places) if self.rank is None else places + self.up(self.down(places))
         return rearrange(done, "(y x) c f -> f c y x", y=x.shape[2])
@@ -188,6 +210,19 @@ class TemporalLayers(nn.Module):
             )
         return TemporalLayers(attentions, {}, "official")  # type: ignore[arg-type]
 
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Leave the layers out of calls, and of gradients, in the `with` block."""
+        layers = [layer for layer in self.modules() if isinstance(layer, TemporalLayer)]
+        before = [layer.bypassed for layer in layers]
+        try:
+            for layer in layers:
+                layer.bypassed = True
+            yield
+        finally:
+            for layer, was in zip(layers, before, strict=True):
+                layer.bypassed = was
+
     def after(self, name: str) -> nn.Module:
         """The layer after a module."""
         key = _key(name)
@@ -227,7 +262,13 @@ def trains(name: str) -> bool:
     return name.endswith((".attn1.to_q.weight", ".attn2.to_q.weight"))
 
 
-def trained_of(layers: TemporalLayers) -> dict[str, nn.Parameter]:
-    """The trained temporal weights: all of the attention over frames, but not norms and convolutions."""
-    attention, _ = NAMES[layers.kind]
-    return {name: weight for name, weight in layers.named().items() if f".{attention}." in name}
+def trained_of(layers: TemporalLayers, convolutions: bool = False) -> dict[str, nn.Parameter]:
+    """The trained temporal weights: all of the attention over frames, without its norm.
+
+    convolutions: train the convolutions over frames too, as the configuration files of FateZero's authors do. Raises
+    ValueError for layers without any.
+    """
+    if convolutions and not layers.convolutions:
+        raise ValueError("train_convolutions has no effect: these temporal layers have no convolutions over frames")
+    parts = (NAMES[layers.kind][0], *((CONV,) if convolutions else ()))
+    return {name: weight for name, weight in layers.named().items() if any(f".{part}." in name for part in parts)}

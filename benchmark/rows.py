@@ -38,17 +38,14 @@ from ..video.flow import flow_estimator
 from ..video.motion import Motion, smooth_along
 from .cases import Case
 
-Source = str | None
-"""Source of the attention: "inversion", "reconstruction", or None for no fusion."""
-
 
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
     run: edits a trial's clip without an inversion. Otherwise `settings` override those of the case's preset (the
-    paper's, or ours with `plus`) or of another `preset`, with attention of `source`. masked: with the true mask of what
-    changes as the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
+    paper's, or ours with `plus`) or of another `preset`, if `fused`. masked: with the true mask of what changes as
+    the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
     temporal layers on the image model, "fresh" or the bundled ones ("demo"), `tuned` on the clip for that many steps.
     transformer: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion.
     blind: invert with the empty prompt. guidance: of an edit without fusion, if not the run's.
@@ -56,7 +53,7 @@ class Method:
 
     name: str
     run: Callable[[Trial], Tensor] | None = None
-    source: Source = "inversion"
+    fused: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     preset: str | None = None
     plus: bool = False
@@ -133,7 +130,7 @@ class Trial:
         """The case's preset, the method's settings, and the words that draw a mask; an edit of style has none."""
         case, own = self.case, dict(method.settings)
         source, target = case.source.caption, case.target.caption
-        if method.source is None or method.injection is not None:
+        if not method.fused or method.injection is not None:
             scale = method.guidance or self.guidance_scale
             recipe = Recipe(source, target, guidance_scale=scale, injection=method.injection)
         else:
@@ -188,18 +185,10 @@ def _edited_on_one_model(trial: Trial, methods: Sequence[Method]) -> dict[str, T
     found: dict[str, Tensor] = {}
     passes: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
-        key = (
-            method.key_frames, method.clip_norm, method.blind, method.order, method.drawn,
-            method.source == "reconstruction",
-        )  # fmt: skip
+        key = (method.key_frames, method.clip_norm, method.blind, method.order, method.drawn)
         passes.setdefault(key, []).append(method)
-    inversions: dict[tuple[Any, ...], Inversion] = {}
-    for (*of_inversion, from_reconstruction), alike in passes.items():
-        if tuple(of_inversion) not in inversions:
-            inversions = {tuple(of_inversion): trial.invert(alike[0])}
-        inversion = inversions[tuple(of_inversion)]
-        if from_reconstruction:
-            inversion = reconstruction(trial, inversion)
+    for alike in passes.values():
+        inversion = trial.invert(alike[0])
         results = edit_many(trial.checkpoint.denoiser, inversion, [trial.edit(method) for method in alike])
         found |= {method.name: latents for method, latents in zip(alike, results, strict=True)}
     return found
@@ -240,20 +229,6 @@ def sdedit(strength: float) -> Callable[[Trial], Tensor]:
     return run
 
 
-def reconstruction(trial: Trial, inversion: Inversion) -> Inversion:
-    """An inversion with the attention of the guided reconstruction, as in Prompt-to-Prompt.
-
-    As in the paper's Fig. 8, the source is denoised from the inverted noise with guidance, and drifts from the clip.
-    The step that starts at level L reads level L - 1 and recomputes its attention, since the store has the inversion's.
-    """
-    store = inversion.store
-    replay = denoised(trial, store.level(store.steps), trial.source, store.key_frames, clip_norm=store.clip_norm).flip(
-        0
-    )
-    latents = torch.cat([replay[1:], replay[-1:]])
-    return Inversion(replace(store, levels=latents, memory="recompute", backend=None, kept_steps=0))
-
-
 def _keys(*entries: str | int) -> Method:
     return Method(f"key frames {', '.join(map(str, entries))}", key_frames=entries)
 
@@ -264,9 +239,9 @@ BEST = "FateZero+"
 
 METHODS: tuple[Method, ...] = (
     Method("autoencoder only", run=autoencoded),
-    Method("DDIM inversion + prompt", source=None),
+    Method("DDIM inversion + prompt", fused=False),
     *(Method(f"SDEdit {s}", run=sdedit(s)) for s in (0.4, 0.6, 0.8)),
-    Method("attention of the reconstruction", source="reconstruction"),
+    Method("attention of the reconstruction", settings={"attention_from": "reconstruction"}),
     Method(PAPER),
     Method("no self fusion", settings={"self_replace_steps": 0.0, "blend_self_attention": False}),
     Method("full self fusion", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
@@ -326,12 +301,12 @@ def _on_video(name: str, layers: str = "fresh", tuned: int = 150, **more: Any) -
     return Method(name, layers=layers, tuned=tuned, key_frames=("first", "previous"), clip_norm=True, **more)
 
 
-_AS_PAPER: dict[str, Any] = {"source": None, "blind": True, "guidance": 12.5}
+_AS_PAPER: dict[str, Any] = {"fused": False, "blind": True, "guidance": 12.5}
 TUNED = (
     *(_on_video(f"Tune-A-Video, {steps} steps", tuned=steps, **_AS_PAPER) for steps in (0, 50, 150)),
     _on_video("FateZero (paper), tuned 150 steps"),
     *(_on_video(f"FateZero+, tuned {steps} steps", tuned=steps, plus=True) for steps in (0, 50, 150)),
-    _on_video("video model, inversion + prompt", "demo", 0, source=None),
+    _on_video("video model, inversion + prompt", "demo", 0, fused=False),
     _on_video("FateZero+, video model", "demo", 0, plus=True),
     _on_video("FateZero+, video model tuned 50 steps", "demo", 50, plus=True),
 )
@@ -347,19 +322,19 @@ def _on_transformer(name: str, **more: Any) -> Method:
 
 
 TRANSFORMER = (
-    _on_transformer("inversion + prompt", source=None, guidance=5.0),
-    _on_transformer("inversion of second order + prompt", source=None, guidance=5.0, order=2),
+    _on_transformer("inversion + prompt", fused=False, guidance=5.0),
+    _on_transformer("inversion of second order + prompt", fused=False, guidance=5.0, order=2),
     _on_transformer("FateZero (paper)", settings={"guidance_scale": 5.0}),
     _on_transformer("FateZero+", plus=True),
     _on_transformer("FateZero+, second order", plus=True, order=2),
-    _on_transformer("FlowEdit", source=None, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
+    _on_transformer("FlowEdit", fused=False, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
     _on_transformer("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
         "guidance_scale": 10.0, "cross_replace_steps": 0.0, "self_replace_steps": 0.0,
     }, strength=0.7),
     _on_transformer(
         "FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7
     ),
-    Method("DDIM inversion of second order + prompt", source=None, order=2),
+    Method("DDIM inversion of second order + prompt", fused=False, order=2),
     Method("FateZero+, second order", plus=True, order=2),
 )  # fmt: skip
 """Rows with a video model, with FlowEdit on it, and with second-order solvers."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..imports import torch
 from ..video.fitted import FittedVideo
+from ..video.pictures import picture_files
 from ..video.read import VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.which import colour_of
+from .config.settings import of_setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +41,14 @@ def fit_frames(config: EditConfig | TuneConfig, source: VideoSource, multiple: i
     size = config.size or fit_size(max(1, width), max(1, height), native, multiple)
     check_size(*size, multiple)
     return FittedVideo.of(source, config.crop, size)
+
+
+def class_sources(config: TuneConfig) -> list[VideoSource]:
+    """The class pictures of a tuning, each its own source, since they may differ in size."""
+    path = Path(config.class_pictures)
+    with of_setting("class_pictures"):
+        files = (picture_files(path) or (path,)) if config.class_pictures else ()
+        return [open_video(file, background=colour_of(config.background)) for file in files]
 
 
 def found_frames(session: Session, config: EditConfig) -> VideoSource:

@@ -58,7 +58,7 @@ PAGES = {
         (f"clip.mp4 {_SD}", '--prompt "a silver jeep on a road" -o jeep'),
         {
             "Video and prompt": "VIDEO prompt",
-            "Training": "steps learning-rate seed",
+            "Training": "steps learning-rate seed class-pictures validate validate-every",
             "Frames": "start end count size",
             "Model": "model temporal",
             "Output": "output folder resume overwrite",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -13,7 +14,7 @@ from cyclopts import Group, Parameter, Token
 from ..attention.key_frames import KeyFrames
 from ..methods import METHODS
 from ..methods.layout_guidance import LayoutSettings
-from ..settings import NamedSetting, is_union, settings_of, shown
+from ..settings import NamedSetting, is_union, numbers_of_words, settings_of, shown
 from .config.settings import REPEATED, SECTIONS, ConfigError, EditConfig, GenerateConfig, TuneConfig
 from .progress import console, progress_bar
 from .session import Session
@@ -24,7 +25,7 @@ GROUPS = {
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit",
             *dict.fromkeys(one.meta.group for method in METHODS for one in settings_of(method.settings)),
-            "Flow smoothing", "The clip", "Layout", "This run", "On a Ray cluster",
+            "Validation", "Flow smoothing", "The clip", "Layout", "This run", "On a Ray cluster",
         )
     )
 }  # fmt: skip
@@ -209,18 +210,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _weights(pairs: list[str]) -> dict[str, float]:
-    return dict(_weight(pair) for pair in pairs)
-
-
-def _weight(pair: str) -> tuple[str, float]:
-    word, _, factor = pair.rpartition("=")
-    try:
-        return word, float(factor)
-    except ValueError:
-        raise ConfigError(f"reweight is {shown(pair)}; it must be word=factor, e.g. watercolor=10") from None
-
-
 def _moment(given: int | str) -> int | str:
     whole = isinstance(given, str) and given.strip().lstrip("+-").isdigit()
     return int(given) if whole else given
@@ -230,7 +219,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "key_frames": lambda text: KeyFrames.parse(text).entries,
     "blend_source": _words,
     "blend_target": _words,
-    "reweight": _weights,
+    "reweight": partial(numbers_of_words, "reweight"),
+    "cross_replace_words": partial(numbers_of_words, "cross_replace_words"),
     "crop": lambda text: whole_numbers("crop", text, ",", 4),
     "size": lambda text: whole_numbers("size", text.lower(), "x", 2),
     **dict.fromkeys(_REPEATED, lambda given: tuple(given) if isinstance(given, list) else given),

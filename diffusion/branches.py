@@ -110,7 +110,7 @@ class EditRun:
 
     def branches(self, z: Tensor, step: int, store: AttentionStore | None = None) -> Branches:
         """The branches of a step for latents z. store: a view of the edit's store, with other noise."""
-        return Branches(self, store or self.store, z, step)
+        return Branches(self, store or self.injected.store, z, step)
 
     def predict(self, branches: Branches, source: SourceStep, prepare: Prepare | None = None) -> Prediction:
         """The guided prediction on the source's chunk. prepare: called with the control of each branch."""

@@ -53,7 +53,7 @@ class Injection(Protocol):
     def reads_source(self, step: int, steps: int) -> bool:
         """Whether a step reads the source's attention."""
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
+    def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         """The number of model calls before the first step. spans_clip: see `Denoiser`."""
 
     def inside(self) -> Injection:
@@ -69,7 +69,7 @@ class BaseInjection:
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
+    def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         return 0
 
     def inside(self) -> Self:
@@ -229,6 +229,8 @@ class Injected:
 
     def __init__(self, edit: Edit, context: EditContext) -> None:
         self.context = context
+        self.store = context.store
+        """The store whose latents the source's branch reads."""
         self._inside = None if edit.mask is None else self.of_latents(edit.mask)
 
     def of_latents(self, mask: GivenMask) -> Tensor:

@@ -9,28 +9,32 @@ because the edit's first blocks run before the source's last blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
-from ..attention.prompt import Alignment, PromptEdit
+from ..attention.prompt import Alignment, PromptEdit, places_of
 from ..diffusion.parts import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
+from ..diffusion.reconstruction import reconstructed
 from ..diffusion.source import Needs
 from ..imports import F, torch
 from ..settings import check, setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import SourceStep
 from .fatezero_branch import Fuser
+from .fatezero_presets import PRESETS
+from .fatezero_shares import Shares, begin_and_end, check_shares
 from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MaskFrom = Literal["attention", "prompts"]
+AttentionFrom = Literal["inversion", "reconstruction"]
 GROUP = "FateZero"
 Grid = tuple[int, int]
 """Height and width of a grid of tokens."""
@@ -87,9 +91,31 @@ class FusionSettings:
         "that goes to the other words, so that objects do not mix. For UNets.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
+    cross_replace_from: float = setting(
+        0.0, "Share of steps at which cross_replace_steps begins.", least=0, most=1, step=0.01, group=GROUP
+    )
+    self_replace_from: float = setting(
+        0.0, "Share of steps at which self_replace_steps begins.", least=0, most=1, step=0.01, group=GROUP
+    )
+    cross_replace_words: Mapping[str, Shares] = setting(
+        dict,
+        "cross_replace_steps of single words of the target prompt: Porsche=0.2, or Porsche=0.1:0.4 with a beginning.",
+        group=GROUP,
+    )
+    attention_from: AttentionFrom = setting(
+        "inversion",
+        "The source's attention. inversion: that of the inversion, as in the paper. reconstruction: that of guided "
+        "sampling with the source prompt, as in Prompt-to-Prompt; the paper's ablation, which drifts from the video.",
+        group=GROUP,
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        ends = {"cross_replace_steps": self.cross_replace_from, "self_replace_steps": self.self_replace_from}
+        for name, begin in ends.items():
+            check_shares(name, (begin, getattr(self, name)))
+        for word, shares in self.cross_replace_words.items():
+            check_shares(f"cross_replace_words: {word}", begin_and_end(shares))
         if self.separate_words and not self.masks_by_prompts:
             raise ValueError(
                 'separate_words needs a mask of both prompts: mask_from="prompts", with blend_self_attention or '
@@ -97,12 +123,33 @@ class FusionSettings:
             )
 
     def cross_steps(self, steps: int) -> int:
-        """The number of steps that fuse cross-attention."""
-        return steps_of_share(self.cross_replace_steps, steps)
+        """The number of steps that fuse the cross-attention of any word."""
+        return sum(self.fuses_cross(step, steps) for step in range(steps))
 
     def self_steps(self, steps: int) -> int:
         """The number of steps that fuse self-attention."""
-        return whole_steps(self.self_replace_steps, steps)
+        return len(self.self_range(steps))
+
+    def fuses_cross(self, step: int, steps: int) -> bool:
+        """Whether a step fuses the cross-attention of any word."""
+        return any(step in self.cross_range(steps, word) for word in (None, *self.cross_replace_words))
+
+    def cross_range(self, steps: int, word: str | None = None) -> range:
+        """The steps that fuse the cross-attention of a word with shares of its own, or None for all other tokens."""
+        own = None if word is None else self.cross_replace_words.get(word)
+        begin, end = (self.cross_replace_from, self.cross_replace_steps) if own is None else begin_and_end(own)
+        return range(steps_of_share(begin, steps), steps_of_share(end, steps))
+
+    def aligned(self, alignment: Alignment, columns: Mapping[str, list[int]], step: int, steps: int) -> Alignment:
+        """The alignment in a step. columns: of the words with shares of their own, in the target."""
+        fused = torch.full_like(alignment.copied, step in self.cross_range(steps))
+        for word, own in columns.items():
+            fused[own] = float(step in self.cross_range(steps, word))
+        return alignment.within(fused)
+
+    def self_range(self, steps: int) -> range:
+        """The steps that fuse self-attention."""
+        return range(whole_steps(self.self_replace_from, steps), whole_steps(self.self_replace_steps, steps))
 
     def latent_steps(self, steps: int) -> range:
         """The steps after which latents are blended."""
@@ -133,19 +180,30 @@ class FusionSettings:
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """A mask needs a setting that blends; blending needs the prompt pair."""
         in_area = edit.layout is not None and edit.layout.keeps_rest
+        if edit.prompt is not None:
+            self.check_words(edit.prompt.target)
         if edit.mask is not None and edit.prompt is not None and not (self.blends or in_area):
             raise ValueError("a mask needs blend_self_attention or blend_latents: no other setting uses a mask")
         if edit.prompt is None and self.blends:
             raise ValueError("blend_self_attention and blend_latents need prompt=PromptEdit(..., blend_words=...)")
 
+    def check_words(self, target: str) -> None:
+        """Raise ValueError for a word with shares of its own that the target prompt does not have."""
+        for word in self.cross_replace_words:
+            places_of(target, word, "cross_replace_words")
+
     def reads_source(self, step: int, steps: int) -> bool:
         plan = StepPlan.of(self, step, steps)
         return plan.fuse_cross or plan.fuse_self or plan.mask
 
-    def preparing_calls(self, steps: int, mask: GivenMask | None, spans_clip: bool) -> int:
-        """Calls for the mask of both prompts, and on a video transformer for any computed mask."""
-        own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not (mask is not None and mask.replaces)
-        return 2 * len(difference_levels(steps)) if own_mask else 0
+    def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
+        """Calls for the reconstruction, for the mask of both prompts, and on a video transformer for any computed
+        mask.
+        """
+        replaced = edit.mask is not None and edit.mask.replaces
+        own_mask = (self.blends if spans_clip else self.masks_by_prompts) and not replaced
+        replay = steps * (1 if edit.guidance_scale == 1 else 2) if self.attention_from == "reconstruction" else 0
+        return replay + (2 * len(difference_levels(steps)) if own_mask else 0)
 
     def inside(self) -> FusionSettings:
         return replace(self, blend_latents=True, blend_latents_until=1.0)
@@ -173,10 +231,10 @@ class StepPlan:
     @classmethod
     def of(cls, fusion: FusionSettings, step: int, steps: int) -> StepPlan:
         """The plan of step `step` of `steps`, 0 being the noisiest."""
-        fuse_self = step < fusion.self_steps(steps)
+        fuse_self = step in fusion.self_range(steps)
         blend_latents = step in fusion.latent_steps(steps)
         mask = blend_latents or (fuse_self and fusion.blend_self_attention)
-        return cls(step < fusion.cross_steps(steps), fuse_self, blend_latents, mask and fusion.masks_by_step)
+        return cls(fusion.fuses_cross(step, steps), fuse_self, blend_latents, mask and fusion.masks_by_step)
 
     def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
         """Names of the layers whose source attention this step reads."""
@@ -190,53 +248,28 @@ _ALL_BUT_AN_AREA: dict[str, Any] = {
     "separate_words": 0.0,
 }  # fmt: skip
 """Settings that keep the source outside a layout's area."""
-_MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
-    "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
-    "shape": {
-        "cross_replace_steps": 0.5,
-        "self_replace_steps": 0.5,
-        "blend_self_attention": True,
-        "blend_threshold": 0.3,
-    },
-    "style+": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
-    "attribute+": {
-        "guidance_scale": 5.0,
-        "cross_replace_steps": 0.9,
-        "self_replace_steps": 0.8,
-        "blend_threshold": 0.2,
-        **_MASKED,
-    },
-    "shape+": {
-        "guidance_scale": 5.0,
-        "cross_replace_steps": 0.4,
-        "self_replace_steps": 0.3,
-        "blend_self_attention": True,
-        "blend_threshold": 0.15,
-        **_MASKED,
-    },
-}
-"""style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
-style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
-(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, fewer looks
-inside of it at words of elsewhere, and other shares of steps."""
 
 
 class Fusion(Injected):
     """FateZero's fusion in one edit, its inputs checked."""
 
-    own_level = False
-
     def __init__(self, settings: FusionSettings, prompt: PromptEdit, edit: Edit, context: EditContext) -> None:
-        self.context = context
+        self.context, self.store = context, context.store
         self.settings = settings
+        self.own_level = settings.attention_from == "reconstruction"
+        if self.own_level and context.store.drawn is not None:
+            raise ValueError("attention_from is reconstruction, which needs an inversion: FlowEdit has none")
+        self.guidance_scale, self.negative = edit.guidance_scale, edit.negative_embeddings
         given = edit.mask
         self.in_area = edit.layout is not None and edit.layout.keeps_rest
         if self.in_area:
             self.settings = settings = replace(settings, **_ALL_BUT_AN_AREA)
         source, target = context.store.source, context.target
         self.alignment: Alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
+        self.columns_of_words = {
+            word: prompt.token_indices(prompt.target, word, target.text_tokens, "cross_replace_words")
+            for word in settings.cross_replace_words
+        }
         self.wordless = prompt.wordless(prompt.source, source.text_tokens)
         self.given = given
         self.given_at: dict[Grid, Tensor] = {}
@@ -254,16 +287,16 @@ class Fusion(Injected):
         if settings.blends and not self.in_area and not (given is not None and given.replaces):
             if settings.masks_by_step or prompt.blend_words is not None:
                 self.blend_tokens = prompt.blend_tokens(source.text_tokens, target.text_tokens)
-            if settings.masks_by_step:
-                if not self.blend_tokens[0]:
-                    raise ValueError("a mask from attention needs blend_words of the source prompt")
-                if settings.blend_latents and not self.blend_tokens[1]:
-                    raise ValueError("blend_latents needs blend_words of the target prompt too")
+            if settings.masks_by_step and not self.blend_tokens[0]:
+                raise ValueError("a mask from attention needs blend_words of the source prompt")
             if self.masks_by_step:
                 self.mask_sites = mask_sites(context.sites, settings.mask_tokens)
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
-        """Compute the mask of the two prompts or of a layout's area, if the edit uses one."""
+        """Compute the reconstruction, and the mask of the two prompts or of a layout's area, if the edit uses them."""
+        if self.own_level:
+            context = self.context
+            self.store = reconstructed(context.denoiser, context.store, self.negative, self.guidance_scale, chunks)
         if self.context.area is not None:
             area = self.context.area
             if self.given is None:
@@ -310,9 +343,15 @@ class Fusion(Injected):
 
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
         """Of the target's branch, and of the negative prompt's, which is not changed."""
-        return self._control(source, self.plan(step)), Control(source.key_frames, source.chunk)
+        return self._control(source, self.plan(step), self.alignment_at(step)), Control(source.key_frames, source.chunk)
 
-    def _control(self, source: SourceStep, plan: StepPlan) -> Control:
+    def alignment_at(self, step: int) -> Alignment:
+        """The alignment of a step, in which words outside their own share of steps keep the edit's attention."""
+        if not self.columns_of_words:
+            return self.alignment
+        return self.settings.aligned(self.alignment, self.columns_of_words, step, self.context.steps)
+
+    def _control(self, source: SourceStep, plan: StepPlan, alignment: Alignment) -> Control:
         fuses = plan.fuse_cross or plan.fuse_self or plan.blend_latents or self.foreign is not None
         if not fuses:
             return Control(source.key_frames, source.chunk)
@@ -323,7 +362,7 @@ class Fusion(Injected):
             masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [], source.chunk)
         keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
         shares = self.shares(source.chunk)
-        return Fuser(source, self.alignment, self.settings, plan, masks, shares, keep, self.in_area)
+        return Fuser(source, alignment, self.settings, plan, masks, shares, keep, self.in_area)
 
     def shares(self, chunk: Chunk) -> dict[Grid, Tensor] | None:
         """The share of its attention to each target token that each position of a chunk keeps, on each grid.
@@ -369,6 +408,7 @@ class Fusion(Injected):
         return found
 
 
+_LATER = ("cross_replace_from", "self_replace_from", "cross_replace_words", "attention_from")
 METHOD = Method(
     name="fatezero",
     title="FateZero",
@@ -376,10 +416,11 @@ METHOD = Method(
     sentence="Fuses the inversion's self- and cross-attention into the edit, word by word and under a blend mask.",
     part="injection",
     settings=FusionSettings,
-    presets=_PRESETS,
+    presets=PRESETS,
     node_id="FateZeroFusion",
     node_title="FateZero Settings",
     node_text="How much of the source's attention an edit uses, for preset custom of Edit Video.",
     aliases=("attention fusion", "cross replace steps", "self replace steps", "blend mask"),
-    advanced=("max_tokens", "mask_tokens"),
+    advanced=("max_tokens", "mask_tokens", *_LATER),
+    later=_LATER,
 )

@@ -17,7 +17,8 @@ class Method:
     sentence: what it does. part: its part of an edit: injection, propagation, start, or training before the edit.
     settings: the dataclass that is this part, or makes it. presets: values of settings of the whole edit, by the
     preset's name. node_id, node_title, node_text: of the ComfyUI node of the settings; empty for defaults made from the
-    others. aliases, advanced: its search words, and its rarely used widgets. needs_mask: whether it needs an edit mask.
+    others. aliases, advanced: its search words, and its rarely used widgets. later: widgets that older workflows lack.
+    needs_mask: whether it needs an edit mask.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     node_text: str = ""
     aliases: tuple[str, ...] = ()
     advanced: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
     needs_mask: bool = False
 
     def __post_init__(self) -> None:

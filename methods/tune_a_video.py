@@ -6,17 +6,19 @@ timestep per step (Sec. 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..attention.condition import Condition
-from ..attention.key_frames import KeyFrames
+from ..attention.control import Control
+from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.temporal_kind import TRAINED_KEYS, Kind
-from ..diffusion.denoiser import check_finite
-from ..diffusion.training import Tunable, clip_loss
-from ..imports import torch
+from ..diffusion.denoiser import Guidance, check_finite
+from ..diffusion.schedule import timestep_at
+from ..diffusion.training import Prior, Tunable, clip_loss
+from ..imports import no_grad, torch
 from ..settings import check, setting
 from .method import Method
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 Optimizer = Literal["adamw", "adamw8bit"]
 
-GROUP = "Tuning"
+GROUP, VALIDATION = "Tuning", "Validation"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LayerSettings:
     layers: Kind = setting(
         "official",
         "Kind of new layers: official (Tune-A-Video) has attention over frames; fatezero also has convolutions over "
-        "frames, which its authors' code does not train.",
+        "frames, which train_convolutions trains.",
         group=GROUP,
     )
     rank: int | None = setting(
@@ -69,15 +71,109 @@ class TuneSettings:
         group=GROUP,
     )
     seed: int = setting(0, "Random seed for timesteps and noise.", least=0, most=2**63 - 1, group=GROUP)
+    train_convolutions: bool = setting(
+        False,
+        "Train fatezero's convolutions over frames too, as all configuration files of its authors do. Otherwise new "
+        "ones have no effect.",
+        group=GROUP,
+    )
+    prior_preservation: float = setting(
+        0.0,
+        "Weight in the loss of the distance from the untuned image model's prediction, for the clip's first frame and "
+        "for class pictures. 0 turns it off.",
+        least=0, most=1000, group=GROUP,
+    )  # fmt: skip
+    class_batch: int | None = setting(
+        None, "Class pictures per step.", least=1, most=10_000, shown="as many as the clip has frames", group=GROUP
+    )
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """When and how clips are sampled while a model is tuned. Raises ValueError out of range."""
+
+    validate_every: int | None = setting(
+        None,
+        "Steps between validation clips, which are sampled from the clip's inverted noise; and at the end. FateZero's "
+        "authors use 50.",
+        least=1, most=100_000, shown="none", group=VALIDATION,
+    )  # fmt: skip
+    validate_steps: int = setting(
+        50, "Steps of the inversion and of the sampling of validation clips.", least=1, most=999, group=VALIDATION
+    )
+    validate_guidance: float = setting(
+        12.5,
+        "Classifier-free guidance scale of validation clips. Tune-A-Video's authors use 12.5, FateZero's 7.5.",
+        least=0, most=100, group=VALIDATION,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """Pictures of the clip's class as regularization: each step on the clip comes after one on some of them.
+
+    Each picture has its own timestep, and temporal layers have no part, as in FateZero's code. latents: (pictures, 4,
+    h, w). embeddings: of the class prompt. deviation: as that of `TuneRun`. draws: (numbers of pictures, timestep of
+    each, noise (n, 4, h, w)) of each step, instead of random ones. progress: called after each step with (loss, norm of
+    the gradients before clipping).
+    """
+
+    latents: Tensor
+    embeddings: Tensor | Condition
+    deviation: Tensor | None = None
+    draws: Iterable[tuple[Sequence[int], Sequence[int], Tensor]] | None = None
+    progress: Callable[[float, float], None] | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Clips to sample while a model is tuned.
+
+    prompts, negative: embeddings. source: of the inversion's prompt; Tune-A-Video's authors use an empty one,
+    FateZero's the clip's. show: called with (steps done, the latents (frames, 4, h, w) of each prompt).
+    """
+
+    prompts: Sequence[Tensor | Condition]
+    source: Tensor | Condition
+    negative: Tensor | Condition
+    show: Callable[[int, list[Tensor]], None]
+    settings: ValidationSettings = ValidationSettings(validate_every=50)
+
+    def due(self, done: int, steps: int) -> bool:
+        """Whether clips are sampled after a step."""
+        every = self.settings.validate_every
+        return every is not None and (done % every == 0 or done == steps)
 
 
 TuneProgress = Callable[[int, int, float, float], None]
 """Called after each step with (steps done, total steps, loss, norm of the gradients before clipping)."""
 State: TypeAlias = "Mapping[str, Tensor]"
 """The state of a tuning for resuming: weights, optimizer and losses."""
+
+
+@dataclass(frozen=True)
+class TuneRun:
+    """A run of `tune`: its other inputs, and what is reported and saved on the way.
+
+    deviation: of the autoencoder's posterior, in the latents' shape; each step then uses a sample, as in the authors'
+    code. keep: called with the state every `keep_every` steps and at the end; `resume` continues from a state with the
+    same result. accelerator: accelerate's, for mixed precision and several processes, each with its own noise.
+    """
+
+    deviation: Tensor | None = None
+    class_pictures: ClassPictures | None = None
+    validation: Validation | None = None
+    resume: State | None = None
+    keep: Callable[[State], None] | None = None
+    keep_every: int = 100
+    accelerator: Any = None
+    progress: TuneProgress | None = None
 
 
 def tune(
@@ -88,44 +184,67 @@ def tune(
     draws: Iterable[tuple[int, Tensor]] | None = None,
     key_frames: KeyFrames | Iterable[str | int] | str | int = TRAINED_KEYS,
     clip_norm: bool = True,
-    *,
-    deviation: Tensor | None = None,
-    resume: State | None = None,
-    keep: Callable[[State], None] | None = None,
-    keep_every: int = 100,
-    accelerator: Any = None,
-    progress: TuneProgress | None = None,
+    **run: Any,
 ) -> list[float]:
     """Train a model's temporal layers on one clip (paper Sec. 3.3); returns all losses, those before `resume` too.
 
     latents: (frames, 4, h, w). embeddings: of the clip's prompt. draws: (timestep, noise (frames, 4, h, w)) of each
-    step, instead of random ones. deviation: of the autoencoder's posterior, in the latents' shape; each step then uses
-    a sample, as in the authors' code. The loss is the mean squared error of the noise, or of v if the model predicts
-    it. keep: called with the state every `keep_every` steps and at the end; `resume` continues from a state with the
-    same result. accelerator: accelerate's, for mixed precision and several processes, each with its own noise.
-    Raises ValueError for a model without temporal layers or a state of another tuning, and ArithmeticError for numbers
-    out of range.
+    step, instead of random ones. run: the fields of `TuneRun`. The loss is the mean squared error of the noise, or of v
+    if the model predicts it. Raises ValueError for a model without temporal layers or a state of another tuning, and
+    ArithmeticError for numbers out of range.
     """
-    settings = settings or TuneSettings()
+    settings, more = settings or TuneSettings(), TuneRun(**run)
     keys, condition = KeyFrames.of(key_frames), Condition.of(embeddings, "embeddings").to(latents)
-    with torch.enable_grad(), denoiser.training(), denoiser.hooked(clip_norm):
-        tuning = _Tuning(denoiser.trained(), settings, accelerator or _NoAccelerator())
-        if resume is not None:
-            tuning.load(resume)
+    with torch.enable_grad(), denoiser.training(settings.train_convolutions):
+        tuning = _Tuning(denoiser, settings, more.accelerator or _NoAccelerator())
+        if more.resume is not None:
+            tuning.load(more.resume)
         done = len(tuning.losses)
         given = (
             random_draws(latents, settings, done, tuning.accelerator) if draws is None else islice(draws, done, None)
         )
+        pictures = _draws_of(more.class_pictures, len(latents), settings, done, tuning.accelerator)
         for timestep, noise in given:
-            sample = latents if deviation is None else latents + deviation * _posterior_noise(latents, settings, done)
-            loss = clip_loss(denoiser, sample, noise.to(latents), timestep, condition, keys)
-            norm = tuning.step(loss)
+            with denoiser.hooked(clip_norm):
+                if more.class_pictures is not None:
+                    tuning.on_pictures(more.class_pictures, *next(pictures))
+                sample = _sample(latents, more.deviation, settings, 2 * done + 1)
+                norm = tuning.on_clip(sample, noise.to(latents), timestep, condition, keys)
             done += 1
-            if progress:
-                progress(done, settings.steps, tuning.losses[-1], norm)
-            if keep and (done % keep_every == 0 or done == settings.steps):
-                keep(tuning.state())
+            if more.progress:
+                more.progress(done, settings.steps, tuning.losses[-1], norm)
+            if more.keep and (done % more.keep_every == 0 or done == settings.steps):
+                more.keep(tuning.state())
+            if more.validation is not None and more.validation.due(done, settings.steps):
+                with torch.no_grad():
+                    more.validation.show(done, validation_clips(denoiser, latents, more.validation, keys, clip_norm))
     return tuning.losses
+
+
+@no_grad
+def validation_clips(
+    denoiser: Tunable, latents: Tensor, validation: Validation, keys: KeyFrames, clip_norm: bool
+) -> list[Tensor]:
+    """Clips of the validation's prompts, by DDIM from the clip's inverted noise (paper Sec. 3.3)."""
+    schedule, control = denoiser.schedule(validation.settings.validate_steps), Control(keys, Chunk.whole(len(latents)))
+    source, negative, *prompts = (
+        Condition.of(text, "embeddings").to(latents)
+        for text in (validation.source, validation.negative, *validation.prompts)
+    )
+    guidance = Guidance(negative, control, validation.settings.validate_guidance)
+    with denoiser.hooked(clip_norm):
+        noise = latents
+        for level in range(schedule.steps):
+            predicted = denoiser.predict_noise(noise, timestep_at(schedule, level + 1), source, control)
+            noise = schedule.move(noise, predicted, level, level + 1)
+        clips = []
+        for prompt in prompts:
+            z = noise
+            for level in range(schedule.steps, 0, -1):
+                predicted = denoiser.predict_noise(z, timestep_at(schedule, level), prompt, control, guidance)
+                z = schedule.move(z, predicted, level, level - 1)
+            clips.append(z)
+    return clips
 
 
 # --- random numbers -------------------------------------------------------------------
@@ -142,8 +261,32 @@ def random_draws(
         yield timestep, torch.randn(latents.shape, generator=random, dtype=torch.float32)
 
 
-def _posterior_noise(latents: Tensor, settings: TuneSettings, step: int) -> Tensor:
-    return torch.randn(latents.shape, generator=_random(settings, 2 * step + 1), dtype=torch.float32).to(latents)
+def _draws_of(
+    pictures: ClassPictures | None, frames: int, settings: TuneSettings, done: int, accelerator: Any
+) -> Iterator[tuple[Sequence[int], Sequence[int], Tensor]]:
+    """The class pictures of every remaining step, with the timestep and the noise of each."""
+    if pictures is None:
+        return
+    if pictures.draws is not None:
+        yield from islice(pictures.draws, done, None)
+        return
+    count = min(settings.class_batch or frames, len(pictures.latents))
+    for step in range(done, settings.steps):
+        random = _random(settings, _PICTURES + step * accelerator.num_processes + accelerator.process_index)
+        numbers = torch.randperm(len(pictures.latents), generator=random)[:count].tolist()
+        timesteps = torch.randint(1000, (count,), generator=random).tolist()
+        yield numbers, timesteps, torch.randn((count, *pictures.latents.shape[1:]), generator=random)
+
+
+_PICTURES, _PICTURES_POSTERIOR = 2**40, 2**41
+"""Where the numbers of class pictures' random generators begin."""
+
+
+def _sample(mean: Tensor, deviation: Tensor | None, settings: TuneSettings, number: int) -> Tensor:
+    """A sample of the autoencoder's posterior."""
+    if deviation is None:
+        return mean
+    return mean + deviation * torch.randn(mean.shape, generator=_random(settings, number)).to(mean)
 
 
 def _random(settings: TuneSettings, number: int) -> torch.Generator:
@@ -175,28 +318,58 @@ class _NoAccelerator:
 class _Tuning:
     """The steps of a tuning: weights, optimizer and losses so far."""
 
-    def __init__(self, trained: dict[str, nn.Parameter], settings: TuneSettings, accelerator: Any) -> None:
-        self.trained, self.settings, self.accelerator = trained, settings, accelerator
-        self.losses: list[float] = []
+    def __init__(self, denoiser: Tunable, settings: TuneSettings, accelerator: Any) -> None:
+        self.denoiser, self.settings, self.accelerator = denoiser, settings, accelerator
+        self.trained, self.losses = denoiser.trained(settings.train_convolutions), list[float]()
         kind = optimizer_class(settings.optimizer)
-        optimizer = kind(trained.values(), settings.learning_rate, (0.9, 0.999), 1e-8, settings.weight_decay)
+        optimizer = kind(self.trained.values(), settings.learning_rate, (0.9, 0.999), 1e-8, settings.weight_decay)
         self.optimizer = accelerator.prepare(optimizer)
+        self.prior = self._prior() if settings.prior_preservation else None
 
-    def step(self, loss: Tensor) -> float:
-        """Update the weights; returns the norm of the gradients before clipping."""
+    def _prior(self) -> Prior:
+        from ..attention.temporal_layers import is_temporal  # imports torch
+
+        own = [weight for name, weight in self.trained.items() if not is_temporal(name)]
+        return Prior(self.settings.prior_preservation, {weight: weight.detach().clone() for weight in own})
+
+    def on_clip(self, latents: Tensor, noise: Tensor, timestep: int, condition: Condition, keys: KeyFrames) -> float:
+        """A step on the clip; returns the norm of the gradients before clipping."""
+        loss, norm = self.step(clip_loss(self.denoiser, latents, noise, timestep, condition, keys, self.prior))
+        self.losses.append(loss)
+        return norm
+
+    def on_pictures(
+        self, pictures: ClassPictures, numbers: Sequence[int], timesteps: Sequence[int], noise: Tensor
+    ) -> None:
+        """A step on class pictures, without temporal layers."""
+        means = pictures.latents[list(numbers)]
+        deviation = None if pictures.deviation is None else pictures.deviation[list(numbers)]
+        latents = _sample(means, deviation, self.settings, _PICTURES_POSTERIOR + len(self.losses))
+        condition = Condition.of(pictures.embeddings, "embeddings of the class").to(latents)
+        own = KeyFrames(("self",))
+        with self.denoiser.bypassed():
+            losses = [
+                clip_loss(self.denoiser, z[None], eps[None], t, condition, own, self.prior)
+                for z, eps, t in zip(latents, noise.to(latents), timesteps, strict=True)
+            ]
+            done = self.step(torch.stack(losses).mean())
+        if pictures.progress:
+            pictures.progress(*done)
+
+    def step(self, loss: Tensor) -> tuple[float, float]:
+        """Update the weights; returns the loss and the norm of the gradients before clipping."""
         what = f"step {len(self.losses) + 1} of the tuning"
         check_finite(loss.detach(), f"the loss of {what}")
         self.accelerator.backward(loss)
         if self.accelerator.num_processes > 1:
-            for weight in self.trained.values():
+            for weight in (one for one in self.trained.values() if one.grad is not None):
                 weight.grad = self.accelerator.reduce(weight.grad, "mean")
         norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.settings.clip_gradients)
         if self.accelerator.scaler is None:  # a scaler skips steps that are not finite
             check_finite(norm, f"the gradients of {what}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
-        return float(norm)
+        return self.accelerator.reduce(loss.detach(), "mean").item(), float(norm)
 
     def state(self) -> dict[str, Tensor]:
         """The state for `load`, on the CPU."""

@@ -11,15 +11,14 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..attention.masks import GivenMask, MaskMode
+from ..attention.masks import MaskMode
 from ..attention.prompt import PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import check_masking, edit_clip, only_inside
-from ..hosts.comfyui.families import count_layers, facts_of
+from ..hosts.comfyui.editing import check_masking, edit_clip, given_mask, only_inside
+from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore
-from ..hosts.comfyui.noise import noise_of
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -189,7 +188,7 @@ class EditInputs:
         if 0 < self.guidance < 1:
             raise ValueError(f"guidance: is {self.guidance:g}; it must be at least 1, or 0 for the preset's")
         recipe = Recipe(injection=self.settings) if self.preset in (NONE, CUSTOM) else Recipe.of_preset(self.preset)
-        mask = None if self.mask is None else GivenMask(self.mask.reshape(-1, *self.mask.shape[-2:]), self.mask_mode)
+        mask = None if self.mask is None else given_mask(self.model, self.store, self.mask, self.mask_mode)
         return replace(
             recipe,
             guidance_scale=self.guidance or recipe.guidance_scale,
@@ -201,8 +200,10 @@ class EditInputs:
 
     def edit(self, suffix: str = "") -> Edit:
         """The edit. suffix: distinguishes its prompts from those of other edits of the pass."""
-        recipe, start = self.recipe, start_of(self.store)
-        positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive")
+        recipe, start, attends = self.recipe, start_of(self.store), facts_of(self.model).attention
+        if recipe.injection is not None:
+            check_attention(self.model, f"preset: {self.preset}")
+        positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends)
         negative = None
         if recipe.guidance_scale != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
@@ -216,7 +217,7 @@ class EditInputs:
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if edit.mask is None and clips_mask is not None:
-            edit = only_inside(edit, noise_of(self.model).mask_from_host(clips_mask))
+            edit = only_inside(self.model, self.store, edit, clips_mask)
         first_step(edit.strength, self.store.steps)
         _check_words(edit, self.positive, self.preset)
         check_parts(edit, facts_of(self.model).spans_clip, start)
@@ -269,7 +270,8 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     spans_clip, start = facts_of(model).spans_clip, start_of(store)
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start)
     kind = "model" if spans_clip else "UNet"
-    lines = [] if hooked is None else [f"hooked {hooked} of {count_layers(model)} attention layers"]
+    layers = count_layers(model)
+    lines = [] if hooked is None or not layers else [f"hooked {hooked} of {layers} attention layers"]
     lines.append("injected nothing from the source" if edit.fusion is None else edit.fusion.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..hosts.comfyui.conditions import HostCondition
+from ..hosts.comfyui.families import facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
@@ -33,16 +34,25 @@ class FateZeroFlowEdit(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The clip, as for Invert Video (Encode Video)."),
                 STEPS,
                 *widgets(FlowEditSettings),
+                io.Combo.Input(
+                    "sound",
+                    options=["keep", "edit"],
+                    optional=True,
+                    advanced=True,
+                    tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
+                ),
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **values: Any) -> io.NodeOutput:
-        condition = HostCondition.of_socket(source, "source", "source")
+    def execute(
+        cls, model: Any, source: Any, latent: dict[str, Any], steps: int, sound: str = "keep", **values: Any
+    ) -> io.NodeOutput:
+        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
         settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
 
         def drawn(of: Any, latents: Tensor) -> AttentionStore:
             return draw(of, latents, condition, steps, settings, prompt=prompt).store
 
-        return io.NodeOutput(draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK)))
+        return io.NodeOutput(draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK), sound == "keep"))

@@ -112,7 +112,7 @@ class FateZeroInvert(io.ComfyNode):
             shown[0] = text
             show_on_node(cls.hidden.unique_id, text)
 
-        condition = HostCondition.of_socket(source, "source", "source")
+        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
         chosen = invert_settings(source, **settings)
         noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), notify)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(shown[0]))

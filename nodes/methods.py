@@ -28,7 +28,7 @@ def settings_node(method: Method) -> type[io.ComfyNode]:
                 display_name=method.node_title,
                 description=method.node_text,
                 search_aliases=[*method.aliases],
-                inputs=widgets(method.settings, advanced=method.advanced),
+                inputs=widgets(method.settings, advanced=method.advanced, later=method.later),
                 outputs=[_OUTPUTS[method.part]],
             )
 

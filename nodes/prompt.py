@@ -11,7 +11,8 @@ from comfy_api.latest import io, ui
 from ..attention.prompt import BLOCK, PromptEdit
 from ..hosts.comfyui.families import TEXT_ENCODERS, tokenizer_of
 from ..recipes.recipe import blend_words
-from .settings import widget
+from ..settings import numbers_of_words
+from .settings import widget, words_in
 from .sockets import PROMPT_KEY, TEXT_KEY, PromptEditSocket, schema, show_on_node
 
 
@@ -49,9 +50,10 @@ class FateZeroPromptEdit(io.ComfyNode):
                 io.String.Input(
                     "blend_target",
                     default="",
-                    tooltip="Words of the target for the blend mask of latents. Empty: the words that change.",
+                    tooltip="Words of the target for the blend mask of latents. Empty: the words that change; none: "
+                    "the source's mask alone.",
                 ),
-                widget(PromptEdit, "reweight", default=""),
+                widget(PromptEdit, "reweight"),
             ],
             outputs=[
                 io.Conditioning.Output("source_conditioning", display_name="source", tooltip="For Invert Video."),
@@ -74,7 +76,7 @@ class FateZeroPromptEdit(io.ComfyNode):
             if not text:
                 raise ValueError(f"{name}: is empty: describe the {'video' if name == 'source' else 'edit'}")
         blend = blend_words(
-            words["source"], words["target"], tuple(_listed(blend_source)), tuple(_listed(blend_target))
+            words["source"], words["target"], tuple(words_in(blend_source)), tuple(words_in(blend_target))
         )
         tokenizer = tokenizer_of(clip)
         pair = PromptEdit(words["source"], words["target"], tokenizer)
@@ -82,7 +84,8 @@ class FateZeroPromptEdit(io.ComfyNode):
             for word in given:
                 pair.token_indices(words[name], word, maxsize, f"blend_{name}")  # raises ValueError for unknown words
         prompt = PromptEdit(
-            words["source"], words["target"], tokenizer, mode, blend if any(blend) else None, _weights(reweight)  # type: ignore[arg-type]
+            words["source"], words["target"], tokenizer, mode,  # type: ignore[arg-type]
+            blend if any(blend) else None, numbers_of_words("reweight", words_in(reweight)),  # type: ignore[arg-type]
         )  # fmt: skip
         conditionings = [encoded(clip, text, prompt, name) for name, text in (("source", source), ("target", target))]
         alignment = prompt.describe()
@@ -132,21 +135,3 @@ def _check_layout(tokens: dict[str, Any], pair: PromptEdit, words: str, name: st
                 f"{name}: its tokens are not consecutive: remove embedding:..., and weights at the boundary of {BLOCK} "
                 "tokens"
             )
-
-
-def _listed(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _weights(text: str) -> dict[str, float]:
-    """Parse "watercolor=10, red=2"."""
-    weights = {}
-    for item in _listed(text.replace("\n", ",")):
-        word, mark, weight = item.rpartition("=")
-        try:
-            weights[word.strip()] = float(weight)
-        except ValueError:
-            mark = ""
-        if not mark or not word.strip():
-            raise ValueError(f"reweight: {item!r} is not word=weight, such as watercolor=10")
-    return weights

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from comfy_api.latest import io
 
-from ..settings import NamedSetting, setting_of, settings_of
+from ..settings import NamedSetting, numbers_of_words, setting_of, settings_of
 
 T = TypeVar("T")
 
@@ -42,10 +43,11 @@ def widget(settings: type, name: str, id: str | None = None, advanced: bool = Fa
     return inputs.get(kind, io.String.Input)(id or name, **{**given, **other})
 
 
-def widgets(settings: type, *names: str, advanced: tuple[str, ...] = ()) -> list[Any]:
-    """The widgets of some settings, or of all."""
+def widgets(settings: type, *names: str, advanced: tuple[str, ...] = (), later: tuple[str, ...] = ()) -> list[Any]:
+    """The widgets of some settings, or of all. later: those that older workflows lack."""
     chosen = names or tuple(one.name for one in settings_of(settings))
-    return [widget(settings, name, advanced=name in advanced) for name in chosen]
+    optional: dict[str, dict[str, Any]] = {name: {"optional": True} for name in later}
+    return [widget(settings, name, advanced=name in advanced, **optional.get(name, {})) for name in chosen]
 
 
 def made(settings: type[T], values: dict[str, Any]) -> T:
@@ -54,11 +56,20 @@ def made(settings: type[T], values: dict[str, Any]) -> T:
     return settings(**{name: _value(kinds[name], value) for name, value in values.items()})
 
 
+def words_in(text: str) -> list[str]:
+    """The words of a widget, separated by commas or lines."""
+    return [word.strip() for word in text.replace("\n", ",").split(",") if word.strip()]
+
+
 def _default(one: NamedSetting) -> Any:
     if isinstance(one.default, tuple):
         return ", ".join(map(str, one.default))
+    if get_origin(one.kind) is Mapping:
+        return ""
     return 0 if one.default is None else one.default
 
 
 def _value(one: NamedSetting, value: Any) -> Any:
+    if get_origin(one.kind) is Mapping:
+        return numbers_of_words(one.name, words_in(value))
     return None if one.optional and one.plain in (int, float) and not value else value

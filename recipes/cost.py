@@ -30,7 +30,7 @@ def calls_of(
     """
     branches = 1 if edit.guidance_scale == 1 else 2
     injection, first = edit.fusion, first_step(edit.strength, steps)
-    preparing = 0 if injection is None else injection.preparing_calls(steps, edit.mask, spans_clip)
+    preparing = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
     if start.draws:
         times = start.draws * branches * (steps - first)
         return Calls(0, times + preparing, times)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     Text = Condition | Any
 
+NO_WORDS = ("none",)
+"""As blend words of the target: latents are blended by the mask of the source's words."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -86,14 +89,15 @@ class Recipe:
         fusion = self.injection
         if not isinstance(fusion, FusionSettings):
             return None
+        fusion.check_words(self.target)
         blend = None
         if fusion.blends and not in_area and not (self.mask is not None and self.mask.replaces):
             blend = blend_words(self.source, self.target, self.blend_source, self.blend_target)
             if fusion.masks_by_prompts:
                 blend = blend if any(blend) else None
-            elif not blend[0] or (fusion.blend_latents and not blend[1]):
+            elif not blend[0]:
                 raise ValueError(
-                    "blending needs words: no word of the source changes, so set blend_source and blend_target "
+                    "blending needs words: no word of the source changes, so set blend_source "
                     f"({shown(self.source)} / {shown(self.target)})"
                 )
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
@@ -135,4 +139,5 @@ def blend_words(
 ) -> tuple[list[str], list[str]]:
     """The words of the blend mask: those given, else the words that change between the prompts."""
     changed = changed_words(source, target)
-    return list(blend_source or changed[0]), list(blend_target or changed[1])
+    of_target = () if blend_target == NO_WORDS else blend_target or changed[1]
+    return list(blend_source or changed[0]), list(of_target)

@@ -164,5 +164,9 @@ class _Filling:
 def _as_widget(value: Any) -> Any:
     """A value in the widgets' form: lists and weights of words separated by commas."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{word}={factor}" for word, factor in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        return ", ".join(f"{word}={_joined(':', number)}" for word, number in value.items())
+    return _joined(", ", value)
+
+
+def _joined(mark: str, value: Any) -> Any:
+    return mark.join(map(str, value)) if isinstance(value, (list, tuple)) else value

@@ -17,14 +17,14 @@ from ...files.safetensors import format_bytes
 from ...files.temporal_layers import FILE, training_metadata
 from ...files.whole import whole_file
 from ...imports import Image, torch
-from ...methods.tune_a_video import optimizer_class, tune
+from ...methods.tune_a_video import ClassPictures, Validation, optimizer_class, tune
 from ...settings import setting
 from ...store.budget import available_bytes
 from ...video.fitted import FittedVideo
-from ...video.write import write_picture
+from ...video.write import write_picture, write_video
 from ..config.settings import TuneConfig
 from ..config.values import config_as, tune_config
-from ..frames import find_frames, fit_frames, posterior, shape_of
+from ..frames import class_sources, decode, find_frames, fit_frames, posterior, shape_of
 from ..options import AS_USUAL, RunOptions, Video, flags_of, given_of, options_of, tune_options
 from ..outputs import check_folder
 from ..plan import check_size_fits
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 DEFAULT_FRAMES = 24
 """The default maximal number of frames to tune on, as in the authors' code."""
-STATE = "state.safetensors"
-"""The file of the state for --resume."""
+STATE, VALIDATION = "state.safetensors", "validation"
+"""The file of the state for --resume, and the folder of validation clips."""
 
 
 @dataclass(frozen=True)
-class TuneRun:
+class TuneOutput:
     """Options of a run of `fatezero tune` besides its settings."""
 
     output: str = setting("tuned", "Folder for the layers, the losses and their plot.", group="This run")
@@ -55,7 +55,7 @@ class TuneRun:
         return Path(self.output)
 
 
-TuneOptions, TuneRunOptions = tune_options(), options_of(TuneRun, resume="", folder="")
+TuneOptions, TuneOutputOptions = tune_options(), options_of(TuneOutput, resume="", folder="")
 
 
 def command(
@@ -63,17 +63,17 @@ def command(
     /,
     *,
     options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    more: Annotated[TuneRunOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
+    more: Annotated[TuneOutputOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
     """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
-    config, tune_run = tune_config(flags_of(video, options)), config_as(TuneRun, given_of(more))
-    check_folder(tune_run.path)
-    run_tune(run.session(), config, tune_run, run.dry_run)
+    config, output = tune_config(flags_of(video, options)), config_as(TuneOutput, given_of(more))
+    check_folder(output.path)
+    run_tune(run.session(), config, output, run.dry_run)
 
 
-def run_tune(session: Session, config: TuneConfig, more: TuneRun, dry_run: bool) -> None:
-    """Tune a model on a clip; writes layers, losses, their plot, and from time to time a state for --resume.
+def run_tune(session: Session, config: TuneConfig, more: TuneOutput, dry_run: bool) -> None:
+    """Tune a model on a clip; writes layers, losses, their plot, validation clips, and states for --resume.
 
     Raises errors of the input before the model is loaded, and ValueError for a state of other settings.
     """
@@ -83,30 +83,33 @@ def run_tune(session: Session, config: TuneConfig, more: TuneRun, dry_run: bool)
     session.console.quiet = session.console.quiet or not accelerator.is_main_process
     with replace(session, overwrite=session.overwrite or more.resume).outputs(config) as outputs:
         names = (FILE, STATE, "loss.csv", "loss.png", *(("model_index.json",) if more.folder else ()))
-        for name in names if accelerator.is_main_process else ():
-            outputs.file(more.path / name)
+        clips = (file for step in _validated(config) for file in _clips(config, more, step))
+        for path in (*(more.path / name for name in names), *clips) if accelerator.is_main_process else ():
+            outputs.file(path)
         _tune(session, config, more, state, accelerator, dry_run)
 
 
 def _tune(
     session: Session,
     config: TuneConfig,
-    more: TuneRun,
+    more: TuneOutput,
     state: dict[str, Tensor] | None,
     accelerator: Any,
     dry_run: bool,
 ) -> None:
-    settings, keys = config.tuning, KeyFrames.of(config.key_frames)
-    source = find_frames(config, DEFAULT_FRAMES)
+    source, of_class = find_frames(config, DEFAULT_FRAMES), class_sources(config)
     checkpoint = _model(session, config, accelerator)
     video = fit_frames(config, source, checkpoint.factor, checkpoint.native_size)
     check_size_fits(checkpoint, shape_of(video, checkpoint))
-    text = checkpoint.encode_prompt(config.prompt, *video.size, checkpoint.blocks(config.prompt))
-    session.say(_plan(checkpoint, config, video, text, accelerator.num_processes))
+    pictures = [FittedVideo.of(one, (0, 0, 0, 0), video.size) for one in of_class]
+    texts = _texts(checkpoint, config, video.size)
+    session.say(_plan(checkpoint, config, video, texts[config.prompt], accelerator.num_processes))
+    _say_more(session, config, sum(map(len, pictures)))
     if dry_run:
         return
     with session.bars() as bar:
         latents, deviation = posterior(checkpoint, video, bar("encode"))
+        classes = _class_pictures(checkpoint, config, pictures, texts, bar)
         for part in (checkpoint.vae, *checkpoint.text_encoders):  # to free memory for training
             part.to("cpu")
         losses: list[float] = [] if state is None else state["losses"].tolist()
@@ -116,20 +119,95 @@ def _tune(
             losses.append(loss)
             update(done, of, f"loss {fmean(losses[-25:]):.4f}")
 
+        validation = _validation(checkpoint, config, more, texts, video, bar) if accelerator.is_main_process else None
         done = tune(
-            checkpoint.denoiser, latents, text, settings, None, keys, config.clip_norm, deviation=deviation,
-            resume=state, keep=lambda state: _keep(more.path / STATE, state, config, accelerator),
-            keep_every=more.keep_every, accelerator=accelerator, progress=progress,
+            checkpoint.denoiser, latents, texts[config.prompt], config.tuning, None, config.key_frames,
+            config.clip_norm, deviation=deviation, class_pictures=classes, validation=validation, resume=state,
+            keep=lambda state: _keep(more.path / STATE, state, config, accelerator), keep_every=more.keep_every,
+            accelerator=accelerator, progress=progress,
         )  # fmt: skip
-    if not accelerator.is_main_process:
-        return
-    _write(checkpoint, config, more, done)
-    session.say(
-        f"loss {fmean(done[:25]):.4f} at first, {fmean(done[-25:]):.4f} at the end (means of 25 steps)\n"
+    if accelerator.is_main_process:
+        _write(checkpoint, config, more, done)
+        session.say(_done(config, more, done))
+
+
+def _done(config: TuneConfig, more: TuneOutput, losses: list[float]) -> str:
+    clips = f"validation clips written to {more.path / VALIDATION}\n" if config.validate else ""
+    return (
+        f"loss {fmean(losses[:25]):.4f} at first, {fmean(losses[-25:]):.4f} at the end (means of 25 steps)\n{clips}"
         f"temporal layers written to {more.path / FILE}; to edit with them:\n"
-        f"   fatezero edit {config.video} --temporal {more.output} --key-frames {','.join(map(str, keys.entries))}"
+        f"   fatezero edit {config.video} --temporal {more.output} --key-frames {','.join(map(str, config.key_frames))}"
         f"{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
     )
+
+
+# --- class pictures and validation --------------------------------------------------------
+
+
+Texts = dict[str | None, Any]
+"""The conditioning of each prompt of a run; None for the negative of validation clips."""
+
+
+def _texts(checkpoint: Checkpoint, config: TuneConfig, size: tuple[int, int]) -> Texts:
+    prompts = {config.prompt, config.class_prompt or config.prompt}
+    prompts |= {*config.validate, config.validate_source} if config.validate else set()
+    blocks = checkpoint.blocks(*prompts)
+    texts: Texts = {prompt: checkpoint.encode_prompt(prompt, *size, blocks) for prompt in prompts}
+    return texts | {None: checkpoint.encode_negative("", *size, blocks)}
+
+
+def _class_pictures(
+    checkpoint: Checkpoint, config: TuneConfig, pictures: list[FittedVideo], texts: Texts, bar: Any
+) -> ClassPictures | None:
+    if not pictures:
+        return None
+    update, parts = bar("encode class pictures"), []
+    for done, picture in enumerate(pictures, 1):
+        parts.append(posterior(checkpoint, picture, lambda *_: None))
+        update(done, len(pictures))
+    latents, deviation = (torch.cat(list(some)) for some in zip(*parts, strict=True))
+    return ClassPictures(latents, texts[config.class_prompt or config.prompt], deviation)
+
+
+def _validation(
+    checkpoint: Checkpoint, config: TuneConfig, more: TuneOutput, texts: Texts, video: FittedVideo, bar: Any
+) -> Validation | None:
+    if not config.validate:
+        return None
+
+    def show(step: int, clips: list[Tensor]) -> None:
+        checkpoint.vae.to(checkpoint.device)
+        for path, clip in zip(_clips(config, more, step), clips, strict=True):
+            write_video(path, decode(checkpoint, clip, len(video), lambda *_: None), video.fps, times=video.times)
+        checkpoint.vae.to("cpu")
+
+    prompts, source = [texts[prompt] for prompt in config.validate], texts[config.validate_source]
+    return Validation(prompts, source, texts[None], show, config.validation)
+
+
+def _validated(config: TuneConfig) -> list[int]:
+    """The steps after which clips are sampled."""
+    if config.validate_every is None:
+        return []
+    return sorted({*range(config.validate_every, config.steps + 1, config.validate_every), config.steps})
+
+
+def _clips(config: TuneConfig, more: TuneOutput, step: int) -> list[Path]:
+    """The files of the validation clips of a step, one for each prompt."""
+    width = len(str(config.steps))
+    return [
+        more.path / VALIDATION / f"step_{step:0{width}d}_{number}.mp4" for number, _ in enumerate(config.validate, 1)
+    ]
+
+
+def _say_more(session: Session, config: TuneConfig, pictures: int) -> None:
+    """The plan of class pictures and validation, and a note on convolutions that stay as they are."""
+    if pictures:
+        session.say(f"   class pictures: {pictures}, in a step before each step on the clip")
+    if config.validate:
+        session.say(f"   validation: {len(config.validate)} clips after {len(_validated(config))} steps")
+    if config.layers == "fatezero" and not config.train_convolutions:
+        session.note("new convolutions over frames have no effect untrained: give --train-convolutions")
 
 
 def _accelerator(session: Session) -> Any:
@@ -160,13 +238,18 @@ def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: 
     denoiser, settings = checkpoint.denoiser, config.tuning
     (width, height), factor = video.size, checkpoint.factor
     shape = (len(video), 4, height // factor, width // factor)
-    numbers = sum(weight.numel() for weight in denoiser.trained().values())
+    numbers = sum(weight.numel() for weight in denoiser.trained(settings.train_convolutions).values())
     moments = 8 if settings.optimizer == "adamw" else 2
     parts = {
         "model": sum(p.nbytes for p in checkpoint.unet.parameters()),
         "trained weights, gradients and moments": numbers * (8 + moments),
         "activations of a step": activation_bytes(
-            denoiser, shape, text, KeyFrames.of(config.key_frames), config.clip_norm
+            denoiser,
+            shape,
+            text,
+            KeyFrames.of(config.key_frames),
+            config.clip_norm,
+            convolutions=settings.train_convolutions,
         ),
     }
     device = checkpoint.unet.device
@@ -194,8 +277,9 @@ def _keep(path: Path, state: Mapping[str, Tensor], config: TuneConfig, accelerat
 
 
 def _of_the_run(config: TuneConfig) -> dict[str, Any]:
-    """The settings that a resumed tuning must keep: all but the number of steps."""
-    return {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name != "steps"}
+    """The settings that a resumed tuning must keep: all but the number of steps and those of validation clips."""
+    values = json.loads(json.dumps(asdict(config)))
+    return {name: value for name, value in values.items() if name != "steps" and not name.startswith("validate")}
 
 
 def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
@@ -219,7 +303,7 @@ def _state_of(path: Path, config: TuneConfig) -> dict[str, Tensor]:
     return state
 
 
-def _write(checkpoint: Checkpoint, config: TuneConfig, more: TuneRun, losses: list[float]) -> None:
+def _write(checkpoint: Checkpoint, config: TuneConfig, more: TuneOutput, losses: list[float]) -> None:
     from ...hosts.diffusers.checkpoint import save_tuned
     from ...hosts.diffusers.temporal import save_temporal_layers
     from ...metrics.losses import plot_losses

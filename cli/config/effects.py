@@ -73,7 +73,11 @@ _NO_EFFECT: tuple[Rule, ...] = (
     (("mask_mode",), lambda c: not c.edit_mask, "no edit_mask is given"),
     (("blend_latents_until",), lambda c: not c.blend_latents, "blend_latents is off"),
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),
-    (("reweight",), lambda c: c.cross_replace_steps == 0, "cross_replace_steps is 0"),
+    (
+        ("reweight",),
+        lambda c: c.cross_replace_steps == 0 and not c.cross_replace_words,
+        "cross_replace_steps is 0",
+    ),
     (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
     (
         ("control", "controlnet_strength", "control_start", "control_end"),

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...settings import check, shown
+from ...settings import shown
 from ...video.read import read_metadata
 from ...video.write import METADATA_SUFFIXES
-from .authors import authors_configs
+from .authors.read import edits_of, repository_of, tuning_of
 from .documents import DocumentError, read_json, read_yaml
 from .effects import check_effect
 from .settings import ConfigError, EditConfig, with_preset
@@ -20,8 +20,6 @@ MADE = "made"
 """The section of a result's record without settings: see `record.py`."""
 METADATA = "fatezero"
 """The key of the record in a video's metadata."""
-_AUTHORS_MARKS = ("editing_config", "validation_sample_logger_config", "dataset_config")
-_OLDER_MARKS = ("train_dataset", "validation_data", "validation_sample_logger")
 
 
 def load_configs(
@@ -39,15 +37,9 @@ def load_configs(
     with _naming(path):
         if not isinstance(data, Mapping):
             raise ConfigError("contains no settings")
-        if any(mark in data for mark in _OLDER_MARKS):
-            raise ConfigError(
-                "is in the authors' older layout (train_dataset); dataset_config and editing_config are read"
-            )
-        if any(mark in data for mark in _AUTHORS_MARKS):
-            configs, notes = authors_configs(data)
-            for config in configs:
-                _check_ranges(config)
-            configs = [with_values(config, texts) for config in configs]
+        if (repository := repository_of(data)) is not None:
+            found, notes = edits_of(repository, data, texts.get("source"), texts.get("target"))
+            configs = [with_values(EditConfig(), checked(values)) for values in found]
         else:
             config = config_of({name: value for name, value in data.items() if name != MADE}, texts)
             configs, notes = [config], []
@@ -56,11 +48,18 @@ def load_configs(
     return configs, notes
 
 
-def _check_ranges(config: EditConfig) -> None:
-    try:
-        check(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+def load_tuning(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a tuning and of its outputs in a file, ours or the authors', and notes on ignored parts.
+
+    Raises ConfigError naming the file, for a file of edits only.
+    """
+    path = Path(path)
+    data = data_of(path)
+    with _naming(path):
+        if not isinstance(data, Mapping):
+            raise ConfigError("contains no settings")
+        repository = repository_of(data)
+        return (dict(data), []) if repository is None else tuning_of(repository, data)
 
 
 def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:

@@ -20,7 +20,8 @@ from ...methods.flow_smoothing import FlowSmoothing
 from ...methods.layout_guidance import GROUP as LAYOUT
 from ...methods.layout_guidance import LayoutSettings
 from ...methods.move_objects import MoveSettings
-from ...methods.tune_a_video import TRAINED_KEYS, LayerSettings, TuneSettings
+from ...methods.tune_a_video import GROUP as TUNING
+from ...methods.tune_a_video import TRAINED_KEYS, VALIDATION, LayerSettings, TuneSettings, ValidationSettings
 from ...recipes.presets import PRESETS, methods_of, preset_values
 from ...recipes.recipe import Recipe
 from ...settings import check, setting, setting_like, setting_of, settings_of
@@ -81,7 +82,7 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift")
 """The settings of an object and its target position."""
-REPEATED = (*OBJECTS, "object_mask", "lora")
+REPEATED = (*OBJECTS, "object_mask", "lora", "validate")
 """Repeatable settings."""
 
 
@@ -195,8 +196,8 @@ class EditSettings(
         (), "Words of the source for the blend mask, separated by commas.", shown="the changed words", group=_MASK
     )
     blend_target: tuple[str, ...] = setting(
-        (), "Words of the target for the mask of blend_latents, separated by commas.", shown="the changed words",
-        group=_MASK,
+        (), "Words of the target for the mask of blend_latents, separated by commas; none: the source's mask alone.",
+        shown="the changed words", group=_MASK,
     )  # fmt: skip
     reweight: Mapping[str, float] = setting(dict, setting_of(PromptEdit, "reweight").meta.help, group=_MASK)
     cross_replace_steps: float = setting_like(FusionSettings, "cross_replace_steps", 0.7)
@@ -272,7 +273,7 @@ def _part(config: Any, settings: type[T]) -> T:
 
 
 @dataclass(frozen=True)
-class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
+class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ValidationSettings, ModelSettings):
     """Every setting of `fatezero tune`; the names are those of the flags."""
 
     video: str = ""
@@ -283,9 +284,27 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ModelSettings):
     count: int | None = setting_like(ClipSettings, "count", None, shown="at most 24; with --end all")
     key_frames: tuple[str | int, ...] = setting_like(InversionSettings, "key_frames", TRAINED_KEYS)
     clip_norm: bool = setting_like(InversionSettings, "clip_norm", True)
+    class_pictures: str = setting(
+        "",
+        "Folder, glob or video with pictures of the clip's class, against overfitting: each step on the clip comes "
+        "after one on some of them, without temporal layers. Scaled and cropped to the clip's size.",
+        shown="none", group=TUNING,
+    )  # fmt: skip
+    class_prompt: str = setting("", "Prompt of the class pictures.", shown="the clip's prompt", group=TUNING)
+    validate: tuple[str, ...] = setting((), "Prompt of a validation clip. Repeatable.", shown="none", group=VALIDATION)
+    validate_source: str = setting(
+        "",
+        "Prompt of the inversion of validation clips. Tune-A-Video's authors leave it empty; FateZero's use the "
+        "clip's prompt.",
+        shown="empty", group=VALIDATION,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Builds its parts, which check themselves."""
+
+    @property
+    def validation(self) -> ValidationSettings:
+        return _part(self, ValidationSettings)
 
     @property
     def fresh(self) -> LayerSettings:
@@ -324,7 +343,7 @@ class GenerateConfig(ObjectSettings, ModelSettings):
         check(self)
 
 
-FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask")
+FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """The settings of files for words: "burger: mask.mp4"."""

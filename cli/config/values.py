@@ -53,6 +53,14 @@ def tune_config(values: Mapping[str, Any]) -> TuneConfig:
         raise ConfigError("layers and rank have no effect on temporal layers from a file")
     if config.rank is not None and config.layers != "fatezero":
         raise ConfigError("rank has no effect without --layers fatezero")
+    if config.train_convolutions and not config.temporal and config.layers != "fatezero":
+        raise ConfigError("train_convolutions has no effect without --layers fatezero")
+    if not config.class_pictures and (config.class_prompt or config.class_batch):
+        raise ConfigError("class_prompt and class_batch have no effect without --class-pictures")
+    if config.validate and not config.validate_every:
+        raise ConfigError("missing --validate-every: after how many steps to sample clips of --validate")
+    if config.validate_every and not config.validate:
+        raise ConfigError("missing --validate: the prompt of a validation clip")
     return config
 
 

@@ -47,8 +47,8 @@ class HostCondition(Condition):
         return self.role.partition(".")[0] == "positive"
 
     @classmethod
-    def of_socket(cls, conditioning: Conditioning, role: str, socket: str) -> HostCondition:
-        """Wrap the CONDITIONING of a socket.
+    def of_socket(cls, conditioning: Conditioning, role: str, socket: str, attends: bool = True) -> HostCondition:
+        """Wrap the CONDITIONING of a socket. attends: whether its attention is controlled; else it may be anything.
 
         Raises ValueError for a source or positive with several prompts, or one for a part of the picture or steps. A
         negative may be anything, since its attention is not changed.
@@ -56,7 +56,7 @@ class HostCondition(Condition):
         entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
         if not entries:
             raise ValueError(f"{socket}: has no prompt")
-        if socket != "negative":
+        if attends and socket != "negative":
             if len(entries) != 1:
                 raise ValueError(f"{socket}: combines {len(entries)} prompts: connect a single one")
             _check_whole(entries[0][1], socket)

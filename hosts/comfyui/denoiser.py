@@ -72,10 +72,11 @@ class ComfyDenoiser:
         self._guider = guider
         self._model = guider.inner_model
         self._schedule = schedule
-        self._handler = options.pop("context_handler", None)  # our own chunks use its windows
+        attends = guider.edited.family.attention
+        self._handler = options.pop("context_handler", None) if attends else None  # our own chunks use its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
-            if not role.startswith("negative"):
+            if attends and not role.startswith("negative"):
                 check_read(conditions, role.partition(".")[0])
         self._source = self._edited
         if guider.sourced is not guider.edited:

@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 
-from ...attention.masks import GivenMask
+from ...attention.masks import GivenMask, MaskMode
 from ...attention.prompt import PromptEdit
 from ...diffusion.edit import EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress
@@ -21,7 +21,8 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
-from .inversion import NOISE_MASK, HostStore, noise_samples, schedule_of_store, source_of
+from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
+from .latents import mask_of_latents, packed
 from .noise import noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
@@ -77,14 +78,14 @@ class EditGuider(LoopGuider):
         check_quiet(noise, "an edit starts from the inverted noise")
         self.schedule(sigmas)
         begin = noise_samples(self.model_patcher, self.store)
-        same = latent_image.shape == begin.shape and torch.allclose(latent_image.cpu(), begin, rtol=1e-3, atol=1e-3)
+        given, own = packed(latent_image).cpu(), packed(begin)
+        same = given.shape == own.shape and torch.allclose(given, own, rtol=1e-3, atol=1e-3)
         if not same:
             raise ValueError("latent_image: is not the noise of this store: connect the inversion's output")
         mask = more.pop("denoise_mask", None)
         check_masking(self.model_patcher, mask)
         masked = mask is not None and NOISE_MASK not in self.store.attachments
-        inside = noise_of(self.model_patcher).mask_from_host(mask) if masked else None
-        self._masked_edits = self.edits if inside is None else [only_inside(edit, inside) for edit in self.edits]
+        self._masked_edits = [self.inside(edit, mask) for edit in self.edits] if masked else self.edits
         self.done = []
         if not isinstance(sampler, DDIMSampler):
             noise, latent_image = noise_of(self.model_patcher).initial(
@@ -93,6 +94,11 @@ class EditGuider(LoopGuider):
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
         self.notify(self.layers_run)
         return result
+
+    def inside(self, edit: Edit, mask: Any) -> Edit:
+        """An edit that changes the clip only inside the noise mask of its LATENT."""
+        mask = mask_in_store(self.model_patcher, self.store.extra, mask)
+        return only_inside(self.model_patcher, self.store, edit, mask)
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         self.done = edit_many(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, progress=progress)
@@ -148,24 +154,33 @@ class EditGuider(LoopGuider):
 
 def edit_clip(
     model: Any, store: HostStore, edits: Sequence[Edit], chunk_frames: int | None = None
-) -> tuple[list[Tensor], int]:
+) -> tuple[list[Any], int]:
     """The edits of a store in one pass: (LATENT samples of each, number of attention layers that ran).
 
     The conditions are `HostCondition`s; their roles distinguish the edits.
     """
     guider = EditGuider(model, store, edits, chunk_frames)
-    noisy = noise_of(model)
-    sigmas = noisy.sigmas(schedule_of_store(model, store))
+    sigmas = noise_of(model).sigmas(schedule_of_store(model, store))
     first = run_in_host(guider, noise_samples(model, store), sigmas)
-    done = (noisy.to_host(z.float()) for z in guider.done[1:])
-    others = [model.model.process_latent_out(z).to(first.device) for z in done]
-    return [first, *others], guider.layers_run
+    done = guider.done if store.clip is not None else guider.done[1:]
+    samples = [edited_samples(model, store, z).to(first.device) for z in done]
+    return samples if store.clip is not None else [first, *samples], guider.layers_run
 
 
-def only_inside(edit: Edit, mask: Tensor) -> Edit:
+def only_inside(model: Any, store: HostStore, edit: Edit, mask: Tensor) -> Edit:
     """The edit that changes the clip only inside the mask of its LATENT, as in the host's samplers."""
     fusion = None if edit.fusion is None else edit.fusion.inside()
-    return replace(edit, fusion=fusion, mask=GivenMask(mask.reshape(-1, *mask.shape[-2:]), "replace"))
+    own = noise_of(model).mask_from_host(mask)
+    own = own if store.shapes else mask_of_latents(model, own, store.frames)
+    return replace(edit, fusion=fusion, mask=GivenMask(own, "replace"))
+
+
+def given_mask(model: Any, store: HostStore, mask: Tensor, how: MaskMode) -> GivenMask:
+    """A MASK of the clip's frames for an edit of a store."""
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if store.shapes:
+        return GivenMask(mask_in_store(model, store.extra, mask), how)
+    return GivenMask(mask_of_latents(model, mask, store.frames), how)
 
 
 def check_masking(model: Any, mask: Tensor | None) -> None:

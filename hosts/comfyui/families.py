@@ -7,12 +7,14 @@ from typing import Any
 
 from ...attention.control import Kind
 from ...models.family import Family
-from . import unet, wan
+from . import flow, unet, wan
 from .hook import ALL_KINDS, Hook, HostFamily
 
-FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY)
+FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, flow.FAMILY)
+"""The first that matches a MODEL is its family."""
 MODELS = ", or ".join(family.models for family in FAMILIES)
-TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES)
+TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES if family.text_encoder)
+ATTENTION_MODELS = ", or ".join(family.models for family in FAMILIES if family.hook.family.attention)
 
 
 def family_of(model: Any) -> HostFamily:
@@ -32,6 +34,15 @@ def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> Hook:
 def check_known(model: Any) -> None:
     """Raise ValueError for a MODEL that cannot be edited."""
     family_of(model).check(model)
+
+
+def check_attention(model: Any, part: str) -> None:
+    """Raise ValueError for a part of an edit that needs attention, on a MODEL without control of it."""
+    if not facts_of(model).attention:
+        raise ValueError(
+            f"{part} needs control of the attention, which works with {ATTENTION_MODELS}, not with "
+            f"{type(model.model).__name__}: use the FlowEdit node with preset flow_edit, and a mask for what may change"
+        )
 
 
 def count_layers(model: Any) -> int:

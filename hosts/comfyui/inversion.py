@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -22,9 +23,14 @@ from .chunks import windowing
 from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
 from .families import hooked
+from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shapes_of, streams, unpacked
 from .noise import check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
+SHAPES = "shapes"
+"""The key of the shapes of a LATENT of several streams in the store."""
+KEEPS_SOUND = "keeps_sound"
+"""The key in the store for whether edits keep the sound."""
 NOISE_MASK = "noise_mask"
 """The key of a mask in a LATENT, and of its copy in the store."""
 
@@ -33,15 +39,23 @@ NOISE_MASK = "noise_mask"
 class HostStore(AttentionStore):
     """A store with its MODEL, for recomputing the source branch.
 
-    patcher: the MODEL, None for a store from a file.
+    patcher: the MODEL, None for a store from a file. clip: the LATENT samples, packed, to give back where an edit keeps
+    them; None for a store that does not have them.
     """
 
     patcher: Any = None
+    clip: Tensor | None = None
 
     def get_ram_usage(self) -> int:
         """Bytes in memory, for the host's cache; without what is on disk."""
         on_disk = [part.nbytes for part in (self.levels, self.backend) if isinstance(part, (FileLevels, FileBackend))]
         return self.nbytes - sum(on_disk)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of the streams of the LATENT, if it has several."""
+        found: Shapes = self.extra.get(SHAPES, ())
+        return found
 
     def with_model(self, model: Any) -> HostStore:
         """The store with the edit's MODEL, if it has none because it is from a file."""
@@ -83,6 +97,7 @@ class InvertGuider(LoopGuider):
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
         check_quiet(noise, "an inversion adds no noise")
+        self._shapes = shapes_to_keep(latent_image)
         check_samples(self._model, latent_image)
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: are decreasing, as for an edit: flip them for an inversion (Flip Sigmas)")
@@ -90,7 +105,7 @@ class InvertGuider(LoopGuider):
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, **more)
             assert self._made is not None
-            _STORES[result] = HostStore(**vars(self._made), patcher=self._model)
+            _STORES[streams(result)[0]] = HostStore(**vars(self._made), patcher=self._model)
             return result
         finally:
             self._made = self._mask = None
@@ -106,8 +121,8 @@ class InvertGuider(LoopGuider):
         inversion = invert(
             denoiser, latents, self.source, schedule.steps, settings.key_frames, settings.clip_norm, memory,
             settings.chunk_frames, order=settings.order, prompt=settings.prompt,
-            extra={"conditioning": plain_options(self.source.conditioning)},
-            attachments={} if mask is None else {NOISE_MASK: mask.float().cpu()},
+            extra={"conditioning": plain_options(self.source.conditioning), **self._shapes},
+            attachments={} if mask is None else {NOISE_MASK: mask_in_store(self._model, self._shapes, mask)},
             progress=progress,
         )  # fmt: skip
         self._made = store = inversion.store
@@ -124,23 +139,23 @@ def store_of(samples: Tensor) -> HostStore:
 
     Raises ValueError for other samples: of another sampling, copied, or from a file.
     """
-    if samples not in _STORES:
+    if streams(samples)[0] not in _STORES:
         raise ValueError(
             "noise: is not the direct output of a sampler with Inversion Guider: connect that output, without a node "
             "in between"
         )
-    return _STORES[samples]
+    return _STORES[streams(samples)[0]]
 
 
 def invert_clip(
     model: Any,
-    samples: Tensor,
+    samples: Any,
     source: HostCondition,
     steps: int,
     settings: InvertSettings,
-    noise_mask: Tensor | None = None,
+    noise_mask: Any = None,
     notify: Callable[[str], None] | None = None,
-) -> tuple[Tensor, HostStore]:
+) -> tuple[Any, HostStore]:
     """DDIM inversion of LATENT samples: (noise for a KSampler without added noise, store).
 
     noise_mask: saved in the store; its edits do not change the clip outside of it.
@@ -167,18 +182,33 @@ class UncalledModel:
 
 
 def draw_clip(
-    model: Any, samples: Tensor, draw: Callable[[Any, Tensor], AttentionStore], noise_mask: Tensor | None = None
+    model: Any,
+    samples: Any,
+    draw: Callable[[Any, Tensor], AttentionStore],
+    noise_mask: Any = None,
+    keep_sound: bool = False,
 ) -> HostStore:
     """The store of LATENT samples with random noise, instead of an inversion.
 
     draw: makes it from the model and the library's latents (frames, c, h, w). noise_mask: as for `invert_clip`.
+    keep_sound: whether edits keep the sound of a clip that has some.
     """
     check_samples(model, samples)
-    latents = noise_of(model).from_host(model.model.process_latent_in(samples.float()))
-    store = draw(UncalledModel(model), latents)
-    if noise_mask is not None:
-        store.attachments[NOISE_MASK] = noise_mask.float().cpu()
-    return HostStore(**vars(store), patcher=model)
+    store = draw(UncalledModel(model), noise_of(model).from_host(into_model(model, samples)))
+    store.extra.update(shapes_to_keep(samples))
+    made = HostStore(**vars(store), patcher=model, clip=packed(samples))
+    made.extra[KEEPS_SOUND] = keep_sound and bool(made.shapes)
+    if noise_mask is not None or made.extra[KEEPS_SOUND]:
+        made.attachments[NOISE_MASK] = mask_in_store(model, made.extra, noise_mask)
+    return made
+
+
+def mask_in_store(model: Any, extra: Mapping[str, Any], mask: Any) -> Tensor:
+    """A mask for all edits of a store, see `packed_mask` for several streams. extra: of the store."""
+    if SHAPES in extra:
+        return packed_mask(model, mask, extra[SHAPES], 0.0 if extra.get(KEEPS_SOUND) else 1.0)
+    found: Tensor = mask.float().cpu()
+    return found
 
 
 def plan_in_host(
@@ -227,7 +257,23 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     return noisy.schedule_at(store.timesteps, store.alphas)
 
 
-def noise_samples(model: Any, store: AttentionStore) -> Tensor:
+def shapes_to_keep(samples: Any) -> dict[str, Any]:
+    """What a store keeps of the shapes of LATENT samples."""
+    shapes = shapes_of(samples)
+    return {SHAPES: [list(shape) for shape in shapes]} if len(shapes) > 1 else {}
+
+
+def edited_samples(model: Any, store: HostStore, z: Tensor) -> Any:
+    """An edit's latents as LATENT samples; those of the clip bit for bit where the edit kept them."""
+    latents = noise_of(model).to_host(z.float())
+    if store.clip is None:
+        return out_of_model(model, latents, store.shapes)
+    kept = latents == noise_of(model).to_host(store.level(0)).to(latents)
+    changed = packed(out_of_model(model, latents, store.shapes))
+    return unpacked(torch.where(kept, store.clip.to(changed), changed), store.shapes)
+
+
+def noise_samples(model: Any, store: HostStore) -> Any:
     """The inverted noise as LATENT samples."""
     noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
-    return model.model.process_latent_out(noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])))
+    return out_of_model(model, noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])), store.shapes)

@@ -14,12 +14,14 @@ from comfy.model_sampling import (
     V_PREDICTION,
     ModelSamplingDiscrete,
     ModelSamplingDiscreteFlow,
+    ModelSamplingFlux,
     StableCascadeSampling,
 )
 from einops import rearrange
 from torch import Tensor
 
 from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
+from .latents import packed, streams
 
 FLIPPED = 1.0001e-4
 """The value into which the host's Flip Sigmas turns a final 0, up to rounding."""
@@ -130,13 +132,18 @@ class HostNoise:
 
 
 class FlowNoise(HostNoise):
-    """A rectified flow, with the host's latents; LATENT samples are clips (1, c, frames, h, w)."""
+    """A rectified flow, with the host's latents.
+
+    LATENT samples are clips (1, c, frames, h, w), pictures (frames, c, h, w), or (1, c, n): sound, and several streams
+    packed into one.
+    """
 
     formulation: Formulation = "flow"
 
-    def __init__(self, sampling: Any) -> None:
+    def __init__(self, sampling: Any, dimensions: int = 3) -> None:
+        """dimensions: of the latents: 3 for clips, 2 for pictures, 1 for sound."""
         super().__init__(sampling)
-        self._sampling = sampling
+        self._sampling, self._dimensions = sampling, dimensions
 
     def schedule(self, steps: int) -> FlowSchedule:
         """The host's "simple" schedule, with the MODEL's shift."""
@@ -160,7 +167,7 @@ class FlowNoise(HostNoise):
         return [float(t) for t in self._sampling.timestep(sigmas.double())]
 
     def sigma(self, timestep: float) -> Tensor:
-        return torch.tensor(timestep / self._sampling.multiplier, dtype=torch.float32)
+        return torch.tensor(timestep / getattr(self._sampling, "multiplier", 1), dtype=torch.float32)
 
     def sigmas(self, schedule: Schedule) -> Tensor:
         return (1 - schedule.alphas).float().flip(0)
@@ -183,12 +190,18 @@ class FlowNoise(HostNoise):
 
     def from_host(self, samples: Tensor) -> Tensor:
         """Raises ValueError for several clips."""
+        if samples.ndim == 3 and len(samples) == 1:
+            return samples[None]
+        if self._dimensions == 2:
+            return super().from_host(samples)
         if samples.ndim != 5 or len(samples) != 1:
             raise ValueError(f"latent: has shape {tuple(samples.shape)}; it must be one clip, (1, c, frames, h, w)")
         return rearrange(samples, "1 c f y x -> f c y x")
 
     def to_host(self, latents: Tensor) -> Tensor:
-        return rearrange(latents, "f c y x -> 1 c f y x")
+        if self._dimensions == 1 or latents.shape[:3] == (1, 1, 1):
+            return latents[0]
+        return latents if self._dimensions == 2 else rearrange(latents, "f c y x -> 1 c f y x")
 
     def mask_from_host(self, mask: Tensor) -> Tensor:
         return mask.reshape(-1, *mask.shape[-3:])[0] if mask.ndim == 5 else super().mask_from_host(mask)
@@ -204,14 +217,21 @@ def decreasing(sigmas: Tensor) -> Tensor:
     return sigmas
 
 
+def is_flow(model: Any) -> bool:
+    """Whether a MODEL is sampled as a rectified flow, from noise to the latents."""
+    sampling = model.get_model_object("model_sampling")
+    scheduled = isinstance(sampling, (ModelSamplingDiscreteFlow, ModelSamplingFlux))
+    return scheduled and isinstance(sampling, CONST) and prediction_of(sampling, CONST) is CONST
+
+
 def noise_of(model: Any, flows: bool = True) -> HostNoise:
     """A MODEL's noise; ValueError for a schedule that FateZero cannot invert. flows: whether it may be a flow."""
     sampling = model.get_model_object("model_sampling")
-    if flows and isinstance(sampling, CONST) and isinstance(sampling, ModelSamplingDiscreteFlow):
+    if flows and is_flow(model):
         scale = getattr(sampling, "noise_scale", 1.0)
         if scale != 1:
             raise ValueError(f"model: scales a flow's noise by {scale:g} (Model Noise Scale): remove that node")
-        return FlowNoise(sampling)
+        return FlowNoise(sampling, model.model.latent_format.latent_dimensions)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
@@ -221,20 +241,23 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
     return HostNoise(sampling)
 
 
-def check_samples(model: Any, samples: Tensor) -> None:
+def check_samples(model: Any, samples: Any) -> None:
     """Raise ValueError for LATENT samples that do not fit a MODEL."""
-    noise_of(model).from_host(samples)
+    noise_of(model).from_host(packed(samples))
     channels = model.model.latent_format.latent_channels
-    if samples.shape[1] != channels:
+    if len(streams(samples)) == 1 and samples.shape[1] != channels:
         raise ValueError(
             f"latent: has {samples.shape[1]} channels, but {type(model.model).__name__} has latents of {channels}: "
             "encode the clip with the model's own VAE"
         )
 
 
-def prediction_of(sampling: Any) -> type | None:
-    """The class that converts a model's output to clean latents; LCM, X0 and others derive from EPS."""
-    kinds = (c for c in type(sampling).__mro__ if issubclass(c, EPS) and not issubclass(c, ModelSamplingDiscrete))
+def prediction_of(sampling: Any, base: type = EPS) -> type | None:
+    """The class that converts a model's output to clean latents, one that derives from `base`, as LCM and X0 from
+    EPS.
+    """
+    schedules = (ModelSamplingDiscrete, ModelSamplingDiscreteFlow, ModelSamplingFlux)
+    kinds = (c for c in type(sampling).__mro__ if issubclass(c, base) and not issubclass(c, schedules))
     return next(kinds, None)
 
 

@@ -28,6 +28,7 @@ from .conditions import HostCondition
 from .denoiser import ComfyDenoiser, wrapped
 from .families import family_of, hooked
 from .hook import ALL_KINDS, Hook
+from .latents import packed, zeros_like
 from .noise import noise_of
 
 Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
@@ -98,10 +99,11 @@ class LoopGuider(comfy.samplers.CFGGuider):
         # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
+        given = {} if self.edited.family.attention else self._inputs(latent_image, *rest, **more)
         for group in {role.partition(".")[2] if role != "source" else role for role in others}:
             ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
             named = {name: others[role] for name, role in ends.items() if role in others}
-            done = comfy.samplers.process_conds(self.inner_model, noise, named, device)
+            done = comfy.samplers.process_conds(self.inner_model, noise, named, device, **given)
             self.others |= {ends[name]: processed for name, processed in done.items()}
         for side in self.sides.values():
             sampler = _Inside(side, sampler)
@@ -111,9 +113,17 @@ class LoopGuider(comfy.samplers.CFGGuider):
         finally:
             self.conds |= self.others
 
-    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
+    def _inputs(
+        self, latent_image: Tensor, denoise_mask: Any, callback: Any, disable_pbar: bool, seed: int | None, **more: Any
+    ) -> dict[str, Any]:
+        """What models may read for their conditions, from the arguments of the host's `inner_sample`."""
+        self.inner_model.latent_shapes = more.get("latent_shapes")
+        latents = self.inner_model.process_latent_in(latent_image) if latent_image.any() else latent_image
+        return {"latent_image": latents, "denoise_mask": denoise_mask, "seed": seed, **more}
+
+    def sample(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
         """Moves the result to the host's device for latents, so that it is the same tensor in the host's outputs."""
-        self._given, self.seed = (noise, latent_image, sigmas), more.get("seed")
+        self._given, self.seed = (packed(noise), packed(latent_image), sigmas), more.get("seed")
         self.function = comfy.samplers.sampling_function
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
@@ -288,16 +298,16 @@ def _plain_ddim(
     return x if rises else x / noisy.scale(sigmas[-1])
 
 
-def check_quiet(noise: Tensor, why: str) -> None:
+def check_quiet(noise: Any, why: str) -> None:
     """Raise ValueError, with the reason, if random noise is connected."""
-    if noise.any():
+    if packed(noise).any():
         raise ValueError(f"noise: {why}: connect Disable Noise")
 
 
 def check_options(model: Any) -> None:
     """Raise ValueError for unsupported options of a MODEL."""
     handler = model.model_options.get("context_handler")
-    if handler is not None:
+    if handler is not None and family_of(model).hook.family.attention:
         dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
         if dim != own:
             raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
@@ -309,11 +319,11 @@ def check_options(model: Any) -> None:
         raise ValueError(f"model: uses {len(clones) + 1} GPUs (MultiGPU), but edits run on one: remove it")
 
 
-def run_in_host(guider: LoopGuider, samples: Tensor, sigmas: Tensor, noise_mask: Tensor | None = None) -> Tensor:
-    """Run a guider's loop on LATENT samples (frames, 4, h, w), with the host's progress bar and previews."""
+def run_in_host(guider: LoopGuider, samples: Any, sigmas: Tensor, noise_mask: Any = None) -> Any:
+    """Run a guider's loop on LATENT samples, with the host's progress bar and previews."""
     callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
     return guider.sample(
-        torch.zeros_like(samples), samples, DDIMSampler(), sigmas, denoise_mask=noise_mask, callback=callback,
+        zeros_like(samples), samples, DDIMSampler(), sigmas, denoise_mask=noise_mask, callback=callback,
         disable_pbar=True, seed=0,
     )  # fmt: skip
 

@@ -8,7 +8,6 @@ the block's own forward.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,22 +105,17 @@ def is_wan(model: Any) -> bool:
     return isinstance(model.model.diffusion_model, WanModel)
 
 
-def check_wan(model: Any) -> None:
-    """Raise ValueError for a Wan of another kind than text to video, or not sampled as a flow."""
+def is_text_to_video(model: Any) -> bool:
+    """Whether a MODEL is a Wan for text to video."""
     unet = model.model.diffusion_model
     plain = type(unet) is WanModel and unet.model_type == "t2v" and unet.in_dim == unet.out_dim
-    if not plain or getattr(unet, "ref_conv", None) is not None:
-        raise ValueError(f"model: is {_kind_of(unet)}, not text to video. FateZero works with {MODELS}")
+    return plain and getattr(unet, "ref_conv", None) is None
+
+
+def check_wan(model: Any) -> None:
+    """Raise ValueError for a Wan that is not sampled as a flow."""
     if not isinstance(noise_of(model), FlowNoise):
         raise ValueError("model: is not sampled as a flow: remove the Model Sampling node")
-
-
-def _kind_of(unet: Any) -> str:
-    """The name of a kind of Wan: "Wan VACE" for a VaceWanModel, "Wan S2V" for a WanModel_S2V."""
-    kind = re.sub("Wan|Model|_", "", type(unet).__name__)
-    if kind:
-        return "Wan " + {"Vace": "VACE", "Humo": "HuMo"}.get(kind, kind)
-    return f"Wan {unet.model_type} with {unet.in_dim} channels in"
 
 
 class HookedWan(Hook):
@@ -413,7 +407,7 @@ FAMILY = HostFamily(
     models=MODELS,
     text_encoder="UMT5 of Wan",
     hook=HookedWan,
-    matches=is_wan,
+    matches=is_text_to_video,
     check=check_wan,
     count_layers=lambda model: 2 * len(model.model.diffusion_model.blocks),
     tokenizer=_tokenizer,

@@ -28,19 +28,21 @@ def activation_bytes(
     keys: KeyFrames,
     clip_norm: bool,
     recompute: bool = True,
+    convolutions: bool = False,
 ) -> int:
     """Peak bytes of a training step on latents (frames, 4, h, w), besides weights, gradients and optimizer.
 
     A model of the same shapes runs forward and backward on torch's meta device, which allocates no memory. Workspaces
-    of kernels are not included. recompute: recompute activations, as in `DiffusersDenoiser.training`.
+    of kernels are not included. recompute: recompute activations, as in `DiffusersDenoiser.training`. convolutions:
+    train those over frames too.
     """
     own, latents, text = _without_data(denoiser, latents_shape, condition)
     noise = torch.empty_like(latents)
-    with torch.enable_grad(), own.training(), own.hooked(clip_norm):
+    with torch.enable_grad(), own.training(convolutions), own.hooked(clip_norm):
         if not recompute:
             own.unet.disable_gradient_checkpointing()
         _without_maps(own)
-        gradients = sum(weight.nbytes for weight in own.trained().values())
+        gradients = sum(weight.nbytes for weight in own.trained(convolutions).values())
         with LiveBytes() as live:
             clip_loss(own, latents, noise, 500, text, keys).backward()
     return live.most - gradients

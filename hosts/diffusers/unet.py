@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...attention.condition import Condition
 from ...attention.control import Attend, AttentionSite, Control, Place, attention
 from ...attention.temporal_kind import TRAINED_KEYS
-from ...attention.temporal_layers import CastLinear, trained_of
+from ...attention.temporal_layers import CastLinear, TemporalLayers, trained_of
 from ...diffusion.clip_norm import share_statistics
 from ...diffusion.schedule import Schedule
 from ...diffusion.training import noised
@@ -196,18 +196,25 @@ class DiffusersDenoiser(HookedDenoiser):
         alpha = alphas[timestep].cpu().double()
         return noised(latents, noise, alpha), alpha
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Raises ValueError for a UNet without temporal layers."""
+    def trained(self, convolutions: bool = False) -> dict[str, nn.Parameter]:
+        """Raises ValueError for a UNet without temporal layers, or without the convolutions over frames to train."""
+        return queries_of(self.unet) | trained_of(self._temporal(), convolutions)
+
+    def bypassed(self) -> AbstractContextManager[None]:
+        return self._temporal().bypassed()
+
+    def _temporal(self) -> TemporalLayers:
         layers = temporal_layers(self.unet)
         if layers is None:
             raise ValueError("unet has no temporal layers to tune: attach some with with_temporal_layers(unet)")
-        return queries_of(self.unet) | trained_of(layers)
+        return layers
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, convolutions: bool = False) -> Iterator[None]:
         """Stores trained weights at least in single precision, and computes in the model's."""
         before = {name: weight.requires_grad for name, weight in self.unet.named_parameters()}
-        recomputed, dtype, trained = self.unet.is_gradient_checkpointing, self.unet.dtype, self.trained()
+        recomputed, dtype = self.unet.is_gradient_checkpointing, self.unet.dtype
+        trained = self.trained(convolutions)
         queries = [layer.to_q for layer, *_ in self._layers.values()]
         try:
             self.unet.requires_grad_(False)

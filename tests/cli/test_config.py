@@ -58,7 +58,7 @@ model_config:
     SparseCausalAttention_index: ['mid', -1]
     least_sc_channel: 640
 test_pipeline_config:
-    target: some.Pipeline
+    target: video_diffusion.pipelines.p2p_ddim_spatial_temporal.P2pDDIMSpatioTemporalPipeline
 seed: 0
 """
 

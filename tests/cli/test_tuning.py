@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from commands import COMMAND, alike, here
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -72,6 +73,26 @@ def test_a_source_is_needed_for_fusion_alone(refused, command, tmp_path):
     command(*part, "--preset", "pnp")
 
 
+def test_convolutions_class_pictures_and_validation(command, tmp_path):
+    """Class pictures may differ in size; clips are named by step and prompt."""
+    (tmp_path / "squares").mkdir()
+    for number, size in enumerate([(64, 64), (80, 60), (70, 96)]):
+        Image.new("RGB", size, (40 * number, 90, 0)).save(tmp_path / "squares" / f"{number}.png")
+    layers = ("--layers", "fatezero", "--rank", 4)
+    more = ("--train-convolutions", "--class-pictures", "squares", "--class-batch", 1)
+    clips = ("--validate", "a red circle on water", "--validate", TARGET, "--validate-every", 2, "--validate-steps", 2)
+    said = command(*TUNE, *layers, *more, *clips, "--steps", 3, "-o", "all")
+    assert "class pictures: 3" in said and "validation: 2 clips after 2 steps" in said
+    assert {path.name for path in (tmp_path / "all" / "validation").iterdir()} == {
+        f"step_{step}_{number}.mp4" for step in (2, 3) for number in (1, 2)
+    }
+    assert read_video(tmp_path / "all" / "validation" / "step_3_1.mp4").frames.shape == (2, 64, 64, 3)
+    weights = load_file(tmp_path / "all" / "temporal.safetensors")
+    assert any(weight.any() for name, weight in weights.items() if name.endswith("conv_temporal.up.weight"))
+    said = command(*TUNE, *layers, "--steps", 3, "-o", "none", "--dry-run")
+    assert "have no effect untrained" in " ".join(said.split())
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
     part = (*TUNE, "--keep-every", 1, "--steps")
@@ -100,6 +121,11 @@ def test_what_is_refused(refused, tuned, tmp_path):
     said = refused("tune", CLIP, *PROMPT, "--count", 2, "--steps", 9, "--resume", "-o", tuned)
     assert "started with learning_rate 0.003, not 3e-05" in said
     assert "rank has no effect" in refused(*TUNE, "--rank", 4)
+    assert "without --layers fatezero" in refused(*TUNE, "--train-convolutions")
+    assert "without --class-pictures" in refused(*TUNE, "--class-prompt", "a square")
+    assert "missing --validate-every" in refused(*TUNE, "--validate", "a circle")
+    assert "missing --validate:" in refused(*TUNE, "--validate-every", 2)
+    assert "class_pictures" in refused(*TUNE, "--class-pictures", "nowhere")
     assert "no effect on temporal layers from a file" in refused(*TUNE, "--temporal", tuned, "--layers", "fatezero")
     assert "steps is 0; it must be between 1 and 100000" in refused(*TUNE, "--steps", 0)
     assert "keep_every is 0" in refused(*TUNE, "--keep-every", 0)

@@ -230,3 +230,18 @@ def test_other_families(host, kind):
         flowed = edited(host, graph)
         assert torch.linalg.norm(flowed - results[preset]) < 1e-4 * torch.linalg.norm(flowed)
     assert torch.linalg.norm(results["pnp"] - results["none"]) > 1e-3 * torch.linalg.norm(results["pnp"])
+
+
+def test_shares_of_words_and_attention_of_the_reconstruction(host):
+    """Older workflows lack these widgets; with the usual values they change nothing."""
+    graph = DemoGraph(steps=3)
+    fused = graph.fuse()
+    plain = host.latents(graph.prompt, graph.edit[0])
+    graph.set(fused, cross_replace_from=0.0, self_replace_from=0.0, cross_replace_words="", attention_from="inversion")
+    assert torch.equal(host.latents(graph.prompt, graph.edit[0]), plain)
+    for changed in ({"cross_replace_words": "green=0.3:0.5, water=0"}, {"attention_from": "reconstruction"}):
+        graph.set(fused, **changed)
+        assert not torch.equal(host.latents(graph.prompt, graph.edit[0]), plain)
+    graph.set(fused, cross_replace_words="jeep=0.3")
+    with pytest.raises(NodeError, match="cross_replace_words: 'jeep' is not in the prompt"):
+        host.latents(graph.prompt, graph.edit[0])

@@ -141,7 +141,7 @@ def says(host, graph, message, node=None):
         ("video", {"file": "", "video": None}, "file: choose a video"),
         ("words", {"target": "  "}, "target: is empty"),
         ("words", {"blend_source": "jeep"}, "blend_source: 'jeep' is not in the prompt"),
-        ("words", {"reweight": "green"}, "reweight: 'green' is not word=weight"),
+        ("words", {"reweight": "green"}, "reweight is 'green'; it must be word=number"),
         ("words", {"reweight": "jeep=2"}, "'jeep' is not in the prompt"),
         ("words", {"mode": "replace", "target": "a square"}, "5 words and the target 2"),
         ("words", {"source": ""}, "source: is empty"),

@@ -16,7 +16,7 @@ from fatezero.hosts.diffusers import with_temporal_layers
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.hosts.diffusers.temporal import temporal_layers
 from fatezero.methods.tokenflow import TokenFlowSettings
-from fatezero.methods.tune_a_video import TuneSettings, tune
+from fatezero.methods.tune_a_video import ClassPictures, TuneSettings, Validation, ValidationSettings, tune
 from small import relative
 
 KINDS = {"official": ("official", None), "lora": ("fatezero", 4), "full": ("fatezero", None)}
@@ -186,6 +186,55 @@ def test_tuning_is_that_of_the_diffusers_host(host, files, prediction):
         assert relative(host.latents(again.prompt, sampled(again, loaded[0])[0]), result) < 1e-4
     assert torch.equal(host.latents(graph.prompt, sampled(graph, graph.demo[0])[0]), plain)
     (files / "mine.safetensors").unlink()
+
+
+def test_tuning_with_convolutions_class_pictures_and_validation_is_that_of_the_diffusers_host(host, files):
+    graph = DemoGraph(frames=3)
+    layers = graph.add("FateZeroLoadTemporalLayers", model=graph.demo[0], name="lora.safetensors")
+    pictures = graph.add("ImageInvert", image=graph.video[0])
+    of_class = graph.add("FateZeroEncodeVideo", images=pictures[0], vae=graph.demo[2], chunk_size=8)
+    more = {"train_convolutions": True, "prior_preservation": 0.5, "class_batch": 2,
+            "validate_every": 2, "validate_steps": 3, "validate_guidance": 4.0}  # fmt: skip
+    node = tuned(graph, layers[0], name="mine", **more, class_pictures=of_class[0], class_prompt=graph.words[1],
+                 validation=graph.words[1], negative=graph.negative[0])  # fmt: skip
+    clips = host.latents(graph.prompt, node[2])
+    ours = load_file(files / "mine.safetensors")
+    (files / "mine.safetensors").unlink()
+
+    checkpoint = Checkpoint.load("demo", temporal=str(files / "lora.safetensors"))
+    factor, shown = checkpoint.vae.config["scaling_factor"], []
+    latents, classes = (host.latents(graph.prompt, link) * factor for link in (graph.latent[0], of_class[0]))
+    source, target, empty = (checkpoint.encode_prompt(t, 64, 64) for t in (SOURCE, EDITS["attribute"], ""))
+    negative = checkpoint.encode_negative("", 64, 64)
+    clips_of = ValidationSettings(2, 3, 4)
+    tune(
+        checkpoint.denoiser, latents, source,
+        TuneSettings(3, 3e-3, seed=5, train_convolutions=True, prior_preservation=0.5, class_batch=2),
+        class_pictures=ClassPictures(classes, target),
+        validation=Validation([target], empty, negative, lambda _, made: shown.extend(made), clips_of),
+    )  # fmt: skip
+    theirs = {n: w for n, w in checkpoint.unet.named_parameters() if trains(n)}
+    theirs |= temporal_layers(checkpoint.unet).named()
+    begun = load_file(files / "lora.safetensors")
+    moved = torch.cat([(theirs[n].detach() - begun[n]).flatten() for n in sorted(ours)])
+    apart = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(ours)])
+    assert any("conv_temporal" in n and not torch.equal(ours[n], begun[n]) for n in ours)
+    assert apart.norm() < 2e-2 * moved.norm()
+    assert relative(clips * factor, torch.cat(shown)) < 1e-3
+
+
+def test_what_a_tuning_lacks_is_named(host):
+    graph = DemoGraph()
+    for more, message in (
+        ({"validate_every": 1}, "negative: is missing"),
+        ({"validation": graph.words[1]}, "has no effect without validate_every"),
+        ({"train_convolutions": True}, "train_convolutions has no effect"),
+    ):
+        node = tuned(graph, graph.demo[0], **more)
+        graph.add("PreviewImage", images=node[1])
+        with pytest.raises(NodeError, match=message):
+            host.run(graph.prompt)
+        graph = DemoGraph()
 
 
 @pytest.mark.slow

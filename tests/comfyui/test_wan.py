@@ -414,20 +414,6 @@ def test_no_trace_is_left_on_the_model(host, graph):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"),
-    [
-        ("wan_i2v", "is Wan i2v with 36 channels in, not text to video"),
-        ("wan_vace", "is Wan VACE, not text to video"),
-        ("flux", "Flux.* is not supported"),
-    ],
-)
-def test_other_transformers_are_refused(host, graph, kind, error):
-    graph.both(graph.add("OtherRandomModel", kind=kind)[0])
-    with pytest.raises(NodeError, match=error):
-        host.latents(graph.prompt, graph.edit[0])
-
-
-@pytest.mark.parametrize(
     ("part", "error"),
     [
         ({"preset": "pnp"}, "Plug-and-Play needs a UNet"),

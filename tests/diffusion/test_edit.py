@@ -1,10 +1,15 @@
 """The loops on small real UNets in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
+from fatezero.attention.key_frames import Chunk
 from fatezero.diffusion.branches import EditRun
+from fatezero.diffusion.invert import Inversion
+from fatezero.diffusion.reconstruction import reconstructed
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import DiffusersDenoiser
 from fatezero.recipes.recipe import Recipe
@@ -41,6 +46,33 @@ def test_the_three_memories_agree(denoiser, tokenizer, shape, clip_norm):
     edits = [run(denoiser, tokenizer, latents, memory, clip_norm=clip_norm) for memory in MEMORIES]
     assert edits[0].shape == latents.shape
     assert max(relative(other, edits[0]) for other in edits[1:]) < 1e-9
+
+
+def test_words_with_shares_of_their_own(denoiser, tokenizer):
+    latents = random_latents(2)
+    plain = run(denoiser, tokenizer, latents, fusion=FusionSettings(0.5, 0.5))
+    same = run(denoiser, tokenizer, latents, fusion=FusionSettings(0.5, 0.5, cross_replace_words={"blue": 0.5}))
+    assert relative(same, plain) < 1e-12, "the usual share for a word changes nothing"
+    for changed in ({"cross_replace_words": {"blue": 0.0}}, {"self_replace_from": 0.4}, {"cross_replace_from": 0.4}):
+        assert relative(run(denoiser, tokenizer, latents, fusion=FusionSettings(0.5, 0.5, **changed)), plain) > 1e-6
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+def test_attention_of_the_reconstruction(denoiser, tokenizer, guidance):
+    """The step from level L reads what guided sampling of the source has at L, one level noisier than the inversion."""
+    inversion = invert(denoiser, random_latents(2), random_text(0), steps=5)
+    store, negative = inversion.store, random_text(2)
+    steps = [[Chunk.whole(2)]] * 5
+    with denoiser.hooked(), torch.no_grad():
+        replay = reconstructed(denoiser, store, negative, guidance, steps)
+    sampled = edit(denoiser, inversion, random_text(0), negative, guidance)
+    assert torch.equal(replay.level(0), sampled) and torch.equal(replay.level(5), store.level(5))
+    shifted = replace(replay, levels=torch.cat([replay.levels[1:], replay.levels[-1:]]))
+    arguments = (random_text(1), negative, guidance, replace_edit(tokenizer))
+    expected = edit(denoiser, Inversion(shifted), *arguments, FusionSettings(0.5, 0.5))
+    of_replay = FusionSettings(0.5, 0.5, attention_from="reconstruction")
+    assert relative(edit(denoiser, inversion, *arguments, of_replay), expected) < 1e-12
+    assert relative(edit(denoiser, inversion, *arguments, FusionSettings(0.5, 0.5)), expected) > 1e-6
 
 
 def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):

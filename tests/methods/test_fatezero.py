@@ -3,8 +3,9 @@ import torch
 
 from fatezero.attention.control import AttentionSite, attention, attention_map
 from fatezero.attention.key_frames import Chunk, KeyFrames
-from fatezero.attention.prompt import Alignment
+from fatezero.attention.prompt import Alignment, PromptEdit
 from fatezero.methods.fatezero import Fuser, FusionSettings, StepPlan
+from fatezero.recipes.recipe import Recipe
 from fatezero.store.records import Recorder, SourceStep
 
 FRAMES, HEADS, SIDE, DIM, COLUMNS = 3, 2, 4, 8, 7
@@ -25,10 +26,10 @@ def identity_alignment():
     return Alignment(torch.eye(COLUMNS).double(), ones, ones)
 
 
-def recorded(maps=False, keys=KEYS):
+def recorded(maps=False, keys=KEYS, columns=COLUMNS):
     recorder = Recorder(keys, CLIP, {SELF.name, CROSS.name}, "maps" if maps else "recompute")
     recorder.self_attention(*tensors(SIDE**2, 0), SELF)
-    recorder.cross_attention(*tensors(COLUMNS, 1), CROSS)
+    recorder.cross_attention(*tensors(columns, 1), CROSS)
     return SourceStep(recorder.captured, keys, CLIP)
 
 
@@ -116,6 +117,65 @@ def test_shares_of_steps_count_as_the_authors_do(share, steps, cross, self_):
 def test_shares_at_the_ends():
     assert FusionSettings(0, 0).cross_steps(50) == 0
     assert FusionSettings(1, 1).cross_steps(50) == FusionSettings(1, 1).self_steps(50) == 50
+
+
+def times_of(bounds, steps):
+    """Which of `steps` + 1 times Prompt-to-Prompt replaces attention at, for a share or a pair of shares."""
+    begin, end = bounds if isinstance(bounds, tuple) else (0.0, bounds)
+    times = torch.zeros(steps + 1)
+    times[int(begin * (steps + 1)) : int(end * (steps + 1))] = 1
+    return times
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_shares_of_words_follow_prompt_to_prompt(tokenizer, maps):
+    """A_t = alpha_t A* + (1 - alpha_t) A, with alpha by token: a word's own share of steps, or the usual one."""
+    steps, words = 7, {"square": (0.3, 0.75), "water": 0.2}
+    settings = FusionSettings(0.6, 0.0, cross_replace_from=0.15, cross_replace_words=words)
+    pair = PromptEdit("a red circle on water", "a red square on water", tokenizer, reweight={"square": 3.0, "red": 2.0})
+    alphas = times_of((0.15, 0.6), steps)[:, None].repeat(1, 77).double()
+    for word, bounds in words.items():
+        alphas[:, pair.token_indices(pair.target, word, 77)] = times_of(bounds, steps)[:, None].double()
+    alignment = pair.align(77, 77).to(alphas)
+    columns = {word: pair.token_indices(pair.target, word, 77) for word in words}
+    source = recorded(maps, columns=77)
+    (q, k, v), (source_q, source_k, _) = tensors(77, 3), tensors(77, 1)
+    own = attention_map(q, k)
+    replaced = alignment.fused(attention_map(source_q, source_k[:1]), own)
+    for step in range(steps):
+        expected = (alphas[step] * replaced + (1 - alphas[step]) * own) @ v
+        control = Fuser(
+            source, settings.aligned(alignment, columns, step, steps), settings, StepPlan.of(settings, step, steps)
+        )
+        assert torch.allclose(control.cross_attention(q, k, v, CROSS), expected, atol=1e-12), step
+    assert {tuple(row) for row in alphas.unique(dim=0).tolist()} > {(0.0,) * 77}, "words differ in some steps"
+
+
+def test_shares_may_begin_later():
+    settings = FusionSettings(0.5, 0.6, self_replace_from=0.25, cross_replace_from=0.2)
+    assert settings.self_range(10) == range(2, 6)
+    assert [StepPlan.of(settings, step, 10).fuse_self for step in range(10)] == [s in range(2, 6) for s in range(10)]
+    assert settings.cross_range(10) == range(2, 5) and settings.cross_steps(10) == 3
+    assert FusionSettings(0, 0, cross_replace_words={"car": 1.0}).cross_steps(10) == 10
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"self_replace_steps": 0.2, "self_replace_from": 0.3}, "self_replace_steps begins at 0.3"),
+        ({"cross_replace_words": {"car": 1.5}}, "cross_replace_words: car"),
+        ({"cross_replace_words": {"car": (0.5, 0.2)}}, "cross_replace_words: car"),
+    ],
+)
+def test_shares_that_end_before_they_begin_are_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        FusionSettings(**wrong)
+
+
+def test_words_with_shares_are_in_the_target(tokenizer):
+    recipe = Recipe("a red circle", "a red square", injection=FusionSettings(cross_replace_words={"circle": 0.5}))
+    with pytest.raises(ValueError, match="cross_replace_words: 'circle' is not in the prompt"):
+        recipe.pair(tokenizer)
 
 
 def test_latents_blend_between_a_fifth_and_four_fifths():

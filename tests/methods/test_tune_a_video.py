@@ -25,7 +25,15 @@ from fatezero.hosts.diffusers.temporal import (
     temporal_layers,
 )
 from fatezero.hosts.diffusers.unet import DiffusersDenoiser, with_temporal_layers, without_temporal_layers
-from fatezero.methods.tune_a_video import LayerSettings, TuneSettings, optimizer_class, tune
+from fatezero.methods.tune_a_video import (
+    ClassPictures,
+    LayerSettings,
+    TuneSettings,
+    Validation,
+    ValidationSettings,
+    optimizer_class,
+    tune,
+)
 from small import (
     FIXTURES,
     random_latents,
@@ -109,6 +117,39 @@ def test_the_authors_training(name):
     for key, weight in denoiser.unet.state_dict().items():
         assert weight.data_ptr() in tuned or torch.equal(weight, frozen[key]), key
     assert not any(w.grad is not None for w in denoiser.unet.parameters())
+
+
+def test_the_authors_training_with_convolutions_and_class_pictures():
+    """FateZero's configuration files: each step on the clip follows one on pictures, without temporal layers."""
+    tensors = {k: t.double() if t.is_floating_point() else t for k, t in given("tav_fatezero_trained")[0].items()}
+    denoiser = with_layers(given("tav_fatezero_lora")[1])
+    before = {k: w.detach().clone() for k, w in denoiser.trained(convolutions=True).items()}
+    on_pictures, on_clip = [], []
+    pictures = ClassPictures(
+        tensors["class_latents"].flatten(0, 1),
+        tensors["class_text"],
+        draws=list(
+            zip([(0, 1), (2, 3), (4, 5)], tensors["class_timesteps"].tolist(), tensors["class_noise"], strict=True)
+        ),
+        progress=lambda *told: on_pictures.append(told),
+    )
+    tune(
+        denoiser,
+        tensors["z0"],
+        tensors["source"],
+        TuneSettings(steps=3, train_convolutions=True),
+        list(zip(tensors["train_timesteps"].tolist(), tensors["train_noise"], strict=True)),
+        class_pictures=pictures,
+        progress=lambda done, of, *told: on_clip.append(told),
+    )
+    told = torch.tensor([(*a, *b) for a, b in zip(on_pictures, on_clip, strict=True)], dtype=torch.float64)
+    assert relative(told, tensors["losses"]) < 1e-6
+    expected = {k.removeprefix("tuned."): t for k, t in tensors.items() if k.startswith("tuned.")}
+    after = denoiser.trained(convolutions=True)
+    assert after.keys() == expected.keys()
+    for key, tensor in expected.items():
+        change = (tensor - before[key]).norm()
+        assert (after[key] - tensor).norm() < 1e-3 * change + 1e-7 * tensor.norm(), key
 
 
 # --- invariants -------------------------------------------------------------------------
@@ -334,9 +375,9 @@ def test_convolutions_that_do_something_are_not_dropped(rank):
 # --- how it is tuned ----------------------------------------------------------------------
 
 
-def fresh_denoiser(dtype=torch.float64, **scheduler):
+def fresh_denoiser(dtype=torch.float64, kind="official", **scheduler):
     torch.manual_seed(4)
-    unet = with_temporal_layers(small_unet()).to(dtype)
+    unet = with_temporal_layers(small_unet(), kind=kind).to(dtype)
     return DiffusersDenoiser(unet, DDIMScheduler.from_config(build_scheduler().config, **scheduler))
 
 
@@ -390,19 +431,87 @@ def test_a_model_that_predicts_v_is_trained_on_v():
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_of_a_model_in_half_precision_what_is_trained_is_not():
-    denoiser, seen = fresh_denoiser(torch.bfloat16), []
-    begun = {name: w.detach().clone() for name, w in denoiser.trained().items()}
+# --- class pictures, prior and validation -------------------------------------------------
+
+
+PICTURES = ClassPictures(random_latents(5, 8, 8, seed=20), random_text(5), 0.1 * torch.ones(5, 4, 8, 8))
+
+
+def test_a_tuning_with_class_pictures_resumes_with_the_same_result():
+    settings, states = replace(FAST, class_batch=2, prior_preservation=0.5), []
+    whole, first, again = fresh_denoiser(), fresh_denoiser(), fresh_denoiser()
+    losses = tune(whole, LATENTS, TEXT, settings, class_pictures=PICTURES)
+    tune(first, LATENTS, TEXT, replace(settings, steps=3), class_pictures=PICTURES, keep=states.append)
+    assert tune(again, LATENTS, TEXT, settings, class_pictures=PICTURES, resume=states[-1]) == losses
+    assert all(torch.equal(w, whole.trained()[n]) for n, w in again.trained().items())
+    assert losses != tune(fresh_denoiser(), LATENTS, TEXT, settings)
+
+
+def test_class_pictures_leave_temporal_layers_alone():
+    denoiser, norms = fresh_denoiser(), []
+    before = {n: w.detach().clone() for n, w in denoiser.trained().items()}
+    still = [(401, random_latents(3, 8, 8, seed=9))]
+    pictures = replace(PICTURES, progress=lambda loss, norm: norms.append(norm))
+    settings = TuneSettings(steps=1, learning_rate=1e-2, clip_gradients=0)  # so that no gradient is left to follow
+    tune(denoiser, LATENTS, TEXT, settings, still, class_pictures=pictures)
+    assert len(norms) == 1 and norms[0] > 0
+    temporal = {n: w for n, w in denoiser.trained().items() if "attn_temp" in n}
+    assert temporal and all(torch.equal(w, before[n] * (1 - 1e-4)) for n, w in temporal.items()), "one decay, not two"
+
+
+def test_prior_preservation_adds_the_distance_from_the_untuned_image_model():
+    noise, t = random_latents(3, 8, 8, seed=7), 601
+    denoiser = DiffusersDenoiser(randomized(small_unet()), build_scheduler())
+    plain, held = (
+        tune(denoiser, LATENTS, TEXT, TuneSettings(1, learning_rate=0, prior_preservation=weight), [(t, noise)])[0]
+        for weight in (0.0, 2.0)
+    )
+    noisy, _ = denoiser.noised(LATENTS, noise, t)
+    condition = Condition.of(TEXT, "text")
+    with torch.no_grad():
+        with denoiser.hooked(clip_norm=True):
+            whole = denoiser.predict_noise(noisy, t, condition, Control(KeyFrames(KEYS), Chunk.whole(3)))[:1]
+        image = DiffusersDenoiser(small_unet(), build_scheduler())
+        with image.hooked():
+            alone = image.predict_noise(noisy[:1], t, condition, Control(KeyFrames(("self",)), Chunk.whole(1)))
+    assert held - plain == pytest.approx(2 * ((whole - alone) ** 2).mean().item(), rel=1e-6)
+
+
+def test_validation_clips_are_those_of_an_inversion_and_an_edit():
+    shown, denoiser, empty = {}, fresh_denoiser(), random_text(6)
+    validation = Validation(
+        [random_text(7), random_text(8)], empty, empty, shown.__setitem__, ValidationSettings(2, 3, 4.0)
+    )
+    losses = tune(denoiser, LATENTS, TEXT, FAST, validation=validation)
+    assert list(shown) == [2, 4, 5] and losses == tune(fresh_denoiser(), LATENTS, TEXT, FAST)
+    inversion = invert(denoiser, LATENTS, empty, steps=3, key_frames=KEYS, clip_norm=True)
+    for clip, seed in zip(shown[5], (7, 8), strict=True):
+        expected = edit(denoiser, inversion, random_text(seed), empty, 4.0, fusion=None, prompt=None)
+        assert relative(clip, expected) < 1e-9
+
+
+def test_convolutions_to_train_must_exist():
+    with pytest.raises(ValueError, match="train_convolutions has no effect"):
+        tune(fresh_denoiser(), LATENTS, TEXT, replace(FAST, train_convolutions=True))
+    with pytest.raises(TypeError, match="unknown"):
+        tune(fresh_denoiser(), LATENTS, TEXT, FAST, unknown=1)
+
+
+@pytest.mark.parametrize("kind", ["official", "fatezero"])
+def test_of_a_model_in_half_precision_what_is_trained_is_not(kind):
+    denoiser, seen, convolutions = fresh_denoiser(torch.bfloat16, kind=kind), [], kind == "fatezero"
+    begun = {name: w.detach().clone() for name, w in denoiser.trained(convolutions).items()}
 
     def look(*_):
-        seen.append({weight.dtype for weight in denoiser.trained().values()})
+        seen.append({weight.dtype for weight in denoiser.trained(convolutions).values()})
 
-    losses = tune(denoiser, LATENTS.float(), TEXT.float(), FAST, progress=look)
+    settings = replace(FAST, train_convolutions=convolutions)
+    losses = tune(denoiser, LATENTS.float(), TEXT.float(), settings, progress=look)
     assert seen == [{torch.float32}] * 5 and all(loss == loss for loss in losses)
-    assert all(w.dtype == torch.bfloat16 for w in denoiser.trained().values())
-    assert any(not torch.equal(w, begun[name]) for name, w in denoiser.trained().items())
+    assert all(w.dtype == torch.bfloat16 for w in denoiser.trained(convolutions).values())
+    assert any(not torch.equal(w, begun[name]) for name, w in denoiser.trained(convolutions).items())
     assert not any("forward" in vars(module) for module in denoiser.unet.modules())
-    exact = tune(fresh_denoiser(torch.float32), LATENTS.float(), TEXT.float(), FAST)
+    exact = tune(fresh_denoiser(torch.float32, kind=kind), LATENTS.float(), TEXT.float(), settings)
     assert losses == pytest.approx(exact, rel=0.05)
 
 

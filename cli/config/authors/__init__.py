@@ -1,0 +1,1 @@
+"""The configuration files of the authors of FateZero, Tune-A-Video and TokenFlow."""

@@ -1,0 +1,66 @@
+"""Any MODEL that is sampled as a flow, for edits that need its predictions only: FlowEdit, masks, SDEdit.
+
+No attention is hooked, so that the host calls the model as a KSampler does, with whatever conditioning it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...attention.control import AttentionSite, Kind
+from ...models.flow import FLOW
+from ...store.identity import ModelIdentity
+from ...store.records import PairedBranch
+from .hook import ALL_KINDS, Controls, Hook, HostFamily
+from .noise import FlowNoise, is_flow, noise_of
+
+
+def check_flow(model: Any) -> None:
+    """Raise ValueError for a flow that edits cannot follow."""
+    assert isinstance(noise_of(model), FlowNoise)
+
+
+class PlainFlow(Hook):
+    """A clone of a MODEL without hooks."""
+
+    family = FLOW
+
+    def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
+        if len(kinds) < len(ALL_KINDS):
+            raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
+        check_flow(model)
+        super().__init__(model)
+
+    def identity(self) -> ModelIdentity:
+        """The architecture; other weights of it may read the store, because it keeps no attention."""
+        model = self.patcher.model
+        shapes = sorted((name, tuple(weight.shape)) for name, weight in model.diffusion_model.named_parameters())
+        return ModelIdentity(type(model).__name__, hashlib.sha256(repr(shapes).encode()).hexdigest(), "")
+
+    def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
+        return {}
+
+    @contextmanager
+    def controlled(
+        self,
+        controls: Controls,
+        clip_norm: bool = False,
+        source: tuple[PairedBranch, Any] | None = None,
+        conditions: Sequence[dict[str, Any]] | None = None,
+    ) -> Iterator[None]:
+        yield
+
+
+FAMILY = HostFamily(
+    models="without attention control any model that is sampled as a flow",
+    text_encoder="",
+    hook=PlainFlow,
+    matches=is_flow,
+    check=check_flow,
+    count_layers=lambda model: 0,
+    tokenizer=lambda clip: None,
+    frame_dim=2,
+)

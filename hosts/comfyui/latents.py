@@ -1,0 +1,108 @@
+"""LATENT samples in a MODEL's scale; those of video with sound packed into one tensor, as in the host's samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...attention.masks import GivenMask
+
+Shapes = Sequence[Sequence[int]]
+"""The shapes of the streams of a LATENT: a video or picture, and its sound if any."""
+
+BLOCKS = {"MiniMaxH3Video": 17, "MiniMaxH3AV": 17}
+"""The frames that an autoencoder encodes apart from the next ones, by latent format; others encode the whole clip."""
+
+
+def streams(samples: Any) -> list[Tensor]:
+    """The streams of LATENT samples."""
+    return list(samples.unbind()) if getattr(samples, "is_nested", False) else [samples]
+
+
+def shapes_of(samples: Any) -> Shapes:
+    return [tuple(stream.shape) for stream in streams(samples)]
+
+
+def packed(samples: Any) -> Tensor:
+    """The samples of one stream as they are; those of several as one tensor (1, 1, n)."""
+    parts = streams(samples)
+    flat: Tensor = parts[0] if len(parts) == 1 else comfy.utils.pack_latents(parts)[0]
+    return flat
+
+
+def unpacked(flat: Tensor, shapes: Shapes) -> Any:
+    """The inverse of `packed`."""
+    if len(shapes) < 2:
+        return flat
+    from comfy.nested_tensor import NestedTensor  # hosts without it have no streams
+
+    return NestedTensor(comfy.utils.unpack_latents(flat, shapes))
+
+
+def zeros_like(samples: Any) -> Any:
+    return unpacked(torch.zeros_like(packed(samples)), shapes_of(samples))
+
+
+def into_model(model: Any, samples: Any) -> Tensor:
+    """LATENT samples in a MODEL's scale, packed."""
+    model.model.latent_shapes = shapes_of(samples)  # as the host's sampling sets it, for models that scale their sound
+    scaled: Tensor = model.model.process_latent_in(packed(samples).float())
+    return scaled
+
+
+def out_of_model(model: Any, latents: Tensor, shapes: Shapes) -> Any:
+    """The inverse of `into_model`. shapes: of the streams, if several."""
+    model.model.latent_shapes = shapes or None
+    return unpacked(model.model.process_latent_out(latents), shapes)
+
+
+# --- masks ----------------------------------------------------------------------------------
+
+
+def mask_of_latents(model: Any, mask: Tensor, latents: int) -> Tensor:
+    """A mask of a clip's frames as one of its latents, each of which may hold several frames: their maximum.
+
+    mask: (frames, height, width); one frame, or one for each latent, is returned as it is. Raises ValueError for
+    another number of frames than the latents hold.
+    """
+    if len(mask) in (1, latents):
+        return mask
+    kind = model.model.latent_format
+    ratio, block = getattr(kind, "temporal_downscale_ratio", 1), BLOCKS.get(type(kind).__name__, len(mask))
+    own = torch.tensor([_latent_of(frame, ratio, block) for frame in range(len(mask))])
+    if own[-1] + 1 != latents:
+        raise ValueError(
+            f"mask: has {len(mask)} frames, but the clip has {latents} latent frames: give one, or one for each frame "
+            "of the clip"
+        )
+    return torch.stack([mask[own == i].amax(0) for i in range(latents)])
+
+
+def _latent_of(frame: int, ratio: int, block: int) -> int:
+    """The latent of a frame: in each block the first frame has its own, and `ratio` frames share each other one."""
+    blocks, within = divmod(frame, block)
+    return blocks * (1 + (block - 1) // ratio) - (-within // ratio)
+
+
+def packed_mask(model: Any, mask: Any, shapes: Shapes, sound: float) -> Tensor:
+    """The mask of a LATENT of several streams, (1, 1, n) as `packed` has its samples.
+
+    mask: (frames, height, width) of the video, the noise mask of the LATENT, or None for the whole video. sound: the
+    mask of streams without their own, 0 to keep them and 1 to edit them.
+    """
+    own, parts = [] if mask is None else streams(mask), []
+    for i, shape in enumerate(map(tuple, shapes)):
+        if i >= len(own):
+            parts.append(torch.full(shape, sound if i else 1.0))
+        elif i:
+            parts.append(own[i].float().expand(shape))
+        else:
+            frames, *grid = shape[-3:]
+            video = mask_of_latents(model, own[0].float().reshape(-1, *own[0].shape[-2:]), frames)
+            parts.append(GivenMask(video).at((grid[0], grid[1]), frames).expand(shape))
+    flat: Tensor = comfy.utils.pack_latents([part.cpu() for part in parts])[0]
+    return flat

@@ -1,0 +1,37 @@
+"""FateZero's presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
+PRESETS: dict[str, dict[str, Any]] = {
+    "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
+    "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
+    "shape": {
+        "cross_replace_steps": 0.5,
+        "self_replace_steps": 0.5,
+        "blend_self_attention": True,
+        "blend_threshold": 0.3,
+    },
+    "style+": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
+    "attribute+": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.9,
+        "self_replace_steps": 0.8,
+        "blend_threshold": 0.2,
+        **_MASKED,
+    },
+    "shape+": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.4,
+        "self_replace_steps": 0.3,
+        "blend_self_attention": True,
+        "blend_threshold": 0.15,
+        **_MASKED,
+    },
+}
+"""style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
+style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
+(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, fewer looks
+inside of it at words of elsewhere, and other shares of steps."""

@@ -1,0 +1,215 @@
+"""Nodes of "another pack", installed beside ours on the test host: small flow models, and FlowEdit as a plain loop.
+
+The host loads this file by itself; it knows nothing of the tests.
+"""
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy_api.latest import ComfyExtension, io
+
+try:
+    from comfy.nested_tensor import NestedTensor
+except ImportError:
+    NestedTensor = None
+
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 24, "ffn_dim": 24, "num_heads": 2, "num_layers": 1,
+    "in_dim": 16, "out_dim": 16, "text_dim": 16,
+}  # fmt: skip
+FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 16,
+    "context_in_dim": 32, "hidden_size": 48, "mlp_ratio": 4.0, "num_heads": 3, "depth": 1, "depth_single_blocks": 1,
+    "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True, "guidance_embed": True,
+}  # fmt: skip
+if "txt_ids_dims" in getattr(FluxParams, "__dataclass_fields__", {}):
+    FLUX["txt_ids_dims"] = []  # newer hosts
+H3 = {
+    "image_model": "minimax_h3", "hidden_size": 128, "num_layers": 2, "token_refiner_num_layers": 1,
+    "num_attention_heads": 2, "attention_head_dim": 64, "ffn_hidden_size": 256, "text_dim": 64,
+    "time_embed_hidden_size": 64, "time_embed_dim": 64, "rope_inv_freq_len": 8,
+}  # fmt: skip
+LTXAV = {
+    "image_model": "ltxav", "num_layers": 2, "in_channels": 128, "num_attention_heads": 4, "attention_head_dim": 32,
+    "cross_attention_dim": 128, "audio_num_attention_heads": 2, "audio_attention_head_dim": 32,
+    "audio_cross_attention_dim": 64, "caption_channels": 3840, "caption_proj_before_connector": True,
+}  # fmt: skip
+QWEN = {
+    "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 1, "attention_head_dim": 24,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (8, 8, 8),
+}  # fmt: skip
+Z_IMAGE = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "n_layers": 1, "n_refiner_layers": 1,
+    "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32, "axes_dims": [32, 48, 48], "axes_lens": [1, 64, 64],
+    "qk_norm": True, "z_image_modulation": True, "rope_theta": 256.0, "time_scale": 1000.0,
+    "ffn_dim_multiplier": 2.0,
+}  # fmt: skip
+CLASSES = {
+    "h3": ("MiniMaxH3", H3),
+    "ltxav": ("LTXAV", LTXAV),
+    "qwen": ("QwenImage", QWEN),
+    "z_image": ("ZImage", Z_IMAGE),
+    "flux": ("Flux", FLUX),
+    "wan": ("WAN21_T2V", WAN),
+    "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
+    "wan_vace": ("WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
+}
+TEXT = {"h3": 64, "ltxav": 192, "qwen": 32, "z_image": 32, "flux": 32}
+SHAPES = {
+    "h3": ((1, 24, 2, 4, 6), (1, 32, 2, 8)),
+    "ltxav": ((1, 128, 3, 2, 3), (1, 8, 5, 16)),
+    "qwen": ((1, 16, 1, 6, 8),),
+    "z_image": ((2, 16, 6, 8),),
+    "flux": ((2, 16, 6, 8),),
+}
+CLIP = (1, 16, 3, 4, 6)
+KIND = io.Combo.Input("kind", options=list(CLASSES))
+
+
+def random_values(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def node(name, inputs, outputs):
+    """A class decorator that writes the schema."""
+
+    def of(cls):
+        cls.define_schema = classmethod(
+            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs)
+        )
+        cls.__name__ = name
+        return cls
+
+    return of
+
+
+@node("FlowModel", [KIND], [io.Model.Output()])
+class FlowModel(io.ComfyNode):
+    """A small model of random weights."""
+
+    @classmethod
+    def execute(cls, kind):
+        name, config = CLASSES[kind]
+        config = getattr(comfy.supported_models, name)(dict(config))
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({})
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.diffusion_model.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            inputs = parameter.shape[1:].numel()
+            parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
+        if kind == "h3":
+            model.diffusion_model.rope.inv_freq.copy_(1 / 10 ** torch.linspace(0, 3, 8))
+        cpu = torch.device("cpu")
+        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
+
+
+@node("FlowText", [KIND, io.Int.Input("seed")], [io.Conditioning.Output()])
+class FlowText(io.ComfyNode):
+    """Random embeddings, with what each kind of model has beside them."""
+
+    @classmethod
+    def execute(cls, kind, seed):
+        more = {
+            "flux": {"pooled_output": random_values(seed + 1, 1, 16), "guidance": 4.0},
+            "qwen": {"reference_latents": [random_values(5, 1, 16, 1, 4, 4)]},
+            "z_image": {},
+            "wan_i2v": {
+                "concat_latent_image": random_values(6, *CLIP),
+                "concat_mask": torch.ones(1, 1, *CLIP[2:]),
+            },
+            "wan": {"context_latents": [random_values(6, *CLIP)]},
+            "wan_vace": {
+                "vace_frames": [random_values(6, 1, 32, *CLIP[2:])],
+                "vace_mask": [torch.ones(1, 64, *CLIP[2:])],
+                "vace_strength": [0.7],
+            },
+        }.get(kind, {})
+        return io.NodeOutput([[random_values(seed, 1, 9, TEXT.get(kind, 16)), more]])
+
+
+@node("FlowLatent", [KIND, io.Int.Input("seed")], [io.Latent.Output()])
+class FlowLatent(io.ComfyNode):
+    """Random latents of a kind of model: a clip, pictures, or a clip with sound."""
+
+    @classmethod
+    def execute(cls, kind, seed):
+        parts = [random_values(seed + i, *shape) for i, shape in enumerate(SHAPES.get(kind, (CLIP,)))]
+        return io.NodeOutput({"samples": parts[0] if len(parts) == 1 else NestedTensor(parts)})
+
+
+@node("FlowStream", [io.Latent.Input("latent"), io.Int.Input("number")], [io.Latent.Output()])
+class FlowStream(io.ComfyNode):
+    """One stream of a latent, which can be saved."""
+
+    @classmethod
+    def execute(cls, latent, number):
+        samples = latent["samples"]
+        return io.NodeOutput({"samples": samples.unbind()[number] if samples.is_nested else samples})
+
+
+class Guider(comfy.samplers.CFGGuider):
+    """Keeps the conditions of three branches."""
+
+
+class Loop(comfy.samplers.Sampler):
+    """FlowEdit's equations."""
+
+    def __init__(self, guidance, source_guidance, first, seed):
+        self.settings = guidance, source_guidance, first, seed
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False):
+        guidance, source_guidance, first, seed = self.settings
+        clip = z = latent_image
+        steps, options = len(sigmas) - 1, extra_args["model_options"]
+
+        def velocity(x, sigma, name, scale):
+            conds = guider.conds["negative"], guider.conds[name]
+            clean = comfy.samplers.sampling_function(
+                guider.inner_model, x, sigma.expand(len(x)), *conds, scale, options, extra_args["seed"]
+            )
+            return (x - clean) / sigma
+
+        for step in range(first, steps):
+            here, there = sigmas[step], sigmas[step + 1]
+            frames_first = clip.movedim(2, 0)[:, 0] if clip.ndim == 5 else clip
+            eps = random_values(seed + 1_000_003 * (steps - step), *frames_first.shape)
+            eps = eps.movedim(0, 1)[None] if clip.ndim == 5 else eps
+            noisy = (1 - here) * clip + here * eps
+            to = velocity(z + noisy - clip, here, "positive", guidance)
+            z = z + (there - here) * (to - velocity(noisy, here, "source", source_guidance))
+        return z
+
+
+LOOP = [
+    io.Model.Input("model"), io.Conditioning.Input("source"), io.Conditioning.Input("positive"),
+    io.Conditioning.Input("negative"), io.Latent.Input("latent"), io.Sigmas.Input("sigmas"),
+    io.Float.Input("guidance"), io.Float.Input("source_guidance"), io.Int.Input("first"), io.Int.Input("seed"),
+]  # fmt: skip
+
+
+@node("FlowLoop", LOOP, [io.Latent.Output()])
+class FlowLoop(io.ComfyNode):
+    """FlowEdit on the host's own guider."""
+
+    @classmethod
+    def execute(
+        cls, model, source, positive, negative, latent, sigmas, guidance, source_guidance, first, seed
+    ):  # fmt: skip
+        guider = Guider(model)
+        guider.inner_set_conds({"positive": positive, "negative": negative, "source": source})
+        samples = latent["samples"]
+        sampler = Loop(guidance, source_guidance, first, seed)
+        return io.NodeOutput({"samples": guider.sample(samples * 0, samples, sampler, sigmas, seed=0)})
+
+
+class Flows(ComfyExtension):
+    async def get_node_list(self):
+        return [FlowModel, FlowText, FlowLatent, FlowStream, FlowLoop]
+
+
+async def comfy_entrypoint():
+    return Flows()
