@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..demo.judge import words_by_frame
-from ..demo.outline import whole_outlines
+from ..demo.outline import removed, whole_outlines
 from ..demo.scenes import visible_pixels
 from ..metrics.clip import ClipScorer
 from ..metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
@@ -30,7 +30,8 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
     """All figures of an edited clip (frames, 3, SIZE, SIZE) in 0..1.
 
     success: share of frames where the judge reads every word of the target and every outline is whole. changed, kept:
-    for the words that should change, and for the others, where they are read. outline: where outlines are whole.
+    for the words that should change, and for the others, where they are read; `changed` of a removal is that the object
+    is gone. outline: where outlines are whole.
     preserved_db, preserved_ssim: over the pixels that should not change; NaN if there
     are too few, as in an edit of style. truth_db: PSNR to the ground truth, everywhere. object_iou: of the pixels that
     differ from the background, and should. warp_error: x 1000, along the flow of the ground truth; warp_error_dis:
@@ -39,8 +40,11 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
     unchanged = unchanged_pixels(case)
     enough = unchanged.mean() >= LEAST_PIXELS
     estimated, visible_along = case_flow(case)
-    words = words_by_frame(case.source, case.target, frames, case.motion.tracks)
-    whole = whole_outlines(case.target, case.truth, frames, case.motion.tracks)
+    words = words_by_frame(case.target if case.removed is not None else case.source, case.target, frames, case.tracks)
+    if case.removed is not None:
+        gone = removed(case.clip.masks[case.removed], case.truth, frames)
+        words = [(ok, rest) for ok, (_, rest) in zip(gone, words, strict=True)]
+    whole = whole_outlines(case.target, case.truth, frames, case.tracks)
     figures = {
         "success": share_of(a and b and c for (a, b), c in zip(words, whole, strict=True)),
         "changed": share_of(changed for changed, _ in words),

@@ -1,4 +1,4 @@
-"""Whether the things of a frame have whole outlines, which the words that a classifier reads do not show."""
+"""Outlines of the demo scenes' things: whether they are whole, or gone; a classifier of words shows neither."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ WHOLE = {"circle": 0.78, "square": 0.78, "triangle": 0.78, "star": 0.65}
 more, other shapes 0.89 or more; a star's tips are thin."""
 TURNS = torch.linspace(-0.6, 0.6, 13)
 """Rotations that are tried, in radians, relative to the truth's."""
+STANDS_OUT, LEFT_OVER = 0.15, 0.05
+"""The RGB distance to all colours of the ground from which a pixel is not the ground's, and the share of such pixels
+in a removed thing's place from which it is not gone."""
 COLOURS = 400
 """The number of colours that stand for a thing or the ground."""
 
@@ -29,6 +32,19 @@ def whole_outlines(target: Scene, truth: Clip, frames: Tensor, tracks: tuple[Tra
         all(_fit(*one, t) >= WHOLE[one[1]] for one in zip(masks, shapes, tracks, strict=True))
         for t, masks in enumerate(silhouettes(truth, frames, tracks))
     ]
+
+
+def removed(place: Tensor, truth: Clip, frames: Tensor) -> list[bool]:
+    """Whether a thing is gone from each frame: its place (f, y, x) has the colours of the true ground.
+
+    The ground's pattern may differ, because an edit cannot know it.
+    """
+    gone = []
+    for t, frame in enumerate(frames):
+        pixels = frame[:, place[t] > 0.5].T
+        ground = _colours(truth.frames[t], truth.masks[:, t].amax(0) < 0.05)
+        gone.append((torch.cdist(pixels, ground).amin(1) > STANDS_OUT).float().mean().item() < LEFT_OVER)
+    return gone
 
 
 def silhouettes(truth: Clip, frames: Tensor, tracks: tuple[Track, ...]) -> list[list[Tensor]]:

@@ -13,9 +13,9 @@ from PIL import Image
 from fatezero.video.read import read_video
 
 NAMES = (
-    "attribute", "controlnet_lora", "custom_sampler", "demo", "layout_move_object", "layout_new_clip",
+    "attribute", "controlnet_lora", "custom_sampler", "demo", "enhance", "layout_move_object", "layout_new_clip",
     "mask_correction", "measure",
-    "one_inversion_three_edits", "shape", "style", "tokenflow",
+    "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 OFTEN = ("demo",)
