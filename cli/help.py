@@ -61,7 +61,7 @@ PAGES = {
             "Training": "steps learning-rate seed class-pictures validate validate-every",
             "Frames": "start end count size",
             "Model": "model temporal",
-            "Output": "output folder resume overwrite",
+            "Output": "output folder resume overwrite config",
             "Speed": "optimizer device dtype dry-run quiet",
         },
     ),

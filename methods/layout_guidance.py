@@ -6,6 +6,7 @@ shape; forward guidance adds the target to the attention itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -16,7 +17,7 @@ from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
 from ..diffusion.parts import Edit, EditContext, check_needs_unet
 from ..imports import F, torch
-from ..settings import check, setting
+from ..settings import check, setting, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,11 +92,19 @@ class LayoutSettings:
         group=GROUP,
     )  # fmt: skip
 
+    guided_steps: str = setting(
+        "",
+        "Guided steps, counted from 0: numbers and ranges, of which 22-44/2 is every second step.",
+        shown="the paper's 33 of 50, in proportion", group=GROUP,
+    )  # fmt: skip
+
     steps: Sequence[int] | None = None
-    """The guided steps; None for the paper's 33 of 50, in proportion."""
+    """The same as numbers; None for those of `guided_steps`."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.guided_steps and self.steps is None:
+            object.__setattr__(self, "steps", parsed_steps(self.guided_steps))
 
     def guides(self, step: int, steps: int) -> bool:
         """Whether a step of a run is guided."""
@@ -187,6 +196,18 @@ class LayoutGuidance(LayoutSettings):
                 raise ValueError(f"target has {len(one.target)} frames; the clip has {frames}")
             if max(one.columns) >= text_tokens:
                 raise ValueError(f"columns contain token {max(one.columns)}; the text has {text_tokens} tokens")
+
+
+def parsed_steps(text: str) -> tuple[int, ...]:
+    """The steps of "0-20, 22-44/2": numbers and ranges, both ends included, with a stride. Raises ValueError."""
+    found: set[int] = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6})(?:/([1-9]\d{0,5}))?)?", part)
+        steps = range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1)) if match else range(0)
+        if not steps:
+            raise ValueError(f"guided_steps is {shown(text)}; it must be numbers and ranges such as 0-20,22-44/2")
+        found |= set(steps)
+    return tuple(sorted(found))
 
 
 def in_schedule(step: int, steps: int) -> bool:

@@ -16,6 +16,7 @@ from ..hosts.comfyui.layout import LayoutGuider
 from ..methods.layout import Form, Layout, LayoutObject, Shift, named_path
 from ..methods.layout_guidance import LayoutGuidance
 from ..methods.move_objects import MoveSettings
+from ..settings import settings_of
 from ..video.sheet import outlined
 from .prompt import check_clip, check_words, encoded, unweighted
 from .settings import made, widget, widgets
@@ -24,6 +25,8 @@ from .sockets import LayoutSocket, schema, show_on_node
 SHIFT = "shift"
 FINE = 8
 """Points of a target per latent and side: one pixel for most models."""
+OLDER = tuple(one.name for one in settings_of(MoveSettings) if one.name != "guided_steps")
+"""The settings before `guided_steps`, which comes last on the node, where older workflows have no value."""
 _BLANK = 256
 """Size of the preview without an image, in pixels."""
 
@@ -76,7 +79,8 @@ class FateZeroLayout(io.ComfyNode):
                 io.Int.Input(
                     "frames", default=16, min=1, max=1000, tooltip="Frames of the preview if no image is connected."
                 ),
-                *widgets(MoveSettings, advanced=("weight", "amount", "enough", "most_change")),
+                *widgets(MoveSettings, *OLDER, advanced=("weight", "amount", "enough", "most_change")),
+                widget(MoveSettings, "guided_steps", optional=True, advanced=True),
             ],
             outputs=[
                 io.Conditioning.Output("conditioning", display_name="positive", tooltip="The encoded prompt."),

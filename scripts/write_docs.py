@@ -1,5 +1,5 @@
-"""Write the reference from the code: docs/settings.md from the settings, docs/nodes.md from the nodes' texts, and the
-README's table of methods.
+"""Write the reference from the code: docs/settings.md from the settings, docs/nodes.md from the nodes' texts,
+docs/authors-files.md from the keys of the authors' files, and the README's table of methods.
 
     python scripts/write_docs.py
 
@@ -15,6 +15,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from fatezero.cli.config.authors.keys import REFUSED, Command, Key
+from fatezero.cli.config.authors.read import REPOSITORIES
 from fatezero.cli.config.settings import SECTIONS, EditConfig, GenerateConfig, TuneConfig
 from fatezero.cli.options import GROUPS
 from fatezero.methods import METHODS
@@ -39,8 +41,17 @@ shows (select a node and press **?**).
 | node | what it does | inputs | outputs |
 |---|---|---|---|
 """
+AUTHORS = """# The authors' configuration files
 
+Written by `scripts/write_docs.py` from the code.
 
+`fatezero edit --config their.yaml` makes an edit for each prompt of a file of FateZero, Tune-A-Video or TokenFlow, and
+`fatezero tune --config their.yaml` tunes as it says. Options and `--preset` go over the file, which names its own
+model: `--model` gives another. References such as `${dataset_config.prompt}` are followed.
+
+A key with a value that cannot be followed is refused by its name, and so is an unknown key. Keys without effect are
+listed in a note. *missing* is what the authors' code takes for a missing key, where that is not nothing.
+"""
 BEGIN, END = "<!-- methods, written by scripts/write_docs.py -->\n", "<!-- end of methods -->\n"
 
 
@@ -107,6 +118,39 @@ def node_row(name: str, about: dict[str, Any]) -> str:
     return f"| [{title}](../web/docs/{name}.md) | {about['description']} | {inputs} | {outputs} |\n"
 
 
+def authors_page() -> str:
+    return AUTHORS + "".join(f"\n## {one.title}\n{keys_tables(one.module.SECTIONS)}" for one in REPOSITORIES)
+
+
+def keys_tables(sections: dict[str, Sequence[Key]]) -> str:
+    """A table for each section, with a column for each command that a key of the repository is for."""
+    tunes = any(key.tune for keys in sections.values() for key in keys)
+    commands: tuple[Command, ...] = ("edit", "tune") if tunes else ("edit",)
+    head = "".join(f"| {cell} " for cell in ("key", "missing", *(f"`{one}`" for one in commands), "how")) + "|"
+    line = "|" + "---|" * (len(commands) + 3)
+    return "".join(
+        f"\n**{where or 'The file'}**\n\n{head}\n{line}\n{''.join(key_row(key, commands) for key in keys)}"
+        for where, keys in sections.items()
+    )
+
+
+def key_row(key: Key, commands: Sequence[Command]) -> str:
+    cells = (f"`{key.name}`", usual_of(key), *(becomes(key, command) for command in commands), key.about)
+    return "".join(f"| {cell} " for cell in cells) + "|\n"
+
+
+def usual_of(key: Key) -> str:
+    return "" if key.default is None else f"`{json.dumps(key.default)}`"
+
+
+def becomes(key: Key, command: Command) -> str:
+    """The settings that a key becomes, or the values that it may have."""
+    if key.only and not key.settings(command):
+        return "refused" if key.only == REFUSED else "only " + ", ".join(f"`{json.dumps(one)}`" for one in key.only)
+    names = key.settings(command).split(", ")
+    return ", ".join(name if " " in name else f"`{name}`" for name in names if name) or "no effect"
+
+
 def methods_table() -> str:
     rows = "".join(
         f"| {method.title} ({linked(method.paper)}) | {method.sentence} | {uses_of(method)} |\n" for method in METHODS
@@ -134,6 +178,7 @@ def written() -> dict[Path, str]:
     return {
         REPO / "docs" / "settings.md": settings_page(),
         REPO / "docs" / "nodes.md": nodes_page(),
+        REPO / "docs" / "authors-files.md": authors_page(),
         readme: with_methods(readme.read_text(encoding="utf-8")),
     }
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ...attention.key_frames import KeyFrames
 from ...files.safetensors import format_bytes
 from ...files.temporal_layers import FILE, training_metadata
 from ...files.whole import whole_file
@@ -22,10 +21,11 @@ from ...settings import setting
 from ...store.budget import available_bytes
 from ...video.fitted import FittedVideo
 from ...video.write import write_picture, write_video
+from ..config.files import load_tuning
 from ..config.settings import TuneConfig
 from ..config.values import config_as, tune_config
 from ..frames import class_sources, decode, find_frames, fit_frames, posterior, shape_of
-from ..options import AS_USUAL, RunOptions, Video, flags_of, given_of, options_of, tune_options
+from ..options import AS_USUAL, RUN, RunOptions, Video, flags_of, given_of, options_of, tune_options
 from ..outputs import check_folder
 from ..plan import check_size_fits
 from ..session import Session, pick_device, pick_dtype
@@ -62,14 +62,20 @@ def command(
     video: Video = None,
     /,
     *,
+    config: Annotated[Path | None, Parameter(help="YAML file of settings, ours or the authors'.", group=RUN)] = None,
     options: Annotated[TuneOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     more: Annotated[TuneOutputOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
     """Tune a model on a video (Tune-A-Video): temporal layers for `fatezero edit --temporal`."""
-    config, output = tune_config(flags_of(video, options)), config_as(TuneOutput, given_of(more))
+    values, of_output, notes = load_tuning(config, TuneOutput) if config else ({}, {}, [])
+    settings = tune_config({**values, **flags_of(video, options)})
+    output = config_as(TuneOutput, {**of_output, **given_of(more)})
     check_folder(output.path)
-    run_tune(run.session(), config, output, run.dry_run)
+    session = run.session(config)
+    for note in notes:
+        session.note(note)
+    run_tune(session, settings, output, run.dry_run)
 
 
 def run_tune(session: Session, config: TuneConfig, more: TuneOutput, dry_run: bool) -> None:
@@ -121,7 +127,7 @@ def _tune(
 
         validation = _validation(checkpoint, config, more, texts, video, bar) if accelerator.is_main_process else None
         done = tune(
-            checkpoint.denoiser, latents, texts[config.prompt], config.tuning, None, config.key_frames,
+            checkpoint.denoiser, latents, texts[config.prompt], config.tuning, None, config.keys,
             config.clip_norm, deviation=deviation, class_pictures=classes, validation=validation, resume=state,
             keep=lambda state: _keep(more.path / STATE, state, config, accelerator), keep_every=more.keep_every,
             accelerator=accelerator, progress=progress,
@@ -132,12 +138,14 @@ def _tune(
 
 
 def _done(config: TuneConfig, more: TuneOutput, losses: list[float]) -> str:
+    channels = config.key_frames_least_channels
+    least = f" --key-frames-least-channels {channels}" if channels else ""
     clips = f"validation clips written to {more.path / VALIDATION}\n" if config.validate else ""
     return (
         f"loss {fmean(losses[:25]):.4f} at first, {fmean(losses[-25:]):.4f} at the end (means of 25 steps)\n{clips}"
         f"temporal layers written to {more.path / FILE}; to edit with them:\n"
         f"   fatezero edit {config.video} --temporal {more.output} --key-frames {','.join(map(str, config.key_frames))}"
-        f"{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
+        f"{least}{' --clip-norm' if config.clip_norm else ''} --source {config.prompt!r} --target ..."
     )
 
 
@@ -247,7 +255,7 @@ def _plan(checkpoint: Checkpoint, config: TuneConfig, video: FittedVideo, text: 
             denoiser,
             shape,
             text,
-            KeyFrames.of(config.key_frames),
+            config.keys,
             config.clip_norm,
             convolutions=settings.train_convolutions,
         ),

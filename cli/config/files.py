@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...settings import shown
+from ...settings import settings_of, shown
 from ...video.read import read_metadata
 from ...video.write import METADATA_SUFFIXES
 from .authors.read import edits_of, repository_of, tuning_of
 from .documents import DocumentError, read_json, read_yaml
 from .effects import check_effect
+from .fitting import fitting
 from .settings import ConfigError, EditConfig, with_preset
-from .values import checked, completed, with_values
+from .values import checked, completed, tuning_values, with_values
 
 MADE = "made"
 """The section of a result's record without settings: see `record.py`."""
@@ -48,18 +49,20 @@ def load_configs(
     return configs, notes
 
 
-def load_tuning(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a tuning and of its outputs in a file, ours or the authors', and notes on ignored parts.
+def load_tuning(path: str | Path, outputs: type) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The settings of a tuning in a file, ours or the authors'; those of its outputs; and notes on ignored parts.
 
-    Raises ConfigError naming the file, for a file of edits only.
+    outputs: the dataclass of the outputs' settings. Raises ConfigError naming the file and what is wrong.
     """
     path = Path(path)
     data = data_of(path)
     with _naming(path):
         if not isinstance(data, Mapping):
             raise ConfigError("contains no settings")
-        repository = repository_of(data)
-        return (dict(data), []) if repository is None else tuning_of(repository, data)
+        repository, known = repository_of(data), {one.name: one for one in settings_of(outputs)}
+        values, notes = (dict(data), []) if repository is None else tuning_of(repository, data)
+        own = fitting({name: values.pop(name) for name in list(values) if name in known}, known)
+        return tuning_values(values), own, notes
 
 
 def config_of(values: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> EditConfig:

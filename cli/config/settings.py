@@ -283,6 +283,7 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ValidationSettings, 
     )
     count: int | None = setting_like(ClipSettings, "count", None, shown="at most 24; with --end all")
     key_frames: tuple[str | int, ...] = setting_like(InversionSettings, "key_frames", TRAINED_KEYS)
+    key_frames_least_channels: int = setting_like(InversionSettings, "key_frames_least_channels", 0)
     clip_norm: bool = setting_like(InversionSettings, "clip_norm", True)
     class_pictures: str = setting(
         "",
@@ -301,6 +302,10 @@ class TuneConfig(ClipSettings, LayerSettings, TuneSettings, ValidationSettings, 
 
     def __post_init__(self) -> None:
         """Builds its parts, which check themselves."""
+
+    @property
+    def keys(self) -> KeyFrames:
+        return KeyFrames(self.key_frames, self.key_frames_least_channels)
 
     @property
     def validation(self) -> ValidationSettings:

@@ -43,9 +43,14 @@ def config_as(settings: type[T], values: Mapping[str, Any]) -> T:
     return settings(**_checked(values, {one.name: one for one in settings_of(settings)}))
 
 
+def tuning_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a tuning by setting name. Raises ConfigError, naming the setting."""
+    return _checked(values, _OF_TUNINGS)
+
+
 def tune_config(values: Mapping[str, Any]) -> TuneConfig:
     """A tuning from its given settings. Raises ConfigError for wrong or missing settings."""
-    config = TuneConfig(**_checked(values, _OF_TUNINGS))
+    config = TuneConfig(**tuning_values(values))
     for name, flag in (("video", "VIDEO"), ("prompt", "--prompt")):
         if not getattr(config, name):
             raise ConfigError(f"missing {flag}")

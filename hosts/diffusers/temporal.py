@@ -133,6 +133,8 @@ def inflated_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel | No
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if config.get("_class_name") not in ("UNet3DConditionModel", "UNetPseudo3DConditionModel"):
         return None
+    if not any((folder / name).is_file() for name in (_SAFE, _BIN)):  # a variant or shards, which theirs do not write
+        return None
     weights = _weights_of(folder)
     if any(name.partition(".temp_convs.")[1] for name in weights):  # ModelScope's, which has the same class name
         return None

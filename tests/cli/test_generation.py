@@ -6,10 +6,13 @@ from diffusers import AutoencoderKL, TextToVideoSDPipeline, UNet3DConditionModel
 
 from fatezero.demo.scenes import SIZE
 from fatezero.files.bundled import DEMO
+from fatezero.hosts.diffusers import DiffusersVideoDenoiser
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
+from fatezero.hosts.diffusers.load import open_model
 from fatezero.video.read import read_video
 
 PROMPT = ("--prompt", "a red circle on grass")
+BOX = "circle: 0:0.5,0.5,0.5"
 DRAW = ("generate", *PROMPT, "--frames", 4, "--temporal", "demo", "--guidance-scale", 5)
 
 
@@ -31,6 +34,8 @@ def test_seeds_sizes_masks_and_a_plan(command, tmp_path):
     assert read_video(tmp_path / "a.mp4").frames.shape == (4, 64, 80, 3)
     said = command(*DRAW, "--steps", 4, "--mask", "circle: a.mp4", "-o", "b.mp4", "--dry-run")
     assert "4 frames of 64x64, 4 steps, 3 of them with guidance" in " ".join(said.split())
+    said = command(*DRAW, "--steps", 4, "--box", BOX, "--layout.guided-steps", "0,3", "-o", "b.mp4", "--dry-run")
+    assert "4 steps, 2 of them with guidance" in " ".join(said.split())
     said = command("generate", *PROMPT, "--frames", 2, "--steps", 1, "-o", "c.mp4", "--dry-run")
     assert "an image model" in " ".join(said.split())
 
@@ -41,6 +46,7 @@ def test_what_is_refused(refused):
     assert "must be frame:x,y,size" in refused(*DRAW, "--box", "circle: here")
     assert "both sides must be multiples" in refused(*DRAW, "--size", "65x64")
     assert "mode is 'sideways'" in refused(*DRAW, "--layout.mode", "sideways")
+    assert "guided_steps is 'soon'" in refused(*DRAW, "--box", BOX, "--layout.guided-steps", "soon")
     assert "frames is 0" in refused("generate", *PROMPT, "--frames", 0)
 
 
@@ -68,6 +74,12 @@ def test_a_text_to_video_model_draws_a_clip(command, refused, video_model, tmp_p
     assert "is already a video model" in refused(*part, "--temporal", "demo", "-o", "w.mp4")
     said = refused("edit", tmp_path / "v.mp4", "--source", "a", "--target", "b", "--model", video_model, "-o", "x.mp4")
     assert "attention UNet" in said
+
+
+def test_a_text_to_video_model_in_a_variant_only(video_model, tmp_path):
+    TextToVideoSDPipeline.from_pretrained(video_model).save_pretrained(tmp_path / "half", variant="fp16")
+    model = open_model(str(tmp_path / "half"), videos=True, variant="fp16")
+    assert isinstance(model.denoiser, DiffusersVideoDenoiser)
 
 
 def test_the_whole_help_names_every_setting(command):

@@ -23,6 +23,7 @@ from fatezero.methods.layout_guidance import (
     ObjectTarget,
     energy_gradient,
     in_schedule,
+    parsed_steps,
     shape_of,
 )
 from small import FIXTURES, random_latents, random_text, relative, small_unet
@@ -162,6 +163,16 @@ def test_frames_that_do_not_meet_have_no_share_in_each_other_and_go_by_in_chunks
 def test_the_papers_schedule():
     assert [step for step in range(50) if in_schedule(step, 50)] == [*range(21), *range(22, 45, 2)]
     assert sum(in_schedule(step, 50) for step in range(50)) == 33
+
+
+def test_guided_steps_are_numbers_and_ranges():
+    assert parsed_steps("0-20, 22-44/2") == tuple(step for step in range(50) if in_schedule(step, 50))
+    layout = LayoutGuidance(target=disc(), columns=[2], guided_steps="1,3")
+    assert [step for step in range(5) if layout.guides(step, 5)] == [1, 3]
+    assert torch.equal(drawn(layout), drawn(LayoutGuidance(target=disc(), columns=[2], steps=(1, 3))))
+    for text in ("soon", "3-1", "1-5/0", "-1", "1.5", "²"):
+        with pytest.raises(ValueError, match="guided_steps is .*0-20,22-44/2"):
+            LayoutGuidance(target=disc(), columns=[2], guided_steps=text)
 
 
 # --- steps --------------------------------------------------------------------------------

@@ -170,6 +170,8 @@ def tuning(file: AuthorsFile) -> Mapping[str, Any]:
     prompts = _prompts(editing) if editing.data else []
     if not prompts:
         base = {name: value for name, value in base.items() if not name.startswith("validate")}
+    if "class_pictures" not in base:
+        base.pop("class_prompt", None)
     validated = {"validate": tuple(prompts), "validate_source": base.get("prompt", "")} if prompts else {}
     return base | {"layers": "fatezero"} | validated
 
