@@ -38,10 +38,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blend_threshold": 0.15,
         **_MASKED,
     },
-    "enhance": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
+    "enhance": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
 }
 """style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
 style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
 (`benchmarks/QUALITY.md`): less guidance, latents kept up to the last step outside a mask of both prompts, less
 attention inside it to words that belong elsewhere, and other shares of steps. remove and enhance are supplement B's:
-the words of an object left out of the target, and words of quality added to it."""
+the words of an object left out of the target, and words of quality added to it, with the values of shape+ and style+."""

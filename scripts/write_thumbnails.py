@@ -30,7 +30,7 @@ from fatezero.video.sheet import contact_sheet
 from fatezero.video.size import to_bytes
 
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
-FRAMES, STEPS = 8, 50
+FRAMES, STEPS = 8, 20
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class Thumbnail:
     note: str = ""
 
 
+WEAK = ", which is weak at outlines"
 THUMBNAILS = {
     "style": Thumbnail("watercolor painting of a red square on water"),
     "attribute": Thumbnail("a green square on water"),
     "shape": Thumbnail("a red circle on water"),
     "remove": Thumbnail("a red square on water", "a red square and a yellow star on water"),
     "enhance": Thumbnail("a red square on water, high quality, 8K", note=", which has no words of quality"),
-    "wan": Thumbnail("a red square on grass", model="demo-wan"),
-    "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True),
+    "wan": Thumbnail("a red square on grass", model="demo-wan", note=WEAK),
+    "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True, note=WEAK),
 }
 TITLES = {"demo": "Made with the bundled toy model", "demo-wan": "Made with the bundled toy Wan"}
 

@@ -136,3 +136,17 @@ def test_a_broken_outline_is_wrong_where_its_words_are_read():
     figures = measure(case, torch.where(left.mask[:, None] > 0.5, left.frames, right.frames))
     assert (figures["outline"], figures["success"]) == (0, 0)
     assert figures["changed"] == figures["kept"] == 1, "the words alone do not show it"
+
+
+def test_a_removal_is_right_if_the_object_is_gone_and_the_rest_stays():
+    for case in sample_cases(7, 2, 2, ["removal"]):
+        assert case.removed is not None and len(case.target.things) == 1 == len(case.source.things) - 1
+        assert case.blend_words[0] and not case.blend_words[1]
+        right, wrong = measure(case, case.truth.frames), measure(case, case.clip.frames)
+        assert right["success"] == right["changed"] == right["kept"] == 1
+        assert wrong["changed"] == wrong["success"] == 0
+        emptied = measure(case, case.ground)
+        assert emptied["changed"] == 1 and emptied["success"] == 0, "the other object is missed"
+        left = case.truth.frames.clone()
+        left[..., ::3] = case.clip.frames[..., ::3]
+        assert measure(case, left)["changed"] == 0, "a third of it is left"

@@ -195,6 +195,14 @@ def test_presets_are_the_papers_settings():
     assert set(PRESETS) >= fatezeros | {"flow_edit", "pnp", "tokenflow", "tune_a_video"}
 
 
+def test_presets_of_the_supplement():
+    assert PRESETS["remove"] == PRESETS["shape+"]
+    assert PRESETS["enhance"] == PRESETS["style+"]
+    gone = with_preset(EditConfig(source="a jeep on a road", target="a road"), "remove")
+    assert gone.mode == "refine"
+    assert changed_words(gone.source, gone.target)[1] == [], "only words of the source are left to mask"
+
+
 def test_presets_with_a_plus_keep_the_latents_of_the_background():
     for name in ("attribute+", "shape+"):
         fusion = with_preset(EditConfig(), name).fusion
