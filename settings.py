@@ -64,7 +64,13 @@ class NamedSetting:
     @property
     def choices(self) -> tuple[str, ...]:
         """The words of a Literal; empty for other types."""
-        return get_args(self.plain) if get_origin(self.plain) is Literal else ()
+        kinds = get_args(self.kind) if is_union(self.kind) else (self.kind,)
+        return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+
+    @property
+    def switch(self) -> bool:
+        """Whether it is on or off; with `choices`, or one of these words."""
+        return self.plain is bool or (is_union(self.kind) and bool in get_args(self.kind))
 
 
 def is_union(kind: Any) -> bool:
@@ -111,8 +117,9 @@ def check(settings: Any) -> None:
 
 def check_one(one: NamedSetting, value: Any) -> None:
     """Raise ValueError, naming the setting, for a value out of its range or not among its choices."""
-    if one.choices and value not in one.choices:
-        raise ValueError(f"{one.name} is {shown(value)}; it must be one of {', '.join(one.choices)}")
+    if one.choices and value not in one.choices and not (one.switch and isinstance(value, bool)):
+        switch = "true, false or " if one.switch else ""
+        raise ValueError(f"{one.name} is {shown(value)}; it must be {switch}one of {', '.join(one.choices)}")
     if one.plain in (int, float) and not (value is None and one.optional) and not _fits(value, one):
         raise ValueError(f"{one.name} is {shown(value)}; it must be {range_in_words(one.meta)}")
 

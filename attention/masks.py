@@ -46,6 +46,20 @@ def word_heat(maps: Sequence[tuple[AttentionSite, Tensor]], tokens: Sequence[int
     return token_heat(maps)[:, list(tokens)].sum(1)
 
 
+class HeatOverSteps:
+    """The sum of an edit's heat maps over its steps so far, as the authors' code masks latents."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[int, Tensor]] = {}
+        """By step, of each frame (y, x)."""
+
+    def add(self, heat: Tensor, frames: Sequence[int], step: int) -> Tensor:
+        """The sum up to a step, given the step's heat (f, y, x) of some frames of the clip."""
+        self._rows.setdefault(step, {}).update(zip(frames, heat, strict=True))
+        so_far = [rows for at, rows in sorted(self._rows.items()) if at <= step]
+        return torch.stack([torch.stack([rows[f] for rows in so_far if f in rows]).sum(0) for f in frames])
+
+
 def foreign_tokens(heat: Tensor, tokens: Sequence[int], wordless: Sequence[int]) -> Tensor:
     """Where each text token belongs to another object: 1 where its attention is weaker than that to `tokens`.
 

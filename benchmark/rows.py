@@ -20,13 +20,14 @@ from ..diffusion.ddim import ddim_move
 from ..diffusion.denoiser import Guidance
 from ..diffusion.edit import edit_many
 from ..diffusion.invert import Inversion, invert
-from ..diffusion.parts import Edit
+from ..diffusion.parts import Edit, Injection
 from ..files.temporal_layers import load_temporal_layers
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
 from ..hosts.diffusers.load import open_model
 from ..hosts.diffusers.model import Model
 from ..methods.flow_edit import FlowEditSettings, draw
+from ..methods.flow_mask import FlowMaskSettings
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
@@ -59,7 +60,7 @@ class Method:
     plus: bool = False
     key_frames: tuple[str | int, ...] = ("self", "middle")
     clip_norm: bool = False
-    injection: PnPSettings | None = None
+    injection: Injection | None = None
     propagation: TokenFlowSettings | None = None
     masked: bool = False
     smoothing: float = 0.0
@@ -247,6 +248,7 @@ METHODS: tuple[Method, ...] = (
     Method("full self fusion", settings={"self_replace_steps": 1.0, "blend_self_attention": False}),
     Method("blended self fusion", preset="shape"),
     Method("latent blending", settings={"blend_latents": True}),
+    Method("latent blending, authors' code", settings={"blend_latents": "authors"}),
     Method("clip norm", clip_norm=True),
     _keys("self"),  # without spatio-temporal attention
     _keys("middle"),
@@ -328,6 +330,8 @@ TRANSFORMER = (
     _on_transformer("FateZero+", plus=True),
     _on_transformer("FateZero+, second order", plus=True, order=2),
     _on_transformer("FlowEdit", fused=False, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
+    _on_transformer("FlowEdit under the flow mask", injection=FlowMaskSettings(), drawn=_FLOW_EDIT, guidance=10.0,
+                    strength=0.7),
     _on_transformer("FlowEdit under FateZero's mask", plus=True, drawn=_FLOW_EDIT, settings={
         "guidance_scale": 10.0, "cross_replace_steps": 0.0, "self_replace_steps": 0.0,
     }, strength=0.7),

@@ -160,13 +160,15 @@ def _options_of(
 def _typed(one: NamedSetting) -> Any:
     """The type that the command line parses: a number, a switch, or text."""
     kind = one.plain
+    if one.switch:
+        return kind | None
     if get_origin(kind) is not None or is_union(kind):
         kind = list[str] if get_origin(kind) is Mapping or one.name in _REPEATED else str
     return kind | None
 
 
 def _parameter(one: NamedSetting, negative: str | None) -> Parameter:
-    help = f"{one.meta.text} ({', '.join(one.choices)})" if one.choices else one.meta.text
+    help = f"{one.meta.text} ({', '.join(one.choices)})" if one.choices and not one.switch else one.meta.text
     shown = one.meta.shown or _default_text(one.default)
     group: dict[str, Any] = {"group": GROUPS[one.meta.group]} if one.meta.group else {}  # else that of the app
     return Parameter(
@@ -174,7 +176,7 @@ def _parameter(one: NamedSetting, negative: str | None) -> Parameter:
         help=help,
         **group,
         show_default=(lambda _: shown) if shown else False,
-        negative=negative if one.plain is bool else "",
+        negative=negative if one.switch else "",
         converter=whole if one.plain is int else None,
     )
 

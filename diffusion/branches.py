@@ -145,6 +145,6 @@ class EditRun:
         if self._steering is not None:
             z = self._steering.after_step(z, level - 1, step)
         if predicted.mask is not None:
-            source = self.store.level(level - 1).to(z.device, non_blocking=True)
+            source = self.store.level(self.injected.restored_level(level)).to(z.device, non_blocking=True)
             z = source + predicted.mask * (z - source)
         return z

@@ -44,6 +44,10 @@ Prepare = Callable[[str, Control], None]
 class Injection(Protocol):
     """Injection of the source's attention and features: `FusionSettings`, `PnPSettings`."""
 
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it needs control of the attention."""
+
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
 
@@ -65,6 +69,8 @@ class Injection(Protocol):
 
 class BaseInjection:
     """An injection that fits every edit and makes no model calls before the first step."""
+
+    needs_attention = True
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
@@ -261,3 +267,7 @@ class Injected:
     def blends_latents(self, step: int) -> bool:
         """Whether a step has a `latent_mask`."""
         return self._inside is not None
+
+    def restored_level(self, level: int) -> int:
+        """The level of the source's latents that replace the edit's outside the mask, after the step from a level."""
+        return level - 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
-from ..attention.masks import GivenMask, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
+from ..attention.masks import GivenMask, HeatOverSteps, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit, places_of
 from ..diffusion.parts import Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
@@ -25,7 +25,7 @@ from ..imports import F, torch
 from ..settings import check, setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import SourceStep
-from .fatezero_branch import Fuser
+from .fatezero_branch import Fuser, StepPlan
 from .fatezero_presets import PRESETS
 from .fatezero_shares import Shares, begin_and_end, check_shares
 from .method import Method
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MaskFrom = Literal["attention", "prompts"]
+BlendLatents = bool | Literal["authors"]
 AttentionFrom = Literal["inversion", "reconstruction"]
 GROUP = "FateZero"
 Grid = tuple[int, int]
@@ -60,8 +61,12 @@ class FusionSettings:
     blend_self_attention: bool = setting(
         False, "Keep the edit's own self-attention inside the blend mask, so that shapes may change.", group=GROUP
     )
-    blend_latents: bool = setting(
-        False, "Restore the inversion's latents outside the mask, so that the background stays exact.", group=GROUP
+    blend_latents: BlendLatents = setting(
+        False,
+        "Restore the inversion's latents outside the mask, so that the background stays exact. authors: as their code "
+        "does, latents one level noisier than the edit's, outside a mask of the edit's attention summed over all steps "
+        "so far.",
+        group=GROUP,
     )
     blend_threshold: float = setting(
         0.3,
@@ -109,6 +114,8 @@ class FusionSettings:
         group=GROUP,
     )
 
+    needs_attention = True
+
     def __post_init__(self) -> None:
         check(self)
         ends = {"cross_replace_steps": self.cross_replace_from, "self_replace_steps": self.self_replace_from}
@@ -151,6 +158,11 @@ class FusionSettings:
         """The steps that fuse self-attention."""
         return range(whole_steps(self.self_replace_from, steps), whole_steps(self.self_replace_steps, steps))
 
+    @property
+    def as_authors(self) -> bool:
+        """Whether latents are blended as in the authors' code."""
+        return self.blend_latents == "authors"
+
     def latent_steps(self, steps: int) -> range:
         """The steps after which latents are blended."""
         if not self.blend_latents:
@@ -160,7 +172,7 @@ class FusionSettings:
 
     @property
     def blends(self) -> bool:
-        return self.blend_self_attention or self.blend_latents
+        return self.blend_self_attention or bool(self.blend_latents)
 
     @property
     def masks_by_step(self) -> bool:
@@ -219,30 +231,6 @@ class FusionSettings:
         return Injected(edit, context) if edit.prompt is None else Fusion(self, edit.prompt, edit, context)
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step of the edit fuses, and whether it needs a mask from the source's attention."""
-
-    fuse_cross: bool
-    fuse_self: bool
-    blend_latents: bool
-    mask: bool
-
-    @classmethod
-    def of(cls, fusion: FusionSettings, step: int, steps: int) -> StepPlan:
-        """The plan of step `step` of `steps`, 0 being the noisiest."""
-        fuse_self = step in fusion.self_range(steps)
-        blend_latents = step in fusion.latent_steps(steps)
-        mask = blend_latents or (fuse_self and fusion.blend_self_attention)
-        return cls(fusion.fuses_cross(step, steps), fuse_self, blend_latents, mask and fusion.masks_by_step)
-
-    def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
-        """Names of the layers whose source attention this step reads."""
-        fused = {"cross": self.fuse_cross, "self": self.fuse_self}
-        names = {site.name for site in sites if fusion.fuses(site) and fused.get(site.kind)}
-        return names | {site.name for site in mask_sites} if self.mask else names
-
-
 _ALL_BUT_AN_AREA: dict[str, Any] = {
     "blend_self_attention": True, "blend_latents": True, "blend_latents_until": 1.0, "mask_from": "attention",
     "separate_words": 0.0,
@@ -282,6 +270,8 @@ class Fusion(Injected):
         """Whether a step's mask comes from its own attention."""
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
+        self.over_steps = HeatOverSteps()
+        """The target's attention to its blend words, for a mask that sums it over steps."""
         if given is not None:
             self.given_at = self._on_grids(given)
         if settings.blends and not self.in_area and not (given is not None and given.replaces):
@@ -352,15 +342,16 @@ class Fusion(Injected):
         return self.settings.aligned(self.alignment, self.columns_of_words, step, self.context.steps)
 
     def _control(self, source: SourceStep, plan: StepPlan, alignment: Alignment) -> Control:
-        fuses = plan.fuse_cross or plan.fuse_self or plan.blend_latents or self.foreign is not None
-        if not fuses:
+        if not (
+            plan.fuse_cross or plan.fuse_self or plan.target_maps or plan.blend_latents or self.foreign is not None
+        ):
             return Control(source.key_frames, source.chunk)
         masks = None
         if (plan.fuse_self and self.settings.blend_self_attention) or self.in_area:
             sites = self.context.sites
             grids = {(s.height, s.width) for s in sites if self.settings.fuses(s)}
             masks = self.masks(grids, [self.source_heat(source)] if self.mask_sites else [], source.chunk)
-        keep = frozenset(s.name for s in self.mask_sites) if plan.blend_latents else frozenset()
+        keep = frozenset(s.name for s in self.mask_sites) if plan.target_maps else frozenset()
         shares = self.shares(source.chunk)
         return Fuser(source, alignment, self.settings, plan, masks, shares, keep, self.in_area)
 
@@ -380,17 +371,21 @@ class Fusion(Injected):
 
     def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
         """The mask of the blend words in source and target: (frames of the chunk, 1, h, w)."""
-        if not (self.plan(step).blend_latents and isinstance(control, Fuser)):
+        plan, heats = self.plan(step), []
+        if isinstance(control, Fuser) and plan.target_maps and self.mask_sites:
+            own = word_heat([(site, control.map_of(site)) for site in self.mask_sites], self.blend_tokens[1])
+            heats = [self.over_steps.add(own, source.chunk.frame_indices, step) if self.settings.as_authors else own]
+        if not (plan.blend_latents and isinstance(control, Fuser)):
             return None
-        heats = []
-        if self.mask_sites:
-            maps = [(site, control.map_of(site)) for site in self.mask_sites]
-            heats = [self.source_heat(source), word_heat(maps, self.blend_tokens[1])]
+        heats += [self.source_heat(source)] if self.mask_sites else []
         height, width = self.context.store.levels.shape[-2:]
         return self.masks({(height, width)}, heats, source.chunk)[height, width][:, None]
 
     def blends_latents(self, step: int) -> bool:
         return self.plan(step).blend_latents
+
+    def restored_level(self, level: int) -> int:
+        return level if self.settings.as_authors else super().restored_level(level)
 
     def source_heat(self, source: SourceStep) -> Tensor:
         return word_heat(source.maps(self.mask_sites, self.context.denoiser.dtype), self.blend_tokens[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from einops import rearrange
@@ -16,7 +17,43 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from .fatezero import FusionSettings, Grid, StepPlan
+    from .fatezero import FusionSettings, Grid
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step of the edit fuses.
+
+    mask: whether it needs a mask from the source's attention. target_maps: whether a mask of latents needs the target's
+    maps of this step.
+    """
+
+    fuse_cross: bool
+    fuse_self: bool
+    blend_latents: bool
+    mask: bool
+    target_maps: bool = False
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the step needs more than the edit's own attention."""
+        return self.fuse_cross or self.fuse_self or self.blend_latents or self.target_maps
+
+    @classmethod
+    def of(cls, fusion: FusionSettings, step: int, steps: int) -> StepPlan:
+        """The plan of step `step` of `steps`, 0 being the noisiest."""
+        fuse_self = step in fusion.self_range(steps)
+        blend_latents = step in fusion.latent_steps(steps)
+        mask = blend_latents or (fuse_self and fusion.blend_self_attention)
+        target_maps = blend_latents or (fusion.as_authors and step < fusion.latent_steps(steps).stop)
+        fuse_cross = fusion.fuses_cross(step, steps)
+        return cls(fuse_cross, fuse_self, blend_latents, mask and fusion.masks_by_step, target_maps)
+
+    def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
+        """Names of the layers whose source attention this step reads."""
+        fused = {"cross": self.fuse_cross, "self": self.fuse_self}
+        names = {site.name for site in sites if fusion.fuses(site) and fused.get(site.kind)}
+        return names | {site.name for site in mask_sites} if self.mask else names
 
 
 class Fuser(Control):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import FateZeroSpatioTemporalAttention
+from .attention_maps import FateZeroAttentionMaps
 from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
 from .edit import FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
@@ -14,6 +15,7 @@ from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstruction
 from .layout import FateZeroLayout, FateZeroLayoutGuider
 from .mask_preview import FateZeroMaskPreview
 from .methods import SETTINGS_NODES
+from .model_pair import FateZeroWanPair
 from .prompt import FateZeroPromptEdit
 from .sampling import (
     FateZeroDDIM,
@@ -24,7 +26,6 @@ from .sampling import (
 )
 from .tune_a_video import FateZeroLoadTemporalLayers, FateZeroTuneOnVideo
 from .video import FateZeroEncodeVideo, FateZeroLoadVideo
-from .wan import FateZeroWanPair
 
 
 class FateZeroExtension(ComfyExtension):
@@ -43,6 +44,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroSteady,
             FateZeroLayout,
             FateZeroLayoutGuider,
+            FateZeroAttentionMaps,
             FateZeroLoadTemporalLayers,
             FateZeroTuneOnVideo,
             FateZeroMaskPreview,

@@ -18,7 +18,8 @@ from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.editing import check_masking, edit_clip, given_mask, only_inside
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
-from ..hosts.comfyui.inversion import NOISE_MASK, HostStore
+from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
+from ..hosts.comfyui.noise import is_flow
 from ..methods.fatezero import FusionSettings
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -201,20 +202,23 @@ class EditInputs:
 
     def edit(self, suffix: str = "") -> Edit:
         """The edit. suffix: distinguishes its prompts from those of other edits of the pass."""
-        recipe, start, attends = self.recipe, start_of(self.store), facts_of(self.model).attention
-        if recipe.injection is not None:
+        recipe, start = self.recipe, start_of(self.store)
+        fuses = recipe.injection is not None and recipe.injection.needs_attention
+        attends = not is_flow(self.model) or fuses
+        if fuses:
             check_attention(self.model, f"preset: {self.preset}")
+            source_of(self.store).check_attention("source")
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends)
         negative = None
         if recipe.guidance_scale != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")
-        fuses = isinstance(recipe.injection, FusionSettings)
-        if fuses and self.prompt_edit is None:
+        matches = isinstance(recipe.injection, FusionSettings)
+        if matches and self.prompt_edit is None:
             raise ValueError("prompt_edit: FateZero needs it: connect Prompt Edit, or use preset pnp or none")
         if recipe.noise is not None and not start.draws:
             raise ValueError("store: preset flow_edit needs the store of FlowEdit, not of an inversion")
         recipe = replace(recipe, layout=self._moves(positive))
-        edit = recipe.edit(positive, negative, self.prompt_edit if fuses else None)
+        edit = recipe.edit(positive, negative, self.prompt_edit if matches else None)
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if edit.mask is None and clips_mask is not None:

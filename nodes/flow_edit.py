@@ -8,8 +8,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.families import facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
+from ..hosts.comfyui.noise import is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
 from .inversion import MODEL_AND_SOURCE, STEPS
@@ -49,7 +49,7 @@ class FateZeroFlowEdit(io.ComfyNode):
     def execute(
         cls, model: Any, source: Any, latent: dict[str, Any], steps: int, sound: str = "keep", **values: Any
     ) -> io.NodeOutput:
-        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
+        condition = HostCondition.of_socket(source, "source", "source", not is_flow(model))
         settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
 
         def drawn(of: Any, latents: Tensor) -> AttentionStore:

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import EditGuider
+from ..hosts.comfyui.editing import guider_of
 from ..hosts.comfyui.families import MODELS, check_known, facts_of
 from ..hosts.comfyui.inversion import InvertGuider, store_of
 from ..hosts.comfyui.noise import noise_of
@@ -118,7 +118,7 @@ class FateZeroEditGuider(io.ComfyNode):
             display_name="Edit Guider (FateZero)",
             description="Edit Video for SamplerCustomAdvanced, with Disable Noise, the inversion's noise and sigmas. "
             "With DDIM Sampler the result equals Edit Video's; samplers with one call per step (euler, dpmpp_2m) work "
-            "if the edit does not blend latents.",
+            "if the edit does not blend latents. For FlowEdit, connect the clip's latent instead, and any sigmas.",
             search_aliases=["video edit", "prompt edit", "guider", "custom sampler"],
             inputs=INPUTS,
             outputs=[
@@ -137,6 +137,6 @@ class FateZeroEditGuider(io.ComfyNode):
         def notify(hooked: int) -> None:
             show_on_node(node, report_of(model, hooked, store, edit, one.notes))
 
-        guider = EditGuider(model, store, [edit], one.chunk_frames or None, notify)
+        guider = guider_of(model, store, [edit], one.chunk_frames or None, notify)
         text = report_of(model, None, store, edit, one.notes)
         return io.NodeOutput(guider, text, ui=ui.PreviewText(text))

@@ -37,23 +37,43 @@ def widget(settings: type, name: str, id: str | None = None, advanced: bool = Fa
             "max": kind(meta.most) if isfinite(meta.most) else MOST[kind],
             "step": meta.step or {int: 1, float: 0.01}[kind],
         }
-    if one.choices:
+    if one.choices and not one.switch:
         return io.Combo.Input(id or name, **{"options": list(one.choices), **given, **other})
     inputs: dict[Any, Any] = {bool: io.Boolean.Input, int: io.Int.Input, float: io.Float.Input}
-    return inputs.get(kind, io.String.Input)(id or name, **{**given, **other})
+    return inputs.get(bool if one.switch else kind, io.String.Input)(id or name, **{**given, **other})
 
 
 def widgets(settings: type, *names: str, advanced: tuple[str, ...] = (), later: tuple[str, ...] = ()) -> list[Any]:
-    """The widgets of some settings, or of all. later: those that older workflows lack."""
+    """The widgets of some settings, or of all; the words that a switch also takes are switches at the end.
+
+    later: settings that older workflows lack.
+    """
     chosen = names or tuple(one.name for one in settings_of(settings))
     optional: dict[str, dict[str, Any]] = {name: {"optional": True} for name in later}
-    return [widget(settings, name, advanced=name in advanced, **optional.get(name, {})) for name in chosen]
+    own = [widget(settings, name, advanced=name in advanced, **optional.get(name, {})) for name in chosen]
+    return own + [
+        io.Boolean.Input(_word_id(name, word), default=False, optional=True, tooltip=f"Set {name} to {word}.")
+        for name in chosen
+        for word in _words(setting_of(settings, name))
+    ]
 
 
 def made(settings: type[T], values: dict[str, Any]) -> T:
     """The settings from widgets' values; ValueError for values that conflict."""
-    kinds = {one.name: one for one in settings_of(settings)}
-    return settings(**{name: _value(kinds[name], value) for name, value in values.items()})
+    kinds, values = {one.name: one for one in settings_of(settings)}, dict(values)
+    of_words = {
+        name: word for name, one in kinds.items() for word in _words(one) if values.pop(_word_id(name, word), False)
+    }
+    return settings(**{name: _value(kinds[name], value) for name, value in values.items()} | of_words)
+
+
+def _words(one: NamedSetting) -> tuple[str, ...]:
+    """The words that a switch also takes."""
+    return one.choices if one.switch else ()
+
+
+def _word_id(name: str, word: str) -> str:
+    return f"{name}_{word}"
 
 
 def words_in(text: str) -> list[str]:

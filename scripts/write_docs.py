@@ -100,7 +100,7 @@ def default_of(one: NamedSetting) -> str:
 def values_of(one: NamedSetting) -> str:
     least, most = one.meta.least, one.meta.most
     if one.choices:
-        return ", ".join(f"`{choice}`" for choice in one.choices)
+        return ", ".join([*(("yes", "no") if one.switch else ()), *(f"`{choice}`" for choice in one.choices)])
     if isfinite(least) and isfinite(most) and most < 2**62:
         return f"{least:g} to {most:g}"
     return f"from {least:g}" if isfinite(least) else ""

@@ -92,7 +92,7 @@ def reference_edit(source: str, case: dict[str, Any]) -> tuple[PromptEdit, Fusio
         cross_replace_steps=case["cross"],
         self_replace_steps=case["self"],
         blend_self_attention="blend" in case and case.get("blend_self", True),
-        blend_latents=case.get("blend_latents", False),
+        blend_latents="authors" if case.get("blend_latents") else False,
         blend_threshold=case.get("th", [0.3])[0],
         max_tokens=1024,
     )

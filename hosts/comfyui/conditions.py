@@ -46,6 +46,16 @@ class HostCondition(Condition):
         """Whether the host's guidance applies to its predictions; a negative evaluated on its own is part of ours."""
         return self.role.partition(".")[0] == "positive"
 
+    @property
+    def fits_attention(self) -> bool:
+        """Whether its attention can be controlled, that of a negative as it is."""
+        return self.role.startswith("negative") or _unfit(self.conditioning) is None
+
+    def check_attention(self, socket: str) -> None:
+        """Raise ValueError, naming the socket, where its attention cannot be controlled."""
+        if problem := _unfit(self.conditioning):
+            raise ValueError(f"{socket}: {problem}")
+
     @classmethod
     def of_socket(cls, conditioning: Conditioning, role: str, socket: str, attends: bool = True) -> HostCondition:
         """Wrap the CONDITIONING of a socket. attends: whether its attention is controlled; else it may be anything.
@@ -56,10 +66,9 @@ class HostCondition(Condition):
         entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
         if not entries:
             raise ValueError(f"{socket}: has no prompt")
-        if attends and socket != "negative":
-            if len(entries) != 1:
-                raise ValueError(f"{socket}: combines {len(entries)} prompts: connect a single one")
-            _check_whole(entries[0][1], socket)
+        problem = _unfit(entries) if attends and socket != "negative" else None
+        if problem:
+            raise ValueError(f"{socket}: {problem}")
         embeddings, options = entries[0]
         pooled = options.get("pooled_output")
         return cls(embeddings[:1], {} if pooled is None else {"pooled_output": pooled}, role, conditioning)
@@ -71,17 +80,22 @@ class HostCondition(Condition):
         return cls(condition.embeddings, condition.extras, "source", conditioning)
 
 
-def _check_whole(options: dict[str, Any], socket: str) -> None:
-    """Raise ValueError, naming the option, for a prompt that is restricted to a part of the clip or steps."""
+def _unfit(conditioning: Conditioning) -> str | None:
+    """Why the attention of a CONDITIONING cannot be aligned with the clip's; None if it can."""
+    conditioning = [entry for entry in conditioning if entry[0] is not None]
+    if len(conditioning) != 1:
+        return f"combines {len(conditioning)} prompts: connect a single one"
+    options = conditioning[0][1]
     for name, what in REFUSED.items():
         if options.get(name) is not None:
-            raise ValueError(f"{socket}: {what} ({name}): connect a prompt for the whole clip")
+            return f"{what} ({name}): connect a prompt for the whole clip"
     start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
     if start > 0 or end < 1:
-        raise ValueError(
-            f"{socket}: is restricted to {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range): "
-            "connect a prompt for all of them"
+        return (
+            f"is restricted to {start:.0%} to {end:.0%} of the steps (Conditioning Set Timestep Range): connect a "
+            "prompt for all of them"
         )
+    return None
 
 
 def check_read(conditions: Sequence[dict[str, Any]], socket: str) -> None:

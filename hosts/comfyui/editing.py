@@ -16,13 +16,14 @@ from ...attention.masks import GivenMask, MaskMode
 from ...attention.prompt import PromptEdit
 from ...diffusion.edit import EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress
-from ...diffusion.parts import Edit
+from ...diffusion.parts import Edit, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
+from ...store.backends import DrawnLevels
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
-from .latents import mask_of_latents, packed
+from .latents import mask_of_latents, packed, unpacked, zeros_like
 from .noise import noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
@@ -77,23 +78,27 @@ class EditGuider(LoopGuider):
         """Raises ValueError for noise, latents or sigmas that do not match the store."""
         check_quiet(noise, "an edit starts from the inverted noise")
         self.schedule(sigmas)
-        begin = noise_samples(self.model_patcher, self.store)
-        given, own = packed(latent_image).cpu(), packed(begin)
-        same = given.shape == own.shape and torch.allclose(given, own, rtol=1e-3, atol=1e-3)
-        if not same:
-            raise ValueError("latent_image: is not the noise of this store: connect the inversion's output")
+        self._check_start(latent_image)
         mask = more.pop("denoise_mask", None)
         check_masking(self.model_patcher, mask)
         masked = mask is not None and NOISE_MASK not in self.store.attachments
         self._masked_edits = [self.inside(edit, mask) for edit in self.edits] if masked else self.edits
         self.done = []
         if not isinstance(sampler, DDIMSampler):
-            noise, latent_image = noise_of(self.model_patcher).initial(
-                self.model_patcher.model, latent_image, sigmas[0]
-            )
+            noise, latent_image, sigmas = self._start_of_host(sampler, latent_image, sigmas)
         result = super().sample(noise, latent_image, sampler, sigmas, **more)
         self.notify(self.layers_run)
         return result
+
+    def _check_start(self, latent_image: Any) -> None:
+        """Raise ValueError for a LATENT that the edit does not start from."""
+        if not same_samples(latent_image, noise_samples(self.model_patcher, self.store)):
+            raise ValueError("latent_image: is not the noise of this store: connect the inversion's output")
+
+    def _start_of_host(self, sampler: Any, latent_image: Any, sigmas: Tensor) -> tuple[Any, Any, Tensor]:
+        """The noise, LATENT and sigmas for a sampler of the host."""
+        noisy = noise_of(self.model_patcher)
+        return *noisy.initial(self.model_patcher.model, latent_image, sigmas[0]), sigmas
 
     def inside(self, edit: Edit, mask: Any) -> Edit:
         """An edit that changes the clip only inside the noise mask of its LATENT."""
@@ -125,19 +130,10 @@ class EditGuider(LoopGuider):
         if self._running is None:
             options = create_model_options_clone(model_options)
             sigmas = options["transformer_options"]["sample_sigmas"]
-            denoiser = ComfyDenoiser(self, options, x.device, self.schedule(sigmas))
+            denoiser = ComfyDenoiser(self, options, x.device, self._schedule_of_host(sigmas))
             self._levels = denoiser.noise.sigmas(denoiser.in_use)[:-1]
             edits = EditPass(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, in_order=False)
-            if edits.blends_latents:
-                raise ValueError(
-                    "sampler: this edit blends latents (blend_latents, or a mask), which needs DDIM Sampler (FateZero)"
-                )
-            if edits.guides_layout:
-                raise ValueError("sampler: this edit has a layout, which needs DDIM Sampler (FateZero)")
-            if self.store.drawn is not None:
-                raise ValueError("sampler: this edit's noise is drawn (FlowEdit), which needs DDIM Sampler (FateZero)")
-            if any(edit.strength < 1 for edit in self._masked_edits):
-                raise ValueError("sampler: this edit has a strength below 1, which needs DDIM Sampler (FateZero)")
+            self._check_for_host(edits)
             self._running = self._open.enter_context(edits)
         sigma = timestep[0].cpu()
         step = int((self._levels - sigma).abs().argmin())
@@ -146,10 +142,111 @@ class EditGuider(LoopGuider):
                 f"sampler: evaluates sigma {sigma:.4g}, between those of the inversion: use one with one call per step "
                 "(euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
             )
-        noisy, sigma = noise_of(self.model_patcher), sigma.to(x)
-        (predicted,) = self._running.predict([noisy.from_host(x) / noisy.scale(sigma)], step)
-        assert predicted is not None  # `sample` rejects lower strengths
+        return self._clean_of_host(self._running, x, sigma.to(x), step)
+
+    def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
+        """The schedule of the run, for the sigmas of a sampler of the host."""
+        return self.schedule(sigmas)
+
+    def _check_for_host(self, edits: EditPass) -> None:
+        """Raise ValueError for an edit that needs the whole step."""
+        needs = "needs DDIM Sampler (FateZero)"
+        if edits.blends_latents:
+            raise ValueError(f"sampler: this edit blends latents (blend_latents, or a mask), which {needs}")
+        if edits.guides_layout:
+            raise ValueError(f"sampler: this edit has a layout, which {needs}")
+        if self.store.drawn is not None:
+            raise ValueError(f"sampler: this edit's noise is drawn (FlowEdit) and its model no flow, which {needs}")
+        if any(edit.strength < 1 for edit in self._masked_edits):
+            raise ValueError(f"sampler: this edit has a strength below 1, which {needs}")
+
+    def _clean_of_host(self, edits: EditPass, x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        """The predicted clean latents for a sampler of the host, in its space."""
+        noisy = noise_of(self.model_patcher)
+        (predicted,) = edits.predict([noisy.from_host(x) / noisy.scale(sigma)], step)
+        assert predicted is not None  # `_check_for_host` rejects lower strengths
         return x - sigma * noisy.to_host(predicted.noise)
+
+
+ADD_NOISE = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
+"""Words in the names of the host's samplers that add noise."""
+
+
+class FlowEditGuider(EditGuider):
+    """A GUIDER for an edit from sampled noise (FlowEdit) of a flow, along any sigmas.
+
+    The host's samplers integrate the edit itself from the clip: dz = (v_edit - v_source) dsigma, times a mask. A soft
+    mask changes more there than with `DDIMSampler`, which applies it to the whole change after each step.
+    """
+
+    def schedule(self, sigmas: Tensor) -> Schedule:
+        """That of the sigmas; the noise of the store follows them."""
+        noisy, drawn = noise_of(self.model_patcher), self.store.drawn
+        assert drawn is not None
+        own, given = schedule_of_store(self.model_patcher, self.store), noisy.schedule_of(sigmas)
+        if given.steps == own.steps and torch.allclose(given.alphas, own.alphas, rtol=1e-3, atol=1e-3):
+            return own
+        levels = range(given.steps + 1)
+        signals, deviations = ([part(level).item() for level in levels] for part in (given.signal, given.noise))
+        self.store = replace(
+            self.store, timesteps=given.timesteps, alphas=tuple(given.alphas.tolist()),
+            levels=DrawnLevels(drawn.clip, signals, deviations, drawn.seed),
+        )  # fmt: skip
+        return given
+
+    def _check_start(self, latent_image: Any) -> None:
+        starts = [noise_samples(self.model_patcher, self.store)]
+        if self.store.clip is not None:
+            starts.append(unpacked(self.store.clip, self.store.shapes))
+        if not any(same_samples(latent_image, start) for start in starts):
+            raise ValueError("latent_image: is not the clip of this store: connect the latent of the FlowEdit node")
+
+    def _start_of_host(self, sampler: Any, latent_image: Any, sigmas: Tensor) -> tuple[Any, Any, Tensor]:
+        """The clip, from the first sigma of the edit's strength.
+
+        Raises ValueError for a sampler that adds noise, and for sigmas that do not end at 0.
+        """
+        name = getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix("sample_")
+        if any(word in name for word in ADD_NOISE):
+            raise ValueError(f"sampler: {name} adds noise in each step, but FlowEdit's latents have none: use euler")
+        if sigmas[-1] > 0:
+            raise ValueError(f"sigmas: end at {sigmas[-1]:.4g}, but FlowEdit with this sampler ends at 0")
+        steps = len(sigmas) - 1
+        sigmas = sigmas[first_step(self.edits[0].strength, steps) :]
+        clip = noise_of(self.model_patcher).to_host(self.store.level(0)).float().cpu()
+        return unpacked(clip / sigmas[0].cpu(), self.store.shapes), zeros_like(latent_image), sigmas
+
+    def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
+        return schedule_of_store(self.model_patcher, self.store)
+
+    def _check_for_host(self, edits: EditPass) -> None:
+        if edits.blends_latents and any(edit.fusion is not None for edit in self._masked_edits):
+            raise ValueError(
+                "sampler: this edit blends latents with a mask that it computes, which needs DDIM Sampler (FateZero)"
+            )
+
+    def _clean_of_host(self, edits: EditPass, x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        noisy, store = noise_of(self.model_patcher), self.store
+        z = noisy.from_host(x)
+        here, clip = (store.level(level).to(z) for level in (store.steps - step, 0))
+        (predicted,) = edits.predict([here + (z - clip)], step)
+        assert predicted is not None and predicted.source is not None
+        velocity = predicted.noise - predicted.source
+        if predicted.mask is not None:
+            velocity = predicted.mask * velocity
+        return x - sigma * noisy.to_host(velocity)
+
+
+def guider_of(model: Any, store: HostStore, *more: Any) -> EditGuider:
+    """The guider for edits of a store, with the further arguments of `EditGuider`."""
+    follows = store.drawn is not None and store.formulation == "flow"
+    return (FlowEditGuider if follows else EditGuider)(model, store, *more)
+
+
+def same_samples(given: Any, own: Any) -> bool:
+    """Whether LATENT samples are the same, up to rounding."""
+    given, own = packed(given).cpu(), packed(own).cpu()
+    return given.shape == own.shape and torch.allclose(given, own, rtol=1e-3, atol=1e-3)
 
 
 def edit_clip(
@@ -159,7 +256,7 @@ def edit_clip(
 
     The conditions are `HostCondition`s; their roles distinguish the edits.
     """
-    guider = EditGuider(model, store, edits, chunk_frames)
+    guider = guider_of(model, store, edits, chunk_frames)
     sigmas = noise_of(model).sigmas(schedule_of_store(model, store))
     first = run_in_host(guider, noise_samples(model, store), sigmas)
     done = guider.done if store.clip is not None else guider.done[1:]

@@ -26,9 +26,12 @@ def family_of(model: Any) -> HostFamily:
     raise ValueError(f"model: {name} with a {network} is not supported. FateZero works with {MODELS}")
 
 
-def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> Hook:
-    """A hooked clone of a MODEL. kinds: of attention layers. Raises ValueError for a MODEL that cannot be edited."""
-    return family_of(model).hook(model, kinds)
+def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS, attends: bool = True) -> Hook:
+    """A hooked clone of a MODEL. kinds: of attention layers. attends: whether a run controls attention, without which
+    any conditioning will do. Raises ValueError for a MODEL that cannot be edited.
+    """
+    own = family_of(model).hook(model, kinds)
+    return own if attends or not own.family.attention else flow.PlainFlow(model, kinds, own)
 
 
 def check_known(model: Any) -> None:

@@ -16,6 +16,7 @@ from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .hook import ALL_KINDS, Controls, Hook, HostFamily
 from .noise import FlowNoise, is_flow, noise_of
+from .pair import shapes_of_weights, taken_pair
 
 
 def check_flow(model: Any) -> None:
@@ -28,17 +29,23 @@ class PlainFlow(Hook):
 
     family = FLOW
 
-    def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
+    def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS, known: Hook | None = None) -> None:
+        """known: the hook of a MODEL whose family controls attention, for its identity."""
         if len(kinds) < len(ALL_KINDS):
             raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
         check_flow(model)
         super().__init__(model)
+        self._known = known
+        pair = taken_pair(self.patcher)
+        if pair is not None:
+            self.low, self.boundary = PlainFlow(pair.low(model)), pair.boundary
 
     def identity(self) -> ModelIdentity:
         """The architecture; other weights of it may read the store, because it keeps no attention."""
-        model = self.patcher.model
-        shapes = sorted((name, tuple(weight.shape)) for name, weight in model.diffusion_model.named_parameters())
-        return ModelIdentity(type(model).__name__, hashlib.sha256(repr(shapes).encode()).hexdigest(), "")
+        if self._known is not None:
+            return self._known.identity()
+        shapes = hashlib.sha256(repr(shapes_of_weights(self.patcher)).encode()).hexdigest()
+        return ModelIdentity(type(self.patcher.model).__name__, shapes, "")
 
     def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
         return {}

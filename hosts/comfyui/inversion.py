@@ -19,6 +19,7 @@ from ...store.backends import FileBackend, FileLevels
 from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
 from ...store.identity import ModelIdentity
 from ...store.store import AttentionStore
+from ...store.streams import SHAPES, shapes_in
 from .chunks import windowing
 from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
@@ -27,8 +28,6 @@ from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shap
 from .noise import check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
-SHAPES = "shapes"
-"""The key of the shapes of a LATENT of several streams in the store."""
 KEEPS_SOUND = "keeps_sound"
 """The key in the store for whether edits keep the sound."""
 NOISE_MASK = "noise_mask"
@@ -54,8 +53,7 @@ class HostStore(AttentionStore):
     @property
     def shapes(self) -> Shapes:
         """The shapes of the streams of the LATENT, if it has several."""
-        found: Shapes = self.extra.get(SHAPES, ())
-        return found
+        return shapes_in(self)
 
     def with_model(self, model: Any) -> HostStore:
         """The store with the edit's MODEL, if it has none because it is from a file."""

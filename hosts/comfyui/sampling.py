@@ -29,7 +29,7 @@ from .denoiser import ComfyDenoiser, wrapped
 from .families import family_of, hooked
 from .hook import ALL_KINDS, Hook
 from .latents import packed, zeros_like
-from .noise import noise_of
+from .noise import is_flow, noise_of
 
 Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
 """A loop of the library on its latents (frames, c, h, w); returns latents."""
@@ -52,9 +52,10 @@ class LoopGuider(comfy.samplers.CFGGuider):
         Raises ValueError for an unsupported MODEL, or unsupported options.
         """
         check_options(model)
-        self.edited = hooked(model, kinds)
+        attends = not is_flow(model) or all(condition.fits_attention for condition in conditions)
+        self.edited = hooked(model, kinds, attends)
         source_model = source_model or model
-        self.sourced = self.edited if source_model is model else hooked(source_model)
+        self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
         if chunk_frames is not None:

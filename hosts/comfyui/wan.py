@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
-from uuid import uuid5
 
 import comfy.patcher_extension
 import torch
@@ -26,83 +25,17 @@ from ...diffusion.denoiser import refuse_clip_norm
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import PairedBranch
-from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, node_of, unpatched
+from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, unpatched
 from .noise import FlowNoise, noise_of
-from .sameness import OWN_OPTION, ROOM, equal, same_forward
+from .pair import taken_pair
+from .sameness import ROOM, same_forward
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
 MODELS = "Wan 2.1 and 2.2 for text to video"
-PAIR = f"{OWN_OPTION}_low_noise"
-"""The option of a MODEL with its low-noise model, a `Pair`."""
 _IDENTITIES = IdentityCache()
 _BRANCH = "fatezero_branch"
 """The transformer option with the branch that a block computes."""
-
-
-def paired(model: Any, low_noise: Any, boundary: float) -> Any:
-    """A MODEL that another one replaces below a sigma, in FateZero's own sampling.
-
-    Raises ValueError for MODELs that are not Wan of the same shape.
-    """
-    for one, socket in ((model, "model"), (low_noise, "low_noise")):
-        if not is_wan(one):
-            raise ValueError(f"{socket}: {type(one.model).__name__} is not a Wan transformer")
-    shapes = [(u.in_dim, u.dim, len(u.blocks)) for u in (m.model.diffusion_model for m in (model, low_noise))]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"low_noise: has another shape ({shapes[1]}) than the model ({shapes[0]})")
-    both = model.clone()
-    both.model_options[PAIR] = Pair(model, low_noise, boundary)
-    return both
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Wan 2.2's MODELs as joined, and the sigma below which the low-noise one is used."""
-
-    model: Any
-    low_noise: Any
-    boundary: float
-
-    def __deepcopy__(self, memo: Any) -> Pair:
-        return self  # the host copies a model's options, older versions with all weights
-
-    def low(self, model: Any) -> Any:
-        """The low-noise MODEL, with the changes of nodes after the pair: LoRA, guidance, patches.
-
-        Raises ValueError, naming the node, for changes bound to the first MODEL's modules.
-        """
-        before, low = self.model, self.low_noise.clone()
-        known = (ROOM, "model_sampling")  # the run has the first MODEL's flow
-        parts = {name: part for name, part in model.object_patches.items() if name not in known}
-        bound = [part for name, part in parts.items() if not equal(part, before.object_patches.get(name))]
-        if bound or not equal(model.injections, before.injections):
-            what = node_of(bound[0]) if bound else "LoRA Loader (Bypass)"
-            raise ValueError(f"model: {what} after Wan 2.2 Pair would change only the high-noise model: put it before")
-        added = {key: patches[len(before.patches.get(key, [])) :] for key, patches in model.patches.items()}
-        if any(added.values()):
-            low.patches |= {key: [*low.patches.get(key, []), *new] for key, new in added.items() if new}
-            low.patches_uuid = uuid5(low.patches_uuid, str(model.patches_uuid))
-        of_options = {name: value for name, value in model.model_options.items() if name != PAIR}
-        low.model_options = _with_added(low.model_options, of_options, before.model_options)
-        low.wrappers = _with_added(low.wrappers, model.wrappers, before.wrappers)
-        low.callbacks = _with_added(low.callbacks, model.callbacks, before.callbacks)
-        return low
-
-
-def _with_added(to: Any, now: Any, before: Any) -> Any:
-    """Apply the changes of settings from `before` to `now` to others: merge dicts, extend lists."""
-    if equal(now, before):
-        return to
-    if isinstance(now, dict):
-        to, before = to or {}, before or {}
-        return {**to, **{name: _with_added(to.get(name), value, before.get(name)) for name, value in now.items()}}
-    return [*(to or []), *now[len(before or []) :]] if isinstance(now, list) else now
-
-
-def is_wan(model: Any) -> bool:
-    """Whether a MODEL is a Wan of any kind."""
-    return isinstance(model.model.diffusion_model, WanModel)
 
 
 def is_text_to_video(model: Any) -> bool:
@@ -130,7 +63,7 @@ class HookedWan(Hook):
         if len(kinds) < len(ALL_KINDS):
             raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
         super().__init__(model)
-        pair: Pair | None = self.patcher.model_options.pop(PAIR, None)
+        pair = taken_pair(self.patcher)
         if pair is not None:
             self.low, self.boundary = HookedWan(pair.low(model)), pair.boundary
         self._unet = model.model.diffusion_model

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fatezero.attention.control import AttentionSite
-from fatezero.attention.masks import foreign_tokens, mask_sites, threshold_mask, word_heat
+from fatezero.attention.masks import HeatOverSteps, foreign_tokens, mask_sites, threshold_mask, word_heat
 
 
 def site(side, kind="cross", index=0):
@@ -59,3 +59,13 @@ def test_a_token_is_foreign_where_the_words_are_looked_at_more():
     assert torch.equal(foreign_tokens(heat * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1), [1], [0]), foreign)
     both = foreign_tokens(heat, [1, 2], [0])
     assert (both[:, [1, 2]] == 0).all(), "the words are nowhere foreign to each other"
+
+
+def test_heat_is_summed_over_the_steps_so_far_of_each_frame():
+    """Chunks may differ between steps, and a step may be evaluated again."""
+    heat, over = torch.arange(12.0).view(3, 2, 2), HeatOverSteps()
+    assert torch.equal(over.add(heat, (0, 1, 2), 0), heat)
+    over.add(heat[1:] + 1, (1, 2), 1)
+    assert torch.equal(over.add(heat[1:] + 2, (1, 2), 1), 2 * heat[1:] + 2)
+    assert torch.equal(over.add(heat[:1], (0,), 1), 2 * heat[:1])
+    assert torch.equal(over.add(heat[2:], (2,), 0), heat[2:]), "later steps do not count"

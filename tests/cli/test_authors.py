@@ -150,7 +150,7 @@ def test_blend_words(edits):
     assert (one.blend_source, one.blend_self_attention, one.blend_threshold) == (("square",), True, 0.4)
     assert not one.blend_latents
     one, notes = blending(blend_words=["square", "boat"], blend_latents=True)
-    assert one.blend_latents and one.blend_target == ("none",) and "'boat' is not in" in notes
+    assert one.blend_latents == "authors" and one.blend_target == ("none",) and "'boat' is not in" in notes
     one, _ = blending(blend_words=[["boat"]], blend_self_attention=True)
     assert not one.fusion.blends, "nothing of the edit's own, as their empty mask"
     with pytest.raises(ConfigError, match=r"blend_words: none of \('boat',\) is in"):

@@ -47,23 +47,38 @@ Z_IMAGE = {
     "qk_norm": True, "z_image_modulation": True, "rope_theta": 256.0, "time_scale": 1000.0,
     "ffn_dim_multiplier": 2.0,
 }  # fmt: skip
+SD3 = {
+    "in_channels": 16, "patch_size": 2, "depth": 1,
+    "pos_embed_max_size": 16, "num_patches": 256, "adm_in_channels": 2048, "input_size": None,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 64}},
+}  # fmt: skip
+HUNYUAN = {
+    "image_model": "hunyuan_video", "in_channels": 65, "out_channels": 32, "vec_in_dim": None, "context_in_dim": 32,
+    "hidden_size": 48, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 0, "axes_dim": [8, 8, 8],
+    "theta": 256, "patch_size": [1, 1, 1], "qkv_bias": True, "guidance_embed": False, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": True, "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
 CLASSES = {
     "h3": ("MiniMaxH3", H3),
     "ltxav": ("LTXAV", LTXAV),
     "qwen": ("QwenImage", QWEN),
     "z_image": ("ZImage", Z_IMAGE),
     "flux": ("Flux", FLUX),
+    "sd3": ("SD3", SD3),
+    "hunyuan": ("HunyuanVideo15", HUNYUAN),
     "wan": ("WAN21_T2V", WAN),
     "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
     "wan_vace": ("WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
 }
-TEXT = {"h3": 64, "ltxav": 192, "qwen": 32, "z_image": 32, "flux": 32}
+TEXT = {"h3": 64, "ltxav": 192, "qwen": 32, "z_image": 32, "flux": 32, "sd3": 32, "hunyuan": 32}
 SHAPES = {
     "h3": ((1, 24, 2, 4, 6), (1, 32, 2, 8)),
     "ltxav": ((1, 128, 3, 2, 3), (1, 8, 5, 16)),
     "qwen": ((1, 16, 1, 6, 8),),
     "z_image": ((2, 16, 6, 8),),
     "flux": ((2, 16, 6, 8),),
+    "sd3": ((2, 16, 6, 8),),
+    "hunyuan": ((1, 32, 3, 4, 6),),
 }
 CLIP = (1, 16, 3, 4, 6)
 KIND = io.Combo.Input("kind", options=list(CLASSES))
@@ -86,17 +101,17 @@ def node(name, inputs, outputs):
     return of
 
 
-@node("FlowModel", [KIND], [io.Model.Output()])
+@node("FlowModel", [KIND, io.Int.Input("seed", default=0)], [io.Model.Output()])
 class FlowModel(io.ComfyNode):
     """A small model of random weights."""
 
     @classmethod
-    def execute(cls, kind):
+    def execute(cls, kind, seed=0):
         name, config = CLASSES[kind]
         config = getattr(comfy.supported_models, name)(dict(config))
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({})
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         for parameter in model.diffusion_model.parameters():
             values = torch.randn(parameter.shape, generator=generator)
             inputs = parameter.shape[1:].numel()
@@ -116,7 +131,8 @@ class FlowText(io.ComfyNode):
         more = {
             "flux": {"pooled_output": random_values(seed + 1, 1, 16), "guidance": 4.0},
             "qwen": {"reference_latents": [random_values(5, 1, 16, 1, 4, 4)]},
-            "z_image": {},
+            "sd3": {"pooled_output": random_values(seed + 1, 1, 2048)},
+            "hunyuan": {"pooled_output": random_values(seed + 1, 1, 768)},
             "wan_i2v": {
                 "concat_latent_image": random_values(6, *CLIP),
                 "concat_mask": torch.ones(1, 1, *CLIP[2:]),

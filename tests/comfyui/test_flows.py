@@ -9,7 +9,7 @@ from comfyui.host import Host, NodeError
 
 from small import relative
 
-KINDS = ("h3", "ltxav", "qwen", "z_image", "flux", "wan_i2v", "wan_vace")
+KINDS = ("h3", "ltxav", "qwen", "z_image", "flux", "sd3", "hunyuan", "wan", "wan_i2v", "wan_vace")
 WITH_SOUND = ("h3", "ltxav")
 STEPS, GUIDANCE, SEED = 4, 3.0, 5
 
@@ -40,6 +40,13 @@ def streams(host: Host, graph: Graph, link) -> list[torch.Tensor]:
     return [host.latents(graph.prompt, graph.add("FlowStream", latent=link, number=i)[0]) for i in range(count)]
 
 
+def left_kept(graph):
+    """A mask that keeps the left half."""
+    half = graph.add("SolidMask", value=1.0, width=32, height=32)
+    none = graph.add("SolidMask", value=0.0, width=16, height=32)
+    return graph.add("MaskComposite", destination=half[0], source=none[0], x=0, y=0, operation="multiply")[0]
+
+
 @pytest.fixture(params=KINDS)
 def graph(host, request) -> FlowGraph:
     return FlowGraph(kind=request.param)
@@ -58,7 +65,7 @@ def test_an_edit_is_the_papers_loop_on_the_hosts_guider(host, graph, strength):
     for ours, theirs, before in zip(
         streams(host, graph, graph.edit[0]), streams(host, graph, loop[0]), given, strict=True
     ):
-        assert relative(ours, theirs) < 1e-5
+        assert relative(ours, theirs) < 1e-4, "up to rounding, which random weights amplify"
         assert relative(ours, before) > 1e-2
 
 
@@ -85,6 +92,59 @@ def test_what_needs_attention_is_refused_by_name(host, preset):
         host.latents(graph.prompt, graph.edit[0])
 
 
+def test_attention_does_not_follow_references(host):
+    """Bernini's clips, on the Wan whose attention FateZero controls."""
+    graph = FlowGraph(kind="wan")
+    words = {"source": "a red square", "target": "a green square", "mode": "refine"}
+    graph.set(graph.edit, preset="style", prompt_edit=graph.add(
+        "FateZeroPromptEdit", clip=graph.add("FateZeroDemoVideoModel")[1], **words, blend_source="", blend_target="",
+        reweight="",
+    )[2])  # fmt: skip
+    with pytest.raises(NodeError, match=r"source: reference clips are set .Bernini"):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+def test_a_pair_shares_the_steps(host):
+    """Wan 2.2's, for image to video: below the boundary the low-noise model is called."""
+    graph = FlowGraph(kind="wan_i2v")
+    alone = host.latents(graph.prompt, graph.edit[0])
+    other = graph.add("FlowModel", kind="wan_i2v", seed=1)
+    edits = {}
+    for boundary in (0.0, 0.9):
+        pair = graph.add("FateZeroWanPair", model=graph.model[0], low_noise=other[0], boundary=boundary)
+        graph.set(graph.store, model=pair[0])
+        graph.set(graph.edit, model=pair[0])
+        edits[boundary] = host.latents(graph.prompt, graph.edit[0])
+    graph.set(graph.store, model=other[0])
+    graph.set(graph.edit, model=other[0])
+    low = host.latents(graph.prompt, graph.edit[0])
+    assert relative(edits[0.0], alone) < 1e-6
+    assert relative(edits[0.9], alone) > 1e-2 < relative(edits[0.9], low)
+    first = graph.add("FateZeroWanPair", model=other[0], low_noise=graph.model[0], boundary=0.0)
+    graph.set(graph.edit, model=first[0])
+    assert relative(host.latents(graph.prompt, graph.edit[0]), low) < 1e-6
+    with pytest.raises(NodeError, match="low_noise: WAN21 and Flux are not two flow models of one architecture"):
+        graph.set(first, low_noise=graph.add("FlowModel", kind="flux")[0])
+        host.latents(graph.prompt, graph.edit[0])
+
+
+@pytest.mark.parametrize("kind", ["h3", "qwen"])
+def test_a_flow_mask_needs_no_attention(host, kind):
+    graph = FlowGraph(kind=kind)
+    settings = graph.add("FateZeroFlowMask", threshold=0.85, grow=0, still=0)
+    graph.set(graph.store, sound="keep")
+    graph.set(graph.edit, preset="custom", settings=settings[0])
+    before, found = (streams(host, graph, link) for link in (graph.latent[0], graph.edit[0]))
+    kept = found[0] == before[0]
+    assert 0 < kept.float().mean() < 1
+    assert torch.equal(kept[:, :1].expand_as(kept), kept), "the same places in every channel"
+    if kind in WITH_SOUND:
+        assert torch.equal(found[1], before[1])
+    graph.set(graph.edit, mask=left_kept(graph), mask_mode="intersection")
+    both = streams(host, graph, graph.edit[0])[0] == before[0]
+    assert both[..., : both.shape[-1] // 2].all() and (both | ~kept).all()
+
+
 @pytest.mark.parametrize("kind", WITH_SOUND)
 def test_sound_is_kept_or_edited(host, kind):
     graph = FlowGraph(kind=kind)
@@ -93,10 +153,7 @@ def test_sound_is_kept_or_edited(host, kind):
     before = streams(host, graph, graph.latent[0])
     assert relative(video, before[0]) > 1e-2
     assert torch.equal(sound, before[1])
-    half = graph.add("SolidMask", value=1.0, width=32, height=32)
-    none = graph.add("SolidMask", value=0.0, width=16, height=32)
-    mask = graph.add("MaskComposite", destination=half[0], source=none[0], x=0, y=0, operation="multiply")
-    graph.set(graph.edit, mask=mask[0])
+    graph.set(graph.edit, mask=left_kept(graph))
     for choice in ("keep", "edit"):
         graph.set(graph.store, sound=choice)
         video, sound = streams(host, graph, graph.edit[0])
@@ -104,3 +161,56 @@ def test_sound_is_kept_or_edited(host, kind):
         assert torch.equal(video[..., :middle], before[0][..., :middle])
         assert relative(video[..., middle + 1 :], before[0][..., middle + 1 :]) > 1e-3
         assert torch.equal(sound, before[1]) == (choice == "keep")
+
+
+# --- the host's samplers ----------------------------------------------------------------------
+
+
+def by_guider(graph, sampler, sigmas=None):
+    """FlowEdit by SamplerCustomAdvanced, from the clip."""
+    values = {**graph.prompt[graph.edit.id]["inputs"]}
+    guider = graph.add("FateZeroEditGuider", **values)
+    sigmas = sigmas or graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)[0]
+    quiet = graph.add("DisableNoise")
+    return graph.add(
+        "SamplerCustomAdvanced", noise=quiet[0], guider=guider[0], sampler=sampler[0], sigmas=sigmas,
+        latent_image=graph.latent[0],
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["h3", "flux"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_hosts_samplers_integrate_the_edit(host, kind, masked):
+    graph = FlowGraph(kind=kind)
+    graph.set(graph.edit, strength=0.75)
+    if masked:
+        graph.set(graph.edit, mask=left_kept(graph))
+    expected = streams(host, graph, graph.edit[0])
+    before = streams(host, graph, graph.latent[0])
+    ours = graph.add("FateZeroDDIM")
+    euler, multistep = (graph.add("KSamplerSelect", sampler_name=name) for name in ("euler", "dpmpp_2m"))
+    for sampler, near in ((ours, 1e-6), (euler, 1e-5), (multistep, 0.5)):
+        found = streams(host, graph, by_guider(graph, sampler))
+        for mine, theirs, clip in zip(found, expected, before, strict=True):
+            assert relative(mine - clip, theirs - clip) < near
+
+
+def test_any_sigmas_will_do(host):
+    """Those of another scheduler and number of steps, as the same loop takes them."""
+    graph = FlowGraph(kind="qwen")
+    sigmas = graph.add("BasicScheduler", model=graph.model[0], scheduler="beta", steps=6, denoise=1.0)[0]
+    loop = graph.add(
+        "FlowLoop", model=graph.model[0], source=graph.source[0], positive=graph.target[0], negative=graph.negative[0],
+        latent=graph.latent[0], sigmas=sigmas, guidance=GUIDANCE, source_guidance=2.0, first=0, seed=SEED,
+    )  # fmt: skip
+    graph.set(graph.edit, strength=1.0)
+    expected = host.latents(graph.prompt, loop[0])
+    for sampler in (graph.add("FateZeroDDIM"), graph.add("KSamplerSelect", sampler_name="euler")):
+        assert relative(host.latents(graph.prompt, by_guider(graph, sampler, sigmas)), expected) < 1e-5
+
+
+def test_a_sampler_that_adds_noise_is_refused(host):
+    graph = FlowGraph(kind="flux")
+    sampler = graph.add("KSamplerSelect", sampler_name="euler_ancestral")
+    with pytest.raises(NodeError, match="euler_ancestral.* adds noise"):
+        host.latents(graph.prompt, by_guider(graph, sampler))

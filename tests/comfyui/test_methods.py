@@ -245,3 +245,19 @@ def test_shares_of_words_and_attention_of_the_reconstruction(host):
     graph.set(fused, cross_replace_words="jeep=0.3")
     with pytest.raises(NodeError, match="cross_replace_words: 'jeep' is not in the prompt"):
         host.latents(graph.prompt, graph.edit[0])
+
+
+def test_latents_blended_as_the_authors_do(host, checkpoint):  # noqa: F811
+    """A switch of its own beside blend_latents, for workflows that are older."""
+    config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
+    words = {"blend_source": ("sand",), "blend_target": ("water",), "blend_threshold": 0.8}
+    fused = {"cross_replace_steps": 0.7, "self_replace_steps": 0.8, "blend_threshold": 0.8}
+    graph = DemoGraph(steps=5, frames=FRAMES)
+    graph.set(graph.invert, key_frames="self")
+    graph.set(graph.words, target="a red circle on water", blend_source="sand", blend_target="water")
+    graph.fuse(**fused, blend_latents=True, blend_latents_authors=True)
+    config = replace(config, **words, cross_replace_steps=0.7, self_replace_steps=0.8, blend_latents="authors")
+    theirs, ours = parity(host, checkpoint, graph, config)
+    assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
+    plain = parity(host, checkpoint, graph, replace(config, blend_latents=True))[1]
+    assert torch.linalg.norm(plain - ours) > 1e-2

@@ -254,18 +254,29 @@ def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denois
     assert relative(blended(1.0), edit(denoiser, inversion, *arguments, FusionSettings(0.5, 1.0))) < 1e-9
 
 
-def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer, monkeypatch):
-    """Of the matching level, not of the noisier one that the authors' index takes."""
+@pytest.mark.parametrize(("blends", "noisier"), [(True, 0), ("authors", 1)])
+def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer, monkeypatch, blends, noisier):
+    """Of the matching level, or of the noisier one that the authors' index takes."""
 
     seen = []
     move = EditRun.move
     monkeypatch.setattr(EditRun, "move", lambda *given: seen.append(move(*given)) or seen[-1])
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
-    fusion = FusionSettings(0.5, 0.5, blend_latents=True, blend_threshold=1.0)
+    fusion = FusionSettings(0.5, 0.5, blend_latents=blends, blend_threshold=1.0)
     edit(denoiser, inversion, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion)
     for step in fusion.latent_steps(5):
-        assert torch.equal(seen[step], inversion.latents[5 - step - 1])
+        assert torch.equal(seen[step], inversion.latents[5 - step - 1 + noisier])
     assert not torch.equal(seen[0], inversion.latents[4])
+
+
+def test_latents_blended_as_the_authors_do_in_chunks(denoiser, tokenizer):
+    """The sum of a frame's maps does not depend on the chunks."""
+    fusion = replace(BLENDED, blend_latents="authors")
+    whole, chunks = (run(denoiser, tokenizer, random_latents(5), fusion=fusion, chunk_frames=n) for n in (None, 2))
+    assert relative(chunks, whole) < 1e-9
+    assert relative(whole, run(denoiser, tokenizer, random_latents(5))) > 1e-3
+    with pytest.raises(ValueError, match="blend_latents"):
+        FusionSettings(blend_latents="paper")
 
 
 def test_reweighting_a_word_by_one_changes_nothing_and_by_ten_something(denoiser, tokenizer):

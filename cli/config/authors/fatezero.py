@@ -316,7 +316,7 @@ class _Pair:
             "blend_source": source,
             "blend_target": target or (NO_WORDS if of_latents else ()),
             "blend_self_attention": of_self and bool(source),
-            "blend_latents": of_latents,
+            "blend_latents": "authors" if of_latents else False,
             "blend_threshold": self._threshold(),
         }
 

@@ -1,4 +1,4 @@
-"""Wan 2.2's pair of models."""
+"""A pair of models, for high and for low noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hosts.comfyui.wan import paired
+from ..hosts.comfyui.pair import paired
 from .sockets import schema
 
 

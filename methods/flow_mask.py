@@ -1,0 +1,161 @@
+"""A mask without attention: where the predictions for both prompts disagree.
+
+As in DiffEdit (Couairon et al., ICLR 2023, arXiv 2210.11427) and Follow-Your-Shape (arXiv 2508.08134): D is the mean
+over channels of |v_target - v_source| on the source's noisy latents, divided by its maximum in each frame and averaged
+over several levels. The edit keeps its latents where D exceeds a threshold, Otsu's (IEEE TSMC 1979) unless one is
+given; elsewhere they are the source's after every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..attention.condition import Condition
+from ..attention.control import Control
+from ..attention.key_frames import Chunk
+from ..attention.masks import GivenMask, over_maximum
+from ..diffusion.denoiser import frames_of, joined
+from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
+from ..diffusion.prompt_mask import levels_compared
+from ..imports import F, no_grad, torch
+from ..settings import check, setting
+from ..store.streams import mask_of_all, video_of
+from .method import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+GROUP = "Flow mask"
+BINS = 256
+"""Bins of Otsu's histogram."""
+
+
+@dataclass(frozen=True)
+class FlowMaskSettings(BaseInjection):
+    """How the mask is made of the predictions. Raises ValueError for a number out of range."""
+
+    threshold: float = setting(
+        0.0, "Difference above which the clip may change, relative to each frame's maximum; 0: found by Otsu's method.",
+        least=0, most=1, step=0.01, group=GROUP,
+    )  # fmt: skip
+    grow: int = setting(1, "Places of the latents by which the mask is grown.", least=0, most=64, group=GROUP)
+    still: int = setting(
+        1, "Frames of the latents, before and after, over which differences are averaged, against flicker.", least=0,
+        most=64, group=GROUP,
+    )  # fmt: skip
+    within: bool = field(default=False, kw_only=True)
+    """Whether a given mask limits the computed one instead of replacing it."""
+
+    needs_attention = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def injected(self, edit: Edit, context: EditContext) -> Injected:
+        return FlowMask(self, edit, context)
+
+    def reads_source(self, step: int, steps: int) -> bool:
+        return False
+
+    def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
+        return 0 if self._replaced(edit.mask) else 2 * min(4, steps)
+
+    def inside(self) -> Self:
+        return replace(self, within=True)
+
+    def _replaced(self, mask: GivenMask | None) -> bool:
+        return mask is not None and mask.replaces and not self.within
+
+    def summary(self, steps: int) -> str:
+        how = f"threshold {self.threshold:g}" if self.threshold else "Otsu's threshold"
+        return f"mask from the predictions for both prompts ({how}, grown by {self.grow})"
+
+
+class FlowMask(Injected):
+    """The mask of one edit."""
+
+    own_level = False
+
+    def __init__(self, settings: FlowMaskSettings, edit: Edit, context: EditContext) -> None:
+        self.context, self.store = context, context.store
+        self.settings, self._given = settings, edit.mask
+        self._inside: Tensor | None = None
+
+    def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
+        context, settings, given = self.context, self.settings, self._given
+        store = context.store
+        if given is not None and given.replaces and not settings.within:
+            self._inside = self.of_latents(given)
+            return
+        heat = difference(context, chunks)
+        found = mask_of_all(store, mask_from(heat, settings)).to(context.latents_like)
+        if given is not None:
+            own = given.at((found.shape[-2], found.shape[-1]), store.frames)
+            joining = replace(given, how="intersection") if settings.within else given
+            found = joining.joined(own, found)
+        self._inside = found[:, None]
+
+    def blends_latents(self, step: int) -> bool:
+        return True
+
+
+@no_grad
+def difference(context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> Tensor:
+    """D: where the predictions for both prompts disagree, (frames, h, w) in 0..1. chunks: of every step.
+
+    Two model calls for each of up to four levels. The denoiser must be hooked.
+    """
+    denoiser, store = context.denoiser, context.store
+    found: list[Tensor] = []
+    for level in levels_compared(store):
+        z, step = store.level(level).to(denoiser.device), store.step_at(level)
+
+        def predicted(text: Condition, z: Tensor = z, step: int = step) -> Tensor:
+            controls = [Control(store.key_frames, chunk) for chunk in chunks[step]]
+            timestep = store.timesteps[step]
+            parts = [denoiser.predict_noise(frames_of(z, own.chunk), timestep, text, own) for own in controls]
+            return joined(chunks[step], parts)
+
+        apart = predicted(context.target) - predicted(store.source)
+        found.append(over_maximum(video_of(store, apart).float().abs().mean(1)))
+    return over_maximum(torch.stack(found).mean(0))
+
+
+def mask_from(heat: Tensor, settings: FlowMaskSettings) -> Tensor:
+    """The mask of a heat (frames, h, w): 0 or 1."""
+    around = 2 * settings.still + 1
+    calm = F.avg_pool1d(heat.flatten(1).T[:, None], around, stride=1, padding=settings.still, count_include_pad=False)[
+        :, 0
+    ].T.reshape(heat.shape)
+    mask = (calm > (settings.threshold or otsu(calm))).float()
+    return F.max_pool2d(mask[:, None], 2 * settings.grow + 1, stride=1, padding=settings.grow)[:, 0]
+
+
+def otsu(values: Tensor) -> float:
+    """The threshold that separates values in 0..1 into two classes of the largest variance between them."""
+    counts = torch.histc(values.float().cpu(), BINS, 0, 1).double()
+    centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
+    below, mean = counts.cumsum(0), (counts * centres).cumsum(0)
+    above = counts.sum() - below
+    between = below * above * (mean / below.clamp(min=1) - (mean[-1] - mean) / above.clamp(min=1)) ** 2
+    best = between >= between.max() * (1 - 1e-9)
+    return float((centres[best].mean() + 0.5 / BINS).item())
+
+
+METHOD = Method(
+    name="flow_mask",
+    title=GROUP,
+    paper="Couairon et al., ICLR 2023, arXiv 2210.11427; Long et al., 2025, arXiv 2508.08134",
+    sentence="Changes the clip only where the predictions for both prompts disagree, without attention.",
+    part="injection",
+    settings=FlowMaskSettings,
+    presets={
+        "flow_mask": {"noise": "drawn", "injection": "flow_mask", "guidance_scale": 10.0, "strength": 0.7},
+    },
+    node_id="FateZeroFlowMask",
+    node_title="Flow Mask Settings (FateZero)",
+    aliases=("otsu", "diffedit", "automatic mask", "inversion-free"),
+)
