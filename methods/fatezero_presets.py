@@ -44,4 +44,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
 (`benchmarks/QUALITY.md`): less guidance, latents kept up to the last step outside a mask of both prompts, less
 attention inside it to words that belong elsewhere, and other shares of steps. remove and enhance are supplement B's:
-the words of an object left out of the target, and words of quality added to it, with the values of shape+ and style+."""
+an object's words left out of the target, words of quality added to it; with the values of shape+ and style+."""
