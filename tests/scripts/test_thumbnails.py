@@ -1,6 +1,7 @@
 """The pictures of workflows that the demo models made show these workflows' presets."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +10,7 @@ REPO = Path(__file__).parents[2]
 
 spec = importlib.util.spec_from_file_location("write_thumbnails", REPO / "scripts" / "write_thumbnails.py")
 thumbnails = importlib.util.module_from_spec(spec)
+sys.modules["write_thumbnails"] = thumbnails  # where its dataclass looks itself up
 spec.loader.exec_module(thumbnails)
 
 
