@@ -41,12 +41,8 @@ def test_settings_reach_the_inputs_that_have_another_name():
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
-    "preset", [name for name in PRESETS if name not in ("tokenflow", "flow_edit", "flow_mask", "tune_a_video")]
-=======
     "preset",
     [name for name in PRESETS if name not in ("tokenflow", "tune_a_video") and PRESETS[name].get("noise") != "drawn"],
->>>>>>> main
 )
 def test_a_preset_sets_what_it_sets_in_the_command(preset):
     words = {"source": "a silver jeep", "target": "a red jeep"}
