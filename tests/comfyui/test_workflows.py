@@ -13,11 +13,11 @@ from PIL import Image
 from fatezero.video.read import read_video
 
 NAMES = (
-    "attribute", "controlnet_lora", "custom_sampler", "demo",
+    "attribute", "controlnet_lora", "custom_sampler", "demo", "enhance",
     "flow_any_demo", "flow_edit_h3", "flow_edit_ltx2", "flow_edit_qwen_image", "flow_edit_wan_4_steps",
     "layout_move_object", "layout_new_clip",
     "mask_correction", "measure",
-    "one_inversion_three_edits", "shape", "style", "tokenflow",
+    "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 OFTEN = ("demo",)
