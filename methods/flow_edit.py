@@ -65,6 +65,8 @@ class DrawnNoise:
         for part, name in parts:
             if part is not None:
                 raise ValueError(f"{name} needs an inversion: it does not work with FlowEdit's sampled noise")
+        if edit.sdedit_seed is not None:
+            raise ValueError("sdedit_seed needs an inversion: FlowEdit samples its own noise")
 
     def latents(self, run: EditRun) -> Tensor:
         return run.store.level(run.schedule.steps - run.first).to(run.denoiser.device)
