@@ -16,6 +16,7 @@ from .diffusion.generate import generate as generate
 from .diffusion.invert import Inversion as Inversion
 from .diffusion.invert import invert as invert
 from .diffusion.parts import Edit as Edit
+from .diffusion.word_attention import WordAttention as WordAttention
 from .methods.fatezero import FusionSettings as FusionSettings
 from .methods.flow_edit import FlowEditSettings as FlowEditSettings
 from .methods.flow_edit import draw as draw
@@ -27,8 +28,11 @@ from .methods.move_objects import Moved as Moved
 from .methods.move_objects import MoveObjects as MoveObjects
 from .methods.plug_and_play import PnPSettings as PnPSettings
 from .methods.tokenflow import TokenFlowSettings as TokenFlowSettings
+from .methods.tune_a_video import ClassPictures as ClassPictures
 from .methods.tune_a_video import LayerSettings as LayerSettings
 from .methods.tune_a_video import TuneSettings as TuneSettings
+from .methods.tune_a_video import Validation as Validation
+from .methods.tune_a_video import ValidationSettings as ValidationSettings
 from .methods.tune_a_video import tune as tune
 from .recipes.api import edit as edit
 from .recipes.api import edit_many as edit_many

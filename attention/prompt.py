@@ -198,6 +198,14 @@ class PromptEdit:
             )
         return found
 
+    def columns_of_words(self, prompt: str, text_tokens: int) -> dict[str, list[int]]:
+        """The columns of each word of a prompt, without those beyond `text_tokens`."""
+        found: dict[str, list[int]] = {}
+        for word, (first, last) in self._words(prompt):
+            own = [column for column in map(self.columns.of, range(first, last)) if column < text_tokens]
+            found.setdefault(word, []).extend(own)
+        return {word: columns for word, columns in found.items() if columns}
+
     def blend_tokens(self, source_tokens: int, target_tokens: int) -> tuple[list[int], list[int]]:
         """The columns of the blend words in the source's and the target's maps."""
         if self.blend_words is None:

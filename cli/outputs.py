@@ -60,15 +60,15 @@ class Outputs(ExitStack):
                 raise FileExistsError(f"{path} would become part of the input {clip}: write to another folder")
 
 
-def check_folder(path: str | Path) -> None:
-    """Raise ValueError or OSError for a path that cannot be a folder to write into."""
+def check_folder(path: str | Path, what: str = "output", flag: str = "-o") -> None:
+    """Raise ValueError or OSError for a path that cannot be a folder to write into. what, flag: in the error."""
     _check_output(path)
     path = Path(path).absolute()
     there = next(one for one in (path, *path.parents) if one.exists() or one.is_symlink())
     if not there.is_dir():
-        raise NotADirectoryError(f"output: {there} is not a folder: give another with -o")
+        raise NotADirectoryError(f"{what}: {there} is not a folder: give another with {flag}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"output: {there} cannot be written to: give another folder with -o")
+        raise PermissionError(f"{what}: {there} cannot be written to: give another folder with {flag}")
 
 
 def _check_output(path: str | Path) -> None:

@@ -16,7 +16,7 @@ from ..video.fitted import FittedVideo
 from ..video.read import Sound, SoundTrack
 from ..video.which import ClipSettings
 from .config.paths import is_here
-from .config.settings import EditConfig
+from .config.settings import AUTO, EditConfig
 from .config.values import checked
 from .frames import find_frames
 
@@ -72,7 +72,7 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
         "memory": (store.memory, "auto"),
         "clip_norm": (store.clip_norm,),
         "key_frames": (store.key_frames.entries,),
-        "source": (store.prompt or config.source,),
+        "source": (store.prompt or config.source, AUTO),
         **{name: (origin.settings.get(name),) for name in _KEPT},
     }
     made["count"] += (origin.frames,)

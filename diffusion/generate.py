@@ -12,6 +12,7 @@ from ..imports import no_grad
 from .denoiser import Denoiser, Guidance, check_finite, keys_on
 from .invert import Progress
 from .steering import ClipSteering
+from .word_attention import WordAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,24 +30,27 @@ def generate(
     clip_norm: bool | None = None,
     *,
     layout: ClipSteering | None = None,
+    attention: WordAttention | None = None,
     chunk_frames: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Generate latents (frames, c, h, w) from noise of this shape. Only video models give consistent frames.
 
     text, negative: embeddings of the prompts. layout: where objects should be (`LayoutGuidance`), whose gradients may
-    be computed in chunks of `chunk_frames`. key_frames, clip_norm: None for those of the model's training. progress:
-    called with (steps done, total steps). Raises ValueError for inputs that do not fit the model, ArithmeticError for
-    numbers out of range.
+    be computed in chunks of `chunk_frames`. attention: records the frames' attention to words in every step.
+    key_frames, clip_norm: None for those of the model's training. progress: called with (steps done, total steps).
+    Raises ValueError for inputs that do not fit the model, ArithmeticError for numbers out of range.
     """
     own_keys, own_norm = denoiser.trained_with
     keys = keys_on(denoiser, own_keys if key_frames is None else key_frames)
     clip_norm = (own_norm if clip_norm is None else clip_norm) and not denoiser.spans_clip
-    schedule, chunk = denoiser.schedule(steps), Chunk.whole(len(noise))
+    schedule, chunk, sites = denoiser.schedule(steps), Chunk.whole(len(noise)), denoiser.sites(*noise.shape[-2:])
     z = noise.to(denoiser.device)
     positive, unwanted = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
     if layout is not None:
         layout.check_fits(len(z), positive.text_tokens)
+        if attention is not None and not layout.moves_latents:
+            raise ValueError("forward guidance replaces attention, which cannot be recorded: set mode to backward")
     with denoiser.hooked(clip_norm):
         for step, timestep in enumerate(schedule.timesteps):
             control = Control(keys, chunk)
@@ -54,8 +58,12 @@ def generate(
                 alpha = schedule.alphas[steps - step]
                 z = layout.moved(denoiser, z, timestep, alpha, positive, ClipCalls(keys, clip_norm, chunk_frames))
                 control = layout.control(keys, chunk)
+            if attention is not None:
+                control = recorder = attention.recorder(keys, chunk, sites, positive.text_tokens)
             guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
+            if attention is not None:
+                attention.record(recorder)
             z = schedule.move(z, predicted, steps - step, steps - step - 1)
             check_finite(z, f"latents of step {step + 1}")
             if progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import FateZeroSpatioTemporalAttention
+from .attention_maps import FateZeroAttentionMaps
 from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
 from .edit import FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
@@ -43,6 +44,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroSteady,
             FateZeroLayout,
             FateZeroLayoutGuider,
+            FateZeroAttentionMaps,
             FateZeroLoadTemporalLayers,
             FateZeroTuneOnVideo,
             FateZeroMaskPreview,

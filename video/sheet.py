@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -58,6 +58,17 @@ def heat_map(heat: Tensor, size: tuple[int, int], label: str) -> Tensor:
     below = place.floor().long().clamp(max=len(stops) - 2)
     colours = torch.lerp(stops[below], stops[below + 1], (place - below)[..., None]).round().to(torch.uint8)
     return torch.stack([_labelled(frame, label) for frame in colours])
+
+
+def heat_steps(heats: Mapping[str, Tensor], size: tuple[int, int], most: int = 8) -> Image.Image:
+    """A sheet of the middle frame's attention over at most `most` steps, a row of each word.
+
+    heats: (steps, frames, y, x) of each word. size: height and width of a picture.
+    """
+    steps, frames = next(iter(heats.values())).shape[:2]
+    shown = torch.linspace(0, steps - 1, min(most, steps)).round().long()
+    rows = [(word, heat_map(heat[shown, frames // 2], size, "")) for word, heat in heats.items()]
+    return contact_sheet(rows, f"frame {frames // 2}, steps {', '.join(map(str, shown.tolist()))}")
 
 
 OUTLINES = ((230, 60, 60), (60, 150, 240), (250, 190, 40), (90, 200, 110), (190, 100, 230))

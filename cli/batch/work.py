@@ -22,6 +22,7 @@ from ...video.flow import Estimator, flow_estimator
 from ...video.read import open_video
 from ...video.size import to_unit
 from ...video.which import ClipSettings
+from ..captions import recorded_source
 from ..commands.edit import run_edits
 from ..commands.invert import run_invert
 from ..config.files import config_of
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ...metrics.clip import ClipScorer
 
 _OF_INVERSIONS = (
-    "video", "source",
+    "video", "source", "caption_model",
     *(
         one.name
         for part in (ModelSettings, ControlSettings, ClipSettings, InversionSettings, StoreSettings)
@@ -201,7 +202,7 @@ class Worker:
         if store is not None:
             config = replace(config, **{name: getattr(usual, name) for name in _OF_PLACES})
         run_edits(self._session, [config], str(output), store, dry_run=False, from_batch=store is not None)
-        return {} if self._measure is None else self._measure(config, output)
+        return {} if self._measure is None else self._measure(recorded_source(config, output), output)
 
 
 @dataclass(frozen=True)

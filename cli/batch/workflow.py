@@ -9,7 +9,7 @@ from typing import Any
 
 from ...methods import METHODS
 from ...settings import settings_of, shown
-from ..config.settings import PRESETS, SECTIONS, ConfigError, EditConfig, with_preset
+from ..config.settings import AUTO, PRESETS, SECTIONS, ConfigError, EditConfig, with_preset
 from ..config.values import checked
 from .jobs import Batch
 
@@ -52,6 +52,8 @@ def filled(graph: Graph, values: Mapping[str, Any], inputs: Mapping[str, str]) -
     inputs: the places of others ("5.text"). Raises ConfigError for a setting of the wrong type, and for one that no
     node has, or several.
     """
+    if values.get("source") == AUTO:
+        raise ConfigError("source auto: connect a captioning node to source in the workflow, and leave source out")
     filling = _Filling(deepcopy(graph), inputs)
     for name, value in values.items():
         if name != "preset":

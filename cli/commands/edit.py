@@ -23,6 +23,7 @@ from ...store.store import AttentionStore
 from ...video.fitted import FittedVideo
 from ...video.read import Sound, SoundTrack, VideoSource
 from ...video.write import FrameDigest, shortcomings, write_video
+from ..captions import captioned, check_captioner, with_captions
 from ..config.files import configs_of
 from ..config.record import (
     Provenance,
@@ -39,7 +40,7 @@ from ..config.record import (
     without_given,
     write_record,
 )
-from ..config.settings import PRESETS, EditConfig
+from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
 from ..frames import decode, fit_frames, found_frames, shape_of
 from ..masks import check_edit_mask, edit_mask
@@ -219,9 +220,8 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     origin, given = read_origin(store) if store else None, configs
     if store is not None and origin is not None:
         configs = [with_store(config, store, origin) for config in configs]
-    for config in configs:
-        config.prompt_edit(None)  # raises for words that are not in the prompts
-        check_objects(config, config.target)
+    check_captioner(configs)
+    _check_words([config for config in configs if config.source != AUTO])
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
         check_edit_mask(config, source.frames)
@@ -235,6 +235,9 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
     check_control(configs[0])
+    if any(config.source == AUTO for config in configs):
+        configs = captioned(session, configs, source.video)
+        _check_words(configs)
     checkpoint = session.open_model(configs[0].chosen_model)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [
@@ -251,9 +254,16 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)
     if not dry_run:
-        recorded = given if run.from_batch else configs
+        recorded = with_captions(given, configs) if run.from_batch else configs
         edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, files))
         _run(run, checkpoint, clip, store, edits, now)
+
+
+def _check_words(configs: Sequence[EditConfig]) -> None:
+    """Raise ValueError for words that are not in the prompts."""
+    for config in configs:
+        config.prompt_edit(None)
+        check_objects(config, config.target)
 
 
 def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _Source) -> tuple[Model, _Clip]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ...attention.key_frames import KeyFrames
+from ...attention.prompt import PromptEdit, bare, words_of
+from ...diffusion.word_attention import WordAttention
 from ...files.safetensors import format_bytes
 from ...files.temporal_layers import about_temporal_layers
 from ...imports import torch
@@ -19,6 +21,7 @@ from ...video.write import shortcomings, write_video
 from ..config.settings import GenerateConfig
 from ..config.values import generate_config
 from ..frames import decode
+from ..maps import SHEET, map_files, write_maps
 from ..objects import check_objects, layout_of
 from ..options import (
     AS_USUAL,
@@ -27,6 +30,7 @@ from ..options import (
     generate_options,
     given_of,
 )
+from ..outputs import check_folder
 from ..plan import check_size_fits
 from ..session import Session
 
@@ -41,23 +45,40 @@ def command(
     output: Annotated[
         str, Parameter(name=("--output", "-o"), group=GROUPS["The clip"], help="Output, as in `fatezero edit`.")
     ] = "clip.mp4",
+    maps: Annotated[
+        Path | None,
+        Parameter(
+            group=GROUPS["The clip"],
+            help="Folder for heat maps of the attention to each word of the prompt: a video of each, and steps.png "
+            "with the middle frame over the steps.",
+        ),
+    ] = None,
     options: Annotated[GenerateOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
     """Generate a clip from a prompt, with objects at given positions (cross-attention guidance)."""
     config = generate_config(given_of(options))
-    run_generate(run.session(), config, output, run.dry_run)
+    if maps is not None:
+        check_folder(maps, "maps", "--maps")
+    run_generate(run.session(), config, output, run.dry_run, maps)
 
 
-def run_generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
-    """Generate a clip and write it; rejects invalid input before the first step."""
+def run_generate(
+    session: Session, config: GenerateConfig, output: str, dry_run: bool, maps: Path | None = None
+) -> None:
+    """Generate a clip and write it; rejects invalid input before the first step. maps: the folder for heat maps."""
+    if maps is not None and config.layout.mode == "forward" and config.places_objects:
+        raise ValueError("maps: forward guidance replaces attention, which cannot be recorded: use backward")
     with session.outputs(config) as outputs:
         check_objects(config, config.prompt)
         outputs.clip(output, config.frames)
-        _generate(session, config, output, dry_run)
+        words = dict.fromkeys(map(bare, words_of(config.prompt)))
+        for path in () if maps is None else (maps / SHEET, *map_files(maps, words).values()):
+            outputs.file(path)
+        _generate(session, config, output, dry_run, maps)
 
 
-def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bool) -> None:
+def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bool, maps: Path | None) -> None:
     from ...diffusion.generate import generate
     from ...hosts.diffusers import DiffusersDenoiser
     from ...hosts.diffusers.memory import guidance_bytes
@@ -96,13 +117,22 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     if dry_run:
         return
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
+    attention = None if maps is None else _attention_to_words(checkpoint, config.prompt, text.text_tokens)
     with session.bars() as bar:
         latents = generate(
             denoiser, noise, text, empty, config.steps, config.guidance_scale, keys, norm, layout=layout,
-            progress=bar("generate"),
+            attention=attention, progress=bar("generate"),
         )  # fmt: skip
         write_video(output, decode(checkpoint, latents, config.frames, bar(f"write {Path(output).name}")), rate)
+    if maps is not None and attention is not None:
+        write_maps(maps, attention.steps(), (height, width), rate * len(latents) / config.frames)
+        session.say(f"heat maps written to {maps}")
     session.say(f"{config.prompt!r} written to {output}")
+
+
+def _attention_to_words(checkpoint: Model, prompt: str, text_tokens: int) -> WordAttention:
+    pair = PromptEdit(prompt, prompt, checkpoint.tokenizer)
+    return WordAttention(pair.columns_of_words(prompt, text_tokens))
 
 
 def _as_trained(checkpoint: Model, config: GenerateConfig) -> tuple[KeyFrames, bool]:

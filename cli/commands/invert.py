@@ -16,6 +16,7 @@ from ...files.whole import disk_folder, remove_stale_folders
 from ...methods.flow_edit import draw
 from ...store.budget import StoreSettings
 from ...video.fitted import FittedVideo
+from ..captions import captioned, check_captioner
 from ..config.effects import of_methods
 from ..config.files import configs_of
 from ..config.settings import EditConfig
@@ -55,6 +56,7 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
     if config.noise == "drawn":
         raise ValueError("noise is drawn, so there is no inversion")
     remove_stale_folders(disk_folder())
+    check_captioner([config])
     with session.outputs(config) as outputs:
         outputs.file(output)
         _invert(session, config, output, dry_run)
@@ -64,6 +66,7 @@ def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -
     settings = replace(config.store, path=output)
     source = found_frames(session, config)
     check_control(config)
+    config = captioned(session, [config], source)[0]
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     shape = shape_of(video, checkpoint)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ...methods.fatezero import FusionSettings
 from ...settings import settings_of
-from .settings import INJECTIONS, OBJECTS, PROPAGATIONS, SECTIONS, STARTS, ConfigError, EditConfig
+from .settings import AUTO, INJECTIONS, OBJECTS, PROPAGATIONS, SECTIONS, STARTS, ConfigError, EditConfig
 
 _FUSION = tuple(one.name for one in settings_of(FusionSettings) if one.name != "max_tokens")
 
@@ -70,6 +70,7 @@ _NO_EFFECT: tuple[Rule, ...] = (
         lambda c: c.masked,
         "the mask is edit_mask",
     ),
+    (("caption_model",), lambda c: c.source != AUTO, "source is not auto"),
     (("mask_mode",), lambda c: not c.edit_mask, "no edit_mask is given"),
     (("blend_latents_until",), lambda c: not c.blend_latents, "blend_latents is off"),
     (("mask_tokens",), lambda c: c.fusion.masks_by_prompts, "the mask is that of both prompts"),

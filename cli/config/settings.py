@@ -59,6 +59,8 @@ def of_setting(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}") from error
 
 
+AUTO, CAPTIONER = "auto", "Salesforce/blip-image-captioning-base"
+"""The source prompt that a captioning model writes, and the model where none is named."""
 _TEXT, _MODEL, _EDIT, _MASK = "What to edit", "Model", "The edit", FATEZERO
 _CLIP, _DRAWN = "The clip", "The edit"
 
@@ -147,7 +149,16 @@ class EditSettings(
     """The settings of `fatezero edit` outside of sections; the names are those of the flags and of the YAML keys."""
 
     video: str = ""
-    source: str = setting("", "Prompt that describes the video.", group=_TEXT)
+    source: str = setting(
+        "", "Prompt that describes the video. auto: a caption of its middle frame, by caption_model.", group=_TEXT
+    )
+    caption_model: str = setting(
+        "",
+        "Captioning model of transformers for source auto, such as BLIP: a folder, or a hub name, which may be "
+        "downloaded.",
+        shown=f"{CAPTIONER}, if it is on this machine",
+        group=_TEXT,
+    )
     target: str = setting(
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )

@@ -23,7 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from ...files.bundled import DEMO
@@ -67,6 +67,11 @@ def from_hub(name: str, load: Callable[..., T]) -> T:
             f"{name!r} is neither a folder nor in the cache, and {constants.ENDPOINT} is offline: check the name or "
             "the network"
         ) from error
+
+
+def in_cache(name: str) -> bool:
+    """Whether a hub model is on this machine, as far as its configuration tells."""
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def hub_is_online() -> bool:

@@ -1,6 +1,9 @@
 """The authors' configuration files: every key honoured, or refused by its name."""
 
+import json
+
 import pytest
+import torch
 import yaml
 
 from fatezero import PnPSettings, TokenFlowSettings
@@ -9,7 +12,9 @@ from fatezero.cli.config.authors.read import REPOSITORIES
 from fatezero.cli.config.files import load_configs, load_tuning
 from fatezero.cli.config.settings import ConfigError, EditConfig, TuneConfig
 from fatezero.cli.config.values import tune_config
+from fatezero.files.bundled import CLIP
 from fatezero.settings import settings_of
+from fatezero.video.read import read_video
 
 SOURCE = "a red square on water,"
 FUSED = "video_diffusion.pipelines.p2p_ddim_spatial_temporal.P2pDDIMSpatioTemporalPipeline"
@@ -341,3 +346,37 @@ def test_an_own_file_of_a_tuning(tmp_path):
     path.write_text("keep_every: 0\n")
     with pytest.raises(ConfigError, match=r"own\.yaml: keep_every is 0"):
         load_tuning(path, TuneOutput)
+
+
+def test_a_tuning_runs_and_its_file_edits_with_its_layers(command, tmp_path):
+    small = {"n_sample_frames": 2, "width": 64, "height": 64, "sample_start_idx": 0}
+    shown = {"prompts": ["a green circle on water"], "video_length": 2, "width": 64, "height": 64}
+    file = changed(
+        VIDEO, pretrained_model_path="demo", train_data={"video_path": str(CLIP), "prompt": "a red square", **small},
+        validation_data={**shown, "num_inference_steps": 2, "guidance_scale": 9}, max_train_steps=1,
+    )  # fmt: skip
+    (tmp_path / "their.yaml").write_text(yaml.safe_dump(file))
+    command("tune", "--config", "their.yaml")
+    assert {"temporal.safetensors", "validation"} <= {path.name for path in (tmp_path / "square").iterdir()}
+    command("edit", "--config", "their.yaml", "-o", "edit.mp4")
+    assert json.loads((tmp_path / "edit.mp4.json").read_text())["temporal"].endswith("square")
+
+
+def test_edits_run_as_the_file_says(command, tmp_path):
+    """With the reconstruction's attention, shares of words, and the source's mask alone for latents."""
+    control = {
+        "cross_replace_steps": {"default_": 0.8, "circle": [0.2, 0.6]}, "self_replace_steps": [0.2, 0.9],
+        "blend_words": [["square"], ["boat"]], "blend_latents": True, "blend_self_attention": True,
+    }  # fmt: skip
+    file = changed(
+        EDITS, pretrained_model_path="demo", dataset_config__path=str(CLIP), dataset_config__n_sample_frame=2,
+        dataset_config__image_size=64, editing_config__num_inference_steps=5,
+        editing_config__use_inversion_attention=False, editing_config__p2p_config__1=control,
+    )  # fmt: skip
+    (tmp_path / "their.yaml").write_text(yaml.safe_dump(file))
+    said = command("edit", "--config", "their.yaml", "-o", "edit.mp4")
+    assert said.count("written to") == 3 and "without effect" not in said
+    second = json.loads((tmp_path / "edit_1.mp4.json").read_text())
+    assert (second["attention_from"], second["blend_latents"]) == ("reconstruction", "authors")
+    frames = [read_video(tmp_path / f"edit_{i}.mp4").frames for i in range(3)]
+    assert not torch.equal(frames[0], frames[1]) and not torch.equal(frames[1], frames[2])

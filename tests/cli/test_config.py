@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -291,3 +293,19 @@ def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
     told = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
     assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
     assert len(told) <= 330 and "\n" not in told
+
+
+def test_shares_of_words_from_options_files_and_records(tmp_path):
+    from fatezero.cli.config.record import settings_of as changed
+    from fatezero.cli.options import edit_options, given_of
+
+    options = edit_options()(cross_replace_words=["green=0.2:0.5", "water=0"], self_replace_from=0.25)
+    given = checked(given_of(options))
+    assert given == {"cross_replace_words": {"green": (0.2, 0.5), "water": 0}, "self_replace_from": 0.25}
+    config = with_values(EditConfig(), given)
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps(changed(config)))
+    assert load_configs(record)[0] == [config]
+    for wrong in ("green", "=2", "green=much", "green=0.1:0.2:0.3"):
+        with pytest.raises(ValueError, match="cross_replace_words is .*word=number"):
+            given_of(edit_options()(cross_replace_words=[wrong]))

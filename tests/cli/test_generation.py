@@ -40,6 +40,17 @@ def test_seeds_sizes_masks_and_a_plan(command, tmp_path):
     assert "an image model" in " ".join(said.split())
 
 
+def test_heat_maps_of_every_word(command, refused, tmp_path):
+    command(*DRAW, "--steps", 2, "--maps", "maps", "-o", "m.mp4")
+    names = {path.name for path in (tmp_path / "maps").iterdir()}
+    assert names == {"steps.png", "a_1.mp4", "red_2.mp4", "circle_3.mp4", "on_4.mp4", "grass_5.mp4"}
+    assert read_video(tmp_path / "maps" / "circle_3.mp4").frames.shape == (4, 64, 64, 3)
+    assert "exists" in refused(*DRAW, "--steps", 2, "--maps", "maps", "-o", "n.mp4")
+    assert "maps: " in refused(*DRAW, "--maps", "m.mp4", "-o", "n.mp4")
+    forward = ("--box", BOX, "--layout.mode", "forward")
+    assert "forward guidance replaces attention" in refused(*DRAW, *forward, "--maps", "x", "-o", "n.mp4")
+
+
 def test_what_is_refused(refused):
     assert "missing --prompt" in refused("generate")
     assert "'square' is not in the prompt" in refused(*DRAW, "--box", "square: 0:0.5,0.5,0.5")

@@ -10,6 +10,7 @@ from comfyui.host import NodeError
 from comfyui.test_mixing import edited
 from comfyui.test_parity import checkpoint, parity  # noqa: F401
 from comfyui.test_sampling import edit_with, invert_with
+from PIL import Image
 
 from fatezero import generate
 from fatezero.cli.config.settings import EditConfig, with_preset
@@ -98,6 +99,26 @@ def test_the_two_hosts_agree(host, layers, settings):
     guided = ours(layout.guidance(FRAMES, 64, 64, text.text_tokens))
     assert relative(theirs * drawer.vae.config.scaling_factor, guided) < 1e-4
     assert relative(guided, ours(None)) > 1e-2
+
+
+@pytest.mark.every_host
+def test_attention_maps_sample_as_the_host_and_show_the_words(host):
+    graph = named(drawing(), "euler")
+    plain = drawn(host, plainly(graph))
+    inputs = graph.prompt[graph.sampled.id]["inputs"]
+    maps = graph.add(
+        "FateZeroAttentionMaps", model=graph.model, clip=graph.demo[1], negative=graph.negative[0], prompt=PROMPT,
+        words="red circle, grass", guidance=SCALE,
+        **{name: inputs[name] for name in ("noise", "sampler", "sigmas", "latent_image")},
+    )  # fmt: skip
+    assert relative(host.latents(graph.prompt, maps[0]), plain) < 1e-5
+    saved = [graph.add("SaveImage", images=maps[i], filename_prefix=f"heat{i}") for i in (1, 2)]
+    run = host.run(graph.prompt)
+    heat, steps = (Image.open(host.file(run, node.id)) for node in saved)
+    assert heat.size == (128, 64) and steps.size[0] > 4 * 64
+    graph.set(maps, words="square")
+    with pytest.raises(NodeError, match="'square' is not in the prompt"):
+        host.latents(graph.prompt, maps[0])
 
 
 @pytest.mark.every_host

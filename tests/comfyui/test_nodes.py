@@ -15,7 +15,7 @@ IDS = {
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroDemoVideoModel",
     "FateZeroFlowSmoothing", "FateZeroSteady",
-    "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroFlowEdit", "FateZeroWanPair",
+    "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroAttentionMaps", "FateZeroFlowEdit", "FateZeroWanPair",
     "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
     *(method.node_id for method in METHODS if method.part in ("injection", "propagation")),

@@ -11,7 +11,9 @@ from fatezero import generate
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import AttentionSite, Control
 from fatezero.attention.key_frames import Chunk, ClipCalls, KeyFrames
+from fatezero.attention.masks import token_heat
 from fatezero.demo.model import build_scheduler
+from fatezero.diffusion.word_attention import WordAttention
 from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser, with_temporal_layers
 from fatezero.hosts.diffusers.memory import LiveBytes, guidance_bytes
 from fatezero.methods import layout_guidance
@@ -26,6 +28,7 @@ from fatezero.methods.layout_guidance import (
     parsed_steps,
     shape_of,
 )
+from fatezero.store.records import Recorder
 from small import FIXTURES, random_latents, random_text, relative, small_unet
 
 SELF = KeyFrames(("self",))
@@ -187,6 +190,34 @@ def drawn(layout=None, layers=False, **options):
 @pytest.mark.parametrize("still", [{"scale": 0.0}, {"mode": "forward", "amount": 0.0}, {"steps": ()}])
 def test_guidance_of_no_strength_is_bit_exact(still):
     assert torch.equal(drawn(LayoutGuidance(target=disc(), columns=[2], **still)), drawn())
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_attention_to_words_is_recorded_and_changes_nothing(guided):
+    """The mean over heads and layers, as in the maps of each step's call, summed over a word's columns."""
+    layout = LayoutGuidance(target=disc(), columns=[2]) if guided else None
+    seen = WordAttention({"red circle": [2, 3], "grass": [5]})
+    assert torch.equal(drawn(layout, attention=seen), drawn(layout))
+    steps = seen.steps()
+    assert list(steps) == ["red circle", "grass"] and steps["grass"].shape == (4, 2, 16, 16)
+    if not guided:
+        denoiser, layers = small_denoiser(), {"down.0.cross", "up.0.cross", "up.1.cross"}
+        recorder = Recorder(SELF, Chunk.whole(2), layers)
+        with torch.no_grad(), denoiser.hooked():
+            timestep = denoiser.schedule(4).timesteps[0]
+            denoiser.predict_noise(random_latents(2), timestep, Condition.of(random_text(2), "text"), recorder)
+        sites = [site for site in denoiser.sites(16, 16) if site.name in recorder.records]
+        heat = token_heat(recorder.step.maps(sites, torch.float64))[:, [2, 3]].sum(1)
+        assert relative(steps["red circle"][0], heat) < 1e-5
+
+
+def test_attention_that_cannot_be_recorded_is_refused():
+    with pytest.raises(ValueError, match="forward guidance replaces attention"):
+        drawn(LayoutGuidance(target=disc(), columns=[2], mode="forward"), attention=WordAttention({"a": [1]}))
+    with pytest.raises(ValueError, match="token 99; the text has 77"):
+        drawn(attention=WordAttention({"a": [99]}))
+    with pytest.raises(ValueError, match="at least one word"):
+        WordAttention({})
 
 
 def test_it_runs_on_key_frames_and_temporal_layers():
