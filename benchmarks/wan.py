@@ -31,7 +31,7 @@ from fatezero.demo.video_model import build_tokenizer
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.hosts.diffusers.memory import LiveBytes, attend_without_data
-from fatezero.methods.flow_edit import PRESET
+from fatezero.recipes.presets import PRESETS
 
 FULL = (21, 60, 104)
 """Frames, height and width of the latents of 81 frames of 832x480."""
@@ -103,7 +103,7 @@ def main() -> None:
         ),
         "preset style: 0.7 and 0.8 of the steps": edited(FusionSettings(0.7, 0.8)),
         "FlowEdit from 0.7 of the steps": lambda: edit(
-            denoiser, drawn, target, negative, 10.0, strength=PRESET["strength"]
+            denoiser, drawn, target, negative, 10.0, strength=PRESETS["flow_edit"]["strength"]
         ),
     }
     if given.maps:

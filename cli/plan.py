@@ -62,7 +62,7 @@ def plan(
     """The plan of a run, in a few lines. store: a store from a file, instead of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
-    denoiser.schedule(config.steps)  # raises for a number of steps that the model cannot take
+    config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those the model cannot take
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
     keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames

@@ -13,7 +13,7 @@ from ..store.records import Recorder, SourceStep
 from ..store.store import AttentionStore
 from .denoiser import Denoiser, Guidance, frames_of
 from .parts import Edit, EditContext, Injected, Prediction, Prepare, check_parts, first_step
-from .schedule import Schedule, Solver
+from .schedule import Schedule
 from .source import Needs, compute_source, source_for
 from .start import start_of
 from .steering import EditSteering
@@ -71,9 +71,10 @@ class EditRun:
                 raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(edit.negative_embeddings, "negative_embeddings").to(like)
         self.guidance_scale, self.sdedit_seed = edit.guidance_scale, edit.sdedit_seed
-        self.solver = Solver(schedule, store.order)
+        self.solver = self.start.solver(schedule, store.order)
         self.propagation, self.smoothing, self.layout = edit.propagation, edit.smoothing, edit.layout
         self.first = first_step(edit.strength, schedule.steps)
+        self.start.check_steps(schedule.steps - self.first)
         self.context = EditContext(denoiser, store, self.target, like)
         injection = edit.fusion
         self.injected = Injected(edit, self.context) if injection is None else injection.injected(edit, self.context)
@@ -106,7 +107,7 @@ class EditRun:
 
     def needs(self, step: int) -> Needs:
         """What a step reads from the source."""
-        return replace(self.injected.needs(step), prediction=self.start.draws > 0)
+        return replace(self.injected.needs(step), prediction=self.start.follows(self.schedule.steps - step))
 
     def branches(self, z: Tensor, step: int, store: AttentionStore | None = None) -> Branches:
         """The branches of a step for latents z. store: a view of the edit's store, with other noise."""

@@ -17,6 +17,7 @@ from .invert import Inversion, Progress
 from .parts import Edit, Injection, Layouts, Prediction, Propagation, Smoothing
 from .source import Needs, check_store, sources
 from .spread import ONE_PROCESS, Spread
+from .start import start_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +109,7 @@ class EditPass:
         spread: Spread = ONE_PROCESS,
     ) -> None:
         store = inversion.store
-        schedule = denoiser.schedule(store.steps)
+        schedule = start_of(store).schedule(denoiser.schedule(store.steps))
         for one in edits:
             check_store(store, denoiser, schedule, one.prompt)
         self._denoiser, self._store, self._in_order = denoiser, store, in_order
@@ -117,9 +118,8 @@ class EditPass:
         self._runs = [EditRun(denoiser, store, schedule, one) for one in edits]
         self.start: list[Tensor] = []
         """The latents of each edit's first step."""
-        noise = store.level(store.steps).to(denoiser.device)
-        calls = store.calls(chunk_frames)
-        self._chunks = [chunks_of(denoiser, calls, noise, timestep) for timestep in store.timesteps]
+        clip, calls = store.level(0).to(denoiser.device), store.calls(chunk_frames)
+        self._chunks = [chunks_of(denoiser, calls, clip, timestep) for timestep in store.timesteps]
         self._open = ExitStack()
 
     @no_grad

@@ -12,9 +12,11 @@ from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..settings import setting, whole_steps
+from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
 from .denoiser import Denoiser
+from .schedule import Schedule, Steps
 from .source import Needs
 from .steering import EditSteering
 
@@ -144,6 +146,21 @@ class Start(Protocol):
 
     def check(self, edit: Edit) -> None:
         """Raise ValueError for a part of an edit that does not support this start."""
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError if an edit of so many steps does not support this start."""
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        """The schedule of the model calls. Raises ValueError for one that does not support this start."""
+
+    def levels(self, clip: Tensor, schedule: Schedule) -> Levels:
+        """The clip at every level, clean to noisy, with sampled noise. Only where `draws` is not 0."""
+
+    def solver(self, schedule: Schedule, order: int) -> Steps:
+        """A solver for `moved`, for one edit. order: of the inversion's."""
+
+    def follows(self, level: int) -> bool:
+        """Whether the step from a level needs the prediction for the source."""
 
     def latents(self, run: EditRun) -> Tensor:
         """The latents of an edit's first step, (frames, c, h, w)."""

@@ -10,7 +10,7 @@ noise - clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from ..imports import torch
 from .ddim import ddim_move
@@ -101,6 +101,13 @@ class FlowSchedule(Schedule):
 
     def towards(self, z: Tensor, clean: Tensor, level: int) -> Tensor:
         return (z - clean) / self.sigma(level)
+
+
+class Steps(Protocol):
+    """A solver: moves latents from level to level."""
+
+    def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
+        """The latents of the adjacent level `to`, from z and its prediction d at `level`."""
 
 
 class Solver:

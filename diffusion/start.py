@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..imports import torch
+from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
 from .parts import Edit, Prediction, Start
+from .schedule import Schedule, Solver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +25,21 @@ class Inverted:
 
     def check(self, edit: Edit) -> None:
         """Every edit supports an inversion."""
+
+    def check_steps(self, steps: int) -> None:
+        """Any number of steps is possible."""
+
+    def schedule(self, schedule: Schedule) -> Schedule:
+        return schedule
+
+    def levels(self, clip: Tensor, schedule: Schedule) -> Levels:
+        raise TypeError("an inversion computes its levels")
+
+    def solver(self, schedule: Schedule, order: int) -> Solver:
+        return Solver(schedule, order)
+
+    def follows(self, level: int) -> bool:
+        return False
 
     def latents(self, run: EditRun) -> Tensor:
         """The noisiest level; a later start mixes the clip with the eps of that level, or with noise of its own."""

@@ -21,6 +21,7 @@ from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
 from ..hosts.comfyui.noise import is_flow
 from ..methods.fatezero import FusionSettings
+from ..methods.flow_edit import DrawnNoise
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of
@@ -80,8 +81,8 @@ INPUTS = [
         default="style+",
         tooltip="What the edit takes from the source, with its guidance, as in `fatezero edit --preset`. style, "
         "attribute, shape: FateZero as in the paper; with a plus, tuned on our benchmark. pnp, tokenflow: for UNets; "
-        "invert with key_frames self. flow_edit: for the store of FlowEdit. none: only the inverted noise. custom: the "
-        "connected settings.",
+        "invert with key_frames self. flow_edit, wan_edit: for the store of FlowEdit. none: only the inverted noise. "
+        "custom: the connected settings.",
     ),
     io.Mask.Input("mask", optional=True, tooltip="Edit mask, white where the video may change: one, or one per frame."),
     io.Combo.Input(
@@ -218,14 +219,14 @@ class EditInputs:
         if matches and self.prompt_edit is None:
             raise ValueError("prompt_edit: FateZero needs it: connect Prompt Edit, or use preset pnp or none")
         if recipe.noise is not None and not start.draws:
-            raise ValueError("store: preset flow_edit needs the store of FlowEdit, not of an inversion")
+            raise ValueError(f"store: preset {self.preset} needs the store of FlowEdit, not of an inversion")
         recipe = replace(recipe, layout=self._moves(positive))
         edit = recipe.edit(positive, negative, self.prompt_edit if matches else None)
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
         if edit.mask is None and clips_mask is not None:
             edit = only_inside(self.model, self.store, edit, clips_mask)
-        first_step(edit.strength, self.store.steps)
+        start.check_steps(self.store.steps - first_step(edit.strength, self.store.steps))
         _check_words(edit, self.positive, self.preset)
         check_parts(edit, facts_of(self.model).spans_clip, start)
         return edit
@@ -233,11 +234,17 @@ class EditInputs:
     @property
     def notes(self) -> list[str]:
         """Settings of the preset that only the inversion can set, if they differ."""
-        keys = self.recipe.key_frames
-        if keys is None or facts_of(self.model).spans_clip or self.store.key_frames.entries == keys:
-            return []
-        own, preset = (", ".join(map(str, entries)) for entries in (self.store.key_frames.entries, keys))
-        return [f"preset {self.preset} is made for key_frames {preset} of Invert Video; this store has {own}"]
+        recipe, start, found = self.recipe, start_of(self.store), list[tuple[str, ...]]()
+        if recipe.noise is not None and isinstance(start, DrawnNoise):
+            found.append(("variant", "FlowEdit", recipe.noise.variant, start.settings.variant))
+        if recipe.key_frames is not None and not facts_of(self.model).spans_clip:
+            entries = recipe.key_frames, self.store.key_frames.entries
+            found.append(("key_frames", "Invert Video", *(", ".join(map(str, one)) for one in entries)))
+        return [
+            f"preset {self.preset} is made for {name} {preset} of {node}; this store has {own}"
+            for name, node, preset, own in found
+            if own != preset
+        ]
 
     def _moves(self, positive: HostCondition) -> MoveObjects | None:
         """The layout's objects, with their source positions from the source prompt's words or a mask."""

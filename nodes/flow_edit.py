@@ -13,7 +13,7 @@ from ..hosts.comfyui.noise import is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
 from .inversion import MODEL_AND_SOURCE, STEPS
-from .settings import made, widgets
+from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
 
@@ -26,14 +26,14 @@ class FateZeroFlowEdit(io.ComfyNode):
             node_id="FateZeroFlowEdit",
             display_name="FlowEdit (FateZero)",
             description="Replaces Invert Video: takes the clip with random noise, so that Edit Video moves it along "
-            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset none, guidance 8 to 13 "
-            "and strength 0.7, or with injections and masks as for an inversion.",
+            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset flow_edit or wan_edit, "
+            "or with injections and masks as for an inversion.",
             search_aliases=["flow edit", "inversion-free", "rectified flow", "rf edit"],
             inputs=[
                 *MODEL_AND_SOURCE,
                 io.Latent.Input("latent", tooltip="The clip, as for Invert Video (Encode Video)."),
                 STEPS,
-                *widgets(FlowEditSettings),
+                *widgets(FlowEditSettings, "source_guidance", "draws", "seed"),
                 io.Combo.Input(
                     "sound",
                     options=["keep", "edit"],
@@ -41,6 +41,7 @@ class FateZeroFlowEdit(io.ComfyNode):
                     advanced=True,
                     tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
                 ),
+                *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )

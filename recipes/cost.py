@@ -31,12 +31,16 @@ def calls_of(
     branches = 1 if edit.guidance_scale == 1 else 2
     injection, first = edit.fusion, first_step(edit.strength, steps)
     preparing = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
+
+    def read(some: range) -> int:
+        return 0 if injection is None else sum(injection.reads_source(step, steps) for step in some)
+
     if start.draws:
-        times = start.draws * branches * (steps - first)
-        return Calls(0, times + preparing, times)
+        followed = sum(start.follows(steps - step) for step in range(first, steps))
+        plain = range(first + followed, steps)
+        of_draws = start.draws * branches * followed
+        return Calls(0, of_draws + branches * len(plain) + preparing, of_draws + read(plain))
     if edit.propagation is not None:
         evaluated = (steps - first) * edit.propagation.evaluated(frames)
         return Calls(steps, branches * evaluated + preparing, evaluated)
-    reading = range(max(first, kept_steps), steps)
-    computed = 0 if injection is None else sum(injection.reads_source(step, steps) for step in reading)
-    return Calls(steps, branches * (steps - first) + preparing, computed)
+    return Calls(steps, branches * (steps - first) + preparing, read(range(max(first, kept_steps), steps)))

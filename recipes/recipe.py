@@ -128,8 +128,9 @@ def _part(name: str, values: Mapping[str, Any]) -> Any:
     """The part of a method: its section of the values, or for FateZero, which has none, its single settings."""
     if name == "none":
         return None
-    method = BY_NAME[name]
-    given = values.get(name)
+    method, given = BY_NAME[name], values.get(name)
+    if isinstance(given, Mapping):  # of a preset
+        return method.settings(**given)
     if given is not None:
         return given
     return method.settings(**{one.name: values[one.name] for one in settings_of(method.settings) if one.name in values})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from ..attention.key_frames import Chunk, KeyFrames
@@ -101,11 +102,50 @@ class FileLevels:
         return self._levels[level].read()
 
 
-class DrawnLevels:
-    """The latents of every level as noise of a seed gives them, clean to noisy: signal * clip + deviation * eps, with
-    other noise for each level and draw. One index gives one level.
+class NoiseSource(Protocol):
+    """Noise for each level and draw."""
 
-    clip: (frames, c, h, w). draw: which of the noises of each level.
+    def at(self, level: int, draw: int, like: Tensor) -> Tensor:
+        """Standard normal noise of a tensor's shape, type and device."""
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """Noise of a random seed, for so many levels."""
+
+    seed: int
+    levels: int
+
+    def at(self, level: int, draw: int, like: Tensor) -> Tensor:
+        """See `NoiseSource.at`."""
+        random = torch.Generator().manual_seed(self.seed + 1_000_003 * (draw * self.levels + level))
+        return torch.randn(like.shape, generator=random).to(like)  # on the CPU: the same on every device
+
+
+@dataclass(frozen=True)
+class GivenNoise:
+    """Given noise, (samples, frames, c, h, w): `draws` samples for each level, noisy to clean, and one for `last`.
+
+    last: the cleanest level that has noise; 0 if every level has `draws` samples. Noisier levels may be left out.
+    """
+
+    noises: Tensor
+    draws: int = 1
+    last: int = 0
+
+    def at(self, level: int, draw: int, like: Tensor) -> Tensor:
+        """See `NoiseSource.at`. Raises ValueError for a level without noise."""
+        of_level = (level - self.last) * self.draws + (self.last > 0)
+        if of_level > len(self.noises):
+            raise ValueError(f"noises has {len(self.noises)} samples, but {level} steps use {of_level}")
+        return self.noises[draw - of_level].to(like)
+
+
+class DrawnLevels:
+    """The latents of every level with sampled noise, clean to noisy: signal * clip + deviation * eps, with other noise
+    for each level and draw. One index gives one level.
+
+    clip: (frames, c, h, w). shared: the levels up to this one share its noise. draw: which noise of each level.
     """
 
     def __init__(
@@ -113,11 +153,12 @@ class DrawnLevels:
         clip: Tensor,
         signals: Sequence[float],
         deviations: Sequence[float],
-        seed: int,
+        noise: NoiseSource,
+        shared: int = 0,
         draw: int = 0,
     ) -> None:
         self.clip, self.signals, self.deviations = clip, signals, deviations
-        self.seed, self.draw = seed, draw
+        self.noise, self.shared, self.draw = noise, shared, draw
         self.shape = torch.Size((len(signals), *clip.shape))
         self.dtype = clip.dtype
         self.nbytes = clip.nbytes
@@ -128,17 +169,19 @@ class DrawnLevels:
     def __getitem__(self, level: int) -> Tensor:
         if level == 0:
             return self.clip
-        random = torch.Generator().manual_seed(self.seed + 1_000_003 * (self.draw * len(self) + level))
-        eps = torch.randn(self.clip.shape, generator=random).to(self.clip)  # on the CPU: the same on every device
+        eps = self.noise.at(max(level, self.shared), self.draw, self.clip)
         return self.signals[level] * self.clip + self.deviations[level] * eps
 
     def to(self, device: torch.device | str) -> DrawnLevels:
         """With its clip on a device."""
-        return DrawnLevels(self.clip.to(device), self.signals, self.deviations, self.seed, self.draw)
+        return self._with(self.clip.to(device), self.draw)
 
     def of_draw(self, draw: int) -> DrawnLevels:
         """The same clip with another noise in each level."""
-        return DrawnLevels(self.clip, self.signals, self.deviations, self.seed, draw)
+        return self._with(self.clip, draw)
+
+    def _with(self, clip: Tensor, draw: int) -> DrawnLevels:
+        return DrawnLevels(clip, self.signals, self.deviations, self.noise, self.shared, draw)
 
 
 Levels: TypeAlias = "Tensor | FileLevels | DrawnLevels"

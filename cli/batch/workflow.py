@@ -89,7 +89,10 @@ class _Filling:
         config, usual = with_preset(EditConfig(**checked(texts)), preset), EditConfig()
         needed = [config.propagation] if config.propagation != "none" else []
         for section in (*needed, *(["flow_edit"] if config.noise == "drawn" else [])):
-            self._node(_NODES[section], f"preset {preset}")
+            node = self._node(_NODES[section], f"preset {preset}")
+            for key, value in PRESETS[preset].get(section, {}).items():
+                if key not in values.get(section, {}):
+                    self._put((node, key), f"{section}.{key}", value)
         self._put(self.place("preset"), "preset", preset if config.injection == "fatezero" else config.injection)
         for name in ("guidance_scale", "strength", "mode", "key_frames", "clip_norm"):
             value = getattr(config, name)

@@ -368,8 +368,12 @@ FILES_OF_OBJECTS = ("mask", "object_mask")
 
 _OF_INVERSION = {"key_frames", "clip_norm"}
 """Settings of the inversion, which a preset keeps unless it sets them."""
-_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION}
+_OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION | set(SECTIONS)}
 """The settings that presets control; those that a preset omits have their defaults."""
+_OF_SECTIONS = {
+    section: {name for preset in PRESETS.values() for name in preset.get(section, {})} for section in SECTIONS
+}
+"""The same in sections."""
 
 
 def with_preset(config: EditConfig, preset: str) -> EditConfig:
@@ -381,4 +385,12 @@ def with_preset(config: EditConfig, preset: str) -> EditConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     default = EditConfig()
-    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | values)
+    sections = {
+        section: replace(
+            getattr(config, section),
+            **{name: getattr(getattr(default, section), name) for name in names} | values.get(section, {}),
+        )
+        for section, names in _OF_SECTIONS.items()
+        if names
+    }
+    return replace(config, **{name: getattr(default, name) for name in _OF_PRESETS} | values | sections)

@@ -160,7 +160,8 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     check_masking(config)
     if not inverting and not stored:  # whose number of steps is its own
         try:
-            first_step(config.strength, config.steps)
+            first = first_step(config.strength, config.steps)
+            config.recipe().start.check_steps(config.steps - first)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return config

@@ -19,7 +19,7 @@ from ...diffusion.invert import Inversion, Progress
 from ...diffusion.parts import Edit, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
-from ...store.backends import DrawnLevels
+from ...diffusion.start import start_of
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
@@ -175,7 +175,8 @@ ADD_NOISE = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
 class FlowEditGuider(EditGuider):
     """A GUIDER for an edit from sampled noise (FlowEdit) of a flow, along any sigmas.
 
-    The host's samplers integrate the edit itself from the clip: dz = (v_edit - v_source) dsigma, times a mask. A soft
+    The host's samplers integrate the edit itself from the clip: dz = (v_edit - v_source) dsigma, times a mask. In plain
+    steps (`n_min`) v_source is the velocity of the noised clip, so that the noised edit follows v_edit. A soft
     mask changes more there than with `DDIMSampler`, which applies it to the whole change after each step.
     """
 
@@ -183,14 +184,13 @@ class FlowEditGuider(EditGuider):
         """That of the sigmas; the noise of the store follows them."""
         noisy, drawn = noise_of(self.model_patcher), self.store.drawn
         assert drawn is not None
-        own, given = schedule_of_store(self.model_patcher, self.store), noisy.schedule_of(sigmas)
+        own, start = schedule_of_store(self.model_patcher, self.store), start_of(self.store)
+        given = start.schedule(noisy.schedule_of(sigmas))
         if given.steps == own.steps and torch.allclose(given.alphas, own.alphas, rtol=1e-3, atol=1e-3):
             return own
-        levels = range(given.steps + 1)
-        signals, deviations = ([part(level).item() for level in levels] for part in (given.signal, given.noise))
         self.store = replace(
             self.store, timesteps=given.timesteps, alphas=tuple(given.alphas.tolist()),
-            levels=DrawnLevels(drawn.clip, signals, deviations, drawn.seed),
+            levels=start.levels(drawn.clip, given),
         )  # fmt: skip
         return given
 
@@ -230,8 +230,9 @@ class FlowEditGuider(EditGuider):
         z = noisy.from_host(x)
         here, clip = (store.level(level).to(z) for level in (store.steps - step, 0))
         (predicted,) = edits.predict([here + (z - clip)], step)
-        assert predicted is not None and predicted.source is not None
-        velocity = predicted.noise - predicted.source
+        assert predicted is not None
+        of_source = (here - clip) / sigma if predicted.source is None else predicted.source
+        velocity = predicted.noise - of_source
         if predicted.mask is not None:
             velocity = predicted.mask * velocity
         return x - sigma * noisy.to_host(velocity)

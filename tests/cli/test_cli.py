@@ -181,6 +181,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
             [CLIP, *WORDS, "--preset", "flow_edit", "--flow-edit.seed", 2**70],
             "flow_edit.seed is 1180591620717411303424",
         ),
+        (
+            [CLIP, *WORDS, "--preset", "wan_edit", "--flow-edit.n-min", 8, "--steps", 10],
+            "n_min is 8, but the edit runs only 7",
+        ),
         ([CLIP, "--source", SOURCE, "--target", "half a \ud83d"], "target is 'half a \\ud83d'"),
         ([CLIP, *WORDS, "--reweight", "green=nan"], "reweight is {'green': nan}"),
         ([CLIP, *WORDS, "--reweight", "green=1e30", "--steps", 1, "-o", "x.mp4"], "are not finite"),

@@ -3,7 +3,7 @@ import json
 import pytest
 import yaml
 
-from fatezero import PnPSettings, TokenFlowSettings
+from fatezero import FlowEditSettings, PnPSettings, TokenFlowSettings
 from fatezero.attention.prompt import changed_words
 from fatezero.cli.config.files import load_configs
 from fatezero.cli.config.settings import PRESETS, ConfigError, EditConfig, with_preset
@@ -194,7 +194,16 @@ def test_presets_are_the_papers_settings():
     assert flow.key_frames == ("self",)
     assert with_preset(flow, "style").recipe().propagation is None
     fatezeros = {name + plus for name in ("style", "attribute", "shape") for plus in ("", "+")}
-    assert set(PRESETS) >= fatezeros | {"flow_edit", "pnp", "tokenflow", "tune_a_video"}
+    assert set(PRESETS) >= fatezeros | {"flow_edit", "wan_edit", "pnp", "tokenflow", "tune_a_video"}
+
+
+def test_a_preset_sets_a_part_of_a_section(tmp_path):
+    path = written(tmp_path, "preset: wan_edit\nflow_edit: {seed: 5, source_guidance: 6}\n")
+    (config,), _ = load_configs(path)
+    assert config.recipe().noise == FlowEditSettings(6.0, seed=5, variant="wan_edit")
+    (other,), _ = load_configs(path, preset="flow_edit")
+    assert other.recipe().noise == FlowEditSettings(seed=5), "what presets set is the given one's"
+    assert config.recipe().guidance_scale == 12
 
 
 def test_presets_with_a_plus_keep_the_latents_of_the_background():

@@ -17,11 +17,11 @@ def folder(tmp_path_factory):
     return write_wan(tmp_path_factory.mktemp("wan"))
 
 
-@pytest.mark.parametrize("preset", ["style", "shape", "attribute+", "flow_edit"])
+@pytest.mark.parametrize("preset", ["style", "shape", "attribute+", "flow_edit", "wan_edit"])
 def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, preset):
     said = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
     assert "3 latents of 48x32" in said
-    assert ("to invert" in said) == (preset != "flow_edit")
+    assert ("to invert" in said) == (preset not in ("flow_edit", "wan_edit"))
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 32, 48, 3)
 
 

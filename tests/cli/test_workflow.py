@@ -40,7 +40,10 @@ def test_settings_reach_the_inputs_that_have_another_name():
     assert before == graph("style"), "the workflow itself stays as it is"
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("tokenflow", "flow_edit", "tune_a_video")])
+@pytest.mark.parametrize(
+    "preset",
+    [name for name in PRESETS if name not in ("tokenflow", "tune_a_video") and PRESETS[name].get("noise") != "drawn"],
+)
 def test_a_preset_sets_what_it_sets_in_the_command(preset):
     words = {"source": "a silver jeep", "target": "a red jeep"}
     made = filled(graph("attribute"), {**words, "preset": preset}, {})
@@ -65,6 +68,15 @@ def test_presets_of_other_papers_need_their_nodes():
     [sampler], [inverted] = nodes(made, "FateZeroSampler"), nodes(made, "FateZeroInvert")
     assert (sampler["preset"], inverted["key_frames"]) == ("pnp", "self")
     assert nodes(made, "FateZeroTokenFlow")[0]["batch_frames"] == 2
+    drawn = graph("attribute") | {
+        "noise": {"class_type": "FateZeroFlowEdit", "inputs": {"source_guidance": 4.0, "variant": "paper"}}
+    }
+    made = filled(drawn, {"preset": "wan_edit", "flow_edit": {"source_guidance": 3.0}}, {})
+    assert nodes(made, "FateZeroFlowEdit") == [{"source_guidance": 3.0, "variant": "wan_edit"}]
+    assert (nodes(made, "FateZeroSampler")[0]["guidance"], nodes(made, "FateZeroSampler")[0]["strength"]) == (
+        12.0,
+        0.76,
+    )
     for preset, node in (("tokenflow", "FateZeroTokenFlow"), ("flow_edit", "FateZeroFlowEdit")):
         with pytest.raises(ConfigError, match=f"preset {preset} needs one node {node}"):
             filled(graph("attribute"), {"preset": preset}, {})

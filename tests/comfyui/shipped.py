@@ -9,6 +9,7 @@ FOLDER = REPO / "workflows"
 DEMO = {
     "custom_sampler": 6,
     "demo": 3,
+    "flow_any_demo": 10,
     "layout_move_object": 4,
     "layout_new_clip": 3,
     "mask_correction": 9,
@@ -19,7 +20,8 @@ DEMO = {
     "wan_demo": 12,
 }
 """Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
-WITH_STEPS = ("FateZeroInvert", "FateZeroSigmas", "FateZeroFlowEdit")
+WITH_STEPS = {"FateZeroInvert": 0, "FateZeroSigmas": 0, "FateZeroFlowEdit": 0, "BasicScheduler": 1}
+"""The nodes that have a number of steps, and the place of its widget."""
 WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
 """The nodes that load Wan's parts, and which output of the demo's video model takes the place of each."""
 

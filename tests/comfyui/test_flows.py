@@ -179,9 +179,10 @@ def by_guider(graph, sampler, sigmas=None):
 
 
 @pytest.mark.parametrize("kind", ["h3", "flux"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_hosts_samplers_integrate_the_edit(host, kind, masked):
+@pytest.mark.parametrize(("masked", "n_min"), [(False, 0), (True, 0), (True, 1)])
+def test_the_hosts_samplers_integrate_the_edit(host, kind, masked, n_min):
     graph = FlowGraph(kind=kind)
+    graph.set(graph.store, n_min=n_min)
     graph.set(graph.edit, strength=0.75)
     if masked:
         graph.set(graph.edit, mask=left_kept(graph))
@@ -207,6 +208,20 @@ def test_any_sigmas_will_do(host):
     expected = host.latents(graph.prompt, loop[0])
     for sampler in (graph.add("FateZeroDDIM"), graph.add("KSamplerSelect", sampler_name="euler")):
         assert relative(host.latents(graph.prompt, by_guider(graph, sampler, sigmas)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen", "wan"])
+def test_wan_edit_runs_on_any_flow(host, kind):
+    """Timesteps of the first are the sigmas themselves, of the second a thousand times as large."""
+    graph = FlowGraph(kind=kind)
+    graph.set(graph.store, variant="wan_edit")
+    graph.set(graph.edit, preset="wan_edit")
+    before, whole = host.latents(graph.prompt, graph.latent[0]), host.latents(graph.prompt, graph.edit[0])
+    assert relative(whole, before) > 1e-2
+    graph.set(graph.store, variant="paper")
+    run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
+    assert "variant wan_edit of FlowEdit; this store has paper" in host.text(run, "end")
+    assert relative(host.latents(graph.prompt, graph.edit[0]), whole) > 1e-4
 
 
 def test_a_sampler_that_adds_noise_is_refused(host):

@@ -124,12 +124,15 @@ def test_the_two_hosts_agree(host, graph, checkpoint, preset, memory, order):
 
 
 @pytest.mark.every_host
-@pytest.mark.parametrize("preset", ["none", "style"])
-def test_flow_edit_agrees(host, graph, checkpoint, preset):
-    settings = FlowEditSettings(2.0, draws=2, seed=3)
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [("none", {}), ("style", {}), ("none", {"n_min": 2}), ("style", {"n_min": 1, "variant": "wan_edit"})],
+)
+def test_flow_edit_agrees(host, graph, checkpoint, preset, more):
+    settings = FlowEditSettings(2.0, draws=2, seed=3, **more)
     store = graph.add(
         "FateZeroFlowEdit", model=graph.model[0], source=graph.words[0], latent=graph.latent[0], steps=STEPS,
-        source_guidance=2.0, draws=2, seed=3,
+        source_guidance=2.0, draws=2, seed=3, **more,
     )  # fmt: skip
     graph.set(graph.edit, store=store[0], preset=preset, strength=0.75)
     fusion = None if preset == "none" else Recipe.of_preset(preset).injection

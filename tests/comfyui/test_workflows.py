@@ -13,13 +13,19 @@ from PIL import Image
 from fatezero.video.read import read_video
 
 NAMES = (
-    "attribute", "controlnet_lora", "custom_sampler", "demo", "layout_move_object", "layout_new_clip",
+    "attribute", "controlnet_lora", "custom_sampler", "demo", "flow_any_demo", "layout_move_object",
+    "layout_new_clip",
     "mask_correction", "measure",
     "one_inversion_three_edits", "shape", "style", "tokenflow",
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 OFTEN = ("demo",)
 """Those that run in the page by default; the others do so as prompts, which the page makes the same."""
+REPORTS = {
+    "layout_new_clip": "guided in 3 predictions of",
+    "flow_any_demo": "mask from the predictions for both prompts",
+}
+"""A part of the report of those without an inversion."""
 ROOMS = ("demo", "wan")
 """Those whose room is looked at by default."""
 
@@ -45,7 +51,7 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
     prompt = of_demo(read(name, FOLDER / "api"), host, lora, controlnet)
     run = host.run(prompt)
     saved = [node for node in prompt if prompt[node]["class_type"] == "SaveVideo"]
-    assert len(saved) == {"one_inversion_three_edits": 3, "measure": 2, "wan_demo": 2}.get(name, 1)
+    assert len(saved) == {"one_inversion_three_edits": 3, "measure": 2, "wan_demo": 2, "flow_any_demo": 2}.get(name, 1)
     for node in saved:
         beside = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
         assert read_video(host.file(run, node)).frames.shape == (3, 64, 128 if beside else 64, 3)
@@ -101,7 +107,7 @@ def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, contro
     for newer in (False, True):
         page.design(newer)
         boxes["newer design" if newer else "older design"] = page.boxes()
-        assert any(("guided in" if name == "layout_new_clip" else "hooked") in text for text in page.texts())
+        assert REPORTS.get(name, "hooked") in "\n".join(page.texts())
     page.design(newer=False)
     if os.environ.get("FATEZERO_LAY_OUT"):
         lay_out(workflow, boxes.values())
@@ -113,7 +119,9 @@ def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, contro
     assert page.errors == []
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO if n != "flow_any_demo"]
+)
 def test_the_page_runs_a_demo_to_its_end(host, page, name):
     """With fewer frames and steps, for time. Its texts stay when another workflow is opened and after a reload."""
     page.errors.clear()
@@ -123,7 +131,7 @@ def test_the_page_runs_a_demo_to_its_end(host, page, name):
         if node["type"] == "FateZeroLoadVideo":
             node["widgets_values"][3] = frames
         elif node["type"] in WITH_STEPS:
-            node["widgets_values"][0] = DEMO[name]
+            node["widgets_values"][WITH_STEPS[node["type"]]] = DEMO[name]
         elif node["type"] == "FateZeroTuneOnVideo":
             node["widgets_values"][0] = 2
         elif node["type"] == "EmptyLatentImage":
@@ -135,7 +143,7 @@ def test_the_page_runs_a_demo_to_its_end(host, page, name):
     shown = "\n".join(texts)
     layers = "12 of 12" if name == "wan_demo" else "14 of 14"
     told = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
-    for text in ("guided in 3 predictions of 3 steps",) if name == "layout_new_clip" else told:
+    for text in (REPORTS[name],) if name in REPORTS else told:
         assert text in shown  # the store's bytes, the alignment and the report stand on their nodes
     page.open(read("style"), "another")
     page.boxes()

@@ -1,4 +1,4 @@
-"""Take the pictures that show the page with a workflow: demo/page.jpg and two thumbnails in workflows/.
+"""Take the pictures that show the page with a workflow: demo/page.jpg and three thumbnails in workflows/.
 
     python tests/comfyui/write_pictures.py [NAME ...]
 
@@ -26,6 +26,7 @@ PICTURES = {
     REPO / "demo" / "page.jpg": "demo",
     FOLDER / "controlnet_lora.jpg": "controlnet_lora",
     FOLDER / "custom_sampler.jpg": "custom_sampler",
+    FOLDER / "flow_any_demo.jpg": "flow_any_demo",
 }
 """The workflow that each picture shows."""
 FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}

@@ -37,7 +37,8 @@ def reference() -> DiffusersDenoiser:
 def given(name):
     """A case's settings and tensors; a case's file has only what differs from those it builds on."""
     files = ["reconstruct", *(["refine_blend"] if name == "refine_latent_blend" else []), name]
-    return CASES["cases"][name], dict(ChainMap(*(load_file(FIXTURES / f"{file}.safetensors") for file in files[::-1])))
+    tensors = dict(ChainMap(*(load_file(FIXTURES / f"{file}.safetensors") for file in files[::-1])))
+    return CASES["cases"][name], tensors | {"z0": tensors["z0"].double()}
 
 
 def edited(case, tensors):

@@ -1,8 +1,11 @@
-"""FlowEdit beside its own equations, on a flow and on DDIM, alone and with what else an edit has."""
+"""FlowEdit: the authors' numbers, its own equations on a flow and on DDIM, alone and with what else an edit has."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+from safetensors.torch import load_file
 
 from fatezero import (
     FlowEditSettings,
@@ -23,11 +26,70 @@ from fatezero.attention.masks import GivenMask
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.video_model import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
+from fatezero.diffusion.schedule import FlowSchedule
+from fatezero.diffusion.unipc import UniPC
 from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
+from fatezero.recipes.recipe import Recipe
 from tests.hosts import test_transformer as wan
-from tests.small import random_latents, random_text, relative, small_unet
+from tests.small import FIXTURES, random_latents, random_text, relative, small_unet
 
 STEPS = 5
+
+
+# --- the authors' numbers -------------------------------------------------------------------
+
+
+class ReferenceWan(VideoTransformerDenoiser):
+    """The transformer of the reference results, with the timesteps and sigmas of one of them."""
+
+    def __init__(self, given):
+        weights = load_file(FIXTURES / "flow_edit.safetensors")
+        transformer = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=96, num_layers=3
+        )
+        transformer.load_state_dict({k[8:]: t for k, t in weights.items() if k.startswith("weights.")})
+        super().__init__(transformer.double().eval(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+        self.timesteps, self.sigmas = tuple(given["timesteps"].tolist()), given["sigmas"]
+
+    def schedule(self, steps):
+        return FlowSchedule.of(self.timesteps, self.sigmas.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "first"),
+    [
+        ("flow_edit", Recipe(noise=FlowEditSettings(3.5, draws=2), guidance_scale=13.5), 3),
+        ("flow_edit_n_min", Recipe(noise=FlowEditSettings(3.5, n_min=3), guidance_scale=13.5), 3),
+        ("wan_edit", Recipe.of_preset("wan_edit"), 9),
+    ],
+)
+def test_the_authors_results(name, recipe, first):
+    """Their code rounds the edit to single precision in each step, 6e-8, of which guidance makes 6e-7."""
+    given = load_file(FIXTURES / f"{name}.safetensors")
+    z0, source, target, negative, noises = (
+        given[key].double() for key in ("z0", "source", "target", "negative", "noises")
+    )
+    denoiser, steps = ReferenceWan(given), len(given["timesteps"])
+    drawn = draw(denoiser, z0, source, steps, recipe.noise, noises=noises)
+    done = edit(denoiser, drawn, target, negative, recipe.guidance_scale, strength=1 - first / steps)
+    assert relative(done, given["edited"].double()) < 1e-6
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_unipc_is_diffusers(first):
+    """On predictions that bend, from the first step and from the middle."""
+    theirs = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    theirs.set_timesteps(8)
+    theirs.set_begin_index(first)
+    schedule = FlowSchedule.of(tuple(theirs.timesteps.tolist()), theirs.sigmas.flip(0))
+    ours, z, expected = UniPC(schedule), *(torch.randn(2, 3, 4, 4, dtype=torch.float64),) * 2
+    for step in range(first, 8):
+        z = ours.move(z, (3 * z).sin() + step, 8 - step, 7 - step)
+        expected = theirs.step((3 * expected).sin() + step, theirs.timesteps[step], expected).prev_sample
+    assert relative(z, expected) < 1e-6
+
+
+# --- the equations --------------------------------------------------------------------------
 
 
 class World:
@@ -41,8 +103,8 @@ class World:
             self.denoiser = DiffusersDenoiser(small_unet(), build_scheduler())
             self.clip, self.text = random_latents(2, 8, 8), random_text
 
-    def edited(self, settings=None, target=3, guidance_scale=5.0, **more):
-        inversion = draw(self.denoiser, self.clip, self.text(2), STEPS, settings, "self")
+    def edited(self, settings=None, target=3, guidance_scale=5.0, noises=None, **more):
+        inversion = draw(self.denoiser, self.clip, self.text(2), STEPS, settings, "self", noises=noises)
         return edit(self.denoiser, inversion, self.text(target), self.text(4), guidance_scale, **more)
 
 
@@ -83,6 +145,58 @@ def reference(world, settings, guidance_scale, first):
 def test_it_is_the_papers(world, settings, strength):
     done = world.edited(settings, strength=strength)
     assert relative(done, reference(world, settings, 5.0, STEPS - round(STEPS * strength))) < 1e-5
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_last_steps_are_plain_sampling(world, first):
+    """With `n_min` of all steps it is sampling from the noised clip, with fewer it goes on from FlowEdit."""
+    denoiser, schedule, settings = (
+        world.denoiser,
+        world.denoiser.schedule(STEPS),
+        FlowEditSettings(2.0, n_min=STEPS - first),
+    )
+    drawn = draw(denoiser, world.clip, world.text(2), STEPS, settings, "self").store
+    z, plain = drawn.level(STEPS - first), Control(drawn.key_frames, Chunk.whole(len(world.clip)))
+    guidance = Guidance(Condition(world.text(4)), plain, 5.0)
+    with denoiser.hooked():
+        for step in range(first, STEPS):
+            d = denoiser.predict_noise(z, schedule.timesteps[step], Condition(world.text(3)), plain, guidance)
+            z = schedule.move(z, d, STEPS - step, STEPS - step - 1)
+    assert relative(world.edited(settings, strength=1 - first / STEPS), z) < 1e-6
+    half, whole = (world.edited(FlowEditSettings(2.0, n_min=n)) for n in (2, 0))
+    assert relative(half, whole) > 1e-3
+
+
+def test_given_noise_is_that_of_the_seed(world):
+    """In the order of use; noise of steps that do not run may be left out, and too little is refused."""
+    settings = FlowEditSettings(2.0, draws=2, seed=3, n_min=1)
+    levels = draw(world.denoiser, world.clip, world.text(2), STEPS, settings).store.drawn
+    pairs = [(level, number) for level in range(STEPS, 1, -1) for number in range(2)] + [(1, 0)]
+    noises = torch.stack([levels.noise.at(level, number, world.clip) for level, number in pairs])
+    other = replace(settings, seed=9)
+    assert torch.equal(world.edited(other, noises=noises), world.edited(settings))
+    fewer = world.edited(other, noises=noises[-5:], strength=0.6)
+    assert torch.equal(fewer, world.edited(settings, strength=0.6))
+    assert torch.equal(fewer, world.edited(other, noises=list(noises), strength=0.6))
+    with pytest.raises(ValueError, match="noises has 5 samples"):
+        world.edited(other, noises=noises[-5:])
+    with pytest.raises(ValueError, match="noises has shape"):
+        world.edited(other, noises=noises[0])
+
+
+def test_more_plain_steps_than_the_edit_has(world):
+    with pytest.raises(ValueError, match="n_min is 4, but the edit runs only 3"):
+        world.edited(FlowEditSettings(n_min=4), strength=0.6)
+
+
+def test_wan_edit_is_for_flows():
+    with pytest.raises(ValueError, match="variant wan_edit"):
+        World("ddim").edited(FlowEditSettings(variant="wan_edit"))
+    flow, settings = World("flow"), FlowEditSettings(3.0, variant="wan_edit")
+    timesteps = draw(flow.denoiser, flow.clip, flow.text(2), STEPS, settings).store.timesteps
+    assert all(timestep == int(timestep) for timestep in timesteps)
+    assert relative(flow.edited(settings, target=2, guidance_scale=3.0), flow.clip) < 1e-5
+    assert relative(flow.edited(settings), flow.edited(FlowEditSettings(3.0))) > 1e-3
 
 
 def test_nothing_changes_where_both_branches_are_the_same(world):

@@ -52,7 +52,7 @@ CASES = ("tav_official", "tav_fatezero_lora")
 def given(name):
     tensors = load_file(FIXTURES / f"{name}.safetensors")
     weights = {k.removeprefix("weights."): t.double() for k, t in tensors.items() if k.startswith("weights.")}
-    return tensors, weights
+    return tensors | {k: tensors[k].double() for k in ("z0", "train_noise") if k in tensors}, weights
 
 
 def with_layers(weights):

@@ -12,7 +12,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = REPO / "scripts"
-MOST = 61 * 2**20
+MOST = 62 * 2**20
 """Bytes of the tracked files: a lent machine takes 64 MiB, of which the packages of `make gpu-wheels` take 2."""
 
 

@@ -36,7 +36,7 @@ FILE: Keys = (
     Key("seed", int, tune="seed", about="edits are deterministic"),
     Key("logdir", str, tune="output", about="edit: give --output"),
     Key("batch_size", only=(1,), about="a run edits one clip: write 1"),
-    Key("pretrained_epoch_list", only=REFUSED, about="an edit is of one model: remove it, and give the folder of a "
+    Key("pretrained_epoch_list", only=REFUSED, about="one model per edit: remove it, and give the folder of a "
         "checkpoint with --model"),
     Key("verbose", about="only pictures of attention"),
     Key("use_invertion_latents", about="counts in editing_config only"),
@@ -222,7 +222,7 @@ def _fuses(editing: Section, pipeline: Section) -> bool:
     """Whether edits fuse attention; else plain DDIM, with a note on a p2p_config that has no effect."""
     fuses = editing.value("prompt2prompt_edit") is not False and pipeline.value("target") != _PLAIN
     if not fuses and editing.has("p2p_config"):
-        editing.file.notes.append(f"plain DDIM, as the file asks: {editing.name('p2p_config')} is left out")
+        editing.file.notes.append(f"plain DDIM: {editing.name('p2p_config')} is left out")
     return fuses
 
 
