@@ -261,3 +261,17 @@ def test_latents_blended_as_the_authors_do(host, checkpoint):  # noqa: F811
     assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
     plain = parity(host, checkpoint, graph, replace(config, blend_latents=True))[1]
     assert torch.linalg.norm(plain - ours) > 1e-2
+
+
+def test_more_steps_of_inversion_and_noise_of_its_own(host, checkpoint):  # noqa: F811
+    """TokenFlow's bases as the command has them."""
+    config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
+    config = replace(with_preset(config, "pnp"), inversion_steps=10, sdedit_seed=3, strength=0.8, key_frames=("self",))
+    graph = DemoGraph(steps=5, frames=FRAMES)
+    graph.set(graph.invert, key_frames="self", inversion_steps=10)
+    graph.set(graph.edit, preset="pnp", strength=0.8, sdedit_seed=3)
+    theirs, ours = parity(host, checkpoint, graph, config)
+    assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
+    with pytest.raises(NodeError, match="inversion_steps"):
+        graph.set(graph.invert, inversion_steps=7)
+        edited(host, graph)
