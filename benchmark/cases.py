@@ -16,6 +16,7 @@ from ..demo.scenes import (
     Motion,
     Place,
     Scene,
+    Track,
     random_motion,
     random_scene,
     render,
@@ -24,6 +25,9 @@ from ..demo.scenes import (
 KINDS = ("attribute", "texture", "shape", "style", "background", "swap", "two objects", "alike objects")
 """Kinds of edits: one word of a thing or of the picture; a swap changes all words of a thing. With two objects, one
 of them changes in one word; alike ones have the same colour and texture."""
+REMOVAL = "removal"
+"""One of two objects is removed. A kind by name only, because it has no changed words."""
+ALL_KINDS = (*KINDS, REMOVAL)
 
 _OF_A_THING = ("colour", "texture", "shape")
 _CHANGED = {"attribute": "colour"} | {kind: kind for kind in ("texture", "shape", "style", "background")}
@@ -33,7 +37,7 @@ _PRESETS = {"shape": "shape", "style": "style"}
 
 @dataclass(frozen=True)
 class Case:
-    """A clip of a demo scene, and its edit."""
+    """A clip of a demo scene, and its edit. removed: the index of the source's thing that the target leaves out."""
 
     name: str
     kind: str
@@ -41,10 +45,18 @@ class Case:
     target: Scene
     motion: Motion
     frames: int
+    removed: int | None = None
 
     @property
     def changed(self) -> list[Place]:
+        if self.removed is not None:
+            return [(self.removed, word) for word in ("colour", "shape")]
         return self.target.changed_from(self.source)
+
+    @property
+    def tracks(self) -> tuple[Track, ...]:
+        """Those of the target's things."""
+        return tuple(track for i, track in enumerate(self.motion.tracks) if i != self.removed)
 
     @property
     def preset(self) -> str:
@@ -61,7 +73,7 @@ class Case:
             return (*things, *([scene.background] if (None, "background") in self.changed else []))
 
         places = {place for place, _ in self.changed}
-        return of(self.source), of(self.target)
+        return of(self.source), () if self.removed is not None else of(self.target)
 
     @cached_property
     def clip(self) -> Clip:
@@ -71,7 +83,7 @@ class Case:
     @cached_property
     def truth(self) -> Clip:
         """The ground truth of the edit."""
-        return render(self.target, self.motion, self.frames)
+        return render(self.target, replace(self.motion, tracks=self.tracks), self.frames)
 
     @cached_property
     def ground(self) -> Tensor:
@@ -85,9 +97,9 @@ def sample_cases(seed: int, each: int, frames: int, kinds: Sequence[str] = KINDS
 
     Raises ValueError for an unknown kind.
     """
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(kinds) - set(ALL_KINDS))
     if unknown:
-        raise ValueError(f"unknown kind {unknown[0]!r}: use some of {', '.join(map(repr, KINDS))}")
+        raise ValueError(f"unknown kind {unknown[0]!r}: use some of {', '.join(map(repr, ALL_KINDS))}")
     found = []
     for kind in kinds:
         usable = filter(is_read, _sampled(Random(f"{seed} {kind}"), kind, frames))
@@ -100,12 +112,12 @@ def is_read(case: Case) -> bool:
 
     With one thing it makes no errors; with two it misreads an outline or texture in about 2 % of the frames.
     """
-    shown = ((case.source, case.clip), (case.target, case.truth))
-    return all(read_words(case.source, scene, clip.frames, case.motion.tracks)[0] == 1 for scene, clip in shown)
+    shown = ((case.source, case.clip, case.motion.tracks), (case.target, case.truth, case.tracks))
+    return all(read_words(scene, scene, clip.frames, tracks)[0] == 1 for scene, clip, tracks in shown)
 
 
 def _sampled(random: Random, kind: str, frames: int) -> Iterator[Case]:
-    things = 2 if kind.endswith("objects") else 1
+    things = 2 if kind.endswith("objects") or kind == REMOVAL else 1
     while True:
         source = random_scene(random, things)
         if kind == "alike objects":
@@ -114,6 +126,10 @@ def _sampled(random: Random, kind: str, frames: int) -> Iterator[Case]:
         if not source.held_out or len({thing.shape for thing in source.things}) < things:
             continue  # "a star and a star" would not identify the one that changes
         at = random.randrange(things)
+        if kind == REMOVAL:
+            rest = tuple(thing for i, thing in enumerate(source.things) if i != at)
+            yield Case("", kind, source, replace(source, things=rest), random_motion(random, things), frames, at)
+            continue
         words = _OF_A_THING if kind == "swap" else (_CHANGED.get(kind) or random.choice(_OF_A_THING),)
         target = source
         for word in words:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..demo.judge import read_words
+from ..demo.judge import words_by_frame
+from ..demo.outline import removed, whole_outlines
 from ..demo.scenes import visible_pixels
 from ..metrics.clip import ClipScorer
 from ..metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
@@ -27,8 +29,10 @@ OBJECT_CONTRAST = 0.1
 def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[str, float]:
     """All figures of an edited clip (frames, 3, SIZE, SIZE) in 0..1.
 
-    success: share of frames where the judge reads every word of the target. changed, kept: the same for the words that
-    should change and for the others. preserved_db, preserved_ssim: over the pixels that should not change; NaN if there
+    success: share of frames where the judge reads every word of the target and every outline is whole. changed, kept:
+    for the words that should change, and for the others, where they are read; `changed` of a removal is that the object
+    is gone. outline: where outlines are whole.
+    preserved_db, preserved_ssim: over the pixels that should not change; NaN if there
     are too few, as in an edit of style. truth_db: PSNR to the ground truth, everywhere. object_iou: of the pixels that
     differ from the background, and should. warp_error: x 1000, along the flow of the ground truth; warp_error_dis:
     along DIS's flow of the source. tem_con, frame_acc: with CLIP, if given.
@@ -36,11 +40,16 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
     unchanged = unchanged_pixels(case)
     enough = unchanged.mean() >= LEAST_PIXELS
     estimated, visible_along = case_flow(case)
-    success, changed, kept = read_words(case.source, case.target, frames, case.motion.tracks)
+    words = words_by_frame(case.target if case.removed is not None else case.source, case.target, frames, case.tracks)
+    if case.removed is not None:
+        gone = removed(case.clip.masks[case.removed], case.truth, frames)
+        words = [(ok, rest) for ok, (_, rest) in zip(gone, words, strict=True)]
+    whole = whole_outlines(case.target, case.truth, frames, case.tracks)
     figures = {
-        "success": success,
-        "changed": changed,
-        "kept": kept,
+        "success": share_of(a and b and c for (a, b), c in zip(words, whole, strict=True)),
+        "changed": share_of(changed for changed, _ in words),
+        "kept": share_of(kept for _, kept in words),
+        "outline": share_of(whole),
         "preserved_db": psnr(frames, case.truth.frames, unchanged) if enough else math.nan,
         "preserved_ssim": ssim(frames, case.truth.frames, unchanged) if enough else math.nan,
         "truth_db": psnr(frames, case.truth.frames),
@@ -53,6 +62,12 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
         prompts = clip.text(case.source.caption), clip.text(case.target.caption)
         figures |= {"tem_con": temporal_consistency(images), "frame_acc": frame_accuracy(images, *prompts)}
     return figures
+
+
+def share_of(found: Iterable[bool]) -> float:
+    """The share of True."""
+    every = list(found)
+    return sum(every) / len(every)
 
 
 @lru_cache(maxsize=4)

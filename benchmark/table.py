@@ -14,16 +14,17 @@ from PIL import Image
 from ..files.whole import whole_file
 from ..metrics.bootstrap import Interval, bootstrap, difference_of, error_ratio, mean_of
 from ..video.sheet import contact_sheet
-from .cases import KINDS
+from .cases import ALL_KINDS
 from .rows import METHODS, PAPER
 from .run import Row, strip_frames, strip_name
 
-SHARES = ("success", "changed", "kept", "object_iou", "frame_acc")
+SHARES = ("success", "changed", "kept", "outline", "object_iou", "frame_acc")
 """Figures in per cent."""
 HEADINGS = {
     "success": "edit right %",
     "changed": "changed words %",
     "kept": "other words %",
+    "outline": "whole outlines %",
     "preserved_db": "preserved dB",
     "preserved_ssim": "preserved SSIM",
     "truth_db": "to truth dB",
@@ -33,7 +34,7 @@ HEADINGS = {
     "tem_con": "Tem-Con",
     "frame_acc": "Frame-Acc %",
 }
-MAIN = ("success", "changed", "kept", "preserved_db", "truth_db", "object_iou", "warp_error", "warp_error_dis")
+MAIN = tuple(name for name in HEADINGS if name not in ("preserved_ssim", "tem_con", "frame_acc"))
 """Figures of the Markdown table; the CSV has all."""
 
 
@@ -59,7 +60,7 @@ class Results:
     @property
     def kinds(self) -> list[str]:
         present = {self._kind(case) for case in self.cases}
-        return [kind for kind in KINDS if kind in present]
+        return [kind for kind in ALL_KINDS if kind in present]
 
     def count(self, method: str) -> int:
         """Number of cases that a method was run on."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import write_section
 
-from fatezero.benchmark.cases import KINDS
+from fatezero.benchmark.cases import ALL_KINDS
 from fatezero.benchmark.rows import BEST, METHODS, PAPER
 from fatezero.benchmark.run import load_rows
 from fatezero.benchmark.table import Results, case_sheet, markdown, ranked
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder")
     parser.add_argument("--each", type=int, default=10, help="cases of each kind to include")
-    parser.add_argument("--kinds", nargs="*", default=KINDS, help="kinds to include")
+    parser.add_argument("--kinds", nargs="*", default=ALL_KINDS, help="kinds to include")
     parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS], help="rows to include")
     parser.add_argument(
         "--name", default="full", help="name of the section and its rows; full also writes the pictures"

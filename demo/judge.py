@@ -1,4 +1,4 @@
-"""A classifier that reads the words of demo scenes from pixels."""
+"""The judge of demo edits: a classifier that reads the words of scenes from pixels."""
 
 from __future__ import annotations
 
@@ -31,11 +31,22 @@ def read_words(
 
     tracks: of the things, in scenes of several.
     """
+    read = words_by_frame(source, target, frames, tracks)
+    every, of_edit, of_rest = (
+        sum(column) / len(frames) for column in zip(*((a and b, a, b) for a, b in read), strict=True)
+    )
+    return every, of_edit, of_rest
+
+
+def words_by_frame(
+    source: Scene, target: Scene, frames: Tensor, tracks: Sequence[Track] = ()
+) -> list[tuple[bool, bool]]:
+    """Whether the changed words, and the other words, of each frame are read as in the target."""
     judge = load_judge()
     whole = judge.read(frames)
     several = len(target.things) > 1
     close = [judge.read(close_up(frames, track)) for track in tracks] if several else [whole]
-    changed, right = target.changed_from(source), []
+    changed, right = target.changed_from(source), list[tuple[bool, bool]]()
     for t in range(len(frames)):
         found: dict[Place, bool] = {
             (None, word): whole[t][word] == getattr(target, word) for word in ("background", "style")
@@ -44,9 +55,8 @@ def read_words(
             found |= {(i, word): close[i][t][word] == getattr(thing, word) for word in ("colour", "shape", "texture")}
         of_edit = all(found[place] for place in changed)
         of_rest = all(ok for place, ok in found.items() if place not in changed)
-        right.append((of_edit and of_rest, of_edit, of_rest))
-    every, of_edit, of_rest = (sum(column) / len(frames) for column in zip(*right, strict=True))
-    return every, of_edit, of_rest
+        right.append((of_edit, of_rest))
+    return right
 
 
 def close_up(frames: Tensor, track: Track, margin: float = 2.0) -> Tensor:

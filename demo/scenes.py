@@ -273,7 +273,7 @@ _POLYGONS = {
 }
 
 
-def _distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
+def distance_to(shape: str, u: Tensor, v: Tensor) -> Tensor:
     if shape == "circle":
         return torch.hypot(u, v) - 1
     return _polygon(u, v, _POLYGONS[shape])
@@ -347,7 +347,7 @@ def render(scene: Scene, motion: Motion, frames: int = 8) -> Clip:
         dx, dy = x - cx, y - cy
         u = (torch.cos(angle) * dx + torch.sin(angle) * dy) / scale
         v = (-torch.sin(angle) * dx + torch.cos(angle) * dy) / scale
-        distance = _distance(thing.shape, u, v) * scale
+        distance = distance_to(thing.shape, u, v) * scale
         coverage = (0.5 - distance).clamp(0, 1)
         paint = _cover(thing.texture, _rgb(COLOURS[thing.colour]), u * track.radius, v * track.radius)
         picture = picture * (1 - coverage) + paint * coverage

@@ -1,4 +1,4 @@
-"""`fatezero demo`: three edits of the bundled clip, compared with the ground truth."""
+"""`fatezero demo`: three edits of the bundled clip, by the paper's presets and those with a plus."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from ..metrics.temporal import warp_error
 from ..recipes.recipe import Recipe
 from ..video.fitted import FittedVideo
 from ..video.read import open_video
-from ..video.sheet import contact_sheet, enlarge, mask_frames
+from ..video.sheet import contact_sheet, enlarge, mask_frames, side_by_side
 from ..video.size import to_bytes, to_unit
 from ..video.write import write_picture, write_video
 from .judge import load_judge
 from .model import labels
+from .outline import whole_outlines
 from .scenes import SIZE, Clip, Motion, Scene, Track, render, visible_pixels
 
 SCENE = Scene.parse("a red square on water")
@@ -76,7 +77,7 @@ def show(
         checkpoint = Checkpoint.load("demo", device)
     frames = FittedVideo.of(open_video(str(CLIP), count=FRAMES), (0, 0, 0, 0), (SIZE, SIZE)).read().frames
     rows: list[dict[str, float | str]] = []
-    edits = [(f"source: {SCENE.caption}", frames)]
+    shown = {"": [(f"source: {SCENE.caption}", frames[::2])], "+": [("", frames[::2])]}
     with bars() as bar:
         start = time.perf_counter()
         with PeakMemory(device) as memory:
@@ -87,19 +88,19 @@ def show(
             )
         console.print(f"inverted in {time.perf_counter() - start:.0f} s, peak {memory.bytes / 1e6:.0f} MB")
         for preset, (head, target) in EDITS.items():
-            recipe = Recipe.of_preset(preset, SCENE.caption, target.caption)
-            plain = replace(recipe, injection=None)
+            recipe, plus = (Recipe.of_preset(name, SCENE.caption, target.caption) for name in (preset, f"{preset}+"))
+            recipes = {"FateZero": recipe, "FateZero+": plus, "DDIM + prompt": replace(recipe, injection=None)}
             truth = render(target, MOTION, FRAMES)
-            methods = {
-                "FateZero": _run(checkpoint, inversion, recipe, bar(f"{preset}: FateZero")),
-                "DDIM + prompt": _run(checkpoint, inversion, plain, bar(f"{preset}: DDIM + prompt")),
-            }
+            methods = {n: _run(checkpoint, inversion, one, bar(f"{preset}: {n}")) for n, one in recipes.items()}
             for method, outcome in methods.items():
                 measures = _measures(outcome, truth, head, target)
                 rows.append({"edit": preset, "method": method, **measures, "store bytes": inversion.store.nbytes})
-            edits.append((f"{preset}: {target.caption}", to_bytes(methods["FateZero"].frames)))
+            for sign, found in shown.items():
+                edited = to_bytes(methods[f"FateZero{sign}"].frames[::2])
+                found.append((f"{preset}{sign}: {target.caption}", edited))
             _write(folder, preset, recipe, frames, methods, truth, _mask(checkpoint, inversion, recipe))
-    write_picture(folder / "overview.png", contact_sheet(edits))
+    titles = {"": "the paper's presets", "+": "the presets with a plus"}
+    write_picture(folder / "overview.png", side_by_side([contact_sheet(shown[p], titles[p]) for p in shown]))
     _summary(folder, rows, console)
     return rows
 
@@ -126,12 +127,12 @@ def _mask(checkpoint: Checkpoint, inversion: Inversion, recipe: Recipe) -> Tenso
 
 def _measures(outcome: Outcome, truth: Clip, head: str, target: Scene) -> dict[str, float]:
     """Success by the judge, and preservation and motion against the ground truth."""
-    read = load_judge().read(outcome.frames)
-    right = labels(target)[head]
+    read, right = load_judge().read(outcome.frames), labels(target)[head]
+    whole = whole_outlines(target, truth, outcome.frames, MOTION.tracks)
     source = render(SCENE, MOTION, FRAMES)
     outside = (1 - truth.mask) * (1 - source.mask)
     return {
-        "success": sum(words[head] == right for words in read) / len(read),
+        "success": sum(words[head] == right and ok for words, ok in zip(read, whole, strict=True)) / len(read),
         "preserved dB": psnr(outcome.frames, truth.frames, outside),
         "warp x1000": 1000 * warp_error(outcome.frames, source.flow, visible_pixels(source)),
         "seconds": outcome.seconds,
@@ -148,11 +149,13 @@ def _write(
     truth: Clip,
     mask: Tensor,
 ) -> None:
-    edited = to_bytes(methods["FateZero"].frames)
-    write_video(folder / f"{preset}.mp4", enlarge(edited, ENLARGED), Fraction(FPS))
+    edited, plus = (to_bytes(methods[name].frames) for name in ("FateZero", "FateZero+"))
+    for name, frames in ((preset, edited), (f"{preset}+", plus)):
+        write_video(folder / f"{name}.mp4", enlarge(frames, ENLARGED), Fraction(FPS))
     rows = [
         (f"source: {recipe.source}", source),
-        (f"FateZero: {recipe.target}", edited),
+        (f"FateZero, the paper's preset: {recipe.target}", edited),
+        (f"FateZero+, --preset {preset}+", plus),
         ("DDIM inversion + prompt", to_bytes(methods["DDIM + prompt"].frames)),
         ("ground truth", to_bytes(truth.frames)),
         ("mask from attention", mask_frames(mask)),
@@ -162,7 +165,10 @@ def _write(
 
 def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console) -> None:
     table = Table(
-        title="FateZero and plain DDIM inversion + prompt", box=box.SIMPLE, collapse_padding=True, pad_edge=False
+        title="FateZero (paper), FateZero+ (presets with a plus), DDIM + prompt",
+        box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for name in rows[0]:
         words = name in ("edit", "method")
@@ -176,7 +182,7 @@ def _summary(folder: Path, rows: list[dict[str, float | str]], console: Console)
     lines += ["| " + " | ".join(_cell(n, v) for n, v in row.items()) + " |" for row in rows]
     with whole_file(folder / "summary.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    names = ", ".join(f"{preset}.mp4, {preset}.png" for preset in EDITS)
+    names = ", ".join(f"{preset}.mp4, {preset}+.mp4, {preset}.png" for preset in EDITS)
     text = f"wrote {folder.resolve()}: {names}, overview.png, summary.md, summary.json"
     console.print(text, markup=False, soft_wrap=True)
 

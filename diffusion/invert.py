@@ -68,7 +68,7 @@ class InversionSettings:
     inversion_steps: int | None = setting(
         None,
         "Steps of the inversion alone: a multiple of steps, for more exact noise; the edit still takes steps. "
-        "TokenFlow's paper uses 1000 with 50, its code 500. Attention is recomputed.",
+        "TokenFlow's code uses 500 with 50. Attention is recomputed.",
         least=1, shown="as steps", group=GROUP,
     )  # fmt: skip
     chunk_frames: int | None = setting(

@@ -30,8 +30,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blend_threshold": 0.15,
         **_MASKED,
     },
+    "remove": {
+        "guidance_scale": 5.0,
+        "cross_replace_steps": 0.4,
+        "self_replace_steps": 0.3,
+        "blend_self_attention": True,
+        "blend_threshold": 0.15,
+        **_MASKED,
+    },
+    "enhance": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
 }
 """style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for
 style and attribute; t_c = t_s = 0.5T, tau = 0.3 for shape. Those with a plus are what the benchmark found better
-(`benchmarks/QUALITY.md`): less guidance, latents kept to the last outside a mask of both prompts, fewer looks
-inside of it at words of elsewhere, and other shares of steps."""
+(`benchmarks/QUALITY.md`): less guidance, latents kept up to the last step outside a mask of both prompts, less
+attention inside it to words that belong elsewhere, and other shares of steps. remove and enhance are supplement B's:
+an object's words left out of the target, words of quality added to it; with the values of shape+ and style+."""

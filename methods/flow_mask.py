@@ -41,7 +41,7 @@ class FlowMaskSettings(BaseInjection):
         0.0, "Difference above which the clip may change, relative to each frame's maximum; 0: found by Otsu's method.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
-    grow: int = setting(1, "Places of the latents by which the mask is grown.", least=0, most=64, group=GROUP)
+    grow: int = setting(0, "Places of the latents by which the mask is grown.", least=0, most=64, group=GROUP)
     still: int = setting(
         1, "Frames of the latents, before and after, over which differences are averaged, against flicker.", least=0,
         most=64, group=GROUP,

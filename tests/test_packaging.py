@@ -11,7 +11,8 @@ HOSTS_OWN = {"av", "einops", "numpy", "pillow", "pyyaml", "safetensors"}
 
 
 def names(lines) -> set[str]:
-    return {line.split(">")[0].split("[")[0].strip().lower() for line in lines if line.strip()}
+    kept = (line.partition("#")[0] for line in lines)
+    return {line.split(">")[0].split("[")[0].strip().lower() for line in kept if line.strip()}
 
 
 def test_nodes_ask_for_nothing_that_the_host_does_not_bring():

@@ -39,6 +39,14 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], title: str = "", tile: int
     return page
 
 
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 16) -> Image.Image:
+    """Pictures in one row, on white."""
+    page = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (sum(p.width + gap for p in pictures[:i]), 0))
+    return page
+
+
 def enlarge(frames: Tensor, times: int) -> Tensor:
     """Repeat every pixel of (frames, height, width, 3), so that codecs preserve its edges."""
     return frames.repeat_interleave(times, 1).repeat_interleave(times, 2)

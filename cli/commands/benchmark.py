@@ -60,13 +60,13 @@ def command(
     config = config_as(BenchmarkConfig, given_of(options))
     captions = load_pairs(config.pairs) if config.pairs else ()
     check_folder(config.output)
-    from ...benchmark.cases import KINDS
+    from ...benchmark.cases import ALL_KINDS, KINDS
     from ...benchmark.rows import BEST
     from ...benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
     from ...benchmark.table import write_tables
 
-    if unknown := sorted(set(config.kind) - set(KINDS)):
-        raise ConfigError(f"kind is {shown(unknown[0])}; it must be one of {', '.join(KINDS)}")
+    if unknown := sorted(set(config.kind) - set(ALL_KINDS)):
+        raise ConfigError(f"kind is {shown(unknown[0])}; it must be one of {', '.join(ALL_KINDS)}")
     settings = BenchmarkSettings(
         config.seed, config.each or (4 if config.quick else 10), config.kind or KINDS, config.frames, config.steps,
         config.guidance_scale, config.model, config.clip, captions,

@@ -99,6 +99,12 @@ class ModelSettings:
         (), "LoRA file or folder, or FILE=0.8 for its strength. Repeatable.", shown="none", group=_MODEL
     )
     variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
+    attention: str = setting(
+        "auto",
+        "Attention kernel: auto and sdpa are PyTorch's, xformers needs that package; a video transformer takes the "
+        "names of diffusers' backends, such as flash and sage. Last digits differ.",
+        group=_MODEL,
+    )
     temporal: str = setting(
         "",
         "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "

@@ -175,7 +175,7 @@ class ComfyDenoiser:
         comfy.model_management.throw_exception_if_processing_interrupted()
         assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
-        if branch is self._source or paired is not None:
+        if branch.hooked.family.attention and (branch is self._source or paired is not None):
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
         x = self.noise.to_host(latents * self.noise.scale(sigma))

@@ -58,6 +58,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
+        if chunk_frames is not None and not self.edited.family.attention:
+            raise ValueError("chunk_frames: has no effect on this model's calls: use Context Windows for long clips")
         if chunk_frames is not None:
             most = chunk_frames + 3  # including key frames
             room = room_for(lambda frames: min(frames, most))

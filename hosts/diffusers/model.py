@@ -29,7 +29,8 @@ class LoadOptions:
 
     config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files or
     folders, optionally with a strength, FILE=0.8. temporal: temporal layers, see `load_temporal_layers`. videos: accept
-    text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16".
+    text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16". attention: the kernel, see
+    `Model.use_attention`.
     """
 
     config: str | None = None
@@ -37,6 +38,7 @@ class LoadOptions:
     temporal: str | None = None
     videos: bool = False
     variant: str | None = None
+    attention: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class Model(ABC):
 
         Raises CheckpointError.
         """
-        return cls.opened(name, torch.device(device), dtype, LoadOptions(**options))
+        chosen = LoadOptions(**options)
+        model = cls.opened(name, torch.device(device), dtype, chosen)
+        model.use_attention(chosen.attention)
+        return model
 
     @classmethod
     @abstractmethod
@@ -84,6 +89,25 @@ class Model(ABC):
     @property
     @abstractmethod
     def denoiser(self) -> Denoiser: ...
+
+    def use_attention(self, kernel: str) -> None:
+        """Set the attention kernel of the networks: "auto" and "sdpa" are PyTorch's, "xformers" needs that package.
+
+        Raises CheckpointError for one that the networks do not take, or that is not installed.
+        """
+        if kernel in ("auto", "sdpa"):
+            return
+        for network in self.networks:
+            try:
+                self._set_attention(network, kernel)
+            except (ImportError, RuntimeError, ValueError) as error:
+                raise CheckpointError(f"attention: {kernel} cannot be used: {str(error).splitlines()[0]}") from error
+
+    def _set_attention(self, network: Any, kernel: str) -> None:
+        """Raises ImportError, RuntimeError or ValueError for a kernel that cannot be used."""
+        if kernel != "xformers":
+            raise ValueError(f"a {self.family.network} takes auto, sdpa or xformers")
+        network.enable_xformers_memory_efficient_attention()
 
     @property
     def parts(self) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
@@ -332,6 +332,12 @@ class WanCheckpoint(WholeClip):
     @property
     def networks(self) -> list[Any]:
         return [self.transformer, *([] if self.low_noise is None else [self.low_noise])]
+
+    def _set_attention(self, network: Any, kernel: str) -> None:
+        names = sorted(one.value for one in AttentionBackendName if not one.value.endswith("_hub"))  # those download
+        if kernel not in names:
+            raise ValueError(f"a {self.family.network} takes auto, sdpa or one of {', '.join(names)}")
+        network.set_attention_backend(kernel)
 
     @cached_property
     def denoiser(self) -> VideoTransformerDenoiser:

@@ -1,5 +1,7 @@
 """The benchmark's cases: held out, repeatable, with a truth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -122,3 +124,29 @@ def test_outline_and_unchanged_pixels(cases):
     unchanged = unchanged_pixels(case)
     assert 0.4 < unchanged.mean() < 0.99
     assert (unchanged * (case.truth.mask - case.clip.mask).abs()).amax() < 0.05
+
+
+def test_a_broken_outline_is_wrong_where_its_words_are_read():
+    (case,) = cases_of([("a red circle on water", "a red triangle on water")], 0, 2)
+    turned = render(case.target, replace(case.motion, tracks=(replace(case.motion.tracks[0], angle=0.3),)), 2)
+    assert measure(case, turned.frames)["success"] == 1, "a turned triangle is a triangle"
+    (track,) = case.motion.tracks
+    small, large = replace(track, x=track.x - 6, radius=0.6 * track.radius), replace(track, x=track.x + 6)
+    left, right = (render(case.target, replace(case.motion, tracks=(own,)), 2) for own in (small, large))
+    figures = measure(case, torch.where(left.mask[:, None] > 0.5, left.frames, right.frames))
+    assert (figures["outline"], figures["success"]) == (0, 0)
+    assert figures["changed"] == figures["kept"] == 1, "the words alone do not show it"
+
+
+def test_a_removal_is_right_if_the_object_is_gone_and_the_rest_stays():
+    for case in sample_cases(7, 2, 2, ["removal"]):
+        assert case.removed is not None and len(case.target.things) == 1 == len(case.source.things) - 1
+        assert case.blend_words[0] and not case.blend_words[1]
+        right, wrong = measure(case, case.truth.frames), measure(case, case.clip.frames)
+        assert right["success"] == right["changed"] == right["kept"] == 1
+        assert wrong["changed"] == wrong["success"] == 0
+        emptied = measure(case, case.ground)
+        assert emptied["changed"] == 1 and emptied["success"] == 0, "the other object is missed"
+        left = case.truth.frames.clone()
+        left[..., ::3] = case.clip.frames[..., ::3]
+        assert measure(case, left)["changed"] == 0, "a third of it is left"

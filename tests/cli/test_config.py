@@ -206,6 +206,14 @@ def test_a_preset_sets_a_part_of_a_section(tmp_path):
     assert config.recipe().guidance_scale == 12
 
 
+def test_presets_of_the_supplement():
+    assert PRESETS["remove"] == PRESETS["shape+"]
+    assert PRESETS["enhance"] == PRESETS["style+"]
+    gone = with_preset(EditConfig(source="a jeep on a road", target="a road"), "remove")
+    assert gone.mode == "refine"
+    assert changed_words(gone.source, gone.target)[1] == [], "only words of the source are left to mask"
+
+
 def test_presets_with_a_plus_keep_the_latents_of_the_background():
     for name in ("attribute+", "shape+"):
         fusion = with_preset(EditConfig(), name).fusion

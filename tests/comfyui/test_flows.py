@@ -52,14 +52,20 @@ def graph(host, request) -> FlowGraph:
     return FlowGraph(kind=request.param)
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_an_edit_is_the_papers_loop_on_the_hosts_guider(host, graph, strength):
+def by_loop(graph, strength=1.0):
+    """FlowEdit's equations on the host's own guider."""
     sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
-    loop = graph.add(
-        "FlowLoop", model=graph.model[0], source=graph.source[0], positive=graph.target[0], negative=graph.negative[0],
+    model = graph.prompt[graph.edit.id]["inputs"]["model"]
+    return graph.add(
+        "FlowLoop", model=model, source=graph.source[0], positive=graph.target[0], negative=graph.negative[0],
         latent=graph.latent[0], sigmas=sigmas[0], guidance=GUIDANCE, source_guidance=2.0,
         first=round(STEPS * (1 - strength)), seed=SEED,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_an_edit_is_the_papers_loop_on_the_hosts_guider(host, graph, strength):
+    loop = by_loop(graph, strength)
     graph.set(graph.edit, strength=strength)
     given = streams(host, graph, graph.latent[0])
     for ours, theirs, before in zip(
@@ -89,6 +95,25 @@ def test_what_needs_attention_is_refused_by_name(host, preset):
     graph = FlowGraph(kind="wan_vace")
     graph.set(graph.edit, preset=preset)
     with pytest.raises(NodeError, match=f"{preset}.* needs control of the attention.*WAN21_Vace.*FlowEdit"):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan_i2v", "hunyuan"])
+def test_context_windows_are_the_hosts(host, kind):
+    graph = FlowGraph(kind=kind)
+    alone = host.latents(graph.prompt, graph.edit[0])
+    windows = graph.add(
+        "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
+        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
+        freenoise=False,
+    )  # fmt: skip
+    for node in (graph.store, graph.edit):
+        graph.set(node, model=windows[0])
+    found = host.latents(graph.prompt, graph.edit[0])
+    assert relative(found, host.latents(graph.prompt, by_loop(graph)[0])) < 1e-4
+    assert relative(found, alone) > 1e-3
+    graph.set(graph.edit, chunk_frames=2)
+    with pytest.raises(NodeError, match="chunk_frames: has no effect.*Context Windows"):
         host.latents(graph.prompt, graph.edit[0])
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 from fatezero.video.read import read_video
 
 NAMES = (
-    "attribute", "controlnet_lora", "custom_sampler", "demo", "flow_any_demo", "layout_move_object",
+    "attribute", "controlnet_lora", "custom_sampler", "demo", "enhance", "flow_any_demo", "layout_move_object",
     "layout_new_clip",
     "mask_correction", "measure",
-    "one_inversion_three_edits", "shape", "style", "tokenflow",
+    "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 OFTEN = ("demo",)

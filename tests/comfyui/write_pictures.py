@@ -20,7 +20,7 @@ from comfyui.host import REPO, Host, find_hosts, started
 from comfyui.page import Page, opened
 from comfyui.random_weights import write_controlnet, write_lora
 from comfyui.shipped import DEMO, FOLDER, of_demo, read
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 PICTURES = {
     REPO / "demo" / "page.jpg": "demo",
@@ -33,6 +33,8 @@ FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LoraLoaderModelOnly": "lora
 """The nodes that name files of models, and the folders of these."""
 WIDTH = 760
 """Of a thumbnail, in pixels."""
+NOTE = "Run with the bundled toy model in place of the files"
+"""Of a thumbnail of a workflow that needs files."""
 
 
 def mark_of(name: str) -> str:
@@ -67,6 +69,14 @@ def with_files(folder: Path) -> Path:
     return folder
 
 
+def with_note(picture: Image.Image) -> Image.Image:
+    """A thumbnail with the note below it."""
+    page = Image.new("RGB", (picture.width, picture.height + 30), "white")
+    page.paste(picture)
+    ImageDraw.Draw(page).text((8, picture.height + 4), NOTE, fill="black", font=ImageFont.load_default(size=17))
+    return page
+
+
 def main(names: list[str]) -> None:
     """names: of the workflows; none for all."""
     with (
@@ -82,6 +92,7 @@ def main(names: list[str]) -> None:
             taken = Image.open(io.BytesIO(page.taken(graph_alone=thumbnail))).convert("RGB")
             if thumbnail:
                 taken = taken.resize((WIDTH, round(WIDTH * taken.height / taken.width)), Image.Resampling.LANCZOS)
+                taken = taken if name in DEMO else with_note(taken)
             taken.save(path, quality=90, comment=mark_of(name))
 
 

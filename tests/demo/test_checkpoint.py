@@ -80,10 +80,10 @@ def test_the_demo_edits_and_keeps_better_than_plain_ddim(tmp_path):
 
     rows = show(tmp_path, 10, torch.device("cpu"), Console(quiet=True), progress_bar)
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"{edit}.{kind}" for edit in ("attribute", "shape", "style") for kind in ("mp4", "png")
+        f"{edit}{kind}" for edit in ("attribute", "shape", "style") for kind in (".mp4", "+.mp4", ".png")
     } | {"overview.png", "summary.md", "summary.json"}
     assert json.loads((tmp_path / "summary.json").read_text()) == rows
-    ours = [row for row in rows if row["method"] == "FateZero"]
-    assert [row["edit"] for row in ours] == ["attribute", "shape", "style"]
+    ours = [row for row in rows if row["method"] in ("FateZero", "FateZero+")]
+    assert [row["edit"] for row in ours] == [edit for edit in ("attribute", "shape", "style") for _ in range(2)]
     assert all(row["success"] == 1.0 for row in ours)
     assert all(torch.isfinite(torch.tensor([v for v in row.values() if not isinstance(v, str)])).all() for row in rows)

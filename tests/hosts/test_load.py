@@ -1,5 +1,7 @@
 """Models of every family by one interface."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -47,3 +49,50 @@ def test_options_without_effect_are_refused():
             open_model("demo-wan", **options)
     with pytest.raises(CheckpointError, match="UNet"):
         open_model("demo-wan").with_control("any", torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+
+
+def test_the_attention_kernel_is_a_choice():
+    edits = {}
+    for kernel in ("auto", "sdpa", "native", "_native_math"):
+        model = open_model("demo-wan", attention=kernel)
+        latents = torch.randn(3, model.channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        text, empty = model.encode_prompt("a red circle", 64, 64), model.encode_negative("", 64, 64)
+        edits[kernel] = edit(model.denoiser, invert(model.denoiser, latents, text, 2), text, empty, 2.0)
+    assert torch.equal(edits["auto"], edits["sdpa"])
+    for other in ("native", "_native_math"):
+        assert torch.allclose(edits[other], edits["auto"], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "reason"),
+    [
+        ("demo", "sage", "UNet takes auto, sdpa or xformers"),
+        ("demo-wan", "flash_hub", "takes auto, sdpa or one of"),
+        ("demo-wan", "nonsense", "takes auto, sdpa or one of"),
+    ],
+)
+def test_a_kernel_that_a_model_does_not_take_is_refused(name, kernel, reason):
+    with pytest.raises(CheckpointError, match=f"attention: {kernel}.*{reason}"):
+        open_model(name, attention=kernel)
+
+
+HAS_XFORMERS = find_spec("xformers") is not None and torch.cuda.is_available()
+
+
+@pytest.mark.skipif(HAS_XFORMERS, reason="xformers is usable here")
+@pytest.mark.parametrize("name", DEMOS)
+def test_xformers_is_refused_by_name_where_it_cannot_run(name):
+    with pytest.raises(CheckpointError, match="attention: xformers cannot be used"):
+        open_model(name, attention="xformers")
+
+
+@pytest.mark.skipif(not HAS_XFORMERS, reason="needs xformers and a GPU")
+@pytest.mark.parametrize("name", DEMOS)
+def test_xformers_gives_the_same_edit(name):
+    edits = []
+    for kernel in ("auto", "xformers"):
+        model = open_model(name, "cuda", torch.float32, attention=kernel)
+        latents = torch.randn(2, model.channels, 16, 16, generator=torch.Generator().manual_seed(0)).cuda()
+        text, empty = model.encode_prompt("a red circle", 64, 64), model.encode_negative("", 64, 64)
+        edits.append(edit(model.denoiser, invert(model.denoiser, latents, text, 2), text, empty, 2.0))
+    assert torch.allclose(*edits, atol=1e-2, rtol=1e-2)

@@ -1,0 +1,108 @@
+"""Make the thumbnails of workflows for real models, and of the small Wan, with the bundled demo models.
+
+    python scripts/write_thumbnails.py [NAME ...]
+
+A workflow's preset edits the demo clip, or a clip of two objects, with prompts of the demo world. The title of each
+picture names the model. `tests/scripts/test_thumbnails.py` compares the preset and prompts that each picture shows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from fatezero.demo.scenes import SIZE, Scene, random_motion, render
+from fatezero.demo.show import MOTION, SCENE
+from fatezero.diffusion.edit import edit_many
+from fatezero.diffusion.invert import Inversion, invert
+from fatezero.hosts.diffusers.load import open_model
+from fatezero.hosts.diffusers.model import Model
+from fatezero.methods.flow_edit import FlowEditSettings, draw
+from fatezero.recipes.recipe import Recipe
+from fatezero.video.sheet import contact_sheet
+from fatezero.video.size import to_bytes
+
+FOLDER = Path(__file__).resolve().parents[1] / "workflows"
+FRAMES, STEPS = 8, 20
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """target: of the edit in the demo world. source: of its clip. model: a demo model. drawn: with FlowEdit too.
+    note: what else its title says.
+    """
+
+    target: str
+    source: str = SCENE.caption
+    model: str = "demo"
+    drawn: bool = False
+    note: str = ""
+
+
+WEAK = ", which is weak at outlines"
+THUMBNAILS = {
+    "style": Thumbnail("watercolor painting of a red square on water"),
+    "attribute": Thumbnail("a green square on water"),
+    "shape": Thumbnail("a red circle on water"),
+    "remove": Thumbnail("a red square on water", "a red square and a yellow star on water"),
+    "enhance": Thumbnail("a red square on water, high quality, 8K", note=", which has no words of quality"),
+    "wan": Thumbnail("a red square on grass", model="demo-wan", note=WEAK),
+    "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True, note=WEAK),
+}
+TITLES = {"demo": "Made with the bundled toy model", "demo-wan": "Made with the bundled toy Wan"}
+
+
+def preset_of(name: str) -> str:
+    """The preset of a workflow's first Edit Video."""
+    graph = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    return next(node["inputs"]["preset"] for node in graph.values() if node["class_type"] == "FateZeroSampler")
+
+
+def mark_of(name: str) -> str:
+    """What a picture shows: preset and prompts."""
+    one = THUMBNAILS[name]
+    return json.dumps([preset_of(name), one.source, one.target, one.model, one.drawn])
+
+
+def clip_of(source: str) -> Tensor:
+    """The frames (FRAMES, 3, SIZE, SIZE) of a clip of a caption."""
+    scene = Scene.parse(source)
+    motion = MOTION if scene == SCENE else random_motion(Random(3), len(scene.things))
+    return render(scene, motion, FRAMES).frames
+
+
+def edited(model: Model, frames: Tensor, one: Thumbnail, preset: str) -> Iterator[tuple[str, Tensor]]:
+    """Each edit's label and frames."""
+    latents = model.encode_clip(frames)
+    source = model.encode_prompt(one.source, SIZE, SIZE)
+    inverted = invert(model.denoiser, latents, source, STEPS, prompt=one.source)
+    starts: list[tuple[str, Inversion]] = [(preset, inverted)]
+    if one.drawn:
+        starts.append(("flow_edit", draw(model.denoiser, latents, source, STEPS, FlowEditSettings())))
+    for name, start in starts:
+        recipe = Recipe.of_preset(name, one.source, one.target)
+        target, negative = (model.encode_prompt(text, SIZE, SIZE) for text in (one.target, ""))
+        (found,) = edit_many(model.denoiser, start, [recipe.edit(target, negative, recipe.pair(model.tokenizer))])
+        yield f"{name}: {one.target}", model.decode_clip(found, FRAMES)
+
+
+def main(names: list[str]) -> None:
+    """names: of the workflows; none for all."""
+    for name in names or THUMBNAILS:
+        one = THUMBNAILS[name]
+        model, frames = open_model(one.model, torch.device("cpu")), clip_of(one.source)
+        rows = [(f"source: {one.source}", frames), *edited(model, frames, one, preset_of(name))]
+        sheet = contact_sheet([(label, to_bytes(shown[::2])) for label, shown in rows], TITLES[one.model] + one.note)
+        sheet.save(FOLDER / f"{name}.jpg", quality=90, comment=mark_of(name))
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
