@@ -13,7 +13,7 @@ from ..hosts.comfyui.noise import is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
 from .inversion import MODEL_AND_SOURCE, STEPS
-from .settings import made, widget, widgets
+from .settings import ADVANCED, made, widget, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
 
@@ -38,7 +38,7 @@ class FateZeroFlowEdit(io.ComfyNode):
                     "sound",
                     options=["keep", "edit"],
                     optional=True,
-                    advanced=True,
+                    **ADVANCED,
                     tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
                 ),
                 *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
