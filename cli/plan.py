@@ -11,7 +11,7 @@ from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import frames_meet, keys_on
-from ..diffusion.invert import recomputed
+from ..diffusion.invert import levels_among, recomputed
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
@@ -62,7 +62,9 @@ def plan(
     """The plan of a run, in a few lines. store: a store from a file, instead of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
-    config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those the model cannot take
+    schedule = config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those it cannot take
+    if config.inversion_steps and not store:
+        levels_among(schedule, denoiser.schedule(config.inversion_steps))
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
     keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
