@@ -49,7 +49,8 @@ class Method:
     the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
     temporal layers on the image model, "fresh" or the bundled ones ("demo"), `tuned` on the clip for that many steps.
     transformer: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion.
-    blind: invert with the empty prompt. guidance: of an edit without fusion, if not the run's.
+    sdedit_seed: start from random noise of each frame. blind: invert with the empty prompt. guidance: of an edit
+    without fusion, if not the run's.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Method:
     order: int = 1
     drawn: FlowEditSettings | None = None
     strength: float = 1.0
+    sdedit_seed: int | None = None
     blind: bool = False
     guidance: float | None = None
 
@@ -147,6 +149,7 @@ class Trial:
             propagation=method.propagation,
             smoothing=self.smoothing(method),
             strength=method.strength,
+            sdedit_seed=method.sdedit_seed,
         )
 
     def edit(self, method: Method) -> Edit:
@@ -238,10 +241,13 @@ PAPER = "FateZero (paper)"
 
 BEST = "FateZero+"
 
+_ALONE: dict[str, Any] = {"fused": False, "key_frames": ("self",)}
+
 METHODS: tuple[Method, ...] = (
     Method("autoencoder only", run=autoencoded),
     Method("DDIM inversion + prompt", fused=False),
     *(Method(f"SDEdit {s}", run=sdedit(s)) for s in (0.4, 0.6, 0.8)),
+    *(Method(f"SDEdit {s}, noise of each frame", strength=s, sdedit_seed=1, **_ALONE) for s in (0.4, 0.6, 0.8)),
     Method("attention of the reconstruction", settings={"attention_from": "reconstruction"}),
     Method(PAPER),
     Method("no self fusion", settings={"self_replace_steps": 0.0, "blend_self_attention": False}),
@@ -278,11 +284,16 @@ PNP = PnPSettings()
 EXTENDED = TokenFlowSettings(1, "linear")
 """Every frame is a pivot and attends to all frames: extended attention only."""
 FLOW = TokenFlowSettings(4)
+FIXED = TokenFlowSettings(4, pivot_choice="fixed")
+EQ_7 = TokenFlowSettings(4, "paper")
 ONE = ("self",)
 LONG = (
     Method("PnP", injection=PNP, key_frames=ONE),
     Method("PnP, extended attention", injection=PNP, key_frames=ONE, propagation=EXTENDED),
     Method("PnP, TokenFlow", injection=PNP, key_frames=ONE, propagation=FLOW),
+    Method("SDEdit 0.6, TokenFlow", strength=0.6, sdedit_seed=1, **_ALONE, propagation=FLOW),
+    Method("PnP, TokenFlow, fixed pivots", injection=PNP, key_frames=ONE, propagation=FIXED),
+    Method("PnP, TokenFlow, the paper's weights", injection=PNP, key_frames=ONE, propagation=EQ_7),
     Method("PnP, flow smoothing", injection=PNP, key_frames=ONE, smoothing=0.8),
     Method("FateZero (paper), TokenFlow", propagation=FLOW),
     Method("FateZero+, extended attention", plus=True, propagation=EXTENDED),

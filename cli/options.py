@@ -87,6 +87,7 @@ NOT_INVERTED = {
     "negative",
     "guidance_scale",
     "strength",
+    "sdedit_seed",
     "place",
 }
 """Settings without effect on an inversion in a file, besides those of the methods."""

@@ -11,6 +11,7 @@ from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import frames_meet, keys_on
+from ..diffusion.invert import levels_among, recomputed
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
@@ -61,7 +62,9 @@ def plan(
     """The plan of a run, in a few lines. store: a store from a file, instead of an inversion."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
-    config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those the model cannot take
+    schedule = config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those it cannot take
+    if config.inversion_steps and not store:
+        levels_among(schedule, denoiser.schedule(config.inversion_steps))
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
     keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
@@ -71,6 +74,7 @@ def plan(
         source.nbytes, parts,
     )  # fmt: skip
     inverts = not store and config.noise == "inverted"
+    settings = recomputed(settings) if config.inversion_steps else settings
     chosen = plan_store(settings, demand, device) if inverts else None
     size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
     what = "latents" if denoiser.spans_clip else "frames"
@@ -112,7 +116,8 @@ def _calls(
     """The calls of the model on the clip: in words, and their total, with a call with gradients as four."""
     counted = [config.planned_recipe().calls(config.steps, kept_steps, frames, spans_clip) for config in configs]
     source = max(calls.source for calls in counted)
-    parts, whole = ([f"{counted[0].invert} to invert"], counted[0].invert) if inverts else ([], 0.0)
+    invert = configs[0].inversion_steps or counted[0].invert
+    parts, whole = ([f"{invert} to invert"], invert) if inverts else ([], 0.0)
     if edits:
         edit = sum(calls.edit for calls in counted)
         parts.append(f"{edit:g} for {len(configs)} edit(s)")

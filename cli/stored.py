@@ -68,6 +68,7 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
     made: dict[str, tuple[Any, ...]] = {
         "steps": (store.steps,),
         "order": (store.order,),
+        "inversion_steps": (store.inversion_steps, store.inversion_steps or store.steps),
         "memory": (store.memory, "auto"),
         "clip_norm": (store.clip_norm,),
         "key_frames": (store.key_frames.entries,),
@@ -84,7 +85,8 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
             raise StoreError(f"{name} has no effect on an existing store")
     model = config.model if config.model != default.model else _model_of(origin)
     return replace(
-        config, steps=store.steps, order=store.order, memory=store.memory, clip_norm=store.clip_norm, model=model,
+        config, steps=store.steps, order=store.order, inversion_steps=store.inversion_steps,
+        memory=store.memory, clip_norm=store.clip_norm, model=model,
         key_frames=store.key_frames.entries, key_frames_least_channels=store.key_frames.least_channels,
         source=store.prompt or config.source,
     )  # fmt: skip

@@ -70,7 +70,7 @@ class EditRun:
             if edit.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(edit.negative_embeddings, "negative_embeddings").to(like)
-        self.guidance_scale = edit.guidance_scale
+        self.guidance_scale, self.sdedit_seed = edit.guidance_scale, edit.sdedit_seed
         self.solver = self.start.solver(schedule, store.order)
         self.propagation, self.smoothing, self.layout = edit.propagation, edit.smoothing, edit.layout
         self.first = first_step(edit.strength, schedule.steps)

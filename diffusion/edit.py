@@ -38,6 +38,7 @@ def edit(
     smoothing: Smoothing | None = None,
     layout: Layouts | None = None,
     strength: float = 1.0,
+    sdedit_seed: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip; returns latents (frames, c, h, w).
@@ -47,7 +48,8 @@ def edit(
     `PnPSettings`); None is plain sampling from the inverted noise. propagation: from key frames to the other frames
     (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask; without FateZero,
     the edit restores the inversion's latents outside it. smoothing: filters the edit's changes over time
-    (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength: see `Edit`.
+    (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength, sdedit_seed: see
+    `Edit`.
 
     FateZero injects into the conditional branch, Plug-and-Play into both. Model calls: two a step (one at guidance 1),
     and one more in every step that reads a source that is not in the store (`recipes.cost.calls_of`).
@@ -57,7 +59,7 @@ def edit(
     """
     one = Edit(
         target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, layout,
-        strength,
+        strength, sdedit_seed,
     )  # fmt: skip
     return edit_many(denoiser, inversion, [one], chunk_frames, progress=progress)[0]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
-from ..imports import no_grad
+from ..imports import no_grad, torch
 from ..settings import check, setting
 from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
@@ -25,7 +25,7 @@ from .denoiser import (
     keys_on,
     refuse_clip_norm,
 )
-from .schedule import Solver, timestep_at
+from .schedule import Schedule, Solver, timestep_at
 from .spread import ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
@@ -65,6 +65,12 @@ class InversionSettings:
         "authors' code does. Steadier light, sometimes less detail. For UNets.",
         group=GROUP,
     )
+    inversion_steps: int | None = setting(
+        None,
+        "Steps of the inversion alone: a multiple of steps, for more exact noise; the edit still takes steps. "
+        "TokenFlow's code uses 500 with 50. Attention is recomputed.",
+        least=1, shown="as steps", group=GROUP,
+    )  # fmt: skip
     chunk_frames: int | None = setting(
         None,
         "Frames per model call. Results do not depend on it with key frames self, first, middle and last. With "
@@ -75,6 +81,8 @@ class InversionSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.inversion_steps is not None and self.inversion_steps % self.steps:
+            raise ValueError(f"inversion_steps is {self.inversion_steps}; it must be a multiple of steps, {self.steps}")
 
     @property
     def keys(self) -> KeyFrames:
@@ -104,6 +112,7 @@ def invert(
     chunk_frames: int | None = None,
     *,
     order: int = 1,
+    inversion_steps: int | None = None,
     prompt: str | None = None,
     extra: dict[str, Any] | None = None,
     attachments: dict[str, Tensor] | None = None,
@@ -115,9 +124,10 @@ def invert(
     latents: (frames, c, h, w), in the model's scale. source_embeddings: (1, tokens, dim), or a `Condition`. key_frames:
     see `KeyFrames`; ignored by video transformers, whose frames attend to all. clip_norm: compute the ResNet blocks'
     GroupNorm statistics over the whole clip. memory: a name, or `StoreSettings`. chunk_frames: frames per call, None
-    for all; `KeyFrames.chunks` says when this is approximate. order: of the solver, 1 or 2, see `Solver`. prompt,
-    extra, attachments: saved in the store, for checks of edits and the caller's own use; `extra` is JSON, `attachments`
-    are tensors. spread: the processes that share the chunks, with memory "recompute".
+    for all; `KeyFrames.chunks` says when this is approximate. order: of the solver, 1 or 2, see `Solver`.
+    inversion_steps: of the inversion alone, a multiple of the edit's, whose levels the store keeps; needs memory
+    "recompute". prompt, extra, attachments: saved in the store, for checks of edits and the caller's own use; `extra`
+    is JSON, `attachments` are tensors. spread: the processes that share the chunks, with memory "recompute".
 
     In first order the model is called at the *target* timestep with the latents of the previous level, as in the
     authors' code; in second order at the latents' own. Raises ValueError for bad shapes or options, ArithmeticError for
@@ -131,7 +141,10 @@ def invert(
     if denoiser.spans_clip:
         refuse_clip_norm(clip_norm)
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
-    schedule = denoiser.schedule(steps)
+    schedule = fine = denoiser.schedule(steps)
+    if inversion_steps not in (None, steps):
+        fine, settings = denoiser.schedule(inversion_steps), recomputed(settings)
+    kept_at = levels_among(schedule, fine)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
     parts = in_parts(denoiser, calls, latents, schedule.timesteps[0])
@@ -149,6 +162,7 @@ def invert(
         clip_norm=clip_norm,
         formulation=schedule.formulation,
         order=order,
+        inversion_steps=None if fine is schedule else fine.steps,
         model=denoiser.identity(),
         prompt=prompt,
         extra=extra or {},
@@ -159,7 +173,7 @@ def invert(
     def called(z: Tensor, level: int) -> tuple[Tensor, Records]:
         """The prediction at a level's timestep, and the records for the edit's step there."""
         step = steps - level  # of the edit
-        kept, timestep = recorded if step < store.kept_steps else set(), timestep_at(schedule, level)
+        kept, timestep = recorded if 0 <= step < store.kept_steps else set(), timestep_at(fine, level)
         chunks = chunks_of(denoiser, calls, z, timestep)
         recorders = {chunk: Recorder(keys, chunk, kept, plan.memory, precision) for chunk in chunks}
 
@@ -170,8 +184,31 @@ def invert(
         return predicted, whole_clip(list(recorders.values()), sites) if kept else {}
 
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-        _carry(latents, Solver(schedule, order), called, put, store.kept_steps > 0, progress)
+
+        def put_kept(level: int, z: Tensor, records: Records) -> None:
+            if level in kept_at:
+                put(kept_at.index(level), z, records)
+
+        _carry(latents, Solver(fine, order), called, put_kept, store.kept_steps > 0, progress)
     return Inversion(store)
+
+
+def recomputed(settings: StoreSettings) -> StoreSettings:
+    """The settings of a store without attention, which an inversion of more steps needs; ValueError for another."""
+    if settings.memory not in ("auto", "recompute"):
+        raise ValueError(f'memory is {settings.memory}; inversion_steps needs "recompute"')
+    return replace(settings, memory="recompute")
+
+
+def levels_among(schedule: Schedule, fine: Schedule) -> list[int]:
+    """The levels of a finer schedule at which a schedule has its own. Raises ValueError if one is missing."""
+    found = [int((fine.alphas - alpha).abs().argmin()) for alpha in schedule.alphas]
+    if not torch.allclose(fine.alphas[found].double(), schedule.alphas.double(), rtol=1e-6, atol=1e-9):
+        raise ValueError(
+            f"inversion_steps is {fine.steps}: its noise levels do not include those of {schedule.steps} steps; try "
+            f"{10 * schedule.steps}"
+        )
+    return found
 
 
 def _carry(

@@ -196,6 +196,12 @@ class Edit:
         "(SDEdit), and stays closer to the clip.",
         least=0, most=1, step=0.01, group="The edit",
     )  # fmt: skip
+    sdedit_seed: int | None = setting(
+        None,
+        "Random seed of noise of its own for each frame, in place of the inverted noise (SDEdit). With strength, how "
+        "much of it.",
+        least=1, most=2**63 - 1, shown="the inverted noise", group="The edit",
+    )  # fmt: skip
 
 
 def first_step(strength: float, steps: int) -> int:

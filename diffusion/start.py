@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..imports import torch
 from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
@@ -41,13 +42,16 @@ class Inverted:
         return False
 
     def latents(self, run: EditRun) -> Tensor:
-        """The noisiest level; a later start mixes the clip with the eps of that level."""
+        """The noisiest level; a later start mixes the clip with the eps of that level, or with noise of its own."""
         schedule, store, level = run.schedule, run.store, run.schedule.steps - run.first
         noise = store.level(store.steps).to(run.denoiser.device)
-        if not run.first:
+        if not run.first and run.sdedit_seed is None:
             return noise
         clip = store.level(0).to(noise.device)
-        eps = (noise - schedule.signal(schedule.steps) * clip) / schedule.noise(schedule.steps)
+        if run.sdedit_seed is None:
+            eps = (noise - schedule.signal(schedule.steps) * clip) / schedule.noise(schedule.steps)
+        else:
+            eps = torch.randn(clip.shape, generator=torch.Generator().manual_seed(run.sdedit_seed)).to(clip)
         return (schedule.signal(level) * clip + schedule.noise(level) * eps).to(noise.dtype)
 
     def predict(self, run: EditRun, z: Tensor, step: int, predict: Callable[[Branches], Prediction]) -> Prediction:

@@ -79,6 +79,8 @@ class DrawnNoise:
         for part, name in parts:
             if part is not None:
                 raise ValueError(f"{name} needs an inversion: it does not work with FlowEdit's sampled noise")
+        if edit.sdedit_seed is not None:
+            raise ValueError("sdedit_seed needs an inversion: FlowEdit samples its own noise")
 
     def check_steps(self, steps: int) -> None:
         """Refuses an edit that has fewer steps than `n_min`."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Literal["authors", "paper", "linear"]
+PivotChoice = Literal["random", "fixed"]
 TITLE = GROUP = "TokenFlow"
 BLOCK = {"cpu": 2**20, "gpu": 2**24}
 """The number of similarities that the neighbour search computes at once: fits a CPU's cache, or fills a GPU."""
@@ -33,8 +34,8 @@ BLOCK = {"cpu": 2**20, "gpu": 2**24}
 class TokenFlowSettings:
     """How edited pivots propagate to all frames.
 
-    pivots: (steps, batches) indices of the pivots, in the order of the steps, a tensor or nested lists; None samples
-    them. Raises ValueError for an unknown word or a number outside its range.
+    pivots: (steps, batches) indices of the pivots, in the order of the steps, a tensor or nested lists; None: those of
+    `pivot_choice`. Raises ValueError for an unknown word or a number outside its range.
     """
 
     batch_frames: int = setting(
@@ -44,12 +45,18 @@ class TokenFlowSettings:
     )  # fmt: skip
     weights: Weights = setting(
         "authors",
-        "How a frame mixes two pivots. paper: the nearest before and after, by sigmoid(d- / (d+ + d-)). linear: the "
-        "same without the sigmoid. authors, as their code: those of its own batch and the batch before, by the "
+        "How a frame mixes two pivots. paper: the nearest before and after, by sigmoid(d- / (d+ + d-)), Eq. 7. linear: "
+        "the same without the sigmoid. authors, as their code: those of its own batch and the batch before, by the "
         "distances to the centres of these batches.",
         group=GROUP,
     )
     seed: int = setting(0, "Random seed for the pivots.", least=0, most=2**63 - 1, group=GROUP)
+    pivot_choice: PivotChoice = setting(
+        "random",
+        "The pivot of a batch. random: another frame in each step, as in the paper. fixed: its middle frame in every "
+        "step, the paper's ablation.",
+        group=GROUP,
+    )
     pivots: Tensor | Sequence[Sequence[int]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +81,8 @@ class TokenFlowSettings:
         Raises ValueError for pivots of another shape, or outside their batch.
         """
         batches = self.batches(clip)
+        if self.pivots is None and self.pivot_choice == "fixed":
+            return [[batch[len(batch) // 2] for batch in batches]] * steps
         if self.pivots is None:
             draw = torch.Generator().manual_seed(self.seed)
             drawn = [[int(torch.randint(len(b), (1,), generator=draw)) for b in batches] for _ in range(steps)]
@@ -122,7 +131,7 @@ class TokenFlowSettings:
 
     def summary(self, clip: int) -> str:
         return (
-            f"TokenFlow: {len(self.batches(clip))} pivots a step for {clip} frames, in batches of "
+            f"TokenFlow: {len(self.batches(clip))} {self.pivot_choice} pivots a step for {clip} frames, in batches of "
             f"{self.batch_frames}, weights {self.weights}"
         )
 
@@ -226,5 +235,6 @@ METHOD = Method(
     node_text="Consistent frames with TokenFlow (arXiv 2307.10373): pivots are edited together, and all frames take "
     "their self-attention from these, token by token. For Edit Video, with any preset.",
     aliases=("tokenflow", "temporal consistency", "propagation", "flicker"),
-    advanced=("seed",),
+    advanced=("seed", "pivot_choice"),
+    later=("pivot_choice",),
 )

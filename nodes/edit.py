@@ -102,6 +102,7 @@ INPUTS = [
         default=0.0,
         tooltip=f"{setting_of(Edit, 'strength').meta.text} 0 uses the preset's.",
     ),
+    widget(Edit, "sdedit_seed", advanced=True, optional=True),
     LayoutSocket.Input("layout", optional=True, tooltip="New positions of objects in the clip (Layout)."),
 ]
 """The inputs of an edit."""
@@ -175,6 +176,7 @@ class EditInputs:
     mask_mode: MaskMode = "replace"
     chunk_frames: int = 0
     strength: float = 0.0
+    sdedit_seed: int = 0
 
     @property
     def recipe(self) -> Recipe:
@@ -196,6 +198,7 @@ class EditInputs:
             recipe,
             guidance_scale=self.guidance or recipe.guidance_scale,
             strength=self.strength or recipe.strength,
+            sdedit_seed=self.sdedit_seed or None,
             propagation=self.propagation or recipe.propagation,
             smoothing=self.smoothing,
             mask=mask,

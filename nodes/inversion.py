@@ -94,6 +94,7 @@ class FateZeroInvert(io.ComfyNode):
                 ),
                 STEPS,
                 *SETTINGS,
+                widget(InversionSettings, "inversion_steps", advanced=True, optional=True, max=1000),
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
@@ -103,7 +104,9 @@ class FateZeroInvert(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, **settings: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, inversion_steps: int = 0, **settings: Any
+    ) -> io.NodeOutput:
         samples, shown = latent["samples"], [""]
         check_known(model)
         check_samples(model, samples)
@@ -113,7 +116,8 @@ class FateZeroInvert(io.ComfyNode):
             show_on_node(cls.hidden.unique_id, text)
 
         condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
-        chosen = invert_settings(source, **settings)
+        InversionSettings(steps, inversion_steps=inversion_steps or None)  # raises for steps that do not fit
+        chosen = replace(invert_settings(source, **settings), inversion_steps=inversion_steps or None)
         noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), notify)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(shown[0]))
 

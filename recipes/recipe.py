@@ -42,6 +42,7 @@ class Recipe:
     negative: str = ""
     guidance_scale: float = 7.5
     strength: float = 1.0
+    sdedit_seed: int | None = None
     injection: Injection | None = None
     propagation: Propagation | None = None
     smoothing: FlowSmoothing | None = None
@@ -106,7 +107,7 @@ class Recipe:
         """The arguments of `edit_many`, for encoded prompts."""
         return Edit(
             target, negative, self.guidance_scale, prompt, self.injection, self.mask, self.propagation, self.smoothing,
-            self.layout, self.strength,
+            self.layout, self.strength, self.sdedit_seed,
         )  # fmt: skip
 
     def check(self, spans_clip: bool, prompt: PromptEdit | None) -> None:

@@ -58,6 +58,7 @@ class AttentionStore:
     queries and keys; "maps" the paper's attention maps. levels: latents of every level, clean to noisy:
     (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every level, clean to
     noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order: of the inversion's solver.
+    inversion_steps: of the inversion, if it took more steps than its edits take.
     kept_steps: number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
     "recompute". plan: the chosen memory and place; None for a store from a file. start: where edits start
     (`diffusion.parts.Start`); None: at the noisiest latents. extra, attachments: the caller's own
@@ -78,6 +79,7 @@ class AttentionStore:
     kept_steps: int = 0
     formulation: Literal["ddim", "flow"] = "ddim"
     order: int = 1
+    inversion_steps: int | None = None
     backend: Backend | None = None
     plan: StorePlan | None = None
     start: Any = None
@@ -112,7 +114,7 @@ class AttentionStore:
     @property
     def calls_own_level(self) -> bool:
         """Whether an edit's step reads the source's latents of its own level, not those one level cleaner."""
-        return self.order == 2 or self.drawn is not None
+        return self.order == 2 or self.drawn is not None or self.inversion_steps is not None
 
     def source_level(self, step: int) -> int:
         """The level of the source's latents that an edit's step reads."""
@@ -216,6 +218,7 @@ class AttentionStore:
             "alphas": self.alphas,
             "world": self.formulation,
             "order": self.order,
+            **({} if self.inversion_steps is None else {"inversion_steps": self.inversion_steps}),
             "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
             "clip_norm": self.clip_norm,
             "model": asdict(self.model),
@@ -260,6 +263,7 @@ class AttentionStore:
             kept_steps=about["kept_steps"],
             formulation=about.get("world", "ddim"),
             order=about.get("order", 1),
+            inversion_steps=about.get("inversion_steps"),
             backend=None if about["memory"] == "recompute" else backend,
         )
         _check_claims(store, backend)
@@ -382,6 +386,8 @@ def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
         and list(store.timesteps) == sorted(set(store.timesteps), reverse=True),
         "world": store.formulation in ("ddim", "flow"),
         "order": store.order in (1, 2),
+        "inversion_steps": store.inversion_steps is None
+        or (type(store.inversion_steps) is int and store.inversion_steps > steps and not store.kept_steps),
         "alphas": len(store.alphas) == steps + 1 and all(0 <= a <= 1 for a in store.alphas)
         and (store.formulation == "flow" or 0 not in store.alphas),
         "latents": len(levels.shape) == 5 and levels.dtype in floats

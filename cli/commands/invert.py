@@ -104,6 +104,6 @@ def invert_video(
     extra, attachments = origin_of(checkpoint, config, video).kept() if kept else ({}, {})
     return invert(
         checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
-        config.chunk_frames, order=config.order, prompt=config.source,
+        config.chunk_frames, order=config.order, inversion_steps=config.inversion_steps, prompt=config.source,
         extra=extra, attachments=attachments, spread=spread, progress=bar("invert"),
     )  # fmt: skip

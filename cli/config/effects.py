@@ -48,7 +48,7 @@ _NO_EFFECT: tuple[Rule, ...] = (
     *(_of_method("propagation", method.name) for method in PROPAGATIONS),
     *(((method.name,), lambda c: c.noise != "drawn", "noise is not drawn") for method in STARTS),
     (
-        ("order", "memory", "place", "budget_gb", "precision", "keep_steps"),
+        ("sdedit_seed", "order", "inversion_steps", "memory", "place", "budget_gb", "precision", "keep_steps"),
         lambda c: c.noise == "drawn",
         "noise is drawn, not inverted",
     ),

@@ -172,6 +172,7 @@ class EditSettings(
     chunk_frames: int | None = setting_like(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
     guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
     strength: float = setting_like(Edit, "strength", 1.0)
+    sdedit_seed: int | None = setting_like(Edit, "sdedit_seed", None)
     noise: NoiseName = setting(
         "inverted",
         "The noise that the edit starts from. inverted: the clip's inverted noise. drawn: sampled noise, and the edit "

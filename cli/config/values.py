@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...diffusion.invert import recomputed
 from ...diffusion.parts import first_step
 from ...files.lora import LoraFile
 from ...methods.layout_guidance import LayoutSettings
@@ -154,6 +155,8 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
     config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
+    if config.inversion_steps and not stored:
+        recomputed(config.store)
     check_masking(config)
     if not inverting and not stored:  # whose number of steps is its own
         try:

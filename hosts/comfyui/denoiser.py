@@ -72,6 +72,8 @@ class ComfyDenoiser:
         self._guider = guider
         self._model = guider.inner_model
         self._schedule = schedule
+        self.of_edits: Schedule | None = None
+        """That of a store's edits, where its inversion takes more steps."""
         attends = guider.edited.family.attention
         self._handler = options.pop("context_handler", None) if attends else None  # our own chunks use its windows
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
@@ -119,6 +121,8 @@ class ComfyDenoiser:
         return self._model.manual_cast_dtype or self._model.get_dtype()
 
     def schedule(self, steps: int) -> Schedule:
+        if self.of_edits is not None and steps == self.of_edits.steps:
+            return self.of_edits
         if steps != self.in_use.steps:
             raise ValueError(f"steps: {steps}, but the sampling runs {self.in_use.steps}")
         return self.in_use

@@ -64,7 +64,8 @@ class HostStore(AttentionStore):
 class InvertSettings:
     """Settings of an inversion, except its model, clip and condition; see `fatezero.invert`.
 
-    prompt: the source's words, saved in the store.
+    prompt: the source's words, saved in the store. steps: of the edits, None for those of the sampling.
+    inversion_steps: of the inversion, None for those of the edits.
     """
 
     key_frames: KeyFrames
@@ -73,6 +74,8 @@ class InvertSettings:
     chunk_frames: int | None = None
     prompt: str | None = None
     order: int = 1
+    steps: int | None = None
+    inversion_steps: int | None = None
 
 
 class InvertGuider(LoopGuider):
@@ -110,6 +113,8 @@ class InvertGuider(LoopGuider):
 
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         settings, schedule, mask = self.settings, denoiser.in_use, self._mask
+        if settings.steps not in (None, schedule.steps):
+            schedule = denoiser.of_edits = denoiser.noise.schedule(settings.steps)
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
         parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, settings.chunk_frames), latents, timestep)
         plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
@@ -120,6 +125,7 @@ class InvertGuider(LoopGuider):
             denoiser, latents, self.source, schedule.steps, settings.key_frames, settings.clip_norm, memory,
             settings.chunk_frames, order=settings.order, prompt=settings.prompt,
             extra={"conditioning": plain_options(self.source.conditioning), **self._shapes},
+            inversion_steps=denoiser.in_use.steps,
             attachments={} if mask is None else {NOISE_MASK: mask_in_store(self._model, self._shapes, mask)},
             progress=progress,
         )  # fmt: skip
@@ -158,9 +164,9 @@ def invert_clip(
 
     noise_mask: saved in the store; its edits do not change the clip outside of it.
     """
-    guider = InvertGuider(model, source, settings, notify)
+    guider = InvertGuider(model, source, replace(settings, steps=steps), notify)
     noisy = noise_of(model)
-    sigmas = noisy.sigmas(noisy.schedule(steps))
+    sigmas = noisy.sigmas(noisy.schedule(settings.inversion_steps or steps))
     noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
     return noise, store_of(noise)
 

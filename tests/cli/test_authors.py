@@ -292,7 +292,7 @@ def test_tokenflow_with_plug_and_play(edits, tuning):
     assert (recipe.injection, recipe.propagation) == (PnPSettings(0.4, 0.7), TokenFlowSettings(4, seed=4))
     assert (one.model, one.key_frames) == ("runwayml/stable-diffusion-v1-5", ("self",))
     assert "latents_path, output_path" in notes
-    assert "inverted in the 20 steps" in edits(FLOW, n_inversion_steps=500)[1]
+    assert edits(FLOW, n_inversion_steps=500)[0][0].inversion_steps == 500
     with pytest.raises(ConfigError, match="TokenFlow needs no tuning"):
         tuning(FLOW)
 
@@ -303,8 +303,7 @@ def test_tokenflow_with_a_later_start(edits, start, steps, left):
     file = {name: value for name, value in FLOW.items() if not name.startswith("pnp")}
     (one,), _ = edits(file, start=start, n_timesteps=steps, use_ddim_noise=True)
     assert round(one.strength * steps, 9) == left and one.recipe().injection is None
-    with pytest.raises(ConfigError, match="use_ddim_noise is False"):
-        edits(file, use_ddim_noise=False)
+    assert one.sdedit_seed is None and edits(file, use_ddim_noise=False, seed=4)[0][0].sdedit_seed == 4
 
 
 @pytest.mark.parametrize(

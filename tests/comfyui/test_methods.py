@@ -160,7 +160,7 @@ def test_the_report_tells_what_was_taken_and_spent(host):
     shown = graph.add("PreviewAny", source=graph.edit[1])
     told = str(host.run(graph.prompt).outputs[shown.id])
     assert "injected queries and keys in 2 and the feature in 4 of 5 steps" in told
-    assert "3 pivots a step for 5 frames, in batches of 2, weights authors" in told
+    assert "3 random pivots a step for 5 frames, in batches of 2, weights authors" in told
     assert "16 UNet evaluations of 5 frames, 8 more for the source" in told
     assert PnPSettings().attention_steps == 0.5
 
@@ -250,14 +250,28 @@ def test_shares_of_words_and_attention_of_the_reconstruction(host):
 def test_latents_blended_as_the_authors_do(host, checkpoint):  # noqa: F811
     """A switch of its own beside blend_latents, for workflows that are older."""
     config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
-    words = {"blend_source": ("sand",), "blend_target": ("water",), "blend_threshold": 0.8}
+    words = {"blend_source": ("square",), "blend_target": ("circle",), "blend_threshold": 0.8}
     fused = {"cross_replace_steps": 0.7, "self_replace_steps": 0.8, "blend_threshold": 0.8}
     graph = DemoGraph(steps=5, frames=FRAMES)
     graph.set(graph.invert, key_frames="self")
-    graph.set(graph.words, target="a red circle on water", blend_source="sand", blend_target="water")
+    graph.set(graph.words, target="a red circle on water", blend_source="square", blend_target="circle")
     graph.fuse(**fused, blend_latents=True, blend_latents_authors=True)
     config = replace(config, **words, cross_replace_steps=0.7, self_replace_steps=0.8, blend_latents="authors")
     theirs, ours = parity(host, checkpoint, graph, config)
     assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
     plain = parity(host, checkpoint, graph, replace(config, blend_latents=True))[1]
     assert torch.linalg.norm(plain - ours) > 1e-2
+
+
+def test_more_steps_of_inversion_and_noise_of_its_own(host, checkpoint):  # noqa: F811
+    """TokenFlow's bases as the command has them."""
+    config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
+    config = replace(with_preset(config, "pnp"), inversion_steps=10, sdedit_seed=3, strength=0.8, key_frames=("self",))
+    graph = DemoGraph(steps=5, frames=FRAMES)
+    graph.set(graph.invert, key_frames="self", inversion_steps=10)
+    graph.set(graph.edit, preset="pnp", strength=0.8, sdedit_seed=3)
+    theirs, ours = parity(host, checkpoint, graph, config)
+    assert torch.linalg.norm(theirs - ours) < 1e-4 * torch.linalg.norm(ours)
+    with pytest.raises(NodeError, match="inversion_steps"):
+        graph.set(graph.invert, inversion_steps=7)
+        edited(host, graph)

@@ -246,3 +246,9 @@ def test_less_strength_starts_from_the_clip_with_less_noise(denoiser):
     assert Recipe(strength=0.5).calls(4) == (4, 4, 0)
     with pytest.raises(ValueError, match="strength is 0.1; .* leave at least one of 4"):
         edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=0.1)
+
+
+def test_fixed_pivots_are_the_middles_of_their_batches():
+    assert TokenFlowSettings(4, pivot_choice="fixed").key_frames(10, 2) == [[2, 6, 9]] * 2
+    with pytest.raises(ValueError, match="pivot_choice"):
+        TokenFlowSettings(pivot_choice="first")

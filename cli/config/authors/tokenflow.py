@@ -23,13 +23,13 @@ FILE: Keys = (
     Key("negative_prompt", str, edit="negative"),
     Key("guidance_scale", float, edit="guidance_scale"),
     Key("n_timesteps", int, edit="steps"),
-    Key("n_inversion_steps", int, edit="steps", read=None, about="the clip is inverted in n_timesteps steps"),
+    Key("n_inversion_steps", int, edit="inversion_steps"),
     Key("batch_size", int, 8, "tokenflow.batch_frames"),
     Key("seed", int, 1, "tokenflow.seed"),
     Key("pnp_attn_t", float, edit="pnp.attention_steps"),
     Key("pnp_f_t", float, edit="pnp.feature_steps"),
     Key("start", float, edit="strength", read=None, about="one step less than this share of them, as there"),
-    Key("use_ddim_noise", bool, only=(True,), about="edits start from the inverted noise: write True"),
+    Key("use_ddim_noise", bool, True, "sdedit_seed", read=None, about="False: noise of `seed`"),
     Key("device", only=("cuda",), about="remove it, and give --device"),
     Key("latents_path", about="clips are inverted with each edit; `fatezero invert` keeps a store"),
     Key("output_path", about="give --output"),
@@ -47,11 +47,11 @@ def edits(file: AuthorsFile, source: str | None, target: str | None) -> list[dic
     own["count"] = frames // batch * batch
     if top.has("pnp_attn_t") or top.has("pnp_f_t"):
         own = merged(own, PRESETS["tokenflow"])
-    steps, inverted = top.value("n_timesteps") or 50, top.value("n_inversion_steps")
+    if not top.value("use_ddim_noise"):
+        own["sdedit_seed"] = max(1, top.value("seed"))
+    steps = top.value("n_timesteps") or 50
     if top.has("start") and (left := -int(1 - top.value("start") * steps)) > 0:
         own["strength"] = left / steps
-    if inverted not in (None, steps):
-        file.notes.append(f"n_inversion_steps is {inverted}: the clip is inverted in the {steps} steps of n_timesteps")
     return [merged(own, top.settings(), {"source": source} if source else {}, {"target": target} if target else {})]
 
 
