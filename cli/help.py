@@ -37,7 +37,7 @@ PAGES = {
             "Video and prompts": "VIDEO source target negative",
             "The edit": "preset guidance-scale strength reweight",
             "Frames": "start end count size",
-            "Model": "model variant lora controlnet control",
+            "Model": "model lora controlnet control",
             "Output": "output overwrite config",
             "Speed": "steps memory chunk-frames device dtype dry-run quiet",
         },

@@ -92,10 +92,12 @@ def test_models_that_are_refused_before_anything_runs(refused, tmp_path, options
 
 def test_every_setting_that_names_a_file_knows_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    named = {name: f"~/{name}" for name in FILES}
+    own = [name for name in FILES if hasattr(EditConfig(), name)]
+    named = {name: f"~/{name}" for name in own}
     several = {"lora": ["~/a.safetensors", "~/b=0.5"], **{name: ["a burger: ~/m.mp4"] for name in FILES_OF_OBJECTS}}
     found = checked({**named, **several})
-    assert {name: found[name] for name in FILES} == {name: str(tmp_path / name) for name in FILES}
+    assert {name: found[name] for name in own} == {name: str(tmp_path / name) for name in own}
+    assert set(FILES) - set(own) == {"class_pictures"}, "of tuning"
     assert found["lora"] == (f"{tmp_path}/a.safetensors", f"{tmp_path}/b=0.5")
     assert all(found[name] == (f"a burger: {tmp_path}/m.mp4",) for name in FILES_OF_OBJECTS)
     assert all("~" not in file for file in files_of(EditConfig(**found)).values())
