@@ -14,7 +14,7 @@ from ..imports import no_grad
 from .branches import Branches, EditRun
 from .denoiser import Denoiser, check_finite, chunks_of, joined
 from .invert import Inversion, Progress
-from .parts import Edit, Injection, Layouts, Prediction, Propagation, Smoothing
+from .parts import Edit, Injected, Injection, Layouts, Prediction, Propagation, Smoothing
 from .source import Needs, check_store, sources
 from .spread import ONE_PROCESS, Spread
 from .start import start_of
@@ -202,6 +202,11 @@ class EditPass:
     def guides_layout(self) -> bool:
         """Whether an edit has a layout, which can move latents before a step."""
         return any(run.layout is not None for run in self._runs)
+
+    @property
+    def injections(self) -> list[Injected]:
+        """What each edit injects, prepared."""
+        return [run.injected for run in self._runs]
 
     @property
     def blends_latents(self) -> bool:

@@ -83,6 +83,10 @@ class FlowMask(Injected):
         self.context, self.store = context, context.store
         self.settings, self._given = settings, edit.mask
         self._inside: Tensor | None = None
+        self.difference: Tensor | None = None
+        """D of the video, (frames, h, w); None where a given mask replaces the computed one."""
+        self.mask: Tensor | None = None
+        """The mask of the video from D, (frames, h, w), before it is joined with a given one."""
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         context, settings, given = self.context, self.settings, self._given
@@ -90,8 +94,9 @@ class FlowMask(Injected):
         if given is not None and given.replaces and not settings.within:
             self._inside = self.of_latents(given)
             return
-        heat = difference(context, chunks)
-        found = mask_of_all(store, mask_from(heat, settings)).to(context.latents_like)
+        self.difference = difference(context, chunks)
+        self.mask = mask_from(self.difference, settings)
+        found = mask_of_all(store, self.mask).to(context.latents_like)
         if given is not None:
             own = given.at((found.shape[-2], found.shape[-1]), store.frames)
             joining = replace(given, how="intersection") if settings.within else given

@@ -10,6 +10,7 @@ from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
 from .edit import FateZeroSampler
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .flow_edit import FateZeroFlowEdit
+from .flow_mask_preview import FateZeroFlowMaskPreview
 from .flow_smoothing import FateZeroFlowSmoothing, FateZeroSteady
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .layout import FateZeroLayout, FateZeroLayoutGuider
@@ -48,6 +49,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroLoadTemporalLayers,
             FateZeroTuneOnVideo,
             FateZeroMaskPreview,
+            FateZeroFlowMaskPreview,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,
             FateZeroLoadStore,

@@ -16,7 +16,7 @@ from ...attention.masks import GivenMask, MaskMode
 from ...attention.prompt import PromptEdit
 from ...diffusion.edit import EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress
-from ...diffusion.parts import Edit, first_step
+from ...diffusion.parts import Edit, Injected, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from ...diffusion.start import start_of
@@ -315,3 +315,18 @@ def heat_of_words(
     guider.loop = collect
     run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))
+
+
+def prepared_injection(model: Any, store: HostStore, edit: Edit) -> Injected:
+    """The injection of an edit, prepared as for its first step."""
+    found: list[Injected] = []
+
+    def collect(denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
+        with EditPass(denoiser, Inversion(store), [edit]) as run:
+            found.extend(run.injections)
+        return latents
+
+    guider = guider_of(model, store, [edit])
+    guider.loop = collect  # type: ignore[method-assign]
+    run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
+    return found[0]

@@ -170,6 +170,32 @@ def test_a_flow_mask_needs_no_attention(host, kind):
     assert both[..., : both.shape[-1] // 2].all() and (both | ~kept).all()
 
 
+@pytest.mark.parametrize("kind", ["h3", "qwen"])
+def test_the_mask_is_previewed_on_the_latents(host, kind):
+    """And given to the edit as a MASK it keeps what preset flow_mask keeps."""
+    graph = FlowGraph(kind=kind)
+    graph.set(graph.store, sound="keep")
+    height, width = host.latents(graph.prompt, graph.add("FlowStream", latent=graph.latent[0], number=0)[0]).shape[-2:]
+    preview = graph.add(
+        "FateZeroFlowMaskPreview", model=graph.model[0], positive=graph.target[0], store=graph.store[0], threshold=0.85,
+        grow=0, still=0, width=8 * width, height=8 * height,
+    )  # fmt: skip
+    graph.set(graph.edit, preset="flow_edit", mask=preview[1])
+    by_mask = streams(host, graph, graph.edit[0])
+    settings = graph.add("FateZeroFlowMask", threshold=0.85, grow=0, still=0)
+    inputs = graph.prompt[graph.edit.id]["inputs"]
+    del inputs["mask"]
+    graph.set(graph.edit, preset="custom", settings=settings[0])
+    by_preset = streams(host, graph, graph.edit[0])
+    before = streams(host, graph, graph.latent[0])
+    assert 0 < (by_mask[0] == before[0]).float().mean() < 1
+    for ours, theirs in zip(by_mask, by_preset, strict=True):
+        assert relative(ours, theirs) < 1e-5
+    pictures = graph.add("SaveImage", images=preview[0], filename_prefix="flow_mask")
+    saved = host.run(graph.prompt).outputs[pictures.id]["images"]
+    assert len(saved) == by_mask[0].shape[-3]
+
+
 @pytest.mark.parametrize("kind", WITH_SOUND)
 def test_sound_is_kept_or_edited(host, kind):
     graph = FlowGraph(kind=kind)

@@ -11,7 +11,8 @@ from fatezero.video.read import read_video
 
 IDS = {
     "FateZeroLoadVideo", "FateZeroEncodeVideo", "FateZeroPromptEdit", "FateZeroInvert", "FateZeroSampler",
-    "FateZeroMaskPreview", "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
+    "FateZeroMaskPreview", "FateZeroFlowMaskPreview",
+    "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroDemoVideoModel",
     "FateZeroFlowSmoothing", "FateZeroSteady",
