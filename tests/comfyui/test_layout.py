@@ -48,7 +48,7 @@ def drawing(layers="demo", prompt=PROMPT, **settings):
         "FateZeroLayoutGuider", model=graph.model, positive=graph.layout[0], negative=graph.negative[0],
         layout=graph.layout[1], guidance=SCALE,
     )  # fmt: skip
-    graph.noise = graph.add("RandomNoise", sdedit_seed=7)
+    graph.noise = graph.add("RandomNoise", noise_seed=7)
     graph.empty = graph.add("EmptyLatentImage", width=64, height=64, batch_size=FRAMES)
     graph.sampled = graph.add(
         "SamplerCustomAdvanced", noise=graph.noise[0], guider=graph.guider[0],
@@ -138,7 +138,7 @@ def test_any_sampler_and_no_trace(host):
         guided = drawn(host, named(drawing(**STRONG), sampler))
         assert guided.isfinite().all() and relative(guided, plain) > 1e-2, sampler
     fresh = plainly(named(drawing(), sampler))
-    fresh.set(fresh.noise, sdedit_seed=8)
+    fresh.set(fresh.noise, noise_seed=8)
     drawn(host, fresh)  # so that what follows is not cached
     assert torch.equal(drawn(host, plainly(named(drawing(), sampler))), plain)
     with pytest.raises(NodeError, match="sampler: steps from a copy"):
@@ -231,7 +231,7 @@ def test_an_interrupt_ends_it_and_leaves_no_trace(host):
     run = host.run({name: graph.prompt[name] for name in (graph.demo.id, state.id)})
     assert host.text(run, state.id) == "0 hooks, 0 forwards, options [], wrappers []"
     again = named(drawing("demo"), "euler")
-    again.set(again.noise, sdedit_seed=9)
+    again.set(again.noise, noise_seed=9)
     drawn(host, again)
     assert torch.equal(drawn(host, named(drawing("demo"), "euler")), expected)
 

@@ -152,7 +152,7 @@ def test_what_an_inversion_cannot_follow_is_refused(host):
     with pytest.raises(NodeError, match="sampler: Inversion Guider needs DDIM Sampler"):
         host.latents(graph.prompt, custom(graph, guider[0], graph.latent[0], flipped=True, sampler=euler)[0])
     noisy = custom(graph, guider[0], graph.latent[0], flipped=True)
-    graph.set(noisy, noise=graph.add("RandomNoise", sdedit_seed=1)[0])
+    graph.set(noisy, noise=graph.add("RandomNoise", noise_seed=1)[0])
     with pytest.raises(NodeError, match="noise: an inversion adds no noise"):
         host.latents(graph.prompt, noisy[0])
     store = graph.add("FateZeroStoreOfInversion", noise=graph.latent[0])

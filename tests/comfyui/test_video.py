@@ -117,7 +117,7 @@ def test_the_noise_gives_the_clip_back_in_a_ksampler(host):
 
     def replayed(latent):
         sampler = graph.add(
-            "KSamplerAdvanced", model=model[0], add_noise="disable", sdedit_seed=0, steps=50, cfg=1.0,
+            "KSamplerAdvanced", model=model[0], add_noise="disable", noise_seed=0, steps=50, cfg=1.0,
             sampler_name="euler", scheduler="ddim_uniform", positive=graph.words[0], negative=graph.negative[0],
             latent_image=latent, start_at_step=0, end_at_step=1000, return_with_leftover_noise="disable",
         )  # fmt: skip
