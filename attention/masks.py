@@ -110,6 +110,15 @@ def soft_mask(heat: Tensor, threshold: float) -> Tensor:
     return (over_maximum(blurred) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
 
 
+def mask_by_latent(mask: Tensor, latents: Sequence[int]) -> Tensor:
+    """A mask of frames as a mask of latents, which may each cover several frames: the maximum of their masks.
+
+    mask: (frames, h, w). latents: of each frame, rising from 0.
+    """
+    own = torch.tensor(latents)
+    return torch.stack([mask[own == i].amax(0) for i in range(latents[-1] + 1)])
+
+
 MaskMode = Literal["replace", "union", "intersection"]
 """Whether a given mask replaces the computed one, or is joined with it."""
 

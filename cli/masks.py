@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..attention.masks import GivenMask
+from ..attention.masks import GivenMask, mask_by_latent
 from ..imports import torch
 from ..video.fitted import FittedVideo
 from ..video.read import VideoSource, open_video
@@ -47,6 +47,5 @@ def grey(video: VideoSource | FittedVideo) -> Tensor:
 
 
 def _by_latent(mask: Tensor, checkpoint: Model) -> Tensor:
-    """A mask of frames as a mask of latents, which may each cover several frames: the union of their masks."""
-    latents = torch.tensor([checkpoint.latent_frames(i + 1) - 1 for i in range(len(mask))])
-    return torch.stack([mask[latents == i].amax(0) for i in range(int(latents[-1]) + 1)])
+    """A mask of frames as a mask of latents."""
+    return mask_by_latent(mask, [checkpoint.latent_frames(i + 1) - 1 for i in range(len(mask))])

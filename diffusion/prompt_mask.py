@@ -13,6 +13,7 @@ from ..attention.masks import over_maximum, token_heat
 from ..imports import F, torch
 from ..store.records import Recorder
 from ..store.store import AttentionStore
+from ..store.streams import video_of
 from .denoiser import Denoiser, frames_of, joined
 from .source import attention_to
 
@@ -119,7 +120,7 @@ def prompt_heat(
             predicted, heat = _at_level(denoiser, store, z, level, condition, sites if own else (), chunks, own)
             noise.append(predicted)
             heats += [] if heat is None else [heat]
-        differences.append(over_maximum((noise[0] - noise[1]).abs().mean(1)))
+        differences.append(over_maximum(video_of(store, noise[0] - noise[1]).abs().mean(1)))
     difference = over_maximum(torch.stack(differences).mean(0))
     of_source, of_target = (torch.stack(heats).mean(0) if heats else None for heats in attended)
     both = ((of_source, tokens[0]), (of_target, tokens[1]))

@@ -12,16 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..attention.condition import Condition
-from ..attention.control import Control
 from ..attention.key_frames import Chunk
-from ..attention.masks import GivenMask, over_maximum
-from ..diffusion.denoiser import frames_of, joined
+from ..attention.masks import GivenMask
 from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
-from ..diffusion.prompt_mask import levels_compared
-from ..imports import F, no_grad, torch
+from ..diffusion.prompt_mask import prompt_heat
+from ..imports import F, torch
 from ..settings import check, setting
-from ..store.streams import mask_of_all, video_of
+from ..store.streams import mask_of_all
 from .method import Method
 
 if TYPE_CHECKING:
@@ -61,12 +58,13 @@ class FlowMaskSettings(BaseInjection):
         return False
 
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
-        return 0 if self._replaced(edit.mask) else 2 * min(4, steps)
+        return 0 if self.replaced_by(edit.mask) else 2 * min(4, steps)
 
     def inside(self) -> Self:
         return replace(self, within=True)
 
-    def _replaced(self, mask: GivenMask | None) -> bool:
+    def replaced_by(self, mask: GivenMask | None) -> bool:
+        """Whether a given mask is used instead of the computed one."""
         return mask is not None and mask.replaces and not self.within
 
     def summary(self, steps: int) -> str:
@@ -91,10 +89,11 @@ class FlowMask(Injected):
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         context, settings, given = self.context, self.settings, self._given
         store = context.store
-        if given is not None and given.replaces and not settings.within:
+        if settings.replaced_by(given):
+            assert given is not None
             self._inside = self.of_latents(given)
             return
-        self.difference = difference(context, chunks)
+        self.difference = prompt_heat(context.denoiser, store, context.target, ((), ()), (), chunks).edit
         self.mask = mask_from(self.difference, settings)
         found = mask_of_all(store, self.mask).to(context.latents_like)
         if given is not None:
@@ -105,28 +104,6 @@ class FlowMask(Injected):
 
     def blends_latents(self, step: int) -> bool:
         return True
-
-
-@no_grad
-def difference(context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> Tensor:
-    """D: where the predictions for both prompts disagree, (frames, h, w) in 0..1. chunks: of every step.
-
-    Two model calls for each of up to four levels. The denoiser must be hooked.
-    """
-    denoiser, store = context.denoiser, context.store
-    found: list[Tensor] = []
-    for level in levels_compared(store):
-        z, step = store.level(level).to(denoiser.device), store.step_at(level)
-
-        def predicted(text: Condition, z: Tensor = z, step: int = step) -> Tensor:
-            controls = [Control(store.key_frames, chunk) for chunk in chunks[step]]
-            timestep = store.timesteps[step]
-            parts = [denoiser.predict_noise(frames_of(z, own.chunk), timestep, text, own) for own in controls]
-            return joined(chunks[step], parts)
-
-        apart = predicted(context.target) - predicted(store.source)
-        found.append(over_maximum(video_of(store, apart).float().abs().mean(1)))
-    return over_maximum(torch.stack(found).mean(0))
 
 
 def mask_from(heat: Tensor, settings: FlowMaskSettings) -> Tensor:

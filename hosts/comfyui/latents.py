@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...attention.masks import GivenMask
+from ...attention.masks import GivenMask, mask_by_latent
 
 Shapes = Sequence[Sequence[int]]
 """The shapes of the streams of a LATENT: a video or picture, and its sound if any."""
@@ -73,13 +73,13 @@ def mask_of_latents(model: Any, mask: Tensor, latents: int) -> Tensor:
         return mask
     kind = model.model.latent_format
     ratio, block = getattr(kind, "temporal_downscale_ratio", 1), BLOCKS.get(type(kind).__name__, len(mask))
-    own = torch.tensor([_latent_of(frame, ratio, block) for frame in range(len(mask))])
+    own = [_latent_of(frame, ratio, block) for frame in range(len(mask))]
     if own[-1] + 1 != latents:
         raise ValueError(
             f"mask: has {len(mask)} frames, but the clip has {latents} latent frames: give one, or one for each frame "
             "of the clip"
         )
-    return torch.stack([mask[own == i].amax(0) for i in range(latents)])
+    return mask_by_latent(mask, own)
 
 
 def _latent_of(frame: int, ratio: int, block: int) -> int:
