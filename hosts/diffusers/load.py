@@ -23,7 +23,7 @@ def loader_of(name: str) -> type[Model]:
     model.
     """
     pipeline = "" if name in DEMOS else kind_of(name)
-    return next(one for one in FAMILIES if name == one.family.demo or pipeline.startswith(one.pipelines))
+    return next(one for one in FAMILIES if name == one.family.demo or pipeline in one.pipelines or not one.pipelines)
 
 
 def open_model(

@@ -19,9 +19,6 @@ from .model_files import CheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -49,8 +46,8 @@ class Model(ABC):
     """
 
     family: ClassVar[Family]
-    pipelines: ClassVar[str]
-    """The prefix of the family's pipeline classes in diffusers."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """The family's pipeline classes in diffusers; empty for all others."""
 
     name: str
     vae: Any
