@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import nn
 
 from ...store.budget import available_bytes
 from ...store.identity import ModelIdentity
@@ -86,6 +87,13 @@ class TransformerModel(Model):
     @property
     def networks(self) -> list[Any]:
         return [self.transformer]
+
+    @property
+    def parts(self) -> list[Any]:
+        """With further networks of the pipeline, such as an image encoder."""
+        known = super().parts
+        others = () if self.pipeline is None else self.pipeline.components.values()
+        return [*known, *(part for part in others if isinstance(part, nn.Module) and part not in known)]
 
     def _set_attention(self, network: Any, kernel: str) -> None:
         names = sorted(one.value for one in AttentionBackendName if not one.value.endswith("_hub"))  # those download

@@ -208,8 +208,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         return [rearrange(velocity, "c f y x -> f c y x") for velocity in output]
 
     def _model_at(self, timestep: float) -> Any:
-        low = self.boundary is not None and timestep < self.boundary * self.scheduler.config["num_train_timesteps"]
-        return self.transformers[int(low)]
+        return network_at(self.transformers, self.boundary, self.scheduler, timestep)
 
     def _by_row(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
         """A block that runs the rows of a batch one after another, so that each can use the previous one's records."""
@@ -254,6 +253,12 @@ class VideoTransformerDenoiser(HookedDenoiser):
         return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
 
+def network_at(networks: Sequence[Any], boundary: float | None, scheduler: Any, timestep: float) -> Any:
+    """Wan 2.2's transformer for a timestep."""
+    low = boundary is not None and timestep < boundary * scheduler.config["num_train_timesteps"]
+    return networks[int(low)]
+
+
 def _padded(text: Tensor, tokens: int) -> Tensor:
     return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
 
@@ -272,28 +277,15 @@ def _check_model(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class WanCheckpoint(TransformerModel, WholeClip):
-    """A Wan 2.1 or 2.2 text-to-video model.
+class WanModel(TransformerModel, WholeClip):
+    """A Wan model with its text and clips.
 
     low_noise, boundary: 2.2's second transformer, and the sigma below which it is used. A LoRA is fused into both
     transformers, or into the one in its name: high_noise or low_noise.
     """
 
-    family = WAN
-    pipelines = ("WanPipeline", "WanVideoToVideoPipeline")
-    kinds = (WanTransformer3DModel,)
-
     low_noise: Any = field(default=None, kw_only=True)
     boundary: float | None = field(default=None, kw_only=True)
-
-    @classmethod
-    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
-        if name != WAN.demo:
-            return super().opened(name, device, dtype, options)
-        if options.temporal:
-            raise CheckpointError(f"{name} is a {WAN.network}: --temporal is for image models with a UNet")
-        demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
-        return replace(demo, notes=add_loras(demo, lora_files(options.lora)))  # type: ignore[return-value]
 
     @classmethod
     def of_pipeline(cls, name: str, pipeline: Any, device: torch.device, notes: tuple[str, ...], **more: Any) -> Self:
@@ -304,10 +296,6 @@ class WanCheckpoint(TransformerModel, WholeClip):
     @property
     def networks(self) -> list[Any]:
         return [self.transformer, *([] if self.low_noise is None else [self.low_noise])]
-
-    @cached_property
-    def denoiser(self) -> VideoTransformerDenoiser:
-        return VideoTransformerDenoiser(self.transformer, self.scheduler, self.low_noise, self.boundary)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
@@ -326,6 +314,28 @@ class WanCheckpoint(TransformerModel, WholeClip):
     @property
     def native_size(self) -> int:
         return NATIVE_SIZE
+
+
+@dataclass(frozen=True)
+class WanCheckpoint(WanModel):
+    """A Wan 2.1 or 2.2 text-to-video model."""
+
+    family = WAN
+    pipelines = ("WanPipeline", "WanVideoToVideoPipeline")
+    kinds = (WanTransformer3DModel,)
+
+    @classmethod
+    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
+        if name != WAN.demo:
+            return super().opened(name, device, dtype, options)
+        if options.temporal:
+            raise CheckpointError(f"{name} is a {WAN.network}: --temporal is for image models with a UNet")
+        demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
+        return replace(demo, notes=add_loras(demo, lora_files(options.lora)))  # type: ignore[return-value]
+
+    @cached_property
+    def denoiser(self) -> VideoTransformerDenoiser:
+        return VideoTransformerDenoiser(self.transformer, self.scheduler, self.low_noise, self.boundary)
 
 
 class SmallWan(FrameByFrame, WanCheckpoint):
