@@ -69,7 +69,9 @@ def _check_control(config: EditConfig, loader: type[Model]) -> None:
         hint = "; give control alone" if loader.takes_control else ""
         raise ConfigError(f"controlnet: needs a UNet, but {config.model} is a {family.title} {family.network}{hint}")
     if config.control and not config.controlnet and not loader.takes_control:
-        raise ConfigError(f"control has no effect on {family.title} without a controlnet")
+        raise ConfigError(
+            f"control has no effect here: no controlnet is given, which {family.title} needs to follow it"
+        )
 
 
 def _check_no_layout(config: EditConfig | GenerateConfig) -> None:
