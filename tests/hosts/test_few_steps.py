@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDSc
 from safetensors.torch import save_file
 
 from fatezero import FlowEditSettings, draw, edit
-from fatezero.files.bundled import DEMO
+from fatezero.files.bundled import DEMO, LORAS
 from fatezero.files.lora import LoraFile, few_steps_of
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
 from fatezero.hosts.diffusers.load import open_model
@@ -41,7 +41,7 @@ def test_weights_for_few_steps_by_their_names(path, timesteps):
 
 def test_a_bundled_lora_has_a_name():
     assert LoraFile.parse("demo-few-steps=0.5") == LoraFile("demo-few-steps", 0.5)
-    assert LoraFile("demo-few-steps").file().parent.name == "wan"
+    assert LORAS["demo-few-steps"].parent.name == "wan"
 
 
 @pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
