@@ -54,6 +54,6 @@ def test_words_stand_before_their_path():
         ("burger: 0:9,0.5,0.3", "centre is 9,0.5"),
     ],
 )
-def test_what_is_refused(text, told):
+def test_refusals(text, told):
     with pytest.raises(ValueError, match=told):
         named_path(text)

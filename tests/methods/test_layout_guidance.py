@@ -263,7 +263,7 @@ def test_the_models_weights_keep_their_gradients_to_themselves():
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
-def test_what_is_refused():
+def test_refusals():
     with pytest.raises(ValueError, match=r"target must be \(frames, height, width\)"):
         LayoutGuidance(target=torch.full((1, 4, 4), 2.0), columns=[1])
     with pytest.raises(ValueError, match="columns is .*must list tokens"):

@@ -175,7 +175,7 @@ def test_words_tell_where_it_is_and_columns_where_it_goes(tokenizer):
         layout.guidance(2, 16, 16, 77)
 
 
-def test_what_is_refused(denoiser, inversion, pair):
+def test_refusals(denoiser, inversion, pair):
     with pytest.raises(ValueError, match="mode is forward"):
         moving(mode="forward")
     with pytest.raises(ValueError, match="objects is empty"):
