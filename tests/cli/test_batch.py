@@ -183,7 +183,7 @@ def test_a_batch_resumes(command, folder):
 @pytest.mark.slow
 def test_a_resumed_run_completes_metrics_and_bad_jobs_do_not_stop_it(command, folder):
     """Metrics missing after a kill, a truncated line, a result that could not be measured, and jobs
-that are invalid.
+    that are invalid.
     """
     clip = {"video": "clips/a.mp4", "source": SOURCE, "steps": 1, "count": 2}
     good = [{**clip, "target": f"a {colour} square on water"} for colour in COLOURS[:3]]

@@ -237,7 +237,7 @@ def test_an_interrupt_ends_it_and_leaves_no_trace(host):
 
 
 @pytest.mark.slow
-def test_half_precision_follows_single(host):
+def test_half_precision_is_close_to_single(host):
     single, half = (drawing("", energy="inside", scale=60.0, most_change=0.1) for _ in range(2))
     half.set(half.guider, model=half.add("OtherDemoModel", dtype="bf16")[0])
     assert relative(drawn(host, half), drawn(host, single)) < 0.3

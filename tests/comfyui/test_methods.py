@@ -114,7 +114,7 @@ def test_less_strength_stays_nearer_to_the_clip(host):
         edited(host, graph)
 
 
-def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(host):
+def test_a_mask_preserves_the_clip_outside_with_any_method(host):
     graph = flowing("pnp")
     image = graph.add("SolidMask", value=0.0, width=64, height=64)
     graph.set(graph.edit, mask=image[0])

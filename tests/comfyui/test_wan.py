@@ -423,7 +423,7 @@ def test_no_trace_is_left_on_the_model(host, graph):
         ({"propagation": "FateZeroTokenFlow"}, "TokenFlow needs a UNet"),
     ],
 )
-def test_parts_that_are_of_unets(host, graph, part, error):
+def test_parts_that_need_a_unet(host, graph, part, error):
     for name, value in part.items():
         given = value
         if name == "propagation":

@@ -40,7 +40,7 @@ def test_guidance_one_is_the_positive_branch():
     assert torch.allclose(guide(negative, positive, 0.0), negative)
 
 
-def test_the_schedule_is_the_schedulers_own(denoiser):
+def test_the_schedule_equals_the_schedulers(denoiser):
     schedule = denoiser.schedule(50)
     assert schedule.timesteps[:2] == (981, 961)
     assert schedule.timesteps[-1] == 1
