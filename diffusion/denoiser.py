@@ -117,9 +117,9 @@ def refuse_clip_norm(clip_norm: bool) -> None:
 
 
 def keys_on(denoiser: Denoiser, key_frames: KeyFrames | Iterable[str | int] | str | int) -> KeyFrames:
-    """The given key frames, or "all" on a video transformer, whose frames attend to all frames."""
+    """The given key frames; on a transformer "all" if its frames attend to all frames, else "self"."""
     keys = KeyFrames.of(key_frames)
-    return KeyFrames((ALL,)) if denoiser.spans_clip else keys
+    return keys if not denoiser.spans_clip else KeyFrames((ALL if denoiser.frames_meet else "self",))
 
 
 def frames_meet(denoiser: Denoiser, calls: ClipCalls) -> bool:

@@ -81,8 +81,8 @@ _NO_EFFECT: tuple[Rule, ...] = (
     ),
     (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
     (
-        ("control", "controlnet_strength", "control_start", "control_end"),
-        lambda c: not c.controlnet,
+        ("controlnet_strength", "control_start", "control_end"),
+        lambda c: not c.controlnet and not c.control,
         "no controlnet is given",
     ),
 )

@@ -48,7 +48,7 @@ class Checkpoint(FrameByFrame):
     """
 
     family = UNET
-    pipelines = ""
+    pipelines = ()
 
     unet: Any
     zero_negative: bool = field(default=False, kw_only=True)

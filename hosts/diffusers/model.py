@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +18,6 @@ from .model_files import CheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,19 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
+class ClipFacts:
+    """What a model may need of a clip besides its latents.
+
+    shape: of the latents, (frames, channels, h, w). fps: frames a second. frames: a function that gives the frames,
+    uint8 (height, width, 3), one at a time; None where there are none, as for new clips.
+    """
+
+    shape: tuple[int, ...]
+    fps: float
+    frames: Callable[[], Iterator[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class Model(ABC):
     """The parts of a model on one device.
 
@@ -49,8 +59,12 @@ class Model(ABC):
     """
 
     family: ClassVar[Family]
-    pipelines: ClassVar[str]
-    """The prefix of the family's pipeline classes in diffusers."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """The family's pipeline classes in diffusers; empty for all others."""
+    needs_frames: ClassVar[bool] = False
+    """Whether the model's calls need frames of the clip, as for image-to-video."""
+    takes_control: ClassVar[bool] = False
+    """Whether it follows a control video without a ControlNet."""
 
     name: str
     vae: Any
@@ -123,6 +137,10 @@ class Model(ABC):
     def channels(self) -> int:
         """Channels of the latents."""
         return int(self.networks[0].config["in_channels"])
+
+    def for_clip(self, clip: ClipFacts) -> Self:
+        """The model for one clip. Raises ValueError for a clip that it does not support."""
+        return self
 
     def with_control(
         self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,

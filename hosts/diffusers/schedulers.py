@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -68,16 +70,31 @@ def ddim_schedule(scheduler: DDIMScheduler, steps: int) -> Schedule:
     return Schedule(timesteps, alphas.double())
 
 
-def flow_schedule(scheduler: Any, steps: int) -> FlowSchedule:
-    """Raises ValueError for a number of steps that the scheduler does not support."""
+def flow_schedule(scheduler: Any, steps: int, tokens: int | None = None) -> FlowSchedule:
+    """The schedule of a flow. tokens: of a call, for pipelines whose sigmas are even steps from 1, shifted by them.
+
+    Raises ValueError for a number of steps that the scheduler does not support.
+    """
     total = _check_steps(scheduler, steps)
     scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps)
+    if tokens is None:
+        scheduler.set_timesteps(steps)
+    else:
+        even = np.linspace(1.0, 1 / steps, steps)
+        given = {"num_inference_steps": steps} if scheduler.config.get("use_flow_sigmas") else {"sigmas": even}
+        scheduler.set_timesteps(**given, mu=_shift_of(scheduler.config, tokens))
     sigmas = torch.as_tensor(scheduler.sigmas).double().cpu()
     decreases = bool((sigmas[:-1] > sigmas[1:]).all())
     if len(sigmas) != steps + 1 or not decreases or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ValueError(f"the scheduler's sigmas do not decrease from at most 1 to 0 in {steps} steps")
     return FlowSchedule.of(tuple((total * sigmas[:-1]).tolist()), sigmas.flip(0))
+
+
+def _shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift mu for a number of tokens: a line through two points of the configuration."""
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (high - low) * (tokens - least) / (most - least))
 
 
 def _check_steps(scheduler: Any, steps: int) -> int:

@@ -45,7 +45,7 @@ def test_a_pair_of_transformers_and_a_store_in_a_file(command, tmp_path):
         (("--smoothing", "0.5"), "smoothing needs a UNet"),
         (("--clip-norm",), "clip_norm"),
         (("--shift", "square: 0:0.1,0"), "layout needs a UNet"),
-        (("--temporal", "demo"), "already a video model"),
+        (("--temporal", "demo"), "--temporal is for image models"),
         (("--size", "40x32"), "multiples of 16"),
     ],
 )

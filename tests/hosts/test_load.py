@@ -15,7 +15,7 @@ from tests.wan import write_wan
 
 
 def test_each_family_has_a_loader_and_a_bundled_model():
-    assert {loader.family for loader in FAMILIES} == set(FACTS)
+    assert {loader.family for loader in FAMILIES if loader.family.demo} == set(FACTS)
     assert {loader_of(name).family.demo for name in DEMOS} == set(DEMOS)
     assert all(family.demo_folder.is_dir() for family in FACTS)
 
@@ -44,7 +44,7 @@ def test_every_model_encodes_and_decodes_a_clip(name):
 
 
 def test_options_without_effect_are_refused():
-    for options, reason in (({"config": str(DEMO)}, "single file"), ({"temporal": "demo"}, "video model")):
+    for options, reason in (({"config": str(DEMO)}, "single file"), ({"temporal": "demo"}, "video transformer")):
         with pytest.raises(CheckpointError, match=reason):
             open_model("demo-wan", **options)
     with pytest.raises(CheckpointError, match="UNet"):
