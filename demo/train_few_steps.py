@@ -39,7 +39,7 @@ class FewStepsSettings:
 
     seed: int = 0
     clips: int = 200
-    steps: int = 900
+    steps: int = 700
     frames: int = 16
     """Total frames of a step's clips."""
     rank: int = 8

@@ -1,4 +1,4 @@
-"""Small random Wan transformers, and a pipeline of them in a folder."""
+"""Small random Wan transformers, and a pipeline folder with them."""
 
 import torch
 from diffusers import (

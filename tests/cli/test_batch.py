@@ -1,4 +1,4 @@
-"""A batch as a user runs it: files of jobs, processes that die, runs that are stopped, a cluster."""
+"""`fatezero batch`: files of jobs, killed processes, interrupted runs, a cluster."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def write(folder: Path, held, name="jobs.yaml") -> Path:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Two clips, and here."""
+    """A folder with two clips, as the current directory."""
     monkeypatch.chdir(tmp_path)
     return two_clips(tmp_path)
 
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 # --- files of jobs ------------------------------------------------------------------------------
 
 
-def test_axes_are_combined_and_later_ones_stand_over_earlier(folder):
+def test_axes_are_combined_and_later_values_override_earlier(folder):
     batch = load_batch(write(folder, {
         "steps": 9,
         "source": SOURCE,
@@ -65,7 +65,7 @@ def test_axes_are_combined_and_later_ones_stand_over_earlier(folder):
     assert Counter(job.labels["clips"] for job in batch.jobs) == {"a": 8, "b": 9, "short": 8}
 
 
-def test_a_name_does_not_follow_what_else_there_is(folder):
+def test_a_jobs_name_does_not_depend_on_other_jobs(folder):
     held = {"source": SOURCE, "clips": "clips/a.mp4", "targets": ["x", "y"]}
     before = {job.name for job in load_batch(write(folder, held)).jobs}
     held |= {"clips": "clips/*.mp4", "targets": ["z", "y", "x"]}
@@ -94,7 +94,7 @@ def test_a_name_does_not_follow_what_else_there_is(folder):
         ({"jobs": "a.mp4", "inputs": ["x" * 10**6]}, "inputs is ['xx"),
     ],
 )
-def test_files_that_hold_no_jobs(folder, held, says):
+def test_invalid_job_files(folder, held, says):
     with pytest.raises(ConfigError, match=r"jobs\.yaml") as refused:
         load_batch(write(folder, held))
     assert says in str(refused.value) and len(str(refused.value)) < 500
@@ -109,7 +109,7 @@ def test_files_that_hold_no_jobs(folder, held, says):
         ({"source": "x", "target": "y", "preset": "nonsense"}, "preset 'nonsense' is unknown"),
     ],
 )
-def test_settings_that_are_none_are_refused_before_any_job_runs(refused, folder, job, says):
+def test_invalid_settings_are_refused_before_any_job_runs(refused, folder, job, says):
     write(folder, {"jobs": [{"video": "clips/a.mp4", **job}]})
     assert says in refused("batch", "jobs.yaml")
     assert not (folder / "jobs").exists()
@@ -132,7 +132,7 @@ def test_jobs_that_need_the_same_inversion_share_it(folder):
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def test_a_batch_gives_what_single_edits_give(command, folder):
+def test_a_batch_gives_the_results_of_single_edits(command, folder):
     held = {
         "source": SOURCE, "steps": 2, "count": 3, "clips": ["clips/a.mp4", "clips/none.mp4"],
         "targets": ["a green square on water", "a red circle on water"], "methods": ["shape"],
@@ -156,12 +156,12 @@ def test_a_batch_gives_what_single_edits_give(command, folder):
 
     shutil.copy(folder / "jobs" / name, folder / "clips" / "none.mp4")
     assert "4 jobs, 2 of them done" in command("batch", "jobs.yaml", "--dry-run")
-    shutil.copy(folder / "jobs" / name, folder / "clips" / "a.mp4")  # another clip under the name of one that is done
+    shutil.copy(folder / "jobs" / name, folder / "clips" / "a.mp4")  # another clip under the name of a finished one
     assert "4 jobs\n" in command("batch", "jobs.yaml", "--dry-run")
 
 
 @pytest.mark.slow
-def test_a_batch_goes_on_where_it_was(command, folder):
+def test_a_batch_resumes(command, folder):
     held = {
         "source": SOURCE, "steps": 2, "count": 3, "clips": ["clips/a.mp4", "clips/none.mp4"],
         "targets": ["a green square on water", "a red circle on water"], "methods": ["shape"],
@@ -181,9 +181,9 @@ def test_a_batch_goes_on_where_it_was(command, folder):
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command, folder):
-    """Figures that a run was killed before it kept, a line cut short, a result that could not be measured, and jobs
-    that are no edits.
+def test_a_resumed_run_completes_metrics_and_bad_jobs_do_not_stop_it(command, folder):
+    """Metrics missing after a kill, a truncated line, a result that could not be measured, and jobs
+    that are invalid.
     """
     clip = {"video": "clips/a.mp4", "source": SOURCE, "steps": 1, "count": 2}
     good = [{**clip, "target": f"a {colour} square on water"} for colour in COLOURS[:3]]
@@ -242,7 +242,7 @@ def wait_for(what):
 
 
 def kill_workers(count: int) -> None:
-    """Kill the first worker processes of this one, each as it comes."""
+    """Kill the first worker processes of this run as they start."""
 
     def kill() -> None:
         killed: set[int] = set()
@@ -260,7 +260,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]) -> None:
-    """Jobs of which some fail, with processes killed and the run stopped in the middle."""
+    """A batch in which some jobs fail, processes are killed and the run is interrupted."""
     clip = {"video": "clips/a.mp4", "count": 1, "source": SOURCE}
     jobs = [
         {**clip, "target": f"a {COLOURS[i % 5]} square on water", "guidance_scale": 2 + i / 100} for i in range(count)
@@ -287,18 +287,18 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
     assert all("no video at" in error for error in failed.values())
     assert Counter(row["status"] for row in found) == {"done": count - len(failed), "failed": len(failed)}
     done = Counter(line["name"] for line in lines(folder / "jobs") if line["error"] is None)
-    assert max(done.values()) == 1, "nothing was done twice"
+    assert max(done.values()) == 1, "no job ran twice"
     assert not list((folder / "jobs").rglob("*partial*"))
 
 
 @pytest.mark.slow
-def test_trouble_with_a_hundred_jobs(folder):
+def test_failures_among_a_hundred_jobs(folder):
     run_with_trouble(folder, 100, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
 
 
 @pytest.mark.slow
-def test_trouble_with_some_jobs_leaves_the_others_alone(command, folder):
-    """One whose process dies is tried again, and one has no clip."""
+def test_failures_of_some_jobs_do_not_affect_the_others(command, folder):
+    """One job whose process dies is retried; another has no clip."""
     clip = {"video": "clips/a.mp4", "source": SOURCE, "count": 1, "steps": 1}
     dies, lost, good = (f"a {colour} square on water" for colour in COLOURS[:3])
     write(folder, {"jobs": [
@@ -335,7 +335,7 @@ def test_two_runs_in_one_folder(refused, folder):
 
 
 @pytest.mark.slow
-def test_an_inversion_that_fails_fails_its_edits_alone(folder):
+def test_a_failed_inversion_fails_only_its_edits(folder):
     (folder / "clips" / "broken.mp4").write_bytes(b"no video")
     held = {"source": SOURCE, "steps": 1, "count": 1, "clips": "clips/*.mp4", "targets": ["x", "y"]}
     batch = load_batch(write(folder, held))
@@ -348,7 +348,7 @@ def test_an_inversion_that_fails_fails_its_edits_alone(folder):
     assert all("its inversion: " in one.error and "not a readable video" in one.error for one in ended if one.error)
 
 
-def test_a_job_that_takes_longer_than_it_may_is_stopped(folder):
+def test_a_job_beyond_its_timeout_is_stopped(folder):
     held = {"source": SOURCE, "jobs": {"video": "clips/a.mp4", "target": "a green square on water"}}
     (job,) = load_batch(write(folder, held)).jobs
     places, patience = Devices(("cpu",), WorkerOptions(measures=False), 1), RetryPolicy(timeout=0.01)

@@ -39,12 +39,12 @@ def test_an_edit_with_the_caption_of_the_middle_frame(command, blip, words, tmp_
     said = command(*EDIT, "--source", "auto", "--caption-model", blip, "-o", "auto.mp4")
     assert said.index(f"captioning the clip's middle frame with {blip}") < said.index(f"source prompt: {words}")
     record = json.loads((tmp_path / "auto.mp4.json").read_text())
-    assert (record["source"], record["caption_model"]) == (words, "blip"), "without the folders above"
+    assert (record["source"], record["caption_model"]) == (words, "blip"), "without parent folders"
     command(*EDIT, "--source", words, "-o", "typed.mp4")
     frames = [read_video(tmp_path / name).frames for name in ("auto.mp4", "typed.mp4")]
     assert torch.equal(*frames)
     command("edit", "--config", "auto.mp4.json", "-o", "again.mp4")
-    assert torch.equal(read_video(tmp_path / "again.mp4").frames, frames[0]), "and no model is needed"
+    assert torch.equal(read_video(tmp_path / "again.mp4").frames, frames[0]), "no model is needed"
 
 
 def test_a_store_keeps_the_caption(command, blip, words, tmp_path):
@@ -66,7 +66,7 @@ def test_a_batch_with_captions(command, blip, words, tmp_path):
     assert [record["source"] for record in records] == [words, words]
 
 
-def test_what_is_refused_before_anything_is_loaded(refused, blip, monkeypatch, tmp_path):
+def test_refusals_before_anything_is_loaded(refused, blip, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     part = (*EDIT, "-o", "x.mp4")
     said = refused(*part, "--source", "auto")

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: its own process, real files, the bundled model."""
+"""The command line in its own process, with real files and the bundled model."""
 
 import fcntl
 import os
@@ -59,7 +59,7 @@ def test_a_picture_and_odd_sizes(command, tmp_path):
     assert "size 65x64: both sides must be multiples of 4" in said
 
 
-def test_a_store_serves_many_edits(command, store, tmp_path):
+def test_a_store_is_used_by_several_edits(command, store, tmp_path):
     for preset, target in (("attribute", TARGET), ("shape", "a red circle on water")):
         command("edit", "--store", store, "--target", target, "--preset", preset, "-o", f"{preset}.mp4")
         assert read_video(tmp_path / f"{preset}.mp4").frames.shape == (8, 64, 64, 3)
@@ -117,11 +117,11 @@ def test_an_inversion_is_written_as_it_runs_in_any_memory(command, tmp_path):
     assert AttentionStore.load(tmp_path / "s.safetensors").kept_steps == 3
 
 
-def test_a_missing_video_is_told_in_one_line(command):
+def test_a_missing_video_gives_one_line(command):
     assert command("edit", "missing.mp4", *WORDS, code=1).strip() == "error: no video at missing.mp4"
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     chunks = ("--clip-norm", "--chunk-frames", "4")
     said = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
     assert "chunks approximate the whole clip" in said
@@ -219,7 +219,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         (["--store", "text.safetensors", "--target", TARGET], "is damaged"),
     ],
 )
-def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
+def test_bad_input_gives_one_line(refused, tmp_path, arguments, message):
     (tmp_path / "empty.mp4").touch()
     for name in ("text.mp4", "text.safetensors", "model.ckpt"):
         (tmp_path / name).write_text("hello " * 50)
@@ -239,7 +239,7 @@ def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
         (["--memory", "maps"], "made with memory 'queries_keys'"),
     ],
 )
-def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, message):
+def test_options_that_contradict_the_store_are_refused(refused, store, arguments, message):
     assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
 
 
@@ -255,11 +255,11 @@ def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, messa
         (["--budget-gb", 5], "budget_gb has no effect on an existing store"),
     ],
 )
-def test_options_that_a_store_leaves_without_effect_are_refused(refused, store, arguments, message):
+def test_options_without_effect_on_a_store_are_refused(refused, store, arguments, message):
     assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
 
 
-def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
+def test_a_video_of_another_length_than_the_store_is_refused(refused, store, tmp_path):
     write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
     assert "has 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
 
@@ -269,8 +269,8 @@ def test_a_truncated_store_is_refused(refused, store, tmp_path):
     assert "is damaged" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
-def _hear_signals():
-    """Tests that a shell runs in the background are deaf to some, and so are their children."""
+def _restore_signals():
+    """Restore signal handlers, which background jobs of a shell ignore together with their children."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -297,7 +297,7 @@ def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ende
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        preexec_fn=_hear_signals,
+        preexec_fn=_restore_signals,
     )
     assert process.stdout is not None
     while "invert 1/" not in (line := process.stdout.readline()):
@@ -326,13 +326,13 @@ def test_the_next_start_removes_the_temporary_stores_of_dead_processes(command, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
 @pytest.mark.parametrize(("ended_by", "says"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
-def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path, ended_by, says):
+def test_a_signal_during_loading_ends_it_with_one_line(tmp_path, ended_by, says):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "fatezero", "edit", CLIP, *WORDS], cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_signals,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_restore_signals,
     )  # fmt: skip
     assert process.stderr is not None
-    while "cyclopts" not in (line := process.stderr.readline()):  # imports are told as they end
+    while "cyclopts" not in (line := process.stderr.readline()):  # the import log has a line when an import ends
         assert line, "ended before it could be interrupted"
     process.send_signal(ended_by)
     errors = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
@@ -348,7 +348,7 @@ def _limit_file_size(most=2000):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
+def test_a_full_disk_gives_an_error_and_no_partial_file(tmp_path):
     edit = ["edit", CLIP, *WORDS, "--steps", 1, "-o", "out.mp4"]
     invert = ["invert", CLIP, "--source", SOURCE, "--steps", 1, "-o", "s.safetensors"]
     for arguments in (edit, invert):
@@ -358,7 +358,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_the_record_is_told_with_its_name_and_the_result_stays(tmp_path):
+def test_a_record_that_cannot_be_written_is_named_and_the_result_kept(tmp_path):
     long = ("--negative", "blur" + 20_000 * " ")  # for which a GIF has no metadata
     arguments = ["edit", CLIP, *WORDS, "--steps", 1, "--count", 1, *long, "-o", "out.gif"]
     said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
@@ -367,7 +367,7 @@ def test_a_disk_that_is_full_for_the_record_is_told_with_its_name_and_the_result
 
 
 def test_the_package_imports_without_torch_as_a_folder_with_dashes(tmp_path):
-    """What ComfyUI does: load the folder by path, under a name that is no identifier."""
+    """As ComfyUI does: load the folder by path, under a name that is not an identifier."""
     root = Path(__file__).resolve().parents[2]
     (tmp_path / "fate-zero.nodes").symlink_to(root)
     code = f"""
@@ -386,18 +386,18 @@ assert "fatezero" not in sys.modules
     assert torch.__version__
 
 
-# --- stores and where they are from -------------------------------------------------------------
+# --- stores and their origin --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sounding(tmp_path_factory) -> Path:
-    """A clip of flashes and beeps, two seconds long, in a file that begins late."""
+    """A clip of flashes and beeps, two seconds long, in a file with a late start."""
     return flashes(
         tmp_path_factory.mktemp("sounding") / "beep.mkv", times=[Fraction(i, 8) for i in range(20)], late=1.0
     )
 
 
-def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sounding, tmp_path):
+def test_an_edit_from_a_store_has_the_clips_sound_and_times(command, sounding, tmp_path):
     part = ("--start", "0.5s", "--count", 10, "--size", "32x32")
     command("invert", sounding, *WORDS[:2], "--steps", 1, *part, "-o", "s.safetensors")
     (tmp_path / "elsewhere").mkdir()
@@ -417,7 +417,7 @@ def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sou
 
 
 def _changed(path: Path, out: Path, **extra) -> Path:
-    """A store whose account of its clip is another."""
+    """A store with changed metadata of its clip."""
     store = AttentionStore.load(path)
     store.extra.update(extra)
     return store.save(out)
@@ -441,17 +441,17 @@ def _changed(path: Path, out: Path, **extra) -> Path:
         ({"settings": 3}, "damaged"),
     ],
 )
-def test_a_stores_account_of_its_clip_is_checked(command, refused, store, tmp_path, monkeypatch, extra, message):
+def test_a_stores_metadata_of_its_clip_is_checked(command, refused, store, tmp_path, monkeypatch, extra, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     changed = _changed(store, tmp_path / "s.safetensors", **extra)
     arguments = ("edit", "--store", changed, "--target", TARGET, "--preset", "style", "-o", "o.mp4")
-    if message is None:  # it has no sound, so the rate of it is nothing
+    if message is None:  # it has no sound, so no sample rate either
         command(*arguments)
     else:
         assert message in refused(*arguments)
 
 
-def test_a_prompt_that_does_not_give_the_stores_embeddings_is_refused(refused, store, tmp_path):
+def test_a_prompt_with_other_embeddings_than_the_stores_is_refused(refused, store, tmp_path):
     loaded = AttentionStore.load(store)
     loaded.prompt = "a blue circle on sand"
     loaded.save(tmp_path / "s.safetensors")
@@ -462,7 +462,7 @@ def test_a_prompt_that_does_not_give_the_stores_embeddings_is_refused(refused, s
 # --- outputs -------------------------------------------------------------------------------------
 
 
-def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monkeypatch):
+def test_one_failed_output_does_not_affect_the_others(refused, tmp_path, monkeypatch):
     import fatezero.cli.commands.edit as run
 
     plain = run.write_video
@@ -479,7 +479,7 @@ def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"o_{i}.mp4{end}" for i in (0, 2) for end in ("", ".json")]
 
 
-def test_outputs_are_replaced_only_where_asked(command, tmp_path):
+def test_outputs_are_overwritten_only_with_the_option(command, tmp_path):
     (tmp_path / "o.mp4").write_text("mine")
     edit = ("edit", CLIP, *WORDS, "--steps", 1, "--count", 2, "-o", "o.mp4")
     command(*edit, code=1)
@@ -519,10 +519,10 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
     assert "no temporal layers at none.safetensors" in refused(*part, "--temporal", "none.safetensors")
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- help and progress ------------------------------------------------------------------------------
 
 
-def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
+def test_the_full_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
     from fatezero.cli.config.settings import SECTIONS, EditConfig
     from fatezero.settings import settings_of
 
@@ -539,7 +539,7 @@ def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypa
     assert command("--version").startswith("fatezero 0.")
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal_and_quiet_says_nothing(command):
+def test_progress_is_printed_in_lines_without_a_terminal_and_not_if_quiet(command):
     run = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
     said = command(*run, "-o", "a.mp4")
     assert re.search(r"^invert 1/2, 0:\d\d left$", said, re.M)
@@ -556,7 +556,7 @@ def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path)
     assert alike(*(read_video(tmp_path / f"{name}.mp4").frames for name in ("file", "flag")))
 
 
-def test_an_object_of_a_clip_is_moved_and_the_rest_stays(command, refused, tmp_path):
+def test_an_object_of_a_clip_is_moved_and_the_rest_preserved(command, refused, tmp_path):
     """The same clip with its square further down: red is there, and only there."""
     move = ("--source", SOURCE, "--count", 3, "--steps", 6, "--guidance-scale", 5)
     said = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")

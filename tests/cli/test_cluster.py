@@ -29,7 +29,7 @@ def cluster():
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
+def test_no_job_is_lost_if_a_node_is_killed(command, cluster, tmp_path):
     made, nodes = cluster
     two_clips(tmp_path)
     held = {
@@ -54,12 +54,12 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     results = sorted(path for path in (tmp_path / "jobs").glob("*.mp4"))
     assert len(results) == 4
     record = json.loads(Path(f"{results[0]}.json").read_text())
-    assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "where the clip is here, and not where it was sent"
+    assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "the local path of the clip, not that on the node"
     command("edit", "--config", f"{results[0]}.json", "-o", "again.mp4")
     assert frames_written(tmp_path / "again.mp4") == frames_written(results[0])
 
 
-def test_a_cluster_that_is_not_there(refused, tmp_path):
+def test_an_unreachable_cluster(refused, tmp_path):
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"source": "x", "clips": str(CLIP), "targets": "y"}))
     assert "no Ray cluster responds at 127.0.0.1:1: Connection refused" in refused(
         "batch", "jobs.yaml", "--ray", "127.0.0.1:1"
@@ -93,7 +93,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to two.mp4") == 1, "one process speaks and writes"
+    assert done.stdout.count("written to two.mp4") == 1, "only one process prints and writes"
     assert frames_written(tmp_path / "one.mp4") == frames_written(tmp_path / "two.mp4")
     assert json.loads(read_metadata(tmp_path / "two.mp4")["fatezero"])["chunk_frames"] == 4
 

@@ -1,4 +1,4 @@
-"""`fatezero generate` as a user runs it."""
+"""`fatezero generate`."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ DRAW = ("generate", *PROMPT, "--frames", 4, "--temporal", "demo", "--guidance-sc
 
 
 @pytest.mark.slow
-def test_an_object_is_where_it_is_sent(command, tmp_path):
-    """The same noise with a box at the left and at the right: red is there, in every frame."""
+def test_an_object_follows_its_box(command, tmp_path):
+    """The same noise with a box at the left or right: every frame is red there."""
     strong = ("--layout.energy", "inside", "--layout.scale", 60, "--layout.most-change", 0.1, "--layout.repeats", 2)
     for name, x in (("left", 0.3), ("right", 0.7)):
         said = command(*DRAW, *strong, "--steps", 8, "--box", f"red circle: 0:{x},0.5,0.5", "-o", f"{name}.mp4")
@@ -51,7 +51,7 @@ def test_heat_maps_of_every_word(command, refused, tmp_path):
     assert "forward guidance replaces attention" in refused(*DRAW, *forward, "--maps", "x", "-o", "n.mp4")
 
 
-def test_what_is_refused(refused):
+def test_refusals(refused):
     assert "missing --prompt" in refused("generate")
     assert "'square' is not in the prompt" in refused(*DRAW, "--box", "square: 0:0.5,0.5,0.5")
     assert "must be frame:x,y,size" in refused(*DRAW, "--box", "circle: here")
@@ -78,7 +78,7 @@ def video_model(tmp_path_factory):
     return folder
 
 
-def test_a_text_to_video_model_draws_a_clip(command, refused, video_model, tmp_path):
+def test_a_text_to_video_model_generates_a_clip(command, refused, video_model, tmp_path):
     part = ("generate", *PROMPT, "--model", video_model, "--frames", 3, "--steps", 2)
     command(*part, "--box", "circle: 0:0.5,0.5,0.5", "-o", "v.mp4")
     assert read_video(tmp_path / "v.mp4").frames.shape == (3, 64, 64, 3)
@@ -93,7 +93,7 @@ def test_a_text_to_video_model_in_a_variant_only(video_model, tmp_path):
     assert isinstance(model.denoiser, DiffusersVideoDenoiser)
 
 
-def test_the_whole_help_names_every_setting(command):
+def test_the_full_help_names_every_setting(command):
     said = command("generate", "--help-all")
     for name in ("--box", "--ellipse", "--mask", "--layout.scale", "--layout.mode", "--key-frames", "--seed"):
         assert name in said

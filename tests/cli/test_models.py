@@ -1,4 +1,4 @@
-"""Models and LoRAs as the command takes them."""
+"""Models and LoRAs given to the command."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_models_that_are_refused_before_anything_runs(refused, tmp_path, options
     assert says in refused("edit", CLIP, *WORDS, *options, "--dry-run")
 
 
-def test_every_setting_that_names_a_file_knows_the_home_folder(tmp_path, monkeypatch):
+def test_every_path_setting_expands_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     own = [name for name in FILES if hasattr(EditConfig(), name)]
     named = {name: f"~/{name}" for name in own}

@@ -1,4 +1,4 @@
-"""A result made again from what is kept beside it and within it."""
+"""Results reproduced from their record or metadata."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def clip(tmp_path):
     ],
     ids=["shape", "tokenflow", "flow_edit"],
 )
-def test_a_result_is_made_again_bit_for_bit(command, clip, tmp_path, options):
+def test_a_result_is_reproduced_bit_for_bit(command, clip, tmp_path, options):
     said = command("edit", "clip.mp4", *WORDS, *options, "-o", "first.mp4")
     assert "of the record" not in said
     other = tmp_path / "other"
@@ -48,19 +48,19 @@ def test_a_result_is_made_again_bit_for_bit(command, clip, tmp_path, options):
     assert (other / "again.mp4.json").read_text() == (tmp_path / "first.mp4.json").read_text()
 
 
-def test_of_several_edits_and_of_a_store(command, clip, tmp_path):
+def test_results_of_several_edits_and_of_a_store(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "--target", "a blue square on water", "-o", "two.mp4")
     command("edit", "--config", "two_1.mp4.json", "-o", "alone.mp4")
     assert frames_written(tmp_path / "alone.mp4") == frames_written(tmp_path / "two_1.mp4")
     assert frames_written(tmp_path / "two_0.mp4") != frames_written(tmp_path / "two_1.mp4")
     command("invert", "clip.mp4", "--source", SOURCE, "--steps", 2, "--count", 3, "-o", "s.safetensors")
     command("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "stored.mp4")
-    clip.unlink()  # its store is enough
+    clip.unlink()  # the store is sufficient
     command("edit", "--config", "stored.mp4.json", "-o", "again.mp4")
     assert frames_written(tmp_path / "again.mp4") == frames_written(tmp_path / "stored.mp4")
 
 
-def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_path):
+def test_a_record_has_its_provenance_and_metadata_has_no_folders(command, clip, tmp_path):
     command("edit", clip, *WORDS, "--clip-norm", "-o", "out.mp4")
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     assert record["video"] == str(clip)
@@ -81,11 +81,11 @@ def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_
     assert "its frames differ from those of the record" in said
     assert frames_written(tmp_path / "again.mp4") == digest
     said = command("edit", "--config", "r.json", "--guidance-scale", 2, "-o", "other.mp4")
-    assert "of the record" not in said, "another edit was asked for"
+    assert "of the record" not in said, "another edit was given"
 
 
 @pytest.mark.slow
-def test_pictures_have_their_record_too(command, clip, tmp_path):
+def test_pictures_have_a_record_too(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "frames/")
     record = json.loads((tmp_path / "frames" / "edit.json").read_text())
     digest = FrameDigest()
@@ -106,7 +106,7 @@ def test_another_clip_or_model_is_refused(command, clip, tmp_path):
     clip.write_bytes((tmp_path / "out.mp4").read_bytes())
     said = command("edit", "--config", "out.mp4.json", "-o", "again.mp4", code=1)
     assert "the video is not the file that the result was made from" in said
-    command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as asked
+    command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as given
     clip.write_bytes(whole)
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     record["made"]["model"] = "0" * 64
@@ -116,7 +116,7 @@ def test_another_clip_or_model_is_refused(command, clip, tmp_path):
     command("edit", "--config", "r.json", "--model", DEMO, "-o", "b.mp4")
 
 
-def test_what_may_change_last_digits_is_told(command, clip, tmp_path):
+def test_differences_that_may_change_the_result_are_reported(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "out.mp4")
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     record["made"]["versions"]["torch"] = "1.0"
@@ -151,7 +151,7 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
-def test_records_that_are_none(refused, tmp_path, text, says):
+def test_invalid_records(refused, tmp_path, text, says):
     (tmp_path / "r.json").write_text(text)
     assert says in refused("edit", CLIP, *WORDS[:4], "--config", "r.json", "-o", "o.mp4")
 
@@ -162,7 +162,7 @@ def test_a_video_without_a_record(refused):
 
 def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo").mkdir()  # which is not the bundled model
+    (tmp_path / "demo").mkdir()  # not the bundled model
     config = EditConfig(
         video="a.mp4", source="x", target="y", key_frames=("self", -1), size=(64, 32), reweight={"y": 1e-7},
         start="1.5s", temporal="demo", box=("y: 0:0.1,0.5,0.3",), mask=("x: nothing here.mp4",),

@@ -1,4 +1,4 @@
-"""What the command does before it needs torch: help, its version, and every refusal of options and files."""
+"""Without torch: help, version, and every refusal of options and files."""
 
 import json
 import shlex
@@ -111,14 +111,14 @@ print(json.dumps(found))
 
 
 def started(lines, folder):
-    """What the command says to each line, all in one fresh process: status, text, and the modules it has imported."""
+    """The status, output and imported modules of each command line, all run in one fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", START], input=json.dumps(lines), capture_output=True, text=True, check=True, cwd=folder
     )
     return json.loads(done.stdout)
 
 
-def test_neither_help_nor_a_refusal_imports_what_is_heavy(tmp_path):
+def test_neither_help_nor_a_refusal_imports_heavy_modules(tmp_path):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     help = [

@@ -1,4 +1,4 @@
-"""`fatezero tune` as a user runs it: files, refusals, a run that is killed and goes on, several processes."""
+"""`fatezero tune`: files, refusals, resuming after a kill, several processes."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ TUNE = ("tune", CLIP, *PROMPT, "--count", 2, "--learning-rate", 0.003)
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """The folder of three steps, with the whole model beside."""
+    """The output folder of three steps, with the whole model next to it."""
     folder = tmp_path_factory.mktemp("tuned")
     said = here(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
     assert "467,648 trained numbers" in said and "activations of a step" in said
@@ -34,7 +34,7 @@ def tuned(tmp_path_factory):
     return folder / "mine"
 
 
-def test_a_tuning_leaves_layers_losses_a_plot_and_a_state(tuned):
+def test_a_tuning_writes_layers_losses_a_plot_and_a_state(tuned):
     assert {"temporal.safetensors", "state.safetensors", "loss.csv", "loss.png"} <= {p.name for p in tuned.iterdir()}
     rows = (tuned / "loss.csv").read_text().split()
     assert rows[0] == "step,loss" and [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
@@ -67,7 +67,7 @@ def test_edits_with_it(command, tuned, tmp_path):
     assert "approximate" not in said
 
 
-def test_a_source_is_needed_for_fusion_alone(refused, command, tmp_path):
+def test_a_source_is_needed_only_for_fusion(refused, command, tmp_path):
     part = ("edit", CLIP, "--target", TARGET, "--steps", 1, "--count", 2, "-o", "x.mp4", "--dry-run")
     assert "missing --source" in refused(*part)
     command(*part, "--preset", "pnp")
@@ -94,7 +94,7 @@ def test_convolutions_class_pictures_and_validation(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
+def test_a_killed_run_resumes_with_the_same_result(command, tmp_path):
     part = (*TUNE, "--keep-every", 1, "--steps")
     begun = [*COMMAND, *map(str, part), "400", "-o", "stopped"]
     run = subprocess.Popen(begun, cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -112,7 +112,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_is_refused(refused, tuned, tmp_path):
+def test_refusals(refused, tuned, tmp_path):
     assert "missing --prompt" in refused("tune", CLIP)
     assert "missing VIDEO" in refused("tune", *PROMPT)
     assert "exists" in refused(*TUNE, "--steps", 1, "-o", tuned)

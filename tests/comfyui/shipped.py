@@ -1,4 +1,4 @@
-"""The workflows that ship, and how tests run them with the demo's models."""
+"""The bundled workflows, and running them with the demo's models."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def stood_in(name, prompt, host, lora, controlnet):
 
 
 def of_flow(name, prompt, host):
-    """A workflow for another flow model than Wan, with small random weights and a clip with sound."""
+    """A workflow for a flow model other than Wan, with small random weights and a clip with sound."""
     flashes(host.base / "input" / "sounding.mp4", times=[Fraction(i, 24) for i in range(24)])
     shutil.copy(REPO / "demo" / "overview.png", host.base / "input" / "example.png")
     parts = {}
@@ -74,10 +74,10 @@ def of_flow(name, prompt, host):
 
 
 def of_demo(prompt, host, lora, controlnet):
-    """A workflow for real models, with the demo's model and clip in their place and few steps."""
+    """A workflow for real models, with the demo's model and clip instead, and few steps."""
     shutil.copy(REPO / "demo" / "clip.mp4", host.base / "input")
     words = {"source": "a red square on water", "target": "a blue circle on water"}
-    placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # whose words are its prompt's
+    placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # its words are in its prompt
     parts = {name: WAN_FILES[node["class_type"]] for name, node in prompt.items() if node["class_type"] in WAN_FILES}
     for node in prompt.values():
         inputs, kind = node["inputs"], node["class_type"]

@@ -1,4 +1,4 @@
-"""A batch on real servers, and a result of Save Video that holds all that made it."""
+"""A batch on real servers, and a result of Save Video with the prompt that made it."""
 
 import json
 import socket
@@ -30,7 +30,7 @@ def write(folder, **held) -> None:
     (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "steps": 2, "count": 3, **held}, sort_keys=False))
 
 
-def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_path_factory):
+def test_jobs_on_two_servers_and_one_unreachable(command, host, folder, tmp_path_factory):
     write(
         folder, clips="clips/*.mp4", targets=["a green square on water", "a red star on water"],
         jobs=[
@@ -50,7 +50,7 @@ def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_pat
     assert "crop_left" in errors["refused"]
     assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: unknown entry 'nonsense'")
     done = [row for row in found.values() if row["status"] == "done"]
-    assert {row["where"] for row in done} == {host.url, other.url}, "both had some to do"
+    assert {row["where"] for row in done} == {host.url, other.url}, "both had jobs"
     for row in done:
         within = json.loads(read_metadata(folder / "jobs" / row["result"])["prompt"])
         assert within["4"]["inputs"]["target"] == row["target"], "the job's own"
@@ -94,7 +94,7 @@ def test_a_job_is_interrupted(host, folder, how):
         ({"workflow": None}, "name no workflow"),
     ],
 )
-def test_workflows_that_a_job_does_not_fit(refused, folder, held, says):
+def test_jobs_that_do_not_fit_their_workflow(refused, folder, held, says):
     if held.get("workflow"):
         held = {"workflow": str(REPO / held["workflow"])}
     chunk = {"chunk_frames": 4} if "chunk_frames" in says else {}
@@ -102,8 +102,8 @@ def test_workflows_that_a_job_does_not_fit(refused, folder, held, says):
     assert says in refused("batch", "jobs.yaml", "--comfyui", "http://127.0.0.1:9")
 
 
-def test_what_save_video_embeds_makes_it_again(host):
-    """The prompt in the file's metadata, queued on a host that remembers nothing, gives the same frames."""
+def test_the_prompt_embedded_by_save_video_reproduces_the_video(host):
+    """The prompt in the file's metadata, queued on a host with an empty cache, gives the same frames."""
     prompt = json.loads(WORKFLOW.read_text())
     prompt["6"]["inputs"]["steps"] = 4
     for node in prompt.values():
@@ -114,7 +114,7 @@ def test_what_save_video_embeds_makes_it_again(host):
     frames = read_video(first).frames
     host.forget()
     run = host.run(within)
-    assert "9" in run.executed(), "edited anew"
+    assert "9" in run.executed(), "not from the cache"
     again = host.file(run, "12")
     assert again != first
     assert torch.equal(read_video(again).frames, frames)

@@ -1,4 +1,4 @@
-"""The host's ways of keeping results: whatever it lets go of, and whatever changes between, results stay right."""
+"""The host's caches: results are right whatever is evicted or changed between runs."""
 
 import random
 
@@ -34,7 +34,7 @@ def result(host, asked) -> torch.Tensor:
 
 
 def walk(host, length, seed):
-    """Results of random changes, one setting at a time, by what was asked; the same again must be the same."""
+    """Results by settings, for random changes of one setting at a time; equal settings must give equal results."""
     chosen, asked, found = random.Random(seed), {name: values[0] for name, values in CHOICES.items()}, {}
     for _ in range(length):
         name = chosen.choice([*CHOICES])
@@ -46,9 +46,9 @@ def walk(host, length, seed):
 
 
 @pytest.mark.parametrize("options", ["--cache-ram 1000", "", "--cache-classic", "--cache-lru 3"])
-@pytest.mark.slow  # test_nodes, test_sampling and test_workflows change one thing and run again
-def test_a_walk_of_changes_gives_what_fresh_runs_give(host, tmp_path, options):
-    """--cache-ram 1000: the host wants more memory free than there is, and lets go of all it can."""
+@pytest.mark.slow  # test_nodes, test_sampling and test_workflows also change one thing and run again
+def test_cached_results_equal_fresh_ones(host, tmp_path, options):
+    """--cache-ram 1000: the host has to free more memory than there is, so it evicts all it can."""
     with started(HOSTS[0], tmp_path / "walked", options=options) as walked:
         found = walk(walked, 7, seed=len(options))
     assert len(found) > 3

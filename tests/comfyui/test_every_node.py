@@ -26,8 +26,8 @@ HOST_FAILS = "the host fails"
 
 @dataclass(frozen=True)
 class Run:
-    """A node to run: what becomes of it on a UNet and on Wan, RIGHT, HOST_FAILS, or what its refusal says, and
-    settings with which it does something.
+    """A node to run: its outcome on a UNet and on Wan (RIGHT, HOST_FAILS, or text of the refusal), and
+    settings with an effect.
     """
 
     unet: str = RIGHT
@@ -108,7 +108,7 @@ MODELS: dict[str, Run | str] = {
     "ModelMergeSubtract": Run(),
     "ModelMergeWAN2_1": Run(settings=HALF),
     "ModelNoiseScale": Run(HOST_FAILS, "Model Noise Scale", {"noise_scale": 2.0}),
-    "ModelSamplingAuraFlow": Run("ModelSamplingSD3 is not a schedule", SHIFT, alike=True),  # which it derives from
+    "ModelSamplingAuraFlow": Run("ModelSamplingSD3 is not a schedule", SHIFT, alike=True),  # its base class
     "ModelSamplingContinuousEDM": Run(NOT_A_SCHEDULE, NOT_A_SCHEDULE),
     "ModelSamplingContinuousV": Run(NOT_A_SCHEDULE, NOT_A_SCHEDULE),
     "ModelSamplingDiscrete": Run(wan=NO_FLOW),
@@ -252,7 +252,7 @@ def takes(node, kind):
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_the_table_knows_every_node(host, kind):
+def test_the_table_has_every_node(host, kind):
     own = {
         name
         for name, node in host.known.items()
@@ -260,7 +260,7 @@ def test_the_table_knows_every_node(host, kind):
         and kind in node["output"]
         and takes(node, kind)
     }
-    assert own - TABLES[kind].keys() == set(), "nodes that the table does not know: add them"
+    assert own - TABLES[kind].keys() == set(), "nodes missing in the table"
 
 
 def unet_graph(folder):  # noqa: F811
@@ -298,7 +298,7 @@ def cases(kind):
 
 
 def laid(host, graph, family, name, links):
-    """A node with its settings, and links for the rest by the names of its inputs, or by their types."""
+    """Add a node with its settings, and links for its other inputs, by name or type."""
     run, inputs = MODELS.get(name) or CONDITIONINGS[name], host.known[name]["input"]
     settings = {**run.settings, **SETTINGS[family].get(name, {})}
     values = {"lora_name": LORAS[family], **links}
@@ -323,7 +323,7 @@ def laid(host, graph, family, name, links):
 
 
 def links_of(graph, family, sources, pixels, controlnet):
-    """What the inputs of nodes get, by their names or types."""
+    """Links for the inputs of nodes, by name or type."""
     other = graph.add("CLIPTextEncode", clip=sources[1], text="a blue circle")[0]
     vae = sources[2] if family == "unet" else graph.add("FateZeroDemoModel")[2]
     changed = graph.add("LoraLoaderModelOnly", model=sources[0], lora_name=LORAS[family], strength_model=1.0)
@@ -345,7 +345,7 @@ def by_its_guider(host, graph, family):
 
 @contextmanager
 def suppress_refusals_of(name):
-    """Chunks may be refused, but by the node's name."""
+    """Accept a refusal of chunks that names the node."""
     try:
         yield
     except NodeError as refused:
@@ -354,7 +354,7 @@ def suppress_refusals_of(name):
 
 
 def check(host, graph, family, side, name):
-    """What a run's table says of a graph with the node on a side, or on both."""
+    """Check a run's outcome for a graph with the node on one side or both."""
     run = MODELS.get(name) or CONDITIONINGS[name]
     outcome = getattr(run, family)
     if outcome == HOST_FAILS:
@@ -381,7 +381,7 @@ def check(host, graph, family, side, name):
 
 @pytest.fixture(scope="module")
 def hypernetwork(host):
-    """One for widths of both models, in the layout of those that are around."""
+    """Write a hypernetwork with the widths of both models, in the common layout."""
     random, widths = torch.Generator().manual_seed(0), (16, 24, 32, 64, 96, 128, 256)
     layers = {w: {"linear.weight": 0.1 * torch.randn(w, w, generator=random) / w**0.5} for w in widths}
     place = host.base / "models/hypernetworks"

@@ -1,4 +1,4 @@
-"""The nodes on a real server: listed, run to a video, watched, interrupted, cached, refused."""
+"""The nodes on a real server: list, run, progress, interrupt, cache, refusals."""
 
 import threading
 
@@ -37,7 +37,7 @@ def test_the_host_lists_every_node_with_a_tooltip_on_every_socket(host):
 
 @pytest.mark.every_host
 def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
-    graph = DemoGraph(steps=5)  # as no other test, so that nothing is cached; nor are the words
+    graph = DemoGraph(steps=5)  # used by no other test, so that nothing is cached; likewise the words
     graph.set(graph.words, reweight="green=1.5")
     saved = graph.save_video()
     run = host.run(graph.prompt)
@@ -55,7 +55,7 @@ def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
 
 @pytest.mark.every_host
 @pytest.mark.parametrize("memory", ["recompute", "queries_keys", "maps"])
-def test_what_changes_decides_what_runs_again(host, memory):
+def test_only_nodes_behind_a_change_run_again(host, memory):
     graph = DemoGraph()
     graph.set(graph.invert, memory=memory)
     graph.save_video()
@@ -88,13 +88,13 @@ def test_another_target_prompt_does_not_invert_again(host):
     assert graph.invert.id not in run.executed()
 
 
-def test_interrupting_either_node_stops_it_and_leaves_the_model_clean(host):
+def test_interrupting_either_node_stops_it_and_restores_the_model(host):
     graph = DemoGraph(steps=200)
     graph.set(graph.invert, clip_norm=True)
     graph.save_video()
 
     def interrupt(node):
-        """Interrupt at a node's second step; the steps it took after that."""
+        """Interrupt at a node's second step; return the number of steps after that."""
         seen = []
 
         def watch(kind, data):
@@ -160,7 +160,7 @@ def test_errors_name_the_node_and_the_socket(host, node, inputs, message):
     says(host, graph, message, getattr(graph, node))
 
 
-def test_conditioning_that_does_not_fit_is_refused(host):
+def test_conditioning_of_another_size_is_refused(host):
     graph = DemoGraph()
     other = graph.add("FateZeroPromptEdit", **{**graph.prompt[graph.words.id]["inputs"], "target": "a blue square"})
     graph.set(graph.edit, positive=other[1])
