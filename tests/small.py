@@ -122,7 +122,7 @@ def reference_inversion(
 ) -> Inversion:
     """The inversion of a reference result."""
     schedule = denoiser.schedule(steps)
-    levels = tensors["inverted"].double() if "inverted" in tensors else levels_of(tensors, "inverted", steps)
+    levels = levels_of(tensors, "inverted", steps)
     return Inversion(
         AttentionStore(
             memory="recompute",

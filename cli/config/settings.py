@@ -12,6 +12,7 @@ from ...attention.masks import GivenMask, MaskMode
 from ...attention.prompt import Mode, PromptEdit
 from ...diffusion.invert import InversionSettings
 from ...diffusion.parts import Edit
+from ...files.lora import Timesteps
 from ...imports import torch
 from ...methods.fatezero import GROUP as FATEZERO
 from ...methods.fatezero import FusionSettings
@@ -103,6 +104,12 @@ class ModelSettings:
         "auto",
         "Attention kernel: auto and sdpa are PyTorch's, xformers needs that package; a video transformer takes the "
         "names of diffusers' backends, such as flash and sage. Last digits differ.",
+        group=_MODEL,
+    )
+    timesteps: Timesteps = setting(
+        "auto",
+        "Timesteps of a UNet's schedule. auto: those of a LoRA for few steps, by its name (LCM and TCD lcm, Lightning "
+        "and Hyper trailing), else the model's.",
         group=_MODEL,
     )
     temporal: str = setting(
@@ -372,7 +379,7 @@ FILES_OF_OBJECTS = ("mask", "object_mask")
 """The settings of files for words: "burger: mask.mp4"."""
 
 
-_OF_INVERSION = {"key_frames", "clip_norm"}
+_OF_INVERSION = {"key_frames", "clip_norm", "steps"}
 """Settings of the inversion, which a preset keeps unless it sets them."""
 _OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION | set(SECTIONS)}
 """The settings that presets control; those that a preset omits have their defaults."""

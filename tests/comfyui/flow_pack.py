@@ -249,7 +249,7 @@ class Guider(comfy.samplers.CFGGuider):
 
 
 class Loop(comfy.samplers.Sampler):
-    """FlowEdit's equations."""
+    """FlowEdit's equations, in the host's space: a flow's, or with noise added to the clip."""
 
     def __init__(self, guidance, source_guidance, first, seed):
         self.settings = guidance, source_guidance, first, seed
@@ -271,7 +271,7 @@ class Loop(comfy.samplers.Sampler):
             frames_first = clip.movedim(2, 0)[:, 0] if clip.ndim == 5 else clip
             eps = random_values(seed + 1_000_003 * (steps - step), *frames_first.shape)
             eps = eps.movedim(0, 1)[None] if clip.ndim == 5 else eps
-            noisy = (1 - here) * clip + here * eps
+            noisy = guider.inner_model.model_sampling.noise_scaling(here, eps, clip)
             to = velocity(z + noisy - clip, here, "positive", guidance)
             z = z + (there - here) * (to - velocity(noisy, here, "source", source_guidance))
         return z
