@@ -54,9 +54,9 @@ def counted(
         if track:
             t = np.arange(48000 * frames // rate)
             wave = 0.3 * np.sin(np.cumsum(2 * np.pi * (400 + 200 * (t * rate // 48000)) / 48000))
-            heard = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], format="fltp", layout="mono")
-            heard.rate, heard.pts = 48000, 48000 * late // rate
-            file.mux(track.encode(heard))
+            part = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], format="fltp", layout="mono")
+            part.rate, part.pts = 48000, 48000 * late // rate
+            file.mux(track.encode(part))
             file.mux(track.encode(None))
     return path
 

@@ -34,8 +34,8 @@ def here(*arguments, cwd, code=0, threads=None):
     """The output of the command line, run in this process and a folder. The exit status must be `code`."""
     from fatezero.cli.app import main
 
-    said, before = StringIO(), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+    output, before = StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
         torch.set_num_threads(threads or before)
@@ -44,15 +44,15 @@ def here(*arguments, cwd, code=0, threads=None):
                 main()
         finally:
             torch.set_num_threads(before)  # a record may have changed them
-    assert ended.value.code == code, said.getvalue()
-    assert "Traceback" not in said.getvalue()
-    return said.getvalue()
+    assert ended.value.code == code, output.getvalue()
+    assert "Traceback" not in output.getvalue()
+    return output.getvalue()
 
 
 def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether clips agree up to the UNet's last digits, which depend on memory alignment, and the codec."""
-    apart = (a.int() - b.int()).abs().float()
-    return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
+    difference = (a.int() - b.int()).abs().float()
+    return a.shape == b.shape and bool(difference.mean() < 0.5 and difference.max() <= 16)
 
 
 def frames_written(output: Path) -> str:

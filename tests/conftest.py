@@ -14,7 +14,7 @@ from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import small_unet
 
 WATCHDOG = 6 * 3600
-"""Seconds after which a run of the tests is ended, whatever it does. No test looks at a clock of its own."""
+"""Seconds after which a test run is ended. No test has a time limit of its own."""
 
 
 def pytest_configure(config):

@@ -139,10 +139,10 @@ def reference_inversion(
 
 
 def stepped(
-    denoiser: DiffusersDenoiser, inversion: Inversion, asked: Edit, step: int, before: torch.Tensor | None = None
+    denoiser: DiffusersDenoiser, inversion: Inversion, settings: Edit, step: int, before: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The latents after one step of an edit. before: the latents before it; None at the start of the edit."""
-    with EditPass(denoiser, inversion, [asked], in_order=False) as run:
+    with EditPass(denoiser, inversion, [settings], in_order=False) as run:
         zs = run.start if before is None else [before.double()]
         return run.move(zs, step, run.predict(zs, step))[0]
 

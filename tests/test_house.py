@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "imports": set(),
     "settings": set(),
 }
-"""The rooms that each room may import from, itself aside. What is not here may import everything."""
+"""The rooms that each room may import from, in addition to itself. Unlisted rooms may import everything."""
 
 
 def modules() -> list[Path]:

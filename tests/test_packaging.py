@@ -7,7 +7,7 @@ import pytest
 from comfyui.host import REPO
 
 HOSTS_OWN = {"av", "einops", "numpy", "pillow", "pyyaml", "safetensors"}
-"""What ComfyUI requires itself."""
+"""ComfyUI's own requirements."""
 
 
 def names(lines) -> set[str]:

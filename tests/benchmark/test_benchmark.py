@@ -75,17 +75,17 @@ def test_every_method_edits_and_all_results_differ(trial, methods):
 
 @pytest.mark.slow
 def test_methods_do_not_depend_on_each_other(trial):
-    alone = edited(trial, [m for m in METHODS if m.name == PAPER])[PAPER]
+    single = edited(trial, [m for m in METHODS if m.name == PAPER])[PAPER]
     together = edited(trial, chosen_methods(FEW, False))[PAPER]
-    assert torch.allclose(alone, together, atol=1e-5)
+    assert torch.allclose(single, together, atol=1e-5)
 
 
 def test_sdedit_preserves_less_at_higher_strength(trial):
     """At guidance 7.5 a single step of five overshoots, so the prompt is the source's and plain."""
     plain = replace(trial, guidance_scale=1.0)
     plain.target = plain.source
-    apart = [(sdedit(s)(plain) - plain.latents).abs().mean().item() for s in (0.2, 0.6, 1.0)]
-    assert apart == sorted(apart) and apart[0] < 0.7 * apart[2]
+    distances = [(sdedit(s)(plain) - plain.latents).abs().mean().item() for s in (0.2, 0.6, 1.0)]
+    assert distances == sorted(distances) and distances[0] < 0.7 * distances[2]
 
 
 def test_a_run_writes_a_row_and_a_strip_for_each_case_and_method(folder):
@@ -104,9 +104,9 @@ def test_a_stopped_run_resumes(folder, tmp_path):
     (tmp_path / "settings.json").write_text((folder / "settings.json").read_text())
     marked = json.loads(lines[0]) | {"truth_db": 99.0}
     (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(marked), *lines[1:7], lines[7][:40]]) + "\n")
-    seen = []
-    again = run_benchmark(tmp_path, SMALL, chosen_methods(FEW, False), progress=lambda *at: seen.append(at))
-    assert seen[0] == (2, 3) and seen[-1] == (3, 3)
+    steps = []
+    again = run_benchmark(tmp_path, SMALL, chosen_methods(FEW, False), progress=lambda *at: steps.append(at))
+    assert steps[0] == (2, 3) and steps[-1] == (3, 3)
     key = lambda row: (row["case"], row["method"])  # noqa: E731
     assert sorted(map(key, again)) == sorted(map(key, whole))
     assert again[0]["truth_db"] == 99.0, "finished rows were not computed again"
@@ -120,9 +120,9 @@ def test_several_processes_give_the_same_rows(folder, tmp_path):
     pairs = (("a red square on water", "a green square on water"), ("a red star on sand", "a red circle on sand"))
     settings = BenchmarkSettings(seed=5, frames=2, steps=2, pairs=pairs)
     rows = run_benchmark(tmp_path / "two", settings, chosen_methods(FEW[1:2], False), workers=2)
-    alone = run_benchmark(tmp_path / "one", settings, chosen_methods(FEW[1:2], False))
+    single = run_benchmark(tmp_path / "one", settings, chosen_methods(FEW[1:2], False))
     assert [row["case"] for row in rows] == ["given-00", "given-01"]
-    assert [row["truth_db"] for row in rows] == pytest.approx([row["truth_db"] for row in alone], abs=1e-3)
+    assert [row["truth_db"] for row in rows] == pytest.approx([row["truth_db"] for row in single], abs=1e-3)
 
 
 def test_other_settings_need_another_folder(folder):
@@ -164,8 +164,8 @@ def test_missing_figures_are_empty():
 def test_best_and_worst(folder, tmp_path):
     rows = [row("a", BEST, 0.5, 30.0), row("b", BEST, 1.0, 20.0), row("c", BEST, 1.0, 25.0)]
     assert ranked(Results(rows), BEST) == ["c", "b", "a"]
-    held = load_rows(folder)
-    picture = case_sheet(folder, Results(held), held[0]["case"], FEW, "title")
+    loaded = load_rows(folder)
+    picture = case_sheet(folder, Results(loaded), loaded[0]["case"], FEW, "title")
     assert picture.width > 200 and picture.height > 5 * 96
 
 
@@ -175,9 +175,9 @@ def test_tables_and_a_page_are_written(folder):
     assert (folder / "table.md").read_text() == text
     with (folder / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
-    held = {(line["method"], line["kind"], line["figure"]): float(line["mean"]) for line in lines}
+    means = {(line["method"], line["kind"], line["figure"]): float(line["mean"]) for line in lines}
     kept = [r["kept"] for r in rows if r["method"] == PAPER]
-    assert held[PAPER, "all", "kept"] == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    assert means[PAPER, "all", "kept"] == pytest.approx(sum(kept) / len(kept), rel=1e-5)
     page = (folder / "page.html").read_text()
     for picture in {part.split("'")[0] for part in page.split("src='")[1:]}:
         assert (folder / picture).is_file()

@@ -23,7 +23,7 @@ def test_every_kind_occurs_and_no_case_was_trained_on(cases):
 
 
 def test_each_kind_changes_only_its_attribute(cases):
-    wanted = {
+    expected = {
         "attribute": "colour",
         "texture": "texture",
         "shape": "shape",
@@ -37,7 +37,7 @@ def test_each_kind_changes_only_its_attribute(cases):
             assert words == {"colour", "texture", "shape"}
         else:
             assert len(case.changed) == 1
-            assert two or words == {wanted[case.kind]}
+            assert two or words == {expected[case.kind]}
         assert (case.changed[0][0] is None) == bool(words & {"background", "style"})
         assert case.preset == ("shape" if "shape" in words else "style" if "style" in words else "attribute")
 
@@ -106,8 +106,8 @@ def test_the_ground_truth_scores_perfectly_and_the_source_does_not(cases):
 def test_a_requested_change_in_the_wrong_place_is_not_preserved():
     (case,) = cases_of([("a red square and a blue star on sand", "a green square and a blue star on sand")], 0, 3)
     leaked = render(Scene.parse("a green square and a green star on sand"), case.motion, 3).frames
-    told = measure(case, leaked)
-    assert (told["changed"], told["kept"], told["success"]) == (1, 0, 0)
+    figures = measure(case, leaked)
+    assert (figures["changed"], figures["kept"], figures["success"]) == (1, 0, 0)
 
 
 def test_reading_single_frames():

@@ -24,11 +24,11 @@ def shipped(name: str) -> list[dict]:
 )
 def test_a_case_reproduces_its_published_figures(tmp_path, kind, methods):
     """The paper's settings and ours on the first case of the quick form, run again."""
-    told = {(row["case"], row["method"]): row for row in shipped("quick")}
+    published = {(row["case"], row["method"]): row for row in shipped("quick")}
     rows = run_benchmark(tmp_path, BenchmarkSettings(each=1, kinds=(kind,)), chosen_methods(methods, True))
     assert len(rows) == len(methods)
     for row in rows:
-        before = told[row["case"], row["method"]]
+        before = published[row["case"], row["method"]]
         assert row["truth_db"] == pytest.approx(before["truth_db"], abs=0.3), row
         assert row["success"] == pytest.approx(before["success"], abs=0.26), row
         if row["kind"] != "style":

@@ -374,8 +374,8 @@ def test_edits_run_with_the_files_settings(command, tmp_path):
         editing_config__use_inversion_attention=False, editing_config__p2p_config__1=control,
     )  # fmt: skip
     (tmp_path / "their.yaml").write_text(yaml.safe_dump(file))
-    said = command("edit", "--config", "their.yaml", "-o", "edit.mp4")
-    assert said.count("written to") == 3 and "without effect" not in said
+    output = command("edit", "--config", "their.yaml", "-o", "edit.mp4")
+    assert output.count("written to") == 3 and "without effect" not in output
     second = json.loads((tmp_path / "edit_1.mp4.json").read_text())
     assert (second["attention_from"], second["blend_latents"]) == ("reconstruction", "authors")
     frames = [read_video(tmp_path / f"edit_{i}.mp4").frames for i in range(3)]

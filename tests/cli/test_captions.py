@@ -36,8 +36,8 @@ def test_captions_are_the_same_each_time_and_differ_between_models(blip, words, 
 
 
 def test_an_edit_with_the_caption_of_the_middle_frame(command, blip, words, tmp_path):
-    said = command(*EDIT, "--source", "auto", "--caption-model", blip, "-o", "auto.mp4")
-    assert said.index(f"captioning the clip's middle frame with {blip}") < said.index(f"source prompt: {words}")
+    output = command(*EDIT, "--source", "auto", "--caption-model", blip, "-o", "auto.mp4")
+    assert output.index(f"captioning the clip's middle frame with {blip}") < output.index(f"source prompt: {words}")
     record = json.loads((tmp_path / "auto.mp4.json").read_text())
     assert (record["source"], record["caption_model"]) == (words, "blip"), "without parent folders"
     command(*EDIT, "--source", words, "-o", "typed.mp4")
@@ -69,8 +69,8 @@ def test_a_batch_with_captions(command, blip, words, tmp_path):
 def test_refusals_before_anything_is_loaded(refused, blip, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     part = (*EDIT, "-o", "x.mp4")
-    said = refused(*part, "--source", "auto")
-    assert "--caption-model Salesforce/blip-image-captioning-base" in said
+    error = refused(*part, "--source", "auto")
+    assert "--caption-model Salesforce/blip-image-captioning-base" in error
     assert "caption_model" in refused(*part, "--source", "auto", "--caption-model", "nowhere")
     assert "caption_model has no effect here: source is not auto" in refused(
         *part, "--source", "a red square", "--caption-model", blip

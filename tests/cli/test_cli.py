@@ -55,8 +55,8 @@ def test_a_picture_and_odd_sizes(command, tmp_path):
     Image.fromarray(read_video(CLIP).frames[0].numpy()).resize((65, 131)).save(tmp_path / "in.png")
     command("edit", "in.png", *WORDS, "--steps", 1, "-o", "out.png")
     assert Image.open(tmp_path / "out.png").size == (64, 128)
-    said = command("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", code=1)
-    assert "size 65x64: both sides must be multiples of 4" in said
+    output = command("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", code=1)
+    assert "size 65x64: both sides must be multiples of 4" in output
 
 
 def test_a_store_is_used_by_several_edits(command, store, tmp_path):
@@ -79,8 +79,8 @@ def test_a_config_of_several_prompts_shares_one_inversion(command, tmp_path):
         "model_config": {"SparseCausalAttention_index": ["mid"]},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    said = command("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4")
-    assert said.count("invert 2/2") == 1
+    output = command("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4")
+    assert output.count("invert 2/2") == 1
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
 
 
@@ -97,22 +97,22 @@ def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(command, tm
         "--precision",
         "float16",
     )
-    said = command(
+    output = command(
         "edit", CLIP, *WORDS, "--target", "a blue square on water", *budget, "--steps", "5", "--count", "3",
         "--chunk-frames", "2", "-o", "out.mp4",
     )  # fmt: skip
-    assert re.search(r"store: queries_keys on disk in \S+, 6\.", said)
-    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in said
-    assert "2 edits in one pass" in said
+    assert re.search(r"store: queries_keys on disk in \S+, 6\.", output)
+    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in output
+    assert "2 edits in one pass" in output
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"out_{i}.mp4{end}" for i in (0, 1) for end in ("", ".json")]
 
 
 def test_an_inversion_is_written_as_it_runs_in_any_memory(command, tmp_path):
-    said = command(
+    output = command(
         "invert", CLIP, "--source", SOURCE, "--memory", "auto", "--steps", "3", "--count", "2", "-o", "s.safetensors",
 
     )  # fmt: skip
-    assert "store: queries_keys on disk in " in said
+    assert "store: queries_keys on disk in " in output
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     assert AttentionStore.load(tmp_path / "s.safetensors").kept_steps == 3
 
@@ -123,12 +123,12 @@ def test_a_missing_video_gives_one_line(command):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     chunks = ("--clip-norm", "--chunk-frames", "4")
-    said = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
-    assert "chunks approximate the whole clip" in said
-    assert "8 frames of 64x64, 50 steps" in said
-    assert "-> store with memory recompute: 1." in said
-    assert "   store: recompute in RAM, 1." in said
-    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source" in said
+    output = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
+    assert "chunks approximate the whole clip" in output
+    assert "8 frames of 64x64, 50 steps" in output
+    assert "-> store with memory recompute: 1." in output
+    assert "   store: recompute in RAM, 1." in output
+    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,16 +317,16 @@ def test_the_next_start_removes_the_temporary_stores_of_dead_processes(command, 
         (tmp_path / name).mkdir()
         (tmp_path / name / "store.safetensors").touch()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    held = os.open(tmp_path / "fatezero-alive", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    lock = os.open(tmp_path / "fatezero-alive", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     command("edit", CLIP, *WORDS, "--dry-run")
-    os.close(held)
+    os.close(lock)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fatezero-alive", "other-dead"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
-@pytest.mark.parametrize(("ended_by", "says"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
-def test_a_signal_during_loading_ends_it_with_one_line(tmp_path, ended_by, says):
+@pytest.mark.parametrize(("by", "message"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
+def test_a_signal_during_loading_ends_it_with_one_line(tmp_path, by, message):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "fatezero", "edit", CLIP, *WORDS], cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_restore_signals,
@@ -334,9 +334,9 @@ def test_a_signal_during_loading_ends_it_with_one_line(tmp_path, ended_by, says)
     assert process.stderr is not None
     while "cyclopts" not in (line := process.stderr.readline()):  # the import log has a line when an import ends
         assert line, "ended before it could be interrupted"
-    process.send_signal(ended_by)
+    process.send_signal(by)
     errors = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
-    assert (process.returncode, errors) == (128 + ended_by, [f"{says}; nothing half-written is left"])
+    assert (process.returncode, errors) == (128 + by, [f"{message}; nothing half-written is left"])
 
 
 def _limit_file_size(most=2000):
@@ -352,8 +352,8 @@ def test_a_full_disk_gives_an_error_and_no_partial_file(tmp_path):
     edit = ["edit", CLIP, *WORDS, "--steps", 1, "-o", "out.mp4"]
     invert = ["invert", CLIP, "--source", SOURCE, "--steps", 1, "-o", "s.safetensors"]
     for arguments in (edit, invert):
-        said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
-        assert "could not" in said.replace("\n", " ")
+        output = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
+        assert "could not" in output.replace("\n", " ")
         assert list(tmp_path.iterdir()) == []
 
 
@@ -361,8 +361,8 @@ def test_a_full_disk_gives_an_error_and_no_partial_file(tmp_path):
 def test_a_record_that_cannot_be_written_is_named_and_the_result_kept(tmp_path):
     long = ("--negative", "blur" + 20_000 * " ")  # for which a GIF has no metadata
     arguments = ["edit", CLIP, *WORDS, "--steps", 1, "--count", 1, *long, "-o", "out.gif"]
-    said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
-    assert "out.gif is written, but not its record: could not write out.gif.json: File too large" in said
+    output = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
+    assert "out.gif is written, but not its record: could not write out.gif.json: File too large" in output
     assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
 
 
@@ -408,12 +408,12 @@ def test_an_edit_from_a_store_has_the_clips_sound_and_times(command, sounding, t
     assert beep_times(stored.sound) == pytest.approx([0.5], abs=0.01)
     assert np.abs(stored.sound.samples - direct.sound.samples).max() < 0.01
     command(
-        "edit", sounding, "--store", "s.safetensors", "--target", TARGET, "-o", "beside.mp4", "--start", "0.5s",
+        "edit", sounding, "--store", "s.safetensors", "--target", TARGET, "-o", "again.mp4", "--start", "0.5s",
 
     )  # fmt: skip
-    beside = read_video(tmp_path / "beside.mp4")
-    assert alike(beside.frames, direct.frames)
-    assert np.abs(beside.sound.samples - direct.sound.samples).max() < 1e-4
+    again = read_video(tmp_path / "again.mp4")
+    assert alike(again.frames, direct.frames)
+    assert np.abs(again.sound.samples - direct.sound.samples).max() < 1e-4
 
 
 def _changed(path: Path, out: Path, **extra) -> Path:
@@ -455,8 +455,8 @@ def test_a_prompt_with_other_embeddings_than_the_stores_is_refused(refused, stor
     loaded = AttentionStore.load(store)
     loaded.prompt = "a blue circle on sand"
     loaded.save(tmp_path / "s.safetensors")
-    said = refused("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "o.mp4")
-    assert "has other embeddings by this model's text encoder" in said
+    error = refused("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "o.mp4")
+    assert "has other embeddings by this model's text encoder" in error
 
 
 # --- outputs -------------------------------------------------------------------------------------
@@ -474,8 +474,8 @@ def test_one_failed_output_does_not_affect_the_others(refused, tmp_path, monkeyp
 
     monkeypatch.setattr(run, "write_video", failing)
     targets = [w for colour in ("green", "blue", "yellow") for w in ("--target", f"a {colour} square on water")]
-    said = refused("edit", CLIP, *WORDS[:2], *targets, "--steps", 1, "--count", 2, "-o", "o.mp4")
-    assert "1 of 3 edits could not be written: could not write o_1.mp4" in said
+    error = refused("edit", CLIP, *WORDS[:2], *targets, "--steps", 1, "--count", 2, "-o", "o.mp4")
+    assert "1 of 3 edits could not be written: could not write o_1.mp4" in error
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"o_{i}.mp4{end}" for i in (0, 2) for end in ("", ".json")]
 
 
@@ -486,8 +486,8 @@ def test_outputs_are_overwritten_only_with_the_option(command, tmp_path):
     assert (tmp_path / "o.mp4").read_text() == "mine"
     command(*edit, "--overwrite")
     assert len(read_video(tmp_path / "o.mp4").frames) == 2
-    said = command("invert", CLIP, *WORDS[:2], "-o", "o.mp4", code=1)
-    assert "o.mp4 exists" in said
+    output = command("invert", CLIP, *WORDS[:2], "-o", "o.mp4", code=1)
+    assert "o.mp4 exists" in output
 
 
 @pytest.mark.parametrize("output", ["o.webm", "o.gif", "o/", "o/f_%02d.jpg", "o.mkv"])
@@ -499,8 +499,8 @@ def test_other_kinds_of_output(command, tmp_path, output):
 
 def test_other_methods_and_their_settings(command, tmp_path):
     part = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 5, "--preset", "tokenflow")
-    said = command(*part, "--tokenflow.batch-frames", 2, "-o", "flow.mp4")
-    assert "UNet calls: 2 to invert, 6.4 for 1 edit(s), 3.2 for the source" in said
+    output = command(*part, "--tokenflow.batch-frames", 2, "-o", "flow.mp4")
+    assert "UNet calls: 2 to invert, 6.4 for 1 edit(s), 3.2 for the source" in output
     command(*part, "--propagation", "none", "-o", "pnp.mp4")
     flow, pnp = (read_video(tmp_path / f"{name}.mp4").frames for name in ("flow", "pnp"))
     assert flow.shape == pnp.shape == (5, 64, 64, 3) and not alike(flow, pnp)
@@ -527,23 +527,23 @@ def test_the_full_help_shows_every_default_and_no_name_is_cut(command, monkeypat
     from fatezero.settings import settings_of
 
     monkeypatch.setattr("fatezero.cli.progress.console.width", 80)
-    said = command("edit", "--help-all")
-    words = " ".join(said.replace("\u2502", " ").split())
+    output = command("edit", "--help-all")
+    words = " ".join(output.replace("\u2502", " ").split())
     names = [one.name for one in settings_of(EditConfig)]
     names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in settings_of(settings)]
     for name in names:
         assert f"--{name.replace('_', '-')}" in words
     for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "all"):
         assert f"[default: {default}]" in words
-    assert "\u2026" not in said
+    assert "\u2026" not in output
     assert command("--version").startswith("fatezero 0.")
 
 
 def test_progress_is_printed_in_lines_without_a_terminal_and_not_if_quiet(command):
     run = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
-    said = command(*run, "-o", "a.mp4")
-    assert re.search(r"^invert 1/2, 0:\d\d left$", said, re.M)
-    assert re.search(r"^edit 2/2 in 0:\d\d$", said, re.M)
+    output = command(*run, "-o", "a.mp4")
+    assert re.search(r"^invert 1/2, 0:\d\d left$", output, re.M)
+    assert re.search(r"^edit 2/2 in 0:\d\d$", output, re.M)
     assert command(*run, "-o", "b.mp4", "--quiet") == ""
 
 
@@ -559,8 +559,8 @@ def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path)
 def test_an_object_of_a_clip_is_moved_and_the_rest_preserved(command, refused, tmp_path):
     """The same clip with its square further down: red is there, and only there."""
     move = ("--source", SOURCE, "--count", 3, "--steps", 6, "--guidance-scale", 5)
-    said = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")
-    assert "with gradients for the layout" in " ".join(said.split())
+    output = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")
+    assert "with gradients for the layout" in " ".join(output.split())
     red = []
     for file in (CLIP, tmp_path / "down.mp4"):
         frames = read_video(file).frames[:3].float() / 255

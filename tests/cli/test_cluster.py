@@ -32,12 +32,12 @@ def cluster():
 def test_no_job_is_lost_if_a_node_is_killed(command, cluster, tmp_path):
     made, nodes = cluster
     two_clips(tmp_path)
-    held = {
+    content = {
         "source": SOURCE, "steps": 2, "count": 2, "clips": "clips/*.mp4",
         "targets": ["a green square on water", "a blue square on water"],
         "jobs": [{"video": "clips/none.mp4", "target": "x"}],
     }  # fmt: skip
-    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(held))
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(content))
     batch = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
     run = subprocess.Popen(batch, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = tmp_path / "jobs" / "jobs.jsonl"
@@ -45,8 +45,8 @@ def test_no_job_is_lost_if_a_node_is_killed(command, cluster, tmp_path):
         assert run.poll() is None
         time.sleep(0.1)
     made.remove_node(nodes[0], allow_graceful=False)
-    said = run.communicate()[0].decode()
-    assert run.returncode == 1 and "1 of 5 jobs failed" in said, said
+    output = run.communicate()[0].decode()
+    assert run.returncode == 1 and "1 of 5 jobs failed" in output, output
     ended = [json.loads(line) for line in log.read_text().splitlines()]
     assert len({one["name"] for one in ended}) == len(ended) == 5, "each ended once"
     failed = [one["error"] for one in ended if one["error"]]
@@ -99,17 +99,17 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--key-frames", "previous"), "give --chunk-frames"),
         (("--memory", "maps"), "memory maps needs one process"),
         (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),
     ],
 )
-def test_what_several_processes_cannot_share(refused, monkeypatch, options, says):
+def test_what_several_processes_cannot_share(refused, monkeypatch, options, message):
     monkeypatch.setattr("fatezero.cli.commands.edit.team_of", lambda session: (session, _Two()))
     words = ("--source", SOURCE, "--target", "x", "--steps", 2)
-    assert says in refused("edit", CLIP, *words, *options, "-o", "o.mp4")
+    assert message in refused("edit", CLIP, *words, *options, "-o", "o.mp4")
 
 
 class _Two:

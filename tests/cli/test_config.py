@@ -283,17 +283,17 @@ def test_the_authors_file_in_other_shapes(tmp_path):
 
 def test_a_preset_option_overrides_the_files_settings(tmp_path):
     texts = {"source": "a b", "target": "a c"}
-    alone = with_preset(EditConfig(**texts), "style")
+    single = with_preset(EditConfig(**texts), "style")
     for text in ("preset: shape", "blend_self_attention: true", "mode: replace"):
-        assert load_configs(written(tmp_path, text), texts, "style")[0] == [alone]
+        assert load_configs(written(tmp_path, text), texts, "style")[0] == [single]
     for preset in PRESETS:
         written(tmp_path, f"preset: {preset}")
         assert load_configs(tmp_path / "config.yaml", texts)[0] == [with_preset(EditConfig(**texts), preset)]
 
 
-@pytest.mark.parametrize(("told", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
-def test_common_spellings_of_frame_rates(told, rate):
-    assert str(EditConfig(fps=told).frame_rate) == rate
+@pytest.mark.parametrize(("given", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
+def test_common_spellings_of_frame_rates(given, rate):
+    assert str(EditConfig(fps=given).frame_rate) == rate
 
 
 def test_names_and_errors_are_printed_unformatted_and_truncated(capsys):
@@ -305,11 +305,11 @@ def test_names_and_errors_are_printed_unformatted_and_truncated(capsys):
         patch.setattr(progress, "console", Console(force_terminal=True, width=100))
         with progress.progress_bar() as bar:
             bar("write [bold]\x1b[2J.mp4")(1, 1)
-    said = capsys.readouterr().out
-    assert "write [bold]\\x1b[2J.mp4" in said
-    told = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
-    assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
-    assert len(told) <= 330 and "\n" not in told
+    output = capsys.readouterr().out
+    assert "write [bold]\\x1b[2J.mp4" in output
+    message = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
+    assert message.startswith("error: jobs.yaml: steps is 999") and message.endswith("999; use a whole number")
+    assert len(message) <= 330 and "\n" not in message
 
 
 def test_shares_of_words_from_options_files_and_records(tmp_path):

@@ -44,11 +44,11 @@ def run(folder, command):
 
 
 def test_an_edit_is_measured_and_the_results_written(run, folder):
-    said = run(
+    output = run(
         CLIP, "green.mp4", *PROMPTS, "--mask", "mask", "--truth", "green.mp4", "--judge", "-o", "report.json",
         "--plot", "plot.png", "--comparison", "both.mp4", "--how", "wipe",
     )  # fmt: skip
-    assert "PSNR outside the mask" in said and "flow: dis" in said and "written to plot.png" in said
+    assert "PSNR outside the mask" in output and "flow: dis" in output and "written to plot.png" in output
     figures = json.loads((folder / "report.json").read_text())
     assert figures["edit success"]["value"] == figures["other words kept"]["value"] == 1
     assert figures["PSNR to truth"]["value"] == "inf"
@@ -123,8 +123,8 @@ def test_a_benchmark_with_custom_captions(run, folder):
         "--workers",
         1,
     )
-    said = run(*small, name="benchmark")
-    assert "| SDEdit 0.6 |" in said and "1/1" in said
+    error = run(*small, name="benchmark")
+    assert "| SDEdit 0.6 |" in error and "1/1" in error
     assert {path.name for path in (folder / "bench").iterdir()} >= {"table.md", "table.csv", "page.html"}
     assert "seed 2303, not 7" in run(*small, "--seed", 7, name="benchmark", code=1)
 

@@ -72,12 +72,12 @@ def test_a_link_to_one_picture_equals_one_mask_for_each_frame(command, tmp_path)
     assert record["edit_mask"] == str(tmp_path / "link.png") and "edit_mask" in record["made"]["files"]
     command("edit", "--config", "a.mp4.json", "--edit-mask", "one.png", "-o", "again.mp4")
     assert frames_written(tmp_path / "again.mp4") == frames_written(tmp_path / "a.mp4")
-    said = command("edit", CLIP, *RUN, *SHAPE, "--edit-mask", "many", "-o", "many/", "--overwrite", code=1)
-    assert "many" in said and len(list((tmp_path / "many").iterdir())) == 3
+    error = command("edit", CLIP, *RUN, *SHAPE, "--edit-mask", "many", "-o", "many/", "--overwrite", code=1)
+    assert "many" in error and len(list((tmp_path / "many").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--edit-mask", "none.png"), "edit_mask: no video at none.png"),
         (("--edit-mask", "two"), "edit_mask: two has 2 frames; give one, or 3"),
@@ -89,15 +89,15 @@ def test_a_link_to_one_picture_equals_one_mask_for_each_frame(command, tmp_path)
         (("--edit-mask", "one.png", "--blend-source", "square"), "blend_source has no effect here"),
     ],
 )
-def test_invalid_masks_are_refused_before_the_model_is_loaded(refused, tmp_path, options, says):
+def test_invalid_masks_are_refused_before_the_model_is_loaded(refused, tmp_path, options, message):
     picture(tmp_path / "one.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "two").mkdir()
     for i in range(2):
         picture(tmp_path / "two" / f"{i}.png")
     preset = () if "--preset" in options else SHAPE
-    said = refused("edit", CLIP, *RUN, *preset, "--model", "missing/model", *options, "-o", "o.mp4")
-    assert says in said and "missing/model" not in said
+    error = refused("edit", CLIP, *RUN, *preset, "--model", "missing/model", *options, "-o", "o.mp4")
+    assert message in error and "missing/model" not in error
 
 
 def test_a_mask_path_is_resolved_like_other_paths(tmp_path, monkeypatch):

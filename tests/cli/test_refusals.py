@@ -11,7 +11,7 @@ UNREACHABLE = "is neither a folder nor in the cache"
 
 
 @pytest.fixture
-def said(refused, tmp_path, monkeypatch):
+def error(refused, tmp_path, monkeypatch):
     """The error of a command with status 1: one line without library messages; no file is written."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -30,7 +30,7 @@ def said(refused, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ((*EDIT, "--model", "a/b"), UNREACHABLE),
         ((*EDIT, "--controlnet", "a/b", "--control", CLIP), f"controlnet: 'a/b' {UNREACHABLE}"),
@@ -63,13 +63,13 @@ def said(refused, tmp_path, monkeypatch):
         ((*EVALUATE[:3], "--background", "nocolour"), "background: "),
     ],
 )
-def test_unreadable_files_are_refused_in_one_line(said, line, says):
-    assert says in said(*line)
+def test_unreadable_files_are_refused_in_one_line(error, line, message):
+    assert message in error(*line)
 
 
-def test_a_missing_optimizer_is_refused_before_the_plan(said):
+def test_a_missing_optimizer_is_refused_before_the_plan(error):
     pytest.importorskip("torch")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        assert "bitsandbytes" in said(*TUNE, "--optimizer", "adamw8bit", "--dry-run")
+        assert "bitsandbytes" in error(*TUNE, "--optimizer", "adamw8bit", "--dry-run")

@@ -100,12 +100,12 @@ from fatezero.cli.app import main
 
 found = []
 for line in json.load(sys.stdin):
-    sys.argv, said = ["fatezero", *line], io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
+    sys.argv, output = ["fatezero", *line], io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
         try:
             main()
         except SystemExit as end:
-            found.append((end.code, said.getvalue(), sorted(sys.modules)))
+            found.append((end.code, output.getvalue(), sorted(sys.modules)))
 print(json.dumps(found))
 """
 
@@ -128,14 +128,14 @@ def test_neither_help_nor_a_refusal_imports_heavy_modules(tmp_path):
         *((name, flag) for name in COMMANDS for flag in ("--help", "-h", "--help-all")),
     ]
     lines = [*help, *REFUSED]
-    for line, (code, said, modules) in zip(lines, started(lines, tmp_path), strict=True):
+    for line, (code, output, modules) in zip(lines, started(lines, tmp_path), strict=True):
         assert [name for name in HEAVY if name in modules] == [], line
         if line in REFUSED:
-            assert code == 1 and REFUSED[line] in " ".join(said.split()), (line, said)
-            assert len(said.splitlines()) == 1, said
+            assert code == 1 and REFUSED[line] in " ".join(output.split()), (line, output)
+            assert len(output.splitlines()) == 1, output
         else:
-            assert not code and said, line
-            assert "error" not in said.splitlines()[0], said
+            assert not code and output, line
+            assert "error" not in output.splitlines()[0], output
 
 
 @pytest.mark.parametrize("command", PAGES)

@@ -19,9 +19,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("preset", ["style", "shape", "attribute+", "flow_edit", "wan_edit"])
 def test_it_edits_the_given_number_of_frames(command, folder, tmp_path, preset):
-    said = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
-    assert "3 latents of 48x32" in said
-    assert ("to invert" in said) == (preset not in ("flow_edit", "wan_edit"))
+    output = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
+    assert "3 latents of 48x32" in output
+    assert ("to invert" in output) == (preset not in ("flow_edit", "wan_edit"))
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 32, 48, 3)
 
 

@@ -16,7 +16,7 @@ def graph(name):
 
 
 def nodes(made, kind):
-    return [held["inputs"] for held in made.values() if held["class_type"] == kind]
+    return [node["inputs"] for node in made.values() if node["class_type"] == kind]
 
 
 def test_settings_are_written_to_inputs_of_other_names():
@@ -83,7 +83,7 @@ def test_presets_of_other_papers_need_their_nodes():
 
 
 @pytest.mark.parametrize(
-    ("name", "job", "says"),
+    ("name", "job", "message"),
     [
         ("style", {"lora": "a.safetensors"}, "no node has an input lora"),
         ("style", {"edit_mask": "m.png"}, "no node has an input edit_mask"),
@@ -98,8 +98,8 @@ def test_presets_of_other_papers_need_their_nodes():
         ("one_inversion_three_edits", {"guidance_scale": 9}, "nodes .* have an input guidance_scale"),
     ],
 )
-def test_a_setting_without_a_node_is_refused_by_name(name, job, says):
-    with pytest.raises(ConfigError, match=says):
+def test_a_setting_without_a_node_is_refused_by_name(name, job, message):
+    with pytest.raises(ConfigError, match=message):
         filled(graph(name), job, {})
 
 

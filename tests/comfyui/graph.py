@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SIDE = 32
-"""Pixels of the clip's sides: half of what the demo model was trained on, for its numbers are what is compared."""
+"""Pixels of the clip's sides: half of the demo model's training size, because only its numbers are compared."""
 SOURCE, TARGET = "a red square on water", "a green square on water"
 
 
@@ -78,9 +78,9 @@ class DemoGraph(Graph):
 
     def take(self, kind: str, **settings: Any) -> Node:
         """Use a settings node in place of a preset."""
-        held = self.add(kind, **settings)
-        self.set(self.edit, preset="custom", settings=held[0])
-        return held
+        node = self.add(kind, **settings)
+        self.set(self.edit, preset="custom", settings=node[0])
+        return node
 
     def both(self, model: list[Any]) -> None:
         """Use this MODEL for inversion and edit."""

@@ -12,14 +12,14 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 TITLE = 30
-"""Pixels of a node's title, which lies above its `pos`."""
+"""Height of a node's title, which is above its `pos`, in pixels."""
 HEAD = 50
 """Pixels from a group's top to its first node's title."""
 EDGE, GAP = 20, 40
 """Pixels between a group's border and its nodes or the next group, and between nodes of a column."""
 
 
-def troubles(boxes: dict[str, Box], groups: dict[str, Box], members: dict[str, str]) -> list[str]:
+def overlaps(boxes: dict[str, Box], groups: dict[str, Box], members: dict[str, str]) -> list[str]:
     """Overlapping nodes, and nodes outside their group. members: the group of a node, by the node's name."""
     found = [f"{a} lies over {b}" for a, b in combinations(boxes, 2) if _cross(boxes[a], boxes[b])]
     found += [f"groups {a} and {b} cross" for a, b in combinations(groups, 2) if _cross(groups[a], groups[b])]
@@ -47,14 +47,14 @@ def members_of(workflow: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def lay_out(workflow: dict[str, Any], seen: Iterable[dict[str, Box]]) -> None:
+def lay_out(workflow: dict[str, Any], drawn: Iterable[dict[str, Box]]) -> None:
     """Give nodes the size they are drawn with, keeping columns and the order within them.
 
     seen: the nodes' boxes, drawn several times.
     """
     members, nodes = members_of(workflow), {str(node["id"]): node for node in workflow["nodes"]}
     sizes = {name: (node["size"][0], node["size"][1] + TITLE) for name, node in nodes.items()}
-    for name, (left, top, right, bottom) in (one for boxes in seen for one in boxes.items()):
+    for name, (left, top, right, bottom) in (one for boxes in drawn for one in boxes.items()):
         sizes[name] = (max(sizes[name][0], ceil(right - left)), max(sizes[name][1], ceil(bottom - top)))
     parts = [
         _Part({n: node for n, node in nodes.items() if members.get(n) == group["title"]}, group)

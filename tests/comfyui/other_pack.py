@@ -71,7 +71,7 @@ WAN_I2V = {
     "in_dim": 36, "out_dim": 16, "text_dim": 16,
 }  # fmt: skip
 V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
-"""What tells the host that an SD 2.x predicts v."""
+"""The weight by which the host recognises that an SD 2.x predicts v."""
 
 
 def random_model(kind):
@@ -201,7 +201,7 @@ class SparseAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, scale):
-        laid = set()
+        own = set()
 
         def lay(options):
             before = options.get("optimized_attention_override")
@@ -211,8 +211,8 @@ class SparseAttention(io.ComfyNode):
                     return scale * func(q, k, *rest, **more)
                 return func(q, k, *rest, **more) if before is None else before(func, q, k, *rest, **more)
 
-            if before not in laid:
-                laid.add(override)
+            if before not in own:
+                own.add(override)
                 options["optimized_attention_override"] = override
 
         patched = model.clone()
@@ -549,7 +549,7 @@ def windows_of(frames, length):
 
 def in_windows(length):
     def wrapper(executor, model, conds, x, timestep, model_options):
-        state, told = (model_options["transformer_options"][name] for name in ("other_state", "ad_params"))
+        state, params = (model_options["transformer_options"][name] for name in ("other_state", "ad_params"))
         missing = {"outer", "prepare", "sampler"} - set(state["ran"])
         if missing or len(x) != state["frames"]:
             raise RuntimeError(f"wrappers that did not run: {missing}; {len(x)} frames of {state['frames']}")
@@ -557,7 +557,7 @@ def in_windows(length):
             return executor(model, conds, x, timestep, model_options)
         results, counts = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
         for frames in windows_of(len(x), length):
-            told["sub_idxs"] = frames
+            params["sub_idxs"] = frames
             parts = executor(model, conds, x[frames], timestep[frames], model_options)
             for result, part in zip(results, parts, strict=True):
                 result[frames] += part

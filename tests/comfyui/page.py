@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 HOW = "no browser found: install Chromium (Debian's package chromium)"
 READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
 ACTIVE = "app.extensionManager.workflow.activeWorkflow?.path"
-"""The workflow that is open."""
+"""The open workflow."""
 SETTLED = """async pictures => {
     const boxes = () => app.graph._nodes.map(node => {
         const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
@@ -37,7 +37,7 @@ SETTLED = """async pictures => {
     }
     return boxes()
 }"""
-"""The place and size of each node, titles included, when three drawings made no difference and, if so told, pictures
+"""Position and size of each node with its title, once they are equal in three frames and, on request, pictures
 are loaded."""
 
 

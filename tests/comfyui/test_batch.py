@@ -25,9 +25,9 @@ def folder(tmp_path, monkeypatch):
     return two_clips(tmp_path)
 
 
-def write(folder, **held) -> None:
+def write(folder, **content) -> None:
     shared = {"workflow": str(WORKFLOW), "inputs": {"source": "4.source", "target": "4.target"}, "source": SOURCE}
-    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "steps": 2, "count": 3, **held}, sort_keys=False))
+    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "steps": 2, "count": 3, **content}, sort_keys=False))
 
 
 def test_jobs_on_two_servers_and_one_unreachable(command, host, folder, tmp_path_factory):
@@ -43,8 +43,8 @@ def test_jobs_on_two_servers_and_one_unreachable(command, host, folder, tmp_path
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"
     with started(HOSTS[0], tmp_path_factory.mktemp("second")) as other:
         servers = (part for url in (host.url, other.url, gone) for part in ("--comfyui", url))
-        said = command("batch", "jobs.yaml", "--no-measure", *servers, code=1)
-    assert "2 of 6 jobs failed" in said, said
+        output = command("batch", "jobs.yaml", "--no-measure", *servers, code=1)
+    assert "2 of 6 jobs failed" in output, output
     found = {row["job"]: row for row in summary_rows(folder / "jobs")}
     errors = {name.partition("_")[0]: row["error"] for name, row in found.items() if row["status"] == "failed"}
     assert "crop_left" in errors["refused"]
@@ -73,19 +73,19 @@ def test_a_job_is_interrupted(host, folder, how):
         host.post("/interrupt", {})
     elif how == "by a signal":
         run.terminate()
-    said = run.communicate()[0]
-    told = {
+    output = run.communicate()[0]
+    expected = {
         "on the server": "it was interrupted on the server",
         "by a signal": "nothing half-written is left",
         "by a timeout": "it took more than 1 seconds",
     }
-    assert told[how] in said, said
+    assert expected[how] in output, output
     wait_until(lambda: not host.get("/queue")["queue_running"])
     assert not list((folder / "jobs").glob("*.mp4"))
 
 
 @pytest.mark.parametrize(
-    ("held", "says"),
+    ("content", "message"),
     [
         ({}, "nodes (6, 7, 9, 13) have an input chunk_frames"),
         ({"nonsense": 3}, "no node has an input nonsense"),
@@ -94,12 +94,12 @@ def test_a_job_is_interrupted(host, folder, how):
         ({"workflow": None}, "name no workflow"),
     ],
 )
-def test_jobs_that_do_not_fit_their_workflow(refused, folder, held, says):
-    if held.get("workflow"):
-        held = {"workflow": str(REPO / held["workflow"])}
-    chunk = {"chunk_frames": 4} if "chunk_frames" in says else {}
-    write(folder, jobs=[{"video": "clips/a.mp4", "target": "x", **chunk}], **held)
-    assert says in refused("batch", "jobs.yaml", "--comfyui", "http://127.0.0.1:9")
+def test_jobs_that_do_not_fit_their_workflow(refused, folder, content, message):
+    if content.get("workflow"):
+        content = {"workflow": str(REPO / content["workflow"])}
+    chunk = {"chunk_frames": 4} if "chunk_frames" in message else {}
+    write(folder, jobs=[{"video": "clips/a.mp4", "target": "x", **chunk}], **content)
+    assert message in refused("batch", "jobs.yaml", "--comfyui", "http://127.0.0.1:9")
 
 
 def test_the_prompt_embedded_by_save_video_reproduces_the_video(host):

@@ -33,7 +33,7 @@ CONNECT = """([title, values]) => {
 VALUES = {
     "source": SOURCE, "target": TARGET, "frames": 3, "width": SIDE, "height": SIDE, "steps": 4, "guidance": 7.5
 }  # fmt: skip
-"""What a user changes: of words the prompts alone."""
+"""A user's changes: the prompts, and no other words."""
 
 
 def find(page, title):

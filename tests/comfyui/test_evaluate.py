@@ -37,11 +37,11 @@ def test_an_edit_is_measured_and_plotted(host):
     graph = Measured()
     run = host.run(graph.prompt)
     report = host.text(run, graph.evaluate.id)
-    told = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1] for line in report.splitlines()}
-    assert set(told) == {
+    figures = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1] for line in report.splitlines()}
+    assert set(figures) == {
         "PSNR to source", "SSIM to source", "warp error", "warp error of the source", "pixels not occluded",
     }  # fmt: skip
-    assert told["PSNR to source"].endswith(" dB")
+    assert figures["PSNR to source"].endswith(" dB")
     with Image.open(host.file(run, graph.plot.id)) as plot:
         assert plot.size == (768, 600)
 

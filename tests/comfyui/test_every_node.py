@@ -19,9 +19,9 @@ from comfyui.test_wan import lora as wan_lora  # noqa: F401
 from small import relative
 
 RIGHT = "right"
-"""Memories and chunks agree, and without fusion the host's own guider; chunks may be refused by the node's name."""
+"""Memories and chunks agree, also with the host's own guider without fusion; chunks may be refused by name."""
 HOST_FAILS = "the host fails"
-"""The node does not fit: the host's own guider fails with it too, or the node itself."""
+"""The node does not fit the model: it fails, or the host's own guider does."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Run:
     wan: str = RIGHT
     settings: dict[str, Any] = field(default_factory=dict)
     alike: bool = False
-    """Whether it is refused on Wan on one side alone, and right on both."""
+    """Whether it is refused on Wan on one side only, and right on both."""
     memory: str = "queries_keys"
     """What must give what recompute gives."""
     within: float = 1e-4
-    """How far results may be apart, where it rounds or makes numbers large."""
+    """Tolerance, for nodes that round or produce large values."""
 
 
 NOT_A_SCHEDULE = r"DDIM cannot invert the schedule {kind}"
@@ -48,7 +48,7 @@ NO_FLOW = "is not sampled as a flow"
 SHIFT = r"its shift .* has no effect"
 WINDOWS = {"context_length": 2, "context_overlap": 1}
 HALF = {"*": 0.5}
-"""Every number's value."""
+"""The value of every numeric input."""
 PATCH = "needs a model patch, of weights made for one model"
 MERGE = "merges as ModelMergeBlocks does, by the names of another model's layers"
 
@@ -150,7 +150,7 @@ MODELS: dict[str, Run | str] = {
     "ZImageFunControlnet": PATCH,
     "wanBlockSwap": Run(),
 }  # fmt: skip
-"""The host's nodes from MODEL to MODEL: what becomes of them, or why they do not run here."""
+"""The host's nodes from MODEL to MODEL: their outcome, or why they do not run here."""
 
 COMBINED = "combines 2 prompts"
 AREA, MASK = r"an area of the picture is set \(area\)", r"a mask of the picture is set \(mask\)"
@@ -235,7 +235,7 @@ CONDITIONINGS: dict[str, Run | str] = {
     "WanVaceToVideo": OTHER_FAMILY,
     "unCLIPConditioning": VISION,
 }  # fmt: skip
-"""Those from CONDITIONING to CONDITIONING."""
+"""The host's nodes from CONDITIONING to CONDITIONING."""
 NOT_RUN = (OTHER_FAMILY, WEIGHTS)
 """Why a node does not run on one of the models."""
 
@@ -297,7 +297,7 @@ def cases(kind):
     ]
 
 
-def laid(host, graph, family, name, links):
+def added(host, graph, family, name, links):
     """Add a node with its settings, and links for its other inputs, by name or type."""
     run, inputs = MODELS.get(name) or CONDITIONINGS[name], host.known[name]["input"]
     settings = {**run.settings, **SETTINGS[family].get(name, {})}
@@ -396,7 +396,7 @@ def test_a_node_on_a_model(host, folder, lora, wan_lora, controlnet, hypernetwor
         pytest.skip(f"this host has no {name}")
     graph, sources, pixels = GRAPHS[family](folder)
     links = links_of(graph, family, sources, pixels, controlnet) | {"hypernetwork_name": hypernetwork}
-    node = laid(host, graph, family, name, links)
+    node = added(host, graph, family, name, links)
     on(graph, side, "model", "model", node[host.known[name]["output"].index("MODEL")])
     check(host, graph, family, side, name)
 
@@ -411,7 +411,7 @@ def test_a_node_on_prompts(host, folder, lora, wan_lora, controlnet, name, famil
     for end, prompt in (("inversion", graph.words[0]), ("edit", graph.words[1])):
         if side in (end, "both"):
             prompts = dict.fromkeys(PROMPTS, prompt)
-            node = laid(host, graph, family, name, links | prompts)
+            node = added(host, graph, family, name, links | prompts)
             if end == "inversion":
                 graph.set(graph.invert, source=node[made[0]])
             else:

@@ -101,7 +101,7 @@ def test_methods_that_need_attention_are_refused_by_name(host, preset):
 @pytest.mark.parametrize("kind", ["wan", "wan_i2v", "hunyuan"])
 def test_the_hosts_context_windows_are_used(host, kind):
     graph = FlowGraph(kind=kind)
-    alone = host.latents(graph.prompt, graph.edit[0])
+    single = host.latents(graph.prompt, graph.edit[0])
     windows = graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
         context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
@@ -111,7 +111,7 @@ def test_the_hosts_context_windows_are_used(host, kind):
         graph.set(node, model=windows[0])
     found = host.latents(graph.prompt, graph.edit[0])
     assert relative(found, host.latents(graph.prompt, by_loop(graph)[0])) < 1e-4
-    assert relative(found, alone) > 1e-3
+    assert relative(found, single) > 1e-3
     graph.set(graph.edit, chunk_frames=2)
     with pytest.raises(NodeError, match="chunk_frames: has no effect.*Context Windows"):
         host.latents(graph.prompt, graph.edit[0])
@@ -132,7 +132,7 @@ def test_reference_clips_are_refused_with_attention(host):
 def test_a_pair_shares_the_steps(host):
     """Wan 2.2's image-to-video pair: below the boundary the low-noise model is called."""
     graph = FlowGraph(kind="wan_i2v")
-    alone = host.latents(graph.prompt, graph.edit[0])
+    single = host.latents(graph.prompt, graph.edit[0])
     other = graph.add("FlowModel", kind="wan_i2v", seed=1)
     edits = {}
     for boundary in (0.0, 0.9):
@@ -143,8 +143,8 @@ def test_a_pair_shares_the_steps(host):
     graph.set(graph.store, model=other[0])
     graph.set(graph.edit, model=other[0])
     low = host.latents(graph.prompt, graph.edit[0])
-    assert relative(edits[0.0], alone) < 1e-6
-    assert relative(edits[0.9], alone) > 1e-2 < relative(edits[0.9], low)
+    assert relative(edits[0.0], single) < 1e-6
+    assert relative(edits[0.9], single) > 1e-2 < relative(edits[0.9], low)
     first = graph.add("FateZeroWanPair", model=other[0], low_noise=graph.model[0], boundary=0.0)
     graph.set(graph.edit, model=first[0])
     assert relative(host.latents(graph.prompt, graph.edit[0]), low) < 1e-6

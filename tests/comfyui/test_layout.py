@@ -216,11 +216,11 @@ def test_other_families_are_guided(host, kind):
 def test_an_interrupt_ends_it_and_restores_the_model(host):
     graph = drawing("demo", **STRONG | {"repeats": 8})
     expected = drawn(host, named(drawing("demo"), "euler"))
-    seen = []
+    steps = []
 
     def watch(kind, data):
-        if kind == "progress" and data["node"] == graph.sampled.id and not seen:
-            seen.append(data["value"])
+        if kind == "progress" and data["node"] == graph.sampled.id and not steps:
+            steps.append(data["value"])
             threading.Thread(target=host.post, args=("/interrupt", {})).start()
 
     with pytest.raises(NodeError) as stopped:
@@ -261,7 +261,7 @@ def white(graph):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g: g.set(g.layout, objects="blue star: 0:0.5,0.5,0.3"), "'blue star' is not in the prompt"),
         (lambda g: g.set(g.layout, objects=""), "objects: is empty"),
@@ -275,10 +275,10 @@ def white(graph):
         ), "has a noise mask"),
     ],
 )  # fmt: skip
-def test_unsupported_generation_is_refused(host, change, told):
+def test_unsupported_generation_is_refused(host, change, message):
     graph = drawing("")
     change(graph)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         drawn(host, graph)
 
 
@@ -329,7 +329,7 @@ def test_both_hosts_move_an_object_equally(host, checkpoint, preset):  # noqa: F
 
 
 def test_unsupported_moves_are_refused(host):
-    for change, told in (
+    for change, message in (
         (lambda g: g.set(g.layout, prompt="a red square on grass"), "but the layout's prompt is"),
         (lambda g: g.set(g.layout, mode="forward"), "edits need backward"),
         (lambda g: g.set(g.edit, preset="pnp"), "Plug-and-Play keeps objects in place"),
@@ -337,7 +337,7 @@ def test_unsupported_moves_are_refused(host):
     ):
         graph = moving()
         change(graph)
-        with pytest.raises(NodeError, match=told):
+        with pytest.raises(NodeError, match=message):
             edited(host, graph)
     graph = moving()
     begin, store = invert_with(graph)
@@ -351,7 +351,7 @@ def test_unsupported_moves_are_refused(host):
 @pytest.mark.slow
 def test_a_mask_gives_the_objects_position(host):
     """The true mask gives nearly the same edit as attention; another mask moves something else."""
-    told = edited(host, moving())
+    by_attention = edited(host, moving())
     results = []
     for x in (4, 40):
         graph = moving()
@@ -359,4 +359,4 @@ def test_a_mask_gives_the_objects_position(host):
         mask = graph.add("MaskComposite", destination=black, source=white, x=x, y=18, operation="add")
         graph.set(graph.layout, object_mask=mask[0])
         results.append(edited(host, graph))
-    assert all(relative(one, told) > 1e-2 for one in results) and relative(*results) > 1e-2
+    assert all(relative(one, by_attention) > 1e-2 for one in results) and relative(*results) > 1e-2

@@ -92,13 +92,13 @@ def test_a_store_on_disk_is_in_the_temp_folder_while_the_host_keeps_it(host):
 
 
 def test_auto_reports_its_choice_and_reason(host):
-    def said(**settings):
+    def choice(**settings):
         graph = graph_of(memory="auto", **settings)
         graph.add("OtherRamUsage", store=graph.invert[1])
         return host.text(host.run(graph.prompt), graph.invert.id)
 
-    assert said(budget_gb=1.0).startswith("queries_keys in RAM, ")
-    little = said(budget_gb=0.001)
+    assert choice(budget_gb=1.0).startswith("queries_keys in RAM, ")
+    little = choice(budget_gb=0.001)
     assert little.startswith("recompute in RAM, ")
     assert "queries_keys takes" in little
 
@@ -116,11 +116,11 @@ def test_fewer_steps_and_a_lower_precision_are_stored_on_request(host):
 def alone_and_together(host, **prompts) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
     """Edits of some prompts one by one, together, and the number of steps of the latter."""
     ((socket, texts),) = prompts.items()
-    alone = []
+    single = []
     for text in texts:
         graph = DemoGraph()
         graph.set(graph.words, **{socket: text})
-        alone.append(edited(host, graph))
+        single.append(edited(host, graph))
     graph = DemoGraph()
     graph.set(graph.words, **{socket: graph.add("OtherLines", text="\n".join(texts))[0]})
     save = graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="latents/many")
@@ -128,18 +128,18 @@ def alone_and_together(host, **prompts) -> tuple[list[torch.Tensor], list[torch.
     assert run.executed().count(graph.edit.id) == 1
     saved = [host.base / s["type"] / s["subfolder"] / s["filename"] for s in run.outputs[save.id]["latents"]]
     steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == graph.edit.id]
-    return alone, [load_file(path)["latent_tensor"] for path in saved], steps
+    return single, [load_file(path)["latent_tensor"] for path in saved], steps
 
 
 def test_a_list_of_targets_is_edited_in_one_pass(host):
-    alone, together, steps = alone_and_together(host, target=["a green square on water", "a red square on grass"])
-    assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+    single, together, steps = alone_and_together(host, target=["a green square on water", "a red square on grass"])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(together, single, strict=True))
     assert steps == [1, 2, 3, 4], "one pass"
 
 
 def test_each_of_a_list_of_inversions_is_edited_in_one_pass(host):
-    alone, together, steps = alone_and_together(host, source=["a red square on water", "a red square"])
-    assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+    single, together, steps = alone_and_together(host, source=["a red square on water", "a red square"])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(together, single, strict=True))
     assert steps == [1, 2, 3, 4] * 2
 
 
@@ -148,5 +148,5 @@ def test_keys_and_values_of_a_text_are_computed_for_one_row_per_branch(host):
     graph = graph_of()
     counted = graph.add("OtherTextRows", model=graph.demo[0])
     graph.both(graph.add("OtherAttn2", model=counted[0], scale=1.0)[0])
-    seen = graph.add("OtherTextRowsSeen", after=graph.edit[0])
-    assert host.text(host.run(graph.prompt), seen.id) == "[1, 2]"
+    rows = graph.add("OtherTextRowsSeen", after=graph.edit[0])
+    assert host.text(host.run(graph.prompt), rows.id) == "[1, 2]"

@@ -60,9 +60,9 @@ def test_settings_come_from_their_nodes(host):
     """The nodes' defaults equal the presets; other values change the edit."""
     by_preset = edited(host, flowing("pnp"))
     graph = flowing("pnp")
-    held = graph.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8)
+    node = graph.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8)
     assert torch.equal(edited(host, graph), by_preset)
-    graph.set(held, feature_steps=0.0)
+    graph.set(node, feature_steps=0.0)
     assert (edited(host, graph) - by_preset).abs().max() > 1e-2
     graph = flowing("pnp", seed=4)
     assert (edited(host, graph) - by_preset).abs().max() > 1e-3
@@ -79,13 +79,13 @@ def test_lora_and_controlnet_before_the_inversion_the_edit_or_both(host, request
         return edited(host, graph), noise(host, graph)
 
     plain, plain_noise = run(0.0, False, False)
-    seen = [plain]
+    results = [plain]
     for places in ((True, False), (False, True), (True, True)):
         assert torch.equal(run(0.0, *places)[0], plain)
         result, inverted = run(1.0, *places)
         assert ((inverted - plain_noise).abs().max() > 1e-3) == places[0]
-        assert all((result - other).abs().max() > 1e-3 for other in seen)
-        seen.append(result)
+        assert all((result - other).abs().max() > 1e-3 for other in results)
+        results.append(result)
 
 
 def test_any_length_and_chunks(host):
@@ -132,7 +132,7 @@ def test_guidance_nodes_combine_with_it(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g: g.set(g.edit, preset="custom"), "settings: preset custom needs them"),
         (lambda g: (g.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8), g.set(g.edit, preset="style")),
@@ -148,20 +148,20 @@ def test_guidance_nodes_combine_with_it(host):
         (lambda g: g.both(g.add("TomePatchModel", model=g.demo[0], ratio=0.5)[0]), "merges or rescales tokens"),
     ],
 )  # fmt: skip
-def test_mismatches_are_refused_by_name(host, change, told):
+def test_mismatches_are_refused_by_name(host, change, message):
     graph = flowing()
     change(graph)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         edited(host, graph)
 
 
 def test_the_report_has_settings_and_costs(host):
     graph = flowing(frames=5)
     shown = graph.add("PreviewAny", source=graph.edit[1])
-    told = str(host.run(graph.prompt).outputs[shown.id])
-    assert "injected queries and keys in 2 and the feature in 4 of 5 steps" in told
-    assert "3 random pivots a step for 5 frames, in batches of 2, weights authors" in told
-    assert "16 UNet evaluations of 5 frames, 8 more for the source" in told
+    report = str(host.run(graph.prompt).outputs[shown.id])
+    assert "injected queries and keys in 2 and the feature in 4 of 5 steps" in report
+    assert "3 random pivots a step for 5 frames, in batches of 2, weights authors" in report
+    assert "16 UNet evaluations of 5 frames, 8 more for the source" in report
     assert PnPSettings().attention_steps == 0.5
 
 

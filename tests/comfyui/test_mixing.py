@@ -58,15 +58,15 @@ def test_nodes_on_the_inversion_the_edit_or_both(host, request, mixed_in, file):
         return edited(host, graph), noise(host, graph)
 
     plain, plain_noise = run(0.0, "recompute", False, False)
-    seen = [plain]
+    results = [plain]
     for place in ((True, False), (False, True), (True, True)):
         assert torch.equal(run(0.0, "recompute", *place)[0], plain)
         recomputed, inverted = run(1.0, "recompute", *place)
         assert (relative(inverted, plain_noise) > 1e-3) == place[0]
-        assert all(relative(recomputed, other) > 1e-2 for other in seen)
+        assert all(relative(recomputed, other) > 1e-2 for other in results)
         # The source branch keeps the inversion's model, recomputed or recorded.
         assert relative(run(1.0, "queries_keys", *place)[0], recomputed) < 1e-5
-        seen.append(recomputed)
+        results.append(recomputed)
     assert torch.equal(run(0.0, "recompute", False, False)[0], plain)
 
 

@@ -25,7 +25,7 @@ def test_the_newer_node_design_keeps_line_breaks_and_hides_ignored_widgets(host)
     finally:
         host.post("/settings", {"Comfy.VueNodes.Enabled": False})
     lines = [line.strip() for line in shown.splitlines()]
-    told = [line for text in texts for line in text.splitlines()]
-    assert "hooked 14 of 14 attention layers" in told and "green <- (new)" in told
+    shown_lines = [line for text in texts for line in text.splitlines()]
+    assert "hooked 14 of 14 attention layers" in shown_lines and "green <- (new)" in shown_lines
     assert "budget_gb" in lines and "preset" in lines
     assert not {"keep_steps", "cross_replace_steps", "separate_words"} & set(lines)

@@ -29,14 +29,14 @@ OF_WAN = {
 KERNELS = ("OtherSparseAttention", "OtherAttention")
 """Kernels that are not softmax attention, which maps are."""
 OF_BOTH = {"ModelSamplingSD3": "its shift", "ContextWindowsManual": "context windows"}
-"""Nodes that inversion and edit need alike, and what their refusal says."""
+"""Nodes that inversion and edit must both have, and their refusals."""
 OFTEN = {
     ("LoraLoaderBypassModelOnly", "edit"), ("FreeU_V2", "inversion"), ("PerturbedAttentionGuidance", "edit"),
     ("Mahiro", "edit"), ("UNetSelfAttentionMultiply", "inversion"), ("SkipLayerGuidanceDiT", "edit"),
     ("ScaleROPE", "inversion"), ("ContextWindowsManual", "edit"), ("OtherSparseAttention", "edit"),
     ("prompts joined", "edit"), ("LoRA by a hook", "inversion"), ("GLIGEN", "edit"),
 }  # fmt: skip
-"""What the others are like; these run by default."""
+"""Representative nodes, which run by default."""
 
 
 def table(kinds, sides=SIDES):

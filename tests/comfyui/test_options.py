@@ -38,15 +38,15 @@ def in_mask(graph, prompt):
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [(in_steps, "is restricted to 0% to 50% of the steps"), (in_area, r"\(area\)"), (in_mask, r"\(mask\)")],
 )
 @pytest.mark.parametrize("socket", ["source", "positive"])
-def test_a_prompt_for_only_a_part_is_refused(host, option, told, socket):
+def test_a_prompt_for_only_a_part_is_refused(host, option, message, socket):
     graph = DemoGraph()
     node, prompt = (graph.invert, graph.words[0]) if socket == "source" else (graph.edit, graph.words[1])
     graph.set(node, **{socket: option(graph, prompt)[0]})
-    with pytest.raises(NodeError, match=f"{socket}: .*{told}"):
+    with pytest.raises(NodeError, match=f"{socket}: .*{message}"):
         edited(host, graph)
 
 
@@ -120,8 +120,8 @@ def add(host, graph, kind, **inputs):
 
 def by_the_host(host, graph):
     """The result of the host's own guider and plain DDIM steps from the inverted noise."""
-    asked = graph.prompt[graph.edit.id]["inputs"]
-    theirs = graph.add("CFGGuider", **{name: asked[name] for name in ("model", "positive", "negative")}, cfg=7.5)
+    inputs = graph.prompt[graph.edit.id]["inputs"]
+    theirs = graph.add("CFGGuider", **{name: inputs[name] for name in ("model", "positive", "negative")}, cfg=7.5)
     return host.latents(graph.prompt, custom(graph, theirs[0], graph.invert[0])[0])
 
 
@@ -151,7 +151,7 @@ OF_PROMPTS = {
     "prompts joined": lambda g, p, file: g.add("ConditioningConcat", conditioning_to=p,
         conditioning_from=g.add("CLIPTextEncode", clip=g.demo[1], text="a blue circle")[0]),
 }  # fmt: skip
-"""What sets each option of a prompt, and is honoured."""
+"""Nodes that set options of a prompt which are applied."""
 
 OF_NEGATIVES = {
     "range of steps": in_steps,
@@ -170,11 +170,11 @@ OF_NEGATIVES = {
         cond_DEFAULT=g.add("CLIPTextEncode", clip=g.demo[1], text="a green circle")[0],
     ),
 }
-"""What a negative may have beside these, for its attention is left alone."""
+"""Further options of a negative, whose attention is not controlled."""
 
 WITHOUT_EFFECT = ("strength", "guidance of Flux")
 IMPLIED = {("negative", option) for option in OF_PROMPTS if option not in ("LoRA by a hook", "prompts averaged")}
-"""A negative goes the way of a positive, and no control reads it."""
+"""A negative is converted like a positive, and no control uses it."""
 
 
 @pytest.mark.parametrize(
@@ -273,17 +273,17 @@ HONOURED = {
     "ModelMergeSubtract": {"multiplier": 0.1}, "LoraLoaderModelOnly": {"lora_name": "random.safetensors"},
     "LoraLoaderBypassModelOnly": {"lora_name": "random.safetensors"},
 }  # fmt: skip
-"""Nodes on the MODEL that change what it predicts, and settings with which they do."""
+"""Nodes on the MODEL that change its prediction, and settings with an effect."""
 
 NO_EFFECT = ["DifferentialDiffusion", "ModelAttentionBackend", "SkipLayerGuidanceSD3", "ScaleROPE", "wanBlockSwap"]
-"""Nodes that change nothing here, nor under the host's samplers."""
+"""Nodes without effect here and with the host's samplers."""
 
 
 HOOKED_ALIKE = {
     "CFGNorm", "CFGZeroStar", "Epsilon Scaling", "FreSca", "FreeU", "Mahiro", "RescaleCFG", "TCFG",
     "UNetSelfAttentionMultiply", "VideoTriangleCFGGuidance", *NO_EFFECT[1:],
 }  # fmt: skip
-"""Nodes that hang on a hook of which another node runs by default."""
+"""Nodes that use a hook for which another node runs by default."""
 
 
 @pytest.mark.parametrize(
@@ -323,11 +323,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings", "told"), REFUSED, ids=[f"{k} {v}" for k, v, _ in REFUSED])
-def test_an_unsupported_node_on_the_model_is_refused(host, kind, settings, told):
+@pytest.mark.parametrize(("kind", "settings", "message"), REFUSED, ids=[f"{k} {v}" for k, v, _ in REFUSED])
+def test_an_unsupported_node_on_the_model_is_refused(host, kind, settings, message):
     graph = DemoGraph(steps=10)
     graph.set(graph.edit, model=add(host, graph, kind, model=graph.demo[0], **settings)[0])
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         edited(host, graph)
 
 

@@ -23,8 +23,8 @@ def custom(graph, guider, latent, flipped=False, sampler=None, sigmas=None):
 
 
 def invert_guider(graph):
-    asked = {k: v for k, v in graph.prompt[graph.invert.id]["inputs"].items() if k not in ("steps", "latent")}
-    return graph.add("FateZeroInvertGuider", **asked)
+    inputs = {k: v for k, v in graph.prompt[graph.invert.id]["inputs"].items() if k not in ("steps", "latent")}
+    return graph.add("FateZeroInvertGuider", **inputs)
 
 
 def invert_with(graph, sigmas=None):
@@ -36,8 +36,8 @@ def invert_with(graph, sigmas=None):
 
 def edit_with(graph, begin, store, **more):
     """The edited latents by a guider with the settings of the graph's own edit."""
-    asked = {**graph.prompt[graph.edit.id]["inputs"], "store": store}
-    guider = graph.add("FateZeroEditGuider", **asked)
+    inputs = {**graph.prompt[graph.edit.id]["inputs"], "store": store}
+    guider = graph.add("FateZeroEditGuider", **inputs)
     return custom(graph, guider[0], begin, **more)
 
 
@@ -101,8 +101,8 @@ def test_progress_and_previews_are_the_hosts(host):
     graph = DemoGraph()
     end = {"class_type": "PreviewAny", "inputs": {"source": by_host(graph)}}
     run = host.run({**graph.prompt, "end": end})
-    told = [data for kind, data in run.messages if kind == "progress" and data["max"] == graph.steps]
-    assert [data["value"] for data in told][-graph.steps :] == list(range(1, graph.steps + 1))
+    progress = [data for kind, data in run.messages if kind == "progress" and data["max"] == graph.steps]
+    assert [data["value"] for data in progress][-graph.steps :] == list(range(1, graph.steps + 1))
     assert run.previews
 
 
@@ -119,7 +119,7 @@ def test_another_target_does_not_invert_again(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g, b, s: {"begin": g.latent[0]}, "latent_image: is not the noise of this store"),
         (lambda g, b, s: {"sampler": g.add("KSamplerSelect", sampler_name="heun")[0]}, "sampler: evaluates sigma"),
@@ -127,11 +127,11 @@ def test_another_target_does_not_invert_again(host):
         (lambda g, b, s: {"sigmas": g.add("FateZeroSigmas", model=g.demo[0], steps=5)[0]}, "5 steps .* inversion has"),
     ],
 )  # fmt: skip
-def test_unsupported_edits_are_refused(host, change, told):
+def test_unsupported_edits_are_refused(host, change, message):
     graph = DemoGraph()
     begin, store = invert_with(graph)
     more = change(graph, begin, store)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         host.latents(graph.prompt, edit_with(graph, more.pop("begin", begin), store, **more)[0])
 
 

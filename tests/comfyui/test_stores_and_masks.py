@@ -29,10 +29,10 @@ def test_a_saved_store_gives_the_same_edit_as_the_inversion(host, memory):
     assert file == f"stores/{memory}_00001_.safetensors [output]"
     path = host.base / "output" / file.removesuffix(" [output]")
     with safe_open(path, "pt") as stored:
-        held = sum(stored.get_tensor(name).nbytes for name in stored.keys() if name != "checksums")  # noqa: SIM118
-    assert int(host.text(run, usage.id)) == held
+        nbytes = sum(stored.get_tensor(name).nbytes for name in stored.keys() if name != "checksums")  # noqa: SIM118
+    assert int(host.text(run, usage.id)) == nbytes
     shown = host.text(run, graph.invert.id)
-    assert shown.startswith(f"{memory} in RAM, {format_bytes(held)}: ")
+    assert shown.startswith(f"{memory} in RAM, {format_bytes(nbytes)}: ")
 
     load = graph.add("FateZeroLoadStore", file=file)
     graph.set(graph.edit, store=load[0])

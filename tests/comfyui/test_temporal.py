@@ -177,8 +177,8 @@ def test_tuning_equals_the_diffusers_hosts(host, files, prediction):
     changed = {n for n in ours if not torch.equal(ours[n], begun[n])}
     assert changed and {n for n in ours if "attn_temporal" in n} <= changed
     moved = torch.cat([(theirs[n].detach() - begun[n]).flatten() for n in sorted(changed)])
-    apart = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(changed)])
-    assert apart.norm() < 2e-2 * moved.norm()
+    difference = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(changed)])
+    assert difference.norm() < 2e-2 * moved.norm()
 
     if prediction == "epsilon":
         again = DemoGraph(frames=3)
@@ -217,9 +217,9 @@ def test_tuning_with_convolutions_class_pictures_and_validation_equals_the_diffu
     theirs |= temporal_layers(checkpoint.unet).named()
     begun = load_file(files / "lora.safetensors")
     moved = torch.cat([(theirs[n].detach() - begun[n]).flatten() for n in sorted(ours)])
-    apart = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(ours)])
+    difference = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(ours)])
     assert any("conv_temporal" in n and not torch.equal(ours[n], begun[n]) for n in ours)
-    assert apart.norm() < 2e-2 * moved.norm()
+    assert difference.norm() < 2e-2 * moved.norm()
     assert relative(clips * factor, torch.cat(shown)) < 1e-3
 
 

@@ -96,8 +96,8 @@ def test_files_that_are_not_videos_are_refused(host):
 def test_a_missing_file_is_reported_once(host):
     with pytest.raises(NodeError) as refused:
         loaded(host, file="gone.mp4")
-    (told,) = refused.value.report["node_errors"].values()
-    (error,) = told["errors"]
+    (node,) = refused.value.report["node_errors"].values()
+    (error,) = node["errors"]
     assert "no video 'gone.mp4'" in str(error)
 
 

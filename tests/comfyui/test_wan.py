@@ -282,8 +282,8 @@ def test_a_lora_on_the_edit_only_does_not_change_the_source(host, graph, checkpo
     graph.both(loaded[0])
     both = by_host(host, graph, checkpoint)
     graph.set(graph.invert, model=graph.model[0])
-    alone = by_host(host, graph, checkpoint)
-    assert min(relative(both, plain), relative(alone, plain), relative(alone, both)) > 1e-3
+    single = by_host(host, graph, checkpoint)
+    assert min(relative(both, plain), relative(single, plain), relative(single, both)) > 1e-3
     graph.set(loaded, strength_model=0.0)
     assert torch.equal(by_host(host, graph, checkpoint), plain)
 
@@ -331,11 +331,11 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
 
 def hosts_guider(graph) -> Node:
     """The result of the host's own guider and Euler steps from the inverted noise."""
-    asked = graph.prompt[graph.edit.id]["inputs"]
-    guider = graph.add("CFGGuider", cfg=asked["guidance"], **{k: asked[k] for k in ("model", "positive", "negative")})
+    inputs = graph.prompt[graph.edit.id]["inputs"]
+    guider = graph.add("CFGGuider", cfg=inputs["guidance"], **{k: inputs[k] for k in ("model", "positive", "negative")})
     noise = graph.add("OtherLatentNoise", model=graph.model[0], latent=graph.invert[0])
     steps = graph.prompt[graph.invert.id]["inputs"]["steps"]
-    sigmas = graph.add("FateZeroSigmas", model=asked["model"], steps=steps)
+    sigmas = graph.add("FateZeroSigmas", model=inputs["model"], steps=steps)
     euler = graph.add("KSamplerSelect", sampler_name="euler")
     return graph.add(
         "SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=euler[0], sigmas=sigmas[0],
@@ -410,10 +410,10 @@ def test_the_guiders_do_the_same(host, graph, checkpoint, plain, sampler):
 
 def test_the_model_is_restored(host, graph):
     before = graph.add("OtherHooks", model=graph.model[0])
-    told = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
+    again = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
     host.latents(graph.prompt, graph.edit[0])
     after = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
-    assert told.outputs[before.id]["text"] == after.outputs[before.id]["text"]
+    assert again.outputs[before.id]["text"] == after.outputs[before.id]["text"]
 
 
 @pytest.mark.parametrize(

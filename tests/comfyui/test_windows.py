@@ -120,7 +120,7 @@ def test_other_windows_than_the_sources_are_refused(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g: g.set(g.invert, model=windowed(g), chunk_frames=2), "model: a motion module of AnimateDiff needs"),
         (lambda g: g.set(g.invert, model=windowed(g, motion=False), chunk_frames=2), "model: a node's wrapper other"),
@@ -129,10 +129,10 @@ def test_other_windows_than_the_sources_are_refused(host):
         (lambda g: g.both(g.add("OtherTwice", model=g.demo[0])[0]), "model: a node on it samples more than once"),
     ],
 )  # fmt: skip
-def test_unsupported_windows_are_refused(host, change, told):
+def test_unsupported_windows_are_refused(host, change, message):
     graph = DemoGraph(frames=FRAMES)
     change(graph)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         edited(host, graph)
 
 

@@ -21,15 +21,15 @@ NAMES = (
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 OFTEN = ("demo",)
-"""Those that run in the page by default; the others do so as prompts, which the page makes the same."""
+"""Workflows that run in the page by default; the others run as prompts, equal to the page's."""
 REPORTS = {
     "layout_new_clip": "guided in 3 predictions of",
     "flow_any_demo": "mask from the predictions for both prompts",
     **dict.fromkeys(FLOWS, "sampled noise (FlowEdit)"),
 }
-"""A part of the report of those without an inversion."""
+"""A part of the report of workflows without inversion."""
 ROOMS = ("demo", "wan")
-"""Those whose room is looked at by default."""
+"""Workflows whose layout is checked by default."""
 
 
 def test_every_workflow_has_a_thumbnail_and_a_twin():
@@ -61,9 +61,9 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
         if prompt[node]["class_type"] == "SaveImage":
             assert Image.open(host.file(run, node)).size == (64, 64)
             continue
-        beside = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
+        compared = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
         video = read_video(host.file(run, node))
-        assert video.frames.shape == (LENGTHS.get(name, 3), 64, 128 if beside else 64, 3)
+        assert video.frames.shape == (LENGTHS.get(name, 3), 64, 128 if compared else 64, 3)
         assert (video.sound is not None) == (name in LENGTHS)
 
 
@@ -152,8 +152,8 @@ def test_the_page_runs_a_demo(host, page, name):
     texts = page.texts()
     shown = "\n".join(texts)
     layers = "12 of 12" if name == "wan_demo" else "14 of 14"
-    told = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
-    for text in (REPORTS[name],) if name in REPORTS else told:
+    expected = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
+    for text in (REPORTS[name],) if name in REPORTS else expected:
         assert text in shown  # the store's bytes, the alignment and the report are shown on their nodes
     page.open(read("style"), "another")
     page.boxes()

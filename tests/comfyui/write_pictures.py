@@ -30,11 +30,11 @@ PICTURES = {
 }
 """The workflow that each picture shows."""
 FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}
-"""The nodes that name files of models, and the folders of these."""
+"""Nodes with names of model files, and the folders of these."""
 WIDTH = 760
-"""Of a thumbnail, in pixels."""
+"""The size of a thumbnail, in pixels."""
 NOTE = "Run with the bundled toy model in place of the files"
-"""Of a thumbnail of a workflow that needs files."""
+"""The note on a thumbnail of a workflow that needs files."""
 
 
 def mark_of(name: str) -> str:

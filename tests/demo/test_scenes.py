@@ -85,8 +85,8 @@ def test_sizes_and_ranges():
 def test_objects_have_their_colour():
     for name, colour in COLOURS.items():
         clip = render(Scene((Thing(name, "circle"),), "sand"), STILL, 1)
-        seen = clip.frames[0][:, clip.mask[0] == 1].mean(1)
-        assert (seen - torch.tensor(colour)).abs().max() < 0.1
+        mean = clip.frames[0][:, clip.mask[0] == 1].mean(1)
+        assert (mean - torch.tensor(colour)).abs().max() < 0.1
 
 
 def test_things_and_tracks_must_match():

@@ -61,7 +61,7 @@ def test_the_bundled_layers_generate_a_consistent_clip():
         keys, norm = (("first", "previous"), True) if name == "video" else (("self",), False)
         made = generate(model.denoiser, noise, text, empty, 10, 5.0, keys, norm)
         frames[name] = model.decode_latents(made)
-    right = sum(seen == labels(scene) for seen in judge.read(frames["video"]))
+    right = sum(read == labels(scene) for read in judge.read(frames["video"]))
     assert right >= 5
-    apart = {name: f.diff(dim=0).abs().mean().item() for name, f in frames.items()}
-    assert 0.002 < apart["video"] < 0.5 * apart["image"]
+    differences = {name: f.diff(dim=0).abs().mean().item() for name, f in frames.items()}
+    assert 0.002 < differences["video"] < 0.5 * differences["image"]

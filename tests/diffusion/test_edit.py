@@ -179,12 +179,12 @@ def test_other_key_frames_use_overlapping_chunks_and_approximate(denoiser, token
         return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, chunk_frames=chunk)
 
     whole = edited(None)
-    alone = edit(
+    single = edit(
         denoiser, invert(denoiser, latents, random_text(0), 3, "self"), random_text(1), random_text(2), 7.5,
         replace_edit(tokenizer),
     )  # fmt: skip
     error = relative(edited(5), whole)
-    assert 0 < error < 0.5 * relative(alone, whole)
+    assert 0 < error < 0.5 * relative(single, whole)
 
 
 @pytest.mark.parametrize("memory", ["queries_keys", "maps"])
@@ -256,15 +256,15 @@ def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denois
 def test_outside_an_empty_mask_blended_latents_equal_the_inversion(denoiser, tokenizer, monkeypatch, blends, noisier):
     """At the matching level, or at the noisier one of the authors' index."""
 
-    seen = []
+    moved = []
     move = EditRun.move
-    monkeypatch.setattr(EditRun, "move", lambda *given: seen.append(move(*given)) or seen[-1])
+    monkeypatch.setattr(EditRun, "move", lambda *given: moved.append(move(*given)) or moved[-1])
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     fusion = FusionSettings(0.5, 0.5, blend_latents=blends, blend_threshold=1.0)
     edit(denoiser, inversion, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion)
     for step in fusion.latent_steps(5):
-        assert torch.equal(seen[step], inversion.latents[5 - step - 1 + noisier])
-    assert not torch.equal(seen[0], inversion.latents[4])
+        assert torch.equal(moved[step], inversion.latents[5 - step - 1 + noisier])
+    assert not torch.equal(moved[0], inversion.latents[4])
 
 
 def test_latents_blended_as_the_authors_do_in_chunks(denoiser, tokenizer):

@@ -141,10 +141,10 @@ def test_the_next_step_is_read_while_the_current_one_runs(denoiser, prompt, tmp_
     threads, fetch = [], stores.fetch
     monkeypatch.setattr(stores, "fetch", lambda *given: threads.append(threading.current_thread()) or fetch(*given))
     inversion = inverted(denoiser, memory="queries_keys", place="disk", folder=tmp_path)
-    seen = []
+    counts = []
     edit(
         denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FUSION,
-        progress=lambda done, of: seen.append(len(threads)),
+        progress=lambda done, of: counts.append(len(threads)),
     )  # fmt: skip
     assert threading.current_thread() not in threads
     assert len(threads) == FUSION.self_steps(STEPS)
@@ -182,22 +182,22 @@ def test_edits_in_one_pass_equal_single_edits_and_read_the_store_once(
     denoiser, unet, tokenizer, prompt, settings, monkeypatch
 ):
     other = PromptEdit(SOURCE, "a green star on sand", tokenizer, reweight={"green": 3.0})
-    asked = [
+    edits = [
         Edit(random_text(1), random_text(2), 7.5, prompt, FUSION),
         Edit(random_text(3), None, 1.0, other, FusionSettings(0.4, 0.2)),
         Edit(random_text(4), random_text(2), 3.0),
     ]
     inversion = inverted(denoiser, **settings)
-    alone = [
+    single = [
         edit(denoiser, inversion, e.target_embeddings, e.negative_embeddings, e.guidance_scale, e.prompt, e.fusion)
-        for e in asked
+        for e in edits
     ]
     reads, fetch, calls = [], stores.fetch, []
     monkeypatch.setattr(stores, "fetch", lambda *given: reads.append(1) or fetch(*given))
     counted = unet.register_forward_hook(lambda *_: calls.append(1))
-    together = edit_many(denoiser, inversion, asked)
+    together = edit_many(denoiser, inversion, edits)
     counted.remove()
-    assert all(relative(a, b) < 1e-9 for a, b in zip(together, alone, strict=True))
+    assert all(relative(a, b) < 1e-9 for a, b in zip(together, single, strict=True))
     reading = FUSION.cross_steps(STEPS)
     assert len(reads) == (reading if settings else 0)
     assert len(calls) == 5 * STEPS + (0 if settings else reading)

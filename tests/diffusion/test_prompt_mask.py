@@ -133,15 +133,15 @@ def test_a_given_mask_replaces_extends_or_limits_it(denoiser, prompt, how, unet)
         given = GivenMask(torch.full((1, 16, 16), fill), how)
         return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings, mask=given)
 
-    alone = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
+    single = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
     unmasked = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FusionSettings(0.0, 0.0))
     expected = {
         "replace": (inversion.latents[0], unmasked),
-        "union": (alone, unmasked),
-        "intersection": (inversion.latents[0], alone),
+        "union": (single, unmasked),
+        "intersection": (inversion.latents[0], single),
     }
-    for fill, wanted in zip((0.0, 1.0), expected[how], strict=True):
-        assert relative(run(fill), wanted) < 1e-12
+    for fill, target in zip((0.0, 1.0), expected[how], strict=True):
+        assert relative(run(fill), target) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -152,16 +152,16 @@ def test_calls_match_the_estimate(denoiser, unet, prompt, steps, levels):
     settings = FusionSettings(blend_self_attention=True, **PROMPTS)
     plain = Recipe(injection=FusionSettings()).calls(steps)
     assert Recipe(injection=settings).calls(steps) == plain._replace(edit=plain.edit + 2 * len(levels))
-    alone, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
-    assert Recipe(injection=settings, mask=alone).calls(steps) == plain
+    single, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
+    assert Recipe(injection=settings, mask=single).calls(steps) == plain
     assert Recipe(injection=settings, mask=joined).calls(steps) == Recipe(injection=settings).calls(steps)
     if steps == 5:
         inversion, calls = invert(denoiser, random_latents(), random_text(0), steps), []
         handle = unet.register_forward_hook(lambda *_: calls.append(1))
         edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
         handle.remove()
-        told = Recipe(injection=settings).calls(steps)
-        assert len(calls) == told.edit + told.source
+        cost = Recipe(injection=settings).calls(steps)
+        assert len(calls) == cost.edit + cost.source
 
 
 def test_settings_out_of_range_are_refused():

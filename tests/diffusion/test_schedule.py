@@ -9,7 +9,7 @@ from fatezero.diffusion.ddim import ddim_move
 from fatezero.diffusion.schedule import FlowSchedule, Schedule, Solver, timestep_at
 
 DEVIATION = 0.6
-"""Of clean latents, which are Gaussian here: then the best prediction is a multiple of the latents."""
+"""The deviation of clean latents, which are Gaussian here: then the best prediction is a multiple of the latents."""
 
 
 def ddim(steps: int) -> Schedule:

@@ -166,7 +166,7 @@ def test_mismatches_are_refused(demo, folder, tmp_path):
 
     controlnet_for(small_unet(), (16, 32)).save_pretrained(tmp_path / "small")
     controlnet_for(demo.unet, (16, 32)).save_pretrained(tmp_path / "half")
-    for path, said in (
+    for path, message in (
         (tmp_path / "small", r"another kind of model: its block_out_channels is \[8, 16\]"),
         (tmp_path / "half", "downscales pictures by 2, the model by 4"),
         (changed(global_pool_conditions=True), "pools its pictures"),
@@ -174,7 +174,7 @@ def test_mismatches_are_refused(demo, folder, tmp_path):
         (tmp_path, "no config.json"),
         (CLIP, "could not load"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load_controlnet(str(path), demo.unet, 4)
 
 
@@ -184,10 +184,10 @@ def test_mismatches_are_refused(demo, folder, tmp_path):
 @pytest.fixture
 def run(folder, tmp_path):
     """The frames of an edit of the bundled clip with a ControlNet and the clip as hint."""
-    said = Console(quiet=True)
+    console = Console(quiet=True)
 
     def of(output="out/", store=None, inverting=False, overwrite=False, **settings):
-        session = Session(said, no_bars, "cpu", "float32", overwrite=overwrite)
+        session = Session(console, no_bars, "cpu", "float32", overwrite=overwrite)
         config = EditConfig(video=str(CLIP), source=PROMPT, target="a green square on water", steps=1, count=1)
         settings = {"controlnet": str(folder), "control": str(CLIP), **settings}
         for name, value in settings.items():
@@ -219,8 +219,8 @@ def test_the_command_edits_with_it(run, tmp_path):
 
 def test_a_dry_run_prints_the_number_of_steps_it_acts_in(command, folder):
     words = (CLIP, "--source", PROMPT, "--target", "a green square on water", "--dry-run")
-    said = command("edit", *words, "--controlnet", folder, "--control", CLIP, "--control-end", 0.5)
-    assert "ControlNet edges: in 25 of 50 steps" in said
+    output = command("edit", *words, "--controlnet", folder, "--control", CLIP, "--control-end", 0.5)
+    assert "ControlNet edges: in 25 of 50 steps" in output
 
 
 def test_the_command_refuses(run, refused, folder, tmp_path):
@@ -229,7 +229,7 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
     with pytest.raises(ValueError, match=r"control: .*has 8 frames.*9 are needed"):
         run("e/", video=f"{tmp_path}/*.png", count=9)
     words = (CLIP, "--source", PROMPT, "--target", "a green square on water", "--dry-run")
-    for options, said in (
+    for options, output in (
         (("--controlnet", folder), "missing --control"),
         (("--control", CLIP), "control has no effect here: no controlnet is given"),
         (("--controlnet", folder, "--control", "none.mp4"), "none.mp4"),
@@ -239,4 +239,4 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
         (("--controlnet", folder, "--control", CLIP, "--controlnet-strength", -1), "controlnet_strength is -1"),
         (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet: needs a UNet"),
     ):
-        assert re.search(re.escape(said), refused("edit", *words, *options)), said
+        assert re.search(re.escape(output), refused("edit", *words, *options)), output

@@ -323,9 +323,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_mismatches_are_refused_and_change_nothing(fused, case):
-    tensors, said = REFUSED[case]
+    tensors, message = REFUSED[case]
     unet = small_unet()
-    with pytest.raises(LoraError, match=f"^style.safetensors.*{said}") as refusal:
+    with pytest.raises(LoraError, match=f"^style.safetensors.*{message}") as refusal:
         fused(tensors, network=unet)
     assert len(str(refusal.value)) < 320
     assert not changed(unet, small_unet())
@@ -348,11 +348,11 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
     (tmp_path / "two").mkdir()
-    for name, said in (
+    for name, message in (
         ("pointer.safetensors", "git lfs pull"), ("page.safetensors", "damaged"), ("none.safetensors", "no LoRA at"),
         ("two", "contains no LoRA"),
     ):  # fmt: skip
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint.load("demo", lora=str(tmp_path / name))
 
 

@@ -125,9 +125,9 @@ FOLDERS = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_folders_that_are_refused(folder, case):
-    change, said = FOLDERS[case]
+    change, message = FOLDERS[case]
     change(folder)
-    with pytest.raises(CheckpointError, match=said) as refusal:
+    with pytest.raises(CheckpointError, match=message) as refusal:
         Checkpoint.load(str(folder))
     assert len(str(refusal.value)) < 600 and "\n" not in str(refusal.value)
 
@@ -222,9 +222,9 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_single_files_that_are_refused(tmp_path, case):
-    shapes, said = FILES[case]
+    shapes, message = FILES[case]
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=f"m.safetensors {said}"):
+    with pytest.raises(CheckpointError, match=f"m.safetensors {message}"):
         Checkpoint.load(str(tmp_path / "m.safetensors"), config=str(DEMO))
 
 
@@ -355,13 +355,13 @@ def overflowing(folder, part):
     set_weights(folder, VAE, lambda w: w | {key: w[key].float().mul(3e4).half() for key in keys})
 
 
-@pytest.mark.parametrize("says", [True, False])
-def test_an_autoencoder_that_overflows_half_precision(folder, says):
+@pytest.mark.parametrize("upcast", [True, False])
+def test_an_autoencoder_that_overflows_half_precision(folder, upcast):
     for part in ("decoder", "encoder"):
         overflowing(folder, part)
-    set_config(folder, "vae/config.json", force_upcast=says)
+    set_config(folder, "vae/config.json", force_upcast=upcast)
     half, exact = (Checkpoint.load(str(folder), dtype=dtype) for dtype in (torch.float16, torch.float32))
-    assert half.vae.dtype == (torch.float32 if says else torch.float16)
+    assert half.vae.dtype == (torch.float32 if upcast else torch.float16)
     latents, frames = torch.randn(1, 4, 4, 4), torch.rand(1, 3, 16, 16)
     assert torch.allclose(half.decode_latents(latents), exact.decode_latents(latents), atol=1e-5)
     assert torch.allclose(half.encode_frames(frames), exact.encode_frames(frames), atol=1e-5)

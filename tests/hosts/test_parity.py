@@ -25,8 +25,8 @@ from small import (
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 STEPS = CASES["steps"]
 TOLERANCE = {"refine_latent_blend": 1e-5}
-"""Of the whole edit: a step with guidance and random weights enlarges a rounding error up to 20000 times, and latents
-blended in between are as far from the edit's own as noise."""
+"""Tolerance of the whole edit: guidance and random weights amplify a rounding error up to 20000 times in a step, and
+blended latents differ from the edit's as much as noise."""
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +98,15 @@ def test_the_whole_edit(reference, name, memory):
         clip_norm=True,
         memory=StoreSettings(memory, max_tokens=1024),
     )
-    asked = edited(case, tensors)
+    arguments = edited(case, tensors)
     result = edit(
         reference,
         inversion,
-        asked.target_embeddings,
-        asked.negative_embeddings,
-        guidance_scale=asked.guidance_scale,
-        prompt=asked.prompt,
-        fusion=asked.fusion,
+        arguments.target_embeddings,
+        arguments.negative_embeddings,
+        guidance_scale=arguments.guidance_scale,
+        prompt=arguments.prompt,
+        fusion=arguments.fusion,
     )
     assert relative(inversion.latents[-1], tensors[f"inverted.{STEPS}"].double()) < 1e-7
     assert relative(result, tensors[f"edited.{STEPS}"].double()) < TOLERANCE.get(name, 1e-6)

@@ -157,8 +157,8 @@ def test_two_transformers_share_a_run_at_the_boundary():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pair = VideoTransformerDenoiser(high, scheduler, low, 0.8)
     z, text = random_latents(), Condition(random_text(2))
-    for timestep, alone in ((900.0, high), (700.0, low)):
-        one = VideoTransformerDenoiser(alone, scheduler)
+    for timestep, model in ((900.0, high), (700.0, low)):
+        one = VideoTransformerDenoiser(model, scheduler)
         with one.hooked():
             expected = one.predict_noise(z, timestep, text, everyone())
         with pair.hooked():
@@ -275,8 +275,8 @@ def test_prompts_are_compared_at_the_same_noise_for_any_shift(shift):
 
 
 def test_records_of_a_paired_branch_are_kept_for_one_block(denoiser, prompt, inversion, monkeypatch):
-    held, plain = [], Recorder.forget
-    monkeypatch.setattr(Recorder, "forget", lambda self, layer: (held.append(len(self.records)), plain(self, layer)))
+    counts, plain = [], Recorder.forget
+    monkeypatch.setattr(Recorder, "forget", lambda self, layer: (counts.append(len(self.records)), plain(self, layer)))
     edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(1.0, 1.0))
-    assert max(held) == 2, "self- and cross-attention of a block"
-    assert len(held) == 4 * 8, "each layer of each step"
+    assert max(counts) == 2, "self- and cross-attention of a block"
+    assert len(counts) == 4 * 8, "each layer of each step"

@@ -42,9 +42,9 @@ def explicit_self(mask):
     q, k, v = tensors(SIDE**2, 2)
     source_q, source_k, _ = tensors(SIDE**2, 0)
     everyone = range(FRAMES)
-    seen = [KEYS.gather(x, everyone, everyone, FRAMES) for x in (k, source_k, v)]
+    gathered = [KEYS.gather(x, everyone, everyone, FRAMES) for x in (k, source_k, v)]
     m = mask.view(FRAMES, 1, -1, 1)
-    return (m * attention_map(q, seen[0]) + (1 - m) * attention_map(source_q, seen[1])) @ seen[2]
+    return (m * attention_map(q, gathered[0]) + (1 - m) * attention_map(source_q, gathered[1])) @ gathered[2]
 
 
 @pytest.mark.parametrize("maps", [False, True])

@@ -69,10 +69,10 @@ def test_a_given_mask_replaces_extends_or_limits_it(denoiser, start, how, within
         with EditPass(denoiser, start, [Edit(random_text(1), random_text(2), 3.0, fusion=settings, mask=mask)]) as run:
             return run._runs[0].injected._inside[:, 0]
 
-    alone, both = inside(None, SETTINGS), inside(given, settings)
-    own = left.expand_as(alone).to(alone)
-    expected = {"replace": own, "union": torch.maximum(own, alone), "intersection": own * alone}
-    assert torch.equal(both, own * alone if within else expected[how])
+    single, both = inside(None, SETTINGS), inside(given, settings)
+    own = left.expand_as(single).to(single)
+    expected = {"replace": own, "union": torch.maximum(own, single), "intersection": own * single}
+    assert torch.equal(both, own * single if within else expected[how])
 
 
 def test_calls_are_counted():

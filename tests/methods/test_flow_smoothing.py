@@ -14,10 +14,10 @@ def moving(frames: int, dx: float, size: int = 8) -> Motion:
     """Motion of everything to the right by dx cells a frame."""
     flow = torch.zeros(frames - 1, 2, size, size)
     flow[:, 0] = dx
-    seen = torch.ones(frames - 1, size, size)
-    seen[..., size - int(dx) :] = 0 if dx else 1
-    before = seen.flip(-1)
-    return Motion(flow, -flow, seen, before)
+    visible = torch.ones(frames - 1, size, size)
+    visible[..., size - int(dx) :] = 0 if dx else 1
+    before = visible.flip(-1)
+    return Motion(flow, -flow, visible, before)
 
 
 def test_content_that_follows_the_motion_is_preserved_and_other_is_averaged():

@@ -40,7 +40,7 @@ def test_words_come_before_their_path():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("burger", "must start with an object"),
         ("0:0.1,0.5,0.3", "must start with an object"),
@@ -54,6 +54,6 @@ def test_words_come_before_their_path():
         ("burger: 0:9,0.5,0.3", "centre is 9,0.5"),
     ],
 )
-def test_refusals(text, told):
-    with pytest.raises(ValueError, match=told):
+def test_refusals(text, message):
+    with pytest.raises(ValueError, match=message):
         named_path(text)

@@ -196,9 +196,9 @@ def test_guidance_of_no_strength_is_bit_exact(still):
 def test_attention_to_words_is_recorded_and_changes_nothing(guided):
     """The mean over heads and layers of each step's maps, summed over a word's columns."""
     layout = LayoutGuidance(target=disc(), columns=[2]) if guided else None
-    seen = WordAttention({"red circle": [2, 3], "grass": [5]})
-    assert torch.equal(drawn(layout, attention=seen), drawn(layout))
-    steps = seen.steps()
+    attention = WordAttention({"red circle": [2, 3], "grass": [5]})
+    assert torch.equal(drawn(layout, attention=attention), drawn(layout))
+    steps = attention.steps()
     assert list(steps) == ["red circle", "grass"] and steps["grass"].shape == (4, 2, 16, 16)
     if not guided:
         denoiser, layers = small_denoiser(), {"down.0.cross", "up.0.cross", "up.1.cross"}
@@ -298,9 +298,9 @@ def test_memory_of_a_gradient_is_estimated(kind):
         text = random_text(1)
     layout, shape = LayoutGuidance(target=disc(2), columns=[2]), (2, 4, 16, 16)
     condition = Condition.of(text, "text")
-    told, plain = guidance_bytes(own, shape, condition, SELF, False, partial(EnergyControl, layout=layout))
+    estimate, plain = guidance_bytes(own, shape, condition, SELF, False, partial(EnergyControl, layout=layout))
     with own.hooked(), torch.no_grad(), LiveBytes() as live:
         control = EnergyControl(SELF, Chunk.whole(2), layout)
         own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.loss)
-    assert abs(told / live.most - 1) < 0.25
-    assert plain < told
+    assert abs(estimate / live.most - 1) < 0.25
+    assert plain < estimate

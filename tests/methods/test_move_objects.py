@@ -121,8 +121,8 @@ def test_strength_zero_computes_no_gradient_and_changes_nothing(denoiser, invers
 def test_guidance_lowers_the_energy_in_an_edit(denoiser, inversion, pair):
     target = box(8, 8, 12, 12, 3).float()
     layout = LayoutGuidance(target=target, columns=COLUMNS, energy="inside", scale=200.0)
-    asked = Edit(random_text(2), random_text(3), 5.0, pair, FusionSettings(0.8, 0.8), layout=layout)
-    with EditPass(denoiser, inversion, [asked]) as run:
+    edit = Edit(random_text(2), random_text(3), 5.0, pair, FusionSettings(0.8, 0.8), layout=layout)
+    with EditPass(denoiser, inversion, [edit]) as run:
         text, store = run._runs[0].target, inversion.store
 
         def energy(z):
@@ -191,8 +191,8 @@ def test_refusals(denoiser, inversion, pair):
     with pytest.raises(ValueError, match="mode is forward"):
         forward = LayoutGuidance(target=box(8, 8, 12, 12, 3).float(), columns=COLUMNS, mode="forward")
         edited(denoiser, inversion, pair, forward)
-    for text, told in (("0:0.1", "must be frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "at least one stop")):
-        with pytest.raises(ValueError, match=told):
+    for text, message in (("0:0.1", "frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "at least one stop")):
+        with pytest.raises(ValueError, match=message):
             Shift.parse(text)
 
 
@@ -217,7 +217,7 @@ def test_an_object_of_the_demo_world_follows_its_path():
         checkpoint.denoiser, inverted, text, empty, 5.0, prompt=pair, fusion=FusionSettings(0.8, 0.8), layout=moves
     )
     shown = checkpoint.decode_latents(latents)
-    seen, wanted = (changed_pixels(ground, frames, 0.1) for frames in (shown, after.frames))
-    assert intersection_over_union(seen, wanted) > 0.6
+    moved, expected = (changed_pixels(ground, frames, 0.1) for frames in (shown, after.frames))
+    assert intersection_over_union(moved, expected) > 0.6
     unchanged = ((before.frames - after.frames).abs().amax(1) < 1 / 255).float()
     assert psnr(shown, after.frames, unchanged) > 30

@@ -50,8 +50,8 @@ def test_a_step_of_the_reference(reference, name, step, fusion):
     given = load_file(FIXTURES / f"{name}.safetensors")
     inversion = reference_inversion(reference, given, given["source"], len(given["pivots"]), ("self",))
     propagation = TokenFlowSettings(batch_frames=4, pivots=given["pivots"])
-    asked = Edit(given["target"], given["uncond"], 7.5, fusion=fusion, propagation=propagation)
-    after = stepped(reference, inversion, asked, step, given.get(f"edited.{step}"))
+    edit = Edit(given["target"], given["uncond"], 7.5, fusion=fusion, propagation=propagation)
+    after = stepped(reference, inversion, edit, step, given.get(f"edited.{step}"))
     assert relative(after, given[f"edited.{step + 1}"].double()) < 1e-5
 
 
@@ -211,7 +211,7 @@ def test_edits_of_one_pass_are_independent(denoiser):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: TokenFlowSettings(batch_frames=0), "batch_frames is 0"),
         (lambda: TokenFlowSettings(weights="none"), "weights is 'none'"),
@@ -220,8 +220,8 @@ def test_edits_of_one_pass_are_independent(denoiser):
         (lambda: TokenFlowSettings(2, pivots=torch.zeros(3, 2)).key_frames(4, 3), "one frame of each batch"),
     ],
 )
-def test_bad_settings_are_named(make, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

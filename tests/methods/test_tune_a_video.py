@@ -104,7 +104,7 @@ def test_the_authors_training(name):
         tensors["source"],
         TuneSettings(steps=3),
         draws,
-        progress=lambda *told: norms.append(told[3]),
+        progress=lambda *values: norms.append(values[3]),
     )
     assert relative(torch.tensor(losses), tensors["train_losses"]) < 1e-6
     assert relative(torch.tensor(norms), tensors["train_grad_norms"]) < 1e-6
@@ -132,7 +132,7 @@ def test_the_authors_training_with_convolutions_and_class_pictures():
         draws=list(
             zip([(0, 1), (2, 3), (4, 5)], tensors["class_timesteps"].tolist(), tensors["class_noise"], strict=True)
         ),
-        progress=lambda *told: on_pictures.append(told),
+        progress=lambda *values: on_pictures.append(values),
     )
     tune(
         denoiser,
@@ -141,10 +141,10 @@ def test_the_authors_training_with_convolutions_and_class_pictures():
         TuneSettings(steps=3, train_convolutions=True),
         list(zip(tensors["train_timesteps"].tolist(), tensors["train_noise"], strict=True)),
         class_pictures=pictures,
-        progress=lambda done, of, *told: on_clip.append(told),
+        progress=lambda done, of, *values: on_clip.append(values),
     )
-    told = torch.tensor([(*a, *b) for a, b in zip(on_pictures, on_clip, strict=True)], dtype=torch.float64)
-    assert relative(told, tensors["losses"]) < 1e-6
+    values = torch.tensor([(*a, *b) for a, b in zip(on_pictures, on_clip, strict=True)], dtype=torch.float64)
+    assert relative(values, tensors["losses"]) < 1e-6
     expected = {k.removeprefix("tuned."): t for k, t in tensors.items() if k.startswith("tuned.")}
     after = denoiser.trained(convolutions=True)
     assert after.keys() == expected.keys()
@@ -210,12 +210,12 @@ def test_a_change_of_one_frame_changes_all():
 def test_which_frames_sparse_causal_attention_changes():
     """Without temporal layers a change of frame j changes frames j and j + 1, of the first frame all."""
     latents = random_latents(4)
-    for frame, reached in ((2, [2, 3]), (0, [0, 1, 2, 3])):
+    for frame, frames in ((2, [2, 3]), (0, [0, 1, 2, 3])):
         changed = latents.clone()
         changed[frame] += 1
         unet = small_unet()
         difference = (predicted(unet, changed, KEYS) - predicted(unet, latents, KEYS)).abs().amax((1, 2, 3))
-        assert (difference > 1e-9).nonzero()[:, 0].tolist() == reached
+        assert (difference > 1e-9).nonzero()[:, 0].tolist() == frames
 
 
 def test_names_and_counts_for_sds_shapes():
@@ -291,9 +291,9 @@ def test_a_folder_of_the_official_layout(tmp_path, name):
     save_inflated_unet(denoiser.unet, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "3D" in config["_class_name"] and all("3D" in block for block in config["down_block_types"])
-    held = torch.load(tmp_path / "diffusion_pytorch_model.bin", weights_only=True)
+    file = torch.load(tmp_path / "diffusion_pytorch_model.bin", weights_only=True)
     base = reference_denoiser().unet.state_dict()
-    assert held.keys() == base.keys() | weights.keys()
+    assert file.keys() == base.keys() | weights.keys()
     again = inflated_unet(tmp_path, torch.float64)
     assert all(torch.equal(w, again.state_dict()[n]) for n, w in denoiser.unet.state_dict().items())
     (tmp_path / "other").mkdir()
@@ -301,7 +301,7 @@ def test_a_folder_of_the_official_layout(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"),
+    ("weights", "message"),
     [
         ({"down_blocks.0.temp_convs.0.conv1.0.weight": torch.zeros(1)}, "ModelScope's temporal layers"),
         ({"down_blocks.0.motion_modules.0.proj.weight": torch.zeros(1)}, "AnimateDiff's temporal layers"),
@@ -309,9 +309,9 @@ def test_a_folder_of_the_official_layout(tmp_path, name):
         ({"nowhere.attn_temp.to_q.weight": torch.zeros(2, 2)}, "the checkpoint lacks"),
     ],
 )
-def test_other_layers_are_refused_by_name(weights, told):
+def test_other_layers_are_refused_by_name(weights, message):
     unet = small_unet()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         with_temporal_layers(unet, weights)
     assert temporal_layers(unet) is None
 
@@ -427,9 +427,9 @@ def test_a_model_that_predicts_v_is_trained_on_v():
             noisy, timestep, Condition.of(TEXT, "text"), Control(KeyFrames(KEYS), Chunk.whole(3))
         )
     v = (epsilon - (1 - signal).sqrt() * noisy) / signal.sqrt()
-    wanted = ((v - (signal.sqrt() * noise - (1 - signal).sqrt() * LATENTS)) ** 2).mean()
+    expected = ((v - (signal.sqrt() * noise - (1 - signal).sqrt() * LATENTS)) ** 2).mean()
     (loss,) = tune(denoiser, LATENTS, TEXT, TuneSettings(steps=1), [(timestep, noise)])
-    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 # --- class pictures, prior and validation -------------------------------------------------
@@ -463,7 +463,7 @@ def test_class_pictures_do_not_change_temporal_layers():
 def test_prior_preservation_adds_the_distance_from_the_untuned_image_model():
     noise, t = random_latents(3, 8, 8, seed=7), 601
     denoiser = DiffusersDenoiser(randomized(small_unet()), build_scheduler())
-    plain, held = (
+    plain, with_prior = (
         tune(denoiser, LATENTS, TEXT, TuneSettings(1, learning_rate=0, prior_preservation=weight), [(t, noise)])[0]
         for weight in (0.0, 2.0)
     )
@@ -474,8 +474,8 @@ def test_prior_preservation_adds_the_distance_from_the_untuned_image_model():
             whole = denoiser.predict_noise(noisy, t, condition, Control(KeyFrames(KEYS), Chunk.whole(3)))[:1]
         image = DiffusersDenoiser(small_unet(), build_scheduler())
         with image.hooked():
-            alone = image.predict_noise(noisy[:1], t, condition, Control(KeyFrames(("self",)), Chunk.whole(1)))
-    assert held - plain == pytest.approx(2 * ((whole - alone) ** 2).mean().item(), rel=1e-6)
+            single = image.predict_noise(noisy[:1], t, condition, Control(KeyFrames(("self",)), Chunk.whole(1)))
+    assert with_prior - plain == pytest.approx(2 * ((whole - single) ** 2).mean().item(), rel=1e-6)
 
 
 def test_validation_clips_equal_an_inversion_and_an_edit():
@@ -500,15 +500,15 @@ def test_convolutions_to_train_must_exist():
 
 @pytest.mark.parametrize("kind", ["official", "fatezero"])
 def test_trained_weights_of_a_half_precision_model_are_float32(kind):
-    denoiser, seen, convolutions = fresh_denoiser(torch.bfloat16, kind=kind), [], kind == "fatezero"
+    denoiser, dtypes, convolutions = fresh_denoiser(torch.bfloat16, kind=kind), [], kind == "fatezero"
     begun = {name: w.detach().clone() for name, w in denoiser.trained(convolutions).items()}
 
     def look(*_):
-        seen.append({weight.dtype for weight in denoiser.trained(convolutions).values()})
+        dtypes.append({weight.dtype for weight in denoiser.trained(convolutions).values()})
 
     settings = replace(FAST, train_convolutions=convolutions)
     losses = tune(denoiser, LATENTS.float(), TEXT.float(), settings, progress=look)
-    assert seen == [{torch.float32}] * 5 and all(loss == loss for loss in losses)
+    assert dtypes == [{torch.float32}] * 5 and all(loss == loss for loss in losses)
     assert all(w.dtype == torch.bfloat16 for w in denoiser.trained(convolutions).values())
     assert any(not torch.equal(w, begun[name]) for name, w in denoiser.trained(convolutions).items())
     assert not any("forward" in vars(module) for module in denoiser.unet.modules())
@@ -550,11 +550,11 @@ def test_memory_is_estimated():
     unet = small_unet(block_out_channels=(32, 32), attention_head_dim=4).float()
     denoiser = DiffusersDenoiser(with_temporal_layers(unet), build_scheduler())
     shape, text, keys = (8, 4, 32, 32), Condition.of(random_text(2).float(), "text"), KeyFrames(KEYS)
-    told = activation_bytes(denoiser, shape, text, keys, clip_norm=True)
+    estimate = activation_bytes(denoiser, shape, text, keys, clip_norm=True)
     latents = torch.randn(shape)
     with torch.enable_grad(), denoiser.training(), denoiser.hooked(True):
         gradients = sum(weight.nbytes for weight in denoiser.trained().values())
         with LiveBytes() as live:
             clip_loss(denoiser, latents, torch.randn(shape), 500, text, keys).backward()
-    assert told == pytest.approx(live.most - gradients, rel=0.15)
-    assert told < 0.5 * activation_bytes(denoiser, shape, text, keys, True, recompute=False)
+    assert estimate == pytest.approx(live.most - gradients, rel=0.15)
+    assert estimate < 0.5 * activation_bytes(denoiser, shape, text, keys, True, recompute=False)

@@ -13,12 +13,12 @@ def test_equal_values_have_an_interval_of_zero_width():
 
 def test_intervals_have_their_nominal_coverage():
     generator = torch.Generator().manual_seed(1)
-    held = 0
+    covered = 0
     for _ in range(200):
         sample = torch.randn(40, generator=generator, dtype=torch.float64) + 5
         interval = mean_of(sample.tolist())
-        held += interval.low <= 5 <= interval.high
-    assert 0.88 <= held / 200 <= 0.99
+        covered += interval.low <= 5 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
 
 
 def test_the_ratio_of_errors():

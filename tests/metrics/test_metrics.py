@@ -91,9 +91,9 @@ def test_everything_occluded_is_undefined():
 def test_occlusion_by_forward_and_backward_flow():
     forward = torch.zeros(1, 2, 8, 12)
     forward[:, 0] = 2.0
-    seen = visible(forward, -forward)
-    assert seen[0, :, :9].all()
-    assert not seen[0, :, 10:].any(), "moves out of the picture"
+    mask = visible(forward, -forward)
+    assert mask[0, :, :9].all()
+    assert not mask[0, :, 10:].any(), "moves out of the picture"
     assert not visible(forward, forward)[0, :, :9].any(), "the flows contradict"
 
 
@@ -103,10 +103,10 @@ def test_warping_by_the_demo_worlds_flow_follows_the_picture():
     from fatezero.demo.show import FRAMES, MOTION, SCENE
 
     clip = render(SCENE, MOTION, FRAMES)
-    seen = visible_pixels(clip)
-    assert seen.float().mean() > 0.85
-    assert warp_error(clip.frames, clip.flow, seen) < 5e-4
-    assert warp_error(clip.frames, 0 * clip.flow, seen) > 10 * warp_error(clip.frames, clip.flow, seen)
+    mask = visible_pixels(clip)
+    assert mask.float().mean() > 0.85
+    assert warp_error(clip.frames, clip.flow, mask) < 5e-4
+    assert warp_error(clip.frames, 0 * clip.flow, mask) > 10 * warp_error(clip.frames, clip.flow, mask)
     assert warp(clip.frames[1:], clip.flow).shape == clip.frames[1:].shape
 
 

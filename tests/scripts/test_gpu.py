@@ -13,7 +13,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = REPO / "scripts"
 MOST = 62 * 2**20
-"""Bytes of the tracked files: a lent machine takes 64 MiB, of which the packages of `make gpu-wheels` take 2."""
+"""Limit of the tracked files in bytes: an upload of 64 MiB, less 2 for the packages of `make gpu-wheels`."""
 
 
 def start(folder, *arguments, blocked=(), rows=None):

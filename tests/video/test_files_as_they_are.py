@@ -46,12 +46,12 @@ def test_every_orientation_of_a_display_matrix(tmp_path, matrix):
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         for packet in [*stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *stream.encode(None)]:
             file.mux(packet)
-    held = bytearray(path.read_bytes())
-    at = held.find(b"tkhd") + 4
-    at += 4 + (32 if held[at] else 20) + 16
+    data = bytearray(path.read_bytes())
+    at = data.find(b"tkhd") + 4
+    at += 4 + (32 if data[at] else 20) + 16
     a, b, c, d = matrix
-    held[at : at + 36] = struct.pack(">9i", a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30)
-    path.write_bytes(held)
+    data[at : at + 36] = struct.pack(">9i", a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
     shown = TURNS[matrix](picture)
     video = read_video(path)
     assert video.size == open_video(path).size == (shown.shape[1], shown.shape[0])
@@ -108,10 +108,10 @@ def test_edit_lists_are_applied_without_losing_frames_at_the_end(tmp_path):
                 cut.mux(packet)
     found = open_video(tmp_path / "cut.mp4")
     assert found.notes == () and numbers(found.read()) == list(range(17, 30))
-    held = bytearray((tmp_path / "cut.mp4").read_bytes())
-    at = held.find(b"elst") + 12
-    held[at : at + 4] = struct.pack(">I", 800)  # duration in milliseconds
-    (tmp_path / "cut.mp4").write_bytes(held)
+    data = bytearray((tmp_path / "cut.mp4").read_bytes())
+    at = data.find(b"elst") + 12
+    data[at : at + 4] = struct.pack(">I", 800)  # duration in milliseconds
+    (tmp_path / "cut.mp4").write_bytes(data)
     found = open_video(tmp_path / "cut.mp4")
     shown = numbers(found.read())
     assert found.notes == () and shown == list(range(17, 17 + len(shown))) and 7 <= len(shown) <= 9
@@ -225,13 +225,13 @@ def test_floats_and_many_bits(tmp_path):
     Image.fromarray((ramp * 65535).astype(np.int32), "I").save(tmp_path / "i.tif")
     for name in ("f.tif", "i.tif"):
         assert np.abs(read_video(tmp_path / name).frames[0, 0, :, 1].int().numpy() - np.arange(256)).max() <= 1
-    for name, values, says in (
+    for name, values, message in (
         ("g.tif", 200 * ramp, "floats up to 200: scale"),
         ("h.tif", np.where(ramp > 0.5, np.nan, ramp).astype(np.float32), "floats up to nan"),
         ("j.tif", (ramp * 1e6).astype(np.int32), "whole numbers up to 1e"),
     ):
         Image.fromarray(values).save(tmp_path / name)
-        with pytest.raises(VideoError, match=says):
+        with pytest.raises(VideoError, match=message):
             read_video(tmp_path / name)
 
 

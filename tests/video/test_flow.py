@@ -26,8 +26,8 @@ def test_dis_is_close_to_the_demo_worlds_true_flow():
     clip = render(SCENE, MOTION, FRAMES)
     _, estimate = flow_estimator("dis")
     flow = torch.stack([estimate(a, b) for a, b in zip(clip.frames[:-1], clip.frames[1:], strict=True)])
-    apart = (flow - clip.flow).norm(dim=1)[visible_pixels(clip)]
-    assert apart.median() < 0.35, "pixels"
+    difference = (flow - clip.flow).norm(dim=1)[visible_pixels(clip)]
+    assert difference.median() < 0.35, "pixels"
     known = warp_error(clip.frames, clip.flow, visible_pixels(clip))
     assert warp_error(clip.frames, flow, visible_pixels(clip)) < 4 * known
 

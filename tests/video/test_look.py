@@ -65,14 +65,14 @@ def test_results_have_colour_metadata_and_look_right_without(tmp_path, height, s
     assert frame.colorspace in ((Colorspace.ITU709,) if height == 720 else (5, 6))
     assert frame.color_range == ColorRange.MPEG
     guessed = Colorspace.ITU709 if height >= 720 else Colorspace.ITU601
-    seen = frame.reformat(format="rgb24", src_colorspace=guessed, src_color_range=1, dst_color_range=2).to_ndarray()
-    assert np.abs(seen.astype(int) - RGB).max() <= 4
+    shown = frame.reformat(format="rgb24", src_colorspace=guessed, src_color_range=1, dst_color_range=2).to_ndarray()
+    assert np.abs(shown.astype(int) - RGB).max() <= 4
 
 
-@pytest.mark.parametrize(("aspect", "seen"), [("2/1", (128, 48)), ("1/2", (32, 48)), ("16/11", (93, 48))])
-def test_non_square_pixels(tmp_path, aspect, seen):
+@pytest.mark.parametrize(("aspect", "size"), [("2/1", (128, 48)), ("1/2", (32, 48)), ("16/11", (93, 48))])
+def test_non_square_pixels(tmp_path, aspect, size):
     path = flashes(tmp_path / "a.mp4", audio=None, sample_aspect_ratio=Fraction(aspect))
-    assert open_video(path).size == read_video(path).size == seen
+    assert open_video(path).size == read_video(path).size == size
 
 
 def test_interlaced_clips_are_reported(tmp_path):
@@ -130,14 +130,14 @@ def test_pictures_are_sorted_by_the_numbers_in_their_names(tmp_path):
         open_video(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_exif_orientation_is_applied(tmp_path, alone):
+@pytest.mark.parametrize("single", [True, False])
+def test_exif_orientation_is_applied(tmp_path, single):
     picture = Image.new("RGB", (40, 20), "black")
     picture.paste("white", (0, 0, 20, 20))
     exif = picture.getexif()
     exif[0x0112] = 6  # rotate by a quarter to the right
     picture.save(tmp_path / "p.jpg", exif=exif)
-    video = read_video(tmp_path / "p.jpg" if alone else tmp_path)
+    video = read_video(tmp_path / "p.jpg" if single else tmp_path)
     assert video.size == (20, 40)
     assert video.frames[0, 5, 10, 0] > 200 and video.frames[0, 35, 10, 0] < 50
 
@@ -178,13 +178,13 @@ def test_a_gif_keeps_times_and_colours_of_frames(tmp_path):
     frames = colours[:, None, None].expand(3, 12, 16, 3)
     path = write_video(tmp_path / "a.gif", frames, Fraction(8), times=[Fraction(0), Fraction(1, 2), Fraction(1)])
     with Image.open(path) as picture:
-        durations, seen = [], []
+        durations, found = [], []
         for i in range(picture.n_frames):
             picture.seek(i)
             durations.append(picture.info["duration"])
-            seen.append(picture.convert("RGB").getpixel((3, 3)))
+            found.append(picture.convert("RGB").getpixel((3, 3)))
     assert durations[:2] == [500, 500] and durations[2] == pytest.approx(125, abs=5)
-    assert np.abs(np.array(seen) - colours.numpy()).max() <= 8
+    assert np.abs(np.array(found) - colours.numpy()).max() <= 8
 
 
 @pytest.mark.parametrize(("fps", "kept"), [(50, 12), (60, 10), (100, 6), (240, 3), (1000, 1)])
@@ -198,9 +198,9 @@ def test_a_gif_avoids_times_that_browsers_change(tmp_path, fps, kept):
             durations.append(picture.info["duration"])
     assert min(durations) >= 20 and sum(durations) == pytest.approx(12000 / fps, abs=10)
     assert abs(len(durations) - kept) <= 2
-    said = shortcomings(tmp_path / "a.gif", Fraction(fps), 12, sound=True)
-    assert len(said) == (2 if len(durations) < 12 else 1) and "no sound" in said[0]
-    assert fps == 50 or f"will have {len(durations)} of the 12 frames" in said[1]
+    notes = shortcomings(tmp_path / "a.gif", Fraction(fps), 12, sound=True)
+    assert len(notes) == (2 if len(durations) < 12 else 1) and "no sound" in notes[0]
+    assert fps == 50 or f"will have {len(durations)} of the 12 frames" in notes[1]
     assert shortcomings(tmp_path / "a.mp4", Fraction(fps), 12, sound=True) == []
 
 
