@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 from .attention.condition import Condition as Condition
+from .attention.masks import changed_latents as changed_latents
 from .attention.prompt import PromptEdit as PromptEdit
 from .diffusion.generate import generate as generate
 from .diffusion.invert import Inversion as Inversion
@@ -41,6 +42,7 @@ from .recipes.recipe import Recipe as Recipe
 from .store.budget import StoreSettings as StoreSettings
 from .store.store import AttentionStore as AttentionStore
 from .store.store import StoreError as StoreError
+from .video.restore import restore_unchanged as restore_unchanged
 
 WEB_DIRECTORY = "./web"
 """Where ComfyUI finds the help pages."""

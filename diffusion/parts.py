@@ -62,6 +62,10 @@ class Injection(Protocol):
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         """The number of model calls before the first step. spans_clip: see `Denoiser`."""
 
+    @property
+    def limits(self) -> bool:
+        """Whether it keeps the source's latents outside of a mask of its own, up to the last step."""
+
     def inside(self) -> Injection:
         """The injection for an edit that keeps the source outside its mask up to the last step."""
 
@@ -70,9 +74,10 @@ class Injection(Protocol):
 
 
 class BaseInjection:
-    """An injection that fits every edit and makes no model calls before the first step."""
+    """An injection that fits every edit, computes no mask, and makes no model calls before the first step."""
 
     needs_attention = True
+    limits = False
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""

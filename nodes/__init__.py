@@ -18,6 +18,7 @@ from .mask_preview import FateZeroMaskPreview
 from .methods import SETTINGS_NODES
 from .model_pair import FateZeroWanPair
 from .prompt import FateZeroPromptEdit
+from .restore import FateZeroRestoreUnchanged
 from .sampling import (
     FateZeroDDIM,
     FateZeroEditGuider,
@@ -50,6 +51,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroTuneOnVideo,
             FateZeroMaskPreview,
             FateZeroFlowMaskPreview,
+            FateZeroRestoreUnchanged,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,
             FateZeroLoadStore,

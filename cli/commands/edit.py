@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +22,7 @@ from ...store.origin import Origin
 from ...store.store import AttentionStore
 from ...video.fitted import FittedVideo
 from ...video.read import Sound, SoundTrack, VideoSource
-from ...video.write import FrameDigest, shortcomings, write_video
+from ...video.write import CRF, FrameDigest, shortcomings, write_video
 from ..captions import captioned, check_captioner, with_captions
 from ..config.files import configs_of
 from ..config.record import (
@@ -44,6 +44,7 @@ from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
 from ..families import check_edits
 from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
+from ..keep import Kept, Restored, keeps_pixels
 from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
 from ..options import (
@@ -59,13 +60,11 @@ from ..outputs import Outputs
 from ..plan import in_chunks, plan
 from ..progress import Bar
 from ..session import Session, check_control, controlled
-from ..stored import check_of_store, cut_of, read_origin, sound_of, with_store
+from ..stored import check_of_store, cut_of, read_origin, sound_of, video_of, with_store
 from ..team import in_team, team_of
 from .invert import invert_video
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ...hosts.diffusers.model import Model
     from ...hosts.diffusers.processes import Processes
 
@@ -185,7 +184,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Clip:
-    """The clip of an edit. shape: of its latents. video: None for a store. The others: of its frames."""
+    """The clip of an edit. shape: of its latents. video: None for a store without it. The others: of its frames."""
 
     shape: tuple[int, ...]
     crop: tuple[int, int, int, int]
@@ -201,7 +200,7 @@ class _Clip:
 class _OneEdit:
     """One edit: its configuration, prompt pair, layout and mask; its output and the digests of the files it reads.
 
-    recorded: the settings for its record.
+    recorded: the settings for its record. kept: the video's frames, if its pixels stay where nothing changed.
     """
 
     config: EditConfig
@@ -211,6 +210,7 @@ class _OneEdit:
     mask: GivenMask | None
     output: str
     files: dict[str, str]
+    kept: Kept | None
 
 
 def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) -> None:
@@ -226,6 +226,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
         check_edit_mask(config, source.frames)
+        keeps_pixels(config, bool(config.video))
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = _outputs(run.output, len(configs))
@@ -257,8 +258,14 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         session.note(lost)
     if not dry_run:
         recorded = with_captions(given, configs) if run.from_batch else configs
-        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, files))
+        kept = [_kept(config, clip, mask) for config, mask in zip(configs, masks, strict=True)]
+        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, files, kept))
         _run(run, checkpoint, clip, store, edits, now)
+
+
+def _kept(config: EditConfig, clip: _Clip, mask: GivenMask | None) -> Kept | None:
+    """The frames on which an edit is laid, where its video's pixels stay."""
+    return Kept(clip.video, mask) if clip.video is not None and keeps_pixels(config, True) else None
 
 
 def _check_words(configs: Sequence[EditConfig]) -> None:
@@ -280,10 +287,11 @@ def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _S
         return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     cut, size, sound = cut_of(origin), (width, height), sound_of(origin, config.video)
+    of_store = FittedVideo.of(video_of(origin, config.video), cut.crop, size) if config.video else None
     checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size)
     shape = tuple(store.levels.shape[1:])
     return for_clip(checkpoint, shape, origin.fps), _Clip(
-        shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound
+        shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound, of_store
     )
 
 
@@ -323,9 +331,12 @@ def _run(
         if not run.writes:
             return
         for one, latents in zip(tasks, results, strict=True):
-            writing = _Writing(one.output, _recorded(one.recorded, inversion.store), replace(now, files=one.files))
+            writing = _Writing(one.output, _recorded(one, inversion.store), replace(now, files=one.files))
+            pictures = Restored(decode(checkpoint, latents, clip.frames, _bar(bar, one)))
+            if one.kept is not None:
+                pictures = one.kept.laid(checkpoint, latents, inversion.store.level(0), pictures, one.output)
             try:
-                _write(run, writing, decode(checkpoint, latents, clip.frames, _bar(bar, one)), clip)
+                _write(run, writing, pictures, clip)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
@@ -336,7 +347,7 @@ def _bar(bar: Callable[[str], Bar], one: _OneEdit) -> Bar:
     return bar(f"write {Path(one.output).name}")
 
 
-def _write(run: _Run, writing: _Writing, pictures: Iterable[Tensor], clip: _Clip) -> None:
+def _write(run: _Run, writing: _Writing, pictures: Restored, clip: _Clip) -> None:
     digest = writing.write(pictures, clip)
     run.session.say(f"{shown(writing.config.target)} written to {writing.path}")
     if run.made is not None and run.made.frames:
@@ -351,10 +362,13 @@ class _Writing:
     config: EditConfig
     made: Provenance
 
-    def write(self, pictures: Iterable[Tensor], clip: _Clip) -> str:
+    def write(self, pictures: Restored, clip: _Clip) -> str:
         """Returns the digest of the frames. Writes the record last, so that it marks a complete result."""
         metadata, digest = metadata_of(self.config, self.made), FrameDigest()
-        write_video(self.path, digest.passing(pictures), clip.fps, clip.sound, times=clip.times, metadata=metadata)
+        write_video(
+            self.path, digest.passing(pictures.frames), clip.fps, clip.sound, None if self.config.lossless else CRF,
+            clip.times, metadata, pictures.display,
+        )  # fmt: skip
         made = replace(self.made, frames=str(digest))
         try:
             write_record(self.path, record_of(self.config, made))
@@ -382,8 +396,9 @@ def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path
     )  # fmt: skip
 
 
-def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
-    """A configuration that gives the same result whatever memory is free."""
+def _recorded(one: _OneEdit, store: AttentionStore) -> EditConfig:
+    """A configuration that gives the same result whatever memory is free, and whether the video is given."""
+    config = replace(one.recorded, keep="pixels" if one.kept else "auto")
     return config if config.noise == "drawn" else replace(config, memory=store.memory)
 
 

@@ -24,6 +24,8 @@ def of_methods() -> list[str]:
         "noise",
         "edit_mask",
         "mask_mode",
+        "keep",
+        "lossless",
     ]
 
 
