@@ -198,7 +198,7 @@ class ComfyDenoiser:
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = clean
-        return self.noise.from_host((x - clean) / sigma)
+        return self.noise.predicted(x, clean, sigma)
 
     def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
         """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
@@ -266,7 +266,7 @@ class ComfyDenoiser:
         whole positive is fused.
         """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
-        if type(control) is not Control:
+        if type(control) is not Control and branch.hooked.family.attention:
             positive = whole_conditions(positive)
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
