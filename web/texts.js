@@ -74,10 +74,10 @@ function isOurs(node) {
 app.registerExtension({
     name: "FateZero.Texts",
     setup() {
-        api.addEventListener(EVENT, ({ detail }) => {
-            const node = nodeOf(detail.node)
-            if (isOurs(node)) show(node, detail.text) // another workflow may be open by now
-        })
+        // As an output of the node, which the page keeps for each workflow.
+        api.addEventListener(EVENT, ({ detail: { node, text } }) =>
+            api.dispatchCustomEvent("executed", { node, display_node: node, output: { text: [text] } })
+        )
     },
     nodeCreated(node) {
         if (!isOurs(node)) return

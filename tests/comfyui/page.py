@@ -117,11 +117,12 @@ class Page:
         return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
 
     def texts(self) -> list[str]:
-        """The texts that nodes show and nobody may edit."""
-        return self.tab.evaluate(
+        """The texts that nodes show and nobody may edit, sorted: the page orders them as it made their boxes."""
+        found = self.tab.evaluate(
             """() => [...document.querySelectorAll('textarea[readonly]')]
                 .filter(text => text.checkVisibility() && text.clientHeight > 10).map(text => text.value)"""
         )
+        return sorted(found)
 
     def queue(self, host: Host, prompt: dict[str, Any]) -> str:
         """Have the host run a prompt of the nodes that are open, and wait for the end: the last message about it."""

@@ -129,9 +129,7 @@ def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, contro
     assert page.errors == []
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO if n != "flow_any_demo"]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
 def test_the_page_runs_a_demo_to_its_end(host, page, name):
     """With fewer frames and steps, for time. Its texts stay when another workflow is opened and after a reload."""
     page.errors.clear()
