@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..attention.condition import Condition
 from ..attention.prompt import PromptEdit, bare, words_of
 from ..diffusion.edit_maps import EditMaps
 from ..diffusion.parts import Edit
@@ -58,8 +59,9 @@ def reserve_maps(writes: Outputs, folders: Iterable[Path | None], configs: Itera
 
 def recording(edit: Edit, config: EditConfig, model: Model, source_tokens: int) -> Edit:
     """The edit, with a record of its maps. source_tokens: of the source's text."""
+    target = Condition.of(edit.target_embeddings, "target")
     pair = PromptEdit(config.source, config.target, model.tokenizer)
-    return replace(edit, maps=EditMaps.of(pair, source_tokens, edit.target_embeddings.text_tokens))  # type: ignore[union-attr]
+    return replace(edit, maps=EditMaps.of(pair, source_tokens, target.text_tokens))
 
 
 @dataclass(frozen=True)

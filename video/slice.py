@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..imports import torch
@@ -9,6 +10,9 @@ from .compare import labelled, size_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LABELS = ("source", "edit")
+"""The labels of two clips."""
 
 
 def moving_row(*clips: Tensor) -> int:
@@ -33,22 +37,24 @@ def xt_slice(clip: Tensor, row: int, stretch: int = 1) -> Tensor:
     return clip[:, row].repeat_interleave(stretch, 0)
 
 
-def slices(a: Tensor, b: Tensor, row: int, stretch: int = 0, labels: tuple[str, str] = ("source", "edit")) -> Tensor:
-    """The slices of two clips of one size, one below the other, with labels: uint8 (height, width, 3).
+def slices(clips: Sequence[Tensor], row: int, stretch: int = 0, labels: Sequence[str] = LABELS) -> Tensor:
+    """The slices of clips of one size, one below the other, with labels if there are two: uint8 (height, width, 3).
 
     stretch: pixels of each frame; 0 makes a slice half as high as wide, and enlarges clips narrower than 512 pixels.
     Raises ValueError for clips of different sizes, or a row that a frame does not have.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"the clips differ: {size_of(a)} and {size_of(b)}")
-    frames, width = len(a), a.shape[2]
+    first, *others = clips
+    for other in others:
+        if first.shape != other.shape:
+            raise ValueError(f"the clips differ: {size_of(first)} and {size_of(other)}")
+    frames, width = len(first), first.shape[2]
     wider = 1 if stretch else max(1, 512 // width)
     tall = stretch or max(1, round(width * wider / 2 / frames))
-    shown = [xt_slice(clip, row, tall).repeat_interleave(wider, 1)[None] for clip in (a, b)]
-    return torch.cat([labelled(one, label)[0] for one, label in zip(shown, labels, strict=True)])
+    shown = [xt_slice(clip, row, tall).repeat_interleave(wider, 1)[None] for clip in clips]
+    return torch.cat([labelled(one, label if others else "")[0] for one, label in zip(shown, labels, strict=False)])
 
 
 def slice_picture(a: Tensor, b: Tensor, row: int | None = None) -> Tensor:
     """`slices` with the row in their label; None takes the row that changes most over time."""
     row = moving_row(a, b) if row is None else row
-    return slices(a, b, row, labels=(f"source, row {row}", "edit"))
+    return slices((a, b), row, labels=(f"source, row {row}", "edit"))

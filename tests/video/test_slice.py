@@ -23,13 +23,13 @@ def test_a_slice_is_one_row_of_every_frame(clip):
 
 def test_both_clips_are_shown(clip):
     other = 255 - clip
-    shown = slices(clip, other, 1, stretch=2, labels=("", ""))
+    shown = slices((clip, other), 1, stretch=2, labels=("", ""))
     assert torch.equal(shown, torch.cat([xt_slice(clip, 1, 2), xt_slice(other, 1, 2)]))
-    small = slices(clip[:, :, :100], other[:, :, :100], 1, labels=("", ""))
+    small = slices((clip[:, :, :100], other[:, :, :100]), 1, labels=("", ""))
     assert small.shape == (2 * 3 * 83, 500, 3)
     assert torch.equal(small[::83, ::5], torch.cat([clip[:, 1, :100], other[:, 1, :100]]))
     with pytest.raises(ValueError, match="3 frames of 600x4 and 2 frames"):
-        slices(clip, clip[:2], 0)
+        slices((clip, clip[:2]), 0)
 
 
 def test_the_row_that_moves_is_chosen(clip, tmp_path):
