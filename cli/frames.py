@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +92,15 @@ def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, 
         yield from to_bytes(pictures)
         done += len(pictures)
         progress(done, frames)
+
+
+def for_clip(
+    model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None
+) -> Model:
+    """The model for a clip, see `ClipFacts`."""
+    from ..hosts.diffusers.model import ClipFacts
+
+    return model.for_clip(ClipFacts(shape, float(fps), frames))
 
 
 def shape_of(video: FittedVideo, checkpoint: Model) -> tuple[int, int, int, int]:

@@ -105,7 +105,7 @@ class Session:
         """Of `LoadOptions`."""
         return {
             "config": self.model_config, "lora": settings.lora, "temporal": settings.temporal,
-            "variant": settings.variant, "attention": settings.attention,
+            "variant": settings.variant, "attention": settings.attention, "timesteps": settings.timesteps,
         }  # fmt: skip
 
     def _note_of(self, checkpoint: Model) -> None:
@@ -141,15 +141,15 @@ def check_temporal(settings: ModelSettings) -> None:
 
 def check_control(config: EditConfig) -> None:
     """Raise ConfigError, before the model is loaded, for a ControlNet or a control video that cannot be read."""
-    if not config.controlnet:
+    if not config.controlnet and not config.control:
         return
     from ..hosts.diffusers.model_files import check_hub_name
 
     path = Path(config.controlnet)
     with of_setting("controlnet"):
-        if path.is_dir() and not (path / "config.json").is_file():
+        if config.controlnet and path.is_dir() and not (path / "config.json").is_file():
             raise ValueError(f"{path} is not a ControlNet of diffusers: it has no config.json")
-        if not path.exists():
+        if config.controlnet and not path.exists():
             check_hub_name(config.controlnet)
     with of_setting("control"):
         open_video(config.control, at_most=1)
@@ -196,7 +196,7 @@ def controlled(
     from ..hosts.diffusers.checkpoint import quiet
 
     chosen = config.chosen_control
-    if not chosen.controlnet:
+    if not chosen.controlnet and not chosen.control:
         return checkpoint
     with of_setting("control"):
         source = open_video(
@@ -215,5 +215,6 @@ def controlled(
             f"{chosen.control_end:g}: give a wider range, or more steps"
         )
     how = "" if chosen.controlnet_strength == 1 else f" at strength {chosen.controlnet_strength:g}"
-    session.say(f"ControlNet {Path(chosen.controlnet).name}: in {acting} of {config.steps} steps{how}")
+    what = f"ControlNet {Path(chosen.controlnet).name}" if chosen.controlnet else f"control {Path(chosen.control).name}"
+    session.say(f"{what}: in {acting} of {config.steps} steps{how}")
     return made

@@ -1,7 +1,8 @@
-"""Any other model that is sampled as a flow: what needs its predictions only."""
+"""Models that are sampled as a flow and whose attention is not controlled: what needs their predictions only."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .family import Family
@@ -17,3 +18,8 @@ FLOW = Family(
     demo_folder=Path(),
     attention=False,
 )
+WAN_I2V = replace(FLOW, title="Wan image-to-video", network="video transformer")
+WAN_VACE = replace(FLOW, title="Wan VACE", network="video transformer")
+LTX2 = replace(FLOW, title="LTX-2", network="video transformer")
+QWEN_IMAGE = replace(FLOW, title="Qwen-Image", network="picture transformer")
+FLUX = replace(FLOW, title="Flux", network="picture transformer")

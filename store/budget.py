@@ -209,7 +209,8 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
     """
     if settings.precision == "float8" and device.type == "mps":
         raise ValueError("MPS devices have no float8: set precision to float16")
-    memories = ("queries_keys", "recompute") if settings.memory == "auto" else (settings.memory,)
+    fastest: tuple[Memory, ...] = ("queries_keys", "recompute") if demand.sites else ("recompute",)
+    memories = fastest if settings.memory == "auto" else (settings.memory,)
     folder = _disk(settings)
     refused = []
     if demand.in_parts and "recompute" not in memories:

@@ -44,7 +44,8 @@ from ..config.record import (
 )
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
-from ..frames import decode, fit_frames, found_frames, shape_of
+from ..families import check_edits
+from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
 from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
 from ..masks import check_edit_mask, edit_mask
@@ -245,6 +246,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
+    check_edits(configs, stored=store is not None)
     check_control(configs[0])
     if any(config.source == AUTO for config in configs):
         configs = captioned(session, configs, source.video)
@@ -286,13 +288,16 @@ def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _S
         assert source.video is not None
         video = fit_frames(config, source.video, checkpoint.multiple, checkpoint.native_size)
         checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
+        checkpoint = for_clip(checkpoint, shape_of(video, checkpoint), video.fps, video.frames)
         made = shape_of(video, checkpoint), video.cut, video.size, len(video), video.fps, video.times, video.sound()
         return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     cut, size, sound = cut_of(origin), (width, height), sound_of(origin, config.video)
     checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size)
     shape = tuple(store.levels.shape[1:])
-    return checkpoint, _Clip(shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound)
+    return for_clip(checkpoint, shape, origin.fps), _Clip(
+        shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound
+    )
 
 
 def _checked_again(run: _Run, checkpoint: Model, config: EditConfig, clip: _Clip) -> Provenance:

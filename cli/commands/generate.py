@@ -21,7 +21,8 @@ from ...video.size import check_size
 from ...video.write import shortcomings, write_video
 from ..config.settings import GenerateConfig
 from ..config.values import generate_config
-from ..frames import decode
+from ..families import check_generation
+from ..frames import decode, for_clip
 from ..maps import words_in
 from ..objects import check_objects, layout_of
 from ..options import (
@@ -83,12 +84,14 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
     from ...hosts.diffusers import DiffusersDenoiser
     from ...hosts.diffusers.memory import guidance_bytes
 
+    check_generation(config, maps is not None)
     checkpoint = session.open_model(config.chosen_model, videos=True)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
     sides = height // checkpoint.factor, width // checkpoint.factor
     shape = (checkpoint.latent_frames(config.frames), checkpoint.channels, *sides)
+    checkpoint = for_clip(checkpoint, shape, config.fps)
     check_size_fits(checkpoint, shape)
     blocks = checkpoint.blocks(config.prompt, config.negative)
     text = checkpoint.encode_prompt(config.prompt, width, height, blocks)

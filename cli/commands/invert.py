@@ -20,7 +20,8 @@ from ..captions import captioned, check_captioner
 from ..config.effects import of_methods
 from ..config.files import configs_of
 from ..config.settings import EditConfig
-from ..frames import encode, fit_frames, found_frames, shape_of
+from ..families import check_inversion
+from ..frames import encode, fit_frames, for_clip, found_frames, shape_of
 from ..options import AS_USUAL, Config, RunOptions, Video, flags_of, invert_options
 from ..plan import in_chunks, plan
 from ..session import Session, check_control, controlled
@@ -65,11 +66,13 @@ def run_invert(session: Session, config: EditConfig, output: Path, dry_run: bool
 def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -> None:
     settings = replace(config.store, path=output)
     source = found_frames(session, config)
+    check_inversion(config)
     check_control(config)
     config = captioned(session, [config], source)[0]
     checkpoint = session.open_model(config.chosen_model)
     video = fit_frames(config, source, checkpoint.multiple, checkpoint.native_size)
     shape = shape_of(video, checkpoint)
+    checkpoint = for_clip(checkpoint, shape, video.fps, video.frames)
     config = in_chunks(config, checkpoint, shape[0])
     checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
     session.say(plan(checkpoint, [config], shape, settings, edits=False))

@@ -13,8 +13,9 @@ from .checkpoint import Checkpoint
 from .model import Model
 from .model_files import CheckpointError, kind_of
 from .wan import SmallWan, WanCheckpoint
+from .wan_conditioned import WanImageToVideo, WanVace
 
-FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, Checkpoint)
+FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, WanImageToVideo, WanVace, Checkpoint)
 """Each family's loader; the last one takes all other models."""
 
 
@@ -22,8 +23,10 @@ def loader_of(name: str) -> type[Model]:
     """The loader of a model's family, from the class of its pipeline. Raises CheckpointError for a name that is not a
     model.
     """
-    pipeline = "" if name in DEMOS else kind_of(name)
-    return next(one for one in FAMILIES if name == one.family.demo or pipeline.startswith(one.pipelines))
+    if name in DEMOS:
+        return next(one for one in FAMILIES if name == one.family.demo)
+    pipeline = kind_of(name)
+    return next(one for one in FAMILIES if pipeline in one.pipelines or not one.pipelines)
 
 
 def open_model(

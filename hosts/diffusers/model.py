@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,15 +12,13 @@ from torch import Tensor
 
 from ...attention.condition import Condition
 from ...diffusion.denoiser import Denoiser
+from ...files.lora import Timesteps
 from ...models.family import Family, latent_frames
 from ...store.identity import ModelIdentity
 from .model_files import CheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class LoadOptions:
     config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files or
     folders, optionally with a strength, FILE=0.8. temporal: temporal layers, see `load_temporal_layers`. videos: accept
     text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16". attention: the kernel, see
-    `Model.use_attention`.
+    `Model.use_attention`. timesteps: of a UNet's schedule, see `with_timesteps`; "auto" for those of weights for few
+    steps, by their name, else the model's.
     """
 
     config: str | None = None
@@ -39,6 +38,20 @@ class LoadOptions:
     videos: bool = False
     variant: str | None = None
     attention: str = "auto"
+    timesteps: Timesteps = "auto"
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What a model may need of a clip besides its latents.
+
+    shape: of the latents, (frames, channels, h, w). fps: frames a second. frames: a function that gives the frames,
+    uint8 (height, width, 3), one at a time; None where there are none, as for new clips.
+    """
+
+    shape: tuple[int, ...]
+    fps: float
+    frames: Callable[[], Iterator[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,12 @@ class Model(ABC):
     """
 
     family: ClassVar[Family]
-    pipelines: ClassVar[str]
-    """The prefix of the family's pipeline classes in diffusers."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """The family's pipeline classes in diffusers; empty for all others."""
+    needs_frames: ClassVar[bool] = False
+    """Whether the model's calls need frames of the clip, as for image-to-video."""
+    takes_control: ClassVar[bool] = False
+    """Whether it follows a control video without a ControlNet."""
 
     name: str
     vae: Any
@@ -70,6 +87,10 @@ class Model(ABC):
         Raises CheckpointError.
         """
         chosen = LoadOptions(**options)
+        if chosen.timesteps != "auto" and cls.family.formulation == "flow":
+            raise CheckpointError(
+                f"timesteps has no effect: {name} is a {cls.family.title} model, whose sigmas have a shift"
+            )
         model = cls.opened(name, torch.device(device), dtype, chosen)
         model.use_attention(chosen.attention)
         return model
@@ -123,6 +144,10 @@ class Model(ABC):
     def channels(self) -> int:
         """Channels of the latents."""
         return int(self.networks[0].config["in_channels"])
+
+    def for_clip(self, clip: ClipFacts) -> Self:
+        """The model for one clip. Raises ValueError for a clip that it does not support."""
+        return self
 
     def with_control(
         self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,

@@ -31,8 +31,10 @@ from ...files.safetensors import is_pointer
 from .families import family_of
 from .temporal import inflated_unet
 
-EDITED = "SD 1.x, SD 2.x, SDXL, and Wan for text to video"
+EDITED = "SD 1.x, SD 2.x, SDXL, or Wan (text to video, image to video, VACE)"
 """The models that FateZero edits."""
+_AS_FOLDERS = ("Wan", "Qwen-Image", "Flux")
+"""The beginnings of families, see `family_of`, that load from folders only."""
 T = TypeVar("T")
 
 
@@ -152,7 +154,7 @@ def loaded(name: str, dtype: torch.dtype, config: str | None = None, variant: st
             )
         kind = class_of(name, index)
         if "unet" not in index:
-            raise CheckpointError(f"{name} is a {kind} without an attention UNet: use SD 1.x, SD 2.x or SDXL")
+            raise CheckpointError(f"{name} is a {kind}, which is not supported: use {EDITED}")
         if not hasattr(diffusers, kind):
             raise CheckpointError(
                 f"{name} is a {kind}, which diffusers does not have: if its parts are Stable Diffusion's, set "
@@ -353,7 +355,7 @@ def _check_contents(path: Path, contents: _Contents) -> None:
     if any(".lora_" in key or "lora_unet" in key for key in contents.names):
         raise CheckpointError(f"{name} is a LoRA, not a model: give it with --lora")
     if family not in (None, "Stable Diffusion", "SDXL"):
-        folder = ": give it as a diffusers folder" if family.startswith("Wan") else ""
+        folder = ": give it as a diffusers folder" if family.startswith(_AS_FOLDERS) else ""
         raise CheckpointError(f"{name} is a file of {family}, not a Stable Diffusion checkpoint{folder} ({EDITED})")
     if contents.channels is None:
         incomplete = contents.has("down_blocks.") or contents.has("encoder.")

@@ -33,7 +33,8 @@ from ...models.unet import UNET, clip_norms, feature_level
 from ...store.identity import ModelIdentity
 from ..exclusive import OtherThread
 from ..recompute import check_differentiable, frozen, gradient_of, recomputed
-from .hook import Branch, ControlledProcessor, HookedDenoiser
+from .hook import ControlledProcessor, HookedDenoiser
+from .network import Branch
 from .schedulers import as_ddim, ddim_schedule
 from .temporal import queries_of, temporal_layers, with_temporal_layers, without_temporal_layers
 

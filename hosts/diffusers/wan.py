@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
@@ -22,16 +22,16 @@ from ...attention.control import Attend, AttentionSite, Control, Kind, attention
 from ...diffusion.schedule import FlowSchedule
 from ...files.bundled import DEMO
 from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
-from ...store.budget import available_bytes
-from ...store.identity import ModelIdentity
 from ..exclusive import OtherThread
 from .clips import WholeClip
-from .hook import Branch, ControlledProcessor, HookedDenoiser, base_weights, wrapped
+from .hook import ControlledProcessor, HookedDenoiser, wrapped
 from .lora import add_loras, lora_files
 from .model import LoadOptions
-from .model_files import CheckpointError, check_weights, check_whole, opened
+from .model_files import CheckpointError
+from .network import Branch, numbered_weights
 from .pictures import FrameByFrame
 from .schedulers import flow_schedule, is_flow
+from .transformer import TransformerModel
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,6 +118,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
     text_dim = "text_dim"
     pairs = True
     frames_meet = True
+    trained_frames = WAN.trained_frames
     trained_with = (("self",), False)
 
     def __init__(
@@ -181,11 +182,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         )
 
     def weights(self) -> dict[str, Tensor]:
-        return {
-            f"{n}.{name}": weight
-            for n, model in enumerate(self.transformers)
-            for name, weight in base_weights(model).items()
-        }
+        return numbered_weights(self.transformers)
 
     def hook_more(self, stack: ExitStack, other_thread: OtherThread, clip_norm: bool) -> None:
         blocks = [block for model in self.transformers for block in model.blocks]
@@ -212,8 +209,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
         return [rearrange(velocity, "c f y x -> f c y x") for velocity in output]
 
     def _model_at(self, timestep: float) -> Any:
-        low = self.boundary is not None and timestep < self.boundary * self.scheduler.config["num_train_timesteps"]
-        return self.transformers[int(low)]
+        return network_at(self.transformers, self.boundary, self.scheduler, timestep)
 
     def _by_row(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
         """A block that runs the rows of a batch one after another, so that each can use the previous one's records."""
@@ -257,6 +253,12 @@ class VideoTransformerDenoiser(HookedDenoiser):
         return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
 
+def network_at(networks: Sequence[Any], boundary: float | None, scheduler: Any, timestep: float) -> Any:
+    """Wan 2.2's transformer for a timestep."""
+    low = boundary is not None and timestep < boundary * scheduler.config["num_train_timesteps"]
+    return networks[int(low)]
+
+
 def _padded(text: Tensor, tokens: int) -> Tensor:
     return nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
 
@@ -275,72 +277,25 @@ def _check_model(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class WanCheckpoint(WholeClip):
-    """A Wan 2.1 or 2.2 text-to-video model.
+class WanModel(TransformerModel, WholeClip):
+    """A Wan model with its text and clips.
 
-    low_noise, boundary: 2.2's second transformer, and the sigma below which it is used.
+    low_noise, boundary: 2.2's second transformer, and the sigma below which it is used. A LoRA is fused into both
+    transformers, or into the one in its name: high_noise or low_noise.
     """
 
-    family = WAN
-    pipelines = "Wan"
-
-    transformer: Any
     low_noise: Any = field(default=None, kw_only=True)
     boundary: float | None = field(default=None, kw_only=True)
 
     @classmethod
-    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
-        """A Wan model. A LoRA is fused into both transformers of 2.2, or into the one in its name:
-        high_noise or low_noise.
-
-        If not all parts fit on a GPU at once, each is kept in RAM until it is called (model offloading).
-        """
-        loras, variant = lora_files(options.lora), options.variant
-        if options.temporal:
-            raise CheckpointError(f"{name} is already a video model: --temporal is for image models")
-        if name == WAN.demo:
-            demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
-            return replace(demo, notes=add_loras(demo, loras))  # type: ignore[return-value]
-
-        def read(where: Any, **local: Any) -> Any:
-            if isinstance(where, Path):
-                check_weights(where, DiffusionPipeline.load_config(where, **local), variant)
-            return DiffusionPipeline.from_pretrained(where, torch_dtype=dtype, variant=variant or None, **local)
-
-        pipeline: Any = opened(name, read)
-        if not isinstance(getattr(pipeline, "transformer", None), WanTransformer3DModel):
-            raise CheckpointError(f"{name} is a {type(pipeline).__name__} without a Wan transformer for text to video")
-        check_whole(name, pipeline)
-        notes, low_noise = add_loras(pipeline, loras), getattr(pipeline, "transformer_2", None)
-        if dtype == torch.float16:
-            pipeline.vae.to(torch.float32)  # it overflows in half precision
-        model = cls(
-            name, pipeline.vae, pipeline.scheduler, device, (pipeline.tokenizer,), (pipeline.text_encoder,),
-            pipeline.transformer, notes=notes, low_noise=low_noise,
-            boundary=pipeline.config.get("boundary_ratio") if low_noise is not None else None,
-        )  # fmt: skip
-        for part in model.parts:
-            part.eval().requires_grad_(False)
-        weights, free = sum(p.nbytes for part in model.parts for p in part.parameters()), available_bytes(device)
-        if device.type == "cuda" and free is not None and weights > 0.7 * free:
-            pipeline.enable_model_cpu_offload(device=device)
-        else:
-            pipeline.to(device)
-        return model
+    def of_pipeline(cls, name: str, pipeline: Any, device: torch.device, notes: tuple[str, ...], **more: Any) -> Self:
+        low_noise = getattr(pipeline, "transformer_2", None)
+        boundary = pipeline.config.get("boundary_ratio") if low_noise is not None else None
+        return super().of_pipeline(name, pipeline, device, notes, low_noise=low_noise, boundary=boundary, **more)
 
     @property
     def networks(self) -> list[Any]:
         return [self.transformer, *([] if self.low_noise is None else [self.low_noise])]
-
-    def _set_attention(self, network: Any, kernel: str) -> None:
-        names = sorted(one.value for one in AttentionBackendName if not one.value.endswith("_hub"))  # those download
-        if kernel not in names:
-            raise ValueError(f"a {self.family.network} takes auto, sdpa or one of {', '.join(names)}")
-        network.set_attention_backend(kernel)
-
-    @cached_property
-    def denoiser(self) -> VideoTransformerDenoiser:
-        return VideoTransformerDenoiser(self.transformer, self.scheduler, self.low_noise, self.boundary)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
@@ -360,10 +315,27 @@ class WanCheckpoint(WholeClip):
     def native_size(self) -> int:
         return NATIVE_SIZE
 
+
+@dataclass(frozen=True)
+class WanCheckpoint(WanModel):
+    """A Wan 2.1 or 2.2 text-to-video model."""
+
+    family = WAN
+    pipelines = ("WanPipeline", "WanVideoToVideoPipeline")
+    kinds = (WanTransformer3DModel,)
+
+    @classmethod
+    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
+        if name != WAN.demo:
+            return super().opened(name, device, dtype, options)
+        if options.temporal:
+            raise CheckpointError(f"{name} is a {WAN.network}: --temporal is for image models with a UNet")
+        demo = SmallWan.of_folder(WAN.demo_folder, device, dtype)
+        return replace(demo, notes=add_loras(demo, lora_files(options.lora)))  # type: ignore[return-value]
+
     @cached_property
-    def vae_identity(self) -> ModelIdentity:
-        layout = f"{type(self.vae).__name__} factor={self.factor} frames={self.frames_per_latent}"
-        return ModelIdentity.of(layout, self.vae.dtype, self.vae.state_dict().items())
+    def denoiser(self) -> VideoTransformerDenoiser:
+        return VideoTransformerDenoiser(self.transformer, self.scheduler, self.low_noise, self.boundary)
 
 
 class SmallWan(FrameByFrame, WanCheckpoint):

@@ -1,0 +1,94 @@
+"""What a model's family supports, checked before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..diffusion.parts import check_needs_unet
+from .config.settings import ConfigError, EditConfig, GenerateConfig
+
+if TYPE_CHECKING:
+    from ..hosts.diffusers.model import Model
+
+WORKS = "use --preset flow_edit, flow_mask or wan_edit, with --edit-mask for what may change"
+
+
+def family_loader(name: str) -> type[Model]:
+    """The loader of a model's family. Raises CheckpointError for a name that is not a model."""
+    from ..hosts.diffusers.checkpoint import quiet
+    from ..hosts.diffusers.load import loader_of
+
+    with quiet():
+        return loader_of(name)
+
+
+def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
+    """Raise ConfigError for edits that the family of their model does not support. stored: they edit a store."""
+    loader = family_loader(configs[0].model)
+    _check_control(configs[0], loader)
+    if loader.family.attention:
+        return
+    for config in configs:
+        _check_no_layout(config)
+        recipe = config.planned_recipe()
+        if recipe.injection is not None and recipe.injection.needs_attention:
+            raise ConfigError(
+                f"injection {config.injection} needs control of the attention, which works with Stable Diffusion and "
+                f"Wan text-to-video, not with {loader.family.title}: {WORKS}"
+            )
+        recipe.check(loader.family.spans_clip, None)
+    if stored:
+        _check_has_frames(loader, "store")
+    elif configs[0].noise == "inverted":
+        check_memory(configs[0], loader)
+
+
+def check_inversion(config: EditConfig) -> None:
+    """Raise ConfigError for an inversion into a file that the family of its model does not support."""
+    loader = family_loader(config.model)
+    _check_control(config, loader)
+    if not loader.family.attention:
+        _check_has_frames(loader, "invert")
+        check_memory(config, loader)
+
+
+def check_generation(config: GenerateConfig, maps: bool) -> None:
+    """Raise ConfigError for a new clip that the family of its model does not support."""
+    loader = family_loader(config.model)
+    if not loader.family.attention:
+        _check_has_frames(loader, "generate")
+        _check_no_layout(config)
+        if maps:
+            raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
+
+
+def _check_control(config: EditConfig, loader: type[Model]) -> None:
+    family = loader.family
+    if config.controlnet and family.formulation == "flow":
+        hint = "; give control alone" if loader.takes_control else ""
+        raise ConfigError(f"controlnet: needs a UNet, but {config.model} is a {family.title} {family.network}{hint}")
+    if config.control and not config.controlnet and not loader.takes_control:
+        raise ConfigError(
+            f"control has no effect here: no controlnet is given, which {family.title} needs to follow it"
+        )
+
+
+def _check_no_layout(config: EditConfig | GenerateConfig) -> None:
+    if config.places_objects:
+        check_needs_unet("A layout", spans_clip=True)
+
+
+def check_memory(config: EditConfig, loader: type[Model]) -> None:
+    if config.memory not in ("auto", "recompute"):
+        raise ConfigError(
+            f"memory {config.memory} keeps attention, which {loader.family.title} does not have here: use recompute"
+        )
+
+
+def _check_has_frames(loader: type[Model], what: str) -> None:
+    if loader.needs_frames:
+        raise ConfigError(
+            f"{what}: {loader.family.title} needs a clip for its first frame: use `fatezero edit` on a video, with "
+            "--preset flow_edit"
+        )

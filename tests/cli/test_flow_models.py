@@ -1,0 +1,115 @@
+"""The command on transformers without attention control."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from wan import write_wan_i2v, write_wan_vace
+
+from fatezero.files.bundled import CLIP
+from fatezero.video.read import open_video, read_video
+
+WORDS = ("--source", "a red square on water", "--target", "a green square on water")
+SIZE = ("--count", 6, "--size", "64x32")
+WRITERS = {"wan i2v": write_wan_i2v, "wan vace": write_wan_vace}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def folder(request, tmp_path_factory):
+    return WRITERS[request.param](tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def vace(tmp_path_factory):
+    return write_wan_vace(tmp_path_factory.mktemp("vace"))
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory):
+    return write_wan_i2v(tmp_path_factory.mktemp("i2v"))
+
+
+def without_weights(folder, tmp_path):
+    """A model's folder whose weights cannot be read, for what must be refused before they are."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for file in copy.rglob("*.safetensors"):
+        file.write_bytes(b"nothing")
+    return copy
+
+
+@pytest.mark.parametrize("preset", ["flow_edit", "flow_mask", "wan_edit"])
+def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, preset):
+    output = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
+    assert "of 64x32, 3 steps" in output
+    assert read_video(tmp_path / "out.mp4").frames.shape == (6, 32, 64, 3)
+    assert open_video(tmp_path / "out.mp4").fps == open_video(CLIP).fps
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ((), "injection fatezero needs control of the attention"),
+        (("--preset", "pnp"), "injection pnp needs control of the attention"),
+        (("--preset", "flow_edit", "--propagation", "tokenflow"), "TokenFlow"),
+        (("--preset", "flow_edit", "--smoothing", "0.5"), "smoothing needs a UNet"),
+        (("--preset", "flow_edit", "--shift", "square: 0:0.1,0"), "layout needs a UNet"),
+        (("--injection", "none", "--memory", "maps"), "memory maps keeps attention"),
+        (("--preset", "flow_edit", "--control", str(CLIP), "--controlnet", "a/b"), "controlnet: "),
+    ],
+)
+def test_what_needs_attention_is_refused_before_loading(refused, folder, tmp_path, options, error):
+    broken = without_weights(folder, tmp_path)
+    assert error in refused("edit", CLIP, "--model", broken, *WORDS, *SIZE, *options, "-o", "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_sizes_and_temporal_layers_are_refused(refused, folder):
+    shared = ("edit", CLIP, "--model", folder, *WORDS, "--preset", "flow_edit", "-o", "out.mp4")
+    assert "multiples of" in refused(*shared, "--size", "40x32")
+    assert "--temporal is for image models" in refused(*shared, "--temporal", "demo")
+    assert "takes auto, sdpa or one of" in refused(*shared, "--attention", "xformer")
+
+
+def test_attention_kernels_and_precisions(command, folder, tmp_path):
+    shared = ("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", "flow_edit", "--steps", 2)
+    command(*shared, "--attention", "native", "--dtype", "bfloat16", "-o", "out.mp4")
+    assert read_video(tmp_path / "out.mp4").frames.shape == (6, 32, 64, 3)
+
+
+def test_image_to_video_needs_a_clip(refused, i2v, tmp_path):
+    broken = without_weights(i2v, tmp_path)
+    assert "first frame" in refused("invert", CLIP, "--model", broken, *WORDS[:2], *SIZE)
+    assert "first frame" in refused("generate", "--model", broken, "--prompt", "a red square")
+
+
+def test_a_store_and_a_new_clip(command, vace, tmp_path):
+    command("invert", CLIP, "--model", vace, *WORDS[:2], *SIZE, "--steps", 3, "--memory", "auto", "-o", "s.safetensors")
+    edit = ("edit", "--model", vace, *WORDS[2:], "--injection", "none")
+    command(*edit, "--store", "s.safetensors", "-o", "kept.mp4")
+    command(*edit, CLIP, *WORDS[:2], *SIZE, "--steps", 3, "-o", "fresh.mp4")
+    kept, fresh = (read_video(tmp_path / name).frames for name in ("kept.mp4", "fresh.mp4"))
+    assert torch.equal(kept, fresh)
+    command("generate", "--model", vace, "--prompt", "a red square", "--frames", 5, "--size", "64x32", "--steps", 2)
+    assert read_video(tmp_path / "clip.mp4").frames.shape == (5, 32, 64, 3)
+
+
+def test_vace_follows_a_control_video(command, refused, vace, i2v, tmp_path):
+    shared = ("edit", CLIP, *WORDS, *SIZE, "--preset", "flow_edit", "--steps", 2)
+    for name, options in {"plain": (), "controlled": ("--control", CLIP)}.items():
+        output = command(*shared, "--model", vace, *options, "-o", f"{name}.mp4")
+        assert ("control clip.mp4: in 2 of 2 steps" in output) == (name == "controlled")
+    digests = [
+        json.loads((tmp_path / f"{name}.mp4.json").read_text())["made"]["frames"] for name in ("plain", "controlled")
+    ]
+    assert digests[0] != digests[1]
+    assert "control has no effect" in refused(*shared, "--model", i2v, "--control", CLIP)
+
+
+def test_an_unknown_transformer_is_refused_by_name(refused, tmp_path):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "X"]}'
+    )
+    error = refused("edit", CLIP, "--model", tmp_path, *WORDS, "--preset", "flow_edit")
+    assert "CogVideoXPipeline" in error
+    assert "VACE" in error

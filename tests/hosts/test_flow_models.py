@@ -1,0 +1,202 @@
+"""Transformers without attention control: sampling as their pipelines do it, and FlowEdit against a loop of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from PIL import Image
+
+from fatezero import FlowEditSettings, draw, edit, generate, invert
+from fatezero.diffusion.denoiser import check_finite
+from fatezero.hosts.diffusers.load import open_model
+from fatezero.hosts.diffusers.model import ClipFacts
+from fatezero.methods.flow_mask import FlowMaskSettings
+from fatezero.video.size import to_unit
+from tests.small import relative
+from tests.wan import write_wan_i2v, write_wan_vace
+
+SOURCE, TARGET, NEGATIVE = "a red square on water", "a green circle on water", "blue"
+WIDTH, HEIGHT, FRAMES = 64, 32, 6
+STEPS = 4
+
+
+def clip_of(frames: int = FRAMES, seed: int = 0) -> torch.Tensor:
+    """A random clip, uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=generator)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    write: a random pipeline in a folder. sampled: its pipeline's own sampling from noise (f, c, h, w) at a guidance, as
+    latents of that shape. velocity: for a pipeline and latents, the function (x, timestep, prompt) that its loop calls.
+    """
+
+    write: Callable
+    sampled: Callable
+    velocity: Callable
+
+
+def first_and_last(clip):
+    return [Image.fromarray(clip[i].numpy()) for i in (0, -1)]
+
+
+def wan_text(pipeline, prompt):
+    return WanPipeline._get_t5_prompt_embeds(pipeline, prompt, max_sequence_length=512)
+
+
+def wan_sampled(pipeline, noise, clip, guidance, **more):
+    made = pipeline(
+        prompt_embeds=wan_text(pipeline, TARGET), negative_prompt_embeds=wan_text(pipeline, NEGATIVE),
+        latents=noise.transpose(0, 1)[None], guidance_scale=guidance, num_frames=9, height=HEIGHT, width=WIDTH,
+        num_inference_steps=STEPS, output_type="latent", **more,
+    )  # fmt: skip
+    return made.frames[0].transpose(0, 1)
+
+
+def i2v_sampled(pipeline, noise, clip, guidance):
+    first, last = first_and_last(clip)
+    both = pipeline.transformer.config.pos_embed_seq_len is not None
+    return wan_sampled(pipeline, noise, clip, guidance, image=first, last_image=last if both else None)
+
+
+def i2v_velocity(pipeline, clip, shape):
+    """Of Wan 2.1: the encoded first frame, behind a mask of four channels, beside the latents."""
+    frames, _, height, width = shape
+    video = torch.zeros(1, 3, 4 * frames - 3, HEIGHT, WIDTH)
+    video[:, :, 0] = to_unit(clip[:1]) * 2 - 1
+    mean, deviation = (
+        torch.tensor(pipeline.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    encoded = (pipeline.vae.encode(video).latent_dist.mode() - mean) / deviation
+    mask = torch.zeros(1, 4, frames, height, width)
+    mask[:, :, 0] = 1
+    image = pipeline.encode_image(first_and_last(clip)[0])
+
+    def velocity(x, timestep, prompt):
+        inputs = torch.cat([x.transpose(0, 1)[None], mask, encoded], 1)
+        return pipeline.transformer(
+            inputs, torch.tensor([timestep]), wan_text(pipeline, prompt), image, return_dict=False
+        )[0][0].transpose(0, 1)
+
+    return velocity
+
+
+def vace_velocity(pipeline, clip, shape):
+    """Without a control video: a grey one, encoded twice, and a mask of ones."""
+    frames, _, height, width = shape
+    grey = torch.zeros(1, 3, 4 * frames - 3, HEIGHT, WIDTH)
+    mean, deviation = (
+        torch.tensor(pipeline.vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    encoded = (pipeline.vae.encode(grey).latent_dist.mode() - mean) / deviation
+    control = torch.cat([encoded, encoded, torch.ones(1, 64, frames, height, width)], 1)
+
+    def velocity(x, timestep, prompt):
+        return pipeline.transformer(
+            x.transpose(0, 1)[None], torch.tensor([timestep]), wan_text(pipeline, prompt),
+            control_hidden_states=control, return_dict=False,
+        )[0][0].transpose(0, 1)  # fmt: skip
+
+    return velocity
+
+
+def wan_i2v(kind):
+    return Family(lambda folder: write_wan_i2v(folder, kind), i2v_sampled, i2v_velocity)
+
+
+FAMILIES = {
+    "wan i2v": wan_i2v("2.1"),
+    "wan 2.2 i2v": wan_i2v("2.2"),
+    "wan flf2v": wan_i2v("flf2v"),
+    "wan 5b i2v": wan_i2v("5B"),
+    "wan vace": Family(write_wan_vace, wan_sampled, vace_velocity),
+}
+LOOPS = ("wan i2v", "wan vace")
+"""Families with a loop of their own; the others differ from them only in what `sampled` covers."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def named(request, tmp_path_factory):
+    """A family with its model for a clip, the clip and its latents."""
+    family = FAMILIES[request.param]
+    model = open_model(str(family.write(tmp_path_factory.mktemp("model"))))
+    clip = clip_of()
+    latents = model.encode_clip(to_unit(clip))
+    return request.param, model.for_clip(ClipFacts(tuple(latents.shape), 8.0, lambda: iter(clip))), clip, latents
+
+
+def texts(model, *prompts):
+    return [model.encode_prompt(prompt, WIDTH, HEIGHT) for prompt in prompts]
+
+
+def test_sampling_is_the_pipelines(named):
+    name, model, clip, latents = named
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model = replace(model, scheduler=euler)
+    model.pipeline.scheduler = euler
+    expected = FAMILIES[name].sampled(model.pipeline, noise, clip, 3.0)
+    found = generate(model.denoiser, noise, *texts(model, TARGET, NEGATIVE), STEPS, 3.0)
+    if name == "wan 5b i2v":  # the pipeline carries noise there to the end, and replaces it
+        expected, found = expected[1:], found[1:]
+    assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["paper", "wan_edit"])
+def test_one_prompt_for_both_gives_the_clip_back(named, variant):
+    _, model, _, latents = named
+    source, negative = texts(model, SOURCE, NEGATIVE)
+    drawn = draw(model.denoiser, latents, source, STEPS, FlowEditSettings(source_guidance=4.0, variant=variant))
+    found = edit(model.denoiser, drawn, source, negative, 4.0)
+    assert relative(found, latents) < 1e-5
+
+
+def test_an_edit_is_an_independent_loop(named):
+    name, model, clip, latents = named
+    if name not in LOOPS:
+        pytest.skip("covered by the pipeline's sampling")
+    noises = torch.randn(STEPS, *latents.shape, generator=torch.Generator().manual_seed(2))
+    source, target = texts(model, SOURCE, TARGET)
+    drawn = draw(model.denoiser, latents, source, STEPS, FlowEditSettings(source_guidance=1.0), noises=noises)
+    found = edit(model.denoiser, drawn, target, guidance_scale=1.0)
+    schedule, velocity = model.denoiser.schedule(STEPS), FAMILIES[name].velocity(model.pipeline, clip, latents.shape)
+    sigmas = [schedule.sigma(level) for level in range(STEPS, -1, -1)]
+    z = latents.clone()
+    for noise, t, sigma, after in zip(noises, schedule.timesteps, sigmas, sigmas[1:], strict=False):
+        noised = (1 - sigma) * latents + sigma * noise
+        with torch.no_grad():
+            change = velocity(z + noised - latents, t, TARGET) - velocity(noised, t, SOURCE)
+        z = z + (after - sigma) * change
+    check_finite(z, "the loop")
+    assert relative(found, z) < 1e-4
+    assert (found - latents).abs().max() > 1e-3
+
+
+def test_chunks_take_their_own_frames(named):
+    _, model, _, latents = named
+    source, target = texts(model, SOURCE, TARGET)
+    drawn = draw(model.denoiser, latents, source, STEPS)
+    found = edit(model.denoiser, drawn, target, guidance_scale=1.0, chunk_frames=2)
+    assert found.shape == latents.shape
+
+
+def test_a_mask_of_predictions(named):
+    _, model, _, latents = named
+    source, target = texts(model, SOURCE, TARGET)
+    drawn = draw(model.denoiser, latents, source, STEPS)
+    found = edit(model.denoiser, drawn, target, guidance_scale=1.0, fusion=FlowMaskSettings(threshold=0.9, still=0))
+    same = (found == latents).all(1)
+    assert same.any()
+    assert not same.all()
+
+
+def test_an_inversion_leads_back(named):
+    _, model, _, latents = named
+    (source,) = texts(model, SOURCE)
+    inversion = invert(model.denoiser, latents, source, 20)
+    assert relative(edit(model.denoiser, inversion, source, guidance_scale=1.0), latents) < 0.2
