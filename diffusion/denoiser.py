@@ -70,6 +70,10 @@ class Denoiser(Predictor, Protocol):
         """Whether layers of the model mix all frames of a call, which makes chunks approximate."""
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the model, in `Condition.guided`, and a negative prompt is not."""
+
+    @property
     def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
         """The key frames, and the clip norm, of the model's training."""
 

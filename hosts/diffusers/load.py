@@ -10,12 +10,13 @@ import torch
 from ...models import DEMOS
 from ...models.unet import UNET
 from .checkpoint import Checkpoint
+from .flux import Flux
 from .model import Model
 from .model_files import CheckpointError, kind_of
 from .wan import SmallWan, WanCheckpoint
 from .wan_conditioned import WanImageToVideo, WanVace
 
-FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, WanImageToVideo, WanVace, Checkpoint)
+FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, WanImageToVideo, WanVace, Flux, Checkpoint)
 """Each family's loader; the last one takes all other models."""
 
 
