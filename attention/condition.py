@@ -40,11 +40,11 @@ class Condition:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.embeddings, *self.extras.values()))
 
-    def guided(self, scale: float) -> Condition:
+    def with_guidance(self, scale: float) -> Condition:
         """The condition with a guidance scale, for models that take it as an input (distilled guidance)."""
         return replace(self, extras={**self.extras, GUIDANCE: self.embeddings.new_tensor([scale])})
 
-    def guided_as(self, other: Condition) -> Condition:
+    def with_guidance_of(self, other: Condition) -> Condition:
         """The condition with the guidance scale of another, if it has one."""
         own = {name: value for name, value in other.extras.items() if name == GUIDANCE}
         return replace(self, extras={**self.extras, **own})

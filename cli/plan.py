@@ -81,7 +81,8 @@ def plan(
     lines = [f"{frames} {what} of {size}, {config.steps} steps, {device}"]
     if coding := checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor):
         lines.append(f"   autoencoder: {coding}")
-    for memory in MEMORIES if store or inverts else ():
+    memories = MEMORIES if demand.sites else MEMORIES[:1]
+    for memory in memories if store or inverts else ():
         mark = "->" if memory == (store or chosen or config).memory else "  "
         lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
     if chosen:

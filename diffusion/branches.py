@@ -67,7 +67,7 @@ class EditRun:
         self.target = Condition.of(edit.target_embeddings, "target_embeddings").to(like)
         self.negative: Condition | None = None
         if denoiser.embeds_guidance:
-            self.target = self.target.guided(edit.guidance_scale)
+            self.target = self.target.with_guidance(edit.guidance_scale)
         elif edit.guidance_scale != 1:
             if edit.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")

@@ -71,7 +71,7 @@ class Denoiser(Predictor, Protocol):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the guidance scale is an input of the model, in `Condition.guided`, and a negative prompt is not."""
+        """Whether guidance is an input of the model (`Condition.with_guidance`), instead of a negative prompt."""
 
     @property
     def trained_with(self) -> tuple[tuple[str | int, ...], bool]:

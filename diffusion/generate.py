@@ -48,7 +48,7 @@ def generate(
     z = noise.to(denoiser.device)
     positive, unwanted = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
     if denoiser.embeds_guidance:
-        positive = positive.guided(guidance_scale)
+        positive = positive.with_guidance(guidance_scale)
     if layout is not None:
         layout.check_fits(len(z), positive.text_tokens)
         if attention is not None and not layout.moves_latents:

@@ -199,7 +199,7 @@ def draw(
     check_latents(latents)
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
     if denoiser.embeds_guidance:
-        source = source.guided(start.settings.source_guidance)
+        source = source.with_guidance(start.settings.source_guidance)
     return Inversion(
         AttentionStore(
             memory="recompute",

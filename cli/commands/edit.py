@@ -42,7 +42,7 @@ from ..config.record import (
 )
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
-from ..families import check_edits
+from ..families import check_edits, check_guidance
 from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
 from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
@@ -241,6 +241,8 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         configs = captioned(session, configs, source.video)
         _check_words(configs)
     checkpoint = session.open_model(configs[0].chosen_model)
+    for config in configs:
+        check_guidance(checkpoint, config)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [
         checked_layout(checkpoint, config, prompt, source.frames)

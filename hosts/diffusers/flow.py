@@ -87,6 +87,11 @@ class FlowModel(TransformerModel):
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
         """The predicted velocity of latents (frames, c, h, w). frames: their indices in the clip."""
 
+    def check_length(self, tokens: int, most: int) -> None:
+        """Raise ValueError for a prompt of more tokens than the model reads."""
+        if tokens > most:
+            raise ValueError(f"the prompt has {tokens} tokens; {self.family.title} reads {most}: shorten it")
+
     @property
     def tokens(self) -> int | None:
         """The tokens of a call, by which the schedule is shifted; None for a schedule that is not."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline, WanPipeline
 from einops import rearrange
 from PIL import Image
 
@@ -15,12 +15,12 @@ from fatezero.hosts.diffusers.load import open_model
 from fatezero.hosts.diffusers.model import ClipFacts
 from fatezero.methods.flow_mask import FlowMaskSettings
 from fatezero.video.size import to_unit
-from tests.flow_models import write_flux
+from tests.flow_models import write_flux, write_ltx2, write_qwen_image
 from tests.small import relative
 from tests.wan import write_wan_i2v, write_wan_vace
 
 SOURCE, TARGET, NEGATIVE = "a red square on water", "a green circle on water", "blue"
-WIDTH, HEIGHT, FRAMES = 64, 32, 6
+WIDTH, HEIGHT, FRAMES = 64, 64, 6
 STEPS = 4
 
 
@@ -153,6 +153,65 @@ def flux_velocity(pipeline, clip, shape):
     return velocity
 
 
+@frame_by_frame
+def qwen_sampled(pipeline, packed, guidance, **more):
+    return pipeline(prompt=TARGET, true_cfg_scale=1.0, latents=packed, output_type="latent", **more).images
+
+
+def qwen_velocity(pipeline, clip, shape):
+    frames, channels, height, width = shape
+
+    def velocity(x, timestep, prompt):
+        text, mask = pipeline.encode_prompt(prompt)
+        tokens = rearrange(x, "f c (y p) (x q) -> f (y x) (c p q)", p=2, q=2)
+        found = pipeline.transformer(
+            tokens,
+            text.expand(frames, -1, -1),
+            mask,
+            torch.full((frames,), timestep / 1000),
+            [[(1, height // 2, width // 2)]] * frames,
+            return_dict=False,
+        )[0]
+        return rearrange(found, "f (y x) (c p q) -> f c (y p) (x q)", y=height // 2, p=2, q=2)
+
+    return velocity
+
+
+def ltx2_sampled(pipeline, noise, clip, guidance):
+    """Of the whole pipeline, with its modalities isolated and without its other kinds of guidance."""
+    whole = LTX2Pipeline.from_pretrained(pipeline.config._name_or_path)
+    forward = whole.transformer.forward
+    whole.transformer.forward = lambda **given: forward(**{**given, "isolate_modalities": True})
+    frames, _, height, width = noise.shape
+    off = {f"{what}{name}": scale for what in ("", "audio_") for name, scale in
+           (("stg_scale", 0.0), ("modality_scale", 1.0), ("guidance_rescale", 0.0))}  # fmt: skip
+    made = whole(
+        prompt=TARGET, negative_prompt=NEGATIVE, latents=whole._pack_latents(noise.transpose(0, 1)[None]),
+        guidance_scale=guidance, num_frames=8 * frames - 7, frame_rate=8.0, height=32 * height, width=32 * width,
+        num_inference_steps=STEPS, output_type="latent", **off,
+    )  # fmt: skip
+    clean = whole._normalize_latents(made.frames, whole.vae.latents_mean, whole.vae.latents_std)
+    return clean[0].transpose(0, 1)
+
+
+def ltx2_velocity(pipeline, clip, shape):
+    """At eight frames a second; the sound, isolated, is anything."""
+    frames, _, height, width = shape
+
+    def velocity(x, timestep, prompt):
+        states, mask, _, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        text, of_sound, mask = pipeline.connectors(states, mask, padding_side="left")
+        t, tokens = torch.tensor([timestep]), rearrange(x, "f c y x -> 1 (f y x) c")
+        found = pipeline.transformer(
+            tokens, torch.randn(1, 5, 8), text, of_sound, t, sigma=t, encoder_attention_mask=mask,
+            audio_encoder_attention_mask=mask, num_frames=frames, height=height, width=width, fps=8.0,
+            audio_num_frames=5, isolate_modalities=True, use_cross_timestep=True, return_dict=False,
+        )[0]  # fmt: skip
+        return rearrange(found, "1 (f y x) c -> f c y x", f=frames, y=height)
+
+    return velocity
+
+
 def wan_i2v(kind):
     return Family(lambda folder: write_wan_i2v(folder, kind), i2v_sampled, i2v_velocity)
 
@@ -163,10 +222,12 @@ FAMILIES = {
     "wan flf2v": wan_i2v("flf2v"),
     "wan 5b i2v": wan_i2v("5B"),
     "wan vace": Family(write_wan_vace, wan_sampled, vace_velocity),
+    "ltx2": Family(write_ltx2, ltx2_sampled, ltx2_velocity),
+    "qwen image": Family(write_qwen_image, qwen_sampled, qwen_velocity),
     "flux dev": Family(write_flux, flux_sampled, flux_velocity),
     "flux schnell": Family(lambda folder: write_flux(folder, distilled=False), flux_sampled, flux_velocity),
 }
-LOOPS = ("wan i2v", "wan vace", "flux schnell", "flux dev")
+LOOPS = ("wan i2v", "wan vace", "flux schnell", "flux dev", "qwen image", "ltx2")
 """Those with a loop of their own; the others differ from them in what `sampled` covers."""
 
 
@@ -190,8 +251,9 @@ def test_sampling_is_the_pipelines(named):
     if name.startswith("wan"):  # whose own scheduler takes other steps than Euler's
         model = replace(model, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
         model.pipeline.scheduler = model.scheduler
-    expected = FAMILIES[name].sampled(model.pipeline, noise, clip, 3.0)
-    found = generate(model.denoiser, noise, *texts(model, TARGET, NEGATIVE), STEPS, 3.0)
+    guidance = 1.0 if name == "qwen image" else 3.0  # whose pipeline rescales guided predictions
+    expected = FAMILIES[name].sampled(model.pipeline, noise, clip, guidance)
+    found = generate(model.denoiser, noise, *texts(model, TARGET, NEGATIVE), STEPS, guidance)
     if name == "wan 5b i2v":  # the pipeline carries noise there to the end, and replaces it
         expected, found = expected[1:], found[1:]
     assert relative(found, expected) < 1e-4
