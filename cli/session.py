@@ -105,7 +105,7 @@ class Session:
         """Of `LoadOptions`."""
         return {
             "config": self.model_config, "lora": settings.lora, "temporal": settings.temporal,
-            "variant": settings.variant, "attention": settings.attention,
+            "variant": settings.variant, "attention": settings.attention, "timesteps": settings.timesteps,
         }  # fmt: skip
 
     def _note_of(self, checkpoint: Model) -> None:

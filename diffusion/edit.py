@@ -119,7 +119,8 @@ class EditPass:
         self.start: list[Tensor] = []
         """The latents of each edit's first step."""
         clip, calls = store.level(0).to(denoiser.device), store.calls(chunk_frames)
-        self._chunks = [chunks_of(denoiser, calls, clip, timestep) for timestep in store.timesteps]
+        usual = denoiser.trained_frames if start_of(store).draws else None
+        self._chunks = [chunks_of(denoiser, calls, clip, timestep, usual) for timestep in store.timesteps]
         self._open = ExitStack()
 
     @no_grad

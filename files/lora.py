@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Literal
+
+from .bundled import LORAS
 
 PICKLED = (".bin", ".pt", ".pth")
 """Suffixes of files that torch reads (weights only); all others are safetensors."""
+Timesteps = Literal["auto", "leading", "trailing", "lcm"]
+_FEW_STEPS: dict[Timesteps, str] = {
+    "lcm": r"(?<![a-z])(lcm|tcd)(?![a-z])",
+    "trailing": r"lightning|(?<![a-z])hyper[-_ ]?sd",
+    "auto": r"lightx2v|distill|causvid|few[-_ ]?steps|(?<!\d)[1-8][-_ ]?steps?(?![a-z])",
+}
+"""Names of weights for few steps without guidance, by the timesteps of UNets with them."""
+
+
+def few_steps_of(path: str) -> Timesteps | None:
+    """The timesteps of weights that are for few steps without guidance, by the names of their file and its folder:
+    lcm (LCM and TCD), trailing (Lightning, Hyper), or auto for the model's own; None for other weights.
+    """
+    name = "/".join(Path(path).parts[-2:]).lower()
+    return next((spacing for spacing, names in _FEW_STEPS.items() if re.search(names, name)), None)
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file, or a folder with one, and its strength."""
+    """A LoRA file, a folder with one, or the name of a bundled one, and its strength."""
 
     path: str
     strength: float = 1.0
@@ -45,7 +64,7 @@ class LoraFile:
 
     def file(self) -> Path:
         """The file, or a folder's only LoRA. Raises ValueError for none or several."""
-        path = Path(self.path)
+        path = LORAS.get(self.path) or Path(self.path)
         if path.is_file():
             return path
         if not path.is_dir():

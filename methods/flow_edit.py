@@ -234,6 +234,14 @@ METHOD = Method(
     settings=FlowEditSettings,
     presets={
         "flow_edit": {"noise": "drawn", "injection": "none", "guidance_scale": 10.0, "strength": 0.7},
+        "few_steps": {
+            "noise": "drawn",
+            "injection": "none",
+            "guidance_scale": 1.0,
+            "strength": 0.7,
+            "steps": 7,
+            "flow_edit": {"source_guidance": 1.0},
+        },
         "wan_edit": {
             "noise": "drawn",
             "injection": "none",

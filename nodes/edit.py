@@ -82,7 +82,8 @@ INPUTS = [
         tooltip="What the edit takes from the source, with its guidance, as in `fatezero edit --preset`. style, "
         "attribute, shape: FateZero as in the paper; with a plus, tuned on our benchmark. remove: without an object "
         "whose words the target leaves out. enhance: for added words such as 'high quality, 8K'. pnp, tokenflow: for "
-        "UNets; invert with key_frames self. flow_edit, wan_edit: for the store of FlowEdit. none: only the inverted "
+        "UNets; invert with key_frames self. flow_edit, wan_edit: for the store of FlowEdit; few_steps: the same "
+        "at guidance 1, for models in 4 to 8 steps. none: only the inverted "
         "noise. custom: the connected settings.",
     ),
     io.Mask.Input("mask", optional=True, tooltip="Edit mask, white where the video may change: one, or one per frame."),

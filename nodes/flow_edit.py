@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
-from ..hosts.comfyui.noise import is_flow
+from ..hosts.comfyui.noise import Timesteps, is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
-from .inversion import MODEL_AND_SOURCE, STEPS
+from .inversion import MODEL_AND_SOURCE, STEPS, TIMESTEPS
 from .settings import ADVANCED, made, widget, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
@@ -26,8 +26,8 @@ class FateZeroFlowEdit(io.ComfyNode):
             node_id="FateZeroFlowEdit",
             display_name="FlowEdit (FateZero)",
             description="Replaces Invert Video: takes the clip with random noise, so that Edit Video moves it along "
-            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset flow_edit or wan_edit, "
-            "or with injections and masks as for an inversion.",
+            "the difference of both prompts' predictions (FlowEdit). Use Edit Video with preset flow_edit, wan_edit or "
+            "few_steps (with 4 to 8 steps here), or with injections and masks as for an inversion.",
             search_aliases=["flow edit", "inversion-free", "rectified flow", "rf edit"],
             inputs=[
                 *MODEL_AND_SOURCE,
@@ -42,18 +42,22 @@ class FateZeroFlowEdit(io.ComfyNode):
                     tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
                 ),
                 *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
+                TIMESTEPS,
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, source: Any, latent: dict[str, Any], steps: int, sound: str = "keep", **values: Any
-    ) -> io.NodeOutput:
+        cls, model: Any, source: Any, latent: dict[str, Any], steps: int, sound: str = "keep",
+        timesteps: Timesteps = "leading", **values: Any,
+    ) -> io.NodeOutput:  # fmt: skip
         condition = HostCondition.of_socket(source, "source", "source", not is_flow(model))
         settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
 
         def drawn(of: Any, latents: Tensor) -> AttentionStore:
             return draw(of, latents, condition, steps, settings, prompt=prompt).store
 
-        return io.NodeOutput(draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK), sound == "keep"))
+        return io.NodeOutput(
+            draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK), sound == "keep", timesteps)
+        )

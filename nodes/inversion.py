@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import comfy.model_management
 import folder_paths
@@ -18,12 +18,12 @@ from ..hosts.comfyui.conditions import HostCondition, unsaveable
 from ..hosts.comfyui.editing import edit_clip
 from ..hosts.comfyui.families import MODELS, check_known, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, InvertSettings, invert_clip, source_of
-from ..hosts.comfyui.noise import check_samples
+from ..hosts.comfyui.noise import Timesteps, check_samples
 from ..metrics.preservation import psnr
 from ..settings import setting_of
 from ..store.budget import StoreSettings, format_bytes
 from .files import inside
-from .settings import widget, widgets
+from .settings import ADVANCED, widget, widgets
 from .sockets import (
     PROMPT_KEY,
     AttentionStoreSocket,
@@ -37,6 +37,15 @@ MODEL_AND_SOURCE = [
 ]
 _BUDGET, _PLACE = (setting_of(StoreSettings, name).meta.text for name in ("budget_gb", "place"))
 STEPS = widget(InversionSettings, "steps", max=999)
+TIMESTEPS = io.Combo.Input(
+    "timesteps",
+    options=list(get_args(Timesteps)),
+    default="leading",
+    optional=True,
+    **ADVANCED,
+    tooltip="Timesteps of a UNet's schedule. trailing: for LoRAs for few steps, such as Lightning, Hyper and TCD. LCM "
+    "(Model Sampling Discrete) has its own.",
+)
 CHUNK_FRAMES = widget(InversionSettings, "chunk_frames", optional=True)
 SETTINGS = [
     *widgets(InversionSettings, "key_frames", "clip_norm"),
@@ -95,6 +104,7 @@ class FateZeroInvert(io.ComfyNode):
                 STEPS,
                 *SETTINGS,
                 widget(InversionSettings, "inversion_steps", advanced=True, optional=True, max=1000),
+                TIMESTEPS,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
@@ -105,8 +115,9 @@ class FateZeroInvert(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, inversion_steps: int = 0, **settings: Any
-    ) -> io.NodeOutput:
+        cls, model: Any, source: Any, latent: dict[str, Tensor], steps: int, inversion_steps: int = 0,
+        timesteps: Timesteps = "leading", **settings: Any,
+    ) -> io.NodeOutput:  # fmt: skip
         samples, shown = latent["samples"], [""]
         check_known(model)
         check_samples(model, samples)
@@ -117,7 +128,9 @@ class FateZeroInvert(io.ComfyNode):
 
         condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
         InversionSettings(steps, inversion_steps=inversion_steps or None)  # raises for steps that do not fit
-        chosen = replace(invert_settings(source, **settings), inversion_steps=inversion_steps or None)
+        chosen = replace(
+            invert_settings(source, **settings), inversion_steps=inversion_steps or None, timesteps=timesteps
+        )
         noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), notify)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(shown[0]))
 

@@ -94,7 +94,7 @@ def edited(model: Model, frames: Tensor, one: Thumbnail, preset: str) -> Iterato
 
 
 def main(names: list[str]) -> None:
-    """names: of the workflows; none for all."""
+    """Take all pictures, or those of the named workflows."""
     for name in names or THUMBNAILS:
         one = THUMBNAILS[name]
         model, frames = open_model(one.model, torch.device("cpu")), clip_of(one.source)

@@ -13,7 +13,7 @@ BRIGHT, DARK = 235, 20
 
 
 def bars(i: int) -> np.ndarray:
-    """A picture of 64x64 that says its number in six bars, and where its upper left corner is."""
+    """A picture of 64x64 with its number as six bars and a mark in its upper left corner."""
     picture = np.full((64, 64, 3), 40, np.uint8)
     for bit in range(6):
         picture[10:, 4 + 10 * bit : 12 + 10 * bit] = 220 if i >> bit & 1 else 90
@@ -22,7 +22,7 @@ def bars(i: int) -> np.ndarray:
 
 
 def number(picture) -> int:
-    """The number that a picture of `bars` says."""
+    """The number shown by a picture of `bars`."""
     picture = np.asarray(picture)
     return sum(1 << bit for bit in range(6) if picture[20:54, 6 + 10 * bit : 10 + 10 * bit].mean() > 150)
 
@@ -31,8 +31,8 @@ def counted(
     path: Path, codec: str = "libx264", frames: int = 24, rate: int = 10, format: str | None = None, skip: int = 0,
     late: int = 0, sound: bool = False,
 ) -> Path:  # fmt: skip
-    """Numbered frames, a key frame every twelve, with B-frames where there are any. skip: packets left out at the
-    beginning. late: by how many frames they begin after 0. sound: tones that say the frame of their time.
+    """Numbered frames, a key frame every twelve, with B-frames where there are any. skip: packets dropped at the
+    start. late: frames by which they start after 0. sound: tones that encode the frame at their time.
     """
     options = {"libx264": {"crf": "4", "g": "12", "bf": "2", "sc_threshold": "0"}}.get(codec, {"g": "12", "bf": "2"})
     options |= {"x265-params": "log-level=none:keyint=12"} if codec == "libx265" else {}
@@ -54,22 +54,22 @@ def counted(
         if track:
             t = np.arange(48000 * frames // rate)
             wave = 0.3 * np.sin(np.cumsum(2 * np.pi * (400 + 200 * (t * rate // 48000)) / 48000))
-            heard = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], format="fltp", layout="mono")
-            heard.rate, heard.pts = 48000, 48000 * late // rate
-            file.mux(track.encode(heard))
+            part = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], format="fltp", layout="mono")
+            part.rate, part.pts = 48000, 48000 * late // rate
+            file.mux(track.encode(part))
             file.mux(track.encode(None))
     return path
 
 
 def heard_at(sound, second: float, rate: int = 10) -> int:
-    """The frame whose tone of `counted` sounds from a moment on."""
+    """The frame whose tone (of `counted`) is heard at a time."""
     part = sound.samples[0][int(second * sound.rate) + 600 : int((second + 1 / rate) * sound.rate) - 600]
     spectrum = np.abs(np.fft.rfft(part * np.hanning(len(part)), 1 << 16))
     return round((spectrum.argmax() * sound.rate / (1 << 16) - 400) / 200)
 
 
 def lit(t: float) -> bool:
-    """Whether it flashes and beeps: in the first tenth of every second."""
+    """Whether the clip flashes and beeps at a time: in the first tenth of every second."""
     return t % 1.0 < 0.1 - 1e-9
 
 
@@ -87,7 +87,7 @@ def flashes(
     clock: Fraction | None = None,
     **context: object,
 ) -> Path:
-    """Write frames at their times, grey but for the flashes, and the beeps. late: seconds by which both begin after 0.
+    """Write frames at given times, grey except for flashes, and beeps. late: seconds by which both start after 0.
 
     clock: the time base; context: attributes of the video's codec context.
     """

@@ -1,4 +1,4 @@
-"""The command line as tests run it."""
+"""Running the command line in tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = (sys.executable, "-m", "fatezero")
 
 
 def fatezero(*arguments, cwd, code=0, **options):
-    """Run the command line in a folder; its output. The exit status must be `code`."""
+    """The output of the command line, run in a folder. The exit status must be `code`."""
     result = subprocess.run(
         [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, **options
     )
@@ -31,11 +31,11 @@ def fatezero(*arguments, cwd, code=0, **options):
 
 
 def here(*arguments, cwd, code=0, threads=None):
-    """Run the command line in this process and in a folder; its output. The exit status must be `code`."""
+    """The output of the command line, run in this process and a folder. The exit status must be `code`."""
     from fatezero.cli.app import main
 
-    said, before = StringIO(), torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+    output, before = StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["fatezero", *map(str, arguments)])
         torch.set_num_threads(threads or before)
@@ -43,20 +43,20 @@ def here(*arguments, cwd, code=0, threads=None):
             with pytest.raises(SystemExit) as ended:
                 main()
         finally:
-            torch.set_num_threads(before)  # a record may have asked for others
-    assert ended.value.code == code, said.getvalue()
-    assert "Traceback" not in said.getvalue()
-    return said.getvalue()
+            torch.set_num_threads(before)  # a record may have changed them
+    assert ended.value.code == code, output.getvalue()
+    assert "Traceback" not in output.getvalue()
+    return output.getvalue()
 
 
 def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """But for the UNet's last digits, which follow where in memory its input lies, and what the codec makes of them."""
-    apart = (a.int() - b.int()).abs().float()
-    return a.shape == b.shape and bool(apart.mean() < 0.5 and apart.max() <= 16)
+    """Whether clips agree up to the UNet's last digits, which depend on memory alignment, and the codec."""
+    difference = (a.int() - b.int()).abs().float()
+    return a.shape == b.shape and bool(difference.mean() < 0.5 and difference.max() <= 16)
 
 
 def frames_written(output: Path) -> str:
-    """The digest of the frames that an edit gave to its encoder, as the record beside it has it."""
+    """The digest of the frames that an edit passed to its encoder, from its record."""
     digest: str = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))["made"]["frames"]
     assert len(digest) == 64
     return digest

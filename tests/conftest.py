@@ -1,4 +1,4 @@
-"""Fixtures that the tests share."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fatezero.hosts.diffusers import DiffusersDenoiser
 from small import small_unet
 
 WATCHDOG = 6 * 3600
-"""Seconds after which a run of the tests is ended, whatever it does. No test looks at a clock of its own."""
+"""Seconds after which a test run is ended. No test has a time limit of its own."""
 
 
 def pytest_configure(config):
@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """One process runs the tests of a ComfyUI, for one server and one page; others go wherever there is time."""
+    """Run the ComfyUI tests in one process, for one server and one page; distribute all others."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneServer(LoadScopeScheduling):
@@ -55,11 +55,11 @@ def denoiser(unet, scheduler) -> DiffusersDenoiser:
 
 @pytest.fixture
 def command(tmp_path):
-    """Run the command line as `here` does, in the test's folder."""
+    """Run the command line with `here`, in the test's folder."""
     return partial(here, cwd=tmp_path)
 
 
 @pytest.fixture
 def refused(command):
-    """Run the command line as `command` does: what it says as it ends with status 1."""
+    """The error of a command that exits with status 1, run with `command`."""
     return lambda *arguments: command(*arguments, code=1).replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Small real models, and their inputs, that the tests share."""
+"""Small real models and their inputs, shared by the tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = 16
 
 
 def small_unet(seed: int = 0, **options) -> UNet2DConditionModel:
-    """A random UNet of SD's layout in float64: attention on the full grid and the half, or what `options` ask for."""
+    """A random UNet of SD's layout in float64: attention on the full and half grid, or as set by `options`."""
     torch.manual_seed(seed)
     settings = {
         "sample_size": 16,
@@ -105,7 +105,7 @@ def reference_keys(case: dict[str, Any]) -> tuple[str | int, ...]:
 
 
 def levels_of(tensors: dict[str, torch.Tensor], name: str, steps: int) -> torch.Tensor:
-    """A reference's latents of all levels, in float64; not a number where the file leaves a level out."""
+    """A reference's latents at all levels, in float64; NaN for levels not in the file."""
     found = {level: tensors[f"{name}.{level}"].double() for level in range(steps + 1) if f"{name}.{level}" in tensors}
     missing = torch.full_like(next(iter(found.values())), torch.nan)
     return torch.stack([found.get(level, missing) for level in range(steps + 1)])
@@ -120,9 +120,9 @@ def reference_inversion(
     clip_norm: bool = False,
     prompt: str | None = None,
 ) -> Inversion:
-    """The inversion of a reference result, in place of one of our own."""
+    """The inversion of a reference result."""
     schedule = denoiser.schedule(steps)
-    levels = tensors["inverted"].double() if "inverted" in tensors else levels_of(tensors, "inverted", steps)
+    levels = levels_of(tensors, "inverted", steps)
     return Inversion(
         AttentionStore(
             memory="recompute",
@@ -139,10 +139,10 @@ def reference_inversion(
 
 
 def stepped(
-    denoiser: DiffusersDenoiser, inversion: Inversion, asked: Edit, step: int, before: torch.Tensor | None = None
+    denoiser: DiffusersDenoiser, inversion: Inversion, settings: Edit, step: int, before: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The latents after one step of an edit. before: those before it; None where the edit begins."""
-    with EditPass(denoiser, inversion, [asked], in_order=False) as run:
+    """The latents after one step of an edit. before: the latents before it; None at the start of the edit."""
+    with EditPass(denoiser, inversion, [settings], in_order=False) as run:
         zs = run.start if before is None else [before.double()]
         return run.move(zs, step, run.predict(zs, step))[0]
 
@@ -153,7 +153,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
-    """What another thread gives, or its exception."""
+    """A function's result or exception, run in another thread."""
     found: list[Any] = []
 
     def caught() -> None:
@@ -169,7 +169,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The exit status of a copy of this process that does the work; 1 where it fails. On one thread, as others are not
+    """The exit status of a forked process that does the work; 1 if it fails. On one thread, as others are not
     copied."""
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, command lines parse, examples run, tables are those of the code."""
+"""The pages: links work, command lines parse, examples run, tables match the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """A page without code blocks."""
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -42,7 +42,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
-def test_links_lead_to_files_and_headings(page):
+def test_links_point_to_files_and_headings(page):
     wrong = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("http://", "https://")):
@@ -81,7 +81,7 @@ def options_of(command: str) -> set[str]:
     return {name for argument in app[command].assemble_argument_collection() for name in argument.names}
 
 
-def test_files_of_settings_and_jobs_are_read(tmp_path, monkeypatch):
+def test_example_files_of_settings_and_jobs_are_valid(tmp_path, monkeypatch):
     (tmp_path / "jeeps").mkdir()
     for name in ("jeeps/a.mp4", "swan.mp4", "clip.mp4"):
         (tmp_path / name).touch()
@@ -95,7 +95,7 @@ def test_files_of_settings_and_jobs_are_read(tmp_path, monkeypatch):
     assert read > 5
 
 
-def test_reference_pages_are_those_of_the_code():
+def test_reference_pages_match_the_code():
     for page, text in runpy.run_path(str(REPO / "scripts" / "write_docs.py"))["written"]().items():
         assert page.read_text(encoding="utf-8") == text, "python scripts/write_docs.py writes it"
 
@@ -107,7 +107,7 @@ def test_readme_is_short_and_begins_with_two_commands():
 
 
 def test_examples_run(tmp_path, monkeypatch, tokenizer):
-    """The first loads the demo model; the others run on smaller ones in its place, with fewer steps."""
+    """The first loads the demo model; the others run on smaller models with fewer steps."""
     first, *others = blocks(REPO / "docs" / "python.md", "python")
     names: dict[str, object] = {}
     monkeypatch.chdir(REPO)
@@ -122,7 +122,7 @@ def test_examples_run(tmp_path, monkeypatch, tokenizer):
 
 
 def small() -> dict[str, object]:
-    """Models and inputs of the names that the examples use."""
+    """Models and inputs under the names used by the examples."""
 
     def text(prompt: str, tokens: int) -> torch.Tensor:
         return torch.randn(1, tokens, TEXT, dtype=torch.float64, generator=torch.Generator().manual_seed(len(prompt)))
@@ -142,8 +142,8 @@ def small() -> dict[str, object]:
     }
 
 
-def test_excerpts_are_those_of_the_method():
-    """But for blanks: a formatter takes the indentation of methods."""
+def test_excerpts_match_the_method():
+    """Except for white space, because the formatter removes the indentation of methods."""
     source = "".join((REPO / "methods" / "kv_edit.py").read_text(encoding="utf-8").split())
     excerpts = blocks(REPO / "docs" / "dev" / "add-a-method.md", "python")
     assert excerpts

@@ -1,4 +1,4 @@
-"""Who imports whom: the rooms of `docs/dev/house.md`, and how large their parts may be."""
+"""Import rules of the rooms in `docs/dev/house.md`, and size limits."""
 
 import ast
 import subprocess
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "imports": set(),
     "settings": set(),
 }
-"""The rooms that each room may import from, itself aside. What is not here may import everything."""
+"""The rooms that each room may import from, in addition to itself. Unlisted rooms may import everything."""
 
 
 def modules() -> list[Path]:
@@ -41,7 +41,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(path: Path) -> dict[str, int]:
-    """The rooms that a module imports by relative imports, and the line of each."""
+    """The rooms that a module imports relatively, with the line of each import."""
     package = path.relative_to(REPO).parent.parts
     found: dict[str, int] = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -54,7 +54,7 @@ def imported(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
-def test_imports_go_down(room):
+def test_imports_only_go_down(room):
     wrong = [
         f"{path.relative_to(REPO)}:{line} imports {other}"
         for path in modules()
@@ -65,7 +65,7 @@ def test_imports_go_down(room):
     assert wrong == []
 
 
-def test_hosts_are_parted():
+def test_hosts_are_separate():
     """No host imports the other, and no file outside of a host's folder imports a model family's file of it."""
     for path in modules():
         parts = path.relative_to(REPO).parts
@@ -94,7 +94,7 @@ def test_files_and_functions_are_short():
 
 
 def _is_signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether most of a function is its parameters and docstring, as with a command's options or a node's schema."""
+    """Whether a function is mostly parameters and docstring, such as a command's options or a node's schema."""
     body = (node.end_lineno or 0) - node.body[0].lineno + 1
     documented = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
     first = node.body[1].lineno if documented and len(node.body) > 1 else node.body[0].lineno

@@ -1,4 +1,4 @@
-"""What the pack asks of those who install it."""
+"""What the package requires of its users."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 from comfyui.host import REPO
 
 HOSTS_OWN = {"av", "einops", "numpy", "pillow", "pyyaml", "safetensors"}
-"""What ComfyUI requires itself."""
+"""ComfyUI's own requirements."""
 
 
 def names(lines) -> set[str]:
@@ -15,12 +15,12 @@ def names(lines) -> set[str]:
     return {line.split(">")[0].split("[")[0].strip().lower() for line in kept if line.strip()}
 
 
-def test_nodes_ask_for_nothing_that_the_host_does_not_bring():
+def test_nodes_require_only_packages_of_the_host():
     assert names((REPO / "requirements.txt").read_text().splitlines()) <= HOSTS_OWN
 
 
-def test_packages_that_collide_or_serve_one_figure_are_optional():
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+def test_packages_that_conflict_or_are_rarely_needed_are_optional():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert not names(project["dependencies"]) & {"matplotlib", "opencv-python", "opencv-python-headless"}
     assert names(project["optional-dependencies"]["metrics"]) == {"matplotlib", "opencv-python-headless"}

@@ -1,4 +1,4 @@
-"""A small BLIP with random weights, which captions pictures with words of the demo."""
+"""A small random BLIP that captions pictures with the demo's words."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ WORDS = ["a", "red", "green", "blue", "square", "circle", "triangle", "on", "wat
 
 
 def write_blip(folder: Path, seed: int = 1) -> Path:
-    """Write it as a folder of transformers; returns the folder."""
+    """Write it in transformers' layout and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))

@@ -10,7 +10,7 @@ from small import small_unet
 
 
 def write_sdxl(folder, force_zeros_for_empty_prompt=True, **vae):
-    """vae: settings of its autoencoder."""
+    """Write the folder. vae: settings of the autoencoder."""
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
 
     def config(**options):

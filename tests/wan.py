@@ -1,4 +1,4 @@
-"""Small random Wan transformers, and a pipeline of them in a folder."""
+"""Small random Wan transformers, and a pipeline folder with them."""
 
 import torch
 from diffusers import (
@@ -16,7 +16,7 @@ from fatezero.demo.video_model import build_tokenizer
 from tests.small import TEXT
 
 CHANNELS = 4
-"""Of the small transformers' latents."""
+"""Channels of the small transformers' latents."""
 
 
 def small_wan(seed: int = 0, **options) -> WanTransformer3DModel:
@@ -33,7 +33,7 @@ SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 2,
     "rope_max_seq_len": 32,
 }  # fmt: skip
-"""Options of the transformers in folders."""
+"""Options of the transformers written to folders."""
 
 
 def wan_parts() -> dict[str, object]:

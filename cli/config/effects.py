@@ -27,6 +27,10 @@ def of_methods() -> list[str]:
     ]
 
 
+OF_AN_INVERSION = (
+    "sdedit_seed", "order", "inversion_steps", "memory", "place", "budget_gb", "precision", "keep_steps",
+)  # fmt: skip
+"""Settings without effect on sampled noise."""
 NOTHING_PLACED = "no object is named (box, ellipse, mask)"
 _NOTHING_BLENDED = "nothing is blended (blend_self_attention, blend_latents)"
 Rule = tuple[tuple[str, ...], Callable[[EditConfig], bool], str]
@@ -48,7 +52,7 @@ _NO_EFFECT: tuple[Rule, ...] = (
     *(_of_method("propagation", method.name) for method in PROPAGATIONS),
     *(((method.name,), lambda c: c.noise != "drawn", "noise is not drawn") for method in STARTS),
     (
-        ("sdedit_seed", "order", "inversion_steps", "memory", "place", "budget_gb", "precision", "keep_steps"),
+        OF_AN_INVERSION,
         lambda c: c.noise == "drawn",
         "noise is drawn, not inverted",
     ),

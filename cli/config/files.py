@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...files.lora import LoraFile, few_steps_of
 from ...settings import settings_of, shown
 from ...video.read import read_metadata
 from ...video.write import METADATA_SUFFIXES
 from .authors.read import edits_of, repository_of, tuning_of
 from .documents import DocumentError, read_json, read_yaml
-from .effects import check_effect
+from .effects import OF_AN_INVERSION, check_effect, of_methods
 from .fitting import fitting
 from .settings import ConfigError, EditConfig, with_preset
 from .values import checked, completed, tuning_values, with_values
 
+FEW = 8
+"""The most steps of models for few steps."""
 MADE = "made"
 """The section of a result's record without settings: see `record.py`."""
 METADATA = "fatezero"
@@ -151,6 +154,8 @@ def configs_of(
     given = checked(flags)
     texts = {"source": given["source"]} if "source" in given else {}
     notes: list[str] = []
+    if path is None and not inverting and not stored and (why := _few_steps(given, preset)):
+        preset, notes = "few_steps", [f"{why}: preset few_steps"]
     configs: list[EditConfig] = []
     for target in (*targets,) or (None,):
         own = texts | (checked({"target": target}) if target is not None else {})
@@ -165,3 +170,15 @@ def configs_of(
     for config in configs:
         check_effect(config, () if stored else list(given))
     return configs, list(dict.fromkeys(notes))
+
+
+def _few_steps(given: Mapping[str, Any], preset: str | None) -> str:
+    """The reason for preset few_steps, if none or flow_edit is given: guidance 1 in few steps, or weights for that."""
+    if preset not in (None, "flow_edit") or (preset is None and set(given) & {*of_methods(), *OF_AN_INVERSION}):
+        return ""
+    guidance, steps = given.get("guidance_scale", 1.0), given.get("steps", EditConfig().steps)
+    names = [given.get("model", ""), *(LoraFile.parse(text).path for text in given.get("lora", ()))]
+    named = next((name for name in names if few_steps_of(name)), None)
+    if guidance != 1 or (named is None and not ("guidance_scale" in given and steps <= FEW)):
+        return ""
+    return f"guidance 1 and {steps} steps" if named is None else f"{Path(named).name} is for few steps without guidance"

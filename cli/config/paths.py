@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...files.bundled import LORAS
 from ...files.lora import LoraFile
 from ...files.whole import check_name
 from ...models import DEMOS
@@ -31,7 +32,8 @@ def files_of(config: EditConfig | GenerateConfig | TuneConfig) -> dict[str, str]
     found = {name: getattr(config, name, "") for name in FILES}
     found = {name: file for name, file in found.items() if name == "video" or file not in DEMOS}
     for number, text in enumerate(getattr(config, "lora", ()), 1):
-        found["lora" if number == 1 else f"lora {number}"] = LoraFile.parse(text).path
+        if (path := LoraFile.parse(text).path) not in LORAS:
+            found["lora" if number == 1 else f"lora {number}"] = path
     for kind in FILES_OF_OBJECTS:
         for text in getattr(config, kind, ()):
             words, _, file = text.partition(":")

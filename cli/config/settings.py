@@ -12,6 +12,7 @@ from ...attention.masks import GivenMask, MaskMode
 from ...attention.prompt import Mode, PromptEdit
 from ...diffusion.invert import InversionSettings
 from ...diffusion.parts import Edit
+from ...files.lora import Timesteps
 from ...imports import torch
 from ...methods.fatezero import GROUP as FATEZERO
 from ...methods.fatezero import FusionSettings
@@ -105,6 +106,12 @@ class ModelSettings:
         "names of diffusers' backends, such as flash and sage. Last digits differ.",
         group=_MODEL,
     )
+    timesteps: Timesteps = setting(
+        "auto",
+        "Timesteps of a UNet's schedule. auto: those of a LoRA for few steps, by its name (LCM and TCD lcm, Lightning "
+        "and Hyper trailing), else the model's.",
+        group=_MODEL,
+    )
     temporal: str = setting(
         "",
         "Temporal layers for the model, Tune-A-Video's or FateZero's: a .safetensors file, the folder of "
@@ -169,7 +176,9 @@ class EditSettings(
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )
     negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
-    chunk_frames: int | None = setting_like(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
+    chunk_frames: int | None = setting_like(
+        InversionSettings, "chunk_frames", None, shown="all; 16 where exact, 21 for FlowEdit on Wan"
+    )
     guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
     strength: float = setting_like(Edit, "strength", 1.0)
     sdedit_seed: int | None = setting_like(Edit, "sdedit_seed", None)
@@ -372,7 +381,7 @@ FILES_OF_OBJECTS = ("mask", "object_mask")
 """The settings of files for words: "burger: mask.mp4"."""
 
 
-_OF_INVERSION = {"key_frames", "clip_norm"}
+_OF_INVERSION = {"key_frames", "clip_norm", "steps"}
 """Settings of the inversion, which a preset keeps unless it sets them."""
 _OF_PRESETS = {name for preset in PRESETS.values() for name in preset if name not in _OF_INVERSION | set(SECTIONS)}
 """The settings that presets control; those that a preset omits have their defaults."""

@@ -25,7 +25,7 @@ from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
 from .families import hooked
 from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shapes_of, streams, unpacked
-from .noise import check_samples, noise_of
+from .noise import Timesteps, check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 KEEPS_SOUND = "keeps_sound"
@@ -65,7 +65,7 @@ class InvertSettings:
     """Settings of an inversion, except its model, clip and condition; see `fatezero.invert`.
 
     prompt: the source's words, saved in the store. steps: of the edits, None for those of the sampling.
-    inversion_steps: of the inversion, None for those of the edits.
+    inversion_steps: of the inversion, None for those of the edits. timesteps: of a UNet's schedule.
     """
 
     key_frames: KeyFrames
@@ -76,6 +76,7 @@ class InvertSettings:
     order: int = 1
     steps: int | None = None
     inversion_steps: int | None = None
+    timesteps: Timesteps = "leading"
 
 
 class InvertGuider(LoopGuider):
@@ -85,6 +86,7 @@ class InvertGuider(LoopGuider):
         self, model: Any, source: HostCondition, settings: InvertSettings, notify: Callable[[str], None] | None = None
     ) -> None:
         """notify: called with texts about the planned and the finished store."""
+        noise_of(model).check_inverts()
         self.source, self.settings, self.notify = source, settings, notify or (lambda text: None)
         self._model = model
         self._made: AttentionStore | None = None
@@ -114,7 +116,7 @@ class InvertGuider(LoopGuider):
     def loop(self, denoiser: ComfyDenoiser, latents: Tensor, progress: Progress) -> Tensor:
         settings, schedule, mask = self.settings, denoiser.in_use, self._mask
         if settings.steps not in (None, schedule.steps):
-            schedule = denoiser.of_edits = denoiser.noise.schedule(settings.steps)
+            schedule = denoiser.of_edits = denoiser.noise.schedule(settings.steps, settings.timesteps)
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
         parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, settings.chunk_frames), latents, timestep)
         plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
@@ -166,7 +168,7 @@ def invert_clip(
     """
     guider = InvertGuider(model, source, replace(settings, steps=steps), notify)
     noisy = noise_of(model)
-    sigmas = noisy.sigmas(noisy.schedule(settings.inversion_steps or steps))
+    sigmas = noisy.sigmas(noisy.schedule(settings.inversion_steps or steps, settings.timesteps))
     noise = run_in_host(guider, samples, sigmas.flip(0), noise_mask)
     return noise, store_of(noise)
 
@@ -174,12 +176,12 @@ def invert_clip(
 class UncalledModel:
     """The schedule and identity of a MODEL that is not called, for random noise."""
 
-    def __init__(self, model: Any) -> None:
-        self._noise, self._hooked = noise_of(model), hooked(model)
+    def __init__(self, model: Any, timesteps: Timesteps) -> None:
+        self._noise, self._hooked, self._timesteps = noise_of(model), hooked(model), timesteps
         self.spans_clip = self._hooked.family.spans_clip
 
     def schedule(self, steps: int) -> Schedule:
-        return self._noise.schedule(steps)
+        return self._noise.schedule(steps, self._timesteps)
 
     def identity(self) -> ModelIdentity:
         return self._hooked.identity()
@@ -191,14 +193,15 @@ def draw_clip(
     draw: Callable[[Any, Tensor], AttentionStore],
     noise_mask: Any = None,
     keep_sound: bool = False,
+    timesteps: Timesteps = "leading",
 ) -> HostStore:
     """The store of LATENT samples with random noise, instead of an inversion.
 
     draw: makes it from the model and the library's latents (frames, c, h, w). noise_mask: as for `invert_clip`.
-    keep_sound: whether edits keep the sound of a clip that has some.
+    keep_sound: whether edits keep the sound of a clip that has some. timesteps: of a UNet's schedule.
     """
     check_samples(model, samples)
-    store = draw(UncalledModel(model), noise_of(model).from_host(into_model(model, samples)))
+    store = draw(UncalledModel(model, timesteps), noise_of(model).from_host(into_model(model, samples)))
     store.extra.update(shapes_to_keep(samples))
     made = HostStore(**vars(store), patcher=model, clip=packed(samples))
     made.extra[KEEPS_SOUND] = keep_sound and bool(made.shapes)

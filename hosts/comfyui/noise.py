@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import comfy.samplers
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 from ...diffusion.schedule import FlowSchedule, Formulation, Schedule
 from .latents import packed, streams
 
+Timesteps = Literal["leading", "trailing"]
 FLIPPED = 1.0001e-4
 """The value into which the host's Flip Sigmas turns a final 0, up to rounding."""
 
@@ -33,21 +34,27 @@ class HostNoise:
     formulation: Formulation = "ddim"
 
     def __init__(self, sampling: Any) -> None:
+        self._sampling = sampling
         self.table = sampling.sigmas.cpu()
         """The model's sigmas, on the CPU, since reading one from the device would synchronize it."""
 
+    def check_inverts(self) -> None:
+        """Raise ValueError for a model that cannot be inverted."""
+
     # --- schedules --------------------------------------------------------------------
 
-    def schedule(self, steps: int) -> Schedule:
-        """FateZero's timesteps (leading, offset 1) and the cumulative alphas.
+    def schedule(self, steps: int, timesteps: Timesteps = "leading") -> Schedule:
+        """FateZero's timesteps (leading, offset 1), or trailing ones as in the host's sgm_uniform, and their alphas.
 
         Raises ValueError for a number of steps or a schedule that DDIM cannot invert.
         """
         total = len(self.table)
         if not 1 <= steps < total:
             raise ValueError(f"steps is {steps}; it must be between 1 and {total - 1}")
-        timesteps = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
-        return self._at(timesteps, 1 / (1 + self.table[0].double() ** 2))
+        if timesteps == "trailing":
+            return self.schedule_of(comfy.samplers.calculate_sigmas(self._sampling, "sgm_uniform", steps))
+        leading = tuple(i * (total // steps) + 1 for i in reversed(range(steps)))
+        return self._at(leading, 1 / (1 + self.table[0].double() ** 2))
 
     def _at(self, timesteps: Sequence[float], clean: Tensor) -> Schedule:
         """The schedule of some timesteps, noisy to clean, that ends at the cumulative alpha `clean`."""
@@ -74,6 +81,8 @@ class HostNoise:
 
     def schedule_at(self, timesteps: Sequence[float], alphas: Sequence[float]) -> Schedule:
         """The model's schedule at a store's timesteps. alphas: the store's."""
+        if timesteps[0] >= len(self.table):
+            raise ValueError(f"model: has {len(self.table)} timesteps (LCM), but the store was made with more")
         return self._at(timesteps, torch.tensor(alphas[0], dtype=torch.float64))
 
     def timesteps(self, sigmas: Tensor) -> list[float]:
@@ -131,6 +140,23 @@ class HostNoise:
         return mask.reshape(-1, *mask.shape[-2:])
 
 
+class LCMNoise(HostNoise):
+    """A model that the host samples as LCM (arXiv 2310.04378), at 50 of the model's timesteps, here 0 to 49."""
+
+    def check_inverts(self) -> None:
+        raise ValueError(
+            "model: ModelSamplingDiscrete (LCM) is sampled with new noise in each step, so that it cannot be inverted: "
+            "use the FlowEdit node with preset few_steps"
+        )
+
+    def schedule(self, steps: int, timesteps: Timesteps = "leading") -> Schedule:
+        """LCM's own timesteps, the host's "simple" schedule."""
+        total = len(self.table)
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps is {steps}; with LCM it must be between 1 and {total}")
+        return self.schedule_of(comfy.samplers.calculate_sigmas(self._sampling, "simple", steps))
+
+
 class FlowNoise(HostNoise):
     """A rectified flow, with the host's latents.
 
@@ -143,10 +169,12 @@ class FlowNoise(HostNoise):
     def __init__(self, sampling: Any, dimensions: int = 3) -> None:
         """dimensions: of the latents: 3 for clips, 2 for pictures, 1 for sound."""
         super().__init__(sampling)
-        self._sampling, self._dimensions = sampling, dimensions
+        self._dimensions = dimensions
 
-    def schedule(self, steps: int) -> FlowSchedule:
+    def schedule(self, steps: int, timesteps: Timesteps = "leading") -> FlowSchedule:
         """The host's "simple" schedule, with the MODEL's shift."""
+        if timesteps != "leading":
+            raise ValueError(f"timesteps: {timesteps} has no effect on a flow, which has a shift (Model Sampling)")
         total = len(self.table)
         if not 1 <= steps <= total:
             raise ValueError(f"steps is {steps}; it must be between 1 and {total}")
@@ -224,6 +252,13 @@ def is_flow(model: Any) -> bool:
     return scheduled and isinstance(sampling, CONST) and prediction_of(sampling, CONST) is CONST
 
 
+def predicted(sampling: Any) -> str:
+    """The name of a UNet's prediction."""
+    kind = prediction_of(sampling)
+    lcm = kind is not None and kind.__name__ == "LCM" and hasattr(sampling, "skip_steps")
+    return "LCM" if lcm else "v" if kind is V_PREDICTION else "epsilon"
+
+
 def noise_of(model: Any, flows: bool = True) -> HostNoise:
     """A MODEL's noise; ValueError for a schedule that FateZero cannot invert. flows: whether it may be a flow."""
     sampling = model.get_model_object("model_sampling")
@@ -233,6 +268,8 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
             raise ValueError(f"model: scales a flow's noise by {scale:g} (Model Noise Scale): remove that node")
         return FlowNoise(sampling, model.model.latent_format.latent_dimensions)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
+    if known and predicted(sampling) == "LCM":
+        return LCMNoise(sampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(
             f"model: DDIM cannot invert the schedule {_named(sampling)}: use a model that predicts epsilon, v or a "

@@ -28,7 +28,7 @@ from ...diffusion.schedule import Schedule
 from ...diffusion.training import noised
 from ..recompute import recomputed
 from .conditions import HostCondition
-from .noise import HostNoise, prediction_of
+from .noise import HostNoise, noise_of, prediction_of
 from .temporal import attach, fresh_layers, hooked_layers, host_names, places_in, temporal_layers
 from .unet import HookedUNet, check_unet
 from .unet_layers import BLOCKS, norms_of_clip
@@ -54,6 +54,7 @@ def tune_model(
     between steps.
     """
     check_unet(model)
+    noise_of(model).check_inverts()
     before = temporal_layers(model)
     with torch.inference_mode(False):
         layers = deepcopy(before.layers) if before else fresh_layers(model, kind, rank, seed)

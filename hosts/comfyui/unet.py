@@ -24,7 +24,7 @@ from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below
 from .noise import noise_of
 from .unet_layers import Layer, attention_layers, feature_of, identity_of, norms_of_clip
 
-MODELS = "SD 1.x, SD 2.x and SDXL models and their fine-tunes except LCM"
+MODELS = "SD 1.x, SD 2.x and SDXL models and their fine-tunes"
 
 
 def is_unet(model: Any) -> bool:

@@ -7,13 +7,12 @@ from typing import Any
 
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
-from comfy.model_sampling import V_PREDICTION
 from torch import Tensor, nn
 
 from ...attention.control import SEPARATE, AttentionSite, Kind, Place
 from ...models.unet import clip_norms, feature_level
 from ...store.identity import IdentityCache, ModelIdentity
-from .noise import prediction_of
+from .noise import predicted
 
 _IDENTITIES = IdentityCache()
 BLOCKS = (ResBlock, SpatialTransformer)
@@ -112,7 +111,7 @@ def identity_of(patcher: Any) -> ModelIdentity:
     layout = (
         f"{type(model).__name__} in={config['in_channels']} width={config['model_channels']}"
         f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)} "
-        f"predicts={'v' if prediction_of(patcher.get_model_object('model_sampling')) is V_PREDICTION else 'epsilon'}"
+        f"predicts={predicted(patcher.get_model_object('model_sampling'))}"
     )
     return _IDENTITIES.of(model, layout, model.get_dtype(), own_weights(patcher))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...attention.condition import Condition
 from ...attention.prompt import BLOCK
+from ...files.lora import Timesteps, few_steps_of
 from ...files.temporal_layers import load_temporal_layers
 from ...files.whole import whole_file
 from ...models.unet import UNET
@@ -28,7 +29,7 @@ from .lora import add_loras, lora_files
 from .model import LoadOptions
 from .model_files import CheckpointError, check_parts, check_whole, kind_of, loaded
 from .pictures import FrameByFrame
-from .schedulers import as_ddim, with_signal
+from .schedulers import as_ddim, with_signal, with_timesteps
 from .temporal import save_inflated_unet, with_temporal_layers
 from .unet import DiffusersDenoiser
 from .unet3d import DiffusersVideoDenoiser
@@ -74,6 +75,7 @@ class Checkpoint(FrameByFrame):
         tokenizers, encoders = _text_parts(name, pipeline)
         try:
             scheduler = with_signal(as_ddim(pipeline.scheduler))
+            scheduler, note = _timed(scheduler, options.timesteps, [*(lora.path for lora in loras), name])
         except TypeError as error:
             raise CheckpointError(f"{name}: {error}") from error
         if dtype == torch.float16 and _upcasts(pipeline.vae):
@@ -83,7 +85,7 @@ class Checkpoint(FrameByFrame):
         zero = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         return cls(
             name, pipeline.vae, scheduler, pipeline.unet.device, tokenizers, encoders, pipeline.unet,
-            notes=notes, zero_negative=zero,
+            notes=notes + note, zero_negative=zero,
         )  # fmt: skip
 
     @property
@@ -168,6 +170,17 @@ class Checkpoint(FrameByFrame):
         pooled = getattr(output, "text_embeds", None)
         pooled = output[0][:, -1] if pooled is None else pooled
         return states.reshape(1, -1, states.shape[-1]), pooled[:1]
+
+
+def _timed(scheduler: Any, timesteps: Timesteps, names: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """The scheduler with the given timesteps, else with those of the first name of weights for few steps; a note."""
+    if timesteps != "auto":
+        return with_timesteps(scheduler, timesteps), ()
+    found = next(((name, own) for name in names if (own := few_steps_of(name) or "auto") != "auto"), None)
+    if found is None:
+        return scheduler, ()
+    name, own = found
+    return with_timesteps(scheduler, own), (f"{Path(name).name} is for few steps: timesteps {own}",)
 
 
 def _attach(name: str, unet: Any, temporal: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...attention.condition import Condition
 from ...diffusion.denoiser import Denoiser
+from ...files.lora import Timesteps
 from ...models.family import Family, latent_frames
 from ...store.identity import ModelIdentity
 from .model_files import CheckpointError
@@ -27,7 +28,8 @@ class LoadOptions:
     config: for a single file, a diffusers folder with the tokenizer and configuration of its kind. lora: LoRA files or
     folders, optionally with a strength, FILE=0.8. temporal: temporal layers, see `load_temporal_layers`. videos: accept
     text-to-video UNets (ModelScope). variant: of the weights in a folder, such as "fp16". attention: the kernel, see
-    `Model.use_attention`.
+    `Model.use_attention`. timesteps: of a UNet's schedule, see `with_timesteps`; "auto" for those of weights for few
+    steps, by their name, else the model's.
     """
 
     config: str | None = None
@@ -36,6 +38,7 @@ class LoadOptions:
     videos: bool = False
     variant: str | None = None
     attention: str = "auto"
+    timesteps: Timesteps = "auto"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Model(ABC):
         Raises CheckpointError.
         """
         chosen = LoadOptions(**options)
+        if chosen.timesteps != "auto" and cls.family.formulation == "flow":
+            raise CheckpointError(
+                f"timesteps has no effect: {name} is a {cls.family.title} model, whose sigmas have a shift"
+            )
         model = cls.opened(name, torch.device(device), dtype, chosen)
         model.use_attention(chosen.attention)
         return model

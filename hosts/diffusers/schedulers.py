@@ -11,8 +11,21 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ...diffusion.schedule import FlowSchedule, Schedule
+from ...files.lora import Timesteps
 
 _PREDICTED = ("epsilon", "v_prediction", "sample")
+
+
+class LCMTimesteps(DDIMScheduler):
+    """A DDIM scheduler with the timesteps of LCM (arXiv 2310.04378), which TCD has too: an even choice from 50."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Raises ValueError for more than 50 steps."""
+        if num_inference_steps > 50:
+            raise ValueError(f"steps is {num_inference_steps}; LCM and TCD have at most 50")
+        total: int = self.config["num_train_timesteps"]
+        chosen = [i * 50 // num_inference_steps for i in range(num_inference_steps)]
+        self.timesteps = torch.tensor([total - 1 - i * (total // 50) for i in chosen], device=device)
 
 
 def as_ddim(scheduler: Any) -> DDIMScheduler:
@@ -31,7 +44,7 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
         except NotImplementedError:  # unsupported betas
             found = None
         if found is not None and _same_levels(found.alphas_cumprod, alphas):
-            return found
+            return with_timesteps(found, "lcm" if kind in ("LCMScheduler", "TCDScheduler") else "auto")
     raise TypeError(f"scheduler is a {kind}, whose noise levels are not DDIM's: use a DDIMScheduler or similar")
 
 
@@ -46,6 +59,15 @@ def with_signal(scheduler: DDIMScheduler) -> DDIMScheduler:
     return DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
 
 
+def with_timesteps(scheduler: DDIMScheduler, timesteps: Timesteps) -> DDIMScheduler:
+    """A scheduler with other timesteps. lcm: those of LCM and TCD. auto: its own. Few steps end at clean latents."""
+    if timesteps == "auto":
+        return scheduler
+    kind, spacing = (LCMTimesteps, "leading") if timesteps == "lcm" else (DDIMScheduler, timesteps)
+    ends_clean = timesteps != "leading"
+    return kind.from_config(scheduler.config, timestep_spacing=spacing, set_alpha_to_one=ends_clean)
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler has a flow's sigmas."""
     config = getattr(scheduler, "config", {})
@@ -56,7 +78,7 @@ def is_flow(scheduler: Any) -> bool:
 def ddim_schedule(scheduler: DDIMScheduler, steps: int) -> Schedule:
     """Raises ValueError for a number of steps or a schedule that DDIM cannot invert."""
     total = _check_steps(scheduler, steps)
-    scheduler = DDIMScheduler.from_config(scheduler.config)
+    scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
     timesteps = tuple(int(t) for t in scheduler.timesteps)
     if timesteps[0] >= total:  # the scheduler's offset shifts all steps

@@ -118,6 +118,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
     text_dim = "text_dim"
     pairs = True
     frames_meet = True
+    trained_frames = WAN.trained_frames
     trained_with = (("self",), False)
 
     def __init__(

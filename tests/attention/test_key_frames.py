@@ -9,7 +9,7 @@ entries = st.lists(st.sampled_from(["self", "first", "middle", "last", "previous
 
 
 @pytest.mark.parametrize(
-    ("entry", "seen"),
+    ("entry", "expected"),
     [
         ("self", [0, 1, 2, 3]),
         ("first", [0, 0, 0, 0]),
@@ -19,18 +19,18 @@ entries = st.lists(st.sampled_from(["self", "first", "middle", "last", "previous
         (2, [2, 3, 3, 3]),
     ],
 )
-def test_entries_name_frames_and_are_clipped_to_the_clip(entry, seen):
-    assert [KeyFrames.of(entry).of_frame(f, 4) for f in range(4)] == [(s,) for s in seen]
+def test_entries_name_frames_and_are_clipped_to_the_clip(entry, expected):
+    assert [KeyFrames.of(entry).of_frame(f, 4) for f in range(4)] == [(s,) for s in expected]
 
 
 @given(entries, st.integers(1, 6))
 def test_gather_stacks_the_tokens_of_the_key_frames(names, frames):
     keys = KeyFrames.of(names)
     k = torch.arange(frames * 2.0).view(frames, 1, 2, 1)
-    seen = keys.gather(k, range(frames), range(frames), frames).expand(frames, -1, -1, -1)
+    gathered = keys.gather(k, range(frames), range(frames), frames).expand(frames, -1, -1, -1)
     for f in range(frames):
         expected = torch.cat([k[s] for s in keys.of_frame(f, frames)], dim=1)
-        assert torch.equal(seen[f], expected)
+        assert torch.equal(gathered[f], expected)
 
 
 @given(entries, st.integers(1, 9), st.integers(2, 5), st.booleans())
@@ -53,13 +53,13 @@ def test_chunks_of_anchored_key_frames_do_not_overlap():
     assert weighed == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_a_key_frame_that_is_not_there_gives_way_to_the_nearest():
+def test_a_missing_key_frame_is_replaced_by_the_nearest():
     k = torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1, 1)
-    seen = KeyFrames.of(("previous", "first")).gather(k, (4, 5, 6), (4, 5, 6), 9)
-    assert seen.view(3, 2).tolist() == [[4, 4], [4, 4], [5, 4]]
+    gathered = KeyFrames.of(("previous", "first")).gather(k, (4, 5, 6), (4, 5, 6), 9)
+    assert gathered.view(3, 2).tolist() == [[4, 4], [4, 4], [5, 4]]
 
 
-def test_layers_of_few_channels_keep_to_their_own_frame():
+def test_layers_with_few_channels_attend_to_their_own_frame_only():
     keys = KeyFrames(("middle",), least_channels=640)
     assert keys.at(320).entries == ("self",)
     assert keys.at(640) == keys
@@ -71,7 +71,7 @@ def test_unknown_entries_are_named(wrong):
         KeyFrames.of(wrong)
 
 
-def test_all_frames_of_a_call_alone():
+def test_all_must_be_the_only_entry():
     keys = KeyFrames.of("all")
     assert keys.of_frame(1, 4) == (0, 1, 2, 3)
     assert keys.used((1, 2), 4) == (1, 2), "of one call"
@@ -83,10 +83,10 @@ def test_all_frames_of_a_call_alone():
         KeyFrames.of(("all", "self"))
 
 
-def test_a_window_keeps_its_order_and_a_frame_of_no_weight_comes_along():
+def test_a_window_keeps_its_order_and_may_hold_a_frame_of_zero_weight():
     windows = [([0, 1, 2], [1.0, 1.0, 1.0]), ([2, 3, 4, 0], [0.0, 1.0, 1.0, 1.0])]
     first, second = KeyFrames.of("all").around(windows, 5)
-    assert second.frame_indices == (2, 3, 4, 0), "of a window that goes round the end"
+    assert second.frame_indices == (2, 3, 4, 0), "a window that wraps around the end"
     assert (first.owned, second.owned) == ((0, 1, 2), (3, 4))
     assert [first.weights[0] + second.weights[3], first.weights[2] + second.weights[0]] == [1.0, 1.0]
     assert not Chunk((1, 2, 0), (1.0,) * 3, (0, 1, 2), 3).is_whole

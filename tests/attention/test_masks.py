@@ -46,19 +46,19 @@ def test_thresholds_at_the_ends_and_empty_heat():
     assert not threshold_mask(torch.zeros(1, 4, 4), (4, 4), 0.3).any()
 
 
-def test_a_token_is_foreign_where_the_words_are_looked_at_more():
+def test_a_token_is_foreign_where_the_words_get_more_attention():
     heat = torch.zeros(2, 4, 3, 3)
-    heat[:, 0] = 1.0  # the start mark, seen everywhere
+    heat[:, 0] = 1.0  # the start token, with attention everywhere
     heat[:, 1, :, 0] = 0.2  # the words, on the left
-    heat[:, 2, :, 2] = 5.0  # a neighbour, on the right
+    heat[:, 2, :, 2] = 5.0  # another word, on the right
     heat[:, 2, :, 0] = 4.0
-    heat[:, 3] = 0.1  # a word that is seen alike everywhere
+    heat[:, 3] = 0.1  # a word with equal attention everywhere
     foreign = foreign_tokens(heat, [1], [0])
     assert foreign[:, 2, :, 0].all() and foreign[:, 2].sum() == 6, "each over its own maximum: 1 against 0.8"
     assert (foreign[:, [0, 1, 3]] == 0).all()
     assert torch.equal(foreign_tokens(heat * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1), [1], [0]), foreign)
     both = foreign_tokens(heat, [1, 2], [0])
-    assert (both[:, [1, 2]] == 0).all(), "the words are nowhere foreign to each other"
+    assert (both[:, [1, 2]] == 0).all(), "the words are not foreign to each other"
 
 
 def test_heat_is_summed_over_the_steps_so_far_of_each_frame():

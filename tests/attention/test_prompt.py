@@ -11,7 +11,7 @@ def sentences():
 
 
 def fed(edit: PromptEdit, columns: int = 77) -> dict[int, dict[int, float]]:
-    """target column -> {source column: share}, of the columns that are copied from elsewhere or shared."""
+    """target column -> {source column: share}, for columns that are copied from elsewhere or shared."""
     matrix = edit.align(columns, columns).matrix
     return {j: {int(i): float(matrix[i, j]) for i in matrix[:, j].nonzero()[:, 0]} for j in range(columns)}
 
@@ -80,7 +80,7 @@ def test_words_match_without_case_and_punctuation_and_as_phrases(tokenizer):
         "a green square\non water",
     ],
 )
-def test_punctuation_in_one_prompt_leaves_words_what_they_are(tokenizer, sentences, target, mode):
+def test_punctuation_in_one_prompt_does_not_change_words(tokenizer, sentences, target, mode):
     source, words = "a red square on water", ["a", "green", "square", "on", "water"]
     for pair in ((source, target), (target, source)):
         of_source, of_target = changed_words(*pair)
@@ -109,7 +109,7 @@ def test_punctuation_in_one_prompt_leaves_words_what_they_are(tokenizer, sentenc
         ("a 50% cube", "a 5% cube", (["50%"], ["5%"])),
     ],
 )
-def test_words_are_compared_as_they_are_read(source, target, changed):
+def test_words_are_compared_after_normalisation(source, target, changed):
     assert changed_words(source, target) == changed
 
 
@@ -163,7 +163,7 @@ def test_alignment_of_sequences_is_global():
     assert align_sequences([1, 2], [3, 4]) == []
 
 
-def test_describe_tells_where_every_word_comes_from(tokenizer):
+def test_describe_names_the_source_of_every_word(tokenizer):
     edit = PromptEdit("a red circle", "a blue circle", tokenizer)
     assert edit.describe().splitlines() == ["a <- a", "blue <- (new)", "circle <- circle"]
 
@@ -171,7 +171,7 @@ def test_describe_tells_where_every_word_comes_from(tokenizer):
 # --- T5's layout ----------------------------------------------------------------------------
 
 
-def test_t5_has_content_first_one_end_and_padding_that_is_all_alike(sentences):
+def test_t5_has_content_then_one_end_token_then_equal_padding(sentences):
     pair = PromptEdit("a red circle on grass", "a blue striped circle on grass", sentences)
     assert pair.token_indices(pair.target, "striped", 32) == [2]
     found = pair.align(32, 40)
@@ -185,7 +185,7 @@ def test_t5_has_content_first_one_end_and_padding_that_is_all_alike(sentences):
     assert found.matrix[6:, :7].sum() == 0 and found.matrix[:6, 7:].sum() == 0
 
 
-def test_all_of_a_sources_attention_to_padding_reaches_the_targets(sentences):
+def test_the_sources_attention_to_padding_goes_to_the_targets_padding(sentences):
     """Padding tokens have one key and value; what counts is the sum of the attention to them."""
     pair = PromptEdit("a red circle on grass", "a red circle", sentences)
     found = pair.align(16, 16)
@@ -194,7 +194,7 @@ def test_all_of_a_sources_attention_to_padding_reaches_the_targets(sentences):
     assert torch.allclose(fused[..., 4:].sum(-1), attention[..., 6:].sum(-1))
 
 
-def test_words_of_several_pieces_and_beyond_the_text(sentences):
+def test_words_of_several_tokens_and_words_beyond_the_text(sentences):
     pair = PromptEdit("a jeep on grass", "a Porsche on grass", sentences)
     assert pair.token_indices(pair.source, "jeep", 16) == [1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="beyond the 3 tokens"):

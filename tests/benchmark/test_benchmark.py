@@ -1,4 +1,4 @@
-"""The benchmark on few steps: its methods, going on after a stop, its tables."""
+"""The benchmark with few steps: its methods, resuming, and its tables."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     return made
 
 
-def test_every_row_the_issue_of_the_paper_asks_for_is_there():
+def test_every_method_of_the_comparison_has_a_row():
     names = [m.name for m in METHODS]
     assert len(set(names)) == len(names)
     for part in ("autoencoder only", "DDIM inversion + prompt", "SDEdit 0.4", "SDEdit 0.6", "SDEdit 0.8", "clip norm"):
@@ -59,7 +59,7 @@ ONE_OF_EACH = (*QUICK, "attention of the reconstruction", "blended self fusion",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("methods", [chosen_methods(ONE_OF_EACH, False), pytest.param(METHODS, marks=pytest.mark.slow)])
-def test_every_method_edits_and_no_two_alike(trial, methods):
+def test_every_method_edits_and_all_results_differ(trial, methods):
     latents = edited(trial, methods)
     assert list(latents) != [] and set(latents) == {m.name for m in methods}
     assert all(z.shape == (3, 4, 16, 16) and z.isfinite().all() for z in latents.values())
@@ -74,21 +74,21 @@ def test_every_method_edits_and_no_two_alike(trial, methods):
 
 
 @pytest.mark.slow
-def test_methods_do_not_depend_on_their_company(trial):
-    alone = edited(trial, [m for m in METHODS if m.name == PAPER])[PAPER]
+def test_methods_do_not_depend_on_each_other(trial):
+    single = edited(trial, [m for m in METHODS if m.name == PAPER])[PAPER]
     together = edited(trial, chosen_methods(FEW, False))[PAPER]
-    assert torch.allclose(alone, together, atol=1e-5)
+    assert torch.allclose(single, together, atol=1e-5)
 
 
-def test_sdedit_keeps_less_the_stronger_it_is(trial):
+def test_sdedit_preserves_less_at_higher_strength(trial):
     """At guidance 7.5 a single step of five overshoots, so the prompt is the source's and plain."""
     plain = replace(trial, guidance_scale=1.0)
     plain.target = plain.source
-    apart = [(sdedit(s)(plain) - plain.latents).abs().mean().item() for s in (0.2, 0.6, 1.0)]
-    assert apart == sorted(apart) and apart[0] < 0.7 * apart[2]
+    distances = [(sdedit(s)(plain) - plain.latents).abs().mean().item() for s in (0.2, 0.6, 1.0)]
+    assert distances == sorted(distances) and distances[0] < 0.7 * distances[2]
 
 
-def test_a_run_keeps_a_row_and_a_strip_for_each_case_and_method(folder):
+def test_a_run_writes_a_row_and_a_strip_for_each_case_and_method(folder):
     rows = load_rows(folder)
     assert len(rows) == len(SMALL.kinds) * len(FEW)
     assert {row["kind"] for row in rows} == set(SMALL.kinds)
@@ -97,32 +97,32 @@ def test_a_run_keeps_a_row_and_a_strip_for_each_case_and_method(folder):
     assert not torch.equal(strip_frames(folder, case, "source"), strip_frames(folder, case, "truth"))
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path):
-    """Rows that were cut short, or never written, are computed; others are left as they are."""
+def test_a_stopped_run_resumes(folder, tmp_path):
+    """Truncated and missing rows are computed; complete rows are kept."""
     whole = load_rows(folder)
     lines = (folder / "results.jsonl").read_text().splitlines()
     (tmp_path / "settings.json").write_text((folder / "settings.json").read_text())
     marked = json.loads(lines[0]) | {"truth_db": 99.0}
     (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(marked), *lines[1:7], lines[7][:40]]) + "\n")
-    seen = []
-    again = run_benchmark(tmp_path, SMALL, chosen_methods(FEW, False), progress=lambda *at: seen.append(at))
-    assert seen[0] == (2, 3) and seen[-1] == (3, 3)
+    steps = []
+    again = run_benchmark(tmp_path, SMALL, chosen_methods(FEW, False), progress=lambda *at: steps.append(at))
+    assert steps[0] == (2, 3) and steps[-1] == (3, 3)
     key = lambda row: (row["case"], row["method"])  # noqa: E731
     assert sorted(map(key, again)) == sorted(map(key, whole))
-    assert again[0]["truth_db"] == 99.0, "what was done was not done again"
+    assert again[0]["truth_db"] == 99.0, "finished rows were not computed again"
     by_key = {key(row): row for row in again[1:]}
     for row in whole[1:]:
         assert by_key[key(row)]["truth_db"] == pytest.approx(row["truth_db"], abs=1e-3)
 
 
 @pytest.mark.slow
-def test_processes_give_the_same(folder, tmp_path):
+def test_several_processes_give_the_same_rows(folder, tmp_path):
     pairs = (("a red square on water", "a green square on water"), ("a red star on sand", "a red circle on sand"))
     settings = BenchmarkSettings(seed=5, frames=2, steps=2, pairs=pairs)
     rows = run_benchmark(tmp_path / "two", settings, chosen_methods(FEW[1:2], False), workers=2)
-    alone = run_benchmark(tmp_path / "one", settings, chosen_methods(FEW[1:2], False))
+    single = run_benchmark(tmp_path / "one", settings, chosen_methods(FEW[1:2], False))
     assert [row["case"] for row in rows] == ["given-00", "given-01"]
-    assert [row["truth_db"] for row in rows] == pytest.approx([row["truth_db"] for row in alone], abs=1e-3)
+    assert [row["truth_db"] for row in rows] == pytest.approx([row["truth_db"] for row in single], abs=1e-3)
 
 
 def test_other_settings_need_another_folder(folder):
@@ -145,7 +145,7 @@ def row(case, method, success, db, kind="shape"):
     }  # fmt: skip
 
 
-def test_errors_and_gains_are_told_beside_the_papers():
+def test_tables_list_errors_and_gains_next_to_the_papers():
     rows = [row(f"c{i}", PAPER, 0.5, 20.0) for i in range(4)] + [row(f"c{i}", BEST, 0.75, 22.0) for i in range(4)]
     relative = Results(rows).compared(BEST, PAPER)
     assert relative.wrong == (0.5, 0.5, 0.5)
@@ -155,7 +155,7 @@ def test_errors_and_gains_are_told_beside_the_papers():
     assert f"| {PAPER} | 4 | 50 |" in text and "| 0.50 | 0.63 | 2.0 |" in text
 
 
-def test_figures_that_were_not_taken_stay_empty():
+def test_missing_figures_are_empty():
     text = markdown(Results([row("c0", PAPER, 1.0, math.nan, "style"), row("c1", PAPER, 0.0, 20.0)]))
     assert "| 2 | 50 (0 to 100) |" in text
     assert "| 100 | 0 / 20.0 |" in text or "| 0 / 20.0 | 100 |" in text
@@ -164,8 +164,8 @@ def test_figures_that_were_not_taken_stay_empty():
 def test_best_and_worst(folder, tmp_path):
     rows = [row("a", BEST, 0.5, 30.0), row("b", BEST, 1.0, 20.0), row("c", BEST, 1.0, 25.0)]
     assert ranked(Results(rows), BEST) == ["c", "b", "a"]
-    held = load_rows(folder)
-    picture = case_sheet(folder, Results(held), held[0]["case"], FEW, "title")
+    loaded = load_rows(folder)
+    picture = case_sheet(folder, Results(loaded), loaded[0]["case"], FEW, "title")
     assert picture.width > 200 and picture.height > 5 * 96
 
 
@@ -175,9 +175,9 @@ def test_tables_and_a_page_are_written(folder):
     assert (folder / "table.md").read_text() == text
     with (folder / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
-    held = {(line["method"], line["kind"], line["figure"]): float(line["mean"]) for line in lines}
+    means = {(line["method"], line["kind"], line["figure"]): float(line["mean"]) for line in lines}
     kept = [r["kept"] for r in rows if r["method"] == PAPER]
-    assert held[PAPER, "all", "kept"] == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    assert means[PAPER, "all", "kept"] == pytest.approx(sum(kept) / len(kept), rel=1e-5)
     page = (folder / "page.html").read_text()
     for picture in {part.split("'")[0] for part in page.split("src='")[1:]}:
         assert (folder / picture).is_file()

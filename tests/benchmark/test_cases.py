@@ -16,14 +16,14 @@ def cases():
     return sample_cases(7, 6, 3)
 
 
-def test_every_kind_is_there_and_nothing_was_trained_on(cases):
+def test_every_kind_occurs_and_no_case_was_trained_on(cases):
     assert [case.kind for case in cases] == [kind for kind in KINDS for _ in range(6)]
     assert len({case.name for case in cases}) == len(cases)
     assert all(case.source.held_out for case in cases)
 
 
-def test_what_changes_is_of_the_kind(cases):
-    wanted = {
+def test_each_kind_changes_only_its_attribute(cases):
+    expected = {
         "attribute": "colour",
         "texture": "texture",
         "shape": "shape",
@@ -37,12 +37,12 @@ def test_what_changes_is_of_the_kind(cases):
             assert words == {"colour", "texture", "shape"}
         else:
             assert len(case.changed) == 1
-            assert two or words == {wanted[case.kind]}
+            assert two or words == {expected[case.kind]}
         assert (case.changed[0][0] is None) == bool(words & {"background", "style"})
         assert case.preset == ("shape" if "shape" in words else "style" if "style" in words else "attribute")
 
 
-def test_alike_objects_differ_in_shape_alone(cases):
+def test_similar_objects_differ_only_in_shape(cases):
     for case in cases:
         if case.kind == "alike objects":
             first, second = case.source.things
@@ -50,13 +50,13 @@ def test_alike_objects_differ_in_shape_alone(cases):
             assert first.shape != second.shape
 
 
-def test_a_seed_gives_the_same_cases_and_another_others(cases):
+def test_equal_seeds_give_equal_cases_and_other_seeds_other_cases(cases):
     assert sample_cases(7, 6, 3) == cases
     assert sample_cases(7, 2, 3) == [case for case in cases if int(case.name[-2:]) < 2], "more cases keep the first"
     assert {c.motion for c in sample_cases(8, 6, 3)}.isdisjoint({c.motion for c in cases})
 
 
-def test_some_kinds_alone_are_those_of_all(cases):
+def test_cases_of_selected_kinds_are_a_subset_of_all_cases(cases):
     some = ("shape", "two objects")
     assert sample_cases(7, 6, 3, some) == [case for case in cases if case.kind in some]
     with pytest.raises(ValueError, match="unknown kind 'motion'"):
@@ -73,7 +73,7 @@ def test_blend_words_name_what_changes():
     assert style.blend_words == ((), ())
 
 
-def test_captions_of_your_own():
+def test_custom_captions():
     pairs = [("a red star on sand", "a dotted blue star on sand"), ("a red star on sand", "a red circle on sand")]
     pairs += [("a red star on sand", "a striped red circle on sand")]
     pairs += [(f"a {c} star and a red circle on sand", f"a {c} star and a red square on sand") for c in ("red", "blue")]
@@ -90,7 +90,7 @@ def test_captions_of_your_own():
         cases_of([("a jeep on a road", "a car on a road")], 0, 2)
 
 
-def test_the_truth_is_perfect_and_the_source_is_not(cases):
+def test_the_ground_truth_scores_perfectly_and_the_source_does_not(cases):
     for case in cases:
         right, wrong = measure(case, case.truth.frames), measure(case, case.clip.frames)
         assert right["success"] == right["changed"] == right["kept"] == 1, case
@@ -103,11 +103,11 @@ def test_the_truth_is_perfect_and_the_source_is_not(cases):
             assert right["preserved_ssim"] > 0.99
 
 
-def test_what_is_asked_to_change_elsewhere_counts_as_not_kept():
+def test_a_requested_change_in_the_wrong_place_is_not_preserved():
     (case,) = cases_of([("a red square and a blue star on sand", "a green square and a blue star on sand")], 0, 3)
     leaked = render(Scene.parse("a green square and a green star on sand"), case.motion, 3).frames
-    told = measure(case, leaked)
-    assert (told["changed"], told["kept"], told["success"]) == (1, 0, 0)
+    figures = measure(case, leaked)
+    assert (figures["changed"], figures["kept"], figures["success"]) == (1, 0, 0)
 
 
 def test_reading_single_frames():
@@ -126,7 +126,7 @@ def test_outline_and_unchanged_pixels(cases):
     assert (unchanged * (case.truth.mask - case.clip.mask).abs()).amax() < 0.05
 
 
-def test_a_broken_outline_is_wrong_where_its_words_are_read():
+def test_a_broken_outline_is_wrong_even_if_its_words_are_recognised():
     (case,) = cases_of([("a red circle on water", "a red triangle on water")], 0, 2)
     turned = render(case.target, replace(case.motion, tracks=(replace(case.motion.tracks[0], angle=0.3),)), 2)
     assert measure(case, turned.frames)["success"] == 1, "a turned triangle is a triangle"
@@ -135,10 +135,10 @@ def test_a_broken_outline_is_wrong_where_its_words_are_read():
     left, right = (render(case.target, replace(case.motion, tracks=(own,)), 2) for own in (small, large))
     figures = measure(case, torch.where(left.mask[:, None] > 0.5, left.frames, right.frames))
     assert (figures["outline"], figures["success"]) == (0, 0)
-    assert figures["changed"] == figures["kept"] == 1, "the words alone do not show it"
+    assert figures["changed"] == figures["kept"] == 1, "the recognised words do not show it"
 
 
-def test_a_removal_is_right_if_the_object_is_gone_and_the_rest_stays():
+def test_a_removal_succeeds_if_only_the_object_disappears():
     for case in sample_cases(7, 2, 2, ["removal"]):
         assert case.removed is not None and len(case.target.things) == 1 == len(case.source.things) - 1
         assert case.blend_words[0] and not case.blend_words[1]
@@ -146,7 +146,7 @@ def test_a_removal_is_right_if_the_object_is_gone_and_the_rest_stays():
         assert right["success"] == right["changed"] == right["kept"] == 1
         assert wrong["changed"] == wrong["success"] == 0
         emptied = measure(case, case.ground)
-        assert emptied["changed"] == 1 and emptied["success"] == 0, "the other object is missed"
+        assert emptied["changed"] == 1 and emptied["success"] == 0, "the other object is missing"
         left = case.truth.frames.clone()
         left[..., ::3] = case.clip.frames[..., ::3]
-        assert measure(case, left)["changed"] == 0, "a third of it is left"
+        assert measure(case, left)["changed"] == 0, "a third of it remains"

@@ -1,4 +1,4 @@
-"""The figures that ship in `benchmarks/results` are those that this code reaches."""
+"""The figures in `benchmarks/results` are reproduced by this code."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ def shipped(name: str) -> list[dict]:
     ("kind", "methods"),
     [(kind, [PAPER, BEST]) for kind in KINDS],
 )
-def test_a_case_is_edited_as_well_as_told(tmp_path, kind, methods):
+def test_a_case_reproduces_its_published_figures(tmp_path, kind, methods):
     """The paper's settings and ours on the first case of the quick form, run again."""
-    told = {(row["case"], row["method"]): row for row in shipped("quick")}
+    published = {(row["case"], row["method"]): row for row in shipped("quick")}
     rows = run_benchmark(tmp_path, BenchmarkSettings(each=1, kinds=(kind,)), chosen_methods(methods, True))
     assert len(rows) == len(methods)
     for row in rows:
-        before = told[row["case"], row["method"]]
+        before = published[row["case"], row["method"]]
         assert row["truth_db"] == pytest.approx(before["truth_db"], abs=0.3), row
         assert row["success"] == pytest.approx(before["success"], abs=0.26), row
         if row["kind"] != "style":
@@ -36,7 +36,7 @@ def test_a_case_is_edited_as_well_as_told(tmp_path, kind, methods):
 
 
 @pytest.mark.slow
-def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
+def test_the_quick_form_reproduces_its_figures_within_their_intervals(tmp_path):
     rows = run_benchmark(tmp_path, BenchmarkSettings(each=4), chosen_methods(None, True))
     now, before = Results(rows), Results(shipped("quick"))
     for method in QUICK:
@@ -47,8 +47,8 @@ def test_the_quick_form_reaches_its_figures_within_their_intervals(tmp_path):
 
 
 @pytest.mark.slow
-def test_words_kept_apart_keep_a_neighbours_texture_out(tmp_path):
-    """Of two striped things one becomes dotted, which it does not where words mix."""
+def test_separate_words_prevents_texture_leaking_between_objects(tmp_path):
+    """One of two striped things becomes dotted; without separate_words it does not."""
     pair = (
         "a striped red star and a striped red circle on bricks",
         "a dotted red star and a striped red circle on bricks",
@@ -61,13 +61,13 @@ def test_words_kept_apart_keep_a_neighbours_texture_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["quick", "full", "settings", "two", "again", "long", "long again", "long unseen"])
-def test_the_page_tells_what_the_rows_say(name):
+def test_the_page_agrees_with_the_rows(name):
     assert markdown(Results(shipped(name))) in (HERE / "QUALITY.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["long", "long again"])
-def test_smoothed_edits_are_a_third_steadier_at_no_loss(name):
-    """What QUALITY.md claims of clips of 16 frames, with the final pass: right as often, to a frame in twenty."""
+def test_smoothing_lowers_warp_error_by_a_third(name):
+    """QUALITY.md's figures for clips of 16 frames with the final pass; right frames agree within 5 %."""
     results = Results(shipped(name))
     smoothed = "FateZero+, flow smoothing, steady"
     relative = results.compared(smoothed, BEST)
@@ -77,8 +77,8 @@ def test_smoothed_edits_are_a_third_steadier_at_no_loss(name):
 
 
 @pytest.mark.slow
-def test_a_texture_that_is_taken_away_stays_away_when_smoothed(tmp_path):
-    """The first cases of 16 frames in which the difference alone, smoothed, brought dots back."""
+def test_smoothing_does_not_restore_a_removed_texture(tmp_path):
+    """The first cases of 16 frames in which smoothing only the difference restored the dots."""
     rows = run_benchmark(
         tmp_path, BenchmarkSettings(each=1, kinds=("texture",), frames=16),
         chosen_methods(["FateZero+, flow smoothing"], False),
@@ -87,8 +87,8 @@ def test_a_texture_that_is_taken_away_stays_away_when_smoothed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["full", "two", "again"])
-def test_ours_errs_less_and_keeps_more_than_the_papers_settings(name):
-    """What QUALITY.md claims, of the cases that ship with it."""
+def test_presets_with_a_plus_beat_the_papers_settings(name):
+    """QUALITY.md's claims, on its published cases."""
     relative = Results(shipped(name)).compared(BEST, PAPER)
     assert relative.wrong.value <= 2 / 3
     assert relative.squared.high < 0.8

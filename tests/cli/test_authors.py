@@ -1,4 +1,4 @@
-"""The authors' configuration files: every key honoured, or refused by its name."""
+"""The authors' configuration files: every key takes effect or is refused by name."""
 
 import json
 
@@ -85,7 +85,7 @@ def changed(file, **changes):
 
 @pytest.fixture
 def edits(tmp_path):
-    """The edits of a file, and its notes in one text."""
+    """The edits of a file, and its notes as one string."""
 
     def read(file, texts=None, **changes):
         path = tmp_path / "their.yaml"
@@ -110,7 +110,7 @@ def tuning(tmp_path):
 CONTROL = "editing_config__p2p_config__1__"
 
 
-def test_missing_keys_mean_what_they_mean_there(edits):
+def test_missing_keys_have_the_authors_defaults(edits):
     (same, shape, style), notes = edits(EDITS)
     assert (shape.guidance_scale, shape.key_frames, shape.clip_norm) == (7.0, (-1, "first"), True)
     assert (shape.mode, style.mode) == ("replace", "refine"), "True, but for other word counts"
@@ -135,13 +135,13 @@ def test_shares_of_words_and_pairs(edits):
         edits(EDITS, **{CONTROL + "self_replace_steps": [0.1]})
 
 
-def test_weights_and_words_as_their_code_finds_them(edits):
+def test_weights_and_words_are_matched_as_in_the_authors_code(edits):
     weights = {"words": ["circle", "blue", "Blue"], "values": [2, 3, 4, 5]}
     (_, one, _), notes = edits(EDITS, **{CONTROL + "eq_params": weights})
     assert dict(one.reweight) == {"circle": 2, "blue": 3}
     assert "'Blue' is not in" in notes
     (same, *_), notes = edits(EDITS, editing_config__p2p_config={0: {"eq_params": {"words": "water", "values": [2]}}})
-    assert not same.reweight and "'water' is not in" in notes, "it has a comma there"
+    assert not same.reweight and "'water' is not in" in notes, "followed by a comma"
 
 
 def test_blend_words(edits):
@@ -157,7 +157,7 @@ def test_blend_words(edits):
     one, notes = blending(blend_words=["square", "boat"], blend_latents=True)
     assert one.blend_latents == "authors" and one.blend_target == ("none",) and "'boat' is not in" in notes
     one, _ = blending(blend_words=[["boat"]], blend_self_attention=True)
-    assert not one.fusion.blends, "nothing of the edit's own, as their empty mask"
+    assert not one.fusion.blends, "an empty mask keeps the source, as in the authors' code"
     with pytest.raises(ConfigError, match=r"blend_words: none of \('boat',\) is in"):
         blending(blend_words=[["boat"], ["circle"]], blend_latents=True)
 
@@ -165,7 +165,7 @@ def test_blend_words(edits):
 def test_attention_of_the_reconstruction(edits):
     (first, second, _), _ = edits(EDITS, editing_config__use_inversion_attention=False)
     assert second.attention_from == "reconstruction" and second.cross_replace_steps == 0.6
-    assert (first.cross_replace_steps, first.self_replace_steps) == (0, 0), "sampled, and its attention kept"
+    assert (first.cross_replace_steps, first.self_replace_steps) == (0, 0), "sampled, and its attention stored"
     with pytest.raises(ConfigError, match="use_inversion_attention is False.*must be the source prompt"):
         edits(EDITS, editing_config__use_inversion_attention=False, editing_config__editing_prompts=["a blue circle"])
 
@@ -192,7 +192,7 @@ def test_places_references_and_offsets(edits):
         edits(EDITS, editing_config__guidance_scale="${no.such}")
 
 
-def test_texts_given_elsewhere_come_before_the_files(edits):
+def test_prompts_given_as_options_override_the_files(edits):
     weights = {"words": ["boat"], "values": [3]}
     (_, one, _), _ = edits(EDITS, {"target": "a boat"}, **{CONTROL + "eq_params": weights})
     assert (one.target, one.mode, dict(one.reweight)) == ("a boat", "refine", {"boat": 3})
@@ -208,7 +208,7 @@ def test_texts_given_elsewhere_come_before_the_files(edits):
         ("p2p_config", {1: {"eta": 0.5}}, r"p2p_config\[1\].eta is 0.5; sampling is deterministic"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_by_name(edits, key, value, named):
+def test_unsupported_values_are_refused_by_name(edits, key, value, named):
     with pytest.raises(ConfigError, match=f"their.yaml: .*{named}"):
         edits(EDITS, **{f"editing_config__{key}": value})
 
@@ -225,12 +225,12 @@ def test_what_cannot_be_followed_is_refused_by_name(edits, key, value, named):
         ("test_pipeline_config__target", "some.Pipeline", "test_pipeline_config.target is 'some.Pipeline'"),
     ],
 )
-def test_what_cannot_be_followed_elsewhere(edits, path, value, named):
+def test_unsupported_values_of_other_sections(edits, path, value, named):
     with pytest.raises(ConfigError, match=named):
         edits(EDITS, **{path: value})
 
 
-def test_a_tuning_of_fatezero(tuning, edits):
+def test_a_tuning_file_of_fatezero(tuning, edits):
     config, outputs, notes = tuning(TUNING)
     assert (config.video, config.prompt, config.count) == ("frames", SOURCE, 0)
     assert (config.layers, config.rank) == ("fatezero", 32)
@@ -248,7 +248,7 @@ def test_a_tuning_of_fatezero(tuning, edits):
     assert tuning(EDITS)[0].steps == 300, "a file of edits names a clip too"
 
 
-def test_a_tuning_of_tune_a_video(tuning, edits, tmp_path, monkeypatch):
+def test_a_tuning_file_of_tune_a_video(tuning, edits, tmp_path, monkeypatch):
     config, outputs, _ = tuning(VIDEO)
     assert (config.video, config.prompt, config.layers) == ("square.mp4", "a square turns", "official")
     assert (config.start, config.stride, config.count, config.size) == (4, 2, 12, (384, 256))
@@ -278,7 +278,7 @@ def test_a_tuning_of_tune_a_video(tuning, edits, tmp_path, monkeypatch):
         ("train_batch_size", 2, "train_batch_size is 2"),
     ],
 )
-def test_what_tune_a_video_has_that_cannot_be_followed(tuning, edits, path, value, named):
+def test_unsupported_values_of_tune_a_video(tuning, edits, path, value, named):
     for read in (tuning, edits):
         with pytest.raises(ConfigError, match=named):
             read(VIDEO, **{path: value})
@@ -299,7 +299,7 @@ def test_tokenflow_with_plug_and_play(edits, tuning):
 
 @pytest.mark.parametrize(("start", "steps", "left"), [(0.9, 50, 44), (0.6, 20, 11), (0.05, 20, 20)])
 def test_tokenflow_with_a_later_start(edits, start, steps, left):
-    """Their code keeps one step less than the share, and all of them where none is left."""
+    """The authors' code keeps one step less than the share, and all steps where that would leave none."""
     file = {name: value for name, value in FLOW.items() if not name.startswith("pnp")}
     (one,), _ = edits(file, start=start, n_timesteps=steps, use_ddim_noise=True)
     assert round(one.strength * steps, 9) == left and one.recipe().injection is None
@@ -315,14 +315,14 @@ def test_tokenflow_with_a_later_start(edits, start, steps, left):
         ("start_step", 3, "unknown key start_step"),
     ],
 )
-def test_what_tokenflow_has_that_cannot_be_followed(edits, key, value, named):
+def test_unsupported_values_of_tokenflow(edits, key, value, named):
     with pytest.raises(ConfigError, match=named):
         edits(FLOW, **{key: value})
 
 
 @pytest.mark.parametrize("repository", REPOSITORIES, ids=lambda one: one.title)
-def test_keys_become_settings_that_there_are(repository):
-    """Of the commands; a key with only some values, or without effect, says why."""
+def test_keys_map_to_existing_settings(repository):
+    """Of the commands; a key that accepts only some values, or has no effect, has a reason."""
     known = {
         "edit": {one.name for one in settings_of(EditConfig)} | {"video", "pnp", "tokenflow"},
         "tune": {one.name for one in (*settings_of(TuneConfig), *settings_of(TuneOutput))} | {"video"},
@@ -332,10 +332,10 @@ def test_keys_become_settings_that_there_are(repository):
             for command, names in known.items():
                 becomes = key.settings(command).replace("see below", "")
                 assert {name.partition(".")[0] for name in becomes.split(", ") if name} <= names, key.name
-            assert key.about or key.edit or key.tune, f"{key.name} has no effect, and no reason"
+            assert key.about or key.edit or key.tune, f"{key.name} has neither effect nor reason"
 
 
-def test_an_own_file_of_a_tuning(tmp_path):
+def test_a_tuning_file_in_our_own_format(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("video: a.mp4\nprompt: a jeep\nsteps: 12\noutput: layers\nvalidate: [a car]\nvalidate_every: 4\n")
     values, outputs, notes = load_tuning(path, TuneOutput)
@@ -362,8 +362,8 @@ def test_a_tuning_runs_and_its_file_edits_with_its_layers(command, tmp_path):
     assert json.loads((tmp_path / "edit.mp4.json").read_text())["temporal"].endswith("square")
 
 
-def test_edits_run_as_the_file_says(command, tmp_path):
-    """With the reconstruction's attention, shares of words, and the source's mask alone for latents."""
+def test_edits_run_with_the_files_settings(command, tmp_path):
+    """With the reconstruction's attention, shares by word, and latents blended by the source's mask only."""
     control = {
         "cross_replace_steps": {"default_": 0.8, "circle": [0.2, 0.6]}, "self_replace_steps": [0.2, 0.9],
         "blend_words": [["square"], ["boat"]], "blend_latents": True, "blend_self_attention": True,
@@ -374,8 +374,8 @@ def test_edits_run_as_the_file_says(command, tmp_path):
         editing_config__use_inversion_attention=False, editing_config__p2p_config__1=control,
     )  # fmt: skip
     (tmp_path / "their.yaml").write_text(yaml.safe_dump(file))
-    said = command("edit", "--config", "their.yaml", "-o", "edit.mp4")
-    assert said.count("written to") == 3 and "without effect" not in said
+    output = command("edit", "--config", "their.yaml", "-o", "edit.mp4")
+    assert output.count("written to") == 3 and "without effect" not in output
     second = json.loads((tmp_path / "edit_1.mp4.json").read_text())
     assert (second["attention_from"], second["blend_latents"]) == ("reconstruction", "authors")
     frames = [read_video(tmp_path / f"edit_{i}.mp4").frames for i in range(3)]

@@ -1,4 +1,4 @@
-"""A batch as a user runs it: files of jobs, processes that die, runs that are stopped, a cluster."""
+"""`fatezero batch`: files of jobs, killed processes, interrupted runs, a cluster."""
 
 import json
 import os
@@ -25,15 +25,15 @@ COLOURS = ("green", "blue", "yellow", "cyan", "purple")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def write(folder: Path, held, name="jobs.yaml") -> Path:
+def write(folder: Path, content, name="jobs.yaml") -> Path:
     path = folder / name
-    path.write_text(held if isinstance(held, str) else yaml.safe_dump(held, sort_keys=False))
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
     return path
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Two clips, and here."""
+    """A folder with two clips, as the current directory."""
     monkeypatch.chdir(tmp_path)
     return two_clips(tmp_path)
 
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 # --- files of jobs ------------------------------------------------------------------------------
 
 
-def test_axes_are_combined_and_later_ones_stand_over_earlier(folder):
+def test_axes_are_combined_and_later_values_override_earlier(folder):
     batch = load_batch(write(folder, {
         "steps": 9,
         "source": SOURCE,
@@ -65,18 +65,18 @@ def test_axes_are_combined_and_later_ones_stand_over_earlier(folder):
     assert Counter(job.labels["clips"] for job in batch.jobs) == {"a": 8, "b": 9, "short": 8}
 
 
-def test_a_name_does_not_follow_what_else_there_is(folder):
-    held = {"source": SOURCE, "clips": "clips/a.mp4", "targets": ["x", "y"]}
-    before = {job.name for job in load_batch(write(folder, held)).jobs}
-    held |= {"clips": "clips/*.mp4", "targets": ["z", "y", "x"]}
-    after = {job.name for job in load_batch(write(folder, held)).jobs}
+def test_a_jobs_name_does_not_depend_on_other_jobs(folder):
+    content = {"source": SOURCE, "clips": "clips/a.mp4", "targets": ["x", "y"]}
+    before = {job.name for job in load_batch(write(folder, content)).jobs}
+    content |= {"clips": "clips/*.mp4", "targets": ["z", "y", "x"]}
+    after = {job.name for job in load_batch(write(folder, content)).jobs}
     assert before < after
-    held["steps"] = 3
-    assert not before & {job.name for job in load_batch(write(folder, held)).jobs}
+    content["steps"] = 3
+    assert not before & {job.name for job in load_batch(write(folder, content)).jobs}
 
 
 @pytest.mark.parametrize(
-    ("held", "says"),
+    ("content", "message"),
     [
         ({}, "contains no jobs"),
         ([1], "contains no jobs"),
@@ -94,14 +94,14 @@ def test_a_name_does_not_follow_what_else_there_is(folder):
         ({"jobs": "a.mp4", "inputs": ["x" * 10**6]}, "inputs is ['xx"),
     ],
 )
-def test_files_that_hold_no_jobs(folder, held, says):
+def test_invalid_job_files(folder, content, message):
     with pytest.raises(ConfigError, match=r"jobs\.yaml") as refused:
-        load_batch(write(folder, held))
-    assert says in str(refused.value) and len(str(refused.value)) < 500
+        load_batch(write(folder, content))
+    assert message in str(refused.value) and len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize(
-    ("job", "says"),
+    ("job", "message"),
     [
         ({"target": "x"}, "missing --source"),
         ({"source": "x"}, "missing --target"),
@@ -109,20 +109,21 @@ def test_files_that_hold_no_jobs(folder, held, says):
         ({"source": "x", "target": "y", "preset": "nonsense"}, "preset 'nonsense' is unknown"),
     ],
 )
-def test_settings_that_are_none_are_refused_before_any_job_runs(refused, folder, job, says):
+def test_invalid_settings_are_refused_before_any_job_runs(refused, folder, job, message):
     write(folder, {"jobs": [{"video": "clips/a.mp4", **job}]})
-    assert says in refused("batch", "jobs.yaml")
+    assert message in refused("batch", "jobs.yaml")
     assert not (folder / "jobs").exists()
 
 
 def test_jobs_that_need_the_same_inversion_share_it(folder):
-    held = {"source": SOURCE, "clips": "clips/*.mp4", "targets": list(COLOURS), "settings": [{"guidance_scale": 3}, {}]}
-    held["jobs"] = [
+    settings = [{"guidance_scale": 3}, {}]
+    content = {"source": SOURCE, "clips": "clips/*.mp4", "targets": list(COLOURS), "settings": settings}
+    content["jobs"] = [
         {"video": "clips/a.mp4", "target": "x", "steps": 3},
         {"video": "clips/a.mp4", "target": "y", "preset": "flow_edit"},
         {"video": "clips/a.mp4", "target": "z", "preset": "flow_edit"},
     ]
-    batch = load_batch(write(folder, held))
+    batch = load_batch(write(folder, content))
     groups = groups_of([(job, config_for(job)) for job in batch.jobs])
     assert [(bool(group.inversion), len(group.edits)) for group in groups] == [
         (True, 10), (True, 10), (False, 1), (False, 1), (False, 1),
@@ -132,15 +133,15 @@ def test_jobs_that_need_the_same_inversion_share_it(folder):
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def test_a_batch_gives_what_single_edits_give(command, folder):
-    held = {
+def test_a_batch_gives_the_results_of_single_edits(command, folder):
+    content = {
         "source": SOURCE, "steps": 2, "count": 3, "clips": ["clips/a.mp4", "clips/none.mp4"],
         "targets": ["a green square on water", "a red circle on water"], "methods": ["shape"],
     }  # fmt: skip
-    write(folder, held)
-    said = command("batch", "jobs.yaml", code=1)
-    assert "2 shared inversions save 2" in said
-    assert "2 of 4 jobs failed" in said and "its inversion: no video at clips/none.mp4" in said
+    write(folder, content)
+    output = command("batch", "jobs.yaml", code=1)
+    assert "2 shared inversions save 2" in output
+    assert "2 of 4 jobs failed" in output and "its inversion: no video at clips/none.mp4" in output
     found = summary_rows(folder / "jobs")
     assert Counter(row["status"] for row in found) == {"done": 2, "failed": 2}
     assert all(float(row["PSNR to source"]) > 5 for row in found if row["status"] == "done")
@@ -156,34 +157,34 @@ def test_a_batch_gives_what_single_edits_give(command, folder):
 
     shutil.copy(folder / "jobs" / name, folder / "clips" / "none.mp4")
     assert "4 jobs, 2 of them done" in command("batch", "jobs.yaml", "--dry-run")
-    shutil.copy(folder / "jobs" / name, folder / "clips" / "a.mp4")  # another clip under the name of one that is done
+    shutil.copy(folder / "jobs" / name, folder / "clips" / "a.mp4")  # another clip under the name of a finished one
     assert "4 jobs\n" in command("batch", "jobs.yaml", "--dry-run")
 
 
 @pytest.mark.slow
-def test_a_batch_goes_on_where_it_was(command, folder):
-    held = {
+def test_a_batch_resumes(command, folder):
+    content = {
         "source": SOURCE, "steps": 2, "count": 3, "clips": ["clips/a.mp4", "clips/none.mp4"],
         "targets": ["a green square on water", "a red circle on water"], "methods": ["shape"],
     }  # fmt: skip
-    write(folder, held)
+    write(folder, content)
     command("batch", "jobs.yaml", code=1)
     names = [row["result"] for row in summary_rows(folder / "jobs") if row["status"] == "done"]
     times = {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     shutil.copy(folder / "jobs" / names[0], folder / "clips" / "none.mp4")
-    held["targets"] += ["a blue square on water"]
-    write(folder, held)
-    said = command("batch", "jobs.yaml", "--no-measure")
-    assert "6 jobs, 2 of them done" in said
+    content["targets"] += ["a blue square on water"]
+    write(folder, content)
+    output = command("batch", "jobs.yaml", "--no-measure")
+    assert "6 jobs, 2 of them done" in output
     assert {row["status"] for row in summary_rows(folder / "jobs")} == {"done"}
     assert times == {name: (folder / "jobs" / name).stat().st_mtime_ns for name in names}
     assert "6 jobs\n" in command("batch", "jobs.yaml", "--dry-run", "--redo")
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command, folder):
-    """Figures that a run was killed before it kept, a line cut short, a result that could not be measured, and jobs
-    that are no edits.
+def test_a_resumed_run_completes_metrics_and_bad_jobs_do_not_stop_it(command, folder):
+    """Metrics missing after a kill, a truncated line, a result that could not be measured, and jobs
+    that are invalid.
     """
     clip = {"video": "clips/a.mp4", "source": SOURCE, "steps": 1, "count": 2}
     good = [{**clip, "target": f"a {colour} square on water"} for colour in COLOURS[:3]]
@@ -192,12 +193,12 @@ def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command
         {"video": "clips/*.avi", "source": SOURCE, "target": "x"},
     ]  # fmt: skip
     write(folder, {"jobs": [*good, *bad]})
-    said = command("batch", "jobs.yaml", code=1)
-    assert "4 of 7 jobs failed" in said and "target is ' '; it must not be blank" in said
+    output = command("batch", "jobs.yaml", code=1)
+    assert "4 of 7 jobs failed" in output and "target is ' '; it must not be blank" in output
     rows = summary_rows(folder / "jobs")
     assert [row["status"] for row in rows] == ["done"] * 3 + ["failed"] * 4
-    told = ["target is ' '", "steps is 'many'", "video is None", "no pictures at clips/*.avi"]
-    assert all(what in row["error"] for what, row in zip(told, rows[3:], strict=True))
+    messages = ["target is ' '", "steps is 'many'", "video is None", "no pictures at clips/*.avi"]
+    assert all(what in row["error"] for what, row in zip(messages, rows[3:], strict=True))
     figures = [row["PSNR to source"] for row in rows[:3]]
     assert all(map(float, figures))
 
@@ -206,8 +207,8 @@ def test_what_a_killed_run_left_out_is_filled_in_and_bad_jobs_fail_alone(command
     broken = json.dumps({**json.loads(second), "figures": {}, "error": "its figures: no room"})
     log.write_text(f"{first}\n{broken}\n{third[:40]}")
     written = {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.mp4")}
-    said = command("batch", "jobs.yaml", code=1)
-    assert "7 jobs, 3 of them done" in said and "2 finished jobs have no metrics yet" in said
+    output = command("batch", "jobs.yaml", code=1)
+    assert "7 jobs, 3 of them done" in output and "2 finished jobs have no metrics yet" in output
     assert [row["PSNR to source"] for row in summary_rows(folder / "jobs")[:3]] == figures
     assert written == {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.mp4")}
     assert "no metrics yet" not in command("batch", "jobs.yaml", "--dry-run", code=1)
@@ -242,7 +243,7 @@ def wait_for(what):
 
 
 def kill_workers(count: int) -> None:
-    """Kill the first worker processes of this one, each as it comes."""
+    """Kill the first worker processes of this run as they start."""
 
     def kill() -> None:
         killed: set[int] = set()
@@ -260,7 +261,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]) -> None:
-    """Jobs of which some fail, with processes killed and the run stopped in the middle."""
+    """A batch in which some jobs fail, processes are killed and the run is interrupted."""
     clip = {"video": "clips/a.mp4", "count": 1, "source": SOURCE}
     jobs = [
         {**clip, "target": f"a {COLOURS[i % 5]} square on water", "guidance_scale": 2 + i / 100} for i in range(count)
@@ -279,26 +280,26 @@ def run_with_trouble(folder: Path, count: int, stops: tuple[signal.Signals, ...]
             workers = children(run.pid)
             run.send_signal(stop)
             wait_for(lambda ws=workers: not any(Path(f"/proc/{w}").exists() for w in ws))
-        said = run.communicate()[0].decode()
-        assert "Traceback" not in said
+        output = run.communicate()[0].decode()
+        assert "Traceback" not in output
     found = summary_rows(folder / "jobs")
     failed = {row["job"]: row["error"] for row in found if row["status"] == "failed"}
     assert len(failed) == len(range(0, count, 10)), failed
     assert all("no video at" in error for error in failed.values())
     assert Counter(row["status"] for row in found) == {"done": count - len(failed), "failed": len(failed)}
     done = Counter(line["name"] for line in lines(folder / "jobs") if line["error"] is None)
-    assert max(done.values()) == 1, "nothing was done twice"
+    assert max(done.values()) == 1, "no job ran twice"
     assert not list((folder / "jobs").rglob("*partial*"))
 
 
 @pytest.mark.slow
-def test_trouble_with_a_hundred_jobs(folder):
+def test_failures_among_a_hundred_jobs(folder):
     run_with_trouble(folder, 100, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
 
 
 @pytest.mark.slow
-def test_trouble_with_some_jobs_leaves_the_others_alone(command, folder):
-    """One whose process dies is tried again, and one has no clip."""
+def test_failures_of_some_jobs_do_not_affect_the_others(command, folder):
+    """One job whose process dies is retried; another has no clip."""
     clip = {"video": "clips/a.mp4", "source": SOURCE, "count": 1, "steps": 1}
     dies, lost, good = (f"a {colour} square on water" for colour in COLOURS[:3])
     write(folder, {"jobs": [
@@ -308,8 +309,8 @@ def test_trouble_with_some_jobs_leaves_the_others_alone(command, folder):
     kill_workers(1)
     assert "1 of 3 jobs failed" in command("batch", "jobs.yaml", "--retries", "1", "--no-measure", code=1)
     ended = {line["name"].split("-")[1]: line for line in lines(folder / "jobs")}
-    told = {colour: (line["error"], line["attempts"]) for colour, line in ended.items()}
-    assert told == {"green": (None, 2), "blue": ("no video at clips/lost.mp4", 1), "yellow": (None, 1)}
+    results = {colour: (line["error"], line["attempts"]) for colour, line in ended.items()}
+    assert results == {"green": (None, 2), "blue": ("no video at clips/lost.mp4", 1), "yellow": (None, 1)}
     assert not list((folder / "jobs").rglob("*partial*"))
 
 
@@ -318,8 +319,8 @@ def test_a_job_whose_processes_die_is_reported(command, folder):
     jobs = {"jobs": [{"video": "clips/a.mp4", "source": SOURCE, "target": "a green square on water", "steps": 600}]}
     write(folder, jobs)
     kill_workers(2)
-    said = command("batch", "jobs.yaml", "--retries", "1", code=1)
-    assert "its process was ended by SIGKILL: the machine may have run out of memory" in said
+    output = command("batch", "jobs.yaml", "--retries", "1", code=1)
+    assert "its process was ended by SIGKILL: the machine may have run out of memory" in output
     assert [(line["attempts"], line["error"] is None) for line in lines(folder / "jobs")] == [(2, False)]
 
 
@@ -328,17 +329,17 @@ def test_two_runs_in_one_folder(refused, folder):
 
     write(folder, {"jobs": [{"video": "clips/a.mp4", "source": SOURCE, "target": "x"}]})
     (folder / "jobs").mkdir()
-    held = os.open(folder / "jobs", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    lock = os.open(folder / "jobs", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     assert "jobs is in use by another run" in refused("batch", "jobs.yaml")
-    os.close(held)
+    os.close(lock)
 
 
 @pytest.mark.slow
-def test_an_inversion_that_fails_fails_its_edits_alone(folder):
+def test_a_failed_inversion_fails_only_its_edits(folder):
     (folder / "clips" / "broken.mp4").write_bytes(b"no video")
-    held = {"source": SOURCE, "steps": 1, "count": 1, "clips": "clips/*.mp4", "targets": ["x", "y"]}
-    batch = load_batch(write(folder, held))
+    content = {"source": SOURCE, "steps": 1, "count": 1, "clips": "clips/*.mp4", "targets": ["x", "y"]}
+    batch = load_batch(write(folder, content))
     groups = groups_of([(job, config_for(job)) for job in batch.jobs])
     places = Devices(("cpu",), WorkerOptions(measures=False), 1)
     (folder / "out").mkdir()
@@ -348,9 +349,9 @@ def test_an_inversion_that_fails_fails_its_edits_alone(folder):
     assert all("its inversion: " in one.error and "not a readable video" in one.error for one in ended if one.error)
 
 
-def test_a_job_that_takes_longer_than_it_may_is_stopped(folder):
-    held = {"source": SOURCE, "jobs": {"video": "clips/a.mp4", "target": "a green square on water"}}
-    (job,) = load_batch(write(folder, held)).jobs
+def test_a_job_beyond_its_timeout_is_stopped(folder):
+    content = {"source": SOURCE, "jobs": {"video": "clips/a.mp4", "target": "a green square on water"}}
+    (job,) = load_batch(write(folder, content)).jobs
     places, patience = Devices(("cpu",), WorkerOptions(measures=False), 1), RetryPolicy(timeout=0.01)
     (ended,) = run_here(groups_of([(job, config_for(job))]), folder, folder / "stores", ".mp4", places, patience)
     assert ended.error == "it took more than 0.01 seconds" and ended.attempts == 1

@@ -36,15 +36,15 @@ def test_captions_are_the_same_each_time_and_differ_between_models(blip, words, 
 
 
 def test_an_edit_with_the_caption_of_the_middle_frame(command, blip, words, tmp_path):
-    said = command(*EDIT, "--source", "auto", "--caption-model", blip, "-o", "auto.mp4")
-    assert said.index(f"captioning the clip's middle frame with {blip}") < said.index(f"source prompt: {words}")
+    output = command(*EDIT, "--source", "auto", "--caption-model", blip, "-o", "auto.mp4")
+    assert output.index(f"captioning the clip's middle frame with {blip}") < output.index(f"source prompt: {words}")
     record = json.loads((tmp_path / "auto.mp4.json").read_text())
-    assert (record["source"], record["caption_model"]) == (words, "blip"), "without the folders above"
+    assert (record["source"], record["caption_model"]) == (words, "blip"), "without parent folders"
     command(*EDIT, "--source", words, "-o", "typed.mp4")
     frames = [read_video(tmp_path / name).frames for name in ("auto.mp4", "typed.mp4")]
     assert torch.equal(*frames)
     command("edit", "--config", "auto.mp4.json", "-o", "again.mp4")
-    assert torch.equal(read_video(tmp_path / "again.mp4").frames, frames[0]), "and no model is needed"
+    assert torch.equal(read_video(tmp_path / "again.mp4").frames, frames[0]), "no model is needed"
 
 
 def test_a_store_keeps_the_caption(command, blip, words, tmp_path):
@@ -66,11 +66,11 @@ def test_a_batch_with_captions(command, blip, words, tmp_path):
     assert [record["source"] for record in records] == [words, words]
 
 
-def test_what_is_refused_before_anything_is_loaded(refused, blip, monkeypatch, tmp_path):
+def test_refusals_before_anything_is_loaded(refused, blip, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     part = (*EDIT, "-o", "x.mp4")
-    said = refused(*part, "--source", "auto")
-    assert "--caption-model Salesforce/blip-image-captioning-base" in said
+    error = refused(*part, "--source", "auto")
+    assert "--caption-model Salesforce/blip-image-captioning-base" in error
     assert "caption_model" in refused(*part, "--source", "auto", "--caption-model", "nowhere")
     assert "caption_model has no effect here: source is not auto" in refused(
         *part, "--source", "a red square", "--caption-model", blip

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: its own process, real files, the bundled model."""
+"""The command line in its own process, with real files and the bundled model."""
 
 import fcntl
 import os
@@ -55,11 +55,11 @@ def test_a_picture_and_odd_sizes(command, tmp_path):
     Image.fromarray(read_video(CLIP).frames[0].numpy()).resize((65, 131)).save(tmp_path / "in.png")
     command("edit", "in.png", *WORDS, "--steps", 1, "-o", "out.png")
     assert Image.open(tmp_path / "out.png").size == (64, 128)
-    said = command("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", code=1)
-    assert "size 65x64: both sides must be multiples of 4" in said
+    output = command("edit", "in.png", *WORDS, "--size", "65x64", "-o", "o.png", code=1)
+    assert "size 65x64: both sides must be multiples of 4" in output
 
 
-def test_a_store_serves_many_edits(command, store, tmp_path):
+def test_a_store_is_used_by_several_edits(command, store, tmp_path):
     for preset, target in (("attribute", TARGET), ("shape", "a red circle on water")):
         command("edit", "--store", store, "--target", target, "--preset", preset, "-o", f"{preset}.mp4")
         assert read_video(tmp_path / f"{preset}.mp4").frames.shape == (8, 64, 64, 3)
@@ -79,8 +79,8 @@ def test_a_config_of_several_prompts_shares_one_inversion(command, tmp_path):
         "model_config": {"SparseCausalAttention_index": ["mid"]},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    said = command("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4")
-    assert said.count("invert 2/2") == 1
+    output = command("edit", "--config", "c.yaml", "--size", "64x64", "-o", "out.mp4")
+    assert output.count("invert 2/2") == 1
     assert sorted(p.name for p in tmp_path.glob("*.mp4")) == ["out_0.mp4", "out_1.mp4"]
 
 
@@ -97,38 +97,38 @@ def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(command, tm
         "--precision",
         "float16",
     )
-    said = command(
+    output = command(
         "edit", CLIP, *WORDS, "--target", "a blue square on water", *budget, "--steps", "5", "--count", "3",
         "--chunk-frames", "2", "-o", "out.mp4",
     )  # fmt: skip
-    assert re.search(r"store: queries_keys on disk in \S+, 6\.", said)
-    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in said
-    assert "2 edits in one pass" in said
+    assert re.search(r"store: queries_keys on disk in \S+, 6\.", output)
+    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in output
+    assert "2 edits in one pass" in output
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"out_{i}.mp4{end}" for i in (0, 1) for end in ("", ".json")]
 
 
 def test_an_inversion_is_written_as_it_runs_in_any_memory(command, tmp_path):
-    said = command(
+    output = command(
         "invert", CLIP, "--source", SOURCE, "--memory", "auto", "--steps", "3", "--count", "2", "-o", "s.safetensors",
 
     )  # fmt: skip
-    assert "store: queries_keys on disk in " in said
+    assert "store: queries_keys on disk in " in output
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     assert AttentionStore.load(tmp_path / "s.safetensors").kept_steps == 3
 
 
-def test_a_missing_video_is_told_in_one_line(command):
+def test_a_missing_video_gives_one_line(command):
     assert command("edit", "missing.mp4", *WORDS, code=1).strip() == "error: no video at missing.mp4"
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     chunks = ("--clip-norm", "--chunk-frames", "4")
-    said = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
-    assert "chunks approximate the whole clip" in said
-    assert "8 frames of 64x64, 50 steps" in said
-    assert "-> store with memory recompute: 1." in said
-    assert "   store: recompute in RAM, 1." in said
-    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source" in said
+    output = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
+    assert "chunks approximate the whole clip" in output
+    assert "8 frames of 64x64, 50 steps" in output
+    assert "-> store with memory recompute: 1." in output
+    assert "   store: recompute in RAM, 1." in output
+    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +219,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(command, tmp_path):
         (["--store", "text.safetensors", "--target", TARGET], "is damaged"),
     ],
 )
-def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
+def test_bad_input_gives_one_line(refused, tmp_path, arguments, message):
     (tmp_path / "empty.mp4").touch()
     for name in ("text.mp4", "text.safetensors", "model.ckpt"):
         (tmp_path / name).write_text("hello " * 50)
@@ -239,7 +239,7 @@ def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, message):
         (["--memory", "maps"], "made with memory 'queries_keys'"),
     ],
 )
-def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, message):
+def test_options_that_contradict_the_store_are_refused(refused, store, arguments, message):
     assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
 
 
@@ -255,11 +255,11 @@ def test_a_store_that_says_otherwise_is_refused(refused, store, arguments, messa
         (["--budget-gb", 5], "budget_gb has no effect on an existing store"),
     ],
 )
-def test_options_that_a_store_leaves_without_effect_are_refused(refused, store, arguments, message):
+def test_options_without_effect_on_a_store_are_refused(refused, store, arguments, message):
     assert message in refused("edit", "--store", store, "--target", TARGET, *arguments)
 
 
-def test_a_video_of_other_length_beside_a_store_is_refused(refused, store, tmp_path):
+def test_a_video_of_another_length_than_the_store_is_refused(refused, store, tmp_path):
     write_video(tmp_path / "short.mp4", read_video(CLIP).frames[:3], Fraction(8))
     assert "has 3 frames" in refused("edit", "short.mp4", "--store", store, "--target", TARGET)
 
@@ -269,8 +269,8 @@ def test_a_truncated_store_is_refused(refused, store, tmp_path):
     assert "is damaged" in refused("edit", "--store", "cut.safetensors", "--target", TARGET)
 
 
-def _hear_signals():
-    """Tests that a shell runs in the background are deaf to some, and so are their children."""
+def _restore_signals():
+    """Restore signal handlers, which background jobs of a shell ignore together with their children."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -297,7 +297,7 @@ def test_signals_end_with_their_status_and_leave_no_file(tmp_path, command, ende
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        preexec_fn=_hear_signals,
+        preexec_fn=_restore_signals,
     )
     assert process.stdout is not None
     while "invert 1/" not in (line := process.stdout.readline()):
@@ -317,26 +317,26 @@ def test_the_next_start_removes_the_temporary_stores_of_dead_processes(command, 
         (tmp_path / name).mkdir()
         (tmp_path / name / "store.safetensors").touch()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    held = os.open(tmp_path / "fatezero-alive", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    lock = os.open(tmp_path / "fatezero-alive", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     command("edit", CLIP, *WORDS, "--dry-run")
-    os.close(held)
+    os.close(lock)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fatezero-alive", "other-dead"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
-@pytest.mark.parametrize(("ended_by", "says"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
-def test_a_signal_while_it_loads_ends_it_in_one_line(tmp_path, ended_by, says):
+@pytest.mark.parametrize(("by", "message"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
+def test_a_signal_during_loading_ends_it_with_one_line(tmp_path, by, message):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "fatezero", "edit", CLIP, *WORDS], cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_signals,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_restore_signals,
     )  # fmt: skip
     assert process.stderr is not None
-    while "cyclopts" not in (line := process.stderr.readline()):  # imports are told as they end
+    while "cyclopts" not in (line := process.stderr.readline()):  # the import log has a line when an import ends
         assert line, "ended before it could be interrupted"
-    process.send_signal(ended_by)
+    process.send_signal(by)
     errors = [line for line in process.communicate()[1].splitlines() if not line.startswith("import time:")]
-    assert (process.returncode, errors) == (128 + ended_by, [f"{says}; nothing half-written is left"])
+    assert (process.returncode, errors) == (128 + by, [f"{message}; nothing half-written is left"])
 
 
 def _limit_file_size(most=2000):
@@ -348,26 +348,26 @@ def _limit_file_size(most=2000):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals and file size limits")
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_leaves_no_half_written_file(tmp_path):
+def test_a_full_disk_gives_an_error_and_no_partial_file(tmp_path):
     edit = ["edit", CLIP, *WORDS, "--steps", 1, "-o", "out.mp4"]
     invert = ["invert", CLIP, "--source", SOURCE, "--steps", 1, "-o", "s.safetensors"]
     for arguments in (edit, invert):
-        said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
-        assert "could not" in said.replace("\n", " ")
+        output = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=_limit_file_size)
+        assert "could not" in output.replace("\n", " ")
         assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_the_record_is_told_with_its_name_and_the_result_stays(tmp_path):
+def test_a_record_that_cannot_be_written_is_named_and_the_result_kept(tmp_path):
     long = ("--negative", "blur" + 20_000 * " ")  # for which a GIF has no metadata
     arguments = ["edit", CLIP, *WORDS, "--steps", 1, "--count", 1, *long, "-o", "out.gif"]
-    said = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
-    assert "out.gif is written, but not its record: could not write out.gif.json: File too large" in said
+    output = fatezero(*arguments, cwd=tmp_path, code=1, preexec_fn=lambda: _limit_file_size(12_000)).replace("\n", " ")
+    assert "out.gif is written, but not its record: could not write out.gif.json: File too large" in output
     assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
 
 
 def test_the_package_imports_without_torch_as_a_folder_with_dashes(tmp_path):
-    """What ComfyUI does: load the folder by path, under a name that is no identifier."""
+    """As ComfyUI does: load the folder by path, under a name that is not an identifier."""
     root = Path(__file__).resolve().parents[2]
     (tmp_path / "fate-zero.nodes").symlink_to(root)
     code = f"""
@@ -386,18 +386,18 @@ assert "fatezero" not in sys.modules
     assert torch.__version__
 
 
-# --- stores and where they are from -------------------------------------------------------------
+# --- stores and their origin --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sounding(tmp_path_factory) -> Path:
-    """A clip of flashes and beeps, two seconds long, in a file that begins late."""
+    """A clip of flashes and beeps, two seconds long, in a file with a late start."""
     return flashes(
         tmp_path_factory.mktemp("sounding") / "beep.mkv", times=[Fraction(i, 8) for i in range(20)], late=1.0
     )
 
 
-def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sounding, tmp_path):
+def test_an_edit_from_a_store_has_the_clips_sound_and_times(command, sounding, tmp_path):
     part = ("--start", "0.5s", "--count", 10, "--size", "32x32")
     command("invert", sounding, *WORDS[:2], "--steps", 1, *part, "-o", "s.safetensors")
     (tmp_path / "elsewhere").mkdir()
@@ -408,16 +408,16 @@ def test_an_edit_from_a_store_has_the_sound_and_times_of_its_frames(command, sou
     assert beep_times(stored.sound) == pytest.approx([0.5], abs=0.01)
     assert np.abs(stored.sound.samples - direct.sound.samples).max() < 0.01
     command(
-        "edit", sounding, "--store", "s.safetensors", "--target", TARGET, "-o", "beside.mp4", "--start", "0.5s",
+        "edit", sounding, "--store", "s.safetensors", "--target", TARGET, "-o", "again.mp4", "--start", "0.5s",
 
     )  # fmt: skip
-    beside = read_video(tmp_path / "beside.mp4")
-    assert alike(beside.frames, direct.frames)
-    assert np.abs(beside.sound.samples - direct.sound.samples).max() < 1e-4
+    again = read_video(tmp_path / "again.mp4")
+    assert alike(again.frames, direct.frames)
+    assert np.abs(again.sound.samples - direct.sound.samples).max() < 1e-4
 
 
 def _changed(path: Path, out: Path, **extra) -> Path:
-    """A store whose account of its clip is another."""
+    """A store with changed metadata of its clip."""
     store = AttentionStore.load(path)
     store.extra.update(extra)
     return store.save(out)
@@ -441,28 +441,28 @@ def _changed(path: Path, out: Path, **extra) -> Path:
         ({"settings": 3}, "damaged"),
     ],
 )
-def test_a_stores_account_of_its_clip_is_checked(command, refused, store, tmp_path, monkeypatch, extra, message):
+def test_a_stores_metadata_of_its_clip_is_checked(command, refused, store, tmp_path, monkeypatch, extra, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     changed = _changed(store, tmp_path / "s.safetensors", **extra)
     arguments = ("edit", "--store", changed, "--target", TARGET, "--preset", "style", "-o", "o.mp4")
-    if message is None:  # it has no sound, so the rate of it is nothing
+    if message is None:  # it has no sound, so no sample rate either
         command(*arguments)
     else:
         assert message in refused(*arguments)
 
 
-def test_a_prompt_that_does_not_give_the_stores_embeddings_is_refused(refused, store, tmp_path):
+def test_a_prompt_with_other_embeddings_than_the_stores_is_refused(refused, store, tmp_path):
     loaded = AttentionStore.load(store)
     loaded.prompt = "a blue circle on sand"
     loaded.save(tmp_path / "s.safetensors")
-    said = refused("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "o.mp4")
-    assert "has other embeddings by this model's text encoder" in said
+    error = refused("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "o.mp4")
+    assert "has other embeddings by this model's text encoder" in error
 
 
 # --- outputs -------------------------------------------------------------------------------------
 
 
-def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monkeypatch):
+def test_one_failed_output_does_not_affect_the_others(refused, tmp_path, monkeypatch):
     import fatezero.cli.commands.edit as run
 
     plain = run.write_video
@@ -474,20 +474,20 @@ def test_one_output_that_fails_loses_none_of_the_others(refused, tmp_path, monke
 
     monkeypatch.setattr(run, "write_video", failing)
     targets = [w for colour in ("green", "blue", "yellow") for w in ("--target", f"a {colour} square on water")]
-    said = refused("edit", CLIP, *WORDS[:2], *targets, "--steps", 1, "--count", 2, "-o", "o.mp4")
-    assert "1 of 3 edits could not be written: could not write o_1.mp4" in said
+    error = refused("edit", CLIP, *WORDS[:2], *targets, "--steps", 1, "--count", 2, "-o", "o.mp4")
+    assert "1 of 3 edits could not be written: could not write o_1.mp4" in error
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"o_{i}.mp4{end}" for i in (0, 2) for end in ("", ".json")]
 
 
-def test_outputs_are_replaced_only_where_asked(command, tmp_path):
+def test_outputs_are_overwritten_only_with_the_option(command, tmp_path):
     (tmp_path / "o.mp4").write_text("mine")
     edit = ("edit", CLIP, *WORDS, "--steps", 1, "--count", 2, "-o", "o.mp4")
     command(*edit, code=1)
     assert (tmp_path / "o.mp4").read_text() == "mine"
     command(*edit, "--overwrite")
     assert len(read_video(tmp_path / "o.mp4").frames) == 2
-    said = command("invert", CLIP, *WORDS[:2], "-o", "o.mp4", code=1)
-    assert "o.mp4 exists" in said
+    output = command("invert", CLIP, *WORDS[:2], "-o", "o.mp4", code=1)
+    assert "o.mp4 exists" in output
 
 
 @pytest.mark.parametrize("output", ["o.webm", "o.gif", "o/", "o/f_%02d.jpg", "o.mkv"])
@@ -499,8 +499,8 @@ def test_other_kinds_of_output(command, tmp_path, output):
 
 def test_other_methods_and_their_settings(command, tmp_path):
     part = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 5, "--preset", "tokenflow")
-    said = command(*part, "--tokenflow.batch-frames", 2, "-o", "flow.mp4")
-    assert "UNet calls: 2 to invert, 6.4 for 1 edit(s), 3.2 for the source" in said
+    output = command(*part, "--tokenflow.batch-frames", 2, "-o", "flow.mp4")
+    assert "UNet calls: 2 to invert, 6.4 for 1 edit(s), 3.2 for the source" in output
     command(*part, "--propagation", "none", "-o", "pnp.mp4")
     flow, pnp = (read_video(tmp_path / f"{name}.mp4").frames for name in ("flow", "pnp"))
     assert flow.shape == pnp.shape == (5, 64, 64, 3) and not alike(flow, pnp)
@@ -519,31 +519,31 @@ def test_temporal_layers_of_a_file(command, refused, tmp_path):
     assert "no temporal layers at none.safetensors" in refused(*part, "--temporal", "none.safetensors")
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- help and progress ------------------------------------------------------------------------------
 
 
-def test_the_whole_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
+def test_the_full_help_shows_every_default_and_no_name_is_cut(command, monkeypatch):
     from fatezero.cli.config.settings import SECTIONS, EditConfig
     from fatezero.settings import settings_of
 
     monkeypatch.setattr("fatezero.cli.progress.console.width", 80)
-    said = command("edit", "--help-all")
-    words = " ".join(said.replace("\u2502", " ").split())
+    output = command("edit", "--help-all")
+    words = " ".join(output.replace("\u2502", " ").split())
     names = [one.name for one in settings_of(EditConfig)]
     names += [f"{section}.{one.name}" for section, settings in SECTIONS.items() for one in settings_of(settings)]
     for name in names:
         assert f"--{name.replace('_', '-')}" in words
     for default in ("recompute", "self,middle", "7.5", "50", "auto", "the bundled demo", "all"):
         assert f"[default: {default}]" in words
-    assert "\u2026" not in said
+    assert "\u2026" not in output
     assert command("--version").startswith("fatezero 0.")
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal_and_quiet_says_nothing(command):
+def test_progress_is_printed_in_lines_without_a_terminal_and_not_if_quiet(command):
     run = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 2)
-    said = command(*run, "-o", "a.mp4")
-    assert re.search(r"^invert 1/2, 0:\d\d left$", said, re.M)
-    assert re.search(r"^edit 2/2 in 0:\d\d$", said, re.M)
+    output = command(*run, "-o", "a.mp4")
+    assert re.search(r"^invert 1/2, 0:\d\d left$", output, re.M)
+    assert re.search(r"^edit 2/2 in 0:\d\d$", output, re.M)
     assert command(*run, "-o", "b.mp4", "--quiet") == ""
 
 
@@ -556,11 +556,11 @@ def test_a_preset_means_the_same_in_a_file_and_on_the_command(command, tmp_path)
     assert alike(*(read_video(tmp_path / f"{name}.mp4").frames for name in ("file", "flag")))
 
 
-def test_an_object_of_a_clip_is_moved_and_the_rest_stays(command, refused, tmp_path):
+def test_an_object_of_a_clip_is_moved_and_the_rest_preserved(command, refused, tmp_path):
     """The same clip with its square further down: red is there, and only there."""
     move = ("--source", SOURCE, "--count", 3, "--steps", 6, "--guidance-scale", 5)
-    said = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")
-    assert "with gradients for the layout" in " ".join(said.split())
+    output = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")
+    assert "with gradients for the layout" in " ".join(output.split())
     red = []
     for file in (CLIP, tmp_path / "down.mp4"):
         frames = read_video(file).frames[:3].float() / 255

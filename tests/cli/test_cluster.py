@@ -29,15 +29,15 @@ def cluster():
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
+def test_no_job_is_lost_if_a_node_is_killed(command, cluster, tmp_path):
     made, nodes = cluster
     two_clips(tmp_path)
-    held = {
+    content = {
         "source": SOURCE, "steps": 2, "count": 2, "clips": "clips/*.mp4",
         "targets": ["a green square on water", "a blue square on water"],
         "jobs": [{"video": "clips/none.mp4", "target": "x"}],
     }  # fmt: skip
-    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(held))
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump(content))
     batch = [*COMMAND, "batch", "jobs.yaml", "--ray", made.address, "--ray-inputs", "sent"]
     run = subprocess.Popen(batch, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = tmp_path / "jobs" / "jobs.jsonl"
@@ -45,8 +45,8 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
         assert run.poll() is None
         time.sleep(0.1)
     made.remove_node(nodes[0], allow_graceful=False)
-    said = run.communicate()[0].decode()
-    assert run.returncode == 1 and "1 of 5 jobs failed" in said, said
+    output = run.communicate()[0].decode()
+    assert run.returncode == 1 and "1 of 5 jobs failed" in output, output
     ended = [json.loads(line) for line in log.read_text().splitlines()]
     assert len({one["name"] for one in ended}) == len(ended) == 5, "each ended once"
     failed = [one["error"] for one in ended if one["error"]]
@@ -54,12 +54,12 @@ def test_a_node_that_is_killed_loses_no_job(command, cluster, tmp_path):
     results = sorted(path for path in (tmp_path / "jobs").glob("*.mp4"))
     assert len(results) == 4
     record = json.loads(Path(f"{results[0]}.json").read_text())
-    assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "where the clip is here, and not where it was sent"
+    assert record["video"] == str(tmp_path / "clips" / "a.mp4"), "the local path of the clip, not that on the node"
     command("edit", "--config", f"{results[0]}.json", "-o", "again.mp4")
     assert frames_written(tmp_path / "again.mp4") == frames_written(results[0])
 
 
-def test_a_cluster_that_is_not_there(refused, tmp_path):
+def test_an_unreachable_cluster(refused, tmp_path):
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"source": "x", "clips": str(CLIP), "targets": "y"}))
     assert "no Ray cluster responds at 127.0.0.1:1: Connection refused" in refused(
         "batch", "jobs.yaml", "--ray", "127.0.0.1:1"
@@ -93,23 +93,23 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to two.mp4") == 1, "one process speaks and writes"
+    assert done.stdout.count("written to two.mp4") == 1, "only one process prints and writes"
     assert frames_written(tmp_path / "one.mp4") == frames_written(tmp_path / "two.mp4")
     assert json.loads(read_metadata(tmp_path / "two.mp4")["fatezero"])["chunk_frames"] == 4
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--key-frames", "previous"), "give --chunk-frames"),
         (("--memory", "maps"), "memory maps needs one process"),
         (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),
     ],
 )
-def test_what_several_processes_cannot_share(refused, monkeypatch, options, says):
+def test_what_several_processes_cannot_share(refused, monkeypatch, options, message):
     monkeypatch.setattr("fatezero.cli.commands.edit.team_of", lambda session: (session, _Two()))
     words = ("--source", SOURCE, "--target", "x", "--steps", 2)
-    assert says in refused("edit", CLIP, *words, *options, "-o", "o.mp4")
+    assert message in refused("edit", CLIP, *words, *options, "-o", "o.mp4")
 
 
 class _Two:

@@ -71,7 +71,7 @@ def written(tmp_path, text):
     return path
 
 
-def test_the_authors_file_is_read_as_it_is(tmp_path):
+def test_the_authors_file_is_read_unchanged(tmp_path):
     (same, shape, style), notes = load_configs(written(tmp_path, AUTHORS))
     assert (same.video, same.model, same.steps, same.guidance_scale) == (
         "data/car",
@@ -114,13 +114,13 @@ def test_our_own_file_with_a_preset(tmp_path):
     )
     (config,), notes = load_configs(written(tmp_path, text))
     assert notes == []
-    assert config.self_replace_steps == 0.6, "what the file says goes over its preset"
+    assert config.self_replace_steps == 0.6, "the file overrides its preset"
     assert config.cross_replace_steps == 0.5
     assert config.mode == "replace"
     assert config.key_frames == ("self", -1)
 
 
-def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
+def test_numbers_follow_yaml_1_2_and_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = "video: ~/clip.mp4\nstrength: 1e-1\nlayout: {scale: 1E2}\nstart: 1:02\nfps: 012.5\nmask: 'burger: ~/m.mp4'\n"
     (config,), _ = load_configs(written(tmp_path, text))
@@ -162,7 +162,7 @@ def test_numbers_are_those_of_yaml_1_2_and_home_is_found(tmp_path, monkeypatch):
         ('target: "\\ud800"', "target is .*; remove '.ud800'"),
     ],
 )
-def test_wrong_files_are_told(tmp_path, text, message):
+def test_invalid_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_configs(written(tmp_path, text))
 
@@ -172,8 +172,8 @@ def test_a_missing_file(tmp_path):
         load_configs(tmp_path / "none.yaml")
 
 
-def test_options_go_over_a_preset_and_a_file_setting_by_setting(tmp_path):
-    """Of a section too: what is not given keeps what the file says."""
+def test_options_override_a_preset_and_a_file_setting_by_setting(tmp_path):
+    """Also within a section: settings that are not given keep the file's values."""
     path = written(tmp_path, "preset: tokenflow\ntokenflow: {weights: linear}\npnp: {feature_steps: 0.5}\n")
     (config,), _ = load_configs(path)
     config = with_values(config, checked({"tokenflow": {"batch_frames": 2}}))
@@ -202,7 +202,7 @@ def test_a_preset_sets_a_part_of_a_section(tmp_path):
     (config,), _ = load_configs(path)
     assert config.recipe().noise == FlowEditSettings(6.0, seed=5, variant="wan_edit")
     (other,), _ = load_configs(path, preset="flow_edit")
-    assert other.recipe().noise == FlowEditSettings(seed=5), "what presets set is the given one's"
+    assert other.recipe().noise == FlowEditSettings(seed=5), "the given preset's settings"
     assert config.recipe().guidance_scale == 12
 
 
@@ -211,7 +211,7 @@ def test_presets_of_the_supplement():
     assert PRESETS["enhance"] == PRESETS["style+"]
     gone = with_preset(EditConfig(source="a jeep on a road", target="a road"), "remove")
     assert gone.mode == "refine"
-    assert changed_words(gone.source, gone.target)[1] == [], "only words of the source are left to mask"
+    assert changed_words(gone.source, gone.target)[1] == [], "only words of the source remain for the mask"
 
 
 def test_presets_with_a_plus_keep_the_latents_of_the_background():
@@ -220,7 +220,7 @@ def test_presets_with_a_plus_keep_the_latents_of_the_background():
         assert fusion.masks_by_prompts and fusion.blend_latents and fusion.blend_latents_until == 1
     assert with_preset(EditConfig(source="a b", target="a c"), "shape+").mode == "replace"
     style = with_preset(EditConfig(), "style+").fusion
-    assert not style.blends, "the whole picture changes"
+    assert not style.blends, "the mask covers the whole picture"
 
 
 def test_words_that_change():
@@ -231,7 +231,7 @@ def test_words_that_change():
     assert changed_words("a cat", "watercolor painting of a cat") == ([], ["watercolor", "painting", "of"])
 
 
-def test_blend_words_not_given_are_those_that_change(tokenizer):
+def test_blend_words_default_to_the_words_that_change(tokenizer):
     config = with_preset(EditConfig(source="a red circle", target="a red square"), "shape")
     assert config.prompt_edit(tokenizer).blend_words == (["circle"], ["square"])
     with pytest.raises(ValueError, match="blend_source"):
@@ -278,25 +278,25 @@ def test_the_authors_file_in_other_shapes(tmp_path):
     (one,), _ = load_configs(written(tmp_path, of_authors(editing_config__editing_prompts="a red car")))
     assert one.target == "a red car"
     (nulls, *_), _ = load_configs(written(tmp_path, of_authors(dataset_config__prompt=None)))
-    assert nulls.source == "", "and not None in words"
+    assert nulls.source == "", "not None as a string"
 
 
-def test_a_preset_given_elsewhere_stands_over_the_files_settings(tmp_path):
+def test_a_preset_option_overrides_the_files_settings(tmp_path):
     texts = {"source": "a b", "target": "a c"}
-    alone = with_preset(EditConfig(**texts), "style")
+    single = with_preset(EditConfig(**texts), "style")
     for text in ("preset: shape", "blend_self_attention: true", "mode: replace"):
-        assert load_configs(written(tmp_path, text), texts, "style")[0] == [alone]
+        assert load_configs(written(tmp_path, text), texts, "style")[0] == [single]
     for preset in PRESETS:
         written(tmp_path, f"preset: {preset}")
         assert load_configs(tmp_path / "config.yaml", texts)[0] == [with_preset(EditConfig(**texts), preset)]
 
 
-@pytest.mark.parametrize(("told", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
-def test_frame_rates_as_people_write_them(told, rate):
-    assert str(EditConfig(fps=told).frame_rate) == rate
+@pytest.mark.parametrize(("given", "rate"), [(25, "25"), (29.97, "30000/1001"), (23.976, "24000/1001"), (12.5, "25/2")])
+def test_common_spellings_of_frame_rates(given, rate):
+    assert str(EditConfig(fps=given).frame_rate) == rate
 
 
-def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
+def test_names_and_errors_are_printed_unformatted_and_truncated(capsys):
     from rich.console import Console
 
     from fatezero.cli import progress
@@ -305,11 +305,11 @@ def test_names_and_errors_are_shown_as_they_are_and_cut(capsys):
         patch.setattr(progress, "console", Console(force_terminal=True, width=100))
         with progress.progress_bar() as bar:
             bar("write [bold]\x1b[2J.mp4")(1, 1)
-    said = capsys.readouterr().out
-    assert "write [bold]\\x1b[2J.mp4" in said
-    told = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
-    assert told.startswith("error: jobs.yaml: steps is 999") and told.endswith("999; use a whole number")
-    assert len(told) <= 330 and "\n" not in told
+    output = capsys.readouterr().out
+    assert "write [bold]\\x1b[2J.mp4" in output
+    message = progress.one_line(ValueError(f"jobs.yaml: steps is {'9' * 10**6}; use a whole number"))
+    assert message.startswith("error: jobs.yaml: steps is 999") and message.endswith("999; use a whole number")
+    assert len(message) <= 330 and "\n" not in message
 
 
 def test_shares_of_words_from_options_files_and_records(tmp_path):

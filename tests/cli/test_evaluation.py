@@ -1,4 +1,4 @@
-"""`fatezero evaluate` and `fatezero benchmark`, as a user runs them."""
+"""`fatezero evaluate` and `fatezero benchmark`."""
 
 import json
 from fractions import Fraction
@@ -44,16 +44,16 @@ def run(folder, command):
 
 
 def test_an_edit_is_measured_and_the_results_written(run, folder):
-    said = run(
+    output = run(
         CLIP, "green.mp4", *PROMPTS, "--mask", "mask", "--truth", "green.mp4", "--judge", "-o", "report.json",
         "--plot", "plot.png", "--comparison", "both.mp4", "--how", "wipe",
     )  # fmt: skip
-    assert "PSNR outside the mask" in said and "flow: dis" in said and "written to plot.png" in said
+    assert "PSNR outside the mask" in output and "flow: dis" in output and "written to plot.png" in output
     figures = json.loads((folder / "report.json").read_text())
     assert figures["edit success"]["value"] == figures["other words kept"]["value"] == 1
     assert figures["PSNR to truth"]["value"] == "inf"
     assert figures["IoU of what changed, with truth"]["value"] == 1
-    assert figures["PSNR outside the mask"]["value"] > 35, "but for what the codec loses"
+    assert figures["PSNR outside the mask"]["value"] > 35, "except for losses of the codec"
     assert figures["PSNR inside the mask"]["value"] < 15
     assert len(figures["warp error"]["by_frame"]) == FRAMES - 1
     assert Image.open(folder / "plot.png").size[0] == 768
@@ -61,7 +61,7 @@ def test_an_edit_is_measured_and_the_results_written(run, folder):
     assert both.frames.shape == (FRAMES, 256, 256, 3) and both.fps == 8
 
 
-def test_an_edit_that_did_nothing_is_told(run, folder):
+def test_an_edit_without_effect_is_reported(run, folder):
     run(CLIP, CLIP, *PROMPTS, "--judge", "--flow", "none", "-o", "same.json")
     figures = json.loads((folder / "same.json").read_text())
     assert figures["PSNR to source"]["value"] == "inf"
@@ -75,7 +75,7 @@ def test_a_known_flow_is_taken_from_a_file(run, folder):
     run(CLIP, "green.mp4", "--flow", "dis", "-o", "found.json")
     found = json.loads((folder / "found.json").read_text())
     for figures in (known, found):
-        assert figures["warp error"]["value"] < 5, "the truth moves as its source"
+        assert figures["warp error"]["value"] < 5, "the ground truth moves like its source"
     assert known["warp error"] != found["warp error"]
 
 
@@ -103,11 +103,11 @@ def test_the_source_is_cut_and_scaled_as_the_edit_was(run, folder):
         ((CLIP, "green.mp4", "--comparison", "x.mp4", "--how", "fade"), "must be one of side by side"),
     ],
 )
-def test_bad_input_is_told_in_a_line(run, arguments, message):
+def test_bad_input_gives_one_line(run, arguments, message):
     assert message in run(*arguments, code=1).replace("\n", " ")
 
 
-def test_a_benchmark_of_captions_of_your_own(run, folder):
+def test_a_benchmark_with_custom_captions(run, folder):
     (folder / "pairs.yaml").write_text('- ["a red star on sand", "a dotted blue star on sand"]\n')
     small = (
         "--pairs",
@@ -123,8 +123,8 @@ def test_a_benchmark_of_captions_of_your_own(run, folder):
         "--workers",
         1,
     )
-    said = run(*small, name="benchmark")
-    assert "| SDEdit 0.6 |" in said and "1/1" in said
+    error = run(*small, name="benchmark")
+    assert "| SDEdit 0.6 |" in error and "1/1" in error
     assert {path.name for path in (folder / "bench").iterdir()} >= {"table.md", "table.csv", "page.html"}
     assert "seed 2303, not 7" in run(*small, "--seed", 7, name="benchmark", code=1)
 
@@ -138,6 +138,6 @@ def test_a_benchmark_of_captions_of_your_own(run, folder):
         ("[", "is not YAML"),
     ],
 )
-def test_pairs_that_cannot_be_used_are_told(run, folder, text, message):
+def test_unusable_pairs_of_captions_are_refused(run, folder, text, message):
     (folder / "bad.yaml").write_text(text)
     assert message in run("--pairs", "bad.yaml", "-o", "never", name="benchmark", code=1).replace("\n", " ")

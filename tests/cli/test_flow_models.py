@@ -52,8 +52,8 @@ def without_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("preset", ["flow_edit", "flow_mask", "wan_edit"])
 def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, preset):
-    said = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
-    assert "of 64x64, 3 steps" in said
+    output = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
+    assert "of 64x64, 3 steps" in output
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 64, 64, 3)
     assert open_video(tmp_path / "out.mp4").fps == open_video(CLIP).fps
 
@@ -130,8 +130,8 @@ def test_guidance_as_an_input_takes_one_call_and_no_negative_prompt(command, ref
 def test_vace_follows_a_control_video(command, refused, vace, i2v, tmp_path):
     shared = ("edit", CLIP, *WORDS, *SIZE, "--preset", "flow_edit", "--steps", 2)
     for name, options in {"plain": (), "controlled": ("--control", CLIP)}.items():
-        said = command(*shared, "--model", vace, *options, "-o", f"{name}.mp4")
-        assert ("control clip.mp4: in 2 of 2 steps" in said) == (name == "controlled")
+        output = command(*shared, "--model", vace, *options, "-o", f"{name}.mp4")
+        assert ("control clip.mp4: in 2 of 2 steps" in output) == (name == "controlled")
     digests = [
         json.loads((tmp_path / f"{name}.mp4.json").read_text())["made"]["frames"] for name in ("plain", "controlled")
     ]

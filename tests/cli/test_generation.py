@@ -1,4 +1,4 @@
-"""`fatezero generate` as a user runs it."""
+"""`fatezero generate`."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ DRAW = ("generate", *PROMPT, "--frames", 4, "--temporal", "demo", "--guidance-sc
 
 
 @pytest.mark.slow
-def test_an_object_is_where_it_is_sent(command, tmp_path):
-    """The same noise with a box at the left and at the right: red is there, in every frame."""
+def test_an_object_follows_its_box(command, tmp_path):
+    """The same noise with a box at the left or right: every frame is red there."""
     strong = ("--layout.energy", "inside", "--layout.scale", 60, "--layout.most-change", 0.1, "--layout.repeats", 2)
     for name, x in (("left", 0.3), ("right", 0.7)):
-        said = command(*DRAW, *strong, "--steps", 8, "--box", f"red circle: 0:{x},0.5,0.5", "-o", f"{name}.mp4")
-        assert "8 steps, 6 of them with guidance" in " ".join(said.split()) and "image model" not in said
+        output = command(*DRAW, *strong, "--steps", 8, "--box", f"red circle: 0:{x},0.5,0.5", "-o", f"{name}.mp4")
+        assert "8 steps, 6 of them with guidance" in " ".join(output.split()) and "image model" not in output
         frames = read_video(tmp_path / f"{name}.mp4").frames.float() / 255
         red = (frames[..., 0] - frames[..., 1:].amax(-1)).clamp(min=0)
         across = (red.sum(1) * (torch.arange(SIZE) + 0.5) / SIZE).sum(-1) / red.sum((1, 2))
@@ -32,12 +32,12 @@ def test_an_object_is_where_it_is_sent(command, tmp_path):
 def test_seeds_sizes_masks_and_a_plan(command, tmp_path):
     command(*DRAW, "--steps", 2, "--seed", 1, "--size", "80x64", "-o", "a.mp4")
     assert read_video(tmp_path / "a.mp4").frames.shape == (4, 64, 80, 3)
-    said = command(*DRAW, "--steps", 4, "--mask", "circle: a.mp4", "-o", "b.mp4", "--dry-run")
-    assert "4 frames of 64x64, 4 steps, 3 of them with guidance" in " ".join(said.split())
-    said = command(*DRAW, "--steps", 4, "--box", BOX, "--layout.guided-steps", "0,3", "-o", "b.mp4", "--dry-run")
-    assert "4 steps, 2 of them with guidance" in " ".join(said.split())
-    said = command("generate", *PROMPT, "--frames", 2, "--steps", 1, "-o", "c.mp4", "--dry-run")
-    assert "an image model" in " ".join(said.split())
+    output = command(*DRAW, "--steps", 4, "--mask", "circle: a.mp4", "-o", "b.mp4", "--dry-run")
+    assert "4 frames of 64x64, 4 steps, 3 of them with guidance" in " ".join(output.split())
+    output = command(*DRAW, "--steps", 4, "--box", BOX, "--layout.guided-steps", "0,3", "-o", "b.mp4", "--dry-run")
+    assert "4 steps, 2 of them with guidance" in " ".join(output.split())
+    output = command("generate", *PROMPT, "--frames", 2, "--steps", 1, "-o", "c.mp4", "--dry-run")
+    assert "an image model" in " ".join(output.split())
 
 
 def test_heat_maps_of_every_word(command, refused, tmp_path):
@@ -51,7 +51,7 @@ def test_heat_maps_of_every_word(command, refused, tmp_path):
     assert "forward guidance replaces attention" in refused(*DRAW, *forward, "--maps", "x", "-o", "n.mp4")
 
 
-def test_what_is_refused(refused):
+def test_refusals(refused):
     assert "missing --prompt" in refused("generate")
     assert "'square' is not in the prompt" in refused(*DRAW, "--box", "square: 0:0.5,0.5,0.5")
     assert "must be frame:x,y,size" in refused(*DRAW, "--box", "circle: here")
@@ -78,13 +78,13 @@ def video_model(tmp_path_factory):
     return folder
 
 
-def test_a_text_to_video_model_draws_a_clip(command, refused, video_model, tmp_path):
+def test_a_text_to_video_model_generates_a_clip(command, refused, video_model, tmp_path):
     part = ("generate", *PROMPT, "--model", video_model, "--frames", 3, "--steps", 2)
     command(*part, "--box", "circle: 0:0.5,0.5,0.5", "-o", "v.mp4")
     assert read_video(tmp_path / "v.mp4").frames.shape == (3, 64, 64, 3)
     assert "is already a video model" in refused(*part, "--temporal", "demo", "-o", "w.mp4")
-    said = refused("edit", tmp_path / "v.mp4", "--source", "a", "--target", "b", "--model", video_model, "-o", "x.mp4")
-    assert "attention UNet" in said
+    error = refused("edit", tmp_path / "v.mp4", "--source", "a", "--target", "b", "--model", video_model, "-o", "x.mp4")
+    assert "attention UNet" in error
 
 
 def test_a_text_to_video_model_in_a_variant_only(video_model, tmp_path):
@@ -93,7 +93,7 @@ def test_a_text_to_video_model_in_a_variant_only(video_model, tmp_path):
     assert isinstance(model.denoiser, DiffusersVideoDenoiser)
 
 
-def test_the_whole_help_names_every_setting(command):
-    said = command("generate", "--help-all")
+def test_the_full_help_names_every_setting(command):
+    output = command("generate", "--help-all")
     for name in ("--box", "--ellipse", "--mask", "--layout.scale", "--layout.mode", "--key-frames", "--seed"):
-        assert name in said
+        assert name in output

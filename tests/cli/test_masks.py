@@ -42,8 +42,8 @@ def pixels(path):
         pytest.param(("--injection", "none"), marks=pytest.mark.slow),
     ],
 )
-def test_outside_the_mask_of_an_edit_the_clip_is_what_an_empty_mask_leaves(command, tmp_path, how):
-    """Flow edits, FateZero's and plain ones; a half mask changes its half alone."""
+def test_outside_its_mask_an_edit_equals_one_with_an_empty_mask(command, tmp_path, how):
+    """FlowEdit, FateZero and plain edits; a half mask changes only its half."""
     picture(tmp_path / "none.png")
     picture(tmp_path / "left.png", [(0, 0, 32, 64)])
     picture(tmp_path / "all.png", [(0, 0, 64, 64)])
@@ -59,7 +59,7 @@ def test_outside_the_mask_of_an_edit_the_clip_is_what_an_empty_mask_leaves(comma
 
 
 @pytest.mark.slow
-def test_a_link_to_one_picture_is_as_good_as_one_for_each_frame(command, tmp_path):
+def test_a_link_to_one_picture_equals_one_mask_for_each_frame(command, tmp_path):
     picture(tmp_path / "one.png", [(0, 0, 32, 64)])
     (tmp_path / "link.png").symlink_to("one.png")
     (tmp_path / "many").mkdir()
@@ -72,12 +72,12 @@ def test_a_link_to_one_picture_is_as_good_as_one_for_each_frame(command, tmp_pat
     assert record["edit_mask"] == str(tmp_path / "link.png") and "edit_mask" in record["made"]["files"]
     command("edit", "--config", "a.mp4.json", "--edit-mask", "one.png", "-o", "again.mp4")
     assert frames_written(tmp_path / "again.mp4") == frames_written(tmp_path / "a.mp4")
-    said = command("edit", CLIP, *RUN, *SHAPE, "--edit-mask", "many", "-o", "many/", "--overwrite", code=1)
-    assert "many" in said and len(list((tmp_path / "many").iterdir())) == 3
+    error = command("edit", CLIP, *RUN, *SHAPE, "--edit-mask", "many", "-o", "many/", "--overwrite", code=1)
+    assert "many" in error and len(list((tmp_path / "many").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--edit-mask", "none.png"), "edit_mask: no video at none.png"),
         (("--edit-mask", "two"), "edit_mask: two has 2 frames; give one, or 3"),
@@ -89,18 +89,18 @@ def test_a_link_to_one_picture_is_as_good_as_one_for_each_frame(command, tmp_pat
         (("--edit-mask", "one.png", "--blend-source", "square"), "blend_source has no effect here"),
     ],
 )
-def test_masks_that_an_edit_cannot_take_are_refused_before_the_model_is_loaded(refused, tmp_path, options, says):
+def test_invalid_masks_are_refused_before_the_model_is_loaded(refused, tmp_path, options, message):
     picture(tmp_path / "one.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "two").mkdir()
     for i in range(2):
         picture(tmp_path / "two" / f"{i}.png")
     preset = () if "--preset" in options else SHAPE
-    said = refused("edit", CLIP, *RUN, *preset, "--model", "missing/model", *options, "-o", "o.mp4")
-    assert says in said and "missing/model" not in said
+    error = refused("edit", CLIP, *RUN, *preset, "--model", "missing/model", *options, "-o", "o.mp4")
+    assert message in error and "missing/model" not in error
 
 
-def test_a_mask_names_a_file_like_any_other(tmp_path, monkeypatch):
+def test_a_mask_path_is_resolved_like_other_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = EditConfig(**checked({"edit_mask": "~/m.png", "video": "~/v.mp4"}))
     assert files_of(config) == {"video": str(tmp_path / "v.mp4"), "edit_mask": str(tmp_path / "m.png")}
@@ -115,14 +115,14 @@ def test_words_to_blend_are_not_needed_where_the_mask_is_given():
 
 
 class _Latents:
-    """Of four frames each, and one for the first."""
+    """Latents of four frames each, and one for the first frame."""
 
     @staticmethod
     def latent_frames(frames):
         return 1 + -(-(frames - 1) // 4)
 
 
-def test_a_latent_of_several_frames_may_change_where_one_of_them_may():
+def test_a_latent_of_several_frames_has_the_union_of_their_masks():
     mask = torch.zeros(6, 1, 2)
     mask[3, :, 0] = mask[5, :, 1] = 1
     assert _by_latent(mask, _Latents).tolist() == [[[0, 0]], [[1, 0]], [[0, 1]]]

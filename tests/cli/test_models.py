@@ -1,4 +1,4 @@
-"""Models and LoRAs as the command takes them."""
+"""Models and LoRAs given to the command."""
 
 import json
 
@@ -24,9 +24,9 @@ def write_loras(folder):
 def test_several_loras_are_applied_recorded_and_compared(command, refused, tmp_path):
     write_loras(tmp_path)
     loras = ("--lora", "a.safetensors", "--lora", "b.safetensors=0.5")
-    said = command("edit", CLIP, *WORDS, *loras, "--steps", 1, "--count", 1, "-o", "out/")
-    assert "LoRA a.safetensors: 1 of 1 layers (1 in the UNet)" in said
-    assert "LoRA b.safetensors: 1 of 1 layers at strength 0.5" in said
+    output = command("edit", CLIP, *WORDS, *loras, "--steps", 1, "--count", 1, "-o", "out/")
+    assert "LoRA a.safetensors: 1 of 1 layers (1 in the UNet)" in output
+    assert "LoRA b.safetensors: 1 of 1 layers at strength 0.5" in output
     record = json.loads((tmp_path / "out" / "edit.json").read_text())
     assert record["lora"] == [str(tmp_path / "a.safetensors"), f"{tmp_path / 'b.safetensors'}=0.5"]
     assert {"lora", "lora 2"} < record["made"]["files"].keys()
@@ -36,7 +36,7 @@ def test_several_loras_are_applied_recorded_and_compared(command, refused, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("edit", CLIP, *WORDS, "--model", "demo-wan"), "LoRA w.safetensors=1: 1 of 1 layers (1 in the transformer)"),
         (("invert", CLIP, *WORDS[:2], "--model", "demo-wan"), "(1 in the transformer)"),
@@ -44,18 +44,18 @@ def test_several_loras_are_applied_recorded_and_compared(command, refused, tmp_p
         (("generate", "--prompt", "a red square", "--temporal", "demo"), "LoRA a.safetensors: 1 of 1 layers"),
     ],
 )
-def test_every_command_takes_a_lora(command, tmp_path, arguments, says):
+def test_every_command_takes_a_lora(command, tmp_path, arguments, message):
     write_loras(tmp_path)
     name = "w.safetensors" if "demo-wan" in arguments else "a.safetensors"
     (tmp_path / "w.safetensors").rename(tmp_path / "w.safetensors=1")  # an equals sign in a name
     name = "w.safetensors=1" if name.startswith("w") else name
-    assert says in command(*arguments, "--lora", name, "--dry-run").replace("\n", " ")
+    assert message in command(*arguments, "--lora", name, "--dry-run").replace("\n", " ")
 
 
 def test_a_lora_of_another_model_is_refused_before_anything_runs(refused, tmp_path):
     write_loras(tmp_path)
-    said = refused("edit", CLIP, *WORDS, "--lora", "w.safetensors", "--dry-run")
-    assert "w.safetensors is a LoRA for Wan, but the model is Stable Diffusion" in said
+    error = refused("edit", CLIP, *WORDS, "--lora", "w.safetensors", "--dry-run")
+    assert "w.safetensors is a LoRA for Wan, but the model is Stable Diffusion" in error
     assert "the model is Wan" in refused(
         "edit", CLIP, *WORDS, "--model", "demo-wan", "--lora", "a.safetensors", "--dry-run"
     )
@@ -78,19 +78,19 @@ def test_loras_under_other_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--variant", "fp16"), "has no variant 'fp16'; its variants: none"),
         (("--model", "models/nowhere"), "no model at models/nowhere: give a diffusers folder"),
         (("--model", "a.safetensors"), "a.safetensors is a LoRA, not a model: give it with --lora"),
     ],
 )
-def test_models_that_are_refused_before_anything_runs(refused, tmp_path, options, says):
+def test_models_that_are_refused_before_anything_runs(refused, tmp_path, options, message):
     write_loras(tmp_path)
-    assert says in refused("edit", CLIP, *WORDS, *options, "--dry-run")
+    assert message in refused("edit", CLIP, *WORDS, *options, "--dry-run")
 
 
-def test_every_setting_that_names_a_file_knows_the_home_folder(tmp_path, monkeypatch):
+def test_every_path_setting_expands_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     own = [name for name in FILES if hasattr(EditConfig(), name)]
     named = {name: f"~/{name}" for name in own}

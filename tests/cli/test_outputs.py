@@ -1,4 +1,4 @@
-"""Outputs are no inputs, by whatever name, and one run's alone."""
+"""Outputs never replace inputs, under any name, and belong to one run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def held(folder):
+def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -49,12 +49,12 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("source", "output"), EDITS)
-def test_no_edit_replaces_or_joins_its_source(refused, inputs, source, output):
-    before = held(inputs)
+def test_no_edit_overwrites_or_adds_to_its_source(refused, inputs, source, output):
+    before = contents(inputs)
     words = [1 if one == 2 and source == "linked.png" else one for one in WORDS]
-    said = refused("edit", source, *words, "-o", output, "--overwrite")
-    assert "is an input of this run" in said or "would become part of the input" in said
-    assert held(inputs) == before
+    error = refused("edit", source, *words, "-o", output, "--overwrite")
+    assert "is an input of this run" in error or "would become part of the input" in error
+    assert contents(inputs) == before
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_no_edit_replaces_or_joins_its_source(refused, inputs, source, output):
 def test_no_command_replaces_an_input(refused, inputs, arguments):
     if "model/unet/config.mp4" in arguments:
         shutil.copy(CLIP, inputs / "model" / "unet" / "config.mp4")
-    before = held(inputs)
-    said = refused(*arguments, "--overwrite")
-    assert "is an input of this run" in said or "would become part of the input" in said
-    assert held(inputs) == before
+    before = contents(inputs)
+    error = refused(*arguments, "--overwrite")
+    assert "is an input of this run" in error or "would become part of the input" in error
+    assert contents(inputs) == before
 
 
-def test_what_an_input_does_not_name_may_lie_beside_it(command, inputs):
+def test_outputs_may_share_a_folder_with_inputs(command, inputs):
     for source, output in (
         ("e/f_%04d.png", "e/g_%04d.png"),
         ("e/f_*.png", "e/h_%d.png"),
@@ -107,22 +107,22 @@ def test_what_an_input_does_not_name_may_lie_beside_it(command, inputs):
         ("c.mp4", ("evaluate", "e", "other", "--comparison", "c.mp4")),
     ],
 )
-def test_what_another_run_writes_is_refused_at_the_start(refused, inputs, taken, arguments):
+def test_an_output_of_another_run_is_refused_at_the_start(refused, inputs, taken, arguments):
     with reserved(inputs / taken):
         assert "is being written by another run" in refused(*arguments)
 
 
-def test_sizes_that_no_memory_holds_are_refused_before_anything_is_decoded(refused, inputs):
+def test_sizes_beyond_memory_are_refused_before_decoding(refused, inputs):
     Image.new("RGB", (100_000, 1)).save(inputs / "long.png")
     new, drawn = ("-o", "o.mp4"), ("--prompt", "a red square", "-o", "o.mp4")
-    said = refused("edit", "long.png", *WORDS[:4])  # whose short side becomes the model's own size
-    assert "6400000x64: the autoencoder takes 629.15 GB of memory, and " in said
-    assert "choose a smaller --size, or crop the video" in said
+    error = refused("edit", "long.png", *WORDS[:4])  # its short side is scaled to the model's size
+    assert "6400000x64: the autoencoder takes 629.15 GB of memory, and " in error
+    assert "choose a smaller --size, or crop the video" in error
     assert "6400000x64: the" in refused("generate", *drawn, "--size", "6400000x64")
     assert "scaled to 1000000x1000000 takes" in refused("edit", "clip.mp4", *WORDS, "--size", "1000000x1000000", *new)
 
 
-def test_names_that_no_record_can_hold_are_refused_before_the_run(refused, inputs):
+def test_names_that_are_not_utf8_are_refused_before_the_run(refused, inputs):
     bad = b"o\xff.mp4".decode(errors="surrogateescape")
     assert "'o\\udcff.mp4' is not UTF-8" in refused("edit", "clip.mp4", *WORDS, "-o", bad)
     (inputs / bad).write_bytes((inputs / "clip.mp4").read_bytes())
@@ -130,7 +130,7 @@ def test_names_that_no_record_can_hold_are_refused_before_the_run(refused, input
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (("generate", "--prompt", "a", "-o", "o.mp4", "--size", "0x0"), "size is 0x0; both sides must be"),
         (("generate", "--prompt", "a", "-o", "o.mp4", "--model", "n" * 300), "model: the name 'nnn"),
@@ -146,9 +146,9 @@ def test_names_that_no_record_can_hold_are_refused_before_the_run(refused, input
         (("evaluate", "clip.mp4", "clip.mp4", "--lpips", "clip.mp4"), "clip.mp4 is not a valid safetensors"),
     ],
 )
-def test_wrong_names_are_told_with_their_setting(refused, inputs, arguments, said):
+def test_invalid_names_are_reported_with_their_setting(refused, inputs, arguments, output):
     for name in ("loop", "loop.mp4"):
         (inputs / name).symlink_to(name)
     before = sorted(inputs.rglob("*"))
-    assert said in refused(*arguments)
+    assert output in refused(*arguments)
     assert sorted(inputs.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""A result made again from what is kept beside it and within it."""
+"""Results reproduced from their record or metadata."""
 
 import json
 import shutil
@@ -34,33 +34,33 @@ def clip(tmp_path):
     ],
     ids=["shape", "tokenflow", "flow_edit"],
 )
-def test_a_result_is_made_again_bit_for_bit(command, clip, tmp_path, options):
-    said = command("edit", "clip.mp4", *WORDS, *options, "-o", "first.mp4")
-    assert "of the record" not in said
+def test_a_result_is_reproduced_bit_for_bit(command, clip, tmp_path, options):
+    output = command("edit", "clip.mp4", *WORDS, *options, "-o", "first.mp4")
+    assert "of the record" not in output
     other = tmp_path / "other"
     other.mkdir()
-    said = command("edit", "--config", "../first.mp4.json", "-o", "again.mp4", cwd=other)
-    assert "its frames equal those of the record, bit for bit" in said
-    said = command("edit", "../clip.mp4", "--config", "../first.mp4", "-o", "of_itself.mp4", cwd=other)
-    assert "its frames equal those of the record, bit for bit" in said
+    output = command("edit", "--config", "../first.mp4.json", "-o", "again.mp4", cwd=other)
+    assert "its frames equal those of the record, bit for bit" in output
+    output = command("edit", "../clip.mp4", "--config", "../first.mp4", "-o", "of_itself.mp4", cwd=other)
+    assert "its frames equal those of the record, bit for bit" in output
     first = frames_written(tmp_path / "first.mp4")
     assert frames_written(other / "again.mp4") == frames_written(other / "of_itself.mp4") == first
     assert (other / "again.mp4.json").read_text() == (tmp_path / "first.mp4.json").read_text()
 
 
-def test_of_several_edits_and_of_a_store(command, clip, tmp_path):
+def test_results_of_several_edits_and_of_a_store(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "--target", "a blue square on water", "-o", "two.mp4")
     command("edit", "--config", "two_1.mp4.json", "-o", "alone.mp4")
     assert frames_written(tmp_path / "alone.mp4") == frames_written(tmp_path / "two_1.mp4")
     assert frames_written(tmp_path / "two_0.mp4") != frames_written(tmp_path / "two_1.mp4")
     command("invert", "clip.mp4", "--source", SOURCE, "--steps", 2, "--count", 3, "-o", "s.safetensors")
     command("edit", "--store", "s.safetensors", "--target", TARGET, "-o", "stored.mp4")
-    clip.unlink()  # its store is enough
+    clip.unlink()  # the store is sufficient
     command("edit", "--config", "stored.mp4.json", "-o", "again.mp4")
     assert frames_written(tmp_path / "again.mp4") == frames_written(tmp_path / "stored.mp4")
 
 
-def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_path):
+def test_a_record_has_its_provenance_and_metadata_has_no_folders(command, clip, tmp_path):
     command("edit", clip, *WORDS, "--clip-norm", "-o", "out.mp4")
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     assert record["video"] == str(clip)
@@ -77,15 +77,15 @@ def test_a_record_tells_what_made_it_and_metadata_no_folders(command, clip, tmp_
     assert {**within, "video": record["video"]} == record
     record["made"]["frames"] = "0" * 64
     (tmp_path / "r.json").write_text(json.dumps(record))
-    said = command("edit", "--config", "r.json", "-o", "again.mp4").replace("\n", " ")
-    assert "its frames differ from those of the record" in said
+    output = command("edit", "--config", "r.json", "-o", "again.mp4").replace("\n", " ")
+    assert "its frames differ from those of the record" in output
     assert frames_written(tmp_path / "again.mp4") == digest
-    said = command("edit", "--config", "r.json", "--guidance-scale", 2, "-o", "other.mp4")
-    assert "of the record" not in said, "another edit was asked for"
+    output = command("edit", "--config", "r.json", "--guidance-scale", 2, "-o", "other.mp4")
+    assert "of the record" not in output, "another edit was given"
 
 
 @pytest.mark.slow
-def test_pictures_have_their_record_too(command, clip, tmp_path):
+def test_pictures_have_a_record_too(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "frames/")
     record = json.loads((tmp_path / "frames" / "edit.json").read_text())
     digest = FrameDigest()
@@ -94,8 +94,8 @@ def test_pictures_have_their_record_too(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "f_%03d.png")
     command("edit", "--config", "f_%03d.png.json", "-o", "g_%03d.png")
     assert torch.equal(*(read_video(tmp_path / f"{name}_002.png").frames for name in "fg"))
-    said = command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", "--dry-run")
-    assert "error" not in said
+    output = command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", "--dry-run")
+    assert "error" not in output
     (tmp_path / "new.mp4.json").write_text("mine")
     assert "new.mp4.json exists" in command("edit", "clip.mp4", *WORDS, "-o", "new.mp4", code=1)
 
@@ -104,25 +104,25 @@ def test_another_clip_or_model_is_refused(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "out.mp4")
     whole = clip.read_bytes()
     clip.write_bytes((tmp_path / "out.mp4").read_bytes())
-    said = command("edit", "--config", "out.mp4.json", "-o", "again.mp4", code=1)
-    assert "the video is not the file that the result was made from" in said
-    command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as asked
+    output = command("edit", "--config", "out.mp4.json", "-o", "again.mp4", code=1)
+    assert "the video is not the file that the result was made from" in output
+    command("edit", "clip.mp4", "--config", "out.mp4.json", "-o", "again.mp4")  # as given
     clip.write_bytes(whole)
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     record["made"]["model"] = "0" * 64
     (tmp_path / "r.json").write_text(json.dumps(record))
-    said = command("edit", "--config", "r.json", "-o", "b.mp4", code=1)
-    assert "the model's weights are not those of the result" in said
+    output = command("edit", "--config", "r.json", "-o", "b.mp4", code=1)
+    assert "the model's weights are not those of the result" in output
     command("edit", "--config", "r.json", "--model", DEMO, "-o", "b.mp4")
 
 
-def test_what_may_change_last_digits_is_told(command, clip, tmp_path):
+def test_differences_that_may_change_the_result_are_reported(command, clip, tmp_path):
     command("edit", "clip.mp4", *WORDS, "-o", "out.mp4")
     record = json.loads((tmp_path / "out.mp4.json").read_text())
     record["made"]["versions"]["torch"] = "1.0"
     (tmp_path / "r.json").write_text(json.dumps(record))
-    said = command("edit", "--config", "r.json", "-o", "b.mp4").replace("\n", " ")
-    assert "made with torch 1.0 (here" in said and "last digits may differ" in said
+    output = command("edit", "--config", "r.json", "-o", "b.mp4").replace("\n", " ")
+    assert "made with torch 1.0 (here" in output and "last digits may differ" in output
 
 
 def test_threads_are_those_of_the_record(command, clip, tmp_path):
@@ -134,7 +134,7 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{", "is not JSON"),
         ("[]", "contains no settings"),
@@ -151,9 +151,9 @@ def test_threads_are_those_of_the_record(command, clip, tmp_path):
         ('{"made": {"model_config": "somebody/some-repo"}}', "give it with --model-config"),
     ],
 )
-def test_records_that_are_none(refused, tmp_path, text, says):
+def test_invalid_records(refused, tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
-    assert says in refused("edit", CLIP, *WORDS[:4], "--config", "r.json", "-o", "o.mp4")
+    assert message in refused("edit", CLIP, *WORDS[:4], "--config", "r.json", "-o", "o.mp4")
 
 
 def test_a_video_without_a_record(refused):
@@ -162,7 +162,7 @@ def test_a_video_without_a_record(refused):
 
 def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo").mkdir()  # which is not the bundled model
+    (tmp_path / "demo").mkdir()  # not the bundled model
     config = EditConfig(
         video="a.mp4", source="x", target="y", key_frames=("self", -1), size=(64, 32), reweight={"y": 1e-7},
         start="1.5s", temporal="demo", box=("y: 0:0.1,0.5,0.3",), mask=("x: nothing here.mp4",),

@@ -1,4 +1,4 @@
-"""What cannot be read or fetched, or does not go together, is refused in a line that names the setting."""
+"""Unreadable files and contradictory settings are refused in one line that names the setting."""
 
 import pytest
 
@@ -11,8 +11,8 @@ UNREACHABLE = "is neither a folder nor in the cache"
 
 
 @pytest.fixture
-def said(refused, tmp_path, monkeypatch):
-    """What a command says that ends with status 1: one line without a library's remarks, and nothing written."""
+def error(refused, tmp_path, monkeypatch):
+    """The error of a command with status 1: one line without library messages; no file is written."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.mp4").write_text("no video")
@@ -30,7 +30,7 @@ def said(refused, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ((*EDIT, "--model", "a/b"), UNREACHABLE),
         ((*EDIT, "--controlnet", "a/b", "--control", CLIP), f"controlnet: 'a/b' {UNREACHABLE}"),
@@ -63,13 +63,13 @@ def said(refused, tmp_path, monkeypatch):
         ((*EVALUATE[:3], "--background", "nocolour"), "background: "),
     ],
 )
-def test_what_cannot_be_read_or_fetched_is_refused_in_a_line(said, line, says):
-    assert says in said(*line)
+def test_unreadable_files_are_refused_in_one_line(error, line, message):
+    assert message in error(*line)
 
 
-def test_an_optimizer_that_is_not_installed_is_refused_before_a_plan(said):
+def test_a_missing_optimizer_is_refused_before_the_plan(error):
     pytest.importorskip("torch")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        assert "bitsandbytes" in said(*TUNE, "--optimizer", "adamw8bit", "--dry-run")
+        assert "bitsandbytes" in error(*TUNE, "--optimizer", "adamw8bit", "--dry-run")

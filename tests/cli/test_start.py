@@ -1,4 +1,4 @@
-"""What the command does before it needs torch: help, its version, and every refusal of options and files."""
+"""Without torch: help, version, and every refusal of options and files."""
 
 import json
 import shlex
@@ -100,25 +100,25 @@ from fatezero.cli.app import main
 
 found = []
 for line in json.load(sys.stdin):
-    sys.argv, said = ["fatezero", *line], io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
+    sys.argv, output = ["fatezero", *line], io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
         try:
             main()
         except SystemExit as end:
-            found.append((end.code, said.getvalue(), sorted(sys.modules)))
+            found.append((end.code, output.getvalue(), sorted(sys.modules)))
 print(json.dumps(found))
 """
 
 
 def started(lines, folder):
-    """What the command says to each line, all in one fresh process: status, text, and the modules it has imported."""
+    """The status, output and imported modules of each command line, all run in one fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", START], input=json.dumps(lines), capture_output=True, text=True, check=True, cwd=folder
     )
     return json.loads(done.stdout)
 
 
-def test_neither_help_nor_a_refusal_imports_what_is_heavy(tmp_path):
+def test_neither_help_nor_a_refusal_imports_heavy_modules(tmp_path):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     help = [
@@ -128,14 +128,14 @@ def test_neither_help_nor_a_refusal_imports_what_is_heavy(tmp_path):
         *((name, flag) for name in COMMANDS for flag in ("--help", "-h", "--help-all")),
     ]
     lines = [*help, *REFUSED]
-    for line, (code, said, modules) in zip(lines, started(lines, tmp_path), strict=True):
+    for line, (code, output, modules) in zip(lines, started(lines, tmp_path), strict=True):
         assert [name for name in HEAVY if name in modules] == [], line
         if line in REFUSED:
-            assert code == 1 and REFUSED[line] in " ".join(said.split()), (line, said)
-            assert len(said.splitlines()) == 1, said
+            assert code == 1 and REFUSED[line] in " ".join(output.split()), (line, output)
+            assert len(output.splitlines()) == 1, output
         else:
-            assert not code and said, line
-            assert "error" not in said.splitlines()[0], said
+            assert not code and output, line
+            assert "error" not in output.splitlines()[0], output
 
 
 @pytest.mark.parametrize("command", PAGES)

@@ -1,4 +1,4 @@
-"""`fatezero tune` as a user runs it: files, refusals, a run that is killed and goes on, several processes."""
+"""`fatezero tune`: files, refusals, resuming after a kill, several processes."""
 
 import json
 import signal
@@ -25,16 +25,16 @@ TUNE = ("tune", CLIP, *PROMPT, "--count", 2, "--learning-rate", 0.003)
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """The folder of three steps, with the whole model beside."""
+    """The output folder of three steps, with the whole model next to it."""
     folder = tmp_path_factory.mktemp("tuned")
-    said = here(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
-    assert "467,648 trained numbers" in said and "activations of a step" in said
-    assert "tune 3/3, loss 0." in said
-    assert "--temporal mine --key-frames first,previous --clip-norm" in said
+    output = here(*TUNE, "--steps", 3, "--folder", "-o", "mine", cwd=folder)
+    assert "467,648 trained numbers" in output and "activations of a step" in output
+    assert "tune 3/3, loss 0." in output
+    assert "--temporal mine --key-frames first,previous --clip-norm" in output
     return folder / "mine"
 
 
-def test_a_tuning_leaves_layers_losses_a_plot_and_a_state(tuned):
+def test_a_tuning_writes_layers_losses_a_plot_and_a_state(tuned):
     assert {"temporal.safetensors", "state.safetensors", "loss.csv", "loss.png"} <= {p.name for p in tuned.iterdir()}
     rows = (tuned / "loss.csv").read_text().split()
     assert rows[0] == "step,loss" and [row.split(",")[0] for row in rows[1:]] == ["1", "2", "3"]
@@ -54,20 +54,20 @@ def test_the_folder_and_the_file_are_the_same_model(tuned):
 
 def test_edits_with_it(command, tuned, tmp_path):
     part = ("edit", CLIP, "--target", TARGET, "--steps", 2, "--count", 2)
-    said = command(*part, "--preset", "tune_a_video", "--temporal", tuned, "-o", "file.mp4")
-    assert "were tuned with" not in said
+    output = command(*part, "--preset", "tune_a_video", "--temporal", tuned, "-o", "file.mp4")
+    assert "were tuned with" not in output
     command(*part, "--preset", "tune_a_video", "--model", tuned, "-o", "folder.mp4")
     command(*part, "--preset", "tune_a_video", "-o", "base.mp4")
     file, folder, base = (read_video(tmp_path / f"{name}.mp4").frames for name in ("file", "folder", "base"))
     assert alike(file, folder) and not alike(file, base)
-    said = command(*part, *("--source", "a red square on water"), "--temporal", tuned, "-o", "fused.mp4", "--dry-run")
-    told = " ".join(said.split())
-    assert "tuned with key_frames first, previous, not self, middle; clip_norm true, not false" in told
-    said = command(*part, "--preset", "tune_a_video", "--temporal", tuned, "-o", "c.mp4", "--dry-run")
-    assert "approximate" not in said
+    output = command(*part, *("--source", "a red square on water"), "--temporal", tuned, "-o", "fused.mp4", "--dry-run")
+    text = " ".join(output.split())
+    assert "tuned with key_frames first, previous, not self, middle; clip_norm true, not false" in text
+    output = command(*part, "--preset", "tune_a_video", "--temporal", tuned, "-o", "c.mp4", "--dry-run")
+    assert "approximate" not in output
 
 
-def test_a_source_is_needed_for_fusion_alone(refused, command, tmp_path):
+def test_a_source_is_needed_only_for_fusion(refused, command, tmp_path):
     part = ("edit", CLIP, "--target", TARGET, "--steps", 1, "--count", 2, "-o", "x.mp4", "--dry-run")
     assert "missing --source" in refused(*part)
     command(*part, "--preset", "pnp")
@@ -81,20 +81,20 @@ def test_convolutions_class_pictures_and_validation(command, tmp_path):
     layers = ("--layers", "fatezero", "--rank", 4)
     more = ("--train-convolutions", "--class-pictures", "squares", "--class-batch", 1)
     clips = ("--validate", "a red circle on water", "--validate", TARGET, "--validate-every", 2, "--validate-steps", 2)
-    said = command(*TUNE, *layers, *more, *clips, "--steps", 3, "-o", "all")
-    assert "class pictures: 3" in said and "validation: 2 clips after 2 steps" in said
+    output = command(*TUNE, *layers, *more, *clips, "--steps", 3, "-o", "all")
+    assert "class pictures: 3" in output and "validation: 2 clips after 2 steps" in output
     assert {path.name for path in (tmp_path / "all" / "validation").iterdir()} == {
         f"step_{step}_{number}.mp4" for step in (2, 3) for number in (1, 2)
     }
     assert read_video(tmp_path / "all" / "validation" / "step_3_1.mp4").frames.shape == (2, 64, 64, 3)
     weights = load_file(tmp_path / "all" / "temporal.safetensors")
     assert any(weight.any() for name, weight in weights.items() if name.endswith("conv_temporal.up.weight"))
-    said = command(*TUNE, *layers, "--steps", 3, "-o", "none", "--dry-run")
-    assert "have no effect untrained" in " ".join(said.split())
+    output = command(*TUNE, *layers, "--steps", 3, "-o", "none", "--dry-run")
+    assert "have no effect untrained" in " ".join(output.split())
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
+def test_a_killed_run_resumes_with_the_same_result(command, tmp_path):
     part = (*TUNE, "--keep-every", 1, "--steps")
     begun = [*COMMAND, *map(str, part), "400", "-o", "stopped"]
     run = subprocess.Popen(begun, cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -112,14 +112,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(command, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_is_refused(refused, tuned, tmp_path):
+def test_refusals(refused, tuned, tmp_path):
     assert "missing --prompt" in refused("tune", CLIP)
     assert "missing VIDEO" in refused("tune", *PROMPT)
     assert "exists" in refused(*TUNE, "--steps", 1, "-o", tuned)
     assert "nothing to resume" in refused(*TUNE, "--resume", "-o", "new")
     assert "has done 3 steps: give more with --steps" in refused(*TUNE, "--steps", 3, "--resume", "-o", tuned)
-    said = refused("tune", CLIP, *PROMPT, "--count", 2, "--steps", 9, "--resume", "-o", tuned)
-    assert "started with learning_rate 0.003, not 3e-05" in said
+    output = refused("tune", CLIP, *PROMPT, "--count", 2, "--steps", 9, "--resume", "-o", tuned)
+    assert "started with learning_rate 0.003, not 3e-05" in output
     assert "rank has no effect" in refused(*TUNE, "--rank", 4)
     assert "without --layers fatezero" in refused(*TUNE, "--train-convolutions")
     assert "without --class-pictures" in refused(*TUNE, "--class-prompt", "a square")

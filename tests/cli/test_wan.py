@@ -18,10 +18,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("preset", ["style", "shape", "attribute+", "flow_edit", "wan_edit"])
-def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, preset):
-    said = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
-    assert "3 latents of 48x32" in said
-    assert ("to invert" in said) == (preset not in ("flow_edit", "wan_edit"))
+def test_it_edits_the_given_number_of_frames(command, folder, tmp_path, preset):
+    output = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
+    assert "3 latents of 48x32" in output
+    assert ("to invert" in output) == (preset not in ("flow_edit", "wan_edit"))
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 32, 48, 3)
 
 
@@ -49,12 +49,12 @@ def test_a_pair_of_transformers_and_a_store_in_a_file(command, tmp_path):
         (("--size", "40x32"), "multiples of 16"),
     ],
 )
-def test_what_a_transformer_does_not_take(refused, folder, tmp_path, options, error):
+def test_options_a_transformer_does_not_support(refused, folder, tmp_path, options, error):
     assert error in refused("edit", CLIP, "--model", folder, *WORDS, *options, "-o", "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_it_draws_clips(command, folder, tmp_path):
+def test_it_generates_clips(command, folder, tmp_path):
     command("generate", "--model", folder, "--prompt", "a red square on water", "--frames", 5, "--size", "48x32",
             "--steps", 2, "-o", "new.mp4")  # fmt: skip
     assert read_video(tmp_path / "new.mp4").frames.shape == (5, 32, 48, 3)

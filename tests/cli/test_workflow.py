@@ -1,4 +1,4 @@
-"""A job's settings in the workflow that a ComfyUI server gets."""
+"""A job's settings in the workflow sent to a ComfyUI server."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,10 @@ def graph(name):
 
 
 def nodes(made, kind):
-    return [held["inputs"] for held in made.values() if held["class_type"] == kind]
+    return [node["inputs"] for node in made.values() if node["class_type"] == kind]
 
 
-def test_settings_reach_the_inputs_that_have_another_name():
+def test_settings_are_written_to_inputs_of_other_names():
     job = {
         "video": "a.mp4", "source": "a jeep", "target": "a red jeep", "negative": "blurry", "guidance_scale": 9,
         "steps": 12, "key_frames": ["self", -1], "size": [320, 256], "crop": [1, 2, 3, 4], "reweight": {"red": 3},
@@ -37,14 +37,14 @@ def test_settings_reach_the_inputs_that_have_another_name():
     assert [loader[f"crop_{side}"] for side in ("left", "top", "right", "bottom")] == [1, 2, 3, 4]
     assert (prompt["source"], prompt["target"], prompt["reweight"]) == ("a jeep", "a red jeep", "red=3")
     assert negative["text"] == "blurry"
-    assert before == graph("style"), "the workflow itself stays as it is"
+    assert before == graph("style"), "the workflow itself is unchanged"
 
 
 @pytest.mark.parametrize(
     "preset",
     [name for name in PRESETS if name not in ("tokenflow", "tune_a_video") and PRESETS[name].get("noise") != "drawn"],
 )
-def test_a_preset_sets_what_it_sets_in_the_command(preset):
+def test_a_preset_sets_the_same_as_in_the_command(preset):
     words = {"source": "a silver jeep", "target": "a red jeep"}
     made = filled(graph("attribute"), {**words, "preset": preset}, {})
     config = with_preset(EditConfig(**words), preset)
@@ -57,7 +57,7 @@ def test_a_preset_sets_what_it_sets_in_the_command(preset):
     assert inverted["key_frames"] == keys
 
 
-def test_what_a_job_sets_itself_comes_before_its_preset():
+def test_a_jobs_own_settings_override_its_preset():
     made = filled(graph("attribute"), {"preset": "style+", "guidance_scale": 9}, {})
     assert nodes(made, "FateZeroSampler")[0]["guidance"] == 9
 
@@ -83,7 +83,7 @@ def test_presets_of_other_papers_need_their_nodes():
 
 
 @pytest.mark.parametrize(
-    ("name", "job", "says"),
+    ("name", "job", "message"),
     [
         ("style", {"lora": "a.safetensors"}, "no node has an input lora"),
         ("style", {"edit_mask": "m.png"}, "no node has an input edit_mask"),
@@ -98,12 +98,12 @@ def test_presets_of_other_papers_need_their_nodes():
         ("one_inversion_three_edits", {"guidance_scale": 9}, "nodes .* have an input guidance_scale"),
     ],
 )
-def test_a_setting_that_no_node_takes_is_refused_by_name(name, job, says):
-    with pytest.raises(ConfigError, match=says):
+def test_a_setting_without_a_node_is_refused_by_name(name, job, message):
+    with pytest.raises(ConfigError, match=message):
         filled(graph(name), job, {})
 
 
-def test_inputs_name_the_place_of_a_setting():
+def test_inputs_select_the_node_of_a_setting():
     made = filled(graph("style"), {"guidance_scale": 9, "seed": 3}, {"guidance_scale": "10.strength", "seed": "9.seed"})
     assert made["10"]["inputs"]["strength"] == 9 and made["9"]["inputs"]["seed"] == 3
     with pytest.raises(ConfigError, match="inputs: seed"):

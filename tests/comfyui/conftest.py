@@ -6,7 +6,7 @@ HOSTS = find_hosts()
 
 
 def pytest_generate_tests(metafunc):
-    """All tests run on the newest host, those marked `every_host` on the others too."""
+    """Run all tests on the newest host, and those marked `every_host` on the others too."""
     if "host" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker("every_host")
         hosts = (HOSTS if marked else HOSTS[:1]) or [None]

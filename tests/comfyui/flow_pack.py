@@ -1,6 +1,6 @@
-"""Nodes of "another pack", installed beside ours on the test host: small flow models, and FlowEdit as a plain loop.
+"""Nodes of "another pack", installed with ours on the test host: small flow models, and FlowEdit as a plain loop.
 
-The host loads this file by itself; it knows nothing of the tests.
+The host loads this file as a pack of its own, independent of the tests.
 """
 
 import zlib
@@ -92,7 +92,7 @@ def random_values(seed, *shape):
 
 
 def node(name, inputs, outputs):
-    """A class decorator that writes the schema."""
+    """A class decorator that defines the schema."""
 
     def of(cls):
         cls.define_schema = classmethod(
@@ -106,7 +106,7 @@ def node(name, inputs, outputs):
 
 @node("FlowModel", [KIND, io.Int.Input("seed", default=0)], [io.Model.Output()])
 class FlowModel(io.ComfyNode):
-    """A small model of random weights."""
+    """A small model with random weights."""
 
     @classmethod
     def execute(cls, kind, seed=0):
@@ -127,7 +127,7 @@ class FlowModel(io.ComfyNode):
 
 @node("FlowText", [KIND, io.Int.Input("seed")], [io.Conditioning.Output()])
 class FlowText(io.ComfyNode):
-    """Random embeddings, with what each kind of model has beside them."""
+    """Random embeddings, with the extras of each kind of model."""
 
     @classmethod
     def execute(cls, kind, seed):
@@ -151,7 +151,7 @@ class FlowText(io.ComfyNode):
 
 
 class Words:
-    """In place of a CLIP: random embeddings of each text."""
+    """A stand-in for CLIP: random embeddings of each text."""
 
     def __init__(self, kind):
         self.kind = kind
@@ -164,7 +164,7 @@ class Words:
 
 
 class Pixels:
-    """In place of a VAE of videos or pictures: each latent holds the mean colours of its pixels."""
+    """A stand-in for a video or picture VAE: each latent is the mean colour of its pixels."""
 
     latent_dim = 3
     FACTS = {"h3": (24, 16, 17, 5), "ltxav": (128, 32, 8, 1), "qwen": (16, 8, 4, 1)}
@@ -192,7 +192,7 @@ class Pixels:
 
 
 class Sound:
-    """In place of a VAE of sound: means over the samples of each latent."""
+    """A stand-in for an audio VAE: each latent is the mean of its samples."""
 
     audio_sample_rate = 32000
 
@@ -216,7 +216,7 @@ PARTS = [io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output("so
 
 @node("FlowLoader", [KIND], PARTS)
 class FlowLoader(io.ComfyNode):
-    """What loaders of files give: a small model of random weights, and stand-ins for the parts around it."""
+    """In place of file loaders: a small model with random weights, and stand-ins for CLIP and VAEs."""
 
     @classmethod
     def execute(cls, kind):
@@ -226,7 +226,7 @@ class FlowLoader(io.ComfyNode):
 
 @node("FlowLatent", [KIND, io.Int.Input("seed")], [io.Latent.Output()])
 class FlowLatent(io.ComfyNode):
-    """Random latents of a kind of model: a clip, pictures, or a clip with sound."""
+    """Random latents for a kind of model: a clip, pictures, or a clip with sound."""
 
     @classmethod
     def execute(cls, kind, seed):
@@ -236,7 +236,7 @@ class FlowLatent(io.ComfyNode):
 
 @node("FlowStream", [io.Latent.Input("latent"), io.Int.Input("number")], [io.Latent.Output()])
 class FlowStream(io.ComfyNode):
-    """One stream of a latent, which can be saved."""
+    """One stream of a latent, in a form that can be saved."""
 
     @classmethod
     def execute(cls, latent, number):
@@ -245,11 +245,11 @@ class FlowStream(io.ComfyNode):
 
 
 class Guider(comfy.samplers.CFGGuider):
-    """Keeps the conditions of three branches."""
+    """A guider with the conditions of three branches."""
 
 
 class Loop(comfy.samplers.Sampler):
-    """FlowEdit's equations."""
+    """FlowEdit's equations, in the host's space: a flow's, or with noise added to the clip."""
 
     def __init__(self, guidance, source_guidance, first, seed):
         self.settings = guidance, source_guidance, first, seed
@@ -271,7 +271,7 @@ class Loop(comfy.samplers.Sampler):
             frames_first = clip.movedim(2, 0)[:, 0] if clip.ndim == 5 else clip
             eps = random_values(seed + 1_000_003 * (steps - step), *frames_first.shape)
             eps = eps.movedim(0, 1)[None] if clip.ndim == 5 else eps
-            noisy = (1 - here) * clip + here * eps
+            noisy = guider.inner_model.model_sampling.noise_scaling(here, eps, clip)
             to = velocity(z + noisy - clip, here, "positive", guidance)
             z = z + (there - here) * (to - velocity(noisy, here, "source", source_guidance))
         return z
@@ -286,7 +286,7 @@ LOOP = [
 
 @node("FlowLoop", LOOP, [io.Latent.Output()])
 class FlowLoop(io.ComfyNode):
-    """FlowEdit on the host's own guider."""
+    """FlowEdit with the host's own guider."""
 
     @classmethod
     def execute(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SIDE = 32
-"""Pixels of the clip's sides: half of what the demo model was trained on, for its numbers are what is compared."""
+"""Pixels of the clip's sides: half of the demo model's training size, because only its numbers are compared."""
 SOURCE, TARGET = "a red square on water", "a green square on water"
 
 
@@ -22,7 +22,7 @@ class Node:
 
 @dataclass
 class Graph:
-    """A prompt that grows: `add` a node with values or links for its inputs."""
+    """A prompt in API format: `add` a node with values or links for its inputs."""
 
     prompt: dict[str, Any] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class Graph:
 
 @dataclass
 class DemoGraph(Graph):
-    """The demo model's clip, inverted and edited; every part can be changed before it runs."""
+    """The demo clip, inverted and edited; every part can be changed before the run."""
 
     steps: int = 4
     frames: int = 3
@@ -68,7 +68,7 @@ class DemoGraph(Graph):
         )  # fmt: skip
 
     def fuse(self, **settings: Any) -> Node:
-        """Have the edit fuse with these settings in place of a preset; the other ones have the widgets' values."""
+        """Use these fusion settings in place of a preset; others have the widgets' defaults."""
         values = {
             "cross_replace_steps": 0.7, "self_replace_steps": 0.8, "blend_self_attention": False,
             "blend_latents": False, "blend_threshold": 0.3, "max_tokens": 0, "mask_tokens": 256,
@@ -77,18 +77,18 @@ class DemoGraph(Graph):
         return self.take("FateZeroFusion", **values | settings)
 
     def take(self, kind: str, **settings: Any) -> Node:
-        """Have the edit take what a node of settings says, in place of a preset."""
-        held = self.add(kind, **settings)
-        self.set(self.edit, preset="custom", settings=held[0])
-        return held
+        """Use a settings node in place of a preset."""
+        node = self.add(kind, **settings)
+        self.set(self.edit, preset="custom", settings=node[0])
+        return node
 
     def both(self, model: list[Any]) -> None:
-        """Invert and edit with this MODEL."""
+        """Use this MODEL for inversion and edit."""
         self.set(self.invert, model=model)
         self.set(self.edit, model=model)
 
     def with_control(self, controlnet: str, positive: list[Any], negative: list[Any], strength: float) -> Node:
-        """(positive, negative) with a ControlNet that sees the clip."""
+        """(positive, negative) with a ControlNet and the clip as its hint."""
         net = self.add("ControlNetLoader", control_net_name=controlnet)
         return self.add(
             "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net[0], image=self.video[0],

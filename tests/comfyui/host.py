@@ -1,4 +1,4 @@
-"""A real ComfyUI server for the tests: found, started, spoken to, stopped."""
+"""A real ComfyUI server for the tests: find it, start it, send prompts, stop it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOW = (
 
 @dataclass(frozen=True)
 class Installed:
-    """A ComfyUI on this machine, and the interpreter that runs it."""
+    """A ComfyUI on this machine, and its Python interpreter."""
 
     folder: Path
     python: Path
@@ -44,7 +44,7 @@ class Installed:
 
 
 def find_hosts() -> list[Installed]:
-    """Those of $COMFYUI_PATH, else ~/comfy/ComfyUI, else the folder above custom_nodes; the newest first."""
+    """Hosts in $COMFYUI_PATH, else ~/comfy/ComfyUI, else the folder above custom_nodes; newest first."""
     named = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
     pythons = os.environ.get("COMFYUI_PYTHON", "").split(os.pathsep)
     above = [REPO.parents[1]] if REPO.parent.name == "custom_nodes" else []
@@ -64,7 +64,7 @@ def _is_host(place: Path) -> bool:
 
 
 def _find_python(host: Path, named: str) -> Path | None:
-    """The first interpreter that has what the host needs."""
+    """The first interpreter with the host's requirements."""
     folder = "Scripts" if os.name == "nt" else "bin"
     own = [host / name / folder / "python" for name in (".venv", "venv")]
     for python in [Path(named)] if named else [*own, Path(sys.executable)]:
@@ -76,13 +76,13 @@ def _find_python(host: Path, named: str) -> Path | None:
 
 
 def wait_until(state: Callable[[], Any]) -> None:
-    """Wait for a state, however long it takes: a run that hangs is the watchdog's (`conftest`)."""
+    """Wait for a state without a limit; the watchdog in `conftest` ends a run that hangs."""
     while not state():
         time.sleep(0.1)
 
 
 class NodeError(Exception):
-    """A prompt that the host refused or that failed; `report` is what the host said."""
+    """A prompt that the host refused or that failed; `report` is the host's error."""
 
     def __init__(self, report: Any) -> None:
         where = f"node {report.get('node_id')}: {report.get('exception_message')}"
@@ -92,7 +92,7 @@ class NodeError(Exception):
 
 @dataclass
 class Run:
-    """What a prompt left: outputs by node, the host's messages, and binary previews."""
+    """The result of a prompt: outputs by node, the host's messages, and binary previews."""
 
     outputs: dict[str, Any]
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -115,11 +115,11 @@ class Host:
 
     @cached_property
     def known(self) -> dict[str, Any]:
-        """The nodes that the host has, as it describes them."""
+        """The host's description of its nodes."""
         return self.get("/object_info")
 
     def complete(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """A prompt with the defaults of inputs that newer hosts have added to their own nodes."""
+        """A prompt with defaults for inputs that newer hosts have added to their nodes."""
 
         def defaults(kind: str) -> dict[str, Any]:
             required = self.known.get(kind, {"input": {}})["input"].get("required", {})
@@ -154,7 +154,7 @@ class Host:
             raise NodeError(json.load(error)) from error
 
     def run(self, prompt: dict[str, Any], watch: Callable[[str, dict[str, Any]], None] | None = None) -> Run:
-        """Queue a prompt and wait for its end; NodeError where the host says it failed."""
+        """Queue a prompt and wait for its end. Raises NodeError if it fails."""
         client = uuid.uuid4().hex
         run = Run({})
         line = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client}")
@@ -174,7 +174,7 @@ class Host:
                     watch(kind, data)
                 if kind in ("execution_error", "execution_interrupted"):
                     raise NodeError(data)
-                if kind == "executing" and data.get("node") is None:  # once the history has it
+                if kind == "executing" and data.get("node") is None:  # as soon as the history has it
                     break
         finally:
             line.close()
@@ -182,12 +182,12 @@ class Host:
         return run
 
     def forget(self) -> None:
-        """Have the host let go of what it keeps. It does so after a prompt, and before the next."""
+        """Clear the host's cache. The host does so after a prompt and before the next."""
         self.post("/free", {"free_memory": True, "unload_models": False})
         self.run({"1": {"class_type": "PreviewAny", "inputs": {"source": "x"}}})
 
     def text(self, run: Run, node: str) -> str:
-        """The text a node shows."""
+        """The text shown by a node."""
         return "".join(run.outputs[node]["text"])
 
     def file(self, run: Run, node: str, kind: str = "images") -> Path:
@@ -204,7 +204,7 @@ class Host:
 
 @contextmanager
 def started(host: Installed, base: Path, pack: str = "fatezero-video", options: str = ""):
-    """A server with this pack, in a folder whose name holds a dash, and another one to mix with.
+    """A server with this pack, in a folder with a dash in its name, and the other pack.
 
     $COMFYUI_FRONTEND: the `static` folder of another comfyui-frontend-package than the host's own.
     """

@@ -1,4 +1,4 @@
-"""Where a workflow's nodes and groups stand: whether they keep apart, and how they are laid out."""
+"""Positions of a workflow's nodes and groups: check overlaps, and lay nodes out."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 TITLE = 30
-"""Pixels of a node's title, which lies above its `pos`."""
+"""Height of a node's title, which is above its `pos`, in pixels."""
 HEAD = 50
 """Pixels from a group's top to its first node's title."""
 EDGE, GAP = 20, 40
 """Pixels between a group's border and its nodes or the next group, and between nodes of a column."""
 
 
-def troubles(boxes: dict[str, Box], groups: dict[str, Box], members: dict[str, str]) -> list[str]:
-    """What lies over what, and which nodes leave their group. members: the group of a node, by the node's name."""
+def overlaps(boxes: dict[str, Box], groups: dict[str, Box], members: dict[str, str]) -> list[str]:
+    """Overlapping nodes, and nodes outside their group. members: the group of a node, by the node's name."""
     found = [f"{a} lies over {b}" for a, b in combinations(boxes, 2) if _cross(boxes[a], boxes[b])]
     found += [f"groups {a} and {b} cross" for a, b in combinations(groups, 2) if _cross(groups[a], groups[b])]
     for name, box in boxes.items():
@@ -37,7 +37,7 @@ def groups_of(workflow: dict[str, Any]) -> dict[str, Box]:
 
 
 def members_of(workflow: dict[str, Any]) -> dict[str, str]:
-    """The group that holds a node's place, by the node's number."""
+    """The group around a node, by the node's number."""
     groups = groups_of(workflow).items()
     return {
         str(node["id"]): title
@@ -47,14 +47,14 @@ def members_of(workflow: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def lay_out(workflow: dict[str, Any], seen: Iterable[dict[str, Box]]) -> None:
-    """Give nodes the room they were seen to take: columns stay columns, what is right of or below another stays so.
+def lay_out(workflow: dict[str, Any], drawn: Iterable[dict[str, Box]]) -> None:
+    """Give nodes the size they are drawn with, keeping columns and the order within them.
 
-    seen: the nodes' boxes on several occasions.
+    seen: the nodes' boxes, drawn several times.
     """
     members, nodes = members_of(workflow), {str(node["id"]): node for node in workflow["nodes"]}
     sizes = {name: (node["size"][0], node["size"][1] + TITLE) for name, node in nodes.items()}
-    for name, (left, top, right, bottom) in (one for boxes in seen for one in boxes.items()):
+    for name, (left, top, right, bottom) in (one for boxes in drawn for one in boxes.items()):
         sizes[name] = (max(sizes[name][0], ceil(right - left)), max(sizes[name][1], ceil(bottom - top)))
     parts = [
         _Part({n: node for n, node in nodes.items() if members.get(n) == group["title"]}, group)
@@ -78,7 +78,7 @@ def lay_out(workflow: dict[str, Any], seen: Iterable[dict[str, Box]]) -> None:
 
 @dataclass
 class _Part:
-    """Nodes of a group, or one without a group."""
+    """The nodes of a group, or a single node without group."""
 
     nodes: dict[str, Any]
     group: dict[str, Any] | None = None
@@ -90,7 +90,7 @@ class _Part:
         return _box(node["pos"][0], node["pos"][1] - TITLE, node["size"][0], node["size"][1] + TITLE)
 
     def stack(self, sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-        """Put the nodes into their columns, from a corner at 0, 0; the size."""
+        """Arrange the nodes in columns from a corner at 0, 0 and return the size."""
         edge, head = (EDGE, HEAD) if self.group is not None else (0, 0)
         x, bottom = edge, 0
         for column in _columns(self.nodes):
@@ -111,7 +111,7 @@ class _Part:
 
 
 def _columns(nodes: dict[str, Any]) -> list[list[tuple[str, Any]]]:
-    """Nodes from left to right, those of a column from top to bottom."""
+    """Columns of nodes from left to right, each sorted from top to bottom."""
     lefts = sorted({node["pos"][0] for node in nodes.values()})
     return [
         sorted(((n, node) for n, node in nodes.items() if node["pos"][0] == left), key=lambda one: one[1]["pos"][1])

@@ -1,6 +1,6 @@
-"""Nodes of "another pack", installed beside ours on the test host: real models and patches to mix with.
+"""Nodes of "another pack", installed with ours on the test host: real models, and patches to combine with.
 
-The host loads this file by itself; it knows nothing of the tests.
+The host loads this file as a pack of its own, independent of the tests.
 """
 
 import json
@@ -71,7 +71,7 @@ WAN_I2V = {
     "in_dim": 36, "out_dim": 16, "text_dim": 16,
 }  # fmt: skip
 V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-1.0, 1.0])}
-"""What tells the host that an SD 2.x predicts v."""
+"""The weight by which the host recognises that an SD 2.x predicts v."""
 
 
 def random_model(kind):
@@ -99,7 +99,7 @@ def random_model(kind):
 
 
 def node(name, inputs, outputs, **more):
-    """A class decorator that writes the schema."""
+    """A class decorator that defines the schema."""
 
     def of(cls):
         cls.define_schema = classmethod(
@@ -116,7 +116,7 @@ KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v"
 
 @node("OtherRandomModel", [KIND], [io.Model.Output()])
 class RandomModel(io.ComfyNode):
-    """A small model of random weights."""
+    """A small model with random weights."""
 
     @classmethod
     def execute(cls, kind):
@@ -125,7 +125,7 @@ class RandomModel(io.ComfyNode):
 
 @node("OtherConditioning", [io.Int.Input("seed"), io.Boolean.Input("pooled")], [io.Conditioning.Output()])
 class Conditioning(io.ComfyNode):
-    """Random embeddings of 77 tokens, with what SDXL wants beside them."""
+    """Random embeddings of 77 tokens, with SDXL's pooled embeddings."""
 
     @classmethod
     def execute(cls, seed, pooled):
@@ -136,7 +136,7 @@ class Conditioning(io.ComfyNode):
 
 @node("OtherLines", [io.String.Input("text")], [io.String.Output(is_output_list=True)])
 class Lines(io.ComfyNode):
-    """A list of strings, as packs for prompt batches give it."""
+    """A list of strings, as nodes for prompt batches return it."""
 
     @classmethod
     def execute(cls, text):
@@ -145,7 +145,7 @@ class Lines(io.ComfyNode):
 
 @node("OtherDemoModel", [io.Combo.Input("dtype", options=["fp16", "bf16", "fp8_e4m3fn"])], [io.Model.Output()])
 class DemoModel(io.ComfyNode):
-    """The demo model as the host loads it when it is told to keep UNets in another precision."""
+    """The demo model as the host loads it with an option for another UNet precision."""
 
     @classmethod
     def execute(cls, dtype):
@@ -184,7 +184,7 @@ class Wan(io.ComfyNode):
 
 @node("OtherAttention", SCALE, [io.Model.Output()])
 class Attention(io.ComfyNode):
-    """Every attention's output times a number, as packs for other kernels take its place."""
+    """Every attention output times a number, by an override as of packs with other kernels."""
 
     @classmethod
     def execute(cls, model, scale):
@@ -196,12 +196,12 @@ class Attention(io.ComfyNode):
 
 @node("OtherSparseAttention", SCALE, [io.Model.Output()])
 class SparseAttention(io.ComfyNode):
-    """Self-attention times a number, by an override that is laid again at each step, as the host's Model Sparse
-    Attention does: on top of what is there by then, which it asks for all else."""
+    """Self-attention times a number, by an override that is set again in each step, as by the host's Model Sparse
+    Attention: it wraps the current override and delegates everything else to it."""
 
     @classmethod
     def execute(cls, model, scale):
-        laid = set()
+        own = set()
 
         def lay(options):
             before = options.get("optimized_attention_override")
@@ -211,8 +211,8 @@ class SparseAttention(io.ComfyNode):
                     return scale * func(q, k, *rest, **more)
                 return func(q, k, *rest, **more) if before is None else before(func, q, k, *rest, **more)
 
-            if before not in laid:
-                laid.add(override)
+            if before not in own:
+                own.add(override)
                 options["optimized_attention_override"] = override
 
         patched = model.clone()
@@ -226,7 +226,7 @@ class SparseAttention(io.ComfyNode):
 
 @node("OtherSkip", [io.Model.Input("model")], [io.Model.Output()])
 class SkipBlock(io.ComfyNode):
-    """Leaves the second block out, or the middle block's self-attention of a UNet, once sampling is under way."""
+    """Skips the second block, or the middle block's self-attention of a UNet, after the first steps."""
 
     @classmethod
     def execute(cls, model):
@@ -244,7 +244,7 @@ class SkipBlock(io.ComfyNode):
 
 @node("OtherNegativeAgain", [io.Model.Input("model")], [io.Model.Output()])
 class NegativeAgain(io.ComfyNode):
-    """Adds a hundred times what a second evaluation of the negative has that the first had not: nothing."""
+    """Adds a hundred times the difference of two evaluations of the negative, which is zero."""
 
     @classmethod
     def execute(cls, model):
@@ -259,7 +259,7 @@ class NegativeAgain(io.ComfyNode):
 
 @node("OtherBlock", SCALE, [io.Model.Output()])
 class Block(io.ComfyNode):
-    """What the second block adds times a number, by a replacement of the block."""
+    """Multiplies the second block's residual by a number, by replacing the block."""
 
     @classmethod
     def execute(cls, model, scale):
@@ -274,7 +274,7 @@ class Block(io.ComfyNode):
 
 @node("OtherLatent", [io.Int.Input("seed"), io.String.Input("shape")], [io.Latent.Output()])
 class Latent(io.ComfyNode):
-    """Random latents of a shape, by commas."""
+    """Random latents of a shape, given as numbers with commas."""
 
     @classmethod
     def execute(cls, seed, shape):
@@ -283,7 +283,7 @@ class Latent(io.ComfyNode):
 
 
 class _Given:
-    """Noise that is given."""
+    """A NOISE of given values."""
 
     seed = 0
 
@@ -296,7 +296,7 @@ class _Given:
 
 @node("OtherLatentNoise", [io.Model.Input("model"), io.Latent.Input("latent")], [io.Noise.Output(), io.Latent.Output()])
 class LatentNoise(io.ComfyNode):
-    """A latent as the noise of a flow that begins at sigma 1, and an empty one to add it to."""
+    """A latent as NOISE for a flow that starts at sigma 1, and an empty latent to add it to."""
 
     @classmethod
     def execute(cls, model, latent):
@@ -306,7 +306,7 @@ class LatentNoise(io.ComfyNode):
 
 @node("OtherAttn2", SCALE, [io.Model.Output()])
 class Attn2(io.ComfyNode):
-    """Cross-attention of the middle block times a number, as IPAdapter-like packs replace it."""
+    """Cross-attention of the middle block times a number, replaced as by IPAdapter packs."""
 
     @classmethod
     def execute(cls, model, scale):
@@ -331,7 +331,7 @@ class Attn2Output(io.ComfyNode):
 
 @node("OtherSeparateCalls", [io.Model.Input("model")], [io.Model.Output()])
 class SeparateCalls(io.ComfyNode):
-    """Conditional and unconditional in calls of their own, as on a full card."""
+    """Conditional and unconditional in separate calls, as on a full GPU."""
 
     @classmethod
     def execute(cls, model):
@@ -344,7 +344,7 @@ class SeparateCalls(io.ComfyNode):
     "OtherPredictions", [io.Model.Input("model"), io.Boolean.Input("around_calls", default=False)], [io.Model.Output()]
 )
 class Predictions(io.ComfyNode):
-    """More of every prediction; around_calls: and a wrapper around calls that changes nothing."""
+    """Multiplies every prediction; around_calls: also adds a wrapper around calls that changes nothing."""
 
     @classmethod
     def execute(cls, model, around_calls=False):
@@ -359,7 +359,7 @@ class Predictions(io.ComfyNode):
 
 
 class _Offloading(comfy.model_patcher.ModelPatcher):
-    """Loads hardly anything: weights are brought in layer by layer, LoRA applied on the way."""
+    """A model patcher that keeps weights offloaded: layers are loaded one by one, with LoRA applied."""
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         return super().partially_load(device_to, 0.1, force_patch_weights)
@@ -367,7 +367,7 @@ class _Offloading(comfy.model_patcher.ModelPatcher):
 
 @node("OtherLowVram", [io.Model.Input("model")], [io.Model.Output()])
 class LowVram(io.ComfyNode):
-    """A model that is loaded as under --lowvram. It is a copy, for nothing else may have it loaded."""
+    """A model loaded as with --lowvram; a copy, because it must not be loaded elsewhere."""
 
     @classmethod
     def execute(cls, model):
@@ -378,7 +378,7 @@ class LowVram(io.ComfyNode):
 
 @node("OtherHooks", [io.Model.Input("model")], [io.String.Output()], is_output_node=True)
 class Hooks(io.ComfyNode):
-    """What hangs on a model: forward hooks of its modules, layers of others, and patches of its options."""
+    """Everything attached to a model: forward hooks, injected layers, and patches in its options."""
 
     @classmethod
     def fingerprint_inputs(cls, **_):
@@ -389,7 +389,7 @@ class Hooks(io.ComfyNode):
         modules = list(model.model.modules())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + isinstance(m, Motion) for m in modules)
         put = [(m, vars(m)["forward"]) for m in modules if "forward" in vars(m)]
-        own = sum(getattr(forward, "__func__", None) is not type(m).forward for m, forward in put)  # not put back
+        own = sum(getattr(forward, "__func__", None) is not type(m).forward for m, forward in put)  # not restored
         options = model.model_options["transformer_options"]
         wrappers = sorted(model.wrappers)
         text = f"{hooks} hooks, {own} forwards, options {sorted(options)}, wrappers {wrappers}"
@@ -398,7 +398,7 @@ class Hooks(io.ComfyNode):
 
 @node("OtherRamUsage", [io.Custom("ATTENTION_STORE").Input("store")], [io.String.Output()], is_output_node=True)
 class RamUsage(io.ComfyNode):
-    """What the host's cache reads of a store."""
+    """The size of a store as read by the host's cache."""
 
     @classmethod
     def execute(cls, store):
@@ -408,7 +408,7 @@ class RamUsage(io.ComfyNode):
 
 @node("OtherGligen", [io.Model.Input("model"), io.Conditioning.Input("positive")], [io.Conditioning.Output()])
 class Gligen(io.ComfyNode):
-    """A prompt with a box for an object, by a GLIGEN of random weights that fits the model."""
+    """A prompt with a box for an object, by a random GLIGEN that fits the model."""
 
     @classmethod
     def execute(cls, model, positive):
@@ -429,7 +429,7 @@ class Gligen(io.ComfyNode):
 
 @node("OtherOption", [io.Conditioning.Input("positive"), io.String.Input("name")], [io.Conditioning.Output()])
 class Option(io.ComfyNode):
-    """A prompt with an option that some node of the host, or another pack, may set."""
+    """A prompt with an option that a node of the host or another pack may set."""
 
     @classmethod
     def execute(cls, positive, name):
@@ -439,7 +439,7 @@ class Option(io.ComfyNode):
 
 @node("OtherGPUs", [io.Model.Input("model")], [io.Model.Output()])
 class GPUs(io.ComfyNode):
-    """A model with a copy for a second GPU, as the host's MultiGPU node leaves it."""
+    """A model with a copy for a second GPU, as returned by the host's MultiGPU node."""
 
     @classmethod
     def execute(cls, model):
@@ -450,7 +450,7 @@ class GPUs(io.ComfyNode):
 
 @node("OtherTextRows", [io.Model.Input("model")], [io.Model.Output()])
 class TextRows(io.ComfyNode):
-    """Counts the rows whose keys the middle block's cross-attention projects."""
+    """Counts the rows for which the middle block's cross-attention projects keys."""
 
     seen: set[int] = set()
     handle = None
@@ -465,7 +465,7 @@ class TextRows(io.ComfyNode):
 
 @node("OtherTextRowsSeen", [io.Latent.Input("after")], [io.String.Output()], is_output_node=True)
 class TextRowsSeen(io.ComfyNode):
-    """What `OtherTextRows` counted."""
+    """The count of `OtherTextRows`."""
 
     @classmethod
     def execute(cls, after):
@@ -475,7 +475,7 @@ class TextRowsSeen(io.ComfyNode):
 
 
 class Motion(torch.nn.Module):
-    """A layer in which the frames of a call meet, as motion modules have it."""
+    """A layer that mixes the frames of a call, as motion modules do."""
 
     def forward(self, x, branches):
         clips = x.unflatten(0, (branches, -1))
@@ -497,7 +497,7 @@ def eject(patcher):
 
 @node("OtherMotion", [io.Model.Input("model")], [io.Model.Output()])
 class OtherMotion(io.ComfyNode):
-    """Layers between frames, injected while the model is loaded, as AnimateDiff-Evolved does it."""
+    """Layers that mix frames, injected when the model is loaded, as by AnimateDiff-Evolved."""
 
     @classmethod
     def execute(cls, model):
@@ -509,7 +509,7 @@ class OtherMotion(io.ComfyNode):
 
 
 def prepare_outside(executor, *args, **more):
-    """State for the wrappers within, and a sampling function of its own in the host's place."""
+    """State for the inner wrappers, and a sampling function in place of the host's."""
     guider, own = executor.class_obj, comfy.samplers.sampling_function
     before = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(before)
@@ -540,7 +540,7 @@ def prepare_sampler(executor, guider, sigmas, extra, *args, **more):
 
 
 def windows_of(frames, length):
-    """Windows that overlap by a frame."""
+    """Windows that overlap by one frame."""
     starts = (
         sorted({min(start, frames - length) for start in range(0, frames - 1, length - 1)}) if length < frames else []
     )
@@ -549,7 +549,7 @@ def windows_of(frames, length):
 
 def in_windows(length):
     def wrapper(executor, model, conds, x, timestep, model_options):
-        state, told = (model_options["transformer_options"][name] for name in ("other_state", "ad_params"))
+        state, params = (model_options["transformer_options"][name] for name in ("other_state", "ad_params"))
         missing = {"outer", "prepare", "sampler"} - set(state["ran"])
         if missing or len(x) != state["frames"]:
             raise RuntimeError(f"wrappers that did not run: {missing}; {len(x)} frames of {state['frames']}")
@@ -557,7 +557,7 @@ def in_windows(length):
             return executor(model, conds, x, timestep, model_options)
         results, counts = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
         for frames in windows_of(len(x), length):
-            told["sub_idxs"] = frames
+            params["sub_idxs"] = frames
             parts = executor(model, conds, x[frames], timestep[frames], model_options)
             for result, part in zip(results, parts, strict=True):
                 result[frames] += part
@@ -569,8 +569,8 @@ def in_windows(length):
 
 @node("OtherWindows", [io.Model.Input("model"), io.Int.Input("length")], [io.Model.Output()])
 class OtherWindows(io.ComfyNode):
-    """Context windows inside the calls of the model, by state that the sampling's wrappers prepare, as
-    AnimateDiff-Evolved has them; it tells the frames of a call under the name that this pack gave them.
+    """Context windows inside calls of the model, with state prepared by wrappers of the sampling, as in
+    AnimateDiff-Evolved; the frames of a call are published under this pack's name.
     """
 
     @classmethod
@@ -585,7 +585,7 @@ class OtherWindows(io.ComfyNode):
 
 @node("OtherTwice", [io.Model.Input("model")], [io.Model.Output()])
 class OtherTwice(io.ComfyNode):
-    """Samples, and samples again from what came out, as FreeInit does."""
+    """Samples, then samples again from the result, as FreeInit does."""
 
     @classmethod
     def execute(cls, model):

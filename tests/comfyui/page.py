@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 HOW = "no browser found: install Chromium (Debian's package chromium)"
 READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
 ACTIVE = "app.extensionManager.workflow.activeWorkflow?.path"
-"""The workflow that is open."""
+"""The open workflow."""
 SETTLED = """async pictures => {
     const boxes = () => app.graph._nodes.map(node => {
         const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
@@ -37,7 +37,7 @@ SETTLED = """async pictures => {
     }
     return boxes()
 }"""
-"""The place and size of each node, titles included, when three drawings made no difference and, if so told, pictures
+"""Position and size of each node with its title, once they are equal in three frames and, on request, pictures
 are loaded."""
 
 
@@ -66,7 +66,7 @@ PLACE = """() => {
 
 @dataclass
 class Page:
-    """The page, open; `errors` are what it complained of."""
+    """The open page; `errors` are its console errors."""
 
     tab: Any
     errors: list[str] = field(default_factory=list)
@@ -80,17 +80,17 @@ class Page:
         return json.loads(self.tab.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def prompt(self) -> dict[str, Any]:
-        """What the page would queue, in API format."""
+        """The prompt that the page would queue, in API format."""
         return self.tab.evaluate("async () => (await app.graphToPrompt()).output")
 
     def missing(self) -> list[str]:
-        """Node types that the page does not know."""
+        """Node types unknown to the page."""
         return self.tab.evaluate(
             "() => app.graph._nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type)"
         )
 
     def design(self, newer: bool) -> None:
-        """Draw nodes in the page's older or its newer design."""
+        """Select the page's older or newer node design."""
         self.tab.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", newer)
         self.tab.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=newer)
 
@@ -106,30 +106,30 @@ class Page:
         )
 
     def boxes(self) -> dict[str, tuple[float, float, float, float]]:
-        """Left, top, right and bottom of each node as it is drawn, once that rests."""
+        """Left, top, right and bottom of each node as drawn, once the layout is stable."""
         self.tab.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         found = self.tab.evaluate(SETTLED, True)
         return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
 
     def inner_boxes(self, title: str) -> dict[str, tuple[float, float, float, float]]:
-        """Left, top, right and bottom of each node inside a subgraph node, which is opened, with its two ends."""
+        """Left, top, right and bottom of each node inside a subgraph, which is opened, and of its two end nodes."""
         found = self.tab.evaluate(INNER, title)
         return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
 
     def texts(self) -> list[str]:
-        """The texts that nodes show and nobody may edit."""
+        """The read-only texts shown by nodes."""
         return self.tab.evaluate(
             """() => [...document.querySelectorAll('textarea[readonly]')]
                 .filter(text => text.checkVisibility() && text.clientHeight > 10).map(text => text.value)"""
         )
 
     def queue(self, host: Host, prompt: dict[str, Any]) -> str:
-        """Have the host run a prompt of the nodes that are open, and wait for the end: the last message about it."""
+        """Run a prompt of the open nodes on the host, wait for its end, and return the last message."""
         client = self.tab.evaluate("() => app.api.clientId")
         return self._until_end(lambda: host.post("/prompt", {"prompt": prompt, "client_id": client}))
 
     def run(self) -> str:
-        """Queue what is open, as its button does, and wait for the end: the last message about it."""
+        """Queue the open workflow as by its button, wait for its end, and return the last message."""
         return self._until_end(lambda: self.tab.evaluate("() => { app.queuePrompt(0, 1) }"))
 
     def _until_end(self, queue: Callable[[], Any]) -> str:
@@ -143,7 +143,7 @@ class Page:
         return self.tab.evaluate("() => window.ended")
 
     def taken(self, graph_alone: bool = False) -> bytes:
-        """A PNG of the page with the whole graph in view, or of the graph alone."""
+        """A PNG of the page with the whole graph in view, or of only the graph."""
         self.boxes()
         if not graph_alone:
             return self.tab.screenshot()
@@ -151,12 +151,12 @@ class Page:
         return self.tab.screenshot(clip={"x": left, "y": top, "width": right - left, "height": bottom - top})
 
     def reload(self) -> None:
-        """Load the page again, which opens what was open."""
+        """Reload the page, which reopens the open workflow."""
         self.tab.reload()
         self.tab.wait_for_function(READY)
 
     def back(self) -> None:
-        """Go to the tab of the workflow that was opened before."""
+        """Switch to the tab of the workflow opened before."""
         before = self._active()
         self.tab.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
         self.tab.wait_for_function(f"before => {ACTIVE} !== before", arg=before)

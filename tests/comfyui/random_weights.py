@@ -1,4 +1,4 @@
-"""Files of random weights that fit the demo model: a LoRA and a ControlNet."""
+"""Files with random weights for the demo model: a LoRA and a ControlNet."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ def write_lora(host: Host) -> str:
 
 
 def write_controlnet(host: Host) -> str:
-    """A random ControlNet for the demo model, in the layout that takes the rest of its weights from the model."""
+    """A random ControlNet for the demo model, in the layout that shares the model's other weights."""
     random = torch.Generator().manual_seed(0)
     unet = {k.removeprefix(PREFIX): v for k, v in single_file(DEMO).items() if k.startswith(PREFIX)}
     widths = [3, 16, 16, 32, 32, 96, 96, 256, unet["input_blocks.0.0.weight"].shape[0]]

@@ -1,4 +1,4 @@
-"""The workflows that ship, and how tests run them with the demo's models."""
+"""The bundled workflows, and running them with the demo's models."""
 
 import json
 import shutil
@@ -22,21 +22,21 @@ DEMO = {
     "tune_a_video": 11,
     "wan_demo": 12,
 }
-"""Those that need no model file, and in how many steps the tests run them; no two alike, so that none is cached."""
+"""Workflows without model files, and their steps in tests; all different, so that none is cached."""
 WITH_STEPS = {"FateZeroInvert": 0, "FateZeroSigmas": 0, "FateZeroFlowEdit": 0, "BasicScheduler": 1, "LTXVScheduler": 0}
-"""The nodes that have a number of steps, and the place of its widget."""
+"""Nodes with a number of steps, and the index of its widget."""
 WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
-"""The nodes that load Wan's parts, and which output of the demo's video model takes the place of each."""
+"""Nodes that load Wan's parts, and the output of the demo's video model used instead."""
 
 FLOWS = {"flow_edit_h3": "h3", "flow_edit_ltx2": "ltxav", "flow_edit_qwen_image": "qwen"}
-"""Those for other flow models than Wan, and the kind of small random model that takes the files' place."""
+"""Workflows for flow models other than Wan, and the kind of small random model used instead of files."""
 FLOW_FILES = {
     "UNETLoader": {0: 0}, "CheckpointLoaderSimple": {0: 0, 2: 2}, "CLIPLoader": {0: 1},
     "LTXAVTextEncoderLoader": {0: 1}, "VAELoader": {0: 2}, "LTXVAudioVAELoader": {0: 3},
 }  # fmt: skip
-"""The nodes that load their parts, and which output of *FlowLoader* takes the place of each output."""
+"""Nodes that load their parts, and the outputs of *FlowLoader* used instead."""
 LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9}
-"""Frames of the clip in the tests, where the model does not take three."""
+"""Frames of the clip in tests, for models that do not accept three."""
 
 
 def read(name: str, folder=FOLDER):
@@ -49,7 +49,7 @@ def stood_in(name, prompt, host, lora, controlnet):
 
 
 def of_flow(name, prompt, host):
-    """A workflow for another flow model than Wan, with small random weights and a clip with sound."""
+    """A workflow for a flow model other than Wan, with small random weights and a clip with sound."""
     flashes(host.base / "input" / "sounding.mp4", times=[Fraction(i, 24) for i in range(24)])
     shutil.copy(REPO / "demo" / "overview.png", host.base / "input" / "example.png")
     parts = {}
@@ -74,10 +74,10 @@ def of_flow(name, prompt, host):
 
 
 def of_demo(prompt, host, lora, controlnet):
-    """A workflow for real models, with the demo's model and clip in their place and few steps."""
+    """A workflow for real models, with the demo's model and clip instead, and few steps."""
     shutil.copy(REPO / "demo" / "clip.mp4", host.base / "input")
     words = {"source": "a red square on water", "target": "a blue circle on water"}
-    placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # whose words are its prompt's
+    placed = any(node["class_type"] == "FateZeroLayout" for node in prompt.values())  # its words are in its prompt
     parts = {name: WAN_FILES[node["class_type"]] for name, node in prompt.items() if node["class_type"] in WAN_FILES}
     for node in prompt.values():
         inputs, kind = node["inputs"], node["class_type"]

@@ -1,4 +1,4 @@
-"""A batch on real servers, and a result of Save Video that holds all that made it."""
+"""A batch on real servers, and a result of Save Video with the prompt that made it."""
 
 import json
 import socket
@@ -25,12 +25,12 @@ def folder(tmp_path, monkeypatch):
     return two_clips(tmp_path)
 
 
-def write(folder, **held) -> None:
+def write(folder, **content) -> None:
     shared = {"workflow": str(WORKFLOW), "inputs": {"source": "4.source", "target": "4.target"}, "source": SOURCE}
-    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "steps": 2, "count": 3, **held}, sort_keys=False))
+    (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "steps": 2, "count": 3, **content}, sort_keys=False))
 
 
-def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_path_factory):
+def test_jobs_on_two_servers_and_one_unreachable(command, host, folder, tmp_path_factory):
     write(
         folder, clips="clips/*.mp4", targets=["a green square on water", "a red star on water"],
         jobs=[
@@ -43,14 +43,14 @@ def test_jobs_on_two_servers_and_one_that_is_gone(command, host, folder, tmp_pat
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"
     with started(HOSTS[0], tmp_path_factory.mktemp("second")) as other:
         servers = (part for url in (host.url, other.url, gone) for part in ("--comfyui", url))
-        said = command("batch", "jobs.yaml", "--no-measure", *servers, code=1)
-    assert "2 of 6 jobs failed" in said, said
+        output = command("batch", "jobs.yaml", "--no-measure", *servers, code=1)
+    assert "2 of 6 jobs failed" in output, output
     found = {row["job"]: row for row in summary_rows(folder / "jobs")}
     errors = {name.partition("_")[0]: row["error"] for name, row in found.items() if row["status"] == "failed"}
     assert "crop_left" in errors["refused"]
     assert errors["failing"].startswith("FateZeroInvert (node 6): key_frames: unknown entry 'nonsense'")
     done = [row for row in found.values() if row["status"] == "done"]
-    assert {row["where"] for row in done} == {host.url, other.url}, "both had some to do"
+    assert {row["where"] for row in done} == {host.url, other.url}, "both had jobs"
     for row in done:
         within = json.loads(read_metadata(folder / "jobs" / row["result"])["prompt"])
         assert within["4"]["inputs"]["target"] == row["target"], "the job's own"
@@ -73,19 +73,19 @@ def test_a_job_is_interrupted(host, folder, how):
         host.post("/interrupt", {})
     elif how == "by a signal":
         run.terminate()
-    said = run.communicate()[0]
-    told = {
+    output = run.communicate()[0]
+    expected = {
         "on the server": "it was interrupted on the server",
         "by a signal": "nothing half-written is left",
         "by a timeout": "it took more than 1 seconds",
     }
-    assert told[how] in said, said
+    assert expected[how] in output, output
     wait_until(lambda: not host.get("/queue")["queue_running"])
     assert not list((folder / "jobs").glob("*.mp4"))
 
 
 @pytest.mark.parametrize(
-    ("held", "says"),
+    ("content", "message"),
     [
         ({}, "nodes (6, 7, 9, 13) have an input chunk_frames"),
         ({"nonsense": 3}, "no node has an input nonsense"),
@@ -94,16 +94,16 @@ def test_a_job_is_interrupted(host, folder, how):
         ({"workflow": None}, "name no workflow"),
     ],
 )
-def test_workflows_that_a_job_does_not_fit(refused, folder, held, says):
-    if held.get("workflow"):
-        held = {"workflow": str(REPO / held["workflow"])}
-    chunk = {"chunk_frames": 4} if "chunk_frames" in says else {}
-    write(folder, jobs=[{"video": "clips/a.mp4", "target": "x", **chunk}], **held)
-    assert says in refused("batch", "jobs.yaml", "--comfyui", "http://127.0.0.1:9")
+def test_jobs_that_do_not_fit_their_workflow(refused, folder, content, message):
+    if content.get("workflow"):
+        content = {"workflow": str(REPO / content["workflow"])}
+    chunk = {"chunk_frames": 4} if "chunk_frames" in message else {}
+    write(folder, jobs=[{"video": "clips/a.mp4", "target": "x", **chunk}], **content)
+    assert message in refused("batch", "jobs.yaml", "--comfyui", "http://127.0.0.1:9")
 
 
-def test_what_save_video_embeds_makes_it_again(host):
-    """The prompt in the file's metadata, queued on a host that remembers nothing, gives the same frames."""
+def test_the_prompt_embedded_by_save_video_reproduces_the_video(host):
+    """The prompt in the file's metadata, queued on a host with an empty cache, gives the same frames."""
     prompt = json.loads(WORKFLOW.read_text())
     prompt["6"]["inputs"]["steps"] = 4
     for node in prompt.values():
@@ -114,7 +114,7 @@ def test_what_save_video_embeds_makes_it_again(host):
     frames = read_video(first).frames
     host.forget()
     run = host.run(within)
-    assert "9" in run.executed(), "edited anew"
+    assert "9" in run.executed(), "not from the cache"
     again = host.file(run, "12")
     assert again != first
     assert torch.equal(read_video(again).frames, frames)

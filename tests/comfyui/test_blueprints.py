@@ -1,4 +1,4 @@
-"""Blueprints: one node for a whole edit, found in the page's search, connected and run."""
+"""Blueprints: one node for a whole edit; found in the page's search, connected and run."""
 
 import json
 
@@ -33,11 +33,11 @@ CONNECT = """([title, values]) => {
 VALUES = {
     "source": SOURCE, "target": TARGET, "frames": 3, "width": SIDE, "height": SIDE, "steps": 4, "guidance": 7.5
 }  # fmt: skip
-"""What a user changes: of words the prompts alone."""
+"""A user's changes: the prompts, and no other words."""
 
 
 def find(page, title):
-    """Double-click the canvas, type, take the first that is found, and put it down, as a user does."""
+    """Double-click the canvas, type, and place the first result, as a user does."""
 
     def until(state):
         page.tab.wait_for_function(f"([title, x, y]) => {state}", arg=[title, 900, 500])
@@ -55,7 +55,7 @@ def find(page, title):
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.HOW)
 @pytest.mark.parametrize("kinds", [KINDS[1:2], pytest.param(KINDS, marks=pytest.mark.slow)])
-def test_a_newcomer_finds_one_node_and_edits(host, kinds):
+def test_a_blueprint_is_found_and_edits(host, kinds):
     with browser.opened(host) as page:
         for kind in kinds:
             title = f"{kind} Edit (FateZero)"
@@ -69,7 +69,7 @@ def test_a_newcomer_finds_one_node_and_edits(host, kinds):
             found = host.latents(prompt, [sampler, 0])
             plain = DemoGraph()
             plain.set(plain.edit, preset=f"{kind.lower()}+")
-            assert torch.equal(found, edited(host, plain)), "the same edit as by nodes of its own"
+            assert torch.equal(found, edited(host, plain)), "the same edit as by separate nodes"
             assert page.run() == "execution_success"
             assert troubles(page.inner_boxes(title), {}, {}) == []
         page.tab.evaluate("([title, v]) => { app.graph._nodes.find(n => n.title === title).widgets.find("
@@ -83,19 +83,19 @@ def test_a_newcomer_finds_one_node_and_edits(host, kinds):
         assert page.errors == []
 
 
-def test_no_words_of_the_prompts_that_ship_outlive_a_change():
-    """Blend words and weights of nodes are empty, which is those that change, and none."""
+def test_no_words_of_the_bundled_prompts_remain_in_other_widgets():
+    """Blend words and weights of nodes are empty: the words that change, and no weights."""
     paths = [*FOLDER.glob("*.json"), *(REPO / "workflows").glob("*.json")]
     graphs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     graphs += [inner for graph in graphs for inner in graph.get("definitions", {}).get("subgraphs", [])]
     pairs = [node for graph in graphs for node in graph["nodes"] if node["type"] == "FateZeroPromptEdit"]
     without = [path for path in paths if path.stem.startswith("flow_") or path.stem == "layout_new_clip"]
-    assert len(pairs) >= len(paths) - len(without), "FlowEdit matches no words, and a new clip has no source"
+    assert len(pairs) >= len(paths) - len(without), "FlowEdit matches no words, and a generated clip has no source"
     assert [node["widgets_values"][3:] for node in pairs] == [["", "", ""]] * len(pairs)
 
 
-def test_blueprints_hold_the_nodes_as_they_are(host):
-    """Every inner node has the widgets that the host's nodes have today, in their order."""
+def test_blueprints_contain_the_current_nodes(host):
+    """Every inner node has the widgets of the host's node, in the same order."""
     for path in FOLDER.glob("*.json"):
         blueprint = json.loads(path.read_text(encoding="utf-8"))
         (inner,) = blueprint["definitions"]["subgraphs"]

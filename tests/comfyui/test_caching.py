@@ -1,4 +1,4 @@
-"""The host's ways of keeping results: whatever it lets go of, and whatever changes between, results stay right."""
+"""The host's caches: results are right whatever is evicted or changed between runs."""
 
 import random
 
@@ -19,39 +19,39 @@ CHOICES = {
     "guidance": [5.0, 7.5],
     "by": ["nodes", "sampler"],
 }
-"""What a user changes between two runs; `by`: our own nodes, or the host's SamplerCustomAdvanced."""
+"""Settings changed between runs; `by`: our nodes, or the host's SamplerCustomAdvanced."""
 
 
-def result(host, asked) -> torch.Tensor:
-    graph = DemoGraph(steps=asked["steps"])
-    graph.set(graph.words, target=asked["target"])
-    graph.set(graph.invert, memory=asked["memory"], key_frames=asked["key_frames"])
-    graph.set(graph.edit, preset=asked["preset"], guidance=asked["guidance"])
-    if asked["by"] == "nodes":
+def result(host, settings) -> torch.Tensor:
+    graph = DemoGraph(steps=settings["steps"])
+    graph.set(graph.words, target=settings["target"])
+    graph.set(graph.invert, memory=settings["memory"], key_frames=settings["key_frames"])
+    graph.set(graph.edit, preset=settings["preset"], guidance=settings["guidance"])
+    if settings["by"] == "nodes":
         return edited(host, graph)
     begin, store = invert_with(graph)
     return host.latents(graph.prompt, edit_with(graph, begin, store)[0])
 
 
 def walk(host, length, seed):
-    """Results of random changes, one setting at a time, by what was asked; the same again must be the same."""
-    chosen, asked, found = random.Random(seed), {name: values[0] for name, values in CHOICES.items()}, {}
+    """Results by settings, for random changes of one setting at a time; equal settings must give equal results."""
+    chosen, settings, found = random.Random(seed), {name: values[0] for name, values in CHOICES.items()}, {}
     for _ in range(length):
         name = chosen.choice([*CHOICES])
-        asked = {**asked, name: chosen.choice([value for value in CHOICES[name] if value != asked[name]])}
-        key = tuple(asked.items())
-        now = result(host, asked)
-        assert torch.allclose(found.setdefault(key, now), now, atol=1e-4), asked
+        settings = {**settings, name: chosen.choice([value for value in CHOICES[name] if value != settings[name]])}
+        key = tuple(settings.items())
+        now = result(host, settings)
+        assert torch.allclose(found.setdefault(key, now), now, atol=1e-4), settings
     return found
 
 
 @pytest.mark.parametrize("options", ["--cache-ram 1000", "", "--cache-classic", "--cache-lru 3"])
-@pytest.mark.slow  # test_nodes, test_sampling and test_workflows change one thing and run again
-def test_a_walk_of_changes_gives_what_fresh_runs_give(host, tmp_path, options):
-    """--cache-ram 1000: the host wants more memory free than there is, and lets go of all it can."""
+@pytest.mark.slow  # test_nodes, test_sampling and test_workflows also change one thing and run again
+def test_cached_results_equal_fresh_ones(host, tmp_path, options):
+    """--cache-ram 1000: the host has to free more memory than there is, so it evicts all it can."""
     with started(HOSTS[0], tmp_path / "walked", options=options) as walked:
         found = walk(walked, 7, seed=len(options))
     assert len(found) > 3
-    for asked, latents in found.items():
+    for settings, latents in found.items():
         host.forget()
-        assert torch.allclose(result(host, dict(asked)), latents, atol=1e-4), asked
+        assert torch.allclose(result(host, dict(settings)), latents, atol=1e-4), settings

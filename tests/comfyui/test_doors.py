@@ -41,7 +41,7 @@ def by_command(folder, preset):
 
 
 def by_batch(folder, preset) -> str:
-    """The digest of the frames, since a batch writes videos."""
+    """The digest of the frames, because a batch writes videos."""
     job = {"video": str(CLIP), "source": SOURCE, "target": TARGET, "negative": NEGATIVE, "preset": preset}
     shared = {"steps": STEPS, "count": FRAMES, "size": [64, 64]}
     (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "jobs": [job]}))
@@ -82,8 +82,8 @@ def by_nodes(host, preset):
 
 
 @pytest.mark.parametrize("preset", ["attribute+", "shape", "style"])
-def test_every_door_makes_the_same_edit(host, tmp_path, preset):
-    """Bit for bit outside ComfyUI, whose UNet is its own, and whose Save Image rounds down."""
+def test_every_door_gives_the_same_edit(host, tmp_path, preset):
+    """Bit for bit except in ComfyUI, which has its own UNet, and whose Save Image rounds down."""
     command = by_command(tmp_path, preset)
     assert command.shape == (FRAMES, 64, 64, 3)
     assert by_batch(tmp_path, preset) == digest(command)

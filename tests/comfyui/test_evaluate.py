@@ -14,7 +14,7 @@ from fatezero.video.size import to_unit
 
 
 class Measured(DemoGraph):
-    """The demo's edit, measured and compared with its source."""
+    """A graph of the demo's edit, evaluated and compared with its source."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,17 +37,17 @@ def test_an_edit_is_measured_and_plotted(host):
     graph = Measured()
     run = host.run(graph.prompt)
     report = host.text(run, graph.evaluate.id)
-    told = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1] for line in report.splitlines()}
-    assert set(told) == {
+    figures = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1] for line in report.splitlines()}
+    assert set(figures) == {
         "PSNR to source", "SSIM to source", "warp error", "warp error of the source", "pixels not occluded",
     }  # fmt: skip
-    assert told["PSNR to source"].endswith(" dB")
+    assert figures["PSNR to source"].endswith(" dB")
     with Image.open(host.file(run, graph.plot.id)) as plot:
         assert plot.size == (768, 600)
 
 
-def test_the_figures_are_those_of_the_library(host):
-    """Taken again from the pictures that the host saved."""
+def test_the_figures_equal_the_librarys(host):
+    """Computed from the pictures that the host saved."""
     graph = Measured()
     frames = [graph.add("SaveImage", images=node[0], filename_prefix=name) for name, node in
               (("a", graph.video), ("b", graph.edited))]  # fmt: skip
@@ -61,7 +61,7 @@ def test_the_figures_are_those_of_the_library(host):
 
 
 def clip_of(host, run, node):
-    """The pictures a node saved, as frames in 0..1."""
+    """The pictures saved by a node, as frames in 0..1."""
     pictures = [
         Image.open(host.base / x["type"] / x["subfolder"] / x["filename"]) for x in run.outputs[node.id]["images"]
     ]
@@ -78,7 +78,7 @@ def test_two_clips_become_one_video(host, comparison):
     assert video.fps == 8
 
 
-def test_clips_that_differ_are_told(host):
+def test_clips_of_different_sizes_are_refused(host):
     graph = Measured()
     fewer = graph.add("ImageFromBatch", image=graph.video[0], batch_index=0, length=2)
     graph.set(graph.evaluate, edited=fewer[0])

@@ -19,26 +19,26 @@ from comfyui.test_wan import lora as wan_lora  # noqa: F401
 from small import relative
 
 RIGHT = "right"
-"""Memories and chunks agree, and without fusion the host's own guider; chunks may be refused by the node's name."""
+"""Memories and chunks agree, also with the host's own guider without fusion; chunks may be refused by name."""
 HOST_FAILS = "the host fails"
-"""The node does not fit: the host's own guider fails with it too, or the node itself."""
+"""The node does not fit the model: it fails, or the host's own guider does."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A node to run: what becomes of it on a UNet and on Wan, RIGHT, HOST_FAILS, or what its refusal says, and
-    settings with which it does something.
+    """A node to run: its outcome on a UNet and on Wan (RIGHT, HOST_FAILS, or text of the refusal), and
+    settings with an effect.
     """
 
     unet: str = RIGHT
     wan: str = RIGHT
     settings: dict[str, Any] = field(default_factory=dict)
     alike: bool = False
-    """Whether it is refused on Wan on one side alone, and right on both."""
+    """Whether it is refused on Wan on one side only, and right on both."""
     memory: str = "queries_keys"
     """What must give what recompute gives."""
     within: float = 1e-4
-    """How far results may be apart, where it rounds or makes numbers large."""
+    """Tolerance, for nodes that round or produce large values."""
 
 
 NOT_A_SCHEDULE = r"DDIM cannot invert the schedule {kind}"
@@ -48,7 +48,7 @@ NO_FLOW = "is not sampled as a flow"
 SHIFT = r"its shift .* has no effect"
 WINDOWS = {"context_length": 2, "context_overlap": 1}
 HALF = {"*": 0.5}
-"""Every number's value."""
+"""The value of every numeric input."""
 PATCH = "needs a model patch, of weights made for one model"
 MERGE = "merges as ModelMergeBlocks does, by the names of another model's layers"
 
@@ -108,7 +108,7 @@ MODELS: dict[str, Run | str] = {
     "ModelMergeSubtract": Run(),
     "ModelMergeWAN2_1": Run(settings=HALF),
     "ModelNoiseScale": Run(HOST_FAILS, "Model Noise Scale", {"noise_scale": 2.0}),
-    "ModelSamplingAuraFlow": Run("ModelSamplingSD3 is not a schedule", SHIFT, alike=True),  # which it derives from
+    "ModelSamplingAuraFlow": Run("ModelSamplingSD3 is not a schedule", SHIFT, alike=True),  # its base class
     "ModelSamplingContinuousEDM": Run(NOT_A_SCHEDULE, NOT_A_SCHEDULE),
     "ModelSamplingContinuousV": Run(NOT_A_SCHEDULE, NOT_A_SCHEDULE),
     "ModelSamplingDiscrete": Run(wan=NO_FLOW),
@@ -150,7 +150,7 @@ MODELS: dict[str, Run | str] = {
     "ZImageFunControlnet": PATCH,
     "wanBlockSwap": Run(),
 }  # fmt: skip
-"""The host's nodes from MODEL to MODEL: what becomes of them, or why they do not run here."""
+"""The host's nodes from MODEL to MODEL: their outcome, or why they do not run here."""
 
 COMBINED = "combines 2 prompts"
 AREA, MASK = r"an area of the picture is set \(area\)", r"a mask of the picture is set \(mask\)"
@@ -235,7 +235,7 @@ CONDITIONINGS: dict[str, Run | str] = {
     "WanVaceToVideo": OTHER_FAMILY,
     "unCLIPConditioning": VISION,
 }  # fmt: skip
-"""Those from CONDITIONING to CONDITIONING."""
+"""The host's nodes from CONDITIONING to CONDITIONING."""
 NOT_RUN = (OTHER_FAMILY, WEIGHTS)
 """Why a node does not run on one of the models."""
 
@@ -252,7 +252,7 @@ def takes(node, kind):
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_the_table_knows_every_node(host, kind):
+def test_the_table_has_every_node(host, kind):
     own = {
         name
         for name, node in host.known.items()
@@ -260,7 +260,7 @@ def test_the_table_knows_every_node(host, kind):
         and kind in node["output"]
         and takes(node, kind)
     }
-    assert own - TABLES[kind].keys() == set(), "nodes that the table does not know: add them"
+    assert own - TABLES[kind].keys() == set(), "nodes missing in the table"
 
 
 def unet_graph(folder):  # noqa: F811
@@ -297,8 +297,8 @@ def cases(kind):
     ]
 
 
-def laid(host, graph, family, name, links):
-    """A node with its settings, and links for the rest by the names of its inputs, or by their types."""
+def added(host, graph, family, name, links):
+    """Add a node with its settings, and links for its other inputs, by name or type."""
     run, inputs = MODELS.get(name) or CONDITIONINGS[name], host.known[name]["input"]
     settings = {**run.settings, **SETTINGS[family].get(name, {})}
     values = {"lora_name": LORAS[family], **links}
@@ -323,7 +323,7 @@ def laid(host, graph, family, name, links):
 
 
 def links_of(graph, family, sources, pixels, controlnet):
-    """What the inputs of nodes get, by their names or types."""
+    """Links for the inputs of nodes, by name or type."""
     other = graph.add("CLIPTextEncode", clip=sources[1], text="a blue circle")[0]
     vae = sources[2] if family == "unet" else graph.add("FateZeroDemoModel")[2]
     changed = graph.add("LoraLoaderModelOnly", model=sources[0], lora_name=LORAS[family], strength_model=1.0)
@@ -345,7 +345,7 @@ def by_its_guider(host, graph, family):
 
 @contextmanager
 def suppress_refusals_of(name):
-    """Chunks may be refused, but by the node's name."""
+    """Accept a refusal of chunks that names the node."""
     try:
         yield
     except NodeError as refused:
@@ -354,7 +354,7 @@ def suppress_refusals_of(name):
 
 
 def check(host, graph, family, side, name):
-    """What a run's table says of a graph with the node on a side, or on both."""
+    """Check a run's outcome for a graph with the node on one side or both."""
     run = MODELS.get(name) or CONDITIONINGS[name]
     outcome = getattr(run, family)
     if outcome == HOST_FAILS:
@@ -381,7 +381,7 @@ def check(host, graph, family, side, name):
 
 @pytest.fixture(scope="module")
 def hypernetwork(host):
-    """One for widths of both models, in the layout of those that are around."""
+    """Write a hypernetwork with the widths of both models, in the common layout."""
     random, widths = torch.Generator().manual_seed(0), (16, 24, 32, 64, 96, 128, 256)
     layers = {w: {"linear.weight": 0.1 * torch.randn(w, w, generator=random) / w**0.5} for w in widths}
     place = host.base / "models/hypernetworks"
@@ -396,7 +396,7 @@ def test_a_node_on_a_model(host, folder, lora, wan_lora, controlnet, hypernetwor
         pytest.skip(f"this host has no {name}")
     graph, sources, pixels = GRAPHS[family](folder)
     links = links_of(graph, family, sources, pixels, controlnet) | {"hypernetwork_name": hypernetwork}
-    node = laid(host, graph, family, name, links)
+    node = added(host, graph, family, name, links)
     on(graph, side, "model", "model", node[host.known[name]["output"].index("MODEL")])
     check(host, graph, family, side, name)
 
@@ -411,7 +411,7 @@ def test_a_node_on_prompts(host, folder, lora, wan_lora, controlnet, name, famil
     for end, prompt in (("inversion", graph.words[0]), ("edit", graph.words[1])):
         if side in (end, "both"):
             prompts = dict.fromkeys(PROMPTS, prompt)
-            node = laid(host, graph, family, name, links | prompts)
+            node = added(host, graph, family, name, links | prompts)
             if end == "inversion":
                 graph.set(graph.invert, source=node[made[0]])
             else:

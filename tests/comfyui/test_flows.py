@@ -1,4 +1,4 @@
-"""FlowEdit and masks on any model that is sampled as a flow, without control of its attention."""
+"""FlowEdit and masks on any flow model, without control of its attention."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ STEPS, GUIDANCE, SEED = 4, 3.0, 5
 
 @dataclass
 class FlowGraph(Graph):
-    """FlowEdit of random latents by a small model of random weights."""
+    """FlowEdit of random latents with a small random model."""
 
     kind: str = "flux"
 
@@ -35,13 +35,13 @@ class FlowGraph(Graph):
 
 
 def streams(host: Host, graph: Graph, link) -> list[torch.Tensor]:
-    """The streams of a latent: the video, and the sound if there is one."""
+    """The streams of a latent: video, and sound if any."""
     count = 2 if graph.kind in WITH_SOUND else 1
     return [host.latents(graph.prompt, graph.add("FlowStream", latent=link, number=i)[0]) for i in range(count)]
 
 
 def left_kept(graph):
-    """A mask that keeps the left half."""
+    """A mask that preserves the left half."""
     half = graph.add("SolidMask", value=1.0, width=32, height=32)
     none = graph.add("SolidMask", value=0.0, width=16, height=32)
     return graph.add("MaskComposite", destination=half[0], source=none[0], x=0, y=0, operation="multiply")[0]
@@ -53,7 +53,7 @@ def graph(host, request) -> FlowGraph:
 
 
 def by_loop(graph, strength=1.0):
-    """FlowEdit's equations on the host's own guider."""
+    """FlowEdit's equations with the host's own guider."""
     sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
     model = graph.prompt[graph.edit.id]["inputs"]["model"]
     return graph.add(
@@ -64,7 +64,7 @@ def by_loop(graph, strength=1.0):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_an_edit_is_the_papers_loop_on_the_hosts_guider(host, graph, strength):
+def test_an_edit_equals_the_papers_loop_with_the_hosts_guider(host, graph, strength):
     loop = by_loop(graph, strength)
     graph.set(graph.edit, strength=strength)
     given = streams(host, graph, graph.latent[0])
@@ -75,14 +75,14 @@ def test_an_edit_is_the_papers_loop_on_the_hosts_guider(host, graph, strength):
         assert relative(ours, before) > 1e-2
 
 
-def test_the_same_prompt_twice_gives_the_clip_back(host, graph):
+def test_equal_prompts_return_the_clip(host, graph):
     graph.set(graph.edit, positive=graph.source[0], guidance=1.0)
     graph.set(graph.store, source_guidance=1.0)
     for ours, before in zip(streams(host, graph, graph.edit[0]), streams(host, graph, graph.latent[0]), strict=True):
         assert relative(ours, before) < 1e-5, relative(ours, before)
 
 
-def test_a_mask_of_nothing_gives_the_clip_back_bit_for_bit(host, graph):
+def test_an_empty_mask_returns_the_clip_bit_for_bit(host, graph):
     mask = graph.add("SolidMask", value=0.0, width=32, height=32)
     graph.set(graph.edit, mask=mask[0])
     graph.set(graph.store, sound="keep")
@@ -91,7 +91,7 @@ def test_a_mask_of_nothing_gives_the_clip_back_bit_for_bit(host, graph):
 
 
 @pytest.mark.parametrize("preset", ["attribute+", "pnp", "kv_edit"])
-def test_what_needs_attention_is_refused_by_name(host, preset):
+def test_methods_that_need_attention_are_refused_by_name(host, preset):
     graph = FlowGraph(kind="wan_vace")
     graph.set(graph.edit, preset=preset)
     with pytest.raises(NodeError, match=f"{preset}.* needs control of the attention.*WAN21_Vace.*FlowEdit"):
@@ -99,9 +99,9 @@ def test_what_needs_attention_is_refused_by_name(host, preset):
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan_i2v", "hunyuan"])
-def test_context_windows_are_the_hosts(host, kind):
+def test_the_hosts_context_windows_are_used(host, kind):
     graph = FlowGraph(kind=kind)
-    alone = host.latents(graph.prompt, graph.edit[0])
+    single = host.latents(graph.prompt, graph.edit[0])
     windows = graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
         context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
@@ -111,14 +111,14 @@ def test_context_windows_are_the_hosts(host, kind):
         graph.set(node, model=windows[0])
     found = host.latents(graph.prompt, graph.edit[0])
     assert relative(found, host.latents(graph.prompt, by_loop(graph)[0])) < 1e-4
-    assert relative(found, alone) > 1e-3
+    assert relative(found, single) > 1e-3
     graph.set(graph.edit, chunk_frames=2)
     with pytest.raises(NodeError, match="chunk_frames: has no effect.*Context Windows"):
         host.latents(graph.prompt, graph.edit[0])
 
 
-def test_attention_does_not_follow_references(host):
-    """Bernini's clips, on the Wan whose attention FateZero controls."""
+def test_reference_clips_are_refused_with_attention(host):
+    """Bernini's reference clips, on a Wan model with FateZero's attention control."""
     graph = FlowGraph(kind="wan")
     words = {"source": "a red square", "target": "a green square", "mode": "refine"}
     graph.set(graph.edit, preset="style", prompt_edit=graph.add(
@@ -130,9 +130,9 @@ def test_attention_does_not_follow_references(host):
 
 
 def test_a_pair_shares_the_steps(host):
-    """Wan 2.2's, for image to video: below the boundary the low-noise model is called."""
+    """Wan 2.2's image-to-video pair: below the boundary the low-noise model is called."""
     graph = FlowGraph(kind="wan_i2v")
-    alone = host.latents(graph.prompt, graph.edit[0])
+    single = host.latents(graph.prompt, graph.edit[0])
     other = graph.add("FlowModel", kind="wan_i2v", seed=1)
     edits = {}
     for boundary in (0.0, 0.9):
@@ -143,8 +143,8 @@ def test_a_pair_shares_the_steps(host):
     graph.set(graph.store, model=other[0])
     graph.set(graph.edit, model=other[0])
     low = host.latents(graph.prompt, graph.edit[0])
-    assert relative(edits[0.0], alone) < 1e-6
-    assert relative(edits[0.9], alone) > 1e-2 < relative(edits[0.9], low)
+    assert relative(edits[0.0], single) < 1e-6
+    assert relative(edits[0.9], single) > 1e-2 < relative(edits[0.9], low)
     first = graph.add("FateZeroWanPair", model=other[0], low_noise=graph.model[0], boundary=0.0)
     graph.set(graph.edit, model=first[0])
     assert relative(host.latents(graph.prompt, graph.edit[0]), low) < 1e-6
@@ -154,7 +154,7 @@ def test_a_pair_shares_the_steps(host):
 
 
 @pytest.mark.parametrize("kind", ["h3", "qwen"])
-def test_a_flow_mask_needs_no_attention(host, kind):
+def test_a_flow_mask_needs_no_attention_control(host, kind):
     graph = FlowGraph(kind=kind)
     settings = graph.add("FateZeroFlowMask", threshold=0.85, grow=0, still=0)
     graph.set(graph.store, sound="keep")
@@ -162,7 +162,7 @@ def test_a_flow_mask_needs_no_attention(host, kind):
     before, found = (streams(host, graph, link) for link in (graph.latent[0], graph.edit[0]))
     kept = found[0] == before[0]
     assert 0 < kept.float().mean() < 1
-    assert torch.equal(kept[:, :1].expand_as(kept), kept), "the same places in every channel"
+    assert torch.equal(kept[:, :1].expand_as(kept), kept), "the same mask in every channel"
     if kind in WITH_SOUND:
         assert torch.equal(found[1], before[1])
     graph.set(graph.edit, mask=left_kept(graph), mask_mode="intersection")
@@ -171,8 +171,8 @@ def test_a_flow_mask_needs_no_attention(host, kind):
 
 
 @pytest.mark.parametrize("kind", ["h3", "qwen"])
-def test_the_mask_is_previewed_on_the_latents(host, kind):
-    """And given to the edit as a MASK it keeps what preset flow_mask keeps."""
+def test_the_flow_mask_preview_equals_the_edits_mask(host, kind):
+    """Given to the edit as a MASK, it preserves what preset flow_mask preserves."""
     graph = FlowGraph(kind=kind)
     graph.set(graph.store, sound="keep")
     height, width = host.latents(graph.prompt, graph.add("FlowStream", latent=graph.latent[0], number=0)[0]).shape[-2:]
@@ -197,7 +197,7 @@ def test_the_mask_is_previewed_on_the_latents(host, kind):
 
 
 @pytest.mark.parametrize("kind", WITH_SOUND)
-def test_sound_is_kept_or_edited(host, kind):
+def test_sound_is_preserved_or_edited(host, kind):
     graph = FlowGraph(kind=kind)
     graph.set(graph.store, sound="keep")
     video, sound = streams(host, graph, graph.edit[0])
@@ -247,8 +247,8 @@ def test_the_hosts_samplers_integrate_the_edit(host, kind, masked, n_min):
             assert relative(mine - clip, theirs - clip) < near
 
 
-def test_any_sigmas_will_do(host):
-    """Those of another scheduler and number of steps, as the same loop takes them."""
+def test_any_sigmas_can_be_used(host):
+    """Sigmas of another scheduler and number of steps, compared with the same loop."""
     graph = FlowGraph(kind="qwen")
     sigmas = graph.add("BasicScheduler", model=graph.model[0], scheduler="beta", steps=6, denoise=1.0)[0]
     loop = graph.add(
@@ -262,8 +262,8 @@ def test_any_sigmas_will_do(host):
 
 
 @pytest.mark.parametrize("kind", ["qwen", "wan"])
-def test_wan_edit_runs_on_any_flow(host, kind):
-    """Timesteps of the first are the sigmas themselves, of the second a thousand times as large."""
+def test_wan_edit_runs_on_any_flow_model(host, kind):
+    """The first model's timesteps equal the sigmas; the second's are a thousand times as large."""
     graph = FlowGraph(kind=kind)
     graph.set(graph.store, variant="wan_edit")
     graph.set(graph.edit, preset="wan_edit")

@@ -1,4 +1,4 @@
-"""Help: a page for each node, texts in locales, an icon, and what the template browser lists."""
+"""Help pages of nodes, texts in locales, the icon, and the list of the template browser."""
 
 import json
 import urllib.request
@@ -27,7 +27,7 @@ def test_every_node_has_a_help_page_that_names_every_socket(host):
             assert f"| `{socket}` | {tooltip} |" in text
 
 
-def test_the_english_texts_are_those_of_the_nodes(host):
+def test_the_english_texts_match_the_nodes(host):
     texts = host.get("/i18n")["en"]["nodeDefs"]
     for name, about in nodes(host).items():
         entry = texts[name]

@@ -16,7 +16,7 @@ def edited(host, graph) -> torch.Tensor:
 
 
 def graph_of(key_frames="self, middle", clip_norm=False, **invert) -> DemoGraph:
-    """An edit with masks from attention, of a clip long enough to be cut."""
+    """An edit with masks from attention, of a clip long enough for chunks."""
     graph = DemoGraph(frames=FRAMES, steps=3)
     graph.set(graph.words, target="a red circle on water", mode="replace")
     graph.set(graph.invert, key_frames=key_frames, clip_norm=clip_norm, **invert)
@@ -44,7 +44,7 @@ def test_chunks_give_the_whole_clips_result(host):
         assert relative(edited(host, in_chunks(graph_of(memory=memory), 2)), whole) < 1e-5
 
 
-def test_chunks_take_their_own_frames_of_a_controlnet(host, controlnet):
+def test_chunks_use_their_own_frames_of_a_controlnet(host, controlnet):
     def guided(graph):
         pair = graph.with_control(controlnet, graph.words[1], graph.negative[0], 1.0)
         graph.set(graph.edit, positive=pair[0], negative=pair[1])
@@ -53,12 +53,12 @@ def test_chunks_take_their_own_frames_of_a_controlnet(host, controlnet):
         return edited(host, graph)
 
     chunked = guided(in_chunks(graph_of(), 2))
-    assert relative(chunked, guided(graph_of())) < 1e-5, "and then the hint is whole again"
+    assert relative(chunked, guided(graph_of())) < 1e-5, "the hint is whole again afterwards"
 
 
 @pytest.mark.parametrize(("key_frames", "clip_norm"), [("previous, first", False), ("self, middle", True)])
 @pytest.mark.slow
-def test_where_frames_meet_otherwise_chunks_come_near(host, key_frames, clip_norm):
+def test_with_other_key_frames_chunks_approximate(host, key_frames, clip_norm):
     whole = edited(host, graph_of(key_frames, clip_norm))
     assert 1e-5 < relative(edited(host, in_chunks(graph_of(key_frames, clip_norm), 3)), whole) < 0.5
 
@@ -70,7 +70,7 @@ def test_context_windows_give_the_whole_clips_result_through_fixed_key_frames(ho
 
 
 @pytest.mark.slow
-def test_context_windows_come_near_it_through_neighbours(host):
+def test_context_windows_approximate_it_through_neighbours(host):
     near = edited(host, in_windows(graph_of("previous"), 4, 2, "standard_uniform", "pyramid"))
     assert 1e-5 < relative(near, edited(host, graph_of("previous"))) < 0.5
 
@@ -80,7 +80,7 @@ def test_context_windows_along_another_dimension_are_refused(host):
         edited(host, in_windows(graph_of(), 3, dim=2))
 
 
-def test_a_store_on_disk_stands_in_the_temp_folder_while_the_host_keeps_it(host):
+def test_a_store_on_disk_is_in_the_temp_folder_while_the_host_keeps_it(host):
     expected = edited(host, graph_of(memory="queries_keys"))
     graph = graph_of(memory="queries_keys", place="disk")
     run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
@@ -91,19 +91,19 @@ def test_a_store_on_disk_stands_in_the_temp_folder_while_the_host_keeps_it(host)
     wait_until(lambda: not list((host.base / "temp").rglob("store.safetensors")))  # collected every ten seconds at most
 
 
-def test_auto_says_what_it_took_and_why(host):
-    def said(**settings):
+def test_auto_reports_its_choice_and_reason(host):
+    def choice(**settings):
         graph = graph_of(memory="auto", **settings)
         graph.add("OtherRamUsage", store=graph.invert[1])
         return host.text(host.run(graph.prompt), graph.invert.id)
 
-    assert said(budget_gb=1.0).startswith("queries_keys in RAM, ")
-    little = said(budget_gb=0.001)
+    assert choice(budget_gb=1.0).startswith("queries_keys in RAM, ")
+    little = choice(budget_gb=0.001)
     assert little.startswith("recompute in RAM, ")
     assert "queries_keys takes" in little
 
 
-def test_fewer_steps_and_digits_are_kept_where_asked(host):
+def test_fewer_steps_and_a_lower_precision_are_stored_on_request(host):
     expected = edited(host, graph_of())
     assert relative(edited(host, graph_of(memory="queries_keys", keep_steps=0.5)), expected) < 1e-5
     errors = [
@@ -114,13 +114,13 @@ def test_fewer_steps_and_digits_are_kept_where_asked(host):
 
 
 def alone_and_together(host, **prompts) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
-    """The edits of some prompts one by one, all at once, and the steps that the latter counted."""
+    """Edits of some prompts one by one, together, and the number of steps of the latter."""
     ((socket, texts),) = prompts.items()
-    alone = []
+    single = []
     for text in texts:
         graph = DemoGraph()
         graph.set(graph.words, **{socket: text})
-        alone.append(edited(host, graph))
+        single.append(edited(host, graph))
     graph = DemoGraph()
     graph.set(graph.words, **{socket: graph.add("OtherLines", text="\n".join(texts))[0]})
     save = graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="latents/many")
@@ -128,25 +128,25 @@ def alone_and_together(host, **prompts) -> tuple[list[torch.Tensor], list[torch.
     assert run.executed().count(graph.edit.id) == 1
     saved = [host.base / s["type"] / s["subfolder"] / s["filename"] for s in run.outputs[save.id]["latents"]]
     steps = [d["value"] for kind, d in run.messages if kind == "progress" and d["node"] == graph.edit.id]
-    return alone, [load_file(path)["latent_tensor"] for path in saved], steps
+    return single, [load_file(path)["latent_tensor"] for path in saved], steps
 
 
 def test_a_list_of_targets_is_edited_in_one_pass(host):
-    alone, together, steps = alone_and_together(host, target=["a green square on water", "a red square on grass"])
-    assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+    single, together, steps = alone_and_together(host, target=["a green square on water", "a red square on grass"])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(together, single, strict=True))
     assert steps == [1, 2, 3, 4], "one pass"
 
 
-def test_a_list_of_inversions_is_edited_in_a_pass_each(host):
-    alone, together, steps = alone_and_together(host, source=["a red square on water", "a red square"])
-    assert all(relative(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
+def test_each_of_a_list_of_inversions_is_edited_in_one_pass(host):
+    single, together, steps = alone_and_together(host, source=["a red square on water", "a red square"])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(together, single, strict=True))
     assert steps == [1, 2, 3, 4] * 2
 
 
-def test_keys_and_values_of_a_text_are_computed_for_one_row_a_branch(host):
-    """Also previous another pack's replacement, which gets them for every frame."""
+def test_keys_and_values_of_a_text_are_computed_for_one_row_per_branch(host):
+    """Also with another pack's replacement, which gets them for every frame."""
     graph = graph_of()
     counted = graph.add("OtherTextRows", model=graph.demo[0])
     graph.both(graph.add("OtherAttn2", model=counted[0], scale=1.0)[0])
-    seen = graph.add("OtherTextRowsSeen", after=graph.edit[0])
-    assert host.text(host.run(graph.prompt), seen.id) == "[1, 2]"
+    rows = graph.add("OtherTextRowsSeen", after=graph.edit[0])
+    assert host.text(host.run(graph.prompt), rows.id) == "[1, 2]"

@@ -1,4 +1,4 @@
-"""Plug-and-Play and TokenFlow on a real host: the diffusers host's numbers, and what other nodes may be mixed in."""
+"""Plug-and-Play and TokenFlow on a real host: equal to diffusers, and combined with other nodes."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def with_flow(graph, **settings) -> DemoGraph:
         ("shape+", FLOW),
     ],
 )
-def test_the_two_hosts_agree(host, checkpoint, preset, flow):  # noqa: F811
+def test_both_hosts_agree(host, checkpoint, preset, flow):  # noqa: F811
     config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
     config = replace(config, injection="none") if preset == "none" else with_preset(config, preset)
     config = replace(config, key_frames=("self",))
@@ -57,12 +57,12 @@ def test_the_two_hosts_agree(host, checkpoint, preset, flow):  # noqa: F811
 
 
 def test_settings_come_from_their_nodes(host):
-    """The presets are those nodes' own values; others change the edit."""
+    """The nodes' defaults equal the presets; other values change the edit."""
     by_preset = edited(host, flowing("pnp"))
     graph = flowing("pnp")
-    held = graph.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8)
+    node = graph.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8)
     assert torch.equal(edited(host, graph), by_preset)
-    graph.set(held, feature_steps=0.0)
+    graph.set(node, feature_steps=0.0)
     assert (edited(host, graph) - by_preset).abs().max() > 1e-2
     graph = flowing("pnp", seed=4)
     assert (edited(host, graph) - by_preset).abs().max() > 1e-3
@@ -79,27 +79,27 @@ def test_lora_and_controlnet_before_the_inversion_the_edit_or_both(host, request
         return edited(host, graph), noise(host, graph)
 
     plain, plain_noise = run(0.0, False, False)
-    seen = [plain]
+    results = [plain]
     for places in ((True, False), (False, True), (True, True)):
         assert torch.equal(run(0.0, *places)[0], plain)
         result, inverted = run(1.0, *places)
         assert ((inverted - plain_noise).abs().max() > 1e-3) == places[0]
-        assert all((result - other).abs().max() > 1e-3 for other in seen)
-        seen.append(result)
+        assert all((result - other).abs().max() > 1e-3 for other in results)
+        results.append(result)
 
 
 def test_any_length_and_chunks(host):
-    """A batch that is cut into chunks gives what it gives whole; one frame, and remainders, run."""
+    """A batch in chunks equals a whole one; single frames and remainders run."""
     whole = edited(host, flowing(batch_frames=3))
     graph = flowing(batch_frames=3)
     graph.set(graph.edit, chunk_frames=2)
-    assert relative(edited(host, graph), whole) < 1e-4  # latents of the host reach ten and more
+    assert relative(edited(host, graph), whole) < 1e-4  # the host's latents have values of ten and more
     assert edited(host, flowing(frames=1)).isfinite().all()
 
 
 @pytest.mark.slow
-def test_less_strength_stays_nearer_to_the_clip(host):
-    """SDEdit: from the clip with some of the inverted noise."""
+def test_less_strength_stays_closer_to_the_clip(host):
+    """SDEdit: start from the clip with part of the inverted noise."""
     clip = None
     changes = []
     for strength in (1.0, 0.6, 0.2):
@@ -114,7 +114,7 @@ def test_less_strength_stays_nearer_to_the_clip(host):
         edited(host, graph)
 
 
-def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(host):
+def test_a_mask_preserves_the_clip_outside_with_any_method(host):
     graph = flowing("pnp")
     image = graph.add("SolidMask", value=0.0, width=64, height=64)
     graph.set(graph.edit, mask=image[0])
@@ -122,7 +122,7 @@ def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(host):
 
 
 @pytest.mark.slow
-def test_guidance_nodes_run_beside_it(host):
+def test_guidance_nodes_combine_with_it(host):
     for kind in ("PerturbedAttentionGuidance", "FreeU_V2"):
         graph, plain = flowing(), edited(host, flowing())
         values = {"scale": 2.0} if kind.startswith("Perturbed") else {"b1": 1.2, "b2": 1.3, "s1": 0.9, "s2": 0.2}
@@ -132,7 +132,7 @@ def test_guidance_nodes_run_beside_it(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g: g.set(g.edit, preset="custom"), "settings: preset custom needs them"),
         (lambda g: (g.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8), g.set(g.edit, preset="style")),
@@ -148,24 +148,24 @@ def test_guidance_nodes_run_beside_it(host):
         (lambda g: g.both(g.add("TomePatchModel", model=g.demo[0], ratio=0.5)[0]), "merges or rescales tokens"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(host, change, told):
+def test_mismatches_are_refused_by_name(host, change, message):
     graph = flowing()
     change(graph)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         edited(host, graph)
 
 
-def test_the_report_tells_what_was_taken_and_spent(host):
+def test_the_report_has_settings_and_costs(host):
     graph = flowing(frames=5)
     shown = graph.add("PreviewAny", source=graph.edit[1])
-    told = str(host.run(graph.prompt).outputs[shown.id])
-    assert "injected queries and keys in 2 and the feature in 4 of 5 steps" in told
-    assert "3 random pivots a step for 5 frames, in batches of 2, weights authors" in told
-    assert "16 UNet evaluations of 5 frames, 8 more for the source" in told
+    report = str(host.run(graph.prompt).outputs[shown.id])
+    assert "injected queries and keys in 2 and the feature in 4 of 5 steps" in report
+    assert "3 random pivots a step for 5 frames, in batches of 2, weights authors" in report
+    assert "16 UNet evaluations of 5 frames, 8 more for the source" in report
     assert PnPSettings().attention_steps == 0.5
 
 
-def test_flow_smoothing_makes_an_edit_steadier_beside_any_method(host):
+def test_flow_smoothing_makes_an_edit_steadier_with_any_method(host):
     pytest.importorskip("cv2", reason="the host's motion is found with OpenCV")
 
     def unrest(graph):
@@ -188,7 +188,7 @@ def test_flow_smoothing_makes_an_edit_steadier_beside_any_method(host):
         edited(host, graph)
 
 
-def test_a_finished_edit_is_made_steady(host):
+def test_a_finished_edit_is_smoothed(host):
     graph = flowing("none")
     decoded = graph.add("VAEDecode", samples=graph.edit[0], vae=graph.demo[2])
     steady = graph.add("FateZeroSteady", images=graph.video[0], edited=decoded[0], amount=0.8, flow="dis")
@@ -211,7 +211,7 @@ def test_a_finished_edit_is_made_steady(host):
 
 @pytest.mark.parametrize("kind", [pytest.param("sd2", marks=pytest.mark.slow), "sd2_v", "sdxl"])
 def test_other_families(host, kind):
-    """A clip that stands still is edited by TokenFlow as each frame by itself, whatever the model; PnP takes of it."""
+    """On any model, TokenFlow edits a still clip like single frames, and PnP injects from it."""
     graph = DemoGraph(steps=4)
     model = graph.add("OtherRandomModel", kind=kind)[0]
     source, positive, negative = (
@@ -232,8 +232,8 @@ def test_other_families(host, kind):
     assert torch.linalg.norm(results["pnp"] - results["none"]) > 1e-3 * torch.linalg.norm(results["pnp"])
 
 
-def test_shares_of_words_and_attention_of_the_reconstruction(host):
-    """Older workflows lack these widgets; with the usual values they change nothing."""
+def test_shares_by_word_and_attention_of_the_reconstruction(host):
+    """Older workflows lack these widgets; their defaults change nothing."""
     graph = DemoGraph(steps=3)
     fused = graph.fuse()
     plain = host.latents(graph.prompt, graph.edit[0])
@@ -248,7 +248,7 @@ def test_shares_of_words_and_attention_of_the_reconstruction(host):
 
 
 def test_latents_blended_as_the_authors_do(host, checkpoint):  # noqa: F811
-    """A switch of its own beside blend_latents, for workflows that are older."""
+    """A separate switch from blend_latents, for older workflows."""
     config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
     words = {"blend_source": ("square",), "blend_target": ("circle",), "blend_threshold": 0.8}
     fused = {"cross_replace_steps": 0.7, "self_replace_steps": 0.8, "blend_threshold": 0.8}
@@ -263,8 +263,8 @@ def test_latents_blended_as_the_authors_do(host, checkpoint):  # noqa: F811
     assert torch.linalg.norm(plain - ours) > 1e-2
 
 
-def test_more_steps_of_inversion_and_noise_of_its_own(host, checkpoint):  # noqa: F811
-    """TokenFlow's bases as the command has them."""
+def test_more_inversion_steps_and_sampled_noise(host, checkpoint):  # noqa: F811
+    """TokenFlow's starts of an edit, as in the command."""
     config = EditConfig(source=SOURCE, target="a red circle on water", steps=5, count=FRAMES, key_frames=("self",))
     config = replace(with_preset(config, "pnp"), inversion_steps=10, sdedit_seed=3, strength=0.8, key_frames=("self",))
     graph = DemoGraph(steps=5, frames=FRAMES)

@@ -1,4 +1,4 @@
-"""The nodes among those of others: LoRA, ControlNet, patches, precisions, other models."""
+"""Our nodes combined with others: LoRA, ControlNet, patches, precisions, other models."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def noise(host, graph) -> torch.Tensor:
 
 
 def shape_graph(memory="recompute") -> DemoGraph:
-    """An edit that uses all there is: cross fusion, masked self fusion, latent blending."""
+    """An edit with all parts of FateZero: cross fusion, masked self fusion, latent blending."""
     graph = DemoGraph()
     graph.set(graph.words, target="a red circle on water", mode="replace")
     graph.set(graph.invert, memory=memory)
@@ -47,7 +47,7 @@ def controlnet_on(graph, controlnet, strength, on_inversion, on_edit):
 @pytest.mark.parametrize(
     ("mixed_in", "file"), [(lora_on, "lora"), (bypass_lora_on, "lora"), (controlnet_on, "controlnet")]
 )
-def test_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
+def test_nodes_on_the_inversion_the_edit_or_both(host, request, mixed_in, file):
     if mixed_in is bypass_lora_on and "LoraLoaderBypassModelOnly" not in host.known:
         pytest.skip("this host has no bypass LoRA")
     file = request.getfixturevalue(file)
@@ -58,15 +58,15 @@ def test_before_the_inversion_the_edit_or_both(host, request, mixed_in, file):
         return edited(host, graph), noise(host, graph)
 
     plain, plain_noise = run(0.0, "recompute", False, False)
-    seen = [plain]
+    results = [plain]
     for place in ((True, False), (False, True), (True, True)):
         assert torch.equal(run(0.0, "recompute", *place)[0], plain)
         recomputed, inverted = run(1.0, "recompute", *place)
         assert (relative(inverted, plain_noise) > 1e-3) == place[0]
-        assert all(relative(recomputed, other) > 1e-2 for other in seen)
-        # The source branch stays what it was inverted with, recomputed or recorded.
+        assert all(relative(recomputed, other) > 1e-2 for other in results)
+        # The source branch keeps the inversion's model, recomputed or recorded.
         assert relative(run(1.0, "queries_keys", *place)[0], recomputed) < 1e-5
-        seen.append(recomputed)
+        results.append(recomputed)
     assert torch.equal(run(0.0, "recompute", False, False)[0], plain)
 
 
@@ -81,7 +81,7 @@ def test_lora_loader_with_text_encoder(host, lora):
 
 
 def patched(host, kind, graph=None, **settings) -> torch.Tensor:
-    """The edit with a node that patches the MODEL of both inversion and edit."""
+    """The edit with a node that patches the MODEL of inversion and edit."""
     graph = graph or shape_graph()
     graph.both(graph.add(kind, model=graph.demo[0], **settings)[0])
     return edited(host, graph)
@@ -109,11 +109,11 @@ def test_guidance_nodes_keep_working(host):
 
 
 def test_a_guidance_node_that_evaluates_the_negative_gets_the_negative(host):
-    """Which its call lists first, where the host's own have the positive."""
+    """The node's call lists the negative first; the host's calls list the positive first."""
     assert relative(patched(host, "OtherNegativeAgain"), edited(host, shape_graph())) < 1e-4
 
 
-def test_an_override_on_the_edit_alone_leaves_the_source_as_it_was(host):
+def test_an_override_on_the_edit_only_does_not_change_the_source(host):
     def run(memory, scale):
         graph = shape_graph(memory)
         graph.set(graph.invert, key_frames="self")
@@ -125,7 +125,7 @@ def test_an_override_on_the_edit_alone_leaves_the_source_as_it_was(host):
     assert relative(computed, plain) > 1e-3
 
 
-def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host):
+def test_a_skipped_layer_is_an_error_that_names_the_node(host):
     with pytest.raises(
         NodeError, match=r"1 of \d+ attention layers .mid.0.self, .... did not run in a step: SkipBlock"
     ):
@@ -136,8 +136,8 @@ def test_guidance_in_one_call_or_two(host):
     assert relative(patched(host, "OtherSeparateCalls"), edited(host, shape_graph())) < 1e-5
 
 
-def test_weights_brought_in_layer_by_layer(host, lora):
-    """Weights that are not resident, with a LoRA applied as they come in."""
+def test_weights_loaded_layer_by_layer(host, lora):
+    """Offloaded weights, with a LoRA applied as they are loaded."""
     graph = shape_graph()
     lora_on(graph, lora, 1.0, True, True)
     whole = edited(host, graph)
@@ -147,8 +147,8 @@ def test_weights_brought_in_layer_by_layer(host, lora):
 
 
 @pytest.mark.parametrize(("dtype", "within"), [("fp16", 1e-6), ("bf16", 0.2)])
-def test_half_precision_storage_follows_single(host, dtype, within):
-    """The checkpoint's weights are fp16 numbers already; bf16 rounds them."""
+def test_half_precision_weights_are_close_to_single(host, dtype, within):
+    """The checkpoint's weights are fp16 already; bf16 rounds them."""
     graph = shape_graph()
     graph.both(graph.add("OtherDemoModel", dtype=dtype)[0])
     half, single = edited(host, graph), edited(host, shape_graph())
@@ -158,7 +158,7 @@ def test_half_precision_storage_follows_single(host, dtype, within):
 
 @pytest.mark.parametrize("kind", [pytest.param("sd2", marks=pytest.mark.slow), "sd2_v", "sdxl"])
 def test_other_unets(host, kind):
-    """SD 2.x, with epsilon and v, and SDXL with its pooled text: all memories agree, and a replay comes back."""
+    """SD 2.x with epsilon and v, and SDXL with pooled text: memories agree, and a replay returns the clip."""
     edits = {}
     for memory in ("recompute", "queries_keys", "maps"):
         graph = shape_graph(memory)
@@ -176,8 +176,8 @@ def test_other_unets(host, kind):
     assert relative(edits["maps"], clip) > 1e-2
 
 
-def test_a_transformer_is_refused_latents_that_are_not_its_own(host):
-    """What works on it stands in `test_flows.py`."""
+def test_latents_of_another_model_are_refused_for_a_transformer(host):
+    """`test_flows.py` has what works on it."""
     graph = DemoGraph()
     graph.both(graph.add("OtherRandomModel", kind="flux")[0])
     with pytest.raises(NodeError, match="latent: has 4 channels, but Flux has latents of 16"):
@@ -211,7 +211,7 @@ def test_a_store_of_another_model_is_refused(host):
         edited(host, graph)
 
 
-def test_key_frames_for_anyones_sampler(host):
+def test_key_frames_for_any_sampler(host):
     graph = DemoGraph()
     latent = graph.add("EmptyLatentImage", width=128, height=128, batch_size=3)
 

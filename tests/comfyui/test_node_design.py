@@ -1,4 +1,4 @@
-"""The host's newer design of nodes (Comfy.VueNodes.Enabled): in a module of its own, for a page at a time is open."""
+"""The host's newer node design (Comfy.VueNodes.Enabled); a separate module, as only one page is open at a time."""
 
 import pytest
 from comfyui import page as browser
@@ -6,7 +6,7 @@ from comfyui.shipped import read
 
 
 @pytest.mark.slow
-def test_the_newer_node_design_keeps_lines_and_puts_away_what_presets_ignore(host):
+def test_the_newer_node_design_keeps_line_breaks_and_hides_ignored_widgets(host):
     if browser.CHROMIUM is None:
         pytest.skip(browser.HOW)
     workflow = read("demo")
@@ -25,7 +25,7 @@ def test_the_newer_node_design_keeps_lines_and_puts_away_what_presets_ignore(hos
     finally:
         host.post("/settings", {"Comfy.VueNodes.Enabled": False})
     lines = [line.strip() for line in shown.splitlines()]
-    told = [line for text in texts for line in text.splitlines()]
-    assert "hooked 14 of 14 attention layers" in told and "green <- (new)" in told
+    shown_lines = [line for text in texts for line in text.splitlines()]
+    assert "hooked 14 of 14 attention layers" in shown_lines and "green <- (new)" in shown_lines
     assert "budget_gb" in lines and "preset" in lines
     assert not {"keep_steps", "cross_replace_steps", "separate_words"} & set(lines)

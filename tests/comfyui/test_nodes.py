@@ -1,4 +1,4 @@
-"""The nodes on a real server: listed, run to a video, watched, interrupted, cached, refused."""
+"""The nodes on a real server: list, run, progress, interrupt, cache, refusals."""
 
 import threading
 
@@ -37,7 +37,7 @@ def test_the_host_lists_every_node_with_a_tooltip_on_every_socket(host):
 
 @pytest.mark.every_host
 def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
-    graph = DemoGraph(steps=5)  # as no other test, so that nothing is cached; nor are the words
+    graph = DemoGraph(steps=5)  # used by no other test, so that nothing is cached; likewise the words
     graph.set(graph.words, reweight="green=1.5")
     saved = graph.save_video()
     run = host.run(graph.prompt)
@@ -55,7 +55,7 @@ def test_a_clip_is_edited_to_a_video_file_with_progress_and_previews(host):
 
 @pytest.mark.every_host
 @pytest.mark.parametrize("memory", ["recompute", "queries_keys", "maps"])
-def test_what_changes_decides_what_runs_again(host, memory):
+def test_only_nodes_behind_a_change_run_again(host, memory):
     graph = DemoGraph()
     graph.set(graph.invert, memory=memory)
     graph.save_video()
@@ -88,25 +88,25 @@ def test_another_target_prompt_does_not_invert_again(host):
     assert graph.invert.id not in run.executed()
 
 
-def test_interrupting_either_node_stops_it_and_leaves_the_model_clean(host):
+def test_interrupting_either_node_stops_it_and_restores_the_model(host):
     graph = DemoGraph(steps=200)
     graph.set(graph.invert, clip_norm=True)
     graph.save_video()
 
     def interrupt(node):
-        """Interrupt at a node's second step; the steps it took after that."""
-        seen = []
+        """Interrupt at a node's second step; return the number of steps after that."""
+        steps = []
 
         def watch(kind, data):
             if kind == "progress" and data["node"] == node.id:
-                seen.append(data["value"])
-                if len(seen) == 2:
+                steps.append(data["value"])
+                if len(steps) == 2:
                     threading.Thread(target=host.post, args=("/interrupt", {})).start()
 
         with pytest.raises(NodeError) as stopped:
             host.run(graph.prompt, watch)
         assert stopped.value.report["node_id"] == node.id
-        return seen[-1]
+        return steps[-1]
 
     assert interrupt(graph.invert) < 50
     graph.set(graph.invert, steps=4)
@@ -122,7 +122,7 @@ def test_interrupting_either_node_stops_it_and_leaves_the_model_clean(host):
     assert (host.latents(graph.prompt, graph.edit[0]) - expected).abs().max() == 0
 
 
-def says(host, graph, message, node=None):
+def check_refusal(host, graph, message, node=None):
     graph.save_video()
     with pytest.raises(NodeError) as refused:
         host.run(graph.prompt)
@@ -157,25 +157,25 @@ def test_errors_name_the_node_and_the_socket(host, node, inputs, message):
         name: {**one, "inputs": {k: v for k, v in one["inputs"].items() if v is not None}}
         for name, one in graph.prompt.items()
     }
-    says(host, graph, message, getattr(graph, node))
+    check_refusal(host, graph, message, getattr(graph, node))
 
 
-def test_conditioning_that_does_not_fit_is_refused(host):
+def test_conditioning_of_another_size_is_refused(host):
     graph = DemoGraph()
     other = graph.add("FateZeroPromptEdit", **{**graph.prompt[graph.words.id]["inputs"], "target": "a blue square"})
     graph.set(graph.edit, positive=other[1])
-    says(host, graph, "positive: was made from 'a blue square', but prompt_edit's target is", graph.edit)
+    check_refusal(host, graph, "positive: was made from 'a blue square', but prompt_edit's target is", graph.edit)
 
     graph = DemoGraph()
     graph.set(graph.edit, prompt_edit=graph.add(
         "FateZeroPromptEdit", **{**graph.prompt[graph.words.id]["inputs"], "source": "a circle"}
     )[2])  # fmt: skip
-    says(host, graph, f"made with the prompt {SOURCE!r}, not 'a circle'", graph.edit)
+    check_refusal(host, graph, f"made with the prompt {SOURCE!r}, not 'a circle'", graph.edit)
 
     graph = DemoGraph()
     two = graph.add("ConditioningCombine", conditioning_1=graph.words[1], conditioning_2=graph.words[0])
     graph.set(graph.edit, positive=two[0])
-    says(host, graph, "positive: combines 2 prompts", graph.edit)
+    check_refusal(host, graph, "positive: combines 2 prompts", graph.edit)
 
     graph = DemoGraph()
     latent = graph.add("EmptyLatentImage", width=128, height=64, batch_size=2)
@@ -185,7 +185,7 @@ def test_conditioning_that_does_not_fit_is_refused(host):
         images=graph.video[0],
     )  # fmt: skip
     graph.add("PreviewImage", images=check[0])
-    says(host, graph, "images: 3 frames, but the store has 2", check)
+    check_refusal(host, graph, "images: 3 frames, but the store has 2", check)
 
 
 def test_the_replay_is_checked_frame_by_frame(host):

@@ -1,4 +1,4 @@
-"""The host's nodes on the MODEL and the CONDITIONING of one side, or of both: all memories, chunks and the host's own
+"""The host's nodes on MODEL and CONDITIONING of one side or both: all memories, chunks and the host's own
 guider agree, or the node is refused by name."""
 
 import pytest
@@ -29,14 +29,14 @@ OF_WAN = {
 KERNELS = ("OtherSparseAttention", "OtherAttention")
 """Kernels that are not softmax attention, which maps are."""
 OF_BOTH = {"ModelSamplingSD3": "its shift", "ContextWindowsManual": "context windows"}
-"""Nodes that inversion and edit need alike, and what their refusal says."""
+"""Nodes that inversion and edit must both have, and their refusals."""
 OFTEN = {
     ("LoraLoaderBypassModelOnly", "edit"), ("FreeU_V2", "inversion"), ("PerturbedAttentionGuidance", "edit"),
     ("Mahiro", "edit"), ("UNetSelfAttentionMultiply", "inversion"), ("SkipLayerGuidanceDiT", "edit"),
     ("ScaleROPE", "inversion"), ("ContextWindowsManual", "edit"), ("OtherSparseAttention", "edit"),
     ("prompts joined", "edit"), ("LoRA by a hook", "inversion"), ("GLIGEN", "edit"),
 }  # fmt: skip
-"""What the others are like; these run by default."""
+"""Representative nodes, which run by default."""
 
 
 def table(kinds, sides=SIDES):
@@ -139,7 +139,7 @@ def test_a_node_on_wan(host, folder, kind, side, wan_lora):  # noqa: F811
     others = ["queries_keys", "maps"]
     if kind == "ContextWindowsManual":
         others = ["auto"]
-    elif kind in (*KERNELS, "ModelComputeDtype"):  # the last of which rounds the product of softmax and values
+    elif kind in (*KERNELS, "ModelComputeDtype"):  # the last one rounds the product of softmax and values
         others = ["queries_keys"]
     check_memories(host, graph, others)
     if kind in KERNELS:
@@ -165,7 +165,7 @@ OVER_FRAMES = ("RescaleCFG", "CFGZeroStar", "TCFG", "Mahiro")
 
 @pytest.mark.parametrize("kind", [*OVER_FRAMES, "CFGNorm", "SkipLayerGuidanceDiT"])
 def test_guidance_in_context_windows_of_wan(host, folder, kind):
-    """The host's own windows guide the whole clip; ours are guided one by one."""
+    """The host's own windows guide the whole clip; ours are guided separately."""
     graph = WanGraph(folder=str(folder))
     graph.set(graph.invert, steps=2)
     graph.set(graph.edit, preset="none")

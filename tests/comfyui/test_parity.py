@@ -1,4 +1,4 @@
-"""One method, two hosts: the nodes and the diffusers host edit the demo clip alike."""
+"""Both hosts, the nodes and diffusers, give the same edit of the demo clip."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def checkpoint() -> Checkpoint:
         ("attribute+", "recompute", True),
     ],
 )
-def test_the_two_hosts_agree(host, checkpoint, preset, memory, clip_norm):
+def test_both_hosts_agree(host, checkpoint, preset, memory, clip_norm):
     config = EditConfig(
         source=SOURCE, target=EDITS[preset.rstrip("+")], steps=6, count=4, memory=memory,
         clip_norm=clip_norm,
@@ -65,5 +65,5 @@ def parity(host, checkpoint, graph, config) -> tuple[torch.Tensor, torch.Tensor]
 
     graph.set(graph.words, target=config.target, mode=config.mode)
     graph.set(graph.edit, guidance=config.guidance_scale)
-    scale = checkpoint.vae.config["scaling_factor"]  # a LATENT is the autoencoder's own
+    scale = checkpoint.vae.config["scaling_factor"]  # a LATENT is not scaled
     return host.latents(graph.prompt, graph.edit[0]) * scale, ours

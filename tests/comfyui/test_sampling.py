@@ -1,4 +1,4 @@
-"""Inversion and edit by the host's *SamplerCustomAdvanced*: our nodes' numbers, with its samplers and sigmas."""
+"""Inversion and edit by the host's *SamplerCustomAdvanced*: equal to our nodes; with its samplers and sigmas."""
 
 import pytest
 from comfyui.graph import DemoGraph
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.every_host
 
 
 def custom(graph, guider, latent, flipped=False, sampler=None, sigmas=None):
-    """The host's sampling with a guider."""
+    """Add the host's sampling with a guider."""
     sigmas = sigmas or graph.add("FateZeroSigmas", model=graph.demo[0], steps=graph.steps)[0]
     if flipped:
         sigmas = graph.add("FlipSigmas", sigmas=sigmas)[0]
@@ -23,8 +23,8 @@ def custom(graph, guider, latent, flipped=False, sampler=None, sigmas=None):
 
 
 def invert_guider(graph):
-    asked = {k: v for k, v in graph.prompt[graph.invert.id]["inputs"].items() if k not in ("steps", "latent")}
-    return graph.add("FateZeroInvertGuider", **asked)
+    inputs = {k: v for k, v in graph.prompt[graph.invert.id]["inputs"].items() if k not in ("steps", "latent")}
+    return graph.add("FateZeroInvertGuider", **inputs)
 
 
 def invert_with(graph, sigmas=None):
@@ -36,8 +36,8 @@ def invert_with(graph, sigmas=None):
 
 def edit_with(graph, begin, store, **more):
     """The edited latents by a guider with the settings of the graph's own edit."""
-    asked = {**graph.prompt[graph.edit.id]["inputs"], "store": store}
-    guider = graph.add("FateZeroEditGuider", **asked)
+    inputs = {**graph.prompt[graph.edit.id]["inputs"], "store": store}
+    guider = graph.add("FateZeroEditGuider", **inputs)
     return custom(graph, guider[0], begin, **more)
 
 
@@ -46,17 +46,17 @@ def by_host(graph):
 
 
 @pytest.mark.parametrize("memory", ["recompute", pytest.param("queries_keys", marks=pytest.mark.slow)])
-def test_the_numbers_are_those_of_our_nodes(host, memory):
+def test_the_results_equal_our_nodes(host, memory):
     graph = shape_graph(memory)
     expected = edited(host, graph)
     begin, store = invert_with(graph)
     assert relative(host.latents(graph.prompt, begin), noise(host, graph)) < 1e-6
     assert relative(host.latents(graph.prompt, edit_with(graph, begin, store)[0]), expected) < 1e-5
     graph.set(graph.edit, store=store)
-    assert relative(edited(host, graph), expected) < 1e-5, "Edit Video takes the guider's store"
+    assert relative(edited(host, graph), expected) < 1e-5, "Edit Video accepts the guider's store"
 
 
-def test_a_sampler_of_the_host_draws_on_the_edits_predictions(host):
+def test_a_sampler_of_the_host_uses_the_edits_predictions(host):
     graph = DemoGraph()
     expected = edited(host, graph)
     plain = DemoGraph()
@@ -64,7 +64,7 @@ def test_a_sampler_of_the_host_draws_on_the_edits_predictions(host):
     begin, store = invert_with(graph)
     euler = graph.add("KSamplerSelect", sampler_name="euler")[0]
     by_euler = host.latents(graph.prompt, edit_with(graph, begin, store, sampler=euler)[0])
-    assert relative(by_euler, expected) < 2e-3, "but for the last noise level, which the host leaves"
+    assert relative(by_euler, expected) < 2e-3, "except for the last noise level, which the host does not remove"
     assert relative(by_euler, edited(host, plain)) > 0.05
 
 
@@ -79,10 +79,10 @@ def test_noise_levels_of_the_hosts_schedulers(host):
     assert relative(replay, host.latents(graph.prompt, graph.latent[0])) < 0.35
     assert relative(replay, host.latents(graph.prompt, begin)) > 0.5
     graph.set(graph.edit, store=store)
-    assert relative(edited(host, graph), replay) < 1e-3, "Edit Video follows the store's levels"
+    assert relative(edited(host, graph), replay) < 1e-3, "Edit Video uses the store's levels"
 
 
-def test_the_mask_of_a_latent_holds(host):
+def test_the_mask_of_a_latent_is_applied(host):
     graph = DemoGraph()
     mask = graph.add("SolidMask", value=0.0, width=64, height=64)[0]
     clip = host.latents(graph.prompt, graph.latent[0])
@@ -101,8 +101,8 @@ def test_progress_and_previews_are_the_hosts(host):
     graph = DemoGraph()
     end = {"class_type": "PreviewAny", "inputs": {"source": by_host(graph)}}
     run = host.run({**graph.prompt, "end": end})
-    told = [data for kind, data in run.messages if kind == "progress" and data["max"] == graph.steps]
-    assert [data["value"] for data in told][-graph.steps :] == list(range(1, graph.steps + 1))
+    progress = [data for kind, data in run.messages if kind == "progress" and data["max"] == graph.steps]
+    assert [data["value"] for data in progress][-graph.steps :] == list(range(1, graph.steps + 1))
     assert run.previews
 
 
@@ -119,7 +119,7 @@ def test_another_target_does_not_invert_again(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g, b, s: {"begin": g.latent[0]}, "latent_image: is not the noise of this store"),
         (lambda g, b, s: {"sampler": g.add("KSamplerSelect", sampler_name="heun")[0]}, "sampler: evaluates sigma"),
@@ -127,11 +127,11 @@ def test_another_target_does_not_invert_again(host):
         (lambda g, b, s: {"sigmas": g.add("FateZeroSigmas", model=g.demo[0], steps=5)[0]}, "5 steps .* inversion has"),
     ],
 )  # fmt: skip
-def test_what_an_edit_cannot_follow_is_refused(host, change, told):
+def test_unsupported_edits_are_refused(host, change, message):
     graph = DemoGraph()
     begin, store = invert_with(graph)
     more = change(graph, begin, store)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         host.latents(graph.prompt, edit_with(graph, more.pop("begin", begin), store, **more)[0])
 
 
@@ -143,7 +143,7 @@ def test_an_edit_that_blends_latents_needs_our_sampler(host):
         host.latents(graph.prompt, edit_with(graph, begin, store, sampler=euler)[0])
 
 
-def test_what_an_inversion_cannot_follow_is_refused(host):
+def test_unsupported_inversions_are_refused(host):
     graph = DemoGraph()
     guider = invert_guider(graph)
     with pytest.raises(NodeError, match="sigmas: are decreasing"):
@@ -167,8 +167,8 @@ def without_fusion(graph):
     return graph
 
 
-def test_the_hosts_own_guiders_sample_and_invert_plainly(host):
-    """What they compute knows nothing of us but the steps, and is what our nodes give without key frames or fusion."""
+def test_the_hosts_own_guiders_equal_ours_without_key_frames_and_fusion(host):
+    """Their result, independent of our hooks, equals our nodes' without key frames or fusion."""
     graph = without_fusion(DemoGraph())
     expected = edited(host, graph)
     source = graph.add("BasicGuider", model=graph.demo[0], conditioning=graph.words[0])
@@ -179,7 +179,7 @@ def test_the_hosts_own_guiders_sample_and_invert_plainly(host):
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "ddpm"])
-def test_without_fusion_an_edit_guider_is_the_hosts(host, name):
+def test_without_fusion_an_edit_guider_equals_the_hosts(host, name):
     graph = without_fusion(DemoGraph())
     begin, store = invert_with(graph)
     sampler = graph.add("KSamplerSelect", sampler_name=name)[0]
@@ -188,8 +188,8 @@ def test_without_fusion_an_edit_guider_is_the_hosts(host, name):
     assert relative(host.latents(graph.prompt, edit_with(graph, begin, store, sampler=sampler)[0]), expected) < 1e-4
 
 
-def test_one_guider_serves_two_samplings(host):
-    """Two clips inverted with one guider, and one store edited by one guider twice: none takes the other's."""
+def test_one_guider_is_used_for_two_samplings(host):
+    """Two clips inverted with one guider, and one store edited twice by one guider, without interference."""
     graph = DemoGraph()
     other = graph.add("LatentFlip", samples=graph.latent[0], flip_method="y-axis: horizontally")
     guider = invert_guider(graph)
@@ -202,7 +202,7 @@ def test_one_guider_serves_two_samplings(host):
     assert relative(found[0], found[1]) > 0.1
 
 
-def test_guiders_take_lora_controlnets_and_chunks(host, lora, controlnet):
+def test_guiders_support_lora_controlnets_and_chunks(host, lora, controlnet):
     graph = DemoGraph(frames=5)
     model = graph.add("LoraLoaderModelOnly", model=graph.demo[0], lora_name=lora, strength_model=1.0)[0]
     graph.set(graph.invert, source=graph.with_control(controlnet, graph.words[0], graph.negative[0], 1.0)[0])
@@ -214,7 +214,7 @@ def test_guiders_take_lora_controlnets_and_chunks(host, lora, controlnet):
 
 
 @pytest.mark.slow
-def test_other_nodes_take_a_guiders_store(host):
+def test_other_nodes_accept_a_guiders_store(host):
     graph = shape_graph()
     begin, store = invert_with(graph)
     save = graph.add("FateZeroSaveStore", store=store, filename_prefix="stores/guided")

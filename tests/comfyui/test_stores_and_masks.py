@@ -1,4 +1,4 @@
-"""Stores in files, and masks: seen, given, corrected."""
+"""Stores in files, and masks: previewed, given, corrected."""
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ def edited(host, graph):
 
 @pytest.mark.every_host
 @pytest.mark.parametrize("memory", ["recompute", "queries_keys", "maps"])
-def test_a_saved_store_edits_as_the_inversion_did(host, memory):
-    graph = DemoGraph(steps=6)  # as no other test, so that nothing is cached
+def test_a_saved_store_gives_the_same_edit_as_the_inversion(host, memory):
+    graph = DemoGraph(steps=6)  # used by no other test, so that nothing is cached
     graph.set(graph.invert, memory=memory)
     save = graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix=f"stores/{memory}")
     usage = graph.add("OtherRamUsage", store=graph.invert[1])
@@ -29,10 +29,10 @@ def test_a_saved_store_edits_as_the_inversion_did(host, memory):
     assert file == f"stores/{memory}_00001_.safetensors [output]"
     path = host.base / "output" / file.removesuffix(" [output]")
     with safe_open(path, "pt") as stored:
-        held = sum(stored.get_tensor(name).nbytes for name in stored.keys() if name != "checksums")  # noqa: SIM118
-    assert int(host.text(run, usage.id)) == held
+        nbytes = sum(stored.get_tensor(name).nbytes for name in stored.keys() if name != "checksums")  # noqa: SIM118
+    assert int(host.text(run, usage.id)) == nbytes
     shown = host.text(run, graph.invert.id)
-    assert shown.startswith(f"{memory} in RAM, {format_bytes(held)}: ")
+    assert shown.startswith(f"{memory} in RAM, {format_bytes(nbytes)}: ")
 
     load = graph.add("FateZeroLoadStore", file=file)
     graph.set(graph.edit, store=load[0])
@@ -78,8 +78,8 @@ def blended(**settings):
     return graph
 
 
-def test_masks_of_all_none_and_half(host):
-    """All: as if self-attention were not fused. None: as if it were fused without a blend. Half: between."""
+def test_full_empty_and_half_masks(host):
+    """Full: as if self-attention were not fused. Empty: as if fused without a blend. Half: between."""
     results = {}
     half = np.zeros((64, 64))
     half[:, :32] = 1
@@ -94,7 +94,7 @@ def test_masks_of_all_none_and_half(host):
     assert relative(results["half"], results["all"]) > 1e-2
 
 
-def test_a_mask_joins_the_attentions_own(host):
+def test_a_mask_extends_the_mask_of_attention(host):
     everything, nothing = np.ones((64, 64)), np.zeros((64, 64))
     plain = edited(host, blended())
     results = {}
@@ -106,8 +106,8 @@ def test_a_mask_joins_the_attentions_own(host):
 
 
 @pytest.mark.slow
-def test_latents_outside_a_mask_are_the_clips(host):
-    """A mask of the left half, by ordinary mask nodes: the right half keeps to the replay, the left does not."""
+def test_latents_outside_a_mask_equal_the_clips(host):
+    """A mask of the left half, by the host's mask nodes: only the right half equals the replay."""
     half = np.zeros((64, 64))
     half[:, :32] = 1
     graph = blended(blend_latents=True)
@@ -120,7 +120,7 @@ def test_latents_outside_a_mask_are_the_clips(host):
     assert change[9:].mean() < 0.5 * change[:7].mean()
 
 
-def test_a_mask_that_fits_no_clip_or_would_do_nothing_is_refused(host):
+def test_a_mask_that_does_not_fit_or_has_no_effect_is_refused(host):
     graph = DemoGraph()
     graph.set(graph.edit, mask=add_mask(graph, host, "one", np.ones((64, 64))))
     with pytest.raises(NodeError, match="mask: preset 'attribute' does not blend"):

@@ -1,4 +1,4 @@
-"""Temporal layers on the host's UNet: what they compute, what they leave alone, and their tuning."""
+"""Temporal layers on the host's UNet: their results, removal and tuning."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ KINDS = {"official": ("official", None), "lora": ("fatezero", 4), "full": ("fate
 
 @pytest.fixture(scope="session")
 def files(host):
-    """Random layers of every kind, with queries a little off the model's; "fresh" ones that change nothing."""
+    """Files of random layers of every kind, with queries close to the model's; "fresh" ones change nothing."""
     folder = host.base / "models/temporal_layers"
     for name, (kind, rank) in KINDS.items():
         torch.manual_seed(3)
@@ -39,7 +39,7 @@ def files(host):
 
 
 def edited(name, preset, **options):
-    """A demo graph whose model carries layers, and the same for the diffusers host."""
+    """A demo graph with temporal layers, and the same edit by the diffusers host."""
     graph = DemoGraph(steps=4, frames=4)
     layers = graph.add("FateZeroLoadTemporalLayers", model=graph.demo[0], name=f"{name}.safetensors")
     graph.both(layers[0])
@@ -56,7 +56,7 @@ def edited(name, preset, **options):
     ("name", "preset"),
     [("official", "attribute"), ("lora", "shape+"), ("full", "style"), ("full", "pnp"), ("official", "tokenflow")],
 )
-def test_the_two_hosts_agree(host, files, name, preset):
+def test_both_hosts_agree(host, files, name, preset):
     graph, config = edited(name, preset)
     graph.set(graph.edit, preset="pnp" if preset == "tokenflow" else preset)
     if preset == "tokenflow":
@@ -67,7 +67,7 @@ def test_the_two_hosts_agree(host, files, name, preset):
     assert relative(*parity(host, checkpoint, graph, config)) < 1e-4
 
 
-def test_inversion_and_prompt_as_the_paper_agree(host, files):
+def test_inversion_and_prompt_match_the_papers(host, files):
     graph, config = edited("official", "tune_a_video")
     graph.set(graph.edit, preset="none")
     checkpoint = Checkpoint.load("demo", temporal=str(files / "official.safetensors"))
@@ -83,7 +83,7 @@ def sampled(graph, model):
 
 
 @pytest.mark.every_host
-def test_fresh_layers_change_nothing_and_go_without_trace(host, files):
+def test_fresh_layers_change_nothing_and_are_removed(host, files):
     graph = DemoGraph()
     plain = host.latents(graph.prompt, sampled(graph, graph.demo[0])[0])
     layers = {name: graph.add("FateZeroLoadTemporalLayers", model=graph.demo[0], name=f"{name}.safetensors")
@@ -95,8 +95,8 @@ def test_fresh_layers_change_nothing_and_go_without_trace(host, files):
 
 
 @pytest.mark.slow
-def test_frames_meet_in_a_plain_sampler(host, files):
-    """Another picture among the frames changes the others; without layers it does not."""
+def test_temporal_layers_mix_frames_in_a_plain_sampler(host, files):
+    """Changing one frame changes the others, but not without layers."""
     results = {}
     for name in ("fresh", "official"):
         for seed in (5, 6):
@@ -153,8 +153,8 @@ def tuned(graph, model, **values):
 
 @pytest.mark.every_host
 @pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
-def test_tuning_is_that_of_the_diffusers_host(host, files, prediction):
-    """Beginning from layers of a file, whose weights it then holds; what the model was loaded with stays as it was."""
+def test_tuning_equals_the_diffusers_hosts(host, files, prediction):
+    """Starting from a file's layers, which are updated; the loaded model does not change."""
     graph = DemoGraph(frames=3)
     plain = host.latents(graph.prompt, sampled(graph, graph.demo[0])[0])
     layers = graph.add("FateZeroLoadTemporalLayers", model=graph.demo[0], name="full.safetensors")
@@ -177,8 +177,8 @@ def test_tuning_is_that_of_the_diffusers_host(host, files, prediction):
     changed = {n for n in ours if not torch.equal(ours[n], begun[n])}
     assert changed and {n for n in ours if "attn_temporal" in n} <= changed
     moved = torch.cat([(theirs[n].detach() - begun[n]).flatten() for n in sorted(changed)])
-    apart = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(changed)])
-    assert apart.norm() < 2e-2 * moved.norm()
+    difference = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(changed)])
+    assert difference.norm() < 2e-2 * moved.norm()
 
     if prediction == "epsilon":
         again = DemoGraph(frames=3)
@@ -188,7 +188,7 @@ def test_tuning_is_that_of_the_diffusers_host(host, files, prediction):
     (files / "mine.safetensors").unlink()
 
 
-def test_tuning_with_convolutions_class_pictures_and_validation_is_that_of_the_diffusers_host(host, files):
+def test_tuning_with_convolutions_class_pictures_and_validation_equals_the_diffusers_hosts(host, files):
     graph = DemoGraph(frames=3)
     layers = graph.add("FateZeroLoadTemporalLayers", model=graph.demo[0], name="lora.safetensors")
     pictures = graph.add("ImageInvert", image=graph.video[0])
@@ -217,13 +217,13 @@ def test_tuning_with_convolutions_class_pictures_and_validation_is_that_of_the_d
     theirs |= temporal_layers(checkpoint.unet).named()
     begun = load_file(files / "lora.safetensors")
     moved = torch.cat([(theirs[n].detach() - begun[n]).flatten() for n in sorted(ours)])
-    apart = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(ours)])
+    difference = torch.cat([(theirs[n].detach() - ours[n]).flatten() for n in sorted(ours)])
     assert any("conv_temporal" in n and not torch.equal(ours[n], begun[n]) for n in ours)
-    assert apart.norm() < 2e-2 * moved.norm()
+    assert difference.norm() < 2e-2 * moved.norm()
     assert relative(clips * factor, torch.cat(shown)) < 1e-3
 
 
-def test_what_a_tuning_lacks_is_named(host):
+def test_missing_inputs_of_a_tuning_are_named(host):
     graph = DemoGraph()
     for more, message in (
         ({"validate_every": 1}, "negative: is missing"),
@@ -251,7 +251,7 @@ def test_a_tuned_model_is_edited_with_lora_and_controlnet(host, files, lora, con
     host.run(graph.prompt)
 
 
-def test_names_of_files_stay_names(host):
+def test_file_names_with_folders_are_refused(host):
     graph = DemoGraph()
     node = tuned(graph, graph.demo[0], name="../up")
     graph.add("PreviewImage", images=node[1])

@@ -1,4 +1,4 @@
-"""Video in and out: the chosen part, its sizes, its sound; latents in chunks; noise for other samplers."""
+"""Video input and output: selected part, size, sound; latents in chunks; noise for other samplers."""
 
 from fractions import Fraction
 
@@ -22,7 +22,7 @@ CHOICE = {
 
 @pytest.fixture(scope="module")
 def clip(host) -> str:
-    """A second of video at 8 frames a second and 100x70 pixels, with a tone that rises half way."""
+    """One second of 100x70 video at 8 fps, with a tone that rises half way."""
     time = np.arange(48000) / 48000
     wave = np.where(time < 0.5, 0.1, 0.4) * np.sin(2 * np.pi * 440 * time)
     frames = torch.randint(0, 255, (8, 70, 100, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def clip(host) -> str:
 
 
 def loaded(host, **choice):
-    """(video file of the VIDEO output, how many pictures, their size)."""
+    """(video file of the VIDEO output, number of pictures, their size)."""
     graph = Graph()
     node = graph.add("FateZeroLoadVideo", **{**CHOICE, **choice})
     return saved(host, graph, node)
@@ -46,7 +46,7 @@ def saved(host, graph, node):
 
 
 @pytest.mark.every_host
-def test_the_chosen_part_keeps_its_rate_and_sound(host, clip):
+def test_the_selected_part_keeps_its_rate_and_sound(host, clip):
     video, count, size = loaded(host, file=clip, start=4, stride=2, count=2, width=64, height=64)
     assert (count, size) == (2, (64, 64))
     assert video.fps == 4
@@ -64,8 +64,8 @@ def test_sizes_are_multiples_of_eight(host, clip):
     assert loaded(host, file=clip, crop_left=30, crop_right=30, width=64, height=64)[2] == (64, 64)
 
 
-def test_a_video_of_another_node_is_cut_alike(host, clip):
-    """The same choice from a file, and from a VIDEO that exists in memory alone."""
+def test_a_video_of_another_node_is_cut_equally(host, clip):
+    """The same part of a file and of a VIDEO that is only in memory."""
     graph = Graph()
     whole = graph.add("FateZeroLoadVideo", **CHOICE | {"file": clip})
     parts = graph.add("GetVideoComponents", video=whole[1])
@@ -84,7 +84,7 @@ def test_files_outside_the_hosts_folders_are_refused(host, file):
         loaded(host, file=file)
 
 
-def test_what_is_no_video_is_refused(host):
+def test_files_that_are_not_videos_are_refused(host):
     (host.base / "input" / "text.mp4").write_text("hello " * 50)
     (host.base / "input" / "empty.mp4").touch()
     with pytest.raises(NodeError, match=r"text\.mp4 is not a readable video"):
@@ -93,23 +93,23 @@ def test_what_is_no_video_is_refused(host):
         loaded(host, file="empty.mp4")
 
 
-def test_a_file_that_is_missing_is_told_once(host):
+def test_a_missing_file_is_reported_once(host):
     with pytest.raises(NodeError) as refused:
         loaded(host, file="gone.mp4")
-    (told,) = refused.value.report["node_errors"].values()
-    (error,) = told["errors"]
+    (node,) = refused.value.report["node_errors"].values()
+    (error,) = node["errors"]
     assert "no video 'gone.mp4'" in str(error)
 
 
-def test_latents_in_chunks_are_those_of_the_core_node(host):
+def test_latents_in_chunks_equal_the_core_nodes(host):
     graph = DemoGraph()
     graph.set(graph.latent, chunk_size=2)
     core = graph.add("VAEEncode", pixels=graph.video[0], vae=graph.demo[2])
     assert relative(host.latents(graph.prompt, graph.latent[0]), host.latents(graph.prompt, core[0])) < 1e-5
 
 
-def test_the_noise_gives_the_clip_back_in_a_ksampler(host):
-    """The source prompt, guidance 1 and the same key frames: the core sampler replays the inversion."""
+def test_a_ksampler_returns_the_clip_from_the_noise(host):
+    """With the source prompt, guidance 1 and the same key frames the core sampler replays the inversion."""
     graph = DemoGraph(steps=50)
     model = graph.add(
         "FateZeroSpatioTemporalAttention", model=graph.demo[0], key_frames="self, middle", clip_norm=False
@@ -135,8 +135,8 @@ def test_a_single_picture_is_a_clip_of_one_frame(host):
 
 
 @pytest.mark.every_host
-def test_varying_frame_times_and_late_starts_keep_step_in_the_host(host):
-    """A VIDEO has one rate: flashes and beeps must still meet."""
+def test_varying_frame_times_and_late_starts_stay_in_sync_in_the_host(host):
+    """A VIDEO has one rate; flashes and beeps must still coincide."""
     times = [*(Fraction(i, 25) for i in range(26)), *(1 + Fraction(i, 10) for i in range(1, 11))]
     times += [2 + Fraction(i, 30) for i in range(1, 31)]
     flashes(host.base / "input" / "phone.mkv", times=times, clock=Fraction(1, 90000), late=1.0)
@@ -146,7 +146,7 @@ def test_varying_frame_times_and_late_starts_keep_step_in_the_host(host):
     assert beep_times(video.sound) == pytest.approx([0, 1, 2, 3], abs=0.06)
 
 
-def test_a_background_lies_behind_what_is_transparent(host):
+def test_a_background_is_put_behind_transparent_pixels(host):
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(host.base / "input" / "clear.png")
 
     def brightness(**choice):

@@ -1,4 +1,4 @@
-"""A Wan MODEL: both hosts edit it alike, and what stands beside it in the host's chain counts."""
+"""A Wan MODEL: both hosts agree, and other nodes in the host's chain take effect."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ def checkpoint(folder) -> WanCheckpoint:
 
 
 class Hosts(VideoTransformerDenoiser):
-    """With ComfyUI's "simple" sigmas of a shift."""
+    """The library's edit, with ComfyUI's "simple" sigmas for a shift."""
 
     shift = SHIFT
 
@@ -85,7 +85,7 @@ def statistics(checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def library_latents(checkpoint, size=(4, 6)) -> torch.Tensor:
-    """The graph's latents as the library has them."""
+    """The graph's latents, loaded for the library."""
     mean, deviation = statistics(checkpoint)
     samples = torch.randn(1, 16, FRAMES, *size, generator=torch.Generator().manual_seed(1))
     return ((samples - mean) / deviation)[0].transpose(0, 1)
@@ -113,7 +113,7 @@ def by_library(checkpoint, fusion, drawn=None, memory="recompute", order=1, deno
     ("preset", "memory", "order"),
     [("style", "recompute", 1), ("shape", "queries_keys", 1), ("attribute+", "recompute", 2), ("none", "recompute", 2)],
 )
-def test_the_two_hosts_agree(host, graph, checkpoint, preset, memory, order):
+def test_both_hosts_agree(host, graph, checkpoint, preset, memory, order):
     graph.set(graph.words, blend_source="square", blend_target="striped")
     graph.set(graph.invert, memory=memory, order=order)
     graph.set(graph.edit, preset=preset)
@@ -142,7 +142,7 @@ def test_flow_edit_agrees(host, graph, checkpoint, preset, more):
 
 @pytest.mark.every_host
 def test_a_pair_of_models_shares_the_steps(host, graph, checkpoint, tmp_path, lora):
-    """Wan 2.2's: each on its side of the boundary, as on diffusers; the source on the same."""
+    """Wan 2.2's pair: each model on its side of the boundary, as in diffusers, also for the source."""
     other = write_wan(tmp_path / "low", seed=1)
     low = graph.add("OtherWan", folder=str(other), shift=SHIFT)
     both = graph.add("FateZeroWanPair", model=graph.model[0], low_noise=low[0], boundary=0.8)
@@ -159,7 +159,7 @@ def test_a_pair_of_models_shares_the_steps(host, graph, checkpoint, tmp_path, lo
     for model in (before, after):
         graph.both(graph.add("RescaleCFG", model=model[0], multiplier=0.7)[0])
         expected.append(by_host(host, graph, checkpoint))
-    assert relative(expected[1], expected[0]) < 1e-5, "what comes after the pair is set on both"
+    assert relative(expected[1], expected[0]) < 1e-5, "nodes after the pair apply to both"
     if "LoraLoaderBypassModelOnly" in host.known:
         graph.both(graph.add("LoraLoaderBypassModelOnly", model=both[0], **loaded)[0])
         with pytest.raises(NodeError, match=r"LoRA Loader .Bypass. after Wan 2.2 Pair"):
@@ -178,27 +178,27 @@ def plain(host, folder, checkpoint) -> torch.Tensor:
     return by_host(host, WanGraph(folder=str(folder)), checkpoint)
 
 
-def test_calls_of_their_own_give_the_same(host, graph, checkpoint, plain):
-    """Where a card is full, the host runs branches one by one; the source stays beside the edit, to save memory."""
+def test_separate_calls_give_the_same(host, graph, checkpoint, plain):
+    """On a full GPU the host runs branches separately; the source stays paired with the edit, to save memory."""
     graph.both(graph.add("OtherSeparateCalls", model=graph.model[0])[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
 
 
-def test_a_source_with_other_nodes_on_its_model_runs_as_it_was_inverted(host, graph, checkpoint, plain):
-    """Another node on the edit's MODEL alone leaves the source's branch as the inversion had it."""
+def test_a_source_with_other_nodes_on_its_model_runs_as_inverted(host, graph, checkpoint, plain):
+    """Another node on the edit's MODEL only does not change the source branch."""
     graph.set(graph.edit, model=graph.add("OtherBlock", model=graph.model[0], scale=1.0)[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
 
 
-def test_what_wraps_predictions_has_the_sources_too(host, graph, checkpoint):
-    """Also where the source would run in the edit's calls, which hold no prediction of its own."""
+def test_wrappers_of_predictions_also_get_the_sources(host, graph, checkpoint):
+    """Also if the source could run paired with the edit, without a prediction of its own."""
     store = graph.add(
         "FateZeroFlowEdit", model=graph.model[0], source=graph.words[0], latent=graph.latent[0], steps=STEPS,
         source_guidance=2.0, draws=2, seed=3,
     )  # fmt: skip
     graph.set(graph.edit, store=store[0], preset="style")
     found = []
-    for around_calls in (False, True):  # with which they are apart in any case
+    for around_calls in (False, True):  # which separates the branches anyway
         model = graph.add("OtherPredictions", model=graph.model[0], around_calls=around_calls)
         graph.set(store, model=model[0])
         graph.set(graph.edit, model=model[0])
@@ -207,7 +207,7 @@ def test_what_wraps_predictions_has_the_sources_too(host, graph, checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["OtherAttention", "OtherBlock"])
-def test_other_packs_attention_and_blocks_stay(host, graph, checkpoint, plain, kind):
+def test_other_packs_attention_and_blocks_are_kept(host, graph, checkpoint, plain, kind):
     other = graph.add(kind, model=graph.model[0], scale=1.0)
     graph.both(other[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
@@ -216,7 +216,7 @@ def test_other_packs_attention_and_blocks_stay(host, graph, checkpoint, plain, k
 
 
 @pytest.mark.parametrize("preset", ["attribute", "shape+"])
-def test_an_override_that_is_laid_again_at_each_step_is_the_kernel(host, graph, checkpoint, preset):
+def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, checkpoint, preset):
     graph.set(graph.words, blend_source="square", blend_target="striped")
     graph.set(graph.edit, preset=preset)
     plain = by_host(host, graph, checkpoint)
@@ -227,7 +227,7 @@ def test_an_override_that_is_laid_again_at_each_step_is_the_kernel(host, graph, 
     assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
 
 
-def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host, graph, checkpoint):
+def test_a_skipped_layer_is_an_error_that_names_the_node(host, graph, checkpoint):
     graph.both(graph.add("OtherSkip", model=graph.model[0])[0])
     with pytest.raises(
         NodeError, match=r"2 of 8 attention layers .block.1.self, .... did not run in a step: SkipBlock"
@@ -235,7 +235,7 @@ def test_a_layer_that_a_step_did_not_reach_is_an_error_that_names_the_node(host,
         by_host(host, graph, checkpoint)
 
 
-def test_texts_that_the_host_cannot_call_together_run_apart(host, graph, checkpoint):
+def test_texts_of_different_lengths_run_in_separate_calls(host, graph, checkpoint):
     joined = graph.add("ConditioningConcat", conditioning_to=graph.words[1], conditioning_from=graph.words[0])
     graph.set(graph.edit, positive=joined[0])
     computed = by_host(host, graph, checkpoint)
@@ -243,18 +243,18 @@ def test_texts_that_the_host_cannot_call_together_run_apart(host, graph, checkpo
     assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
 
 
-def test_weights_that_wait_elsewhere(host, graph, checkpoint, plain):
+def test_offloaded_weights(host, graph, checkpoint, plain):
     graph.both(graph.add("OtherLowVram", model=graph.model[0])[0])
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "near"), [("bf16", 0.1), ("fp8_e4m3fn", 0.3)])
-def test_other_precisions_come_near(host, graph, checkpoint, plain, dtype, near):
+def test_other_precisions_are_close(host, graph, checkpoint, plain, dtype, near):
     graph.set(graph.model, dtype=dtype)
     assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < near
 
 
-def test_the_shift_is_the_models(host, graph, checkpoint, plain):
+def test_the_models_shift_is_used(host, graph, checkpoint, plain):
     graph.set(graph.model, shift=8.0)
     shifted = graph.add("ModelSamplingSD3", model=graph.model[0], shift=SHIFT)
     graph.both(shifted[0])
@@ -276,14 +276,14 @@ def lora(host, folder) -> str:
     return "wan.safetensors"
 
 
-def test_a_lora_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, checkpoint, plain, lora):
-    """The source then runs on its own weights, in calls of its own."""
+def test_a_lora_on_the_edit_only_does_not_change_the_source(host, graph, checkpoint, plain, lora):
+    """The source then runs with its own weights, in separate calls."""
     loaded = graph.add("LoraLoaderModelOnly", model=graph.model[0], lora_name=lora, strength_model=1.0)
     graph.both(loaded[0])
     both = by_host(host, graph, checkpoint)
     graph.set(graph.invert, model=graph.model[0])
-    alone = by_host(host, graph, checkpoint)
-    assert min(relative(both, plain), relative(alone, plain), relative(alone, both)) > 1e-3
+    single = by_host(host, graph, checkpoint)
+    assert min(relative(both, plain), relative(single, plain), relative(single, both)) > 1e-3
     graph.set(loaded, strength_model=0.0)
     assert torch.equal(by_host(host, graph, checkpoint), plain)
 
@@ -295,8 +295,8 @@ def test_a_lora_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, check
         ("ScaleROPE", {"scale_x": 0.5, "scale_y": 0.5, "shift_t": 1.0}),
     ],
 )
-def test_a_node_on_the_edit_alone_leaves_the_source_as_it_was(host, graph, checkpoint, plain, lora, kind, settings):
-    """Computed again, the source gives what was kept of it before."""
+def test_a_node_on_the_edit_only_does_not_change_the_source(host, graph, checkpoint, plain, lora, kind, settings):
+    """The recomputed source equals the stored one."""
     graph.set(graph.edit, model=graph.add(kind, model=graph.model[0], **settings)[0])
     computed = by_host(host, graph, checkpoint)
     graph.set(graph.invert, memory="queries_keys")
@@ -311,12 +311,12 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
         freenoise=False,
     )  # fmt: skip
     graph.both(windows[0])
-    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5, "one window holds all frames"
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5, "one window covers all frames"
     graph.set(windows, context_length=2)
     computed = by_host(host, graph, checkpoint)
     assert 1e-4 < relative(computed, plain) < 1
     graph.set(graph.invert, memory="auto")
-    assert torch.equal(by_host(host, graph, checkpoint), computed), "which takes no memory that would keep one of them"
+    assert torch.equal(by_host(host, graph, checkpoint), computed), "nothing stored of one window"
     graph.set(graph.invert, memory="queries_keys")
     with pytest.raises(NodeError, match="one attention per frame"):
         by_host(host, graph, checkpoint)
@@ -330,12 +330,12 @@ def test_windows_over_frames(host, graph, checkpoint, plain):
 
 
 def hosts_guider(graph) -> Node:
-    """What the host's own guider and Euler steps, a flow's own, give of the inverted noise."""
-    asked = graph.prompt[graph.edit.id]["inputs"]
-    guider = graph.add("CFGGuider", cfg=asked["guidance"], **{k: asked[k] for k in ("model", "positive", "negative")})
+    """The result of the host's own guider and Euler steps from the inverted noise."""
+    inputs = graph.prompt[graph.edit.id]["inputs"]
+    guider = graph.add("CFGGuider", cfg=inputs["guidance"], **{k: inputs[k] for k in ("model", "positive", "negative")})
     noise = graph.add("OtherLatentNoise", model=graph.model[0], latent=graph.invert[0])
     steps = graph.prompt[graph.invert.id]["inputs"]["steps"]
-    sigmas = graph.add("FateZeroSigmas", model=asked["model"], steps=steps)
+    sigmas = graph.add("FateZeroSigmas", model=inputs["model"], steps=steps)
     euler = graph.add("KSamplerSelect", sampler_name="euler")
     return graph.add(
         "SamplerCustomAdvanced", noise=noise[0], guider=guider[0], sampler=euler[0], sigmas=sigmas[0],
@@ -344,8 +344,8 @@ def hosts_guider(graph) -> Node:
 
 
 @pytest.mark.parametrize("schedule", ["standard_static", "looped_uniform"])
-def test_windows_are_the_hosts(host, graph, schedule):
-    """With the frame before each, and in the order of those that go round the clip's end."""
+def test_windows_equal_the_hosts(host, graph, schedule):
+    """With key frames previous, and in the order of windows that wrap around the clip's end."""
     graph.set(graph.latent, shape="1,16,5,4,6")
     windows = graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=3, context_overlap=1, context_schedule=schedule,
@@ -371,7 +371,7 @@ def test_other_guidance(host, graph, checkpoint, plain, kind, settings):
     assert relative(by_host(host, graph, checkpoint), computed) < 1e-5
 
 
-def test_a_mask_of_the_latent_keeps_the_rest(host, graph, checkpoint):
+def test_a_mask_of_the_latent_preserves_the_rest(host, graph, checkpoint):
     solid = graph.add("SolidMask", value=0.0, width=48, height=32)
     box = graph.add("SolidMask", value=1.0, width=24, height=32)
     mask = graph.add("MaskComposite", destination=solid[0], source=box[0], x=0, y=0, operation="add")
@@ -408,12 +408,12 @@ def test_the_guiders_do_the_same(host, graph, checkpoint, plain, sampler):
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-6
 
 
-def test_no_trace_is_left_on_the_model(host, graph):
+def test_the_model_is_restored(host, graph):
     before = graph.add("OtherHooks", model=graph.model[0])
-    told = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
+    again = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
     host.latents(graph.prompt, graph.edit[0])
     after = host.run({name: node for name, node in graph.prompt.items() if name in (graph.model.id, before.id)})
-    assert told.outputs[before.id]["text"] == after.outputs[before.id]["text"]
+    assert again.outputs[before.id]["text"] == after.outputs[before.id]["text"]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_no_trace_is_left_on_the_model(host, graph):
         ({"propagation": "FateZeroTokenFlow"}, "TokenFlow needs a UNet"),
     ],
 )
-def test_parts_that_are_of_unets(host, graph, part, error):
+def test_parts_that_need_a_unet(host, graph, part, error):
     for name, value in part.items():
         given = value
         if name == "propagation":
@@ -437,7 +437,7 @@ def test_parts_that_are_of_unets(host, graph, part, error):
 
 
 def by_host_of_demo(samples: torch.Tensor) -> torch.Tensor:
-    """Latents of the demo's video transformer as the library has them."""
+    """Latents of the demo's video transformer by the library."""
     return 0.18215 * samples[0].transpose(0, 1)
 
 
@@ -446,7 +446,7 @@ class DemoHosts(Hosts):
 
 
 def demo_edit(samples: torch.Tensor) -> torch.Tensor:
-    """The library's edit of latents that the host encoded, by the same trained weights."""
+    """The library's edit of latents encoded by the host, with the same weights."""
     checkpoint = WanCheckpoint.load("demo-wan")
     denoiser = DemoHosts(checkpoint.transformer, checkpoint.scheduler)
     source, target, empty = (checkpoint.encode_prompt(text, 32, 32) for text in (SOURCE, TARGET, ""))
@@ -456,8 +456,8 @@ def demo_edit(samples: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.every_host
-def test_a_clip_goes_through_the_demo_and_both_hosts_agree(host):
-    """Encoded, inverted, checked, looked at, edited, decoded, saved and loaded, with nodes of ours and the host's."""
+def test_both_hosts_agree_on_the_demo_from_video_to_video(host):
+    """Encode, invert, check, preview, edit, decode, save and load, with our nodes and the host's."""
     graph = Graph()
     model = graph.add("FateZeroDemoVideoModel")
     video = graph.add(

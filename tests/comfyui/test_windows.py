@@ -1,4 +1,4 @@
-"""Nodes that wrap the sampling: their state is prepared, and calls on some frames of a clip are told apart."""
+"""Nodes that wrap the sampling: their state is prepared, and the frames of each call are recognised."""
 
 import pytest
 from comfyui.graph import DemoGraph
@@ -13,7 +13,7 @@ FRAMES, LENGTH = 5, 3
 
 
 def windowed(graph, length=LENGTH, motion=True, model=None):
-    """A MODEL whose calls hold so many frames, in which frames meet."""
+    """A MODEL with calls of a number of frames, which it mixes."""
     model = model or graph.demo[0]
     if motion:
         model = graph.add("OtherMotion", model=model)[0]
@@ -30,7 +30,7 @@ def fused(memory="recompute", **inversion):
 
 
 @pytest.mark.parametrize("sides", ["both", "inversion", "edit"])
-def test_without_fusion_it_is_the_hosts_own_sampling(host, sides):
+def test_without_fusion_it_equals_the_hosts_sampling(host, sides):
     graph = without_fusion(DemoGraph(frames=FRAMES))
     model = windowed(graph)
     first, then = {"both": (0, 0), "inversion": (0, 1), "edit": (1, 0)}[sides]
@@ -47,17 +47,17 @@ def test_without_fusion_it_is_the_hosts_own_sampling(host, sides):
     assert relative(edited(host, plain), expected) > 1e-2
     if sides == "both":
         plain.both(windowed(plain, FRAMES))
-        assert relative(edited(host, plain), expected) > 1e-3, "frames meet in their windows alone"
+        assert relative(edited(host, plain), expected) > 1e-3, "frames are mixed only within their windows"
 
 
 @pytest.mark.parametrize("preset", ["custom", "shape+", "pnp"])
-def test_windows_change_nothing_where_frames_do_not_meet(host, preset):
+def test_windows_change_nothing_for_independent_frames(host, preset):
     def run(length):
         graph = fused(key_frames="self")
         if preset != "custom":
             graph.set(graph.edit, preset=preset)
             del graph.prompt[graph.edit.id]["inputs"]["settings"]
-        if length:  # by two MODELs that share their weights
+        if length:  # with two MODELs that share weights
             like = graph.add("OtherAttn2", model=graph.demo[0], scale=1.0)[0]
             graph.set(graph.invert, model=windowed(graph, length, motion=False))
             graph.set(graph.edit, model=windowed(graph, length, motion=False, model=like))
@@ -81,7 +81,7 @@ def test_memories_agree_or_are_refused(host):
         run("queries_keys", LENGTH)
 
 
-def test_nothing_stays_in_the_model(host):
+def test_the_model_is_restored(host):
     graph = fused()
     hanging = graph.add("OtherHooks", model=graph.demo[0])
     before = host.text(host.run(graph.prompt), hanging.id)
@@ -90,8 +90,8 @@ def test_nothing_stays_in_the_model(host):
     assert host.text(host.run(graph.prompt), hanging.id) == before
 
 
-def test_a_node_on_one_side_leaves_the_other(host, lora):
-    """The edit's weights and layers come and go around the source's, whichever memory has it."""
+def test_a_node_on_one_side_does_not_change_the_other(host, lora):
+    """The edit's weights and layers are swapped for the source's, with every memory."""
 
     def run(memory, motion_on):
         graph = fused(memory)
@@ -120,7 +120,7 @@ def test_other_windows_than_the_sources_are_refused(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda g: g.set(g.invert, model=windowed(g), chunk_frames=2), "model: a motion module of AnimateDiff needs"),
         (lambda g: g.set(g.invert, model=windowed(g, motion=False), chunk_frames=2), "model: a node's wrapper other"),
@@ -129,14 +129,14 @@ def test_other_windows_than_the_sources_are_refused(host):
         (lambda g: g.both(g.add("OtherTwice", model=g.demo[0])[0]), "model: a node on it samples more than once"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_right_is_refused(host, change, told):
+def test_unsupported_windows_are_refused(host, change, message):
     graph = DemoGraph(frames=FRAMES)
     change(graph)
-    with pytest.raises(NodeError, match=told):
+    with pytest.raises(NodeError, match=message):
         edited(host, graph)
 
 
-def test_a_store_from_a_file_is_of_the_model_without_what_a_node_injects(host):
+def test_a_saved_store_does_not_depend_on_injected_layers(host):
     graph = fused()
     model = windowed(graph, FRAMES)
     graph.both(model)

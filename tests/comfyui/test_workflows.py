@@ -1,4 +1,4 @@
-"""The workflows that ship: run headless to a video, opened in the page, and run there."""
+"""The bundled workflows: run without a page, opened in the page, and run there."""
 
 import json
 import os
@@ -21,15 +21,15 @@ NAMES = (
     "tune_a_video", "wan", "wan_demo",
 )  # fmt: skip
 OFTEN = ("demo",)
-"""Those that run in the page by default; the others do so as prompts, which the page makes the same."""
+"""Workflows that run in the page by default; the others run as prompts, equal to the page's."""
 REPORTS = {
     "layout_new_clip": "guided in 3 predictions of",
     "flow_any_demo": "mask from the predictions for both prompts",
     **dict.fromkeys(FLOWS, "sampled noise (FlowEdit)"),
 }
-"""A part of the report of those without an inversion."""
+"""A part of the report of workflows without inversion."""
 ROOMS = ("demo", "wan")
-"""Those whose room is looked at by default."""
+"""Workflows whose layout is checked by default."""
 
 
 def test_every_workflow_has_a_thumbnail_and_a_twin():
@@ -42,7 +42,7 @@ def test_every_workflow_has_a_thumbnail_and_a_twin():
         assert any("Note" in node["type"] for node in workflow["nodes"])
 
 
-def test_pictures_of_the_page_show_the_workflows_as_they_are():
+def test_pictures_of_the_page_show_the_current_workflows():
     for path, name in PICTURES.items():
         assert Image.open(path).info.get("comment") == mark_of(name).encode(), "run tests/comfyui/write_pictures.py"
 
@@ -61,14 +61,14 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
         if prompt[node]["class_type"] == "SaveImage":
             assert Image.open(host.file(run, node)).size == (64, 64)
             continue
-        beside = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
+        compared = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
         video = read_video(host.file(run, node))
-        assert video.frames.shape == (LENGTHS.get(name, 3), 64, 128 if beside else 64, 3)
+        assert video.frames.shape == (LENGTHS.get(name, 3), 64, 128 if compared else 64, 3)
         assert (video.sound is not None) == (name in LENGTHS)
 
 
 @pytest.mark.slow
-def test_one_of_three_edits_changes_alone(host, lora, controlnet):
+def test_changing_one_of_three_edits_changes_only_that_one(host, lora, controlnet):
     prompt = of_demo(read("one_inversion_three_edits", FOLDER / "api"), host, lora, controlnet)
     host.run(prompt)
     edits = [node for node in prompt.values() if node["class_type"] == "FateZeroPromptEdit"]
@@ -87,7 +87,7 @@ def page(host):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_opens_a_workflow_whole(page, name):
+def test_the_page_opens_a_workflow_completely(page, name):
     workflow = read(name)
     page.errors.clear()
     page.open(workflow, name)
@@ -98,14 +98,14 @@ def test_the_page_opens_a_workflow_whole(page, name):
     assert [group["title"] for group in shown["groups"]] == [group["title"] for group in workflow["groups"]]
     queued = page.prompt()
     for node in queued.values():
-        node["inputs"].pop("video-preview", None)  # a widget of the page
+        node["inputs"].pop("video-preview", None)  # a widget that the page adds
     assert queued == read(name, FOLDER / "api")
     assert page.errors == []
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ROOMS else pytest.mark.slow) for n in NAMES])
-def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, controlnet, name):
-    """In both designs of nodes. FATEZERO_LAY_OUT=1 moves nodes and groups of the workflow apart instead."""
+def test_nodes_do_not_overlap_with_files_previews_and_texts(host, page, lora, controlnet, name):
+    """In both node designs. With FATEZERO_LAY_OUT=1 it moves overlapping nodes and groups apart instead."""
     host.forget()
     workflow = read(name)
     page.design(newer=False)
@@ -132,8 +132,8 @@ def test_nodes_keep_apart_with_files_previews_and_texts(host, page, lora, contro
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO if n != "flow_any_demo"]
 )
-def test_the_page_runs_a_demo_to_its_end(host, page, name):
-    """With fewer frames and steps, for time. Its texts stay when another workflow is opened and after a reload."""
+def test_the_page_runs_a_demo(host, page, name):
+    """With few frames and steps. Its texts are kept when another workflow is opened and after a reload."""
     page.errors.clear()
     host.forget()  # texts of cached nodes are not sent again
     workflow, frames = read(name), 3
@@ -152,9 +152,9 @@ def test_the_page_runs_a_demo_to_its_end(host, page, name):
     texts = page.texts()
     shown = "\n".join(texts)
     layers = "12 of 12" if name == "wan_demo" else "14 of 14"
-    told = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
-    for text in (REPORTS[name],) if name in REPORTS else told:
-        assert text in shown  # the store's bytes, the alignment and the report stand on their nodes
+    expected = (f"{frames} frames, {DEMO[name]} steps", " <- square", f"hooked {layers} attention layers")
+    for text in (REPORTS[name],) if name in REPORTS else expected:
+        assert text in shown  # the store's bytes, the alignment and the report are shown on their nodes
     page.open(read("style"), "another")
     page.boxes()
     assert page.texts() == []

@@ -2,8 +2,8 @@
 
     python tests/comfyui/write_help.py
 
-Run it after a change of a description or tooltip; `test_help.py` compares. "Good to know" is written by hand and stays.
-A missing page is made.
+Run it after changing a description or tooltip; `test_help.py` compares. "Good to know" is hand-written and kept.
+A missing page is created.
 """
 
 from __future__ import annotations

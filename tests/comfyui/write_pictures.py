@@ -1,8 +1,8 @@
-"""Take the pictures that show the page with a workflow: demo/page.jpg and three thumbnails in workflows/.
+"""Take pictures of the page with a workflow: demo/page.jpg and three thumbnails in workflows/.
 
     python tests/comfyui/write_pictures.py [NAME ...]
 
-Run it after a change of these workflows or of the nodes in them; `test_workflows.py` compares the mark in each picture.
+Run it after changing these workflows or their nodes; `test_workflows.py` compares the hash in each picture.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ PICTURES = {
 }
 """The workflow that each picture shows."""
 FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LoraLoaderModelOnly": "loras", "ControlNetLoader": "controlnet"}
-"""The nodes that name files of models, and the folders of these."""
+"""Nodes with names of model files, and the folders of these."""
 WIDTH = 760
-"""Of a thumbnail, in pixels."""
+"""The size of a thumbnail, in pixels."""
 NOTE = "Run with the bundled toy model in place of the files"
-"""Of a thumbnail of a workflow that needs files."""
+"""The note on a thumbnail of a workflow that needs files."""
 
 
 def mark_of(name: str) -> str:
-    """A hash of what a picture of a workflow shows: nodes, their places, sizes and values, links and groups."""
+    """A hash of a workflow's appearance: nodes, positions, sizes, values, links and groups."""
     workflow = read(name)
     keys = ("id", "type", "pos", "size", "title", "widgets_values")
     nodes = [{key: node.get(key) for key in keys} for node in workflow["nodes"]]
@@ -47,7 +47,7 @@ def mark_of(name: str) -> str:
 
 
 def run(page: Page, host: Host, name: str) -> None:
-    """Open a workflow and run it: as it is where it needs no files, else with the demo's model in their place."""
+    """Open a workflow and run it, with the demo's model in place of files it needs."""
     page.open(read(name), name)
     if name in DEMO:
         ended = page.run()
@@ -59,7 +59,7 @@ def run(page: Page, host: Host, name: str) -> None:
 
 
 def with_files(folder: Path) -> Path:
-    """A folder for the host with empty files of the models that the workflows name: the page marks missing ones."""
+    """A folder with empty files for the workflows' models, because the page marks missing ones."""
     for name in PICTURES.values():
         for node in read(name)["nodes"]:
             if node["type"] in FOLDERS:
@@ -78,7 +78,7 @@ def with_note(picture: Image.Image) -> Image.Image:
 
 
 def main(names: list[str]) -> None:
-    """names: of the workflows; none for all."""
+    """Take all pictures, or those of the named workflows."""
     with (
         tempfile.TemporaryDirectory() as folder,
         started(find_hosts()[0], with_files(Path(folder))) as host,

@@ -1,4 +1,4 @@
-"""What the bundled checkpoint must reach; the model card has the figures on more scenes."""
+"""Minimum quality of the bundled checkpoint; the model card has figures on more scenes."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_it_is_small():
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 16_000_000
 
 
-def test_it_has_what_hosts_take_for_granted_of_sd1(checkpoint):
+def test_it_has_the_sizes_hosts_expect_of_sd1(checkpoint):
     for module in (checkpoint.unet, checkpoint.vae):
         assert {m.num_groups for m in module.modules() if isinstance(m, nn.GroupNorm)} == {32}
     assert {site.heads for site in checkpoint.denoiser.sites(16, 16)} == {8}
@@ -47,20 +47,20 @@ def test_the_judge_reads_rendered_scenes():
     assert judge_accuracy(load_judge(), count=500) >= 0.99
 
 
-def test_the_judge_reads_two_things_one_by_one(checkpoint):
+def test_the_judge_recognises_each_of_two_things(checkpoint):
     assert close_up_accuracy(load_judge(), count=30) >= 0.99
     assert close_up_accuracy(load_judge(), checkpoint, count=30) >= 0.98
 
 
 @pytest.mark.slow
-def test_it_paints_held_out_captions(checkpoint):
+def test_it_generates_held_out_captions(checkpoint):
     right = painting_accuracy(checkpoint, load_judge(), count=16, batch=16)
     assert right["colour"] >= 0.9
     assert right["shape"] >= 0.8
 
 
 @pytest.mark.slow
-def test_inversion_and_replay_stay_near_the_autoencoder(checkpoint):
+def test_inversion_and_replay_are_close_to_the_autoencoder(checkpoint):
     coded, replayed = replay_psnr(checkpoint, clips=2)
     assert coded > 30
     assert replayed > coded - 2
@@ -73,7 +73,7 @@ def test_attention_of_the_object_word_lies_on_the_object(checkpoint):
 
 
 @pytest.mark.slow
-def test_the_demo_edits_and_keeps_better_than_plain_ddim(tmp_path):
+def test_the_demo_edits_and_preserves_better_than_plain_ddim(tmp_path):
     from rich.console import Console
 
     from fatezero.cli.app import progress_bar

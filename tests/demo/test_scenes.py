@@ -22,7 +22,7 @@ from fatezero.metrics.temporal import warp_error
 STILL = Motion((Track(32, 32, 16),))
 
 
-def test_captions_are_read_back():
+def test_captions_are_parsed_back():
     random = Random(0)
     for _ in range(200):
         scene = random_scene(random)
@@ -36,7 +36,7 @@ def test_other_captions_are_refused(caption):
         Scene.parse(caption)
 
 
-def test_the_stream_repeats_and_keeps_the_held_out_apart():
+def test_the_stream_repeats_and_excludes_held_out_scenes():
     def first(seed, held_out):
         stream = scenes(seed, held_out)
         return [next(stream) for _ in range(50)]
@@ -46,7 +46,7 @@ def test_the_stream_repeats_and_keeps_the_held_out_apart():
     assert all(scene.held_out for scene, _ in first(3, True))
 
 
-def test_an_edit_changes_only_what_its_words_say():
+def test_an_edit_changes_only_what_its_words_change():
     source, motion = Scene((Thing("red", "square"),), "water"), random_motion(Random(1))
     before, after = render(source, motion), render(source.with_thing(colour="blue"), motion)
     outside = before.mask == 0
@@ -60,7 +60,7 @@ def test_an_edit_changes_only_what_its_words_say():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_flow_carries_each_frame_to_the_next(style):
-    """Where an object stays whole, its pixels move by the flow; watercolor's grain stays on the paper."""
+    """Unoccluded pixels of an object move by the flow; watercolor's grain stays on the paper."""
     scene = Scene((Thing("red", "square", "dotted"),), "bricks", style)
     motion = Motion((Track(24, 32, 14, vx=2, vy=1),), pan=(1, 0))
     clip = render(scene, motion, 3)
@@ -79,14 +79,14 @@ def test_sizes_and_ranges():
         assert clip.flow.shape == (3, 2, SIZE, SIZE)
         assert 0 <= clip.frames.min() <= clip.frames.max() <= 1
         assert clip.masks.sum(0).max() <= 1 + 1e-6
-        assert (clip.masks.sum((-1, -2)) > 100).all(), "every thing is seen in every frame"
+        assert (clip.masks.sum((-1, -2)) > 100).all(), "every thing is visible in every frame"
 
 
 def test_objects_have_their_colour():
     for name, colour in COLOURS.items():
         clip = render(Scene((Thing(name, "circle"),), "sand"), STILL, 1)
-        seen = clip.frames[0][:, clip.mask[0] == 1].mean(1)
-        assert (seen - torch.tensor(colour)).abs().max() < 0.1
+        mean = clip.frames[0][:, clip.mask[0] == 1].mean(1)
+        assert (mean - torch.tensor(colour)).abs().max() < 0.1
 
 
 def test_things_and_tracks_must_match():

@@ -1,4 +1,4 @@
-"""The trainer of the demo world's temporal layers, on a few clips and steps; and the bundled ones."""
+"""The trainer of the demo world's temporal layers, on few clips and steps, and the bundled layers."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_clips_repeat_move_and_show_no_held_out_scene():
 
 
 @pytest.mark.slow
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_an_interrupted_training_resumes_with_the_same_result(tmp_path, monkeypatch):
     def trained(name):
         (tmp_path / name).mkdir(exist_ok=True)
         train_temporal(tmp_path / name / "t.safetensors", tmp_path / name, SMALL, CPU, lambda _: None)
@@ -50,8 +50,8 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_the_bundled_layers_draw_a_clip_whose_frames_agree():
-    """Of a caption that no training saw: the words in nearly every frame, near its neighbours in colour and place."""
+def test_the_bundled_layers_generate_a_consistent_clip():
+    """For a held-out caption: right in nearly every frame, with colour and position close to adjacent frames."""
     checkpoint, judge = Checkpoint.load("demo", temporal="demo"), load_judge()
     scene, _ = next(s for s in scenes(9, held_out=True, things=1))
     noise = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_the_bundled_layers_draw_a_clip_whose_frames_agree():
         keys, norm = (("first", "previous"), True) if name == "video" else (("self",), False)
         made = generate(model.denoiser, noise, text, empty, 10, 5.0, keys, norm)
         frames[name] = model.decode_latents(made)
-    right = sum(seen == labels(scene) for seen in judge.read(frames["video"]))
+    right = sum(read == labels(scene) for read in judge.read(frames["video"]))
     assert right >= 5
-    apart = {name: f.diff(dim=0).abs().mean().item() for name, f in frames.items()}
-    assert 0.002 < apart["video"] < 0.5 * apart["image"]
+    differences = {name: f.diff(dim=0).abs().mean().item() for name, f in frames.items()}
+    assert 0.002 < differences["video"] < 0.5 * differences["image"]

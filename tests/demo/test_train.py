@@ -1,4 +1,4 @@
-"""The trainer, on a few pictures and steps: that it learns, resumes and writes what hosts load."""
+"""The trainer, on few pictures and steps: it learns, resumes and writes files that hosts load."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_pictures_repeat_and_show_no_held_out_scene(pictures):
     assert not any(scene.held_out for scene in pictures.scenes)
 
 
-def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
+def test_close_ups_show_one_of_two_things_at_the_size_of_a_single_one():
     job = (0, 6, 2)
     frames, shown, whole = _render_close(job), _scenes_close(job), _scenes(job)
     assert frames.shape == (6, 3, 64, 64)
@@ -50,7 +50,7 @@ def test_close_ups_show_one_of_two_things_as_large_as_a_single_one():
             assert (middle - torch.tensor(COLOURS[scene.things[0].colour])).abs().max() < 0.1
 
 
-def test_pictures_are_moved_a_little_for_the_judge():
+def test_pictures_are_shifted_slightly_for_the_judge():
     spot = torch.zeros(50, 1, 64, 64)
     spot[:, :, 31:33, 31:33] = 1
     moved = _augmented(spot, torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_pictures_are_moved_a_little_for_the_judge():
     assert not torch.equal(moved[0], moved[1])
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(pictures, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_same_result(pictures, tokenizer, tmp_path, monkeypatch):
     whole, batch = painted(pictures, tokenizer, tmp_path / "whole"), train._batch
 
     def batch_or_stop(seed, step, *given):

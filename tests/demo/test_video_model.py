@@ -1,4 +1,4 @@
-"""The demo world's video transformer: its parts and its trainer, on a few clips and steps."""
+"""The demo world's video transformer: its parts and its trainer, on few clips and steps."""
 
 from collections import Counter
 from random import Random
@@ -24,7 +24,7 @@ def test_each_word_of_the_world_is_a_token_and_captions_fit():
     assert mask.sum(1).max() < TEXT_TOKENS
 
 
-def test_text_is_zeros_after_its_end_and_does_not_see_them():
+def test_text_is_zero_padded_and_ignores_the_padding():
     tokenizer = build_tokenizer()
     encoder = VideoPainter(tokenizer).text.eval()
     ids, mask = token_ids(tokenizer, ["a red circle"])
@@ -33,7 +33,7 @@ def test_text_is_zeros_after_its_end_and_does_not_see_them():
     assert torch.allclose(encode_ids(encoder, ids[:, :4], mask[:, :4]), text[:, :4], atol=1e-6)
 
 
-def test_batches_depend_on_seed_and_step_alone():
+def test_batches_depend_only_on_seed_and_step():
     latents, settings = torch.randn(5, 16, 4, 16, 16), VideoSettings()
     batch, again = (batch_at(latents, 7, settings) for _ in range(2))
     assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
@@ -45,7 +45,7 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 @pytest.mark.slow
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_an_interrupted_training_resumes_with_the_same_result(tmp_path, monkeypatch):
     def trained(name):
         (tmp_path / name).mkdir(exist_ok=True)
         train_video(tmp_path / name / "out", tmp_path / name, SMALL, CPU, lambda _: None)

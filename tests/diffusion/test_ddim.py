@@ -6,7 +6,7 @@ import torch
 from fatezero.diffusion.ddim import ddim_move, guide
 
 
-def test_moving_there_and_back_along_the_same_noise_returns():
+def test_moving_back_with_the_same_noise_restores_the_latents():
     z, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     a, b = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
     there = ddim_move(z, noise, a, b)
@@ -14,7 +14,7 @@ def test_moving_there_and_back_along_the_same_noise_returns():
     assert torch.allclose(ddim_move(z, noise, a, a), z, atol=1e-13)
 
 
-def test_a_move_keeps_the_clean_picture_it_implies():
+def test_a_move_keeps_the_predicted_clean_latents():
     clean, noise = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
     a, b = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
     z = a.sqrt() * clean + (1 - a).sqrt() * noise
@@ -40,7 +40,7 @@ def test_guidance_one_is_the_positive_branch():
     assert torch.allclose(guide(negative, positive, 0.0), negative)
 
 
-def test_the_schedule_is_the_schedulers_own(denoiser):
+def test_the_schedule_equals_the_schedulers(denoiser):
     schedule = denoiser.schedule(50)
     assert schedule.timesteps[:2] == (981, 961)
     assert schedule.timesteps[-1] == 1

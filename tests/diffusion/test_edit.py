@@ -75,8 +75,8 @@ def test_attention_of_the_reconstruction(denoiser, tokenizer, guidance):
     assert relative(edit(denoiser, inversion, *arguments, FusionSettings(0.5, 0.5)), expected) > 1e-6
 
 
-def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):
-    """One head of 80 channels is wider than a map of 77 columns."""
+def test_cross_attention_is_stored_as_maps_where_that_is_smaller(scheduler, tokenizer):
+    """One head of 80 channels takes more than a map of 77 columns."""
     unet = small_unet(block_out_channels=(8, 80), attention_head_dim=1)
     denoiser = DiffusersDenoiser(unet, scheduler)
     edits = [run(denoiser, tokenizer, random_latents(2), memory) for memory in MEMORIES]
@@ -87,7 +87,7 @@ def test_the_text_is_kept_as_a_map_where_that_is_narrower(scheduler, tokenizer):
     assert store.nbytes == store.plan.nbytes
 
 
-def test_a_store_from_disk_edits_the_same(denoiser, tokenizer, tmp_path):
+def test_a_store_from_disk_gives_the_same_edit(denoiser, tokenizer, tmp_path):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=3, memory="queries_keys")
     arguments = (random_text(1), random_text(2), 7.5, replace_edit(tokenizer), BLENDED)
     before = edit(denoiser, inversion, *arguments)
@@ -169,8 +169,8 @@ def test_chunks_give_the_whole_clips_result(denoiser, tokenizer, key_frames):
 
 
 @pytest.mark.parametrize(("key_frames", "clip_norm"), [(("previous", "first"), False), (("self", "middle"), True)])
-def test_where_frames_meet_otherwise_chunks_overlap_and_come_near(denoiser, tokenizer, key_frames, clip_norm):
-    """Frames that change slowly, as a video's do."""
+def test_other_key_frames_use_overlapping_chunks_and_approximate(denoiser, tokenizer, key_frames, clip_norm):
+    """Frames that change slowly, as in a video."""
     latents = random_latents(1) + 0.02 * random_latents(7).cumsum(0)
 
     def edited(chunk):
@@ -179,20 +179,18 @@ def test_where_frames_meet_otherwise_chunks_overlap_and_come_near(denoiser, toke
         return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, chunk_frames=chunk)
 
     whole = edited(None)
-    alone = edit(
+    single = edit(
         denoiser, invert(denoiser, latents, random_text(0), 3, "self"), random_text(1), random_text(2), 7.5,
         replace_edit(tokenizer),
     )  # fmt: skip
     error = relative(edited(5), whole)
-    assert 0 < error < 0.5 * relative(alone, whole)
+    assert 0 < error < 0.5 * relative(single, whole)
 
 
 @pytest.mark.parametrize("memory", ["queries_keys", "maps"])
 @pytest.mark.parametrize(("key_frames", "clip_norm"), [(("first", "previous"), False), (("self",), True)])
-def test_attention_of_frames_that_meet_is_kept_of_the_whole_clip_alone(
-    denoiser, tokenizer, memory, key_frames, clip_norm
-):
-    """Each chunk has an attention of its own, where a store keeps one."""
+def test_attention_between_frames_is_stored_only_for_the_whole_clip(denoiser, tokenizer, memory, key_frames, clip_norm):
+    """Each chunk has its own attention, but a store keeps one."""
     latents, refused = random_latents(5), f'memory "{memory}" stores one attention per frame'
 
     def inverted(memory, chunk):
@@ -214,7 +212,7 @@ def test_a_chunk_too_short_is_refused(denoiser):
         invert(denoiser, random_latents(4), random_text(0), 1, key_frames=("previous",), chunk_frames=1)
 
 
-def test_noise_that_does_not_depend_on_the_latent_is_replayed_exactly(unet, denoiser):
+def test_noise_independent_of_the_latent_is_replayed_exactly(unet, denoiser):
     torch.nn.init.zeros_(unet.conv_out.weight)
     latents = random_latents(2)
     inversion = invert(denoiser, latents, random_text(0), steps=20)
@@ -255,18 +253,18 @@ def test_an_empty_mask_keeps_the_sources_latents_and_a_full_one_the_edits(denois
 
 
 @pytest.mark.parametrize(("blends", "noisier"), [(True, 0), ("authors", 1)])
-def test_blended_latents_outside_an_empty_mask_are_the_inversions(denoiser, tokenizer, monkeypatch, blends, noisier):
-    """Of the matching level, or of the noisier one that the authors' index takes."""
+def test_outside_an_empty_mask_blended_latents_equal_the_inversion(denoiser, tokenizer, monkeypatch, blends, noisier):
+    """At the matching level, or at the noisier one of the authors' index."""
 
-    seen = []
+    moved = []
     move = EditRun.move
-    monkeypatch.setattr(EditRun, "move", lambda *given: seen.append(move(*given)) or seen[-1])
+    monkeypatch.setattr(EditRun, "move", lambda *given: moved.append(move(*given)) or moved[-1])
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     fusion = FusionSettings(0.5, 0.5, blend_latents=blends, blend_threshold=1.0)
     edit(denoiser, inversion, random_text(1), random_text(2), 7.5, replace_edit(tokenizer), fusion)
     for step in fusion.latent_steps(5):
-        assert torch.equal(seen[step], inversion.latents[5 - step - 1 + noisier])
-    assert not torch.equal(seen[0], inversion.latents[4])
+        assert torch.equal(moved[step], inversion.latents[5 - step - 1 + noisier])
+    assert not torch.equal(moved[0], inversion.latents[4])
 
 
 def test_latents_blended_as_the_authors_do_in_chunks(denoiser, tokenizer):
@@ -299,7 +297,7 @@ def test_prompts_of_two_blocks(denoiser, tokenizer):
     assert edited.isfinite().all()
 
 
-def test_calls_of_the_unet_are_as_told(denoiser, tokenizer):
+def test_unet_calls_match_the_estimate(denoiser, tokenizer):
     calls = []
     counted = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
     for fusion, memory in ((BLENDED, "recompute"), (BLENDED, "queries_keys"), (FusionSettings(0.2, 0.4), "recompute")):
@@ -353,7 +351,7 @@ def test_a_store_of_another_prompt_is_refused(denoiser, tokenizer):
         (torch.zeros(1, 4, 16, 16), torch.zeros(2, 77, 16), "source_embeddings has shape"),
     ],
 )
-def test_shapes_that_do_not_fit_are_told(denoiser, latents, text, message):
+def test_wrong_shapes_are_refused(denoiser, latents, text, message):
     with pytest.raises(ValueError, match=message):
         invert(denoiser, latents.double(), text.double(), steps=1)
 

@@ -1,4 +1,4 @@
-"""Starts of an edit as TokenFlow's: an inversion of more steps than its edits take, or random noise."""
+"""TokenFlow's starts of an edit: an inversion with more steps than the edit, or random noise."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def test_the_store_has_the_levels_of_the_edits_steps(denoiser, order):
     assert found.store.timesteps == denoiser.schedule(4).timesteps
 
 
-def test_as_many_steps_as_the_edits_change_nothing(denoiser):
+def test_the_edits_number_of_steps_changes_nothing(denoiser):
     plain = invert(denoiser, random_latents(2), random_text(0), steps=4)
     same = invert(denoiser, random_latents(2), random_text(0), steps=4, inversion_steps=4, memory="maps")
     assert torch.equal(plain.latents, same.latents) and same.store.inversion_steps is None
@@ -62,7 +62,7 @@ def test_numbers_and_memories_that_do_not_fit_are_refused(denoiser):
 
 
 def test_sdedit_from_noise_of_each_frame(denoiser):
-    """The first latents are the clip's with this noise; a strength below 1 leaves less of it."""
+    """The first latents are the clip's plus this noise, scaled down for a strength below 1."""
     inversion, schedule = invert(denoiser, random_latents(2), random_text(0), steps=4), denoiser.schedule(4)
     one = Edit(random_text(1), random_text(2), 7.5, strength=0.5, sdedit_seed=3)
     with EditPass(denoiser, inversion, [one, replace(one, sdedit_seed=None)]) as run:

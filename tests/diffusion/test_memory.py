@@ -1,4 +1,4 @@
-"""What a run holds, where, and for how long."""
+"""What a run keeps in memory, where, and for how long."""
 
 import gc
 import os
@@ -44,18 +44,18 @@ def edited(denoiser, inversion, prompt, chunk=None):
     return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FUSION, chunk)
 
 
-# --- places -------------------------------------------------------------------------------
+# --- backends -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("memory", "chunk"), [("queries_keys", 2), ("maps", None)])
-def test_a_store_edits_the_same_wherever_it_is(denoiser, prompt, tmp_path, memory, chunk):
+def test_edits_do_not_depend_on_where_the_store_is(denoiser, prompt, tmp_path, memory, chunk):
     expected = edited(denoiser, inverted(denoiser), prompt)
     for place in ("ram", "disk"):
         inversion = inverted(denoiser, memory=memory, place=place, folder=tmp_path)
         assert relative(edited(denoiser, inversion, prompt, chunk), expected) < 1e-9
 
 
-def test_a_store_on_disk_goes_with_its_owner(denoiser, prompt, tmp_path):
+def test_a_temporary_store_is_deleted_with_its_owner(denoiser, prompt, tmp_path):
     inversion = inverted(denoiser, memory="queries_keys", place="disk", folder=tmp_path)
     assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["store.safetensors"]
     edited(denoiser, inversion, prompt)
@@ -68,7 +68,7 @@ def test_a_store_on_disk_goes_with_its_owner(denoiser, prompt, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_with_a_path_is_kept_and_is_whole(denoiser, prompt, tmp_path):
+def test_a_store_with_a_path_is_kept_and_complete(denoiser, prompt, tmp_path):
     path = tmp_path / "clip.safetensors"
     inversion = inverted(denoiser, memory="queries_keys", path=path)
     before = edited(denoiser, inversion, prompt)
@@ -79,7 +79,7 @@ def test_a_store_with_a_path_is_kept_and_is_whole(denoiser, prompt, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_an_interrupted_inversion_leaves_no_file(denoiser, tmp_path, keep):
+def test_an_interrupted_inversion_writes_no_file(denoiser, tmp_path, keep):
     def interrupt(done, of):
         if done == 3:
             raise KeyboardInterrupt
@@ -92,8 +92,8 @@ def test_an_interrupted_inversion_leaves_no_file(denoiser, tmp_path, keep):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_crash_leaves_nothing_that_passes_for_a_store(denoiser, tmp_path):
-    """The process ends without a word in the middle of the inversion."""
+def test_a_crash_does_not_produce_a_valid_store(denoiser, tmp_path):
+    """The process is killed in the middle of the inversion."""
 
     def crash():
         settings = StoreSettings("queries_keys", path=tmp_path / "s.safetensors")
@@ -109,13 +109,13 @@ def test_a_crash_leaves_nothing_that_passes_for_a_store(denoiser, tmp_path):
         AttentionStore.load(left[0])
 
 
-def test_what_a_crash_left_is_removed_by_the_next_run(denoiser, tmp_path):
+def test_files_of_a_crashed_run_are_removed_by_the_next(denoiser, tmp_path):
     (tmp_path / ".s.safetensors.1.partial").touch()
     inverted(denoiser, memory="queries_keys", path=tmp_path / "s.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {"s.safetensors"}
 
 
-def test_a_disk_too_small_is_told_before_the_first_unet_call(unet, denoiser, tmp_path, monkeypatch):
+def test_a_disk_too_small_is_reported_before_the_first_unet_call(unet, denoiser, tmp_path, monkeypatch):
     calls = []
     unet.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100_000}))
@@ -125,8 +125,8 @@ def test_a_disk_too_small_is_told_before_the_first_unet_call(unet, denoiser, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_disk_is_told_and_leaves_nothing(denoiser, tmp_path, monkeypatch):
-    """Errors of the thread that writes reach the caller."""
+def test_a_failing_disk_is_reported_and_no_file_remains(denoiser, tmp_path, monkeypatch):
+    """Errors of the writing thread are raised in the caller."""
 
     def fail(self, name, tensor):
         raise OSError("no space left on device")
@@ -141,10 +141,10 @@ def test_the_next_step_is_read_while_the_current_one_runs(denoiser, prompt, tmp_
     threads, fetch = [], stores.fetch
     monkeypatch.setattr(stores, "fetch", lambda *given: threads.append(threading.current_thread()) or fetch(*given))
     inversion = inverted(denoiser, memory="queries_keys", place="disk", folder=tmp_path)
-    seen = []
+    counts = []
     edit(
         denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FUSION,
-        progress=lambda done, of: seen.append(len(threads)),
+        progress=lambda done, of: counts.append(len(threads)),
     )  # fmt: skip
     assert threading.current_thread() not in threads
     assert len(threads) == FUSION.self_steps(STEPS)
@@ -155,7 +155,7 @@ def test_the_next_step_is_read_while_the_current_one_runs(denoiser, prompt, tmp_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
-def test_steps_that_are_not_kept_are_computed_again(denoiser, unet, prompt, share):
+def test_steps_that_are_not_stored_are_recomputed(denoiser, unet, prompt, share):
     expected = edited(denoiser, inverted(denoiser), prompt)
     inversion = inverted(denoiser, memory="queries_keys", keep_steps=share)
     calls = []
@@ -166,7 +166,7 @@ def test_steps_that_are_not_kept_are_computed_again(denoiser, unet, prompt, shar
     assert inversion.store.kept_steps == {0.0: 0, 0.4: 2, 0.8: 4}[share]
 
 
-def test_smaller_precisions_err_by_as_much_as_their_digits(denoiser, prompt):
+def test_errors_of_lower_precisions_match_their_digits(denoiser, prompt):
     def edited(**settings):
         inversion = inverted(denoiser, **settings)
         return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FusionSettings(0.8, 0.8))
@@ -178,37 +178,37 @@ def test_smaller_precisions_err_by_as_much_as_their_digits(denoiser, prompt):
 
 
 @pytest.mark.parametrize("settings", [{}, {"memory": "queries_keys", "place": "disk"}])
-def test_many_edits_in_one_pass_are_those_made_alone_and_read_once(
+def test_edits_in_one_pass_equal_single_edits_and_read_the_store_once(
     denoiser, unet, tokenizer, prompt, settings, monkeypatch
 ):
     other = PromptEdit(SOURCE, "a green star on sand", tokenizer, reweight={"green": 3.0})
-    asked = [
+    edits = [
         Edit(random_text(1), random_text(2), 7.5, prompt, FUSION),
         Edit(random_text(3), None, 1.0, other, FusionSettings(0.4, 0.2)),
         Edit(random_text(4), random_text(2), 3.0),
     ]
     inversion = inverted(denoiser, **settings)
-    alone = [
+    single = [
         edit(denoiser, inversion, e.target_embeddings, e.negative_embeddings, e.guidance_scale, e.prompt, e.fusion)
-        for e in asked
+        for e in edits
     ]
     reads, fetch, calls = [], stores.fetch, []
     monkeypatch.setattr(stores, "fetch", lambda *given: reads.append(1) or fetch(*given))
     counted = unet.register_forward_hook(lambda *_: calls.append(1))
-    together = edit_many(denoiser, inversion, asked)
+    together = edit_many(denoiser, inversion, edits)
     counted.remove()
-    assert all(relative(a, b) < 1e-9 for a, b in zip(together, alone, strict=True))
+    assert all(relative(a, b) < 1e-9 for a, b in zip(together, single, strict=True))
     reading = FUSION.cross_steps(STEPS)
     assert len(reads) == (reading if settings else 0)
     assert len(calls) == 5 * STEPS + (0 if settings else reading)
     assert edit_many(denoiser, inversion, []) == []
 
 
-# --- nothing wasted ---------------------------------------------------------------------------
+# --- memory and calls -------------------------------------------------------------------------
 
 
 class Watcher(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation creates."""
 
     largest = 0
 
@@ -242,10 +242,10 @@ def test_no_self_attention_map_is_ever_built(scheduler, prompt, memory, words):
         return watcher.largest
 
     assert run(memory) < tokens**2 / 8
-    assert run("maps") >= frames * tokens**2, "the watcher sees one where there is one"
+    assert run("maps") >= frames * tokens**2, "the watcher detects a map that is built"
 
 
-def test_keys_and_values_of_a_text_are_computed_once_a_run(unet, denoiser, prompt):
+def test_keys_and_values_of_a_text_are_computed_once_per_run(unet, denoiser, prompt):
     rows = []
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2
     for projection in (layer.to_k, layer.to_v):

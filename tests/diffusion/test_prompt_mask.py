@@ -1,4 +1,4 @@
-"""The mask of where two prompts' predictions differ (DiffEdit), and latents kept to the last step."""
+"""The mask of differences between two prompts' predictions (DiffEdit), and latents blended to the last step."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_a_soft_mask_ramps_from_half_the_threshold_to_one_and_a_half():
     assert mask[0, 4, 4] == 1 and mask[0, 0, 0] == 0
     assert mask[0, 3, 3] == pytest.approx(4 / 9 / 0.5 - 0.5), "a corner, of whose nine cells four are hot"
     assert mask[0, 2, 4] == pytest.approx(3 / 9 / 0.5 - 0.5)
-    assert torch.allclose(soft_mask(7 * heat, 0.5), mask), "a frame's heat is told over its maximum"
+    assert torch.allclose(soft_mask(7 * heat, 0.5), mask), "each frame's heat is divided by its maximum"
     assert (soft_mask(heat, 0.0) == 1).all()
     assert (soft_mask(torch.zeros(1, 4, 4), 0.5) == 0).all()
 
@@ -50,25 +50,25 @@ def test_without_words_it_is_the_difference_of_predictions(denoiser):
     difference = heat(denoiser, ([], []))
     assert difference.shape == (3, 16, 16)
     assert torch.allclose(difference.amax((1, 2)), torch.ones(3, dtype=torch.float64))
-    assert (heat(denoiser, ([], []), text=0) == 0).all(), "equal prompts differ nowhere"
+    assert (heat(denoiser, ([], []), text=0) == 0).all(), "equal prompts have no difference"
 
 
-def test_words_of_either_prompt_are_looked_for(denoiser):
+def test_words_of_either_prompt_are_used(denoiser):
     difference = heat(denoiser, ([], []))
     of_source, of_target, of_both = (heat(denoiser, c) for c in (([1], []), ([], [2]), ([1], [2])))
     assert not torch.equal(of_source, of_target)
-    assert torch.allclose(of_both, torch.maximum(of_source, of_target)), "the greater attention counts"
+    assert torch.allclose(of_both, torch.maximum(of_source, of_target)), "the greater attention is used"
     assert (of_both <= difference).all()
 
 
-def test_a_threshold_of_zero_takes_all_of_the_edit(denoiser, prompt):
+def test_a_threshold_of_zero_selects_everything(denoiser, prompt):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     texts = random_text(1), random_text(2), 7.5
     all_of_it = edit(denoiser, inversion, *texts, prompt, FusionSettings(blend_threshold=0.0, **PROMPTS))
     assert relative(all_of_it, edit(denoiser, inversion, *texts, prompt, FusionSettings())) < 1e-12
 
 
-def test_outside_the_mask_the_inversion_is_kept_to_the_last_bit(denoiser, prompt):
+def test_outside_the_mask_the_inversion_is_preserved_bit_for_bit(denoiser, prompt):
     latents = random_latents()
     inversion = invert(denoiser, latents, random_text(0), steps=5)
     left = torch.zeros(1, 16, 16)
@@ -101,7 +101,7 @@ def test_memories_and_chunks_agree(denoiser, worded, memory):
     assert relative(edit(denoiser, kept, *arguments, chunk_frames=2), whole) < 1e-9
 
 
-def test_words_are_separated_inside_the_mask_alone(denoiser, worded):
+def test_words_are_separated_only_inside_the_mask(denoiser, worded):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
 
     def run(share, mask=None):
@@ -114,7 +114,7 @@ def test_words_are_separated_inside_the_mask_alone(denoiser, worded):
     assert relative(run(0.8, nowhere), run(0.0, nowhere)) < 1e-12
 
 
-def test_without_words_of_the_source_there_is_nothing_to_separate(denoiser, tokenizer):
+def test_without_words_of_the_source_nothing_is_separated(denoiser, tokenizer):
     prompt = PromptEdit("a circle on sand", "a red circle on sand", tokenizer, blend_words=([], ["red"]))
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     texts = random_text(1), random_text(2), 7.5, prompt
@@ -125,7 +125,7 @@ def test_without_words_of_the_source_there_is_nothing_to_separate(denoiser, toke
 
 
 @pytest.mark.parametrize("how", ["replace", "union", "intersection"])
-def test_a_given_mask_replaces_joins_or_limits_it(denoiser, prompt, how, unet):
+def test_a_given_mask_replaces_extends_or_limits_it(denoiser, prompt, how, unet):
     inversion = invert(denoiser, random_latents(), random_text(0), steps=5)
     settings = FusionSettings(0.0, 0.0, blend_threshold=0.7, **PROMPTS)
 
@@ -133,35 +133,35 @@ def test_a_given_mask_replaces_joins_or_limits_it(denoiser, prompt, how, unet):
         given = GivenMask(torch.full((1, 16, 16), fill), how)
         return edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings, mask=given)
 
-    alone = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
+    single = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
     unmasked = edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, FusionSettings(0.0, 0.0))
     expected = {
         "replace": (inversion.latents[0], unmasked),
-        "union": (alone, unmasked),
-        "intersection": (inversion.latents[0], alone),
+        "union": (single, unmasked),
+        "intersection": (inversion.latents[0], single),
     }
-    for fill, wanted in zip((0.0, 1.0), expected[how], strict=True):
-        assert relative(run(fill), wanted) < 1e-12
+    for fill, target in zip((0.0, 1.0), expected[how], strict=True):
+        assert relative(run(fill), target) < 1e-12
 
 
 @pytest.mark.parametrize(
     ("steps", "levels"), [(1, [0]), (5, [1, 2, 3, 4]), (20, [7, 10, 13, 16]), (50, [17, 25, 32, 40])]
 )
-def test_calls_are_as_told(denoiser, unet, prompt, steps, levels):
+def test_calls_match_the_estimate(denoiser, unet, prompt, steps, levels):
     assert difference_levels(steps) == levels
     settings = FusionSettings(blend_self_attention=True, **PROMPTS)
     plain = Recipe(injection=FusionSettings()).calls(steps)
     assert Recipe(injection=settings).calls(steps) == plain._replace(edit=plain.edit + 2 * len(levels))
-    alone, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
-    assert Recipe(injection=settings, mask=alone).calls(steps) == plain
+    single, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
+    assert Recipe(injection=settings, mask=single).calls(steps) == plain
     assert Recipe(injection=settings, mask=joined).calls(steps) == Recipe(injection=settings).calls(steps)
     if steps == 5:
         inversion, calls = invert(denoiser, random_latents(), random_text(0), steps), []
         handle = unet.register_forward_hook(lambda *_: calls.append(1))
         edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
         handle.remove()
-        told = Recipe(injection=settings).calls(steps)
-        assert len(calls) == told.edit + told.source
+        cost = Recipe(injection=settings).calls(steps)
+        assert len(calls) == cost.edit + cost.source
 
 
 def test_settings_out_of_range_are_refused():

@@ -1,4 +1,4 @@
-"""One step for both worlds, and the order of its solver, on clips of which the exact path to noise is known."""
+"""Steps of both formulations and their solver's order, on clips with a known exact path to noise."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from fatezero.diffusion.ddim import ddim_move
 from fatezero.diffusion.schedule import FlowSchedule, Schedule, Solver, timestep_at
 
 DEVIATION = 0.6
-"""Of clean latents, which are Gaussian here: then the best prediction is a multiple of the latents."""
+"""The deviation of clean latents, which are Gaussian here: then the best prediction is a multiple of the latents."""
 
 
 def ddim(steps: int) -> Schedule:
@@ -22,14 +22,14 @@ def flow(steps: int) -> FlowSchedule:
 
 
 def predicted(schedule: Schedule, z: torch.Tensor, level: int) -> torch.Tensor:
-    """E[noise | z] of DDIM, E[noise - clean | z] of a flow."""
+    """E[noise | z] for DDIM, E[noise - clean | z] for a flow."""
     a, b = schedule.signal(level), schedule.noise(level)
     variance = a**2 * DEVIATION**2 + b**2
     return z * (b / variance if schedule.formulation == "ddim" else (b - a * DEVIATION**2) / variance)
 
 
 def exact(schedule: Schedule, level: int) -> torch.Tensor:
-    """How much a latent grows from 1 at the clean end: as its deviation does."""
+    """The factor by which a latent grows from the clean end: the ratio of standard deviations."""
     a, b = (torch.stack([of(0), of(level)]) for of in (schedule.signal, schedule.noise))
     deviation = (a**2 * DEVIATION**2 + b**2).sqrt()
     return deviation[1] / deviation[0]
@@ -46,28 +46,28 @@ def error(schedule: Schedule, order: int, upwards: bool) -> float:
 @pytest.mark.parametrize("upwards", [True, False])
 @pytest.mark.parametrize("world", [ddim, flow])
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_error_falls_with_the_solvers_order(world, order, upwards):
+def test_the_error_decreases_with_the_solvers_order(world, order, upwards):
     coarse, fine = (error(world(steps), order, upwards) for steps in (100, 200))
-    assert coarse / fine > 0.9 * 2**order  # on these straight paths the second is even of third order
+    assert coarse / fine > 0.9 * 2**order  # on these straight paths the second-order solver is even of third order
     assert order == 2 or coarse / fine < 2.2
 
 
 @pytest.mark.parametrize("world", [ddim, flow])
-def test_an_odd_number_of_steps_ends_in_a_single_one(world):
+def test_an_odd_number_of_steps_ends_with_a_single_one(world):
     for upwards in (True, False):
         assert error(world(101), 2, upwards) < 0.5 * error(world(101), 1, upwards)
 
 
 @pytest.mark.parametrize("world", [ddim, flow])
 def test_a_step_is_straight_in_sigma(world):
-    """x' = x + (sigma' - sigma) d, with x where the clean latents count once."""
+    """x' = x + (sigma' - sigma) d, with x scaled so that the clean latents have factor 1."""
     schedule, (z, d) = world(10), torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
     scale = [schedule.signal(level) if world is ddim else 1.0 for level in (7, 4)]
     expected = z / scale[0] + (schedule.sigma(4) - schedule.sigma(7)) * d
     assert torch.allclose(schedule.move(z, d, 7, 4) / scale[1], expected, atol=1e-12)
 
 
-def test_a_step_of_ddim_is_the_old_one_to_the_last_bit():
+def test_a_ddim_step_equals_the_old_formula_bit_for_bit():
     schedule, (z, d) = ddim(10), torch.randn(2, 3, 4, 5, 5)
     assert torch.equal(schedule.move(z, d, 7, 6), ddim_move(z, d, schedule.alphas[7], schedule.alphas[6]))
 
@@ -82,13 +82,13 @@ def test_clean_latents_and_predictions_imply_each_other(world):
     assert torch.allclose(schedule.clean(noisy, direction, 6), clean)
 
 
-def test_a_pair_that_is_left_in_the_middle_is_forgotten():
+def test_an_unfinished_pair_of_steps_is_discarded():
     schedule = flow(10)
     solver, z = Solver(schedule, 2), torch.ones(1, dtype=torch.float64)
     solver.move(z, z, 10, 9)
     assert torch.equal(solver.move(z, z, 6, 5), schedule.move(z, z, 6, 5))
 
 
-def test_where_the_model_is_called():
+def test_the_levels_at_which_the_model_is_called():
     schedule = Schedule((30, 20, 10), torch.tensor([0.99, 0.9, 0.5, 0.1]))
     assert [timestep_at(schedule, level) for level in range(4)] == [10, 10, 20, 30]

@@ -1,4 +1,4 @@
-"""Files whole or not at all, and nothing left of processes that are gone."""
+"""Files are written completely or not at all; leftovers of dead processes are removed."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ with whole_file(parent / "video.mp4") as partial:
 
 @pytest.fixture
 def other(tmp_path):
-    """A process that holds a temporary folder and a half-written file."""
+    """A process with a temporary folder and a partial file."""
     process = subprocess.Popen(
         [sys.executable, "-c", HELD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -42,7 +42,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
-def test_what_another_process_holds_stays_until_it_is_gone(other, tmp_path):
+def test_files_of_a_live_process_are_kept_until_it_ends(other, tmp_path):
     mine = temporary_folder(tmp_path)
     with whole_file(tmp_path / "video.mp4") as partial:
         partial.write_bytes(b"mine")
@@ -69,7 +69,7 @@ with reserved(Path(sys.argv[1]) / "new" / "o.mp4"):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file locks")
-def test_a_name_is_one_runs_until_it_ends_however_it_ends(tmp_path):
+def test_an_output_is_reserved_for_one_run_until_it_ends(tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-c", NAMED, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -90,7 +90,7 @@ def test_a_name_is_one_runs_until_it_ends_however_it_ends(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_other_peoples_folders_and_links_stay(tmp_path):
+def test_other_users_folders_and_links_are_kept(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (tmp_path / "fatezero-link").symlink_to(tmp_path / "elsewhere")
@@ -99,7 +99,7 @@ def test_other_peoples_folders_and_links_stay(tmp_path):
     assert (tmp_path / "fatezero-link").is_symlink()
 
 
-def test_leftovers_go_at_the_end(tmp_path):
+def test_leftovers_are_removed_at_exit(tmp_path):
     folder = temporary_folder(tmp_path)
     (folder / "x").touch()
     with whole_file(tmp_path / "a.bin") as partial:
@@ -111,7 +111,7 @@ def test_leftovers_go_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "new/deep/a.mp4", "x" * 251 + ".mp4", "ü" * 125 + ".mp4", "a [1]*?.mp4"])
-def test_a_file_can_be_written_where_the_check_passes_and_the_check_leaves_nothing(tmp_path, name):
+def test_a_file_can_be_written_where_the_check_passes(tmp_path, name):
     path = tmp_path / name
     check_writable(path)
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +122,7 @@ def test_a_file_can_be_written_where_the_check_passes_and_the_check_leaves_nothi
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_what_stands_in_the_way_is_told_before_any_work(tmp_path):
+def test_obstacles_to_writing_are_reported_before_any_work(tmp_path):
     here = tmp_path / "here.mp4"
     here.write_text("mine")
     with pytest.raises(FileExistsError, match="exists; give --overwrite"):
@@ -145,8 +145,8 @@ def test_what_stands_in_the_way_is_told_before_any_work(tmp_path):
     assert here.read_text() == "mine"
 
 
-def test_a_folder_that_takes_no_file_is_told(tmp_path):
-    """As root a folder's mode forbids nothing, so one of the kernel's stands in."""
+def test_a_read_only_folder_is_reported(tmp_path):
+    """Root ignores a folder's mode, so the test uses a folder of the kernel."""
     place = Path("/proc/self") if os.getuid() == 0 else tmp_path
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="cannot write"):
@@ -154,7 +154,7 @@ def test_a_folder_that_takes_no_file_is_told(tmp_path):
     tmp_path.chmod(0o700)
 
 
-def test_overwriting_a_link_replaces_what_it_names(tmp_path):
+def test_overwriting_a_link_replaces_its_target(tmp_path):
     (tmp_path / "real.txt").write_text("old")
     (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
     with whole_file(tmp_path / "link.txt") as partial:
@@ -164,7 +164,7 @@ def test_overwriting_a_link_replaces_what_it_names(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a folder in memory")
-def test_a_folder_in_memory_is_no_disk(monkeypatch, tmp_path):
+def test_a_folder_in_memory_is_not_a_disk(monkeypatch, tmp_path):
     assert is_in_memory(Path("/dev/shm/not/there/yet"))
     monkeypatch.setattr(whole.tempfile, "gettempdir", lambda: "/dev/shm")
     assert not is_in_memory(disk_folder())

@@ -1,4 +1,4 @@
-"""Models by folder, by single file and by name."""
+"""Models loaded from a folder or a single file, or by name."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def weights(checkpoint):
     return {f"{i}.{k}": v for i, part in enumerate(parts) for k, v in part.state_dict().items()}
 
 
-def test_a_single_file_is_the_folder_it_came_from(demo, tmp_path):
+def test_a_single_file_equals_the_folder_it_came_from(demo, tmp_path):
     path = write_single_file(tmp_path / "model.safetensors")
     loaded = Checkpoint.load(str(path), config=str(DEMO))
     ours, theirs = weights(demo), weights(loaded)
@@ -35,20 +35,20 @@ def test_a_single_file_is_the_folder_it_came_from(demo, tmp_path):
     assert torch.allclose(*text)
 
 
-def test_a_single_file_without_its_configuration_says_what_it_needs(tmp_path, monkeypatch):
+def test_a_single_file_without_a_configuration_names_the_option(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     path = write_single_file(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="--model-config"):
         Checkpoint.load(str(path))
 
 
-def test_a_safetensors_file_that_is_no_checkpoint(tmp_path):
+def test_a_safetensors_file_that_is_not_a_checkpoint(tmp_path):
     save_file({"lora_up": torch.zeros(2)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match=r"lora\.safetensors .* not a Stable Diffusion checkpoint"):
         Checkpoint.load(str(tmp_path / "lora.safetensors"))
 
 
-def test_a_folder_that_is_no_checkpoint(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         Checkpoint.load(str(tmp_path))
 
@@ -77,7 +77,7 @@ def sdxl_folder(tmp_path_factory):
     return write_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
-def test_sdxl_text_is_the_pipelines_own(sdxl_folder):
+def test_sdxl_text_equals_the_pipelines(sdxl_folder):
     from diffusers import StableDiffusionXLPipeline
 
     checkpoint = Checkpoint.load(str(sdxl_folder))

@@ -1,4 +1,4 @@
-"""A ControlNet on a UNet: what diffusers' own pipeline computes, in every chunk of inversion and edit."""
+"""A ControlNet on a UNet equals diffusers' pipeline, in every chunk of inversion and edit."""
 
 import json
 import re
@@ -33,7 +33,7 @@ PROMPT = "a red square on water"
 
 
 def controlnet_for(unet, shrinks=(16, 32, 96)):
-    """A ControlNet of a UNet's weights, whose output is not zero."""
+    """A ControlNet with a UNet's weights and non-zero output."""
     torch.manual_seed(0)
     model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=shrinks)
     for weight in (w for name, w in model.named_parameters() if "controlnet_" in name):
@@ -78,7 +78,7 @@ def pipeline(folder):
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.0, 0.5), (0.25, 1.0), (0.25, 0.75)])
-def test_it_is_that_of_diffusers(demo, folder, pipeline, pictures, start, end):
+def test_it_equals_diffusers(demo, folder, pipeline, pictures, start, end):
     ours = drawn(demo.with_control(str(folder), pictures[:1], 0.7, start, end))
     theirs = pipeline(
         PROMPT, image=pictures[:1].movedim(-1, 1) / 255, latents=noise(), num_inference_steps=4, guidance_scale=5.0,
@@ -109,7 +109,7 @@ def test_every_frame_follows_its_own_picture(demo, folder, pictures):
     assert torch.allclose(predicted(2, 0), whole[[2, 0]], atol=1e-5)
 
 
-def test_inversion_and_edit_have_it_in_every_memory(demo, folder, pictures):
+def test_it_acts_on_inversion_and_edit_with_every_memory(demo, folder, pictures):
     denoiser = demo.with_control(str(folder), pictures[:2]).denoiser
     text, target, empty = (demo.encode_prompt(words, 64, 64) for words in (PROMPT, "a red circle on water", ""))
     found = {}
@@ -127,7 +127,7 @@ def test_inversion_and_edit_have_it_in_every_memory(demo, folder, pictures):
 
 
 def in_the_original_layout(model):
-    """A ControlNet's weights under the names of the original code."""
+    """A ControlNet's weights with the names of the original code."""
     model.up_blocks = []  # as a UNet has them
     layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     names = {layer: alias for alias, layer in _aliases(model, layers)}
@@ -156,7 +156,7 @@ def test_single_files_of_both_layouts(tmp_path):
         load_controlnet(str(tmp_path / "other.safetensors"), unet, 8)
 
 
-def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
+def test_mismatches_are_refused(demo, folder, tmp_path):
     def changed(**values):
         path = tmp_path / "c"
         shutil.rmtree(path, ignore_errors=True)
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
 
     controlnet_for(small_unet(), (16, 32)).save_pretrained(tmp_path / "small")
     controlnet_for(demo.unet, (16, 32)).save_pretrained(tmp_path / "half")
-    for path, said in (
+    for path, message in (
         (tmp_path / "small", r"another kind of model: its block_out_channels is \[8, 16\]"),
         (tmp_path / "half", "downscales pictures by 2, the model by 4"),
         (changed(global_pool_conditions=True), "pools its pictures"),
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
         (tmp_path, "no config.json"),
         (CLIP, "could not load"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load_controlnet(str(path), demo.unet, 4)
 
 
@@ -183,11 +183,11 @@ def test_what_does_not_fit_is_refused(demo, folder, tmp_path):
 
 @pytest.fixture
 def run(folder, tmp_path):
-    """Edit the bundled clip with a ControlNet that follows it; the frames."""
-    said = Console(quiet=True)
+    """The frames of an edit of the bundled clip with a ControlNet and the clip as hint."""
+    console = Console(quiet=True)
 
     def of(output="out/", store=None, inverting=False, overwrite=False, **settings):
-        session = Session(said, no_bars, "cpu", "float32", overwrite=overwrite)
+        session = Session(console, no_bars, "cpu", "float32", overwrite=overwrite)
         config = EditConfig(video=str(CLIP), source=PROMPT, target="a green square on water", steps=1, count=1)
         settings = {"controlnet": str(folder), "control": str(CLIP), **settings}
         for name, value in settings.items():
@@ -217,10 +217,10 @@ def test_the_command_edits_with_it(run, tmp_path):
         run("e/", store="s.safetensors", control_start=0.5)
 
 
-def test_a_dry_run_says_in_how_many_steps_it_acts(command, folder):
+def test_a_dry_run_prints_the_number_of_steps_it_acts_in(command, folder):
     words = (CLIP, "--source", PROMPT, "--target", "a green square on water", "--dry-run")
-    said = command("edit", *words, "--controlnet", folder, "--control", CLIP, "--control-end", 0.5)
-    assert "ControlNet edges: in 25 of 50 steps" in said
+    output = command("edit", *words, "--controlnet", folder, "--control", CLIP, "--control-end", 0.5)
+    assert "ControlNet edges: in 25 of 50 steps" in output
 
 
 def test_the_command_refuses(run, refused, folder, tmp_path):
@@ -229,7 +229,7 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
     with pytest.raises(ValueError, match=r"control: .*has 8 frames.*9 are needed"):
         run("e/", video=f"{tmp_path}/*.png", count=9)
     words = (CLIP, "--source", PROMPT, "--target", "a green square on water", "--dry-run")
-    for options, said in (
+    for options, output in (
         (("--controlnet", folder), "missing --control"),
         (("--control", CLIP), "control has no effect here: no controlnet is given"),
         (("--controlnet", folder, "--control", "none.mp4"), "none.mp4"),
@@ -239,4 +239,4 @@ def test_the_command_refuses(run, refused, folder, tmp_path):
         (("--controlnet", folder, "--control", CLIP, "--controlnet-strength", -1), "controlnet_strength is -1"),
         (("--controlnet", folder, "--control", CLIP, "--model", "demo-wan"), "controlnet: needs a UNet"),
     ):
-        assert re.search(re.escape(said), refused("edit", *words, *options)), said
+        assert re.search(re.escape(output), refused("edit", *words, *options)), output

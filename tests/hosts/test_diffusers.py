@@ -33,7 +33,7 @@ def hooks(unet):
     ],
 )
 @pytest.mark.parametrize("size", [(16, 16), (12, 20), (10, 14)])
-def test_a_control_of_own_frames_is_the_unet_itself(scheduler, options, size):
+def test_key_frames_self_equal_the_plain_unet(scheduler, options, size):
     unet = small_unet(**options)
     denoiser = DiffusersDenoiser(unet, scheduler)
     latents, text = random_latents(2, *size), random_text(0)
@@ -53,7 +53,7 @@ def test_sites_name_every_layer_once_with_its_grid(scheduler):
     assert by_name["mid.0.self"].channels == 16
 
 
-def test_nothing_is_left_on_the_unet(unet, denoiser):
+def test_the_unet_is_restored(unet, denoiser):
     before, processors = hooks(unet), dict(unet.attn_processors)
     with denoiser.hooked(clip_norm=True):
         assert hooks(unet) != before
@@ -62,7 +62,7 @@ def test_nothing_is_left_on_the_unet(unet, denoiser):
     assert all(unet.attn_processors[n] is p for n, p in processors.items())
 
 
-def test_nothing_is_left_on_the_unet_after_an_error(unet, denoiser):
+def test_the_unet_is_restored_after_an_error(unet, denoiser):
     class Failing(Control):
         def cross_attention(self, q, k, v, site):
             raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def test_nothing_is_left_on_the_unet_after_an_error(unet, denoiser):
     assert all(unet.attn_processors[n] is p for n, p in processors.items())
 
 
-def test_one_thread_edits_a_unet_and_plain_calls_of_others_stay_plain(unet, denoiser):
+def test_only_one_thread_edits_a_unet_and_other_threads_call_it_unhooked(unet, denoiser):
     latents, text, before = random_latents(2), random_text(0), hooks(unet)
 
     def plain():
@@ -99,13 +99,13 @@ def test_one_thread_edits_a_unet_and_plain_calls_of_others_stay_plain(unet, deno
         assert "another edit is using this UNet" in str(in_thread(inverted))
         with pytest.raises(ValueError, match="another edit is using this UNet"), denoiser.hooked():
             pass
-        assert torch.equal(step(), ours), "whose refusal took nothing away"
+        assert torch.equal(step(), ours), "the refused edit did not unhook it"
     assert hooks(unet) == before
     assert torch.equal(in_thread(inverted).latents, inverted().latents)
 
 
 def test_clip_norm_takes_statistics_over_the_clip(denoiser):
-    """On a clip of equal frames it changes nothing; on others it does."""
+    """It changes nothing on a clip of equal frames, but other clips."""
     still = random_latents(1).expand(3, -1, -1, -1)
 
     def predicted(latents, clip_norm):
@@ -116,7 +116,7 @@ def test_clip_norm_takes_statistics_over_the_clip(denoiser):
     assert relative(predicted(random_latents(3), True), predicted(random_latents(3), False)) > 1e-4
 
 
-def test_plain_processors_are_taken_over_and_others_refused_by_name(unet, scheduler):
+def test_plain_processors_are_replaced_and_others_refused_by_name(unet, scheduler):
     unet.set_attn_processor(AttnProcessor())
     DiffusersDenoiser(unet, scheduler)
     unet.set_attn_processor(SlicedAttnProcessor(1))
@@ -129,7 +129,7 @@ def test_plain_processors_are_taken_over_and_others_refused_by_name(unet, schedu
         pass
 
 
-def test_the_kernel_is_the_one_the_unet_was_set_to():
+def test_the_unets_own_kernel_is_used():
     assert kernel_of(AttnProcessor()) is attention
     assert kernel_of(XFormersAttnProcessor()) is xformers_attention
 
@@ -148,12 +148,12 @@ def test_lora_layers_keep_working(unet, scheduler):
     with denoiser.hooked():
         assert relative(denoiser.predict_noise(latents, 300, Condition(text), own_frames()), expected) < 1e-12
     with_lora = edit(denoiser, inversion, random_text(1), guidance_scale=1)
-    assert relative(with_lora, without) > 1e-3, "a LoRA on the edit alone is used, and the store stays valid"
+    assert relative(with_lora, without) > 1e-3, "a LoRA on the edit only is applied, and the store stays valid"
     unet.disable_adapters()
     assert relative(edit(denoiser, inversion, random_text(1), guidance_scale=1), without) < 1e-12
 
 
-def test_a_model_that_is_no_attention_unet_is_refused(scheduler):
+def test_a_model_that_is_not_an_attention_unet_is_refused(scheduler):
     from diffusers import DiTTransformer2DModel, UNet2DModel
 
     dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
@@ -171,7 +171,7 @@ def test_a_model_that_is_no_attention_unet_is_refused(scheduler):
         )
 
 
-def test_other_schedulers_are_read_for_their_noise_levels(unet, scheduler):
+def test_noise_levels_of_other_schedulers_are_used(unet, scheduler):
     from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     euler = EulerDiscreteScheduler.from_config(scheduler.config)
@@ -189,7 +189,7 @@ def test_steps_the_schedule_does_not_have_are_refused(denoiser, steps):
         denoiser.schedule(steps)
 
 
-def test_half_precision_follows_single(scheduler):
+def test_half_precision_is_close_to_single(scheduler):
     unet = small_unet().float()
     denoiser = DiffusersDenoiser(unet, scheduler)
     latents, text = random_latents(2).float(), random_text(0).float()

@@ -77,12 +77,12 @@ def i2v_velocity(pipeline, clip, shape):
     encoded = (pipeline.vae.encode(video).latent_dist.mode() - mean) / deviation
     mask = torch.zeros(1, 4, frames, height, width)
     mask[:, :, 0] = 1
-    seen = pipeline.encode_image(first_and_last(clip)[0])
+    image = pipeline.encode_image(first_and_last(clip)[0])
 
     def velocity(x, timestep, prompt):
         inputs = torch.cat([x.transpose(0, 1)[None], mask, encoded], 1)
         return pipeline.transformer(
-            inputs, torch.tensor([timestep]), wan_text(pipeline, prompt), seen, return_dict=False
+            inputs, torch.tensor([timestep]), wan_text(pipeline, prompt), image, return_dict=False
         )[0][0].transpose(0, 1)
 
     return velocity
@@ -228,7 +228,7 @@ FAMILIES = {
     "flux schnell": Family(lambda folder: write_flux(folder, distilled=False), flux_sampled, flux_velocity),
 }
 LOOPS = ("wan i2v", "wan vace", "flux schnell", "flux dev", "qwen image", "ltx2")
-"""Those with a loop of their own; the others differ from them in what `sampled` covers."""
+"""Families with a loop of their own; the others differ from them only in what `sampled` covers."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -1,4 +1,4 @@
-"""Models of every family by one interface."""
+"""Models of every family through one interface."""
 
 from importlib.util import find_spec
 
@@ -20,14 +20,14 @@ def test_each_family_has_a_loader_and_a_bundled_model():
     assert all(family.demo_folder.is_dir() for family in FACTS)
 
 
-def test_the_family_is_that_of_the_folder(tmp_path):
+def test_the_family_is_read_from_the_folder(tmp_path):
     folders = {"demo-wan": write_wan(tmp_path / "wan"), "demo": DEMO}
     for name, folder in folders.items():
         assert loader_of(str(folder)).family.demo == name
 
 
 @pytest.mark.parametrize("name", DEMOS)
-def test_a_clip_goes_through_every_model_alike(name):
+def test_every_model_encodes_and_decodes_a_clip(name):
     model = open_model(name)
     clip = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     latents = model.encode_clip(clip)
@@ -71,7 +71,7 @@ def test_the_attention_kernel_is_a_choice():
         ("demo-wan", "nonsense", "takes auto, sdpa or one of"),
     ],
 )
-def test_a_kernel_that_a_model_does_not_take_is_refused(name, kernel, reason):
+def test_a_kernel_unsupported_by_a_model_is_refused(name, kernel, reason):
     with pytest.raises(CheckpointError, match=f"attention: {kernel}.*{reason}"):
         open_model(name, attention=kernel)
 

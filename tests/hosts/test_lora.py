@@ -1,4 +1,4 @@
-"""LoRAs and their kin, as people have them: what they add to weights, and what is refused."""
+"""LoRAs and related formats: what they add to weights, and what is refused."""
 
 import json
 
@@ -43,7 +43,7 @@ def changed(network, like):
 
 @pytest.fixture
 def fused(tmp_path):
-    """A small UNet with a file of tensors added, and the report."""
+    """A small UNet with a LoRA file applied, and the report."""
 
     def of(tensors, strength=1.0, name="style.safetensors", network=None, **metadata):
         network = small_unet() if network is None else network
@@ -73,7 +73,7 @@ def fused(tmp_path):
         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
     ],
 )
-def test_names_of_all_writers(fused, layer):
+def test_names_of_all_formats(fused, layer):
     up, down = drawn(SIDE, 2), drawn(2, SIDE)
     unet, line = fused({f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}, 0.5)
     assert changed(unet, small_unet()) == {f"{LAYER}.weight"}
@@ -125,11 +125,11 @@ def test_biases_and_modulation_of_wan(fused):
     assert "2 of 2 layers" in line
 
 
-# --- kinds, by the numbers of other libraries -----------------------------------------------
+# --- kinds, compared with other libraries ---------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "lokr", "lokr_whole", "patterns"])
-def test_what_peft_saves_is_what_it_computes(kind, tmp_path):
+def test_files_of_peft_equal_its_own_results(kind, tmp_path):
     peft = pytest.importorskip("peft")
     modules = ["attn1.to_q", "attn2.to_v", "resnets.0.conv1"]
     settings = {
@@ -163,7 +163,7 @@ def test_what_peft_saves_is_what_it_computes(kind, tmp_path):
 _OF_TEXT = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
 
 
-def test_a_kohya_file_is_what_diffusers_makes_of_it(tmp_path):
+def test_a_kohya_file_equals_diffusers(tmp_path):
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
 
@@ -193,7 +193,7 @@ def test_a_kohya_file_is_what_diffusers_makes_of_it(tmp_path):
     )
 
 
-def test_metadata_of_diffusers_hold_the_alpha(fused):
+def test_alpha_is_read_from_metadata_of_diffusers(fused):
     up, down = drawn(SIDE, 2), drawn(2, SIDE)
     tensors = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
     unet, _ = fused(tensors, lora_adapter_metadata=json.dumps({"unet.r": 2, "unet.lora_alpha": 3}))
@@ -231,7 +231,7 @@ def test_tucker_convolutions_and_lycoris_alphas(fused):
     expected = 0.5 * torch.einsum("or,rskl,si->oikl", up[..., 0, 0], mid, down[..., 0, 0])
     assert torch.allclose(difference(unet, before, f"{name}.weight"), expected)
 
-    w1, w2 = drawn(2, 2), drawn(4, 4, 3, 3)  # two whole factors: the alpha beside them is nobody's
+    w1, w2 = drawn(2, 2), drawn(4, 4, 3, 3)  # two full factors: alpha does not apply
     unet, _ = fused({f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2, f"{key}.alpha": torch.tensor(9.0)})
     assert torch.allclose(difference(unet, before, f"{name}.weight"), torch.kron(w1[..., None, None], w2))
 
@@ -244,7 +244,7 @@ def test_tucker_convolutions_and_lycoris_alphas(fused):
     assert changed(unet, before) == {f"{norm}.weight", f"{norm}.bias"}
 
 
-def test_several_add_up_and_strength_zero_is_off(tmp_path):
+def test_several_loras_add_up_and_strength_zero_is_off(tmp_path):
     files, changes = [], []
     for n in range(2):
         changes.append(drawn(SIDE, SIDE))
@@ -269,7 +269,7 @@ def test_half_precision_is_rounded_once(fused):
 # --- Wan 2.2's pair -------------------------------------------------------------------------
 
 
-def test_both_transformers_of_a_pair_or_the_one_that_is_named(tmp_path):
+def test_a_lora_is_for_both_transformers_of_a_pair_or_the_named_one(tmp_path):
     changes = {"blocks.0.self_attn.q.diff": drawn(24, 24)}
 
     def fuse(*names):
@@ -281,7 +281,7 @@ def test_both_transformers_of_a_pair_or_the_one_that_is_named(tmp_path):
         return moved, lines
 
     assert fuse("style.safetensors")[0] == [1, 1]
-    assert fuse("slow_motion_glow.safetensors")[0] == [1, 1], "words that hold high and low are others"
+    assert fuse("slow_motion_glow.safetensors")[0] == [1, 1], "words that contain high and low do not count"
     assert fuse("style_high_noise.safetensors")[0] == [1, 0]
     moved, lines = fuse("styleLowNoise.safetensors")
     assert moved == [0, 1] and "low-noise transformer" in lines[0]
@@ -322,16 +322,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_and_changes_nothing(fused, case):
-    tensors, said = REFUSED[case]
+def test_mismatches_are_refused_and_change_nothing(fused, case):
+    tensors, message = REFUSED[case]
     unet = small_unet()
-    with pytest.raises(LoraError, match=f"^style.safetensors.*{said}") as refusal:
+    with pytest.raises(LoraError, match=f"^style.safetensors.*{message}") as refusal:
         fused(tensors, network=unet)
     assert len(str(refusal.value)) < 320
     assert not changed(unet, small_unet())
 
 
-def test_numbers_that_are_none(fused):
+def test_infinite_and_nan_weights(fused):
     for change, strength in ((torch.full((SIDE, SIDE), torch.nan), 1.0), (torch.ones(SIDE, SIDE), 1e9)):
         with pytest.raises(LoraError, match="infinite or NaN"):
             fused({f"{KOHYA}.diff": change}, strength, network=small_unet().half())
@@ -344,19 +344,19 @@ def test_a_lora_of_pictures_on_wan(fused):
         fused(pair("blocks.0.self_attn.q", 24, 24) | pair("blocks.0.cross_attn.k_img", 24, 24), network=small_wan())
 
 
-def test_files_that_are_none(tmp_path):
+def test_unreadable_files(tmp_path):
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
     (tmp_path / "two").mkdir()
-    for name, said in (
+    for name, message in (
         ("pointer.safetensors", "git lfs pull"), ("page.safetensors", "damaged"), ("none.safetensors", "no LoRA at"),
         ("two", "contains no LoRA"),
     ):  # fmt: skip
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint.load("demo", lora=str(tmp_path / name))
 
 
-# --- how they are named ---------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------
 
 
 def test_strengths_and_names_with_equals_signs(tmp_path):

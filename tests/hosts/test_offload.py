@@ -1,4 +1,4 @@
-"""Networks whose weights accelerate keeps elsewhere until a layer is called."""
+"""Networks whose weights accelerate offloads until a layer is called."""
 
 import pytest
 import torch
@@ -24,4 +24,4 @@ def test_an_inversion_is_the_same_with_offloaded_weights(family):
     assert offloaded.networks[0].device.type == "meta"
     kept, found = (invert(one, random_latents(), random_text(2), 2).store for one in (plain, offloaded))
     assert found.model == kept.model and torch.equal(found.levels, kept.levels)
-    assert offloaded.networks[0].device.type == "meta", "the weights wait elsewhere again"
+    assert offloaded.networks[0].device.type == "meta", "the weights are offloaded again"

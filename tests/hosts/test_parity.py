@@ -1,4 +1,4 @@
-"""The reference results of the authors' code, reproduced through the public names and step by step."""
+"""The reference results of the authors' code, reproduced with the public API and step by step."""
 
 import json
 from collections import ChainMap
@@ -25,8 +25,8 @@ from small import (
 CASES = json.loads((FIXTURES / "cases.json").read_text())
 STEPS = CASES["steps"]
 TOLERANCE = {"refine_latent_blend": 1e-5}
-"""Of the whole edit: a step with guidance and random weights enlarges a rounding error up to 20000 times, and latents
-blended in between are as far from the edit's own as noise."""
+"""Tolerance of the whole edit: guidance and random weights amplify a rounding error up to 20000 times in a step, and
+blended latents differ from the edit's as much as noise."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def reference() -> DiffusersDenoiser:
 
 
 def given(name):
-    """A case's settings and tensors; a case's file has only what differs from those it builds on."""
+    """A case's settings and tensors; its file holds only differences from the cases it builds on."""
     files = ["reconstruct", *(["refine_blend"] if name == "refine_latent_blend" else []), name]
     tensors = dict(ChainMap(*(load_file(FIXTURES / f"{file}.safetensors") for file in files[::-1])))
     return CASES["cases"][name], tensors | {"z0": tensors["z0"].double()}
@@ -49,7 +49,7 @@ def edited(case, tensors):
 
 @pytest.mark.slow
 def test_latents_blended_as_in_the_authors_code(reference):
-    """The steps of which the second is the first to blend latents; in double precision from end to end."""
+    """Two steps, the second being the first that blends latents; in double precision throughout."""
     case, tensors = given("refine_latent_blend")
     keys = reference_keys(case)
     inversion = invert(reference, tensors["z0"], tensors["source"], steps=STEPS, key_frames=keys, clip_norm=True)
@@ -61,7 +61,7 @@ def test_latents_blended_as_in_the_authors_code(reference):
 
 
 def test_an_inversion_and_the_first_step_of_an_edit(reference):
-    """In double precision from end to end."""
+    """In double precision throughout."""
     case, tensors = given("style")
     settings = {"steps": STEPS, "key_frames": reference_keys(case), "clip_norm": True, "prompt": CASES["source"]}
     inversion = invert(reference, tensors["z0"], tensors["source"], **settings)
@@ -74,8 +74,8 @@ def test_an_inversion_and_the_first_step_of_an_edit(reference):
     ("name", "step"), [("shape_replace", 1), pytest.param("refine_blend", 1, marks=pytest.mark.slow)]
 )
 def test_a_step_of_an_edit(reference, name, step):
-    """From the reference's latents to those after a step with masks. Latents come rounded to single
-    precision, 6e-8, of which guidance makes 1e-6 and more."""
+    """From the reference's latents to those after a step with masks. Stored latents are rounded to single
+    precision (6e-8), which guidance amplifies to 1e-6 and more."""
     case, tensors = given(name)
     inversion = reference_inversion(
         reference, tensors, tensors["source"], STEPS, reference_keys(case), clip_norm=True, prompt=CASES["source"]
@@ -98,15 +98,15 @@ def test_the_whole_edit(reference, name, memory):
         clip_norm=True,
         memory=StoreSettings(memory, max_tokens=1024),
     )
-    asked = edited(case, tensors)
+    arguments = edited(case, tensors)
     result = edit(
         reference,
         inversion,
-        asked.target_embeddings,
-        asked.negative_embeddings,
-        guidance_scale=asked.guidance_scale,
-        prompt=asked.prompt,
-        fusion=asked.fusion,
+        arguments.target_embeddings,
+        arguments.negative_embeddings,
+        guidance_scale=arguments.guidance_scale,
+        prompt=arguments.prompt,
+        fusion=arguments.fusion,
     )
     assert relative(inversion.latents[-1], tensors[f"inverted.{STEPS}"].double()) < 1e-7
     assert relative(result, tensors[f"edited.{STEPS}"].double()) < TOLERANCE.get(name, 1e-6)

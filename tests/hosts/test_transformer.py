@@ -36,7 +36,7 @@ SOURCE, TARGET = "a red circle on grass", "a blue striped star on grass"
 
 
 def random_text(seed: int, tokens: int = 512) -> torch.Tensor:
-    """Of a few words, and zeros after them, as Wan's encoder gives it."""
+    """Random embeddings of a few words, followed by zeros, as Wan's encoder returns them."""
     text = torch.randn(1, tokens, TEXT, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     text[:, 8:] = 0
     return text
@@ -61,7 +61,7 @@ def everyone(frames: int = 3) -> Control:
     return Control(KeyFrames(("all",)), Chunk.whole(frames))
 
 
-def test_hooked_it_is_the_plain_model(denoiser):
+def test_the_hooked_model_equals_the_plain_one(denoiser):
     z, text, negative = random_latents(), random_text(2), random_text(3)
     at, clip = torch.tensor([700.0]), z.transpose(0, 1)[None]
     plain = [denoiser.transformers[0](clip, at, t, return_dict=False)[0][0].transpose(0, 1) for t in (negative, text)]
@@ -70,7 +70,7 @@ def test_hooked_it_is_the_plain_model(denoiser):
         found = denoiser.predict_noise(z, 700.0, Condition(text), everyone(), guidance)
     assert relative(found, plain[0] + 5 * (plain[1] - plain[0])) < 1e-6
     again = denoiser.transformers[0](clip, at, text, return_dict=False)[0][0]
-    assert torch.equal(again.transpose(0, 1), plain[1]), "no trace is left"
+    assert torch.equal(again.transpose(0, 1), plain[1]), "the model is restored"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_hooked_it_is_the_plain_model(denoiser):
         UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0),
     ],
 )
-def test_the_schedule_is_the_schedulers_own(scheduler):
+def test_the_schedule_equals_the_schedulers(scheduler):
     schedule = VideoTransformerDenoiser(small_wan(), scheduler).schedule(10)
     scheduler.set_timesteps(10)
     assert [schedule.sigma(level) for level in range(10, -1, -1)] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-7)
@@ -116,7 +116,7 @@ def edited(denoiser, inversion, prompt, mask=None, **fusion):
     return edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, settings, mask=given)
 
 
-def test_a_mask_of_ones_is_no_self_fusion_and_of_zeros_the_sources_attention(denoiser, inversion, prompt):
+def test_a_mask_of_ones_keeps_the_edits_attention_and_of_zeros_the_sources(denoiser, inversion, prompt):
     ones = edited(denoiser, inversion, prompt, torch.ones(1, 8, 6), blend_self_attention=True)
     none = edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(0.0, 0.0))
     assert relative(ones, none) < 1e-9
@@ -125,8 +125,8 @@ def test_a_mask_of_ones_is_no_self_fusion_and_of_zeros_the_sources_attention(den
     assert relative(zeros, ones) > 1e-3
 
 
-def test_a_soft_mask_is_the_papers_mean_of_maps(denoiser, inversion, prompt, monkeypatch):
-    """Eq. 7 with the maps themselves, on rows of which some are the edit's, some the source's, some both."""
+def test_a_soft_mask_averages_maps_as_in_the_paper(denoiser, inversion, prompt, monkeypatch):
+    """Eq. 7 with explicit maps, for rows of the edit, of the source, and of both."""
     mask = torch.zeros(1, 8, 6)
     mask[:, :4], mask[:, 4:6] = 1.0, 0.4
     by_rows = edited(denoiser, inversion, prompt, mask, blend_self_attention=True)
@@ -134,7 +134,7 @@ def test_a_soft_mask_is_the_papers_mean_of_maps(denoiser, inversion, prompt, mon
     assert relative(by_rows, edited(denoiser, kept, prompt, mask, blend_self_attention=True)) < 1e-6
 
 
-def test_outside_the_mask_latents_are_the_sources(denoiser, inversion, prompt):
+def test_outside_the_mask_latents_equal_the_source(denoiser, inversion, prompt):
     mask = torch.zeros(1, 8, 6)
     mask[:, :4, :3] = 1
     settings = FusionSettings(0.5, 0.5, blend_latents=True, blend_latents_until=1.0)
@@ -157,8 +157,8 @@ def test_two_transformers_share_a_run_at_the_boundary():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pair = VideoTransformerDenoiser(high, scheduler, low, 0.8)
     z, text = random_latents(), Condition(random_text(2))
-    for timestep, alone in ((900.0, high), (700.0, low)):
-        one = VideoTransformerDenoiser(alone, scheduler)
+    for timestep, model in ((900.0, high), (700.0, low)):
+        one = VideoTransformerDenoiser(model, scheduler)
         with one.hooked():
             expected = one.predict_noise(z, timestep, text, everyone())
         with pair.hooked():
@@ -166,15 +166,15 @@ def test_two_transformers_share_a_run_at_the_boundary():
     assert not pair.identity().matches(VideoTransformerDenoiser(high, scheduler).identity())
 
 
-def test_a_store_takes_what_it_tells(denoiser):
+def test_a_store_takes_the_estimated_bytes(denoiser):
     for memory in ("recompute", "queries_keys", "maps"):
         store = invert(denoiser, random_latents(), random_text(2), 3, memory=memory).store
         assert store.plan is not None
         assert store.plan.nbytes == store.nbytes
 
 
-def test_a_store_goes_through_a_file(denoiser, prompt, tmp_path):
-    """A flow's levels and the solver's order with it; chunks overlap, and come near the whole where nothing is kept."""
+def test_a_store_survives_a_file(denoiser, prompt, tmp_path):
+    """With a flow's levels and the solver's order; without stored attention, overlapping chunks approximate."""
     made = invert(denoiser, random_latents(6), random_text(2), 4, memory="queries_keys", order=2)
     made.store.save(tmp_path / "store.safetensors")
     loaded = Inversion(AttentionStore.load(tmp_path / "store.safetensors"))
@@ -194,8 +194,8 @@ def test_a_store_of_a_unet_is_refused(denoiser, inversion):
         edit(denoiser, broken, random_text(3), guidance_scale=1.0)
 
 
-def test_where_words_are_looked_at_without_maps(denoiser, inversion, prompt):
-    """The same as from maps of the layers that masks come from, the middle half of the blocks."""
+def test_attention_to_words_without_maps(denoiser, inversion, prompt):
+    """The same as from maps of the mask layers, the middle half of the blocks."""
     heat = source_heat(denoiser, inversion, prompt, step=1)
     store = invert(denoiser, random_latents(), random_text(2), 4, memory="maps").store
     sites = [site for site in denoiser.sites(8, 6) if site.kind == "cross"][1:3]
@@ -210,12 +210,12 @@ def test_where_words_are_looked_at_without_maps(denoiser, inversion, prompt):
         ({"propagation": TokenFlowSettings()}, "TokenFlow needs a UNet"),
     ],
 )
-def test_parts_that_are_of_unets(denoiser, inversion, part, error):
+def test_parts_that_need_a_unet(denoiser, inversion, part, error):
     with pytest.raises(ValueError, match=error):
         edit(denoiser, inversion, random_text(3), random_text(4), 5.0, **part)
 
 
-def test_what_it_does_not_take(denoiser):
+def test_unsupported_models_and_options(denoiser):
     scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(TypeError, match="a WanTransformer3DModel"):
         VideoTransformerDenoiser(small_unet(), scheduler)
@@ -239,7 +239,7 @@ def test_what_it_does_not_take(denoiser):
         VideoTransformerDenoiser(other, scheduler)
 
 
-def test_one_thread_edits_a_transformer_and_plain_calls_of_others_stay_plain(denoiser, prompt, inversion):
+def test_only_one_thread_edits_a_transformer_and_others_call_it_unhooked(denoiser, prompt, inversion):
     model, (latents, text) = denoiser.transformers[0], (random_latents(), random_text(3))
 
     def plain():
@@ -257,7 +257,7 @@ def test_one_thread_edits_a_transformer_and_plain_calls_of_others_stay_plain(den
     assert all("another edit is using this video transformer" in str(error) for _, error in others) and others
 
 
-def test_an_error_inside_leaves_no_trace(denoiser):
+def test_the_model_is_restored_after_an_error(denoiser):
     with pytest.raises(RuntimeError, match="stop"), denoiser.hooked():
         raise RuntimeError("stop")
     model = denoiser.transformers[0]
@@ -266,7 +266,7 @@ def test_an_error_inside_leaves_no_trace(denoiser):
 
 
 @pytest.mark.parametrize("shift", [1.0, 8.0])
-def test_prompts_are_compared_where_there_is_as_much_noise_whatever_the_shift(shift):
+def test_prompts_are_compared_at_the_same_noise_for_any_shift(shift):
     shifted = VideoTransformerDenoiser(small_wan(), FlowMatchEulerDiscreteScheduler(shift=shift))
     store = draw(shifted, random_latents(), random_text(2), 30).store
     sigmas = [1 - store.alphas[level] for level in levels_compared(store)]
@@ -274,9 +274,9 @@ def test_prompts_are_compared_where_there_is_as_much_noise_whatever_the_shift(sh
     assert levels_compared(draw(shifted, random_latents(), random_text(2), 1).store) == [0]
 
 
-def test_what_a_branch_leaves_beside_another_is_held_for_one_block(denoiser, prompt, inversion, monkeypatch):
-    held, plain = [], Recorder.forget
-    monkeypatch.setattr(Recorder, "forget", lambda self, layer: (held.append(len(self.records)), plain(self, layer)))
+def test_records_of_a_paired_branch_are_kept_for_one_block(denoiser, prompt, inversion, monkeypatch):
+    counts, plain = [], Recorder.forget
+    monkeypatch.setattr(Recorder, "forget", lambda self, layer: (counts.append(len(self.records)), plain(self, layer)))
     edit(denoiser, inversion, random_text(3), random_text(4), 5.0, prompt, FusionSettings(1.0, 1.0))
-    assert max(held) == 2, "self- and cross-attention of a block"
-    assert len(held) == 4 * 8, "of each of the steps' layers"
+    assert max(counts) == 2, "self- and cross-attention of a block"
+    assert len(counts) == 4 * 8, "each layer of each step"

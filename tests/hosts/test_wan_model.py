@@ -1,4 +1,4 @@
-"""A Wan pipeline in a folder: its text, its frames, and edits by the command."""
+"""A Wan pipeline in a folder: text, frames, and edits by the command."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def checkpoint(folder):
     return WanCheckpoint.load(str(folder))
 
 
-def test_text_is_that_of_the_pipeline(folder, checkpoint):
+def test_text_equals_the_pipelines(folder, checkpoint):
     assert kind_of(str(folder)) == "WanPipeline"
     expected, _ = WanPipeline.from_pretrained(folder).encode_prompt(
         "a red circle on grass", "", False, max_sequence_length=512
@@ -45,10 +45,10 @@ def test_frames_and_their_latents(checkpoint, frames, latents):
         checkpoint.vae.config["latents_mean"]
     )
     first = checkpoint.vae.encode(clip[:1].transpose(0, 1)[None] * 2 - 1).latent_dist.mean[0, :, 0, 0, 0]
-    assert torch.allclose(pipeline_z, first, atol=1e-5), "the first latent is of the first frame alone"
+    assert torch.allclose(pipeline_z, first, atol=1e-5), "the first latent is the first frame's"
 
 
-def test_tiles_where_memory_is_short(folder, monkeypatch):
+def test_tiles_if_memory_is_short(folder, monkeypatch):
     loaded = WanCheckpoint.load(str(folder))
     assert "whole" in loaded.coding(32, 32)
     monkeypatch.setattr("fatezero.hosts.diffusers.clips.available_bytes", lambda device: 10_000)

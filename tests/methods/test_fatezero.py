@@ -38,13 +38,13 @@ def fuser(plan=BOTH, masks=None, maps=False, settings=None):
 
 
 def explicit_self(mask):
-    """(M A_edit + (1 - M) A_src) V with every map built, as the paper writes it."""
+    """(M A_edit + (1 - M) A_src) V with explicit maps, as in the paper."""
     q, k, v = tensors(SIDE**2, 2)
     source_q, source_k, _ = tensors(SIDE**2, 0)
     everyone = range(FRAMES)
-    seen = [KEYS.gather(x, everyone, everyone, FRAMES) for x in (k, source_k, v)]
+    gathered = [KEYS.gather(x, everyone, everyone, FRAMES) for x in (k, source_k, v)]
     m = mask.view(FRAMES, 1, -1, 1)
-    return (m * attention_map(q, seen[0]) + (1 - m) * attention_map(source_q, seen[1])) @ seen[2]
+    return (m * attention_map(q, gathered[0]) + (1 - m) * attention_map(source_q, gathered[1])) @ gathered[2]
 
 
 @pytest.mark.parametrize("maps", [False, True])
@@ -58,13 +58,13 @@ def test_masked_self_fusion_equals_equation_7(kind, maps):
 
 
 @pytest.mark.parametrize("maps", [False, True])
-def test_full_self_fusion_is_the_sources_map_on_the_edits_values(maps):
+def test_full_self_fusion_applies_the_sources_map_to_the_edits_values(maps):
     got = fuser(maps=maps).self_attention(*tensors(SIDE**2, 2), SELF)
     assert torch.allclose(got, explicit_self(torch.zeros(FRAMES, SIDE, SIDE).double()), atol=1e-12)
 
 
 @pytest.mark.parametrize("maps", [False, True])
-def test_cross_fusion_takes_the_aligned_tokens(maps):
+def test_cross_fusion_uses_the_aligned_tokens(maps):
     q, k, v = tensors(COLUMNS, 3)
     control = fuser(maps=maps)
     copied = torch.tensor([1.0, 1, 0, 1, 1, 1, 1]).double()
@@ -79,7 +79,7 @@ def test_cross_fusion_takes_the_aligned_tokens(maps):
 
 @pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_what_a_place_does_not_keep_goes_to_the_other_tokens(maps, fuse):
+def test_suppressed_attention_goes_to_the_other_tokens(maps, fuse):
     q, k, v = tensors(COLUMNS, 3)
     control = fuser(plan=StepPlan(fuse, False, False, False), maps=maps)
     source_q, source_k, _ = tensors(COLUMNS, 1)
@@ -100,7 +100,7 @@ def test_without_a_plan_nothing_is_fused():
     assert torch.equal(control.cross_attention(q, k, v, CROSS), attention(q, k, v))
 
 
-def test_layers_above_max_tokens_are_left_alone():
+def test_layers_above_max_tokens_are_not_fused():
     control = fuser(settings=FusionSettings(max_tokens=SIDE**2 - 1))
     q, k, v = tensors(COLUMNS, 3)
     assert torch.equal(control.cross_attention(q, k, v, CROSS), attention(q, k, v))
@@ -109,7 +109,7 @@ def test_layers_above_max_tokens_are_left_alone():
 @pytest.mark.parametrize(
     ("share", "steps", "cross", "self_"), [(0.8, 50, 40, 40), (0.7, 50, 35, 35), (0.6, 5, 3, 3), (0.5, 5, 3, 2)]
 )
-def test_shares_of_steps_count_as_the_authors_do(share, steps, cross, self_):
+def test_shares_of_steps_are_rounded_as_in_the_authors_code(share, steps, cross, self_):
     settings = FusionSettings(cross_replace_steps=share, self_replace_steps=share)
     assert (settings.cross_steps(steps), settings.self_steps(steps)) == (cross, self_)
 
@@ -120,7 +120,7 @@ def test_shares_at_the_ends():
 
 
 def times_of(bounds, steps):
-    """Which of `steps` + 1 times Prompt-to-Prompt replaces attention at, for a share or a pair of shares."""
+    """For each of `steps` + 1 times, whether Prompt-to-Prompt replaces attention, for a share or pair of shares."""
     begin, end = bounds if isinstance(bounds, tuple) else (0.0, bounds)
     times = torch.zeros(steps + 1)
     times[int(begin * (steps + 1)) : int(end * (steps + 1))] = 1
@@ -129,7 +129,7 @@ def times_of(bounds, steps):
 
 @pytest.mark.parametrize("maps", [False, True])
 def test_shares_of_words_follow_prompt_to_prompt(tokenizer, maps):
-    """A_t = alpha_t A* + (1 - alpha_t) A, with alpha by token: a word's own share of steps, or the usual one."""
+    """A_t = alpha_t A* + (1 - alpha_t) A, with alpha by token: a word's own share of steps, or the default."""
     steps, words = 7, {"square": (0.3, 0.75), "water": 0.2}
     settings = FusionSettings(0.6, 0.0, cross_replace_from=0.15, cross_replace_words=words)
     pair = PromptEdit("a red circle on water", "a red square on water", tokenizer, reweight={"square": 3.0, "red": 2.0})
@@ -151,7 +151,7 @@ def test_shares_of_words_follow_prompt_to_prompt(tokenizer, maps):
     assert {tuple(row) for row in alphas.unique(dim=0).tolist()} > {(0.0,) * 77}, "words differ in some steps"
 
 
-def test_shares_may_begin_later():
+def test_shares_may_start_later():
     settings = FusionSettings(0.5, 0.6, self_replace_from=0.25, cross_replace_from=0.2)
     assert settings.self_range(10) == range(2, 6)
     assert [StepPlan.of(settings, step, 10).fuse_self for step in range(10)] == [s in range(2, 6) for s in range(10)]

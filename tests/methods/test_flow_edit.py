@@ -1,4 +1,4 @@
-"""FlowEdit: the authors' numbers, its own equations on a flow and on DDIM, alone and with what else an edit has."""
+"""FlowEdit: the authors' results, its equations on a flow and on DDIM, and combined with other parts."""
 
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from fatezero import (
     TokenFlowSettings,
     draw,
     edit,
+    invert,
 )
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
@@ -36,11 +37,11 @@ from tests.small import FIXTURES, random_latents, random_text, relative, small_u
 STEPS = 5
 
 
-# --- the authors' numbers -------------------------------------------------------------------
+# --- the authors' results -------------------------------------------------------------------
 
 
 class ReferenceWan(VideoTransformerDenoiser):
-    """The transformer of the reference results, with the timesteps and sigmas of one of them."""
+    """The transformer of the reference results, with one result's timesteps and sigmas."""
 
     def __init__(self, given):
         weights = load_file(FIXTURES / "flow_edit.safetensors")
@@ -63,8 +64,8 @@ class ReferenceWan(VideoTransformerDenoiser):
         ("wan_edit", Recipe.of_preset("wan_edit"), 9),
     ],
 )
-def test_the_authors_results(name, recipe, first):
-    """Their code rounds the edit to single precision in each step, 6e-8, of which guidance makes 6e-7."""
+def test_the_authors_results_are_reproduced(name, recipe, first):
+    """The authors' code rounds the edit to single precision in each step (6e-8); guidance amplifies it to 6e-7."""
     given = load_file(FIXTURES / f"{name}.safetensors")
     z0, source, target, negative, noises = (
         given[key].double() for key in ("z0", "source", "target", "negative", "noises")
@@ -76,8 +77,8 @@ def test_the_authors_results(name, recipe, first):
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_unipc_is_diffusers(first):
-    """On predictions that bend, from the first step and from the middle."""
+def test_unipc_equals_diffusers(first):
+    """For non-linear predictions, from the first step and from the middle."""
     theirs = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     theirs.set_timesteps(8)
     theirs.set_begin_index(first)
@@ -93,7 +94,7 @@ def test_unipc_is_diffusers(first):
 
 
 class World:
-    """A model with a clip and texts of its shapes."""
+    """A model with a clip and prompts of matching shapes."""
 
     def __init__(self, name):
         if name == "flow":
@@ -114,7 +115,7 @@ def world(request):
 
 
 def reference(world, settings, guidance_scale, first):
-    """The paper's algorithm, in latents where the clean clip counts once."""
+    """The paper's algorithm, in latents scaled so that the clean clip has factor 1."""
     denoiser, clip = world.denoiser, world.clip
     schedule = denoiser.schedule(STEPS)
     levels = draw(denoiser, clip, world.text(2), STEPS, settings, "self").store.drawn
@@ -142,14 +143,14 @@ def reference(world, settings, guidance_scale, first):
 
 @pytest.mark.parametrize("settings", [FlowEditSettings(2.0), FlowEditSettings(1.5, draws=3, seed=7)])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_it_is_the_papers(world, settings, strength):
+def test_it_equals_the_papers_algorithm(world, settings, strength):
     done = world.edited(settings, strength=strength)
     assert relative(done, reference(world, settings, 5.0, STEPS - round(STEPS * strength))) < 1e-5
 
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_the_last_steps_are_plain_sampling(world, first):
-    """With `n_min` of all steps it is sampling from the noised clip, with fewer it goes on from FlowEdit."""
+    """With `n_min` of all steps it samples from the noised clip; with fewer it continues from FlowEdit."""
     denoiser, schedule, settings = (
         world.denoiser,
         world.denoiser.schedule(STEPS),
@@ -167,8 +168,8 @@ def test_the_last_steps_are_plain_sampling(world, first):
     assert relative(half, whole) > 1e-3
 
 
-def test_given_noise_is_that_of_the_seed(world):
-    """In the order of use; noise of steps that do not run may be left out, and too little is refused."""
+def test_given_noise_equals_that_of_the_seed(world):
+    """In the order of use; noise of skipped steps may be omitted, and too little is refused."""
     settings = FlowEditSettings(2.0, draws=2, seed=3, n_min=1)
     levels = draw(world.denoiser, world.clip, world.text(2), STEPS, settings).store.drawn
     pairs = [(level, number) for level in range(STEPS, 1, -1) for number in range(2)] + [(1, 0)]
@@ -184,12 +185,12 @@ def test_given_noise_is_that_of_the_seed(world):
         world.edited(other, noises=noises[0])
 
 
-def test_more_plain_steps_than_the_edit_has(world):
+def test_n_min_above_the_edits_steps(world):
     with pytest.raises(ValueError, match="n_min is 4, but the edit runs only 3"):
         world.edited(FlowEditSettings(n_min=4), strength=0.6)
 
 
-def test_wan_edit_is_for_flows():
+def test_wan_edit_needs_a_flow():
     with pytest.raises(ValueError, match="variant wan_edit"):
         World("ddim").edited(FlowEditSettings(variant="wan_edit"))
     flow, settings = World("flow"), FlowEditSettings(3.0, variant="wan_edit")
@@ -199,7 +200,7 @@ def test_wan_edit_is_for_flows():
     assert relative(flow.edited(settings), flow.edited(FlowEditSettings(3.0))) > 1e-3
 
 
-def test_nothing_changes_where_both_branches_are_the_same(world):
+def test_equal_branches_change_nothing(world):
     done = world.edited(FlowEditSettings(3.0), target=2, guidance_scale=3.0)
     assert relative(done, world.clip) < 1e-5
     assert relative(world.edited(FlowEditSettings(3.0), guidance_scale=3.0), world.clip) > 1e-3
@@ -212,7 +213,7 @@ def test_a_seed_repeats(world):
 
 
 def test_with_fusion_and_a_mask(world, request):
-    """The source's attention makes another edit, and outside the mask the clip is the source to the last digit."""
+    """The source's attention changes the edit; outside the mask the clip equals the source bit for bit."""
     tokenizer = build_tokenizer() if world.denoiser.spans_clip else request.getfixturevalue("tokenizer")
     prompt = PromptEdit("a red circle on grass", "a blue star on grass", tokenizer)
     mask = torch.zeros(1, *world.clip.shape[-2:])
@@ -225,7 +226,7 @@ def test_with_fusion_and_a_mask(world, request):
     assert relative(done[~outside], plain[~outside]) > 1e-3
 
 
-def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
+def test_a_store_of_sampled_noise_is_not_saved(world, tmp_path):
     with pytest.raises(ValueError, match="cannot be saved"):
         draw(world.denoiser, world.clip, world.text(2), STEPS).store.save(tmp_path / "store.safetensors")
     assert not list(tmp_path.iterdir())
@@ -242,3 +243,20 @@ def test_a_store_of_drawn_noise_is_not_saved(world, tmp_path):
 def test_parts_that_need_an_inversion(part):
     with pytest.raises(ValueError, match="needs an inversion"):
         World("ddim").edited(**part)
+
+
+def test_longer_clips_are_edited_in_chunks_of_the_models_training(monkeypatch):
+    """So that the effect does not fade as clips grow; a given number of frames takes precedence."""
+    denoiser = VideoTransformerDenoiser(wan.small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    latents, texts = wan.random_latents(5), [wan.random_text(seed) for seed in (0, 1)]
+
+    def edited(chunk_frames=None, invert_first=False):
+        start = invert(denoiser, latents, texts[0], 2) if invert_first else draw(denoiser, latents, texts[0], 2)
+        return edit(denoiser, start, texts[1], guidance_scale=1.0, chunk_frames=chunk_frames)
+
+    whole, chunked, inverted = edited(), edited(4), edited(invert_first=True)
+    assert relative(whole, chunked) > 1e-6
+    monkeypatch.setattr(VideoTransformerDenoiser, "trained_frames", 4)
+    assert torch.equal(edited(), chunked)
+    assert torch.equal(edited(5), whole)
+    assert torch.equal(edited(invert_first=True), inverted), "an inversion's chunks are chosen when it is made"

@@ -1,4 +1,4 @@
-"""The mask from the predictions for both prompts."""
+"""The mask from predictions for both prompts."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_otsus_threshold_separates_two_classes():
     assert 0.1 < otsu(exact) < 0.9
 
 
-def test_the_mask_is_calm_over_time_and_grown():
+def test_the_mask_is_smoothed_over_time_and_grown():
     heat = torch.zeros(5, 8, 8)
     heat[2, 4, 4] = 1.0
     assert mask_from(heat, FlowMaskSettings(0.5, grow=0, still=0)).sum() == 1
@@ -39,7 +39,7 @@ def test_the_mask_is_calm_over_time_and_grown():
     assert calm[:, 4, 4].tolist() == [0, 1, 1, 1, 0]
 
 
-def test_the_clip_is_kept_where_the_prompts_agree(denoiser, start):
+def test_the_clip_is_preserved_where_the_predictions_agree(denoiser, start):
     with EditPass(denoiser, start, [Edit(random_text(1), random_text(2), 3.0, fusion=SETTINGS)]) as run:
         mask = run._runs[0].injected._inside
     assert mask.shape == (3, 1, *start.store.levels.shape[-2:]) and 0 < mask.mean() < 1
@@ -58,7 +58,7 @@ def test_the_same_prompt_changes_nothing(denoiser, start):
 @pytest.mark.parametrize(
     ("how", "within"), [("replace", False), ("union", False), ("intersection", False), ("replace", True)]
 )
-def test_a_given_mask_replaces_joins_or_limits_it(denoiser, start, how, within):
+def test_a_given_mask_replaces_extends_or_limits_it(denoiser, start, how, within):
     height, width = start.store.levels.shape[-2:]
     left = torch.zeros(1, height, width)
     left[..., : width // 2] = 1
@@ -69,10 +69,10 @@ def test_a_given_mask_replaces_joins_or_limits_it(denoiser, start, how, within):
         with EditPass(denoiser, start, [Edit(random_text(1), random_text(2), 3.0, fusion=settings, mask=mask)]) as run:
             return run._runs[0].injected._inside[:, 0]
 
-    alone, both = inside(None, SETTINGS), inside(given, settings)
-    own = left.expand_as(alone).to(alone)
-    expected = {"replace": own, "union": torch.maximum(own, alone), "intersection": own * alone}
-    assert torch.equal(both, own * alone if within else expected[how])
+    single, both = inside(None, SETTINGS), inside(given, settings)
+    own = left.expand_as(single).to(single)
+    expected = {"replace": own, "union": torch.maximum(own, single), "intersection": own * single}
+    assert torch.equal(both, own * single if within else expected[how])
 
 
 def test_calls_are_counted():

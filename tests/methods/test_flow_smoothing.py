@@ -1,4 +1,4 @@
-"""Flow smoothing: what it leaves, what it evens out, and that it needs the clip's own motion."""
+"""Flow smoothing: what it preserves, what it averages, and that it needs the clip's own motion."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ from small import random_latents, random_text, relative, small_unet
 
 
 def moving(frames: int, dx: float, size: int = 8) -> Motion:
-    """Everything moves to the right by dx cells a frame."""
+    """Motion of everything to the right by dx cells a frame."""
     flow = torch.zeros(frames - 1, 2, size, size)
     flow[:, 0] = dx
-    seen = torch.ones(frames - 1, size, size)
-    seen[..., size - int(dx) :] = 0 if dx else 1
-    before = seen.flip(-1)
-    return Motion(flow, -flow, seen, before)
+    visible = torch.ones(frames - 1, size, size)
+    visible[..., size - int(dx) :] = 0 if dx else 1
+    before = visible.flip(-1)
+    return Motion(flow, -flow, visible, before)
 
 
-def test_what_moves_along_stays_and_what_does_not_is_evened_out():
+def test_content_that_follows_the_motion_is_preserved_and_other_is_averaged():
     clip = torch.zeros(4, 1, 8, 8)
     for i in range(4):
         clip[i, :, :, 1 + i] = 1
@@ -30,19 +30,19 @@ def test_what_moves_along_stays_and_what_does_not_is_evened_out():
     strengths = [even[i, 0, 0, 1 + i].item() for i in range(4)]
     assert max(strengths) - min(strengths) < 0.3 < 0.8
     still = averaged_along(flicker, moving(4, 0.0), 0.9)
-    assert relative(still, flicker) > 0.5, "along another motion it smears"
+    assert relative(still, flicker) > 0.5, "another motion blurs it"
     assert torch.equal(averaged_along(flicker, moving(4, 1.0), 0.0), flicker)
 
 
-def test_nothing_is_taken_from_where_nothing_is_seen():
+def test_occluded_pixels_are_not_used():
     values = torch.randn(3, 2, 8, 8)
     motion = moving(3, 0.0)
     hidden = Motion(motion.forward, motion.backward, 0 * motion.visible, 0 * motion.visible)
     assert torch.equal(averaged_along(values, hidden, 0.9), values)
 
 
-def test_a_texture_that_the_edit_takes_away_stays_away():
-    """Where the flow errs, the difference smears that texture over the edit, and the edit itself does not."""
+def test_a_texture_removed_by_the_edit_is_not_restored():
+    """With a wrong flow, smoothing the difference restores the texture; smoothing the edit itself does not."""
     texture = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     source = torch.cat([texture.roll(i, -1) for i in range(4)])
     plain = torch.zeros_like(source)
@@ -52,11 +52,11 @@ def test_a_texture_that_the_edit_takes_away_stays_away():
     assert smooth_along(source, plain, wrong, 0.8).abs().max() < 1e-5
     coloured = source + 2
     assert relative(smooth_along(source, coloured, wrong, 0.8), coloured) < 1e-5, (
-        "and the source stays sharp where it stays"
+        "the source stays sharp where it is preserved"
     )
 
 
-def test_motion_on_a_coarser_grid_is_counted_in_its_cells():
+def test_motion_on_a_coarser_grid_is_in_units_of_its_cells():
     coarse = moving(3, 2.0, 16).at((8, 8))
     assert coarse.forward.shape == (2, 2, 8, 8)
     assert torch.allclose(coarse.forward[:, 0], torch.tensor(1.0)) and coarse.visible.max() == 1
@@ -74,7 +74,7 @@ def run(denoiser, smoothing, **more):
 
 
 @pytest.mark.parametrize("more", [{}, {"fusion": PnPSettings(), "propagation": TokenFlowSettings(2)}])
-def test_the_edits_difference_is_steadier_and_none_at_all_is_exact(denoiser, more):
+def test_the_edits_difference_is_smoother_and_no_difference_is_exact(denoiser, more):
     size = random_latents(1).shape[-1]
     plain, clip = run(denoiser, None, **more)
     assert torch.equal(run(denoiser, FlowSmoothing(0.0), **more)[0], plain)

@@ -1,4 +1,4 @@
-"""KV-Edit: the background stays, its keys and values are the source's, and no steps of it are no method."""
+"""KV-Edit: the background is preserved by the source's keys and values; 0 steps equal no method."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ STEPS = 4
 
 
 def mask_of(width: int) -> GivenMask:
-    """The left columns of eight."""
+    """A mask of the left columns of eight."""
     mask = torch.zeros(1, 8, 8)
     mask[..., :width] = 1
     return GivenMask(mask)
@@ -37,14 +37,14 @@ def edited(denoiser):
     return run
 
 
-def test_the_background_stays_and_the_rest_is_another_edit(edited):
+def test_the_background_is_preserved_and_the_rest_is_edited(edited):
     plain, ours = edited(None), edited(KVEditSettings())
     half = ours.shape[-1] // 2
     assert torch.equal(ours[..., half:], edited.clip[..., half:])
     assert relative(ours[..., :half], plain[..., :half]) > 1e-3
-    assert torch.equal(edited(KVEditSettings(0.0)), plain), "no steps are no method"
+    assert torch.equal(edited(KVEditSettings(0.0)), plain), "0 steps equal no method"
     everything = edited(KVEditSettings(), width=8)
-    assert relative(everything, edited(None, width=8)) < 1e-5, "a mask of all keeps nothing of the source"
+    assert relative(everything, edited(None, width=8)) < 1e-5, "a full mask uses nothing of the source"
 
 
 def test_chunks_give_the_whole_clips_result(edited):
@@ -71,7 +71,7 @@ def test_it_needs_a_mask_before_anything_runs(denoiser):
 
 
 def test_on_a_video_transformer():
-    """Its source branch runs in the call of the target's branch only."""
+    """The source branch runs only in the call of the target branch."""
     denoiser = VideoTransformerDenoiser(small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
     latents, half, tokens = random_latents(3, 8, 6), torch.zeros(1, 8, 6), 512
     half[..., :3] = 1

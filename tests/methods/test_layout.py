@@ -1,4 +1,4 @@
-"""Paths of objects: what is read, where they are, and how much of each pixel they take."""
+"""Paths of objects: parsing, positions, and pixel coverage."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fatezero.methods.layout import Path, Stop, named_path
 PATH = Path.parse("0:0.25,0.5,0.5; 4:0.75,0.5,0.25,0.5")
 
 
-def test_a_path_is_straight_between_stops_and_still_outside_them():
+def test_a_path_is_linear_between_stops_and_constant_outside():
     assert PATH.at(0) == Stop(0, 0.25, 0.5, 0.5, 0.5)
     middle = PATH.at(2)
     assert (middle.x, middle.y, middle.width, middle.height) == (0.5, 0.5, 0.375, 0.5)
@@ -17,7 +17,7 @@ def test_a_path_is_straight_between_stops_and_still_outside_them():
     assert late.at(0) == late.at(7) == Stop(3, 0.5, 0.5, 0.2, 0.2)
 
 
-def test_a_box_takes_pixels_by_their_area():
+def test_a_box_covers_pixels_by_area():
     mask = PATH.mask(5, 8, 8)
     assert mask.shape == (5, 8, 8)
     assert torch.equal(
@@ -25,22 +25,22 @@ def test_a_box_takes_pixels_by_their_area():
     )
     assert mask.sum((1, 2)).tolist() == pytest.approx([64 * w * 0.5 for w in (0.5, 0.4375, 0.375, 0.3125, 0.25)])
     outside = Path.parse("0:0,0.5,0.5").mask(1, 8, 8)
-    assert outside.sum() == pytest.approx(8, abs=1e-5), "half of it is out of the picture"
+    assert outside.sum() == pytest.approx(8, abs=1e-5), "half of it is outside the picture"
 
 
-def test_an_ellipse_takes_its_area():
+def test_an_ellipse_covers_its_area():
     mask = Path.parse("0:0.5,0.5,0.5,0.75", "ellipse").mask(1, 64, 64)
     assert mask.sum().item() == pytest.approx(torch.pi * 16 * 24, rel=5e-3)
     assert mask[0, 32, 32] == 1 and mask[0, 0, 0] == 0 and 0 < mask[0, 32, 15:17].sum() < 2
 
 
-def test_words_stand_before_their_path():
+def test_words_come_before_their_path():
     words, path = named_path("red burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3")
     assert words == "red burger" and [stop.frame for stop in path.stops] == [0, 15]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("burger", "must start with an object"),
         ("0:0.1,0.5,0.3", "must start with an object"),
@@ -54,6 +54,6 @@ def test_words_stand_before_their_path():
         ("burger: 0:9,0.5,0.3", "centre is 9,0.5"),
     ],
 )
-def test_what_is_refused(text, told):
-    with pytest.raises(ValueError, match=told):
+def test_refusals(text, message):
+    with pytest.raises(ValueError, match=message):
         named_path(text)

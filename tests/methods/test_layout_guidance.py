@@ -1,4 +1,4 @@
-"""Layout guidance: the reference's numbers on a video UNet, gradients, and what must hold of energies and steps."""
+"""Layout guidance: reference results on a video UNet, gradients, and properties of energies and steps."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ def video_denoiser():
     return DiffusersVideoDenoiser(unet.double().eval(), build_scheduler())
 
 
-def test_backward_guidance_is_the_references(monkeypatch):
+def test_backward_guidance_equals_the_reference(monkeypatch):
     tensors, found = load_file(FIXTURES / "guidance_backward.safetensors"), []
     layout = LayoutGuidance(tensors["target"], columns=[3], steps=(0, 1, 2))
 
@@ -60,7 +60,7 @@ def test_backward_guidance_is_the_references(monkeypatch):
     assert relative(made, tensors["levels"][-1].double()) < 1e-6
 
 
-def test_forward_guidance_is_the_references():
+def test_forward_guidance_equals_the_reference():
     tensors = load_file(FIXTURES / "guidance_forward.safetensors")
     layout = LayoutGuidance(target=tensors["target"], columns=[3], mode="forward", steps=(0, 1))
     made = generate(video_denoiser(), tensors["z0"], tensors["text"], tensors["negative"], 4, 7.5, layout=layout)
@@ -85,7 +85,7 @@ def disc(frames=2, side=16):
     return torch.stack(discs)
 
 
-def test_the_shape_of_a_binary_map_is_itself_and_scale_does_not_matter():
+def test_a_binary_maps_shape_is_itself_at_any_scale():
     binary = disc().flatten(1)[:, None]
     assert torch.allclose(shape_of(binary), binary, atol=1e-4)
     maps = torch.rand(2, 3, 256, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_the_shape_of_a_binary_map_is_itself_and_scale_does_not_matter():
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
-def test_energies_vanish_at_the_target_and_rise_away_from_it(kind):
+def test_energies_are_zero_at_the_target_and_increase_away_from_it(kind):
     target = disc().flatten(1)
     at, away = (
         ENERGIES[kind](maps[:, None], target, (16, 16)) for maps in (target, (target + target.roll(5, 1)).clamp(max=1))
@@ -116,7 +116,7 @@ def small_denoiser(layers=False):
 
 
 @pytest.mark.parametrize("kind", ENERGIES)
-def test_the_gradient_is_that_of_finite_differences(kind):
+def test_the_gradient_matches_finite_differences(kind):
     denoiser, z = small_denoiser(), random_latents(2)
     layout = LayoutGuidance(target=disc(), columns=[2, 5], energy=kind)
     with denoiser.hooked():
@@ -135,7 +135,7 @@ def test_a_small_step_along_the_gradient_lowers_the_energy():
         assert energy_of(denoiser, z - 1e-2 * gradient / gradient.norm(), layout)[0] < energy
 
 
-def test_words_are_averaged_and_objects_added():
+def test_energies_average_over_words_and_add_over_objects():
     denoiser, z = small_denoiser(), random_latents(2)
 
     def energy(columns, more=()):
@@ -147,7 +147,7 @@ def test_words_are_averaged_and_objects_added():
     assert energy([2], [ObjectTarget(disc(), [5])]) == pytest.approx(one + other)
 
 
-def test_frames_that_do_not_meet_have_no_share_in_each_other_and_go_by_in_chunks():
+def test_independent_frames_have_independent_gradients_in_chunks():
     denoiser, z = small_denoiser(), random_latents(3)
     layout = LayoutGuidance(target=disc(3), columns=[2])
     with denoiser.hooked():
@@ -168,7 +168,7 @@ def test_the_papers_schedule():
     assert sum(in_schedule(step, 50) for step in range(50)) == 33
 
 
-def test_guided_steps_are_numbers_and_ranges():
+def test_guided_steps_take_numbers_and_ranges():
     assert parsed_steps("0-20, 22-44/2") == tuple(step for step in range(50) if in_schedule(step, 50))
     layout = LayoutGuidance(target=disc(), columns=[2], guided_steps="1,3")
     assert [step for step in range(5) if layout.guides(step, 5)] == [1, 3]
@@ -194,11 +194,11 @@ def test_guidance_of_no_strength_is_bit_exact(still):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_attention_to_words_is_recorded_and_changes_nothing(guided):
-    """The mean over heads and layers, as in the maps of each step's call, summed over a word's columns."""
+    """The mean over heads and layers of each step's maps, summed over a word's columns."""
     layout = LayoutGuidance(target=disc(), columns=[2]) if guided else None
-    seen = WordAttention({"red circle": [2, 3], "grass": [5]})
-    assert torch.equal(drawn(layout, attention=seen), drawn(layout))
-    steps = seen.steps()
+    attention = WordAttention({"red circle": [2, 3], "grass": [5]})
+    assert torch.equal(drawn(layout, attention=attention), drawn(layout))
+    steps = attention.steps()
     assert list(steps) == ["red circle", "grass"] and steps["grass"].shape == (4, 2, 16, 16)
     if not guided:
         denoiser, layers = small_denoiser(), {"down.0.cross", "up.0.cross", "up.1.cross"}
@@ -225,7 +225,7 @@ def test_it_runs_on_key_frames_and_temporal_layers():
     assert guided.isfinite().all() and relative(guided, drawn(layers=True)) > 1e-4
 
 
-def test_repeats_end_where_the_energy_is_low_enough_and_steps_are_bounded():
+def test_repeats_end_at_a_low_energy_and_steps_are_bounded():
     once, often = (drawn(LayoutGuidance(target=disc(), columns=[2], repeats=n)) for n in (1, 3))
     assert not torch.equal(once, often)
     enough = drawn(LayoutGuidance(target=disc(), columns=[2], repeats=3, enough=1e9))
@@ -237,12 +237,12 @@ def test_repeats_end_where_the_energy_is_low_enough_and_steps_are_bounded():
     assert (moved - z).pow(2).mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.01, 0.01])
 
 
-def test_forward_guidance_keeps_a_words_mass():
+def test_forward_guidance_keeps_a_words_total_attention():
     site, random = AttentionSite("down", 0, "cross", 2, 4, 4, 4), torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 2, tokens, 4, generator=random) for tokens in (16, 7))
     v = torch.eye(7).expand(2, 2, 7, 7)
     target = torch.zeros(2, 16, 16)
-    target[0, :8, :8] = 1  # in the second frame the object is nowhere
+    target[0, :8, :8] = 1  # no object in the second frame
     layout = LayoutGuidance(target=target, columns=[3], mode="forward")
     maps = ForwardControl(SELF, Chunk.whole(2), layout).cross_attention(q, k, v, site)
     plain = Control(SELF, Chunk.whole(2)).cross_attention(q, k, v, site)
@@ -254,7 +254,7 @@ def test_forward_guidance_keeps_a_words_mass():
     assert torch.allclose(maps[..., others], plain[..., others], atol=1e-6)
 
 
-def test_the_models_weights_keep_their_gradients_to_themselves():
+def test_the_models_weights_get_no_gradients():
     unet = small_unet().requires_grad_(True)
     denoiser = DiffusersDenoiser(unet, build_scheduler())
     with denoiser.hooked():
@@ -263,7 +263,7 @@ def test_the_models_weights_keep_their_gradients_to_themselves():
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
-def test_what_is_refused():
+def test_refusals():
     with pytest.raises(ValueError, match=r"target must be \(frames, height, width\)"):
         LayoutGuidance(target=torch.full((1, 4, 4), 2.0), columns=[1])
     with pytest.raises(ValueError, match="columns is .*must list tokens"):
@@ -287,8 +287,8 @@ def test_what_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["image", "layers", pytest.param("video", marks=pytest.mark.slow)])
-def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
-    """As many bytes as the tensors that a gradient really makes."""
+def test_memory_of_a_gradient_is_estimated(kind):
+    """Compared with the tensors that a gradient really allocates."""
     torch.manual_seed(0)
     if kind == "video":
         own, text = video_denoiser(), random_text(1).repeat(1, 1, 2)
@@ -298,9 +298,9 @@ def test_memory_of_a_gradient_is_told_before_it_is_taken(kind):
         text = random_text(1)
     layout, shape = LayoutGuidance(target=disc(2), columns=[2]), (2, 4, 16, 16)
     condition = Condition.of(text, "text")
-    told, plain = guidance_bytes(own, shape, condition, SELF, False, partial(EnergyControl, layout=layout))
+    estimate, plain = guidance_bytes(own, shape, condition, SELF, False, partial(EnergyControl, layout=layout))
     with own.hooked(), torch.no_grad(), LiveBytes() as live:
         control = EnergyControl(SELF, Chunk.whole(2), layout)
         own.gradient(random_latents(2), 500, condition.to(random_latents(1)), control, control.loss)
-    assert abs(told / live.most - 1) < 0.25
-    assert plain < told
+    assert abs(estimate / live.most - 1) < 0.25
+    assert plain < estimate

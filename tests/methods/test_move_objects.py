@@ -1,4 +1,4 @@
-"""Moved objects of a clip: their ways, what is left alone, and that they arrive."""
+"""Moved objects of a clip: their shifts, what is preserved, and where they arrive."""
 
 from dataclasses import replace
 
@@ -31,20 +31,20 @@ def shift(x, y, growth=1.0):
     return Shift((Move(0, x, y, growth),))
 
 
-# --- ways -------------------------------------------------------------------------------
+# --- shifts -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("off", [0.0, 0.25, 0.5 - 1e-9, 0.5, 0.5 + 1e-9, 0.75])
-def test_a_shift_is_by_whole_places_and_nothing_is_torn(off):
+def test_a_shift_is_by_whole_cells_and_without_holes(off):
     x = random_latents(2, 16, 16)
     way = _way(box(3, 3, 7, 8), shift((2 + off) / 16, -3 / 16))
-    right = 2 + (off > 0.6)  # half a place is cut off
+    right = 2 + (off > 0.6)  # half a cell is cut off
     moved = way.applied(x)
     assert torch.equal(moved[:, :, : 16 - 3, right:], x[:, :, 3:, : 16 - right])
     assert not moved[:, :, :, :right].any() and not moved[:, :, 13:].any()
 
 
-def test_a_growth_is_about_the_objects_middle():
+def test_an_object_grows_about_its_centre():
     source = box(4, 4, 8, 8)
     way = _way(source, shift(0.25, 0, 2.0))
     grown = way.applied(source[:, None].float())[:, 0] > 0.5
@@ -52,7 +52,7 @@ def test_a_growth_is_about_the_objects_middle():
     assert torch.equal(_way(grown, shift(-0.25, 0, 0.5)).applied(grown[:, None].float())[:, 0] > 0.5, source)
 
 
-def test_a_path_brings_it_there_in_its_size_and_a_tremble_is_no_growth():
+def test_a_path_moves_an_object_at_its_size_and_ignores_jitter():
     source = box(2, 2, 6, 6, frames=3)
     source[1, 6, 2:6] = True  # attention found one row more
     way = _way(source, Path.parse("0:0.75,0.75,0.25"))
@@ -63,7 +63,7 @@ def test_a_path_brings_it_there_in_its_size_and_a_tremble_is_no_growth():
     assert torch.equal(_way(source, mask.float()).end, torch.tensor([[0.625, 0.625]] * 3))
 
 
-def test_bounds_of_nothing_are_the_picture():
+def test_bounds_of_an_empty_mask_are_the_picture():
     centre, extent = bounds(torch.zeros(1, 4, 8, dtype=torch.bool))
     assert centre.tolist() == [[0.5, 0.5]] and extent.tolist() == [[1, 1]]
     centre, extent = bounds(box(2, 0, 4, 3, 1, 8))
@@ -93,8 +93,8 @@ def edited(denoiser, inversion, pair, layout, **more):
     return edit(denoiser, inversion, random_text(2), random_text(3), 5.0, layout=layout, **more)
 
 
-def test_all_but_the_area_is_the_clips(denoiser, inversion, pair):
-    """The object's old and new place, and a place around, may change; nothing else does, to the last digit."""
+def test_the_clip_is_preserved_outside_the_area(denoiser, inversion, pair):
+    """Only the object's old and new positions and a margin of one cell change; the rest is equal bit for bit."""
     moved = edited(denoiser, inversion, pair, moving())
     clip = inversion.latents[0]
     may = box(1, 1, 15, 13, frames=3)
@@ -102,16 +102,16 @@ def test_all_but_the_area_is_the_clips(denoiser, inversion, pair):
     assert relative(moved, clip) > 1e-2
 
 
-def test_it_is_carried_whole_where_all_steps_carry_it(denoiser, inversion, pair):
+def test_the_object_is_copied_if_all_steps_carry_it(denoiser, inversion, pair):
     moved = edited(denoiser, inversion, pair, moving(carry=1.0, scale=0))
     clip = inversion.latents[0]
-    right, down = 6, 5  # 0.4 and 0.3 of sixteen places, rounded
+    right, down = 6, 5  # 0.4 and 0.3 of sixteen cells, rounded
     assert torch.allclose(moved[..., 2 + down : 7 + down, 2 + right : 7 + right], clip[..., 2:7, 2:7])
     kept = edited(denoiser, inversion, pair, moving(shift(0, 0), carry=1.0, scale=0))
     assert torch.allclose(kept[..., 2:7, 2:7], clip[..., 2:7, 2:7])
 
 
-def test_no_strength_takes_no_gradient_and_changes_nothing(denoiser, inversion, pair, monkeypatch):
+def test_strength_zero_computes_no_gradient_and_changes_nothing(denoiser, inversion, pair, monkeypatch):
     monkeypatch.setattr(type(denoiser), "gradient", None)
     layout = LayoutGuidance(target=box(8, 8, 12, 12, 3).float(), columns=COLUMNS, scale=0)
     assert torch.equal(edited(denoiser, inversion, pair, layout), edited(denoiser, inversion, pair, None))
@@ -121,8 +121,8 @@ def test_no_strength_takes_no_gradient_and_changes_nothing(denoiser, inversion, 
 def test_guidance_lowers_the_energy_in_an_edit(denoiser, inversion, pair):
     target = box(8, 8, 12, 12, 3).float()
     layout = LayoutGuidance(target=target, columns=COLUMNS, energy="inside", scale=200.0)
-    asked = Edit(random_text(2), random_text(3), 5.0, pair, FusionSettings(0.8, 0.8), layout=layout)
-    with EditPass(denoiser, inversion, [asked]) as run:
+    edit = Edit(random_text(2), random_text(3), 5.0, pair, FusionSettings(0.8, 0.8), layout=layout)
+    with EditPass(denoiser, inversion, [edit]) as run:
         text, store = run._runs[0].target, inversion.store
 
         def energy(z):
@@ -150,11 +150,11 @@ def test_chunks_and_several_objects_and_masks(denoiser, inversion, pair):
     assert relative(edited(denoiser, inversion, pair, two, chunk_frames=2), whole) < 1e-9
     assert relative(whole, edited(denoiser, inversion, pair, replace(two, objects=two.objects[:1]))) > 1e-3
     only = edited(denoiser, inversion, pair, two, mask=GivenMask(box(0, 0, 16, 8, 1).float()))
-    assert torch.equal(only[:, :, 8:], inversion.latents[0][:, :, 8:]), "a mask of one's own bounds the layout's"
+    assert torch.equal(only[:, :, 8:], inversion.latents[0][:, :, 8:]), "a given mask limits the layout's area"
 
 
-def test_other_parts_of_an_edit_go_with_it(denoiser, inversion, pair):
-    """TokenFlow, less strength, and another prompt: all but the area stays the clip's."""
+def test_other_parts_of_an_edit_combine_with_it(denoiser, inversion, pair):
+    """TokenFlow, less strength, and another prompt: the clip is preserved outside the area."""
     may, clip = box(1, 1, 15, 13, frames=3), inversion.latents[0]
     plain = edited(denoiser, inversion, pair, moving())
     for more in ({"propagation": TokenFlowSettings(2)}, {"strength": 0.6}, {"chunk_frames": 1}):
@@ -162,10 +162,10 @@ def test_other_parts_of_an_edit_go_with_it(denoiser, inversion, pair):
         assert torch.equal(made.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]), more
         assert relative(made, plain) > 1e-3 or "chunk_frames" in more
     free = edited(denoiser, inversion, pair, moving(), prompt=None, fusion=None)
-    assert relative(free.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]) > 1e-2, "nothing is taken of the source"
+    assert relative(free.movedim(1, -1)[~may], clip.movedim(1, -1)[~may]) > 1e-2, "nothing is injected from the source"
 
 
-def test_words_tell_where_it_is_and_columns_where_it_goes(tokenizer):
+def test_source_words_locate_the_object_and_columns_guide_it(tokenizer):
     layout = Layout("a blue circle on grass", tokenizer, (LayoutObject("circle", shift(0.1, 0)),), MoveSettings())
     moves = moves_of(layout, "big red circle", 77, 77)
     assert moves.objects[0].columns == [3] and len(moves.objects[0].source_columns) == 1
@@ -175,7 +175,7 @@ def test_words_tell_where_it_is_and_columns_where_it_goes(tokenizer):
         layout.guidance(2, 16, 16, 77)
 
 
-def test_what_is_refused(denoiser, inversion, pair):
+def test_refusals(denoiser, inversion, pair):
     with pytest.raises(ValueError, match="mode is forward"):
         moving(mode="forward")
     with pytest.raises(ValueError, match="objects is empty"):
@@ -191,17 +191,17 @@ def test_what_is_refused(denoiser, inversion, pair):
     with pytest.raises(ValueError, match="mode is forward"):
         forward = LayoutGuidance(target=box(8, 8, 12, 12, 3).float(), columns=COLUMNS, mode="forward")
         edited(denoiser, inversion, pair, forward)
-    for text, told in (("0:0.1", "must be frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "at least one stop")):
-        with pytest.raises(ValueError, match=told):
+    for text, message in (("0:0.1", "frame:right,down"), ("0:0,0,20", "growth is 20"), ("", "at least one stop")):
+        with pytest.raises(ValueError, match=message):
             Shift.parse(text)
 
 
 # --- the demo world ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # that of a clip is moved by the command line's test
-def test_an_object_of_the_demo_world_arrives():
-    """Nearer to the scene with another track, by far, than the prompt alone brings it; the ground is kept."""
+@pytest.mark.slow  # moving an object of a clip is tested in tests/cli
+def test_an_object_of_the_demo_world_follows_its_path():
+    """Much closer to the scene with the other track than by the prompt only; the ground is preserved."""
     checkpoint, scene = Checkpoint.load("demo"), Scene.parse("a red circle on water")
     track = Track(22, 24, 14)
     before, after = (render(scene, Motion((t,), (0.3, 0.1), 5), 3) for t in (track, replace(track, x=42, y=40)))
@@ -217,7 +217,7 @@ def test_an_object_of_the_demo_world_arrives():
         checkpoint.denoiser, inverted, text, empty, 5.0, prompt=pair, fusion=FusionSettings(0.8, 0.8), layout=moves
     )
     shown = checkpoint.decode_latents(latents)
-    seen, wanted = (changed_pixels(ground, frames, 0.1) for frames in (shown, after.frames))
-    assert intersection_over_union(seen, wanted) > 0.6
+    moved, expected = (changed_pixels(ground, frames, 0.1) for frames in (shown, after.frames))
+    assert intersection_over_union(moved, expected) > 0.6
     unchanged = ((before.frames - after.frames).abs().amax(1) < 1 / 255).float()
     assert psnr(shown, after.frames, unchanged) > 30

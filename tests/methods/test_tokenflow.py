@@ -1,4 +1,4 @@
-"""TokenFlow and Plug-and-Play: the authors' numbers, and what must hold of any numbers."""
+"""TokenFlow and Plug-and-Play: the authors' results, and invariants."""
 
 import pytest
 import torch
@@ -45,13 +45,13 @@ def reference() -> DiffusersDenoiser:
     ],
 )
 def test_a_step_of_the_reference(reference, name, step, fusion):
-    """From the reference's latents to those after the step, with injection and without. Latents come rounded to single
-    precision, 6e-8, of which guidance makes 1e-6 and more."""
+    """From the reference's latents to those after the step, with and without injection. They are rounded to single
+    precision (6e-8), which guidance amplifies to 1e-6 and more."""
     given = load_file(FIXTURES / f"{name}.safetensors")
     inversion = reference_inversion(reference, given, given["source"], len(given["pivots"]), ("self",))
     propagation = TokenFlowSettings(batch_frames=4, pivots=given["pivots"])
-    asked = Edit(given["target"], given["uncond"], 7.5, fusion=fusion, propagation=propagation)
-    after = stepped(reference, inversion, asked, step, given.get(f"edited.{step}"))
+    edit = Edit(given["target"], given["uncond"], 7.5, fusion=fusion, propagation=propagation)
+    after = stepped(reference, inversion, edit, step, given.get(f"edited.{step}"))
     assert relative(after, given[f"edited.{step + 1}"].double()) < 1e-5
 
 
@@ -84,14 +84,14 @@ def run(denoiser, latents, propagation=None, fusion=None, **more):
 
 @pytest.mark.parametrize("weights", ["authors", "paper", "linear"])
 @pytest.mark.parametrize("fusion", [None, PnPSettings(0.7, 0.7)])
-def test_a_clip_that_stands_still_is_edited_as_each_frame_alone(denoiser, weights, fusion):
+def test_a_still_clip_is_edited_like_single_frames(denoiser, weights, fusion):
     still = random_latents(1).expand(5, -1, -1, -1)
     flowing = run(denoiser, still, TokenFlowSettings(batch_frames=2, weights=weights), fusion)
     assert relative(flowing, run(denoiser, still, None, fusion)) < 1e-9
 
 
-def test_one_frame_a_batch_is_extended_attention_over_all(denoiser):
-    """With linear weights each frame takes its own key frame, which sees all: a plain edit whose frames see all."""
+def test_batches_of_one_frame_equal_extended_attention(denoiser):
+    """With linear weights each frame is its own pivot: equal to a plain edit with key frames `all`."""
     clip = random_latents(3)
     flowing = run(denoiser, clip, TokenFlowSettings(batch_frames=1, weights="linear"))
     inversion = invert(denoiser, clip, random_text(2), steps=3, key_frames="self")
@@ -112,8 +112,8 @@ def test_one_frame_a_batch_is_extended_attention_over_all(denoiser):
     assert relative(flowing, z) < 1e-9
 
 
-def test_the_source_itself_comes_back_with_all_injected(denoiser):
-    """Injected with its own prompt and no guidance, each frame alone, the edit is the source's own branch."""
+def test_full_injection_restores_the_source(denoiser):
+    """With the source's own prompt, no guidance and single frames, the edit equals the source branch."""
     inversion = invert(denoiser, random_latents(3), random_text(2), steps=3, key_frames="self")
     plain = edit(denoiser, inversion, random_text(2), guidance_scale=1.0)
     injected = edit(denoiser, inversion, random_text(2), guidance_scale=1.0, fusion=PnPSettings(0.4, 0.4))
@@ -128,7 +128,7 @@ def test_shares_of_steps():
     assert sum(settings.takes_feature(step, 50) for step in range(50)) == 40
 
 
-def test_the_authors_weights():
+def test_the_authors_blend_weights():
     settings = TokenFlowSettings(batch_frames=8)
     expected = [0.6225, 0.6514, 0.6792, 0.7058, 0.7311, 0.7109, 0.6971, 0.6869]
     for offset, weight in enumerate(expected):
@@ -140,7 +140,7 @@ def test_the_authors_weights():
     assert TokenFlowSettings(batch_frames=1).mixture(5, 5, [*range(8)])[0] == (5, pytest.approx(0.73106, abs=5e-6))
 
 
-def test_the_papers_weights_lie_between_two_key_frames():
+def test_the_papers_weights_interpolate_between_two_pivots():
     linear, paper = (TokenFlowSettings(batch_frames=4, weights=w) for w in ("linear", "paper"))
     assert linear.mixture(4, 1, [2, 6]) == [(1, 0.5), (0, 0.5)]
     assert linear.mixture(3, 0, [2, 6]) == [(1, 0.25), (0, 0.75)]
@@ -151,7 +151,7 @@ def test_the_papers_weights_lie_between_two_key_frames():
         assert settings.mixture(7, 1, [2, 6]) == [(1, 1.0)]
 
 
-def test_key_frames_are_one_of_each_batch_drawn_anew_and_again_the_same():
+def test_pivots_are_one_of_each_batch_and_repeatable():
     settings = TokenFlowSettings(batch_frames=8, seed=5)
     drawn = settings.key_frames(43, 50)
     assert drawn == settings.key_frames(43, 50) != TokenFlowSettings(batch_frames=8, seed=6).key_frames(43, 50)
@@ -170,7 +170,7 @@ def test_nearest_neighbours(monkeypatch):
 
 
 def test_no_attention_is_computed_where_tokens_are_gathered(denoiser):
-    """In the second pass no queries, keys or values are projected: rows of `to_q` tell how many frames were."""
+    """The second pass projects no queries, keys or values; rows of `to_q` count the frames."""
     layer = denoiser.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     rows = []
     handle = layer.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
@@ -178,7 +178,7 @@ def test_no_attention_is_computed_where_tokens_are_gathered(denoiser):
     rows.clear()
     edit(denoiser, inversion, random_text(3), random_text(4), 3.0, propagation=TokenFlowSettings(batch_frames=3))
     handle.remove()
-    assert rows == [2, 2, 2], "two key frames, in three branches"
+    assert rows == [2, 2, 2], "two pivots, in three branches"
 
 
 def prompt(**more) -> PromptEdit:
@@ -187,7 +187,7 @@ def prompt(**more) -> PromptEdit:
 
 
 @pytest.mark.slow
-def test_fatezeros_fusion_flows_too(denoiser):
+def test_fatezeros_fusion_combines_with_tokenflow(denoiser):
     fusion = FusionSettings(blend_self_attention=True, blend_latents=True)
     pair = prompt(blend_words=(["jeep"], ["jeep"]))
     still = random_latents(1).expand(4, -1, -1, -1)
@@ -198,7 +198,7 @@ def test_fatezeros_fusion_flows_too(denoiser):
     assert relative(flowing, run(denoiser, moving, None, fusion, prompt=pair)) > 1e-3
 
 
-def test_edits_of_one_pass_do_not_meet(denoiser):
+def test_edits_of_one_pass_are_independent(denoiser):
     inversion = invert(denoiser, random_latents(4), random_text(2), steps=3, key_frames="self")
     flow = TokenFlowSettings(batch_frames=2)
     edits = [
@@ -211,7 +211,7 @@ def test_edits_of_one_pass_do_not_meet(denoiser):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: TokenFlowSettings(batch_frames=0), "batch_frames is 0"),
         (lambda: TokenFlowSettings(weights="none"), "weights is 'none'"),
@@ -220,13 +220,13 @@ def test_edits_of_one_pass_do_not_meet(denoiser):
         (lambda: TokenFlowSettings(2, pivots=torch.zeros(3, 2)).key_frames(4, 3), "one frame of each batch"),
     ],
 )
-def test_bad_settings_are_named(make, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
 @pytest.mark.parametrize("fusion", [None, PnPSettings()])
-def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(denoiser, fusion):
+def test_a_mask_preserves_the_clip_outside_with_any_method(denoiser, fusion):
     clip, mask = random_latents(4), torch.zeros(1, 8, 8)
     mask[..., :4] = 1
     edited = run(denoiser, clip, TokenFlowSettings(2), fusion, mask=GivenMask(mask))
@@ -237,8 +237,8 @@ def test_a_mask_keeps_the_clip_outside_of_it_with_any_method(denoiser, fusion):
         run(denoiser, clip, None, fusion, mask=GivenMask(mask, "union"))
 
 
-def test_less_strength_starts_from_the_clip_with_less_noise(denoiser):
-    """SDEdit, with the noise that the inversion found: the first step then is what the inversion came from."""
+def test_less_strength_starts_at_a_lower_noise_level(denoiser):
+    """SDEdit with the inverted noise: the first step reverses the inversion's last step to that level."""
     inversion = invert(denoiser, random_latents(2), random_text(2), steps=4, key_frames="self")
     whole, half = (edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=s) for s in (1.0, 0.5))
     clip = inversion.latents[0]
@@ -248,7 +248,7 @@ def test_less_strength_starts_from_the_clip_with_less_noise(denoiser):
         edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=0.1)
 
 
-def test_fixed_pivots_are_the_middles_of_their_batches():
+def test_fixed_pivots_are_the_middle_frames_of_their_batches():
     assert TokenFlowSettings(4, pivot_choice="fixed").key_frames(10, 2) == [[2, 6, 9]] * 2
     with pytest.raises(ValueError, match="pivot_choice"):
         TokenFlowSettings(pivot_choice="first")

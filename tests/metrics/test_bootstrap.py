@@ -6,19 +6,19 @@ import torch
 from fatezero.metrics.bootstrap import difference_of, error_ratio, mean_of
 
 
-def test_equal_values_leave_no_doubt():
+def test_equal_values_have_an_interval_of_zero_width():
     assert mean_of([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
     assert difference_of([1.0, 3.0], [0.5, 2.5]) == (0.5, 0.5, 0.5)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     generator = torch.Generator().manual_seed(1)
-    held = 0
+    covered = 0
     for _ in range(200):
         sample = torch.randn(40, generator=generator, dtype=torch.float64) + 5
         interval = mean_of(sample.tolist())
-        held += interval.low <= 5 <= interval.high
-    assert 0.88 <= held / 200 <= 0.99
+        covered += interval.low <= 5 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
 
 
 def test_the_ratio_of_errors():
@@ -29,12 +29,12 @@ def test_the_ratio_of_errors():
     assert perfect.value == 0 and perfect.high == 0
 
 
-def test_a_ratio_to_hardly_any_error_has_no_upper_bound():
+def test_a_ratio_to_a_tiny_error_has_no_upper_bound():
     ratio = error_ratio([0.5, 1.0, 1.0, 0.5], [0.5, 1.0, 1.0, 1.0])
     assert ratio.value == 2 and ratio.high == math.inf
 
 
-def test_cases_that_were_not_measured_are_left_out():
+def test_cases_without_measurement_are_skipped():
     assert mean_of([1.0, math.nan, 3.0]).value == 2
     assert difference_of([1.0, math.nan], [0.0, 5.0]).value == 1
     assert all(math.isnan(v) for v in mean_of([math.nan]))

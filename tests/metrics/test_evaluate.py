@@ -26,7 +26,7 @@ def green():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A small random CLIP, saved as transformers has it."""
+    """A small random CLIP, saved in transformers' layout."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -41,8 +41,8 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def test_an_exact_edit_keeps_all_but_what_it_changes(source, green):
-    grown = F.max_pool2d((source.mask > 0).float(), 11, stride=1, padding=5)  # as far as SSIM's windows see
+def test_an_exact_edit_scores_perfectly(source, green):
+    grown = F.max_pool2d((source.mask > 0).float(), 11, stride=1, padding=5)  # as far as SSIM's windows extend
     figures = evaluate(source.frames, green.frames, mask=grown, truth=green.frames).figures
     assert figures["PSNR outside the mask"].value == math.inf
     assert figures["SSIM outside the mask"].value == pytest.approx(1)
@@ -52,7 +52,7 @@ def test_an_exact_edit_keeps_all_but_what_it_changes(source, green):
     assert len(figures["PSNR to source"].by_frame) == FRAMES
 
 
-def test_changing_the_wrong_thing_shows(source, green):
+def test_changing_the_wrong_thing_lowers_the_figures(source, green):
     other = render(Scene.parse("a red square on grass"), MOTION, FRAMES)
     figures = evaluate(source.frames, other.frames, mask=(source.mask > 0).float(), truth=green.frames).figures
     assert figures["PSNR outside the mask"].value < 20
@@ -84,8 +84,8 @@ def test_clip_scores_of_a_whole_clip_of_transformers(source, green, clip_folder)
     assert figures["Tem-Con"].value == pytest.approx(sum(consecutive) / len(consecutive))
 
 
-def test_clip_embeddings_are_transformers_own(source, clip_folder):
-    """The same numbers as the model's own forward pass on its processor's output."""
+def test_clip_embeddings_equal_transformers(source, clip_folder):
+    """Equal to the model's own forward pass on its processor's output."""
     clip = ClipScorer.load(str(clip_folder))
     picture = Image.fromarray((source.frames[0].permute(1, 2, 0) * 255).round().byte().numpy())
     inputs = clip.processor(text=["a red square"], images=[picture], return_tensors="pt")
@@ -114,7 +114,7 @@ def test_bad_input_is_named(source, green):
         evaluate(frames, frames * math.nan)
 
 
-def test_everything_occluded_is_told_as_undefined(source):
+def test_everything_occluded_is_reported_as_undefined(source):
     far = torch.full_like(source.flow, 500.0)
     report = evaluate(source.frames, source.frames, flow=(far, far))
     assert math.isnan(report.figures["warp error"].value)

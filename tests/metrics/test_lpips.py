@@ -1,4 +1,4 @@
-"""LPIPS against the `lpips` package, on weights that a formula gives."""
+"""LPIPS compared with the `lpips` package, on weights computed by a formula."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return a, (a + 0.1 * torch.sin(x * y)).clamp(0, 1)
 
 
-def test_it_is_the_packages_number(lpips, pair):
+def test_it_equals_the_package(lpips, pair):
     """The figures are lpips 0.1.4's, normalize=True, and with spatial=True over the upper 20 rows."""
     upper = torch.zeros(1, 48, 40)
     upper[:, :20] = 1
@@ -58,7 +58,7 @@ def test_it_is_the_packages_number(lpips, pair):
     assert lpips(*pair, upper) == pytest.approx(0.04996558666229248, rel=1e-4)
 
 
-def test_equal_frames_have_none_and_a_clip_the_mean_of_its_frames(lpips, pair):
+def test_equal_frames_score_zero_and_a_clip_the_mean_of_its_frames(lpips, pair):
     a, b = pair
     assert lpips(a, a) == 0
     assert lpips(torch.cat([a, a]), torch.cat([a, b])) == pytest.approx(lpips(a, b) / 2, rel=1e-5)

@@ -18,11 +18,11 @@ def test_psnr_of_known_errors():
     half[:, :2] = 1
     b = a.clone()
     b[:, :, 2:] = 1.0
-    assert psnr(a, b, half) == math.inf, "what lies outside is not looked at"
+    assert psnr(a, b, half) == math.inf, "pixels outside are ignored"
     assert psnr(a, b, 1 - half) == pytest.approx(0)
 
 
-def test_psnr_refuses_what_it_cannot_compare():
+def test_psnr_refuses_clips_it_cannot_compare():
     with pytest.raises(ValueError, match="differ in shape"):
         psnr(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4))
     with pytest.raises(ValueError, match="no pixel"):
@@ -35,18 +35,18 @@ def _cameras() -> tuple[torch.Tensor, torch.Tensor]:
     return a, (a + 0.1 * torch.sin(x * y)).clamp(0, 1)
 
 
-def test_ssim_is_that_of_the_paper():
+def test_ssim_equals_scikit_image():
     """The figure is scikit-image 0.26's with gaussian_weights=True, sigma=1.5, use_sample_covariance=False."""
     a, b = _cameras()
     assert ssim(a, a) == pytest.approx(1)
     assert ssim(a, b) == pytest.approx(0.6579118320080287, abs=1e-9)
 
 
-def test_ssim_looks_at_the_mask_alone():
+def test_ssim_uses_only_the_mask():
     a, b = _cameras()
     b[..., :15] = a[..., :15]
     left = torch.zeros(1, 24, 30)
-    left[..., :10] = 1  # windows reach five pixels further
+    left[..., :10] = 1  # windows extend five pixels further
     assert ssim(a, b, left) == pytest.approx(1)
     assert ssim(a, b, 1 - left) < 0.97
     with pytest.raises(ValueError, match="11 pixels"):
@@ -70,12 +70,12 @@ def test_intersection_over_union():
     assert intersection_over_union(a & ~a, a & ~a) == 1
 
 
-def test_a_still_clip_has_no_warp_error():
+def test_a_still_clip_has_zero_warp_error():
     frames = torch.rand(1, 3, 8, 8).expand(4, -1, -1, -1)
     assert warp_error(frames, torch.zeros(3, 2, 8, 8), torch.ones(3, 8, 8, dtype=torch.bool)) < 1e-12
 
 
-def test_a_whole_translation_with_its_flow_has_none_away_from_the_border():
+def test_a_translation_with_its_flow_has_zero_error_away_from_the_border():
     wide = torch.rand(1, 3, 8, 20)
     frames = torch.cat([wide[..., 3 - t : 15 - t] for t in range(3)])
     flow = torch.zeros(2, 2, 8, 12)
@@ -91,9 +91,9 @@ def test_everything_occluded_is_undefined():
 def test_occlusion_by_forward_and_backward_flow():
     forward = torch.zeros(1, 2, 8, 12)
     forward[:, 0] = 2.0
-    seen = visible(forward, -forward)
-    assert seen[0, :, :9].all()
-    assert not seen[0, :, 10:].any(), "leaves the picture"
+    mask = visible(forward, -forward)
+    assert mask[0, :, :9].all()
+    assert not mask[0, :, 10:].any(), "moves out of the picture"
     assert not visible(forward, forward)[0, :, :9].any(), "the flows contradict"
 
 
@@ -103,10 +103,10 @@ def test_warping_by_the_demo_worlds_flow_follows_the_picture():
     from fatezero.demo.show import FRAMES, MOTION, SCENE
 
     clip = render(SCENE, MOTION, FRAMES)
-    seen = visible_pixels(clip)
-    assert seen.float().mean() > 0.85
-    assert warp_error(clip.frames, clip.flow, seen) < 5e-4
-    assert warp_error(clip.frames, 0 * clip.flow, seen) > 10 * warp_error(clip.frames, clip.flow, seen)
+    mask = visible_pixels(clip)
+    assert mask.float().mean() > 0.85
+    assert warp_error(clip.frames, clip.flow, mask) < 5e-4
+    assert warp_error(clip.frames, 0 * clip.flow, mask) > 10 * warp_error(clip.frames, clip.flow, mask)
     assert warp(clip.frames[1:], clip.flow).shape == clip.frames[1:].shape
 
 
@@ -119,11 +119,11 @@ def test_clip_scores():
     assert frame_accuracy(frames, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == pytest.approx(2 / 3)
 
 
-def test_peak_memory_sees_what_was_held():
+def test_peak_memory_counts_live_tensors():
     with PeakMemory(torch.device("cpu")) as small:
         pass
     with PeakMemory(torch.device("cpu")) as large:
-        # Pages of its own: a tensor may stand in memory that the process has freed and still holds.
+        # Pages of its own: a tensor may reuse memory that the process has freed but not returned.
         fresh = mmap.mmap(-1, 400_000_000)
         for page in range(0, len(fresh), mmap.PAGESIZE):
             fresh[page] = 1

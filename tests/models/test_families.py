@@ -17,7 +17,7 @@ def test_latents_of_a_clip(frames, latents):
     assert latent_frames(frames, 1) == frames
 
 
-def test_the_feature_is_of_the_first_level_with_attention_and_a_second_block():
+def test_the_feature_is_from_the_first_level_with_attention_and_two_blocks():
     assert feature_level([(2, False), (1, True), (3, True), (3, True)]) == 2
     assert feature_level([(2, False), (1, True)]) is None
 
@@ -27,7 +27,7 @@ def test_clip_norm_is_for_group_norms():
     assert clip_norms([(group, layer)], group) == [group, group]
 
 
-def test_no_name_of_diffusers_is_left_in_a_wan_transformer():
+def test_every_diffusers_name_of_a_wan_transformer_is_converted():
     model = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=1,
         image_dim=8, added_kv_proj_dim=24,

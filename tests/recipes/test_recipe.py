@@ -53,7 +53,7 @@ def test_parts_that_do_not_fit_are_refused_without_a_model(recipe, spans_clip, e
         recipe.check(spans_clip, recipe.pair(tokenizer))
 
 
-def test_a_prompt_pair_means_fatezeros_fusion(denoiser, tokenizer):
+def test_a_prompt_pair_selects_fatezeros_fusion(denoiser, tokenizer):
     inversion = invert(denoiser, random_latents(2), random_text(0), 3)
     pair = Recipe(SOURCE, TARGET, injection=FusionSettings()).pair(tokenizer)
     by_pair = edit(denoiser, inversion, random_text(1), random_text(2), prompt=pair)

@@ -1,4 +1,4 @@
-"""`make gpu`: every row on tiny models, what a row's trouble costs, the report, and what travels to a bare machine."""
+"""`make gpu`: every row on tiny models, failures of rows, the report, and the checkout for another machine."""
 
 import json
 import math
@@ -13,11 +13,11 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = REPO / "scripts"
 MOST = 62 * 2**20
-"""Bytes of the tracked files: a lent machine takes 64 MiB, of which the packages of `make gpu-wheels` take 2."""
+"""Limit of the tracked files in bytes: an upload of 64 MiB, less 2 for the packages of `make gpu-wheels`."""
 
 
 def start(folder, *arguments, blocked=(), rows=None):
-    """`gpu.py` in a process of its own, without some packages, or with other rows than its own."""
+    """`gpu.py` in a new process, without some packages, or with other rows."""
     if rows is not None:
         (folder / "gpu_rows.py").write_text(rows, encoding="utf-8")
     code = f"""
@@ -45,8 +45,8 @@ NEED_A_GPU = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_every_row_is_measured_on_tiny_models_or_says_why_not(tmp_path):
-    blocked = ("av", "cyclopts", "cv2", "matplotlib", "xformers")  # a bare machine has none of them
+def test_every_row_is_measured_on_tiny_models_or_has_a_reason(tmp_path):
+    blocked = ("av", "cyclopts", "cv2", "matplotlib", "xformers")  # not installed on a fresh machine
     run = start(tmp_path, "--tiny", "--device", "cpu", "--seconds", "1e6", blocked=blocked)
     run.communicate()
     assert run.returncode == 0
@@ -96,7 +96,7 @@ def measure(number, device, tiny):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_a_crash_and_a_lack_of_memory_cost_one_row_each(tmp_path):
+def test_a_crash_and_running_out_of_memory_lose_one_row_each(tmp_path):
     run = start(tmp_path, rows=FAKE)
     assert "[" in run.communicate()[0] and run.returncode == 0
     found = {row["name"]: row.get("why") or row["numbers"] for row in rows_in(tmp_path)}
@@ -110,7 +110,7 @@ def test_a_crash_and_a_lack_of_memory_cost_one_row_each(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_rows_for_which_no_seconds_are_left_stay_open(tmp_path):
+def test_rows_without_time_left_stay_open(tmp_path):
     start(tmp_path, "--seconds", "0", rows=FAKE).communicate()
     assert {row["why"] for row in rows_in(tmp_path)} == {"not measured yet"} and len(rows_in(tmp_path)) == 5
 
@@ -138,7 +138,7 @@ def row(name, numbers=None, group="a", units=None, **more):
             **about, **own, **more}  # fmt: skip
 
 
-def test_the_report_puts_rows_in_place_of_open(tmp_path):
+def test_the_report_replaces_open_rows(tmp_path):
     page = tmp_path / "RESULTS.md"
     page.write_text("# Results\n\nHow.\n\n## Cost\n\nkept\n\n## Last\n\nkept too\n", encoding="utf-8")
 
@@ -165,17 +165,17 @@ def test_the_report_puts_rows_in_place_of_open(tmp_path):
 
 
 def test_results_name_every_row():
-    """Each row of `gpu_rows.py` stands in RESULTS.md, with its numbers or open."""
+    """Each row of `gpu_rows.py` is in RESULTS.md, with its numbers or marked open."""
     sections = (REPO / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
     page = next(section for section in sections if section.startswith("On a GPU\n"))
     for name in ("plain DDIM", "style on the whole model", "DFVEdit's table: DFVEdit", "Wan 14B: style", "tuning"):
         assert f"\n| {name} | " in page
 
 
-# --- a bare machine ---------------------------------------------------------------------------
+# --- the checkout -----------------------------------------------------------------------------
 
 
-def test_a_checkout_is_the_package_whatever_its_folder_is_called(tmp_path):
+def test_a_checkout_is_the_package_under_any_folder_name(tmp_path):
     folder = tmp_path / "a copy-1.0"
     (folder / "scripts").mkdir(parents=True)
     for name in ("__init__.py", "settings.py", "scripts/checkout.py"):
@@ -190,7 +190,7 @@ print(fatezero.settings.__file__)
     assert Path(done.stdout.strip()) == (folder / "settings.py").resolve()
 
 
-def test_the_checkout_is_small_enough_for_a_lent_machine():
+def test_the_checkout_is_small_enough_to_upload():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("needs a git checkout")

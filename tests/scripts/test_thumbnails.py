@@ -1,4 +1,4 @@
-"""The pictures of workflows that the demo models made show these workflows' presets."""
+"""Thumbnails made by the demo models match their workflows' presets."""
 
 import importlib.util
 import sys
@@ -10,11 +10,11 @@ REPO = Path(__file__).parents[2]
 
 spec = importlib.util.spec_from_file_location("write_thumbnails", REPO / "scripts" / "write_thumbnails.py")
 thumbnails = importlib.util.module_from_spec(spec)
-sys.modules["write_thumbnails"] = thumbnails  # where its dataclass looks itself up
+sys.modules["write_thumbnails"] = thumbnails  # where its dataclass looks up its module
 spec.loader.exec_module(thumbnails)
 
 
-def test_thumbnails_show_the_workflows_presets_and_name_the_toy_model():
+def test_thumbnails_match_the_workflows_presets_and_name_the_demo_model():
     for name in thumbnails.THUMBNAILS:
         with Image.open(REPO / "workflows" / f"{name}.jpg") as picture:
             comment = picture.info.get("comment", b"").decode()

@@ -1,4 +1,4 @@
-"""Sizes and places at real sizes, from the shapes alone."""
+"""Bytes and backends for full-size models, computed from shapes."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def sized(memory, **settings):
     return StoreSettings(memory, max_tokens=1024, **settings)
 
 
-def test_stores_at_real_sizes_are_as_small_as_promised(demand):
+def test_stores_at_full_size_are_as_small_as_documented(demand):
     assert demand.nbytes("recompute", sized("recompute")) < 0.1 * GB
     whole = demand.nbytes("queries_keys", sized("queries_keys"))
     assert whole < 12 * GB
@@ -39,7 +39,7 @@ def test_stores_at_real_sizes_are_as_small_as_promised(demand):
     assert (part - latents) / (whole - latents) == pytest.approx(25 / 50)
     assert demand.nbytes("queries_keys", sized("queries_keys", precision="float8")) < 0.65 * whole
     keys = replace(demand, key_frames=KeyFrames(("middle",))).nbytes("queries_keys", sized("queries_keys"))
-    assert keys < 0.75 * whole, "keys of the key frames alone"
+    assert keys < 0.75 * whole, "only keys of the key frames"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_fastest_memory_and_place_that_fit_are_taken(demand, monkeypatch, se
     assert (plan.memory, plan.place) == chosen
 
 
-def test_the_choice_says_why(demand, monkeypatch):
+def test_the_choice_gives_its_reason(demand, monkeypatch):
     monkeypatch.setattr(budget, "_free_bytes", lambda place, *_: {"device": 8, "ram": 9, "disk": 3}[place] * GB)
     why = str(plan_store(sized("auto"), demand, CUDA))
     assert why.startswith("recompute on the device, 2")

@@ -17,7 +17,7 @@ from small import forked, random_latents, random_text
 @pytest.mark.parametrize("place", ["ram", "disk"])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("key_frames", [("self", "middle"), ("middle",), ("previous", "first")])
-def test_bytes_told_before_the_run_are_those_held_after(denoiser, memory, key_frames, place):
+def test_estimated_bytes_equal_the_stored_bytes(denoiser, memory, key_frames, place):
     latents, text = random_latents(height=12), random_text(0)
     store = invert(denoiser, latents, text, 3, key_frames, memory=StoreSettings(memory, place, keep_steps=0.7)).store
     assert store.nbytes == store.plan.nbytes
@@ -26,7 +26,7 @@ def test_bytes_told_before_the_run_are_those_held_after(denoiser, memory, key_fr
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bytes_of_smaller_precisions(denoiser, precision):
-    """The UNet's float64 is 8 bytes wide; float8 has a scale for each head beside it."""
+    """The UNet's float64 takes 8 bytes; float8 adds a scale for each head."""
 
     def attention(settings):
         store = invert(denoiser, random_latents(), random_text(0), 2, memory=settings).store
@@ -44,7 +44,7 @@ def test_recompute_is_smaller_than_queries_and_keys_and_these_than_maps(denoiser
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_store_comes_back_from_disk_as_it_was(denoiser, tmp_path, memory):
+def test_a_store_loaded_from_disk_is_unchanged(denoiser, tmp_path, memory):
     store = invert(denoiser, random_latents(), random_text(0), steps=2, memory=memory, prompt="a red circle").store
     store.save(tmp_path / "s.safetensors")
     back = AttentionStore.load(tmp_path / "s.safetensors")
@@ -69,7 +69,7 @@ def test_a_truncated_store_is_refused(denoiser, tmp_path):
         AttentionStore.load(path)
 
 
-def test_files_that_are_no_store_are_refused(tmp_path):
+def test_files_that_are_not_stores_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     with pytest.raises(FileNotFoundError, match="no store at"):
@@ -94,21 +94,21 @@ def test_an_unknown_memory_lists_the_three(denoiser):
         invert(denoiser, random_latents(), random_text(0), steps=1, memory="disk")
 
 
-def test_a_memory_that_does_not_fit_says_the_bytes_before_any_work(denoiser):
+def test_a_memory_that_does_not_fit_is_refused_with_its_bytes(denoiser):
     latents = torch.empty(1, dtype=torch.float64).expand(4096, 4, 512, 512)
     with pytest.raises(MemoryError, match=r'"maps" does not fit.*recompute [\d.]+ [GM]B'):
         invert(denoiser, latents, random_text(0), steps=500, memory="maps")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
-def test_a_full_disk_leaves_no_half_written_store(tmp_path):
+def test_a_full_disk_leaves_no_partial_store(tmp_path):
     store = AttentionStore(
         "recompute", torch.zeros(3, 2, 4, 32, 32), Condition(torch.zeros(1, 77, 8)), (2, 1), (1.0, 0.5, 0.2),
         KeyFrames(("self",)), False, ModelIdentity("x", "", "float32"),
     )  # fmt: skip
 
     def save():
-        """On a disk that takes only 10 kB."""
+        """Save on a disk with room for 10 kB."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         with pytest.raises(OSError, match="the store of"):

@@ -1,4 +1,4 @@
-"""Stores that were damaged, forged, or are larger than memory."""
+"""Stores that are damaged, forged or larger than memory."""
 
 import json
 import random
@@ -36,8 +36,8 @@ def edited(denoiser, path: Path, prompt: PromptEdit, chunk: int | None = None) -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_corrupted_store_is_refused_in_one_line_or_makes_no_difference(denoiser, prompt, tmp_path, seed):
-    """A thousand of them: a flipped bit, a byte set, a run of bytes overwritten, cut off, or moved."""
+def test_a_corrupted_store_is_refused_in_one_line_or_unaffected(denoiser, prompt, tmp_path, seed):
+    """A thousand corruptions: a flipped bit, a byte set, or bytes overwritten, truncated or moved."""
     path = written(denoiser, tmp_path / "s.safetensors")
     whole, expected = path.read_bytes(), edited(denoiser, path, prompt)
     head = 8 + int.from_bytes(whole[:8], "little")
@@ -68,14 +68,14 @@ def test_a_corrupted_store_is_refused_in_one_line_or_makes_no_difference(denoise
     assert not any("\n" in error for error in refused)
 
 
-def test_every_kept_row_has_its_checksum_and_chunks_read_only_their_rows(denoiser, prompt, tmp_path):
+def test_every_stored_row_has_a_checksum_and_chunks_read_only_their_rows(denoiser, prompt, tmp_path):
     path = written(denoiser, tmp_path / "s.safetensors")
     expected = edited(denoiser, path, prompt)
     assert torch.allclose(edited(denoiser, path, prompt, chunk=1), expected, rtol=1e-9)
     reader = SafetensorsReader(path)
     layer = next(t for name, t in reader.tensors.items() if name.startswith("step.0000") and name.endswith("self.q"))
     assert torch.equal(layer.read([1]), layer.read()[1:])
-    with path.open("r+b") as file:  # damage the last frame's row of one layer alone
+    with path.open("r+b") as file:  # damage only the last frame's row of one layer
         file.seek(reader._begin + reader._starts[layer.name] + layer.nbytes - 1)
         file.write(b"\x55")
     assert torch.equal(reader.read(layer.name, [0]), layer.read([0]))
@@ -84,7 +84,7 @@ def test_every_kept_row_has_its_checksum_and_chunks_read_only_their_rows(denoise
 
 
 def rewritten(path: Path, change) -> None:
-    """Forge a store: its description or tensors changed, and every checksum made anew."""
+    """Forge a store: change its metadata or tensors and recompute all checksums."""
     reader = SafetensorsReader(path)
     tensors = {name: reader.read(name) for name in reader.tensors if name != "checksums"}
     about = json.loads(reader.metadata["fatezero"])
@@ -129,7 +129,7 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("what", FORGERIES)
-def test_what_a_store_says_of_itself_is_checked_against_what_it_holds(denoiser, prompt, tmp_path, what):
+def test_a_stores_metadata_is_checked_against_its_content(denoiser, prompt, tmp_path, what):
     path = written(
         denoiser, tmp_path / "s.safetensors", memory="maps" if what == "other key frames" else "queries_keys"
     )
@@ -166,7 +166,7 @@ def test_other_programs_can_read_a_store(denoiser, tmp_path):
 
 
 @pytest.mark.parametrize("layer", ["down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.weight", "conv_in.bias"])
-def test_any_weight_tells_a_model_from_another(denoiser, unet, prompt, tmp_path, layer):
+def test_any_weight_distinguishes_models(denoiser, unet, prompt, tmp_path, layer):
     path = written(denoiser, tmp_path / "s.safetensors")
     weight = unet.get_parameter(layer)
     weight.view(-1)[-1] += 1e-6
@@ -175,7 +175,7 @@ def test_any_weight_tells_a_model_from_another(denoiser, unet, prompt, tmp_path,
     weight.view(-1)[-1] -= 1e-6
 
 
-def test_what_a_model_predicts_belongs_to_it(denoiser, unet, scheduler, prompt, tmp_path):
+def test_a_models_prediction_type_is_part_of_its_identity(denoiser, unet, scheduler, prompt, tmp_path):
     path = written(denoiser, tmp_path / "s.safetensors")
     scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(StoreError, match="another model.*predicts=epsilon.*predicts=v_prediction"):
@@ -249,10 +249,10 @@ def test_a_store_larger_than_memory_is_written_and_read(tmp_path):
     done = subprocess.run([sys.executable, "-c", LARGE, tmp_path, tests], capture_output=True, text=True, check=False)
     assert "edited from" in done.stdout, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) > 130_000_000
-    assert "mapped: " in done.stdout, "the store fits this limit, so the test shows nothing"
+    assert "mapped: " in done.stdout, "the store fits this limit, so nothing is tested"
 
 
-def test_latents_of_all_levels_may_live_on_disk(denoiser, tmp_path):
+def test_latents_of_all_levels_may_be_on_disk(denoiser, tmp_path):
     latents, text = random_latents(), random_text(0)
     in_ram = invert(denoiser, latents, text, 3)
     on_disk = invert(denoiser, latents, text, 3, memory=StoreSettings("recompute", "disk", folder=tmp_path))
@@ -263,7 +263,7 @@ def test_latents_of_all_levels_may_live_on_disk(denoiser, tmp_path):
     assert torch.allclose(*same, rtol=1e-9)
 
 
-def test_auto_says_how_many_bytes_go_to_disk_and_where_before_it_writes(denoiser, tmp_path, monkeypatch, caplog):
+def test_auto_reports_bytes_and_path_before_it_writes(denoiser, tmp_path, monkeypatch, caplog):
     from fatezero.store import budget, store
 
     monkeypatch.setattr(store, "LARGE", 1000)
@@ -280,7 +280,7 @@ def test_auto_says_how_many_bytes_go_to_disk_and_where_before_it_writes(denoiser
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a folder in memory")
-def test_a_temporary_store_never_goes_to_a_folder_in_memory(denoiser, tmp_path, monkeypatch):
+def test_a_temporary_store_is_never_put_into_a_folder_in_memory(denoiser, tmp_path, monkeypatch):
     from fatezero.store import budget
 
     monkeypatch.setattr(budget, "disk_folder", lambda: Path("/dev/shm"))

@@ -1,4 +1,4 @@
-"""Files that people have: cut, joined, turned, bare, transparent."""
+"""Unusual files: cut, concatenated, rotated, without container, transparent."""
 
 import struct
 from fractions import Fraction
@@ -24,12 +24,12 @@ def numbers(video) -> list[int]:
 
 # --- display matrices -------------------------------------------------------------------------
 
-TURNS = {  # (a, b, c, d) of x' = a x + c y, y' = b x + d y, and what becomes of the picture
+TURNS = {  # (a, b, c, d) of x' = a x + c y, y' = b x + d y, and the transformed picture
     (1, 0, 0, 1): lambda p: p,
     (-1, 0, 0, 1): lambda p: p[:, ::-1],
     (1, 0, 0, -1): lambda p: p[::-1],
     (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
-    (0, 1, -1, 0): lambda p: np.rot90(p, -1),  # a phone held upright: a quarter to the right
+    (0, 1, -1, 0): lambda p: np.rot90(p, -1),  # an upright phone: a quarter to the right
     (0, -1, 1, 0): lambda p: np.rot90(p, 1),
     (0, 1, 1, 0): lambda p: p.swapaxes(0, 1),
     (0, -1, -1, 0): lambda p: np.rot90(p.swapaxes(0, 1), 2),
@@ -46,12 +46,12 @@ def test_every_orientation_of_a_display_matrix(tmp_path, matrix):
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         for packet in [*stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *stream.encode(None)]:
             file.mux(packet)
-    held = bytearray(path.read_bytes())
-    at = held.find(b"tkhd") + 4
-    at += 4 + (32 if held[at] else 20) + 16
+    data = bytearray(path.read_bytes())
+    at = data.find(b"tkhd") + 4
+    at += 4 + (32 if data[at] else 20) + 16
     a, b, c, d = matrix
-    held[at : at + 36] = struct.pack(">9i", a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30)
-    path.write_bytes(held)
+    data[at : at + 36] = struct.pack(">9i", a * ONE, b * ONE, 0, c * ONE, d * ONE, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
     shown = TURNS[matrix](picture)
     video = read_video(path)
     assert video.size == open_video(path).size == (shown.shape[1], shown.shape[0])
@@ -62,7 +62,7 @@ def test_every_orientation_of_a_display_matrix(tmp_path, matrix):
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.ts", "libx264"), ("a.mpg", "mpeg2video"), ("a.m2ts", "mpeg2video")])
-def test_parts_written_one_behind_the_other_follow_each_other(tmp_path, name, codec):
+def test_concatenated_parts_play_in_sequence(tmp_path, name, codec):
     rate = 25 if codec == "mpeg2video" else 10
     format = "mpegts" if name.endswith("m2ts") else None
     counted(tmp_path / name, codec, rate=rate, format=format)
@@ -74,9 +74,9 @@ def test_parts_written_one_behind_the_other_follow_each_other(tmp_path, name, co
     assert numbers(read_video(tmp_path / name, start=20, stride=10, count=5)) == [20, 6, 16, 2, 12]
 
 
-def test_the_sound_of_parts_follows_too_and_a_leap_of_hours_is_none(tmp_path):
+def test_sound_of_concatenated_parts_is_in_sequence_without_hours_of_gap(tmp_path):
     first = counted(tmp_path / "a.ts", sound=True).read_bytes()
-    for late in (0, 36_000):  # a second part that begins again, and one an hour later
+    for late in (0, 36_000):  # a second part with timestamps from 0, and one an hour later
         (tmp_path / "both.ts").write_bytes(first + counted(tmp_path / "b.ts", late=late, sound=True).read_bytes())
         video = open_video(tmp_path / "both.ts").read()
         assert numbers(video) == list(range(24)) * 2 and video.times is None
@@ -87,7 +87,7 @@ def test_the_sound_of_parts_follows_too_and_a_leap_of_hours_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mkv", "a.mp4"])
-def test_a_clip_that_begins_between_key_frames_begins_with_its_first_readable_frame(tmp_path, name):
+def test_a_clip_cut_between_key_frames_starts_at_its_first_readable_frame(tmp_path, name):
     path = counted(tmp_path / name, frames=30, skip=5)
     found = open_video(path)
     assert numbers(found.read()) == list(range(12, 30))
@@ -96,8 +96,8 @@ def test_a_clip_that_begins_between_key_frames_begins_with_its_first_readable_fr
     assert numbers(open_video(path, at_most=8).read()) == list(range(12, 20))
 
 
-def test_edit_lists_are_followed_and_end_nothing_early(tmp_path):
-    """Cut without encoding again: the packets from a key frame on are there, and the list leaves some out."""
+def test_edit_lists_are_applied_without_losing_frames_at_the_end(tmp_path):
+    """Cut without re-encoding: packets start at a key frame, and the edit list skips some."""
     counted(tmp_path / "whole.mp4", frames=30)
     with av.open(str(tmp_path / "whole.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
         stream = cut.add_stream_from_template(whole.streams.video[0])
@@ -108,10 +108,10 @@ def test_edit_lists_are_followed_and_end_nothing_early(tmp_path):
                 cut.mux(packet)
     found = open_video(tmp_path / "cut.mp4")
     assert found.notes == () and numbers(found.read()) == list(range(17, 30))
-    held = bytearray((tmp_path / "cut.mp4").read_bytes())
-    at = held.find(b"elst") + 12
-    held[at : at + 4] = struct.pack(">I", 800)  # milliseconds shown
-    (tmp_path / "cut.mp4").write_bytes(held)
+    data = bytearray((tmp_path / "cut.mp4").read_bytes())
+    at = data.find(b"elst") + 12
+    data[at : at + 4] = struct.pack(">I", 800)  # duration in milliseconds
+    (tmp_path / "cut.mp4").write_bytes(data)
     found = open_video(tmp_path / "cut.mp4")
     shown = numbers(found.read())
     assert found.notes == () and shown == list(range(17, 17 + len(shown))) and 7 <= len(shown) <= 9
@@ -129,7 +129,7 @@ def test_streams_without_a_container(tmp_path, name, codec, format):
 
 
 @pytest.mark.parametrize("sizes", [((64, 64), (96, 64)), ((64, 64), (64, 96))])
-def test_a_size_that_changes_is_told(tmp_path, sizes):
+def test_a_change_of_size_is_reported(tmp_path, sizes):
     parts = []
     for width, height in sizes:
         with av.open(str(tmp_path / "a.ts"), "w") as file:
@@ -151,7 +151,7 @@ def test_a_size_that_changes_is_told(tmp_path, sizes):
 
 
 def seen_through(noise: int = 0) -> np.ndarray:
-    """A red square; around it nothing, whose colours nobody shall see."""
+    """A red square surrounded by transparent pixels with colours that must not show."""
     picture = np.random.default_rng(noise).integers(0, 255, (64, 64, 4)).astype(np.uint8)
     picture[..., 3] = 0
     picture[16:48, 16:48] = (220, 30, 30, 255)
@@ -225,13 +225,13 @@ def test_floats_and_many_bits(tmp_path):
     Image.fromarray((ramp * 65535).astype(np.int32), "I").save(tmp_path / "i.tif")
     for name in ("f.tif", "i.tif"):
         assert np.abs(read_video(tmp_path / name).frames[0, 0, :, 1].int().numpy() - np.arange(256)).max() <= 1
-    for name, values, says in (
+    for name, values, message in (
         ("g.tif", 200 * ramp, "floats up to 200: scale"),
         ("h.tif", np.where(ramp > 0.5, np.nan, ramp).astype(np.float32), "floats up to nan"),
         ("j.tif", (ramp * 1e6).astype(np.int32), "whole numbers up to 1e"),
     ):
         Image.fromarray(values).save(tmp_path / name)
-        with pytest.raises(VideoError, match=says):
+        with pytest.raises(VideoError, match=message):
             read_video(tmp_path / name)
 
 
@@ -247,7 +247,7 @@ def test_all_frames_of_an_animated_picture(tmp_path, suffix):
     assert numbers(open_video(tmp_path / f"a{suffix}", "0.25s", end="0.5s").read()) in ([2, 3], [3, 4])
 
 
-def test_varying_times_of_an_animated_picture_and_files_whose_second_picture_is_a_preview(tmp_path):
+def test_varying_times_of_animated_pictures_and_files_with_a_preview(tmp_path):
     pictures = [Image.fromarray(bars(i)) for i in range(3)]
     pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:], duration=[500, 0, 250])
     found = open_video(tmp_path / "a.png")
@@ -258,7 +258,7 @@ def test_varying_times_of_an_animated_picture_and_files_whose_second_picture_is_
         assert numbers(read_video(tmp_path / name)) == [0]
 
 
-def test_pictures_go_by_names_that_mean_something_else_too(tmp_path):
+def test_pictures_with_special_characters_in_their_names(tmp_path):
     for name in ("my%20dog.png", "100%.png", "f_0001.png", "._f_0001.png"):
         Image.new("RGB", (8, 6), (90, 90, 90)).save(tmp_path / name)
     (tmp_path / "._f_0002.png").write_bytes(b"\x00\x05\x16\x07Mac OS X")
@@ -267,6 +267,6 @@ def test_pictures_go_by_names_that_mean_something_else_too(tmp_path):
     assert len(open_video(tmp_path / "*.png")) == len(open_video(Path(tmp_path))) == 3
 
 
-def test_masks_of_transparent_pictures_are_black_where_nothing_is(tmp_path):
+def test_masks_of_transparent_pictures_are_black_where_transparent(tmp_path):
     Image.fromarray(seen_through(), "RGBA").save(tmp_path / "m.png")
     assert resize_to_fill(read_video(tmp_path / "m.png").frames, 16, 16)[0, 0, 0].tolist() == [0, 0, 0]

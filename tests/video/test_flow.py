@@ -10,7 +10,7 @@ from fatezero.metrics.temporal import warp_error
 from fatezero.video.flow import flow_estimator
 
 
-def test_dis_finds_a_whole_translation():
+def test_dis_finds_a_translation():
     torch.manual_seed(0)
     wide = F.interpolate(torch.rand(1, 3, 24, 36), size=(96, 144), mode="bicubic")[0].clamp(0, 1)
     name, estimate = flow_estimator("dis")
@@ -22,17 +22,17 @@ def test_dis_finds_a_whole_translation():
     assert inner[1].abs().mean() < 0.2
 
 
-def test_dis_comes_near_the_demo_worlds_true_flow():
+def test_dis_is_close_to_the_demo_worlds_true_flow():
     clip = render(SCENE, MOTION, FRAMES)
     _, estimate = flow_estimator("dis")
     flow = torch.stack([estimate(a, b) for a, b in zip(clip.frames[:-1], clip.frames[1:], strict=True)])
-    apart = (flow - clip.flow).norm(dim=1)[visible_pixels(clip)]
-    assert apart.median() < 0.35, "pixels"
+    difference = (flow - clip.flow).norm(dim=1)[visible_pixels(clip)]
+    assert difference.median() < 0.35, "pixels"
     known = warp_error(clip.frames, clip.flow, visible_pixels(clip))
     assert warp_error(clip.frames, flow, visible_pixels(clip)) < 4 * known
 
 
-def test_both_flows_tell_a_steady_clip_from_a_flickering_one():
+def test_both_flows_distinguish_a_steady_clip_from_a_flickering_one():
     clip = render(SCENE, MOTION, FRAMES)
     flicker = (clip.frames + 0.1 * torch.tensor([1.0, -1.0]).repeat(4).view(-1, 1, 1, 1)).clamp(0, 1)
     _, estimate = flow_estimator("dis")

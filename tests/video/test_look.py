@@ -1,4 +1,4 @@
-"""Shape and colour of what is read and written."""
+"""Shapes and colours of files read and written."""
 
 import resource
 import subprocess
@@ -22,7 +22,7 @@ RGB = (200, 50, 90)
 
 
 def coloured(path: Path, height: int, matrix: Colorspace | None, full: bool = False, tagged: bool = True) -> Path:
-    """A clip of one colour by a matrix and range, which the file tells or keeps to itself."""
+    """A clip of one colour with a matrix and range, which the file's metadata contain or omit."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=5, options={"crf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, height, "yuv420p"
@@ -43,20 +43,20 @@ def coloured(path: Path, height: int, matrix: Colorspace | None, full: bool = Fa
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601])
 @pytest.mark.parametrize("height", [64, 720])
-def test_matrix_and_range_are_those_the_file_tells(tmp_path, height, matrix, full):
+def test_matrix_and_range_are_read_from_the_file(tmp_path, height, matrix, full):
     frames = read_video(coloured(tmp_path / "a.mp4", height, matrix, full)).frames
     assert (frames.int() - torch.tensor(RGB)).abs().max() <= 3
 
 
 @pytest.mark.parametrize(("height", "matrix"), [(64, Colorspace.ITU601), (720, Colorspace.ITU709)])
-def test_a_file_that_tells_nothing_is_read_as_players_do(tmp_path, height, matrix):
+def test_a_file_without_colour_metadata_is_read_as_by_players(tmp_path, height, matrix):
     frames = read_video(coloured(tmp_path / "a.mp4", height, matrix, tagged=False)).frames
     assert (frames.int() - torch.tensor(RGB)).abs().max() <= 3
 
 
 @pytest.mark.parametrize("height", [64, 720])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
-def test_results_say_their_colours_and_look_right_to_players_that_do_not_listen(tmp_path, height, suffix):
+def test_results_have_colour_metadata_and_look_right_without(tmp_path, height, suffix):
     frames = torch.tensor(RGB, dtype=torch.uint8).expand(3, height, 64, 3)
     path = write_video(tmp_path / f"a{suffix}", frames, Fraction(5), crf=4)
     assert (read_video(path).frames.int() - torch.tensor(RGB)).abs().max() <= 4
@@ -65,17 +65,17 @@ def test_results_say_their_colours_and_look_right_to_players_that_do_not_listen(
     assert frame.colorspace in ((Colorspace.ITU709,) if height == 720 else (5, 6))
     assert frame.color_range == ColorRange.MPEG
     guessed = Colorspace.ITU709 if height >= 720 else Colorspace.ITU601
-    seen = frame.reformat(format="rgb24", src_colorspace=guessed, src_color_range=1, dst_color_range=2).to_ndarray()
-    assert np.abs(seen.astype(int) - RGB).max() <= 4
+    shown = frame.reformat(format="rgb24", src_colorspace=guessed, src_color_range=1, dst_color_range=2).to_ndarray()
+    assert np.abs(shown.astype(int) - RGB).max() <= 4
 
 
-@pytest.mark.parametrize(("aspect", "seen"), [("2/1", (128, 48)), ("1/2", (32, 48)), ("16/11", (93, 48))])
-def test_pixels_that_are_not_square(tmp_path, aspect, seen):
+@pytest.mark.parametrize(("aspect", "size"), [("2/1", (128, 48)), ("1/2", (32, 48)), ("16/11", (93, 48))])
+def test_non_square_pixels(tmp_path, aspect, size):
     path = flashes(tmp_path / "a.mp4", audio=None, sample_aspect_ratio=Fraction(aspect))
-    assert open_video(path).size == read_video(path).size == seen
+    assert open_video(path).size == read_video(path).size == size
 
 
-def test_interlaced_clips_are_named(tmp_path):
+def test_interlaced_clips_are_reported(tmp_path):
     options = {"flags": "+ilme+ildct", "x264-params": "tff=1"}
     path = flashes(tmp_path / "a.mp4", audio=None, options=options)
     assert any("interlaced" in note for note in open_video(path).notes)
@@ -83,7 +83,7 @@ def test_interlaced_clips_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67])
-def test_hdr_is_tone_mapped_and_named(tmp_path, kind):
+def test_hdr_is_tone_mapped_and_reported(tmp_path, kind):
     path = flashes(
         tmp_path / "a.mp4", "libx265", None, pixels="yuv420p10le", color_trc=kind,
         color_primaries=ColorPrimaries.BT2020, colorspace=Colorspace.BT2020, options={"x265-params": "log-level=none"},
@@ -105,7 +105,7 @@ def test_tone_mapping_keeps_grey_grey_white_light_and_order():
     values = greys[:, 1].tolist()
     assert values == sorted(values) and values[0] == 0 and values[-1] == 255
     assert 225 < values[levels.index(WHITE)] < 245
-    assert values[levels.index(50)] == pytest.approx(255 * (50 / WHITE) ** (1 / 2.4), abs=1), "dark stays as it is"
+    assert values[levels.index(50)] == pytest.approx(255 * (50 / WHITE) ** (1 / 2.4), abs=1), "dark is unchanged"
     red = tone_mapped(np.array([[[pq(150), pq(0.1), pq(0.1)]]], np.uint16), "PQ")[0, 0]
     assert red[0] > 200 and red[1] < 5 and red[2] < 5
     hlg = tone_mapped(np.array([[[round(65535 * x)] * 3 for x in (0, 0.25, 0.5, 0.75, 1)]], np.uint16), "HLG")[0, :, 0]
@@ -115,7 +115,7 @@ def test_tone_mapping_keeps_grey_grey_white_light_and_order():
 # --- pictures -------------------------------------------------------------------------------
 
 
-def test_pictures_come_by_the_numbers_in_their_names(tmp_path):
+def test_pictures_are_sorted_by_the_numbers_in_their_names(tmp_path):
     for i in (1, 2, 10, 11):
         Image.new("RGB", (8, 6), (10 * i,) * 3).save(tmp_path / f"f{i}.png")
     (tmp_path / ".hidden.png").write_text("no picture")
@@ -130,19 +130,19 @@ def test_pictures_come_by_the_numbers_in_their_names(tmp_path):
         open_video(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_cameras_turn_is_followed(tmp_path, alone):
+@pytest.mark.parametrize("single", [True, False])
+def test_exif_orientation_is_applied(tmp_path, single):
     picture = Image.new("RGB", (40, 20), "black")
     picture.paste("white", (0, 0, 20, 20))
     exif = picture.getexif()
-    exif[0x0112] = 6  # to be turned by a quarter to the right
+    exif[0x0112] = 6  # rotate by a quarter to the right
     picture.save(tmp_path / "p.jpg", exif=exif)
-    video = read_video(tmp_path / "p.jpg" if alone else tmp_path)
+    video = read_video(tmp_path / "p.jpg" if single else tmp_path)
     assert video.size == (20, 40)
     assert video.frames[0, 5, 10, 0] > 200 and video.frames[0, 35, 10, 0] < 50
 
 
-def test_sixteen_bits_of_grey(tmp_path):
+def test_16_bit_grey(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
     Image.fromarray(ramp).save(tmp_path / "p.png")
     assert np.abs(read_video(tmp_path / "p.png").frames[0, 0, :, 1].int().numpy() - np.arange(256)).max() <= 1
@@ -154,7 +154,7 @@ def test_damaged_pictures(tmp_path):
         open_video(tmp_path / "p.png")
 
 
-def test_pictures_out_by_folder_and_pattern(tmp_path):
+def test_pictures_are_written_by_folder_and_pattern(tmp_path):
     frames = torch.stack([torch.full((6, 8, 3), 10 * i, dtype=torch.uint8) for i in range(12)])
     write_video(f"{tmp_path}/out/", frames, Fraction(8))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"{i:05d}.png" for i in range(12)]
@@ -163,7 +163,7 @@ def test_pictures_out_by_folder_and_pattern(tmp_path):
     assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["x_0.webp", "x_1.webp"]
 
 
-def test_a_sequence_that_fails_leaves_none_of_it(tmp_path):
+def test_a_failed_sequence_leaves_no_files(tmp_path):
     def frames():
         yield torch.zeros(6, 8, 3, dtype=torch.uint8)
         raise OSError("the disk is full")
@@ -173,23 +173,23 @@ def test_a_sequence_that_fails_leaves_none_of_it(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_gif_has_its_frames_times_and_colours(tmp_path):
+def test_a_gif_keeps_times_and_colours_of_frames(tmp_path):
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
     frames = colours[:, None, None].expand(3, 12, 16, 3)
     path = write_video(tmp_path / "a.gif", frames, Fraction(8), times=[Fraction(0), Fraction(1, 2), Fraction(1)])
     with Image.open(path) as picture:
-        durations, seen = [], []
+        durations, found = [], []
         for i in range(picture.n_frames):
             picture.seek(i)
             durations.append(picture.info["duration"])
-            seen.append(picture.convert("RGB").getpixel((3, 3)))
+            found.append(picture.convert("RGB").getpixel((3, 3)))
     assert durations[:2] == [500, 500] and durations[2] == pytest.approx(125, abs=5)
-    assert np.abs(np.array(seen) - colours.numpy()).max() <= 8
+    assert np.abs(np.array(found) - colours.numpy()).max() <= 8
 
 
 @pytest.mark.parametrize(("fps", "kept"), [(50, 12), (60, 10), (100, 6), (240, 3), (1000, 1)])
-def test_a_gif_has_no_time_that_browsers_take_for_another(tmp_path, fps, kept):
-    """They show a frame of less than two hundredths of a second for ten."""
+def test_a_gif_avoids_times_that_browsers_change(tmp_path, fps, kept):
+    """Browsers show frames of less than 20 ms for 100 ms."""
     frames = (20 * torch.arange(12, dtype=torch.uint8))[:, None, None, None].expand(12, 8, 8, 3)
     with Image.open(write_video(tmp_path / "a.gif", frames, Fraction(fps))) as picture:
         durations = [picture.info["duration"]]
@@ -198,13 +198,13 @@ def test_a_gif_has_no_time_that_browsers_take_for_another(tmp_path, fps, kept):
             durations.append(picture.info["duration"])
     assert min(durations) >= 20 and sum(durations) == pytest.approx(12000 / fps, abs=10)
     assert abs(len(durations) - kept) <= 2
-    said = shortcomings(tmp_path / "a.gif", Fraction(fps), 12, sound=True)
-    assert len(said) == (2 if len(durations) < 12 else 1) and "no sound" in said[0]
-    assert fps == 50 or f"will have {len(durations)} of the 12 frames" in said[1]
+    notes = shortcomings(tmp_path / "a.gif", Fraction(fps), 12, sound=True)
+    assert len(notes) == (2 if len(durations) < 12 else 1) and "no sound" in notes[0]
+    assert fps == 50 or f"will have {len(durations)} of the 12 frames" in notes[1]
     assert shortcomings(tmp_path / "a.mp4", Fraction(fps), 12, sound=True) == []
 
 
-def test_a_digest_is_that_of_frames_their_sizes_and_order():
+def test_a_digest_depends_on_frames_sizes_and_order():
     frames = torch.randint(256, (3, 8, 6, 3), dtype=torch.uint8)
 
     def digest(frames) -> str:
@@ -243,8 +243,8 @@ print(len(fitted), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs getrusage")
-def test_long_clips_of_large_frames_stream(tmp_path):
-    """60 frames of 1080p take 373 MB where all are held."""
+def test_long_clips_of_large_frames_are_streamed(tmp_path):
+    """60 frames of 1080p would take 373 MB at once."""
     assert resource.RLIM_INFINITY
     times = tuple(Fraction(i, 25) for i in range(60))
     path = flashes(tmp_path / "a.mp4", times=times, size=(1920, 1080), options={"preset": "ultrafast"})

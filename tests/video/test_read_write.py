@@ -14,12 +14,12 @@ from fatezero.video.write import output_files, write_video
 
 
 def moving_bars(frames=10, height=32, width=48):
-    """Grey bars that name their frame: frame i is 20 i bright."""
+    """Grey bars that identify their frame: frame i has brightness 20 i."""
     return torch.stack([torch.full((height, width, 3), 20 * i, dtype=torch.uint8) for i in range(frames)])
 
 
 def tone(seconds, rate=44100, channels=2):
-    """A tone that rises in steps of 100 ms, so that a span can be told by ear or by FFT."""
+    """A tone that rises in steps of 100 ms, so that its pitch identifies a span."""
     t = np.arange(int(seconds * rate)) / rate
     frequency = 400 + 100 * np.floor(t / 0.1)
     wave = 0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / rate)
@@ -55,7 +55,7 @@ def test_fractional_rates_survive(tmp_path):
     assert read_video(path).fps == Fraction(30000, 1001)
 
 
-def test_start_stride_and_count_pick_frames_and_their_sound(clip):
+def test_start_stride_and_count_select_frames_and_their_sound(clip):
     video = read_video(clip, start=3, stride=2, count=2)
     assert brightness(video) == [3, 5]
     assert video.fps == 5
@@ -64,7 +64,7 @@ def test_start_stride_and_count_pick_frames_and_their_sound(clip):
     assert pitch(one.sound) == pytest.approx(1000, abs=25), "the sound from 0.6 s to 0.7 s"
 
 
-def test_at_most_takes_what_there_is(clip):
+def test_at_most_reads_fewer_frames_if_the_clip_is_short(clip):
     assert len(read_video(clip, at_most=8).frames) == 8
     assert len(read_video(clip, start=5, at_most=8).frames) == 5
 
@@ -80,14 +80,14 @@ def test_mono_sound(tmp_path):
     assert read_video(path).sound.samples.shape[0] == 1
 
 
-def test_more_frames_than_there_are(clip):
+def test_more_frames_than_the_clip_has(clip):
     with pytest.raises(VideoError, match="has 7 frames from 3 .*, but 8 are needed"):
         read_video(clip, start=3, count=8)
     with pytest.raises(VideoError, match="no frame from 10"):
         read_video(clip, start=10)
 
 
-def test_files_that_are_no_video(tmp_path):
+def test_files_that_are_not_videos(tmp_path):
     with pytest.raises(FileNotFoundError, match="no video at"):
         read_video(tmp_path / "none.mp4")
     (tmp_path / "empty.mp4").touch()
@@ -106,7 +106,7 @@ def test_files_that_are_no_video(tmp_path):
         read_video(tmp_path / "sound.mp4")
 
 
-def test_a_cut_off_file_gives_the_frames_it_still_has(clip):
+def test_a_truncated_file_gives_its_remaining_frames(clip):
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     found = open_video(clip)
     assert 0 < len(found) < 10
@@ -159,7 +159,7 @@ def test_output_names_are_checked_before_any_work(tmp_path):
         assert output_files(name, 1)[0].name == first
 
 
-def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "v.mp4"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "vp9.webm"])
-def test_damaged_files_give_their_frames_or_are_refused_in_one_line(tmp_path, name):
+def test_damaged_files_give_frames_or_are_refused_in_one_line(tmp_path, name):
     video, audio = ("libvpx-vp9", "libopus") if name.endswith("webm") else ("libx264", "aac")
     whole = flashes(tmp_path / name, video, audio).read_bytes()
     draw = random.Random(name)

@@ -16,11 +16,11 @@ def test_crop_cuts_the_named_sides():
     ("size", "short", "multiple", "expected"),
     [((1280, 720), 512, 8, (912, 512)), ((720, 1280), 512, 8, (512, 912)), ((65, 63), 64, 4, (68, 64))],
 )
-def test_fitting_keeps_the_shape_in_multiples(size, short, multiple, expected):
+def test_fitting_keeps_the_aspect_ratio_in_multiples(size, short, multiple, expected):
     assert fit_size(*size, short, multiple) == expected
 
 
-def test_sizes_that_are_no_multiples_name_the_nearest():
+def test_sizes_that_are_not_multiples_are_refused_with_the_nearest():
     check_size(64, 32, 8)
     with pytest.raises(ValueError, match="65x32.*multiples of 8.*64x32"):
         check_size(65, 32, 8)
@@ -28,12 +28,12 @@ def test_sizes_that_are_no_multiples_name_the_nearest():
         check_size(0, 32, 8)
 
 
-def test_resizing_covers_and_cuts_evenly():
+def test_resizing_covers_and_crops_evenly():
     frames = torch.zeros(2, 20, 40, 3, dtype=torch.uint8)
     frames[:, :, 18:22] = 255
     small = resize_to_fill(frames, 10, 10)
     assert small.shape == (2, 10, 10, 3)
-    assert small[0, 5, :, 0].argmax() in (4, 5), "the middle stays in the middle"
+    assert small[0, 5, :, 0].argmax() in (4, 5), "the middle is preserved"
     assert resize_to_fill(frames, 40, 20) is frames
 
 

@@ -1,4 +1,4 @@
-"""Frames at their own times, and sound in step with them."""
+"""Timestamps of frames, and sound in sync with them."""
 
 from fractions import Fraction
 
@@ -44,7 +44,7 @@ def in_step(video, at=SECONDS, within=1 / 25) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_containers_frames_and_sound_keep_step(tmp_path, name):
+def test_frames_and_sound_are_in_sync_in_every_container(tmp_path, name):
     video = read_video(written(tmp_path / name, *FORMATS[name]))
     assert (len(video.frames), video.fps, video.times) == (75, 25, None)
     in_step(video)
@@ -52,7 +52,7 @@ def test_every_containers_frames_and_sound_keep_step(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_part_has_the_sound_of_its_time(tmp_path, name):
+def test_a_part_has_the_sound_of_its_time_span(tmp_path, name):
     video = read_video(written(tmp_path / name, *FORMATS[name]), start=20, count=40)
     in_step(video, [0.2, 1.2])
     strided = read_video(tmp_path / name, start=20, stride=5, count=8)
@@ -62,7 +62,7 @@ def test_a_part_has_the_sound_of_its_time(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts", "vp9.webm"])
 @pytest.mark.parametrize("late", [1.0, 7.48])
-def test_clips_that_begin_late(tmp_path, name, late):
+def test_clips_with_a_late_start(tmp_path, name, late):
     path = written(tmp_path / name, *FORMATS[name], late=late)
     in_step(read_video(path))
     in_step(read_video(path, start=20, count=40), [0.2, 1.2])
@@ -82,7 +82,7 @@ def test_varying_frame_times_are_kept_from_file_to_file(tmp_path, name, out):
     in_step(again, [0.0, 1.0, 2.0, 3.0])
 
 
-def test_varying_frame_times_at_a_rate_asked_for(tmp_path):
+def test_varying_frame_times_at_a_given_rate(tmp_path):
     path = written(tmp_path / "a.mp4", *FORMATS["a.mp4"], times=VARYING, clock=Fraction(1, 90000))
     found = open_video(path, fps=Fraction(20))
     assert found.even and found.fps == 20 and len(found) == pytest.approx(61, abs=1)
@@ -105,7 +105,7 @@ def test_rates_survive(tmp_path, fps, suffix):
 
 @pytest.mark.parametrize("clock", [1, 2])
 def test_h264_in_avi_has_its_own_rate(tmp_path, clock):
-    """Where every other tick of AVI's clock is empty, the file tells twice the rate."""
+    """If every other tick of AVI's clock is empty, the file's rate is twice the true one."""
     path = flashes(tmp_path / "a.avi", audio="mp2", clock=Fraction(1, 25 * clock))
     assert open_video(path).fps == 25
     in_step(read_video(path))
@@ -121,7 +121,7 @@ def test_any_sample_rate_is_written(tmp_path, rate, out):
     in_step(read_video(write_video(tmp_path / out, dark, Fraction(25), Sound(wave[None], rate))))
 
 
-def test_sound_that_begins_later_or_ends_earlier_than_the_picture(tmp_path):
+def test_sound_that_starts_later_or_ends_earlier_than_the_picture(tmp_path):
     sound = Sound(np.full((1, 24000), 0.5, np.float32), 48000)
     path = write_video(tmp_path / "a.mp4", torch.zeros(25, 32, 32, 3, dtype=torch.uint8), Fraction(25), sound)
     read = read_video(path).sound.samples
@@ -152,12 +152,12 @@ def counted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("start", "stride", "count"), [(0, 1, 80), (70, 1, 10), (50, 3, 8), (1, 26, 4), (79, 1, 1)])
-def test_frames_are_found_by_number_wherever_decoding_begins(counted, start, stride, count):
+def test_frames_are_found_by_number_from_any_start_of_decoding(counted, start, stride, count):
     video = read_video(counted, start, stride, count)
     assert numbers(video) == list(range(start, start + stride * count, stride))
 
 
-def test_a_late_start_is_sought(counted, monkeypatch):
+def test_a_late_start_is_found_by_seeking(counted, monkeypatch):
     import fatezero.video.read as reading
 
     decoded = []
@@ -189,7 +189,7 @@ def test_start_and_end_in_frames_and_seconds(counted, start, end, expected):
 
 
 @pytest.mark.parametrize("wrong", ["", "s", "-1s", "1.5", "1:2:3:4", "nans", "infs", "two"])
-def test_moments_that_are_none(wrong):
+def test_invalid_times(wrong):
     with pytest.raises(ValueError, match="invalid time"):
         seconds_of(wrong)
 
@@ -204,7 +204,7 @@ def test_an_end_before_the_start_and_too_few_frames(counted):
             open_video(counted, fps=wrong)
 
 
-def test_a_source_is_found_without_decoding_it_and_decoded_once(counted, monkeypatch):
+def test_a_source_is_opened_without_decoding_and_decoded_once(counted, monkeypatch):
     from fatezero.video import colour
 
     calls = []
