@@ -279,7 +279,7 @@ class ComfyDenoiser:
         whole positive is fused.
         """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
-        if type(control) is not Control:
+        if not control.is_plain:
             positive = whole_conditions(positive)
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
