@@ -48,7 +48,8 @@ class Method:
     paper's, or ours with `plus`) or of another `preset`, if `fused`. masked: with the true mask of what changes as
     the edit mask. smoothing: along the source's flow, in each step; steady: of the resulting frames. layers:
     temporal layers on the image model, "fresh" or the bundled ones ("demo"), `tuned` on the clip for that many steps.
-    transformer: use the demo's video transformer. order: of the solver. drawn: FlowEdit instead of an inversion.
+    transformer: use the demo's video transformer, with the LoRA `lora`. steps: of the schedule, if not the run's.
+    order: of the solver. drawn: FlowEdit instead of an inversion.
     sdedit_seed: start from random noise of each frame. blind: invert with the empty prompt. guidance: of an edit
     without fusion, if not the run's.
     """
@@ -69,6 +70,8 @@ class Method:
     layers: str = ""
     tuned: int = 0
     transformer: bool = False
+    lora: str = ""
+    steps: int | None = None
     order: int = 1
     drawn: FlowEditSettings | None = None
     strength: float = 1.0
@@ -104,16 +107,17 @@ class Trial:
             "recompute" if method.transformer else "queries_keys",
         )
         if method.drawn is not None:
-            return draw(self.checkpoint.denoiser, self.latents, source, self.steps, method.drawn, method.key_frames)
+            steps = method.steps or self.steps
+            return draw(self.checkpoint.denoiser, self.latents, source, steps, method.drawn, method.key_frames)
         return invert(
             self.checkpoint.denoiser, self.latents, source, self.steps, method.key_frames, method.clip_norm, memory,
             order=method.order, prompt=self.case.source.caption,
         )  # fmt: skip
 
-    def on_transformer(self) -> Trial:
+    def on_transformer(self, lora: str = "") -> Trial:
         """The same case on the demo's video transformer."""
         demo = next(family.demo for family in FAMILIES if family.spans_clip)
-        return replace(self, checkpoint=open_model(demo, self.latents.device))
+        return replace(self, checkpoint=open_model(demo, self.latents.device, lora=lora or None))
 
     def tuned(self, layers: str, steps: int) -> Trial:
         """The same case on a copy of the model with temporal layers, tuned on the clip for so many steps."""
@@ -175,13 +179,13 @@ class Trial:
 def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
     """The latents of every method; methods share models, inversions and passes where possible."""
     found = {method.name: method.run(trial) for method in methods if method.run is not None}
-    models = dict.fromkeys((m.layers, m.tuned, m.transformer) for m in methods if m.run is None)
-    for layers, steps, transformer in models:
-        own = trial.on_transformer() if transformer else trial.tuned(layers, steps) if layers else trial
-        alike = [
-            m for m in methods if m.run is None and (m.layers, m.tuned, m.transformer) == (layers, steps, transformer)
-        ]
-        found |= _edited_on_one_model(own, alike)
+    alike: dict[tuple[str, int, bool, str], list[Method]] = {}
+    for m in methods:
+        if m.run is None:
+            alike.setdefault((m.layers, m.tuned, m.transformer, m.lora), []).append(m)
+    for (layers, steps, transformer, lora), of_model in alike.items():
+        own = trial.on_transformer(lora) if transformer else trial.tuned(layers, steps) if layers else trial
+        found |= _edited_on_one_model(own, of_model)
     return found
 
 
@@ -189,7 +193,7 @@ def _edited_on_one_model(trial: Trial, methods: Sequence[Method]) -> dict[str, T
     found: dict[str, Tensor] = {}
     passes: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
-        key = (method.key_frames, method.clip_norm, method.blind, method.order, method.drawn)
+        key = (method.key_frames, method.clip_norm, method.blind, method.order, method.drawn, method.steps)
         passes.setdefault(key, []).append(method)
     for alike in passes.values():
         inversion = trial.invert(alike[0])

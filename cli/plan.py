@@ -30,7 +30,12 @@ CHUNK_FRAMES = 16
 
 
 def in_chunks(config: EditConfig, checkpoint: Model, frames: int) -> EditConfig:
-    """A configuration with default chunks for a long clip, if they give the whole clip's result."""
+    """A configuration with default chunks for a long clip: those of FlowEdit on a video model, else those that give the
+    whole clip's result.
+    """
+    trained = checkpoint.denoiser.trained_frames
+    if config.chunk_frames is None and config.noise == "drawn" and trained and frames > trained:
+        return replace(config, chunk_frames=trained)
     approximate = frames_meet(checkpoint.denoiser, ClipCalls(config.keys, config.clip_norm))
     if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
         return config

@@ -79,6 +79,7 @@ class EditRun:
         injection = edit.fusion
         self.injected = Injected(edit, self.context) if injection is None else injection.injected(edit, self.context)
         self._steering: EditSteering | None = None
+        self.maps = edit.maps
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         """Called once, while the denoiser is hooked. chunks: of every step."""
@@ -86,6 +87,8 @@ class EditRun:
             self._steering = self.layout.prepared(self.context, chunks)
             self.context.area = self._steering.area
         self.injected.prepare(chunks)
+        if self.maps is not None:
+            self.maps.prepare(self.context, chunks)
 
     def begin(self) -> Tensor:
         """The latents of the first step, (frames, c, h, w)."""
@@ -117,6 +120,8 @@ class EditRun:
         """The guided prediction on the source's chunk. prepare: called with the control of each branch."""
         step = branches.step
         control, negative = self.injected.controls(source, step)
+        if self.maps is not None:
+            self.maps.watch(control, self.context.sites)
         if prepare is not None:
             prepare("target", control)
             prepare("negative", negative)
@@ -125,7 +130,10 @@ class EditRun:
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.paired)
         mask = self.injected.latent_mask(source, control, step)
         of_source = self.start.source_prediction(branches, source)
-        return Prediction(noise, None if mask is None else mask.to(branches.z), of_source)
+        found = Prediction(noise, None if mask is None else mask.to(branches.z), of_source)
+        if self.maps is None:
+            return found
+        return found._replace(heat=self.maps.heat(control), attention_mask=self.injected.attention_mask(control))
 
     def smoothed(self, z: Tensor, step: int, predicted: Prediction) -> Prediction:
         """A prediction with its clean latents smoothed."""
@@ -137,7 +145,7 @@ class EditRun:
         smoothed = self.smoothing.smoothed(clean, source)
         if smoothed is clean:
             return predicted
-        return Prediction(self.schedule.towards(z, smoothed, level), predicted.mask)
+        return predicted._replace(noise=self.schedule.towards(z, smoothed, level), source=None)
 
     def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
         """The step from level steps - step to the next less noisy level."""

@@ -70,6 +70,10 @@ class Denoiser(Predictor, Protocol):
         """Whether layers of the model mix all frames of a call, which makes chunks approximate."""
 
     @property
+    def trained_frames(self) -> int | None:
+        """The latent frames of the model's training clips: edits from sampled noise take longer ones in such chunks."""
+
+    @property
     def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
         """The key frames, and the clip norm, of the model's training."""
 
@@ -134,13 +138,18 @@ def in_parts(denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: fl
     return len(chunks_of(denoiser, calls, latents, timestep)) > 1 and frames_meet(denoiser, calls)
 
 
-def chunks_of(denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float) -> list[Chunk]:
-    """The chunks of a clip at a timestep: of `chunk_frames` if given, else the host's windows, else one."""
+def chunks_of(
+    denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float, usual: int | None = None
+) -> list[Chunk]:
+    """The chunks of a clip at a timestep: of `chunk_frames` if given, else the host's windows, else of `usual` frames,
+    None for one.
+    """
     if calls.chunk_frames is None:
         windows = denoiser.windows(latents, timestep)
         if windows is not None:
             return calls.key_frames.around(windows, len(latents))
-    return calls.key_frames.chunks(len(latents), calls.chunk_frames, calls.clip_norm or denoiser.frames_meet)
+    chunk = calls.chunk_frames or usual
+    return calls.key_frames.chunks(len(latents), chunk, calls.clip_norm or denoiser.frames_meet)
 
 
 def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:

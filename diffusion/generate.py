@@ -59,11 +59,11 @@ def generate(
                 z = layout.moved(denoiser, z, timestep, alpha, positive, ClipCalls(keys, clip_norm, chunk_frames))
                 control = layout.control(keys, chunk)
             if attention is not None:
-                control = recorder = attention.recorder(keys, chunk, sites, positive.text_tokens)
+                attention.watch(control, sites, positive.text_tokens)
             guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
             if attention is not None:
-                attention.record(recorder)
+                attention.record(control)
             z = schedule.move(z, predicted, steps - step, steps - step - 1)
             check_finite(z, f"latents of step {step + 1}")
             if progress:

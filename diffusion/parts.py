@@ -16,6 +16,7 @@ from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
 from .denoiser import Denoiser
+from .edit_maps import EditMaps
 from .schedule import Schedule, Steps
 from .source import Needs
 from .steering import EditSteering
@@ -31,12 +32,15 @@ class Prediction(NamedTuple):
     """The model's prediction at one step, for the whole clip or for the frames of a chunk.
 
     noise: (frames, c, h, w). mask: (frames, 1, h, w), 0 where the source's latents replace the edit's; None for no
-    mask. source: the same prediction for the source's branch, where the start needs it.
+    mask. source: the same prediction for the source's branch, where the start needs it. heat, attention_mask: of
+    `EditMaps`, if they are recorded.
     """
 
     noise: Tensor
     mask: Tensor | None
     source: Tensor | None = None
+    heat: Tensor | None = None
+    attention_mask: Tensor | None = None
 
 
 Prepare = Callable[[str, Control], None]
@@ -208,6 +212,8 @@ class Edit:
         "much of it.",
         least=1, most=2**63 - 1, shown="the inverted noise", group="The edit",
     )  # fmt: skip
+    maps: EditMaps | None = None
+    """Records the edit's attention to words and its masks."""
 
 
 def first_step(strength: float, steps: int) -> int:
@@ -292,6 +298,10 @@ class Injected:
     def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
         """Where the edit keeps its own latents, after its branch ran: (frames, 1, h, w) of the chunk; None: all."""
         return None if self._inside is None else self._inside[list(source.chunk.frame_indices)]
+
+    def attention_mask(self, control: Control) -> Tensor | None:
+        """Where self-attention is the edit's in a step: (frames of the chunk, y, x); None if no mask decides that."""
+        return None
 
     def blends_latents(self, step: int) -> bool:
         """Whether a step has a `latent_mask`."""

@@ -134,7 +134,7 @@ class DrawnNoise:
             store = replace(run.store, levels=noises)
             found.append(predict(run.branches(z + (noises[level].to(z.device) - first), step, store)))
         noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
-        return Prediction(noise, found[0].mask, source)
+        return found[0]._replace(noise=noise, source=source)
 
     def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
         """d_source, with its own guidance."""

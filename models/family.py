@@ -16,7 +16,7 @@ class Family:
     epsilon, v or the sample, "flow" if it predicts a velocity. spans_clip: every frame of a call attends to all frames
     of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has GroupNorms, whose
     statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
-    attention: whether its attention can be controlled.
+    attention: whether its attention can be controlled. trained_frames: see `Denoiser.trained_frames`.
     """
 
     title: str
@@ -28,6 +28,7 @@ class Family:
     demo: str
     demo_folder: Path
     attention: bool = True
+    trained_frames: int | None = None
 
 
 def latent_frames(frames: int, frames_per_latent: int) -> int:

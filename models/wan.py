@@ -16,6 +16,7 @@ WAN = Family(
     half="bfloat16",
     demo="demo-wan",
     demo_folder=DEMO.parent / "wan",
+    trained_frames=21,
 )
 TEXT_TOKENS = 512
 """Number of text columns of a prompt, padding included. Longer prompts have more."""

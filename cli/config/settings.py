@@ -176,7 +176,9 @@ class EditSettings(
         "", "Prompt that describes the edit. Several edits run in one pass over the inversion.", group=_TEXT
     )
     negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
-    chunk_frames: int | None = setting_like(InversionSettings, "chunk_frames", None, shown="all, or 16 where exact")
+    chunk_frames: int | None = setting_like(
+        InversionSettings, "chunk_frames", None, shown="all; 16 where exact, 21 for FlowEdit on Wan"
+    )
     guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
     strength: float = setting_like(Edit, "strength", 1.0)
     sdedit_seed: int | None = setting_like(Edit, "sdedit_seed", None)

@@ -104,6 +104,15 @@ class ComfyDenoiser:
         return self._edited.hooked.family.spans_clip
 
     @property
+    def trained_frames(self) -> int | None:
+        """None if a node on the MODEL needs all frames of a clip."""
+        try:
+            check_parts(self._edited.options, self._edited.around_predictions, True, self.spans_clip)
+        except ValueError:
+            return None
+        return self._edited.hooked.family.trained_frames
+
+    @property
     def pairs(self) -> bool:
         return self._edited.hooked.pairs
 
@@ -266,7 +275,7 @@ class ComfyDenoiser:
         whole positive is fused.
         """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
-        if type(control) is not Control:
+        if not control.is_plain:
             positive = whole_conditions(positive)
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)

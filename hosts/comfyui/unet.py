@@ -319,12 +319,11 @@ class HookedUNet(Hook):
         control, text_tokens = self._control(branch, len(q))
         control.attend = attend
         text_tokens = text_tokens if site.kind == "cross" else None
-        own = control.cross_attention if site.kind == "cross" else control.self_attention
         # The host repeats shorter prompts to the longest one's length, which changes nothing.
         q4, k4, v4 = split(q), split(k[:, :text_tokens]), split(v[:, :text_tokens])
-        if type(control) is not Control:
+        if not control.is_plain:
             self._check_kernel(control, q4, k4, v4, site, options.get(OVERRIDE))
-        output = joined(own(q4, k4, v4, site)).to(q)
+        output = joined(control.layer(q4, k4, v4, site)).to(q)
         if theirs is not None:
             if site.kind == "self":
                 k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)

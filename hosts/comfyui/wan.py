@@ -241,7 +241,7 @@ class HookedWan(Hook):
             kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
             more = {**more, "transformer_options": options}
             control = self._control(branch)[0]
-            if taken or type(control) is Control:  # other packs' own, or attention as the model has it
+            if taken or control.is_plain:  # other packs' own, or attention as the model has it
                 self._mark_run(name, branch == 0)
                 return kernel(q, k, v, heads, *rest, **more)
             taken = True
@@ -282,8 +282,7 @@ class HookedWan(Hook):
         else:
             k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
         self._check_kernel(control, q4, k4, v4, site, override)
-        compute = control.cross_attention if site.kind == "cross" else control.self_attention
-        output = compute(q4, k4, v4, site)
+        output = control.layer(q4, k4, v4, site)
         if self._paired is not None and branch == 0 and self._source >= 0:
             self._paired.control.forget(site.name)
         self._mark_run(name, branch == 0)

@@ -30,6 +30,7 @@ class NetworkDenoiser(ABC):
     """The configuration's key of the text embeddings' width."""
     pairs: ClassVar[bool] = False
     embeds_guidance: bool = False
+    trained_frames: int | None = None
 
     def __init__(self, networks: Sequence[Any], scheduler: Any) -> None:
         self.networks, self.scheduler = list(networks), scheduler

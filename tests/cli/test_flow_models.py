@@ -77,6 +77,14 @@ def test_attention_kernels_and_precisions(command, folder, tmp_path):
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 32, 64, 3)
 
 
+def test_maps_leave_out_what_the_model_does_not_give(command, vace, tmp_path):
+    shared = ("edit", CLIP, "--model", vace, *WORDS, *SIZE, "--preset", "flow_mask", "--steps", 3)
+    output = " ".join(command(*shared, "--maps", "maps", "-o", "out.mp4").split())
+    assert "no heat maps" in output and "no masks" not in output
+    names = {path.name for path in (tmp_path / "maps").iterdir()}
+    assert names == {"mask_latents.png", "mask_latents.mp4", "slice.png", "slice.mp4"}
+
+
 def test_image_to_video_needs_a_clip(refused, i2v, tmp_path):
     broken = without_weights(i2v, tmp_path)
     assert "first frame" in refused("invert", CLIP, "--model", broken, *WORDS[:2], *SIZE)

@@ -168,6 +168,13 @@ def test_a_flow_mask_needs_no_attention_control(host, kind):
     graph.set(graph.edit, mask=left_kept(graph), mask_mode="intersection")
     both = streams(host, graph, graph.edit[0])[0] == before[0]
     assert both[..., : both.shape[-1] // 2].all() and (both | ~kept).all()
+    maps = graph.add("FateZeroEditMaps", **graph.prompt[graph.edit.id]["inputs"])
+    again = streams(host, graph, maps[0])[0] == before[0]
+    assert torch.equal(again, both), "the same edit"
+    mask = graph.add("SaveImage", images=graph.add("MaskToImage", mask=maps[5])[0], filename_prefix="mask")
+    run = host.run(graph.prompt)
+    assert "no heat maps: FateZero does not control the attention" in host.text(run, maps.id)
+    assert len(run.outputs[mask.id]["images"]) == both.shape[2]
 
 
 @pytest.mark.parametrize("kind", ["h3", "qwen"])

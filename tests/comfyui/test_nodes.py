@@ -11,7 +11,7 @@ from fatezero.video.read import read_video
 
 IDS = {
     "FateZeroLoadVideo", "FateZeroEncodeVideo", "FateZeroPromptEdit", "FateZeroInvert", "FateZeroSampler",
-    "FateZeroMaskPreview", "FateZeroFlowMaskPreview",
+    "FateZeroMaskPreview", "FateZeroFlowMaskPreview", "FateZeroEditMaps", "FateZeroSlice",
     "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroDemoVideoModel",

@@ -18,6 +18,7 @@ from fatezero import (
     TokenFlowSettings,
     draw,
     edit,
+    invert,
 )
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
@@ -242,3 +243,20 @@ def test_a_store_of_sampled_noise_is_not_saved(world, tmp_path):
 def test_parts_that_need_an_inversion(part):
     with pytest.raises(ValueError, match="needs an inversion"):
         World("ddim").edited(**part)
+
+
+def test_longer_clips_are_edited_in_chunks_of_the_models_training(monkeypatch):
+    """So that the effect does not fade as clips grow; a given number of frames takes precedence."""
+    denoiser = VideoTransformerDenoiser(wan.small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    latents, texts = wan.random_latents(5), [wan.random_text(seed) for seed in (0, 1)]
+
+    def edited(chunk_frames=None, invert_first=False):
+        start = invert(denoiser, latents, texts[0], 2) if invert_first else draw(denoiser, latents, texts[0], 2)
+        return edit(denoiser, start, texts[1], guidance_scale=1.0, chunk_frames=chunk_frames)
+
+    whole, chunked, inverted = edited(), edited(4), edited(invert_first=True)
+    assert relative(whole, chunked) > 1e-6
+    monkeypatch.setattr(VideoTransformerDenoiser, "trained_frames", 4)
+    assert torch.equal(edited(), chunked)
+    assert torch.equal(edited(5), whole)
+    assert torch.equal(edited(invert_first=True), inverted), "an inversion's chunks are chosen when it is made"
