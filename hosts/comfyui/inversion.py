@@ -178,7 +178,7 @@ class UncalledModel:
 
     def __init__(self, model: Any, timesteps: Timesteps) -> None:
         self._noise, self._hooked, self._timesteps = noise_of(model), hooked(model), timesteps
-        self.spans_clip = self._hooked.family.spans_clip
+        self.spans_clip = self.frames_meet = self._hooked.family.spans_clip
 
     def schedule(self, steps: int) -> Schedule:
         return self._noise.schedule(steps, self._timesteps)
