@@ -63,6 +63,15 @@ def check_generation(config: GenerateConfig, maps: bool) -> None:
             raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
 
 
+def check_guidance(model: Model, config: EditConfig | GenerateConfig) -> None:
+    """Raise ConfigError for a negative prompt that a loaded model does not take."""
+    if model.denoiser.embeds_guidance and config.negative:
+        raise ConfigError(
+            f"negative has no effect on {config.model}: guidance is an input of its transformer (distilled), with one "
+            "call a step"
+        )
+
+
 def _check_control(config: EditConfig, loader: type[Model]) -> None:
     family = loader.family
     if config.controlnet and family.formulation == "flow":

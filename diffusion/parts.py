@@ -11,7 +11,7 @@ from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..settings import setting, whole_steps
+from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
@@ -74,9 +74,15 @@ class Injection(Protocol):
 
 
 class BaseInjection:
-    """An injection that fits every edit and makes no model calls before the first step."""
+    """Settings of an injection that fits every edit and makes no model calls before the first step.
+
+    Raises ValueError for a setting out of its range.
+    """
 
     needs_attention = True
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
@@ -304,3 +310,16 @@ class Injected:
     def restored_level(self, level: int) -> int:
         """The level of the source's latents that replace the edit's outside the mask, after the step from a level."""
         return level - 1
+
+
+class SourceControl(Control):
+    """The control of a branch that reads the source's attention or features."""
+
+    def __init__(self, source: SourceStep) -> None:
+        super().__init__(source.key_frames, source.chunk)
+        self.source = source
+
+    def on(self, chunk: Chunk) -> Self:
+        own = super().on(chunk)
+        own.source = self.source.window(chunk.frame_indices)
+        return own

@@ -123,7 +123,7 @@ def authors_page() -> str:
 
 
 def keys_tables(sections: dict[str, Sequence[Key]]) -> str:
-    """A table for each section, with a column for each command that a key of the repository is for."""
+    """A table for each section, with a column for each command to which keys of the repository apply."""
     tunes = any(key.tune for keys in sections.values() for key in keys)
     commands: tuple[Command, ...] = ("edit", "tune") if tunes else ("edit",)
     head = "".join(f"| {cell} " for cell in ("key", "missing", *(f"`{one}`" for one in commands), "how")) + "|"

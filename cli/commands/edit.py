@@ -44,7 +44,7 @@ from ..config.record import (
 )
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
-from ..families import check_edits
+from ..families import check_edits, check_guidance
 from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
 from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
@@ -254,6 +254,8 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     folders = map_folders(run.maps, outputs)
     reserve_maps(writes, folders if run.writes else [None] * len(folders), configs)
     checkpoint = session.open_model(configs[0].chosen_model)
+    for config in configs:
+        check_guidance(checkpoint, config)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [
         checked_layout(checkpoint, config, prompt, source.frames)

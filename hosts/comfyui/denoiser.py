@@ -117,6 +117,10 @@ class ComfyDenoiser:
         return self._edited.hooked.pairs
 
     @property
+    def embeds_guidance(self) -> bool:
+        return False  # it is part of the host's conditioning
+
+    @property
     def frames_meet(self) -> bool:
         return self.spans_clip or any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
 
