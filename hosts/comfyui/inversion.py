@@ -253,9 +253,8 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     if noisy.formulation != store.formulation:
         raise ValueError(f"store: its schedule is {store.formulation}, but the model's is {noisy.formulation}")
     source = getattr(store, "patcher", None)
-    shifts = [
-        one.get_model_object("model_sampling").shift for one in (model, source) if one and store.formulation == "flow"
-    ]
+    flows = [one for one in (model, source) if one and store.formulation == "flow"]
+    shifts = [getattr(one.get_model_object("model_sampling"), "shift", 1.0) for one in flows]
     if len(set(shifts)) > 1:
         raise ValueError(
             f"model: its shift {shifts[0]:g} has no effect, since the inversion had {shifts[1]:g}: put Model Sampling "
