@@ -8,10 +8,12 @@ meta device at full size: 81 frames of 832x480, 32,760 tokens.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import (
     guided_steps,
     machine,
@@ -30,7 +32,7 @@ from fatezero.attention.masks import GivenMask
 from fatezero.demo.video_model import build_tokenizer
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
-from fatezero.hosts.diffusers.memory import LiveBytes, attend_without_data
+from fatezero.hosts.diffusers.memory import LiveBytes
 from fatezero.recipes.presets import PRESETS
 
 FULL = (21, 60, 104)
@@ -40,6 +42,17 @@ SHAPE = FusionSettings(cross_replace_steps=0.5, self_replace_steps=0.5, blend_se
 PROMPT = PromptEdit(
     "a red square on water", "a blue star on water", build_tokenizer(), "refine", (["square"], ["star"])
 )
+
+
+@contextmanager
+def attend_without_data() -> Iterator[None]:
+    """Replace attention on torch's meta device by one without a map, like fused kernels."""
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, **_: torch.empty_like(query)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def full_memory() -> list[list[str]]:

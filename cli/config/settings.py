@@ -132,7 +132,7 @@ class ControlSettings:
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "Video or pictures that the ControlNet follows, or Wan VACE without one. They are cut like the clip.",
+        "", "Video or pictures for the ControlNet or Wan VACE. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
