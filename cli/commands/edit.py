@@ -45,7 +45,7 @@ from ..config.record import (
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
 from ..families import check_edits, check_guidance
-from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
+from ..frames import decode, fit_frames, for_clip, found_frames, shape_of, with_first_frame
 from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
 from ..masks import check_edit_mask, edit_mask
@@ -246,7 +246,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
-    check_edits(configs, stored=store is not None)
+    check_edits(configs, stored=store is not None, maps=run.maps is not None)
     check_control(configs[0])
     if any(config.source == AUTO for config in configs):
         configs = captioned(session, configs, source.video)
@@ -330,7 +330,8 @@ def _run(
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
         motion = motion_of(checkpoint, configs, inversion, bar)
-        edits = [_described(checkpoint, one, inversion.store, motion) for one in tasks]
+        models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
+        edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
             checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)

@@ -213,6 +213,12 @@ class EditSettings(
         "Whether edit_mask replaces FateZero's blend mask, or joins it by union or intersection.",
         group=_EDIT,
     )
+    first_frame: str = setting(
+        "",
+        "Picture of the edit's first frame, for image-to-video models. Cropped and scaled like the clip.",
+        shown="the clip's",
+        group=_EDIT,
+    )
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
         "auto", "Estimator of motion: raft (torchvision) or dis (OpenCV); auto uses raft if its weights are installed.",
@@ -375,7 +381,7 @@ class GenerateConfig(ObjectSettings, ModelSettings):
         check(self)
 
 
-FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "class_pictures")
+FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "first_frame", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """The settings of files for words: "burger: mask.mp4"."""

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from flow_models import write_flux, write_ltx2, write_qwen_image
+from PIL import Image
 from wan import write_wan_i2v, write_wan_vace
 
 from fatezero.files.bundled import CLIP
@@ -67,6 +68,7 @@ def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, prese
         (("--preset", "flow_edit", "--smoothing", "0.5"), "smoothing needs a UNet"),
         (("--preset", "flow_edit", "--shift", "square: 0:0.1,0"), "layout needs a UNet"),
         (("--injection", "none", "--memory", "maps"), "memory maps keeps attention"),
+        (("--preset", "flow_edit", "--maps", "maps"), "maps need control of the attention"),
         (("--preset", "flow_edit", "--control", str(CLIP), "--controlnet", "a/b"), "controlnet: "),
     ],
 )
@@ -145,6 +147,18 @@ def test_vace_follows_a_control_video(command, refused, vace, i2v, tmp_path):
     ]
     assert digests[0] != digests[1]
     assert "control has no effect" in refused(*shared, "--model", i2v, "--control", CLIP)
+
+
+def test_an_edit_may_have_its_own_first_frame(command, refused, i2v, vace, tmp_path):
+    shared = ("edit", CLIP, *WORDS, *SIZE, "--preset", "flow_edit", "--steps", 2)
+    Image.new("RGB", (64, 64), (0, 200, 0)).save(tmp_path / "green.png")
+    for name, options in {"clips": (), "own": ("--first-frame", "green.png")}.items():
+        command(*shared, "--model", i2v, *options, "-o", f"{name}.mp4")
+    clips, own = (json.loads((tmp_path / f"{name}.mp4.json").read_text()) for name in ("clips", "own"))
+    assert clips["made"]["frames"] != own["made"]["frames"]
+    assert own["made"]["files"]["first_frame"]
+    assert "first_frame has no effect" in refused(*shared, "--model", vace, "--first-frame", "green.png")
+    assert "first_frame: " in refused(*shared, "--model", i2v, "--first-frame", "none.png")
 
 
 def test_an_unknown_transformer_is_refused_by_name(refused, tmp_path):
