@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..attention.masks import GivenMask, changed_latents
@@ -38,6 +38,11 @@ def keeps_pixels(config: EditConfig, has_video: bool) -> bool:
     return config.keep != "latents" and limited and has_video
 
 
+def refuse_kept(config: EditConfig) -> None:
+    """Raise ConfigError for a choice of `keep` that is not possible."""
+    keeps_pixels(config, bool(config.video))
+
+
 @dataclass(frozen=True)
 class Restored:
     """Frames to write, and how they are shown."""
@@ -47,24 +52,39 @@ class Restored:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """An edit of a clip and the frames it is laid over. mask: the edit mask, if it limits the edit."""
+class Original:
+    """The frames that an edit is laid over. mask: the edit mask, if any."""
 
     clip: FittedVideo
     mask: GivenMask | None
 
-    def laid(self, model: Model, latents: Tensor, source: Tensor, edit: Restored, path: str) -> Restored:
-        """The frames to write to a path. latents, source: of edit and clip, (f, c, h, w). edit: decoded, uint8."""
-        changed = changed_latents(latents, source).cpu()
-        if self.mask is not None and self.mask.how != "union":
-            size = (changed.shape[1], changed.shape[2])
-            changed &= self.mask.at(size, len(changed)).cpu() > 0
-        reach = reach_of(lambda z: model.decode_clip(z, 1), source[:1].to(model.device))
-        masks = [changed[i] for i in frames_of_latents(len(self.clip), model.frames_per_latent)]
-        display = None if is_sequence(path) or not path.lower().endswith(METADATA_SUFFIXES) else _display(self.clip)
-        if display is None:
-            return Restored(restored_frames(_cropped(self.clip), edit.frames, masks, reach))
-        return Restored(_stored_frames(self.clip.source, edit.frames, masks, reach), display)
+
+def original_of(config: EditConfig, mask: GivenMask | None, clip: FittedVideo | None) -> Original | None:
+    """The frames on which an edit is laid; None where its result is the decoded frames."""
+    return Original(clip, mask) if clip is not None and keeps_pixels(config, True) else None
+
+
+def recorded_with(config: EditConfig, original: Original | None) -> EditConfig:
+    """The settings of a record, which has `keep` if the video's pixels stay."""
+    return replace(config, keep="auto" if original is None else "pixels")
+
+
+def laid(
+    original: Original | None, model: Model, latents: tuple[Tensor, Tensor], edited: Iterable[Tensor], path: str
+) -> Restored:
+    """The frames to write to a path. latents: of edit and clip, (f, c, h, w). edited: decoded, uint8 (h, w, 3)."""
+    if original is None:
+        return Restored(edited)
+    clip, mask = original.clip, original.mask
+    changed = changed_latents(*latents).cpu()
+    if mask is not None and mask.how != "union":
+        changed &= mask.at((changed.shape[1], changed.shape[2]), len(changed)).cpu() > 0
+    reach = reach_of(lambda z: model.decode_clip(z, 1), latents[1][:1].to(model.device))
+    masks = [changed[i] for i in frames_of_latents(len(clip), model.frames_per_latent)]
+    display = None if is_sequence(path) or not path.lower().endswith(METADATA_SUFFIXES) else _display(clip)
+    if display is None:
+        return Restored(restored_frames(_cropped(clip), edited, masks, reach))
+    return Restored(_stored_frames(clip.source, edited, masks, reach), display)
 
 
 def _cropped(clip: FittedVideo) -> Iterator[Tensor]:
