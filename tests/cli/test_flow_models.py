@@ -44,7 +44,7 @@ def i2v(tmp_path_factory):
 
 
 def without_weights(folder, tmp_path):
-    """A model's folder whose weights cannot be read, for what must be refused before they are."""
+    """A model's folder with unreadable weights, for refusals before loading."""
     copy = shutil.copytree(folder, tmp_path / "model")
     for file in copy.rglob("*.safetensors"):
         file.write_bytes(b"nothing")
@@ -72,7 +72,7 @@ def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, prese
         (("--preset", "flow_edit", "--control", str(CLIP), "--controlnet", "a/b"), "controlnet: "),
     ],
 )
-def test_what_needs_attention_is_refused_before_loading(refused, folder, tmp_path, options, error):
+def test_methods_that_need_attention_are_refused_before_loading(refused, folder, tmp_path, options, error):
     broken = without_weights(folder, tmp_path)
     assert error in refused("edit", CLIP, "--model", broken, *WORDS, *SIZE, *options, "-o", "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
@@ -91,7 +91,7 @@ def test_attention_kernels_and_precisions(command, folder, tmp_path):
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 64, 64, 3)
 
 
-def test_maps_leave_out_what_the_model_does_not_give(command, vace, tmp_path):
+def test_maps_omit_attention_without_control(command, vace, tmp_path):
     shared = ("edit", CLIP, "--model", vace, *WORDS, *SIZE, "--preset", "flow_mask", "--steps", 3)
     output = " ".join(command(*shared, "--maps", "maps", "-o", "out.mp4").split())
     assert "no heat maps" in output and "no masks" not in output
