@@ -134,10 +134,10 @@ def main() -> None:
         f"{machine(device, dtype)}. {given.blocks} of Wan 1.3B's blocks, {weights:.0f} M parameters, {tokens} tokens, "
         f"{given.steps} steps, median of {given.rounds} rounds.\n\n"
         f"{table(['edit', 'time', 'of plain'], rows)}\n\n"
-        "The source's branch is a third call beside plain sampling's two, in the steps that read it: in half of them "
+        "The source's branch is a third call besides plain sampling's two, in the steps that read it: in half of them "
         "that is 1.25, in 0.8 of them 1.4. The rest is fusion of words, which at this size are nearly as many as tokens"
-        " are; a mask of both prompts is eight calls, whatever the steps. Maps are quick of so few tokens.\n\n"
-        "Bytes alive in a step of the whole Wan 1.3B in bfloat16, 81 frames of 832x480, as shapes tell them:\n\n"
+        " are; a mask of both prompts is eight calls, whatever the steps. Maps of so few tokens are fast.\n\n"
+        "Bytes alive in a step of the whole Wan 1.3B in bfloat16, 81 frames of 832x480, computed from shapes:\n\n"
         f"{table(['work', 'activations', 'with weights', 'of plain'], full_memory())}"
     )
     write_section(f"Wan: {device.type}, {given.dtype}", text)

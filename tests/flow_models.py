@@ -1,4 +1,4 @@
-"""Small random pipelines of transformers of pictures and of video with sound, in folders."""
+"""Small random pipelines of picture transformers and of video transformers with sound, in folders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 64, "max_image_se
 
 
 def write_flux(folder, distilled=True, seed=0):
-    """A random Flux pipeline: dev, or schnell if not distilled to take guidance as an input."""
+    """A random Flux pipeline: dev, which takes guidance as an input, or schnell."""
     torch.manual_seed(seed)
     clip, t5 = build_clip(folder), build_tokenizer()
     texts = {
@@ -73,7 +73,7 @@ def write_flux(folder, distilled=True, seed=0):
 
 
 def write_qwen_image(folder, seed=0):
-    """A random Qwen-Image pipeline, whose tokenizer has one token for each byte."""
+    """A random Qwen-Image pipeline with one token per byte."""
     torch.manual_seed(seed)
     vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer({**vocabulary, "<|endoftext|>": len(vocabulary)}, [])
@@ -103,7 +103,7 @@ def write_qwen_image(folder, seed=0):
 
 
 def write_ltx2(folder, seed=0):
-    """A random LTX-2 pipeline, with its parts for sound."""
+    """A random LTX-2 pipeline, including its sound parts."""
     torch.manual_seed(seed)
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *map(chr, range(33, 127))]
     tokenizer = GemmaTokenizer({letter: i for i, letter in enumerate(letters)}, [], model_max_length=1024)

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from flow_models import write_flux, write_ltx2, write_qwen_image
+from PIL import Image
 from wan import write_wan_i2v, write_wan_vace
 
 from fatezero.files.bundled import CLIP
@@ -43,7 +45,7 @@ def i2v(tmp_path_factory):
 
 
 def without_weights(folder, tmp_path):
-    """A model's folder whose weights cannot be read, for what must be refused before they are."""
+    """A model's folder with unreadable weights, for refusals before loading."""
     copy = shutil.copytree(folder, tmp_path / "model")
     for file in copy.rglob("*.safetensors"):
         file.write_bytes(b"nothing")
@@ -67,10 +69,11 @@ def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, prese
         (("--preset", "flow_edit", "--smoothing", "0.5"), "smoothing needs a UNet"),
         (("--preset", "flow_edit", "--shift", "square: 0:0.1,0"), "layout needs a UNet"),
         (("--injection", "none", "--memory", "maps"), "memory maps keeps attention"),
+        (("--preset", "flow_edit", "--maps", "maps"), "maps need control of the attention"),
         (("--preset", "flow_edit", "--control", str(CLIP), "--controlnet", "a/b"), "controlnet: "),
     ],
 )
-def test_what_needs_attention_is_refused_before_loading(refused, folder, tmp_path, options, error):
+def test_methods_that_need_attention_are_refused_before_loading(refused, folder, tmp_path, options, error):
     broken = without_weights(folder, tmp_path)
     assert error in refused("edit", CLIP, "--model", broken, *WORDS, *SIZE, *options, "-o", "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
@@ -89,7 +92,7 @@ def test_attention_kernels_and_precisions(command, folder, tmp_path):
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 64, 64, 3)
 
 
-def test_maps_leave_out_what_the_model_does_not_give(command, vace, tmp_path):
+def test_maps_omit_attention_without_control(command, vace, tmp_path):
     shared = ("edit", CLIP, "--model", vace, *WORDS, *SIZE, "--preset", "flow_mask", "--steps", 3)
     output = " ".join(command(*shared, "--maps", "maps", "-o", "out.mp4").split())
     assert "no heat maps" in output and "no masks" not in output
@@ -147,6 +150,18 @@ def test_vace_follows_a_control_video(command, refused, vace, i2v, tmp_path):
     assert "control has no effect" in refused(*shared, "--model", i2v, "--control", CLIP)
 
 
+def test_an_edit_may_have_its_own_first_frame(command, refused, i2v, vace, tmp_path):
+    shared = ("edit", CLIP, *WORDS, *SIZE, "--preset", "flow_edit", "--steps", 2)
+    Image.new("RGB", (64, 64), (0, 200, 0)).save(tmp_path / "green.png")
+    for name, options in {"clips": (), "own": ("--first-frame", "green.png")}.items():
+        command(*shared, "--model", i2v, *options, "-o", f"{name}.mp4")
+    clips, own = (json.loads((tmp_path / f"{name}.mp4.json").read_text()) for name in ("clips", "own"))
+    assert clips["made"]["frames"] != own["made"]["frames"]
+    assert own["made"]["files"]["first_frame"]
+    assert "first_frame has no effect" in refused(*shared, "--model", vace, "--first-frame", "green.png")
+    assert "first_frame: " in refused(*shared, "--model", i2v, "--first-frame", "none.png")
+
+
 def test_an_unknown_transformer_is_refused_by_name(refused, tmp_path):
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "X"]}'
@@ -154,3 +169,12 @@ def test_an_unknown_transformer_is_refused_by_name(refused, tmp_path):
     error = refused("edit", CLIP, "--model", tmp_path, *WORDS, "--preset", "flow_edit")
     assert "CogVideoXPipeline" in error
     assert "VACE" in error
+
+
+def test_a_scheduler_without_a_flow_is_refused(refused, flux, tmp_path):
+    model = shutil.copytree(flux, tmp_path / "model")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    error = refused("edit", CLIP, "--model", model, *WORDS, *SIZE, "--preset", "flow_edit")
+    assert "DDIMScheduler without a flow" in error

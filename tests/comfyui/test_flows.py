@@ -104,7 +104,7 @@ def test_methods_that_need_attention_are_refused_by_name(host, preset):
 @pytest.mark.parametrize("kind", ["flux", "z_image"])
 def test_areas_are_honoured_on_each_prompt(host, kind):
     graph = FlowGraph(kind=kind)
-    alone = host.latents(graph.prompt, graph.edit[0])
+    full = host.latents(graph.prompt, graph.edit[0])
     for name, seed in (("source", 40), ("target", 50), ("negative", 60)):
         text = graph.add("FlowText", kind=kind, seed=seed)
         half = graph.add(
@@ -116,7 +116,7 @@ def test_areas_are_honoured_on_each_prompt(host, kind):
     graph.set(graph.edit, positive=graph.target[0], negative=graph.negative[0])
     found = host.latents(graph.prompt, graph.edit[0])
     assert relative(found, host.latents(graph.prompt, by_loop(graph)[0])) < 1e-4
-    assert relative(found, alone) > 1e-2
+    assert relative(found, full) > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan_i2v", "hunyuan"])

@@ -129,22 +129,22 @@ def test_tokenflow_gives_every_frame_its_own_picture(demo, folder, pictures):
     """Pivots of both batches, and each batch: the hints of a call are those of its frames, in its order."""
     denoiser = demo.with_control(str(folder), pictures).denoiser
     hints = pictures.movedim(-1, 1) / 255
-    seen: list[list[int]] = []
+    calls: list[list[int]] = []
 
     def collect(module, inputs):
-        seen.append([int((hints - hint).abs().flatten(1).sum(1).argmin()) for hint in inputs[0]])
-        assert all(torch.allclose(hint, hints[i], atol=1e-6) for hint, i in zip(inputs[0], seen[-1], strict=True))
+        calls.append([int((hints - hint).abs().flatten(1).sum(1).argmin()) for hint in inputs[0]])
+        assert all(torch.allclose(hint, hints[i], atol=1e-6) for hint, i in zip(inputs[0], calls[-1], strict=True))
 
     embedding = denoiser.controlnet.model.controlnet_cond_embedding
     handle = embedding.register_forward_pre_hook(collect)
     text, target, empty = (demo.encode_prompt(words, 64, 64) for words in (PROMPT, "a red circle on water", ""))
     inversion = invert(denoiser, noise(3), text, 2, key_frames="self")
-    seen.clear()
+    calls.clear()
     flow = TokenFlowSettings(batch_frames=2, pivots=[[1, 2], [0, 2]])
     controlled = edit(denoiser, inversion, target, empty, 5.0, propagation=flow)
     handle.remove()
     pivots, batches = ([1, 2], [0, 2]), ([0, 1], [2])
-    assert [call for call, _ in groupby(seen)] == [pivots[0], *batches, pivots[1], *batches]
+    assert [call for call, _ in groupby(calls)] == [pivots[0], *batches, pivots[1], *batches]
     plain = edit(demo.denoiser, invert(demo.denoiser, noise(3), text, 2, key_frames="self"), target, empty, 5.0,
                  propagation=flow)  # fmt: skip
     assert not torch.allclose(controlled, plain, atol=1e-2)

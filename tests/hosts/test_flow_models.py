@@ -1,4 +1,4 @@
-"""Transformers without attention control: sampling as their pipelines do it, and FlowEdit against a loop of its own."""
+"""Transformers without attention control: sampling equals their pipelines', FlowEdit an independent loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,7 +67,7 @@ def i2v_sampled(pipeline, noise, clip, guidance):
 
 
 def i2v_velocity(pipeline, clip, shape):
-    """Of Wan 2.1: the encoded first frame, behind a mask of four channels, beside the latents."""
+    """Wan 2.1's: with a mask of four channels and the encoded first frame appended to the latents."""
     frames, _, height, width = shape
     video = torch.zeros(1, 3, 4 * frames - 3, HEIGHT, WIDTH)
     video[:, :, 0] = to_unit(clip[:1]) * 2 - 1
@@ -89,7 +89,7 @@ def i2v_velocity(pipeline, clip, shape):
 
 
 def vace_velocity(pipeline, clip, shape):
-    """Without a control video: a grey one, encoded twice, and a mask of ones."""
+    """VACE's without a control video: a grey one, encoded twice, and a mask of ones."""
     frames, _, height, width = shape
     grey = torch.zeros(1, 3, 4 * frames - 3, HEIGHT, WIDTH)
     mean, deviation = (
@@ -130,7 +130,7 @@ def flux_sampled(pipeline, packed, guidance, **more):
 
 
 def flux_velocity(pipeline, clip, shape):
-    """All frames as one batch. guidance: for dev, which takes it as an input."""
+    """Flux's, with all frames as one batch. guidance: for dev, which takes it as an input."""
     frames, channels, height, width = shape
     rows, columns = height // 2, width // 2
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
@@ -178,7 +178,7 @@ def qwen_velocity(pipeline, clip, shape):
 
 
 def ltx2_sampled(pipeline, noise, clip, guidance):
-    """Of the whole pipeline, with its modalities isolated and without its other kinds of guidance."""
+    """Samples of the whole pipeline, with isolated modalities and without other kinds of guidance."""
     whole = LTX2Pipeline.from_pretrained(pipeline.config._name_or_path)
     forward = whole.transformer.forward
     whole.transformer.forward = lambda **given: forward(**{**given, "isolate_modalities": True})
@@ -195,7 +195,7 @@ def ltx2_sampled(pipeline, noise, clip, guidance):
 
 
 def ltx2_velocity(pipeline, clip, shape):
-    """At eight frames a second; the sound, isolated, is anything."""
+    """LTX-2's at 8 fps, with any sound, because it is isolated."""
     frames, _, height, width = shape
 
     def velocity(x, timestep, prompt):
@@ -245,22 +245,22 @@ def texts(model, *prompts):
     return [model.encode_prompt(prompt, WIDTH, HEIGHT) for prompt in prompts]
 
 
-def test_sampling_is_the_pipelines(named):
+def test_sampling_equals_the_pipelines(named):
     name, model, clip, latents = named
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    if name.startswith("wan"):  # whose own scheduler takes other steps than Euler's
+    if name.startswith("wan"):  # its own scheduler has other steps than Euler's
         model = replace(model, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
         model.pipeline.scheduler = model.scheduler
-    guidance = 1.0 if name == "qwen image" else 3.0  # whose pipeline rescales guided predictions
+    guidance = 1.0 if name == "qwen image" else 3.0  # its pipeline rescales guided predictions
     expected = FAMILIES[name].sampled(model.pipeline, noise, clip, guidance)
     found = generate(model.denoiser, noise, *texts(model, TARGET, NEGATIVE), STEPS, guidance)
-    if name == "wan 5b i2v":  # the pipeline carries noise there to the end, and replaces it
+    if name == "wan 5b i2v":  # the pipeline keeps noise there to the end, and replaces it
         expected, found = expected[1:], found[1:]
     assert relative(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("variant", ["paper", "wan_edit"])
-def test_one_prompt_for_both_gives_the_clip_back(named, variant):
+def test_equal_prompts_return_the_clip(named, variant):
     _, model, _, latents = named
     source, negative = texts(model, SOURCE, NEGATIVE)
     drawn = draw(model.denoiser, latents, source, STEPS, FlowEditSettings(source_guidance=4.0, variant=variant))
@@ -268,7 +268,7 @@ def test_one_prompt_for_both_gives_the_clip_back(named, variant):
     assert relative(found, latents) < 1e-5
 
 
-def test_an_edit_is_an_independent_loop(named):
+def test_an_edit_equals_an_independent_loop(named):
     name, model, clip, latents = named
     if name not in LOOPS:
         pytest.skip("covered by the pipeline's sampling")
@@ -296,7 +296,7 @@ def test_an_edit_is_an_independent_loop(named):
     assert (found - latents).abs().max() > 1e-3
 
 
-def test_chunks_take_their_own_frames(named):
+def test_chunks_use_their_own_frames(named):
     _, model, _, latents = named
     source, target = texts(model, SOURCE, TARGET)
     drawn = draw(model.denoiser, latents, source, STEPS)
@@ -314,7 +314,7 @@ def test_a_mask_of_predictions(named):
     assert not same.all()
 
 
-def test_an_inversion_leads_back(named):
+def test_an_inversion_is_replayed(named):
     _, model, _, latents = named
     (source,) = texts(model, SOURCE)
     away = []
