@@ -166,6 +166,7 @@ def test_settings_come_back_as_they_were(tmp_path, monkeypatch):
     config = EditConfig(
         video="a.mp4", source="x", target="y", key_frames=("self", -1), size=(64, 32), reweight={"y": 1e-7},
         start="1.5s", temporal="demo", box=("y: 0:0.1,0.5,0.3",), mask=("x: nothing here.mp4",),
+        keep="latents",
     )  # fmt: skip
     path = tmp_path / "r.json"
     path.write_text(json.dumps(record_of(config, Provenance(files={"video": "1"}))))
