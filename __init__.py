@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 from .attention.condition import Condition as Condition
 from .attention.prompt import PromptEdit as PromptEdit
+from .diffusion.edit_maps import EditMaps as EditMaps
 from .diffusion.generate import generate as generate
 from .diffusion.invert import Inversion as Inversion
 from .diffusion.invert import invert as invert
@@ -41,6 +42,8 @@ from .recipes.recipe import Recipe as Recipe
 from .store.budget import StoreSettings as StoreSettings
 from .store.store import AttentionStore as AttentionStore
 from .store.store import StoreError as StoreError
+from .video.maps import write_maps as write_maps
+from .video.slice import xt_slice as xt_slice
 
 WEB_DIRECTORY = "./web"
 """Where ComfyUI finds the help pages."""

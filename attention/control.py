@@ -7,6 +7,7 @@ text tokens, c target text tokens, n key frames, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from einops import rearrange
 
 from ..imports import F, torch
-from .capture import Captured
+from .capture import Captured, TokenHeat
 from .key_frames import Chunk, KeyFrames, as_one
 
 if TYPE_CHECKING:
@@ -115,9 +116,9 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 class Control:
     """The model's attention with keys and values from the clip's key frames.
 
-    A host calls the two methods once for every layer of a UNet call on the frames of a
-    `chunk`, with tensors (frames, heads, tokens, head_dim) of one branch; the text's keys and
-    values may have one row for all frames. `attend` is the kernel, which a host may set.
+    A host calls `layer` once for every layer of a UNet call on the frames of a `chunk`, with
+    tensors (frames, heads, tokens, head_dim) of one branch; the text's keys and values may have
+    one row for all frames. `attend` is the kernel, which a host may set.
     """
 
     def __init__(self, key_frames: KeyFrames, chunk: Chunk) -> None:
@@ -166,6 +167,34 @@ class Control:
 
     def forget(self, layer: str) -> None:
         """Called by a layer's name when its records are no longer needed."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it only computes the model's attention, with keys and values from key frames."""
+        return type(self) is Control and self.captured.heat is None
+
+    def watch(self, layers: AbstractSet[str], tokens: Sequence[int]) -> None:
+        """Record the attention to some text tokens in some cross-attention layers of one grid."""
+        self.captured.heat = TokenHeat(layers, tokens)
+
+    def heat(self, text_tokens: int) -> Tensor:
+        """The recorded attention, averaged over heads and layers: (f s y x), 0 for tokens that are not watched."""
+        if self.windows:
+            windows = {frames: control.heat(text_tokens) for frames, control in self.windows.items()}
+            return over_windows(windows, self.chunk.frame_indices)
+        assert self.captured.heat is not None
+        return self.captured.heat.of_all(text_tokens)
+
+    def layer(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        """The output of a self- or cross-attention layer: (f h t d)."""
+        if site.kind == "self":
+            return self.self_attention(q, k, v, site)
+        heat = self.captured.heat
+        if heat is not None and site.name in heat.layers and site.name not in heat.shares:
+            shares = token_shares(q, k, heat.tokens, self.attend)
+            shares = rearrange(shares, "f (y x) n -> f n y x", y=site.height, x=site.width)
+            heat.shares[site.name] = shares.to(torch.promote_types(shares.dtype, torch.float32))
+        return self.cross_attention(q, k, v, site)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if self.extended or self.key_frames.everyone:

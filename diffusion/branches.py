@@ -54,7 +54,7 @@ class Branches:
 class EditRun:
     """One edit with checked inputs, on the model's device.
 
-    first: its first step, 0 the noisiest. negative: None at guidance 1.
+    first: its first step, 0 the noisiest. negative: None at guidance 1, and where guidance is the model's input.
     """
 
     def __init__(self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, edit: Edit) -> None:
@@ -66,7 +66,9 @@ class EditRun:
         like = store.level(0)[:1].to(denoiser.device)
         self.target = Condition.of(edit.target_embeddings, "target_embeddings").to(like)
         self.negative: Condition | None = None
-        if edit.guidance_scale != 1:
+        if denoiser.embeds_guidance:
+            self.target = self.target.with_guidance(edit.guidance_scale)
+        elif edit.guidance_scale != 1:
             if edit.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(edit.negative_embeddings, "negative_embeddings").to(like)
@@ -79,6 +81,7 @@ class EditRun:
         injection = edit.fusion
         self.injected = Injected(edit, self.context) if injection is None else injection.injected(edit, self.context)
         self._steering: EditSteering | None = None
+        self.maps = edit.maps
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         """Called once, while the denoiser is hooked. chunks: of every step."""
@@ -86,6 +89,8 @@ class EditRun:
             self._steering = self.layout.prepared(self.context, chunks)
             self.context.area = self._steering.area
         self.injected.prepare(chunks)
+        if self.maps is not None:
+            self.maps.prepare(self.context, chunks)
 
     def begin(self) -> Tensor:
         """The latents of the first step, (frames, c, h, w)."""
@@ -117,6 +122,8 @@ class EditRun:
         """The guided prediction on the source's chunk. prepare: called with the control of each branch."""
         step = branches.step
         control, negative = self.injected.controls(source, step)
+        if self.maps is not None:
+            self.maps.watch(control, self.context.sites)
         if prepare is not None:
             prepare("target", control)
             prepare("negative", negative)
@@ -125,7 +132,10 @@ class EditRun:
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.paired)
         mask = self.injected.latent_mask(source, control, step)
         of_source = self.start.source_prediction(branches, source)
-        return Prediction(noise, None if mask is None else mask.to(branches.z), of_source)
+        found = Prediction(noise, None if mask is None else mask.to(branches.z), of_source)
+        if self.maps is None:
+            return found
+        return found._replace(heat=self.maps.heat(control), attention_mask=self.injected.attention_mask(control))
 
     def smoothed(self, z: Tensor, step: int, predicted: Prediction) -> Prediction:
         """A prediction with its clean latents smoothed."""
@@ -137,7 +147,7 @@ class EditRun:
         smoothed = self.smoothing.smoothed(clean, source)
         if smoothed is clean:
             return predicted
-        return Prediction(self.schedule.towards(z, smoothed, level), predicted.mask)
+        return predicted._replace(noise=self.schedule.towards(z, smoothed, level), source=None)
 
     def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:
         """The step from level steps - step to the next less noisy level."""

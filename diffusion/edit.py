@@ -13,6 +13,7 @@ from ..attention.prompt import PromptEdit
 from ..imports import no_grad
 from .branches import Branches, EditRun
 from .denoiser import Denoiser, check_finite, chunks_of, joined
+from .edit_maps import EditMaps
 from .invert import Inversion, Progress
 from .parts import Edit, Injected, Injection, Layouts, Prediction, Propagation, Smoothing
 from .source import Needs, check_store, sources
@@ -39,6 +40,7 @@ def edit(
     layout: Layouts | None = None,
     strength: float = 1.0,
     sdedit_seed: int | None = None,
+    maps: EditMaps | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip; returns latents (frames, c, h, w).
@@ -49,7 +51,7 @@ def edit(
     (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask; without FateZero,
     the edit restores the inversion's latents outside it. smoothing: filters the edit's changes over time
     (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength, sdedit_seed: see
-    `Edit`.
+    `Edit`. maps: records attention to words, and masks; eight more model calls.
 
     FateZero injects into the conditional branch, Plug-and-Play into both. Model calls: two a step (one at guidance 1),
     and one more in every step that reads a source that is not in the store (`recipes.cost.calls_of`).
@@ -59,7 +61,7 @@ def edit(
     """
     one = Edit(
         target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, layout,
-        strength, sdedit_seed,
+        strength, sdedit_seed, maps,
     )  # fmt: skip
     return edit_many(denoiser, inversion, [one], chunk_frames, progress=progress)[0]
 
@@ -168,10 +170,14 @@ class EditPass:
         if together:
             by_run = zip(*self._spread.each(chunks, of_chunk), strict=True)
             parts = {i: list(own) for i, own in zip(together, by_run, strict=True)}
-        return [
+        found = [
             None if step < run.first else run.smoothed(z, step, self._of_run(run, z, step, chunks, parts.get(i, [])))
             for i, (run, z) in enumerate(zip(self._runs, zs, strict=True))
         ]
+        for run, predicted in zip(self._runs, found, strict=True):
+            if run.maps is not None and predicted is not None:
+                run.maps.record(self._store, step, predicted)
+        return found
 
     def _of_run(
         self, run: EditRun, z: Tensor, step: int, chunks: Sequence[Chunk], shared: Sequence[Prediction]
@@ -216,9 +222,9 @@ class EditPass:
 
 
 def _joined(chunks: Sequence[Chunk], parts: Sequence[Prediction]) -> Prediction:
-    def whole(found: list[Tensor | None]) -> Tensor | None:
+    def whole(found: Sequence[Tensor | None]) -> Tensor | None:
         given = [part for part in found if part is not None]
         return joined(chunks, given) if given else None
 
-    noise = joined(chunks, [part.noise for part in parts])
-    return Prediction(noise, whole([part.mask for part in parts]), whole([part.source for part in parts]))
+    noise, *others = zip(*parts, strict=True)
+    return Prediction(joined(chunks, noise), *map(whole, others))

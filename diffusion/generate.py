@@ -47,6 +47,8 @@ def generate(
     schedule, chunk, sites = denoiser.schedule(steps), Chunk.whole(len(noise)), denoiser.sites(*noise.shape[-2:])
     z = noise.to(denoiser.device)
     positive, unwanted = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
+    if denoiser.embeds_guidance:
+        positive = positive.with_guidance(guidance_scale)
     if layout is not None:
         layout.check_fits(len(z), positive.text_tokens)
         if attention is not None and not layout.moves_latents:
@@ -59,11 +61,13 @@ def generate(
                 z = layout.moved(denoiser, z, timestep, alpha, positive, ClipCalls(keys, clip_norm, chunk_frames))
                 control = layout.control(keys, chunk)
             if attention is not None:
-                control = recorder = attention.recorder(keys, chunk, sites, positive.text_tokens)
-            guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
+                attention.watch(control, sites, positive.text_tokens)
+            guidance = None
+            if not denoiser.embeds_guidance:
+                guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
             if attention is not None:
-                attention.record(recorder)
+                attention.record(control)
             z = schedule.move(z, predicted, steps - step, steps - step - 1)
             check_finite(z, f"latents of step {step + 1}")
             if progress:

@@ -11,11 +11,12 @@ from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..settings import setting, whole_steps
+from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
 from .denoiser import Denoiser
+from .edit_maps import EditMaps
 from .schedule import Schedule, Steps
 from .source import Needs
 from .steering import EditSteering
@@ -31,12 +32,15 @@ class Prediction(NamedTuple):
     """The model's prediction at one step, for the whole clip or for the frames of a chunk.
 
     noise: (frames, c, h, w). mask: (frames, 1, h, w), 0 where the source's latents replace the edit's; None for no
-    mask. source: the same prediction for the source's branch, where the start needs it.
+    mask. source: the same prediction for the source's branch, where the start needs it. heat, attention_mask: of
+    `EditMaps`, if they are recorded.
     """
 
     noise: Tensor
     mask: Tensor | None
     source: Tensor | None = None
+    heat: Tensor | None = None
+    attention_mask: Tensor | None = None
 
 
 Prepare = Callable[[str, Control], None]
@@ -70,9 +74,15 @@ class Injection(Protocol):
 
 
 class BaseInjection:
-    """An injection that fits every edit and makes no model calls before the first step."""
+    """Settings of an injection that fits every edit and makes no model calls before the first step.
+
+    Raises ValueError for a setting out of its range.
+    """
 
     needs_attention = True
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
@@ -202,6 +212,8 @@ class Edit:
         "much of it.",
         least=1, most=2**63 - 1, shown="the inverted noise", group="The edit",
     )  # fmt: skip
+    maps: EditMaps | None = None
+    """Records the edit's attention to words and its masks."""
 
 
 def first_step(strength: float, steps: int) -> int:
@@ -287,6 +299,10 @@ class Injected:
         """Where the edit keeps its own latents, after its branch ran: (frames, 1, h, w) of the chunk; None: all."""
         return None if self._inside is None else self._inside[list(source.chunk.frame_indices)]
 
+    def attention_mask(self, control: Control) -> Tensor | None:
+        """Where self-attention is the edit's in a step: (frames of the chunk, y, x); None if no mask decides that."""
+        return None
+
     def blends_latents(self, step: int) -> bool:
         """Whether a step has a `latent_mask`."""
         return self._inside is not None
@@ -294,3 +310,16 @@ class Injected:
     def restored_level(self, level: int) -> int:
         """The level of the source's latents that replace the edit's outside the mask, after the step from a level."""
         return level - 1
+
+
+class SourceControl(Control):
+    """The control of a branch that reads the source's attention or features."""
+
+    def __init__(self, source: SourceStep) -> None:
+        super().__init__(source.key_frames, source.chunk)
+        self.source = source
+
+    def on(self, chunk: Chunk) -> Self:
+        own = super().on(chunk)
+        own.source = self.source.window(chunk.frame_indices)
+        return own

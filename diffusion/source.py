@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from ..attention.capture import Captured
 from ..attention.condition import Condition
-from ..attention.control import AttentionSite
+from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import mask_sites, word_heat
 from ..attention.prompt import PromptEdit
 from ..imports import no_grad
 from ..store.backends import FileBackend, Records, read_ahead
 from ..store.budget import NOT_IN_PARTS, record_shapes
-from ..store.records import PairedBranch, Recorder, SourceStep, TokenHeatRecorder
+from ..store.records import PairedBranch, Recorder, SourceStep
 from ..store.store import AttentionStore, StoreError
 from .denoiser import Denoiser, chunks_of, frames_meet, frames_of, joined
 from .invert import Inversion
@@ -185,7 +185,9 @@ def attention_to(
     the text in some layers of one grid, (frames, all tokens, y, x), without maps. Called while the denoiser is hooked.
     """
     names, count = {site.name for site in sites}, condition.text_tokens
-    recorders = [TokenHeatRecorder(store.key_frames, chunk, names, tokens) for chunk in chunks]
+    recorders = [Control(store.key_frames, chunk) for chunk in chunks]
+    for recorder in recorders:
+        recorder.watch(names, tokens)
     parts = [denoiser.predict_noise(frames_of(z, r.chunk), store.timesteps[step], condition, r) for r in recorders]
     return joined(chunks, parts), joined(chunks, [r.heat(count) for r in recorders])
 

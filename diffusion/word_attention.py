@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..attention.control import AttentionSite
-from ..attention.key_frames import Chunk, KeyFrames
+from ..attention.control import AttentionSite, Control
 from ..attention.masks import mask_sites
 from ..imports import torch
-from ..store.records import TokenHeatRecorder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Words = Mapping[str, Sequence[int]]
+"""The columns of each word in a text."""
+MOST_TOKENS = 256
+"""Heat maps come from the finest grid of at most so many tokens, or from the coarsest."""
+
+
+def heat_sites(sites: Iterable[AttentionSite], most_tokens: int = MOST_TOKENS) -> list[AttentionSite]:
+    """The cross-attention layers of a model's heat maps; none if it has none."""
+    cross = [site for site in sites if site.kind == "cross"]
+    return mask_sites(cross, max(most_tokens, min(site.tokens for site in cross))) if cross else []
+
+
+def columns_in(words: Words) -> list[int]:
+    """The columns of all words."""
+    return sorted({column for columns in words.values() for column in columns})
+
+
+def of_words(heat: Tensor, words: Words) -> Tensor:
+    """The attention to each word, from that to each token: (f s y x) to (f words y x), float32 in RAM."""
+    return torch.stack([heat[:, list(own)].sum(1) for own in words.values()], 1).float().cpu()
+
+
+def by_word(words: Words, heats: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The heat of each word in every step, (steps, frames, y, x), from those of `of_words`; empty for no steps."""
+    steps = list(heats)
+    return dict(zip(words, torch.stack(steps).unbind(2), strict=True)) if steps else {}
 
 
 @dataclass(frozen=True)
@@ -25,8 +50,8 @@ class WordAttention:
     Raises ValueError for no words, or a word without columns.
     """
 
-    words: Mapping[str, Sequence[int]]
-    most_tokens: int = 256
+    words: Words
+    most_tokens: int = MOST_TOKENS
     heats: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -36,22 +61,21 @@ class WordAttention:
     @property
     def columns(self) -> list[int]:
         """The columns of all words."""
-        return sorted({column for columns in self.words.values() for column in columns})
+        return columns_in(self.words)
 
-    def recorder(self, keys: KeyFrames, chunk: Chunk, sites: Sequence[AttentionSite], tokens: int) -> TokenHeatRecorder:
-        """The control of the conditional branch in a step. sites: the model's layers; tokens: of the text.
+    def watch(self, control: Control, sites: Sequence[AttentionSite], tokens: int) -> None:
+        """Let the control of the conditional branch record. sites: the model's layers; tokens: of the text.
 
         Raises ValueError for columns that the text does not have.
         """
         if self.columns[-1] >= tokens:
             raise ValueError(f"words contain token {self.columns[-1]}; the text has {tokens} tokens")
-        return TokenHeatRecorder(keys, chunk, {site.name for site in mask_sites(sites, self.most_tokens)}, self.columns)
+        control.watch({site.name for site in heat_sites(sites, self.most_tokens)}, self.columns)
 
-    def record(self, recorder: TokenHeatRecorder) -> None:
+    def record(self, control: Control) -> None:
         """Add a step."""
-        heat = recorder.heat(self.columns[-1] + 1)
-        self.heats.append(torch.stack([heat[:, list(own)].sum(1) for own in self.words.values()], 1).float().cpu())
+        self.heats.append(of_words(control.heat(self.columns[-1] + 1), self.words))
 
     def steps(self) -> dict[str, Tensor]:
         """The heat of each word in every step: (steps, frames, y, x)."""
-        return dict(zip(self.words, torch.stack(self.heats).unbind(2), strict=True))
+        return by_word(self.words, self.heats)

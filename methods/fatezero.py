@@ -381,6 +381,11 @@ class Fusion(Injected):
         height, width = self.context.store.levels.shape[-2:]
         return self.masks({(height, width)}, heats, source.chunk)[height, width][:, None]
 
+    def attention_mask(self, control: Control) -> Tensor | None:
+        """On the finest grid of the layers that it acts in."""
+        masks = control.masks if isinstance(control, Fuser) and control.plan.fuse_self else None
+        return masks[max(masks)] if masks else None
+
     def blends_latents(self, step: int) -> bool:
         return self.plan(step).blend_latents
 

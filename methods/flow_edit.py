@@ -140,7 +140,7 @@ class DrawnNoise:
         noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
         if self.settings.gain != 1:
             noise = source + self.settings.gain * (noise - source)
-        return Prediction(noise, found[0].mask, source)
+        return found[0]._replace(noise=noise, source=source)
 
     def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
         """d_source, with its own guidance."""
@@ -203,11 +203,14 @@ def draw(
     start = DrawnNoise(settings or FlowEditSettings())
     schedule = start.schedule(denoiser.schedule(steps))
     check_latents(latents)
+    source = Condition.of(source_embeddings, "source_embeddings").to(latents)
+    if denoiser.embeds_guidance:
+        source = source.with_guidance(start.settings.source_guidance)
     return Inversion(
         AttentionStore(
             memory="recompute",
             levels=start.levels(latents, schedule, None if noises is None else _stacked(noises, latents)),
-            source=Condition.of(source_embeddings, "source_embeddings").to(latents),
+            source=source,
             timesteps=schedule.timesteps,
             alphas=tuple(schedule.alphas.tolist()),
             key_frames=keys_on(denoiser, key_frames),

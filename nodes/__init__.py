@@ -8,6 +8,7 @@ from .attention import FateZeroSpatioTemporalAttention
 from .attention_maps import FateZeroAttentionMaps
 from .demo import FateZeroDemoModel, FateZeroDemoVideoModel
 from .edit import FateZeroSampler
+from .edit_maps import FateZeroEditMaps, FateZeroSlice
 from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .flow_edit import FateZeroFlowEdit
 from .flow_mask_preview import FateZeroFlowMaskPreview
@@ -49,6 +50,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroLoadTemporalLayers,
             FateZeroTuneOnVideo,
             FateZeroMaskPreview,
+            FateZeroEditMaps,
             FateZeroFlowMaskPreview,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,
@@ -62,6 +64,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroEditGuider,
             FateZeroEvaluate,
             FateZeroCompareVideos,
+            FateZeroSlice,
             FateZeroDemoModel,
             FateZeroDemoVideoModel,
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 from einops import rearrange
+from torch import Tensor
 
 from ..attention.prompt import PromptEdit
 from ..diffusion.parts import Edit
@@ -24,7 +26,7 @@ from .prompt import check_clip, encoded, unweighted
 from .settings import widget
 from .sockets import schema
 
-_PIXELS = 8
+PIXELS = 8
 """Pixels of a heat map per latent and side."""
 
 
@@ -85,12 +87,20 @@ class FateZeroAttentionMaps(io.ComfyNode):
             callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), disable_pbar=True,
             seed=noise.seed,
         )  # fmt: skip
-        heats, size = attention.steps(), (_PIXELS * samples.shape[-2], _PIXELS * samples.shape[-1])
-        pictures = torch.stack([heat_map(heat.mean(0), size, word) for word, heat in heats.items()])
-        side_by_side = rearrange(pictures, "w f y x c -> f y (w x) c").float() / 255
-        sheet = torch.from_numpy(np.asarray(heat_steps(heats, size)).copy())[None].float() / 255
+        heats, size = attention.steps(), (PIXELS * samples.shape[-2], PIXELS * samples.shape[-1])
         output = {**given, "samples": made.to(comfy.model_management.intermediate_device())}
-        return io.NodeOutput(output, side_by_side, sheet)
+        return io.NodeOutput(output, heat_images(heats, size), steps_image(heats, size))
+
+
+def heat_images(heats: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """Frames with the words side by side, averaged over steps, as an IMAGE. heats: (steps, frames, y, x) of words."""
+    pictures = torch.stack([heat_map(heat.mean(0), size, word) for word, heat in heats.items()])
+    return rearrange(pictures, "w f y x c -> f y (w x) c").float() / 255
+
+
+def steps_image(heats: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """The middle frame over the steps, as an IMAGE."""
+    return torch.from_numpy(np.asarray(heat_steps(heats, size)).copy())[None].float() / 255
 
 
 def _columns(pair: PromptEdit, prompt: str, words: str, text_tokens: int) -> dict[str, list[int]]:

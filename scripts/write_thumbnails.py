@@ -35,8 +35,8 @@ FRAMES, STEPS = 8, 20
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """target: of the edit in the demo world. source: of its clip. model: a demo model. drawn: with FlowEdit too.
-    note: what else its title says.
+    """target: the edit's prompt in the demo world. source: its clip's. model: a demo model. drawn: with FlowEdit too.
+    note: an addition to its title.
     """
 
     target: str

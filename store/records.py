@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from einops import rearrange
-
 from ..attention.capture import Captured
 from ..attention.condition import Condition
 from ..attention.control import (
@@ -18,7 +16,6 @@ from ..attention.control import (
     attention,
     attention_map,
     over_windows,
-    token_shares,
 )
 from ..attention.key_frames import Chunk, KeyFrames
 from ..imports import torch
@@ -293,30 +290,6 @@ class Recorder(Control):
         if site.name in self.layers:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
             self.records[site.name] = Map(attention_map(q, k[:1])) if as_map else QueriesKeys(q, k[:1])
-        return super().cross_attention(q, k, v, site)
-
-
-class TokenHeatRecorder(Control):
-    """Sums the attention to some text tokens over layers of one grid, without building their maps."""
-
-    def __init__(self, key_frames: KeyFrames, chunk: Chunk, layers: set[str], tokens: Sequence[int]) -> None:
-        super().__init__(key_frames, chunk)
-        self.layers, self.tokens = layers, tokens
-        self._sum: Tensor | None = None
-
-    def heat(self, text_tokens: int) -> Tensor:
-        """The mean over heads and layers, like `attention.masks.token_heat`: (f s y x), 0 for other tokens."""
-        assert self._sum is not None
-        whole = self._sum.new_zeros(len(self._sum), text_tokens, *self._sum.shape[-2:])
-        whole[:, list(self.tokens)] = self._sum / len(self.layers)
-        return whole
-
-    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        if site.name in self.layers:
-            shares = token_shares(q, k, self.tokens, self.attend)
-            shares = rearrange(shares, "f (y x) n -> f n y x", y=site.height, x=site.width)
-            shares = shares.to(torch.promote_types(shares.dtype, torch.float32))
-            self._sum = shares if self._sum is None else self._sum + shares
         return super().cross_attention(q, k, v, site)
 
 

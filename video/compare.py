@@ -22,30 +22,30 @@ def compare(a: Tensor, b: Tensor, how: Comparison, labels: tuple[str, str] = (""
     Raises ValueError for clips that differ in frames or size, or an unknown `how`.
     """
     if a.shape != b.shape:
-        raise ValueError(f"the clips differ: {_size_of(a)} and {_size_of(b)}")
+        raise ValueError(f"the clips differ: {size_of(a)} and {size_of(b)}")
     if how not in COMPARISONS:
         raise ValueError(f"comparison is {how!r}; it must be one of {', '.join(COMPARISONS)}")
     frames, width = len(a), a.shape[2]
     if how == "side by side":
-        return torch.cat([_labelled(a, labels[0]), _labelled(b, labels[1])], 2)
+        return torch.cat([labelled(a, labels[0]), labelled(b, labels[1])], 2)
     if how == "difference":
         difference = (a.int() - b.int()).abs()
         peak = max(1, int(difference.max()))
         shown = (difference * 255 // peak).to(torch.uint8)
         names = " - ".join(label for label in labels if label)
-        return _labelled(shown, f"|{names}| x {255 / peak:.1f}" if names else "")
+        return labelled(shown, f"|{names}| x {255 / peak:.1f}" if names else "")
     edge = [width // 2] * frames if how == "split" else [round(width * (t + 0.5) / frames) for t in range(frames)]
     columns, at = torch.arange(width), torch.tensor(edge)[:, None]
     behind, line = columns < at, (columns - at).abs() < max(1, width // 400)
-    shown = torch.where(behind[:, None, :, None], _labelled(b, labels[1]), _labelled(a, labels[0], right=True))
+    shown = torch.where(behind[:, None, :, None], labelled(b, labels[1]), labelled(a, labels[0], right=True))
     return torch.where(line[:, None, :, None], torch.tensor(255, dtype=torch.uint8), shown)
 
 
-def _size_of(clip: Tensor) -> str:
+def size_of(clip: Tensor) -> str:
     return f"{clip.shape[0]} frames of {clip.shape[2]}x{clip.shape[1]}"
 
 
-def _labelled(clip: Tensor, label: str, right: bool = False) -> Tensor:
+def labelled(clip: Tensor, label: str, right: bool = False) -> Tensor:
     """A label in the upper left (or right) corner, on a dark background, at most half as wide as the frame."""
     if not label:
         return clip

@@ -113,7 +113,7 @@ def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
     """Jobs grouped by their inversion; a job that shares none inverts by itself."""
     sharing = dict[str, list[tuple[Job, EditConfig]]]()
     for job, config in jobs:
-        key = job.name if config.noise == "drawn" else _digest(inversion_of(config))
+        key = job.name if config.noise == "drawn" else sha256(repr(asdict(inversion_of(config))).encode()).hexdigest()
         sharing.setdefault(key, []).append((job, config))
     groups = []
     for key, members in sharing.items():
@@ -128,21 +128,19 @@ def inversion_of(config: EditConfig) -> EditConfig:
     return replace(EditConfig(), **{name: getattr(config, name) for name in _OF_INVERSIONS})
 
 
-def _digest(config: EditConfig) -> str:
-    return sha256(repr(asdict(config)).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class WorkerOptions:
     """Options of all jobs of a run, wherever they run.
 
-    model_config: see `Session`. measures: whether results are measured; clip: by which CLIP of transformers too.
+    model_config: see `Session`. measures: whether results are measured; clip: by which CLIP of transformers too. maps:
+    whether each edit's heat maps, masks and slices are written next to it.
     """
 
     dtype: str = "auto"
     model_config: str | None = None
     measures: bool = True
     clip: str = ""
+    maps: bool = False
 
     def measure(self, device: str) -> Measure | None:
         return Measure(device, self.clip) if self.measures else None
@@ -188,7 +186,7 @@ class Worker:
     def __init__(self, options: WorkerOptions, device: str, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._measure = options.measure(device)
+        self._measure, self._maps = options.measure(device), options.maps
         self._session = _Keeping(
             Console(quiet=True), no_bars, device, options.dtype, options.model_config, overwrite=True
         )
@@ -201,7 +199,8 @@ class Worker:
         config, usual = task.config, EditConfig()
         if store is not None:
             config = replace(config, **{name: getattr(usual, name) for name in _OF_PLACES})
-        run_edits(self._session, [config], str(output), store, dry_run=False, from_batch=store is not None)
+        maps = output.with_name(f"{output.stem}_maps") if self._maps else None
+        run_edits(self._session, [config], str(output), store, dry_run=False, from_batch=store is not None, maps=maps)
         return {} if self._measure is None else self._measure(recorded_source(config, output), output)
 
 

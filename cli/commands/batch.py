@@ -58,6 +58,9 @@ class BatchConfig:
     retries: int = setting(1, "Retries of a job whose process died.", least=0, most=1000)
     measure: bool = setting(True, "Measure each result against its source.")
     clip: str = setting("", "CLIP model of transformers to measure with.", shown="none")
+    maps: bool = setting(
+        False, "Write the heat maps, masks and slices of each edit that runs into NAME_maps, as `fatezero edit --maps`."
+    )
     redo: bool = setting(False, "Repeat finished jobs.")
     ray: str = setting("", "Address of a Ray cluster to run the jobs on, auto, or local.", shown="none", group=_RAY)
     ray_gpus: float | None = setting(
@@ -78,6 +81,8 @@ class BatchConfig:
         """Raise ConfigError for settings that do not apply where the jobs run."""
         if self.ray and self.comfyui:
             raise ConfigError("give only one of --ray and --comfyui")
+        if self.maps and (self.ray or self.comfyui):
+            raise ConfigError("maps are written on this machine only: leave out --ray and --comfyui, or --maps")
         if model_config is not None and self.comfyui:
             raise ConfigError("model_config has no effect with --comfyui: the workflow names the model")
         if self.ray and self.timeout is not None:
@@ -89,7 +94,7 @@ class BatchConfig:
             pick_dtype(dtype, torch.device("cpu"))
 
 
-BatchOptions = options_of(BatchConfig, redo="")
+BatchOptions = options_of(BatchConfig, redo="", maps="")
 
 
 def command(
@@ -111,7 +116,7 @@ def command(
     config.check_places(dtype, model_config)
     if config.clip and config.measure:
         check_clip(config.clip)
-    options = WorkerOptions(dtype, model_config, config.measure, config.clip)
+    options = WorkerOptions(dtype, model_config, config.measure, config.clip, config.maps)
     run_batch(Session(console, progress_bar), batch, Run(folder, options, config, dry_run))
 
 

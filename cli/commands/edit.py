@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from ...attention.masks import GivenMask
 from ...diffusion.edit import edit_many
 from ...diffusion.invert import Inversion
+from ...diffusion.parts import Edit
 from ...diffusion.spread import ONE_PROCESS
 from ...files.whole import disk_folder, remove_stale_folders
 from ...imports import torch
@@ -21,6 +22,7 @@ from ...settings import shown
 from ...store.origin import Origin
 from ...store.store import AttentionStore
 from ...video.fitted import FittedVideo
+from ...video.motion import Motion
 from ...video.read import Sound, SoundTrack, VideoSource
 from ...video.write import FrameDigest, shortcomings, write_video
 from ..captions import captioned, check_captioner, with_captions
@@ -42,8 +44,10 @@ from ..config.record import (
 )
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
-from ..families import check_edits
-from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
+from ..families import check_edits, check_guidance
+from ..frames import decode, fit_frames, for_clip, found_frames, shape_of, with_first_frame
+from ..maps import HELP as MAPS
+from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
 from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
 from ..options import (
@@ -93,6 +97,7 @@ def command(
         ),
     ] = "edit.mp4",
     config: Config = None,
+    maps: Annotated[Path | None, Parameter(help=MAPS, group=GROUPS["What to edit"])] = None,
     preset: Annotated[
         str | None, Parameter(help=f"Settings that go together: {', '.join(PRESETS)}.", group=GROUPS["The edit"])
     ] = None,
@@ -119,7 +124,8 @@ def command(
         session.note(note)
     if config is not None and made is not None:
         check_is_here(config, configs[0], run.model_config, given)
-    run_edits(session, configs, output, store, run.dry_run, made)
+    check_maps(maps)
+    run_edits(session, configs, output, store, run.dry_run, made, maps=maps)
 
 
 def run_edits(
@@ -130,19 +136,22 @@ def run_edits(
     dry_run: bool,
     made: Provenance | None = None,
     from_batch: bool = False,
+    maps: Path | None = None,
 ) -> None:
     """Run one inversion, or load it from a file, and edit with each configuration; writes results and records.
 
     made: the provenance of an earlier result to reproduce. from_batch: the store is the caller's, made with the same
-    settings, and is left out of records. Invalid input is rejected before the inversion. If an output cannot be
-    written, the others still are, and OSError names it.
+    settings, and is left out of records. maps: the folder for heat maps, masks and slices.
+
+    Invalid input is rejected before the inversion. If an output cannot be written, the others still are, and OSError
+    names it.
     """
     remove_stale_folders(disk_folder())
     if made is not None and made.threads is not None:
         torch.set_num_threads(made.threads)
     with session.outputs(configs[0], store_path) as files:
         session, team = team_of(session)
-        run = _Run(session, team, output, store_path, made, from_batch)
+        run = _Run(session, team, output, store_path, made, from_batch, maps)
         _edit(run, files, configs, dry_run)
 
 
@@ -156,6 +165,7 @@ class _Run:
     store: Path | None
     made: Provenance | None
     from_batch: bool
+    maps: Path | None
 
     @property
     def writes(self) -> bool:
@@ -201,7 +211,7 @@ class _Clip:
 class _OneEdit:
     """One edit: its configuration, prompt pair, layout and mask; its output and the digests of the files it reads.
 
-    recorded: the settings for its record.
+    recorded: the settings for its record. maps: the folder for its heat maps, masks and slices.
     """
 
     config: EditConfig
@@ -210,6 +220,7 @@ class _OneEdit:
     layout: Layout | None
     mask: GivenMask | None
     output: str
+    maps: Path | None
     files: dict[str, str]
 
 
@@ -235,12 +246,16 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
-    check_edits(configs, stored=store is not None)
+    check_edits(configs, stored=store is not None, maps=run.maps is not None)
     check_control(configs[0])
     if any(config.source == AUTO for config in configs):
         configs = captioned(session, configs, source.video)
         _check_words(configs)
+    folders = map_folders(run.maps, outputs)
+    reserve_maps(writes, folders if run.writes else [None] * len(folders), configs)
     checkpoint = session.open_model(configs[0].chosen_model)
+    for config in configs:
+        check_guidance(checkpoint, config)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [
         checked_layout(checkpoint, config, prompt, source.frames)
@@ -257,7 +272,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         session.note(lost)
     if not dry_run:
         recorded = with_captions(given, configs) if run.from_batch else configs
-        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, files))
+        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, folders, files))
         _run(run, checkpoint, clip, store, edits, now)
 
 
@@ -315,21 +330,38 @@ def _run(
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
         motion = motion_of(checkpoint, configs, inversion, bar)
-        edits = [one_edit(checkpoint, a.config, a.prompt, inversion.store, motion, a.layout, a.mask) for a in tasks]
+        models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
+        edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
             checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)
         )
         if not run.writes:
             return
-        for one, latents in zip(tasks, results, strict=True):
+        for one, edit, latents in zip(tasks, edits, results, strict=True):
             writing = _Writing(one.output, _recorded(one.recorded, inversion.store), replace(now, files=one.files))
+            edited = Kept(decode(checkpoint, latents, clip.frames, _bar(bar, one)), keep=one.maps is not None)
             try:
-                _write(run, writing, decode(checkpoint, latents, clip.frames, _bar(bar, one)), clip)
+                _write(run, writing, edited, clip)
+                if one.maps is not None and edit.maps is not None:
+                    source = _source_frames(checkpoint, clip, inversion.store)
+                    write_recorded(one.maps, edit.maps, source, edited, clip.fps, session)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
     if failed:
         raise OSError(f"{len(failed)} of {len(tasks)} edits could not be written: {'; '.join(failed)}")
+
+
+def _described(checkpoint: Model, one: _OneEdit, store: AttentionStore, motion: Motion | None) -> Edit:
+    edit = one_edit(checkpoint, one.config, one.prompt, store, motion, one.layout, one.mask)
+    return edit if one.maps is None else recording(edit, one.config, checkpoint, store.source.text_tokens)
+
+
+def _source_frames(checkpoint: Model, clip: _Clip, store: AttentionStore) -> Iterable[Tensor]:
+    """The frames of the clip, or with a store those that its latents decode to."""
+    if clip.video is not None:
+        return clip.video.frames()
+    return decode(checkpoint, store.level(0).to(checkpoint.device), clip.frames, lambda done, total: None)
 
 
 def _bar(bar: Callable[[str], Bar], one: _OneEdit) -> Bar:

@@ -19,8 +19,10 @@ from ...settings import setting, setting_like, shown
 from ...video.compare import Comparison, compare
 from ...video.fitted import FittedVideo
 from ...video.flow import Estimator, FlowName, flow_estimator
+from ...video.maps import write_slice
 from ...video.read import Video, VideoSource, open_video
 from ...video.size import check_crop, to_unit
+from ...video.slice import check_row
 from ...video.which import ClipSettings, colour_of
 from ...video.write import PICTURE_SUFFIXES, shortcomings, write_picture, write_video
 from ..config.paths import check_names
@@ -59,6 +61,14 @@ class EvaluateConfig:
     output: str = setting("", "Output file for the metrics, as JSON.")
     plot: str = setting("", "Output picture of the metrics over the frames.")
     comparison: str = setting("", "Output video with both clips.")
+    slice: str = setting(
+        "",
+        "Output picture of x-t slices of both clips: one row of pixels, time downwards. Motion is a smooth line, "
+        "flicker a ragged one.",
+    )
+    slice_row: int | None = setting(
+        None, "Row of the slices, from 0 at the top.", least=0, most=2**31, shown="the one that changes most"
+    )
     how: Comparison = setting("side by side", "WorkerOptions the comparison shows them.")
 
     @property
@@ -67,7 +77,7 @@ class EvaluateConfig:
 
     @property
     def outputs(self) -> list[Path]:
-        return [Path(name) for name in (self.output, self.plot, self.comparison) if name]
+        return [Path(name) for name in (self.output, self.plot, self.slice, self.comparison) if name]
 
     def check_effect(self) -> None:
         """Raise ConfigError for settings that have no effect, or that need others."""
@@ -77,8 +87,11 @@ class EvaluateConfig:
             raise ConfigError("how has no effect without --comparison")
         if self.judge and not all(self.prompts):
             raise ConfigError("judge needs --source and --target, captions such as 'a red square on water'")
-        if self.plot and Path(self.plot).suffix.lower() not in PICTURE_SUFFIXES:
-            raise ConfigError(f"plot is {shown(self.plot)}; it must end in {', '.join(PICTURE_SUFFIXES)}")
+        if self.slice_row is not None and not self.slice:
+            raise ConfigError("slice_row has no effect without --slice")
+        for name, path in (("plot", self.plot), ("slice", self.slice)):
+            if path and Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+                raise ConfigError(f"{name} is {shown(path)}; it must end in {', '.join(PICTURE_SUFFIXES)}")
         if self.flow not in (*get_args(FlowName), "none") and not self.flow.endswith(".safetensors"):
             names = ", ".join((*get_args(FlowName), "none"))
             raise ConfigError(f"flow is {shown(self.flow)}; it must be {names} or a .safetensors file")
@@ -112,10 +125,13 @@ def run_evaluate(session: Session, original: Path, edited: Path, config: Evaluat
     clips = [path for path in (original, edited, config.mask, config.truth) if path]
     others = [path for path in (config.lpips, config.flow, config.clip) if path]
     with Outputs(session.overwrite, clips, others) as outputs:
-        for path in (config.output, config.plot):
+        for path in (config.output, config.plot, config.slice):
             if path:
                 outputs.file(path)
         clips_found = _Clips.of(original, edited, config)
+        if config.slice_row is not None:
+            with of_setting("slice"):
+                check_row(config.slice_row, clips_found.edited.size[1])
         if config.comparison:
             found = clips_found.edited
             outputs.clip(config.comparison, len(found))
@@ -195,6 +211,8 @@ def _write(config: EvaluateConfig, report: Report, source: Tensor, edited: Video
         from ...metrics.plot import plot_report
 
         write_picture(Path(config.plot), Image.fromarray(plot_report(report).numpy()))
+    if config.slice:
+        write_slice(Path(config.slice), source, edited.frames, config.slice_row)
     if config.comparison:
         frames = compare(source, edited.frames, config.how, ("source", "edit"))
         write_video(config.comparison, frames, edited.fps, edited.sound, times=edited.times)

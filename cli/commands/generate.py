@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ...attention.key_frames import KeyFrames
-from ...attention.prompt import PromptEdit, bare, words_of
+from ...attention.prompt import PromptEdit
 from ...diffusion.word_attention import WordAttention
 from ...files.safetensors import format_bytes
 from ...files.temporal_layers import about_temporal_layers
 from ...imports import torch
 from ...methods.layout_guidance import EnergyControl
+from ...video.maps import SHEET, map_files, write_heats
 from ...video.size import check_size
 from ...video.write import shortcomings, write_video
 from ..config.settings import GenerateConfig
 from ..config.values import generate_config
-from ..families import check_generation
+from ..families import check_generation, check_guidance
 from ..frames import decode, for_clip
-from ..maps import SHEET, map_files, write_maps
+from ..maps import words_in
 from ..objects import check_objects, layout_of
 from ..options import (
     AS_USUAL,
@@ -73,8 +74,7 @@ def run_generate(
     with session.outputs(config) as outputs:
         check_objects(config, config.prompt)
         outputs.clip(output, config.frames)
-        words = dict.fromkeys(map(bare, words_of(config.prompt)))
-        for path in () if maps is None else (maps / SHEET, *map_files(maps, words).values()):
+        for path in () if maps is None else (maps / SHEET, *map_files(maps, words_in(config.prompt)).values()):
             outputs.file(path)
         _generate(session, config, output, dry_run, maps)
 
@@ -86,6 +86,7 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
 
     check_generation(config, maps is not None)
     checkpoint = session.open_model(config.chosen_model, videos=True)
+    check_guidance(checkpoint, config)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)
@@ -128,7 +129,7 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
         )  # fmt: skip
         write_video(output, decode(checkpoint, latents, config.frames, bar(f"write {Path(output).name}")), rate)
     if maps is not None and attention is not None:
-        write_maps(maps, attention.steps(), (height, width), rate * len(latents) / config.frames)
+        write_heats(maps, attention.steps(), (height, width), rate * len(latents) / config.frames)
         session.say(f"heat maps written to {maps}")
     session.say(f"{config.prompt!r} written to {output}")
 

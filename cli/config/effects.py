@@ -23,6 +23,7 @@ def of_methods() -> list[str]:
         "flow",
         "noise",
         "edit_mask",
+        "first_frame",
         "mask_mode",
     ]
 

@@ -132,7 +132,7 @@ class ControlSettings:
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "Video or pictures that the ControlNet follows, or Wan VACE without one. They are cut like the clip.",
+        "", "Video or pictures for the ControlNet or Wan VACE. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
@@ -211,6 +211,12 @@ class EditSettings(
     mask_mode: MaskMode = setting(
         "replace",
         "Whether edit_mask replaces FateZero's blend mask, or joins it by union or intersection.",
+        group=_EDIT,
+    )
+    first_frame: str = setting(
+        "",
+        "Picture of the edit's first frame, for image-to-video models. Cropped and scaled like the clip.",
+        shown="the clip's",
         group=_EDIT,
     )
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
@@ -375,7 +381,7 @@ class GenerateConfig(ObjectSettings, ModelSettings):
         check(self)
 
 
-FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "class_pictures")
+FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "first_frame", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """The settings of files for words: "burger: mask.mp4"."""

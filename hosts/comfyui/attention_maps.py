@@ -46,7 +46,8 @@ class AttentionGuider(LoopGuider):
     ) -> Tensor:
         sites, tokens = list(self.edited.sites(*x.shape[-2:]).values()), self.positive.text_tokens
         chunk = Chunk.whole(len(x))
-        recorder = self.attention.recorder(_OWN_FRAME, chunk, sites, tokens)
+        recorder = Control(_OWN_FRAME, chunk)
+        self.attention.watch(recorder, sites, tokens)
         with self.edited.controlled({0: (recorder, tokens), 1: (Control(_OWN_FRAME, chunk), None)}):
             predicted: Tensor = super().outer_predict_noise(x, timestep, model_options, seed)
         self.attention.record(recorder)

@@ -20,7 +20,7 @@ from ...diffusion.clip_norm import share_statistics
 from ...models.unet import UNET
 from ...store.identity import ModelIdentity
 from .gradient import Derivative
-from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below
+from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, hook_below
 from .noise import noise_of
 from .unet_layers import Layer, attention_layers, feature_of, identity_of, norms_of_clip
 
@@ -113,21 +113,6 @@ class HookedUNet(Hook):
     def _idle(self) -> bool:
         """Whether no control is set, so that the MODEL runs without our changes."""
         return self._default_control is None and not self._controls
-
-    @contextmanager
-    def controlled(
-        self,
-        controls: Controls,
-        clip_norm: bool = False,
-        source: Any = None,
-        conditions: Sequence[dict[str, Any]] | None = None,
-    ) -> Iterator[None]:
-        self._clip_norm = clip_norm
-        try:
-            with super().controlled(controls, clip_norm, source, conditions):
-                yield
-        finally:
-            self._clip_norm = False
 
     @contextmanager
     def derivative(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> Iterator[Derivative]:
@@ -334,12 +319,11 @@ class HookedUNet(Hook):
         control, text_tokens = self._control(branch, len(q))
         control.attend = attend
         text_tokens = text_tokens if site.kind == "cross" else None
-        own = control.cross_attention if site.kind == "cross" else control.self_attention
         # The host repeats shorter prompts to the longest one's length, which changes nothing.
         q4, k4, v4 = split(q), split(k[:, :text_tokens]), split(v[:, :text_tokens])
-        if type(control) is not Control:
+        if not control.is_plain:
             self._check_kernel(control, q4, k4, v4, site, options.get(OVERRIDE))
-        output = joined(own(q4, k4, v4, site)).to(q)
+        output = joined(control.layer(q4, k4, v4, site)).to(q)
         if theirs is not None:
             if site.kind == "self":
                 k4, v4 = control.of_key_frames(k4, site), control.of_key_frames(v4, site)

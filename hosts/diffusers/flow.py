@@ -34,6 +34,7 @@ class FlowDenoiser(NetworkDenoiser):
         self.model = model
         self.family, self.text_dim = model.family, model.text_dim  # type: ignore[misc]
         self.frames_meet, self.embeds_guidance = model.frames_meet, model.embeds_guidance
+        self.trained_frames = model.family.trained_frames
 
     @property
     def channels(self) -> int:
@@ -86,6 +87,11 @@ class FlowModel(TransformerModel):
     @abstractmethod
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
         """The predicted velocity of latents (frames, c, h, w). frames: their indices in the clip."""
+
+    def check_length(self, tokens: int, most: int) -> None:
+        """Raise ValueError for a prompt of more tokens than the model reads."""
+        if tokens > most:
+            raise ValueError(f"the prompt has {tokens} tokens; {self.family.title} reads {most}: shorten it")
 
     @property
     def tokens(self) -> int | None:

@@ -97,8 +97,7 @@ class _Processor(ControlledProcessor):
             if self.name not in self.denoiser._text:
                 self.denoiser._text[self.name] = _keys_values(attn, encoder_hidden_states[:1])
             k, v = self.denoiser._text[self.name]
-        attend = control.cross_attention if site.kind == "cross" else control.self_attention
-        output = rearrange(attend(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
+        output = rearrange(control.layer(q, k, v, site), "f h t d -> f t (h d)").to(hidden_states.dtype)
         for layer in attn.to_out:
             output = layer(output)
         if control.captured.outputs is not None and site.kind == "self":

@@ -245,10 +245,9 @@ class VideoTransformerDenoiser(HookedDenoiser):
         if site.kind == "cross":
             count = self._texts[self._row]
             k, v = (rearrange(x, "1 s h d -> 1 h s d")[:, :, :count] for x in (k, v))
-            output = control.cross_attention(q, k, v, site)
         else:
             k, v = (rearrange(x, "1 (f t) h d -> f h t d", t=site.tokens) for x in (k, v))
-            output = control.self_attention(q, k, v, site)
+        output = control.layer(q, k, v, site)
         if self._row:  # the previous row's record of this layer is no longer needed
             self._rows[self._row - 1].forget(name)
         return rearrange(output, "f h t d -> 1 (f t) (h d)")

@@ -129,11 +129,9 @@ def test_nodes_do_not_overlap_with_files_previews_and_texts(host, page, lora, co
     assert page.errors == []
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO if n != "flow_any_demo"]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
 def test_the_page_runs_a_demo(host, page, name):
-    """With few frames and steps. Its texts are kept when another workflow is opened and after a reload."""
+    """With fewer frames and steps, for time. Its texts stay when another workflow is opened and after a reload."""
     page.errors.clear()
     host.forget()  # texts of cached nodes are not sent again
     workflow, frames = read(name), 3
