@@ -338,9 +338,11 @@ def _on_transformer(name: str, **more: Any) -> Method:
     return Method(f"Wan: {name}", transformer=True, **more)
 
 
-def _in_steps(name: str, steps: int, source_guidance: float, guidance: float, lora: str = "") -> Method:
+def _in_steps(
+    name: str, steps: int, source_guidance: float, guidance: float, lora: str = "", gain: float = 1.0
+) -> Method:
     """A row of FlowEdit in some number of steps."""
-    drawn = FlowEditSettings(source_guidance)
+    drawn = FlowEditSettings(source_guidance, gain=gain)
     return _on_transformer(name, fused=False, drawn=drawn, guidance=guidance, strength=0.7, steps=steps, lora=lora)
 
 
@@ -364,6 +366,7 @@ TRANSFORMER = (
     _in_steps("FlowEdit, 7 steps, guidance 5", 7, 5.0, 5.0),
     _in_steps("FlowEdit, 7 steps, guidance 1", 7, 1.0, 1.0),
     _in_steps("FlowEdit, 7 steps with the LoRA", 7, 1.0, 1.0, "demo-few-steps"),
+    _in_steps("FlowEdit, 7 steps with the LoRA, gain 1.3", 7, 1.0, 1.0, "demo-few-steps", 1.3),
     _in_steps("FlowEdit, 4 steps with the LoRA", 4, 1.0, 1.0, "demo-few-steps"),
     Method("DDIM inversion of second order + prompt", fused=False, order=2),
     Method("FateZero+, second order", plus=True, order=2),

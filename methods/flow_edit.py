@@ -246,7 +246,7 @@ METHOD = Method(
             "guidance_scale": 1.0,
             "strength": 0.7,
             "steps": 7,
-            "flow_edit": {"source_guidance": 1.0},
+            "flow_edit": {"source_guidance": 1.0, "gain": 1.3},
         },
         "wan_edit": {
             "noise": "drawn",
