@@ -66,6 +66,10 @@ class Injection(Protocol):
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         """The number of model calls before the first step. spans_clip: see `Denoiser`."""
 
+    @property
+    def limits(self) -> bool:
+        """Whether it keeps the source's latents outside of a mask of its own, up to the last step."""
+
     def inside(self) -> Injection:
         """The injection for an edit that keeps the source outside its mask up to the last step."""
 
@@ -74,12 +78,13 @@ class Injection(Protocol):
 
 
 class BaseInjection:
-    """Settings of an injection that fits every edit and makes no model calls before the first step.
+    """Settings of an injection that fits every edit, has no mask, and makes no model calls before the first step.
 
     Raises ValueError for a setting out of its range.
     """
 
     needs_attention = True
+    limits = False
 
     def __post_init__(self) -> None:
         check(self)

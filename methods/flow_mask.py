@@ -47,6 +47,7 @@ class FlowMaskSettings(BaseInjection):
     """Whether a given mask limits the computed one instead of replacing it."""
 
     needs_attention = False
+    limits = True
 
     def injected(self, edit: Edit, context: EditContext) -> Injected:
         return FlowMask(self, edit, context)

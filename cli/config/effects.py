@@ -25,6 +25,8 @@ def of_methods() -> list[str]:
         "edit_mask",
         "first_frame",
         "mask_mode",
+        "keep",
+        "lossless",
     ]
 
 

@@ -39,6 +39,7 @@ else:
     InjectionName = Literal[(*(method.name for method in INJECTIONS), "none")]
     PropagationName = Literal[("none", *(method.name for method in PROPAGATIONS))]
 NoiseName = Literal["inverted", "drawn"]
+KeepName = Literal["auto", "pixels", "latents"]
 SECTIONS: dict[str, Any] = {
     method.name: method.settings for method in (*INJECTIONS, *PROPAGATIONS, *STARTS) if method.name != "fatezero"
 } | {"layout": MoveSettings}
@@ -212,6 +213,16 @@ class EditSettings(
         "replace",
         "Whether edit_mask replaces FateZero's blend mask, or joins it by union or intersection.",
         group=_EDIT,
+    )
+    keep: KeepName = setting(
+        "auto",
+        "What stays outside the mask of an edit. pixels: the video's own, at its full size, depth and shape; the edit "
+        "is scaled onto it. latents: its latents, decoded at the model's size. auto: pixels, where a mask limits the "
+        "edit and the video is given.",
+        group=_EDIT,
+    )
+    lossless: bool = setting(
+        False, "Write videos without loss: FFV1 in .mkv, else H.264 or VP9 in their lossless modes.", group=_TEXT
     )
     first_frame: str = setting(
         "",

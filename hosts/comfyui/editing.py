@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 
-from ...attention.masks import GivenMask, MaskMode
+from ...attention.masks import GivenMask, MaskMode, changed_latents
 from ...attention.prompt import PromptEdit
 from ...diffusion.edit import EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress
@@ -23,7 +23,7 @@ from ...diffusion.start import start_of
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
-from .latents import mask_of_latents, packed, unpacked, zeros_like
+from .latents import mask_of_frames, mask_of_latents, packed, streams, unpacked, zeros_like
 from .noise import FlowNoise, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
@@ -273,6 +273,18 @@ def edit_clip(
     done = guider.done if store.clip is not None else guider.done[1:]
     samples = [edited_samples(model, store, z).to(first.device) for z in done]
     return samples if store.clip is not None else [first, *samples], guider.layers_run
+
+
+def changed_mask(model: Any, store: HostStore, samples: Any) -> Tensor:
+    """Where an edit of a store changed the clip: (frames, h, w), 0 or 1 on the latents' grid. samples: of the edit."""
+    of_clip = edited_samples(model, store, store.level(0))
+    edited, source = (_by_frame(streams(x)[0].float().cpu()) for x in (samples, of_clip))
+    return mask_of_frames(model, changed_latents(edited, source).float())
+
+
+def _by_frame(samples: Tensor) -> Tensor:
+    """Samples (f, c, h, w), or of a video (1, c, f, h, w), as (f, c, h, w)."""
+    return samples if samples.ndim == 4 else samples[0].movedim(1, 0)
 
 
 def only_inside(model: Any, store: HostStore, edit: Edit, mask: Tensor) -> Edit:
