@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...attention.condition import Condition
@@ -16,8 +17,9 @@ from ...attention.control import AttentionSite
 from ...diffusion.denoiser import refuse_clip_norm
 from ...diffusion.schedule import FlowSchedule
 from .model import ClipFacts
+from .model_files import CheckpointError
 from .network import Branch, NetworkDenoiser, numbered_weights
-from .schedulers import flow_schedule
+from .schedulers import flow_schedule, is_flow
 from .transformer import TransformerModel
 
 if TYPE_CHECKING:
@@ -83,6 +85,13 @@ class FlowModel(TransformerModel):
     """Whether frames see each other; else each is a picture of its own."""
 
     clip: ClipFacts | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of_pipeline(cls, name: str, pipeline: Any, device: torch.device, notes: tuple[str, ...], **more: Any) -> Self:
+        if not is_flow(pipeline.scheduler, shifted=True):
+            kind = type(pipeline.scheduler).__name__
+            raise CheckpointError(f"{name}: scheduler is a {kind} without a flow's sigmas: use the model's own")
+        return super().of_pipeline(name, pipeline, device, notes, **more)
 
     @abstractmethod
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -12,8 +13,15 @@ from ...attention.condition import GUIDANCE, Condition
 from ...models.flow import FLUX
 from .packed import PackedPictures
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 TEXT_TOKENS = 512
 """Text columns of a prompt, padding included. Longer prompts have more."""
+GUIDANCE_NOTE = (
+    "guidance is an input of this model, and lower than elsewhere: for FlowEdit its authors give FLUX.1 dev "
+    "--guidance-scale 5.5 --flow-edit.source-guidance 1.5 --strength 0.86 --steps 28"
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,11 @@ class Flux(PackedPictures):
     family = FLUX
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     kinds = (FluxTransformer2DModel,)
+
+    @classmethod
+    def of_pipeline(cls, name: str, pipeline: Any, device: torch.device, notes: tuple[str, ...], **more: Any) -> Self:
+        model = super().of_pipeline(name, pipeline, device, notes, **more)
+        return replace(model, notes=(*notes, GUIDANCE_NOTE)) if model.embeds_guidance else model
 
     @property
     def embeds_guidance(self) -> bool:

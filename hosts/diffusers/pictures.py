@@ -25,7 +25,7 @@ class FrameByFrame(Model):
     def frames_at_once(self, height: int, width: int) -> int:
         """One on a CPU; on a GPU as many pixels as eight frames of 512x512 in half precision."""
         pixels = 16 * 512 * 512 // self.vae.dtype.itemsize
-        return 1 if self.vae.device.type == "cpu" else max(1, pixels // (height * width))
+        return 1 if self.device.type == "cpu" else max(1, pixels // (height * width))
 
     def coding_bytes(self, height: int, width: int) -> int:
         return int(6 * self.vae.config["block_out_channels"][0] * self.vae.dtype.itemsize * height * width)
@@ -36,7 +36,7 @@ class FrameByFrame(Model):
         means, deviations = [], []
 
         def encoded(frame: Tensor) -> Tensor:
-            return torch.stack(self._posterior((2 * frame - 1).to(self.vae.device, self.vae.dtype)))
+            return torch.stack(self._posterior((2 * frame - 1).to(self.device, self.vae.dtype)))
 
         for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
             mean, deviation = self._finite(encoded, frame, "the encoded frames")
@@ -68,7 +68,7 @@ class FrameByFrame(Model):
         parts = []
 
         def decoded(latent: Tensor) -> Tensor:
-            latent = latent.to(self.vae.device, self.vae.dtype)
+            latent = latent.to(self.device, self.vae.dtype)
             shift, scale = self._statistics(latent)
             return self._pictures(latent / scale + shift)
 
