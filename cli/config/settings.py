@@ -103,7 +103,7 @@ class ModelSettings:
     variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
     attention: str = setting(
         "auto",
-        "Attention kernel: auto and sdpa are PyTorch's, xformers needs that package; a video transformer takes the "
+        "Attention kernel: auto and sdpa are PyTorch's, xformers needs that package; a transformer takes the "
         "names of diffusers' backends, such as flash and sage. Last digits differ.",
         group=_MODEL,
     )

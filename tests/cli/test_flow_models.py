@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from flow_models import write_flux, write_ltx2, write_qwen_image
 from PIL import Image
 from wan import write_wan_i2v, write_wan_vace
@@ -168,3 +169,12 @@ def test_an_unknown_transformer_is_refused_by_name(refused, tmp_path):
     error = refused("edit", CLIP, "--model", tmp_path, *WORDS, "--preset", "flow_edit")
     assert "CogVideoXPipeline" in error
     assert "VACE" in error
+
+
+def test_a_scheduler_without_a_flow_is_refused(refused, flux, tmp_path):
+    model = shutil.copytree(flux, tmp_path / "model")
+    DDIMScheduler().save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    error = refused("edit", CLIP, "--model", model, *WORDS, *SIZE, "--preset", "flow_edit")
+    assert "DDIMScheduler without a flow" in error
