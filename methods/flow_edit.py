@@ -244,7 +244,7 @@ METHOD = Method(
             "noise": "drawn",
             "injection": "none",
             "guidance_scale": 1.0,
-            "strength": 0.7,
+            "strength": 0.75,
             "steps": 7,
             "flow_edit": {"source_guidance": 1.0, "gain": 1.3},
         },
