@@ -250,7 +250,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
-    check_edits(configs, stored=store is not None, maps=run.maps is not None)
+    check_edits(configs, stored=store is not None)
     check_control(configs[0])
     if any(config.source == AUTO for config in configs):
         configs = captioned(session, configs, source.video)
