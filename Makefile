@@ -14,7 +14,7 @@ test: .venv/.installed
 test-host: .venv/.installed  # in a real ComfyUI
 	$(PYTEST) tests/comfyui
 
-test-all: .venv/.installed  # with what is slow, and in every ComfyUI that is named
+test-all: .venv/.installed  # slow tests too, in every ComfyUI of COMFYUI_PATH
 	$(PYTEST) -m ""
 
 lint: .venv/.installed
@@ -23,7 +23,7 @@ lint: .venv/.installed
 	mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/fatezero  # the checkout under its package name
 	cd .mypy_cache/root && ../../$(BIN)/mypy --config-file ../../pyproject.toml --no-namespace-packages -p fatezero
 
-# On a machine with a GPU nothing is installed: what is there is used, and what gpu-wheels brought.
+# Installs nothing: uses the packages of the machine and those of gpu-wheels.
 RUN = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FOLDER ?= out/gpu
 

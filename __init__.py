@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 from .attention.condition import Condition as Condition
+from .attention.masks import changed_latents as changed_latents
 from .attention.prompt import PromptEdit as PromptEdit
 from .diffusion.edit_maps import EditMaps as EditMaps
 from .diffusion.generate import generate as generate
@@ -43,6 +44,7 @@ from .store.budget import StoreSettings as StoreSettings
 from .store.store import AttentionStore as AttentionStore
 from .store.store import StoreError as StoreError
 from .video.maps import write_maps as write_maps
+from .video.restore import restore_unchanged as restore_unchanged
 from .video.slice import xt_slice as xt_slice
 
 WEB_DIRECTORY = "./web"

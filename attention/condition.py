@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+GUIDANCE = "guidance"
+"""The name of a guidance scale among the extras."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """A prompt's conditioning.
@@ -35,6 +39,15 @@ class Condition:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.embeddings, *self.extras.values()))
+
+    def with_guidance(self, scale: float) -> Condition:
+        """The condition with a guidance scale, for models that take it as an input (distilled guidance)."""
+        return replace(self, extras={**self.extras, GUIDANCE: self.embeddings.new_tensor([scale])})
+
+    def with_guidance_of(self, other: Condition) -> Condition:
+        """The condition with the guidance scale of another, if it has one."""
+        own = {name: value for name, value in other.extras.items() if name == GUIDANCE}
+        return replace(self, extras={**self.extras, **own})
 
     def to(self, like: Tensor) -> Condition:
         """The condition on the device and in the dtype of a tensor."""

@@ -110,6 +110,20 @@ def soft_mask(heat: Tensor, threshold: float) -> Tensor:
     return (over_maximum(blurred) / threshold - 0.5).clamp(0, 1) if threshold > 0 else torch.ones_like(heat)
 
 
+LEAST = 0.03
+"""A change of latents, relative to the clip's largest, that counts as none."""
+
+
+def changed_latents(edited: Tensor, source: Tensor, least: float = LEAST) -> Tensor:
+    """Where an edit changed latents (f, c, h, w): bool (f, h, w).
+
+    least: changes up to this share of the clip's largest count as none, as at the rim of soft masks; 0 compares bit for
+    bit.
+    """
+    change = (edited - source.to(edited)).float().square().mean(1).sqrt()
+    return change > least * change.max()
+
+
 def mask_by_latent(mask: Tensor, latents: Sequence[int]) -> Tensor:
     """A mask of frames as a mask of latents, which may each cover several frames: the maximum of their masks.
 

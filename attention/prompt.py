@@ -70,11 +70,6 @@ class SentenceColumns(ClipColumns):
             padding[:] = 1 / padding.shape[1]
 
 
-def columns_of(tokenizer: Any) -> ClipColumns:
-    """The columns of a tokenizer's encoder: CLIP's if it has a start token or does not define one."""
-    return ClipColumns() if getattr(tokenizer, "bos_token_id", 0) is not None else SentenceColumns()
-
-
 @dataclass(frozen=True)
 class Alignment:
     """The alignment of source tokens to target tokens.
@@ -164,8 +159,9 @@ class PromptEdit:
 
     @property
     def columns(self) -> ClipColumns:
-        """The columns of tokens in the text encoder's output."""
-        return columns_of(self.tokenizer)
+        """The columns of tokens in the encoder's output: CLIP's if the tokenizer has a start token or defines none."""
+        clip = getattr(self.tokenizer, "bos_token_id", 0) is not None
+        return ClipColumns() if clip else SentenceColumns()
 
     def content(self, prompt: str) -> int:
         """The number of a prompt's tokens, without start and end."""

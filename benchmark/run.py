@@ -97,7 +97,8 @@ def run_benchmark(
         progress(finished, len(cases))
     for found, strips in _run(settings, jobs, device, workers):
         for name, frames in strips.items():
-            write_picture(folder / "strips" / name, _strip(frames))
+            strip = rearrange(frames, "f y x c -> y (f x) c")
+            write_picture(folder / "strips" / name, Image.fromarray(strip.numpy()))
         append_lines(folder / "results.jsonl", found)
         rows += found
         finished += 1
@@ -200,11 +201,6 @@ def _in_worker(job: Job) -> Done:
 def strip_name(case: str, method: str) -> str:
     """The file of a case's frames by a method, in `strips/`."""
     return f"{case}/{''.join(c if c.isalnum() else '-' for c in method)}.png"
-
-
-def _strip(frames: Tensor) -> Image.Image:
-    """Frames side by side."""
-    return Image.fromarray(rearrange(frames, "f y x c -> y (f x) c").numpy())
 
 
 def strip_frames(folder: Path, case: str, method: str) -> Tensor:

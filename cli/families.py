@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..diffusion.parts import check_needs_unet
-from .config.settings import ConfigError, EditConfig, GenerateConfig
+from ..video.read import open_video
+from .config.settings import ConfigError, EditConfig, GenerateConfig, of_setting
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.model import Model
@@ -23,12 +24,17 @@ def family_loader(name: str) -> type[Model]:
         return loader_of(name)
 
 
-def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
-    """Raise ConfigError for edits that the family of their model does not support. stored: they edit a store."""
+def check_edits(configs: Sequence[EditConfig], stored: bool = False, maps: bool = False) -> None:
+    """Raise ConfigError for edits that the family of their model does not support. stored: they edit a store. maps:
+    they write maps of attention.
+    """
     loader = family_loader(configs[0].model)
     _check_control(configs[0], loader)
+    for config in configs:
+        _check_first_frame(config, loader)
     if loader.family.attention:
         return
+    _check_maps(loader, maps)
     for config in configs:
         _check_no_layout(config)
         recipe = config.planned_recipe()
@@ -59,8 +65,16 @@ def check_generation(config: GenerateConfig, maps: bool) -> None:
     if not loader.family.attention:
         _check_has_frames(loader, "generate")
         _check_no_layout(config)
-        if maps:
-            raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
+        _check_maps(loader, maps)
+
+
+def check_guidance(model: Model, config: EditConfig | GenerateConfig) -> None:
+    """Raise ConfigError for a negative prompt that a loaded model does not take."""
+    if model.denoiser.embeds_guidance and config.negative:
+        raise ConfigError(
+            f"negative has no effect on {config.model}: guidance is an input of its transformer (distilled), with one "
+            "call a step"
+        )
 
 
 def _check_control(config: EditConfig, loader: type[Model]) -> None:
@@ -72,6 +86,19 @@ def _check_control(config: EditConfig, loader: type[Model]) -> None:
         raise ConfigError(
             f"control has no effect here: no controlnet is given, which {family.title} needs to follow it"
         )
+
+
+def _check_first_frame(config: EditConfig, loader: type[Model]) -> None:
+    if config.first_frame and not loader.needs_frames:
+        raise ConfigError(f"first_frame has no effect on {loader.family.title}: it is for image-to-video models")
+    if config.first_frame:
+        with of_setting("first_frame"):
+            open_video(config.first_frame, at_most=1)
+
+
+def _check_maps(loader: type[Model], maps: bool) -> None:
+    if maps:
+        raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
 
 
 def _check_no_layout(config: EditConfig | GenerateConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +101,16 @@ def for_clip(
     from ..hosts.diffusers.model import ClipFacts
 
     return model.for_clip(ClipFacts(shape, float(fps), frames))
+
+
+def with_first_frame(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
+    """The model for an edit's own prompts: with its own first frame, if one is given."""
+    if not config.first_frame or video is None:
+        return model
+    with of_setting("first_frame"):
+        source = open_video(config.first_frame, at_most=1, background=colour_of(config.background))
+        picture = next(FittedVideo.of(source, video.cut, video.size).frames())
+    return for_clip(model, shape_of(video, model), video.fps, lambda: chain([picture], islice(video.frames(), 1, None)))
 
 
 def shape_of(video: FittedVideo, checkpoint: Model) -> tuple[int, int, int, int]:

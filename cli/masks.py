@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..attention.masks import GivenMask, mask_by_latent
 from ..imports import torch
+from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
 from ..video.read import VideoSource, open_video
 from ..video.size import to_unit
@@ -48,4 +49,4 @@ def grey(video: VideoSource | FittedVideo) -> Tensor:
 
 def _by_latent(mask: Tensor, checkpoint: Model) -> Tensor:
     """A mask of frames as a mask of latents."""
-    return mask_by_latent(mask, [checkpoint.latent_frames(i + 1) - 1 for i in range(len(mask))])
+    return mask_by_latent(mask, frames_of_latents(len(mask), checkpoint.frames_per_latent))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
-from ..diffusion.denoiser import frames_meet, keys_on
+from ..diffusion.denoiser import Denoiser, frames_meet, keys_on
 from ..diffusion.invert import levels_among, recomputed
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
@@ -86,7 +86,8 @@ def plan(
     lines = [f"{frames} {what} of {size}, {config.steps} steps, {device}"]
     if coding := checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor):
         lines.append(f"   autoencoder: {coding}")
-    for memory in MEMORIES if store or inverts else ():
+    memories = MEMORIES if demand.sites else MEMORIES[:1]
+    for memory in memories if store or inverts else ():
         mark = "->" if memory == (store or chosen or config).memory else "  "
         lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
     if chosen:
@@ -101,7 +102,7 @@ def plan(
         kept = store.kept_steps
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
-    counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser.spans_clip)
+    counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
     at_once = min(chunk or frames, frames)
     seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
@@ -116,10 +117,16 @@ def plan(
 
 
 def _calls(
-    configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, spans_clip: bool
+    configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, denoiser: Denoiser
 ) -> tuple[str, float]:
     """The calls of the model on the clip: in words, and their total, with a call with gradients as four."""
-    counted = [config.planned_recipe().calls(config.steps, kept_steps, frames, spans_clip) for config in configs]
+    recipes = [config.planned_recipe() for config in configs]
+    if denoiser.embeds_guidance:  # one call instead of two
+        recipes = [replace(recipe, guidance_scale=1.0) for recipe in recipes]
+    counted = [
+        recipe.calls(config.steps, kept_steps, frames, denoiser.spans_clip)
+        for recipe, config in zip(recipes, configs, strict=True)
+    ]
     source = max(calls.source for calls in counted)
     invert = configs[0].inversion_steps or counted[0].invert
     parts, whole = ([f"{invert} to invert"], invert) if inverts else ([], 0.0)

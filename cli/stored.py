@@ -13,7 +13,7 @@ from ..settings import settings_of, shown
 from ..store.origin import Origin
 from ..store.store import AttentionStore, StoreError, as_store_error
 from ..video.fitted import FittedVideo
-from ..video.read import Sound, SoundTrack
+from ..video.read import Sound, SoundTrack, VideoSource
 from ..video.which import ClipSettings
 from .config.paths import is_here
 from .config.settings import AUTO, EditConfig
@@ -52,11 +52,16 @@ def cut_of(origin: Origin) -> EditConfig:
     return EditConfig(**{name: origin.settings[name] for name in _OF_THE_CLIP if name in origin.settings})
 
 
+def video_of(origin: Origin, video: str) -> VideoSource:
+    """The frames of a store's clip in its video."""
+    named = {name: v for name, v in origin.settings.items() if name in ("start", "end", "stride", "fps", "background")}
+    return find_frames(replace(EditConfig(video=video, count=origin.frames), **named))
+
+
 def sound_of(origin: Origin, video: str) -> Sound | SoundTrack | None:
     """The sound of a video's frames, if a video is given with the store; else the store's sound."""
     if video:
-        named = {name: v for name, v in origin.settings.items() if name in ("start", "end", "stride", "fps")}
-        return find_frames(replace(EditConfig(video=video, count=origin.frames), **named)).sound()
+        return video_of(origin, video).sound()
     if origin.sound is None or origin.sound_rate is None:
         return None
     return Sound(origin.sound.numpy().astype(np.float32) / 32767, origin.sound_rate)

@@ -7,7 +7,6 @@ depend only on the seed and the step, so an interrupted run gives the same resul
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import multiprocessing
@@ -134,14 +133,6 @@ def noise_weight(signal: Tensor) -> Tensor:
     """The error's weight at a cumulative alpha: min-SNR's, increased where there is more noise than signal."""
     ratio = signal / (1 - signal)
     return (5 / ratio).clamp(max=1) * ratio.rsqrt().clamp(min=1)
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def _compiled(function: Callable, settings: TrainSettings) -> Callable:
-    return torch.compile(function) if settings.compile else function
 
 
 # --- autoencoder ----------------------------------------------------------------------
@@ -292,13 +283,14 @@ def train_painter(
 
     def loss_of(z: Tensor, noise: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         signal = alphas[t].view(-1, 1, 1, 1)
-        with _autocast(device):
+        with torch.autocast(device.type, torch.bfloat16):
             states = live.text(text).last_hidden_state
             predicted = live.unet(signal.sqrt() * z + (1 - signal).sqrt() * noise, t, states).sample
         error = (predicted.float() - noise) ** 2
         return (noise_weight(signal) * error).mean(), error.mean()
 
-    loss_of = _compiled(loss_of, settings)
+    if settings.compile:
+        loss_of = torch.compile(loss_of)
 
     def error_of(step: int) -> Tensor:
         chosen, generator = _batch(settings.seed + 3, step, settings.unet_batch, len(latents))

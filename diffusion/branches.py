@@ -54,7 +54,7 @@ class Branches:
 class EditRun:
     """One edit with checked inputs, on the model's device.
 
-    first: its first step, 0 the noisiest. negative: None at guidance 1.
+    first: its first step, 0 the noisiest. negative: None at guidance 1, and where guidance is the model's input.
     """
 
     def __init__(self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, edit: Edit) -> None:
@@ -66,7 +66,9 @@ class EditRun:
         like = store.level(0)[:1].to(denoiser.device)
         self.target = Condition.of(edit.target_embeddings, "target_embeddings").to(like)
         self.negative: Condition | None = None
-        if edit.guidance_scale != 1:
+        if denoiser.embeds_guidance:
+            self.target = self.target.with_guidance(edit.guidance_scale)
+        elif edit.guidance_scale != 1:
             if edit.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(edit.negative_embeddings, "negative_embeddings").to(like)

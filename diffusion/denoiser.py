@@ -70,6 +70,10 @@ class Denoiser(Predictor, Protocol):
         """Whether layers of the model mix all frames of a call, which makes chunks approximate."""
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is an input of the model (`Condition.with_guidance`), instead of a negative prompt."""
+
+    @property
     def trained_frames(self) -> int | None:
         """The latent frames of the model's training clips: edits from sampled noise take longer ones in such chunks."""
 

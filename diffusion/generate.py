@@ -53,6 +53,8 @@ def generate(
     schedule, chunk, sites = denoiser.schedule(steps), Chunk.whole(len(noise)), denoiser.sites(*noise.shape[-2:])
     z = noise.to(denoiser.device)
     positive, unwanted = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
+    if denoiser.embeds_guidance:
+        positive = positive.with_guidance(guidance_scale)
     if layout is not None:
         layout.check_fits(len(z), positive.text_tokens)
         if attention is not None and not layout.moves_latents:
@@ -66,7 +68,9 @@ def generate(
                 control = layout.control(keys, chunk)
             if attention is not None:
                 control = attention.recorder(keys, chunk, sites, positive.text_tokens)
-            guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
+            guidance = None
+            if not denoiser.embeds_guidance:
+                guidance = Guidance(unwanted, Control(keys, chunk), guidance_scale)
             predicted = denoiser.predict_noise(z, timestep, positive, control, guidance)
             if attention is not None:
                 attention.record(control, timestep)

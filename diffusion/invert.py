@@ -68,7 +68,7 @@ class InversionSettings:
     inversion_steps: int | None = setting(
         None,
         "Steps of the inversion alone: a multiple of steps, for more exact noise; the edit still takes steps. "
-        "TokenFlow's code uses 500 with 50. Attention is recomputed.",
+        "TokenFlow's code uses 500 with 50, its paper 1000: give 999, all timesteps of SD. Attention is recomputed.",
         least=1, shown="as steps", group=GROUP,
     )  # fmt: skip
     chunk_frames: int | None = setting(
@@ -81,8 +81,8 @@ class InversionSettings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.inversion_steps is not None and self.inversion_steps % self.steps:
-            raise ValueError(f"inversion_steps is {self.inversion_steps}; it must be a multiple of steps, {self.steps}")
+        if self.inversion_steps is not None and self.inversion_steps < self.steps:
+            raise ValueError(f"inversion_steps is {self.inversion_steps}; it must be at least steps, {self.steps}")
 
     @property
     def keys(self) -> KeyFrames:
@@ -205,8 +205,8 @@ def levels_among(schedule: Schedule, fine: Schedule) -> list[int]:
     found = [int((fine.alphas - alpha).abs().argmin()) for alpha in schedule.alphas]
     if not torch.allclose(fine.alphas[found].double(), schedule.alphas.double(), rtol=1e-6, atol=1e-9):
         raise ValueError(
-            f"inversion_steps is {fine.steps}: its noise levels do not include those of {schedule.steps} steps; try "
-            f"{10 * schedule.steps}"
+            f"inversion_steps is {fine.steps}: its noise levels do not include those of {schedule.steps} steps; give a "
+            f"multiple of steps, such as {10 * schedule.steps}"
         )
     return found
 

@@ -11,7 +11,7 @@ from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
-from ..settings import setting, whole_steps
+from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
@@ -66,6 +66,10 @@ class Injection(Protocol):
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         """The number of model calls before the first step. spans_clip: see `Denoiser`."""
 
+    @property
+    def limits(self) -> bool:
+        """Whether it keeps the source's latents outside of a mask of its own, up to the last step."""
+
     def inside(self) -> Injection:
         """The injection for an edit that keeps the source outside its mask up to the last step."""
 
@@ -74,9 +78,16 @@ class Injection(Protocol):
 
 
 class BaseInjection:
-    """An injection that fits every edit and makes no model calls before the first step."""
+    """Settings of an injection that fits every edit, has no mask, and makes no model calls before the first step.
+
+    Raises ValueError for a setting out of its range.
+    """
 
     needs_attention = True
+    limits = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
@@ -304,3 +315,16 @@ class Injected:
     def restored_level(self, level: int) -> int:
         """The level of the source's latents that replace the edit's outside the mask, after the step from a level."""
         return level - 1
+
+
+class SourceControl(Control):
+    """The control of a branch that reads the source's attention or features."""
+
+    def __init__(self, source: SourceStep) -> None:
+        super().__init__(source.key_frames, source.chunk)
+        self.source = source
+
+    def on(self, chunk: Chunk) -> Self:
+        own = super().on(chunk)
+        own.source = self.source.window(chunk.frame_indices)
+        return own

@@ -175,6 +175,11 @@ class FusionSettings:
         return self.blend_self_attention or bool(self.blend_latents)
 
     @property
+    def limits(self) -> bool:
+        """Whether latents are kept outside the mask up to the last step."""
+        return self.blend_latents is True and self.blend_latents_until == 1
+
+    @property
     def masks_by_step(self) -> bool:
         """Whether it uses the paper's mask, recomputed in each step."""
         return self.blends and self.mask_from == "attention"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from einops import rearrange
 
-from ..attention.control import AttentionSite, Control, attention_map, over_windows
+from ..attention.control import AttentionSite, attention_map, over_windows
 from ..attention.key_frames import Chunk, as_one
 from ..attention.prompt import Alignment
+from ..diffusion.parts import SourceControl
 from ..imports import torch
 from ..store.records import Map, QueriesKeys, SourceStep
 
@@ -56,7 +57,7 @@ class StepPlan:
         return names | {site.name for site in mask_sites} if self.mask else names
 
 
-class Fuser(Control):
+class Fuser(SourceControl):
     """The conditional branch of the edit at one step, fused with the source's.
 
     masks: (height, width) of a grid -> its mask (f, height, width) of the chunk's frames, 1 where the edit keeps its
@@ -76,8 +77,7 @@ class Fuser(Control):
         keep: frozenset[str] = frozenset(),
         own_words: bool = False,
     ) -> None:
-        super().__init__(source.key_frames, source.chunk)
-        self.source = source
+        super().__init__(source)
         self.alignment = alignment
         self.fusion = fusion
         self.plan = plan
@@ -90,7 +90,7 @@ class Fuser(Control):
 
     def on(self, chunk: Chunk) -> Self:
         own, rows = super().on(chunk), self.chunk.rows(chunk)
-        own.source, own.maps = self.source.window(chunk.frame_indices), {}
+        own.maps = {}
         own.masks, own.shares = (x and {grid: m[rows] for grid, m in x.items()} for x in (self.masks, self.shares))
         return own
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 _MASKED = {"blend_latents": True, "blend_latents_until": 1.0, "mask_from": "prompts", "separate_words": 0.7}
+_SHAPE_PLUS = {
+    "guidance_scale": 5.0,
+    "cross_replace_steps": 0.4,
+    "self_replace_steps": 0.3,
+    "blend_self_attention": True,
+    "blend_threshold": 0.15,
+    **_MASKED,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "style": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
     "attribute": {"cross_replace_steps": 0.7, "self_replace_steps": 0.8},
@@ -22,22 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blend_threshold": 0.2,
         **_MASKED,
     },
-    "shape+": {
-        "guidance_scale": 5.0,
-        "cross_replace_steps": 0.4,
-        "self_replace_steps": 0.3,
-        "blend_self_attention": True,
-        "blend_threshold": 0.15,
-        **_MASKED,
-    },
-    "remove": {
-        "guidance_scale": 5.0,
-        "cross_replace_steps": 0.4,
-        "self_replace_steps": 0.3,
-        "blend_self_attention": True,
-        "blend_threshold": 0.15,
-        **_MASKED,
-    },
+    "shape+": _SHAPE_PLUS,
+    "remove": _SHAPE_PLUS,
     "enhance": {"guidance_scale": 5.0, "cross_replace_steps": 0.9, "self_replace_steps": 0.9},
 }
 """style, attribute and shape are the paper's settings: t_c = 0.3T, t_s = 0.2T, tau = 1 (so no blending) for

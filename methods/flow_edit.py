@@ -197,11 +197,14 @@ def draw(
     start = DrawnNoise(settings or FlowEditSettings())
     schedule = start.schedule(denoiser.schedule(steps))
     check_latents(latents)
+    source = Condition.of(source_embeddings, "source_embeddings").to(latents)
+    if denoiser.embeds_guidance:
+        source = source.with_guidance(start.settings.source_guidance)
     return Inversion(
         AttentionStore(
             memory="recompute",
             levels=start.levels(latents, schedule, None if noises is None else _stacked(noises, latents)),
-            source=Condition.of(source_embeddings, "source_embeddings").to(latents),
+            source=source,
             timesteps=schedule.timesteps,
             alphas=tuple(schedule.alphas.tolist()),
             key_frames=keys_on(denoiser, key_frames),

@@ -17,7 +17,7 @@ from ..attention.masks import GivenMask
 from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
 from ..diffusion.prompt_mask import prompt_heat
 from ..imports import F, torch
-from ..settings import check, setting
+from ..settings import setting
 from ..store.streams import mask_of_all
 from .method import Method
 
@@ -47,9 +47,7 @@ class FlowMaskSettings(BaseInjection):
     """Whether a given mask limits the computed one instead of replacing it."""
 
     needs_attention = False
-
-    def __post_init__(self) -> None:
-        check(self)
+    limits = True
 
     def injected(self, edit: Edit, context: EditContext) -> Injected:
         return FlowMask(self, edit, context)

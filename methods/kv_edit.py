@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING
 from einops import rearrange
 
 from ..attention.control import AttentionSite, Control
-from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
-from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
+from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected, SourceControl
 from ..diffusion.source import Needs
-from ..settings import check, setting, whole_steps
+from ..settings import setting, whole_steps
 from ..store.records import QueriesKeys, SourceStep
 from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from typing_extensions import Self
 
 GROUP = "KV-Edit"
 
@@ -38,9 +36,6 @@ class KVEditSettings(BaseInjection):
         "Share of the steps, from the noisy end, in which the background's keys and values are the source's.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError without an edit mask, or with a layout."""
@@ -81,17 +76,12 @@ class KVEdit(Injected):
         return target, negative
 
 
-class Background(Control):
+class Background(SourceControl):
     """The control that gives tokens outside a mask the source's keys and values. frames: number of the clip's."""
 
     def __init__(self, source: SourceStep, mask: GivenMask, frames: int) -> None:
-        super().__init__(source.key_frames, source.chunk)
-        self.source, self.mask, self.frames = source, mask, frames
-
-    def on(self, chunk: Chunk) -> Self:
-        own = super().on(chunk)
-        own.source = self.source.window(chunk.frame_indices)
-        return own
+        super().__init__(source)
+        self.mask, self.frames = mask, frames
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record, values = self.source.record(site.name), self.source.captured.values

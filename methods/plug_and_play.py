@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..attention.control import AttentionSite, Control
-from ..attention.key_frames import Chunk
-from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
+from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected, SourceControl
 from ..diffusion.source import Needs
-from ..settings import check, setting, whole_steps
+from ..settings import setting, whole_steps
 from ..store.records import QueriesKeys, SourceStep
 from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from typing_extensions import Self
 
 GROUP = "Plug-and-Play"
 
@@ -41,9 +39,6 @@ class PnPSettings(BaseInjection):
         "Share of steps in which one ResNet block of the decoder uses the source's feature, for coarse shapes.",
         least=0, most=1, symbol="tau_f", step=0.01, group=GROUP,
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def takes_attention(self, step: int, steps: int) -> bool:
         return step < whole_steps(self.attention_steps, steps)
@@ -102,19 +97,12 @@ class PnPInjection(Injected):
         return PlugAndPlay(source, attention, feature), PlugAndPlay(source, attention, feature)
 
 
-class PlugAndPlay(Control):
+class PlugAndPlay(SourceControl):
     """A guided branch with the source's queries, keys and feature."""
 
     def __init__(self, source: SourceStep, takes_attention: bool, takes_feature: bool) -> None:
-        super().__init__(source.key_frames, source.chunk)
-        self.source = source
-        self.takes_attention = takes_attention
-        self.takes_feature = takes_feature
-
-    def on(self, chunk: Chunk) -> Self:
-        own = super().on(chunk)
-        own.source = self.source.window(chunk.frame_indices)
-        return own
+        super().__init__(source)
+        self.takes_attention, self.takes_feature = takes_attention, takes_feature
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record = self.source.record(site.name) if self.takes_attention and takes(site) else None

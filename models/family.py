@@ -31,6 +31,11 @@ class Family:
     trained_frames: int | None = None
 
 
+def frames_of_latents(frames: int, frames_per_latent: int) -> list[int]:
+    """The latent of each frame of a clip."""
+    return [latent_frames(i + 1, frames_per_latent) - 1 for i in range(frames)]
+
+
 def latent_frames(frames: int, frames_per_latent: int) -> int:
     """The number of latents of a clip: the first codes one frame, each other `frames_per_latent` frames."""
     return 1 + -(-(frames - 1) // frames_per_latent)

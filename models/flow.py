@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .family import Family
+from .wan import WAN
 
 FLOW = Family(
     title="flow model",
@@ -18,8 +19,8 @@ FLOW = Family(
     demo_folder=Path(),
     attention=False,
 )
-WAN_I2V = replace(FLOW, title="Wan image-to-video", network="video transformer")
-WAN_VACE = replace(FLOW, title="Wan VACE", network="video transformer")
+WAN_I2V = replace(FLOW, title="Wan image-to-video", network="video transformer", trained_frames=WAN.trained_frames)
+WAN_VACE = replace(WAN_I2V, title="Wan VACE")
 LTX2 = replace(FLOW, title="LTX-2", network="video transformer")
 QWEN_IMAGE = replace(FLOW, title="Qwen-Image", network="picture transformer")
 FLUX = replace(FLOW, title="Flux", network="picture transformer")

@@ -19,6 +19,7 @@ from .mask_preview import FateZeroMaskPreview
 from .methods import SETTINGS_NODES
 from .model_pair import FateZeroWanPair
 from .prompt import FateZeroPromptEdit
+from .restore import FateZeroRestoreUnchanged
 from .sampling import (
     FateZeroDDIM,
     FateZeroEditGuider,
@@ -52,6 +53,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroMaskPreview,
             FateZeroEditMaps,
             FateZeroFlowMaskPreview,
+            FateZeroRestoreUnchanged,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,
             FateZeroLoadStore,

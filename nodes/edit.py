@@ -16,7 +16,7 @@ from ..attention.prompt import PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import check_masking, edit_clip, given_mask, only_inside
+from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, given_mask, only_inside
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
 from ..hosts.comfyui.noise import is_flow
@@ -130,6 +130,12 @@ class FateZeroSampler(io.ComfyNode):
                     is_output_list=True,
                     tooltip="The hooked layers, the fused steps and the cost.",
                 ),
+                io.Mask.Output(
+                    "changed",
+                    display_name="mask",
+                    is_output_list=True,
+                    tooltip="Where the edit changed the clip, for Restore Unchanged; white everywhere without a mask.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -138,18 +144,19 @@ class FateZeroSampler(io.ComfyNode):
     @classmethod
     def execute(cls, **lists: list[Any]) -> io.NodeOutput:
         """Every input is a list, of one entry unless an earlier node outputs several prompts."""
-        latents, reports = [], []
+        latents, reports, masks = [], [], []
         for group in _groups([EditInputs(**row) for row in _rows(lists)]):
             first, edits = group[0], [one.edit(f".{i}" if i else "") for i, one in enumerate(group)]
             store = first.store.with_model(first.model)
             samples, hooked = edit_clip(first.model, store, edits, first.chunk_frames or None)
             latents += [{"samples": edited} for edited in samples]
+            masks += [changed_mask(first.model, store, edited) for edited in samples]
             reports += [
                 report_of(first.model, hooked, store, edit, one.notes) for one, edit in zip(group, edits, strict=True)
             ]
         text = "\n\n".join(reports)
         show_on_node(cls.hidden.unique_id, text)
-        return io.NodeOutput(latents, reports, ui=ui.PreviewText(text))
+        return io.NodeOutput(latents, reports, masks, ui=ui.PreviewText(text))
 
 
 def _rows(lists: dict[str, list[Any]]) -> list[dict[str, Any]]:

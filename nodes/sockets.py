@@ -28,14 +28,16 @@ def schema(search_aliases: list[str], **given: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **given)
 
 
-TEXT_EVENT = "fatezero.text"
-"""The message that web/texts.js shows on a node."""
-
-
 def show_on_node(node_id: str | None, text: str) -> None:
-    """Show lines of text on a node in the page that queued it; they remain after the job."""
+    """Show lines of text on a node in the page that queued it; they remain after the job.
+
+    The message is that of a node's output, so that the page keeps the text with its workflow.
+    """
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
-    if node_id is not None and server is not None:
-        server.send_sync(TEXT_EVENT, {"node": node_id, "text": text}, server.client_id)
+    if node_id is None or server is None:
+        return
+    prompt = getattr(server, "last_prompt_id", None)
+    output = {"node": node_id, "display_node": node_id, "output": {"text": [text]}, "prompt_id": prompt}
+    server.send_sync("executed", output, server.client_id)

@@ -43,8 +43,5 @@ def edit_many(
     denoiser: Denoiser, inversion: Inversion, edits: Sequence[Edit], chunk_frames: int | None = None, **more: Any
 ) -> list[Tensor]:
     """`diffusion.edit.edit_many`, where a prompt pair without an injection uses FateZero's fusion."""
-    return loop.edit_many(denoiser, inversion, [_with_fusion(one) for one in edits], chunk_frames, **more)
-
-
-def _with_fusion(edit: Edit) -> Edit:
-    return replace(edit, fusion=FusionSettings()) if edit.fusion is None and edit.prompt is not None else edit
+    fused = [replace(e, fusion=FusionSettings()) if e.fusion is None and e.prompt is not None else e for e in edits]
+    return loop.edit_many(denoiser, inversion, fused, chunk_frames, **more)

@@ -82,6 +82,13 @@ class Recipe:
     def start(self) -> Start:
         return INVERTED if self.noise is None else DrawnNoise(self.noise)
 
+    @property
+    def limited(self) -> bool:
+        """Whether a mask limits what the edit changes, up to its last step."""
+        given = self.mask is not None and self.mask.how != "union"
+        moves = self.layout is not None and self.layout.keeps_rest
+        return given or moves or (self.injection is not None and self.injection.limits)
+
     def pair(self, tokenizer: Any, in_area: bool = False) -> PromptEdit | None:
         """The prompt pair if the injection aligns words, else None. in_area: a layout limits the edit to an area.
 

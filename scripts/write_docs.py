@@ -46,11 +46,11 @@ AUTHORS = """# The authors' configuration files
 Written by `scripts/write_docs.py` from the code.
 
 `fatezero edit --config their.yaml` makes an edit for each prompt of a file of FateZero, Tune-A-Video or TokenFlow, and
-`fatezero tune --config their.yaml` tunes as it says. Options and `--preset` go over the file, which names its own
-model: `--model` gives another. References such as `${dataset_config.prompt}` are followed.
+`fatezero tune --config their.yaml` tunes with its settings. Options and `--preset` override the file, `--model`
+its model too. References such as `${dataset_config.prompt}` are followed.
 
-A key with a value that cannot be followed is refused by its name, and so is an unknown key. Keys without effect are
-listed in a note. *missing* is what the authors' code takes for a missing key, where that is not nothing.
+Unsupported values and unknown keys are refused by name. Keys without effect are listed in a note. *missing*: the
+default of a missing key in the authors' code, if any.
 """
 BEGIN, END = "<!-- methods, written by scripts/write_docs.py -->\n", "<!-- end of methods -->\n"
 
@@ -123,7 +123,7 @@ def authors_page() -> str:
 
 
 def keys_tables(sections: dict[str, Sequence[Key]]) -> str:
-    """A table for each section, with a column for each command that a key of the repository is for."""
+    """A table for each section, with a column for each command to which keys of the repository apply."""
     tunes = any(key.tune for keys in sections.values() for key in keys)
     commands: tuple[Command, ...] = ("edit", "tune") if tunes else ("edit",)
     head = "".join(f"| {cell} " for cell in ("key", "missing", *(f"`{one}`" for one in commands), "how")) + "|"

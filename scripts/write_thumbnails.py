@@ -1,4 +1,4 @@
-"""Make the thumbnails of workflows for real models, and of the small Wan, with the bundled demo models.
+"""Make the thumbnails of workflows for real models, of the small Wan and of measured edits, with the bundled demo models.
 
     python scripts/write_thumbnails.py [NAME ...]
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fatezero.demo.scenes import SIZE, Scene, random_motion, render
@@ -25,6 +26,8 @@ from fatezero.diffusion.invert import Inversion, invert
 from fatezero.hosts.diffusers.load import open_model
 from fatezero.hosts.diffusers.model import Model
 from fatezero.methods.flow_edit import FlowEditSettings, draw
+from fatezero.metrics.evaluate import evaluate
+from fatezero.metrics.plot import plot_report
 from fatezero.recipes.recipe import Recipe
 from fatezero.video.sheet import contact_sheet
 from fatezero.video.size import to_bytes
@@ -35,8 +38,8 @@ FRAMES, STEPS = 8, 20
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """target: of the edit in the demo world. source: of its clip. model: a demo model. drawn: with FlowEdit too.
-    note: what else its title says.
+    """target: the edit's prompt in the demo world. source: its clip's. model: a demo model. drawn: with FlowEdit too.
+    note: an addition to its title.
     """
 
     target: str
@@ -55,6 +58,7 @@ THUMBNAILS = {
     "enhance": Thumbnail("a red square on water, high quality, 8K", note=", which has no words of quality"),
     "wan": Thumbnail("a red square on grass", model="demo-wan", note=WEAK),
     "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True, note=WEAK),
+    "measure": Thumbnail("a green square on water"),
 }
 TITLES = {"demo": "Made with the bundled toy model", "demo-wan": "Made with the bundled toy Wan"}
 
@@ -93,6 +97,15 @@ def edited(model: Model, frames: Tensor, one: Thumbnail, preset: str) -> Iterato
         yield f"{name}: {one.target}", model.decode_clip(found, FRAMES)
 
 
+def with_plot(sheet: Image.Image, source: Tensor, edited: Tensor) -> Image.Image:
+    """A sheet, and under it the plot of Evaluate Edit."""
+    plot = Image.fromarray(plot_report(evaluate(source, edited.cpu()), sheet.width, 110).numpy())
+    page = Image.new("RGB", (sheet.width, sheet.height + plot.height), "white")
+    page.paste(sheet, (0, 0))
+    page.paste(plot, (0, sheet.height))
+    return page
+
+
 def main(names: list[str]) -> None:
     """Take all pictures, or those of the named workflows."""
     for name in names or THUMBNAILS:
@@ -100,6 +113,8 @@ def main(names: list[str]) -> None:
         model, frames = open_model(one.model, torch.device("cpu")), clip_of(one.source)
         rows = [(f"source: {one.source}", frames), *edited(model, frames, one, preset_of(name))]
         sheet = contact_sheet([(label, to_bytes(shown[::2])) for label, shown in rows], TITLES[one.model] + one.note)
+        if name == "measure":
+            sheet = with_plot(sheet, frames, rows[-1][1])
         sheet.save(FOLDER / f"{name}.jpg", quality=90, comment=mark_of(name))
         print(name, flush=True)
 

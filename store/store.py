@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..attention.capture import Captured
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
@@ -33,7 +32,7 @@ from .backends import (
 )
 from .budget import Demand, StorePlan, StoreSettings
 from .identity import ModelIdentity
-from .records import MEMORIES, Memory, SourceStep
+from .records import MEMORIES, Memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,12 +152,6 @@ class AttentionStore:
                 "invert with a larger max_tokens, or lower max_tokens of the edit"
             )
         return records
-
-    def source_step(self, step: int, layers: set[str], chunk: Chunk | None = None) -> SourceStep:
-        """The source at an edit step, for a chunk or the whole clip, on the latents' device."""
-        chunk = chunk or Chunk.whole(self.frames)
-        records = self.fetch(step, layers, chunk, self.source.embeddings.device)
-        return SourceStep(Captured(records), self.key_frames, chunk, stored=True)
 
     def level(self, level: int) -> Tensor:
         """The latents of a level, 0 the clean one: (frames, c, h, w); StoreError if they are damaged."""

@@ -11,6 +11,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 _HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 _KNOWN = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 7: Colorspace.SMPTE240M}
 _BT2020 = (9, 10)
+MATRICES = (*_KNOWN, *_BT2020)
+"""The matrices that files name and players know; others are read as `matrix_for` says."""
 WHITE = 203.0
 """Nits of HDR reference white (ITU-R BT.2408), mapped to SDR white."""
 PEAK = 1000.0
@@ -47,10 +49,9 @@ def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = 
     kind = hdr_kind(frame)
     how = {"interpolation": Interpolation.BICUBIC, "width": width} if width != frame.width else {}
     if not frame.format.is_rgb:
-        full = int(frame.color_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
         how |= {
-            "src_colorspace": _matrix(frame),
-            "src_color_range": ColorRange.JPEG if full else ColorRange.MPEG,
+            "src_colorspace": matrix_of(frame),
+            "src_color_range": ColorRange.JPEG if is_full(frame) else ColorRange.MPEG,
             "dst_color_range": ColorRange.JPEG,
         }
     if has_alpha(frame):
@@ -63,7 +64,13 @@ def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = 
     return tone_mapped(frame.reformat(format="rgb48le", **how).to_ndarray(), kind)
 
 
-def _matrix(frame: av.VideoFrame) -> Colorspace:
+def is_full(frame: av.VideoFrame) -> bool:
+    """Whether a frame's values have full range."""
+    return int(frame.color_range) == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+
+
+def matrix_of(frame: av.VideoFrame) -> Colorspace:
+    """The matrix by which a frame is shown."""
     matrix = int(frame.colorspace)
     if matrix in _BT2020:
         return Colorspace.BT2020
@@ -75,6 +82,11 @@ def matrix_for(height: int) -> Colorspace:
     return Colorspace.ITU709 if height >= 720 else Colorspace.ITU601
 
 
+def matrix_tag(height: int) -> int:
+    """The number of `matrix_for` in a file's metadata."""
+    return 1 if matrix_for(height) == Colorspace.ITU709 else 6  # BT.709, SMPTE 170M
+
+
 def to_yuv(pixels: np.ndarray, format: str) -> av.VideoFrame:
     """uint8 RGB (height, width, 3) as a frame of limited range, with the matrix of `matrix_for`."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
@@ -82,13 +94,12 @@ def to_yuv(pixels: np.ndarray, format: str) -> av.VideoFrame:
     return frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
 
 
-def tag(context: av.VideoCodecContext, height: int) -> None:
-    """Set a stream's colour metadata to that of `to_yuv`."""
+def tagged(frame: av.VideoFrame, height: int) -> None:
+    """Set a frame's colour metadata to that of `to_yuv`."""
     high = matrix_for(height) == Colorspace.ITU709
-    context.colorspace = Colorspace.ITU709 if high else 6  # SMPTE 170M
-    context.color_range = ColorRange.MPEG
-    context.color_primaries = ColorPrimaries.BT709 if high else ColorPrimaries.SMPTE170M
-    context.color_trc = ColorTrc.BT709 if high else ColorTrc.SMPTE170M
+    frame.colorspace, frame.color_range = matrix_tag(height), ColorRange.MPEG
+    frame.color_primaries = ColorPrimaries.BT709 if high else ColorPrimaries.SMPTE170M
+    frame.color_trc = ColorTrc.BT709 if high else ColorTrc.SMPTE170M
 
 
 # --- high dynamic range ---------------------------------------------------------------

@@ -94,7 +94,7 @@ class FrameIndex:
     times: in display order, corrected by `clock`. keys: frames at which decoding can start. tick: the file's time
     unit. ordered: whether decoded frames carry their times; not in AVI and raw streams. declared_fps: the container's
     rate. stored: frame size before rotation and scaling to square pixels. sound: its rate and channels. decoder: for
-    alpha in separate packets.
+    alpha in separate packets. aspect: width of a stored pixel by its height.
     """
 
     times: tuple[Fraction, ...]
@@ -108,6 +108,7 @@ class FrameIndex:
     notes: tuple[str, ...] = field(default=())
     clock: Clock = Clock()
     decoder: str | None = None
+    aspect: Fraction = Fraction(1)
 
     @classmethod
     def of(cls, path: Path, last: int | None = None) -> FrameIndex:
@@ -154,6 +155,7 @@ class FrameIndex:
         return cls(
             tuple(time for time, _ in placed), tuple(i for i, (_, key) in enumerate(placed) if key), tick, ordered,
             declared, first.size, first.stored, sound, notes, Clock(tuple(moves), kind in _BROADCAST), first.decoder,
+            first.aspect,
         )  # fmt: skip
 
     @cached_property
@@ -314,7 +316,7 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class _FirstFrame:
-    """Facts from the first frame. size: upright. pts, key: of the frame. stored, decoder: see `FrameIndex`."""
+    """Facts from the first frame. size: upright. pts, key: of the frame. The others: see `FrameIndex`."""
 
     size: tuple[int, int]
     stored: tuple[int, int]
@@ -322,6 +324,7 @@ class _FirstFrame:
     pts: int | None
     key: bool
     decoder: str | None
+    aspect: Fraction
 
 
 def _probe(path: Path) -> _FirstFrame:
@@ -350,4 +353,5 @@ def _probe(path: Path) -> _FirstFrame:
         size = size[::-1] if Orientation.of(frame).on_its_side else size
         if has_alpha(frame):
             notes.append(f"{path.name} has transparency and is composited over the background")
-        return _FirstFrame(size, (frame.width, frame.height), tuple(notes), frame.pts, bool(frame.key_frame), decoder)
+        stored, key = (frame.width, frame.height), bool(frame.key_frame)
+        return _FirstFrame(size, stored, tuple(notes), frame.pts, key, decoder, aspect)

@@ -195,19 +195,27 @@ class VideoSource:
     def _decoded(self) -> Iterator[np.ndarray]:
         from .colour import to_rgb
 
+        for frame in self.stored():
+            shown = Orientation.of(frame)
+            stored = self.size[1] if shown.on_its_side else self.size[0]
+            yield shown.applied(to_rgb(frame, stored, self.background))
+
+    def stored(self) -> Iterator[av.VideoFrame]:
+        """The frames of a file as it stores them: not turned, not scaled to square pixels, of any format.
+
+        Raises VideoError as `frames`.
+        """
         assert self.index is not None
         done = 0
         try:
             for frame in self.index.decoded(self.path, self.indices):
-                shown = Orientation.of(frame)
                 if (frame.width, frame.height) != self.index.stored:
                     was = "x".join(map(str, self.index.stored))
                     raise VideoError(
                         f"{self.path}: frame {self.indices[done]} is {frame.width}x{frame.height}, unlike the {was} "
                         "frames before it"
                     )
-                stored = self.size[1] if shown.on_its_side else self.size[0]
-                yield shown.applied(to_rgb(frame, stored, self.background))
+                yield frame
                 done += 1
         except damage() as error:
             raise VideoError(f"{self.path}: decoding failed after {done} of {len(self)} frames: {error}") from error

@@ -50,12 +50,12 @@ def check_size(width: int, height: int, multiple: int) -> None:
 def scaling_bytes(source: tuple[int, int], size: tuple[int, int]) -> int:
     """Peak bytes of `resize_to_fill` for one frame of a size (width, height), input and result included."""
     (w, h), (width, height) = source, size
-    inner_height, inner_width = _covering(w, h, width, height)
+    inner_height, inner_width = covering(w, h, width, height)
     plane = 4 * (w * h + h * inner_width + 2 * inner_height * inner_width)
     return 3 * (w * h + width * height) + (plane if source != size else 0)
 
 
-def _covering(w: int, h: int, width: int, height: int) -> tuple[int, int]:
+def covering(w: int, h: int, width: int, height: int) -> tuple[int, int]:
     """The height and width at which w x h covers width x height."""
     scale = max(width / w, height / h)
     return max(height, round(h * scale)), max(width, round(w * scale))
@@ -66,7 +66,7 @@ def resize_to_fill(frames: Tensor, width: int, height: int) -> Tensor:
     h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
-    inner = _covering(w, h, width, height)
+    inner = covering(w, h, width, height)
     top, left = (inner[0] - height) // 2, (inner[1] - width) // 2
     filled = torch.empty((len(frames), height, width, 3), dtype=torch.uint8)
     for frame, result in zip(frames, filled, strict=True):

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..files.whole import remove_folder, temporary_folder, whole_file
 from ..imports import Image, av, np, torch
+from .orientation import SQUARE, Display
 from .pictures import numbered, with_number
 from .read import Sound, SoundTrack
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Frame: TypeAlias = "Tensor | av.VideoFrame"
+"""A frame to write: uint8 RGB (height, width, 3), or planes of any format."""
 
 
 class FrameDigest:
@@ -24,14 +29,25 @@ class FrameDigest:
     def __init__(self) -> None:
         self._sum = sha256()
 
-    def passing(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    def passing(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         for frame in frames:
-            self._sum.update(str(tuple(frame.shape)).encode())
-            self._sum.update(frame.cpu().contiguous().numpy().data)
+            for about, values in _contents(frame):
+                self._sum.update(about.encode())
+                self._sum.update(values.data)
             yield frame
 
     def __str__(self) -> str:
         return self._sum.hexdigest()
+
+
+def _contents(frame: Frame) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(frame, torch.Tensor):
+        yield str(tuple(frame.shape)), frame.cpu().contiguous().numpy()
+        return
+    from .planes import planes_of
+
+    for plane in planes_of(frame):
+        yield f"{frame.format.name} {plane.shape}", plane
 
 
 @dataclass(frozen=True)
@@ -101,42 +117,52 @@ def output_files(path: str | Path, frames: int) -> list[Path]:
     return [path]
 
 
+CRF = 14
+"""The default quality of H.264."""
+
+
 def write_video(
     path: str | Path,
-    frames: Tensor | Iterable[Tensor],
+    frames: Tensor | Iterable[Frame],
     fps: Fraction,
     sound: Sound | SoundTrack | None = None,
-    crf: int = 14,
+    crf: int | None = CRF,
     times: Sequence[Fraction] | None = None,
     metadata: Mapping[str, str] | None = None,
+    display: Display = SQUARE,
 ) -> Path:
-    """Write uint8 frames (height, width, 3), one at a time: H.264 with AAC, .webm VP9 with Opus, or a GIF.
+    """Write frames, one at a time: H.264 with AAC, .webm VP9 with Opus, or a GIF.
 
-    A picture's suffix is for a single frame; a folder or a pattern gets a picture per frame (`is_sequence`). Pictures
-    and GIFs have no sound. times: of each frame, in seconds; None if evenly spaced. metadata: texts by name, for
-    `METADATA_SUFFIXES`. Odd sizes are padded by a pixel, since the codecs need even ones; sound is resampled to a
-    rate that the codec supports.
+    frames: uint8 (height, width, 3), or for `METADATA_SUFFIXES` frames as `VideoSource.stored` has them, whose format
+    is kept where the codec has it, to be shown by `display`. A picture's suffix is for a single frame; a folder or a
+    pattern gets a picture per frame (`is_sequence`). Pictures and GIFs have no sound. crf: of H.264, None for lossless
+    video, in .mkv by FFV1. times: of each frame, in seconds; None if evenly spaced. metadata: texts by name, for
+    `METADATA_SUFFIXES`. Odd sizes are padded by a pixel where the codec needs even ones; sound is resampled to a rate
+    that the codec supports.
 
     Raises ValueError for an unknown suffix or no frame, and OSError if the disk fails.
     """
-    pictures = (frame.cpu().numpy() for frame in frames)
     if is_sequence(path):
-        return _write_sequence(_pattern(path), pictures)
+        return _write_sequence(_pattern(path), map(_pixels, frames))
     path = Path(path)
     with whole_file(path) as partial:
         try:
             if _suffix(path) in PICTURE_SUFFIXES:
-                (picture,) = pictures
+                (picture,) = map(_pixels, frames)
                 Image.fromarray(picture).save(partial, quality=95)
             elif _suffix(path) == ".gif":
-                _write_gif(partial, pictures, fps, times)
+                _write_gif(partial, map(_pixels, frames), fps, times)
             elif _suffix(path) in _CODECS:
-                _encode(partial, _CODECS[_suffix(path)], pictures, fps, sound, crf, times, metadata or {})
+                _encode(partial, frames, _Stream(fps, sound, crf, times, metadata or {}, display))
             else:
                 raise ValueError(f"cannot write {path.name!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
         except av.error.FFmpegError as error:
             raise OSError(f"could not write {path}: {error}") from error
     return path
+
+
+def _pixels(frame: Frame) -> np.ndarray:
+    return frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame.to_ndarray(format="rgb24")
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> Path:
@@ -154,39 +180,43 @@ def _suffix(path: str | Path) -> str:
 # --- videos -------------------------------------------------------------------------------
 
 
-def _encode(
-    path: Path,
-    codecs: _Codecs,
-    pictures: Iterable[np.ndarray],
-    fps: Fraction,
-    sound: Sound | SoundTrack | None,
-    crf: int,
-    times: Sequence[Fraction] | None,
-    metadata: Mapping[str, str],
-) -> None:
+@dataclass(frozen=True)
+class _Stream:
+    """How frames are encoded, see `write_video`."""
+
+    fps: Fraction
+    sound: Sound | SoundTrack | None
+    crf: int | None
+    times: Sequence[Fraction] | None
+    metadata: Mapping[str, str]
+    display: Display
+
+
+def _encode(path: Path, frames: Iterable[Frame], how: _Stream) -> None:
     settings = {"fflags": "+bitexact"}  # the same bytes for the same frames
     if path.suffix in (".mp4", ".mov"):
         settings["movflags"] = "+faststart+use_metadata_tags"
-    from .colour import tag, to_yuv
+    from .planes import encodable, tag
 
+    codecs = _CODECS[path.suffix.lower()]
+    name = "ffv1" if how.crf is None and path.suffix.lower() == ".mkv" else codecs.video
     with av.open(f"file:{path}", "w", options=settings) as file:
-        file.metadata.update(metadata)
-        options = {"crf": str(2 * crf), "b": "0", "row-mt": "1"}
-        if codecs is _H264:
-            options = {"crf": str(crf), "preset": "medium", **_steady_x264()}
-        video = cast(av.VideoStream, file.add_stream(codecs.video, rate=fps, options=options))
-        clock = 1 / fps if times is None else Fraction(1, _CLOCK)
+        file.metadata.update(how.metadata)
+        video = cast(av.VideoStream, file.add_stream(name, rate=how.fps, options=_options(name, how.crf)))
+        clock = 1 / how.fps if how.times is None else Fraction(1, _CLOCK)
         track = None
-        for i, picture in enumerate(pictures):
+        for i, given in enumerate(frames):
+            frame = encodable(given, name)
             if i == 0:
-                height, width = (side + side % 2 for side in picture.shape[:2])
-                video.height, video.width, video.pix_fmt = height, width, "yuv420p"
+                video.height, video.width, video.pix_fmt = frame.height, frame.width, frame.format.name
                 video.codec_context.time_base = clock
-                tag(video.codec_context, height)
-                track = sound and _Track(file, codecs, sound)
-            odd = ((0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0))
-            frame = to_yuv(np.pad(picture, odd, "edge"), "yuv420p")
-            at = i / fps if times is None else times[i]
+                if how.display.aspect != 1:
+                    video.codec_context.sample_aspect_ratio = how.display.aspect
+                if how.display.matrix is not None:
+                    video.set_display_matrix(how.display.matrix)
+                tag(video.codec_context, frame)
+                track = how.sound and _Track(file, codecs, how.sound)
+            at = i / how.fps if how.times is None else how.times[i]
             frame.pts, frame.time_base = round(at / clock), clock
             file.mux(video.encode(frame))
             if track:
@@ -194,6 +224,14 @@ def _encode(
         file.mux(video.encode(None))
         if track:
             track.write(until=None)
+
+
+def _options(codec: str, crf: int | None) -> dict[str, str]:
+    if codec == "ffv1":
+        return {"level": "3", "slicecrc": "1"}
+    if codec == "libx264":
+        return {**({"qp": "0"} if crf is None else {"crf": str(crf)}), "preset": "medium", **_steady_x264()}
+    return {**({"lossless": "1"} if crf is None else {"crf": str(2 * crf), "b": "0"}), "row-mt": "1"}
 
 
 def _steady_x264() -> dict[str, str]:

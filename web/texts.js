@@ -1,10 +1,8 @@
 /** Shows on our nodes the texts that they output: while they run, after the job has ended, and after a reload. */
 
-import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { ComfyWidgets } from "../../scripts/widgets.js"
 
-const EVENT = "fatezero.text" // as in nodes/sockets.py
 const NAME = "info"
 const LINE = 13 // pixels of its height, and of the width of a character
 const CHARACTER = 6.1
@@ -73,12 +71,6 @@ function isOurs(node) {
 
 app.registerExtension({
     name: "FateZero.Texts",
-    setup() {
-        api.addEventListener(EVENT, ({ detail }) => {
-            const node = nodeOf(detail.node)
-            if (isOurs(node)) show(node, detail.text) // another workflow may be open by now
-        })
-    },
     nodeCreated(node) {
         if (!isOurs(node)) return
         const before = node.onExecuted

@@ -113,7 +113,7 @@ def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
     """Jobs grouped by their inversion; a job that shares none inverts by itself."""
     sharing = dict[str, list[tuple[Job, EditConfig]]]()
     for job, config in jobs:
-        key = job.name if config.noise == "drawn" else _digest(inversion_of(config))
+        key = job.name if config.noise == "drawn" else sha256(repr(asdict(inversion_of(config))).encode()).hexdigest()
         sharing.setdefault(key, []).append((job, config))
     groups = []
     for key, members in sharing.items():
@@ -126,10 +126,6 @@ def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
 def inversion_of(config: EditConfig) -> EditConfig:
     """An edit's settings for its inversion, with the others at their defaults."""
     return replace(EditConfig(), **{name: getattr(config, name) for name in _OF_INVERSIONS})
-
-
-def _digest(config: EditConfig) -> str:
-    return sha256(repr(asdict(config)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ...store.store import AttentionStore
 from ...video.fitted import FittedVideo
 from ...video.motion import Motion
 from ...video.read import Sound, SoundTrack, VideoSource
-from ...video.write import FrameDigest, shortcomings, write_video
+from ...video.write import CRF, FrameDigest, shortcomings, write_video
 from ..captions import captioned, check_captioner, with_captions
 from ..config.files import configs_of
 from ..config.record import (
@@ -44,8 +44,9 @@ from ..config.record import (
 )
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
-from ..families import check_edits
-from ..frames import decode, fit_frames, for_clip, found_frames, shape_of
+from ..families import check_edits, check_guidance
+from ..frames import decode, fit_frames, for_clip, found_frames, shape_of, with_first_frame
+from ..keep import Original, Restored, laid, original_of, recorded_with, refuse_kept
 from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
 from ..masks import check_edit_mask, edit_mask
@@ -63,7 +64,7 @@ from ..outputs import Outputs
 from ..plan import in_chunks, plan
 from ..progress import Bar
 from ..session import Session, check_control, controlled
-from ..stored import check_of_store, cut_of, read_origin, sound_of, with_store
+from ..stored import check_of_store, cut_of, read_origin, sound_of, video_of, with_store
 from ..team import in_team, team_of
 from .invert import invert_video
 
@@ -195,7 +196,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Clip:
-    """The clip of an edit. shape: of its latents. video: None for a store. The others: of its frames."""
+    """The clip of an edit. shape: of its latents. video: None for a store without it. The others: of its frames."""
 
     shape: tuple[int, ...]
     crop: tuple[int, int, int, int]
@@ -211,7 +212,8 @@ class _Clip:
 class _OneEdit:
     """One edit: its configuration, prompt pair, layout and mask; its output and the digests of the files it reads.
 
-    recorded: the settings for its record. maps: the folder for its heat maps, masks and slices.
+    recorded: the settings for its record. maps: the folder for its heat maps, masks and slices. original: the frames
+    on which it is laid, if the video's pixels stay.
     """
 
     config: EditConfig
@@ -222,6 +224,7 @@ class _OneEdit:
     output: str
     maps: Path | None
     files: dict[str, str]
+    original: Original | None
 
 
 def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) -> None:
@@ -237,6 +240,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
         check_edit_mask(config, source.frames)
+        refuse_kept(config)
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = _outputs(run.output, len(configs))
@@ -246,7 +250,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
-    check_edits(configs, stored=store is not None)
+    check_edits(configs, stored=store is not None, maps=run.maps is not None)
     check_control(configs[0])
     if any(config.source == AUTO for config in configs):
         configs = captioned(session, configs, source.video)
@@ -254,6 +258,8 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     folders = map_folders(run.maps, outputs)
     reserve_maps(writes, folders if run.writes else [None] * len(folders), configs)
     checkpoint = session.open_model(configs[0].chosen_model)
+    for config in configs:
+        check_guidance(checkpoint, config)
     prompts = [config.prompt_edit(checkpoint.tokenizer) for config in configs]
     layouts = [
         checked_layout(checkpoint, config, prompt, source.frames)
@@ -270,7 +276,8 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         session.note(lost)
     if not dry_run:
         recorded = with_captions(given, configs) if run.from_batch else configs
-        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, folders, files))
+        originals = [original_of(*each, clip.video) for each in zip(configs, masks, strict=True)]
+        edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, folders, files, originals))
         _run(run, checkpoint, clip, store, edits, now)
 
 
@@ -293,10 +300,11 @@ def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _S
         return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
     cut, size, sound = cut_of(origin), (width, height), sound_of(origin, config.video)
+    of_store = FittedVideo.of(video_of(origin, config.video), cut.crop, size) if config.video else None
     checkpoint = controlled(session, checkpoint, config, cut, origin.frames, size)
     shape = tuple(store.levels.shape[1:])
     return for_clip(checkpoint, shape, origin.fps), _Clip(
-        shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound
+        shape, cut.crop, size, origin.frames, origin.fps, origin.times, sound, of_store
     )
 
 
@@ -328,7 +336,8 @@ def _run(
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
         motion = motion_of(checkpoint, configs, inversion, bar)
-        edits = [_described(checkpoint, one, inversion.store, motion) for one in tasks]
+        models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
+        edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
             checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)
@@ -336,10 +345,11 @@ def _run(
         if not run.writes:
             return
         for one, edit, latents in zip(tasks, edits, results, strict=True):
-            writing = _Writing(one.output, _recorded(one.recorded, inversion.store), replace(now, files=one.files))
+            writing = _Writing(one.output, _recorded(one, inversion.store), replace(now, files=one.files))
             edited = Kept(decode(checkpoint, latents, clip.frames, _bar(bar, one)), keep=one.maps is not None)
+            results_of = latents, inversion.store.level(0)
             try:
-                _write(run, writing, edited, clip)
+                _write(run, writing, laid(one.original, checkpoint, results_of, edited, one.output), clip)
                 if one.maps is not None and edit.maps is not None:
                     source = _source_frames(checkpoint, clip, inversion.store)
                     write_recorded(one.maps, edit.maps, source, edited, clip.fps, session)
@@ -365,7 +375,7 @@ def _bar(bar: Callable[[str], Bar], one: _OneEdit) -> Bar:
     return bar(f"write {Path(one.output).name}")
 
 
-def _write(run: _Run, writing: _Writing, pictures: Iterable[Tensor], clip: _Clip) -> None:
+def _write(run: _Run, writing: _Writing, pictures: Restored, clip: _Clip) -> None:
     digest = writing.write(pictures, clip)
     run.session.say(f"{shown(writing.config.target)} written to {writing.path}")
     if run.made is not None and run.made.frames:
@@ -380,10 +390,13 @@ class _Writing:
     config: EditConfig
     made: Provenance
 
-    def write(self, pictures: Iterable[Tensor], clip: _Clip) -> str:
+    def write(self, pictures: Restored, clip: _Clip) -> str:
         """Returns the digest of the frames. Writes the record last, so that it marks a complete result."""
         metadata, digest = metadata_of(self.config, self.made), FrameDigest()
-        write_video(self.path, digest.passing(pictures), clip.fps, clip.sound, times=clip.times, metadata=metadata)
+        write_video(
+            self.path, digest.passing(pictures.frames), clip.fps, clip.sound, None if self.config.lossless else CRF,
+            clip.times, metadata, pictures.display,
+        )  # fmt: skip
         made = replace(self.made, frames=str(digest))
         try:
             write_record(self.path, record_of(self.config, made))
@@ -411,8 +424,9 @@ def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path
     )  # fmt: skip
 
 
-def _recorded(config: EditConfig, store: AttentionStore) -> EditConfig:
-    """A configuration that gives the same result whatever memory is free."""
+def _recorded(one: _OneEdit, store: AttentionStore) -> EditConfig:
+    """A configuration that gives the same result whatever memory is free, and whether the video is given."""
+    config = recorded_with(one.recorded, one.original)
     return config if config.noise == "drawn" else replace(config, memory=store.memory)
 
 

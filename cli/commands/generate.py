@@ -22,7 +22,7 @@ from ...video.size import check_size
 from ...video.write import shortcomings, write_video
 from ..config.settings import GenerateConfig
 from ..config.values import generate_config
-from ..families import check_generation
+from ..families import check_generation, check_guidance
 from ..frames import decode, for_clip
 from ..maps import words_in
 from ..objects import check_objects, layout_of
@@ -87,6 +87,7 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
 
     check_generation(config, maps is not None)
     checkpoint = session.open_model(config.chosen_model, videos=True)
+    check_guidance(checkpoint, config)
     side = checkpoint.native_size
     width, height = config.size or (side, side)
     check_size(width, height, checkpoint.multiple)

@@ -23,7 +23,10 @@ def of_methods() -> list[str]:
         "flow",
         "noise",
         "edit_mask",
+        "first_frame",
         "mask_mode",
+        "keep",
+        "lossless",
     ]
 
 

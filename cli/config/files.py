@@ -45,7 +45,8 @@ def load_configs(
             found, notes = edits_of(repository, data, texts.get("source"), texts.get("target"))
             configs = [with_values(EditConfig(), checked(values)) for values in found]
         else:
-            config = config_of({name: value for name, value in data.items() if name != MADE}, texts)
+            kept = {"keep": "latents"} if MADE in data else {}  # results whose record has no `keep`
+            config = config_of(kept | {name: value for name, value in data.items() if name != MADE}, texts)
             configs, notes = [config], []
         if preset is not None:
             configs = [with_preset(config, preset) for config in configs]

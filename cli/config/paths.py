@@ -16,7 +16,7 @@ from ...models import DEMOS
 from ...video.pictures import VideoError, numbered, picture_files
 from .settings import FILES, FILES_OF_OBJECTS, EditConfig, GenerateConfig, TuneConfig
 
-_OF_CLIPS = ("video", "control", "edit_mask", "class_pictures", *FILES_OF_OBJECTS)
+_OF_CLIPS = ("video", "control", "edit_mask", "first_frame", "class_pictures", *FILES_OF_OBJECTS)
 """The settings whose file is a video or pictures; others are weights."""
 
 

@@ -39,6 +39,7 @@ else:
     InjectionName = Literal[(*(method.name for method in INJECTIONS), "none")]
     PropagationName = Literal[("none", *(method.name for method in PROPAGATIONS))]
 NoiseName = Literal["inverted", "drawn"]
+KeepName = Literal["auto", "pixels", "latents"]
 SECTIONS: dict[str, Any] = {
     method.name: method.settings for method in (*INJECTIONS, *PROPAGATIONS, *STARTS) if method.name != "fatezero"
 } | {"layout": MoveSettings}
@@ -102,7 +103,7 @@ class ModelSettings:
     variant: str = setting("", "Variant of the weights in a diffusers folder, as fp16.", shown="none", group=_MODEL)
     attention: str = setting(
         "auto",
-        "Attention kernel: auto and sdpa are PyTorch's, xformers needs that package; a video transformer takes the "
+        "Attention kernel: auto and sdpa are PyTorch's, xformers needs that package; a transformer takes the "
         "names of diffusers' backends, such as flash and sage. Last digits differ.",
         group=_MODEL,
     )
@@ -132,7 +133,7 @@ class ControlSettings:
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "Video or pictures that the ControlNet follows, or Wan VACE without one. They are cut like the clip.",
+        "", "Video or pictures for the ControlNet or Wan VACE. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
@@ -211,6 +212,22 @@ class EditSettings(
     mask_mode: MaskMode = setting(
         "replace",
         "Whether edit_mask replaces FateZero's blend mask, or joins it by union or intersection.",
+        group=_EDIT,
+    )
+    keep: KeepName = setting(
+        "auto",
+        "What stays outside the mask of an edit. pixels: the video's own, at its full size, depth and shape; the edit "
+        "is scaled onto it. latents: its latents, decoded at the model's size. auto: pixels, where a mask limits the "
+        "edit and the video is given.",
+        group=_EDIT,
+    )
+    lossless: bool = setting(
+        False, "Write videos without loss: FFV1 in .mkv, else H.264 or VP9 in their lossless modes.", group=_TEXT
+    )
+    first_frame: str = setting(
+        "",
+        "Picture of the edit's first frame, for image-to-video models. Cropped and scaled like the clip.",
+        shown="the clip's",
         group=_EDIT,
     )
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
@@ -382,7 +399,7 @@ class GenerateConfig(ObjectSettings, ModelSettings):
         check(self)
 
 
-FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "class_pictures")
+FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "first_frame", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
 FILES_OF_OBJECTS = ("mask", "object_mask")
 """The settings of files for words: "burger: mask.mp4"."""

@@ -117,6 +117,10 @@ class ComfyDenoiser:
         return self._edited.hooked.pairs
 
     @property
+    def embeds_guidance(self) -> bool:
+        return False  # it is part of the host's conditioning
+
+    @property
     def frames_meet(self) -> bool:
         return self.spans_clip or any(temporal_layers(branch.hooked.patcher) for branch in (self._edited, self._source))
 
@@ -207,7 +211,7 @@ class ComfyDenoiser:
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = clean
-        return self.noise.from_host((x - clean) / sigma)
+        return self.noise.predicted(x, clean, sigma)
 
     def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
         """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
@@ -275,7 +279,7 @@ class ComfyDenoiser:
         whole positive is fused.
         """
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
-        if not control.is_plain:
+        if branch.hooked.family.attention and not control.is_plain:
             positive = whole_conditions(positive)
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)

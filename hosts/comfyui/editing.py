@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 
-from ...attention.masks import GivenMask, MaskMode
+from ...attention.masks import GivenMask, MaskMode, changed_latents
 from ...attention.prompt import PromptEdit
 from ...diffusion.edit import EditPass, edit_many
 from ...diffusion.invert import Inversion, Progress
@@ -23,8 +23,8 @@ from ...diffusion.start import start_of
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
-from .latents import mask_of_latents, packed, unpacked, zeros_like
-from .noise import noise_of
+from .latents import mask_of_frames, mask_of_latents, packed, streams, unpacked, zeros_like
+from .noise import FlowNoise, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
 
@@ -131,7 +131,7 @@ class EditGuider(LoopGuider):
             options = create_model_options_clone(model_options)
             sigmas = options["transformer_options"]["sample_sigmas"]
             denoiser = ComfyDenoiser(self, options, x.device, self._schedule_of_host(sigmas))
-            self._levels = denoiser.noise.sigmas(denoiser.in_use)[:-1]
+            self._levels = self._sigmas_of_host(denoiser.noise.sigmas(denoiser.in_use)[:-1])
             edits = EditPass(denoiser, Inversion(self.store), self._masked_edits, self.chunk_frames, in_order=False)
             self._check_for_host(edits)
             self._running = self._open.enter_context(edits)
@@ -147,6 +147,10 @@ class EditGuider(LoopGuider):
     def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
         """The schedule of the run, for the sigmas of a sampler of the host."""
         return self.schedule(sigmas)
+
+    def _sigmas_of_host(self, sigmas: Tensor) -> Tensor:
+        """The sigmas that a sampler of the host integrates along."""
+        return sigmas
 
     def _check_for_host(self, edits: EditPass) -> None:
         """Raise ValueError for an edit that needs the whole step."""
@@ -165,7 +169,7 @@ class EditGuider(LoopGuider):
         noisy = noise_of(self.model_patcher)
         (predicted,) = edits.predict([noisy.from_host(x) / noisy.scale(sigma)], step)
         assert predicted is not None  # `_check_for_host` rejects lower strengths
-        return x - sigma * noisy.to_host(predicted.noise)
+        return noisy.clean(x, predicted.noise, sigma)
 
 
 ADD_NOISE = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
@@ -212,12 +216,18 @@ class FlowEditGuider(EditGuider):
         if sigmas[-1] > 0:
             raise ValueError(f"sigmas: end at {sigmas[-1]:.4g}, but FlowEdit with this sampler ends at 0")
         steps = len(sigmas) - 1
-        sigmas = sigmas[first_step(self.edits[0].strength, steps) :]
+        sigmas = self._sigmas_of_host(sigmas[first_step(self.edits[0].strength, steps) :])
         clip = noise_of(self.model_patcher).to_host(self.store.level(0)).float().cpu()
         return unpacked(clip / sigmas[0].cpu(), self.store.shapes), zeros_like(latent_image), sigmas
 
     def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
         return schedule_of_store(self.model_patcher, self.store)
+
+    def _sigmas_of_host(self, sigmas: Tensor) -> Tensor:
+        """The flow's own, because the edit moves along them."""
+        noisy = noise_of(self.model_patcher)
+        assert isinstance(noisy, FlowNoise)
+        return noisy.flow_sigmas(sigmas)
 
     def _check_for_host(self, edits: EditPass) -> None:
         if edits.blends_latents and any(edit.fusion is not None for edit in self._masked_edits):
@@ -263,6 +273,18 @@ def edit_clip(
     done = guider.done if store.clip is not None else guider.done[1:]
     samples = [edited_samples(model, store, z).to(first.device) for z in done]
     return samples if store.clip is not None else [first, *samples], guider.layers_run
+
+
+def changed_mask(model: Any, store: HostStore, samples: Any) -> Tensor:
+    """Where an edit of a store changed the clip: (frames, h, w), 0 or 1 on the latents' grid. samples: of the edit."""
+    of_clip = edited_samples(model, store, store.level(0))
+    edited, source = (_by_frame(streams(x)[0].float().cpu()) for x in (samples, of_clip))
+    return mask_of_frames(model, changed_latents(edited, source).float())
+
+
+def _by_frame(samples: Tensor) -> Tensor:
+    """Samples (f, c, h, w), or of a video (1, c, f, h, w), as (f, c, h, w)."""
+    return samples if samples.ndim == 4 else samples[0].movedim(1, 0)
 
 
 def only_inside(model: Any, store: HostStore, edit: Edit, mask: Tensor) -> Edit:

@@ -6,15 +6,13 @@ No attention is hooked, so that the host calls the model as a KSampler does, wit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...attention.control import AttentionSite, Kind
 from ...models.flow import FLOW
 from ...store.identity import ModelIdentity
-from ...store.records import PairedBranch
-from .hook import ALL_KINDS, Controls, Hook, HostFamily
+from .hook import ALL_KINDS, Hook, HostFamily
 from .noise import FlowNoise, is_flow, noise_of
 from .pair import shapes_of_weights, taken_pair
 
@@ -49,16 +47,6 @@ class PlainFlow(Hook):
 
     def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
         return {}
-
-    @contextmanager
-    def controlled(
-        self,
-        controls: Controls,
-        clip_norm: bool = False,
-        source: tuple[PairedBranch, Any] | None = None,
-        conditions: Sequence[dict[str, Any]] | None = None,
-    ) -> Iterator[None]:
-        yield
 
 
 FAMILY = HostFamily(

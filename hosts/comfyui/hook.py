@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
+from ...diffusion.denoiser import refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
@@ -58,6 +59,9 @@ class Hook:
         self.ran: set[str] = set()
         """The names of the layers that ran through a control."""
         self._controls: Controls = {}
+        self._clip_norm = False
+        self._paired: PairedBranch | None = None
+        self._conditions: Any = None
         self._positive = PositiveBranch(None)
         self._grid = (0, 0)
         self._replacement: Callable[[AttentionSite], Any] = lambda site: None
@@ -85,15 +89,23 @@ class Hook:
         """Run the attention of the calls inside through controls.
 
         source: the source branch that runs in the same calls, with its conditions. conditions: those of the positive
-        branch. Raises ValueError where the calls did not reach all attention layers of the positive branch.
+        branch. Raises ValueError for clip norm without GroupNorms, and where the calls did not reach all attention
+        layers of the positive branch.
         """
+        if not self.family.group_norms:
+            refuse_clip_norm(clip_norm)
         self._controls, self.ran, self._positive = controls, set(), PositiveBranch(conditions)
+        self._clip_norm, (self._paired, self._conditions) = clip_norm, source or (None, None)
         try:
             yield
             sites = [site for site in self.sites(*self._grid).values() if site.kind in self.kinds]
             self._positive.check(sites, self._replacement)
         finally:
-            self._controls = {}
+            self._controls, self._clip_norm, self._paired, self._conditions = {}, False, None, None
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the state of a call, which an error may leave."""
 
     def derivative(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Compute a value that controls have after the next call, and its gradient in the latents; in `controlled`."""
@@ -151,7 +163,7 @@ class PositiveBranch:
     def check(self, sites: Sequence[AttentionSite], replacement: Callable[[AttentionSite], Any]) -> None:
         """Raise ValueError if a layer did not run; replacement: another node's replacement of a layer."""
         missed = [site for site in sites if site.name not in self.ran]
-        if len(missed) == len(sites):
+        if missed and len(missed) == len(sites):
             raise ValueError(
                 "model: no attention layer ran in a call: another node on the model skips calls (EasyCache, LazyCache, "
                 "TeaCache) or replaces the model: remove it"

@@ -178,7 +178,7 @@ class UncalledModel:
 
     def __init__(self, model: Any, timesteps: Timesteps) -> None:
         self._noise, self._hooked, self._timesteps = noise_of(model), hooked(model), timesteps
-        self.spans_clip = self._hooked.family.spans_clip
+        self.spans_clip = self.frames_meet = self._hooked.family.spans_clip
 
     def schedule(self, steps: int) -> Schedule:
         return self._noise.schedule(steps, self._timesteps)
@@ -253,9 +253,8 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     if noisy.formulation != store.formulation:
         raise ValueError(f"store: its schedule is {store.formulation}, but the model's is {noisy.formulation}")
     source = getattr(store, "patcher", None)
-    shifts = [
-        one.get_model_object("model_sampling").shift for one in (model, source) if one and store.formulation == "flow"
-    ]
+    flows = [one for one in (model, source) if one and store.formulation == "flow"]
+    shifts = [getattr(one.get_model_object("model_sampling"), "shift", 1.0) for one in flows]
     if len(set(shifts)) > 1:
         raise ValueError(
             f"model: its shift {shifts[0]:g} has no effect, since the inversion had {shifts[1]:g}: put Model Sampling "

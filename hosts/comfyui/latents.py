@@ -82,6 +82,15 @@ def mask_of_latents(model: Any, mask: Tensor, latents: int) -> Tensor:
     return mask_by_latent(mask, own)
 
 
+def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
+    """A mask of a clip's latents (latents, h, w) as one of the most frames that they hold: (frames, h, w)."""
+    kind = model.model.latent_format
+    ratio = getattr(kind, "temporal_downscale_ratio", 1)
+    block = BLOCKS.get(type(kind).__name__, len(mask) * ratio)
+    own = [_latent_of(frame, ratio, block) for frame in range(len(mask) * ratio)]
+    return mask[[latent for latent in own if latent < len(mask)]]
+
+
 def _latent_of(frame: int, ratio: int, block: int) -> int:
     """The latent of a frame: in each block the first frame has its own, and `ratio` frames share each other one."""
     blocks, within = divmod(frame, block)

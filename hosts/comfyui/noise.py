@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from comfy.model_sampling import (
     CONST,
+    COSMOS_RFLOW,
+    EDM,
     EPS,
     V_PREDICTION,
+    ModelSamplingContinuousEDM,
     ModelSamplingDiscrete,
     ModelSamplingDiscreteFlow,
     ModelSamplingFlux,
@@ -117,6 +120,14 @@ class HostNoise:
         """The host's noisy latents at a sigma."""
         return clean + noise * sigma
 
+    def predicted(self, x: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+        """The library's prediction for clean latents, both in the host's space."""
+        return self.from_host((x - clean) / sigma)
+
+    def clean(self, x: Tensor, predicted: Tensor, sigma: Tensor) -> Tensor:
+        """The inverse of `predicted`: clean latents."""
+        return x - sigma * self.to_host(predicted)
+
     def initial(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(noise, latent_image) that make the host's samplers start from these noisy LATENT samples."""
         return torch.zeros_like(samples), samples
@@ -200,7 +211,11 @@ class FlowNoise(HostNoise):
     def sigmas(self, schedule: Schedule) -> Tensor:
         return (1 - schedule.alphas).float().flip(0)
 
-    def scale(self, sigma: Tensor) -> float:
+    def flow_sigmas(self, sigmas: Tensor) -> Tensor:
+        """The flow's own sigmas, the shares of noise, of the host's."""
+        return sigmas
+
+    def scale(self, sigma: Tensor) -> Tensor | float:
         return 1.0
 
     def rescaled(self, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
@@ -235,6 +250,52 @@ class FlowNoise(HostNoise):
         return mask.reshape(-1, *mask.shape[-3:])[0] if mask.ndim == 5 else super().mask_from_host(mask)
 
 
+class CosmosNoise(FlowNoise):
+    """A flow that the host samples in variance-exploding space: x = z / (1 - s) at the host's sigma s / (1 - s).
+
+    s: the flow's sigma, which is also the timestep.
+    """
+
+    def schedule_of(self, sigmas: Tensor) -> FlowSchedule:
+        sigmas = decreasing(sigmas)
+        if sigmas[-1] < 0:
+            raise ValueError(f"sigmas: end at {sigmas[-1]:.4g}, below 0")
+        return FlowSchedule.of(tuple(self.timesteps(sigmas[:-1])), self.flow_sigmas(sigmas).flip(0))
+
+    def flow_sigmas(self, sigmas: Tensor) -> Tensor:
+        return sigmas / (1 + sigmas)
+
+    def timesteps(self, sigmas: Tensor) -> list[float]:
+        return [float(s) for s in self.flow_sigmas(sigmas.double())]
+
+    def sigma(self, timestep: float) -> Tensor:
+        return torch.tensor(timestep / (1 - timestep), dtype=torch.float32)
+
+    def sigmas(self, schedule: Schedule) -> Tensor:
+        return ((1 - schedule.alphas) / schedule.alphas).float().flip(0)
+
+    def scale(self, sigma: Tensor) -> Tensor | float:
+        return 1 + sigma
+
+    def rescaled(self, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
+        return x * (1 + there) / (1 + here)
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return clean + noise * sigma
+
+    def predicted(self, x: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+        return self.from_host((x - (1 + sigma) * clean) / sigma)
+
+    def clean(self, x: Tensor, predicted: Tensor, sigma: Tensor) -> Tensor:
+        return (x - sigma * self.to_host(predicted)) / (1 + sigma)
+
+    def initial(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(samples), samples
+
+    def noisy_end(self, latents: Tensor, alpha: float) -> Tensor:
+        return latents / alpha
+
+
 def decreasing(sigmas: Tensor) -> Tensor:
     """SIGMAS in double precision; ValueError if they do not decrease."""
     sigmas = sigmas.cpu().double()
@@ -249,7 +310,16 @@ def is_flow(model: Any) -> bool:
     """Whether a MODEL is sampled as a rectified flow, from noise to the latents."""
     sampling = model.get_model_object("model_sampling")
     scheduled = isinstance(sampling, (ModelSamplingDiscreteFlow, ModelSamplingFlux))
-    return scheduled and isinstance(sampling, CONST) and prediction_of(sampling, CONST) is CONST
+    return (scheduled and prediction_of(sampling, CONST) is CONST) or _is_cosmos(model, sampling)
+
+
+def _is_cosmos(model: Any, sampling: Any) -> bool:
+    """Whether a MODEL for video is sampled as Cosmos: a flow, or its equivalent with other scales, by large sigmas."""
+    kinds = prediction_of(sampling, COSMOS_RFLOW), prediction_of(sampling)
+    of_video = model.model.latent_format.latent_dimensions == 3
+    return (
+        of_video and isinstance(sampling, ModelSamplingContinuousEDM) and (kinds[0] is COSMOS_RFLOW or kinds[1] is EDM)
+    )
 
 
 def predicted(sampling: Any) -> str:
@@ -266,7 +336,8 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
         scale = getattr(sampling, "noise_scale", 1.0)
         if scale != 1:
             raise ValueError(f"model: scales a flow's noise by {scale:g} (Model Noise Scale): remove that node")
-        return FlowNoise(sampling, model.model.latent_format.latent_dimensions)
+        kind = CosmosNoise if _is_cosmos(model, sampling) else FlowNoise
+        return kind(sampling, model.model.latent_format.latent_dimensions)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
     if known and predicted(sampling) == "LCM":
         return LCMNoise(sampling)
@@ -293,7 +364,7 @@ def prediction_of(sampling: Any, base: type = EPS) -> type | None:
     """The class that converts a model's output to clean latents, one that derives from `base`, as LCM and X0 from
     EPS.
     """
-    schedules = (ModelSamplingDiscrete, ModelSamplingDiscreteFlow, ModelSamplingFlux)
+    schedules = (ModelSamplingDiscrete, ModelSamplingDiscreteFlow, ModelSamplingFlux, ModelSamplingContinuousEDM)
     kinds = (c for c in type(sampling).__mro__ if issubclass(c, base) and not issubclass(c, schedules))
     return next(kinds, None)
 

@@ -40,33 +40,28 @@ def same_forward(one: Any, other: Any) -> bool:
     return same_in_place(one, other) and equal(_of_calls(one), _of_calls(other))
 
 
-def with_parts(patcher: Any) -> list[Any]:
-    """A MODEL and its additional models, such as temporal layers."""
-    return [patcher, *patcher.get_nested_additional_models()]
-
-
 def _in_place(patcher: Any) -> dict[str, Any]:
     return {
         "weights": patcher.patches_uuid,
         "parts": {name: part for name, part in patcher.object_patches.items() if name != ROOM},
         "casts": [getattr(patcher, "force_cast_weights", False), getattr(patcher, "weight_wrapper_patches", {})],
         "injections": patcher.injections,
-        "models": [[part.model, part.patches_uuid, part.injections] for part in with_parts(patcher)[1:]],
+        "models": [[part.model, part.patches_uuid, part.injections] for part in patcher.get_nested_additional_models()],
     }
 
 
 def _of_calls(patcher: Any) -> dict[str, Any]:
     wrappers = {kind: value for kind, value in patcher.wrappers.items() if kind not in OF_RUNS}
     return {
-        "options": {name: value for name, value in patcher.model_options.items() if not _harmless(name)},
+        "options": {
+            name: value
+            for name, value in patcher.model_options.items()
+            if name not in HARMLESS and not name.startswith(OWN_OPTION)
+        },
         "wrappers": wrappers,
         "callbacks": patcher.callbacks,
         "attachments": patcher.attachments,
     }
-
-
-def _harmless(option: str) -> bool:
-    return option in HARMLESS or option.startswith(OWN_OPTION)
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -104,11 +104,6 @@ def host_names(model: Any) -> dict[str, str]:
     return {name: f"diffusion_model.{key}" for name, key in table.items()}
 
 
-def module_of(model: nn.Module, key: str) -> nn.Module:
-    """A module of a host's model by the key of its weight."""
-    return model.get_submodule(key.removesuffix(".weight"))
-
-
 def blocks_of(model: Any, names: Mapping[str, str]) -> Blocks:
     """Channels and heads of the transformer blocks."""
     found = {}
@@ -128,7 +123,7 @@ def convolutions_of(model: Any, names: Mapping[str, str]) -> dict[str, int]:
         if not name.endswith(".weight"):
             continue
         try:
-            module = module_of(model.model, key)
+            module = model.model.get_submodule(key.removesuffix(".weight"))
         except AttributeError:
             continue  # the table also has names that this UNet does not
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):

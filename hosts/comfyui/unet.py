@@ -20,7 +20,7 @@ from ...diffusion.clip_norm import share_statistics
 from ...models.unet import UNET
 from ...store.identity import ModelIdentity
 from .gradient import Derivative
-from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below
+from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, hook_below
 from .noise import noise_of
 from .unet_layers import Layer, attention_layers, feature_of, identity_of, norms_of_clip
 
@@ -113,21 +113,6 @@ class HookedUNet(Hook):
     def _idle(self) -> bool:
         """Whether no control is set, so that the MODEL runs without our changes."""
         return self._default_control is None and not self._controls
-
-    @contextmanager
-    def controlled(
-        self,
-        controls: Controls,
-        clip_norm: bool = False,
-        source: Any = None,
-        conditions: Sequence[dict[str, Any]] | None = None,
-    ) -> Iterator[None]:
-        self._clip_norm = clip_norm
-        try:
-            with super().controlled(controls, clip_norm, source, conditions):
-                yield
-        finally:
-            self._clip_norm = False
 
     @contextmanager
     def derivative(self, value: Callable[[], Tensor], parts: Sequence[nn.Module]) -> Iterator[Derivative]:

@@ -8,8 +8,7 @@ the block's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind
-from ...diffusion.denoiser import refuse_clip_norm
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
-from ...store.records import PairedBranch
-from .hook import ALL_KINDS, OVERRIDE, Controls, Hook, HostFamily, hook_below, unpatched
+from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, hook_below, unpatched
 from .noise import FlowNoise, noise_of
 from .pair import taken_pair
 from .sameness import ROOM, same_forward
@@ -68,8 +65,6 @@ class HookedWan(Hook):
             self.low, self.boundary = HookedWan(pair.low(model)), pair.boundary
         self._unet = model.model.diffusion_model
         self._sites: dict[tuple[int, int], dict[str, AttentionSite]] = {}
-        self._paired: PairedBranch | None = None
-        self._conditions: Any = None
         self._options: dict[str, Any] | None = None
         """The options of the call that the source ran in."""
         self._source = -1
@@ -119,22 +114,8 @@ class HookedWan(Hook):
             return False  # such a wrapper may call branches one by one
         return self is source or same_forward(self.given, source.given)
 
-    @contextmanager
-    def controlled(
-        self,
-        controls: Controls,
-        clip_norm: bool = False,
-        source: tuple[PairedBranch, Any] | None = None,
-        conditions: Sequence[dict[str, Any]] | None = None,
-    ) -> Iterator[None]:
-        refuse_clip_norm(clip_norm)
-        self._paired, self._conditions = source or (None, None)
-        try:
-            with super().controlled(controls, clip_norm, source, conditions):
-                yield
-        finally:
-            self._source = -1
-            self._paired = self._conditions = self._options = None
+    def _forget(self) -> None:
+        self._source, self._options = -1, None
 
     # Plain closures, because the host copies what it finds in a model's options.
 

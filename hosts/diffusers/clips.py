@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +44,14 @@ class WholeClip(Model):
         clip = latents.float().transpose(0, 1)
         shift, deviation = self._deviations(clip)
         clip = (clip * deviation + shift)[None].to(self.device, self.vae.dtype)
-        pixels = self.vae.decode(clip, return_dict=False)[0][0].transpose(0, 1)
+        pixels = self._decoded(clip)[0].transpose(0, 1)
         check_finite(pixels, "the decoded pictures")
         return (pixels[:frames].float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _decoded(self, clip: Tensor) -> Tensor:
+        """The autoencoder's frames of unscaled latents (1, channels, f, h, w)."""
+        decoded: Tensor = self.vae.decode(clip, return_dict=False)[0]
+        return decoded
 
     def _deviations(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's channels, for (channels, f, h, w)."""
@@ -57,22 +61,19 @@ class WholeClip(Model):
 
     def _tile(self, height: int, width: int) -> None:
         """Enable tiling if memory is too small for whole frames."""
-        free, needed = available_bytes(self.device), decoder_bytes(self.vae, height, width)
+        free, needed = available_bytes(self.device), self._decoder_bytes(height, width)
         if free is not None and needed > 0.5 * free:
             self.vae.enable_tiling()
 
     def coding(self, height: int, width: int) -> str:
         self._tile(height, width)
         how = "in tiles" if self.vae.use_tiling else "whole"
-        return f"frames {how}, about {format_bytes(decoder_bytes(self.vae, height, width))} besides the weights"
+        return f"frames {how}, about {format_bytes(self._decoder_bytes(height, width))} besides the weights"
 
-
-def decoder_bytes(vae: Any, height: int, width: int) -> int:
-    """Approximate bytes of the decoder's last level: three tensors of a chunk of frames in the widest channels, and the
-    frames cached by the causal convolutions of each layer.
-    """
-    widest = int(vae.config["base_dim"]) * 2
-    frames = int(vae.config["scale_factor_temporal"])
-    layers = 2 * (int(vae.config["num_res_blocks"]) + 1)
-    size: int = vae.dtype.itemsize
-    return widest * height * width * size * (3 * frames + 2 * layers)
+    def _decoder_bytes(self, height: int, width: int) -> int:
+        """Approximate bytes of the decoder's last level: three tensors of a chunk of frames in the widest channels, and
+        the frames cached by the causal convolutions of each layer.
+        """
+        config, size = self.vae.config, int(self.vae.dtype.itemsize)
+        layers = 2 * (int(config["num_res_blocks"]) + 1)
+        return 2 * int(config["base_dim"]) * height * width * size * (3 * self.frames_per_latent + 2 * layers)

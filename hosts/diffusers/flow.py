@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ...attention.condition import Condition
@@ -16,8 +17,9 @@ from ...attention.control import AttentionSite
 from ...diffusion.denoiser import refuse_clip_norm
 from ...diffusion.schedule import FlowSchedule
 from .model import ClipFacts
+from .model_files import CheckpointError
 from .network import Branch, NetworkDenoiser, numbered_weights
-from .schedulers import flow_schedule
+from .schedulers import flow_schedule, is_flow
 from .transformer import TransformerModel
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class FlowDenoiser(NetworkDenoiser):
         self.model = model
         self.family, self.text_dim = model.family, model.text_dim  # type: ignore[misc]
         self.frames_meet, self.embeds_guidance = model.frames_meet, model.embeds_guidance
+        self.trained_frames = model.family.trained_frames
 
     @property
     def channels(self) -> int:
@@ -83,9 +86,21 @@ class FlowModel(TransformerModel):
 
     clip: ClipFacts | None = field(default=None, kw_only=True)
 
+    @classmethod
+    def of_pipeline(cls, name: str, pipeline: Any, device: torch.device, notes: tuple[str, ...], **more: Any) -> Self:
+        if not is_flow(pipeline.scheduler, shifted=True):
+            kind = type(pipeline.scheduler).__name__
+            raise CheckpointError(f"{name}: scheduler is a {kind} without a flow's sigmas: use the model's own")
+        return super().of_pipeline(name, pipeline, device, notes, **more)
+
     @abstractmethod
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
         """The predicted velocity of latents (frames, c, h, w). frames: their indices in the clip."""
+
+    def check_length(self, tokens: int, most: int) -> None:
+        """Raise ValueError for a prompt of more tokens than the model reads."""
+        if tokens > most:
+            raise ValueError(f"the prompt has {tokens} tokens; {self.family.title} reads {most}: shorten it")
 
     @property
     def tokens(self) -> int | None:

@@ -10,12 +10,15 @@ import torch
 from ...models import DEMOS
 from ...models.unet import UNET
 from .checkpoint import Checkpoint
+from .flux import Flux
+from .ltx2 import Ltx2
 from .model import Model
 from .model_files import CheckpointError, kind_of
+from .qwen_image import QwenImage
 from .wan import SmallWan, WanCheckpoint
 from .wan_conditioned import WanImageToVideo, WanVace
 
-FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, WanImageToVideo, WanVace, Checkpoint)
+FAMILIES: tuple[type[Model], ...] = (WanCheckpoint, WanImageToVideo, WanVace, Ltx2, QwenImage, Flux, Checkpoint)
 """Each family's loader; the last one takes all other models."""
 
 

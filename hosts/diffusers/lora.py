@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...files.lora import LoraFile
 from .lora_changes import changes
 from .lora_files import LoraError, cut, read
-from .lora_layers import Target, layers_of
+from .lora_layers import Target, layer_name, layers_of
 
 Networks = Mapping[str, nn.Module]
 """A model's networks by their names in diffusers: unet, text_encoder, text_encoder_2, transformer, transformer_2."""
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 _TITLES = {
     "unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
     "transformer": "transformer", "transformer_2": "low-noise transformer",
+    "connectors": "text connectors",
 }  # fmt: skip
 
 
@@ -35,26 +37,39 @@ def lora_files(texts: str | Sequence[str] | None) -> list[LoraFile]:
 
 
 def add_loras(pipeline: Any, loras: Sequence[LoraFile]) -> tuple[str, ...]:
-    """`fuse_loras` for the networks of a pipeline: a transformer's, or a UNet's with its text encoders."""
-    names = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2")
+    """`fuse_loras` for the networks of a pipeline that take LoRAs: a transformer's, or a UNet's with its text encoders.
+
+    Names of a transformer's original code that are not diffusers' are converted by the pipeline.
+    """
+    names: Sequence[str] = ("unet", "text_encoder", "text_encoder_2")
+    if getattr(pipeline, "transformer", None) is not None:
+        names = getattr(pipeline, "_lora_loadable_modules", ("transformer", "transformer_2"))
     networks = {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
-    if "transformer" in networks:
-        networks = {name: network for name, network in networks.items() if name.startswith("transformer")}
-    return tuple(fuse_loras(networks, loras))
+    renames = "transformer" in networks and not hasattr(pipeline.transformer, "blocks")  # Wan's names are known
+    convert = getattr(pipeline, "lora_state_dict", None) if renames else None
+    return tuple(fuse_loras(networks, loras, convert))
 
 
-def fuse_loras(networks: Networks, loras: Sequence[LoraFile]) -> list[str]:
+def fuse_loras(networks: Networks, loras: Sequence[LoraFile], convert: Convert | None = None) -> list[str]:
     """Fuse LoRAs into the weights of a model's networks; returns a line of text about each.
+
+    convert: from the tensors of a file with other names to those with diffusers' names.
 
     Raises LoraError for a file that does not fit, before it changes any weight, and for weights out of range.
     """
     targets = {name: Target.of(network) for name, network in networks.items()}
-    return [_fuse(lora, targets, scope) for lora, scope in zip(loras, _scopes(networks, loras), strict=True)]
+    return [_fuse(lora, targets, scope, convert) for lora, scope in zip(loras, _scopes(networks, loras), strict=True)]
 
 
-def _fuse(lora: LoraFile, targets: Mapping[str, Target], scope: Sequence[str]) -> str:
+def _fuse(lora: LoraFile, targets: Mapping[str, Target], scope: Sequence[str], convert: Convert | None) -> str:
     tensors, adapter = read(lora)
-    layers = layers_of(lora, tensors, targets, scope)
+    try:
+        layers = layers_of(lora, tensors, targets, scope)
+    except LoraError:
+        converted = _converted(tensors, convert)
+        if not converted:
+            raise
+        layers = layers_of(lora, converted, targets, scope)
     for layer in layers:  # check shapes before changing any weight
         list(changes(lora, layer.on("meta"), adapter))
     for layer in layers:
@@ -66,6 +81,27 @@ def _fuse(lora: LoraFile, targets: Mapping[str, Target], scope: Sequence[str]) -
     where = ", ".join(f"{counted[network]} in the {_TITLES[network]}" for network in targets if counted[network])
     how = "" if lora.strength == 1 else f" at strength {lora.strength:g}"
     return f"LoRA {lora.name}: {done} of {done} layers{how} ({where})"
+
+
+def _converted(tensors: Mapping[str, Tensor], convert: Convert | None) -> dict[str, Tensor] | None:
+    """A file's tensors with diffusers' names; None where they cannot be converted without loss. Layer by layer, because
+    diffusers leaves out layers that it does not know.
+    """
+    if convert is None or any("dora_scale" in name for name in tensors):  # which it leaves out too
+        return None
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layers.setdefault(layer_name(name), {})[name] = tensor
+    found: dict[str, Tensor] = {}
+    try:
+        for layer in layers.values():
+            own = convert(layer)
+            if not own:
+                return None
+            found |= own
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+        return None
+    return found
 
 
 # --- the transformers of Wan 2.2 ------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...files.lora import LoraFile
 from ...models.unet import UNET
-from ...models.wan import WAN, original_name
+from ...models.wan import original_name
 from .families import family_of
 from .lora_files import LoraError, cut
 
@@ -45,9 +45,15 @@ _PREFIXES = (
     ("text_encoders.clip_l.transformer.", "text_encoder"), ("text_encoders.clip_g.transformer.", "text_encoder_2"),
     ("text_encoder_2.", "text_encoder_2"), ("text_encoder.", "text_encoder"), ("unet.", ""),
     ("model.diffusion_model.", ""), ("diffusion_model.", ""), ("transformer_2.", "transformer_2"),
-    ("transformer.", "transformer"),
+    ("transformer.", "transformer"), ("connectors.", "connectors"),
 )  # fmt: skip
 """Prefixes of names, and their network; "" is the denoising network."""
+
+
+def layer_name(name: str) -> str:
+    """The part of a tensor's name that names its layer."""
+    ending = next((e for e in _BY_LENGTH if name.endswith(e)), "")
+    return name.removesuffix(ending)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def _candidates(network: str, targets: Mapping[str, Target], scope: Sequence[str
 def _model_of(targets: Mapping[str, Target]) -> str:
     """The name of a model's family."""
     if "unet" not in targets:
-        return WAN.title
+        return family_of(targets["transformer"].names) or "a transformer"
     return "SDXL" if "text_encoder_2" in targets else UNET.title
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,17 +94,6 @@ def _without_maps(denoiser: DiffusersDenoiser) -> None:
     """Make a hooked model attend without maps, like fused kernels."""
     for layer, *_ in denoiser._layers.values():
         layer.processor.kernel = _Kernel.apply
-
-
-@contextmanager
-def attend_without_data() -> Iterator[None]:
-    """Replace attention on torch's meta device by one without a map, like fused kernels."""
-    plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, **_: torch.empty_like(query)
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
 
 
 class _Kernel(torch.autograd.Function):

@@ -58,7 +58,8 @@ class ClipFacts:
 class Model(ABC):
     """The parts of a model on one device.
 
-    name: as given to `load`. device: where it computes, also with offloading. notes: a line on each fused LoRA.
+    name: as given to `load`. device: where it computes, also with offloading. notes: lines for the user, such as one on
+    each fused LoRA.
     """
 
     family: ClassVar[Family]

@@ -31,7 +31,7 @@ from ...files.safetensors import is_pointer
 from .families import family_of
 from .temporal import inflated_unet
 
-EDITED = "SD 1.x, SD 2.x, SDXL, or Wan (text to video, image to video, VACE)"
+EDITED = "SD 1.x, SD 2.x, SDXL, Wan (text to video, image to video, VACE), LTX-2, Qwen-Image or Flux"
 """The models that FateZero edits."""
 _AS_FOLDERS = ("Wan", "Qwen-Image", "Flux")
 """The beginnings of families, see `family_of`, that load from folders only."""
@@ -278,7 +278,7 @@ def _stored(folder: Path) -> set[str]:
 
 def _bare(key: str) -> str:
     """A text encoder's weight name, common to all versions of transformers."""
-    key = key.removeprefix("text_model.")
+    key = ".".join(part for part in key.split(".") if part not in ("text_model", "language_model", "model"))
     return "encoder.embed_tokens.weight" if key == "shared.weight" else key
 
 

@@ -27,7 +27,7 @@ class NetworkDenoiser(ABC):
 
     family: ClassVar[Family]
     text_dim: ClassVar[str]
-    """The configuration's key of the text embeddings' width."""
+    """The configuration's key of the text embeddings' width; "" if it has none."""
     pairs: ClassVar[bool] = False
     embeds_guidance: bool = False
     trained_frames: int | None = None
@@ -98,7 +98,7 @@ class NetworkDenoiser(ABC):
 
     def check(self, latents: Tensor, condition: Condition) -> None:
         """Raise ValueError for latents or a condition that do not fit the network."""
-        width, what = self.networks[0].config[self.text_dim], self.family.network
+        width, what = self.networks[0].config.get(self.text_dim), self.family.network
         if latents.shape[1] != self.channels:
             raise ValueError(f"latents have {latents.shape[1]} channels; this {what} takes {self.channels}")
         if isinstance(width, int) and condition.embeddings.shape[-1] != width:

@@ -25,7 +25,7 @@ class FrameByFrame(Model):
     def frames_at_once(self, height: int, width: int) -> int:
         """One on a CPU; on a GPU as many pixels as eight frames of 512x512 in half precision."""
         pixels = 16 * 512 * 512 // self.vae.dtype.itemsize
-        return 1 if self.vae.device.type == "cpu" else max(1, pixels // (height * width))
+        return 1 if self.device.type == "cpu" else max(1, pixels // (height * width))
 
     def coding_bytes(self, height: int, width: int) -> int:
         return int(6 * self.vae.config["block_out_channels"][0] * self.vae.dtype.itemsize * height * width)
@@ -36,8 +36,7 @@ class FrameByFrame(Model):
         means, deviations = [], []
 
         def encoded(frame: Tensor) -> Tensor:
-            posterior = self.vae.encode((2 * frame - 1).to(self.vae.device, self.vae.dtype)).latent_dist
-            return torch.stack([posterior.mean, posterior.std])
+            return torch.stack(self._posterior((2 * frame - 1).to(self.device, self.vae.dtype)))
 
         for frame in frames.split(self.frames_at_once(*frames.shape[-2:])):
             mean, deviation = self._finite(encoded, frame, "the encoded frames")
@@ -45,6 +44,16 @@ class FrameByFrame(Model):
             means.append((mean - shift) * scale)
             deviations.append(deviation * scale)
         return torch.cat(means), torch.cat(deviations)
+
+    def _posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the autoencoder's latents of pictures in -1..1."""
+        posterior = self.vae.encode(pictures).latent_dist
+        return posterior.mean, posterior.std
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """The pictures, in -1..1, of the autoencoder's latents."""
+        pictures: Tensor = self.vae.decode(latents).sample
+        return pictures
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames (f, 3, h, w) in 0..1 to scaled latents (f, channels, h / factor, w / factor) in the model's dtype."""
@@ -59,10 +68,9 @@ class FrameByFrame(Model):
         parts = []
 
         def decoded(latent: Tensor) -> Tensor:
-            latent = latent.to(self.vae.device, self.vae.dtype)
+            latent = latent.to(self.device, self.vae.dtype)
             shift, scale = self._statistics(latent)
-            pixels: Tensor = self.vae.decode(latent / scale + shift).sample
-            return pixels
+            return self._pictures(latent / scale + shift)
 
         for latent in latents.split(self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))):
             pixels = self._finite(decoded, latent, "the decoded pictures")
@@ -84,7 +92,7 @@ class FrameByFrame(Model):
     def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """(shift, scale): scaled latents are (latents - shift) * scale."""
         config = self.vae.config
-        scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+        scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
         if not config.get("latents_mean") or not config.get("latents_std"):
             return shift, scale
         mean, deviation = (torch.tensor(config[f"latents_{name}"]).to(like).view(-1, 1, 1) for name in ("mean", "std"))

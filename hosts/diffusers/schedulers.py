@@ -68,11 +68,11 @@ def with_timesteps(scheduler: DDIMScheduler, timesteps: Timesteps) -> DDIMSchedu
     return kind.from_config(scheduler.config, timestep_spacing=spacing, set_alpha_to_one=ends_clean)
 
 
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler has a flow's sigmas."""
+def is_flow(scheduler: Any, shifted: bool = False) -> bool:
+    """Whether a scheduler has a flow's sigmas. shifted: accept those that are shifted by the number of tokens."""
     config = getattr(scheduler, "config", {})
     flows = type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
-    return flows and hasattr(scheduler, "sigmas") and not config.get("use_dynamic_shifting")
+    return flows and hasattr(scheduler, "sigmas") and (shifted or not config.get("use_dynamic_shifting"))
 
 
 def ddim_schedule(scheduler: DDIMScheduler, steps: int) -> Schedule:

@@ -118,7 +118,7 @@ def test_missing_keys_have_the_authors_defaults(edits):
     assert "p2p_config[0] is missing: plain DDIM" in notes
     assert "without effect on an edit" not in notes and "model_config.lora" in notes
     _, notes = edits(EDITS, editing_config__p2p_config__2__is_replace_controller=True)
-    assert "is_replace_controller: refine, as the prompts have 5 and 8 words" in notes
+    assert "is_replace_controller: refine" in notes
 
 
 def test_shares_of_words_and_pairs(edits):
@@ -270,7 +270,7 @@ def test_a_tuning_file_of_tune_a_video(tuning, edits, tmp_path, monkeypatch):
     ("path", "value", "named"),
     [
         ("validation_data__num_inv_steps", 40, "it must be validation_data.num_inference_steps, 30"),
-        ("validation_data__video_length", 8, "video_length is 8; it must be train_data.n_sample_frames, 12"),
+        ("validation_data__video_length", 8, "video_length is 8.*n_sample_frames, 12"),
         ("validation_data__use_inv_latent", False, "use_inv_latent is False"),
         ("trainable_modules", ["attn1"], "trainable_modules is"),
         ("resume_from_checkpoint", "latest", "resume_from_checkpoint is 'latest'; .*--resume"),

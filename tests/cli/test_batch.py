@@ -320,7 +320,7 @@ def test_a_job_whose_processes_die_is_reported(command, folder):
     write(folder, jobs)
     kill_workers(2)
     output = command("batch", "jobs.yaml", "--retries", "1", code=1)
-    assert "its process was ended by SIGKILL: the machine may have run out of memory" in output
+    assert "its process was ended by SIGKILL" in output
     assert [(line["attempts"], line["error"] is None) for line in lines(folder / "jobs")] == [(2, False)]
 
 

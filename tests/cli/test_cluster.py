@@ -61,9 +61,7 @@ def test_no_job_is_lost_if_a_node_is_killed(command, cluster, tmp_path):
 
 def test_an_unreachable_cluster(refused, tmp_path):
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"source": "x", "clips": str(CLIP), "targets": "y"}))
-    assert "no Ray cluster responds at 127.0.0.1:1: Connection refused" in refused(
-        "batch", "jobs.yaml", "--ray", "127.0.0.1:1"
-    )
+    assert "no Ray cluster responds at 127.0.0.1:1" in refused("batch", "jobs.yaml", "--ray", "127.0.0.1:1")
     assert "only one of --ray and --comfyui" in refused("batch", "jobs.yaml", "--ray", "auto", "--comfyui", "http://x")
 
 

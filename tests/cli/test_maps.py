@@ -1,4 +1,4 @@
-"""`fatezero edit --maps` and `fatezero evaluate --slice` as a user runs them."""
+"""`fatezero edit --maps` and `fatezero evaluate --slice`."""
 
 import json
 
@@ -36,8 +36,8 @@ def files(folder):
 def test_an_edit_writes_heats_masks_and_slices(command, refused, tmp_path):
     shape = (*EDIT, "--target", CIRCLE, "--preset", "shape")
     command(*shape, "-o", "plain.mp4")
-    said = command(*shape, "--maps", "new/maps", "-o", "out.mp4")
-    assert "heat maps and slices written to new/maps" in said and "no masks" not in said
+    output = command(*shape, "--maps", "new/maps", "-o", "out.mp4")
+    assert "heat maps and slices written to new/maps" in output and "no masks" not in output
     assert frames_written(tmp_path / "out.mp4") == frames_written(tmp_path / "plain.mp4"), "the result is the same"
     maps = tmp_path / "new" / "maps"
     assert files(maps) == WORDS | SHEETS | MASKS | SLICES
@@ -60,15 +60,15 @@ def test_the_slice_is_of_the_frames(command, tmp_path):
 
 
 def _is_row(slice_, row):
-    """Whether a slice enlarged eightfold is of a row, where no label covers it."""
+    """Whether a slice, enlarged eightfold, shows a row, outside its label."""
     return torch.equal(slice_[40:128:8, 80::8][0], row[0, 10:]) and torch.equal(slice_[128::128, ::8][0], row[1])
 
 
-def test_several_edits_have_a_folder_each_and_say_what_is_left_out(command, tmp_path):
+def test_each_of_several_edits_has_a_folder_and_missing_maps_are_reported(command, tmp_path):
     command("invert", CLIP, "--source", SOURCE, "--steps", 4, "--count", 2, "--size", "64x64", "-o", "s.safetensors")
     both = ("--target", "a green square on water", "--target", "a blue square on water", "--preset", "attribute")
-    said = " ".join(command("edit", "--store", "s.safetensors", *both, "--maps", "maps", "-o", "out.mp4").split())
-    assert said.count("maps: no masks, because this edit uses none") == 2
+    output = " ".join(command("edit", "--store", "s.safetensors", *both, "--maps", "maps", "-o", "out.mp4").split())
+    assert output.count("maps: no masks, because this edit uses none") == 2
     folders = [tmp_path / "maps" / f"out_{i}" for i in (0, 1)]
     assert "target_blue_2.mp4" in files(folders[1]) and files(folders[0]) >= SHEETS | SLICES
     assert not files(folders[0]) & MASKS

@@ -49,7 +49,7 @@ def test_outside_its_mask_an_edit_equals_one_with_an_empty_mask(command, tmp_pat
     picture(tmp_path / "all.png", [(0, 0, 64, 64)])
     made = {}
     for name in ("none", "left", "all"):
-        run = partial(command, "edit", CLIP, *RUN, *how, "--strength", 0.6, "-o", f"{name}/")
+        run = partial(command, "edit", CLIP, *RUN, *how, "--strength", 0.6, "--keep", "latents", "-o", f"{name}/")
         run("--edit-mask", f"{name}.png")
         made[name] = pixels(tmp_path / name)
     change = {name: (frames - made["none"]).abs().float() for name, frames in made.items()}

@@ -19,14 +19,14 @@ def error(refused, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
 
-    def say(*line):
+    def run(*line):
         text = refused(*line)
         lines = [one for one in text.split("error: ", 1) if one.strip()]
         assert "Warning" not in text and "Retry" not in text and "[Errno" not in text and len(lines[-1]) < 340, text
         assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == before
         return text
 
-    return say
+    return run
 
 
 @pytest.mark.parametrize(

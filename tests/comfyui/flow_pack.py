@@ -7,6 +7,7 @@ import zlib
 from types import SimpleNamespace
 
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
 import comfy.utils
@@ -61,7 +62,19 @@ HUNYUAN = {
     "theta": 256, "patch_size": [1, 1, 1], "qkv_bias": True, "guidance_embed": False, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": True, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
+COSMOS = {
+    "image_model": "cosmos_predict2", "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1,
+    "model_channels": 96, "num_blocks": 1, "num_heads": 2, "crossattn_emb_channels": 32, "max_img_h": 240,
+    "max_img_w": 240, "max_frames": 128, "pos_emb_cls": "rope3d", "min_fps": 1, "max_fps": 30,
+}  # fmt: skip
+COSMOS_1 = {
+    **{key: value for key, value in COSMOS.items() if key not in ("min_fps", "max_fps")}, "image_model": "cosmos",
+    "block_config": "FA-CA-MLP", "block_x_format": "THWBD", "affline_emb_norm": True,
+    "extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable",
+}  # fmt: skip
 CLASSES = {
+    "cosmos": ("CosmosT2IPredict2", COSMOS),
+    "cosmos_1": ("CosmosT2V", COSMOS_1),
     "h3": ("MiniMaxH3", H3),
     "ltxav": ("LTXAV", LTXAV),
     "qwen": ("QwenImage", QWEN),
@@ -72,8 +85,19 @@ CLASSES = {
     "wan": ("WAN21_T2V", WAN),
     "wan_i2v": ("WAN21_I2V", {**WAN, "model_type": "i2v", "in_dim": 36}),
     "wan_vace": ("WAN21_Vace", {**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
+    "wan_animate": ("WAN22_Animate", {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}),
 }
-TEXT = {"h3": 64, "ltxav": 192, "qwen": 32, "z_image": 32, "flux": 32, "sd3": 32, "hunyuan": 32}
+TEXT = {
+    "cosmos": 32,
+    "cosmos_1": 32,
+    "h3": 64,
+    "ltxav": 192,
+    "qwen": 32,
+    "z_image": 32,
+    "flux": 32,
+    "sd3": 32,
+    "hunyuan": 32,
+}
 SHAPES = {
     "h3": ((1, 24, 2, 4, 6), (1, 32, 2, 8)),
     "ltxav": ((1, 128, 3, 2, 3), (1, 8, 5, 16)),
@@ -119,6 +143,8 @@ class FlowModel(io.ComfyNode):
             values = torch.randn(parameter.shape, generator=generator)
             inputs = parameter.shape[1:].numel()
             parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
+        if kind == "sd3":
+            model.diffusion_model.pos_embed.copy_(random_values(seed, *model.diffusion_model.pos_embed.shape))
         if kind == "h3":
             model.diffusion_model.rope.inv_freq.copy_(1 / 10 ** torch.linspace(0, 3, 8))
         cpu = torch.device("cpu")
@@ -139,6 +165,11 @@ class FlowText(io.ComfyNode):
             "wan_i2v": {
                 "concat_latent_image": random_values(6, *CLIP),
                 "concat_mask": torch.ones(1, 1, *CLIP[2:]),
+            },
+            "wan_animate": {
+                "concat_latent_image": random_values(6, *CLIP),
+                "concat_mask": torch.ones(1, 1, *CLIP[2:]),
+                "pose_video_latent": random_values(seed + 1, 1, 16, 2, *CLIP[3:]),
             },
             "wan": {"context_latents": [random_values(6, *CLIP)]},
             "wan_vace": {
@@ -258,22 +289,27 @@ class Loop(comfy.samplers.Sampler):
         guidance, source_guidance, first, seed = self.settings
         clip = z = latent_image
         steps, options = len(sigmas) - 1, extra_args["model_options"]
+        spread = isinstance(guider.inner_model.model_sampling, comfy.model_sampling.ModelSamplingContinuousEDM)
+        shares = sigmas / (1 + sigmas) if spread else sigmas  # of noise
 
-        def velocity(x, sigma, name, scale):
+        def velocity(x, step, name, scale):
+            sigma, share = sigmas[step], shares[step]
             conds = guider.conds["negative"], guider.conds[name]
+            scaled = x / (1 - share) if spread else x
             clean = comfy.samplers.sampling_function(
-                guider.inner_model, x, sigma.expand(len(x)), *conds, scale, options, extra_args["seed"]
+                guider.inner_model, scaled, sigma.expand(len(x)), *conds, scale, options, extra_args["seed"]
             )
-            return (x - clean) / sigma
+            return (x - clean) / share
 
         for step in range(first, steps):
-            here, there = sigmas[step], sigmas[step + 1]
+            here, there = shares[step], shares[step + 1]
             frames_first = clip.movedim(2, 0)[:, 0] if clip.ndim == 5 else clip
             eps = random_values(seed + 1_000_003 * (steps - step), *frames_first.shape)
             eps = eps.movedim(0, 1)[None] if clip.ndim == 5 else eps
-            noisy = guider.inner_model.model_sampling.noise_scaling(here, eps, clip)
-            to = velocity(z + noisy - clip, here, "positive", guidance)
-            z = z + (there - here) * (to - velocity(noisy, here, "source", source_guidance))
+            noisy = guider.inner_model.model_sampling.noise_scaling(sigmas[step], eps, clip)
+            noisy = noisy * (1 - here) if spread else noisy
+            to = velocity(z + noisy - clip, step, "positive", guidance)
+            z = z + (there - here) * (to - velocity(noisy, step, "source", source_guidance))
         return z
 
 

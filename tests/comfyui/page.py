@@ -117,11 +117,12 @@ class Page:
         return {name: (x, y, x + width, y + height) for name, x, y, width, height in found}
 
     def texts(self) -> list[str]:
-        """The read-only texts shown by nodes."""
-        return self.tab.evaluate(
+        """The read-only texts shown by nodes, sorted: the page orders them as it made their boxes."""
+        found = self.tab.evaluate(
             """() => [...document.querySelectorAll('textarea[readonly]')]
                 .filter(text => text.checkVisibility() && text.clientHeight > 10).map(text => text.value)"""
         )
+        return sorted(found)
 
     def queue(self, host: Host, prompt: dict[str, Any]) -> str:
         """Run a prompt of the open nodes on the host, wait for its end, and return the last message."""

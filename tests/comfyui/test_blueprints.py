@@ -7,7 +7,7 @@ import torch
 from comfyui import page as browser
 from comfyui.graph import SIDE, SOURCE, TARGET, DemoGraph
 from comfyui.host import REPO
-from comfyui.layout_of_nodes import troubles
+from comfyui.layout_of_nodes import overlaps
 from comfyui.test_mixing import edited
 
 FOLDER = REPO / "subgraphs"
@@ -71,7 +71,7 @@ def test_a_blueprint_is_found_and_edits(host, kinds):
             plain.set(plain.edit, preset=f"{kind.lower()}+")
             assert torch.equal(found, edited(host, plain)), "the same edit as by separate nodes"
             assert page.run() == "execution_success"
-            assert troubles(page.inner_boxes(title), {}, {}) == []
+            assert overlaps(page.inner_boxes(title), {}, {}) == []
         page.tab.evaluate("([title, v]) => { app.graph._nodes.find(n => n.title === title).widgets.find("
                           "w => w.name === 'target').value = v }", [title, "a blue square on water"])  # fmt: skip
         again = page.prompt()

@@ -10,7 +10,7 @@ SEED = 5
 
 
 def few_steps(graph, model, **more):
-    """FlowEdit in few steps; one frame, since the loop of the other pack edits frames one by one."""
+    """FlowEdit in few steps, of one frame, because the other pack's loop edits single frames."""
     store = graph.add(
         "FateZeroFlowEdit", model=model, source=graph.words[0], latent=graph.latent[0], steps=4, source_guidance=1.0,
         draws=1, seed=SEED, **more,
@@ -32,7 +32,7 @@ def sampled_as(graph, sampling):
 
 
 @pytest.mark.parametrize(("sampling", "scheduler"), [("lcm", "simple"), ("eps", "sgm_uniform")])
-def test_an_edit_from_sampled_noise_is_the_papers_loop(host, sampling, scheduler):
+def test_an_edit_from_sampled_noise_equals_the_papers_loop(host, sampling, scheduler):
     graph = DemoGraph(frames=1)
     model = sampled_as(graph, sampling)
     few_steps(graph, model, **({"timesteps": "trailing"} if sampling == "eps" else {}))
@@ -59,7 +59,7 @@ def test_a_store_of_other_timesteps_is_refused(host):
 
 
 def test_an_inversion_at_trailing_timesteps(host):
-    """The node's steps are those of the host's sgm_uniform."""
+    """The node's steps equal the host's sgm_uniform."""
     graph = DemoGraph(frames=1)
     graph.set(graph.invert, timesteps="trailing")
     by_node = host.latents(graph.prompt, graph.invert[0])

@@ -9,7 +9,10 @@ from comfyui.host import Host, NodeError
 
 from small import relative
 
-KINDS = ("h3", "ltxav", "qwen", "z_image", "flux", "sd3", "hunyuan", "wan", "wan_i2v", "wan_vace")
+KINDS = (
+    "cosmos", "cosmos_1", "h3", "ltxav", "qwen", "z_image", "flux", "sd3", "hunyuan", "wan", "wan_i2v", "wan_vace",
+    "wan_animate",
+)  # fmt: skip
 WITH_SOUND = ("h3", "ltxav")
 STEPS, GUIDANCE, SEED = 4, 3.0, 5
 
@@ -98,6 +101,24 @@ def test_methods_that_need_attention_are_refused_by_name(host, preset):
         host.latents(graph.prompt, graph.edit[0])
 
 
+@pytest.mark.parametrize("kind", ["flux", "z_image"])
+def test_areas_are_honoured_on_each_prompt(host, kind):
+    graph = FlowGraph(kind=kind)
+    full = host.latents(graph.prompt, graph.edit[0])
+    for name, seed in (("source", 40), ("target", 50), ("negative", 60)):
+        text = graph.add("FlowText", kind=kind, seed=seed)
+        half = graph.add(
+            "ConditioningSetAreaPercentage", conditioning=text[0], width=0.5, height=1.0, x=0.5, y=0.0, strength=1.0
+        )
+        whole = getattr(graph, name)
+        setattr(graph, name, graph.add("ConditioningCombine", conditioning_1=whole[0], conditioning_2=half[0]))
+    graph.set(graph.store, source=graph.source[0])
+    graph.set(graph.edit, positive=graph.target[0], negative=graph.negative[0])
+    found = host.latents(graph.prompt, graph.edit[0])
+    assert relative(found, host.latents(graph.prompt, by_loop(graph)[0])) < 1e-4
+    assert relative(found, full) > 1e-2
+
+
 @pytest.mark.parametrize("kind", ["wan", "wan_i2v", "hunyuan"])
 def test_the_hosts_context_windows_are_used(host, kind):
     graph = FlowGraph(kind=kind)
@@ -148,7 +169,7 @@ def test_a_pair_shares_the_steps(host):
     first = graph.add("FateZeroWanPair", model=other[0], low_noise=graph.model[0], boundary=0.0)
     graph.set(graph.edit, model=first[0])
     assert relative(host.latents(graph.prompt, graph.edit[0]), low) < 1e-6
-    with pytest.raises(NodeError, match="low_noise: WAN21 and Flux are not two flow models of one architecture"):
+    with pytest.raises(NodeError, match="low_noise: WAN21 and Flux"):
         graph.set(first, low_noise=graph.add("FlowModel", kind="flux")[0])
         host.latents(graph.prompt, graph.edit[0])
 
@@ -236,7 +257,7 @@ def by_guider(graph, sampler, sigmas=None):
     )[0]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["h3", "flux"])
+@pytest.mark.parametrize("kind", ["h3", "flux", "cosmos", "cosmos_1"])
 @pytest.mark.parametrize(("masked", "n_min"), [(False, 0), (True, 0), (True, 1)])
 def test_the_hosts_samplers_integrate_the_edit(host, kind, masked, n_min):
     graph = FlowGraph(kind=kind)

@@ -136,7 +136,7 @@ def test_guidance_nodes_combine_with_it(host):
     [
         (lambda g: g.set(g.edit, preset="custom"), "settings: preset custom needs them"),
         (lambda g: (g.take("FateZeroPnP", attention_steps=0.5, feature_steps=0.8), g.set(g.edit, preset="style")),
-         "settings: are connected, but preset 'style' ignores them"),
+         "settings: are connected"),
         (lambda g: (g.set(g.edit, preset="style"), g.prompt[g.edit.id]["inputs"].pop("prompt_edit")),
          "prompt_edit: FateZero needs it"),
         (lambda g: g.set(g.edit, mask=g.add("SolidMask", value=1.0, width=64, height=64)[0], mask_mode="union"),

@@ -126,9 +126,7 @@ def test_an_override_on_the_edit_only_does_not_change_the_source(host):
 
 
 def test_a_skipped_layer_is_an_error_that_names_the_node(host):
-    with pytest.raises(
-        NodeError, match=r"1 of \d+ attention layers .mid.0.self, .... did not run in a step: SkipBlock"
-    ):
+    with pytest.raises(NodeError, match=r"1 of \d+ attention layers .mid.0.self.* SkipBlock"):
         patched(host, "OtherSkip")
 
 

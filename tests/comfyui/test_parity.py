@@ -75,8 +75,8 @@ def test_edit_maps_shows_what_the_library_records(host, checkpoint):
     *heats, attention, latents = (pictures(host, run, one) for one in saved)
     for name, shown in zip(("source", "target"), heats, strict=True):
         ours = [heat_map(heat.mean(0), (64, 64), word) for word, heat in maps.heats()[name].items()]
-        apart = (torch.cat(ours, 2).int() - shown.int()).abs().float()
-        assert shown.shape == (4, 64, 5 * 64, 3) and apart.mean() < 1
+        difference = (torch.cat(ours, 2).int() - shown.int()).abs().float()
+        assert shown.shape == (4, 64, 5 * 64, 3) and difference.mean() < 1
     ours = GivenMask(maps.masks()["attention"].mean(0)).at((64, 64), 4)
     assert 0.1 < ours.mean() < 0.9 and (attention[..., 0] / 255 - ours).abs().max() < 0.01
     assert bool((latents == 255).all()) and "latents" not in maps.masks()

@@ -229,9 +229,7 @@ def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, che
 
 def test_a_skipped_layer_is_an_error_that_names_the_node(host, graph, checkpoint):
     graph.both(graph.add("OtherSkip", model=graph.model[0])[0])
-    with pytest.raises(
-        NodeError, match=r"2 of 8 attention layers .block.1.self, .... did not run in a step: SkipBlock"
-    ):
+    with pytest.raises(NodeError, match=r"2 of 8 attention layers .block.1.self.* SkipBlock"):
         by_host(host, graph, checkpoint)
 
 

@@ -77,7 +77,7 @@ def test_memories_agree_or_are_refused(host):
     assert relative(split, whole) > 1e-3
     assert relative(run("auto", LENGTH), split) == 0
     assert relative(run("recompute", LENGTH, "self"), split) > 1e-3, "key frames are those of the call"
-    with pytest.raises(NodeError, match="memory: a node on the model splits the clip into context windows"):
+    with pytest.raises(NodeError, match="memory: .*context windows"):
         run("queries_keys", LENGTH)
 
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from comfyui import page as browser
-from comfyui.layout_of_nodes import groups_of, lay_out, members_of, troubles
+from comfyui.layout_of_nodes import groups_of, lay_out, members_of, overlaps
 from comfyui.shipped import DEMO, FLOWS, FOLDER, LENGTHS, WITH_STEPS, of_demo, read, stood_in
 from comfyui.write_pictures import PICTURES, mark_of
 from PIL import Image
@@ -124,16 +124,14 @@ def test_nodes_do_not_overlap_with_files_previews_and_texts(host, page, lora, co
         path = FOLDER / f"{name}.json"
         indent = path.read_text(encoding="utf-8").index('"') - 2
         path.write_text(json.dumps(workflow, indent=indent) + "\n", encoding="utf-8")
-    found = {when: troubles(boxes[when], groups_of(workflow), members_of(workflow)) for when in boxes}
+    found = {when: overlaps(boxes[when], groups_of(workflow), members_of(workflow)) for when in boxes}
     assert found == {when: [] for when in boxes}
     assert page.errors == []
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO if n != "flow_any_demo"]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in DEMO])
 def test_the_page_runs_a_demo(host, page, name):
-    """With few frames and steps. Its texts are kept when another workflow is opened and after a reload."""
+    """With fewer frames and steps, for time. Its texts stay when another workflow is opened and after a reload."""
     page.errors.clear()
     host.forget()  # texts of cached nodes are not sent again
     workflow, frames = read(name), 3

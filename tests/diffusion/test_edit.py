@@ -208,7 +208,7 @@ def test_attention_between_frames_is_stored_only_for_the_whole_clip(denoiser, to
 def test_a_chunk_too_short_is_refused(denoiser):
     with pytest.raises(ValueError, match=r"chunk_frames is 0; it must be at least 1"):
         invert(denoiser, random_latents(4), random_text(0), 1, chunk_frames=0)
-    with pytest.raises(ValueError, match=r"chunk_frames is 1; it must be at least 2, with neighbours"):
+    with pytest.raises(ValueError, match=r"chunk_frames is 1; .*at least 2"):
         invert(denoiser, random_latents(4), random_text(0), 1, key_frames=("previous",), chunk_frames=1)
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of an edit: attention to words, and masks."""
+"""Recordings of an edit: attention to words, and masks."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def edited(denoiser, start, **parts):
         PNP,
     ],
 )  # fmt: skip
-def test_recording_changes_no_bit(denoiser, start, prompt, parts):
+def test_recording_does_not_change_the_edit(denoiser, start, prompt, parts):
     prompts = {"prompt": prompt} if isinstance(parts["fusion"], FusionSettings) else {}
     maps = EditMaps.of(prompt)
     before = edited(denoiser, start, **parts, **prompts)
@@ -79,7 +79,7 @@ def test_sampled_noise_is_recorded_too(denoiser):
     assert maps.heats()["target"]["square"].shape == (STEPS, FRAMES, 16, 16)
 
 
-def test_heats_are_the_calls_maps(denoiser, start):
+def test_heats_equal_the_maps_of_the_calls(denoiser, start):
     """The mean over heads and layers of the finest grid of at most 256 tokens, in the first step of a plain edit."""
     maps = EditMaps({"circle": [3, 4]}, {"square": [5]})
     edited(denoiser, start, maps=maps)
@@ -96,7 +96,7 @@ def test_heats_are_the_calls_maps(denoiser, start):
         assert (found[0] - expected).abs().max() < 1e-6
 
 
-def test_masks_are_those_that_the_edit_uses(denoiser, start, prompt):
+def test_masks_equal_those_of_the_edit(denoiser, start, prompt):
     maps = EditMaps.of(prompt)
     edited(denoiser, start, fusion=BOTH, prompt=prompt, maps=maps)
     masks = maps.masks()
@@ -110,7 +110,7 @@ def test_masks_are_those_that_the_edit_uses(denoiser, start, prompt):
     assert torch.equal(masks["latents"][0], prediction.mask[:, 0].float())
 
 
-def test_chunks_record_what_the_whole_clip_does(denoiser, start, prompt):
+def test_chunks_record_the_same_as_the_whole_clip(denoiser, start, prompt):
     whole, parts = EditMaps.of(prompt), EditMaps.of(prompt)
     edited(denoiser, start, fusion=SHAPE, prompt=prompt, maps=whole)
     edited(denoiser, start, fusion=SHAPE, prompt=prompt, maps=parts, chunk_frames=2)
@@ -119,8 +119,8 @@ def test_chunks_record_what_the_whole_clip_does(denoiser, start, prompt):
     assert torch.equal(whole.masks()["attention"], parts.masks()["attention"])
 
 
-def test_words_have_their_attention_where_the_object_is():
-    """On a scene of the demo world, whose object's place is known."""
+def test_attention_to_a_word_is_on_its_object():
+    """On a scene of the demo world with a known object mask."""
     clip, model, frames = render(SCENE, MOTION, 8), Checkpoint.load("demo"), [0, 4]
     recipe = Recipe.of_preset("shape", SCENE.caption, "a red circle on water")
     texts = [model.encode_prompt(text, SIZE, SIZE) for text in (SCENE.caption, recipe.target, "")]
@@ -138,8 +138,8 @@ def test_words_have_their_attention_where_the_object_is():
     assert mask[inside].mean() > 0.95 > 0.6 > mask[~inside].mean()
 
 
-def test_a_models_layers_limit_nothing(denoiser):
-    """Where even the coarsest grid has more than 256 tokens, it is used."""
+def test_a_coarsest_grid_above_the_limit_is_used(denoiser):
+    """If even the coarsest grid has more than 256 tokens, it is used."""
     start = invert(denoiser, random_latents(1, 48, 48), random_text(0), 1)
     maps = EditMaps({"circle": [3]}, {"square": [3]})
     edited(denoiser, start, maps=maps)

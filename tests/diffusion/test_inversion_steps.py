@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from fatezero import AttentionStore, Edit, PnPSettings, StoreSettings, edit, invert
 from fatezero.demo.model import build_scheduler
 from fatezero.diffusion.edit import EditPass
-from fatezero.diffusion.invert import InversionSettings
+from fatezero.diffusion.invert import InversionSettings, levels_among
 from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.hosts.diffusers.schedulers import ddim_schedule
 from fatezero.methods.flow_edit import DrawnNoise, FlowEditSettings
 from fatezero.store.store import StoreError
 from small import THREE_LEVELS, random_latents, random_text, relative, small_unet
@@ -57,8 +59,10 @@ def test_numbers_and_memories_that_do_not_fit_are_refused(denoiser):
         invert(*arguments, inversion_steps=7)
     with pytest.raises(ValueError, match="memory is maps"):
         invert(*arguments, inversion_steps=20, memory=StoreSettings("maps"))
-    with pytest.raises(ValueError, match="multiple of steps"):
-        InversionSettings(50, inversion_steps=120)
+    with pytest.raises(ValueError, match="multiple of steps, such as 40"):
+        invert(*arguments, inversion_steps=6)
+    with pytest.raises(ValueError, match="at least steps, 50"):
+        InversionSettings(50, inversion_steps=20)
 
 
 def test_sdedit_from_noise_of_each_frame(denoiser):
@@ -72,3 +76,12 @@ def test_sdedit_from_noise_of_each_frame(denoiser):
     assert relative(z, inverted) > 0.1 and relative(noise[0], noise[1]) > 0.1
     with pytest.raises(ValueError, match="sdedit_seed"):
         DrawnNoise(FlowEditSettings()).check(one)
+
+
+def test_all_timesteps_of_sd_hold_the_levels_of_50_steps():
+    """SD's offset leaves 999 of 1000 steps, which the paper of TokenFlow inverts with."""
+    scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", steps_offset=1, set_alpha_to_one=False)
+    fine, own = (ddim_schedule(scheduler, steps) for steps in (999, 50))
+    assert levels_among(own, fine) == [0, *range(1, 1000, 20)][: own.steps + 1]
+    with pytest.raises(ValueError, match="below 1000"):
+        ddim_schedule(scheduler, 1000)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import groupby
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from fatezero.files.bundled import CLIP, DEMO
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
 from fatezero.hosts.diffusers.controlnet import load_controlnet
 from fatezero.hosts.diffusers.lora_layers import _aliases
+from fatezero.methods.tokenflow import TokenFlowSettings
 from fatezero.store.store import StoreError
 from fatezero.video.read import read_video
 from small import small_unet
@@ -121,6 +123,31 @@ def test_it_acts_on_inversion_and_edit_with_every_memory(demo, folder, pictures)
     assert not torch.allclose(inversion.latents, plain.latents, atol=1e-2)
     one = invert(denoiser, noise(2), text, 2, key_frames="self", chunk_frames=1)
     assert torch.allclose(one.latents, invert(denoiser, noise(2), text, 2, key_frames="self").latents, atol=1e-4)
+
+
+def test_tokenflow_gives_every_frame_its_own_picture(demo, folder, pictures):
+    """Pivots of both batches, and each batch: the hints of a call are those of its frames, in its order."""
+    denoiser = demo.with_control(str(folder), pictures).denoiser
+    hints = pictures.movedim(-1, 1) / 255
+    calls: list[list[int]] = []
+
+    def collect(module, inputs):
+        calls.append([int((hints - hint).abs().flatten(1).sum(1).argmin()) for hint in inputs[0]])
+        assert all(torch.allclose(hint, hints[i], atol=1e-6) for hint, i in zip(inputs[0], calls[-1], strict=True))
+
+    embedding = denoiser.controlnet.model.controlnet_cond_embedding
+    handle = embedding.register_forward_pre_hook(collect)
+    text, target, empty = (demo.encode_prompt(words, 64, 64) for words in (PROMPT, "a red circle on water", ""))
+    inversion = invert(denoiser, noise(3), text, 2, key_frames="self")
+    calls.clear()
+    flow = TokenFlowSettings(batch_frames=2, pivots=[[1, 2], [0, 2]])
+    controlled = edit(denoiser, inversion, target, empty, 5.0, propagation=flow)
+    handle.remove()
+    pivots, batches = ([1, 2], [0, 2]), ([0, 1], [2])
+    assert [call for call, _ in groupby(calls)] == [pivots[0], *batches, pivots[1], *batches]
+    plain = edit(demo.denoiser, invert(demo.denoiser, noise(3), text, 2, key_frames="self"), target, empty, 5.0,
+                 propagation=flow)  # fmt: skip
+    assert not torch.allclose(controlled, plain, atol=1e-2)
 
 
 # --- files ----------------------------------------------------------------------------------

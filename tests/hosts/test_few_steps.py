@@ -1,4 +1,4 @@
-"""Weights for few steps: their timesteps, found by name, and LCM by sampled noise."""
+"""Models for few steps: timesteps recognised by name, and LCM with sampled noise."""
 
 import shutil
 
@@ -35,7 +35,7 @@ LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
         ("demo", None),
     ],
 )
-def test_weights_for_few_steps_by_their_names(path, timesteps):
+def test_models_for_few_steps_are_recognised_by_name(path, timesteps):
     assert few_steps_of(path) == timesteps
 
 
@@ -45,7 +45,7 @@ def test_a_bundled_lora_has_a_name():
 
 
 @pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
-def test_timesteps_of_lcm_and_tcd_are_their_schedulers(kind):
+def test_timesteps_of_lcm_and_tcd_equal_their_schedulers(kind):
     ours, theirs = as_ddim(kind(**SD)), kind(**SD)
     for steps in range(1, 51):
         theirs.set_timesteps(steps)
@@ -54,7 +54,7 @@ def test_timesteps_of_lcm_and_tcd_are_their_schedulers(kind):
         ddim_schedule(ours, 51)
 
 
-def test_trailing_timesteps_are_the_schedulers_of_lightning():
+def test_trailing_timesteps_equal_lightnings_scheduler():
     own = DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False)
     theirs = EulerDiscreteScheduler(**SD, timestep_spacing="trailing")
     theirs.set_timesteps(4)
@@ -67,7 +67,7 @@ def test_trailing_timesteps_are_the_schedulers_of_lightning():
 
 @pytest.fixture
 def lora(tmp_path):
-    """A LoRA of a name."""
+    """Write a LoRA with a name."""
 
     def of(name):
         up, down = 0.1 * torch.randn(128, 2), 0.1 * torch.randn(2, 128)
@@ -77,7 +77,7 @@ def lora(tmp_path):
     return of
 
 
-def test_a_lora_brings_its_timesteps(lora):
+def test_a_lora_sets_its_timesteps(lora):
     for name, timesteps in (("lcm.safetensors", (999, 759, 499, 259)), ("lightning.safetensors", (999, 749, 499, 249))):
         model = Checkpoint.load("demo", lora=lora(name))
         assert model.denoiser.schedule(4).timesteps == timesteps
@@ -88,7 +88,7 @@ def test_a_lora_brings_its_timesteps(lora):
         open_model("demo-wan", timesteps="trailing")
 
 
-def test_a_folder_brings_its_schedulers_timesteps(tmp_path):
+def test_a_folder_sets_its_schedulers_timesteps(tmp_path):
     folder = shutil.copytree(DEMO, tmp_path / "model", ignore=shutil.ignore_patterns("judge"))
     LCMScheduler(**SD).save_pretrained(folder / "scheduler")
     index = folder / "model_index.json"
@@ -97,8 +97,8 @@ def test_a_folder_brings_its_schedulers_timesteps(tmp_path):
 
 
 @torch.no_grad()
-def test_flow_edit_of_lcm_is_a_loop_over_its_schedulers_predictions():
-    """The edit's change is the difference of both clean predictions, of which an Euler step takes a share."""
+def test_flow_edit_with_lcm_equals_a_loop_over_its_schedulers_predictions():
+    """The edit changes by a share of the difference of both clean predictions, as in an Euler step."""
     model = Checkpoint.load("demo", timesteps="lcm")
     clip = random_latents(1).float()
     source, target = (model.encode_prompt(text, 64, 64) for text in ("a red square on water", "a star on sand"))

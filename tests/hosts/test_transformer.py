@@ -18,6 +18,7 @@ from fatezero import (
     edit,
     invert,
 )
+from fatezero.attention.capture import Captured
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
@@ -28,7 +29,7 @@ from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
-from fatezero.store.records import Recorder
+from fatezero.store.records import Recorder, SourceStep
 from tests.small import TEXT, in_thread, relative, small_unet
 from tests.wan import CHANNELS, small_wan
 
@@ -199,7 +200,9 @@ def test_attention_to_words_without_maps(denoiser, inversion, prompt):
     heat = source_heat(denoiser, inversion, prompt, step=1)
     store = invert(denoiser, random_latents(), random_text(2), 4, memory="maps").store
     sites = [site for site in denoiser.sites(8, 6) if site.kind == "cross"][1:3]
-    kept = store.source_step(1, {site.name for site in sites})
+    chunk = Chunk.whole(store.frames)
+    records = store.fetch(1, {site.name for site in sites}, chunk, torch.device("cpu"))
+    kept = SourceStep(Captured(records), store.key_frames, chunk, stored=True)
     assert relative(heat, word_heat(kept.maps(sites, torch.float64), [2])) < 1e-6
 
 

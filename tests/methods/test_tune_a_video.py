@@ -322,7 +322,7 @@ def test_layers_that_do_not_fit_are_refused_by_name():
     name = next(iter(weights))
     with pytest.raises(ValueError, match=f"{name} is .*; this model needs"):
         with_temporal_layers(unet, weights | {name: torch.zeros(1, 1)})
-    with pytest.raises(ValueError, match="has a weight conv_never.weight, which this model does not have"):
+    with pytest.raises(ValueError, match="has a weight conv_never.weight"):
         with_temporal_layers(unet, weights | {"conv_never.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="no temporal layers to tune"):
         tune(DiffusersDenoiser(small_unet(), build_scheduler()), random_latents(2), random_text(1))

@@ -11,7 +11,7 @@ from fatezero.demo.show import FRAMES, MOTION, SCENE
 from fatezero.files.bundled import DEMO
 from fatezero.metrics.clip import ClipScorer
 from fatezero.metrics.evaluate import Report, evaluate
-from fatezero.metrics.plot import plot_report
+from fatezero.metrics.plot import _limits, plot_report
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +130,10 @@ def test_the_plot_has_a_panel_for_each_kind_of_figure(source, green):
     assert plot.float().std() > 10
     with pytest.raises(ValueError, match="no figure"):
         plot_report(Report())
+
+
+def test_small_differences_look_small():
+    low, high = _limits([13.16, 13.24], 5.0)
+    assert low < 13.16 and high > 13.24 and high - low > 5
+    assert _limits([0.07, 0.41], 1.0)[0] == 0
+    assert _limits([10.0, math.inf, 30.0], 5.0) == pytest.approx((9.0, 31.0))

@@ -7,7 +7,7 @@ import torch
 
 from fatezero import AttentionStore, StoreError, StoreSettings, invert
 from fatezero.attention.condition import Condition
-from fatezero.attention.key_frames import KeyFrames
+from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.store.budget import PRECISIONS
 from fatezero.store.identity import ModelIdentity
 from fatezero.store.records import MEMORIES
@@ -54,7 +54,7 @@ def test_a_store_loaded_from_disk_is_unchanged(denoiser, tmp_path, memory):
     )  # fmt: skip
     if memory != "recompute":
         names = {s.name for s in denoiser.sites(16, 16)}
-        kept, read = store.source_step(1, names).records, back.source_step(1, names).records
+        kept, read = (one.fetch(1, names, Chunk.whole(store.frames), torch.device("cpu")) for one in (store, back))
         for name in names:
             for part, tensor in kept[name].tensors.items():
                 assert torch.equal(read[name].tensors[part], tensor)
@@ -86,7 +86,7 @@ def test_a_layer_that_was_not_recorded_is_named(denoiser):
     settings = StoreSettings("queries_keys", max_tokens=64)
     store = invert(denoiser, random_latents(), random_text(0), steps=1, memory=settings).store
     with pytest.raises(StoreError, match=r"down\.0\.self.*max_tokens"):
-        store.source_step(0, {"down.0.self"})
+        store.fetch(0, {"down.0.self"}, Chunk.whole(store.frames), torch.device("cpu"))
 
 
 def test_an_unknown_memory_lists_the_three(denoiser):

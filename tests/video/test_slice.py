@@ -21,7 +21,7 @@ def test_a_slice_is_one_row_of_every_frame(clip):
         xt_slice(clip, 4)
 
 
-def test_both_clips_are_shown(clip):
+def test_slices_of_both_clips(clip):
     other = 255 - clip
     shown = slices((clip, other), 1, stretch=2, labels=("", ""))
     assert torch.equal(shown, torch.cat([xt_slice(clip, 1, 2), xt_slice(other, 1, 2)]))
@@ -32,7 +32,7 @@ def test_both_clips_are_shown(clip):
         slices((clip, clip[:2]), 0)
 
 
-def test_the_row_that_moves_is_chosen(clip, tmp_path):
+def test_the_row_with_most_motion_is_chosen(clip, tmp_path):
     still = torch.zeros_like(clip)
     assert moving_row(still) == 2, "the middle"
     moving = still.clone()

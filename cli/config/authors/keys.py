@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -170,14 +170,9 @@ def _name(path: Sequence[str]) -> str:
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Settings over each other, with sections merged."""
     found: dict[str, Any] = {}
-    for name, value in _pairs(parts):
+    for name, value in (pair for part in parts for pair in part.items()):
         found[name] = {**found.get(name, {}), **value} if isinstance(value, Mapping) else value
     return found
-
-
-def _pairs(parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for part in parts:
-        yield from part.items()
 
 
 # --- keys of several repositories --------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""What an edit does not change: the source's own pixels around it, and windows around a mask."""
+
+import numpy as np
+import torch
+from comfyui.graph import DemoGraph
+from PIL import Image
+
+SIDE = 80
+
+
+def masked(host):
+    """An edit at 32x32 of a corner of the clip, and the clip at 80x80."""
+    graph = DemoGraph()
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:8, :8] = 255
+    Image.fromarray(mask).save(host.base / "input" / "corner.png")
+    corner = graph.add("LoadImageMask", image="corner.png", channel="red")
+    graph.set(graph.edit, preset="none", mask=corner[0], mask_mode="replace", prompt_edit=None)
+    del graph.prompt[graph.edit.id]["inputs"]["prompt_edit"]
+    full = graph.add(
+        "FateZeroLoadVideo", file="", start=0, stride=1, count=graph.frames, width=SIDE, height=SIDE,
+        crop_left=0, crop_top=0, crop_right=0, crop_bottom=0, video=graph.demo[3],
+    )  # fmt: skip
+    decoded = graph.add("VAEDecode", samples=graph.edit[0], vae=graph.demo[2])
+    return graph, full, decoded
+
+
+def pictures(host, graph, *links):
+    """The frames at some links: (frames, height, width, 3) each."""
+    saved = [graph.add("SaveImage", images=link, filename_prefix="keep") for link in links]
+    run, found = host.run(graph.prompt), []
+    for node in saved:
+        files = [host.base / x["type"] / x["subfolder"] / x["filename"] for x in run.outputs[node.id]["images"]]
+        found.append(torch.stack([torch.from_numpy(np.array(Image.open(file)).astype(int)) for file in files]))
+    return found
+
+
+def test_pixels_outside_the_mask_are_the_sources(host):
+    graph, full, decoded = masked(host)
+    changed = graph.add("MaskToImage", mask=graph.edit[2])
+    node = graph.add(
+        "FateZeroRestoreUnchanged", source=full[0], edited=decoded[0], mask=graph.edit[2], feather=8,
+        match_colours=True, vae=graph.demo[2],
+    )  # fmt: skip
+    source, result, mask = pictures(host, graph, full[0], node[0], changed[0])
+    grid = mask[0, ..., 0] > 0
+    assert grid.any() and not grid[len(grid) // 2 :].any() and not grid[:, len(grid) // 2 :].any()
+    assert result.shape == source.shape
+    assert torch.equal(result[:, -16:], source[:, -16:]) and torch.equal(result[:, :, -16:], source[:, :, -16:])
+    assert (result - source)[:, :16, :16].abs().float().mean() > 2
