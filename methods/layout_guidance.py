@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..attention.condition import Condition
 from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
@@ -21,6 +21,8 @@ from ..settings import check, setting, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .own_attention import Target
 
 GROUP = "Layout"
 Mode = Literal["backward", "forward"]
@@ -55,20 +57,6 @@ class ObjectTarget:
         """The target of some frames on a layer's grid, by area interpolation: (frames, tokens)."""
         chosen = self.target[list(frames)]
         return F.interpolate(chosen[:, None], (site.height, site.width), mode="area")[:, 0].flatten(1)
-
-
-class Target(Protocol):
-    """Where an object should be. columns: of its words. feature: its mean feature (frames, channels) to keep, if
-    any."""
-
-    @property
-    def columns(self) -> Sequence[int]: ...
-
-    @property
-    def feature(self) -> Tensor | None: ...
-
-    def on(self, site: AttentionSite, frames: Sequence[int]) -> Tensor:
-        """The target of some frames on a layer's grid, (frames, tokens) or (frames, heads, tokens) in 0..1."""
 
 
 @dataclass(frozen=True, kw_only=True)

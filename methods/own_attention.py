@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from einops import rearrange
 
@@ -17,12 +17,25 @@ from ..attention.control import AttentionSite, Control, attention_map
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import Denoiser
 from ..imports import F, torch
-from .layout_guidance import MAPS, LayoutGuidance, LayoutSettings, ObjectTarget, Target, feature_of, guided, shape_of
+from .layout_guidance import MAPS, LayoutGuidance, LayoutSettings, ObjectTarget, feature_of, guided, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .layout import Shift
+
+
+class Target(Protocol):
+    """Where an object should be. columns: of its words. feature: its mean feature (frames, channels) to keep, or None."""
+
+    @property
+    def columns(self) -> Sequence[int]: ...
+
+    @property
+    def feature(self) -> Tensor | None: ...
+
+    def on(self, site: AttentionSite, frames: Sequence[int]) -> Tensor:
+        """The target of some frames on a layer's grid, (frames, tokens) or (frames, heads, tokens) in 0..1."""
 
 
 @dataclass(frozen=True)
