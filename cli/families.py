@@ -24,17 +24,14 @@ def family_loader(name: str) -> type[Model]:
         return loader_of(name)
 
 
-def check_edits(configs: Sequence[EditConfig], stored: bool = False, maps: bool = False) -> None:
-    """Raise ConfigError for edits that the family of their model does not support. stored: they edit a store. maps:
-    they write maps of attention.
-    """
+def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
+    """Raise ConfigError for edits that the family of their model does not support. stored: they edit a store."""
     loader = family_loader(configs[0].model)
     _check_control(configs[0], loader)
     for config in configs:
         _check_first_frame(config, loader)
     if loader.family.attention:
         return
-    _check_maps(loader, maps)
     for config in configs:
         _check_no_layout(config)
         recipe = config.planned_recipe()
@@ -65,7 +62,8 @@ def check_generation(config: GenerateConfig, maps: bool) -> None:
     if not loader.family.attention:
         _check_has_frames(loader, "generate")
         _check_no_layout(config)
-        _check_maps(loader, maps)
+        if maps:
+            raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
 
 
 def check_guidance(model: Model, config: EditConfig | GenerateConfig) -> None:
@@ -94,11 +92,6 @@ def _check_first_frame(config: EditConfig, loader: type[Model]) -> None:
     if config.first_frame:
         with of_setting("first_frame"):
             open_video(config.first_frame, at_most=1)
-
-
-def _check_maps(loader: type[Model], maps: bool) -> None:
-    if maps:
-        raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
 
 
 def _check_no_layout(config: EditConfig | GenerateConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,12 @@ from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
 from ..video.orientation import SQUARE, Display, display_matrix
 from ..video.read import VideoSource
-from ..video.restore import feather, placed, reach_of, restored_frames
+from ..video.region import Region
+from ..video.restore import Feather, feather, placed, reach_of, restored_frames
 from ..video.size import crop
 from ..video.write import METADATA_SUFFIXES, Frame, is_sequence
 from .config.settings import ConfigError, EditConfig
+from .region import Windowed, check_region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,7 @@ def keeps_pixels(config: EditConfig, has_video: bool) -> bool:
 
     Raises ConfigError where that was chosen and is not possible.
     """
-    limited = config.planned_recipe().limited or config.places_objects
+    limited = config.planned_recipe().limited or config.places_objects or config.region == "auto"
     if config.keep == "pixels" and not limited:
         raise ConfigError(
             "keep is pixels, but no mask limits this edit: give --edit-mask, or a preset that keeps latents "
@@ -38,9 +40,11 @@ def keeps_pixels(config: EditConfig, has_video: bool) -> bool:
     return config.keep != "latents" and limited and has_video
 
 
-def refuse_kept(config: EditConfig) -> None:
-    """Raise ConfigError for a choice of `keep` that is not possible."""
-    keeps_pixels(config, bool(config.video))
+def refuse_kept(configs: Sequence[EditConfig], stored: bool) -> None:
+    """Raise ConfigError for a choice of `keep` or `region` that is not possible. stored: with a store."""
+    for config in configs:
+        check_region(config, stored)
+        keeps_pixels(config, bool(config.video))
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,13 @@ def laid(
     reach = reach_of(lambda z: model.decode_clip(z, 1), latents[1][:1].to(model.device))
     masks = [changed[i] for i in frames_of_latents(len(clip), model.frames_per_latent)]
     display = None if is_sequence(path) or not path.lower().endswith(METADATA_SUFFIXES) else _display(clip)
-    if display is None:
-        return Restored(restored_frames(_cropped(clip), edited, masks, reach))
-    return Restored(_stored_frames(clip.source, edited, masks, reach), display)
+    source = clip.source
+    whole, region = (source.whole, source.region) if isinstance(source, Windowed) else (source, None)
+    if display is not None and whole is not None:
+        return Restored(_stored_frames(whole, edited, masks, reach, region), display)
+    if region is not None and whole is not None:
+        return Restored(region.stitched(whole.frames(), edited, masks, reach))
+    return Restored(restored_frames(_cropped(clip), edited, masks, reach))
 
 
 def _cropped(clip: FittedVideo) -> Iterator[Tensor]:
@@ -105,11 +113,13 @@ def _display(clip: FittedVideo) -> Display | None:
 
 
 def _stored_frames(
-    source: VideoSource, edited: Iterable[Tensor], masks: Iterable[Tensor], reach: int
+    source: VideoSource, edited: Iterable[Tensor], masks: Iterable[Tensor], reach: int, region: Region | None
 ) -> Iterator[Frame]:
     from ..video.planes import with_edit
 
-    for frame, edit, mask in zip(source.stored(), edited, masks, strict=True):
-        picture = placed(edit.movedim(-1, 0).float(), source.size)
-        weights = feather(mask, (edit.shape[1], edit.shape[0]), source.size, reach)
-        yield with_edit(frame, picture, weights)
+    whole = Region(source.size, ((0, 0),) * len(source)) if region is None else region
+    for i, (frame, edit, mask) in enumerate(zip(source.stored(), edited, masks, strict=True)):
+        picture = placed(edit.movedim(-1, 0).float(), whole.size)
+        weights = feather(mask, (edit.shape[1], edit.shape[0]), whole.size, reach, whole.sides(i, source.size[::-1]))
+        inside, rim = (whole.on_frame(i, x, source.size) for x in weights)
+        yield with_edit(frame, whole.on_frame(i, picture, source.size), Feather(inside, rim))

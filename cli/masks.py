@@ -32,11 +32,16 @@ def check_edit_mask(config: EditConfig, frames: int) -> None:
 
 
 def edit_mask(
-    checkpoint: Model, config: EditConfig, crop: tuple[int, int, int, int], size: tuple[int, int]
-) -> GivenMask | None:
-    """The edit mask, cropped and scaled like the clip, if any."""
+    checkpoint: Model, config: EditConfig, crop: tuple[int, int, int, int], size: tuple[int, int],
+    video: VideoSource | None = None,
+) -> GivenMask | None:  # fmt: skip
+    """The edit mask, cropped and scaled like the clip, if any. video: the clip's."""
+    from .region import Windowed, window_of_mask
+
     if not config.edit_mask:
         return None
+    if isinstance(video, Windowed):
+        return GivenMask(_by_latent(window_of_mask(config, video, size), checkpoint), config.mask_mode)
     with of_setting("edit_mask"):
         mask = grey(FittedVideo.of(found_mask("edit_mask", config.edit_mask), crop, size))
     return GivenMask(mask if len(mask) == 1 else _by_latent(mask, checkpoint), config.mask_mode)

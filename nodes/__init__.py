@@ -19,6 +19,7 @@ from .mask_preview import FateZeroMaskPreview
 from .methods import SETTINGS_NODES
 from .model_pair import FateZeroWanPair
 from .prompt import FateZeroPromptEdit
+from .region import FateZeroCropToMask, FateZeroStitchBack
 from .restore import FateZeroRestoreUnchanged
 from .sampling import (
     FateZeroDDIM,
@@ -54,6 +55,8 @@ class FateZeroExtension(ComfyExtension):
             FateZeroEditMaps,
             FateZeroFlowMaskPreview,
             FateZeroRestoreUnchanged,
+            FateZeroCropToMask,
+            FateZeroStitchBack,
             FateZeroReconstructionCheck,
             FateZeroSaveStore,
             FateZeroLoadStore,

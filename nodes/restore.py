@@ -63,7 +63,7 @@ class FateZeroRestoreUnchanged(io.ComfyNode):
         for name, given in (("edited", edited), ("mask", mask)):
             if len(given) < frames and not (name == "mask" and len(given) == 1):
                 raise ValueError(f"{name}: has {len(given)} frames, but source has {frames}: the numbers must agree")
-        reach = feather if vae is None else _reach_of(vae, edited[:1, ..., :3])
+        reach = reach_in(vae, edited, feather)
         masks = mask.expand(frames, -1, -1) if len(mask) == 1 else mask[:frames]
         result = torch.empty(frames, *source.shape[1:3], 3)
         bar = comfy.utils.ProgressBar(frames)
@@ -80,9 +80,11 @@ class FateZeroRestoreUnchanged(io.ComfyNode):
         return io.NodeOutput(result)
 
 
-def _reach_of(vae: Any, image: Tensor) -> int:
-    """The reach of a VAE, measured on a picture (1, h, w, 3)."""
-    latents = vae.encode(image)
+def reach_in(vae: Any, images: Tensor, feather: int) -> int:
+    """The reach of a VAE, measured on the first of some frames (f, h, w, c); `feather` without one."""
+    if vae is None:
+        return feather
+    latents = vae.encode(images[:1, ..., :3])
     of_video = latents.ndim == 5
 
     def decode(z: Tensor) -> Tensor:

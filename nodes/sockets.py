@@ -12,6 +12,7 @@ InjectionSocket = io.Custom("VIDEO_EDIT_SETTINGS")
 PropagationSocket = io.Custom("VIDEO_PROPAGATION")
 SmoothingSocket = io.Custom("VIDEO_SMOOTHING")
 LayoutSocket = io.Custom("LAYOUT")
+RegionSocket = io.Custom("VIDEO_REGION")
 
 CATEGORY = "FateZero"
 PROMPT_KEY = "fatezero_prompt"

@@ -10,6 +10,7 @@ the edit shows the decoded source, and the shift is undone inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..imports import F, no_grad, torch
@@ -54,6 +55,11 @@ def reach_of(decode: Callable[[Tensor], Tensor], latents: Tensor) -> int:
     return int(none[0]) if len(none) else len(profile)
 
 
+Sides = tuple[bool, bool, bool, bool]
+"""Of a picture: left, right, top and bottom."""
+NO_SIDES = (False, False, False, False)
+
+
 class Feather(NamedTuple):
     """Weights on a source's frame, (height, width) each.
 
@@ -65,10 +71,13 @@ class Feather(NamedTuple):
     rim: Tensor
 
 
-def feather(changed: Tensor, edit: tuple[int, int], full: tuple[int, int], reach: int) -> Feather:
+def feather(
+    changed: Tensor, edit: tuple[int, int], full: tuple[int, int], reach: int, sides: Sides = NO_SIDES
+) -> Feather:
     """The weights of a frame's edit. changed: (y, x) on any grid. edit, full: width and height of edit and source.
 
-    The edit shows the source as `resize_to_fill` fits it; towards margins that it does not show it is feathered too.
+    The edit shows the source as `resize_to_fill` fits it; towards margins that it does not show, and towards the given
+    sides, it is feathered too.
     """
     width, height = edit
     high, wide = covering(*full, width, height)
@@ -76,7 +85,13 @@ def feather(changed: Tensor, edit: tuple[int, int], full: tuple[int, int], reach
     around = (left, wide - width - left, top, high - height - top)
     own = F.interpolate((changed > 0).float()[None, None], size=(height, width), mode="nearest-exact")
     own, margin = F.pad(own, around), F.pad(torch.zeros_like(own), around, value=1.0)
-    inside = _ramp(own, reach) * (1 - _ramp(margin, reach) if any(around) else 1)
+    if any(sides):
+        thin = tuple(map(int, sides))
+        wider = F.pad(margin, thin, value=1.0)
+        beyond = _ramp(wider, reach)[..., thin[2] : thin[2] + high, thin[0] : thin[0] + wide]
+    else:
+        beyond = _ramp(margin, reach)
+    inside = _ramp(own, reach) * (1 - beyond)
     rim = _ramp(own, 3 * reach) * (1 - margin)
     inside, rim = (
         F.interpolate(x, size=(full[1], full[0]), mode="bilinear", align_corners=False)[0, 0] for x in (inside, rim)
@@ -145,17 +160,23 @@ def _filled(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def restored_frames(
-    sources: Iterable[Tensor], edits: Iterable[Tensor], masks: Iterable[Tensor], reach: int = REACH, match: bool = True
+    sources: Iterable[Tensor],
+    edits: Iterable[Tensor],
+    masks: Iterable[Tensor],
+    reach: int = REACH,
+    match: bool = True,
+    sides: Iterable[Sides] | None = None,
 ) -> Iterator[Tensor]:
     """The edited frames on their sources, one at a time, as the sources' dtype: uint8, or float in 0..1.
 
     sources: (height, width, 3). edits: (h, w, 3) of the same dtype and any size. masks: (y, x) on any grid, above 0
     where the edit may have changed anything. reach: see `reach_of`, in pixels of the edit. match: undo a shift of
-    colours of up to `SHIFT`.
+    colours of up to `SHIFT`. sides: of each frame, see `feather`.
     """
-    for source, edited, mask in zip(sources, edits, masks, strict=True):
+    each = zip(sources, edits, masks, strict=True)
+    for (source, edited, mask), open_sides in zip(each, sides or repeat(NO_SIDES), strict=False):
         full, own = (source.shape[1], source.shape[0]), (edited.shape[1], edited.shape[0])
-        weights = feather(mask, own, full, reach)
+        weights = feather(mask, own, full, reach, open_sides)
         if not weights.inside.any():
             yield source
             continue

@@ -113,7 +113,8 @@ def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
     """Jobs grouped by their inversion; a job that shares none inverts by itself."""
     sharing = dict[str, list[tuple[Job, EditConfig]]]()
     for job, config in jobs:
-        key = job.name if config.noise == "drawn" else sha256(repr(asdict(inversion_of(config))).encode()).hexdigest()
+        alone = config.noise == "drawn" or config.region == "auto"
+        key = job.name if alone else sha256(repr(asdict(inversion_of(config))).encode()).hexdigest()
         sharing.setdefault(key, []).append((job, config))
     groups = []
     for key, members in sharing.items():

@@ -63,6 +63,7 @@ from ..options import (
 from ..outputs import Outputs
 from ..plan import in_chunks, plan
 from ..progress import Bar
+from ..region import in_region
 from ..session import Session, check_control, controlled
 from ..stored import check_of_store, cut_of, read_origin, sound_of, video_of, with_store
 from ..team import in_team, team_of
@@ -190,7 +191,7 @@ class _Source:
     def of(cls, session: Session, config: EditConfig, store: AttentionStore | None, origin: Origin | None) -> _Source:
         if store is not None and origin is not None:
             return cls(origin.frames, None, store, origin)
-        video = found_frames(session, config)
+        video = in_region(config, found_frames(session, config))
         return cls(len(video), video)
 
 
@@ -237,10 +238,10 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         configs = [with_store(config, store, origin) for config in configs]
     check_captioner(configs)
     _check_words([config for config in configs if config.source != AUTO])
+    refuse_kept(configs, store is not None)
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
         check_edit_mask(config, source.frames)
-        refuse_kept(config)
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = _outputs(run.output, len(configs))
@@ -250,7 +251,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
-    check_edits(configs, stored=store is not None, maps=run.maps is not None)
+    check_edits(configs, stored=store is not None)
     check_control(configs[0])
     if any(config.source == AUTO for config in configs):
         configs = captioned(session, configs, source.video)
@@ -268,7 +269,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     checkpoint, clip = _clip_of(session, checkpoint, configs[0], source)
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
-    masks = [edit_mask(checkpoint, config, clip.crop, clip.size) for config in configs]
+    masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
     session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store))
     now = _checked_again(run, checkpoint, configs[0], clip)

@@ -26,6 +26,7 @@ def of_methods() -> list[str]:
         "first_frame",
         "mask_mode",
         "keep",
+        "region",
         "lossless",
     ]
 

@@ -40,6 +40,7 @@ else:
     PropagationName = Literal[("none", *(method.name for method in PROPAGATIONS))]
 NoiseName = Literal["inverted", "drawn"]
 KeepName = Literal["auto", "pixels", "latents"]
+RegionName = Literal["none", "auto"]
 SECTIONS: dict[str, Any] = {
     method.name: method.settings for method in (*INJECTIONS, *PROPAGATIONS, *STARTS) if method.name != "fatezero"
 } | {"layout": MoveSettings}
@@ -219,6 +220,12 @@ class EditSettings(
         "What stays outside the mask of an edit. pixels: the video's own, at its full size, depth and shape; the edit "
         "is scaled onto it. latents: its latents, decoded at the model's size. auto: pixels, where a mask limits the "
         "edit and the video is given.",
+        group=_EDIT,
+    )
+    region: RegionName = setting(
+        "none",
+        "auto: edit a window that follows edit_mask smoothly, enlarged to the model's size, and lay it over the whole "
+        "frames. Small objects get the model's whole resolution.",
         group=_EDIT,
     )
     lossless: bool = setting(

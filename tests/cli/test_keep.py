@@ -106,3 +106,36 @@ def test_pixels_stay_where_a_mask_limits_the_edit(settings, kept):
 def test_refusals(refused, options, says):
     said = refused("edit", CLIP, *WORDS, *options, "--model", "missing/model", "-o", "o.mp4")
     assert says in said and "missing/model" not in said
+
+
+def test_a_region_is_edited_at_the_models_size_and_laid_back(command, tmp_path):
+    source = open_video(enlarged(tmp_path / "clip.mkv", size=(200, 150)))
+    (tmp_path / "masks").mkdir()
+    for i in range(2):
+        mask = Image.new("L", source.size)
+        mask.paste(255, (60 + 4 * i, 40, 90 + 4 * i, 70))
+        mask.save(tmp_path / "masks" / f"{i}.png")
+    run = ("edit", "clip.mkv", *WORDS, "--injection", "none", "--edit-mask", "masks", "--region", "auto", "--lossless")
+    said = command(*run, "-o", "o.mkv")
+    assert "2 frames of 64x64" in said
+    made = open_video(tmp_path / "o.mkv")
+    for i, (before, after) in enumerate(zip(source.frames(), made.frames(), strict=True)):
+        rows, columns = (before != after).any(-1).nonzero().T
+        assert rows.min() >= 30 and rows.max() < 80 and columns.min() >= 50 and columns.max() < 104
+        assert (before[42:68, 64 + 4 * i : 88 + 4 * i] != after[42:68, 64 + 4 * i : 88 + 4 * i]).any(
+            -1
+        ).float().mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "--edit-mask"),
+        (("--edit-mask", CLIP, "--keep", "latents"), "keep"),
+        (("--edit-mask", CLIP, "--crop", "8,0,0,0"), "crop"),
+        (("--edit-mask", CLIP, "--shift", "square: 0:0.2,0"), "shift"),
+    ],
+)
+def test_regions_that_are_refused(refused, options, says):
+    said = refused("edit", CLIP, *WORDS, "--preset", "shape+", "--region", "auto", *options, "--model", "missing/model")
+    assert says in said and "missing/model" not in said

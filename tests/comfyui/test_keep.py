@@ -48,3 +48,30 @@ def test_pixels_outside_the_mask_are_the_sources(host):
     assert result.shape == source.shape
     assert torch.equal(result[:, -16:], source[:, -16:]) and torch.equal(result[:, :, -16:], source[:, :, -16:])
     assert (result - source)[:, :16, :16].abs().float().mean() > 2
+
+
+def test_a_window_is_edited_and_stitched_back(host):
+    graph = DemoGraph(frames=3)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[20:36, 24:40] = 255
+    Image.fromarray(mask).save(host.base / "input" / "object.png")
+    drawn = graph.add("LoadImageMask", image="object.png", channel="red")
+    full = graph.add(
+        "FateZeroLoadVideo", file="", start=0, stride=1, count=graph.frames, width=SIDE, height=SIDE,
+        crop_left=0, crop_top=0, crop_right=0, crop_bottom=0, video=graph.demo[3],
+    )  # fmt: skip
+    crop = graph.add("FateZeroCropToMask", images=full[0], mask=drawn[0], width=32, height=32, surroundings=0.5)
+    graph.set(graph.latent, images=crop[0])
+    del graph.prompt[graph.edit.id]["inputs"]["prompt_edit"]
+    graph.set(graph.edit, preset="none", mask=crop[1], mask_mode="replace")
+    decoded = graph.add("VAEDecode", samples=graph.edit[0], vae=graph.demo[2])
+    node = graph.add(
+        "FateZeroStitchBack", source=full[0], edited=decoded[0], region=crop[2], feather=4, match_colours=True,
+        mask=graph.edit[2],
+    )  # fmt: skip
+    source, window, result = pictures(host, graph, full[0], crop[0], node[0])
+    assert window.shape == (3, 32, 32, 3)
+    changed = (result != source).any(-1)
+    assert changed[:, 22:34, 26:38].float().mean() > 0.7
+    changed[:, 16:40, 20:44] = False
+    assert not changed.any()
