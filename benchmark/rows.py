@@ -338,6 +338,20 @@ def _on_transformer(name: str, **more: Any) -> Method:
     return Method(f"Wan: {name}", transformer=True, **more)
 
 
+def _in_steps(
+    name: str,
+    steps: int,
+    source_guidance: float,
+    guidance: float,
+    lora: str = "",
+    gain: float = 1.0,
+    strength: float = 0.7,
+) -> Method:
+    """A row of FlowEdit in some number of steps."""
+    drawn = FlowEditSettings(source_guidance, gain=gain)
+    return _on_transformer(name, fused=False, drawn=drawn, guidance=guidance, strength=strength, steps=steps, lora=lora)
+
+
 TRANSFORMER = (
     _on_transformer("inversion + prompt", fused=False, guidance=5.0),
     _on_transformer("inversion of second order + prompt", fused=False, guidance=5.0, order=2),
@@ -353,6 +367,15 @@ TRANSFORMER = (
     _on_transformer(
         "FlowEdit with FateZero+", plus=True, drawn=_FLOW_EDIT, settings={"guidance_scale": 10.0}, strength=0.7
     ),
+    _in_steps("FlowEdit, 30 steps", 30, 4.0, 10.0),
+    _in_steps("FlowEdit, 30 steps, guidance 5", 30, 5.0, 5.0),
+    _in_steps("FlowEdit, 7 steps, guidance 5", 7, 5.0, 5.0),
+    _in_steps("FlowEdit, 7 steps, guidance 1", 7, 1.0, 1.0),
+    _in_steps("FlowEdit, 7 steps with the LoRA", 7, 1.0, 1.0, "demo-few-steps"),
+    _in_steps("FlowEdit, 7 steps with the LoRA, gain 1.3", 7, 1.0, 1.0, "demo-few-steps", 1.3),
+    _in_steps("few_steps", 7, 1.0, 1.0, "demo-few-steps", 1.3, 0.75),
+    _in_steps("few_steps, 4 steps", 4, 1.0, 1.0, "demo-few-steps", 1.3, 0.75),
+    _in_steps("FlowEdit, 4 steps with the LoRA", 4, 1.0, 1.0, "demo-few-steps"),
     Method("DDIM inversion of second order + prompt", fused=False, order=2),
     Method("FateZero+, second order", plus=True, order=2),
 )  # fmt: skip

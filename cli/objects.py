@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.prompt import places_of
-from ..methods.layout import Layout, LayoutObject, named_path
+from ..methods.layout import Form, Layout, LayoutObject, Swap, named_path
 from ..settings import shown
 from .config.settings import ConfigError, EditConfig, GenerateConfig
 from .masks import found_mask, grey
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_FORMS: tuple[Form | Literal["shift", "swap"], ...] = ("box", "ellipse", "shift", "swap")
+"""The settings of objects on paths, or relative to their place."""
 
 
 def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, frames: int) -> Layout | None:
@@ -21,7 +25,7 @@ def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, 
     """
     known = _by_words("object_mask", getattr(config, "object_mask", ()), frames)
     found = []
-    for form in ("box", "ellipse", "shift"):
+    for form in _FORMS:
         for text in getattr(config, form, ()):
             words, way = named_path(text, form)
             found.append(LayoutObject(words, way, known.pop(words, None)))
@@ -36,10 +40,18 @@ def layout_of(config: EditConfig | GenerateConfig, tokenizer: Any, prompt: str, 
 
 def check_objects(config: EditConfig | GenerateConfig, prompt: str) -> None:
     """Raise ValueError or FileNotFoundError for texts that `layout_of` could not read; needs no model."""
-    for form in ("box", "ellipse", "shift"):
+    relative = [form for form in ("shift", "swap") if isinstance(config, GenerateConfig) and getattr(config, form)]
+    if relative and config.layout.mode == "forward":
+        raise ConfigError(f"{relative[0]} needs backward guidance: set layout.mode to backward")
+    if config.layout.appearance and not relative:
+        raise ConfigError("layout.appearance has no effect without --shift or --swap of `fatezero generate`")
+    for form in _FORMS:
         for text in getattr(config, form, ()):
             try:
-                places_of(prompt, named_path(text, form)[0], form)
+                words, where = named_path(text, form)
+                places_of(prompt, words, form)
+                if isinstance(where, Swap):
+                    places_of(prompt, where.words, form)
             except ValueError as error:
                 raise ConfigError(f"{form} {shown(text)}: {str(error).removeprefix(f'{form}: ')}") from error
     for name in ("mask", "object_mask"):

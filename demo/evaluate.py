@@ -130,7 +130,9 @@ def map_overlap(checkpoint: Checkpoint, clips: int = 12, steps: int = 20) -> tup
     return max(scores)
 
 
-def moving_figures(checkpoint: Model, judge: SceneClassifier, clips: int = 24, frames: int = 16) -> dict[str, float]:
+def moving_figures(
+    checkpoint: Model, judge: SceneClassifier, clips: int = 24, frames: int = 16, steps: int = 30, guidance: float = 5.0
+) -> dict[str, float]:
     """Figures of clips generated from held-out captions: correct words by kind and in total, warp error, motion.
 
     The warp error (x 1000) uses DIS's flow of the clip itself; figures `rendered` are those of rendered clips.
@@ -141,7 +143,7 @@ def moving_figures(checkpoint: Model, judge: SceneClassifier, clips: int = 24, f
     for n, (scene, _) in enumerate(sampled):
         noise = torch.randn(frames, 4, side, side, generator=torch.Generator().manual_seed(n))
         text, empty = (checkpoint.encode_prompt(words, SIZE, SIZE) for words in (scene.caption, ""))
-        latents = generate(checkpoint.denoiser, noise, text, empty, 30, 5.0)
+        latents = generate(checkpoint.denoiser, noise, text, empty, steps, guidance)
         made = checkpoint.decode_clip(latents, frames)
         motion = random_motion(Random(n), 1, frames)
         right = torch.tensor([[s[head] == labels(scene)[head] for head in judge.HEADS] for s in judge.read(made)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..attention.condition import Condition
-from ..attention.control import Control
+from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from .denoiser import Denoiser
 
@@ -43,6 +44,27 @@ class ClipSteering(Steering, Protocol):
 
     def check_fits(self, frames: int, text_tokens: int) -> None:
         """Raise ValueError for a wrong number of frames or text tokens."""
+
+
+class Recording(Protocol):
+    """Records attention in each step of a generated clip."""
+
+    def recorder(self, keys: KeyFrames, chunk: Chunk, sites: Sequence[AttentionSite], tokens: int) -> Any:
+        """The control of the conditional branch in a step. sites: the model's layers; tokens: of the text."""
+
+    def record(self, recorder: Any, timestep: float) -> None:
+        """Add a step."""
+
+
+@runtime_checkable
+class FollowingSteering(ClipSteering, Protocol):
+    """Guides a clip relative to the same clip without guidance."""
+
+    def recorder(self) -> Any:
+        """A `Recording` of the clip without guidance."""
+
+    def following(self, recorded: Any) -> ClipSteering:
+        """The guidance against a record."""
 
 
 class EditSteering(Steering, Protocol):

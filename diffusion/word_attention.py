@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import mask_sites
 from ..imports import torch
 
@@ -63,18 +64,20 @@ class WordAttention:
         """The columns of all words."""
         return columns_in(self.words)
 
-    def watch(self, control: Control, sites: Sequence[AttentionSite], tokens: int) -> None:
-        """Let the control of the conditional branch record. sites: the model's layers; tokens: of the text.
+    def recorder(self, keys: KeyFrames, chunk: Chunk, sites: Sequence[AttentionSite], tokens: int) -> Control:
+        """The control of the conditional branch in a step. sites: the model's layers; tokens: of the text.
 
         Raises ValueError for columns that the text does not have.
         """
         if self.columns[-1] >= tokens:
             raise ValueError(f"words contain token {self.columns[-1]}; the text has {tokens} tokens")
+        control = Control(keys, chunk)
         control.watch({site.name for site in heat_sites(sites, self.most_tokens)}, self.columns)
+        return control
 
-    def record(self, control: Control) -> None:
+    def record(self, recorder: Control, timestep: float) -> None:
         """Add a step."""
-        self.heats.append(of_words(control.heat(self.columns[-1] + 1), self.words))
+        self.heats.append(of_words(recorder.heat(self.columns[-1] + 1), self.words))
 
     def steps(self) -> dict[str, Tensor]:
         """The heat of each word in every step: (steps, frames, y, x)."""

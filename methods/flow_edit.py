@@ -62,6 +62,10 @@ class FlowEditSettings:
         "paper", "paper: noise of the step's own level, and Euler steps. wan_edit: FiVE-Bench's, for flows such as "
         "Wan, with noise of the level before the step, whole timesteps and UniPC steps.", group=GROUP,
     )  # fmt: skip
+    gain: float = setting(
+        1.0, "Factor on the difference of both predictions: above 1 more changes. For models without guidance.",
+        least=0, most=10, step=0.1, group=GROUP,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
@@ -134,6 +138,8 @@ class DrawnNoise:
             store = replace(run.store, levels=noises)
             found.append(predict(run.branches(z + (noises[level].to(z.device) - first), step, store)))
         noise, source = (torch.stack([getattr(p, name) for p in found]).mean(0) for name in ("noise", "source"))
+        if self.settings.gain != 1:
+            noise = source + self.settings.gain * (noise - source)
         return found[0]._replace(noise=noise, source=source)
 
     def source_prediction(self, branches: Branches, source: SourceStep) -> Tensor | None:
@@ -238,9 +244,9 @@ METHOD = Method(
             "noise": "drawn",
             "injection": "none",
             "guidance_scale": 1.0,
-            "strength": 0.7,
+            "strength": 0.75,
             "steps": 7,
-            "flow_edit": {"source_guidance": 1.0},
+            "flow_edit": {"source_guidance": 1.0, "gain": 1.3},
         },
         "wan_edit": {
             "noise": "drawn",

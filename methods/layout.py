@@ -12,6 +12,7 @@ from ..attention.prompt import PromptEdit
 from ..diffusion.parts import Edit, check_needs_unet
 from ..imports import F, torch
 from .layout_guidance import LayoutGuidance, LayoutSettings, ObjectTarget
+from .own_attention import OwnLayout, OwnTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,26 +139,34 @@ class Shift:
         return _between(self.stops, frame)
 
 
+APPEARANCE = "appearance: has an effect only with a shift or swap in a new clip: set it to 0"
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The place of another object in the clip without guidance. words: that object's."""
+
+    words: str
+
+
 @dataclass(frozen=True)
 class LayoutObject:
-    """An object's words, and where it should be: a path, or a mask (frames or 1, height, width) in 0..1.
+    """An object's words, and where it should be: a path, a shift, or a mask (frames or 1, height, width) in 0..1.
 
-    In an edit also a shift; source: a mask of its place in the clip, (frames or 1, height, width).
+    In a new clip also a swap; source: in an edit, a mask of its place in the clip, (frames or 1, height, width).
     """
 
     words: str
-    where: Path | Shift | Tensor
+    where: Path | Shift | Swap | Tensor
     source: Tensor | None = None
 
     def mask(self, frames: int, height: int, width: int) -> Tensor:
         """The coverage of each pixel: (frames, height, width) in 0..1.
 
-        Raises ValueError for a mask with another number of frames, and for a shift.
+        Raises ValueError for a mask with another number of frames, and for a shift or swap, which have none.
         """
-        if isinstance(self.where, Shift):
-            raise ValueError(
-                f"{self.words!r}: a shift moves an existing object; a new clip needs a box, ellipse or mask"
-            )
+        if isinstance(self.where, (Shift, Swap)):
+            raise ValueError(f"{self.words!r}: a shift or swap has no mask")
         if isinstance(self.where, Path):
             return self.where.mask(frames, height, width)
         return GivenMask(self.where).at((height, width), frames)
@@ -180,6 +189,8 @@ class Layout:
             raise ValueError("a layout needs at least one object")
         for one in self.objects:
             self.columns(one.words, _ANY_LENGTH)
+            if isinstance(one.where, Swap):
+                self.columns(one.where.words, _ANY_LENGTH)
 
     keeps_rest = True
 
@@ -187,12 +198,24 @@ class Layout:
         """See `diffusion.parts.Layouts`; where objects are is known only in a clip (`moves_of`)."""
         check_needs_unet("A layout", spans_clip)
 
-    def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance:
+    def guidance(self, frames: int, height: int, width: int, text_tokens: int) -> LayoutGuidance | OwnLayout:
         """The guidance of a clip, with targets of height x width; ValueError for masks or a text that do not fit."""
-        targets = [
-            ObjectTarget(one.mask(frames, height, width), self.columns(one.words, text_tokens)) for one in self.objects
-        ]
-        return LayoutGuidance.of(targets, self.settings)
+        own: list[OwnTarget] = []
+        fixed: list[ObjectTarget] = []
+        for one in self.objects:
+            columns = self.columns(one.words, text_tokens)
+            if isinstance(one.where, Swap):
+                own.append(OwnTarget(columns, self.columns(one.where.words, text_tokens)))
+            elif isinstance(one.where, Shift):
+                own.append(OwnTarget(columns, one.where))
+            else:
+                fixed.append(ObjectTarget(one.mask(frames, height, width), columns))
+        if self.settings.appearance and not own:
+            raise ValueError(APPEARANCE)
+        if not own:
+            return LayoutGuidance.of(fixed, self.settings)
+        values: dict[str, Any] = {one.name: getattr(self.settings, one.name) for one in fields(LayoutSettings)}
+        return OwnLayout(own=own, fixed=fixed, **values)
 
     def columns(self, words: str, text_tokens: int, prompt: str | None = None) -> list[int]:
         """The columns of some words in the layout's prompt, or another; ValueError for words that are not in it."""
@@ -200,11 +223,17 @@ class Layout:
         return PromptEdit(prompt, prompt, self.tokenizer).token_indices(prompt, words, text_tokens, "layout")
 
 
-def named_path(text: str, form: Form | Literal["shift"] = "box") -> tuple[str, Path | Shift]:
-    """Words and their path: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", or their shift: "burger: 0:0.2,0"."""
+def named_path(text: str, form: Form | Literal["shift", "swap"] = "box") -> tuple[str, Path | Shift | Swap]:
+    """Words and their path: "burger: 0:0.1,0.5,0.3; 15:0.7,0.5,0.3", their shift: "burger: 0:0.2,0", or the object
+    whose place they take: "burger: plate".
+    """
     words, colon, rest = text.partition(":")
     if not colon or not words.strip() or words.strip().isdigit():
         raise ValueError(f'layout {text!r} must start with an object of the prompt: "burger: 0:0.1,0.5,0.3"')
+    if form == "swap":
+        if not rest.strip():
+            raise ValueError(f'layout {text!r} must name the object whose place it takes: "burger: plate"')
+        return words.strip(), Swap(rest.strip())
     return words.strip(), Shift.parse(rest) if form == "shift" else Path.parse(rest, form)
 
 

@@ -22,6 +22,8 @@ from ..settings import check, setting, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .own_attention import Target
+
 GROUP = "Layout"
 Mode = Literal["backward", "forward"]
 Energy = Literal["shape", "centroid", "size", "inside"]
@@ -42,6 +44,8 @@ class ObjectTarget:
 
     target: Tensor
     columns: Sequence[int]
+
+    feature = None
 
     def __post_init__(self) -> None:
         if self.target.ndim != 3 or not 0 <= self.target.min() <= self.target.max() <= 1:
@@ -97,6 +101,12 @@ class LayoutSettings:
         "Guided steps, counted from 0: numbers and ranges, of which 22-44/2 is every second step.",
         shown="the paper's 33 of 50, in proportion", group=GROUP,
     )  # fmt: skip
+    appearance: float = setting(
+        0.0,
+        "For a shift or swap in a new clip: weight of the appearance term, the change of the object's mean decoder "
+        "feature against the clip without guidance. 0 leaves it out; on the demo clip it did not help.",
+        least=0, most=10_000, group=GROUP,
+    )  # fmt: skip
 
     steps: Sequence[int] | None = None
     """The same as numbers; None for those of `guided_steps`."""
@@ -121,12 +131,12 @@ class LayoutSettings:
 class LayoutGuidance(LayoutSettings):
     """Guidance of one or more objects.
 
-    target, columns: see `ObjectTarget`. more: further objects.
+    target, columns: see `ObjectTarget`; a target of None for the objects of `more` only. more: further objects.
     """
 
-    target: Tensor
+    target: Tensor | None
     columns: Sequence[int]
-    more: Sequence[ObjectTarget] = field(default=(), kw_only=True)
+    more: Sequence[Target] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,8 +150,8 @@ class LayoutGuidance(LayoutSettings):
         return cls(first.target, first.columns, more=more, **values)
 
     @property
-    def objects(self) -> tuple[ObjectTarget, ...]:
-        return (ObjectTarget(self.target, self.columns), *self.more)
+    def objects(self) -> tuple[Target, ...]:
+        return (*(() if self.target is None else (ObjectTarget(self.target, self.columns),)), *self.more)
 
     @property
     def moves_latents(self) -> bool:
@@ -192,7 +202,7 @@ class LayoutGuidance(LayoutSettings):
     def check_fits(self, frames: int, text_tokens: int) -> None:
         """Raise ValueError for a wrong number of frames, or columns that the text does not have."""
         for one in self.objects:
-            if len(one.target) != frames:
+            if isinstance(one, ObjectTarget) and len(one.target) != frames:
                 raise ValueError(f"target has {len(one.target)} frames; the clip has {frames}")
             if max(one.columns) >= text_tokens:
                 raise ValueError(f"columns contain token {max(one.columns)}; the text has {text_tokens} tokens")
@@ -229,26 +239,31 @@ def shape_of(x: Tensor) -> Tensor:
     return normalized(torch.sigmoid(SHARPNESS * (normalized(x) - 0.5)))
 
 
+def _by_head(target: Tensor) -> Tensor:
+    """A target (f t), or one of each head (f h t), as (f, 1 or h, t)."""
+    return target if target.ndim == 3 else target[:, None]
+
+
 def shape_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean over heads and places of (shape(T) - shape(A))^2, of each frame."""
-    return ((shape_of(target[:, None]) - shape_of(maps)) ** 2).mean((1, 2))
+    return ((shape_of(_by_head(target)) - shape_of(maps)) ** 2).mean((1, 2))
 
 
 def centroid_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
     """Squared distance of the centres, sum((x, y) A) / sum(A), in shares of the frame; mean over heads."""
-    difference = _centroid(maps, grid) - _centroid(target[:, None], grid)
+    difference = _centroid(maps, grid) - _centroid(_by_head(target), grid)
     return (difference**2).sum(-1).mean(1)
 
 
 def size_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
     """Squared difference of the covered shares of the frame, the map's by a soft threshold (s = 10)."""
     covered = torch.sigmoid(10 * (normalized(maps) - 0.5)).mean(-1)
-    return ((covered - target.mean(-1)[:, None]) ** 2).mean(1)
+    return ((covered - _by_head(target).mean(-1)) ** 2).mean(1)
 
 
 def inside_energy(maps: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
     """(1 - sum(A m) / sum(A))^2, the squared share of attention outside the target; mean over heads."""
-    share = (maps * target[:, None]).sum(-1) / (maps.sum(-1) + EPSILON)
+    share = (maps * _by_head(target)).sum(-1) / (maps.sum(-1) + EPSILON)
     return ((1 - share) ** 2).mean(1)
 
 
@@ -258,7 +273,7 @@ ENERGIES: dict[Energy, Callable[[Tensor, Tensor, tuple[int, int]], Tensor]] = {
     "size": size_energy,
     "inside": inside_energy,
 }
-"""Functions of maps (f h t) and a target (f t) on a grid (height, width): (f)."""
+"""Functions of maps (f h t) and a target (f t) or (f h t) on a grid (height, width): (f)."""
 
 
 def _centroid(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -267,6 +282,24 @@ def _centroid(x: Tensor, grid: tuple[int, int]) -> Tensor:
     across = ((torch.arange(width) + 0.5) / width).repeat(height).to(x)
     total = x.sum(-1) + EPSILON
     return torch.stack([(x * across).sum(-1) / total, (x * y).sum(-1) / total], -1)
+
+
+def feature_of(heat: Tensor, site: AttentionSite, feature: Tensor) -> Tensor:
+    """An object's mean feature, weighted by its shape: sum(shape(A) Psi) / sum(shape(A)), (frames, channels).
+
+    heat: (f, t) on a layer's grid. feature: (f, c, y, x).
+    """
+    shape = shape_of(heat[:, None]).unflatten(-1, (site.height, site.width))
+    weights = F.interpolate(shape, feature.shape[-2:], mode="bilinear", align_corners=False).to(feature)
+    return (weights * feature).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1e-6)
+
+
+def smooth_abs(x: Tensor, own: Tensor) -> Tensor:
+    """|x - own|, smooth below 1 % of the mean |own|: where nothing has changed yet, its gradient is 0, not the sign of
+    rounding errors.
+    """
+    width = 0.01 * own.abs().mean(1, keepdim=True)
+    return ((x - own) ** 2 + width**2).sqrt() - width
 
 
 # --- controls -------------------------------------------------------------------------------
@@ -280,6 +313,9 @@ class EnergyControl(Control):
         self.layout = layout
         self._found: dict[str, Tensor] = {}
         """Each layer's energy by frame; by name, since a layer may be computed twice."""
+        self._heats: dict[AttentionSite, list[Tensor]] = {}
+        """Each object's attention, for its mean feature, (frames, tokens)."""
+        self._feature: Tensor | None = None
 
     def on(self, chunk: Chunk) -> NoReturn:
         raise ValueError(f"layout guidance needs a gradient of the whole clip, {NO_WINDOWS}")
@@ -294,6 +330,9 @@ class EnergyControl(Control):
                 target = one.on(site, self.chunk.frame_indices).to(maps)
                 of_words = [energy(maps[..., column], target, grid) for column in one.columns]
                 parts.append(torch.stack(of_words).mean(0))
+            if self.layout.appearance:
+                heat = maps.detach().mean(1)
+                self._heats[site] = [heat[..., list(one.columns)].mean(-1) for one in self.layout.objects]
             self._found[site.name] = torch.stack(parts).sum(0)
         return super().cross_attention(q, k, v, site)
 
@@ -306,9 +345,28 @@ class EnergyControl(Control):
             )
         return torch.stack(list(self._found.values())).mean(0)
 
+    def feature(self, x: Tensor, name: str) -> Tensor:
+        self._feature = x
+        return x
+
+    def appearance(self) -> Tensor:
+        """The change of each frame's objects, (f): the mean over channels of `smooth_abs`."""
+        assert self._feature is not None, "the unguided clip had it"
+        finest = max(self._heats, key=lambda site: site.tokens)
+        frames = list(self.chunk.frame_indices)
+        changes = [
+            smooth_abs(feature_of(heat, finest, self._feature), one.feature[frames].to(heat)).mean(1)
+            for heat, one in zip(self._heats[finest], self.layout.objects, strict=True)
+            if one.feature is not None
+        ]
+        return torch.stack(changes).sum(0)
+
     def loss(self) -> Tensor:
-        """The sum over frames, times the weight."""
-        return self.layout.weight * self.energy().sum()
+        """The sum over frames, times the weight, and the appearance term."""
+        shape = self.layout.weight * self.energy().sum()
+        if not self.layout.appearance or all(one.feature is None for one in self.layout.objects):
+            return shape
+        return shape + self.layout.appearance * self.appearance().sum()
 
 
 class ForwardControl(Control):

@@ -19,7 +19,7 @@ from ..diffusion.parts import Edit, EditContext, check_needs_unet
 from ..diffusion.prompt_mask import source_tokens_heat
 from ..imports import F, torch
 from ..settings import setting, setting_like, whole_steps
-from .layout import Layout, Path, Shift
+from .layout import APPEARANCE, Layout, Path, Shift, Swap
 from .layout_guidance import GROUP, Energy, LayoutGuidance, LayoutSettings, ObjectTarget
 
 if TYPE_CHECKING:
@@ -133,8 +133,12 @@ def moves_of(layout: Layout, source: str, source_tokens: int, target_tokens: int
 
     Raises ValueError for an object without a mask whose words are not in the source prompt.
     """
+    if layout.settings.appearance:
+        raise ValueError(APPEARANCE)
     moved = []
     for one in layout.objects:
+        if isinstance(one.where, Swap):
+            raise ValueError(f"{one.words!r}: swap works in new clips; in an edit use --shift or --box")
         found = layout.columns(one.words, target_tokens)
         known = [] if one.source is not None else layout.columns(one.words, source_tokens, source)
         moved.append(Moved(one.where, found, known, one.source))

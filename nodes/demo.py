@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import InputImpl, io
 
-from ..files.bundled import CLIP
+from ..files.bundled import CLIP, FEW_STEPS
 from ..hosts.comfyui.demo import load_demo
 from ..hosts.comfyui.demo_video import load_demo_video
 from .sockets import schema
@@ -46,7 +46,14 @@ class FateZeroDemoVideoModel(io.ComfyNode):
             description="A tiny bundled video transformer that generates moving shapes, 64x64 pixels. For trying the "
             "nodes without a download; it cannot edit real videos.",
             search_aliases=["test model", "example checkpoint", "video transformer"],
-            inputs=[],
+            inputs=[
+                io.Boolean.Input(
+                    "few_steps",
+                    default=False,
+                    optional=True,
+                    tooltip="Add the bundled LoRA for 4 to 8 steps at guidance 1 (preset few_steps).",
+                )
+            ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="A video transformer of 0.1 million weights."),
                 io.Clip.Output("clip", display_name="clip", tooltip="UMT5 with the words of the demo scenes."),
@@ -56,5 +63,7 @@ class FateZeroDemoVideoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_video(), InputImpl.VideoFromFile(str(CLIP)))
+    def execute(cls, few_steps: bool = False) -> io.NodeOutput:
+        return io.NodeOutput(
+            *load_demo_video(lora=FEW_STEPS if few_steps else None), InputImpl.VideoFromFile(str(CLIP))
+        )

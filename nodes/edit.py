@@ -243,9 +243,12 @@ class EditInputs:
     @property
     def notes(self) -> list[str]:
         """Settings of the preset that only the inversion can set, if they differ."""
-        recipe, start, found = self.recipe, start_of(self.store), list[tuple[str, ...]]()
+        recipe, start, found = self.recipe, start_of(self.store), list[tuple[Any, ...]]()
         if recipe.noise is not None and isinstance(start, DrawnNoise):
-            found.append(("variant", "FlowEdit", recipe.noise.variant, start.settings.variant))
+            own, preset = start.settings, recipe.noise
+            found.append(("variant", "FlowEdit", preset.variant, own.variant))
+            if preset.gain != 1:
+                found.append(("gain", "FlowEdit", preset.gain, own.gain))
         if recipe.key_frames is not None and not facts_of(self.model).spans_clip:
             entries = recipe.key_frames, self.store.key_frames.entries
             found.append(("key_frames", "Invert Video", *(", ".join(map(str, one)) for one in entries)))

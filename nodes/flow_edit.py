@@ -43,6 +43,7 @@ class FateZeroFlowEdit(io.ComfyNode):
                 ),
                 *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
                 TIMESTEPS,
+                widget(FlowEditSettings, "gain", advanced=True, optional=True),
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )

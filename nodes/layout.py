@@ -13,20 +13,23 @@ from ..diffusion.parts import Edit
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.families import tokenizer_of
 from ..hosts.comfyui.layout import LayoutGuider
-from ..methods.layout import Form, Layout, LayoutObject, Shift, named_path
+from ..methods.layout import Form, Layout, LayoutObject, Shift, Swap, named_path
 from ..methods.layout_guidance import LayoutGuidance
 from ..methods.move_objects import MoveSettings
+from ..methods.own_attention import OwnLayout
 from ..settings import settings_of
 from ..video.sheet import outlined
 from .prompt import check_clip, check_words, encoded, unweighted
 from .settings import made, widget, widgets
 from .sockets import LayoutSocket, schema, show_on_node
 
-SHIFT = "shift"
+RELATIVE = ("shift", "swap")
+"""Forms relative to an object's own place."""
 FINE = 8
 """Points of a target per latent and side: one pixel for most models."""
-OLDER = tuple(one.name for one in settings_of(MoveSettings) if one.name != "guided_steps")
-"""The settings before `guided_steps`, which comes last on the node, where older workflows have no value."""
+LATER = ("guided_steps", "appearance")
+OLDER = tuple(one.name for one in settings_of(MoveSettings) if one.name not in LATER)
+"""The settings of a layout; those of `LATER` come last on the node, where older workflows have no values."""
 _BLANK = 256
 """Size of the preview without an image, in pixels."""
 
@@ -59,10 +62,11 @@ class FateZeroLayout(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "form",
-                    options=[*get_args(Form), SHIFT],
+                    options=[*get_args(Form), *RELATIVE],
                     default="box",
-                    tooltip="Form of objects on paths. shift (edits only) moves an existing object: "
-                    '"jeep: 0:0.2,0; 7:0.3,-0.1,1.5" gives frame:right,down,growth.',
+                    tooltip="Form of objects on paths. shift moves an object from its place in the clip, or in a new "
+                    'clip from where the model puts it: "jeep: 0:0.2,0; 7:0.3,-0.1,1.5" gives '
+                    'frame:right,down,growth. swap (new clips only): "jeep: tree" takes the place of the tree.',
                 ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Layout mask of words without a path: one, or one per frame."
@@ -80,7 +84,7 @@ class FateZeroLayout(io.ComfyNode):
                     "frames", default=16, min=1, max=1000, tooltip="Frames of the preview if no image is connected."
                 ),
                 *widgets(MoveSettings, *OLDER, advanced=("weight", "amount", "enough", "most_change")),
-                widget(MoveSettings, "guided_steps", optional=True, advanced=True),
+                *(widget(MoveSettings, name, optional=True, advanced=True) for name in LATER),
             ],
             outputs=[
                 io.Conditioning.Output("conditioning", display_name="positive", tooltip="The encoded prompt."),
@@ -105,7 +109,7 @@ class FateZeroLayout(io.ComfyNode):
             found += more.objects
         layout = Layout(words, tokenizer, found, settings)
         over = torch.full((frames, _BLANK, _BLANK, 3), 0.2) if image is None else image[..., :3]
-        masks = [(one.words, one.mask(*over.shape[:3])) for one in found if not isinstance(one.where, Shift)]
+        masks = [(one.words, one.mask(*over.shape[:3])) for one in found if not isinstance(one.where, (Shift, Swap))]
         positive = encoded(clip, prompt, PromptEdit(words, words, tokenizer), "prompt")
         return io.NodeOutput(positive, layout, outlined(over, masks))
 
@@ -135,7 +139,9 @@ def _objects_of(objects: str, form: Any, mask: Tensor | None, source: Tensor | N
     )
 
 
-def guidance_on(layout: Layout, positive: Any, shape: tuple[int, int, int], text_tokens: int) -> LayoutGuidance:
+def guidance_on(
+    layout: Layout, positive: Any, shape: tuple[int, int, int], text_tokens: int
+) -> LayoutGuidance | OwnLayout:
     """The guidance for latents of a shape (frames, height, width).
 
     Raises ValueError for a CONDITIONING of another prompt, and for masks with another number of frames.
@@ -176,7 +182,7 @@ class FateZeroLayoutGuider(io.ComfyNode):
         condition = HostCondition.of_socket(positive, "positive", "positive")
         unwanted = HostCondition.of_socket(negative, "negative", "negative")
 
-        def on_shape(shape: tuple[int, int, int]) -> LayoutGuidance:
+        def on_shape(shape: tuple[int, int, int]) -> LayoutGuidance | OwnLayout:
             return guidance_on(layout, positive, shape, condition.text_tokens)
 
         return io.NodeOutput(

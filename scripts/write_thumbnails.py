@@ -1,4 +1,4 @@
-"""Make the thumbnails of workflows for real models, of the small Wan and of measured edits, with the bundled demo models.
+"""Make the thumbnails of workflows for real models, the small Wan and measured edits, with the bundled demo models.
 
     python scripts/write_thumbnails.py [NAME ...]
 

@@ -16,6 +16,7 @@ from ...files.safetensors import format_bytes
 from ...files.temporal_layers import about_temporal_layers
 from ...imports import torch
 from ...methods.layout_guidance import EnergyControl
+from ...methods.own_attention import OwnLayout
 from ...video.maps import SHEET, map_files, write_heats
 from ...video.size import check_size
 from ...video.write import shortcomings, write_video
@@ -111,7 +112,8 @@ def _generate(session: Session, config: GenerateConfig, output: str, dry_run: bo
         if not isinstance(denoiser, DiffusersDenoiser):
             raise ValueError("a layout needs a UNet: there is no gradient guidance for video transformers")
         if layout.guided_calls(config.steps):
-            most, plain = guidance_bytes(denoiser, shape, text, keys, norm, partial(EnergyControl, layout=layout))
+            alike = layout.like(shape[0]) if isinstance(layout, OwnLayout) else layout
+            most, plain = guidance_bytes(denoiser, shape, text, keys, norm, partial(EnergyControl, layout=alike))
             session.say(f"   activations: {format_bytes(most)} of a gradient, {format_bytes(plain)} of a plain call")
     if not denoiser.frames_meet:
         session.note("this is an image model, so the frames will hardly match: give --temporal")

@@ -20,14 +20,15 @@ from ..session import pick_device
 class TrainDemoConfig:
     """Settings of `fatezero train-demo`."""
 
-    part: Literal["image", "video", "transformer"] = setting(
+    part: Literal["image", "video", "transformer", "few_steps"] = setting(
         "image",
-        "The image model, the temporal layers that make the bundled one a model of videos, or the video transformer.",
+        "The image model, the temporal layers that make the bundled one a model of videos, the video transformer, or "
+        "the bundled one's LoRA for few steps.",
     )
     output: str = setting("checkpoint", "Folder for the trained weights.")
     state: str = setting("training", "Folder for the state for --resume.")
     steps: int | None = setting(
-        None, "Steps of the UNet or the layers, if fewer.", least=1, most=10_000_000, shown="all"
+        None, "Steps of the UNet, the layers or the LoRA, if fewer.", least=1, most=10_000_000, shown="all"
     )
     images: int | None = setting(None, "Number of pictures or clips, if fewer.", least=1, most=10_000_000, shown="all")
 
@@ -49,10 +50,12 @@ def command(
     from ...demo.judge import load_judge
     from ...demo.temporal import TemporalSettings, train_temporal
     from ...demo.train import TrainSettings, train
+    from ...demo.train_few_steps import FewStepsSettings, train_few_steps
     from ...demo.train_video import VideoSettings, train_video
+    from ...files.bundled import FEW_STEPS
     from ...files.temporal_layers import FILE
     from ...hosts.diffusers.checkpoint import Checkpoint
-    from ...hosts.diffusers.load import demo_video_model
+    from ...hosts.diffusers.load import demo_video_model, open_model
 
     where = pick_device(device)
     if config.part == "image":
@@ -66,6 +69,13 @@ def command(
         of_clips = replace(of_clips, steps=steps or of_clips.steps, clips=images or of_clips.clips)
         train_video(output, state, of_clips, where, console.print)
         _print_figures(moving_figures(demo_video_model(output, where), load_judge()))
+        return
+    if config.part == "few_steps":
+        of_steps = FewStepsSettings()
+        of_steps = replace(of_steps, steps=steps or of_steps.steps, clips=images or of_steps.clips)
+        train_few_steps(output / FEW_STEPS.name, state, of_steps, where, console.print)
+        lora = str(output / FEW_STEPS.name)
+        _print_figures(moving_figures(open_model("demo-wan", where, lora=lora), load_judge(), steps=7, guidance=1.0))
         return
     of_layers = TemporalSettings()
     of_layers = replace(of_layers, steps=steps or of_layers.steps, clips=images or of_layers.clips)

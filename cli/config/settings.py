@@ -85,7 +85,7 @@ class ObjectSettings:
         return any(getattr(self, name, ()) for name in OBJECTS)
 
 
-OBJECTS = ("box", "ellipse", "mask", "shift")
+OBJECTS = ("box", "ellipse", "mask", "shift", "swap")
 """The settings of an object and its target position."""
 REPEATED = (*OBJECTS, "object_mask", "lora", "validate")
 """Repeatable settings."""
@@ -393,6 +393,13 @@ class GenerateConfig(ObjectSettings, ModelSettings):
         None, "Compute the normalisation statistics of the ResNet blocks over the whole clip.",
         shown="as in the model's training", group=_DRAWN,
     )  # fmt: skip
+    shift: tuple[str, ...] = setting(
+        (), 'Shifts of words from where the model puts them, which generates the clip once without guidance first: '
+        '"jeep: 0:0.2,0; 7:0.3,-0.1,1.5", as in `fatezero edit`. Repeatable.', group=LAYOUT,
+    )  # fmt: skip
+    swap: tuple[str, ...] = setting(
+        (), 'Words that take the place which the model gives to others: "jeep: tree". Repeatable.', group=LAYOUT
+    )
     layout: LayoutSettings = LayoutSettings()
 
     def __post_init__(self) -> None:

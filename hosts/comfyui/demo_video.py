@@ -27,13 +27,18 @@ from .demo import LATENT_RGB, LATENT_RGB_BIAS, load_vae, patcher_of
 from .single_file import single_file
 
 
-def load_demo_video(folder: Path = WAN.demo_folder, autoencoder: Path = DEMO) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of the demo's video transformer."""
+def load_demo_video(
+    folder: Path = WAN.demo_folder, autoencoder: Path = DEMO, lora: Path | None = None
+) -> tuple[Any, Any, Any]:
+    """(MODEL, CLIP, VAE) of the demo's video transformer, with a LoRA."""
     tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     about = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["shift"]
     vae = load_vae(autoencoder, single_file(autoencoder))
-    return wan_model(tensors, about, shift), wan_clip(folder), _of_videos(vae)
+    model = wan_model(tensors, about, shift)
+    if lora is not None:
+        model, _ = comfy.sd.load_lora_for_models(model, None, load_file(lora), 1.0, 0.0)
+    return model, wan_clip(folder), _of_videos(vae)
 
 
 def wan_model(tensors: dict[str, Tensor], about: dict[str, Any], shift: float) -> Any:

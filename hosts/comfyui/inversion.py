@@ -176,6 +176,8 @@ def invert_clip(
 class UncalledModel:
     """The schedule and identity of a MODEL that is not called, for random noise."""
 
+    embeds_guidance = False
+
     def __init__(self, model: Any, timesteps: Timesteps) -> None:
         self._noise, self._hooked, self._timesteps = noise_of(model), hooked(model), timesteps
         self.spans_clip = self.frames_meet = self._hooked.family.spans_clip

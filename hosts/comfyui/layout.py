@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from ...attention.control import Control
-from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
-from ...diffusion.steering import ClipSteering
+from ...attention.key_frames import Chunk, ClipCalls
+from ...diffusion.steering import ClipSteering, FollowingSteering
+from .attention_maps import OWN_FRAME, AttentionGuider, ClipGuider
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
-from .noise import noise_of
-from .sampling import LoopGuider, room_for
-
-_OWN_FRAME = KeyFrames(("self",))
-"""Self-attention is the MODEL's, including key frames of other nodes."""
+from .sampling import room_for
 
 
-class LayoutGuider(LoopGuider):
+class LayoutGuider(ClipGuider):
     """The host's classifier-free guidance with layout guidance.
 
     A step without layout guidance equals the host's, bit for bit. Backward guidance moves the sampler's latents in
     place, which works with samplers that step from the tensor they evaluate.
     """
-
-    loop = None
 
     def __init__(
         self,
@@ -42,9 +37,10 @@ class LayoutGuider(LoopGuider):
 
         Raises ValueError for a MODEL that is not an attention UNet.
         """
-        super().__init__(model, [positive, negative], kinds=("cross",))
-        self.set_cfg(guidance_scale)
-        self.positive, self._guidance_of, self.notify = positive, layout, notify or (lambda text: None)
+        super().__init__(model, positive, negative, guidance_scale)
+        self._plain = partial(AttentionGuider, model, positive, negative, guidance_scale)
+        """Makes a guider of the clip without layout guidance, which records its attention."""
+        self._guidance_of, self.notify = layout, notify or (lambda text: None)
         twice = room_for(lambda frames: 2 * frames)  # a gradient needs about twice the memory of a call
         self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero layout", twice)
         self._layout: ClipSteering | None = None
@@ -61,6 +57,10 @@ class LayoutGuider(LoopGuider):
         self._layout = self._guidance_of((frames, height, width))
         if not self._layout.moves_latents and self.model_options.get("context_handler") is not None:
             raise ValueError("model: forward guidance does not support context windows: set mode to backward")
+        if isinstance(self._layout, FollowingSteering):
+            recorded = self._layout.recorder()
+            self._plain(recorded).sample(noise.clone(), latent_image.clone(), sampler, sigmas, **more)
+            self._layout = self._layout.following(recorded)
         outer = more.get("callback")
 
         def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
@@ -96,18 +96,15 @@ class LayoutGuider(LoopGuider):
         if layout.moves_latents:
             self._move(x, sigma, layout, model_options)
             return super().outer_predict_noise(x, timestep, model_options, seed)
-        chunk = Chunk.whole(len(x))
-        guided = (layout.control(_OWN_FRAME, chunk), self.positive.text_tokens)
-        with self.edited.controlled({0: guided, 1: (Control(_OWN_FRAME, chunk), None)}):
-            return super().outer_predict_noise(x, timestep, model_options, seed)
+        control = layout.control(OWN_FRAME, Chunk.whole(len(x)))
+        return self.predicted_by(control, x, timestep, model_options, seed)
 
     def _move(self, x: Tensor, sigma: Tensor, layout: ClipSteering, options: dict[str, Any]) -> None:
         """Move the sampler's own latents, in place."""
         options = {**options, "transformer_options": dict(options["transformer_options"])}
         denoiser = ComfyDenoiser(self, options, x.device, None)
-        (timestep,) = noise_of(self.model_patcher).timesteps(sigma[None])
         scale = (1 + sigma.to(x) ** 2).sqrt()
         alpha = 1 / (1 + sigma**2)
-        z = layout.moved(denoiser, x / scale, timestep, alpha, self.positive, ClipCalls(_OWN_FRAME))
+        z = layout.moved(denoiser, x / scale, self.timestep_at(sigma), alpha, self.positive, ClipCalls(OWN_FRAME))
         x.copy_(z * scale)
         self._moved = x

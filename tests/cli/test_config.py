@@ -5,7 +5,7 @@ import yaml
 
 from fatezero import FlowEditSettings, PnPSettings, TokenFlowSettings
 from fatezero.attention.prompt import changed_words
-from fatezero.cli.config.files import load_configs
+from fatezero.cli.config.files import configs_of, load_configs
 from fatezero.cli.config.settings import PRESETS, ConfigError, EditConfig, with_preset
 from fatezero.cli.config.values import checked, with_values
 
@@ -326,3 +326,35 @@ def test_shares_of_words_from_options_files_and_records(tmp_path):
     for wrong in ("green", "=2", "green=much", "green=0.1:0.2:0.3"):
         with pytest.raises(ValueError, match="cross_replace_words is .*word=number"):
             given_of(edit_options()(cross_replace_words=[wrong]))
+
+
+@pytest.mark.parametrize(
+    ("given", "preset", "chosen"),
+    [
+        ({"steps": 4, "guidance_scale": 1.0}, None, True),
+        ({"steps": 4, "guidance_scale": 1.0}, "flow_edit", True),
+        ({"lora": ("demo-few-steps=0.9",)}, None, True),
+        ({"lora": ("a/lcm-lora-sdv1-5/weights.safetensors",), "steps": 30}, None, True),
+        ({"model": "models/Wan2.2-Lightning"}, "flow_edit", True),
+        ({"steps": 20, "guidance_scale": 1.0}, None, False),
+        ({"steps": 4}, None, False),
+        ({"lora": ("lcm.safetensors",), "guidance_scale": 5.0}, "flow_edit", False),
+        ({"lora": ("lcm.safetensors",)}, "style", False),
+        ({"lora": ("lcm.safetensors",), "cross_replace_steps": 0.5}, None, False),
+        ({"steps": 4, "guidance_scale": 1.0, "memory": "maps"}, None, False),
+    ],
+)
+def test_a_preset_for_few_steps_is_chosen_by_steps_and_guidance_or_by_the_weights(given, preset, chosen):
+    flags = {"video": "a.mp4", "source": "a", "target": "b", **given}
+    (config,), notes = configs_of(None, preset, flags)
+    assert (config.noise == "drawn" and config.guidance_scale == 1) == chosen
+    assert bool(notes) == chosen
+    if chosen:
+        assert "few_steps" in notes[0] and config.recipe().noise.source_guidance == 1
+        assert config.steps == given.get("steps", PRESETS["few_steps"]["steps"])
+
+
+def test_a_preset_of_steps_keeps_those_of_a_file(tmp_path):
+    path = written(tmp_path, "steps: 20\npreset: style\nsource: a\ntarget: b\n")
+    (config,), _ = load_configs(path, preset="shape")
+    assert config.steps == 20, "as before presets had steps"

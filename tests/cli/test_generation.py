@@ -1,8 +1,10 @@
 """`fatezero generate`."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, TextToVideoSDPipeline, UNet3DConditionModel
+from PIL import Image
 
 from fatezero.demo.scenes import SIZE
 from fatezero.files.bundled import DEMO
@@ -80,8 +82,14 @@ def video_model(tmp_path_factory):
 
 def test_a_text_to_video_model_generates_a_clip(command, refused, video_model, tmp_path):
     part = ("generate", *PROMPT, "--model", video_model, "--frames", 3, "--steps", 2)
-    command(*part, "--box", "circle: 0:0.5,0.5,0.5", "-o", "v.mp4")
+    command(*part, "--box", "circle: 0:0.5,0.5,0.5", "--maps", "maps", "-o", "v.mp4")
     assert read_video(tmp_path / "v.mp4").frames.shape == (3, 64, 64, 3)
+    assert len(read_video(tmp_path / "maps" / "grass_5.mp4").frames) == 3
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:30, 5:20] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    command(*part, "--mask", "red circle: mask.png", "-o", "m.mp4")
+    assert not torch.equal(read_video(tmp_path / "m.mp4").frames, read_video(tmp_path / "v.mp4").frames)
     assert "is already a video model" in refused(*part, "--temporal", "demo", "-o", "w.mp4")
     error = refused("edit", tmp_path / "v.mp4", "--source", "a", "--target", "b", "--model", video_model, "-o", "x.mp4")
     assert "attention UNet" in error

@@ -1,9 +1,12 @@
 """UNets for few steps in the host: LCM's sampling with sampled noise, the others at trailing timesteps."""
 
 import pytest
-from comfyui.graph import DemoGraph
+from comfyui.graph import SIDE, SOURCE, TARGET, DemoGraph
 from comfyui.host import NodeError
+from comfyui.test_wan import Hosts
 
+from fatezero import FlowEditSettings, draw, edit
+from fatezero.hosts.diffusers.load import open_model
 from small import relative
 
 SEED = 5
@@ -84,3 +87,26 @@ def test_timesteps_have_no_effect_on_a_flow(host):
     few_steps(graph, video[0], timesteps="trailing")
     with pytest.raises(NodeError, match="timesteps: trailing has no effect on a flow"):
         host.latents(graph.prompt, graph.edit[0])
+
+
+class DemoHosts(Hosts):
+    shift = 2.0
+
+
+def test_the_demos_lora_is_that_of_the_command(host):
+    graph = DemoGraph(frames=3)
+    video = graph.add("FateZeroDemoVideoModel", few_steps=True)
+    graph.set(graph.words, clip=video[1])
+    graph.set(graph.negative, clip=video[1])
+    graph.set(graph.latent, vae=video[2])
+    few_steps(graph, video[0])
+    clip, ours = (
+        0.18215 * host.latents(graph.prompt, node[0])[0].transpose(0, 1) for node in (graph.latent, graph.edit)
+    )
+    model = open_model("demo-wan", lora="demo-few-steps")
+    source, target = (model.encode_prompt(text, SIDE, SIDE) for text in (SOURCE, TARGET))
+    denoiser = DemoHosts(model.networks[0], model.scheduler)
+    start = draw(denoiser, clip, source, 4, FlowEditSettings(1.0, seed=SEED))
+    expected = edit(denoiser, start, target, guidance_scale=1.0)
+    assert relative(ours, expected) < 1e-3
+    assert relative(ours, clip) > 1e-2

@@ -15,7 +15,7 @@ from PIL import Image
 from fatezero import generate
 from fatezero.cli.config.settings import EditConfig, with_preset
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
-from fatezero.methods.layout import Layout, LayoutObject, Path
+from fatezero.methods.layout import Layout, LayoutObject, Path, named_path
 from fatezero.methods.layout_guidance import LayoutSettings
 from small import relative
 
@@ -99,6 +99,26 @@ def test_both_hosts_agree(host, layers, settings):
     guided = ours(layout.guidance(FRAMES, 64, 64, text.text_tokens))
     assert relative(theirs * drawer.vae.config.scaling_factor, guided) < 1e-4
     assert relative(guided, ours(None)) > 1e-2
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize(
+    ("form", "objects"), [("shift", "red circle: 0:0.3,0; 3:-0.2,0.1,1.5"), ("swap", "circle: grass")]
+)
+def test_a_layout_relative_to_the_plain_clip_is_that_of_the_diffusers_host(host, form, objects):
+    """With the appearance term, whose first step compares equal clips."""
+    settings = {"appearance": 2.0}
+    graph = drawing(**settings)
+    graph.set(graph.layout, objects=objects, form=form)
+    theirs = drawn(host, graph)
+    drawer = Checkpoint.load("demo", temporal="demo")
+    noise = torch.randn(FRAMES, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    text, empty = (drawer.encode_prompt(words, 64, 64) for words in (PROMPT, ""))
+    layout = Layout(PROMPT, drawer.tokenizer, (LayoutObject(*named_path(objects, form)),), LayoutSettings(**settings))
+    begun = (1 - drawer.denoiser.schedule(STEPS).alphas[-1]) ** 0.5 * noise
+    guidance = layout.guidance(FRAMES, 64, 64, text.text_tokens)
+    ours = generate(drawer.denoiser, begun, text, empty, STEPS, SCALE, ("first", "previous"), True, layout=guidance)
+    assert relative(theirs * drawer.vae.config.scaling_factor, ours) < 1e-4
 
 
 @pytest.mark.every_host

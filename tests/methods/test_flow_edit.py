@@ -260,3 +260,15 @@ def test_longer_clips_are_edited_in_chunks_of_the_models_training(monkeypatch):
     assert torch.equal(edited(), chunked)
     assert torch.equal(edited(5), whole)
     assert torch.equal(edited(invert_first=True), inverted), "an inversion's chunks are chosen when it is made"
+
+
+def test_gain_scales_the_change_of_a_step():
+    denoiser = VideoTransformerDenoiser(wan.small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    clip, texts = wan.random_latents(3), [wan.random_text(seed) for seed in (0, 1)]
+
+    def change(gain):
+        start = draw(denoiser, clip, texts[0], 2, FlowEditSettings(1.0, gain=gain))
+        return edit(denoiser, start, texts[1], guidance_scale=1.0, strength=0.5) - clip
+
+    assert change(0.0).abs().max() < 1e-12
+    assert relative(change(2.0), 2 * change(1.0)) < 1e-9

@@ -16,7 +16,8 @@ from fatezero.demo.model import build_scheduler
 from fatezero.diffusion.word_attention import WordAttention
 from fatezero.hosts.diffusers import DiffusersDenoiser, DiffusersVideoDenoiser, with_temporal_layers
 from fatezero.hosts.diffusers.memory import LiveBytes, guidance_bytes
-from fatezero.methods import layout_guidance
+from fatezero.methods import layout_guidance, own_attention
+from fatezero.methods.layout import Shift
 from fatezero.methods.layout_guidance import (
     ENERGIES,
     EnergyControl,
@@ -28,8 +29,9 @@ from fatezero.methods.layout_guidance import (
     parsed_steps,
     shape_of,
 )
+from fatezero.methods.own_attention import OwnLayout, OwnTarget
 from fatezero.store.records import Recorder
-from small import FIXTURES, random_latents, random_text, relative, small_unet
+from small import FIXTURES, THREE_LEVELS, random_latents, random_text, relative, small_unet
 
 SELF = KeyFrames(("self",))
 
@@ -235,6 +237,96 @@ def test_repeats_end_at_a_low_energy_and_steps_are_bounded():
     with denoiser.hooked():
         moved = layout.moved(denoiser, z, 401, torch.tensor(0.5), Condition.of(random_text(2), "text"), ClipCalls(SELF))
     assert (moved - z).pow(2).mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.01, 0.01])
+
+
+# --- relative to the clip without guidance -------------------------------------------------
+
+
+def own(change, columns=(2,), **settings):
+    return OwnLayout(own=[OwnTarget(columns, change)], **settings)
+
+
+def test_a_shape_is_shifted_and_scaled_about_its_centre():
+    shape = disc().float()
+
+    def shifted(shape, shift):
+        return own_attention.shifted(shape[:, None], shift)[:, 0]
+
+    moved = shifted(shape, Shift.parse("0:0.25,0; 1:-0.125,0.125"))
+    assert torch.allclose(moved[0], shape[0].roll(4, 1), atol=1e-4), "a quarter of 16 places to the right"
+    assert torch.allclose(moved[1], shape[1].roll((2, -2), (0, 1)), atol=1e-4)
+    grown = shifted(shape, Shift.parse("0:0,0,2"))
+    assert (grown.sum((1, 2)) / shape.sum((1, 2))).tolist() == pytest.approx([4, 4], rel=0.15)
+    assert torch.allclose(shifted(shape, Shift.parse("0:0,0")), shape, atol=1e-5)
+    assert shifted(shape, Shift.parse("0:1.5,0")).sum() == 0, "nothing comes in from the other side"
+
+
+def test_an_object_that_stays_has_no_energy_and_one_that_moves_is_pulled_there():
+    """In the first step, where both clips have the same latents."""
+    denoiser, z = small_denoiser(), random_latents(2)
+    recorded = {}
+    for name, change in (("still", Shift.parse("0:0,0")), ("right", Shift.parse("0:0.25,0")), ("swap", (5,))):
+        layout = own(change)
+        record = layout.recorder()
+        generate(denoiser, z, random_text(2), random_text(3), 4, 5.0, attention=record)
+        assert len(record.steps) == 4
+        recorded[name] = layout.following(record).at(denoiser.schedule(4).timesteps[0])
+    condition, timestep = Condition.of(random_text(2), "text"), denoiser.schedule(4).timesteps[0]
+    with denoiser.hooked():
+        energies = {
+            name: energy_gradient(denoiser, z, timestep, condition, layout, ClipCalls(SELF))[0]
+            for name, layout in recorded.items()
+        }
+    assert energies["still"] < 0.1 * min(energies["right"], energies["swap"])
+    (target,) = recorded["swap"].objects
+    site = next(site for site in denoiser.sites(16, 16) if site.kind == "cross" and site.tokens == 256)
+    assert torch.allclose(target.on(site, [0, 1]), shape_of(target.heats[site.name][0]))
+
+
+def test_a_shift_guides_a_clip_and_an_unguided_one_stays():
+    layout = own(Shift.parse("0:0.25,0"), scale=30.0)
+    done = []
+    moved = drawn(layout, progress=lambda *told: done.append(told))
+    assert relative(moved, drawn()) > 1e-4 and moved.isfinite().all()
+    assert done == [(step, 8) for step in range(1, 9)]
+    assert torch.equal(drawn(own(Shift.parse("0:0.25,0"), scale=0.0)), drawn())
+    both = OwnLayout(own=[OwnTarget([2], (5,))], fixed=[ObjectTarget(disc(), [6])])
+    assert drawn(both, layers=True).isfinite().all()
+
+
+def three_levels():
+    return DiffusersDenoiser(small_unet(**THREE_LEVELS, layers_per_block=1), build_scheduler())
+
+
+def test_the_features_of_an_object_are_kept():
+    """The gradient is that of finite differences, and the term is zero where nothing changed."""
+    denoiser, z = three_levels(), random_latents(2, 32, 32)
+    layout = own(Shift.parse("0:0,0"), appearance=3.0, weight=0.0, columns=(2, 5))
+    record = layout.recorder()
+    generate(denoiser, z, random_text(2), random_text(3), 4, 5.0, attention=record)
+    timestep, condition = denoiser.schedule(4).timesteps[0], Condition.of(random_text(2), "text")
+    step = layout.following(record).at(timestep)
+
+    def energy(z):
+        return energy_gradient(denoiser, z, timestep, condition, step, ClipCalls(SELF))
+
+    with denoiser.hooked():
+        assert energy(z)[0] < 1e-6
+        direction, at = random_latents(2, 32, 32, seed=8), z + 0.3 * random_latents(2, 32, 32, seed=9)
+        found, gradient = energy(at)
+        up, down = (energy(at + sign * 1e-6 * direction)[0] for sign in (1, -1))
+    assert found > 0
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    assert up != down
+
+
+def test_what_relative_layouts_refuse():
+    with pytest.raises(ValueError, match="mode is forward"):
+        own(Shift.parse("0:0,0"), mode="forward")
+    with pytest.raises(ValueError, match="own is empty"):
+        OwnLayout(own=[])
+    with pytest.raises(ValueError, match="token 99; the text has 77"):
+        drawn(own((99,)))
 
 
 def test_forward_guidance_keeps_a_words_total_attention():

@@ -11,9 +11,10 @@ from fatezero.demo.scenes import SIZE, Motion, Scene, Track, render
 from fatezero.diffusion.edit import EditPass
 from fatezero.diffusion.parts import Edit
 from fatezero.hosts.diffusers.checkpoint import Checkpoint
-from fatezero.methods.layout import Layout, LayoutObject, Move, Path, Shift
+from fatezero.methods.layout import Layout, LayoutObject, Move, Path, Shift, Swap
 from fatezero.methods.layout_guidance import LayoutGuidance, energy_gradient
 from fatezero.methods.move_objects import Moved, MoveObjects, MoveSettings, _way, bounds, moves_of
+from fatezero.methods.own_attention import OwnLayout
 from fatezero.metrics.preservation import changed_pixels, intersection_over_union, psnr
 from small import random_latents, random_text, relative
 
@@ -171,8 +172,10 @@ def test_source_words_locate_the_object_and_columns_guide_it(tokenizer):
     assert moves.objects[0].columns == [3] and len(moves.objects[0].source_columns) == 1
     with pytest.raises(ValueError, match="'circle' is not in the prompt"):
         moves_of(layout, "a red square", 77, 77)
-    with pytest.raises(ValueError, match="a shift moves"):
-        layout.guidance(2, 16, 16, 77)
+    assert isinstance(layout.guidance(2, 16, 16, 77), OwnLayout), "a shift of a new clip is relative to the plain one"
+    swapped = Layout("a blue circle on grass", tokenizer, (LayoutObject("circle", Swap("grass")),), MoveSettings())
+    with pytest.raises(ValueError, match="swap works in new clips"):
+        moves_of(swapped, "big red circle on grass", 77, 77)
 
 
 def test_refusals(denoiser, inversion, pair):
