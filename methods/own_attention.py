@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Target(Protocol):
-    """Where an object should be. columns: of its words. feature: its mean feature (frames, channels) to keep, or None."""
+    """Where an object should be. columns: of its words. feature: its mean to keep (frames, channels), or None."""
 
     @property
     def columns(self) -> Sequence[int]: ...
