@@ -41,7 +41,7 @@ def check_region(config: EditConfig, stored: bool) -> None:
         raise ConfigError("region is auto, but there is no mask to follow: give --edit-mask")
     if config.keep == "latents":
         raise ConfigError("region is auto, so the edit is laid over whole frames: leave out --keep latents")
-    given = {name: getattr(config, name) for name in ("controlnet", "first_frame", *OBJECTS)}
+    given = {name: getattr(config, name, ()) for name in ("controlnet", "first_frame", *OBJECTS)}
     others = [name for name, one in {"store": stored, "crop": any(config.crop), **given}.items() if one]
     if others:
         raise ConfigError(f"region auto cannot be used with {others[0]}, which refers to whole frames")

@@ -152,7 +152,7 @@ def chunks_of(
         windows = denoiser.windows(latents, timestep)
         if windows is not None:
             return calls.key_frames.around(windows, len(latents))
-    chunk = calls.chunk_frames or usual
+    chunk = usual if calls.chunk_frames is None else calls.chunk_frames
     return calls.key_frames.chunks(len(latents), chunk, calls.clip_norm or denoiser.frames_meet)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
 _HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 _KNOWN = {1: Colorspace.ITU709, 4: Colorspace.FCC, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 7: Colorspace.SMPTE240M}
@@ -21,6 +22,16 @@ _BT2020_TO_BT709 = np.array(
     [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]], np.float32
 )
 """Linear light, ITU-R BT.2087."""
+
+
+_ONE_THREAD = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
+"""Several threads change pixels from run to run where their parts of a frame meet (FFmpeg's swscale); older PyAV has one.
+"""
+
+
+def converted(frame: av.VideoFrame, format: str, **how: Any) -> av.VideoFrame:
+    """A frame in another format, with further arguments of PyAV's `reformat`; the same bits in every run."""
+    return frame.reformat(format=format, **how, **_ONE_THREAD)
 
 
 def hdr_kind(frame: av.VideoFrame) -> str | None:
@@ -55,13 +66,13 @@ def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = 
             "dst_color_range": ColorRange.JPEG,
         }
     if has_alpha(frame):
-        pixels = frame.reformat(format="rgba64le" if kind else "rgba", **how).to_ndarray()
+        pixels = converted(frame, "rgba64le" if kind else "rgba", **how).to_ndarray()
         if kind:
             pixels = np.concatenate([tone_mapped(pixels[..., :3], kind), (pixels[..., 3:] // 256).astype(np.uint8)], -1)
         return over(pixels, background)
     if kind is None:
-        return frame.reformat(format="rgb24", **how).to_ndarray()
-    return tone_mapped(frame.reformat(format="rgb48le", **how).to_ndarray(), kind)
+        return converted(frame, "rgb24", **how).to_ndarray()
+    return tone_mapped(converted(frame, "rgb48le", **how).to_ndarray(), kind)
 
 
 def is_full(frame: av.VideoFrame) -> bool:
@@ -91,7 +102,7 @@ def to_yuv(pixels: np.ndarray, format: str) -> av.VideoFrame:
     """uint8 RGB (height, width, 3) as a frame of limited range, with the matrix of `matrix_for`."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     matrix = matrix_for(frame.height)
-    return frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
+    return converted(frame, format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
 
 
 def tagged(frame: av.VideoFrame, height: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from ..imports import F, torch
-from .colour import MATRICES, hdr_kind, is_full, matrix_of, matrix_tag, tagged, to_yuv
+from .colour import MATRICES, converted, hdr_kind, is_full, matrix_of, matrix_tag, tagged, to_yuv
 from .orientation import Orientation
 from .restore import SHIFT, Feather, laid_over
 
@@ -54,13 +54,13 @@ def encodable(given: Frame, codec: str) -> av.VideoFrame:
         if given.format.name in formats:
             return _padded(given) if codec == "libx264" else given
         if not given.format.is_rgb:
-            made = given.reformat(format="yuv420p")
+            made = converted(given, "yuv420p")
             _tag(made, given)
             return _padded(made) if codec == "libx264" else made
-        given = torch.from_numpy(given.to_ndarray(format="rgb24"))
+        given = torch.from_numpy(converted(given, "rgb24").to_ndarray())
     pixels = given.cpu().numpy()
     if codec == "ffv1":
-        found = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="bgr0")
+        found = converted(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"), "bgr0")
         found.colorspace, found.color_range = 0, ColorRange.JPEG
         return found
     odd = ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0))
@@ -132,4 +132,4 @@ def _converted(picture: Tensor, like: av.VideoFrame) -> list[np.ndarray]:
     wide = (picture.movedim(0, -1) * 257).round().numpy().astype(np.uint16)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(wide), format="rgb48le")
     how = {} if like.format.is_rgb else {"dst_colorspace": matrix_of(like), "dst_color_range": _range(like)}
-    return planes_of(frame.reformat(format=like.format.name, **how))
+    return planes_of(converted(frame, like.format.name, **how))

@@ -162,7 +162,9 @@ def write_video(
 
 
 def _pixels(frame: Frame) -> np.ndarray:
-    return frame.cpu().numpy() if isinstance(frame, torch.Tensor) else frame.to_ndarray(format="rgb24")
+    from .colour import converted
+
+    return frame.cpu().numpy() if isinstance(frame, torch.Tensor) else converted(frame, "rgb24").to_ndarray()
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> Path:

@@ -251,13 +251,17 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     files = files_read(configs, run.recorded_store)
     if run.made is not None:
         check_same(Provenance(files=files[0]), replace(run.made, model="", vae=""))
+    folders = map_folders(run.maps, outputs)
+    mapped = folders if run.writes else [None] * len(folders)
+    auto = any(config.source == AUTO for config in configs)
+    if not auto:  # files are named by words
+        reserve_maps(writes, mapped, configs)
     check_edits(configs, stored=store is not None)
     check_control(configs[0])
-    if any(config.source == AUTO for config in configs):
+    if auto:
         configs = captioned(session, configs, source.video)
         _check_words(configs)
-    folders = map_folders(run.maps, outputs)
-    reserve_maps(writes, folders if run.writes else [None] * len(folders), configs)
+        reserve_maps(writes, mapped, configs)
     checkpoint = session.open_model(configs[0].chosen_model)
     for config in configs:
         check_guidance(checkpoint, config)

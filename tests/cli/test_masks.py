@@ -117,9 +117,7 @@ def test_words_to_blend_are_not_needed_where_the_mask_is_given():
 class _Latents:
     """Latents of four frames each, and one for the first frame."""
 
-    @staticmethod
-    def latent_frames(frames):
-        return 1 + -(-(frames - 1) // 4)
+    frames_per_latent = 4
 
 
 def test_a_latent_of_several_frames_has_the_union_of_their_masks():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fatezero.attention.masks import changed_latents
+from fatezero.video.colour import converted
 from fatezero.video.orientation import Display, Orientation, display_matrix
 from fatezero.video.planes import is_kept, planes_of, with_edit
 from fatezero.video.read import open_video
@@ -195,3 +196,15 @@ def test_frames_that_planes_cannot_have(tmp_path):
     """Transparency and HDR are laid over as RGB."""
     path = recoded(tmp_path / "a.mkv", "yuva420p")
     assert not is_kept(next(open_video(path).stored()))
+
+
+def test_conversions_have_the_same_bits_in_every_run():
+    """With several threads, one of some hundred differs at the threads' borders."""
+    wide = noise(101, 150, 3).numpy().astype(np.uint16) * 257
+    frame = av.VideoFrame.from_ndarray(wide, format="rgb48le")
+    first = planes_of(converted(frame, "yuv420p10le"))
+    for i in range(400):
+        moved = [np.full(1000 * (i % 60) + 1, 7, np.uint16) for _ in range(5)]  # so that memory is used anew
+        del moved
+        found = planes_of(converted(frame, "yuv420p10le"))
+        assert all(np.array_equal(a, b) for a, b in zip(first, found, strict=True))
