@@ -53,6 +53,21 @@ def test_heat_maps_of_every_word(command, refused, tmp_path):
     assert "forward guidance replaces attention" in refused(*DRAW, *forward, "--maps", "x", "-o", "n.mp4")
 
 
+def test_objects_relative_to_the_models_own_layout(command, refused, tmp_path):
+    """The same noise: a shift and a swap change the clip, each in its own way, and say how many steps they guide."""
+    few = (*DRAW, "--steps", 2, "--layout.guided-steps", "0")
+    command(*DRAW, "--steps", 2, "-o", "plain.mp4")
+    kinds = {"shift": ("--shift", "circle: 0:0.25,0"), "swap": ("--swap", "circle: grass")}
+    for name, given in kinds.items():
+        output = command(*few, *given, "--layout.appearance", 2, "-o", f"{name}.mp4")
+        assert "2 steps, 1 of them with guidance" in " ".join(output.split())
+    plain, shift, swap = (read_video(tmp_path / f"{name}.mp4").frames.float() for name in ("plain", *kinds))
+    assert (shift - plain).abs().mean() > 1 and (swap - plain).abs().mean() > 1 and (swap - shift).abs().mean() > 1
+    assert "'tree'" in refused(*few, "--swap", "circle: tree")
+    assert "needs backward guidance" in refused(*few, *kinds["shift"], "--layout.mode", "forward")
+    assert "appearance has no effect" in refused(*few, "--box", BOX, "--layout.appearance", 2)
+
+
 def test_refusals(refused):
     assert "missing --prompt" in refused("generate")
     assert "'square' is not in the prompt" in refused(*DRAW, "--box", "square: 0:0.5,0.5,0.5")
