@@ -35,7 +35,7 @@ def digest(frames) -> str:
 def by_command(folder, preset):
     here(
         "edit", CLIP, "--source", SOURCE, "--target", TARGET, "--negative", NEGATIVE, "--preset", preset,
-        "--steps", STEPS, "--count", FRAMES, "--size", "64x64", "-o", "edit/", cwd=folder,
+        "--steps", STEPS, "--count", FRAMES, "--size", "64x64", "--keep", "latents", "-o", "edit/", cwd=folder,
     )  # fmt: skip
     return pictures(folder / "edit")
 
@@ -43,7 +43,7 @@ def by_command(folder, preset):
 def by_batch(folder, preset) -> str:
     """The digest of the frames, because a batch writes videos."""
     job = {"video": str(CLIP), "source": SOURCE, "target": TARGET, "negative": NEGATIVE, "preset": preset}
-    shared = {"steps": STEPS, "count": FRAMES, "size": [64, 64]}
+    shared = {"steps": STEPS, "count": FRAMES, "size": [64, 64], "keep": "latents"}
     (folder / "jobs.yaml").write_text(yaml.safe_dump({**shared, "jobs": [job]}))
     here("batch", "jobs.yaml", "--no-measure", cwd=folder)
     return frames_written(next((folder / "jobs").glob("*.mp4")))
@@ -83,7 +83,9 @@ def by_nodes(host, preset):
 
 @pytest.mark.parametrize("preset", ["attribute+", "shape", "style"])
 def test_every_door_gives_the_same_edit(host, tmp_path, preset):
-    """Bit for bit except in ComfyUI, which has its own UNet, and whose Save Image rounds down."""
+    """Without the clip's own pixels, which *Restore Unchanged* lays over an edit in ComfyUI.
+
+    Bit for bit except in ComfyUI, which has its own UNet, and whose Save Image rounds down."""
     command = by_command(tmp_path, preset)
     assert command.shape == (FRAMES, 64, 64, 3)
     assert by_batch(tmp_path, preset) == digest(command)

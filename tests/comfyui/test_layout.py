@@ -286,7 +286,7 @@ def white(graph):
         (lambda g: g.set(g.layout, objects="blue star: 0:0.5,0.5,0.3"), "'blue star' is not in the prompt"),
         (lambda g: g.set(g.layout, objects=""), "objects: is empty"),
         (lambda g: g.set(g.layout, objects="circle"), "objects: 'circle' has no path"),
-        (lambda g: g.set(g.layout, form="shift", objects="circle: 0:0.1,0"), "a shift moves an existing object"),
+        (lambda g: g.set(g.layout, form="shift", objects="circle: 0:0.1,0", mode="forward"), "backward"),
         (lambda g: g.set(g.layout, mask=white(g)), "mask: every object has a path"),
         (lambda g: g.set(g.guider, positive=g.words[1]), "positive: was made from"),
         (lambda g: (g.set(g.layout, mode="forward"), g.set(g.guider, model=in_windows(g))), "support context windows"),

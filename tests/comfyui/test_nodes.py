@@ -12,6 +12,7 @@ from fatezero.video.read import read_video
 IDS = {
     "FateZeroLoadVideo", "FateZeroEncodeVideo", "FateZeroPromptEdit", "FateZeroInvert", "FateZeroSampler",
     "FateZeroMaskPreview", "FateZeroFlowMaskPreview", "FateZeroEditMaps", "FateZeroSlice",
+    "FateZeroRestoreUnchanged", "FateZeroCropToMask", "FateZeroStitchBack",
     "FateZeroSaveStore", "FateZeroLoadStore", "FateZeroSpatioTemporalAttention",
     "FateZeroReconstructionCheck", "FateZeroEvaluate", "FateZeroCompareVideos", "FateZeroDemoModel",
     "FateZeroDemoVideoModel",
