@@ -95,3 +95,11 @@ def _of_folder(path: Path) -> Iterator[Path]:
         return
     for pattern in ("*", "*/*"):
         yield from (file for file in path.glob(pattern) if file.is_file())
+
+
+def numbered(output: str, count: int) -> list[str]:
+    """The output of each edit, numbered if there are several."""
+    if count == 1:
+        return [output]
+    path, end = Path(output), "/" if output.endswith(("/", "\\")) else ""
+    return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]

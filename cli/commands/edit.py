@@ -60,7 +60,7 @@ from ..options import (
     edit_options,
     flags_of,
 )
-from ..outputs import Outputs
+from ..outputs import Outputs, numbered
 from ..plan import in_chunks, plan
 from ..progress import Bar
 from ..region import in_region
@@ -244,7 +244,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         check_edit_mask(config, source.frames)
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
-    outputs = _outputs(run.output, len(configs))
+    outputs = numbered(run.output, len(configs))
     for path in outputs if run.writes else ():
         writes.clip(path, source.frames)
         writes.file(record_path(path))
@@ -444,11 +444,3 @@ def _note_of_layers(session: Session, config: EditConfig) -> None:
     other = [f"{name} {about[name]}, not {mine}" for name, mine in ours.items() if about.get(name, mine) != mine]
     if other:
         session.note(f"the temporal layers were tuned with {'; '.join(other)}")
-
-
-def _outputs(output: str, count: int) -> list[str]:
-    """The output of each edit, numbered if there are several."""
-    if count == 1:
-        return [output]
-    path, end = Path(output), "/" if output.endswith(("/", "\\")) else ""
-    return [f"{path.with_stem(f'{path.stem}_{i}')}{end}" for i in range(count)]
