@@ -25,7 +25,7 @@ _BT2020_TO_BT709 = np.array(
 
 
 _ONE_THREAD = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
-"""Several threads of FFmpeg's swscale change pixels from run to run where their parts meet; older PyAV has one thread."""
+"""Several threads of swscale change pixels from run to run where their parts meet; older PyAV has one thread."""
 
 
 def converted(frame: av.VideoFrame, format: str, **how: Any) -> av.VideoFrame:
