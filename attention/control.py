@@ -113,6 +113,12 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
     return scores.softmax(-1, dtype=wide).to(scores.dtype)
 
 
+def wide_map(q: Tensor, k: Tensor) -> Tensor:
+    """The attention map in at least single precision."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return attention_map(q.to(wide), k.to(wide))
+
+
 class Control:
     """The model's attention with keys and values from the clip's key frames.
 

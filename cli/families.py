@@ -44,7 +44,7 @@ def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
     if stored:
         _check_has_frames(loader, "store")
     elif configs[0].noise == "inverted":
-        check_memory(configs[0], loader)
+        _check_memory(configs[0], loader)
 
 
 def check_inversion(config: EditConfig) -> None:
@@ -53,7 +53,7 @@ def check_inversion(config: EditConfig) -> None:
     _check_control(config, loader)
     if not loader.family.attention:
         _check_has_frames(loader, "invert")
-        check_memory(config, loader)
+        _check_memory(config, loader)
 
 
 def check_generation(config: GenerateConfig, maps: bool) -> None:
@@ -99,7 +99,7 @@ def _check_no_layout(config: EditConfig | GenerateConfig) -> None:
         check_needs_unet("A layout", spans_clip=True)
 
 
-def check_memory(config: EditConfig, loader: type[Model]) -> None:
+def _check_memory(config: EditConfig, loader: type[Model]) -> None:
     if config.memory not in ("auto", "recompute"):
         raise ConfigError(
             f"memory {config.memory} keeps attention, which {loader.family.title} does not have here: use recompute"

@@ -25,7 +25,7 @@ from ..models.wan import WAN, original_name
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, STYLES, TEXTURES, Scene
 from .temporal import TemporalSettings, captions_of, render_latents
 from .training import Plan, Report, train_weights
-from .video_model import SHIFT
+from .video_model import shifted
 
 LENGTHS = (8, 8, 8, 16)
 """Possible clip lengths of a step, in frames, equally likely."""
@@ -81,10 +81,6 @@ def batch_at(latents: Tensor, captions: list[str], step: int, settings: FewSteps
     s = _by_clip(sigmas)
     noised = (1 - s) * clips + s * torch.randn(clips.shape, generator=random)
     return Batch(noised, sigmas, after, [_prompt(captions, c, words) for c in chosen])
-
-
-def shifted(u: Tensor) -> Tensor:
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
 def _by_clip(sigmas: Tensor) -> Tensor:

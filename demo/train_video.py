@@ -16,7 +16,7 @@ from torch import Tensor
 from ..hosts.diffusers.checkpoint import Checkpoint
 from .temporal import TemporalSettings, captions_of, render_latents
 from .training import Plan, Report, train_weights
-from .video_model import SHIFT, VideoPainter, build_tokenizer, save_video_model, token_ids
+from .video_model import SHIFT, VideoPainter, build_tokenizer, save_video_model, shifted, token_ids
 
 NOISY_SHIFT = 8.0
 """Shift of half of the clips' sigmas: outlines and paths are decided at very high noise."""
@@ -68,7 +68,7 @@ def batch_at(latents: Tensor, step: int, settings: VideoSettings) -> Batch:
     u = torch.randn(count, generator=random).sigmoid()
     no_text = torch.rand(count, generator=random) < settings.text_dropout
     shift = torch.where(torch.rand(count, generator=random) < 0.5, SHIFT, NOISY_SHIFT)
-    sigmas = shift * u / (1 + (shift - 1) * u)
+    sigmas = shifted(u, shift)
     return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(no_text, len(latents), chosen))
 
 

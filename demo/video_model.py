@@ -56,6 +56,11 @@ def build_text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
     )
 
 
+def shifted(u: Tensor, shift: Tensor | float = SHIFT) -> Tensor:
+    """The sigmas of even ones in 0..1."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 

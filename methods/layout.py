@@ -214,8 +214,7 @@ class Layout:
             raise ValueError(APPEARANCE)
         if not own:
             return LayoutGuidance.of(fixed, self.settings)
-        values: dict[str, Any] = {one.name: getattr(self.settings, one.name) for one in fields(LayoutSettings)}
-        return OwnLayout(own=own, fixed=fixed, **values)
+        return OwnLayout(own=own, fixed=fixed, **self.settings.values())
 
     def columns(self, words: str, text_tokens: int, prompt: str | None = None) -> list[int]:
         """The columns of some words in the layout's prompt, or another; ValueError for words that are not in it."""

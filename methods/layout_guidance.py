@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..attention.condition import Condition
-from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map
+from ..attention.control import NO_WINDOWS, AttentionSite, Control, attention_map, wide_map
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import Denoiser, Differentiable, check_finite, chunks_of, frames_of, joined
 from ..diffusion.parts import Edit, EditContext, check_needs_unet
@@ -122,6 +122,10 @@ class LayoutSettings:
             return False
         return in_schedule(step, steps) if self.steps is None else step in self.steps
 
+    def values(self) -> dict[str, Any]:
+        """These settings by name, without those of a subclass."""
+        return {one.name: getattr(self, one.name) for one in fields(LayoutSettings)}
+
     def guided_calls(self, steps: int) -> int:
         """Maximal number of UNet calls with gradients."""
         return self.repeats * sum(self.guides(step, steps) for step in range(steps)) if self.mode == "backward" else 0
@@ -146,8 +150,7 @@ class LayoutGuidance(LayoutSettings):
     def of(cls, targets: Sequence[ObjectTarget], settings: LayoutSettings) -> LayoutGuidance:
         """The guidance of some objects; ignores additional settings of `MoveSettings`."""
         first, *more = targets
-        values: dict[str, Any] = {one.name: getattr(settings, one.name) for one in fields(LayoutSettings)}
-        return cls(first.target, first.columns, more=more, **values)
+        return cls(first.target, first.columns, more=more, **settings.values())
 
     @property
     def objects(self) -> tuple[Target, ...]:
@@ -322,8 +325,7 @@ class EnergyControl(Control):
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if MAPS[0] <= site.tokens <= MAPS[1]:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            maps = attention_map(q.to(wide), k.to(wide))
+            maps = wide_map(q, k)
             energy, grid = ENERGIES[self.layout.energy], (site.height, site.width)
             parts = []
             for one in self.layout.objects:

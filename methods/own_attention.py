@@ -7,13 +7,13 @@ compares the attention with the changed record of the same step (arXiv 2404.0551
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from einops import rearrange
 
 from ..attention.condition import Condition
-from ..attention.control import AttentionSite, Control, attention_map
+from ..attention.control import AttentionSite, Control, wide_map
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..diffusion.denoiser import Denoiser
 from ..imports import F, torch
@@ -114,7 +114,7 @@ class OwnLayout(LayoutSettings):
         assert self.recorded is not None
         step = self.recorded.steps[timestep]
         own: list[Target] = [
-            _StepTarget(one.columns, one.change, step.heats, step.sites, number, step.features[number])
+            _StepTarget(one.columns, one.change, step.heats, number, step.features[number])
             for number, one in enumerate(self.own)
         ]
         return self.as_guidance([*own, *self.fixed])
@@ -126,8 +126,7 @@ class OwnLayout(LayoutSettings):
 
     def as_guidance(self, targets: Sequence[Target]) -> LayoutGuidance:
         """These settings with other targets."""
-        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(LayoutSettings)}
-        return LayoutGuidance(None, (), more=targets, **values)
+        return LayoutGuidance(None, (), more=targets, **self.values())
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,6 @@ class _StepTarget:
     columns: Sequence[int]
     change: Shift | Sequence[int]
     heats: Mapping[str, Tensor]
-    sites: Mapping[str, AttentionSite]
     number: int
     feature: Tensor | None
 
@@ -175,7 +173,6 @@ class _Step:
     """heats: by layer, (objects, frames, heads, tokens). features: of each object, (frames, channels), if any."""
 
     heats: dict[str, Tensor]
-    sites: dict[str, AttentionSite]
     features: list[Tensor | None]
 
 
@@ -206,7 +203,7 @@ class OwnAttention:
             for heat in recorder.heats[finest.name][count:]
         ]
         heats = {name: heat[:count].cpu() for name, heat in recorder.heats.items()}
-        self.steps[timestep] = _Step(heats, recorder.sites, features)
+        self.steps[timestep] = _Step(heats, features)
 
 
 class OwnRecorder(Control):
@@ -221,8 +218,7 @@ class OwnRecorder(Control):
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if MAPS[0] <= site.tokens <= MAPS[1]:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            maps = attention_map(q.to(wide), k.to(wide))
+            maps = wide_map(q, k)
             self.sites[site.name] = site
             self.heats[site.name] = torch.stack([maps[..., list(own)].mean(-1) for own in self.objects])
         return super().cross_attention(q, k, v, site)

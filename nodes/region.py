@@ -7,15 +7,13 @@ from itertools import repeat
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..video.region import AROUND, Region, region_of
-from ..video.restore import REACH
 from ..video.size import resize_to_fill
-from .restore import reach_in
+from .restore import FEATHER, LAID_OVER, MATCH_COLOURS, VAE, collected, colours, reach_in
 from .sockets import RegionSocket, schema, show_on_node
 
 
@@ -83,29 +81,17 @@ class FateZeroStitchBack(io.ComfyNode):
                 io.Image.Input("source", tooltip="The frames given to Crop to Mask."),
                 io.Image.Input("edited", tooltip="The edited window, of any size."),
                 RegionSocket.Input("region", tooltip="The window's places (Crop to Mask)."),
-                io.Int.Input(
-                    "feather",
-                    default=REACH,
-                    min=0,
-                    max=512,
-                    tooltip="Width of the feather around the mask, in pixels of the edit. Not used with a vae.",
-                ),
-                io.Boolean.Input(
-                    "match_colours", default=True, tooltip="Undo a shift of colours, measured just outside the feather."
-                ),
+                FEATHER,
+                MATCH_COLOURS,
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip="Where the edit changed the window (mask of Edit Video). Without it, the whole window is "
                     "laid over, feathered at its sides.",
                 ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="Measures the feather: as far as a change of this VAE's latents spreads in pixels.",
-                ),
+                VAE,
             ],
-            outputs=[io.Image.Output("images", display_name="images", tooltip="The edit on the source's frames.")],
+            outputs=[LAID_OVER],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -128,12 +114,7 @@ class FateZeroStitchBack(io.ComfyNode):
             )
         masks = repeat(torch.ones(1, 1), frames) if mask is None else _of_frames(mask, source)
         reach = reach_in(vae, edited, feather)
-        result, bar = torch.empty(frames, *source.shape[1:3], 3), comfy.utils.ProgressBar(frames)
-        sources, edits = (images[:frames, ..., :3].cpu() for images in (source, edited))
-        for target, frame in zip(result, region.stitched(sources, edits, masks, reach, match_colours), strict=True):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            target.copy_(frame)
-            bar.update(1)
+        result = collected(region.stitched(*colours(source, edited), masks, reach, match_colours), source)
         show_on_node(cls.hidden.unique_id, f"feather of {reach} pixels")
         return io.NodeOutput(result)
 

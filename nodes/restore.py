@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import comfy.model_management
@@ -13,6 +13,23 @@ from torch import Tensor
 
 from ..video.restore import REACH, reach_of, restored_frames
 from .sockets import schema, show_on_node
+
+FEATHER = io.Int.Input(
+    "feather",
+    default=REACH,
+    min=0,
+    max=512,
+    tooltip="Width of the feather around the mask, in pixels of the edit. Not used with a vae.",
+)
+MATCH_COLOURS = io.Boolean.Input(
+    "match_colours", default=True, tooltip="Undo a shift of colours, measured just outside the feather."
+)
+VAE = io.Vae.Input(
+    "vae",
+    optional=True,
+    tooltip="Measures the feather: as far as a change of this VAE's latents spreads in pixels.",
+)
+LAID_OVER = io.Image.Output("images", display_name="images", tooltip="The edit on the source's frames.")
 
 
 class FateZeroRestoreUnchanged(io.ComfyNode):
@@ -35,23 +52,11 @@ class FateZeroRestoreUnchanged(io.ComfyNode):
                     tooltip="Where the edit may have changed the clip (mask of Edit Video, or your own): one, or one "
                     "per frame.",
                 ),
-                io.Int.Input(
-                    "feather",
-                    default=REACH,
-                    min=0,
-                    max=512,
-                    tooltip="Width of the feather around the mask, in pixels of the edit. Not used with a vae.",
-                ),
-                io.Boolean.Input(
-                    "match_colours", default=True, tooltip="Undo a shift of colours, measured just outside the feather."
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="Measures the feather: as far as a change of this VAE's latents spreads in pixels.",
-                ),
+                FEATHER,
+                MATCH_COLOURS,
+                VAE,
             ],
-            outputs=[io.Image.Output("images", display_name="images", tooltip="The edit on the source's frames.")],
+            outputs=[LAID_OVER],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -65,19 +70,25 @@ class FateZeroRestoreUnchanged(io.ComfyNode):
                 raise ValueError(f"{name}: has {len(given)} frames, but source has {frames}: the numbers must agree")
         reach = reach_in(vae, edited, feather)
         masks = mask.expand(frames, -1, -1) if len(mask) == 1 else mask[:frames]
-        result = torch.empty(frames, *source.shape[1:3], 3)
-        bar = comfy.utils.ProgressBar(frames)
-
-        def colours(images: Tensor) -> Iterator[Tensor]:
-            yield from images[:frames, ..., :3].cpu()
-
-        laid = restored_frames(colours(source), colours(edited), masks.cpu(), reach, match_colours)
-        for target, frame in zip(result, laid, strict=True):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            target.copy_(frame)
-            bar.update(1)
+        laid = restored_frames(*colours(source, edited), masks.cpu(), reach, match_colours)
+        result = collected(laid, source)
         show_on_node(cls.hidden.unique_id, f"feather of {reach} pixels")
         return io.NodeOutput(result)
+
+
+def colours(source: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
+    """The colours of a source's frames, and of as many edited ones, in RAM."""
+    return source[..., :3].cpu(), edited[: len(source), ..., :3].cpu()
+
+
+def collected(frames: Iterable[Tensor], source: Tensor) -> Tensor:
+    """Frames of the size and number of a source's, with progress, as one IMAGE."""
+    result, bar = torch.empty(*source.shape[:3], 3), comfy.utils.ProgressBar(len(source))
+    for target, frame in zip(result, frames, strict=True):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        target.copy_(frame)
+        bar.update(1)
+    return result
 
 
 def reach_in(vae: Any, images: Tensor, feather: int) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 from ...attention.control import AttentionSite, Kind
 from ...models.flow import FLOW
 from ...store.identity import ModelIdentity
-from .hook import ALL_KINDS, Hook, HostFamily
+from .hook import ALL_KINDS, Hook, HostFamily, check_kinds
 from .noise import FlowNoise, is_flow, noise_of
-from .pair import shapes_of_weights, taken_pair
+from .pair import join_pair, shapes_of_weights
 
 
 def check_flow(model: Any) -> None:
@@ -29,14 +29,11 @@ class PlainFlow(Hook):
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS, known: Hook | None = None) -> None:
         """known: the hook of a MODEL whose family controls attention, for its identity."""
-        if len(kinds) < len(ALL_KINDS):
-            raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
+        check_kinds(model, kinds)
         check_flow(model)
         super().__init__(model)
         self._known = known
-        pair = taken_pair(self.patcher)
-        if pair is not None:
-            self.low, self.boundary = PlainFlow(pair.low(model)), pair.boundary
+        join_pair(self, model)
 
     def identity(self) -> ModelIdentity:
         """The architecture; other weights of it may read the store, because it keeps no attention."""

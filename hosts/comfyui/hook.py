@@ -134,6 +134,12 @@ class Hook:
             self._positive.ran.add(name)
 
 
+def check_kinds(model: Any, kinds: Sequence[Kind]) -> None:
+    """Raise ValueError for a subset of the kinds of layers, which only UNets hook."""
+    if len(kinds) < len(ALL_KINDS):
+        raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
+
+
 class PositiveBranch:
     """The positive branch of the calls of a step, and the attention layers that ran for it.
 

@@ -71,9 +71,7 @@ def mask_of_latents(model: Any, mask: Tensor, latents: int) -> Tensor:
     """
     if len(mask) in (1, latents):
         return mask
-    kind = model.model.latent_format
-    ratio, block = getattr(kind, "temporal_downscale_ratio", 1), BLOCKS.get(type(kind).__name__, len(mask))
-    own = [_latent_of(frame, ratio, block) for frame in range(len(mask))]
+    own = _latents_of(model, len(mask))
     if own[-1] + 1 != latents:
         raise ValueError(
             f"mask: has {len(mask)} frames, but the clip has {latents} latent frames: give one, or one for each frame "
@@ -84,17 +82,21 @@ def mask_of_latents(model: Any, mask: Tensor, latents: int) -> Tensor:
 
 def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
     """A mask of a clip's latents (latents, h, w) as one of the most frames that they hold: (frames, h, w)."""
-    kind = model.model.latent_format
-    ratio = getattr(kind, "temporal_downscale_ratio", 1)
-    block = BLOCKS.get(type(kind).__name__, len(mask) * ratio)
-    own = [_latent_of(frame, ratio, block) for frame in range(len(mask) * ratio)]
+    own = _latents_of(model, len(mask) * _frames_per_latent(model))
     return mask[[latent for latent in own if latent < len(mask)]]
 
 
-def _latent_of(frame: int, ratio: int, block: int) -> int:
-    """The latent of a frame: in each block the first frame has its own, and `ratio` frames share each other one."""
-    blocks, within = divmod(frame, block)
-    return blocks * (1 + (block - 1) // ratio) - (-within // ratio)
+def _frames_per_latent(model: Any) -> int:
+    return getattr(model.model.latent_format, "temporal_downscale_ratio", 1)
+
+
+def _latents_of(model: Any, frames: int) -> list[int]:
+    """The latent of each frame: in each block the first frame has its own, and the others share each one by the
+    format's ratio.
+    """
+    ratio, block = _frames_per_latent(model), BLOCKS.get(type(model.model.latent_format).__name__, frames)
+    parts = (divmod(frame, block) for frame in range(frames))
+    return [blocks * (1 + (block - 1) // ratio) - (-within // ratio) for blocks, within in parts]
 
 
 def packed_mask(model: Any, mask: Any, shapes: Shapes, sound: float) -> Tensor:

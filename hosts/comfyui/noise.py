@@ -280,17 +280,14 @@ class CosmosNoise(FlowNoise):
     def rescaled(self, x: Tensor, here: Tensor, there: Tensor) -> Tensor:
         return x * (1 + there) / (1 + here)
 
-    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return clean + noise * sigma
+    noised = HostNoise.noised
+    initial = HostNoise.initial
 
     def predicted(self, x: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
         return self.from_host((x - (1 + sigma) * clean) / sigma)
 
     def clean(self, x: Tensor, predicted: Tensor, sigma: Tensor) -> Tensor:
         return (x - sigma * self.to_host(predicted)) / (1 + sigma)
-
-    def initial(self, model: Any, samples: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(samples), samples
 
     def noisy_end(self, latents: Tensor, alpha: float) -> Tensor:
         return latents / alpha
@@ -315,14 +312,12 @@ def is_flow(model: Any) -> bool:
 
 def _is_cosmos(model: Any, sampling: Any) -> bool:
     """Whether a MODEL for video is sampled as Cosmos: a flow, or its equivalent with other scales, by large sigmas."""
-    kinds = prediction_of(sampling, COSMOS_RFLOW), prediction_of(sampling)
+    known = prediction_of(sampling, COSMOS_RFLOW) is COSMOS_RFLOW or prediction_of(sampling) is EDM
     of_video = model.model.latent_format.latent_dimensions == 3
-    return (
-        of_video and isinstance(sampling, ModelSamplingContinuousEDM) and (kinds[0] is COSMOS_RFLOW or kinds[1] is EDM)
-    )
+    return of_video and known and isinstance(sampling, ModelSamplingContinuousEDM)
 
 
-def predicted(sampling: Any) -> str:
+def prediction_name(sampling: Any) -> str:
     """The name of a UNet's prediction."""
     kind = prediction_of(sampling)
     lcm = kind is not None and kind.__name__ == "LCM" and hasattr(sampling, "skip_steps")
@@ -339,7 +334,7 @@ def noise_of(model: Any, flows: bool = True) -> HostNoise:
         kind = CosmosNoise if _is_cosmos(model, sampling) else FlowNoise
         return kind(sampling, model.model.latent_format.latent_dimensions)
     known = isinstance(sampling, ModelSamplingDiscrete) and not isinstance(sampling, StableCascadeSampling)
-    if known and predicted(sampling) == "LCM":
+    if known and prediction_name(sampling) == "LCM":
         return LCMNoise(sampling)
     if not known or prediction_of(sampling) not in (EPS, V_PREDICTION):
         raise ValueError(

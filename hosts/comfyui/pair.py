@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid5
 
-from .hook import node_of
+from .hook import Hook, node_of
 from .noise import is_flow
 from .sameness import OWN_OPTION, ROOM, equal
 
@@ -76,6 +76,13 @@ def taken_pair(patcher: Any) -> Pair | None:
     """The pair of a MODEL, taken out of its options."""
     found: Pair | None = patcher.model_options.pop(PAIR, None)
     return found
+
+
+def join_pair(hook: Hook, model: Any) -> None:
+    """Give a hook of a MODEL's clone that of the low-noise model, if it is a pair."""
+    pair = taken_pair(hook.patcher)
+    if pair is not None:
+        hook.low, hook.boundary = type(hook)(pair.low(model)), pair.boundary
 
 
 def shapes_of_weights(model: Any) -> list[tuple[str, tuple[int, ...]]]:

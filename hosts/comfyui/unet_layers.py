@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...attention.control import SEPARATE, AttentionSite, Kind, Place
 from ...models.unet import clip_norms, feature_level
 from ...store.identity import IdentityCache, ModelIdentity
-from .noise import predicted
+from .noise import prediction_name
 
 _IDENTITIES = IdentityCache()
 BLOCKS = (ResBlock, SpatialTransformer)
@@ -111,7 +111,7 @@ def identity_of(patcher: Any) -> ModelIdentity:
     layout = (
         f"{type(model).__name__} in={config['in_channels']} width={config['model_channels']}"
         f"x{tuple(config['channel_mult'])} text={config['context_dim']} attention={len(layers)} "
-        f"predicts={predicted(patcher.get_model_object('model_sampling'))}"
+        f"predicts={prediction_name(patcher.get_model_object('model_sampling'))}"
     )
     return _IDENTITIES.of(model, layout, model.get_dtype(), own_weights(patcher))
 

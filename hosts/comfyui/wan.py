@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind
 from ...models.wan import WAN
 from ...store.identity import IdentityCache, ModelIdentity
-from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, hook_below, unpatched
+from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, check_kinds, hook_below, unpatched
 from .noise import FlowNoise, noise_of
-from .pair import taken_pair
+from .pair import join_pair
 from .sameness import ROOM, same_forward
 
 WrappersMP = comfy.patcher_extension.WrappersMP
@@ -57,12 +57,9 @@ class HookedWan(Hook):
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
         """Raises ValueError for a MODEL that is not Wan for text to video, and for a subset of kinds."""
         check_wan(model)
-        if len(kinds) < len(ALL_KINDS):
-            raise ValueError(f"model: layout guidance needs an attention UNet, not {type(model.model).__name__}")
+        check_kinds(model, kinds)
         super().__init__(model)
-        pair = taken_pair(self.patcher)
-        if pair is not None:
-            self.low, self.boundary = HookedWan(pair.low(model)), pair.boundary
+        join_pair(self, model)
         self._unet = model.model.diffusion_model
         self._sites: dict[tuple[int, int], dict[str, AttentionSite]] = {}
         self._options: dict[str, Any] | None = None
