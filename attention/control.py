@@ -28,6 +28,8 @@ Kind = Literal["self", "cross", "joint"]
 """joint: one softmax over the tokens of several streams, such as video and text."""
 SEPARATE: tuple[Kind, ...] = ("self", "cross")
 """The kinds of layers whose queries are the tokens of frames only."""
+WITH_TEXT: tuple[Kind, ...] = ("cross", "joint")
+"""The kinds of layers whose keys are, or contain, the tokens of the text."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class AttentionSite:
     @property
     def name(self) -> str:
         return f"{self.place}.{self.index}.{self.kind}"
+
+    def rows(self, stream: str) -> slice:
+        """The tokens of a stream in a joint layer; the last of several of its name."""
+        return next(slice(start, stop) for name, start, stop in reversed(self.streams) if name == stream)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -192,15 +198,19 @@ class Control:
         return self.captured.heat.of_all(text_tokens)
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        """The output of a self- or cross-attention layer: (f h t d)."""
+        """The output of a layer: (f h t d), of a joint one (1 h n d)."""
         if site.kind == "self":
             return self.self_attention(q, k, v, site)
         heat = self.captured.heat
         if heat is not None and site.name in heat.layers and site.name not in heat.shares:
-            shares = token_shares(q, k, heat.tokens, self.attend)
-            shares = rearrange(shares, "f (y x) n -> f n y x", y=site.height, x=site.width)
+            frames_of, tokens = q, list(heat.tokens)
+            if site.kind == "joint":
+                frames_of, first = q[:, :, site.rows("video")], site.rows("text").start
+                tokens = [first + token for token in tokens]
+            shares = token_shares(frames_of, k, tokens, self.attend).flatten(0, 1)
+            shares = rearrange(shares, "(f y x) n -> f n y x", y=site.height, x=site.width)
             heat.shares[site.name] = shares.to(torch.promote_types(shares.dtype, torch.float32))
-        return self.cross_attention(q, k, v, site)
+        return self.joint_attention(q, k, v, site) if site.kind == "joint" else self.cross_attention(q, k, v, site)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if self.extended or self.key_frames.everyone:

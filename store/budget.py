@@ -211,6 +211,10 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
         raise ValueError("MPS devices have no float8: set precision to float16")
     fastest: tuple[Memory, ...] = ("queries_keys", "recompute") if demand.sites else ("recompute",)
     memories = fastest if settings.memory == "auto" else (settings.memory,)
+    if any(site.kind == "joint" for site in demand.sites):
+        if settings.memory not in ("auto", "recompute"):
+            raise ValueError(f'memory is {settings.memory}; this model\'s joint layers need "recompute"')
+        memories = ("recompute",)
     folder = _disk(settings)
     refused = []
     if demand.in_parts and "recompute" not in memories:

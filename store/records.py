@@ -286,6 +286,15 @@ class Recorder(Control):
             )
         return super().self_attention(q, k, v, site)
 
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        """Records the video's queries and keys, of one clip: (1 h n d)."""
+        if site.name in self.layers:
+            video = site.rows("video")
+            self.records[site.name] = QueriesKeys(q[:, :, video], k[:, :, video])
+            if self.captured.values is not None:
+                self.captured.values[site.name] = v[:, :, video]
+        return super().joint_attention(q, k, v, site)
+
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.layers:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
