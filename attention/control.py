@@ -26,6 +26,8 @@ Place = Literal["down", "mid", "up", "block"]
 """Of a UNet; a transformer has blocks only."""
 Kind = Literal["self", "cross", "joint"]
 """joint: one softmax over the tokens of several streams, such as video and text."""
+Streams = tuple[tuple[str, int, int], ...]
+"""The name, first token and end of each stream in a joint layer's sequence."""
 SEPARATE: tuple[Kind, ...] = ("self", "cross")
 """The kinds of layers whose queries are the tokens of frames only."""
 WITH_TEXT: tuple[Kind, ...] = ("cross", "joint")
@@ -39,7 +41,7 @@ class AttentionSite:
     place, index: where it is; index counts the layers of its kind within its place.
     heads, head_dim: its attention heads and their channels.
     height, width: the grid of a frame's tokens.
-    streams: of a joint layer, where each stream's tokens are in its one sequence, by name: ("video", 0, 512).
+    streams: of a joint layer, text and video among them: ("video", 0, 512).
     """
 
     place: Place
@@ -49,7 +51,7 @@ class AttentionSite:
     head_dim: int
     height: int
     width: int
-    streams: tuple[tuple[str, int, int], ...] = ()
+    streams: Streams = ()
 
     @property
     def tokens(self) -> int:

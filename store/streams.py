@@ -28,6 +28,12 @@ def shapes_in(store: AttentionStore) -> Sequence[Sequence[int]]:
     return found
 
 
+def with_shapes(extra: dict[str, Any] | None, denoiser: Any) -> dict[str, Any]:
+    """A store's `extra`, with the shapes of the streams of a denoiser that packs its latents (`shapes`)."""
+    shapes = [list(shape) for shape in getattr(denoiser, "shapes", ())]
+    return ({SHAPES: shapes} if shapes else {}) | (extra or {})
+
+
 def video_shape(store: AttentionStore) -> tuple[int, int, int]:
     """Frames, height and width of the video in a store's latents."""
     shapes = shapes_in(store)
