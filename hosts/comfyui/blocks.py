@@ -112,7 +112,10 @@ class HookedBlocks(Hook):
         )
 
     def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
-        grid = self.token_grid(height, width)
+        """Of a clip with sound, packed into one tensor, the frames' tokens are one below another in a single grid."""
+        shapes = getattr(self.patcher.model, "latent_shapes", None) or ()
+        grid = self.token_grid(*shapes[0][-2:]) if len(shapes) > 1 else self.token_grid(height, width)
+        grid = (shapes[0][-3] * grid[0], grid[1]) if len(shapes) > 1 else grid
         if grid not in self._sites:
             found = [
                 AttentionSite("block", i, kind, *self.heads, *grid)

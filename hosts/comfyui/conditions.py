@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,15 @@ REFUSED = {
     "reference_latents": "reference pictures are set",
     "context_latents": "reference clips are set (Bernini Conditioning)",
     "time_dim_concat": "frames to append are set",
+    "keyframe_idxs": "guides or keyframes are set (LTXV Add Guide)",
+    "generated_keyframes": "generated keyframes are set",
+    "ref_audio": "a reference sound is set",
     "unclip_conditioning": "pictures for unCLIP are set",
 }
 """Options that a source or positive prompt must not have, because they restrict it to a part of the picture, whose
 attention does not align with the clip's, or belong to unsupported models."""
 
-READ = {"c_crossattn", "crossattn_controlnet", "y", "c_concat"}
+READ = frozenset({"c_crossattn", "crossattn_controlnet", "y", "c_concat"})
 """The supported model inputs from a prompt: text, the ControlNet's text, pooled text and sizes, and the empty picture
 of an inpainting UNet."""
 
@@ -40,6 +43,12 @@ class HostCondition(Condition):
 
     role: str = "source"
     conditioning: Conditioning = field(default_factory=list)
+
+    @property
+    def text_tokens(self) -> int:
+        from .families import text_tokens_of  # families use conditions
+
+        return text_tokens_of(self.embeddings, self.conditioning[0][1])
 
     @property
     def guided(self) -> bool:
@@ -98,9 +107,9 @@ def _unfit(conditioning: Conditioning) -> str | None:
     return None
 
 
-def check_read(conditions: Sequence[dict[str, Any]], socket: str) -> None:
-    """Raise ValueError, with their names, for unsupported model inputs from a prompt."""
-    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - READ)
+def check_read(conditions: Sequence[dict[str, Any]], socket: str, reads: Set[str]) -> None:
+    """Raise ValueError, with their names, for model inputs from a prompt that are not in `reads`."""
+    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - reads)
     if unknown:
         raise ValueError(
             f"{socket}: sets {', '.join(unknown)}, which FateZero does not support: remove the node that sets it"

@@ -79,7 +79,7 @@ class ComfyDenoiser:
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
             if attends and not role.startswith("negative"):
-                check_read(conditions, role.partition(".")[0])
+                check_read(conditions, role.partition(".")[0], guider.edited.reads)
         self._source = self._edited
         if guider.sourced is not guider.edited:
             self._source = _side_branch(guider.sides[id(guider.sourced)], guider.others)

@@ -60,7 +60,8 @@ class EditGuider(LoopGuider):
         self._open = ExitStack()
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
-        super().__init__(model, conditions, store.patcher, chunk_frames)
+        controls = any(edit.fusion is not None and edit.fusion.needs_attention for edit in edits)
+        super().__init__(model, conditions, store.patcher, chunk_frames, controls=controls)
         self.fills_or_reads(store.memory)
 
     def schedule(self, sigmas: Tensor) -> Schedule:

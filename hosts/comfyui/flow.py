@@ -5,7 +5,6 @@ No attention is hooked, so that the host calls the model as a KSampler does, wit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from ...models.flow import FLOW
 from ...store.identity import ModelIdentity
 from .hook import ALL_KINDS, Hook, HostFamily, check_kinds
 from .noise import FlowNoise, is_flow, noise_of
-from .pair import join_pair, shapes_of_weights
+from .pair import architecture, join_pair
 
 
 def check_flow(model: Any) -> None:
@@ -26,6 +25,7 @@ class PlainFlow(Hook):
     """A clone of a MODEL without hooks."""
 
     family = FLOW
+    reads_latents = True
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS, known: Hook | None = None) -> None:
         """known: the hook of a MODEL whose family controls attention, for its identity."""
@@ -36,11 +36,11 @@ class PlainFlow(Hook):
         join_pair(self, model)
 
     def identity(self) -> ModelIdentity:
-        """The architecture; other weights of it may read the store, because it keeps no attention."""
-        if self._known is not None:
-            return self._known.identity()
-        shapes = hashlib.sha256(repr(shapes_of_weights(self.patcher)).encode()).hexdigest()
-        return ModelIdentity(type(self.patcher.model).__name__, shapes, "")
+        """The architecture, or that of the known hook."""
+        if self._known is None:
+            return architecture(self.patcher)
+        self._known.memory = self.memory
+        return self._known.identity()
 
     def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
         return {}

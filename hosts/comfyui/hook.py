@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
@@ -17,6 +17,7 @@ from ...diffusion.denoiser import refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
+from .conditions import READ
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
@@ -42,6 +43,12 @@ class Hook:
     family: Family
     pairs = False
     """Whether the source branch can run in the calls of the edit."""
+    always = True
+    """Whether runs that control no attention are hooked too."""
+    reads: ClassVar[Set[str]] = READ
+    """The supported model inputs from a prompt."""
+    reads_latents = False
+    """Whether these depend on the latents."""
     low: Hook | None = None
     """The hook of the MODEL that takes over below the sigma `boundary`."""
     boundary = 0.0
@@ -203,6 +210,8 @@ class HostFamily:
     """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
     frame_dim: int
     """The dimension of LATENT samples along which frames lie."""
+    text_tokens: Callable[[Tensor, dict[str, Any]], int | None] = lambda embeddings, options: None
+    """The text columns that a model makes of a prompt's embeddings, given the prompt's options; None for one each."""
 
 
 def hook_below(hook: Any) -> Any:

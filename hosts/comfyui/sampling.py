@@ -26,9 +26,9 @@ from ...store.records import Memory
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser, wrapped
-from .families import family_of, hooked
+from .families import family_of, hooked, hooks_always
 from .hook import ALL_KINDS, Hook
-from .latents import packed, zeros_like
+from .latents import packed, streams, zeros_like
 from .noise import is_flow, noise_of
 
 Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
@@ -45,19 +45,23 @@ class LoopGuider(comfy.samplers.CFGGuider):
         source_model: Any = None,
         chunk_frames: int | None = None,
         kinds: Sequence[Kind] = ALL_KINDS,
+        controls: bool = True,
     ) -> None:
         """source_model: the MODEL for the source prompt, if different. chunk_frames: frames per UNet call, for the
-        host's memory estimate. kinds: of the hooked attention layers.
+        host's memory estimate. kinds: of the hooked attention layers. controls: whether the loop
+        controls attention.
 
         Raises ValueError for an unsupported MODEL, or unsupported options.
         """
-        check_options(model)
         attends = not is_flow(model) or all(condition.fits_attention for condition in conditions)
+        attends = attends and (controls or hooks_always(model))
+        check_options(model, attends)
         self.edited = hooked(model, kinds, attends)
         source_model = source_model or model
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
+        self._chunk_frames = chunk_frames
         if chunk_frames is not None and not self.edited.family.attention:
             raise ValueError("chunk_frames: has no effect on this model's calls: use Context Windows for long clips")
         if chunk_frames is not None:
@@ -102,7 +106,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
-        given = {} if self.edited.family.attention else self._inputs(latent_image, *rest, **more)
+        given = self._inputs(latent_image, *rest, **more) if self.edited.reads_latents else {}
         for group in {role.partition(".")[2] if role != "source" else role for role in others}:
             ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
             named = {name: others[role] for name, role in ends.items() if role in others}
@@ -127,6 +131,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
     def sample(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
         """Moves the result to the host's device for latents, so that it is the same tensor in the host's outputs."""
         self._given, self.seed = (packed(noise), packed(latent_image), sigmas), more.get("seed")
+        self._check_whole(latent_image)
         self.function = comfy.samplers.sampling_function
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
@@ -134,6 +139,19 @@ class LoopGuider(comfy.samplers.CFGGuider):
         finally:  # our clones end with the run, and the host ejects injections only of living MODELs
             for hooked in self._models():
                 hooked.patcher.eject_model()
+
+    def _check_whole(self, latent_image: Any) -> None:
+        """Raise ValueError for parts of a clip with sound, whose attention is controlled in one call."""
+        if len(streams(latent_image)) < 2 or not self.edited.family.attention:
+            return
+        if self._chunk_frames is not None:
+            raise ValueError(
+                "chunk_frames: has no effect on a clip with sound: remove the sound (LTXV Separate AV Latent)"
+            )
+        if self.model_options.get("context_handler") is not None:
+            raise ValueError(
+                "model: Context Windows do not work with attention control of a clip with sound: remove one of them"
+            )
 
     def _models(self) -> list[Hook]:
         """The hooks of the edit's MODEL and the additional ones of a run."""
@@ -307,10 +325,10 @@ def check_quiet(noise: Any, why: str) -> None:
         raise ValueError(f"noise: {why}: connect Disable Noise")
 
 
-def check_options(model: Any) -> None:
-    """Raise ValueError for unsupported options of a MODEL."""
+def check_options(model: Any, attends: bool) -> None:
+    """Raise ValueError for unsupported options of a MODEL. attends: whether attention is hooked."""
     handler = model.model_options.get("context_handler")
-    if handler is not None and family_of(model).hook.family.attention:
+    if handler is not None and attends and family_of(model).hook.family.attention:
         dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
         if dim != own:
             raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
