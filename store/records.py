@@ -291,8 +291,6 @@ class Recorder(Control):
         if site.name in self.layers:
             video = site.rows("video")
             self.records[site.name] = QueriesKeys(q[:, :, video], k[:, :, video])
-            if self.captured.values is not None:
-                self.captured.values[site.name] = v[:, :, video]
         return super().joint_attention(q, k, v, site)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:

@@ -112,10 +112,7 @@ class HookedBlocks(Hook):
         )
 
     def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
-        """Of a clip with sound, packed into one tensor, the frames' tokens are one below another in a single grid."""
-        shapes = getattr(self.patcher.model, "latent_shapes", None) or ()
-        grid = self.token_grid(*shapes[0][-2:]) if len(shapes) > 1 else self.token_grid(height, width)
-        grid = (shapes[0][-3] * grid[0], grid[1]) if len(shapes) > 1 else grid
+        grid = self.token_grid(*(self._video[-2:] or (height, width)))
         if grid not in self._sites:
             found = [
                 AttentionSite("block", i, kind, *self.heads, *grid)
@@ -124,6 +121,12 @@ class HookedBlocks(Hook):
             ]
             self._sites[grid] = {site.name: site for site in found}
         return self._sites[grid]
+
+    @property
+    def _video(self) -> tuple[int, ...]:
+        """The shape of a video that is packed with its sound, in the current run; empty for other latents."""
+        shapes: Any = getattr(self.patcher.model, "latent_shapes", None) or ()
+        return tuple(shapes[0]) if len(shapes) > 1 else ()
 
     def joins(self, source: Hook) -> bool:
         if type(source) is not type(self) or "model_function_wrapper" in self.patcher.model_options:
@@ -295,12 +298,13 @@ class HookedBlocks(Hook):
         """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel."""
         q, k, v = qkv
         site = self.sites(*self._grid)[name]
-        frames, rest = divmod(q.shape[1], site.tokens)
         control, text_tokens = self._control(branch)
-        if rest or frames != len(control.chunk.frame_indices):
+        frames = len(control.chunk.frame_indices)
+        expected = self._video[-3] if self._video else frames
+        if q.shape[1] != expected * site.tokens:
             raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens where {len(control.chunk.frame_indices)} frames of "
-                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
+                f"{site.name} has {q.shape[1]} tokens where {expected} frames of {site.height}x{site.width} are "
+                "expected: another node on the model adds or merges tokens: remove it"
             )
         control.attend = attend
         q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)

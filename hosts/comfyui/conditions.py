@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +107,9 @@ def _unfit(conditioning: Conditioning) -> str | None:
     return None
 
 
-def check_read(conditions: Sequence[dict[str, Any]], socket: str, reads: Set[str]) -> None:
-    """Raise ValueError, with their names, for model inputs from a prompt that are not in `reads`."""
-    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - reads)
+def check_read(conditions: Sequence[dict[str, Any]], socket: str, known: frozenset[str]) -> None:
+    """Raise ValueError, with their names, for unsupported model inputs from a prompt. known: those that are."""
+    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - known)
     if unknown:
         raise ValueError(
             f"{socket}: sets {', '.join(unknown)}, which FateZero does not support: remove the node that sets it"

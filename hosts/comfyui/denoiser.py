@@ -214,8 +214,8 @@ class ComfyDenoiser:
         return self.noise.predicted(x, clean, sigma)
 
     def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
-        """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
-        hooks, and with texts of one shape, which the host batches.
+        """Whether the source can run in the calls of the edit, or beside: with an equal MODEL, without weights from a
+        prompt's hooks, and in the same calls with texts of one shape, which the host batches.
         """
         assert isinstance(paired.condition, HostCondition)
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
@@ -223,8 +223,9 @@ class ComfyDenoiser:
             return False
         entries = [entry for c in (paired.condition, condition) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
-        together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
-        return together and edit.hooked.joins(source.hooked)
+        if not all(part and part.hooks is None for part in parts) or not edit.hooked.joins(source.hooked):
+            return False
+        return edit.hooked.separate_calls or all(comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited

@@ -5,6 +5,7 @@ No attention is hooked, so that the host calls the model as a KSampler does, wit
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,18 @@ from ...models.flow import FLOW
 from ...store.identity import ModelIdentity
 from .hook import ALL_KINDS, Hook, HostFamily, check_kinds
 from .noise import FlowNoise, is_flow, noise_of
-from .pair import architecture, join_pair
+from .pair import join_pair, shapes_of_weights
 
 
 def check_flow(model: Any) -> None:
     """Raise ValueError for a flow that edits cannot follow."""
     assert isinstance(noise_of(model), FlowNoise)
+
+
+def identity_of_shapes(patcher: Any) -> ModelIdentity:
+    """The architecture of a MODEL, with which any weights of it may read the store."""
+    shapes = hashlib.sha256(repr(shapes_of_weights(patcher)).encode()).hexdigest()
+    return ModelIdentity(type(patcher.model).__name__, shapes, "")
 
 
 class PlainFlow(Hook):
@@ -38,7 +45,7 @@ class PlainFlow(Hook):
     def identity(self) -> ModelIdentity:
         """The architecture, or that of the known hook."""
         if self._known is None:
-            return architecture(self.patcher)
+            return identity_of_shapes(self.patcher)
         self._known.memory = self.memory
         return self._known.identity()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
@@ -43,10 +43,12 @@ class Hook:
     family: Family
     pairs = False
     """Whether the source branch can run in the calls of the edit."""
+    separate_calls = False
+    """Whether the source runs in calls of its own beside the edit's, so that the host need not batch them."""
     always = True
     """Whether runs that control no attention are hooked too."""
-    reads: ClassVar[Set[str]] = READ
-    """The supported model inputs from a prompt."""
+    reads: frozenset[str] = READ
+    """The model inputs from a prompt that it supports."""
     reads_latents = False
     """Whether these depend on the latents."""
     low: Hook | None = None
@@ -208,8 +210,8 @@ class HostFamily:
     """The number of attention layers of a MODEL."""
     tokenizer: Callable[[Any], Any]
     """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
-    frame_dim: int
-    """The dimension of LATENT samples along which frames lie."""
+    frame_dim: int | None
+    """The dimension of LATENT samples along which frames lie; None where calls on some frames are not supported."""
     text_tokens: Callable[[Tensor, dict[str, Any]], int | None] = lambda embeddings, options: None
     """The text columns that a model makes of a prompt's embeddings, given the prompt's options; None for one each."""
 

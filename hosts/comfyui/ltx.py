@@ -15,8 +15,8 @@ from ...models.ltx import LTX2, Words, text_columns
 from ...store.identity import ModelIdentity
 from .blocks import HookedBlocks, check_sampled_as_flow
 from .conditions import READ
+from .flow import identity_of_shapes
 from .hook import HostFamily
-from .pair import architecture
 
 try:
     from comfy.ldm.lightricks.av_model import CompressedTimestep, LTXAVModel
@@ -52,7 +52,7 @@ class HookedLTX(HookedBlocks):
 
     def identity(self) -> ModelIdentity:
         """The architecture, unless the store keeps attention."""
-        return architecture(self.patcher) if self.memory == "recompute" else super().identity()
+        return identity_of_shapes(self.patcher) if self.memory == "recompute" else super().identity()
 
     def row_of(self, value: Any, row: int, rows: int) -> Any:
         if CompressedTimestep is not None and isinstance(value, CompressedTimestep):
@@ -93,5 +93,5 @@ FAMILY = HostFamily(
     count_layers=lambda model: 2 * len(model.model.diffusion_model.transformer_blocks),
     tokenizer=_tokenizer,
     text_tokens=_text_tokens,
-    frame_dim=2,
+    frame_dim=None,
 )

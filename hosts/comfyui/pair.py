@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid5
 
-from ...store.identity import ModelIdentity
 from .hook import Hook, node_of
 from .noise import is_flow
 from .sameness import OWN_OPTION, ROOM, equal
@@ -85,12 +83,6 @@ def join_pair(hook: Hook, model: Any) -> None:
     pair = taken_pair(hook.patcher)
     if pair is not None:
         hook.low, hook.boundary = type(hook)(pair.low(model)), pair.boundary
-
-
-def architecture(patcher: Any) -> ModelIdentity:
-    """The identity of a MODEL whose stores keep no attention: other weights of it may read them."""
-    shapes = hashlib.sha256(repr(shapes_of_weights(patcher)).encode()).hexdigest()
-    return ModelIdentity(type(patcher.model).__name__, shapes, "")
 
 
 def shapes_of_weights(model: Any) -> list[tuple[str, tuple[int, ...]]]:

@@ -28,7 +28,7 @@ from .conditions import HostCondition
 from .denoiser import ComfyDenoiser, wrapped
 from .families import family_of, hooked, hooks_always
 from .hook import ALL_KINDS, Hook
-from .latents import packed, streams, zeros_like
+from .latents import packed, zeros_like
 from .noise import is_flow, noise_of
 
 Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
@@ -55,14 +55,13 @@ class LoopGuider(comfy.samplers.CFGGuider):
         """
         attends = not is_flow(model) or all(condition.fits_attention for condition in conditions)
         attends = attends and (controls or hooks_always(model))
-        check_options(model, attends)
+        check_options(model)
         self.edited = hooked(model, kinds, attends)
         source_model = source_model or model
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
-        self._chunk_frames = chunk_frames
-        if chunk_frames is not None and not self.edited.family.attention:
+        if chunk_frames is not None and (not self.edited.family.attention or family_of(model).frame_dim is None):
             raise ValueError("chunk_frames: has no effect on this model's calls: use Context Windows for long clips")
         if chunk_frames is not None:
             most = chunk_frames + 3  # including key frames
@@ -131,7 +130,6 @@ class LoopGuider(comfy.samplers.CFGGuider):
     def sample(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
         """Moves the result to the host's device for latents, so that it is the same tensor in the host's outputs."""
         self._given, self.seed = (packed(noise), packed(latent_image), sigmas), more.get("seed")
-        self._check_whole(latent_image)
         self.function = comfy.samplers.sampling_function
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, *rest, **more)
@@ -139,19 +137,6 @@ class LoopGuider(comfy.samplers.CFGGuider):
         finally:  # our clones end with the run, and the host ejects injections only of living MODELs
             for hooked in self._models():
                 hooked.patcher.eject_model()
-
-    def _check_whole(self, latent_image: Any) -> None:
-        """Raise ValueError for parts of a clip with sound, whose attention is controlled in one call."""
-        if len(streams(latent_image)) < 2 or not self.edited.family.attention:
-            return
-        if self._chunk_frames is not None:
-            raise ValueError(
-                "chunk_frames: has no effect on a clip with sound: remove the sound (LTXV Separate AV Latent)"
-            )
-        if self.model_options.get("context_handler") is not None:
-            raise ValueError(
-                "model: Context Windows do not work with attention control of a clip with sound: remove one of them"
-            )
 
     def _models(self) -> list[Hook]:
         """The hooks of the edit's MODEL and the additional ones of a run."""
@@ -325,11 +310,11 @@ def check_quiet(noise: Any, why: str) -> None:
         raise ValueError(f"noise: {why}: connect Disable Noise")
 
 
-def check_options(model: Any, attends: bool) -> None:
-    """Raise ValueError for unsupported options of a MODEL. attends: whether attention is hooked."""
+def check_options(model: Any) -> None:
+    """Raise ValueError for unsupported options of a MODEL."""
     handler = model.model_options.get("context_handler")
-    if handler is not None and attends and family_of(model).hook.family.attention:
-        dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
+    dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
+    if handler is not None and own is not None and family_of(model).hook.family.attention:
         if dim != own:
             raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
         for name in ("freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"):

@@ -22,9 +22,9 @@ from ...diffusion.schedule import FlowSchedule
 from ...models.h3 import H3, places, sound_sigma
 from ..beside import Beside
 from ..exclusive import OtherThread
+from .blocks import kernel_of
 from .hook import ControlledProcessor, HookedDenoiser, wrapped
 from .network import Branch
-from .wan import kernel_of
 
 STEPS_SCALE = 1000.0
 """Timesteps of the loops are sigmas times this; the transformer takes 1 - sigma."""
