@@ -20,6 +20,7 @@ from ...diffusion.parts import Edit, Injected, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from ...diffusion.start import start_of
+from ...store.streams import KEEPS_SOUND
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
@@ -158,6 +159,10 @@ class EditGuider(LoopGuider):
         needs = "needs DDIM Sampler (FateZero)"
         if edits.blends_latents:
             raise ValueError(f"sampler: this edit blends latents (blend_latents, or a mask), which {needs}")
+        if self.store.extra.get(KEEPS_SOUND):
+            raise ValueError(
+                f"sampler: this edit keeps the clip's sound, which {needs}, or sound edit at the inversion"
+            )
         if edits.guides_layout:
             raise ValueError(f"sampler: this edit has a layout, which {needs}")
         if self.store.drawn is not None:
