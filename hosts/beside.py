@@ -13,7 +13,8 @@ Run = Callable[[Tensor, Any, bool], Tensor]
 """A block, from its rows and other inputs. The flag: whether they are those of the branch beside."""
 
 
-CALLS = "calls blocks twice or leaves some out: remove it"
+CALLS = "another node on the model calls blocks twice or leaves some out: remove it"
+"""Why a block does not run in its turn."""
 
 
 class Beside:
@@ -60,8 +61,6 @@ class Beside:
             return self._rows if index == self._last else rows
         if self._phase == "run":
             if self._rows is None or index != self._next:
-                raise ValueError(
-                    f"model: block {index} ran where {self._next} was expected; something on the model {CALLS}"
-                )
+                raise ValueError(f"model: block {index} ran where {self._next} was expected: {CALLS}")
             self._rows, self._next = run(self._rows, self._others, True), index + 1
         return run(rows, others, False)

@@ -64,9 +64,7 @@ class KVEdit(Injected):
         self.settings, self._mask = settings, edit.mask
         self._layers = {site.name for site in context.sites if site.kind == "self"}
         if not self._layers:
-            raise ValueError(
-                "KV-Edit needs layers of self-attention; this model attends to text and video in one layer"
-            )
+            raise ValueError("KV-Edit needs layers of self-attention; this model's are joint, of text and video")
 
     def needs(self, step: int) -> Needs:
         if not self.settings.reads_source(step, self.context.steps):

@@ -56,8 +56,8 @@ class HookedH3(Hook):
         self._beside = Beside(len(self._unet.blocks))
         self._streams: Streams = ()
         replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-        self._theirs = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
-        for i, theirs in enumerate(self._theirs):
+        below = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
+        for i, theirs in enumerate(below):
             self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._paired_calls()}
         for kind, wrapper in around.items():
@@ -110,8 +110,12 @@ class HookedH3(Hook):
     def _around(self) -> Callable[..., Any]:
         """Finds the grid and the rows of the streams of a call."""
 
-        def around(executor: Any, x: Any, timestep: Tensor, context: Tensor, *rest: Any, **more: Any) -> Any:
+        def around(
+            executor: Any, x: Any, timestep: Tensor, context: Tensor, options: dict[str, Any], *rest: Any, **more: Any
+        ) -> Any:
             if self._controls:
+                blocks = options.get("patches_replace", {}).get("dit", {})
+                self._replacement = lambda site: hook_below(blocks.get(("double_block", site.index)))
                 payload, (video, sound) = more.get("minimax_payload") or {}, x[:2]
                 self._grid = video.shape[-2], video.shape[-1]
                 _, down, across = self._unet.patch_size
@@ -121,8 +125,7 @@ class HookedH3(Hook):
                 if layout is None or layout.signature != size:
                     layout = PackedLayout(*size, keyframes=payload.get("keyframes"), refs=payload.get("refs"))
                 self._streams = _streams_of(layout)
-                self._replacement = lambda site: self._theirs[site.index]
-            return executor(x, timestep, context, *rest, **more)
+            return executor(x, timestep, context, options, *rest, **more)
 
         return around
 

@@ -391,6 +391,21 @@ class JointReferences(io.ComfyNode):
         return io.NodeOutput([[embeddings, {**more, "minimax_refs": refs}] for embeddings, more in text])
 
 
+@node("JointBlock", [io.Model.Input("model"), io.Float.Input("scale")], [io.Model.Output()])
+class JointBlock(io.ComfyNode):
+    """Multiplies the second block's residual by a number; the host's block changes its input in place."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        def block(args, extra):
+            before = args["img"].clone()
+            return {"img": before + scale * (extra["original_block"](args)["img"] - before)}
+
+        patched = model.clone()
+        patched.set_model_patch_replace(block, "dit", "double_block", 1)
+        return io.NodeOutput(patched)
+
+
 @node("JointLatent", [io.Int.Input("seed"), io.String.Input("video"), io.Int.Input("sound")], [io.Latent.Output()])
 class JointLatent(io.ComfyNode):
     """Random latents of a video, by its shape, and of a sound."""
@@ -403,7 +418,7 @@ class JointLatent(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        joint = [JointModel, JointReferences, JointLatent]
+        joint = [JointModel, JointReferences, JointBlock, JointLatent]
         return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 

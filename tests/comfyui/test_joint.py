@@ -11,7 +11,7 @@ from joint import host_weights, small_h3
 from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer
 
-from fatezero import PromptEdit, draw, edit, invert
+from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
 from fatezero.attention.columns import ClosingColumns
 from fatezero.attention.masks import GivenMask
 from fatezero.diffusion.schedule import FlowSchedule
@@ -195,7 +195,8 @@ def test_rows_of_pictures_and_references_are_left_alone(host, pictured, weights)
     assert relative(fused, plain) > 1e-3
     settings = graph.add(
         "FateZeroFusion", cross_replace_steps=0.0, self_replace_steps=1.0, blend_self_attention=True,
-        blend_latents="no", blend_threshold=0.3, mask_from="prompts",
+        blend_latents=False, blend_threshold=0.3, max_tokens=0, mask_tokens=256, mask_from="prompts",
+        blend_latents_until=0.8, separate_words=0.0,
     )  # fmt: skip
     ones = graph.add("SolidMask", value=1.0, width=32, height=32)
     graph.set(graph.edit, preset="custom", settings=settings[0], mask=ones[0])
@@ -215,8 +216,8 @@ def test_words_are_found_behind_pictures(host, pictured):
     graph.set(graph.edit, preset="attribute+")
     assert torch.isfinite(by_host(host, graph)).all()
     heat = graph.add(
-        "FateZeroMaskPreview", model=graph.model[0], store=graph.invert[1], prompt_edit=graph.words[2], width=96,
-        height=64,
+        "FateZeroMaskPreview", model=graph.model[0], store=graph.invert[1], prompt_edit=graph.words[2],
+        words="square, water", from_share=0.2, to_share=0.8, threshold=0.55, width=96, height=64,
     )  # fmt: skip
     pictures = graph.add("SaveImage", images=heat[0], filename_prefix="heat")
     assert len(host.run(graph.prompt).outputs[pictures.id]["images"]) >= 2
@@ -230,7 +231,7 @@ def plain(host, weights) -> torch.Tensor:
     return by_host(host, JointGraph(weights=weights))
 
 
-@pytest.mark.parametrize("kind", ["OtherAttention", "OtherBlock"])
+@pytest.mark.parametrize("kind", ["OtherAttention", "JointBlock"])
 def test_other_packs_attention_and_blocks_are_kept(host, graph, plain, kind):
     other = graph.add(kind, model=graph.model[0], scale=1.0)
     graph.both(other[0])
