@@ -139,6 +139,9 @@ class Control:
         """Computes a self-attention layer's output in place of attention."""
         self.windows: dict[tuple[int, ...], Self] = {}
         """The controls of calls on only some frames of the chunk, by these frames."""
+        self.rows: Tensor | None = None
+        """The tokens that the branch has, (n,), in the order of all frames' tokens; None for all. A layer's q, k and v
+        then are (1 h n d), and the other tokens of its prediction are undefined."""
 
     def window(self, frames: tuple[int, ...]) -> Self:
         """The control of a call on some frames of the chunk, for context windows of another node.
@@ -197,10 +200,18 @@ class Control:
             return self.self_attention(q, k, v, site)
         heat = self.captured.heat
         if heat is not None and site.name in heat.layers and site.name not in heat.shares:
-            shares = token_shares(q, k, heat.tokens, self.attend)
+            shares = self.on_grid(token_shares(q, k, heat.tokens, self.attend), site)
             shares = rearrange(shares, "f (y x) n -> f n y x", y=site.height, x=site.width)
             heat.shares[site.name] = shares.to(torch.promote_types(shares.dtype, torch.float32))
         return self.cross_attention(q, k, v, site)
+
+    def on_grid(self, x: Tensor, site: AttentionSite) -> Tensor:
+        """Values of the branch's tokens for all tokens of its frames, (f t c), with 0 for those that it does not have."""
+        if self.rows is None:
+            return x
+        frames = len(self.chunk.frame_indices)
+        whole = x.new_zeros(1, frames * site.tokens, x.shape[-1]).index_copy(1, self.rows, x)
+        return rearrange(whole, "1 (f t) c -> f t c", f=frames)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if self.extended or self.key_frames.everyone:

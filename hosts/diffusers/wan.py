@@ -104,8 +104,8 @@ class VideoTransformerDenoiser(HookedDenoiser):
     `FlowMatchEulerDiscreteScheduler`, or `UniPCMultistepScheduler` with `use_flow_sigmas`. low_noise: Wan 2.2's second
     transformer, used below sigma `boundary`.
 
-    Latents are (latent frames, channels, h, w). Of two paired branches, the first runs each block just before the
-    second, so that its records for the second exist for one block only.
+    Latents are (latent frames, channels, h, w). Of paired branches, the first runs each block just before the others,
+    so that its records for these exist for one block only.
 
     Raises TypeError for another kind of model or scheduler, and ValueError for a model with picture inputs, or with
     attention processors that compute something else.
@@ -217,10 +217,17 @@ class VideoTransformerDenoiser(HookedDenoiser):
         def by_row(hidden: Tensor, text: Tensor, times: Tensor, rotary: Any) -> Tensor:
             if other_thread():
                 return forward(hidden, text, times, rotary)
-            done = []
-            for self._row in range(len(hidden)):
-                own = slice(self._row, self._row + 1)
-                done.append(forward(hidden[own], text[own], times[own], rotary))
+            done: list[Tensor] = []
+            for self._row, control in enumerate(self._rows):
+                own, tokens = slice(self._row, self._row + 1), control.rows
+                if tokens is None:
+                    done.append(forward(hidden[own], text[own], times[own], rotary))
+                    continue
+                others = done[-1] if done else hidden[own]
+                if len(tokens):
+                    places = [x[:, tokens] for x in rotary]
+                    others = others.index_copy(1, tokens, forward(hidden[own, tokens], text[own], times[own], places))
+                done.append(others)
             return done[0] if len(done) == 1 else torch.cat(done)
 
         return by_row
@@ -241,15 +248,16 @@ class VideoTransformerDenoiser(HookedDenoiser):
         """One layer of one row, (1, tokens, heads, channels), computed by its control."""
         control, site = self._rows[self._row], self._sites[name]
         control.attend = kernel
-        q = rearrange(q, "1 (f t) h d -> f h t d", t=site.tokens)
+        frames = 1 if control.rows is not None else len(control.chunk.frame_indices)
+        q = rearrange(q, "1 (f t) h d -> f h t d", f=frames)
         if site.kind == "cross":
             count = self._texts[self._row]
             k, v = (rearrange(x, "1 s h d -> 1 h s d")[:, :, :count] for x in (k, v))
         else:
-            k, v = (rearrange(x, "1 (f t) h d -> f h t d", t=site.tokens) for x in (k, v))
+            k, v = (rearrange(x, "1 (f t) h d -> f h t d", f=frames) for x in (k, v))
         output = control.layer(q, k, v, site)
-        if self._row:  # the previous row's record of this layer is no longer needed
-            self._rows[self._row - 1].forget(name)
+        if 0 < self._row == len(self._rows) - 1:  # the source's record of this layer is no longer needed
+            self._rows[0].forget(name)
         return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
 
