@@ -26,8 +26,12 @@ Place = Literal["down", "mid", "up", "block"]
 """Of a UNet; a transformer has blocks only."""
 Kind = Literal["self", "cross", "joint"]
 """joint: one softmax over the tokens of several streams, such as video and text."""
+Streams = tuple[tuple[str, int, int], ...]
+"""The name, first token and end of each stream in a joint layer's sequence."""
 SEPARATE: tuple[Kind, ...] = ("self", "cross")
 """The kinds of layers whose queries are the tokens of frames only."""
+WITH_TEXT: tuple[Kind, ...] = ("cross", "joint")
+"""The kinds of layers whose keys are, or contain, the tokens of the text."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class AttentionSite:
     place, index: where it is; index counts the layers of its kind within its place.
     heads, head_dim: its attention heads and their channels.
     height, width: the grid of a frame's tokens.
-    streams: of a joint layer, where each stream's tokens are in its one sequence, by name: ("video", 0, 512).
+    streams: of a joint layer, text and video among them: ("video", 0, 512).
     """
 
     place: Place
@@ -47,7 +51,7 @@ class AttentionSite:
     head_dim: int
     height: int
     width: int
-    streams: tuple[tuple[str, int, int], ...] = ()
+    streams: Streams = ()
 
     @property
     def tokens(self) -> int:
@@ -60,6 +64,10 @@ class AttentionSite:
     @property
     def name(self) -> str:
         return f"{self.place}.{self.index}.{self.kind}"
+
+    def rows(self, stream: str) -> slice:
+        """The tokens of a stream in a joint layer; the last of several of its name."""
+        return next(slice(start, stop) for name, start, stop in reversed(self.streams) if name == stream)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -195,18 +203,22 @@ class Control:
         return self.captured.heat.of_all(text_tokens)
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        """The output of a self- or cross-attention layer: (f h t d)."""
+        """The output of a layer: (f h t d), of a joint one (1 h n d)."""
         if site.kind == "self":
             return self.self_attention(q, k, v, site)
         heat = self.captured.heat
         if heat is not None and site.name in heat.layers and site.name not in heat.shares:
-            shares = self.on_grid(token_shares(q, k, heat.tokens, self.attend), site)
-            shares = rearrange(shares, "f (y x) n -> f n y x", y=site.height, x=site.width)
+            frames_of, tokens = q, list(heat.tokens)
+            if site.kind == "joint":
+                frames_of, first = q[:, :, site.rows("video")], site.rows("text").start
+                tokens = [first + token for token in tokens]
+            shares = self.on_grid(token_shares(frames_of, k, tokens, self.attend), site).flatten(0, 1)
+            shares = rearrange(shares, "(f y x) n -> f n y x", y=site.height, x=site.width)
             heat.shares[site.name] = shares.to(torch.promote_types(shares.dtype, torch.float32))
-        return self.cross_attention(q, k, v, site)
+        return self.joint_attention(q, k, v, site) if site.kind == "joint" else self.cross_attention(q, k, v, site)
 
     def on_grid(self, x: Tensor, site: AttentionSite) -> Tensor:
-        """Values of the branch's tokens for all tokens of its frames, (f t c), with 0 for those that it does not have."""
+        """Values of the branch's tokens on all tokens of its frames, (f t c), with 0 for those that it does not have."""
         if self.rows is None:
             return x
         frames = len(self.chunk.frame_indices)

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Literal, get_args
 from einops import rearrange
 
 from ..imports import F, torch
-from .control import AttentionSite
+from .control import WITH_TEXT, AttentionSite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def mask_sites(sites: Iterable[AttentionSite], mask_tokens: int) -> list[AttentionSite]:
-    """The cross-attention layers on the finest grid of at most `mask_tokens` tokens.
+    """The cross-attention layers, or joint ones, on the finest grid of at most `mask_tokens` tokens.
 
     For transformers, whose blocks share one grid, the middle half of the blocks: early ones carry little about the
     picture, late ones paint it. Raises ValueError if every grid of a UNet is finer.
     """
-    cross = [site for site in sites if site.kind == "cross"]
+    cross = [site for site in sites if site.kind in WITH_TEXT]
     if cross and all(site.place == "block" for site in cross):
         return cross[len(cross) // 4 : -(len(cross) // 4) or None]
     grids = {site.tokens for site in cross if site.tokens <= mask_tokens}

@@ -82,6 +82,11 @@ class Alignment:
     copied: Tensor
     weights: Tensor
 
+    @classmethod
+    def nothing(cls) -> Alignment:
+        """Of no tokens, for models without cross-attention."""
+        return cls(torch.zeros(0, 0), torch.zeros(0), torch.zeros(0))
+
     def to(self, like: Tensor) -> Alignment:
         """The alignment on the device and in the dtype of a tensor."""
         return Alignment(self.matrix.to(like), self.copied.to(like), self.weights.to(like))

@@ -106,7 +106,7 @@ def plan(
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
     memory = store.memory if store else chosen.memory if chosen else "recompute"
-    more = {"kept_steps": kept, "memory": memory, "grid": denoiser.token_grid(height, width)}
+    more = {"kept_steps": kept, "memory": memory, "grid": denoiser.subset_grid(height, width)}
     recipes = [config.planned_recipe() for config in configs]
     if masks:
         recipes = [replace(recipe, mask=mask) for recipe, mask in zip(recipes, masks, strict=True)]

@@ -98,7 +98,7 @@ class Denoiser(Predictor, Protocol):
     def sites(self, height: int, width: int) -> list[AttentionSite]:
         """The attention layers for latents of this size."""
 
-    def token_grid(self, height: int, width: int) -> tuple[int, int] | None:
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
         """The tokens of a frame of latents, if a branch can have some of them only (`Control.rows`)."""
 
     def identity(self) -> ModelIdentity:

@@ -14,6 +14,7 @@ from ..store.backends import Records
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
 from ..store.store import AttentionStore
+from ..store.streams import with_shapes
 from .denoiser import (
     Denoiser,
     check_finite,
@@ -165,7 +166,7 @@ def invert(
         inversion_steps=None if fine is schedule else fine.steps,
         model=denoiser.identity(),
         prompt=prompt,
-        extra=extra or {},
+        extra=with_shapes(extra, denoiser),
         attachments=attachments or {},
     )
     recorded = {site.name for site in sites if settings.keeps(site, plan.memory)}

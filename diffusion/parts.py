@@ -15,6 +15,7 @@ from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
 from ..store.records import Memory, SourceStep
 from ..store.store import AttentionStore
+from ..store.streams import mask_of_latents, video_shape
 from .denoiser import Denoiser
 from .edit_maps import EditMaps
 from .schedule import Schedule, Steps
@@ -71,7 +72,7 @@ class Injection(Protocol):
 
     def token_share(self, edit: Edit, frames: int, grid: tuple[int, int] | None) -> float:
         """The share of the tokens that the edit's branches compute in a step that reads the source. grid: see
-        `Denoiser.token_grid`.
+        `Denoiser.subset_grid`.
         """
 
     @property
@@ -276,9 +277,9 @@ class EditContext:
     def __init__(self, denoiser: Denoiser, store: AttentionStore, target: Condition, latents_like: Tensor) -> None:
         self.denoiser, self.store, self.target = denoiser, store, target
         self.steps = store.steps
-        self.sites: list[AttentionSite] = denoiser.sites(*store.levels.shape[-2:])
+        self.sites: list[AttentionSite] = denoiser.sites(*video_shape(store)[1:])
         self.spans_clip = denoiser.spans_clip
-        self.token_grid = denoiser.token_grid(*store.levels.shape[-2:])
+        self.subset_grid = denoiser.subset_grid(*store.levels.shape[-2:])
         self.latents_like = latents_like
         self.like = latents_like.to(denoiser.dtype)
 
@@ -304,9 +305,7 @@ class Injected:
             raise ValueError(
                 f'mask how="{mask.how}" needs an edit that computes a mask (FateZero with blending); use "replace"'
             )
-        store = self.context.store
-        height, width = store.levels.shape[-2:]
-        return mask.at((height, width), store.frames).to(self.context.latents_like)[:, None]
+        return mask_of_latents(self.context.store, mask).to(self.context.latents_like)[:, None]
 
     def prepare(self, chunks: Sequence[Sequence[Chunk]]) -> None:
         """Called once, while the denoiser is hooked. chunks: of every step."""

@@ -13,7 +13,7 @@ from ..attention.masks import over_maximum, token_heat
 from ..imports import F, torch
 from ..store.records import Recorder
 from ..store.store import AttentionStore
-from ..store.streams import video_of
+from ..store.streams import video_of, video_shape
 from .denoiser import Denoiser, frames_of, joined
 from .source import attention_to
 
@@ -111,7 +111,7 @@ def prompt_heat(
     objects; the root evens out the attention to backgrounds. Both are averaged over a few levels and divided by their
     maximum in the frame. Without tokens, `edit` is D. Two UNet calls per level; the denoiser must be hooked.
     """
-    size = store.levels.shape[-2:]
+    size = video_shape(store)[1:]
     differences: list[Tensor] = []
     attended: tuple[list[Tensor], list[Tensor]] = ([], [])
     for level in levels_compared(store):

@@ -18,6 +18,7 @@ from ..store.backends import FileBackend, Records, read_ahead
 from ..store.budget import NOT_IN_PARTS, record_shapes
 from ..store.records import PairedBranch, Recorder, SourceStep
 from ..store.store import AttentionStore, StoreError
+from ..store.streams import video_shape
 from .denoiser import Denoiser, chunks_of, frames_meet, frames_of, joined
 from .invert import Inversion
 from .schedule import Schedule, same_levels
@@ -153,7 +154,7 @@ def source_heats(
     if denoiser.spans_clip:
         heat = _heat_without_maps(denoiser, store, step, chunk_frames)
         return [heat[:, list(chosen)].sum(1) for chosen in tokens]
-    sites = mask_sites(denoiser.sites(*store.levels.shape[-2:]), mask_tokens)
+    sites = mask_sites(denoiser.sites(*video_shape(store)[1:]), mask_tokens)
     z = store.level(store.source_level(step)).to(denoiser.device)
     chunks = chunks_of(denoiser, store.calls(chunk_frames), z, store.timesteps[step])
     layers = {site.name for site in sites}
@@ -172,7 +173,7 @@ def _heat_without_maps(denoiser: Denoiser, store: AttentionStore, step: int, chu
     """The source's attention in a video transformer: (frames, tokens, y, x)."""
     z, timestep = store.level(store.source_level(step)).to(denoiser.device), store.timesteps[step]
     chunks = chunks_of(denoiser, store.calls(chunk_frames), z, timestep)
-    sites, tokens = mask_sites(denoiser.sites(*z.shape[-2:]), 0), range(store.source.text_tokens)
+    sites, tokens = mask_sites(denoiser.sites(*video_shape(store)[1:]), 0), range(store.source.text_tokens)
     with denoiser.hooked():
         return attention_to(denoiser, store, z, step, store.source, sites, chunks, tokens)[1]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..attention.control import AttentionSite, Control
+from ..attention.control import WITH_TEXT, AttentionSite, Control
 from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import mask_sites
 from ..imports import torch
@@ -21,8 +21,8 @@ MOST_TOKENS = 256
 
 
 def heat_sites(sites: Iterable[AttentionSite], most_tokens: int = MOST_TOKENS) -> list[AttentionSite]:
-    """The cross-attention layers of a model's heat maps; none if it has none."""
-    cross = [site for site in sites if site.kind == "cross"]
+    """The layers with text of a model's heat maps; none if it has none."""
+    cross = [site for site in sites if site.kind in WITH_TEXT]
     return mask_sites(cross, max(most_tokens, min(site.tokens for site in cross))) if cross else []
 
 

@@ -25,6 +25,7 @@ from ..imports import F, torch
 from ..settings import setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import SourceStep
+from ..store.streams import mask_of_all, mask_of_video, video_frames, video_shape
 from .fatezero_branch import Fuser, StepPlan
 from .fatezero_presets import PRESETS
 from .fatezero_shares import Shares, begin_and_end, check_shares
@@ -257,12 +258,18 @@ class Fusion(Injected):
         if self.in_area:
             self.settings = settings = replace(settings, **_ALL_BUT_AN_AREA)
         source, target = context.store.source, context.target
-        self.alignment: Alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
-        self.columns_of_words = {
-            word: prompt.token_indices(prompt.target, word, target.text_tokens, "cross_replace_words")
-            for word in settings.cross_replace_words
-        }
-        self.wordless = prompt.wordless(prompt.source, source.text_tokens)
+        self.alignment = Alignment.nothing()
+        self.columns_of_words: dict[str, list[int]] = {}
+        self.wordless: list[int] = []
+        if any(site.kind == "cross" for site in context.sites):
+            self.alignment = prompt.align(source.text_tokens, target.text_tokens).to(context.like)
+            self.columns_of_words = {
+                word: prompt.token_indices(prompt.target, word, target.text_tokens, "cross_replace_words")
+                for word in settings.cross_replace_words
+            }
+            self.wordless = prompt.wordless(prompt.source, source.text_tokens)
+        else:
+            _check_joint(settings, prompt)
         self.given = given
         self.given_at: dict[Grid, Tensor] = {}
         """The given mask on each grid."""
@@ -318,13 +325,14 @@ class Fusion(Injected):
         self.of_prompts = self._on_grids(GivenMask(soft_mask(heat.edit, threshold)))
 
     def _on_grids(self, mask: GivenMask) -> dict[Grid, Tensor]:
-        """A mask on the grids of the latents and of the attention layers."""
-        frames, like = self.context.store.frames, self.context.latents_like
-        return {grid: mask.at(grid, frames).to(like) for grid in self._grids()}
+        """A mask on the grids of the video's latents and of the attention layers."""
+        store, like = self.context.store, self.context.latents_like
+        of_video, frames = mask_of_video(store, mask), video_shape(store)[0]
+        return {grid: of_video.at(grid, frames).to(like) for grid in self._grids()}
 
     def _grids(self) -> set[Grid]:
-        """Of the latents and of the attention layers."""
-        height, width = self.context.store.levels.shape[-2:]
+        """Of the video's latents and of the attention layers."""
+        _, height, width = video_shape(self.context.store)
         return {(height, width)} | {(site.height, site.width) for site in self.context.sites}
 
     def plan(self, step: int) -> StepPlan:
@@ -382,8 +390,9 @@ class Fusion(Injected):
         if not (plan.blend_latents and isinstance(control, Fuser)):
             return None
         heats += [self.source_heat(source)] if self.mask_sites else []
-        height, width = self.context.store.levels.shape[-2:]
-        return self.masks({(height, width)}, heats, source.chunk)[height, width][:, None]
+        _, height, width = video_shape(self.context.store)
+        of_video = self.masks({(height, width)}, heats, source.chunk)[height, width]
+        return mask_of_all(self.context.store, of_video, self.given)[:, None]
 
     def attention_mask(self, control: Control) -> Tensor | None:
         """On the finest grid of the layers that it acts in."""
@@ -401,7 +410,7 @@ class Fusion(Injected):
 
     def masks(self, grids: set[Grid], heats: list[Tensor], chunk: Chunk) -> dict[Grid, Tensor]:
         """The blend mask of a chunk on some grids: the union of the computed masks, joined with the given mask."""
-        frames, found = list(chunk.frame_indices), {}
+        frames, found = video_frames(self.context.store, chunk), {}
         for grid in grids:
             masks = [threshold_mask(heat, grid, self.settings.blend_threshold) for heat in heats]
             masks += [self.of_prompts[grid][frames]] if self.of_prompts else []
@@ -410,6 +419,16 @@ class Fusion(Injected):
                 masks = [self.given.joined(given, torch.stack(masks).amax(0)) if masks else given]
             found[grid] = torch.stack(masks).amax(0)
         return found
+
+
+def _check_joint(settings: FusionSettings, prompt: PromptEdit) -> None:
+    """Raise ValueError for settings of cross-attention, on a model without it."""
+    for name, used in (("cross_replace_words", settings.cross_replace_words), ("reweight", prompt.reweight)):
+        if used:
+            raise ValueError(
+                f"{name} needs cross-attention, but this model attends to text and video in one layer, where the text "
+                "stays the edit's: leave it out"
+            )
 
 
 _LATER = ("cross_replace_from", "self_replace_from", "cross_replace_words", "attention_from")

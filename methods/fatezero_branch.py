@@ -52,7 +52,7 @@ class StepPlan:
 
     def layers(self, fusion: FusionSettings, sites: list[AttentionSite], mask_sites: list[AttentionSite]) -> set[str]:
         """Names of the layers whose source attention this step reads."""
-        fused = {"cross": self.fuse_cross, "self": self.fuse_self}
+        fused = {"cross": self.fuse_cross, "self": self.fuse_self, "joint": self.fuse_self}
         names = {site.name for site in sites if fusion.fuses(site) and fused.get(site.kind)}
         return names | {site.name for site in mask_sites} if self.mask else names
 
@@ -120,15 +120,34 @@ class Fuser(SourceControl):
             own = self.attend(as_one(q), as_one(k), v)
             return rearrange(m[:, None] * own + (1 - m[:, None]) * source, "1 h (f t) d -> f h t d", f=len(q))
         output = torch.zeros_like(as_one(q))
-        sides = ((m, q, k), (1 - m, record.queries(q.dtype), record.keys(q.dtype)))
-        for share, queries, keys in sides:
-            rows = share.nonzero()[:, 0]
-            if len(rows) == len(share):
-                output += share[:, None] * self.attend(as_one(queries), as_one(keys), v)
-            elif len(rows):
-                found = self.attend(as_one(queries)[:, :, rows], as_one(keys), v)
-                output.index_add_(2, rows, share[rows, None] * found)
+        self._add(output, m, as_one(q), as_one(k), v)
+        self._add(output, 1 - m, as_one(record.queries(q.dtype)), as_one(record.keys(q.dtype)), v)
         return rearrange(output, "1 h (f t) d -> f h t d", f=len(q))
+
+    def _add(self, output: Tensor, weight: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Add weight A v to an output of the queries (1 h n d); the kernel computes only rows with a weight above 0.
+
+        weight: of each query, (n,).
+        """
+        rows = weight.nonzero()[:, 0]
+        if len(rows) == len(weight):
+            output += weight[:, None] * self.attend(q, k, v)
+        elif len(rows):
+            output.index_add_(2, rows, weight[rows, None] * self.attend(q[:, :, rows], k, v))
+
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        """Outside the mask, the video's rows take the source's queries and keys; all others are the edit's own."""
+        if not (self.plan.fuse_self and self.fusion.fuses(site)):
+            return super().joint_attention(q, k, v, site)
+        record, video = self.source.record(site.name), site.rows("video")
+        assert isinstance(record, QueriesKeys)
+        own = q.new_ones(q.shape[2])
+        own[video] = 0 if self.masks is None else self.masks[site.height, site.width].reshape(-1).to(q)
+        output, keys = torch.zeros_like(q), k.clone()
+        keys[:, :, video] = record.keys(k.dtype)
+        self._add(output, own, q, k, v)
+        self._add(output[:, :, video], 1 - own[video], record.queries(q.dtype), keys, v)
+        return output
 
     @staticmethod
     def _blended(own: Tensor, source: Tensor, masks: dict[Grid, Tensor], site: AttentionSite) -> Tensor:

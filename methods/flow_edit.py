@@ -31,6 +31,7 @@ from ..settings import check, setting
 from ..store.backends import DrawnLevels, GivenNoise, SeededNoise
 from ..store.records import SourceStep
 from ..store.store import AttentionStore
+from ..store.streams import with_shapes
 from .method import Method
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def draw(
             formulation=schedule.formulation,
             model=denoiser.identity(),
             prompt=prompt,
+            extra=with_shapes(None, denoiser),
             start=start,
         )
     )

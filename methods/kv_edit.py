@@ -63,7 +63,7 @@ class KVEditSettings(BaseInjection):
             raise ValueError("KV-Edit keeps the background in place: use a layout with FateZero or no injection")
 
     def injected(self, edit: Edit, context: EditContext) -> Injected:
-        inside = self.tokens == "inside" and context.token_grid is not None and context.store.drawn is None
+        inside = self.tokens == "inside" and context.subset_grid is not None and context.store.drawn is None
         return (InsideTokens if inside else KVEdit)(self, edit, context)
 
     def reads_store(self, memory: Memory) -> bool:
@@ -90,6 +90,8 @@ class KVEdit(Injected):
         assert edit.mask is not None  # see `check`
         self.settings, self._mask = settings, edit.mask
         self._layers = {site.name for site in context.sites if site.kind == "self"}
+        if not self._layers:
+            raise ValueError("KV-Edit needs self-attention layers, and this model has joint layers only: leave it out")
 
     def needs(self, step: int) -> Needs:
         if not self.settings.reads_source(step, self.context.steps):
@@ -115,8 +117,8 @@ class InsideTokens(KVEdit):
 
     def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
         super().__init__(settings, edit, context)
-        assert context.token_grid is not None
-        self._tokens = tokens_inside(self.of_latents(self._mask), context.token_grid, settings.grow)
+        assert context.subset_grid is not None
+        self._tokens = tokens_inside(self.of_latents(self._mask), context.subset_grid, settings.grow)
 
     def reading(self, source: SourceStep, plain: Control) -> tuple[Control, Control]:
         own = self._tokens[list(source.chunk.frame_indices)].flatten().nonzero()[:, 0]

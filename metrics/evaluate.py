@@ -13,7 +13,15 @@ from ..video.flow import Estimator
 from ..video.motion import visible
 from .clip import ClipScorer
 from .lpips import Lpips
-from .preservation import SSIM_WINDOW, changed_pixels, intersection_over_union, psnr, ssim
+from .preservation import (
+    SSIM_WINDOW,
+    changed_pixels,
+    intersection_over_union,
+    largest_change,
+    psnr,
+    share_of_change,
+    ssim,
+)
 from .temporal import frame_accuracy, temporal_consistency, warp_error
 
 Progress = Callable[[int, int], None]
@@ -62,7 +70,8 @@ def evaluate(
 ) -> Report:
     """All available figures of an edited clip; frames are (f, 3, h, w) in 0..1.
 
-    mask: (f or 1, h, w), 1 where the edit should be; adds PSNR, SSIM and LPIPS to the source inside and outside of it.
+    mask: (f or 1, h, w), 1 where the edit should be; adds PSNR, SSIM and LPIPS to the source inside and outside of it,
+    the share of the change inside, and the largest change of a pixel where it is 0.
     truth: the correct edit, if known. prompts: source and target, for CLIP. flow: (forward, backward) of the source,
     each (f - 1, 2, h, w) in pixels, or an estimator; None skips the warp error. clip, lpips: models; None skips them.
 
@@ -74,6 +83,7 @@ def evaluate(
         inside = _clips_mask(mask, source)
         for name, where in (("inside the mask", inside), ("outside the mask", 1 - inside)):
             figures |= _likeness(source, edited, name, where, lpips) if where.sum() > 0 else {}
+        figures |= _exclusivity(source, edited, inside)
     if truth is not None:
         _same("truth", truth, source)
         figures |= _likeness(truth, edited, "to truth", None, lpips)
@@ -105,6 +115,18 @@ def _likeness(a: Tensor, b: Tensor, what: str, where: Tensor | None, lpips: Lpip
         value = psnr(a, b, where) if name == "PSNR" else _weighted(frames, where)
         found[f"{name} {what}"] = Figure(value, unit, frames)
     return found
+
+
+def _exclusivity(source: Tensor, edited: Tensor, inside: Tensor) -> dict[str, Figure]:
+    """How far the change is limited to a mask: the share of it inside, and the largest where the mask is 0."""
+    outside = (inside == 0).to(inside)
+    pairs = list(zip(source.split(1), edited.split(1), strict=True))
+    shares = tuple(share_of_change(*pair, own) for pair, own in zip(pairs, inside.split(1), strict=True))
+    largest = tuple(255 * largest_change(*pair, own) for pair, own in zip(pairs, outside.split(1), strict=True))
+    found = {"share of the change inside the mask": Figure(share_of_change(source, edited, inside), "", shares)}
+    return found | (
+        {"largest change outside the mask": Figure(max(largest), "/ 255", largest)} if outside.any() else {}
+    )
 
 
 def _is_empty(weights: Tensor | None) -> bool:

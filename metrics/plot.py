@@ -14,6 +14,8 @@ _PANELS = {
     "PSNR in dB": ("PSNR", 5.0),
     "SSIM": ("SSIM", 0.1),
     "LPIPS": ("LPIPS", 0.1),
+    "share of the change inside": ("share of the change", 0.1),
+    "largest change outside, / 255": ("largest change", 5.0),
     "warp error, x 0.001": ("warp error", 1.0),
     "Tem-Con": ("Tem-Con", 0.1),
     "CLIP similarity": ("CLIP to", 0.1),

@@ -73,6 +73,23 @@ def intersection_over_union(a: Tensor, b: Tensor) -> float:
     return 1.0 if union == 0 else torch.logical_and(a, b).sum().item() / union
 
 
+def largest_change(a: Tensor, b: Tensor, where: Tensor) -> float:
+    """The largest difference of frames (f, 3, h, w) in 0..1 where weights of pixels (f, h, w) are above 0."""
+    _check(a, b)
+    return ((a - b).abs().amax(1) * (where > 0)).max().item()
+
+
+def share_of_change(a: Tensor, b: Tensor, where: Tensor) -> float:
+    """The share of the absolute difference of frames that weights of pixels (f, h, w) in 0..1 select.
+
+    NaN for equal frames.
+    """
+    _check(a, b)
+    change = (a - b).abs().mean(1)
+    total = change.sum()
+    return ((change * where).sum() / total).item() if total > 0 else math.nan
+
+
 def changed_pixels(source: Tensor, other: Tensor, threshold: float = 0.1) -> Tensor:
     """Where a clip differs from its source, as a mean over channels and 3x3 pixels: boolean (f, h, w)."""
     _check(source, other)

@@ -16,8 +16,8 @@ class Family:
     epsilon, v or the sample, "flow" if it predicts a velocity. spans_clip: every frame of a call attends to all frames
     of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has GroupNorms, whose
     statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
-    attention: whether its attention can be controlled. token_patch: the side
-    of a token in latents, if a branch can have some tokens only (`Control.rows`); else 0. trained_frames: see `Denoiser.trained_frames`.
+    attention: whether its attention can be controlled. subset_patch: the side of a token in latents, if a branch can
+    have some tokens only (`Control.rows`); else 0. trained_frames: see `Denoiser.trained_frames`.
     """
 
     title: str
@@ -29,12 +29,12 @@ class Family:
     demo: str
     demo_folder: Path
     attention: bool = True
-    token_patch: int = 0
+    subset_patch: int = 0
     trained_frames: int | None = None
 
-    def token_grid(self, height: int, width: int) -> tuple[int, int] | None:
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
         """The tokens of a frame of latents, if a branch can have some of them only: (rows, columns)."""
-        patch = self.token_patch
+        patch = self.subset_patch
         return (-(-height // patch), -(-width // patch)) if patch else None
 
 

@@ -30,8 +30,9 @@ class FateZeroEvaluate(io.ComfyNode):
         return schema(
             node_id="FateZeroEvaluate",
             display_name="Evaluate Edit (FateZero)",
-            description="Measures an edit: preservation (PSNR, SSIM, LPIPS), temporal consistency (warp error), CLIP "
-            "scores (Tem-Con, Frame-Acc), and the distance to the ground truth, if connected.",
+            description="Measures an edit: preservation (PSNR, SSIM, LPIPS), how far it stays inside a mask, temporal "
+            "consistency (warp error), CLIP scores (Tem-Con, Frame-Acc), and the distance to the ground truth, if "
+            "connected.",
             search_aliases=["metrics", "psnr", "ssim", "lpips", "warp error", "clip score", "temporal consistency"],
             inputs=[
                 io.Image.Input("source", tooltip="The frames before the edit."),

@@ -28,7 +28,7 @@ def calls_of(
     grid: tuple[int, int] | None = None,
 ) -> Calls:
     """The calls of a run of `steps`. kept_steps: steps whose attention the store keeps, in its `memory`; 0 with
-    "recompute". grid: see `Denoiser.token_grid`; a call on a share of the tokens counts as this share.
+    "recompute". grid: see `Denoiser.subset_grid`; a call on a share of the tokens counts as this share.
 
     A propagation evaluates its pivots once more, and the source in every step. Gradients of a layout are not counted.
     """

@@ -48,8 +48,8 @@ class StoreSettings:
     memory: Literal["auto", Memory] = setting(
         "recompute",
         "What to store. recompute stores only latents and runs the source again with the edit; queries_keys is "
-        "faster and larger; maps stores the paper's attention maps, for study; keys_values stores what KV-Edit reads on a "
-        "video transformer; auto takes queries_keys if it fits, else recompute.",
+        "faster and larger; maps stores the paper's attention maps, for study; keys_values stores what KV-Edit reads "
+        "on a video transformer; auto takes queries_keys if it fits, else recompute.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
@@ -216,6 +216,10 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
         raise ValueError("MPS devices have no float8: set precision to float16")
     fastest: tuple[Memory, ...] = ("queries_keys", "recompute") if demand.sites else ("recompute",)
     memories = fastest if settings.memory == "auto" else (settings.memory,)
+    if any(site.kind == "joint" for site in demand.sites):
+        if settings.memory not in ("auto", "recompute"):
+            raise ValueError(f'memory is {settings.memory}; this model\'s joint layers need "recompute"')
+        memories = ("recompute",)
     folder = _disk(settings)
     refused = []
     if demand.in_parts and "recompute" not in memories:

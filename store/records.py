@@ -307,6 +307,14 @@ class Recorder(Control):
             self.records[site.name] = Map(attention_map(q, self.of_key_frames(k, site))) if as_map else pair
         return super().self_attention(q, k, v, site)
 
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        """Records the video's queries and keys, or keys and values, of one clip: (1 h n d)."""
+        if site.name in self.layers:
+            q_video, k_video, v_video = (x[:, :, site.rows("video")] for x in (q, k, v))
+            pair = KeysValues(k_video, v_video) if self.values else QueriesKeys(q_video, k_video)
+            self.records[site.name] = pair
+        return super().joint_attention(q, k, v, site)
+
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if site.name in self.layers and not self.values:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)

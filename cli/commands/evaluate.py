@@ -69,7 +69,7 @@ class EvaluateConfig:
     slice_row: int | None = setting(
         None, "Row of the slices, from 0 at the top.", least=0, most=2**31, shown="the one that changes most"
     )
-    how: Comparison = setting("side by side", "WorkerOptions the comparison shows them.")
+    how: Comparison = setting("side by side", "How the comparison shows the two clips.")
 
     @property
     def prompts(self) -> tuple[str, str]:

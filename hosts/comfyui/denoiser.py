@@ -116,7 +116,7 @@ class ComfyDenoiser:
     def pairs(self) -> bool:
         return self._edited.hooked.pairs
 
-    def token_grid(self, height: int, width: int) -> tuple[int, int] | None:
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
         return None
 
     @property

@@ -40,7 +40,12 @@ def unpacked(flat: Tensor, shapes: Shapes) -> Any:
         return flat
     from comfy.nested_tensor import NestedTensor  # hosts without it have no streams
 
-    return NestedTensor(comfy.utils.unpack_latents(flat, shapes))
+    return NestedTensor(unpacked_parts(flat, shapes))
+
+
+def unpacked_parts(flat: Tensor, shapes: Shapes) -> list[Tensor]:
+    """The streams of packed samples."""
+    return [flat] if len(shapes) < 2 else list(comfy.utils.unpack_latents(flat, shapes))
 
 
 def zeros_like(samples: Any) -> Any:

@@ -48,8 +48,8 @@ class NetworkDenoiser(ABC):
     def spans_clip(self) -> bool:
         return self.family.spans_clip
 
-    def token_grid(self, height: int, width: int) -> tuple[int, int] | None:
-        return self.family.token_grid(height, width)
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        return self.family.subset_grid(height, width)
 
     @property
     def channels(self) -> int:

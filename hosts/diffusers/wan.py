@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,26 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5EncoderModel
 
 from ...attention.condition import Condition
-from ...attention.control import Attend, AttentionSite, Control, Kind, attention
-from ...diffusion.schedule import FlowSchedule
 from ...files.bundled import DEMO
 from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
-from ..exclusive import OtherThread
+from .blocks import BlockDenoiser, kernel_of
 from .clips import WholeClip
-from .hook import ControlledProcessor, HookedDenoiser, wrapped
+from .hook import ControlledProcessor
 from .lora import add_loras, lora_files
 from .model import LoadOptions
 from .model_files import CheckpointError
-from .network import Branch, numbered_weights
 from .pictures import FrameByFrame
-from .schedulers import flow_schedule, is_flow
+from .schedulers import is_flow
 from .transformer import TransformerModel
 
 if TYPE_CHECKING:
@@ -40,20 +34,6 @@ __all__ = ["VideoTransformer", "VideoTransformerDenoiser", "WanCheckpoint"]
 
 VideoTransformer = WanTransformer3DModel
 """The class of the demo's video transformer."""
-
-
-def kernel_of(processor: Any) -> Attend:
-    """The attention kernel of a transformer (`set_attention_backend`), else torch's."""
-    backend = processor._attention_backend
-    if backend is None:
-        return attention
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.expand(len(q), -1, -1, -1).transpose(1, 2) for x in (q, k, v))
-        done: Tensor = dispatch_attention_fn(q, k, v, backend=backend)
-        return done.transpose(1, 2)
-
-    return attend
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,16 +76,13 @@ class _Processor(ControlledProcessor):
         return output
 
 
-class VideoTransformerDenoiser(HookedDenoiser):
+class VideoTransformerDenoiser(BlockDenoiser):
     """A Wan transformer and the schedule of its flow, as the loops of `fatezero.diffusion` call them.
 
     transformer: a `WanTransformer3DModel` for text to video, of any width; its LoRA layers stay active.
     scheduler: one of diffusers' with a flow's sigmas, of which only the noise levels are used:
     `FlowMatchEulerDiscreteScheduler`, or `UniPCMultistepScheduler` with `use_flow_sigmas`. low_noise: Wan 2.2's second
     transformer, used below sigma `boundary`.
-
-    Latents are (latent frames, channels, h, w). Of paired branches, the first runs each block just before the others,
-    so that its records for these exist for one block only.
 
     Raises TypeError for another kind of model or scheduler, and ValueError for a model with picture inputs, or with
     attention processors that compute something else.
@@ -116,10 +93,7 @@ class VideoTransformerDenoiser(HookedDenoiser):
     plain = (WanAttnProcessor,)
     reset = "transformer.set_attn_processor(WanAttnProcessor())"
     text_dim = "text_dim"
-    pairs = True
-    frames_meet = True
     trained_frames = WAN.trained_frames
-    trained_with = (("self",), False)
 
     def __init__(
         self,
@@ -139,38 +113,27 @@ class VideoTransformerDenoiser(HookedDenoiser):
                 "FlowMatchEulerDiscreteScheduler, or a UniPCMultistepScheduler with use_flow_sigmas=True"
             )
         self.boundary = boundary
-        self._rows: Sequence[Control] = ()
-        """The control of each row of the current batch."""
-        self._row = 0
         super().__init__(self.transformers, scheduler)
 
-    @property
-    def attention(self) -> list[tuple[str, Any]]:
-        return [
-            (f"block.{i}.{kind}", layer)
-            for model in self.transformers
-            for i, block in enumerate(model.blocks)
-            for kind, layer in (("self", block.attn1), ("cross", block.attn2))
-        ]
+    def blocks(self, network: Any) -> Sequence[Any]:
+        return list(network.blocks)
 
-    def schedule(self, steps: int) -> FlowSchedule:
-        """Raises ValueError for a number of steps that the scheduler does not support."""
-        return flow_schedule(self.scheduler, steps)
+    @staticmethod
+    def feed_forward(block: Any) -> nn.Module:
+        ffn: nn.Module = block.ffn
+        return ffn
 
-    def sites(self, height: int, width: int) -> list[AttentionSite]:
-        """Raises ValueError for latents that are not divisible into patches."""
-        model = self.transformers[0]
-        _, down, across = model.config["patch_size"]
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        _, down, across = self.transformers[0].config["patch_size"]
         if height % down or width % across:
             raise ValueError(
                 f"latents are {width}x{height}; their sides must be multiples of {across} and {down}, its patches"
             )
-        heads, head_dim = model.config["num_attention_heads"], model.config["attention_head_dim"]
-        grid = height // down, width // across
-        kinds: tuple[Kind, ...] = ("self", "cross")
-        return [
-            AttentionSite("block", i, kind, heads, head_dim, *grid) for i in range(len(model.blocks)) for kind in kinds
-        ]
+        return height // down, width // across
+
+    def with_tokens(self, inputs: Sequence[Any], tokens: Tensor) -> Sequence[Any]:
+        hidden, text, times, rotary = inputs
+        return hidden[:, tokens], text, times, tuple(x[:, tokens] for x in rotary)
 
     @property
     def layout(self) -> str:
@@ -181,84 +144,17 @@ class VideoTransformerDenoiser(HookedDenoiser):
             + (f" and another below sigma {self.boundary:g}" if self.boundary else "")
         )
 
-    def weights(self) -> dict[str, Tensor]:
-        return numbered_weights(self.transformers)
-
-    def hook_more(self, stack: ExitStack, other_thread: OtherThread, clip_norm: bool) -> None:
-        blocks = [block for model in self.transformers for block in model.blocks]
-        wraps = dict.fromkeys(blocks, self._by_row) | {block.ffn: self._in_parts for block in blocks}
-        stack.enter_context(wrapped(wraps, other_thread))
-
-    def forget(self) -> None:
-        self._rows = ()
-
-    def predicted(self, branches: Sequence[Branch], timestep: float) -> list[Tensor]:
-        """The velocities of branches on the same frames, evaluated in one call."""
-        for latents, condition, _ in branches:
-            self.check(latents, condition)
-        model, first = self._model_at(timestep), branches[0][0]
-        longest = max(condition.text_tokens for _, condition, _ in branches)
-        clips = torch.stack([rearrange(latents, "f c y x -> c f y x") for latents, *_ in branches]).to(self.dtype)
-        texts = torch.cat([_padded(condition.embeddings, longest) for _, condition, _ in branches]).to(clips)
-        self._sites = {site.name: site for site in self.sites(*first.shape[-2:])}
-        self._rows, self._texts = [control for *_, control in branches], [c.text_tokens for _, c, _ in branches]
+    def velocities(self, clips: Tensor, conditions: Sequence[Condition], timestep: float) -> Tensor:
+        longest = max(condition.text_tokens for condition in conditions)
+        texts = torch.cat([_padded(condition.embeddings, longest) for condition in conditions]).to(clips)
         times = torch.full(
-            (len(branches),), timestep, device=clips.device, dtype=torch.promote_types(self.dtype, torch.float32)
+            (len(clips),), timestep, device=clips.device, dtype=torch.promote_types(self.dtype, torch.float32)
         )
-        output = model(clips, times, texts, return_dict=False)[0].to(first.dtype)
-        return [rearrange(velocity, "c f y x -> f c y x") for velocity in output]
+        output: Tensor = self._model_at(timestep)(clips, times, texts, return_dict=False)[0]
+        return output
 
     def _model_at(self, timestep: float) -> Any:
         return network_at(self.transformers, self.boundary, self.scheduler, timestep)
-
-    def _by_row(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
-        """A block that runs the rows of a batch one after another, so that each can use the previous one's records."""
-
-        def by_row(hidden: Tensor, text: Tensor, times: Tensor, rotary: Any) -> Tensor:
-            if other_thread():
-                return forward(hidden, text, times, rotary)
-            done: list[Tensor] = []
-            for self._row, control in enumerate(self._rows):
-                own, tokens = slice(self._row, self._row + 1), control.rows
-                if tokens is None:
-                    done.append(forward(hidden[own], text[own], times[own], rotary))
-                    continue
-                others = done[-1] if done else hidden[own]
-                if len(tokens):
-                    places = [x[:, tokens] for x in rotary]
-                    others = others.index_copy(1, tokens, forward(hidden[own, tokens], text[own], times[own], places))
-                done.append(others)
-            return done[0] if len(done) == 1 else torch.cat(done)
-
-        return by_row
-
-    def _in_parts(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
-        """A feed-forward that splits the tokens of each of several branches in two, since it dominates a block's
-        memory, to which the branches' records add.
-        """
-
-        def in_parts(tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
-            if other_thread() or len(self._rows) == 1:
-                return forward(tokens, *rest, **more)
-            return torch.cat([forward(part, *rest, **more) for part in tokens.chunk(2, 1)], 1)
-
-        return in_parts
-
-    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, kernel: Attend) -> Tensor:
-        """One layer of one row, (1, tokens, heads, channels), computed by its control."""
-        control, site = self._rows[self._row], self._sites[name]
-        control.attend = kernel
-        frames = 1 if control.rows is not None else len(control.chunk.frame_indices)
-        q = rearrange(q, "1 (f t) h d -> f h t d", f=frames)
-        if site.kind == "cross":
-            count = self._texts[self._row]
-            k, v = (rearrange(x, "1 s h d -> 1 h s d")[:, :, :count] for x in (k, v))
-        else:
-            k, v = (rearrange(x, "1 (f t) h d -> f h t d", f=frames) for x in (k, v))
-        output = control.layer(q, k, v, site)
-        if 0 < self._row == len(self._rows) - 1:  # the source's record of this layer is no longer needed
-            self._rows[0].forget(name)
-        return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
 
 def network_at(networks: Sequence[Any], boundary: float | None, scheduler: Any, timestep: float) -> Any:

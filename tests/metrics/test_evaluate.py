@@ -52,6 +52,28 @@ def test_an_exact_edit_scores_perfectly(source, green):
     assert len(figures["PSNR to source"].by_frame) == FRAMES
 
 
+def test_the_share_of_the_change_inside_the_mask_and_the_largest_outside(source):
+    """Known changes: 0.4 on 100 pixels inside, 0.1 on 200 outside, one of them by 0.2; a feather is neither."""
+    mask = torch.zeros(FRAMES, 64, 64)
+    mask[:, :10, :10], mask[:, 10, :10] = 1, 0.5
+    edited = torch.full_like(source.frames, 0.2)
+    original = edited.clone()
+    edited[1, :, :10, :10] += 0.4
+    edited[1, :, 20:30, 20:40] += 0.1
+    edited[1, :, 20, 20] += 0.1
+    edited[1, 0, 10, 0] += 0.6
+    figures = evaluate(original, edited, mask=mask).figures
+    change = 100 * 0.4 + 200 * 0.1 + 0.1 + 0.2
+    share, largest = figures["share of the change inside the mask"], figures["largest change outside the mask"]
+    assert share.value == pytest.approx((100 * 0.4 + 0.5 * 0.2) / change, rel=1e-4)
+    assert share.by_frame[1] == pytest.approx(share.value) and math.isnan(share.by_frame[0])
+    assert largest.value == pytest.approx(0.2 * 255, rel=1e-4) and largest.by_frame[0] == 0
+    everywhere = evaluate(original, edited, mask=torch.ones(1, 64, 64)).figures
+    assert everywhere["share of the change inside the mask"].value == pytest.approx(1)
+    assert "largest change outside the mask" not in everywhere
+    assert math.isnan(evaluate(original, original, mask=mask).figures["share of the change inside the mask"].value)
+
+
 def test_changing_the_wrong_thing_lowers_the_figures(source, green):
     other = render(Scene.parse("a red square on grass"), MOTION, FRAMES)
     figures = evaluate(source.frames, other.frames, mask=(source.mask > 0).float(), truth=green.frames).figures
@@ -126,7 +148,7 @@ def test_the_plot_has_a_panel_for_each_kind_of_figure(source, green):
     report = evaluate(source.frames, green.frames, mask=(source.mask > 0).float(), flow=flow)
     plot = plot_report(report, width=600, panel=150)
     assert plot.dtype == torch.uint8
-    assert plot.shape == (450, 600, 3), "PSNR, SSIM, warp error"
+    assert plot.shape == (750, 600, 3), "PSNR, SSIM, change in and outside the mask, warp error"
     assert plot.float().std() > 10
     with pytest.raises(ValueError, match="no figure"):
         plot_report(Report())

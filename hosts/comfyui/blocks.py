@@ -1,0 +1,328 @@
+"""Video transformers in ComfyUI: their attention, hooked on a clone by the host's public hooks.
+
+`patches_replace["dit"]` wraps each block, which runs the branches of a call one after another, the source's first.
+During a call, hooks of the blocks' attention modules pass our `optimized_attention_override` to each, around any
+existing one. Overrides and block patches of other packs stay active: overrides as the kernel, block patches around the
+block's own forward.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import comfy.patcher_extension
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...attention.control import AttentionSite, Control, Kind
+from ...store.identity import IdentityCache, ModelIdentity
+from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, unpatched
+from .latents import unpacked_parts
+from .noise import FlowNoise, noise_of
+from .pair import join_pair
+from .sameness import ROOM, same_forward
+
+WrappersMP = comfy.patcher_extension.WrappersMP
+
+_IDENTITIES = IdentityCache()
+_BRANCH = "fatezero_branch"
+"""The transformer option with the branch that a block computes."""
+
+
+def check_sampled_as_flow(model: Any) -> None:
+    """Raise ValueError for a video transformer that is not sampled as a flow."""
+    if not isinstance(noise_of(model), FlowNoise):
+        raise ValueError("model: is not sampled as a flow: remove the Model Sampling node")
+
+
+class HookedBlocks(Hook):
+    """A clone of a video transformer's MODEL whose attention layers run through controls."""
+
+    pairs = True
+    container: ClassVar[str]
+    """The attribute of the network with its blocks."""
+    attention: ClassVar[dict[Kind, str]]
+    """The attribute of a block with each kind of attention layer."""
+
+    def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
+        """Raises ValueError for a MODEL of another family, and for a subset of kinds."""
+        check_sampled_as_flow(model)
+        check_kinds(model, kinds)
+        super().__init__(model)
+        join_pair(self, model)
+        self._unet, self._noise = model.model.diffusion_model, noise_of(model)
+        self._blocks: list[nn.Module] = list(getattr(self._unet, self.container))
+        self._sites: dict[tuple[int, ...], dict[str, AttentionSite]] = {}
+        self._options: dict[str, Any] | None = None
+        """The options of the call that the source ran in."""
+        self._source = -1
+        """The branch of the source in the current call; -1 without one."""
+        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+        below = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._blocks))]
+        for i, theirs in enumerate(below):
+            self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
+        around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
+        for kind, wrapper in around.items():
+            self.patcher.remove_wrappers_with_key(kind, "fatezero")
+            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+        self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
+
+    # --- of a family --------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """The MODEL's class, width and layers."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> tuple[int, int]:
+        """The heads of an attention layer, and their channels."""
+
+    @abstractmethod
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """The rows and columns of a frame's tokens, on latents of this size."""
+
+    def row_of(self, value: Any, row: int, rows: int) -> Any:
+        """A branch's row of a block's input; shared inputs are returned unchanged."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.row_of(part, row, rows) for part in value)
+        return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
+
+    # --- facts --------------------------------------------------------------------------
+
+    def identity(self) -> ModelIdentity:
+        model = self.patcher.model
+        keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
+        found = _IDENTITIES.of(
+            model, self.layout, model.get_dtype(), {key: unpatched(self.patcher, key) for key in keys}
+        )
+        if self.low is None:
+            return found
+        low = self.low.identity()
+        return replace(
+            found,
+            layout=f"{found.layout}, and below sigma {self.boundary:g} {low.layout}",
+            digest=f"{found.digest} {low.digest}",
+            traces=(*found.traces, *low.traces),
+        )
+
+    def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
+        grid = self.token_grid(height, width)
+        if grid not in self._sites:
+            found = [
+                AttentionSite("block", i, kind, *self.heads, *grid)
+                for i in range(len(self._blocks))
+                for kind in self.attention
+            ]
+            self._sites[grid] = {site.name: site for site in found}
+        return self._sites[grid]
+
+    def joins(self, source: Hook) -> bool:
+        if type(source) is not type(self) or "model_function_wrapper" in self.patcher.model_options:
+            return False  # such a wrapper may call branches one by one
+        return self is source or same_forward(self.given, source.given)
+
+    def _forget(self) -> None:
+        self._source, self._options = -1, None
+
+    # --- calls: plain closures, because the host copies what it finds in a model's options ---
+
+    def _room(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The host's memory estimate for calling branches together; 0 with a source.
+
+        Branches run one after another, so separate calls would save nothing, but store the source's attention of all
+        blocks.
+        """
+        original = hook_below(original)
+
+        def room(*args: Any, **more: Any) -> Any:
+            return 0 if self._source >= 0 else original(*args, **more)
+
+        room.previous = original  # type: ignore[attr-defined]
+        return room
+
+    def _joined(self) -> Callable[..., Any]:
+        """Adds the source's conditions to those of a call; `_around` puts in its latents."""
+
+        def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
+            paired = self._paired
+            if paired is None or not self._controls or not self._positive.among(conds):
+                return executor(model, conds, x, sigma, options)
+            again = self._options is not None
+            try:
+                if again:  # a guidance node calls again with skipped layers, which the source has
+                    self._source = 1
+                    executor(model, [None, self._conditions], x, sigma, self._options)
+                    self._source = -1
+                    return executor(model, conds, x, sigma, options)
+                self._source, self._options = len(conds), options
+                *results, clean = executor(model, [*conds, self._conditions], x, sigma, options)
+            finally:
+                self._source = -1
+                if again:
+                    paired.control.captured.records.clear()
+            paired.control.captured.prediction = self._noise.predicted(x, clean, sigma)
+            return results
+
+        return joined
+
+    def _around(self) -> Callable[..., Any]:
+        def around(executor: Any, x: Any, *rest: Any, **more: Any) -> Any:
+            if not self._controls:
+                return executor(x, *rest, **more)
+            # of the host's (x, t, context, 2 of the family, transformer_options)
+            options = more["transformer_options"] if "transformer_options" in more else rest[4]
+            branches = options["cond_or_uncond"]
+            streams = [x] if isinstance(x, Tensor) else list(x)
+            self._grid = streams[0].shape[-2], streams[0].shape[-1]
+            if len(streams[0]) != len(branches):
+                clips = len(streams[0]) // len(branches)
+                raise ValueError(f"latent: has {clips} clips, but FateZero edits one at a time")
+            if self._paired is not None and self._source in branches:
+                streams = self._with_source(streams, branches.index(self._source))
+            self._replacement = self._replacements(options)
+            handles = [
+                getattr(block, name).register_forward_pre_hook(self._entering(i, kind), with_kwargs=True)
+                for i, block in enumerate(self._blocks)
+                for kind, name in self.attention.items()
+            ]
+            try:
+                return executor(streams[0] if isinstance(x, Tensor) else streams, *rest, **more)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        return around
+
+    def _with_source(self, streams: list[Tensor], row: int) -> list[Tensor]:
+        """The streams of a call with the source's latents in a row."""
+        assert self._paired is not None
+        own = unpacked_parts(self._noise.to_host(self._paired.latents), [(1, *part.shape[1:]) for part in streams])
+        streams = [part.clone() for part in streams]
+        for part, values in zip(streams, own, strict=True):
+            part[row] = values[0].to(part)
+        return streams
+
+    def _replacements(self, options: dict[str, Any]) -> Callable[[AttentionSite], Any]:
+        """Other nodes' replacements of attention layers in a call."""
+        blocks = options.get("patches_replace", {}).get("dit", {})
+
+        def replacing(site: AttentionSite) -> Any:
+            place = f"diffusion_model.{self.container}.{site.index}."
+            parts = [part for name, part in self.patcher.object_patches.items() if name.startswith(place)]
+            block = blocks.get(("double_block", site.index))
+            return next((part for part in [hook_below(block), *parts] if part is not None), None)
+
+        return replacing
+
+    def _block(self, index: int, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
+        """A block that runs its branches one after another."""
+
+        def block(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+            forward = extra["original_block"] if theirs is None else lambda own: theirs(own, extra)
+            if not self._controls:
+                return forward(args)
+            options = args["transformer_options"]
+            branches, roles = options["cond_or_uncond"], self._positive.roles(options)
+            order = sorted(range(len(branches)), key=lambda row: branches[row] != self._source)
+            done: list[Any] = [None] * len(branches)
+            for row in order:
+                of_row = {**options, "cond_or_uncond": [branches[row]], _BRANCH: roles[row]}
+                own = {name: self.row_of(value, row, len(branches)) for name, value in args.items()}
+                done[row] = forward({**own, "transformer_options": of_row})["img"]
+            return {"img": _stacked(done)}
+
+        block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
+        return block
+
+    # --- attention ----------------------------------------------------------------------
+
+    def _entering(self, index: int, kind: Kind) -> Callable[..., Any]:
+        """A hook of an attention module that passes it our override for this call."""
+
+        def entering(module: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+            options = named.get("transformer_options") or {}
+            if _BRANCH not in options:
+                return None
+            override = self._override(f"block.{index}.{kind}", options[_BRANCH], options)
+            return args, {**named, "transformer_options": {**options, OVERRIDE: override}}
+
+        return entering
+
+    def _override(self, name: str, branch: int, options: dict[str, Any]) -> Callable[..., Tensor]:
+        """The attention of a layer on a branch. options: the module's, with the override of another node."""
+        theirs, taken = options.get(OVERRIDE), False
+
+        def override(
+            func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: Any, **more: Any
+        ) -> Tensor:
+            nonlocal taken
+            kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
+            more = {**more, "transformer_options": options}
+            control = self._control(branch)[0]
+            if taken or control.is_plain:  # other packs' own, or attention as the model has it
+                self._mark_run(name, branch == 0)
+                return kernel(q, k, v, heads, *rest, **more)
+            taken = True
+            more = {name: value for name, value in more.items() if name not in ("skip_reshape", "skip_output_reshape")}
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                k, v = (t.expand(len(q), -1, -1, -1) for t in (k, v))
+                q, k, v = (t.contiguous() for t in (q, k, v))
+                return kernel(q, k, v, heads, *rest, **more, skip_reshape=True, skip_output_reshape=True)
+
+            return self._attend(name, branch, (q, k, v), heads, attend, theirs)
+
+        return override
+
+    def _attend(
+        self,
+        name: str,
+        branch: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        heads: int,
+        attend: Callable[..., Tensor],
+        override: Any,
+    ) -> Tensor:
+        """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel."""
+        q, k, v = qkv
+        site = self.sites(*self._grid)[name]
+        frames, rest = divmod(q.shape[1], site.tokens)
+        control, text_tokens = self._control(branch)
+        if rest or frames != len(control.chunk.frame_indices):
+            raise ValueError(
+                f"{site.name} has {q.shape[1]} tokens where {len(control.chunk.frame_indices)} frames of "
+                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
+            )
+        control.attend = attend
+        q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
+        if site.kind == "cross":
+            k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
+        else:
+            k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
+        self._check_kernel(control, q4, k4, v4, site, override)
+        output = control.layer(q4, k4, v4, site)
+        if self._paired is not None and branch == 0 and self._source >= 0:
+            self._paired.control.forget(site.name)
+        self._mark_run(name, branch == 0)
+        return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
+
+    def _control(self, branch: int) -> tuple[Control, int | None]:
+        """The control of a branch and its text tokens; branches of guidance nodes use the negative's."""
+        if self._paired is not None and branch == self._source:
+            return self._paired.control, self._paired.condition.text_tokens
+        return self._controls.get(branch) or self._controls[1]
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    """The outputs of a block for single branches as one batch; each is a tensor, or one for each stream."""
+    if len(rows) == 1:
+        return rows[0]
+    if isinstance(rows[0], Tensor):
+        return torch.cat(list(rows))
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
