@@ -218,7 +218,7 @@ class Control:
         return self.joint_attention(q, k, v, site) if site.kind == "joint" else self.cross_attention(q, k, v, site)
 
     def on_grid(self, x: Tensor, site: AttentionSite) -> Tensor:
-        """Values of the branch's tokens on all tokens of its frames, (f t c), with 0 for those that it does not have."""
+        """Values of the branch's tokens on all tokens of its frames, (f t c); 0 for those that it does not have."""
         if self.rows is None:
             return x
         frames = len(self.chunk.frame_indices)

@@ -6,68 +6,24 @@ Alignment and reweighting follow Prompt-to-Prompt (arXiv 2208.01626, Sec. 3), on
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..imports import torch
 from ..settings import setting, shown
+from .columns import ClipColumns, SentenceColumns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 75
-"""Content tokens per block of 77; longer prompts repeat start, 75 tokens, end."""
-
 Mode = Literal["refine", "replace"]
-
-
-class ClipColumns:
-    """Columns of tokens in CLIP's embeddings: blocks of a start token, 75 tokens and an end token."""
-
-    def of(self, token: int) -> int:
-        """The column of a content token."""
-        return token // BLOCK * (BLOCK + 2) + token % BLOCK + 1
-
-    def end(self, content: int) -> int:
-        """The column of the end token after `content` tokens."""
-        blocks = max(1, -(-content // BLOCK))
-        return (blocks - 1) * (BLOCK + 2) + content - (blocks - 1) * BLOCK + 1
-
-    def wordless(self, content: int, text_tokens: int) -> list[int]:
-        """Columns that stand for no word: the start tokens."""
-        return list(range(0, text_tokens, BLOCK + 2))
-
-    def pad(self, matrix: Tensor, source: int, target: int) -> None:
-        """Align the columns without words, given the prompts' numbers of content tokens.
-
-        Start and end tokens of each block map to each other, padding to the same column.
-        """
-        words = {self.of(token) for token in range(target)}
-        for j in range(min(matrix.shape)):
-            if j not in words and j != self.end(target):
-                matrix[j, j] = 1.0
-
-
-class SentenceColumns(ClipColumns):
-    """Columns of tokens in T5's embeddings: content from the first column, one end token, identical padding."""
-
-    def of(self, token: int) -> int:
-        return token
-
-    def end(self, content: int) -> int:
-        return content
-
-    def wordless(self, content: int, text_tokens: int) -> list[int]:
-        return list(range(content + 1, text_tokens))
-
-    def pad(self, matrix: Tensor, source: int, target: int) -> None:
-        """Spread the source's padding evenly over the target's: only its sum matters."""
-        padding = matrix[source + 1 :, target + 1 :]
-        if padding.numel():
-            padding[:] = 1 / padding.shape[1]
+MIXED = "this model's text connector mixes words, so that attention to one cannot be found"
+"""Why words of a text have no columns."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +120,12 @@ class PromptEdit:
 
     @property
     def columns(self) -> ClipColumns:
-        """The columns of tokens in the encoder's output: CLIP's if the tokenizer has a start token or defines none."""
+        """The columns of tokens in the encoder's output: the tokenizer's own, else CLIP's if it has a start token or
+        defines none.
+        """
+        own: ClipColumns | None = getattr(self.tokenizer, "columns", None)
+        if own is not None:
+            return own
         clip = getattr(self.tokenizer, "bos_token_id", 0) is not None
         return ClipColumns() if clip else SentenceColumns()
 
@@ -177,10 +138,15 @@ class PromptEdit:
         return self.columns.wordless(self.content(prompt), text_tokens)
 
     def word_tokens(self, prompt: str) -> list[list[int]]:
-        """The token ids of every word of a prompt, without start and end."""
-        words = [list(self.tokenizer(word, add_special_tokens=False).input_ids) for word in prompt.split()]
-        whole = list(self.tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
+        """The token ids of every word of a prompt, without start and end.
+
+        A word that has other tokens on its own, such as Gemma's without a space, is what its prompt gains by it.
+        """
+        words, whole = [self._encoded(word) for word in prompt.split()], self._encoded(prompt)
         if [token for word in words for token in word] != whole:
+            starts = [self._encoded(prompt[: found.end()]) for found in re.finditer(r"\S+", prompt)]
+            if starts[-1:] == [whole] and all(whole[: len(start)] == start for start in starts):
+                return [whole[a:b] for a, b in pairwise([0, *map(len, starts)])]
             raise ValueError(
                 f"this tokenizer's tokens cross word boundaries in {shown(prompt)}: use one that splits at spaces, "
                 "such as CLIP's or T5's"
@@ -188,7 +154,12 @@ class PromptEdit:
         return words
 
     def token_indices(self, prompt: str, word: str, text_tokens: int, what: str = "word") -> list[int]:
-        """The columns of all occurrences of a word or phrase in embeddings of `text_tokens`."""
+        """The columns of all occurrences of a word or phrase in embeddings of `text_tokens`.
+
+        Raises ValueError for a text whose columns do not stand for words.
+        """
+        if not self.columns.words:
+            raise ValueError(f"{what}: {shown(word)}: {MIXED}: use an edit mask")
         spans = _spans(self.word_tokens(prompt))
         found = []
         for start, length in places_of(prompt, word, what):
@@ -200,8 +171,10 @@ class PromptEdit:
         return found
 
     def columns_of_words(self, prompt: str, text_tokens: int) -> dict[str, list[int]]:
-        """The columns of each word of a prompt, without those beyond `text_tokens`."""
+        """The columns of each word of a prompt, without those beyond `text_tokens`; none if columns are not words."""
         found: dict[str, list[int]] = {}
+        if not self.columns.words:
+            return found
         for word, (first, last) in self._words(prompt):
             own = [column for column in map(self.columns.of, range(first, last)) if column < text_tokens]
             found.setdefault(word, []).extend(own)
@@ -285,8 +258,11 @@ class PromptEdit:
 
     def _tokens_of(self, text: str, tokens: list[int], otherwise: int) -> int:
         """The number of tokens of a word's beginning; `otherwise` if it is tokenized differently within the word."""
-        part = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return len(part) if tokens[: len(part)] == part else otherwise
+        parts = self._encoded(text), self._encoded(f" {text}")
+        return next((len(part) for part in parts if tokens[: len(part)] == part), otherwise)
+
+    def _encoded(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False).input_ids)
 
     def describe(self) -> str:
         """The alignment as text, one line per target word."""

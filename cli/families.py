@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..attention.prompt import MIXED
 from ..diffusion.parts import check_needs_unet
 from ..video.read import open_video
-from .config.settings import ConfigError, EditConfig, GenerateConfig, of_setting
+from .config.settings import AUTO, ConfigError, EditConfig, GenerateConfig, of_setting
 
 if TYPE_CHECKING:
     from ..hosts.diffusers.model import Model
+    from ..models.family import Family
 
 WORKS = "use --preset flow_edit, flow_mask or wan_edit, with --edit-mask for what may change"
 
@@ -30,21 +32,30 @@ def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
     _check_control(configs[0], loader)
     for config in configs:
         _check_first_frame(config, loader)
+    for config in configs:
+        _check_parts(config, loader.family)
     if loader.family.attention:
         return
-    for config in configs:
-        _check_no_layout(config)
-        recipe = config.planned_recipe()
-        if recipe.injection is not None and recipe.injection.needs_attention:
-            raise ConfigError(
-                f"injection {config.injection} needs control of the attention, which works with Stable Diffusion and "
-                f"Wan text-to-video, not with {loader.family.title}: {WORKS}"
-            )
-        recipe.check(loader.family.spans_clip, None)
     if stored:
         _check_has_frames(loader, "store")
     elif configs[0].noise == "inverted":
         _check_memory(configs[0], loader)
+
+
+def _check_parts(config: EditConfig, family: Family) -> None:
+    """Raise ConfigError or ValueError for parts of an edit that a family does not support."""
+    recipe = config.planned_recipe()
+    if not family.words:
+        recipe.refuse_words()
+    if not family.attention and recipe.injection is not None and recipe.injection.needs_attention:
+        raise ConfigError(
+            f"injection {config.injection} needs control of the attention, which works with Stable Diffusion, Wan "
+            f"text-to-video and LTX-2, not with {family.title}: {WORKS}"
+        )
+    if family.spans_clip:
+        _check_no_layout(config)
+        if config.source != AUTO:
+            recipe.check(True, config.prompt_edit(None))
 
 
 def check_inversion(config: EditConfig) -> None:
@@ -64,6 +75,8 @@ def check_generation(config: GenerateConfig, maps: bool) -> None:
         _check_no_layout(config)
         if maps:
             raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
+    if maps and not loader.family.words:
+        raise ConfigError(f"maps: {MIXED}")
 
 
 def check_guidance(model: Model, config: EditConfig | GenerateConfig) -> None:

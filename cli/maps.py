@@ -85,7 +85,7 @@ def write_recorded(
     """Write an edit's maps, and note what is left out. source: the clip's frames, uint8 (height, width, 3)."""
     write_maps(folder, maps, torch.stack([frame.cpu() for frame in source]), torch.stack(edited.frames), fps)
     if not maps.heats()["target"]:
-        session.note("maps: no heat maps, because FateZero does not control the attention of this model")
+        session.note("maps: no heat maps, because attention to words is not available on this model")
     if not maps.masks():
         session.note("maps: no masks, because this edit uses none (preset shape does)")
     session.say(f"heat maps and slices written to {folder}")

@@ -83,7 +83,7 @@ class KVEditSettings(BaseInjection):
 
 
 class KVEdit(Injected):
-    """KV-Edit with all tokens. It acts on the target's branch only: a transformer's negative runs without its source."""
+    """KV-Edit with all tokens. A transformer's negative branch runs without its source."""
 
     def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
         super().__init__(edit, context)

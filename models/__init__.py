@@ -1,8 +1,10 @@
 """Facts of model families that hold in every host, one file per family."""
 
+from .ltx import LTX2
 from .unet import UNET
 from .wan import WAN
 
-FAMILIES = (UNET, WAN)
-DEMOS = tuple(family.demo for family in FAMILIES)
+FAMILIES = (UNET, WAN, LTX2)
+"""Those whose attention can be controlled."""
+DEMOS = tuple(family.demo for family in FAMILIES if family.demo)
 """The names of the bundled models."""

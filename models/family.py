@@ -16,8 +16,9 @@ class Family:
     epsilon, v or the sample, "flow" if it predicts a velocity. spans_clip: every frame of a call attends to all frames
     of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has GroupNorms, whose
     statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
-    attention: whether its attention can be controlled. subset_patch: the side of a token in latents, if a branch can
-    have some tokens only (`Control.rows`); else 0. trained_frames: see `Denoiser.trained_frames`.
+    attention: whether its attention can be controlled. words: whether text columns stand for words, as masks of words,
+    reweighting and heat maps need. subset_patch: the side of a token in latents, if a branch can have some tokens only
+    (`Control.rows`); else 0. trained_frames: see `Denoiser.trained_frames`.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Family:
     demo: str
     demo_folder: Path
     attention: bool = True
+    words: bool = True
     subset_patch: int = 0
     trained_frames: int | None = None
 

@@ -21,6 +21,5 @@ FLOW = Family(
 )
 WAN_I2V = replace(FLOW, title="Wan image-to-video", network="video transformer", trained_frames=WAN.trained_frames)
 WAN_VACE = replace(WAN_I2V, title="Wan VACE")
-LTX2 = replace(FLOW, title="LTX-2", network="video transformer")
 QWEN_IMAGE = replace(FLOW, title="Qwen-Image", network="picture transformer")
 FLUX = replace(FLOW, title="Flux", network="picture transformer")

@@ -8,7 +8,8 @@ from typing import Any
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from comfy_api.latest import io, ui
 
-from ..attention.prompt import BLOCK, PromptEdit
+from ..attention.columns import BLOCK
+from ..attention.prompt import PromptEdit
 from ..hosts.comfyui.families import TEXT_ENCODERS, tokenizer_of
 from ..recipes.recipe import blend_words
 from ..settings import numbers_of_words
@@ -75,13 +76,14 @@ class FateZeroPromptEdit(io.ComfyNode):
         for name, text in words.items():
             if not text:
                 raise ValueError(f"{name}: is empty: describe the {'video' if name == 'source' else 'edit'}")
-        blend = blend_words(
-            words["source"], words["target"], tuple(words_in(blend_source)), tuple(words_in(blend_target))
-        )
         tokenizer = tokenizer_of(clip)
-        pair = PromptEdit(words["source"], words["target"], tokenizer)
-        for given, name in zip(blend, words, strict=True):
-            for word in given:
+        pair, given = (
+            PromptEdit(words["source"], words["target"], tokenizer),
+            map(words_in, (blend_source, blend_target)),
+        )
+        blend = blend_words(pair, *map(tuple, given))
+        for own, name in zip(blend, words, strict=True):
+            for word in own:
                 pair.token_indices(words[name], word, maxsize, f"blend_{name}")  # raises ValueError for unknown words
         prompt = PromptEdit(
             words["source"], words["target"], tokenizer, mode,  # type: ignore[arg-type]
@@ -126,9 +128,8 @@ def unweighted(prompt: str) -> str:
 def _check_layout(tokens: dict[str, Any], pair: PromptEdit, words: str, name: str) -> None:
     """Raise ValueError if the host's tokens are not where the alignment expects them."""
     expected = [token for word in pair.word_tokens(words) for token in word]
-    first = pair.columns.of(0)
     for rows in tokens.values():
-        content = [row[first : BLOCK + first] if first else row for row in rows]
+        content = [pair.columns.content(row, len(expected)) for row in rows]
         found = [item[0] for row in content for item in row][: len(expected)]
         if any(not isinstance(token, int) for token in found) or found != expected:
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..attention.masks import GivenMask
-from ..attention.prompt import Mode, PromptEdit, changed_words
+from ..attention.prompt import MIXED, Mode, PromptEdit, changed_words
 from ..diffusion.denoiser import refuse_clip_norm
 from ..diffusion.parts import Edit, Injection, Layouts, Propagation, Start, check_parts
 from ..diffusion.start import INVERTED
@@ -98,9 +98,11 @@ class Recipe:
         if not isinstance(fusion, FusionSettings):
             return None
         fusion.check_words(self.target)
-        blend = None
+        blend, pair = None, PromptEdit(self.source, self.target, tokenizer)
+        if not pair.columns.words:
+            self.refuse_words(in_area)
         if fusion.blends and not in_area and not (self.mask is not None and self.mask.replaces):
-            blend = blend_words(self.source, self.target, self.blend_source, self.blend_target)
+            blend = blend_words(pair, self.blend_source, self.blend_target)
             if fusion.masks_by_prompts:
                 blend = blend if any(blend) else None
             elif not blend[0]:
@@ -109,6 +111,22 @@ class Recipe:
                     f"({shown(self.source)} / {shown(self.target)})"
                 )
         return PromptEdit(self.source, self.target, tokenizer, self.mode, blend, dict(self.reweight))
+
+    def refuse_words(self, in_area: bool = False) -> None:
+        """Raise ValueError for settings of single words, for a model whose text columns do not stand for words."""
+        fusion = self.injection
+        if not isinstance(fusion, FusionSettings):
+            return
+        by_words = fusion.masks_by_step and not in_area and not (self.mask is not None and self.mask.replaces)
+        given = {
+            "blend_source": self.blend_source,
+            "blend_target": self.blend_target,
+            "reweight": self.reweight,
+            "cross_replace_words": fusion.cross_replace_words,
+        }
+        if by_words or any(given.values()):
+            name = next((name for name, words in given.items() if words), "mask_from attention")
+            raise ValueError(f"{name}: {MIXED}: use an edit mask (--edit-mask), or mask_from prompts")
 
     def edit(self, target: Text, negative: Text | None, prompt: PromptEdit | None) -> Edit:
         """The arguments of `edit_many`, for encoded prompts."""
@@ -144,9 +162,9 @@ def _part(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def blend_words(
-    source: str, target: str, blend_source: tuple[str, ...] = (), blend_target: tuple[str, ...] = ()
+    pair: PromptEdit, blend_source: tuple[str, ...] = (), blend_target: tuple[str, ...] = ()
 ) -> tuple[list[str], list[str]]:
-    """The words of the blend mask: those given, else the words that change between the prompts."""
-    changed = changed_words(source, target)
+    """The words of the blend mask: those given, else the words that change between the prompts if they have columns."""
+    changed = changed_words(pair.source, pair.target) if pair.columns.words else ([], [])
     of_target = () if blend_target == NO_WORDS else blend_target or changed[1]
     return list(blend_source or changed[0]), list(of_target)

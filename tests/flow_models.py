@@ -102,8 +102,15 @@ def write_qwen_image(folder, seed=0):
     return folder
 
 
-def write_ltx2(folder, seed=0):
-    """A random LTX-2 pipeline, including its sound parts."""
+LTX23 = {
+    "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True,
+    "rope_type": "split", "perturbed_attn": True,
+}  # fmt: skip
+"""What LTX-2.3's transformer has more than LTX-2's."""
+
+
+def write_ltx2(folder, seed=0, **options):
+    """A random LTX-2 pipeline, including its sound parts. options: of the transformer."""
     torch.manual_seed(seed)
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *map(chr, range(33, 127))]
     tokenizer = GemmaTokenizer({letter: i for i, letter in enumerate(letters)}, [], model_max_length=1024)
@@ -134,7 +141,7 @@ def write_ltx2(folder, seed=0):
         transformer=LTX2VideoTransformer3DModel(
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
             audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=6,
-            audio_cross_attention_dim=12, num_layers=2, caption_channels=16,
+            audio_cross_attention_dim=12, num_layers=2, caption_channels=16, **options,
         ),
         vocoder=LTX2Vocoder(in_channels=8, hidden_channels=16, upsample_kernel_sizes=[2], upsample_factors=[2],
                             resnet_kernel_sizes=[3], resnet_dilations=[[1]]),

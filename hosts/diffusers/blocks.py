@@ -85,7 +85,22 @@ class BlockDenoiser(HookedDenoiser):
 
     def schedule(self, steps: int) -> FlowSchedule:
         """Raises ValueError for a number of steps that the scheduler does not support."""
-        return flow_schedule(self.scheduler, steps)
+        return flow_schedule(self.scheduler, steps, self.tokens)
+
+    @property
+    def tokens(self) -> int | None:
+        """The tokens of a call, by which the schedule is shifted; None for a schedule that is not."""
+        return None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the current row's attention is the network's own."""
+        return self._rows[self._row].is_plain
+
+    @property
+    def all_plain(self) -> bool:
+        """Whether that of all rows is."""
+        return all(control.is_plain for control in self._rows)
 
     @property
     def attention(self) -> list[tuple[str, Any]]:

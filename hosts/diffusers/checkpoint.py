@@ -17,8 +17,8 @@ import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor
 
+from ...attention.columns import BLOCK
 from ...attention.condition import Condition
-from ...attention.prompt import BLOCK
 from ...files.lora import Timesteps, few_steps_of
 from ...files.temporal_layers import load_temporal_layers
 from ...files.whole import whole_file
