@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ..attention.masks import GivenMask
 from ..diffusion.denoiser import Denoiser, frames_meet, keys_on
 from ..diffusion.invert import levels_among, recomputed
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
+from ..recipes.recipe import Recipe
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.records import MEMORIES
 from ..store.store import AttentionStore
@@ -63,8 +65,9 @@ def plan(
     settings: StoreSettings,
     edits: bool,
     store: AttentionStore | None = None,
+    masks: Sequence[GivenMask | None] = (),
 ) -> str:
-    """The plan of a run, in a few lines. store: a store from a file, instead of an inversion."""
+    """The plan of a run, in a few lines. store: a store from a file, instead of an inversion. masks: of the edits."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
     schedule = config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those it cannot take
@@ -102,7 +105,12 @@ def plan(
         kept = store.kept_steps
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
-    counted, calls = _calls(configs, kept, inverts, edits, frames, denoiser)
+    memory = store.memory if store else chosen.memory if chosen else "recompute"
+    more = {"kept_steps": kept, "memory": memory, "grid": denoiser.subset_grid(height, width)}
+    recipes = [config.planned_recipe() for config in configs]
+    if masks:
+        recipes = [replace(recipe, mask=mask) for recipe, mask in zip(recipes, masks, strict=True)]
+    counted, calls = _calls(configs, recipes, inverts, edits, denoiser, frames=frames, **more)
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
     at_once = min(chunk or frames, frames)
     seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
@@ -117,14 +125,15 @@ def plan(
 
 
 def _calls(
-    configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, denoiser: Denoiser
+    configs: list[EditConfig], recipes: list[Recipe], inverts: bool, edits: bool, denoiser: Denoiser, **more: Any
 ) -> tuple[str, float]:
-    """The calls of the model on the clip: in words, and their total, with a call with gradients as four."""
-    recipes = [config.planned_recipe() for config in configs]
+    """The calls of the model on the clip: in words, and their total, with a call with gradients as four. more: see
+    `Recipe.calls`.
+    """
     if denoiser.embeds_guidance:  # one call instead of two
         recipes = [replace(recipe, guidance_scale=1.0) for recipe in recipes]
     counted = [
-        recipe.calls(config.steps, kept_steps, frames, denoiser.spans_clip)
+        recipe.calls(config.steps, spans_clip=denoiser.spans_clip, **more)
         for recipe, config in zip(recipes, configs, strict=True)
     ]
     source = max(calls.source for calls in counted)

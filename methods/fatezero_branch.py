@@ -114,7 +114,7 @@ class Fuser(SourceControl):
     def _blended_by_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, site: AttentionSite) -> Tensor:
         """`_blended` where all tokens of the clip attend to each other; computes only rows with a weight above 0."""
         m, v = rearrange(mask, "f y x -> (f y x)").to(q), as_one(v)
-        record = self.source.records[site.name]
+        record = self.source.of_queries(site)
         if isinstance(record, Map):
             source = rearrange(record.probabilities.to(v), "f h t n -> 1 h (f t) n") @ v
             own = self.attend(as_one(q), as_one(k), v)

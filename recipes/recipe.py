@@ -144,9 +144,9 @@ class Recipe:
             refuse_clip_norm(bool(self.clip_norm))
         check_parts(self.edit(None, None, prompt), spans_clip, self.start)
 
-    def calls(self, steps: int, kept_steps: int = 0, frames: int = 1, spans_clip: bool = False) -> Calls:
+    def calls(self, steps: int, kept_steps: int = 0, frames: int = 1, spans_clip: bool = False, **more: Any) -> Calls:
         """The number of model calls, see `calls_of`."""
-        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start)
+        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start, **more)
 
 
 def _part(name: str, values: Mapping[str, Any]) -> Any:

@@ -116,6 +116,9 @@ class ComfyDenoiser:
     def pairs(self) -> bool:
         return self._edited.hooked.pairs
 
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        return None
+
     @property
     def embeds_guidance(self) -> bool:
         return False  # it is part of the host's conditioning

@@ -291,7 +291,7 @@ def windows(graph):
             lambda graph: graph.set(
                 graph.edit, preset="kv_edit", mask=graph.add("SolidMask", value=1.0, width=32, height=32)[0]
             ),
-            "KV-Edit needs layers of self-attention",
+            "KV-Edit needs self-attention layers",
         ),
     ],
 )
