@@ -149,7 +149,7 @@ class HookedH3(Hook):
                 own, streams = others
                 options = own["transformer_options"]
                 override = self._override(index, role, beside, streams, options)
-                options = {**options, OVERRIDE: override}
+                options = {**options, OVERRIDE: override, "block_index": index}  # which newer hosts count
                 output: Tensor = forward({**own, "img": rows, "transformer_options": options})["img"]
                 return output
 

@@ -16,6 +16,7 @@ from fatezero.diffusion.source import source_heats
 from fatezero.hosts.diffusers.h3 import JointDenoiser
 from fatezero.hosts.diffusers.memory import LiveBytes
 from fatezero.methods.fatezero_branch import Fuser, StepPlan
+from fatezero.methods.kv_edit import KVEditSettings
 from fatezero.models.h3 import places
 from fatezero.store.records import PairedBranch, Recorder, SourceStep
 from small import relative
@@ -228,6 +229,22 @@ def test_a_mask_of_both_prompts(denoiser, inversion):
     assert relative(found, again) > 1e-3
     by_attention = FusionSettings(0.0, 1.0, blend_self_attention=True, blend_threshold=0.9)
     assert relative(edit(denoiser, inversion, *texts, 2.0, words, by_attention), again) > 1e-3
+
+
+def test_kv_edit_takes_the_keys_and_values_outside_the_mask(denoiser, inversion, latents):
+    """A mask of ones keeps the edit's own; under one of zeros the clip returns."""
+    texts, mask = (random_text(3, 7), random_text(4, 5)), torch.zeros(1, 8, 6)
+    none = edit(denoiser, inversion, *texts, 2.0)
+    by_mask = []
+    for filled in (1.0, 0.0, torch.tensor([0.0, 0, 0, 1, 1, 1])):
+        mask[:] = filled
+        by_mask.append(edit(denoiser, inversion, *texts, 2.0, None, KVEditSettings(), mask=GivenMask(mask.clone())))
+    assert relative(by_mask[0], none) < 1e-12
+    (video, _), (before, _) = denoiser.unpacked(by_mask[2]), denoiser.unpacked(latents)
+    assert torch.equal(video[..., :3], before[..., :3])
+    plain = edit(denoiser, inversion, *texts, 2.0, mask=GivenMask(mask))
+    assert relative(by_mask[2], plain) > 1e-3, "keys and values differ from those of a mask of latents"
+    assert torch.equal(denoiser.unpacked(by_mask[1])[0], before)
 
 
 def test_words_have_the_weights_of_the_videos_rows(denoiser, inversion, monkeypatch):
