@@ -30,6 +30,8 @@ try:
 except ImportError:  # older hosts
     MiniMaxH3Model = PackedLayout = None
 
+PREFETCH = "prefetch_dynamic_vbars"
+"""The transformer option for loading the weights of blocks ahead."""
 LAYOUT = "minimax_h3_layout"
 """The transformer option with the rows of a call's streams, in newer hosts."""
 
@@ -126,6 +128,8 @@ class HookedH3(Hook):
                 if layout is None or layout.signature != size:
                     layout = PackedLayout(*size, keyframes=payload.get("keyframes"), refs=payload.get("refs"))
                 self._streams = _streams_of(layout)
+            if not self._beside.runs:  # blocks do not compute, and need no weights
+                options = {**options, PREFETCH: False}
             return executor(x, timestep, context, options, *rest, **more)
 
         return around
@@ -146,7 +150,7 @@ class HookedH3(Hook):
                 own, streams = others
                 options = own["transformer_options"]
                 override = self._override(index, role, beside, streams, options)
-                options = {**options, OVERRIDE: override}
+                options = {**options, OVERRIDE: override, "block_index": index}  # which newer hosts count
                 output: Tensor = forward({**own, "img": rows, "transformer_options": options})["img"]
                 return output
 

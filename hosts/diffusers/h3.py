@@ -205,7 +205,8 @@ class JointDenoiser(HookedDenoiser):
     def _called(self, branch: Branch, timestep: float, *beside: _Call) -> Tensor:
         """The velocity of a branch, the negative of the transformer's output; the sound's on the video's schedule."""
         latents, condition, control = branch
-        (video, carried), sigma = self._streams(latents.double()), max(timestep / STEPS_SCALE, 1e-6)
+        wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        (video, carried), sigma = self._streams(wide), max(timestep / STEPS_SCALE, 1e-6)
         of_sound = float(sound_sigma(torch.tensor(sigma, dtype=torch.float64), *self.shifts))
         sound = carried * (of_sound / sigma)
         device, patch = latents.device, dict(zip("lda", self._patch, strict=True))

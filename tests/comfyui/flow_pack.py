@@ -3,6 +3,7 @@
 The host loads this file as a pack of its own, independent of the tests.
 """
 
+import gc
 import zlib
 from types import SimpleNamespace
 
@@ -406,6 +407,23 @@ class JointBlock(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+@node("JointRecords", [io.Model.Input("model")], [io.Model.Output()])
+class JointRecords(io.ComfyNode):
+    """Fails where the queries and keys of more than one layer exist when a block begins."""
+
+    @classmethod
+    def execute(cls, model):
+        def block(args, extra):
+            records = [type(one).__name__ for one in gc.get_objects() if type(one).__name__ == "QueriesKeys"]
+            assert len(records) <= 1, records
+            return extra["original_block"](args)
+
+        patched = model.clone()
+        patched.set_model_patch_replace(block, "dit", "double_block", 1)
+        patched.set_model_patch_replace(block, "dit", "double_block", 2)
+        return io.NodeOutput(patched)
+
+
 @node("JointLatent", [io.Int.Input("seed"), io.String.Input("video"), io.Int.Input("sound")], [io.Latent.Output()])
 class JointLatent(io.ComfyNode):
     """Random latents of a video, by its shape, and of a sound."""
@@ -418,7 +436,7 @@ class JointLatent(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        joint = [JointModel, JointReferences, JointBlock, JointLatent]
+        joint = [JointModel, JointReferences, JointBlock, JointRecords, JointLatent]
         return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 

@@ -259,7 +259,29 @@ def test_other_weights_of_the_edit_do_not_change_the_source(host, graph, plain, 
     assert relative(by_host(host, graph), plain) < 1e-5, "equal weights of another file"
 
 
-def test_skip_layer_guidance_and_rescaled_guidance_run(host, graph, plain):
+def test_the_source_is_kept_for_one_block(host, graph, plain):
+    """Its queries and keys exist from its own run of a block to the edit's."""
+    graph.both(graph.add("JointRecords", model=graph.model[0])[0])
+    assert relative(by_host(host, graph), plain) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["OtherLowVram", "OtherSeparateCalls"])
+def test_offloaded_weights_and_separate_calls(host, graph, plain, kind):
+    graph.both(graph.add(kind, model=graph.model[0])[0])
+    assert relative(by_host(host, graph), plain) < 1e-5
+
+
+def test_kv_edit(host, graph, plain):
+    half = graph.add("SolidMask", value=1.0, width=32, height=32)
+    none = graph.add("SolidMask", value=0.0, width=16, height=32)
+    mask = graph.add("MaskComposite", destination=half[0], source=none[0], x=0, y=0, operation="multiply")
+    graph.set(graph.edit, preset="kv_edit", mask=mask[0])
+    found, before = streams(host, graph, graph.edit[0])[0], streams(host, graph, graph.latent[0])[0]
+    assert torch.equal(found[..., :3], before[..., :3])
+    assert relative(found[..., 3:], before[..., 3:]) > 1e-2
+
+
+def test_guidance_functions_of_other_nodes_run(host, graph, plain):
     graph.set(graph.edit, model=graph.add("RescaleCFG", model=graph.model[0], multiplier=0.7)[0])
     assert relative(by_host(host, graph), plain) > 1e-4
 
@@ -287,12 +309,6 @@ def windows(graph):
         (lambda graph: graph.set(graph.invert, memory="queries_keys"), "memory is queries_keys.*joint"),
         (lambda graph: graph.set(graph.edit, preset="pnp"), "Plug-and-Play needs a UNet"),
         (lambda graph: graph.set(graph.words, reweight="striped=2"), "reweight needs cross-attention"),
-        (
-            lambda graph: graph.set(
-                graph.edit, preset="kv_edit", mask=graph.add("SolidMask", value=1.0, width=32, height=32)[0]
-            ),
-            "KV-Edit needs self-attention layers",
-        ),
     ],
 )
 def test_what_is_refused(host, graph, part, error):
