@@ -24,7 +24,7 @@ from ...store.streams import KEEPS_SOUND
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
-from .latents import mask_of_frames, mask_of_latents, packed, streams, unpacked, zeros_like
+from .latents import mask_of_frames, mask_of_latents, packed, shapes_of, streams, unpacked, zeros_like
 from .noise import FlowNoise, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
@@ -99,8 +99,11 @@ class EditGuider(LoopGuider):
 
     def _start_of_host(self, sampler: Any, latent_image: Any, sigmas: Tensor) -> tuple[Any, Any, Tensor]:
         """The noise, LATENT and sigmas for a sampler of the host."""
-        noisy = noise_of(self.model_patcher)
-        return *noisy.initial(self.model_patcher.model, latent_image, sigmas[0]), sigmas
+        model, shapes = self.model_patcher.model, shapes_of(latent_image)
+        model.latent_shapes = shapes  # which models that scale their sound read
+        parts = noise_of(self.model_patcher).initial(model, packed(latent_image), sigmas[0])
+        noise, latents = (unpacked(part, shapes) for part in parts)
+        return noise, latents, sigmas
 
     def inside(self, edit: Edit, mask: Any) -> Edit:
         """An edit that changes the clip only inside the noise mask of its LATENT."""

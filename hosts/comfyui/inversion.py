@@ -236,9 +236,9 @@ def plan_in_host(
     with_sound = latents.shape[:3] == (1, 1, 1)  # packed
     if settings.memory == "auto" and (windowing(model.wrappers) or with_sound):
         settings = replace(settings, memory="recompute")  # the only one for context windows, and for several streams
-    if with_sound and settings.memory != "recompute":
-        raise ValueError(f"memory: is {settings.memory}, but a clip with sound needs recompute")
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
+    if with_sound and settings.memory != "recompute" and any(site.kind == "self" for site in sites):
+        raise ValueError(f"memory: is {settings.memory}, but a clip with sound needs recompute")
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     shape = tuple(latents.shape)
     demand = Demand(sites, shape, 4, steps, key_frames, dtype, source.text_tokens, source.nbytes, in_parts)

@@ -178,9 +178,20 @@ class LTXLatent(io.ComfyNode):
         return io.NodeOutput({"samples": NestedTensor(parts) if sound else video})
 
 
+@node("LTXKeyframes", [io.Conditioning.Input("conditioning")], [io.Conditioning.Output()])
+class LTXKeyframes(io.ComfyNode):
+    """A prompt with the places of one guide's tokens, as of LTXV Add Guide."""
+
+    @classmethod
+    def execute(cls, conditioning):
+        return io.NodeOutput(
+            [[text, {**more, "keyframe_idxs": torch.zeros(1, 3, 6, 2)}] for text, more in conditioning]
+        )
+
+
 class LTX(ComfyExtension):
     async def get_node_list(self):
-        return [] if NestedTensor is None else [LTXModel, LTXFolder, LTXLatent]
+        return [] if NestedTensor is None else [LTXModel, LTXFolder, LTXLatent, LTXKeyframes]
 
 
 async def comfy_entrypoint():
