@@ -24,7 +24,7 @@ from ..attention.key_frames import as_one
 from ..attention.masks import GivenMask
 from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected, SourceControl
 from ..diffusion.source import Needs
-from ..imports import F
+from ..imports import F, torch
 from ..settings import setting, whole_steps
 from ..store.records import KeysValues, Memory, SourceStep
 from .method import Method
@@ -46,8 +46,8 @@ class KVEditSettings(BaseInjection):
     )  # fmt: skip
     tokens: Literal["inside", "all"] = setting(
         "inside",
-        "Tokens of the edit that a video transformer computes: those inside the edit mask, or all (slower; the negative "
-        "prompt then does not read the source). A UNet and an edit with FlowEdit compute all.",
+        "Tokens of the edit that a video transformer computes: those inside the edit mask, or all (slower; then the "
+        "negative prompt does not read the source). UNets, and edits with FlowEdit, compute all.",
         group=GROUP,
     )
     grow: int = setting(
@@ -66,8 +66,8 @@ class KVEditSettings(BaseInjection):
         inside = self.tokens == "inside" and context.subset_grid is not None and context.store.drawn is None
         return (InsideTokens if inside else KVEdit)(self, edit, context)
 
-    def reads_store(self, memory: Memory) -> bool:
-        return memory == "keys_values" and self.tokens == "inside"
+    def reads_store(self, memory: Memory, grid: tuple[int, int] | None) -> bool:
+        return memory == "keys_values" and self.tokens == "inside" and grid is not None
 
     def token_share(self, edit: Edit, frames: int, grid: tuple[int, int] | None) -> float:
         if grid is None or self.tokens == "all" or edit.mask is None:
@@ -121,8 +121,9 @@ class InsideTokens(KVEdit):
         self._tokens = tokens_inside(self.of_latents(self._mask), context.subset_grid, settings.grow)
 
     def reading(self, source: SourceStep, plain: Control) -> tuple[Control, Control]:
-        own = self._tokens[list(source.chunk.frame_indices)].flatten().nonzero()[:, 0]
-        return Inside(source, own), Inside(source, own)
+        frames = list(source.chunk.frame_indices)
+        tokens, clean = self._tokens[frames], self.store.level(0)[frames].to(self.context.latents_like)
+        return Inside(source, tokens, clean), Inside(source, tokens, clean)
 
 
 def tokens_inside(mask: Tensor, grid: tuple[int, int], grow: int) -> Tensor:
@@ -150,11 +151,20 @@ class Background(SourceControl):
 
 
 class Inside(SourceControl):
-    """The control of a branch that has some tokens only, with the source's keys and values for the others."""
+    """The control of a branch that has some tokens only, with the source's keys and values for the others.
 
-    def __init__(self, source: SourceStep, rows: Tensor) -> None:
+    tokens: (f y x), true for those. clean: the source's latents, (f c h w).
+    """
+
+    def __init__(self, source: SourceStep, tokens: Tensor, clean: Tensor) -> None:
         super().__init__(source)
-        self.rows = rows
+        self.tokens, self.clean = tokens, clean
+        self.rows = tokens.flatten().nonzero()[:, 0]
+
+    def completed(self, clean: Tensor) -> Tensor:
+        inside = F.interpolate(self.tokens[:, None].float(), scale_factor=-(-clean.shape[-1] // self.tokens.shape[-1]))
+        height, width = clean.shape[-2:]
+        return torch.where(inside[..., :height, :width] > 0, clean, self.clean.to(clean))
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record = self.source.record(site.name)
