@@ -226,9 +226,7 @@ class Control:
         return rearrange(whole, "1 (f t) c -> f t c", f=frames)
 
     def completed(self, clean: Tensor) -> Tensor:
-        """Predicted clean latents (f c y x), with others where the prediction is undefined: for guidance and previews of
-        a host.
-        """
+        """Predicted clean latents (f c y x), with others where the prediction is undefined, for a host's guidance nodes."""
         return clean
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:

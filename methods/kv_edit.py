@@ -1,7 +1,7 @@
 """KV-Edit (Zhu et al., 2025, arXiv 2502.17363): the background's keys and values are the source's.
 
-A video transformer computes the edit's tokens inside the edit mask m only. In self-attention they attend to the source's
-keys and values outside m:
+A video transformer computes the edit's tokens inside the edit mask m only. In self-attention they attend to the
+source's keys and values outside m:
     K = [K_edit inside, K_source outside],   V = [V_edit inside, V_source outside],
 and after every step the latents outside m are restored from the source. The new object fits into a background that does
 not change. The source's keys and values are those of the inversion's call at the step's timestep, as in the authors'
@@ -51,8 +51,8 @@ class KVEditSettings(BaseInjection):
         group=GROUP,
     )
     grow: int = setting(
-        2, "Patches by which the mask of the computed tokens is larger than the edit mask.", least=0, most=16,
-        unit="patches", group=GROUP,
+        2, "Patches by which the tokens inside reach beyond the edit mask; the result changes inside the mask only.",
+        least=0, most=16, group=GROUP,
     )  # fmt: skip
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
