@@ -226,7 +226,7 @@ class Control:
         return rearrange(whole, "1 (f t) c -> f t c", f=frames)
 
     def completed(self, clean: Tensor) -> Tensor:
-        """Predicted clean latents (f c y x), with others where the prediction is undefined, for a host's guidance nodes."""
+        """Predicted clean latents (f c y x), with the source's where the prediction is undefined."""
         return clean
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:

@@ -1,7 +1,7 @@
 """KV-Edit (Zhu et al., 2025, arXiv 2502.17363): the background's keys and values are the source's.
 
-A video transformer computes the edit's tokens inside the edit mask m only. In self-attention they attend to the
-source's keys and values outside m:
+Wan computes the edit's tokens inside the edit mask m only. In self-attention they attend to the source's keys and
+values outside m:
     K = [K_edit inside, K_source outside],   V = [V_edit inside, V_source outside],
 and after every step the latents outside m are restored from the source. The new object fits into a background that does
 not change. The source's keys and values are those of the inversion's call at the step's timestep, as in the authors'
@@ -9,7 +9,8 @@ code: from the store, or computed again block by block with the edit.
 
 A UNet, whose convolutions need all positions, computes all tokens:
     K = m K_edit + (1 - m) K_source,   V = m V_edit + (1 - m) V_source.
-So does an edit that follows FlowEdit, where the difference to the source's guided prediction counts.
+So do joint layers, for the video's tokens, and an edit that follows FlowEdit, where the difference to the source's
+guided prediction counts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..diffusion.source import Needs
 from ..imports import F, torch
 from ..settings import setting, whole_steps
 from ..store.records import KeysValues, Memory, SourceStep
+from ..store.streams import mask_of_video, video_shape
 from .method import Method
 
 if TYPE_CHECKING:
@@ -46,8 +48,8 @@ class KVEditSettings(BaseInjection):
     )  # fmt: skip
     tokens: Literal["inside", "all"] = setting(
         "inside",
-        "Tokens of the edit that a video transformer computes: those inside the edit mask, or all (slower; then the "
-        "negative prompt does not read the source). UNets, and edits with FlowEdit, compute all.",
+        "Tokens of the edit to compute: those inside the edit mask, or all (slower; the negative prompt then does not "
+        "read the source). Models other than Wan, and edits with FlowEdit, compute all.",
         group=GROUP,
     )
     grow: int = setting(
@@ -89,9 +91,7 @@ class KVEdit(Injected):
         super().__init__(edit, context)
         assert edit.mask is not None  # see `check`
         self.settings, self._mask = settings, edit.mask
-        self._layers = {site.name for site in context.sites if site.kind == "self"}
-        if not self._layers:
-            raise ValueError("KV-Edit needs self-attention layers, and this model has joint layers only: leave it out")
+        self._layers = {site.name for site in context.sites if site.kind in ("self", "joint")}
 
     def needs(self, step: int) -> Needs:
         if not self.settings.reads_source(step, self.context.steps):
@@ -106,7 +106,8 @@ class KVEdit(Injected):
 
     def reading(self, source: SourceStep, plain: Control) -> tuple[Control, Control]:
         """The controls of both branches in a step that reads the source."""
-        return Background(source, self._mask, self.context.store.frames), plain
+        store = self.context.store
+        return Background(source, mask_of_video(store, self._mask), video_shape(store)[0]), plain
 
 
 class InsideTokens(KVEdit):
@@ -148,6 +149,15 @@ class Background(SourceControl):
         k = m * k + (1 - m) * record.keys(k.dtype)
         v = m * v + (1 - m) * record.values(v.dtype)
         return super().self_attention(q, k, v, site)
+
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        record, video = self.source.record(site.name), site.rows("video")
+        assert isinstance(record, KeysValues)
+        m = self.mask.at((site.height, site.width), self.frames).reshape(-1, 1).to(k)
+        pairs = ((k.clone(), record.keys(k.dtype)), (v.clone(), record.values(v.dtype)))
+        for own, around in pairs:
+            own[:, :, video] = m * own[:, :, video] + (1 - m) * around
+        return self.attend(q, pairs[0][0], pairs[1][0])
 
 
 class Inside(SourceControl):

@@ -212,12 +212,17 @@ class EditInputs:
             mask=mask,
         )
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the edit needs control of the attention."""
+        injection = self.recipe.injection
+        return injection is not None and injection.needs_attention
+
     def edit(self, suffix: str = "") -> Edit:
         """The edit. suffix: distinguishes its prompts from those of other edits of the pass."""
         recipe, start = self.recipe, start_of(self.store)
-        fuses = recipe.injection is not None and recipe.injection.needs_attention
-        attends = not is_flow(self.model) or fuses
-        if fuses:
+        attends = not is_flow(self.model) or self.fuses
+        if self.fuses:
             check_attention(self.model, f"preset: {self.preset}")
             source_of(self.store).check_attention("source")
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends)

@@ -364,8 +364,8 @@ def check_alone(block: Any, options: dict[str, Any]) -> None:
     found = next((name for name in map(node_of, theirs) if name), None)
     if found is not None:
         raise ValueError(
-            f"model: {found} replaces parts of blocks, which may need all tokens, but only those inside the edit mask are "
-            "computed: remove that node, or set tokens to all"
+            f"model: {found} replaces parts of blocks, which may need all tokens, but only those inside the edit mask "
+            "are computed: remove that node, or set tokens to all"
         )
 
 

@@ -79,7 +79,7 @@ class ComfyDenoiser:
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
             if attends and not role.startswith("negative"):
-                check_read(conditions, role.partition(".")[0])
+                check_read(conditions, role.partition(".")[0], guider.edited.reads)
         self._source = self._edited
         if guider.sourced is not guider.edited:
             self._source = _side_branch(guider.sides[id(guider.sourced)], guider.others)
@@ -218,16 +218,18 @@ class ComfyDenoiser:
         return self.noise.predicted(x, clean, sigma)
 
     def _joins(self, paired: PairedBranch, reading: Sequence[Condition], x: Tensor, sigma: Tensor) -> bool:
-        """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
-        hooks, and with texts of one shape, which the host batches. reading: of the branches that read its records.
+        """Whether the source can run in the calls of the edit, or beside: with an equal MODEL, without weights from a
+        prompt's hooks, and in the same calls with texts of one shape, which the host batches. reading: of the branches
+        that read its records.
         """
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
         if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # may change its prediction
             return False
         entries = [entry for c in (paired.condition, *reading) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
-        together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
-        return together and edit.hooked.joins(source.hooked)
+        if not all(part and part.hooks is None for part in parts) or not edit.hooked.joins(source.hooked):
+            return False
+        return edit.hooked.separate_calls or all(comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
 
     def _branch_conditions(self, condition: Condition) -> Any:
         assert isinstance(condition, HostCondition)
