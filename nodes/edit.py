@@ -298,8 +298,9 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
 
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
     """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
-    spans_clip, start = facts_of(model).spans_clip, start_of(store)
-    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start)
+    facts, start = facts_of(model), start_of(store)
+    spans_clip, grid = facts.spans_clip, facts.subset_grid(*store.levels.shape[-2:])
+    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)
     lines = [] if hooked is None or not layers else [f"hooked {hooked} of {layers} attention layers"]

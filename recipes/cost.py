@@ -37,7 +37,7 @@ def calls_of(
     preparing = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
 
     share = 1.0 if injection is None or start.draws else injection.token_share(edit, frames, grid)
-    kept = kept_steps if injection is None or injection.reads_store(memory) else 0
+    kept = kept_steps if injection is None or injection.reads_store(memory, grid) else 0
 
     def read(some: range) -> int:
         return 0 if injection is None else sum(injection.reads_source(step, steps) for step in some)

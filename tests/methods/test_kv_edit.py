@@ -145,13 +145,15 @@ def test_tokens_inside_equal_all_tokens(wan, name):
         alone = wan.predict_noise(of_source, 500.0, text(0), recorder)
         expected = predicted(lambda source: Background(source, whole, FRAMES), recorder, None)
         recorder = Recorder(keys, chunk, names, values=True)
-        pair, own = PairedBranch(of_source, text(0), recorder), tokens.flatten().nonzero()[:, 0]
-        ours = predicted(lambda source: Inside(source, own), recorder, pair)
+        pair = PairedBranch(of_source, text(0), recorder)
+        ours = predicted(lambda source: Inside(source, tokens, of_source), recorder, pair)
     inside = tokens.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].double()
     assert relative(inside * ours, inside * expected) < 1e-6
     assert relative((1 - inside) * ours, (1 - inside) * alone) < 1e-6, "the source's prediction outside"
     assert relative(recorder.captured.prediction, alone) < 1e-6
     assert not recorder.records
+    completed = Inside(recorder.step, tokens, of_source).completed(ours)
+    assert torch.equal(completed, torch.where(inside > 0, ours, of_source))
 
 
 @pytest.mark.parametrize("name", MASKS)
