@@ -281,6 +281,34 @@ def test_kv_edit(host, graph, plain):
     assert relative(found[..., 3:], before[..., 3:]) > 1e-2
 
 
+@pytest.mark.parametrize("layers", ["1", "0, 2"])
+def test_skip_layer_guidance_reads_the_source_too(host, graph, plain, layers):
+    """The source has the skipped layers; its records of them are not read."""
+    model = graph.add(
+        "SkipLayerGuidanceDiT", model=graph.model[0], double_layers=layers, single_layers="", scale=3.0,
+        start_percent=0.0, end_percent=1.0, rescaling_scale=0.0,
+    )  # fmt: skip
+    graph.both(model[0])
+    found = by_host(host, graph)
+    assert relative(found, plain) > 1e-3
+    graph.set(graph.invert, model=graph.model[0])
+    assert relative(by_host(host, graph), found) < 1e-5, "guidance does not change the source"
+    graph.set(graph.edit, preset="none", guidance=GUIDANCE)
+    assert relative(by_host(host, graph), found) > 1e-3
+
+
+@pytest.mark.parametrize("shape", ["1,24,7,5,7", "1,24,1,4,6"])
+def test_odd_sizes_and_one_latent(host, graph, shape):
+    graph.set(graph.latent, video=shape)
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    found = {}
+    for preset in ("style", "shape+"):
+        graph.set(graph.edit, preset=preset)
+        found[preset] = by_host(host, graph)
+        assert torch.isfinite(found[preset]).all()
+    assert relative(found["style"], found["shape+"]) > 1e-3
+
+
 def test_guidance_functions_of_other_nodes_run(host, graph, plain):
     graph.set(graph.edit, model=graph.add("RescaleCFG", model=graph.model[0], multiplier=0.7)[0])
     assert relative(by_host(host, graph), plain) > 1e-4
