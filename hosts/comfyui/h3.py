@@ -23,7 +23,6 @@ from .flow import check_flow, identity_of_shapes
 from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, check_kinds, hook_below
 from .noise import is_flow
 from .pair import join_pair
-from .sameness import same_forward
 
 try:
     from comfy.ldm.minimax.model import MiniMaxH3Model, PackedLayout
@@ -56,16 +55,12 @@ class HookedH3(Hook):
         super().__init__(model, ("joint",))
         join_pair(self, model)
         self._unet = model.model.diffusion_model
-        self._beside = Beside(len(self._unet.blocks))
+        self._beside = Beside(len(self._unet.blocks), self._alone)
+        self._options: Any = None
+        """The options of the step's first call that the source ran beside."""
         self._streams: Streams = ()
-        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-        below = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
-        for i, theirs in enumerate(below):
-            self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._paired_calls()}
-        for kind, wrapper in around.items():
-            self.patcher.remove_wrappers_with_key(kind, "fatezero")
-            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+        self._place(len(self._unet.blocks), self._block, around)
 
     def identity(self) -> ModelIdentity:
         return identity_of_shapes(self.patcher)
@@ -78,13 +73,9 @@ class HookedH3(Hook):
         ]
         return {site.name: site for site in found}
 
-    def joins(self, source: Hook) -> bool:
-        if not isinstance(source, HookedH3) or "model_function_wrapper" in self.patcher.model_options:
-            return False  # such a wrapper may call branches one by one
-        return self is source or same_forward(self.given, source.given)
-
     def _forget(self) -> None:
         self._beside.forget()
+        self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
@@ -96,13 +87,14 @@ class HookedH3(Hook):
             if paired is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
             z = paired.latents[0].to(x)
+            self._options = self._options or options  # a guidance node calls again with skipped layers
             try:
                 with self._beside.phase("enter"):
-                    executor(model, [None, self._conditions], z, sigma, options)
+                    executor(model, [None, self._conditions], z, sigma, self._options)
                 with self._beside.phase("run"):
                     results = executor(model, conds, x, sigma, options)
                 with self._beside.phase("leave"):
-                    _, clean = executor(model, [None, self._conditions], z, sigma, options)
+                    _, clean = executor(model, [None, self._conditions], z, sigma, self._options)
             finally:
                 self._beside.forget()
             paired.control.captured.prediction = ((z - clean) / sigma)[None]
@@ -160,6 +152,13 @@ class HookedH3(Hook):
 
         block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
         return block
+
+    def _alone(self, index: int, rows: Tensor, others: tuple[dict[str, Any], Streams]) -> Tensor:
+        """The host's own block on the source's rows."""
+        own = others[0]
+        inputs = (own[name] for name in ("t_emb", "mod_segments", "rope_freqs"))
+        output: Tensor = self._unet.blocks[index](rows, *inputs, transformer_options=own["transformer_options"])
+        return output
 
     def _override(
         self, index: int, role: int, beside: bool, streams: Streams, options: dict[str, Any]
