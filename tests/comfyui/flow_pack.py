@@ -340,16 +340,21 @@ class FlowLoop(io.ComfyNode):
 # --- MiniMax H3 with given weights, and text by its own tokenizer --------------------------------
 
 
-@node("JointModel", [io.String.Input("weights"), io.Float.Input("scale", default=1.0)], PARTS[:3])
+GIVEN = [
+    io.String.Input("weights"), io.Float.Input("scale", default=1.0), io.String.Input("dtype", default="float32"),
+]  # fmt: skip
+
+
+@node("JointModel", GIVEN, PARTS[:3])
 class JointModel(io.ComfyNode):
     """H3 with the weights of a file, its tokenizer with random embeddings, and a stand-in for its VAE."""
 
     @classmethod
-    def execute(cls, weights, scale=1.0):
+    def execute(cls, weights, scale=1.0, dtype="float32"):
         tensors = load_file(weights)
         blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
         config = comfy.supported_models.MiniMaxH3({**H3, "num_layers": blocks})
-        config.set_inference_dtype(torch.float32, None)
+        config.set_inference_dtype(getattr(torch, dtype), None)
         model = config.get_model({})
         model.diffusion_model.load_state_dict(tensors)
         for parameter in model.diffusion_model.parameters():
