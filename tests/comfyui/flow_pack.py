@@ -213,6 +213,7 @@ class Pixels:
 
     def encode(self, pixels):
         count = -(-(len(pixels) - 5) // 17) * 5 + 2 if self.latents == 5 else (len(pixels) - 1) // self.frames + 1
+        count = 1 if len(pixels) == 1 else count
         size = (count, pixels.shape[1] // self.size, pixels.shape[2] // self.size)
         small = torch.nn.functional.adaptive_avg_pool3d(pixels[None].movedim(-1, 1), size)
         return small.repeat(1, -(-self.channels // 3), 1, 1, 1)[:, : self.channels] - 0.5
@@ -384,19 +385,6 @@ class JointWords:
         return [[torch.cat(rows)[None], {"minimax_token_tags": torch.tensor(tags)}]]
 
 
-@node("JointReferences", [io.Conditioning.Input("text")], [io.Conditioning.Output()])
-class JointReferences(io.ComfyNode):
-    """A picture and a sound as references (Ref2VA)."""
-
-    @classmethod
-    def execute(cls, text):
-        refs = [
-            {"kind": "image", "latent_h": 4, "latent_w": 6, "latent": random_values(8, 1, 24, 1, 4, 6)},
-            {"kind": "audio", "ref_audio_t": 5, "audio_latent": random_values(9, 1, 32, 2, 5)},
-        ]
-        return io.NodeOutput([[embeddings, {**more, "minimax_refs": refs}] for embeddings, more in text])
-
-
 @node("JointBlock", [io.Model.Input("model"), io.Float.Input("scale")], [io.Model.Output()])
 class JointBlock(io.ComfyNode):
     """Multiplies the second block's residual by a number; the host's block changes its input in place."""
@@ -441,7 +429,7 @@ class JointLatent(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        joint = [JointModel, JointReferences, JointBlock, JointRecords, JointLatent]
+        joint = [JointModel, JointBlock, JointRecords, JointLatent]
         return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 

@@ -191,14 +191,23 @@ def test_bfloat16_is_close(host, graph, model):
 
 
 def with_picture(graph, text, reference=False):
-    """A prompt with a first frame, by the host's own node, or with references."""
-    if reference:
-        return graph.add("JointReferences", text=graph.add("CLIPTextEncode", clip=graph.model[1], text=text)[0])[0]
+    """A prompt with a first frame, or a picture and a video as references, by the host's own nodes."""
     frame = graph.add("EmptyImage", width=96, height=64, batch_size=1, color=0x336699)
+    if reference:
+        sound = graph.add("FlowLoader", kind="h3")
+        return graph.add(
+            "MiniMaxH3ReferenceToVideo", clip=graph.model[1], vae=graph.model[2], audio_vae=sound[3], prompt=text,
+            width=96, height=64, length=5, ref_image_size="match",
+            **{"ref_images.ref_image_0": frame[0], "ref_videos.ref_video_0": _film(graph)},
+        )[0]  # fmt: skip
     return graph.add(
         "MiniMaxH3ImageToVideo", clip=graph.model[1], vae=graph.model[2], prompt=text, width=96, height=64, length=5,
         first_frame=frame[0],
     )[0]  # fmt: skip
+
+
+def _film(graph):
+    return graph.add("EmptyImage", width=96, height=64, batch_size=22, color=0x996633)[0]
 
 
 @pytest.fixture(params=[False, True], ids=["first_frame", "references"])
