@@ -20,7 +20,7 @@ from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, give
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
 from ..hosts.comfyui.noise import is_flow
-from ..methods.fatezero import FusionSettings
+from ..methods.fatezero import FusionSettings, check_joint
 from ..methods.flow_edit import DrawnNoise
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -242,7 +242,10 @@ class EditInputs:
             edit = only_inside(self.model, self.store, edit, clips_mask)
         start.check_steps(self.store.steps - first_step(edit.strength, self.store.steps))
         _check_words(edit, self.positive, self.preset)
-        check_parts(edit, facts_of(self.model).spans_clip, start)
+        facts = facts_of(self.model)
+        check_parts(edit, facts.spans_clip, start)
+        if facts.joint and isinstance(edit.fusion, FusionSettings) and edit.prompt is not None:
+            check_joint(edit.fusion, edit.prompt)
         return edit
 
     @property
