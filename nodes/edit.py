@@ -29,6 +29,7 @@ from ..recipes.cost import calls_of
 from ..recipes.presets import PRESETS
 from ..recipes.recipe import Recipe
 from ..settings import setting_of
+from ..store.streams import video_shape
 from .inversion import CHUNK_FRAMES
 from .prompt import check_words
 from .settings import widget
@@ -317,7 +318,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     if edit.layout is not None:
         lines.append(edit.layout.summary(store.steps))
     lines.append(
-        f"{calls.edit:g} {kind} evaluations of {store.frames} frames, {calls.source:g} more for the source; "
+        f"{calls.edit:g} {kind} evaluations of {video_shape(store)[0]} frames, {calls.source:g} more for the source; "
         + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
     )
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
