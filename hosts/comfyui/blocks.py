@@ -24,7 +24,7 @@ from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, u
 from .latents import unpacked_parts
 from .noise import FlowNoise, noise_of
 from .pair import join_pair
-from .sameness import ROOM, same_forward
+from .sameness import ROOM
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -63,14 +63,8 @@ class HookedBlocks(Hook):
         """The branch of the source in the current call; -1 without one."""
         self._last = False
         """Whether no later branch of the call reads the source's records of the block."""
-        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-        below = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._blocks))]
-        for i, theirs in enumerate(below):
-            self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
-        for kind, wrapper in around.items():
-            self.patcher.remove_wrappers_with_key(kind, "fatezero")
-            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+        self._place(len(self._blocks), self._block, around)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
 
     # --- of a family --------------------------------------------------------------------
@@ -127,11 +121,6 @@ class HookedBlocks(Hook):
             ]
             self._sites[grid] = {site.name: site for site in found}
         return self._sites[grid]
-
-    def joins(self, source: Hook) -> bool:
-        if type(source) is not type(self) or "model_function_wrapper" in self.patcher.model_options:
-            return False  # such a wrapper may call branches one by one
-        return self is source or same_forward(self.given, source.given)
 
     def _forget(self) -> None:
         self._source, self._options = -1, None
