@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..attention.masks import MaskMode
-from ..attention.prompt import PromptEdit
+from ..attention.prompt import MIXED, PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
@@ -20,7 +20,7 @@ from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, give
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
 from ..hosts.comfyui.noise import is_flow
-from ..methods.fatezero import FusionSettings
+from ..methods.fatezero import FusionSettings, check_joint
 from ..methods.flow_edit import DrawnNoise
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -242,7 +242,10 @@ class EditInputs:
             edit = only_inside(self.model, self.store, edit, clips_mask)
         start.check_steps(self.store.steps - first_step(edit.strength, self.store.steps))
         _check_words(edit, self.positive, self.preset)
-        check_parts(edit, facts_of(self.model).spans_clip, start)
+        facts = facts_of(self.model)
+        check_parts(edit, facts.spans_clip, start)
+        if facts.joint and isinstance(edit.fusion, FusionSettings) and edit.prompt is not None:
+            check_joint(edit.fusion, edit.prompt)
         return edit
 
     @property
@@ -292,6 +295,8 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
             "blend_self_attention or blend_latents"
         )
     needs_words = fusion.masks_by_step and (mask is None or not mask.replaces)
+    if needs_words and not prompt.columns.words:
+        raise ValueError(f"preset: {preset} needs words, but {MIXED}: connect a mask, or use a preset with a plus")
     if needs_words and not (prompt.blend_words or ([], []))[0]:
         raise ValueError("prompt_edit: blending needs words, but no word of the source changes: fill in blend_source")
 
@@ -303,7 +308,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)
-    lines = [] if hooked is None or not layers else [f"hooked {hooked} of {layers} attention layers"]
+    lines = [] if not hooked or not layers else [f"hooked {hooked} of {layers} attention layers"]
     lines.append("injected nothing from the source" if edit.fusion is None else edit.fusion.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))

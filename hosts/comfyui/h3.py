@@ -45,6 +45,7 @@ class HookedH3(Hook):
     family = H3
     pairs = True
     separate_calls = True
+    reads_latents = True
     reads = frozenset({"c_crossattn", "latent_shapes", "minimax_payload", "denoise_mask", "audio_denoise_mask"})
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
@@ -54,7 +55,9 @@ class HookedH3(Hook):
         super().__init__(model, ("joint",))
         join_pair(self, model)
         self._unet = model.model.diffusion_model
-        self._beside = Beside(len(self._unet.blocks))
+        self._beside = Beside(len(self._unet.blocks), self._alone)
+        self._options: Any = None
+        """The options of the step's first call that the source ran beside."""
         self._streams: Streams = ()
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._paired_calls()}
         self._place(len(self._unet.blocks), self._block, around)
@@ -72,6 +75,7 @@ class HookedH3(Hook):
 
     def _forget(self) -> None:
         self._beside.forget()
+        self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
@@ -83,13 +87,14 @@ class HookedH3(Hook):
             if paired is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
             z = paired.latents[0].to(x)
+            self._options = self._options or options  # a guidance node calls again with skipped layers
             try:
                 with self._beside.phase("enter"):
-                    executor(model, [None, self._conditions], z, sigma, options)
+                    executor(model, [None, self._conditions], z, sigma, self._options)
                 with self._beside.phase("run"):
                     results = executor(model, conds, x, sigma, options)
                 with self._beside.phase("leave"):
-                    _, clean = executor(model, [None, self._conditions], z, sigma, options)
+                    _, clean = executor(model, [None, self._conditions], z, sigma, self._options)
             finally:
                 self._beside.forget()
             paired.control.captured.prediction = ((z - clean) / sigma)[None]
@@ -147,6 +152,13 @@ class HookedH3(Hook):
 
         block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
         return block
+
+    def _alone(self, index: int, rows: Tensor, others: tuple[dict[str, Any], Streams]) -> Tensor:
+        """The host's own block on the source's rows."""
+        own = others[0]
+        inputs = (own[name] for name in ("t_emb", "mod_segments", "rope_freqs"))
+        output: Tensor = self._unet.blocks[index](rows, *inputs, transformer_options=own["transformer_options"])
+        return output
 
     def _override(
         self, index: int, role: int, beside: bool, streams: Streams, options: dict[str, Any]
