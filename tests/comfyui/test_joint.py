@@ -385,6 +385,13 @@ def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, pla
     assert relative(by_host(host, graph), plain) > 1e-3
 
 
+def test_the_report_counts_joint_layers_and_latents(host, graph):
+    run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
+    shown = host.text(run, "end")
+    assert "hooked 3 of 3" in shown and "cross-attention in 0 and self-attention in 3 of 4" in shown, shown
+    assert "evaluations of 2 frames, 3 more for the source" in shown, shown
+
+
 # --- sound, maps and stores -------------------------------------------------------------------
 
 
