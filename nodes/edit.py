@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..attention.masks import MaskMode
-from ..attention.prompt import PromptEdit
+from ..attention.prompt import MIXED, PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
@@ -296,6 +296,8 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
             "blend_self_attention or blend_latents"
         )
     needs_words = fusion.masks_by_step and (mask is None or not mask.replaces)
+    if needs_words and not prompt.columns.words:
+        raise ValueError(f"preset: {preset} needs words, but {MIXED}: connect a mask, or use a preset with a plus")
     if needs_words and not (prompt.blend_words or ([], []))[0]:
         raise ValueError("prompt_edit: blending needs words, but no word of the source changes: fill in blend_source")
 
@@ -309,7 +311,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)
-    lines = [] if hooked is None or not layers else [f"hooked {hooked} of {layers} attention layers"]
+    lines = [] if not hooked or not layers else [f"hooked {hooked} of {layers} attention layers"]
     lines.append("injected nothing from the source" if edit.fusion is None else edit.fusion.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))

@@ -46,6 +46,13 @@ TIMESTEPS = io.Combo.Input(
     tooltip="Timesteps of a UNet's schedule. trailing: for LoRAs for few steps, such as Lightning, Hyper and TCD. LCM "
     "(Model Sampling Discrete) has its own.",
 )
+SOUND = io.Combo.Input(
+    "sound",
+    options=["keep", "edit"],
+    optional=True,
+    **ADVANCED,
+    tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
+)
 CHUNK_FRAMES = widget(InversionSettings, "chunk_frames", optional=True)
 SETTINGS = [
     *widgets(InversionSettings, "key_frames", "clip_norm"),
@@ -77,12 +84,15 @@ def invert_settings(
     keep_steps: float = 1.0,
     chunk_frames: int = 0,
     order: int = 1,
+    sound: str = "keep",
 ) -> InvertSettings:
     """The settings of the widgets in `SETTINGS`."""
     folder = Path(folder_paths.get_temp_directory())
     store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
     prompt = source[0][1].get(PROMPT_KEY)
-    return InvertSettings(KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order)
+    return InvertSettings(
+        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, keep_sound=sound == "keep"
+    )
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -105,6 +115,7 @@ class FateZeroInvert(io.ComfyNode):
                 *SETTINGS,
                 widget(InversionSettings, "inversion_steps", advanced=True, optional=True, max=1000),
                 TIMESTEPS,
+                SOUND,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),

@@ -45,6 +45,7 @@ class HookedH3(Hook):
     family = H3
     pairs = True
     separate_calls = True
+    reads_latents = True
     reads = frozenset({"c_crossattn", "latent_shapes", "minimax_payload", "denoise_mask", "audio_denoise_mask"})
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:

@@ -66,7 +66,7 @@ class JointGraph(Graph):
         self.negative = self.add("CLIPTextEncode", clip=self.model[1], text="none")
         self.invert = self.add(
             "FateZeroInvert", model=self.model[0], source=self.words[0], latent=self.latent[0], steps=STEPS,
-            key_frames="self, middle", clip_norm=False, memory="recompute", budget_gb=2.0,
+            key_frames="self, middle", clip_norm=False, memory="recompute", budget_gb=2.0, sound="edit",
         )  # fmt: skip
         self.edit = self.add(
             "FateZeroSampler", model=self.model[0], positive=self.words[1], negative=self.negative[0],
