@@ -113,7 +113,7 @@ class HookedH3(Hook):
                 blocks = options.get("patches_replace", {}).get("dit", {})
                 self._replacement = lambda site: hook_below(blocks.get(("double_block", site.index)))
                 self._grid = x[0].shape[-2], x[0].shape[-1]
-                self._streams = self._rows(*x[:2], context, more.get("minimax_payload") or {})
+                self._streams = self._rows(x[0], x[1], context, more.get("minimax_payload") or {})
             if not self._beside.runs:  # blocks do not compute, and need no weights
                 options = {**options, PREFETCH: False}
             return executor(x, timestep, context, options, *rest, **more)
