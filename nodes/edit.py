@@ -29,6 +29,7 @@ from ..recipes.cost import calls_of
 from ..recipes.presets import PRESETS
 from ..recipes.recipe import Recipe
 from ..settings import setting_of
+from ..store.streams import video_shape
 from .inversion import CHUNK_FRAMES
 from .prompt import check_words
 from .settings import widget
@@ -304,6 +305,8 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
     """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
     facts, start = facts_of(model), start_of(store)
+    if facts.joint and isinstance(edit.fusion, FusionSettings):  # which has no cross-attention to fuse
+        edit = replace(edit, fusion=replace(edit.fusion, cross_replace_steps=0.0, cross_replace_from=0.0))
     spans_clip, grid = facts.spans_clip, facts.subset_grid(*store.levels.shape[-2:])
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid)
     kind = "model" if spans_clip else "UNet"
@@ -317,7 +320,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     if edit.layout is not None:
         lines.append(edit.layout.summary(store.steps))
     lines.append(
-        f"{calls.edit:g} {kind} evaluations of {store.frames} frames, {calls.source:g} more for the source; "
+        f"{calls.edit:g} {kind} evaluations of {video_shape(store)[0]} frames, {calls.source:g} more for the source; "
         + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
     )
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
