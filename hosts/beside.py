@@ -32,13 +32,20 @@ class Beside:
         self._others: Any = None
         self._next = 0
         """The block that the branch's rows are at."""
+        self._reached = False
+        """Whether the calls of the phase reached the block that it needs."""
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """The phase of the calls inside."""
-        before, self._phase = self._phase, phase
+        """The phase of the calls inside. Raises ValueError where they did not reach the blocks."""
+        before, self._phase, self._reached = self._phase, phase, False
         try:
             yield
+            if not self._reached:
+                raise ValueError(
+                    "model: a call ran no block: another node on the model skips calls (EasyCache, LazyCache) or "
+                    "replaces blocks: remove it"
+                )
         finally:
             self._phase = before
 
@@ -55,6 +62,7 @@ class Beside:
 
         Raises ValueError for a call that runs a block again.
         """
+        self._reached |= self._phase != "leave" or index == self._last
         if self._phase == "enter":
             if index == 0:
                 self._rows, self._others, self._next = rows, others, 0

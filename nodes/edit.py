@@ -305,6 +305,8 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
     """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
     facts, start = facts_of(model), start_of(store)
+    if facts.joint and isinstance(edit.fusion, FusionSettings):  # which has no cross-attention to fuse
+        edit = replace(edit, fusion=replace(edit.fusion, cross_replace_steps=0.0, cross_replace_from=0.0))
     spans_clip, grid = facts.spans_clip, facts.subset_grid(*store.levels.shape[-2:])
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid)
     kind = "model" if spans_clip else "UNet"

@@ -256,6 +256,8 @@ class HookedBlocks(Hook):
                     check_alone(theirs, options)
                     before = self._with_some(index, forward, own, own["img"] if before is None else before, tokens)
                 done[row] = before
+            if readers and self._source in branches and self._paired is not None:  # also where none had tokens
+                self._paired.control.captured.records.clear()
             return {"img": _stacked(done)}
 
         block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours

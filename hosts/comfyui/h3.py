@@ -106,25 +106,29 @@ class HookedH3(Hook):
         """Finds the grid and the rows of the streams of a call."""
 
         def around(
-            executor: Any, x: Any, timestep: Tensor, context: Tensor, options: dict[str, Any], *rest: Any, **more: Any
+            executor: Any, x: Any, timestep: Tensor, context: Tensor, transformer_options: Any, *rest: Any, **more: Any
         ) -> Any:
+            options = transformer_options
             if self._controls:
                 blocks = options.get("patches_replace", {}).get("dit", {})
                 self._replacement = lambda site: hook_below(blocks.get(("double_block", site.index)))
-                payload, (video, sound) = more.get("minimax_payload") or {}, x[:2]
-                self._grid = video.shape[-2], video.shape[-1]
-                _, down, across = self._unet.patch_size
-                padded = -(-self._grid[0] // down) * down, -(-self._grid[1] // across) * across
-                size = (context.shape[1], video.shape[2], *padded, sound.shape[-1])
-                layout = payload.get("layout")
-                if layout is None or layout.signature != size:
-                    layout = PackedLayout(*size, keyframes=payload.get("keyframes"), refs=payload.get("refs"))
-                self._streams = _streams_of(layout)
+                self._grid = x[0].shape[-2], x[0].shape[-1]
+                self._streams = self._rows(x[0], x[1], context, more.get("minimax_payload") or {})
             if not self._beside.runs:  # blocks do not compute, and need no weights
                 options = {**options, PREFETCH: False}
             return executor(x, timestep, context, options, *rest, **more)
 
         return around
+
+    def _rows(self, video: Tensor, sound: Tensor, text: Tensor, payload: dict[str, Any]) -> Streams:
+        """The rows of a call's streams, of latents that the host pads to whole patches."""
+        sides = zip(self._grid, self._unet.patch_size[1:], strict=True)
+        height, width = (-(-side // patch) * patch for side, patch in sides)
+        size = (text.shape[1], video.shape[2], height, width, sound.shape[-1])
+        layout = payload.get("layout")
+        if layout is None or layout.signature != size:
+            layout = PackedLayout(*size, keyframes=payload.get("keyframes"), refs=payload.get("refs"))
+        return _streams_of(layout)
 
     def _block(self, index: int, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
         """A block that runs the source's rows first in the positive branch."""

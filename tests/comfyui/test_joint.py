@@ -352,6 +352,11 @@ def test_shifts_are_the_models(host, graph, plain):
     assert relative(by_host(host, graph), plain) > 1e-3
 
 
+def cached(graph):
+    cache = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    return graph.add("EasyCache", model=graph.model[0], **cache)[0]
+
+
 def windows(graph):
     return graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
@@ -364,6 +369,7 @@ def windows(graph):
     ("part", "error"),
     [
         (lambda graph: graph.both(windows(graph)[0]), "preset: style needs control.*Context Windows"),
+        (lambda graph: graph.both(cached(graph)), "skips calls"),
         (lambda graph: graph.set(graph.edit, chunk_frames=1), "chunk_frames: has no effect"),
         (lambda graph: graph.set(graph.invert, memory="queries_keys"), "memory is queries_keys.*joint"),
         (lambda graph: graph.set(graph.edit, preset="pnp"), "Plug-and-Play needs a UNet"),
@@ -383,6 +389,13 @@ def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, pla
     assert relative(by_host(host, graph), plain) < 1e-5
     graph.set(other, scale=0.5)
     assert relative(by_host(host, graph), plain) > 1e-3
+
+
+def test_the_report_counts_joint_layers_and_latents(host, graph):
+    run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
+    shown = host.text(run, "end")
+    assert "hooked 3 of 3" in shown and "cross-attention in 0 and self-attention in 3 of 4" in shown, shown
+    assert "evaluations of 2 frames, 3 more for the source" in shown, shown
 
 
 # --- sound, maps and stores -------------------------------------------------------------------
