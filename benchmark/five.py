@@ -1,4 +1,4 @@
-"""FiVE-Bench (Li et al., ICCV 2025, arXiv 2503.13684): its folder of cases, its published rows, and the tables of a run.
+"""FiVE-Bench (Li et al., ICCV 2025, arXiv 2503.13684): its folder of cases, published rows, and the tables of a run.
 
 The folder is the authors' `data`, with its archives unpacked:
 
@@ -131,7 +131,7 @@ def _found(folder: Path, clip: str, where: str) -> Path:
 
 
 def _checked(video: Path, mask: Path, where: str, most: int) -> int:
-    """The number of frames to edit. Raises FiveError unless each has a mask of its size, by its name if it is a picture."""
+    """The number of frames to edit. Raises FiveError unless each has a mask of its size; of its name, if a picture."""
     if not mask.is_dir():
         raise FiveError(f"{where}: no masks at {mask}")
     try:
@@ -156,13 +156,13 @@ def _checked(video: Path, mask: Path, where: str, most: int) -> int:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure: its key in a row, its heading, the factor of the table, and whether higher is better (None: neither)."""
+    """A figure: its key in a row, its heading, the factor of the table, and whether higher is better."""
 
     key: str
     heading: str
     times: float = 1
     digits: int = 2
-    higher: bool | None = True
+    higher: bool = True
 
 
 COLUMNS = (
@@ -194,7 +194,7 @@ PUBLISHED = {
     "Wan-Edit": (12.53, 25.57, 94.6, 41.8, 82.55, 26.39, 21.23, 6.54, 89.43, 46.97),
 }
 """Tables 2 and 3 of arXiv 2503.13684, in the order and units of the first columns."""
-SOURCE = "Published rows: FiVE-Bench, arXiv 2503.13684, Tables 2 and 3 (its 420 cases, with SD 1.5, Pyramid-Flow or Wan)."
+SOURCE = "Published rows: FiVE-Bench, arXiv 2503.13684, Tables 2 and 3: its 420 cases, each method on its own model."
 
 FiveRow = dict[str, Any]
 """A case's `case`, `kind`, `method`, `result` and figures; a figure that is undefined there is None."""
@@ -237,8 +237,7 @@ def _mean(rows: Sequence[FiveRow], column: Column) -> Interval:
 
 
 def _markdown(rows: Sequence[FiveRow], present: Sequence[Column], notes: Sequence[str]) -> str:
-    arrows = {True: " ↑", False: " ↓", None: ""}
-    heads = ["method", "edits", "cases", *(c.heading + arrows[c.higher] for c in present)]
+    heads = ["method", "type of edit", "cases", *(f"{c.heading} {'↑' if c.higher else '↓'}" for c in present)]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for method, kind, chosen in _parts(rows):
         lines.append([method, kind, str(len(chosen)), *(_cell(_mean(chosen, c).value, c) for c in present)])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..metrics.clip import ClipScorer
@@ -60,7 +61,7 @@ class FiveMetrics:
         found = {
             "psnr": _mean(psnr(x[None], y[None]) for x, y in outside),
             "mse": _mean(((x - y) ** 2).mean().item() for x, y in outside),
-            "ssim": _mean(ssim(x[None], y[None]) for x, y in outside) if _fits(a, SSIM_WINDOW) else math.nan,
+            "ssim": _mean(_padded_ssim(x[None], y[None]) for x, y in outside) if _fits(a, SSIM_WINDOW) else math.nan,
             "inside": share_of_change(source, edited, mask),
             "largest": largest_change(source, edited, 1 - mask),
         }
@@ -108,6 +109,12 @@ def load_niqe(parameters: str) -> Niqe:
         return float(metric(frame))
 
     return niqe
+
+
+def _padded_ssim(a: Tensor, b: Tensor) -> float:
+    """SSIM with windows at every pixel, the frames being reflected at their borders, as in torchmetrics."""
+    border = 4 * [SSIM_WINDOW // 2]
+    return ssim(*(F.pad(x, border, mode="reflect") for x in (a, b)))
 
 
 def _fits(frames: Tensor, least: int) -> bool:

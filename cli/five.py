@@ -75,9 +75,7 @@ class FiveRun:
         return {**data, **self.shared}
 
 
-def check_five(
-    run: FiveRun, folder: str, kinds: Sequence[str], each: int | None, frames: int | None
-) -> list[FiveCase]:
+def check_five(run: FiveRun, folder: str, kinds: Sequence[str], each: int | None, frames: int | None) -> list[FiveCase]:
     """The cases of a folder. Raises ConfigError or OSError for anything that would fail later: the folder, the methods,
     the models of the figures."""
     from ..benchmark.five import FRAMES, load_five

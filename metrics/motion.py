@@ -20,12 +20,13 @@ GRID = 55
 def motion_fidelity(edited: Tensor, source: Tensor) -> float:
     """Mean over the edit's tracks (n, f, 2) of the largest similarity to a track of the source (n, f, 2).
 
-    The similarity of two tracks is the mean cosine of their steps. As in the authors' code, 1 is subtracted from that of
-    a track and the source's track of the same start, which the maximum therefore hardly ever takes. A point that does not
-    move has no direction: its cosine is 0. Raises ValueError for a single frame.
+    The similarity of two tracks is the mean cosine of their steps. As in the authors' code, 1 is subtracted from that
+    of a track and the source's track of the same start, which is therefore hardly ever the largest. A point that does
+    not move has no direction: its cosine is 0. Raises ValueError for a single frame.
     """
     if edited.shape != source.shape or edited.shape[1] < 2:
-        raise ValueError(f"tracks of at least 2 frames in equal shapes, not {tuple(edited.shape)}, {tuple(source.shape)}")
+        given = f"{tuple(edited.shape)} and {tuple(source.shape)}"
+        raise ValueError(f"tracks have shapes {given}; they must be equal, with at least 2 frames")
     a, b = (F.normalize(tracks.diff(dim=1), dim=-1) for tracks in (edited, source))
     similarity = torch.einsum("ntc,mtc->nm", a, b) / a.shape[1] - torch.eye(len(a)).to(a)
     return similarity.amax(1).mean().item()

@@ -32,8 +32,8 @@ def five_accuracy(answer: Answer, frames: Tensor, questions: Questions) -> dict[
     """YN (the source's object is gone, the target's is there), MC, their union and intersection, and the mean of these
     four, FiVE-Acc; each 0 or 1, the mean between.
 
-    frames: (f, 3, h, w) in 0..1; of those the authors' selection is shown. Without a question of the source, YN is that of
-    the target.
+    frames: (f, 3, h, w) in 0..1; of those the authors' selection is shown. Without a question of the source, YN is
+    that of the target.
     """
     stride = len(frames) // max(1, len(frames) // _SAMPLES)
     shown = frames[stride // 2 :: stride]

@@ -60,7 +60,7 @@ class BenchmarkConfig:
     model: str = setting("demo", "Checkpoint trained on the demo scenes; with --five, any model.")
     clip: str = setting(
         "",
-        "CLIP model of transformers, for Tem-Con and Frame-Acc, or FiVE-Bench's scores (openai/clip-vit-large-patch14).",
+        "CLIP model of transformers, for Tem-Con and Frame-Acc; with --five, openai/clip-vit-large-patch14.",
         shown="none",
     )
     workers: int | None = setting(
@@ -68,8 +68,8 @@ class BenchmarkConfig:
     )
     five: str = setting(
         "",
-        "FiVE-Bench's data folder (edit_prompt, images, bmasks): edit its clips by --method, measure the results as its "
-        "code does, and print the published rows with them.",
+        "FiVE-Bench's data folder (edit_prompt, images, bmasks): edit its clips by --method, measure the results as "
+        "its code does, and print the published rows with them.",
         shown="none",
         group=FIVE,
     )
@@ -101,7 +101,7 @@ def command(
     options: Annotated[BenchmarkOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     device: Device = "auto",
 ) -> None:
-    """Compare methods on edits of demo scenes with known true results, or on FiVE-Bench; continues an interrupted run."""
+    """Compare methods on demo scenes with known true results, or on FiVE-Bench; continues an interrupted run."""
     given = given_of(options)
     config = config_as(BenchmarkConfig, given)
     config.check_effect(given)
@@ -135,7 +135,7 @@ def command(
 def _five(config: BenchmarkConfig, given: dict[str, Any], device: str) -> None:
     """Run FiVE-Bench. given: the settings on the command line."""
     check_folder(config.output)
-    shared = {name: given[name] for name in ("model", "steps", "guidance_scale") if name in given}
+    shared: dict[str, Any] = {name: given[name] for name in ("model", "steps", "guidance_scale") if name in given}
     models = {name: getattr(config, name) for name in ("clip", *FIVE_ONLY)}
     run = FiveRun(Path(config.output), config.method or ("attribute+",), shared, models, device, config.workers or 1)
     cases = check_five(run, config.five, config.kind, config.each, given.get("frames"))
