@@ -64,6 +64,8 @@ SETTINGS = [
     widget(InversionSettings, "order", advanced=True, optional=True),
 ]
 """The widgets of an inversion, except its steps."""
+REUSE = widget(InversionSettings, "reuse_midpoint", advanced=True, optional=True)
+"""The last widget, because older workflows lack it."""
 
 
 def invert_settings(
@@ -77,12 +79,16 @@ def invert_settings(
     keep_steps: float = 1.0,
     chunk_frames: int = 0,
     order: int = 1,
+    reuse_midpoint: bool = False,
 ) -> InvertSettings:
-    """The settings of the widgets in `SETTINGS`."""
+    """The settings of the widgets in `SETTINGS`, and `REUSE`."""
     folder = Path(folder_paths.get_temp_directory())
     store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
     prompt = source[0][1].get(PROMPT_KEY)
-    return InvertSettings(KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order)
+    InversionSettings(order=order, reuse_midpoint=reuse_midpoint)  # raises for settings that do not go together
+    return InvertSettings(
+        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, reuse_midpoint
+    )
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -105,6 +111,7 @@ class FateZeroInvert(io.ComfyNode):
                 *SETTINGS,
                 widget(InversionSettings, "inversion_steps", advanced=True, optional=True, max=1000),
                 TIMESTEPS,
+                REUSE,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),

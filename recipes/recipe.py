@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class Recipe:
     target: str = ""
     negative: str = ""
     guidance_scale: float = 7.5
+    guidance_until: float = 1.0
     strength: float = 1.0
     sdedit_seed: int | None = None
     injection: Injection | None = None
@@ -132,7 +134,7 @@ class Recipe:
         """The arguments of `edit_many`, for encoded prompts."""
         return Edit(
             target, negative, self.guidance_scale, prompt, self.injection, self.mask, self.propagation, self.smoothing,
-            self.layout, self.strength, self.sdedit_seed,
+            self.layout, self.strength, self.sdedit_seed, guidance_until=self.guidance_until,
         )  # fmt: skip
 
     def check(self, spans_clip: bool, prompt: PromptEdit | None) -> None:
@@ -144,9 +146,16 @@ class Recipe:
             refuse_clip_norm(bool(self.clip_norm))
         check_parts(self.edit(None, None, prompt), spans_clip, self.start)
 
-    def calls(self, steps: int, kept_steps: int = 0, frames: int = 1, spans_clip: bool = False) -> Calls:
+    def calls(
+        self,
+        steps: int,
+        kept_steps: int = 0,
+        frames: int = 1,
+        spans_clip: bool = False,
+        reused: AbstractSet[int] = frozenset(),
+    ) -> Calls:
         """The number of model calls, see `calls_of`."""
-        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start)
+        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start, reused)
 
 
 def _part(name: str, values: Mapping[str, Any]) -> Any:
