@@ -34,14 +34,12 @@ class TokenHeat:
 class Captured:
     """What one branch leaves behind in one call, by layer name. A dict that is None is not captured.
 
-    records: queries and keys, or maps, of attention layers (`store.records.Record`). values: (f h t d) of
-    self-attention layers. inputs, outputs: (f t c) of self-attention layers, outputs before or after their last
-    projection. features: (f c y x) of ResNet blocks. prediction: the model's result, (f c y x). heat: the attention to
-    some text tokens.
+    records: two of the queries, keys and values, or maps, of attention layers (`store.records.Record`). inputs,
+    outputs: (f t c) of self-attention layers, outputs before or after their last projection. features: (f c y x) of
+    ResNet blocks. prediction: the model's result, (f c y x). heat: the attention to some text tokens.
     """
 
     records: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, Tensor] | None = None
     inputs: dict[str, Tensor] | None = None
     outputs: dict[str, Tensor] | None = None
     features: dict[str, Tensor] | None = None
@@ -50,9 +48,8 @@ class Captured:
 
     def emptied(self) -> Captured:
         """A new one that captures the same."""
-        values, inputs, outputs, features = (
-            None if kept is None else dict[str, Any]()
-            for kept in (self.values, self.inputs, self.outputs, self.features)
+        inputs, outputs, features = (
+            None if kept is None else dict[str, Any]() for kept in (self.inputs, self.outputs, self.features)
         )
         heat = self.heat and TokenHeat(self.heat.layers, self.heat.tokens)
-        return Captured({}, values, inputs, outputs, features, heat=heat)
+        return Captured({}, inputs, outputs, features, heat=heat)

@@ -27,6 +27,10 @@ class ClipColumns:
         """The column of a content token."""
         return token // BLOCK * (BLOCK + 2) + token % BLOCK + 1
 
+    def at(self, token: int, content: int, text_tokens: int) -> int:
+        """The column of a content token, one of `content`, in a text of `text_tokens`."""
+        return self.of(token)
+
     def end(self, content: int) -> int:
         """The column of the end token after `content` tokens."""
         blocks = max(1, -(-content // BLOCK))
@@ -67,6 +71,16 @@ class SentenceColumns(ClipColumns):
         padding = matrix[source + 1 :, target + 1 :]
         if padding.numel():
             padding[:] = 1 / padding.shape[1]
+
+
+class ClosingColumns(SentenceColumns):
+    """Columns of a text that ends with its words, behind tokens of pictures."""
+
+    def content(self, row: Sequence[T], tokens: int) -> Sequence[T]:
+        return row[len(row) - tokens :]
+
+    def at(self, token: int, content: int, text_tokens: int) -> int:
+        return text_tokens - content + token
 
 
 class RegisterColumns(ClipColumns):

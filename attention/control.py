@@ -147,6 +147,9 @@ class Control:
         """Computes a self-attention layer's output in place of attention."""
         self.windows: dict[tuple[int, ...], Self] = {}
         """The controls of calls on only some frames of the chunk, by these frames."""
+        self.rows: Tensor | None = None
+        """The tokens that the branch has, (n,), in the order of all frames' tokens; None for all. A layer's q, k and v
+        then are (1 h n d), and the other tokens of its prediction are undefined."""
 
     def window(self, frames: tuple[int, ...]) -> Self:
         """The control of a call on some frames of the chunk, for context windows of another node.
@@ -209,10 +212,18 @@ class Control:
             if site.kind == "joint":
                 frames_of, first = q[:, :, site.rows("video")], site.rows("text").start
                 tokens = [first + token for token in tokens]
-            shares = token_shares(frames_of, k, tokens, self.attend).flatten(0, 1)
+            shares = self.on_grid(token_shares(frames_of, k, tokens, self.attend), site).flatten(0, 1)
             shares = rearrange(shares, "(f y x) n -> f n y x", y=site.height, x=site.width)
             heat.shares[site.name] = shares.to(torch.promote_types(shares.dtype, torch.float32))
         return self.joint_attention(q, k, v, site) if site.kind == "joint" else self.cross_attention(q, k, v, site)
+
+    def on_grid(self, x: Tensor, site: AttentionSite) -> Tensor:
+        """Values of the branch's tokens on all tokens of its frames, (f t c); 0 for those that it does not have."""
+        if self.rows is None:
+            return x
+        frames = len(self.chunk.frame_indices)
+        whole = x.new_zeros(1, frames * site.tokens, x.shape[-1]).index_copy(1, self.rows, x)
+        return rearrange(whole, "1 (f t) c -> f t c", f=frames)
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if self.extended or self.key_frames.everyone:

@@ -163,8 +163,9 @@ class PromptEdit:
         spans = _spans(self.word_tokens(prompt))
         found = []
         for start, length in places_of(prompt, word, what):
-            found += [self.columns.of(token) for at in range(start, start + length) for token in range(*spans[at])]
-        if max(found, default=0) >= text_tokens:
+            tokens = [token for at in range(start, start + length) for token in range(*spans[at])]
+            found += [self.columns.at(token, spans[-1][1], text_tokens) for token in tokens]
+        if not all(0 <= column < text_tokens for column in found):
             raise ValueError(
                 f"{what}: {shown(word)} is beyond the {text_tokens} tokens of the embeddings of {shown(prompt)}"
             )
@@ -175,9 +176,10 @@ class PromptEdit:
         found: dict[str, list[int]] = {}
         if not self.columns.words:
             return found
-        for word, (first, last) in self._words(prompt):
-            own = [column for column in map(self.columns.of, range(first, last)) if column < text_tokens]
-            found.setdefault(word, []).extend(own)
+        content = self.content(prompt)
+        for word, span in self._words(prompt):
+            own = (self.columns.at(token, content, text_tokens) for token in range(*span))
+            found.setdefault(word, []).extend(column for column in own if 0 <= column < text_tokens)
         return {word: columns for word, columns in found.items() if columns}
 
     def blend_tokens(self, source_tokens: int, target_tokens: int) -> tuple[list[int], list[int]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ..attention.masks import GivenMask
 from ..diffusion.denoiser import Denoiser, frames_meet, keys_on
 from ..diffusion.invert import levels_among, recomputed
 from ..diffusion.schedule import Schedule, reused_steps
@@ -17,6 +18,7 @@ from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
 from ..recipes.cost import Calls, beside_plain
+from ..recipes.recipe import Recipe
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.records import MEMORIES
 from ..store.store import AttentionStore
@@ -65,8 +67,9 @@ def plan(
     settings: StoreSettings,
     edits: bool,
     store: AttentionStore | None = None,
+    masks: Sequence[GivenMask | None] = (),
 ) -> str:
-    """The plan of a run, in a few lines. store: a store from a file, instead of an inversion."""
+    """The plan of a run, in a few lines. store: a store from a file, instead of an inversion. masks: of the edits."""
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
     schedule = config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those it cannot take
@@ -104,7 +107,12 @@ def plan(
         kept = store.kept_steps
     else:
         kept = settings.kept_steps(config.steps) if chosen and chosen.memory != "recompute" else 0
-    parts_of_run = _calls(configs, kept, inverts, edits, frames, denoiser, schedule)
+    memory = store.memory if store else chosen.memory if chosen else "recompute"
+    more = {"kept_steps": kept, "memory": memory, "grid": denoiser.subset_grid(height, width)}
+    recipes = [config.planned_recipe() for config in configs]
+    if masks:
+        recipes = [replace(recipe, mask=mask) for recipe, mask in zip(recipes, masks, strict=True)]
+    parts_of_run = _calls(configs, recipes, inverts, edits, denoiser, schedule, frames=frames, **more)
     counted = ", ".join(f"{calls:g} for the {part}" for part, calls in parts_of_run.items())
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
     if edits:
@@ -125,16 +133,18 @@ def plan(
 
 
 def _calls(
-    configs: list[EditConfig], kept_steps: int, inverts: bool, edits: bool, frames: int, denoiser: Denoiser,
-    schedule: Schedule,
+    configs: list[EditConfig], recipes: list[Recipe], inverts: bool, edits: bool, denoiser: Denoiser,
+    schedule: Schedule, **more: Any,
 ) -> dict[str, float]:  # fmt: skip
-    """The calls of the model on the clip, by what they are for; a call with gradients counts as four."""
-    recipes, config = [config.planned_recipe() for config in configs], configs[0]
+    """The calls of the model on the clip, by what they are for; a call with gradients counts as four. more: see
+    `Recipe.calls`.
+    """
+    config = configs[0]
     if denoiser.embeds_guidance:  # one call instead of two
         recipes = [replace(recipe, guidance_scale=1.0, guidance_until=1.0) for recipe in recipes]
     reused = reused_steps(schedule, config.order) if config.reuse_midpoint else set()
     counted = [
-        recipe.calls(config.steps, kept_steps, frames, denoiser.spans_clip, reused)
+        recipe.calls(config.steps, spans_clip=denoiser.spans_clip, reused=reused, **more)
         for recipe, config in zip(recipes, configs, strict=True)
     ]
     invert = counted[0].invert

@@ -125,7 +125,8 @@ class EditRun:
     @property
     def shares_source(self) -> bool:
         """Whether this edit can share one evaluation of the source with other edits of the pass."""
-        return self.propagation is None and not self.injected.own_level and not self.start.draws
+        own = self.injected.own_level or self.injected.own_source
+        return self.propagation is None and not own and not self.start.draws
 
     def needs(self, step: int) -> Needs:
         """What a step reads from the source."""

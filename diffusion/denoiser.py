@@ -98,6 +98,9 @@ class Denoiser(Predictor, Protocol):
     def sites(self, height: int, width: int) -> list[AttentionSite]:
         """The attention layers for latents of this size."""
 
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """The tokens of a frame of latents, if a branch can have some of them only (`Control.rows`)."""
+
     def identity(self) -> ModelIdentity:
         """The identity of the model's weights."""
 

@@ -181,7 +181,8 @@ def invert(
         extra=with_shapes(extra, denoiser),
         attachments=attachments or {},
     )
-    recorded, precision = {site.name for site in sites if settings.keeps(site)}, settings.stored(denoiser.dtype)
+    recorded = {site.name for site in sites if settings.keeps(site, plan.memory)}
+    precision = settings.stored(denoiser.dtype)
 
     def called(z: Tensor, level: int) -> tuple[Tensor, Records]:
         """The prediction at a level's timestep, and the records for the edit's step there."""

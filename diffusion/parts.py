@@ -13,7 +13,7 @@ from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
-from ..store.records import SourceStep
+from ..store.records import Memory, SourceStep
 from ..store.store import AttentionStore
 from ..store.streams import mask_of_latents, video_shape
 from .denoiser import Denoiser
@@ -64,8 +64,16 @@ class Injection(Protocol):
     def reads_source(self, step: int, steps: int) -> bool:
         """Whether a step reads the source's attention."""
 
+    def reads_store(self, memory: Memory) -> bool:
+        """Whether it reads the attention that a store of this memory has."""
+
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         """The number of model calls before the first step. spans_clip: see `Denoiser`."""
+
+    def token_share(self, edit: Edit, frames: int, grid: tuple[int, int] | None) -> float:
+        """The share of the tokens that the edit's branches compute in a step that reads the source. grid: see
+        `Denoiser.subset_grid`.
+        """
 
     @property
     def limits(self) -> bool:
@@ -85,7 +93,10 @@ class BaseInjection:
     """
 
     needs_attention = True
-    limits = False
+
+    @property
+    def limits(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         check(self)
@@ -93,8 +104,14 @@ class BaseInjection:
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
 
+    def reads_store(self, memory: Memory) -> bool:
+        return memory != "keys_values"
+
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         return 0
+
+    def token_share(self, edit: Edit, frames: int, grid: tuple[int, int] | None) -> float:
+        return 1.0
 
     def inside(self) -> Self:
         return self
@@ -272,6 +289,7 @@ class EditContext:
         self.steps = store.steps
         self.sites: list[AttentionSite] = denoiser.sites(*video_shape(store)[1:])
         self.spans_clip = denoiser.spans_clip
+        self.subset_grid = denoiser.subset_grid(*store.levels.shape[-2:])
         self.latents_like = latents_like
         self.like = latents_like.to(denoiser.dtype)
 
@@ -279,10 +297,11 @@ class EditContext:
 class Injected:
     """The injection of one edit. This class injects nothing; outside a given mask it restores the source's latents.
 
-    own_level: see `Needs`.
+    own_level: see `Needs`. own_source: whether the edit does not share the source's branch with others of its pass.
     """
 
     own_level = True
+    own_source = False
 
     def __init__(self, edit: Edit, context: EditContext) -> None:
         self.context = context

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Needs:
     """What a step reads from the source.
 
-    layers: the attention layers whose queries and keys it reads. values: whether it reads their values too. feature:
+    layers: the attention layers whose queries and keys it reads, or with `values` their keys and values. feature:
     whether it reads the feature of the decoder's ResNet block. prediction: the model's prediction. own_level: whether
     the source's latents have the edit's noise level, as for Plug-and-Play and TokenFlow. Else they are those of the
     inversion's call at that timestep, as for FateZero: one level cleaner, or with a second-order inversion the same.
@@ -49,9 +49,8 @@ class Needs:
 
     def recorder(self, key_frames: KeyFrames, chunk: Chunk) -> Recorder:
         """A recorder of the source's branch that captures all of these."""
-        recorder = Recorder(key_frames, chunk, self.layers)
+        recorder = Recorder(key_frames, chunk, self.layers, values=self.values)
         recorder.captured.features = {} if self.feature else None
-        recorder.captured.values = {} if self.values else None
         return recorder
 
 
@@ -69,7 +68,7 @@ def sources(
     """
 
     def is_stored(step: int) -> bool:
-        return bool(needs[step].layers) and not needs[step].values and store.keeps(step)
+        return bool(needs[step].layers) and store.keeps(step)
 
     meet = frames_meet(denoiser, store.calls())
     if meet and any(is_stored(step) and len(chunks[step]) > 1 for step in range(store.steps)):
@@ -92,7 +91,14 @@ def sources(
 
 
 def source_for(denoiser: Denoiser, store: AttentionStore, step: int, needs: Needs, chunk: Chunk) -> SourceStep:
-    """The source's branch at an edit step: evaluated now, or within the edit's call by hosts that pair branches."""
+    """The source's branch at an edit step: evaluated now, or within the edit's call by hosts that pair branches. Keys
+    and values that the store keeps are read, if they have the level that the step reads.
+    """
+    if needs.values and store.keeps(step, values=True) and (store.calls_own_level or not needs.own_level):
+        if not chunk.is_whole:
+            raise ValueError(NOT_IN_PARTS.format(memory=store.memory))
+        records = store.on_demand(step, chunk, denoiser.device)
+        return SourceStep(Captured(records), store.key_frames, chunk, stored=True)
     if needs.nothing or not denoiser.pairs:
         return compute_source(denoiser, store, step, needs, chunk).step
     recorder = needs.recorder(store.key_frames, chunk)
@@ -234,7 +240,8 @@ def _check_backend(store: AttentionStore, backend: FileBackend, denoiser: Denois
     for step in backend.steps:
         for name, parts in backend.tensors(step).items():
             found = {part: tensor.shape for part, tensor in parts.items() if not part.endswith("_scale")}
+            form = "map" if "map" in parts else store.memory
             if name not in sites or found != record_shapes(
-                sites[name], store.frames, store.key_frames, store.source.text_tokens, as_map="map" in parts
+                sites[name], store.frames, store.key_frames, store.source.text_tokens, form
             ):
                 raise StoreError(f"the store's attention of {name} at step {step} does not fit this model")

@@ -13,6 +13,10 @@ Run = Callable[[Tensor, Any, bool], Tensor]
 """A block, from its rows and other inputs. The flag: whether they are those of the branch beside."""
 
 
+CALLS = "another node on the model calls blocks twice or leaves some out: remove it"
+"""Why a block does not run in its turn."""
+
+
 class Beside:
     """The branch beside that of a call, so that what it records in a block is needed for this block only.
 
@@ -27,6 +31,7 @@ class Beside:
         self._phase: Phase = "off"
         self._rows: Tensor | None = None
         self._others: Any = None
+        self._next = 0
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -49,12 +54,13 @@ class Beside:
         """The output of a block of the current call. others: its inputs besides the rows."""
         if self._phase == "enter":
             if index == 0:
-                self._rows, self._others = rows, others
+                self._rows, self._others, self._next = rows, others, 0
             return rows
         if self._phase == "leave":
             assert self._rows is not None
             return self._rows if index == self._last else rows
         if self._phase == "run":
-            assert self._rows is not None
-            self._rows = run(self._rows, self._others, True)
+            if self._rows is None or index != self._next:
+                raise ValueError(f"model: block {index} ran where {self._next} was expected: {CALLS}")
+            self._rows, self._next = run(self._rows, self._others, True), index + 1
         return run(rows, others, False)

@@ -17,12 +17,12 @@ from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask, HeatOverSteps, foreign_tokens, mask_sites, soft_mask, threshold_mask, word_heat
 from ..attention.prompt import Alignment, PromptEdit, places_of
-from ..diffusion.parts import Edit, EditContext, Injected
+from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
 from ..diffusion.prompt_mask import difference_levels, prompt_heat
 from ..diffusion.reconstruction import reconstructed
 from ..diffusion.source import Needs
 from ..imports import F, torch
-from ..settings import check, setting, steps_of_share, whole_steps
+from ..settings import setting, steps_of_share, whole_steps
 from ..store.budget import max_tokens
 from ..store.records import SourceStep
 from ..store.streams import mask_of_all, mask_of_video, video_frames, video_shape
@@ -33,6 +33,7 @@ from .method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 MaskFrom = Literal["attention", "prompts"]
 BlendLatents = bool | Literal["authors"]
@@ -43,7 +44,7 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class FusionSettings:
+class FusionSettings(BaseInjection):
     """How much of the source's attention the edit uses.
 
     Shares of steps count from the noisy end. Raises ValueError for a value outside its range.
@@ -115,10 +116,8 @@ class FusionSettings:
         group=GROUP,
     )
 
-    needs_attention = True
-
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         ends = {"cross_replace_steps": self.cross_replace_from, "self_replace_steps": self.self_replace_from}
         for name, begin in ends.items():
             check_shares(name, (begin, getattr(self, name)))
@@ -223,7 +222,7 @@ class FusionSettings:
         replay = steps * (1 if edit.guidance_scale == 1 else 2) if self.attention_from == "reconstruction" else 0
         return replay + (2 * len(difference_levels(steps)) if own_mask else 0)
 
-    def inside(self) -> FusionSettings:
+    def inside(self) -> Self:
         return replace(self, blend_latents=True, blend_latents_until=1.0)
 
     def summary(self, steps: int) -> str:

@@ -114,7 +114,7 @@ class Fuser(SourceControl):
     def _blended_by_token(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, site: AttentionSite) -> Tensor:
         """`_blended` where all tokens of the clip attend to each other; computes only rows with a weight above 0."""
         m, v = rearrange(mask, "f y x -> (f y x)").to(q), as_one(v)
-        record = self.source.records[site.name]
+        record = self.source.of_queries(site)
         if isinstance(record, Map):
             source = rearrange(record.probabilities.to(v), "f h t n -> 1 h (f t) n") @ v
             own = self.attend(as_one(q), as_one(k), v)
@@ -141,12 +141,16 @@ class Fuser(SourceControl):
             return super().joint_attention(q, k, v, site)
         record, video = self.source.record(site.name), site.rows("video")
         assert isinstance(record, QueriesKeys)
-        own = q.new_ones(q.shape[2])
-        own[video] = 0 if self.masks is None else self.masks[site.height, site.width].reshape(-1).to(q)
-        output, keys = torch.zeros_like(q), k.clone()
+        keys, queries = k.clone(), record.queries(q.dtype)
         keys[:, :, video] = record.keys(k.dtype)
+        if self.masks is None:
+            before, after = (q[:, :, part] for part in (slice(video.start), slice(video.stop, None)))
+            parts = ((before, k), (queries, keys), (after, k))
+            return torch.cat([self.attend(*pair, v) for pair in parts if pair[0].shape[2]], 2)
+        own, output = q.new_ones(q.shape[2]), torch.zeros_like(q)
+        own[video] = self.masks[site.height, site.width].reshape(-1).to(q)
         self._add(output, own, q, k, v)
-        self._add(output[:, :, video], 1 - own[video], record.queries(q.dtype), keys, v)
+        self._add(output[:, :, video], 1 - own[video], queries, keys, v)
         return output
 
     @staticmethod

@@ -47,7 +47,10 @@ class FlowMaskSettings(BaseInjection):
     """Whether a given mask limits the computed one instead of replacing it."""
 
     needs_attention = False
-    limits = True
+
+    @property
+    def limits(self) -> bool:
+        return True
 
     def injected(self, edit: Edit, context: EditContext) -> Injected:
         return FlowMask(self, edit, context)

@@ -1,24 +1,34 @@
-"""KV-Edit (Zhu et al., 2025, arXiv 2502.17363), its simplest form: the background's keys and values are the source's.
+"""KV-Edit (Zhu et al., 2025, arXiv 2502.17363): the background's keys and values are the source's.
 
-In self-attention, tokens outside the edit mask m take the source's keys and values, tokens inside keep the edit's:
-    K = m K_edit + (1 - m) K_source,   V = m V_edit + (1 - m) V_source,
+A video transformer computes the edit's tokens inside the edit mask m only. In self-attention they attend to the source's
+keys and values outside m:
+    K = [K_edit inside, K_source outside],   V = [V_edit inside, V_source outside],
 and after every step the latents outside m are restored from the source. The new object fits into a background that does
-not change. The paper saves the cost of the queries outside m; here they are computed.
+not change. The source's keys and values are those of the inversion's call at the step's timestep, as in the authors'
+code: from the store, or computed again block by block with the edit.
+
+A UNet, whose convolutions need all positions, computes all tokens:
+    K = m K_edit + (1 - m) K_source,   V = m V_edit + (1 - m) V_source.
+So do joint layers, for the video's tokens, and an edit that follows FlowEdit, where the difference to the source's
+guided prediction counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from einops import rearrange
 
 from ..attention.control import AttentionSite, Control
+from ..attention.key_frames import as_one
 from ..attention.masks import GivenMask
 from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected, SourceControl
 from ..diffusion.source import Needs
+from ..imports import F
 from ..settings import setting, whole_steps
-from ..store.records import QueriesKeys, SourceStep
+from ..store.records import KeysValues, Memory, SourceStep
+from ..store.streams import mask_of_video, video_shape
 from .method import Method
 
 if TYPE_CHECKING:
@@ -36,6 +46,16 @@ class KVEditSettings(BaseInjection):
         "Share of the steps, from the noisy end, in which the background's keys and values are the source's.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
+    tokens: Literal["inside", "all"] = setting(
+        "inside",
+        "Tokens of the edit that a video transformer computes: those inside the edit mask, or all (slower; the negative "
+        "prompt then does not read the source). A UNet and an edit with FlowEdit compute all.",
+        group=GROUP,
+    )
+    grow: int = setting(
+        2, "Patches by which the mask of the computed tokens is larger than the edit mask.", least=0, most=16,
+        unit="patches", group=GROUP,
+    )  # fmt: skip
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError without an edit mask, or with a layout."""
@@ -45,7 +65,16 @@ class KVEditSettings(BaseInjection):
             raise ValueError("KV-Edit keeps the background in place: use a layout with FateZero or no injection")
 
     def injected(self, edit: Edit, context: EditContext) -> Injected:
-        return KVEdit(self, edit, context)
+        inside = self.tokens == "inside" and context.subset_grid is not None and context.store.drawn is None
+        return (InsideTokens if inside else KVEdit)(self, edit, context)
+
+    def reads_store(self, memory: Memory) -> bool:
+        return memory == "keys_values" and self.tokens == "inside"
+
+    def token_share(self, edit: Edit, frames: int, grid: tuple[int, int] | None) -> float:
+        if grid is None or self.tokens == "all" or edit.mask is None:
+            return 1.0
+        return tokens_inside(edit.mask.at(grid, frames)[:, None], grid, self.grow).float().mean().item()
 
     def reads_source(self, step: int, steps: int) -> bool:
         return step < whole_steps(self.background_steps, steps)
@@ -56,13 +85,13 @@ class KVEditSettings(BaseInjection):
 
 
 class KVEdit(Injected):
-    """KV-Edit in one edit. It acts on the target's branch only: a transformer's negative runs without its source."""
+    """KV-Edit with all tokens. A transformer's negative branch runs without its source."""
 
     def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
         super().__init__(edit, context)
         assert edit.mask is not None  # see `check`
         self.settings, self._mask = settings, edit.mask
-        self._layers = {site.name for site in context.sites if site.kind == "self"}
+        self._layers = {site.name for site in context.sites if site.kind in ("self", "joint")}
 
     def needs(self, step: int) -> Needs:
         if not self.settings.reads_source(step, self.context.steps):
@@ -72,8 +101,36 @@ class KVEdit(Injected):
     def controls(self, source: SourceStep, step: int) -> tuple[Control, Control]:
         target, negative = super().controls(source, step)
         if self.settings.reads_source(step, self.context.steps):
-            target = Background(source, self._mask, self.context.store.frames)
+            return self.reading(source, negative)
         return target, negative
+
+    def reading(self, source: SourceStep, plain: Control) -> tuple[Control, Control]:
+        """The controls of both branches in a step that reads the source."""
+        store = self.context.store
+        return Background(source, mask_of_video(store, self._mask), video_shape(store)[0]), plain
+
+
+class InsideTokens(KVEdit):
+    """KV-Edit with the tokens inside the mask only, in both branches."""
+
+    own_level = False
+    own_source = True
+
+    def __init__(self, settings: KVEditSettings, edit: Edit, context: EditContext) -> None:
+        super().__init__(settings, edit, context)
+        assert context.subset_grid is not None
+        self._tokens = tokens_inside(self.of_latents(self._mask), context.subset_grid, settings.grow)
+
+    def reading(self, source: SourceStep, plain: Control) -> tuple[Control, Control]:
+        own = self._tokens[list(source.chunk.frame_indices)].flatten().nonzero()[:, 0]
+        return Inside(source, own), Inside(source, own)
+
+
+def tokens_inside(mask: Tensor, grid: tuple[int, int], grow: int) -> Tensor:
+    """The tokens of a grid with a part of a mask of latents, (f 1 h w), grown by so many patches: bool (f y x)."""
+    patch = [-(-side // tokens) for side, tokens in zip(mask.shape[-2:], grid, strict=True)]
+    tokens = F.max_pool2d((mask > 0).float(), patch, ceil_mode=True)
+    return F.max_pool2d(tokens, 2 * grow + 1, stride=1, padding=grow)[:, 0] > 0
 
 
 class Background(SourceControl):
@@ -84,13 +141,44 @@ class Background(SourceControl):
         self.mask, self.frames = mask, frames
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        record, values = self.source.record(site.name), self.source.captured.values
-        assert isinstance(record, QueriesKeys) and values is not None
+        record = self.source.record(site.name)
+        assert isinstance(record, KeysValues)
         inside = self.mask.at((site.height, site.width), self.frames)[list(self.chunk.frame_indices)]
         m = rearrange(inside, "f y x -> f 1 (y x) 1").to(k)
         k = m * k + (1 - m) * record.keys(k.dtype)
-        v = m * v + (1 - m) * values[site.name]
+        v = m * v + (1 - m) * record.values(v.dtype)
         return super().self_attention(q, k, v, site)
+
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        record, video = self.source.record(site.name), site.rows("video")
+        assert isinstance(record, KeysValues)
+        m = self.mask.at((site.height, site.width), self.frames).reshape(-1, 1).to(k)
+        pairs = ((k.clone(), record.keys(k.dtype)), (v.clone(), record.values(v.dtype)))
+        for own, around in pairs:
+            own[:, :, video] = m * own[:, :, video] + (1 - m) * around
+        return self.attend(q, pairs[0][0], pairs[1][0])
+
+
+class Inside(SourceControl):
+    """The control of a branch that has some tokens only, with the source's keys and values for the others."""
+
+    def __init__(self, source: SourceStep, rows: Tensor) -> None:
+        super().__init__(source)
+        self.rows = rows
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
+        record = self.source.record(site.name)
+        assert isinstance(record, KeysValues)
+        k, v = (self._whole(*pair) for pair in ((record.keys(k.dtype), k), (record.values(v.dtype), v)))
+        return self.attend(q, k, v)
+
+    def _whole(self, around: Tensor, own: Tensor) -> Tensor:
+        """The source's keys or values with the branch's own in their rows; a recorded tensor is overwritten, since the
+        branches that read it have the same rows.
+        """
+        assert self.rows is not None
+        put = as_one(around).index_copy if self.source.stored else as_one(around).index_copy_
+        return put(2, self.rows, own)
 
 
 METHOD = Method(

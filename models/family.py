@@ -17,7 +17,8 @@ class Family:
     of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has GroupNorms, whose
     statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
     attention: whether its attention can be controlled. words: whether text columns stand for words, as masks of words,
-    reweighting and heat maps need. trained_frames: see `Denoiser.trained_frames`.
+    reweighting and heat maps need. subset_patch: the side of a token in latents, if a branch can have some tokens only
+    (`Control.rows`); else 0. trained_frames: see `Denoiser.trained_frames`.
     """
 
     title: str
@@ -30,7 +31,13 @@ class Family:
     demo_folder: Path
     attention: bool = True
     words: bool = True
+    subset_patch: int = 0
     trained_frames: int | None = None
+
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """The tokens of a frame of latents, if a branch can have some of them only: (rows, columns)."""
+        patch = self.subset_patch
+        return (-(-height // patch), -(-width // patch)) if patch else None
 
 
 def frames_of_latents(frames: int, frames_per_latent: int) -> list[int]:

@@ -16,6 +16,7 @@ WAN = Family(
     half="bfloat16",
     demo="demo-wan",
     demo_folder=DEMO.parent / "wan",
+    subset_patch=2,
     trained_frames=21,
 )
 TEXT_TOKENS = 512

@@ -216,12 +216,17 @@ class EditInputs:
             mask=mask,
         )
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the edit needs control of the attention."""
+        injection = self.recipe.injection
+        return injection is not None and injection.needs_attention
+
     def edit(self, suffix: str = "") -> Edit:
         """The edit. suffix: distinguishes its prompts from those of other edits of the pass."""
         recipe, start = self.recipe, start_of(self.store)
-        fuses = recipe.injection is not None and recipe.injection.needs_attention
-        attends = not is_flow(self.model) or fuses
-        if fuses:
+        attends = not is_flow(self.model) or self.fuses
+        if self.fuses:
             check_attention(self.model, f"preset: {self.preset}")
             source_of(self.store).check_attention("source")
         positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends)
@@ -299,7 +304,7 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
     spans_clip, start = facts_of(model).spans_clip, start_of(store)
     reused = reused_steps(schedule_of_store(model, store), store.order) if store.reuse_midpoint else set()
-    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, reused)
+    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, reused=reused)
     plain = store.steps * (1 if edit.guidance_scale == 1 else 2)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)

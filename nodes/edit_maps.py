@@ -16,6 +16,7 @@ from ..diffusion.edit_maps import EditMaps
 from ..hosts.comfyui.editing import edit_clip
 from ..hosts.comfyui.families import facts_of
 from ..hosts.comfyui.inversion import HostStore
+from ..hosts.comfyui.noise import is_flow
 from ..video.sheet import heat_map
 from ..video.size import to_bytes
 from ..video.slice import moving_row, slices
@@ -73,6 +74,8 @@ class FateZeroEditMaps(io.ComfyNode):
         edit, lines = one.edit(), list(one.notes)
         if not facts_of(one.model).attention:
             lines.append("no heat maps: FateZero does not control the attention of this model")
+        elif one.prompt_edit is None and is_flow(one.model) and not one.fuses:
+            lines.append("no heat maps: connect Prompt Edit for their words")
         elif one.prompt_edit is None:
             raise ValueError("prompt_edit: heat maps need its words: connect Prompt Edit")
         else:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..diffusion.parts import Edit, Start, first_step
 from ..diffusion.start import INVERTED
+from ..store.records import Memory
 
 
 class Calls(NamedTuple):
@@ -40,10 +41,13 @@ def calls_of(
     frames: int = 1,
     spans_clip: bool = False,
     start: Start = INVERTED,
+    memory: Memory = "queries_keys",
+    grid: tuple[int, int] | None = None,
     reused: AbstractSet[int] = frozenset(),
 ) -> Calls:
-    """The calls of a run of `steps`. kept_steps: steps whose attention the store keeps; 0 with memory "recompute".
-    reused: the steps of a whole edit that reuse a prediction (`reused_steps`).
+    """The calls of a run of `steps`. kept_steps: steps whose attention the store keeps, in its `memory`; 0 with
+    "recompute". grid: see `Denoiser.subset_grid`; a call on a share of the tokens counts as this share. reused: the
+    steps of a whole edit that reuse a prediction (`reused_steps`).
 
     A propagation evaluates its pivots once more, and the source in every step. Gradients of a layout are not counted.
     """
@@ -52,8 +56,11 @@ def calls_of(
     called = [step for step in range(first, steps) if step not in reused or step < first + 2]
     share = 1.0 if edit.propagation is None else edit.propagation.evaluated(frames)
 
-    def branches(some: Iterable[int]) -> int:
-        return sum(2 if edit.guides(step, steps) else 1 for step in some)
+    tokens = 1.0 if injection is None or start.draws else injection.token_share(edit, frames, grid)
+    kept = kept_steps if injection is None or injection.reads_store(memory) else 0
+
+    def branches(some: Iterable[int]) -> float:
+        return sum((2 if edit.guides(step, steps) else 1) * (tokens if read([step]) else 1) for step in some)
 
     def read(some: Iterable[int]) -> int:
         return 0 if injection is None else sum(injection.reads_source(step, steps) for step in some)
@@ -66,4 +73,4 @@ def calls_of(
     inverted = steps - len(reused)
     if edit.propagation is not None:
         return Calls(inverted, share * branches(called), share * len(called), prepare)
-    return Calls(inverted, branches(called), read(step for step in called if step >= kept_steps), prepare)
+    return Calls(inverted, branches(called), read(step for step in called if step >= kept), prepare)

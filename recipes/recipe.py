@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -146,16 +145,9 @@ class Recipe:
             refuse_clip_norm(bool(self.clip_norm))
         check_parts(self.edit(None, None, prompt), spans_clip, self.start)
 
-    def calls(
-        self,
-        steps: int,
-        kept_steps: int = 0,
-        frames: int = 1,
-        spans_clip: bool = False,
-        reused: AbstractSet[int] = frozenset(),
-    ) -> Calls:
+    def calls(self, steps: int, kept_steps: int = 0, frames: int = 1, spans_clip: bool = False, **more: Any) -> Calls:
         """The number of model calls, see `calls_of`."""
-        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start, reused)
+        return calls_of(self.edit(None, None, None), steps, kept_steps, frames, spans_clip, self.start, **more)
 
 
 def _part(name: str, values: Mapping[str, Any]) -> Any:

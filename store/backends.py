@@ -214,6 +214,19 @@ def fetch(
     return records
 
 
+class RecordsOnDemand(dict[str, Record]):
+    """A step's records, fetched when they are read; only the last one stays in memory."""
+
+    def __init__(self, fetch: Callable[[str], Record]) -> None:
+        super().__init__()
+        self._fetch = fetch
+
+    def __missing__(self, layer: str) -> Record:
+        self.clear()
+        self[layer] = self._fetch(layer)
+        return self[layer]
+
+
 def _rows_of_chunk(
     parts: Mapping[str, Stored], cross: bool, key_frames: KeyFrames, chunk: Chunk
 ) -> dict[str, Sequence[int]]:
@@ -222,7 +235,7 @@ def _rows_of_chunk(
     if not cross and "k" in parts:
         keys = key_frames.at(parts["k"].shape[1] * parts["k"].shape[3])
         kept = keys.used(range(chunk.clip), chunk.clip)
-        rows["k"] = [kept.index(f) for f in keys.used(chunk.frame_indices, chunk.clip)]
+        rows["k"] = rows["v"] = [kept.index(f) for f in keys.used(chunk.frame_indices, chunk.clip)]
     return rows
 
 

@@ -48,7 +48,8 @@ class StoreSettings:
     memory: Literal["auto", Memory] = setting(
         "recompute",
         "What to store. recompute stores only latents and runs the source again with the edit; queries_keys is "
-        "faster and larger; maps stores the paper's attention maps, for study; auto takes the fastest that fits.",
+        "faster and larger; maps stores the paper's attention maps, for study; keys_values stores what KV-Edit reads "
+        "on a video transformer; auto takes queries_keys if it fits, else recompute.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
@@ -101,9 +102,10 @@ class StoreSettings:
         """The stored precision of queries and keys that were computed in `dtype`."""
         return dtype if self.precision == "model" else getattr(torch, PRECISIONS[self.precision])
 
-    def keeps(self, site: AttentionSite) -> bool:
-        """Whether a layer's attention is stored."""
-        return self.max_tokens is None or site.tokens <= self.max_tokens
+    def keeps(self, site: AttentionSite, memory: Memory) -> bool:
+        """Whether a memory stores a layer's attention."""
+        fits = self.max_tokens is None or site.tokens <= self.max_tokens
+        return fits and (memory != "keys_values" or site.kind == "self")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Demand:
         stored = settings.stored(self.dtype)
         found: Layout = {}
         for site in self.sites:
-            if settings.keeps(site):
+            if settings.keeps(site, memory):
                 found |= {f"{site.name}.{part}": t for part, t in self._record(memory, site, stored).items()}
         return found
 
@@ -142,10 +144,11 @@ class Demand:
             self.text_tokens if site.kind == "cross" else len(keys_of.of_frame(0, self.latents_shape[0])) * site.tokens
         )
         as_map = kept_as_map(memory, site, key_tokens, stored)
-        shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.text_tokens, as_map)
+        form = "map" if as_map else memory
+        shapes = record_shapes(site, self.latents_shape[0], self.key_frames, self.text_tokens, form)
         parts: Layout = {part: (map_precision(stored) if as_map else stored, shape) for part, shape in shapes.items()}
         if stored == float8() and not as_map:
-            parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in ("q", "k")}
+            parts |= {f"{part}_scale": (torch.float32, (1, site.heads, 1, 1)) for part in shapes}
         return parts
 
     @property
@@ -163,18 +166,20 @@ class Demand:
 
 
 def record_shapes(
-    site: AttentionSite, frames: int, key_frames: KeyFrames, text_tokens: int, as_map: bool
+    site: AttentionSite, frames: int, key_frames: KeyFrames, text_tokens: int, form: str
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's record of one step, without scales. text_tokens: of the source prompt."""
+    """Shapes of a layer's record of one step, without scales. text_tokens: of the source prompt. form: a memory, or
+    "map" for a layer that is stored as its map.
+    """
     cross, keys_of = site.kind == "cross", key_frames.at(site.channels)
-    if as_map:
+    if form == "map":
         keys_seen = text_tokens if cross else len(keys_of.of_frame(0, frames)) * site.tokens
         return {"map": (frames, site.heads, site.tokens, keys_seen)}
     keys = (1, text_tokens) if cross else (len(keys_of.used(range(frames), frames)), site.tokens)
-    return {
-        "q": (frames, site.heads, site.tokens, site.head_dim),
-        "k": (keys[0], site.heads, keys[1], site.head_dim),
-    }
+    of_keys = (keys[0], site.heads, keys[1], site.head_dim)
+    if form == "keys_values":
+        return {"k": of_keys, "v": of_keys}
+    return {"q": (frames, site.heads, site.tokens, site.head_dim), "k": of_keys}
 
 
 @dataclass(frozen=True)

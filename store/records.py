@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-Memory = Literal["recompute", "queries_keys", "maps"]
+Memory = Literal["recompute", "queries_keys", "maps", "keys_values"]
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
 KEPT_WINDOWS = (
     "memory: a node on the model splits the clip into context windows (AnimateDiff-Evolved), in which a frame's "
@@ -40,38 +40,60 @@ def float8() -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
-class QueriesKeys:
-    """Queries (f h t d) and keys of the key frames (used h t d) of one layer.
+class Projections:
+    """Two of the queries, keys and values of a layer, as a dataclass's fields; with the scales of float8.
 
-    Cross-attention keys are the text's, the same for every frame: (1 h s d). In float8, scales
-    (1 h 1 1) bring each head's largest value to the format's largest.
+    Queries are (f h t d), keys and values those of the key frames, (used h t d). In float8, scales (1 h 1 1) bring each
+    head's largest value to the format's largest.
     """
+
+    k: Tensor
+    k_scale: Tensor | None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: part for name, part in vars(self).items() if part is not None}
+
+    def stored(self, dtype: torch.dtype) -> Self:
+        """In a stored precision."""
+        if dtype != float8():
+            return type(self)(**{name: part.to(dtype) for name, part in self.tensors.items()})
+        found: dict[str, Tensor] = {}
+        for name, part in self.tensors.items():
+            found[name], found[f"{name}_scale"] = _to_float8(part)
+        return type(self)(**found)
+
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """In the precision they are used in."""
+        return _from_float8(self.k, self.k_scale, dtype)
+
+
+@dataclass(frozen=True)
+class QueriesKeys(Projections):
+    """The queries and keys of a layer. Cross-attention keys are the text's, the same for every frame: (1 h s d)."""
 
     q: Tensor
     k: Tensor
     q_scale: Tensor | None = None
     k_scale: Tensor | None = None
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        parts = {"q": self.q, "k": self.k, "q_scale": self.q_scale, "k_scale": self.k_scale}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def stored(self, dtype: torch.dtype) -> QueriesKeys:
-        """In a stored precision."""
-        if dtype == float8():
-            (q, q_scale), (k, k_scale) = _to_float8(self.q), _to_float8(self.k)
-            return QueriesKeys(q, k, q_scale, k_scale)
-        return QueriesKeys(self.q.to(dtype), self.k.to(dtype))
-
     def queries(self, dtype: torch.dtype) -> Tensor:
         """In the precision they are used in."""
         return _from_float8(self.q, self.q_scale, dtype)
 
-    def keys(self, dtype: torch.dtype) -> Tensor:
+
+@dataclass(frozen=True)
+class KeysValues(Projections):
+    """The keys and values of a self-attention layer."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def values(self, dtype: torch.dtype) -> Tensor:
         """In the precision they are used in."""
-        return _from_float8(self.k, self.k_scale, dtype)
+        return _from_float8(self.v, self.v_scale, dtype)
 
 
 @dataclass(frozen=True)
@@ -100,14 +122,14 @@ def kept_as_map(memory: Memory, site: AttentionSite, key_tokens: int, dtype: tor
     return memory == "maps" or (memory == "queries_keys" and site.kind == "cross" and of_map < of_queries)
 
 
-Record = QueriesKeys | Map
+Record = QueriesKeys | KeysValues | Map
 
 
 def record_from(tensors: dict[str, Tensor]) -> Record:
     """The inverse of `Record.tensors`."""
     if "map" in tensors:
         return Map(tensors["map"])
-    return QueriesKeys(tensors["q"], tensors["k"], tensors.get("q_scale"), tensors.get("k_scale"))
+    return QueriesKeys(**tensors) if "q" in tensors else KeysValues(**tensors)
 
 
 def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,17 +189,17 @@ class SourceStep:
             raise ValueError(KEPT_WINDOWS)
         part = Chunk.of(frames, self.chunk.clip)
         rows = self.chunk.rows(part)
-        values, features = (
-            {name: x[rows] for name, x in (kept or {}).items()}
-            for kept in (self.captured.values, self.captured.features)
-        )
-        return replace(self, chunk=part, captured=Captured(_of_rows(self.records, rows), values, features=features))
+        features = {name: x[rows] for name, x in (self.captured.features or {}).items()}
+        return replace(self, chunk=part, captured=Captured(_of_rows(self.records, rows), features=features))
 
     def record(self, name: str) -> Record | None:
         """A layer's record, if any; ValueError if the source ran in context windows."""
         if self.windows:
             raise ValueError(OTHER_WINDOWS)
-        return self.records.get(name)
+        try:
+            return self.records[name]
+        except KeyError:
+            return None
 
     def feature(self, name: str) -> Tensor:
         """The feature of a ResNet block; ValueError if the source ran in context windows."""
@@ -186,15 +208,16 @@ class SourceStep:
         assert self.captured.features is not None
         return self.captured.features[name]
 
-    def _record(self, site: AttentionSite) -> Record:
+    def of_queries(self, site: AttentionSite) -> QueriesKeys | Map:
+        """A layer's queries and keys, or map; KeyError for a layer that was not recorded."""
         found = self.record(site.name)
-        if found is None:
+        if found is None or isinstance(found, KeysValues):
             raise KeyError(site.name)
         return found
 
     def apply_self(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v, v of each frame's key frames: (f h (n t) d) -> (f h t d)."""
-        record = self._record(site)
+        record = self.of_queries(site)
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
         keys, frames, clip = self.key_frames.at(site.channels), self.chunk.frame_indices, self.chunk.clip
@@ -204,7 +227,7 @@ class SourceStep:
 
     def apply_cross(self, site: AttentionSite, v: Tensor, attend: Attend = attention) -> Tensor:
         """A_src @ v, v of the source tokens: (f or 1, h s d) -> (f h t d)."""
-        record = self._record(site)
+        record = self.of_queries(site)
         if isinstance(record, Map):
             return record.probabilities.to(v) @ v
         return attend(record.queries(v.dtype), record.keys(v.dtype), v)
@@ -214,7 +237,7 @@ class SourceStep:
         if self.windows:
             maps = {frames: step.cross_map(site, dtype) for frames, step in self.windows.items()}
             return over_windows(maps, self.chunk.frame_indices)
-        record = self._record(site)
+        record = self.of_queries(site)
         if isinstance(record, Map):
             return record.probabilities.to(dtype)
         return attention_map(record.queries(dtype), record.keys(dtype))
@@ -227,7 +250,7 @@ class SourceStep:
 class Recorder(Control):
     """Runs the source branch and records the chosen layers' attention in a memory's form.
 
-    dtype: the precision of the store; None for the model's.
+    dtype: the precision of the store; None for the model's. values: whether to record keys and values.
     """
 
     def __init__(
@@ -237,11 +260,13 @@ class Recorder(Control):
         layers: set[str],
         memory: Memory = "recompute",
         dtype: torch.dtype | None = None,
+        values: bool = False,
     ) -> None:
         super().__init__(key_frames, chunk)
         self.layers = layers
         self.memory = memory
         self.dtype = dtype
+        self.values = values or memory == "keys_values"
 
     @property
     def step(self) -> SourceStep:
@@ -261,7 +286,6 @@ class Recorder(Control):
 
     def forget(self, layer: str) -> None:
         self.records.pop(layer, None)
-        (self.captured.values or {}).pop(layer, None)
 
     def feature(self, x: Tensor, name: str) -> Tensor:
         if self.captured.features is not None:
@@ -277,26 +301,22 @@ class Recorder(Control):
             self.captured.inputs[site.name] = x
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        if self.captured.values is not None and site.name in self.layers:
-            self.captured.values[site.name] = v
         if site.name in self.layers:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
-            self.records[site.name] = (
-                Map(attention_map(q, self.of_key_frames(k, site))) if as_map else QueriesKeys(q, k)
-            )
+            pair = KeysValues(k, v) if self.values else QueriesKeys(q, k)
+            self.records[site.name] = Map(attention_map(q, self.of_key_frames(k, site))) if as_map else pair
         return super().self_attention(q, k, v, site)
 
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        """Records the video's queries and keys, of one clip: (1 h n d)."""
+        """Records the video's queries and keys, or keys and values, of one clip: (1 h n d)."""
         if site.name in self.layers:
-            video = site.rows("video")
-            self.records[site.name] = QueriesKeys(q[:, :, video], k[:, :, video])
-            if self.captured.values is not None:
-                self.captured.values[site.name] = v[:, :, video]
+            q_video, k_video, v_video = (x[:, :, site.rows("video")] for x in (q, k, v))
+            pair = KeysValues(k_video, v_video) if self.values else QueriesKeys(q_video, k_video)
+            self.records[site.name] = pair
         return super().joint_attention(q, k, v, site)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
-        if site.name in self.layers:
+        if site.name in self.layers and not self.values:
             as_map = kept_as_map(self.memory, site, k.shape[2], self.dtype or k.dtype)
             self.records[site.name] = Map(attention_map(q, k[:1])) if as_map else QueriesKeys(q, k[:1])
         return super().cross_attention(q, k, v, site)
@@ -308,19 +328,16 @@ def whole_clip(recorders: Sequence[Recorder], sites: Sequence[AttentionSite]) ->
 
 
 def _whole(recorders: Sequence[Recorder], site: AttentionSite) -> Record:
-    first = recorders[0].records[site.name]
     everyone = tuple(range(recorders[0].chunk.clip))
-    if isinstance(first, Map):
-        return Map(_rows_of(recorders, [_tensors(r, site)["map"] for r in recorders], everyone))
-    q = _rows_of(recorders, [_tensors(r, site)["q"] for r in recorders], everyone)
-    if site.kind == "cross":
-        return QueriesKeys(q, first.k)
     used = recorders[0].key_frames.at(site.channels).used(everyone, len(everyone))
-    return QueriesKeys(q, _rows_of(recorders, [_tensors(r, site)["k"] for r in recorders], used))
 
+    def of_clip(part: str, first: Tensor) -> Tensor:
+        if part == "k" and site.kind == "cross":
+            return first
+        parts = [recorder.records[site.name].tensors[part] for recorder in recorders]
+        return _rows_of(recorders, parts, used if part in ("k", "v") else everyone)
 
-def _tensors(recorder: Recorder, site: AttentionSite) -> dict[str, Tensor]:
-    return recorder.records[site.name].tensors
+    return record_from({part: of_clip(part, x) for part, x in recorders[0].records[site.name].tensors.items()})
 
 
 def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Sequence[int]) -> Tensor:
@@ -335,11 +352,12 @@ def _rows_of(recorders: Sequence[Recorder], parts: Sequence[Tensor], frames: Seq
 
 def _of_rows(records: dict[str, Record], rows: Sequence[int]) -> dict[str, Record]:
     """Records of some frames, from a call that recorded all its frames' queries and keys."""
-    found: dict[str, Record] = {}
-    for name, record in records.items():
-        assert isinstance(record, QueriesKeys)
-        found[name] = QueriesKeys(record.q[rows], record.k if name.endswith(".cross") else record.k[rows])
-    return found
+    return {
+        name: record_from(
+            {part: x if part == "k" and name.endswith(".cross") else x[rows] for part, x in record.tensors.items()}
+        )
+        for name, record in records.items()
+    }
 
 
 def pick(x: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The result of an inversion, in one of three memories that give the same edits."""
+"""The result of an inversion, in one of several memories that give the same edits."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .backends import (
     Levels,
     MemoryBackend,
     Records,
+    RecordsOnDemand,
     fetch,
     level_name,
     read,
@@ -54,11 +55,11 @@ class AttentionStore:
     """An inversion: its latents, and the attention of its steps unless it is recomputed.
 
     memory: "recompute" stores only latents and runs the source branch again with the edit; "queries_keys" stores
-    queries and keys; "maps" the paper's attention maps. levels: latents of every level, clean to noisy:
-    (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every level, clean to
-    noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order, reuse_midpoint: of the
-    inversion's solver. inversion_steps: of the inversion, if it took more steps than its edits take.
-    kept_steps: number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
+    queries and keys; "keys_values" keys and values; "maps" the paper's attention maps. levels: latents of every level,
+    clean to noisy: (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every
+    level, clean to noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order, reuse_midpoint:
+    of the inversion's solver. inversion_steps: of the inversion, if it took more steps than its edits take. kept_steps:
+    number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
     "recompute". plan: the chosen memory and place; None for a store from a file. start: where edits start
     (`diffusion.parts.Start`); None: at the noisiest latents. extra, attachments: the caller's own
     data, as JSON and as tensors.
@@ -134,9 +135,9 @@ class AttentionStore:
         levels = self.levels if isinstance(self.levels, FileLevels) else self.levels.to(device)
         return replace(self, levels=levels, source=self.source.to(levels[0].to(device)[:0]))
 
-    def keeps(self, step: int) -> bool:
-        """Whether an edit step's attention is stored; step 0 is the noisiest."""
-        return self.backend is not None and step < self.kept_steps
+    def keeps(self, step: int, values: bool = False) -> bool:
+        """Whether an edit step's attention is stored; step 0 is the noisiest. values: keys and values."""
+        return self.backend is not None and step < self.kept_steps and values == (self.memory == "keys_values")
 
     def fetch(self, step: int, layers: set[str], chunk: Chunk, device: torch.device) -> Records:
         """An edit step's records of some layers and a chunk of the clip, on a device.
@@ -153,6 +154,10 @@ class AttentionStore:
                 "invert with a larger max_tokens, or lower max_tokens of the edit"
             )
         return records
+
+    def on_demand(self, step: int, chunk: Chunk, device: torch.device) -> RecordsOnDemand:
+        """An edit step's records of a chunk of the clip, fetched layer by layer."""
+        return RecordsOnDemand(lambda layer: self.fetch(step, {layer}, chunk, device)[layer])
 
     def level(self, level: int) -> Tensor:
         """The latents of a level, 0 the clean one: (frames, c, h, w); StoreError if they are damaged."""

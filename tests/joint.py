@@ -37,3 +37,32 @@ def random_text(seed: int, tokens: int = 9) -> torch.Tensor:
 def random_streams(seed: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in SHAPES]
+
+
+def host_weights(model: MiniMaxH3Transformer3DModel) -> dict[str, torch.Tensor]:
+    """A transformer's weights by their names in ComfyUI."""
+    own, found = dict(model.state_dict()), {"rope.inv_freq": model.rope.inv_freq}
+    names = {
+        "proj_in": "video_patch_proj", "audio_proj_in": "audio_patch_proj", "context_embedder": "condition_proj",
+        "time_embedder.linear_1": "time_embedder.proj_in", "time_embedder.linear_2": "time_embedder.proj_out",
+        "norm_out.norm": "final_layer.norm", "norm_out.linear": "final_layer.adaln_proj.linear",
+        "proj_out": "final_layer.video_out", "audio_proj_out": "final_layer.audio_out",
+        "token_refiner.final_norm": "token_refiner.final_norm",
+    }  # fmt: skip
+    parts = {
+        "norm1": "norm1", "norm2": "norm2", "attn.norm_q": "attn.q_norm", "attn.norm_k": "attn.k_norm",
+        "attn.to_out.0": "attn.out_proj", "ff.net.2": "mlp.fc2", "adaln_proj.linear": "adaln_proj.linear",
+    }  # fmt: skip
+    stacks = [("transformer_blocks", "blocks", model.transformer_blocks)]
+    stacks.append(("token_refiner.refiner_blocks", "token_refiner.blocks", model.token_refiner.refiner_blocks))
+    for theirs, ours, blocks in stacks:
+        for i in range(len(blocks)):
+            names |= {f"{theirs}.{i}.{part}": f"{ours}.{i}.{name}" for part, name in parts.items()}
+            qkv = [own.pop(f"{theirs}.{i}.attn.to_{name}.weight") for name in "qkv"]
+            found[f"{ours}.{i}.attn.qkv_proj.weight"] = torch.cat(qkv)
+            up, gate = own.pop(f"{theirs}.{i}.ff.net.0.proj.weight").chunk(2)
+            found[f"{ours}.{i}.mlp.fc1.weight"] = torch.cat([gate, up])
+    for name, weight in own.items():
+        layer, _, kind = name.rpartition(".")
+        found[f"{names[layer]}.{kind}"] = weight
+    return {name: weight.float().contiguous() for name, weight in found.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler
 
 from fatezero.cli.app import app
 from fatezero.cli.batch.jobs import load_batch
@@ -17,6 +17,7 @@ from fatezero.cli.config.files import load_configs
 from fatezero.demo.model import build_scheduler
 from fatezero.demo.video_model import build_tokenizer
 from small import TEXT, random_latents, small_unet
+from tests.joint import random_streams, small_h3
 from tests.wan import small_wan
 
 REPO = Path(__file__).parents[1]
@@ -139,6 +140,11 @@ def small() -> dict[str, object]:
         "wan_latents": random_latents(3, 8, 6),
         "wan_encode": lambda prompt: text(prompt, 512),
         "wan_tokenizer": build_tokenizer(),
+        "h3_transformer": small_h3(),
+        "h3_scheduler": MiniMaxH3Scheduler(),
+        "video": random_streams()[0],
+        "sound": random_streams()[1],
+        "h3_encode": lambda prompt: text(prompt, 12),
     }
 
 

@@ -275,7 +275,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         check_of_store(checkpoint, store, origin, prompts)
     masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
-    session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store))
+    session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store, masks=masks))
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)

@@ -26,7 +26,7 @@ REFUSED = {
 """Options that a source or positive prompt must not have, because they restrict it to a part of the picture, whose
 attention does not align with the clip's, or belong to unsupported models."""
 
-READ = {"c_crossattn", "crossattn_controlnet", "y", "c_concat"}
+READ = frozenset({"c_crossattn", "crossattn_controlnet", "y", "c_concat"})
 """The supported model inputs from a prompt: text, the ControlNet's text, pooled text and sizes, and the empty picture
 of an inpainting UNet."""
 
@@ -98,9 +98,9 @@ def _unfit(conditioning: Conditioning) -> str | None:
     return None
 
 
-def check_read(conditions: Sequence[dict[str, Any]], socket: str) -> None:
-    """Raise ValueError, with their names, for unsupported model inputs from a prompt."""
-    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - READ)
+def check_read(conditions: Sequence[dict[str, Any]], socket: str, known: frozenset[str]) -> None:
+    """Raise ValueError, with their names, for unsupported model inputs from a prompt. known: those that are."""
+    unknown = sorted({name for entry in conditions for name in entry["model_conds"]} - known)
     if unknown:
         raise ValueError(
             f"{socket}: sets {', '.join(unknown)}, which FateZero does not support: remove the node that sets it"

@@ -79,7 +79,7 @@ class ComfyDenoiser:
         self._edited = _Branch(guider.edited, options, guider.conds | guider.others, guider)
         for role, conditions in self._edited.conditions.items():
             if attends and not role.startswith("negative"):
-                check_read(conditions, role.partition(".")[0])
+                check_read(conditions, role.partition(".")[0], guider.edited.reads)
         self._source = self._edited
         if guider.sourced is not guider.edited:
             self._source = _side_branch(guider.sides[id(guider.sourced)], guider.others)
@@ -115,6 +115,9 @@ class ComfyDenoiser:
     @property
     def pairs(self) -> bool:
         return self._edited.hooked.pairs
+
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        return None
 
     @property
     def embeds_guidance(self) -> bool:
@@ -214,8 +217,8 @@ class ComfyDenoiser:
         return self.noise.predicted(x, clean, sigma)
 
     def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
-        """Whether the source can run in the calls of the edit: with an equal MODEL, without weights from a prompt's
-        hooks, and with texts of one shape, which the host batches.
+        """Whether the source can run in the calls of the edit, or beside: with an equal MODEL, without weights from a
+        prompt's hooks, and in the same calls with texts of one shape, which the host batches.
         """
         assert isinstance(paired.condition, HostCondition)
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
@@ -223,8 +226,9 @@ class ComfyDenoiser:
             return False
         entries = [entry for c in (paired.condition, condition) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
-        together = all(part and part.hooks is None and comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
-        return together and edit.hooked.joins(source.hooked)
+        if not all(part and part.hooks is None for part in parts) or not edit.hooked.joins(source.hooked):
+            return False
+        return edit.hooked.separate_calls or all(comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
 
     def _branch_conditions(self, condition: HostCondition) -> Any:
         branch = self._source if condition.role == "source" else self._edited

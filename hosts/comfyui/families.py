@@ -7,10 +7,10 @@ from typing import Any
 
 from ...attention.control import Kind
 from ...models.family import Family
-from . import flow, unet, wan
+from . import flow, h3, unet, wan
 from .hook import ALL_KINDS, Hook, HostFamily
 
-FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, flow.FAMILY)
+FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, h3.FAMILY, flow.FAMILY)
 """The first that matches a MODEL is its family."""
 MODELS = ", or ".join(family.models for family in FAMILIES)
 TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES if family.text_encoder)
@@ -31,7 +31,13 @@ def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS, attends: bool = True) 
     any conditioning will do. Raises ValueError for a MODEL that cannot be edited.
     """
     own = family_of(model).hook(model, kinds)
-    return own if attends or not own.family.attention else flow.PlainFlow(model, kinds, own)
+    plain = not own.family.attention or (attends and not _in_windows(model))
+    return own if plain else flow.PlainFlow(model, kinds, own)
+
+
+def _in_windows(model: Any) -> bool:
+    """Whether context windows split the calls of a MODEL whose attention is controlled on whole clips only."""
+    return family_of(model).frame_dim is None and model.model_options.get("context_handler") is not None
 
 
 def check_known(model: Any) -> None:
@@ -46,6 +52,8 @@ def check_attention(model: Any, part: str) -> None:
             f"{part} needs control of the attention, which works with {ATTENTION_MODELS}, not with "
             f"{type(model.model).__name__}: use the FlowEdit node with preset flow_edit, and a mask for what may change"
         )
+    if _in_windows(model):
+        raise ValueError(f"{part} needs control of the attention, but this model has Context Windows: remove them")
 
 
 def count_layers(model: Any) -> int:

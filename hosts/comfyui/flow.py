@@ -22,6 +22,12 @@ def check_flow(model: Any) -> None:
     assert isinstance(noise_of(model), FlowNoise)
 
 
+def identity_of_shapes(patcher: Any) -> ModelIdentity:
+    """The architecture of a MODEL, with which any weights of it may read the store."""
+    shapes = hashlib.sha256(repr(shapes_of_weights(patcher)).encode()).hexdigest()
+    return ModelIdentity(type(patcher.model).__name__, shapes, "")
+
+
 class PlainFlow(Hook):
     """A clone of a MODEL without hooks."""
 
@@ -37,10 +43,7 @@ class PlainFlow(Hook):
 
     def identity(self) -> ModelIdentity:
         """The architecture; other weights of it may read the store, because it keeps no attention."""
-        if self._known is not None:
-            return self._known.identity()
-        shapes = hashlib.sha256(repr(shapes_of_weights(self.patcher)).encode()).hexdigest()
-        return ModelIdentity(type(self.patcher.model).__name__, shapes, "")
+        return identity_of_shapes(self.patcher) if self._known is None else self._known.identity()
 
     def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
         return {}

@@ -17,6 +17,7 @@ from ...diffusion.denoiser import refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
+from .conditions import READ
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
@@ -42,6 +43,10 @@ class Hook:
     family: Family
     pairs = False
     """Whether the source branch can run in the calls of the edit."""
+    separate_calls = False
+    """Whether the source runs in calls of its own beside the edit's, so that the host need not batch them."""
+    reads: frozenset[str] = READ
+    """The model inputs from a prompt that it supports."""
     low: Hook | None = None
     """The hook of the MODEL that takes over below the sigma `boundary`."""
     boundary = 0.0
@@ -201,8 +206,8 @@ class HostFamily:
     """The number of attention layers of a MODEL."""
     tokenizer: Callable[[Any], Any]
     """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
-    frame_dim: int
-    """The dimension of LATENT samples along which frames lie."""
+    frame_dim: int | None
+    """The dimension of LATENT samples along which frames lie; None where calls on some frames are not supported."""
 
 
 def hook_below(hook: Any) -> Any:

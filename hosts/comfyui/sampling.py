@@ -58,7 +58,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
-        if chunk_frames is not None and not self.edited.family.attention:
+        if chunk_frames is not None and (not self.edited.family.attention or family_of(model).frame_dim is None):
             raise ValueError("chunk_frames: has no effect on this model's calls: use Context Windows for long clips")
         if chunk_frames is not None:
             most = chunk_frames + 3  # including key frames
@@ -102,7 +102,9 @@ class LoopGuider(comfy.samplers.CFGGuider):
         # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
-        given = {} if self.edited.family.attention else self._inputs(latent_image, *rest, **more)
+        packs = len(more.get("latent_shapes") or ()) > 1
+        plain = self.edited.family.attention and not packs
+        given = {} if plain else self._inputs(latent_image, *rest, **more)
         for group in {role.partition(".")[2] if role != "source" else role for role in others}:
             ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
             named = {name: others[role] for name, role in ends.items() if role in others}
@@ -310,8 +312,8 @@ def check_quiet(noise: Any, why: str) -> None:
 def check_options(model: Any) -> None:
     """Raise ValueError for unsupported options of a MODEL."""
     handler = model.model_options.get("context_handler")
-    if handler is not None and family_of(model).hook.family.attention:
-        dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
+    dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
+    if handler is not None and own is not None and family_of(model).hook.family.attention:
         if dim != own:
             raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
         for name in ("freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"):

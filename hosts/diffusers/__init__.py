@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .h3 import JointDenoiser
     from .temporal import save_temporal_layers, with_temporal_layers
     from .unet import DiffusersDenoiser
     from .unet3d import DiffusersVideoDenoiser
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DiffusersDenoiser": ".unet",
     "DiffusersVideoDenoiser": ".unet3d",
+    "JointDenoiser": ".h3",
     "VideoTransformer": ".wan",
     "VideoTransformerDenoiser": ".wan",
     "save_temporal_layers": ".temporal",
@@ -22,6 +24,7 @@ _HOMES = {
 __all__ = [
     "DiffusersDenoiser",
     "DiffusersVideoDenoiser",
+    "JointDenoiser",
     "VideoTransformer",
     "VideoTransformerDenoiser",
     "save_temporal_layers",

@@ -38,8 +38,8 @@ def kernel_of(processor: Any) -> Attend:
 class BlockDenoiser(HookedDenoiser):
     """A video transformer whose blocks run the branches of a call one after another.
 
-    Latents are (latent frames, channels, h, w). Of two paired branches, the first runs each block just before the
-    second, so that its records for the second exist for one block only.
+    Latents are (latent frames, channels, h, w). Of paired branches, the first runs each block just before the others,
+    so that its records for these exist for one block only.
     """
 
     pairs = True
@@ -69,6 +69,10 @@ class BlockDenoiser(HookedDenoiser):
     @abstractmethod
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """The rows and columns of a frame's tokens. Raises ValueError for latents that are not whole patches."""
+
+    def with_tokens(self, inputs: Sequence[Any], tokens: Tensor) -> Sequence[Any]:
+        """A block's inputs for some tokens of a row, in families with a `subset_patch`."""
+        raise NotImplementedError
 
     @abstractmethod
     def velocities(self, clips: Tensor, conditions: Sequence[Condition], timestep: float) -> Tensor:
@@ -139,16 +143,27 @@ class BlockDenoiser(HookedDenoiser):
         return [rearrange(velocity, "c f y x -> f c y x") for velocity in output]
 
     def _by_row(self, forward: Callable[..., Any], other_thread: OtherThread) -> Callable[..., Any]:
-        """A block that runs the rows of a batch one after another, so that each can use the previous one's records."""
+        """A block that runs the rows of a batch one after another, so that each can use the records of the first. A row
+        with some tokens only has the others from the row before it.
+        """
 
         def by_row(*inputs: Any, **named: Any) -> Any:
             count = len(self._rows)
             if other_thread():
                 return forward(*inputs, **named)
-            done = []
+            done: list[Any] = []
             for self._row in range(count):
+                tokens = self._rows[self._row].rows
                 own = [row_of(value, self._row, count) for value in inputs]
-                done.append(forward(*own, **{name: row_of(value, self._row, count) for name, value in named.items()}))
+                named_of_row = {name: row_of(value, self._row, count) for name, value in named.items()}
+                if tokens is None:
+                    done.append(forward(*own, **named_of_row))
+                    continue
+                whole = done[-1] if done else own[0]
+                if len(tokens):
+                    some = forward(*self.with_tokens(own, tokens), **named_of_row)
+                    whole = whole.index_copy(1, tokens, some)
+                done.append(whole)
             return stacked(done)
 
         return by_row
@@ -169,15 +184,16 @@ class BlockDenoiser(HookedDenoiser):
         """One layer of one row, (1, tokens, heads, channels), computed by its control."""
         control, site = self._rows[self._row], self._sites[name]
         control.attend = kernel
-        q = rearrange(q, "1 (f t) h d -> f h t d", t=site.tokens)
+        frames = 1 if control.rows is not None else len(control.chunk.frame_indices)
+        q = rearrange(q, "1 (f t) h d -> f h t d", f=frames)
         if site.kind == "cross":
             count = self._texts[self._row]
             k, v = (rearrange(x, "1 s h d -> 1 h s d")[:, :, :count] for x in (k, v))
         else:
-            k, v = (rearrange(x, "1 (f t) h d -> f h t d", t=site.tokens) for x in (k, v))
+            k, v = (rearrange(x, "1 (f t) h d -> f h t d", f=frames) for x in (k, v))
         output = control.layer(q, k, v, site)
-        if self._row:  # the previous row's record of this layer is no longer needed
-            self._rows[self._row - 1].forget(name)
+        if 0 < self._row == len(self._rows) - 1:  # the source's record of this layer is no longer needed
+            self._rows[0].forget(name)
         return rearrange(output, "f h t d -> 1 (f t) (h d)")
 
 

@@ -22,9 +22,9 @@ from ...diffusion.schedule import FlowSchedule
 from ...models.h3 import H3, places, sound_sigma
 from ..beside import Beside
 from ..exclusive import OtherThread
+from .blocks import kernel_of
 from .hook import ControlledProcessor, HookedDenoiser, wrapped
 from .network import Branch
-from .wan import kernel_of
 
 STEPS_SCALE = 1000.0
 """Timesteps of the loops are sigmas times this; the transformer takes 1 - sigma."""
@@ -205,7 +205,8 @@ class JointDenoiser(HookedDenoiser):
     def _called(self, branch: Branch, timestep: float, *beside: _Call) -> Tensor:
         """The velocity of a branch, the negative of the transformer's output; the sound's on the video's schedule."""
         latents, condition, control = branch
-        (video, carried), sigma = self._streams(latents.double()), max(timestep / STEPS_SCALE, 1e-6)
+        wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        (video, carried), sigma = self._streams(wide), max(timestep / STEPS_SCALE, 1e-6)
         of_sound = float(sound_sigma(torch.tensor(sigma, dtype=torch.float64), *self.shifts))
         sound = carried * (of_sound / sigma)
         device, patch = latents.device, dict(zip("lda", self._patch, strict=True))

@@ -49,6 +49,11 @@ def opened(name: str, load: Callable[..., T]) -> T:
     """Call `load` on a diffusers folder, or on a hub name, which may download; CheckpointError for anything else."""
     path = DEMO if name == "demo" else Path(name)
     if path.is_dir() and not (path / "model_index.json").is_file():
+        if (path / "modular_model_index.json").is_file():
+            raise CheckpointError(
+                f"{path} is a modular pipeline (MiniMax H3), which the command does not load: use ComfyUI, "
+                "or the transformer in Python"
+            )
         raise CheckpointError(f"{path} is not a diffusers checkpoint: it has no model_index.json")
     if not path.is_dir():
         return from_hub(name, load)

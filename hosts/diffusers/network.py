@@ -48,6 +48,9 @@ class NetworkDenoiser(ABC):
     def spans_clip(self) -> bool:
         return self.family.spans_clip
 
+    def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
+        return self.family.subset_grid(height, width)
+
     @property
     def channels(self) -> int:
         """Channels of the latents."""
@@ -84,16 +87,16 @@ class NetworkDenoiser(ABC):
         paired: PairedBranch | None = None,
     ) -> Tensor:
         """Raises ValueError for latents or a condition that do not fit the model."""
-        branches = [(latents, condition, control)]
-        if paired is None:
-            (prediction,) = self.predicted(branches, timestep)
-        else:
-            assert self.pairs, "the branches of this model run one after another"
-            before = paired.latents, paired.condition, paired.control
-            paired.control.captured.prediction, prediction = self.predicted([before, *branches], timestep)
+        assert paired is None or self.pairs, "the branches of this model run one after another"
+        source = [] if paired is None else [(paired.latents, paired.condition, paired.control)]
+        away = [] if guidance is None else [(latents, guidance.negative, guidance.control)]
+        together = guidance is not None and guidance.control.rows is not None  # the source runs once for both
+        found = self.predicted([*source, (latents, condition, control), *(away if together else [])], timestep)
+        if paired is not None:
+            paired.control.captured.prediction = found.pop(0)
         if guidance is None:
-            return prediction
-        (negative,) = self.predicted([(latents, guidance.negative, guidance.control)], timestep)
+            return found[0]
+        prediction, negative = found if together else [*found, *self.predicted(away, timestep)]
         return guide(negative, prediction, guidance.scale)
 
     def check(self, latents: Tensor, condition: Condition) -> None:

@@ -131,6 +131,10 @@ class VideoTransformerDenoiser(BlockDenoiser):
             )
         return height // down, width // across
 
+    def with_tokens(self, inputs: Sequence[Any], tokens: Tensor) -> Sequence[Any]:
+        hidden, text, times, rotary = inputs
+        return hidden[:, tokens], text, times, tuple(x[:, tokens] for x in rotary)
+
     @property
     def layout(self) -> str:
         config = self.transformers[0].config

@@ -3,6 +3,7 @@
 The host loads this file as a pack of its own, independent of the tests.
 """
 
+import gc
 import zlib
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import comfy.utils
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import load_file
 
 try:
     from comfy.nested_tensor import NestedTensor
@@ -335,9 +337,107 @@ class FlowLoop(io.ComfyNode):
         return io.NodeOutput({"samples": guider.sample(samples * 0, samples, sampler, sigmas, seed=0)})
 
 
+# --- MiniMax H3 with given weights, and text by its own tokenizer --------------------------------
+
+
+@node("JointModel", [io.String.Input("weights"), io.Float.Input("scale", default=1.0)], PARTS[:3])
+class JointModel(io.ComfyNode):
+    """H3 with the weights of a file, its tokenizer with random embeddings, and a stand-in for its VAE."""
+
+    @classmethod
+    def execute(cls, weights, scale=1.0):
+        tensors = load_file(weights)
+        blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        config = comfy.supported_models.MiniMaxH3({**H3, "num_layers": blocks})
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({})
+        model.diffusion_model.load_state_dict(tensors)
+        for parameter in model.diffusion_model.parameters():
+            parameter.data *= scale
+        cpu = torch.device("cpu")
+        patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+        return io.NodeOutput(patcher, JointWords(), Pixels("h3"))
+
+
+class JointWords:
+    """A stand-in for H3's CLIP: its tokenizer, and a random embedding of each token; pictures have four rows."""
+
+    def __init__(self):
+        from comfy.text_encoders.minimax import MiniMaxH3Tokenizer
+
+        self.tokenizer = MiniMaxH3Tokenizer()
+
+    def tokenize(self, text, **more):
+        return self.tokenizer.tokenize_with_weights(text, **more)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        rows, tags = [], []
+        for token, _ in tokens["qwen3vl_32b"][0]:
+            words = isinstance(token, int)
+            rows.append(random_values(token if words else 7, 1 if words else 4, H3["text_dim"]))
+            tags += [1] if words else [0] * 4
+        return [[torch.cat(rows)[None], {"minimax_token_tags": torch.tensor(tags)}]]
+
+
+@node("JointReferences", [io.Conditioning.Input("text")], [io.Conditioning.Output()])
+class JointReferences(io.ComfyNode):
+    """A picture and a sound as references (Ref2VA)."""
+
+    @classmethod
+    def execute(cls, text):
+        refs = [
+            {"kind": "image", "latent_h": 4, "latent_w": 6, "latent": random_values(8, 1, 24, 1, 4, 6)},
+            {"kind": "audio", "ref_audio_t": 5, "audio_latent": random_values(9, 1, 32, 2, 5)},
+        ]
+        return io.NodeOutput([[embeddings, {**more, "minimax_refs": refs}] for embeddings, more in text])
+
+
+@node("JointBlock", [io.Model.Input("model"), io.Float.Input("scale")], [io.Model.Output()])
+class JointBlock(io.ComfyNode):
+    """Multiplies the second block's residual by a number; the host's block changes its input in place."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        def block(args, extra):
+            before = args["img"].clone()
+            return {"img": before + scale * (extra["original_block"](args)["img"] - before)}
+
+        patched = model.clone()
+        patched.set_model_patch_replace(block, "dit", "double_block", 1)
+        return io.NodeOutput(patched)
+
+
+@node("JointRecords", [io.Model.Input("model")], [io.Model.Output()])
+class JointRecords(io.ComfyNode):
+    """Fails where the queries and keys of more than one layer exist when a block begins."""
+
+    @classmethod
+    def execute(cls, model):
+        def block(args, extra):
+            records = [type(one).__name__ for one in gc.get_objects() if type(one).__name__ == "QueriesKeys"]
+            assert len(records) <= 1, records
+            return extra["original_block"](args)
+
+        patched = model.clone()
+        patched.set_model_patch_replace(block, "dit", "double_block", 1)
+        patched.set_model_patch_replace(block, "dit", "double_block", 2)
+        return io.NodeOutput(patched)
+
+
+@node("JointLatent", [io.Int.Input("seed"), io.String.Input("video"), io.Int.Input("sound")], [io.Latent.Output()])
+class JointLatent(io.ComfyNode):
+    """Random latents of a video, by its shape, and of a sound."""
+
+    @classmethod
+    def execute(cls, seed, video, sound):
+        shapes = tuple(map(int, video.split(","))), (1, 32, 2, sound)
+        return io.NodeOutput({"samples": NestedTensor([random_values(seed + i, *s) for i, s in enumerate(shapes)])})
+
+
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop]
+        joint = [JointModel, JointReferences, JointBlock, JointRecords, JointLatent]
+        return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 
 async def comfy_entrypoint():

@@ -195,7 +195,7 @@ def test_a_flow_mask_needs_no_attention_control(host, kind):
     mask = graph.add("SaveImage", images=graph.add("MaskToImage", mask=maps[5])[0], filename_prefix="mask")
     host.forget()  # texts of cached nodes are not sent again
     run = host.run(graph.prompt)
-    assert "no heat maps: FateZero does not control the attention" in host.text(run, maps.id)
+    assert "no heat maps" in host.text(run, maps.id)
     assert len(run.outputs[mask.id]["images"]) == both.shape[2]
 
 

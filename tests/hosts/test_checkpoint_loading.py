@@ -8,6 +8,7 @@ from tiny_sdxl import write_sdxl
 from fatezero.files.bundled import DEMO
 from fatezero.hosts.comfyui.single_file import single_file
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, CheckpointError
+from fatezero.hosts.diffusers.load import open_model
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,9 @@ def test_a_safetensors_file_that_is_not_a_checkpoint(tmp_path):
 def test_a_folder_that_is_not_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         Checkpoint.load(str(tmp_path))
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "MiniMaxH3ModularPipeline"}')
+    with pytest.raises(CheckpointError, match="modular pipeline.*MiniMax H3.*ComfyUI"):
+        open_model(str(tmp_path))
 
 
 def test_pictures_and_sizes(demo):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
 from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
 
 from fatezero import FlowEditSettings, FusionSettings, PromptEdit, draw, edit, invert
@@ -11,10 +11,14 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control, attention_map
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask
+from fatezero.attention.prompt import Alignment
 from fatezero.diffusion.source import source_heats
 from fatezero.hosts.diffusers.h3 import JointDenoiser
+from fatezero.hosts.diffusers.memory import LiveBytes
+from fatezero.methods.fatezero_branch import Fuser, StepPlan
+from fatezero.methods.kv_edit import KVEditSettings
 from fatezero.models.h3 import places
-from fatezero.store.records import PairedBranch, Recorder
+from fatezero.store.records import PairedBranch, Recorder, SourceStep
 from small import relative
 from tests.joint import SHAPES, joint_denoiser, random_streams, random_text, small_h3
 
@@ -227,6 +231,22 @@ def test_a_mask_of_both_prompts(denoiser, inversion):
     assert relative(edit(denoiser, inversion, *texts, 2.0, words, by_attention), again) > 1e-3
 
 
+def test_kv_edit_takes_the_keys_and_values_outside_the_mask(denoiser, inversion, latents):
+    """A mask of ones keeps the edit's own; under one of zeros the clip returns."""
+    texts, mask = (random_text(3, 7), random_text(4, 5)), torch.zeros(1, 8, 6)
+    none = edit(denoiser, inversion, *texts, 2.0)
+    by_mask = []
+    for filled in (1.0, 0.0, torch.tensor([0.0, 0, 0, 1, 1, 1])):
+        mask[:] = filled
+        by_mask.append(edit(denoiser, inversion, *texts, 2.0, None, KVEditSettings(), mask=GivenMask(mask.clone())))
+    assert relative(by_mask[0], none) < 1e-12
+    (video, _), (before, _) = denoiser.unpacked(by_mask[2]), denoiser.unpacked(latents)
+    assert torch.equal(video[..., :3], before[..., :3])
+    plain = edit(denoiser, inversion, *texts, 2.0, mask=GivenMask(mask))
+    assert relative(by_mask[2], plain) > 1e-3, "keys and values differ from those of a mask of latents"
+    assert torch.equal(denoiser.unpacked(by_mask[1])[0], before)
+
+
 def test_words_have_the_weights_of_the_videos_rows(denoiser, inversion, monkeypatch):
     """As in explicit maps of the middle blocks."""
     maps, joint = [], Control.joint_attention
@@ -290,3 +310,40 @@ def test_the_schedule_is_the_schedulers(denoiser):
     own = denoiser.schedule(10)
     assert [own.sigma(level) for level in range(10, -1, -1)] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-7)
     assert F.mse_loss(torch.tensor(own.timesteps) / 1000, 1 - scheduler.timesteps) < 1e-12
+
+
+class _Flash(torch.overrides.TorchFunctionMode):
+    """Attention without a map, like fused kernels, and all rows of a mask, on torch's meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0] if args else kwargs["query"])
+        if func is torch.Tensor.nonzero:  # of unknown values: all
+            return torch.empty(len(args[0]), 1, dtype=torch.long, device="meta")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_memory_at_full_size(masked):
+    """Of a guided step at 124 frames of 1344x768 in bfloat16, from shapes; the mask as if both sides had all rows."""
+    blocks = 3
+    with torch.device("meta"):
+        model = MiniMaxH3Transformer3DModel(num_layers=blocks).to(torch.bfloat16)
+        own = JointDenoiser(model, MiniMaxH3Scheduler(), ((1, 24, 37, 48, 84), (1, 32, 2, 207)))
+        z, text = own.packed(*map(torch.empty, own.shapes)), Condition(torch.empty(1, 200, 5120))
+        masks = {(24, 42): torch.empty(37, 24, 42)} if masked else None
+    of_block = sum(weight.nbytes for weight in model.transformer_blocks[0].parameters())
+    weights = sum(weight.nbytes for weight in model.parameters()) + (50 - blocks) * of_block
+
+    def peak(fused):
+        recorder = Recorder(KeyFrames(("all",)), Chunk.whole(1), {site.name for site in own.sites(1, 1)})
+        pair = PairedBranch(z, text, recorder)
+        source = SourceStep(recorder.captured, recorder.key_frames, recorder.chunk, paired=pair)
+        plan = StepPlan(False, True, False, False)
+        control = Fuser(source, Alignment.nothing(), FusionSettings(), plan, masks) if fused else whole()
+        with own.hooked(), torch.no_grad(), _Flash(), LiveBytes(model) as live:
+            own.predict_noise(z, 500.0, text, control, paired=pair if fused else None)
+        return live.most
+
+    plain = peak(False)
+    assert 1 < (peak(True) + weights) / (plain + weights) < 1.05
