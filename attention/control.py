@@ -149,7 +149,7 @@ class Control:
         """The controls of calls on only some frames of the chunk, by these frames."""
         self.rows: Tensor | None = None
         """The tokens that the branch has, (n,), in the order of all frames' tokens; None for all. A layer's q, k and v
-        then are (1 h n d), and the other tokens of its prediction are undefined."""
+        then are (1 h n d), and its prediction is undefined for the other tokens."""
 
     def window(self, frames: tuple[int, ...]) -> Self:
         """The control of a call on some frames of the chunk, for context windows of another node.
@@ -224,6 +224,10 @@ class Control:
         frames = len(self.chunk.frame_indices)
         whole = x.new_zeros(1, frames * site.tokens, x.shape[-1]).index_copy(1, self.rows, x)
         return rearrange(whole, "1 (f t) c -> f t c", f=frames)
+
+    def completed(self, clean: Tensor) -> Tensor:
+        """Predicted clean latents (f c y x), with the source's where the prediction is undefined."""
+        return clean
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         if self.extended or self.key_frames.everyone:

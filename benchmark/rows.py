@@ -29,6 +29,7 @@ from ..hosts.diffusers.model import Model
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..methods.flow_mask import FlowMaskSettings
 from ..methods.flow_smoothing import FlowSmoothing
+from ..methods.kv_edit import KVEditSettings
 from ..methods.plug_and_play import PnPSettings
 from ..methods.tokenflow import TokenFlowSettings
 from ..methods.tune_a_video import State, TuneSettings, tune
@@ -358,6 +359,8 @@ TRANSFORMER = (
     _on_transformer("FateZero (paper)", settings={"guidance_scale": 5.0}),
     _on_transformer("FateZero+", plus=True),
     _on_transformer("FateZero+, second order", plus=True, order=2),
+    _on_transformer("KV-Edit", injection=KVEditSettings(), guidance=5.0, masked=True),
+    _on_transformer("KV-Edit, all tokens", injection=KVEditSettings(tokens="all"), guidance=5.0, masked=True),
     _on_transformer("FlowEdit", fused=False, drawn=_FLOW_EDIT, guidance=10.0, strength=0.7),
     _on_transformer("FlowEdit under the flow mask", injection=FlowMaskSettings(), drawn=_FLOW_EDIT, guidance=10.0,
                     strength=0.7),

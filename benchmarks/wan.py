@@ -8,6 +8,7 @@ meta device at full size: 81 frames of 832x480, 32,760 tokens.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,18 +26,29 @@ from common import (
     write_section,
 )
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fatezero import FlowEditSettings, FusionSettings, PromptEdit, draw, edit, invert
+from fatezero.attention.capture import Captured
 from fatezero.attention.condition import Condition
+from fatezero.attention.key_frames import ALL, Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask
 from fatezero.demo.video_model import build_tokenizer
+from fatezero.diffusion.denoiser import Guidance
+from fatezero.diffusion.parts import Injection
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.hosts.diffusers.memory import LiveBytes
+from fatezero.methods.kv_edit import Inside, KVEditSettings
 from fatezero.recipes.presets import PRESETS
+from fatezero.store.backends import RecordsOnDemand
+from fatezero.store.records import KeysValues, PairedBranch, Recorder, SourceStep
 
 FULL = (21, 60, 104)
 """Frames, height and width of the latents of 81 frames of 832x480."""
+FIFTH = 0.2
+"""The share of the tokens inside KV-Edit's mask."""
 STYLE = FusionSettings(cross_replace_steps=0.5, self_replace_steps=0.5)
 SHAPE = FusionSettings(cross_replace_steps=0.5, self_replace_steps=0.5, blend_self_attention=True, blend_latents=True)
 PROMPT = PromptEdit(
@@ -45,39 +57,89 @@ PROMPT = PromptEdit(
 
 
 @contextmanager
-def attend_without_data() -> Iterator[None]:
-    """Replace attention on torch's meta device by one without a map, like fused kernels."""
-    plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, **_: torch.empty_like(query)
+def attend_without_data() -> Iterator[list[int]]:
+    """Replace attention on torch's meta device by one without a map, like fused kernels; yields the FLOP of each."""
+    plain, counted = F.scaled_dot_product_attention, list[int]()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        counted.append(4 * query.numel() * key.shape[-2])
+        return torch.empty_like(query)
+
+    F.scaled_dot_product_attention = attend
     try:
-        yield
+        yield counted
     finally:
         F.scaled_dot_product_attention = plain
 
 
+def inside_steps(
+    denoiser: VideoTransformerDenoiser, z: Tensor, text: Condition, share: float
+) -> dict[str, Callable[[], None]]:
+    """One guided step of KV-Edit with a share of the tokens, its source beside or its keys and values on another
+    device.
+    """
+    keys, chunk = KeyFrames((ALL,)), Chunk.whole(len(z))
+    sites = denoiser.sites(z.shape[-2], z.shape[-1])
+    layers = {site.name for site in sites if site.kind == "self"}
+    tokens = torch.zeros(len(z), sites[0].height, sites[0].width, dtype=torch.bool)
+    tokens.view(-1)[: round(share * tokens.numel())] = True
+
+    def edited(source: SourceStep, paired: PairedBranch | None = None) -> None:
+        controls = [Inside(source, tokens, z) for _ in range(2)]
+        for control in controls:
+            control.rows = torch.empty(int(tokens.sum()), dtype=torch.long, device=z.device)
+        target, negative = controls
+        with denoiser.hooked():
+            denoiser.predict_noise(z, 500.0, text, target, Guidance(text, negative, 5.0), paired)
+
+    @torch.no_grad()
+    def inside() -> None:
+        recorder = Recorder(keys, chunk, layers, values=True)
+        pair = PairedBranch(z, text, recorder)
+        edited(SourceStep(recorder.captured, keys, chunk, paired=pair), pair)
+
+    def fetched(name: str) -> KeysValues:
+        shape = len(z), sites[0].heads, sites[0].tokens, sites[0].head_dim
+        return KeysValues(*(torch.empty(shape, dtype=denoiser.dtype, device=z.device) for _ in "kv"))
+
+    @torch.no_grad()
+    def kept() -> None:
+        edited(SourceStep(Captured(RecordsOnDemand(fetched)), keys, chunk, stored=True))
+
+    return {"inside": inside, "kept": kept}
+
+
 def full_memory() -> list[list[str]]:
-    """Peak bytes of a guided step of Wan 2.1 1.3B in bfloat16 at full size, with and without its weights."""
+    """Peak bytes of a guided step of Wan 2.1 1.3B in bfloat16 at full size, with and without its weights, and its FLOP
+    relative to plain sampling.
+    """
     model = random_wan("1.3B", torch.device("meta"), torch.bfloat16)
     weights = weight_bytes(model)
     denoiser = VideoTransformerDenoiser(model, FlowMatchEulerDiscreteScheduler())
     frames, height, width = FULL
     z = torch.empty(frames, 16, height, width, device="meta")
     text = Condition(torch.empty(1, 512, 4096, device="meta"))
-    rows, base = [], 0
+    rows, base, plain = [], 0, 0
     names = {
         "plain": "plain guided sampling, diffusers' own model",
         "beside": "edit, the source beside, block by block",
         "before": "edit, the source before, its queries and keys kept",
+        "inside": "KV-Edit with a fifth of the tokens, the source beside",
+        "kept": "KV-Edit with a fifth of the tokens, keys and values kept elsewhere",
     }
-    for name, work in guided_steps(denoiser, z, text, PROMPT, STYLE).items():
+    works = guided_steps(denoiser, z, text, PROMPT, STYLE) | inside_steps(denoiser, z, text, FIFTH)
+    for name, work in works.items():
         with attend_without_data(), LiveBytes(model) as live:
             work()
-        whole = weights + live.most
-        base = base or whole
-        rows.append([names[name], format_bytes(live.most), format_bytes(whole), f"{whole / base:.3f}"])
+        with attend_without_data() as attention, FlopCounterMode(display=False) as counter:
+            work()
+        whole, flops = weights + live.most, counter.get_total_flops() + sum(attention)
+        base, plain = base or whole, plain or flops
+        ratios = [f"{whole / base:.3f}", f"{flops / plain:.2f}"]
+        rows.append([names[name], format_bytes(live.most), format_bytes(whole), *ratios])
     maps = 30 * 12 * (frames * height * width // 4) ** 2 * 2
     naive = weights + maps
-    rows.append(["maps of a step's self-attention", format_bytes(maps), format_bytes(naive), f"{naive / base:.0f}"])
+    rows.append(["maps of a step's self-attention", format_bytes(maps), format_bytes(naive), f"{naive / base:.0f}", ""])
     return rows
 
 
@@ -89,6 +151,7 @@ def main() -> None:
     parser.add_argument("--latents", default="5x40x40", help="frames x height x width")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", default="", help="print the edits whose name has this, and leave the page as it is")
     parser.add_argument("--maps", action="store_true", help="also a naive edit with maps")
     given = parser.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
@@ -104,8 +167,11 @@ def main() -> None:
 
     inversion = invert(denoiser, z, source, given.steps)
     drawn = draw(denoiser, z, source, given.steps, FlowEditSettings())
+    kept = invert(denoiser, z, source, given.steps, memory="keys_values")
+    fifth = torch.zeros(1, height, width)
+    fifth[..., : round(FIFTH * width)] = 1
 
-    def edited(fusion: FusionSettings, of: Any = inversion, **more: Any) -> Callable[[], Any]:
+    def edited(fusion: Injection, of: Any = inversion, **more: Any) -> Callable[[], Any]:
         return lambda: edit(denoiser, of, target, negative, 5.0, PROMPT, fusion, **more)
 
     works: dict[str, Callable[[], Any]] = {
@@ -119,15 +185,21 @@ def main() -> None:
             denoiser, drawn, target, negative, 10.0, strength=PRESETS["flow_edit"]["strength"]
         ),
     }
+    inside = {"mask": GivenMask(fifth)}
+    works["KV-Edit, a fifth of the tokens inside"] = edited(KVEditSettings(grow=0), **inside)
+    works["the same, keys and values kept"] = edited(KVEditSettings(grow=0), kept, **inside)
     if given.maps:
-        kept = invert(denoiser, z, source, given.steps, memory="maps")
-        works["naive: maps kept, half of the steps"] = edited(STYLE, kept)
+        maps = invert(denoiser, z, source, given.steps, memory="maps")
+        works["naive: maps kept, half of the steps"] = edited(STYLE, maps)
+    works = {name: work for name, work in works.items() if re.search(given.only, name)}
     base = lambda: plain_flow(model, schedule, z, target, negative)  # noqa: E731
     rows = []
     for name, work in works.items():
         taken = side_by_side({"plain": base, "own": work}, device, given.rounds)
         rows.append([name, f"{taken['own'].median:.1f} s", f"{taken['own'].of(taken['plain']):.2f}"])
         print(*rows[-1], flush=True)
+    if given.only:
+        return
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     tokens = frames * height * width // 4
     text = (
@@ -137,8 +209,12 @@ def main() -> None:
         "The source's branch is a third call besides plain sampling's two, in the steps that read it: in half of them "
         "that is 1.25, in 0.8 of them 1.4. The rest is fusion of words, which at this size are nearly as many as tokens"
         " are; a mask of both prompts is eight calls, whatever the steps. Maps of so few tokens are fast.\n\n"
-        "Bytes alive in a step of the whole Wan 1.3B in bfloat16, 81 frames of 832x480, computed from shapes:\n\n"
-        f"{table(['work', 'activations', 'with weights', 'of plain'], full_memory())}"
+        "KV-Edit with a fifth of the tokens inside its mask takes a call for the source and a fifth of both calls of "
+        "the edit, 0.7 of plain sampling; with kept keys and values 0.2. The text's keys and values, which all calls "
+        "compute, have a larger share at so few tokens.\n\n"
+        "Bytes alive and FLOP in a step of the whole Wan 1.3B in bfloat16, 81 frames of 832x480, computed from "
+        "shapes:\n\n"
+        f"{table(['work', 'activations', 'with weights', 'of plain', 'FLOP of plain'], full_memory())}"
     )
     write_section(f"Wan: {device.type}, {given.dtype}", text)
 

@@ -145,11 +145,9 @@ def invert(
     authors' code; in second order at the latents' own. Raises ValueError for bad shapes or options, ArithmeticError for
     numbers out of range, and MemoryError, with the bytes, if the chosen memory does not fit.
     """
-    settings, keys = StoreSettings.of(memory), keys_on(denoiser, key_frames)
+    settings, keys = _solved(StoreSettings.of(memory), order, reuse_midpoint), keys_on(denoiser, key_frames)
     calls = ClipCalls(keys, clip_norm, chunk_frames)
     check_latents(latents)
-    InversionSettings(order=order, reuse_midpoint=reuse_midpoint)  # raises for an order out of range
-    settings = recomputed(settings, "reuse_midpoint") if reuse_midpoint else settings
     if denoiser.spans_clip:
         refuse_clip_norm(clip_norm)
     source = Condition.of(source_embeddings, "source_embeddings").to(latents)
@@ -206,6 +204,12 @@ def invert(
         solver = Solver(fine, order, 0 if reuse_midpoint else None)
         _carry(latents, solver, called, put_kept, store.kept_steps > 0, progress)
     return Inversion(store)
+
+
+def _solved(settings: StoreSettings, order: int, reuse_midpoint: bool) -> StoreSettings:
+    """The settings of the store for a solver; ValueError for settings that do not go together."""
+    InversionSettings(order=order, reuse_midpoint=reuse_midpoint)
+    return recomputed(settings, "reuse_midpoint") if reuse_midpoint else settings
 
 
 def recomputed(settings: StoreSettings, why: str = "inversion_steps") -> StoreSettings:

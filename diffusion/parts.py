@@ -64,8 +64,8 @@ class Injection(Protocol):
     def reads_source(self, step: int, steps: int) -> bool:
         """Whether a step reads the source's attention."""
 
-    def reads_store(self, memory: Memory) -> bool:
-        """Whether it reads the attention that a store of this memory has."""
+    def reads_store(self, memory: Memory, grid: tuple[int, int] | None) -> bool:
+        """Whether it reads the attention that a store of this memory has. grid: see `Denoiser.subset_grid`."""
 
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:
         """The number of model calls before the first step. spans_clip: see `Denoiser`."""
@@ -104,7 +104,7 @@ class BaseInjection:
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """See `Injection.check`."""
 
-    def reads_store(self, memory: Memory) -> bool:
+    def reads_store(self, memory: Memory, grid: tuple[int, int] | None) -> bool:
         return memory != "keys_values"
 
     def preparing_calls(self, steps: int, edit: Edit, spans_clip: bool) -> int:

@@ -1,7 +1,7 @@
 """KV-Edit (Zhu et al., 2025, arXiv 2502.17363): the background's keys and values are the source's.
 
-A video transformer computes the edit's tokens inside the edit mask m only. In self-attention they attend to the source's
-keys and values outside m:
+Wan computes the edit's tokens inside the edit mask m only. In self-attention they attend to the source's keys and
+values outside m:
     K = [K_edit inside, K_source outside],   V = [V_edit inside, V_source outside],
 and after every step the latents outside m are restored from the source. The new object fits into a background that does
 not change. The source's keys and values are those of the inversion's call at the step's timestep, as in the authors'
@@ -25,7 +25,7 @@ from ..attention.key_frames import as_one
 from ..attention.masks import GivenMask
 from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected, SourceControl
 from ..diffusion.source import Needs
-from ..imports import F
+from ..imports import F, torch
 from ..settings import setting, whole_steps
 from ..store.records import KeysValues, Memory, SourceStep
 from ..store.streams import mask_of_video, video_shape
@@ -48,13 +48,13 @@ class KVEditSettings(BaseInjection):
     )  # fmt: skip
     tokens: Literal["inside", "all"] = setting(
         "inside",
-        "Tokens of the edit that a video transformer computes: those inside the edit mask, or all (slower; the negative "
-        "prompt then does not read the source). A UNet and an edit with FlowEdit compute all.",
+        "Tokens of the edit to compute: those inside the edit mask, or all (slower; the negative prompt then does not "
+        "read the source). Models other than Wan, and edits with FlowEdit, compute all.",
         group=GROUP,
     )
     grow: int = setting(
-        2, "Patches by which the mask of the computed tokens is larger than the edit mask.", least=0, most=16,
-        unit="patches", group=GROUP,
+        2, "Patches by which the tokens inside reach beyond the edit mask; the result changes inside the mask only.",
+        least=0, most=16, group=GROUP,
     )  # fmt: skip
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
@@ -68,8 +68,8 @@ class KVEditSettings(BaseInjection):
         inside = self.tokens == "inside" and context.subset_grid is not None and context.store.drawn is None
         return (InsideTokens if inside else KVEdit)(self, edit, context)
 
-    def reads_store(self, memory: Memory) -> bool:
-        return memory == "keys_values" and self.tokens == "inside"
+    def reads_store(self, memory: Memory, grid: tuple[int, int] | None) -> bool:
+        return memory == "keys_values" and self.tokens == "inside" and grid is not None
 
     def token_share(self, edit: Edit, frames: int, grid: tuple[int, int] | None) -> float:
         if grid is None or self.tokens == "all" or edit.mask is None:
@@ -122,8 +122,9 @@ class InsideTokens(KVEdit):
         self._tokens = tokens_inside(self.of_latents(self._mask), context.subset_grid, settings.grow)
 
     def reading(self, source: SourceStep, plain: Control) -> tuple[Control, Control]:
-        own = self._tokens[list(source.chunk.frame_indices)].flatten().nonzero()[:, 0]
-        return Inside(source, own), Inside(source, own)
+        frames = list(source.chunk.frame_indices)
+        tokens, clean = self._tokens[frames], self.store.level(0)[frames].to(self.context.latents_like)
+        return Inside(source, tokens, clean), Inside(source, tokens, clean)
 
 
 def tokens_inside(mask: Tensor, grid: tuple[int, int], grow: int) -> Tensor:
@@ -160,11 +161,20 @@ class Background(SourceControl):
 
 
 class Inside(SourceControl):
-    """The control of a branch that has some tokens only, with the source's keys and values for the others."""
+    """The control of a branch that has some tokens only, with the source's keys and values for the others.
 
-    def __init__(self, source: SourceStep, rows: Tensor) -> None:
+    tokens: (f y x), true for those. clean: the source's latents, (f c h w).
+    """
+
+    def __init__(self, source: SourceStep, tokens: Tensor, clean: Tensor) -> None:
         super().__init__(source)
-        self.rows = rows
+        self.tokens, self.clean = tokens, clean
+        self.rows = tokens.flatten().nonzero()[:, 0]
+
+    def completed(self, clean: Tensor) -> Tensor:
+        inside = F.interpolate(self.tokens[:, None].float(), scale_factor=-(-clean.shape[-1] // self.tokens.shape[-1]))
+        height, width = clean.shape[-2:]
+        return torch.where(inside[..., :height, :width] > 0, clean, self.clean.to(clean))
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record = self.source.record(site.name)

@@ -302,9 +302,10 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
 
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
     """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
-    spans_clip, start = facts_of(model).spans_clip, start_of(store)
+    facts, start = facts_of(model), start_of(store)
+    spans_clip, grid = facts.spans_clip, facts.subset_grid(*store.levels.shape[-2:])
     reused = reused_steps(schedule_of_store(model, store), store.order) if store.reuse_midpoint else set()
-    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, reused=reused)
+    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid, reused)
     plain = store.steps * (1 if edit.guidance_scale == 1 else 2)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)

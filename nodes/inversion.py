@@ -214,7 +214,7 @@ class FateZeroSaveStore(io.ComfyNode):
         if lost and store.kept_steps < store.steps:
             raise ValueError(
                 f"store: a file cannot contain {', '.join(lost)} of the source prompt, which recomputed steps need: "
-                "invert with memory queries_keys and keep_steps 1"
+                "edit without saving, or invert with memory queries_keys and keep_steps 1"
             )
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()

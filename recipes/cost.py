@@ -55,9 +55,8 @@ def calls_of(
     prepare = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
     called = [step for step in range(first, steps) if step not in reused or step < first + 2]
     share = 1.0 if edit.propagation is None else edit.propagation.evaluated(frames)
-
     tokens = 1.0 if injection is None or start.draws else injection.token_share(edit, frames, grid)
-    kept = kept_steps if injection is None or injection.reads_store(memory) else 0
+    kept = kept_steps if injection is None or injection.reads_store(memory, grid) else 0
 
     def branches(some: Iterable[int]) -> float:
         return sum((2 if edit.guides(step, steps) else 1) * (tokens if read([step]) else 1) for step in some)

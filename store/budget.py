@@ -49,7 +49,7 @@ class StoreSettings:
         "recompute",
         "What to store. recompute stores only latents and runs the source again with the edit; queries_keys is "
         "faster and larger; maps stores the paper's attention maps, for study; keys_values stores what KV-Edit reads "
-        "on a video transformer; auto takes queries_keys if it fits, else recompute.",
+        "on Wan; auto takes queries_keys if it fits, else recompute.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ...attention.control import AttentionSite, Control, Kind
 from ...store.identity import IdentityCache, ModelIdentity
-from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, unpatched
+from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, unpatched
 from .latents import unpacked_parts
 from .noise import FlowNoise, noise_of
 from .pair import join_pair
-from .sameness import ROOM, same_forward
+from .sameness import ROOM
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -61,14 +61,10 @@ class HookedBlocks(Hook):
         """The options of the call that the source ran in."""
         self._source = -1
         """The branch of the source in the current call; -1 without one."""
-        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-        below = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._blocks))]
-        for i, theirs in enumerate(below):
-            self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
+        self._last = False
+        """Whether no later branch of the call reads the source's records of the block."""
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
-        for kind, wrapper in around.items():
-            self.patcher.remove_wrappers_with_key(kind, "fatezero")
-            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+        self._place(len(self._blocks), self._block, around)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
 
     # --- of a family --------------------------------------------------------------------
@@ -86,6 +82,10 @@ class HookedBlocks(Hook):
     @abstractmethod
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """The rows and columns of a frame's tokens, on latents of this size."""
+
+    def with_tokens(self, args: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """A block's inputs for some tokens of a branch, in families with a `subset_patch`."""
+        raise NotImplementedError
 
     def row_of(self, value: Any, row: int, rows: int) -> Any:
         """A branch's row of a block's input; shared inputs are returned unchanged."""
@@ -122,11 +122,6 @@ class HookedBlocks(Hook):
             self._sites[grid] = {site.name: site for site in found}
         return self._sites[grid]
 
-    def joins(self, source: Hook) -> bool:
-        if type(source) is not type(self) or "model_function_wrapper" in self.patcher.model_options:
-            return False  # such a wrapper may call branches one by one
-        return self is source or same_forward(self.given, source.given)
-
     def _forget(self) -> None:
         self._source, self._options = -1, None
 
@@ -149,7 +144,17 @@ class HookedBlocks(Hook):
     def _joined(self) -> Callable[..., Any]:
         """Adds the source's conditions to those of a call; `_around` puts in its latents."""
 
-        def joined(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
+        def joined(executor: Any, model: Any, conds: list[Any], *call: Any) -> Any:
+            results = together(executor, model, conds, *call)
+            some = next((control for control, _ in self._controls.values() if control.rows is not None), None)
+            if some is None:
+                return results
+            return [
+                clean if cond is None else self._noise.to_host(some.completed(self._noise.from_host(clean)))
+                for cond, clean in zip(conds, results, strict=True)
+            ]
+
+        def together(executor: Any, model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: Any) -> Any:
             paired = self._paired
             if paired is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
@@ -230,15 +235,35 @@ class HookedBlocks(Hook):
             options = args["transformer_options"]
             branches, roles = options["cond_or_uncond"], self._positive.roles(options)
             order = sorted(range(len(branches)), key=lambda row: branches[row] != self._source)
+            controls = [self._control(role)[0] for role in roles]
+            readers = [row for row in order if branches[row] != self._source and not controls[row].is_plain]
             done: list[Any] = [None] * len(branches)
+            before: Any = None
             for row in order:
                 of_row = {**options, "cond_or_uncond": [branches[row]], _BRANCH: roles[row]}
                 own = {name: self.row_of(value, row, len(branches)) for name, value in args.items()}
-                done[row] = forward({**own, "transformer_options": of_row})["img"]
+                own["transformer_options"], self._last = of_row, row in readers[-1:]
+                tokens = controls[row].rows
+                if tokens is None:
+                    before = forward(own)["img"]
+                else:
+                    check_alone(theirs, options)
+                    before = self._with_some(index, forward, own, own["img"] if before is None else before, tokens)
+                done[row] = before
             return {"img": _stacked(done)}
 
         block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
         return block
+
+    def _with_some(
+        self, index: int, forward: Callable[..., Any], own: dict[str, Any], whole: Tensor, tokens: Tensor
+    ) -> Tensor:
+        """The output of a block for a branch that has some tokens only; the others are those of `whole`."""
+        if len(tokens):
+            return whole.index_copy(1, tokens, forward(self.with_tokens(own, tokens))["img"])
+        for kind in self.attention:
+            self._mark_run(f"block.{index}.{kind}", own["transformer_options"][_BRANCH] == 0)
+        return whole
 
     # --- attention ----------------------------------------------------------------------
 
@@ -292,14 +317,16 @@ class HookedBlocks(Hook):
         """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel."""
         q, k, v = qkv
         site = self.sites(*self._grid)[name]
-        frames, rest = divmod(q.shape[1], site.tokens)
         control, text_tokens = self._control(branch)
-        if rest or frames != len(control.chunk.frame_indices):
+        frames = len(control.chunk.frame_indices)
+        expected = frames * site.tokens if control.rows is None else len(control.rows)
+        if q.shape[1] != expected:
             raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens where {len(control.chunk.frame_indices)} frames of "
+                f"{site.name} has {q.shape[1]} tokens where {expected} of {frames} frames of "
                 f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
             )
         control.attend = attend
+        frames = frames if control.rows is None else 1
         q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
         if site.kind == "cross":
             k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
@@ -307,7 +334,7 @@ class HookedBlocks(Hook):
             k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
         self._check_kernel(control, q4, k4, v4, site, override)
         output = control.layer(q4, k4, v4, site)
-        if self._paired is not None and branch == 0 and self._source >= 0:
+        if self._paired is not None and self._last and self._source >= 0:
             self._paired.control.forget(site.name)
         self._mark_run(name, branch == 0)
         return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
@@ -317,6 +344,18 @@ class HookedBlocks(Hook):
         if self._paired is not None and branch == self._source:
             return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
+
+
+def check_alone(block: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError for another node's replacement of a block, or patch of its attention: it may need all tokens."""
+    patches = options.get("patches", {})
+    theirs = [block, *(part for name in ("attn1_patch", "attn2_patch") for part in patches.get(name, []))]
+    found = next((name for name in map(node_of, theirs) if name), None)
+    if found is not None:
+        raise ValueError(
+            f"model: {found} replaces parts of blocks, which may need all tokens, but only those inside the edit mask "
+            "are computed: remove that node, or set tokens to all"
+        )
 
 
 def _stacked(rows: Sequence[Any]) -> Any:

@@ -31,6 +31,10 @@ READ = frozenset({"c_crossattn", "crossattn_controlnet", "y", "c_concat"})
 of an inpainting UNet."""
 
 
+LOST = ("control", "gligen", "hooks", "model_conds", "minimax_keyframes", "minimax_refs")
+"""Options that change the source branch but cannot be saved in a file."""
+
+
 @dataclass(frozen=True)
 class HostCondition(Condition):
     """One CONDITIONING and its name in the run.
@@ -114,4 +118,4 @@ def plain_options(conditioning: Conditioning) -> dict[str, Any]:
 
 def unsaveable(conditioning: Conditioning) -> list[str]:
     """The options that change the source branch but cannot be saved in a file."""
-    return [k for k, v in conditioning[0][1].items() if k in ("control", "gligen", "hooks", "model_conds") and v]
+    return [k for k, v in conditioning[0][1].items() if k in LOST and v]

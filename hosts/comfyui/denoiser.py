@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +117,7 @@ class ComfyDenoiser:
         return self._edited.hooked.pairs
 
     def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
-        return None
+        return self._edited.hooked.family.subset_grid(height, width)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -198,7 +198,8 @@ class ComfyDenoiser:
         unguided = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
         # negatives, and branches that guidance nodes add, may combine prompts of several lengths, so all tokens count
         controls = {0: (control, condition.text_tokens), 1: (unguided, None)}
-        if paired is not None and not self._joins(paired, condition, x, sigma):
+        reading = [condition, *([] if guidance is None or guidance.control.rows is None else [guidance.negative])]
+        if paired is not None and not self._joins(paired, reading, x, sigma):
             source = paired.control
             source.captured.prediction = self.predict_noise(paired.latents, timestep, paired.condition, source)
             paired = None
@@ -216,21 +217,22 @@ class ComfyDenoiser:
         self.clean = clean
         return self.noise.predicted(x, clean, sigma)
 
-    def _joins(self, paired: PairedBranch, condition: HostCondition, x: Tensor, sigma: Tensor) -> bool:
+    def _joins(self, paired: PairedBranch, reading: Sequence[Condition], x: Tensor, sigma: Tensor) -> bool:
         """Whether the source can run in the calls of the edit, or beside: with an equal MODEL, without weights from a
-        prompt's hooks, and in the same calls with texts of one shape, which the host batches.
+        prompt's hooks, and in the same calls with texts of one shape, which the host batches. reading: of the branches
+        that read its records.
         """
-        assert isinstance(paired.condition, HostCondition)
         edit, source = (branch.at(float(sigma)) for branch in (self._edited, self._source))
         if not edit.hooked.pairs or mixing_guidance(source.around_predictions):  # may change its prediction
             return False
-        entries = [entry for c in (paired.condition, condition) for entry in self._branch_conditions(c)]
+        entries = [entry for c in (paired.condition, *reading) for entry in self._branch_conditions(c)]
         parts = [comfy.samplers.get_area_and_mult(entry, x, sigma[None]) for entry in entries]
         if not all(part and part.hooks is None for part in parts) or not edit.hooked.joins(source.hooked):
             return False
         return edit.hooked.separate_calls or all(comfy.samplers.can_concat_cond(part, parts[0]) for part in parts)
 
-    def _branch_conditions(self, condition: HostCondition) -> Any:
+    def _branch_conditions(self, condition: Condition) -> Any:
+        assert isinstance(condition, HostCondition)
         branch = self._source if condition.role == "source" else self._edited
         return branch.conditions[condition.role]
 

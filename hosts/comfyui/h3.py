@@ -23,7 +23,6 @@ from .flow import check_flow, identity_of_shapes
 from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, check_kinds, hook_below
 from .noise import is_flow
 from .pair import join_pair
-from .sameness import same_forward
 
 try:
     from comfy.ldm.minimax.model import MiniMaxH3Model, PackedLayout
@@ -57,14 +56,8 @@ class HookedH3(Hook):
         self._unet = model.model.diffusion_model
         self._beside = Beside(len(self._unet.blocks))
         self._streams: Streams = ()
-        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
-        below = [hook_below(replaced.get(("double_block", i))) for i in range(len(self._unet.blocks))]
-        for i, theirs in enumerate(below):
-            self.patcher.set_model_patch_replace(self._block(i, theirs), "dit", "double_block", i)
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._paired_calls()}
-        for kind, wrapper in around.items():
-            self.patcher.remove_wrappers_with_key(kind, "fatezero")
-            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+        self._place(len(self._unet.blocks), self._block, around)
 
     def identity(self) -> ModelIdentity:
         return identity_of_shapes(self.patcher)
@@ -76,11 +69,6 @@ class HookedH3(Hook):
             AttentionSite("block", i, "joint", attn.heads, attn.head_dim, *grid) for i in range(len(self._unet.blocks))
         ]
         return {site.name: site for site in found}
-
-    def joins(self, source: Hook) -> bool:
-        if not isinstance(source, HookedH3) or "model_function_wrapper" in self.patcher.model_options:
-            return False  # such a wrapper may call branches one by one
-        return self is source or same_forward(self.given, source.given)
 
     def _forget(self) -> None:
         self._beside.forget()

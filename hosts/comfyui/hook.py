@@ -18,6 +18,7 @@ from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
 from .conditions import READ
+from .sameness import same_forward
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
 OVERRIDE = "optimized_attention_override"
@@ -80,8 +81,22 @@ class Hook:
         raise NotImplementedError
 
     def joins(self, source: Hook) -> bool:
-        """Whether a source can run in the calls of this MODEL."""
-        return False
+        """Whether a source can run in the calls of this MODEL, or beside them."""
+        if not self.pairs or type(source) is not type(self) or "model_function_wrapper" in self.patcher.model_options:
+            return False  # such a wrapper may call branches one by one
+        return self is source or same_forward(self.given, source.given)
+
+    def _place(self, blocks: int, block: Callable[[int, Any], Any], wrappers: Mapping[str, Any]) -> None:
+        """Replace a transformer's blocks, around other nodes' replacements, and wrap its calls; instead of an earlier
+        hook's. block: makes the replacement, from a block's index and the replacement below ours.
+        """
+        replaced = self.patcher.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+        below = [hook_below(replaced.get(("double_block", i))) for i in range(blocks)]
+        for i, theirs in enumerate(below):
+            self.patcher.set_model_patch_replace(block(i, theirs), "dit", "double_block", i)
+        for kind, wrapper in wrappers.items():
+            self.patcher.remove_wrappers_with_key(kind, "fatezero")
+            self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
 
     @contextmanager
     def controlled(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from comfy.ldm.wan.model import WanModel
+from torch import Tensor
 
 from ...models.wan import WAN
 from .blocks import HookedBlocks, check_sampled_as_flow
@@ -42,6 +43,12 @@ class HookedWan(HookedBlocks):
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         _, down, across = self._unet.patch_size  # the host pads latents to whole patches
         return -(-height // down), -(-width // across)
+
+    def with_tokens(self, args: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        img, times = args["img"], args["vec"]
+        if times.shape[1] > 1:  # a timestep for each frame or token
+            times = times[:, tokens // -(-img.shape[1] // times.shape[1])]
+        return {**args, "img": img[:, tokens], "vec": times, "pe": args["pe"][:, tokens]}
 
 
 @dataclass(frozen=True)

@@ -315,3 +315,62 @@ def test_what_is_refused(host, graph, part, error):
     part(graph)
     with pytest.raises(NodeError, match=error):
         by_host(host, graph)
+
+
+def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, plain):
+    """For calls with as many queries as keys, which fusion splits."""
+    other = graph.add("OtherSparseAttention", model=graph.model[0], scale=1.0)
+    graph.both(other[0])
+    assert relative(by_host(host, graph), plain) < 1e-5
+    graph.set(other, scale=0.5)
+    assert relative(by_host(host, graph), plain) > 1e-3
+
+
+# --- sound, maps and stores -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["style", "shape+"])
+def test_flow_edit_keeps_the_sound_under_fusion(host, graph, preset):
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    store = graph.add(
+        "FateZeroFlowEdit", model=graph.model[0], source=graph.words[0], latent=graph.latent[0], steps=STEPS,
+        source_guidance=2.0, draws=1, seed=3,
+    )  # fmt: skip
+    graph.set(graph.edit, store=store[0], preset=preset)
+    before = streams(host, graph, graph.latent[0])
+    videos = []
+    for sound in ("keep", "edit"):
+        graph.set(store, sound=sound)
+        video, found = streams(host, graph, graph.edit[0])
+        assert torch.equal(found, before[1]) == (sound == "keep")
+        videos.append(video)
+    assert relative(videos[0], before[0]) > 1e-2
+    assert relative(videos[0], videos[1]) > 1e-4, "the sound is heard by the video"
+
+
+def test_edit_maps_have_words_and_masks(host, graph):
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    graph.set(graph.edit, preset="shape+")
+    edited = by_host(host, graph)
+    maps = graph.add("FateZeroEditMaps", **graph.prompt[graph.edit.id]["inputs"])
+    assert torch.equal(together(streams(host, graph, maps[0])), edited), "the same edit"
+    for output in (4, 5):
+        saved = graph.add("SaveImage", images=graph.add("MaskToImage", mask=maps[output])[0], filename_prefix="mask")
+        assert len(host.run(graph.prompt).outputs[saved.id]["images"]) == SHAPES[0][2]
+    pictures = graph.add("SaveImage", images=maps[1], filename_prefix="heat")
+    assert len(host.run(graph.prompt).outputs[pictures.id]["images"]) == SHAPES[0][2]
+
+
+def test_a_saved_store_gives_the_same_edit(host, graph, plain):
+    saved = graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix="stores/h3")
+    file = host.text(host.run(graph.prompt), saved.id)
+    del graph.prompt[saved.id]
+    graph.set(graph.edit, store=graph.add("FateZeroLoadStore", file=file)[0])
+    assert relative(by_host(host, graph), plain) < 1e-5
+
+
+def test_a_store_with_a_first_frame_is_not_saved(host, graph):
+    graph.set(graph.invert, source=with_picture(graph, SOURCE))
+    graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix="stores/pictures")
+    with pytest.raises(NodeError, match="a file cannot contain minimax_keyframes"):
+        host.run(graph.prompt)

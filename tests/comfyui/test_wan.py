@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from wan import write_wan
 
 from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
+from fatezero.attention.masks import GivenMask
 from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.hosts.diffusers.wan import WanCheckpoint
+from fatezero.methods.kv_edit import KVEditSettings
 from fatezero.recipes.recipe import Recipe
 from small import relative
 
@@ -167,6 +169,96 @@ def test_a_pair_of_models_shares_the_steps(host, graph, checkpoint, tmp_path, lo
     graph.set(graph.edit, model=both[0])
     graph.set(graph.invert, model=graph.model[0])
     with pytest.raises(NodeError, match="made by another model|schedule"):
+        by_host(host, graph, checkpoint)
+
+
+# --- the tokens inside a mask -----------------------------------------------------------------
+
+
+def box() -> torch.Tensor:
+    """Two of the six columns of latents, and the whole height."""
+    mask = torch.zeros(1, 32, 48)
+    mask[..., :16] = 1
+    return mask
+
+
+def inside(graph, memory="recompute", **settings) -> None:
+    """Edit with KV-Edit in the left third of the clip."""
+    solid = graph.add("SolidMask", value=0.0, width=48, height=32)
+    left = graph.add("SolidMask", value=1.0, width=16, height=32)
+    mask = graph.add("MaskComposite", destination=solid[0], source=left[0], x=0, y=0, operation="add")
+    given = {"background_steps": 1.0, "tokens": "inside", "grow": 0, **settings}
+    graph.set(graph.invert, memory=memory)
+    graph.set(graph.edit, mask=mask[0], preset="custom", settings=graph.add("FateZeroKVEdit", **given)[0])
+
+
+def kv_edit_by_library(checkpoint, memory="recompute", denoiser=None, **settings) -> torch.Tensor:
+    fusion = KVEditSettings(**{"grow": 0, **settings})
+    return by_library(checkpoint, fusion, memory=memory, denoiser=denoiser, mask=GivenMask(box()))
+
+
+@pytest.mark.every_host
+@pytest.mark.parametrize(
+    ("memory", "settings"),
+    [("recompute", {}), ("keys_values", {"background_steps": 0.5}), ("recompute", {"tokens": "all"})],
+)
+def test_tokens_inside_a_mask_agree(host, graph, checkpoint, memory, settings):
+    inside(graph, memory, **settings)
+    ours, clip = kv_edit_by_library(checkpoint, memory, **settings), library_latents(checkpoint)
+    graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="fatezero/inside")
+    text = host.text(host.run(graph.prompt), graph.edit.id)
+    found = by_host(host, graph, checkpoint)
+    assert relative(found, ours) < 1e-4
+    assert relative(found[..., 2:], clip[..., 2:]) < 1e-6
+    assert relative(found[..., :2], clip[..., :2]) > 1e-2
+    expected = {"recompute": "2.66667 model evaluations of 3 frames, 4 more", "keys_values": "5.33333"}[memory]
+    assert (expected if "tokens" not in settings else "8 model evaluations of 3 frames, 4 more") in text
+
+
+def test_a_pair_of_models_reads_the_source_of_its_step(host, graph, checkpoint, tmp_path):
+    other = write_wan(tmp_path / "low", seed=1)
+    low = graph.add("OtherWan", folder=str(other), shift=SHIFT)
+    graph.both(graph.add("FateZeroWanPair", model=graph.model[0], low_noise=low[0], boundary=0.8)[0])
+    denoiser = Hosts(checkpoint.transformer, checkpoint.scheduler, WanCheckpoint.load(str(other)).transformer, 0.8)
+    inside(graph)
+    assert relative(by_host(host, graph, checkpoint), kv_edit_by_library(checkpoint, denoiser=denoiser)) < 1e-4
+
+
+def test_tokens_inside_with_other_calls(host, graph, checkpoint, lora):
+    """Branches in separate calls, a LoRA on the edit only, a longer negative prompt, and skipped layers."""
+    inside(graph)
+    plain = by_host(host, graph, checkpoint)
+    graph.both(graph.add("OtherSeparateCalls", model=graph.model[0])[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+    edited = {
+        "lora": graph.add("LoraLoaderModelOnly", model=graph.model[0], lora_name=lora, strength_model=1.0),
+        "attention": graph.add("OtherAttention", model=graph.model[0], scale=1.0),
+        "skipped": graph.add("SkipLayerGuidanceDiT", model=graph.model[0], **SLG),
+        "rescaled": graph.add("RescaleCFG", model=graph.model[0], multiplier=0.7),
+    }
+    for name, model in edited.items():
+        graph.set(graph.invert, model=graph.model[0], memory="recompute")
+        graph.set(graph.edit, model=model[0])
+        computed = by_host(host, graph, checkpoint)
+        graph.set(graph.invert, memory="keys_values")
+        assert relative(by_host(host, graph, checkpoint), computed) < 1e-5, name
+        assert (relative(computed, plain) < 1e-5) == (name == "attention"), name
+    graph.both(graph.model[0])
+    joined = graph.add("ConditioningConcat", conditioning_to=graph.negative[0], conditioning_from=graph.words[0])
+    graph.set(graph.edit, negative=joined[0])
+    kept = by_host(host, graph, checkpoint)
+    graph.set(graph.invert, memory="recompute")
+    assert relative(by_host(host, graph, checkpoint), kept) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["OtherBlock"])
+def test_nodes_that_may_need_all_tokens_are_named(host, graph, checkpoint, kind):
+    graph.both(graph.add(kind, model=graph.model[0], scale=1.0)[0])
+    inside(graph, tokens="all")
+    expected = by_host(host, graph, checkpoint)
+    assert relative(expected, kv_edit_by_library(checkpoint, tokens="all")) < 1e-4
+    inside(graph)
+    with pytest.raises(NodeError, match=r"Block .*other_pack.* may need all tokens.* set tokens to all"):
         by_host(host, graph, checkpoint)
 
 

@@ -145,13 +145,15 @@ def test_tokens_inside_equal_all_tokens(wan, name):
         alone = wan.predict_noise(of_source, 500.0, text(0), recorder)
         expected = predicted(lambda source: Background(source, whole, FRAMES), recorder, None)
         recorder = Recorder(keys, chunk, names, values=True)
-        pair, own = PairedBranch(of_source, text(0), recorder), tokens.flatten().nonzero()[:, 0]
-        ours = predicted(lambda source: Inside(source, own), recorder, pair)
+        pair = PairedBranch(of_source, text(0), recorder)
+        ours = predicted(lambda source: Inside(source, tokens, of_source), recorder, pair)
     inside = tokens.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].double()
     assert relative(inside * ours, inside * expected) < 1e-6
     assert relative((1 - inside) * ours, (1 - inside) * alone) < 1e-6, "the source's prediction outside"
     assert relative(recorder.captured.prediction, alone) < 1e-6
     assert not recorder.records
+    completed = Inside(recorder.step, tokens, of_source).completed(ours)
+    assert torch.equal(completed, torch.where(inside > 0, ours, of_source))
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -203,7 +205,7 @@ def test_calls_count_the_tokens_inside():
     kept = {"kept_steps": 4, "memory": "keys_values", "grid": GRID}
     assert recipe.calls(4, **kept) == (4, 2 * (2 * 0.25 + 2), 0, 0)
     assert recipe.calls(4, kept_steps=4, grid=GRID).source == 2, "queries and keys are not enough"
-    assert recipe.calls(4) == (4, 2 * 4, 2), "a UNet computes all tokens"
+    assert recipe.calls(4) == (4, 2 * 4, 2, 0), "a UNet computes all tokens"
 
 
 def test_flow_edit_computes_all_tokens(wan):
