@@ -8,7 +8,6 @@ meta device at full size: 81 frames of 832x480, 32,760 tokens.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +50,16 @@ FIFTH = 0.2
 """The share of the tokens inside KV-Edit's mask."""
 STYLE = FusionSettings(cross_replace_steps=0.5, self_replace_steps=0.5)
 SHAPE = FusionSettings(cross_replace_steps=0.5, self_replace_steps=0.5, blend_self_attention=True, blend_latents=True)
+OF_BRANCHES = (
+    "The source's branch is a third call besides plain sampling's two, in the steps that read it: in half of them that "
+    "is 1.25, in 0.8 of them 1.4. The rest is fusion of words, which at this size are nearly as many as tokens are; a "
+    "mask of both prompts is eight calls, whatever the steps. Maps of so few tokens are fast."
+)
+OF_TOKENS = (
+    "A fifth of the tokens is inside the mask: a call for the source and a fifth of both calls of the edit are 0.7 of "
+    "plain sampling, and 0.2 with kept keys and values. The text's keys and values, which all calls compute, have a "
+    "larger share at so few tokens."
+)
 PROMPT = PromptEdit(
     "a red square on water", "a blue star on water", build_tokenizer(), "refine", (["square"], ["star"])
 )
@@ -109,9 +118,9 @@ def inside_steps(
     return {"inside": inside, "kept": kept}
 
 
-def full_memory() -> list[list[str]]:
+def full_costs(inside: bool) -> str:
     """Peak bytes of a guided step of Wan 2.1 1.3B in bfloat16 at full size, with and without its weights, and its FLOP
-    relative to plain sampling.
+    relative to plain sampling. inside: of KV-Edit with a fifth of the tokens.
     """
     model = random_wan("1.3B", torch.device("meta"), torch.bfloat16)
     weights = weight_bytes(model)
@@ -124,10 +133,12 @@ def full_memory() -> list[list[str]]:
         "plain": "plain guided sampling, diffusers' own model",
         "beside": "edit, the source beside, block by block",
         "before": "edit, the source before, its queries and keys kept",
-        "inside": "KV-Edit with a fifth of the tokens, the source beside",
-        "kept": "KV-Edit with a fifth of the tokens, keys and values kept elsewhere",
+        "inside": "KV-Edit, the source beside, block by block",
+        "kept": "KV-Edit, keys and values kept elsewhere",
     }
-    works = guided_steps(denoiser, z, text, PROMPT, STYLE) | inside_steps(denoiser, z, text, FIFTH)
+    works = guided_steps(denoiser, z, text, PROMPT, STYLE)
+    if inside:
+        works = {"plain": works["plain"], **inside_steps(denoiser, z, text, FIFTH)}
     for name, work in works.items():
         with attend_without_data(), LiveBytes(model) as live:
             work()
@@ -137,10 +148,12 @@ def full_memory() -> list[list[str]]:
         base, plain = base or whole, plain or flops
         ratios = [f"{whole / base:.3f}", f"{flops / plain:.2f}"]
         rows.append([names[name], format_bytes(live.most), format_bytes(whole), *ratios])
-    maps = 30 * 12 * (frames * height * width // 4) ** 2 * 2
-    naive = weights + maps
-    rows.append(["maps of a step's self-attention", format_bytes(maps), format_bytes(naive), f"{naive / base:.0f}", ""])
-    return rows
+    if not inside:
+        maps = 30 * 12 * (frames * height * width // 4) ** 2 * 2
+        naive = weights + maps
+        own = ["maps of a step's self-attention", format_bytes(maps), format_bytes(naive), f"{naive / base:.0f}", ""]
+        rows.append(own)
+    return table(["work", "activations", "with weights", "of plain", "FLOP of plain"], rows)
 
 
 def main() -> None:
@@ -151,7 +164,7 @@ def main() -> None:
     parser.add_argument("--latents", default="5x40x40", help="frames x height x width")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", default="", help="print the edits whose name has this, and leave the page as it is")
+    parser.add_argument("--inside", action="store_true", help="measure KV-Edit with a fifth of the tokens instead")
     parser.add_argument("--maps", action="store_true", help="also a naive edit with maps")
     given = parser.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
@@ -167,9 +180,6 @@ def main() -> None:
 
     inversion = invert(denoiser, z, source, given.steps)
     drawn = draw(denoiser, z, source, given.steps, FlowEditSettings())
-    kept = invert(denoiser, z, source, given.steps, memory="keys_values")
-    fifth = torch.zeros(1, height, width)
-    fifth[..., : round(FIFTH * width)] = 1
 
     def edited(fusion: Injection, of: Any = inversion, **more: Any) -> Callable[[], Any]:
         return lambda: edit(denoiser, of, target, negative, 5.0, PROMPT, fusion, **more)
@@ -185,38 +195,36 @@ def main() -> None:
             denoiser, drawn, target, negative, 10.0, strength=PRESETS["flow_edit"]["strength"]
         ),
     }
-    inside = {"mask": GivenMask(fifth)}
-    works["KV-Edit, a fifth of the tokens inside"] = edited(KVEditSettings(grow=0), **inside)
-    works["the same, keys and values kept"] = edited(KVEditSettings(grow=0), kept, **inside)
     if given.maps:
-        maps = invert(denoiser, z, source, given.steps, memory="maps")
-        works["naive: maps kept, half of the steps"] = edited(STYLE, maps)
-    works = {name: work for name, work in works.items() if re.search(given.only, name)}
+        kept = invert(denoiser, z, source, given.steps, memory="maps")
+        works["naive: maps kept, half of the steps"] = edited(STYLE, kept)
+    if given.inside:
+        mask = torch.zeros(1, height, width)
+        mask[..., : round(FIFTH * width)] = 1
+        kept, fifth = invert(denoiser, z, source, given.steps, memory="keys_values"), {"mask": GivenMask(mask)}
+        works = {
+            "KV-Edit, a fifth of the tokens inside": edited(KVEditSettings(grow=0), **fifth),
+            "the same, keys and values kept": edited(KVEditSettings(grow=0), kept, **fifth),
+        }
     base = lambda: plain_flow(model, schedule, z, target, negative)  # noqa: E731
     rows = []
     for name, work in works.items():
         taken = side_by_side({"plain": base, "own": work}, device, given.rounds)
         rows.append([name, f"{taken['own'].median:.1f} s", f"{taken['own'].of(taken['plain']):.2f}"])
         print(*rows[-1], flush=True)
-    if given.only:
-        return
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     tokens = frames * height * width // 4
     text = (
         f"{machine(device, dtype)}. {given.blocks} of Wan 1.3B's blocks, {weights:.0f} M parameters, {tokens} tokens, "
         f"{given.steps} steps, median of {given.rounds} rounds.\n\n"
         f"{table(['edit', 'time', 'of plain'], rows)}\n\n"
-        "The source's branch is a third call besides plain sampling's two, in the steps that read it: in half of them "
-        "that is 1.25, in 0.8 of them 1.4. The rest is fusion of words, which at this size are nearly as many as tokens"
-        " are; a mask of both prompts is eight calls, whatever the steps. Maps of so few tokens are fast.\n\n"
-        "KV-Edit with a fifth of the tokens inside its mask takes a call for the source and a fifth of both calls of "
-        "the edit, 0.7 of plain sampling; with kept keys and values 0.2. The text's keys and values, which all calls "
-        "compute, have a larger share at so few tokens.\n\n"
+        f"{OF_TOKENS if given.inside else OF_BRANCHES}\n\n"
         "Bytes alive and FLOP in a step of the whole Wan 1.3B in bfloat16, 81 frames of 832x480, computed from "
         "shapes:\n\n"
-        f"{table(['work', 'activations', 'with weights', 'of plain', 'FLOP of plain'], full_memory())}"
+        f"{full_costs(given.inside)}"
     )
-    write_section(f"Wan: {device.type}, {given.dtype}", text)
+    title = "Wan, tokens inside a mask" if given.inside else "Wan"
+    write_section(f"{title}: {device.type}, {given.dtype}", text)
 
 
 if __name__ == "__main__":

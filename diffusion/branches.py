@@ -11,6 +11,7 @@ from ..attention.condition import Condition
 from ..attention.key_frames import Chunk
 from ..store.records import Recorder, SourceStep
 from ..store.store import AttentionStore
+from ..store.streams import with_kept_sound
 from .denoiser import Denoiser, Guidance, frames_of
 from .parts import Edit, EditContext, Injected, Prediction, Prepare, check_parts, first_step
 from .schedule import Schedule, reused_steps
@@ -178,4 +179,4 @@ class EditRun:
         if predicted.mask is not None:
             source = self.store.level(self.injected.restored_level(level)).to(z.device, non_blocking=True)
             z = source + predicted.mask * (z - source)
-        return z
+        return z if self.start.draws else with_kept_sound(self.store, z, self.store.level(level - 1))

@@ -92,9 +92,9 @@ def sources(
 
 def source_for(denoiser: Denoiser, store: AttentionStore, step: int, needs: Needs, chunk: Chunk) -> SourceStep:
     """The source's branch at an edit step: evaluated now, or within the edit's call by hosts that pair branches. Keys
-    and values that the store keeps are read, if they have the level that the step reads.
+    and values are read from a store that keeps them, if a step does not need those of its own level.
     """
-    if needs.values and store.keeps(step, values=True) and (store.calls_own_level or not needs.own_level):
+    if needs.values and not needs.own_level and store.keeps(step, values=True):
         if not chunk.is_whole:
             raise ValueError(NOT_IN_PARTS.format(memory=store.memory))
         records = store.on_demand(step, chunk, denoiser.device)

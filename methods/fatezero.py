@@ -269,7 +269,7 @@ class Fusion(Injected):
             }
             self.wordless = prompt.wordless(prompt.source, source.text_tokens)
         else:
-            _check_joint(settings, prompt)
+            check_joint(settings, prompt)
         self.given = given
         self.given_at: dict[Grid, Tensor] = {}
         """The given mask on each grid."""
@@ -421,8 +421,8 @@ class Fusion(Injected):
         return found
 
 
-def _check_joint(settings: FusionSettings, prompt: PromptEdit) -> None:
-    """Raise ValueError for settings of cross-attention, on a model without it."""
+def check_joint(settings: FusionSettings, prompt: PromptEdit) -> None:
+    """Raise ValueError for settings of cross-attention, which a model of joint layers does not have."""
     for name, used in (("cross_replace_words", settings.cross_replace_words), ("reweight", prompt.reweight)):
         if used:
             raise ValueError(

@@ -18,8 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from einops import rearrange
-
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import as_one
 from ..attention.masks import GivenMask
@@ -144,8 +142,10 @@ class Background(SourceControl):
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record = self.source.record(site.name)
         assert isinstance(record, KeysValues)
-        inside = self.mask.at((site.height, site.width), self.frames)[list(self.chunk.frame_indices)]
-        m = rearrange(inside, "f y x -> f 1 (y x) 1").to(k)
+        inside = self.mask.at((site.height, site.width), self.frames)
+        if q.shape[2] == site.tokens:  # else one row with all frames, as of a clip with sound
+            inside = inside[list(self.chunk.frame_indices)]
+        m = inside.reshape(len(q), 1, -1, 1).to(k)
         k = m * k + (1 - m) * record.keys(k.dtype)
         v = m * v + (1 - m) * record.values(v.dtype)
         return super().self_attention(q, k, v, site)

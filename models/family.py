@@ -17,8 +17,9 @@ class Family:
     of the call, so that key frames, TokenFlow and flow smoothing do not apply. group_norms: it has GroupNorms, whose
     statistics `clip_norm` shares over frames. half: the dtype for a GPU. demo, demo_folder: the bundled demo model.
     attention: whether its attention can be controlled. words: whether text columns stand for words, as masks of words,
-    reweighting and heat maps need. subset_patch: the side of a token in latents, if a branch can have some tokens only
-    (`Control.rows`); else 0. trained_frames: see `Denoiser.trained_frames`.
+    reweighting and heat maps need. joint: whether its layers attend to text and video at once. subset_patch: the side
+    of a token in latents, if a branch can have some tokens only (`Control.rows`); else 0. trained_frames: see
+    `Denoiser.trained_frames`.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Family:
     demo_folder: Path
     attention: bool = True
     words: bool = True
+    joint: bool = False
     subset_patch: int = 0
     trained_frames: int | None = None
 

@@ -13,7 +13,7 @@ from .flow import FLOW
 if TYPE_CHECKING:
     from torch import Tensor
 
-H3 = replace(FLOW, title="MiniMax H3", network="video and sound transformer", attention=True)
+H3 = replace(FLOW, title="MiniMax H3", network="video and sound transformer", attention=True, joint=True)
 FRAMES = (1, 4, 4, 4, 4)
 """The frames of each latent in a group of 17."""
 TICKS = 5 / 3

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..attention.masks import MaskMode
-from ..attention.prompt import PromptEdit
+from ..attention.prompt import MIXED, PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
 from ..diffusion.schedule import reused_steps
 from ..diffusion.start import start_of
@@ -21,7 +21,7 @@ from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, give
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, schedule_of_store, source_of
 from ..hosts.comfyui.noise import is_flow
-from ..methods.fatezero import FusionSettings
+from ..methods.fatezero import FusionSettings, check_joint
 from ..methods.flow_edit import DrawnNoise
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
@@ -30,6 +30,7 @@ from ..recipes.cost import beside_plain, calls_of
 from ..recipes.presets import PRESETS
 from ..recipes.recipe import Recipe
 from ..settings import setting_of
+from ..store.streams import video_shape
 from .inversion import CHUNK_FRAMES
 from .prompt import check_words
 from .settings import widget
@@ -246,7 +247,10 @@ class EditInputs:
             edit = only_inside(self.model, self.store, edit, clips_mask)
         start.check_steps(self.store.steps - first_step(edit.strength, self.store.steps))
         _check_words(edit, self.positive, self.preset)
-        check_parts(edit, facts_of(self.model).spans_clip, start)
+        facts = facts_of(self.model)
+        check_parts(edit, facts.spans_clip, start)
+        if facts.joint and isinstance(edit.fusion, FusionSettings) and edit.prompt is not None:
+            check_joint(edit.fusion, edit.prompt)
         return edit
 
     @property
@@ -296,6 +300,8 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
             "blend_self_attention or blend_latents"
         )
     needs_words = fusion.masks_by_step and (mask is None or not mask.replaces)
+    if needs_words and not prompt.columns.words:
+        raise ValueError(f"preset: {preset} needs words, but {MIXED}: connect a mask, or use a preset with a plus")
     if needs_words and not (prompt.blend_words or ([], []))[0]:
         raise ValueError("prompt_edit: blending needs words, but no word of the source changes: fill in blend_source")
 
@@ -303,13 +309,15 @@ def _check_words(edit: Edit, positive: Any, preset: str) -> None:
 def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, notes: Sequence[str] = ()) -> str:
     """The report of an edit. hooked: the number of controlled attention layers; None before the run."""
     facts, start = facts_of(model), start_of(store)
+    if facts.joint and isinstance(edit.fusion, FusionSettings):  # which has no cross-attention to fuse
+        edit = replace(edit, fusion=replace(edit.fusion, cross_replace_steps=0.0, cross_replace_from=0.0))
     spans_clip, grid = facts.spans_clip, facts.subset_grid(*store.levels.shape[-2:])
     reused = reused_steps(schedule_of_store(model, store), store.order) if store.reuse_midpoint else set()
     calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid, reused)
     plain = store.steps * (1 if edit.guidance_scale == 1 else 2)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)
-    lines = [] if hooked is None or not layers else [f"hooked {hooked} of {layers} attention layers"]
+    lines = [] if not hooked or not layers else [f"hooked {hooked} of {layers} attention layers"]
     lines.append("injected nothing from the source" if edit.fusion is None else edit.fusion.summary(store.steps))
     if edit.propagation is not None:
         lines.append(edit.propagation.summary(store.frames))
@@ -318,8 +326,8 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     if edit.layout is not None:
         lines.append(edit.layout.summary(store.steps))
     lines.append(
-        f"{calls.edit + calls.prepare:g} {kind} evaluations of {store.frames} frames, {calls.source:g} more for the "
-        f"source; " + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
+        f"{calls.edit + calls.prepare:g} {kind} evaluations of {video_shape(store)[0]} frames, {calls.source:g} more "
+        "for the source; " + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
     )
     lines.append(beside_plain(calls.parts, plain))
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):

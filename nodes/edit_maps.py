@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attention.condition import Condition
 from ..attention.masks import GivenMask
+from ..attention.prompt import MIXED
 from ..diffusion.edit_maps import EditMaps
 from ..hosts.comfyui.editing import edit_clip
 from ..hosts.comfyui.families import facts_of
@@ -81,6 +82,7 @@ class FateZeroEditMaps(io.ComfyNode):
         else:
             target = Condition.of(edit.target_embeddings, "positive")
             maps = EditMaps.of(one.prompt_edit, store.source.text_tokens, target.text_tokens)
+            lines += [] if one.prompt_edit.columns.words else [f"no heat maps: {MIXED}"]
         edit = replace(edit, maps=maps)
         (edited,), hooked = edit_clip(one.model, store, [edit], one.chunk_frames or None)
         height, width = (store.shapes[0] if store.shapes else store.levels.shape)[-2:]

@@ -12,8 +12,8 @@ from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
 from ..hosts.comfyui.noise import Timesteps, is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
-from .inversion import MODEL_AND_SOURCE, STEPS, TIMESTEPS
-from .settings import ADVANCED, made, widget, widgets
+from .inversion import MODEL_AND_SOURCE, SOUND, STEPS, TIMESTEPS
+from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
 
@@ -34,13 +34,7 @@ class FateZeroFlowEdit(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The clip, as for Invert Video (Encode Video)."),
                 STEPS,
                 *widgets(FlowEditSettings, "source_guidance", "draws", "seed"),
-                io.Combo.Input(
-                    "sound",
-                    options=["keep", "edit"],
-                    optional=True,
-                    **ADVANCED,
-                    tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
-                ),
+                SOUND,
                 *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
                 TIMESTEPS,
                 widget(FlowEditSettings, "gain", advanced=True, optional=True),

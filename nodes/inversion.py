@@ -46,6 +46,13 @@ TIMESTEPS = io.Combo.Input(
     tooltip="Timesteps of a UNet's schedule. trailing: for LoRAs for few steps, such as Lightning, Hyper and TCD. LCM "
     "(Model Sampling Discrete) has its own.",
 )
+SOUND = io.Combo.Input(
+    "sound",
+    options=["keep", "edit"],
+    optional=True,
+    **ADVANCED,
+    tooltip="For a clip with sound (LTX-2, MiniMax H3): keep its sound, or edit it with the video.",
+)
 CHUNK_FRAMES = widget(InversionSettings, "chunk_frames", optional=True)
 SETTINGS = [
     *widgets(InversionSettings, "key_frames", "clip_norm"),
@@ -79,6 +86,7 @@ def invert_settings(
     keep_steps: float = 1.0,
     chunk_frames: int = 0,
     order: int = 1,
+    sound: str = "keep",
     reuse_midpoint: bool = False,
 ) -> InvertSettings:
     """The settings of the widgets in `SETTINGS`, and `REUSE`."""
@@ -87,8 +95,9 @@ def invert_settings(
     prompt = source[0][1].get(PROMPT_KEY)
     InversionSettings(order=order, reuse_midpoint=reuse_midpoint)  # raises for settings that do not go together
     return InvertSettings(
-        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, reuse_midpoint
-    )
+        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, reuse_midpoint,
+        keep_sound=sound == "keep",
+    )  # fmt: skip
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -111,6 +120,7 @@ class FateZeroInvert(io.ComfyNode):
                 *SETTINGS,
                 widget(InversionSettings, "inversion_steps", advanced=True, optional=True, max=1000),
                 TIMESTEPS,
+                SOUND,
                 REUSE,
             ],
             outputs=[

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SHAPES = "shapes"
 """The key in a store's `extra` of the streams' shapes, (1, channels, frames, height, width) of the video first."""
 
+KEEPS_SOUND = "keeps_sound"
+"""The key in a store's `extra` for whether edits keep the sound."""
+
 
 def shapes_in(store: AttentionStore) -> Sequence[Sequence[int]]:
     """The shapes of the streams; none for a single one."""
@@ -82,6 +85,14 @@ def mask_of_latents(store: AttentionStore, given: GivenMask) -> Tensor:
         return given.at((store.levels.shape[-2], store.levels.shape[-1]), store.frames)
     frames, height, width = video_shape(store)
     return mask_of_all(store, given.at((height, width), frames))
+
+
+def with_kept_sound(store: AttentionStore, z: Tensor, kept: Tensor) -> Tensor:
+    """The latents z of an edit with the sound of `kept`, if edits of the store keep it."""
+    if not store.extra.get(KEEPS_SOUND):
+        return z
+    video = math.prod(shapes_in(store)[0])
+    return torch.cat([z[..., :video], kept[..., video:].to(z)], -1)
 
 
 def _covers_all(store: AttentionStore, given: GivenMask) -> bool:

@@ -112,7 +112,7 @@ class HookedBlocks(Hook):
         )
 
     def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
-        grid = self.token_grid(height, width)
+        grid = self.token_grid(*(self._video[-2:] or (height, width)))
         if grid not in self._sites:
             found = [
                 AttentionSite("block", i, kind, *self.heads, *grid)
@@ -121,6 +121,12 @@ class HookedBlocks(Hook):
             ]
             self._sites[grid] = {site.name: site for site in found}
         return self._sites[grid]
+
+    @property
+    def _video(self) -> tuple[int, ...]:
+        """The shape of a video that is packed with its sound, in the current run; empty for other latents."""
+        shapes: Any = getattr(self.patcher.model, "latent_shapes", None) or ()
+        return tuple(shapes[0]) if len(shapes) > 1 else ()
 
     def _forget(self) -> None:
         self._source, self._options = -1, None
@@ -250,6 +256,8 @@ class HookedBlocks(Hook):
                     check_alone(theirs, options)
                     before = self._with_some(index, forward, own, own["img"] if before is None else before, tokens)
                 done[row] = before
+            if readers and self._source in branches and self._paired is not None:  # also where none had tokens
+                self._paired.control.captured.records.clear()
             return {"img": _stacked(done)}
 
         block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
@@ -319,10 +327,11 @@ class HookedBlocks(Hook):
         site = self.sites(*self._grid)[name]
         control, text_tokens = self._control(branch)
         frames = len(control.chunk.frame_indices)
-        expected = frames * site.tokens if control.rows is None else len(control.rows)
+        clip = self._video[-3] if self._video else frames
+        expected = clip * site.tokens if control.rows is None else len(control.rows)
         if q.shape[1] != expected:
             raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens where {expected} of {frames} frames of "
+                f"{site.name} has {q.shape[1]} tokens where {expected} of {clip} frames of "
                 f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
             )
         control.attend = attend

@@ -21,6 +21,9 @@ REFUSED = {
     "reference_latents": "reference pictures are set",
     "context_latents": "reference clips are set (Bernini Conditioning)",
     "time_dim_concat": "frames to append are set",
+    "keyframe_idxs": "guides or keyframes are set (LTXV Add Guide)",
+    "generated_keyframes": "generated keyframes are set",
+    "ref_audio": "a reference sound is set",
     "unclip_conditioning": "pictures for unCLIP are set",
 }
 """Options that a source or positive prompt must not have, because they restrict it to a part of the picture, whose
@@ -44,6 +47,12 @@ class HostCondition(Condition):
 
     role: str = "source"
     conditioning: Conditioning = field(default_factory=list)
+
+    @property
+    def text_tokens(self) -> int:
+        from .families import text_tokens_of  # families use conditions
+
+        return text_tokens_of(self.embeddings, self.conditioning[0][1])
 
     @property
     def guided(self) -> bool:

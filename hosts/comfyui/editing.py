@@ -20,10 +20,11 @@ from ...diffusion.parts import Edit, Injected, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from ...diffusion.start import start_of
+from ...store.streams import KEEPS_SOUND
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
-from .latents import mask_of_frames, mask_of_latents, packed, streams, unpacked, zeros_like
+from .latents import mask_of_frames, mask_of_latents, packed, shapes_of, streams, unpacked, zeros_like
 from .noise import FlowNoise, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
@@ -60,7 +61,8 @@ class EditGuider(LoopGuider):
         self._open = ExitStack()
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
-        super().__init__(model, conditions, store.patcher, chunk_frames)
+        controls = any(edit.fusion is not None and edit.fusion.needs_attention for edit in edits)
+        super().__init__(model, conditions, store.patcher, chunk_frames, controls=controls)
         self.fills_or_reads(store.memory)
 
     def schedule(self, sigmas: Tensor) -> Schedule:
@@ -97,8 +99,11 @@ class EditGuider(LoopGuider):
 
     def _start_of_host(self, sampler: Any, latent_image: Any, sigmas: Tensor) -> tuple[Any, Any, Tensor]:
         """The noise, LATENT and sigmas for a sampler of the host."""
-        noisy = noise_of(self.model_patcher)
-        return *noisy.initial(self.model_patcher.model, latent_image, sigmas[0]), sigmas
+        model, shapes = self.model_patcher.model, shapes_of(latent_image)
+        model.latent_shapes = shapes  # which models that scale their sound read
+        parts = noise_of(self.model_patcher).initial(model, packed(latent_image), sigmas[0])
+        noise, latents = (unpacked(part, shapes) for part in parts)
+        return noise, latents, sigmas
 
     def inside(self, edit: Edit, mask: Any) -> Edit:
         """An edit that changes the clip only inside the noise mask of its LATENT."""
@@ -157,6 +162,10 @@ class EditGuider(LoopGuider):
         needs = "needs DDIM Sampler (FateZero)"
         if edits.blends_latents:
             raise ValueError(f"sampler: this edit blends latents (blend_latents, or a mask), which {needs}")
+        if self.store.extra.get(KEEPS_SOUND):
+            raise ValueError(
+                f"sampler: this edit keeps the clip's sound, which {needs}, or sound edit at the inversion"
+            )
         if edits.guides_layout:
             raise ValueError(f"sampler: this edit has a layout, which {needs}")
         if self.store.drawn is not None:

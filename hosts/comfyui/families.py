@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ...attention.control import Kind
 from ...models.family import Family
-from . import flow, h3, unet, wan
+from . import flow, h3, ltx, unet, wan
 from .hook import ALL_KINDS, Hook, HostFamily
 
-FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, h3.FAMILY, flow.FAMILY)
+FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, ltx.FAMILY, h3.FAMILY, flow.FAMILY)
 """The first that matches a MODEL is its family."""
 MODELS = ", or ".join(family.models for family in FAMILIES)
 TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES if family.text_encoder)
@@ -64,6 +66,17 @@ def count_layers(model: Any) -> int:
 def facts_of(model: Any) -> Family:
     """The facts of a MODEL's family."""
     return family_of(model).hook.family
+
+
+def hooks_always(model: Any) -> bool:
+    """Whether a MODEL is hooked in runs that control no attention."""
+    return family_of(model).hook.always
+
+
+def text_tokens_of(embeddings: Tensor, options: dict[str, Any]) -> int:
+    """The number of text columns that a model makes of a prompt."""
+    found = (family.text_tokens(embeddings, options) for family in FAMILIES)
+    return next((count for count in found if count is not None), int(embeddings.shape[1]))
 
 
 def tokenizer_of(clip: Any) -> Any:

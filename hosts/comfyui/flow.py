@@ -32,6 +32,7 @@ class PlainFlow(Hook):
     """A clone of a MODEL without hooks."""
 
     family = FLOW
+    reads_latents = True
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS, known: Hook | None = None) -> None:
         """known: the hook of a MODEL whose family controls attention, for its identity."""
@@ -42,8 +43,11 @@ class PlainFlow(Hook):
         join_pair(self, model)
 
     def identity(self) -> ModelIdentity:
-        """The architecture; other weights of it may read the store, because it keeps no attention."""
-        return identity_of_shapes(self.patcher) if self._known is None else self._known.identity()
+        """The architecture, or that of the known hook."""
+        if self._known is None:
+            return identity_of_shapes(self.patcher)
+        self._known.memory = self.memory
+        return self._known.identity()
 
     def sites(self, height: int, width: int) -> Mapping[Any, AttentionSite]:
         return {}

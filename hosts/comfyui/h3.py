@@ -45,6 +45,7 @@ class HookedH3(Hook):
     family = H3
     pairs = True
     separate_calls = True
+    reads_latents = True
     reads = frozenset({"c_crossattn", "latent_shapes", "minimax_payload", "denoise_mask", "audio_denoise_mask"})
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
@@ -54,7 +55,9 @@ class HookedH3(Hook):
         super().__init__(model, ("joint",))
         join_pair(self, model)
         self._unet = model.model.diffusion_model
-        self._beside = Beside(len(self._unet.blocks))
+        self._beside = Beside(len(self._unet.blocks), self._alone)
+        self._options: Any = None
+        """The options of the step's first call that the source ran beside."""
         self._streams: Streams = ()
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._paired_calls()}
         self._place(len(self._unet.blocks), self._block, around)
@@ -72,6 +75,7 @@ class HookedH3(Hook):
 
     def _forget(self) -> None:
         self._beside.forget()
+        self._options = None
 
     # Plain closures, because the host copies what it finds in a model's options.
 
@@ -83,13 +87,14 @@ class HookedH3(Hook):
             if paired is None or not self._controls or not self._positive.among(conds):
                 return executor(model, conds, x, sigma, options)
             z = paired.latents[0].to(x)
+            self._options = self._options or options  # a guidance node calls again with skipped layers
             try:
                 with self._beside.phase("enter"):
-                    executor(model, [None, self._conditions], z, sigma, options)
+                    executor(model, [None, self._conditions], z, sigma, self._options)
                 with self._beside.phase("run"):
                     results = executor(model, conds, x, sigma, options)
                 with self._beside.phase("leave"):
-                    _, clean = executor(model, [None, self._conditions], z, sigma, options)
+                    _, clean = executor(model, [None, self._conditions], z, sigma, self._options)
             finally:
                 self._beside.forget()
             paired.control.captured.prediction = ((z - clean) / sigma)[None]
@@ -101,25 +106,29 @@ class HookedH3(Hook):
         """Finds the grid and the rows of the streams of a call."""
 
         def around(
-            executor: Any, x: Any, timestep: Tensor, context: Tensor, options: dict[str, Any], *rest: Any, **more: Any
+            executor: Any, x: Any, timestep: Tensor, context: Tensor, transformer_options: Any, *rest: Any, **more: Any
         ) -> Any:
+            options = transformer_options
             if self._controls:
                 blocks = options.get("patches_replace", {}).get("dit", {})
                 self._replacement = lambda site: hook_below(blocks.get(("double_block", site.index)))
-                payload, (video, sound) = more.get("minimax_payload") or {}, x[:2]
-                self._grid = video.shape[-2], video.shape[-1]
-                _, down, across = self._unet.patch_size
-                padded = -(-self._grid[0] // down) * down, -(-self._grid[1] // across) * across
-                size = (context.shape[1], video.shape[2], *padded, sound.shape[-1])
-                layout = payload.get("layout")
-                if layout is None or layout.signature != size:
-                    layout = PackedLayout(*size, keyframes=payload.get("keyframes"), refs=payload.get("refs"))
-                self._streams = _streams_of(layout)
+                self._grid = x[0].shape[-2], x[0].shape[-1]
+                self._streams = self._rows(x[0], x[1], context, more.get("minimax_payload") or {})
             if not self._beside.runs:  # blocks do not compute, and need no weights
                 options = {**options, PREFETCH: False}
             return executor(x, timestep, context, options, *rest, **more)
 
         return around
+
+    def _rows(self, video: Tensor, sound: Tensor, text: Tensor, payload: dict[str, Any]) -> Streams:
+        """The rows of a call's streams, of latents that the host pads to whole patches."""
+        sides = zip(self._grid, self._unet.patch_size[1:], strict=True)
+        height, width = (-(-side // patch) * patch for side, patch in sides)
+        size = (text.shape[1], video.shape[2], height, width, sound.shape[-1])
+        layout = payload.get("layout")
+        if layout is None or layout.signature != size:
+            layout = PackedLayout(*size, keyframes=payload.get("keyframes"), refs=payload.get("refs"))
+        return _streams_of(layout)
 
     def _block(self, index: int, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
         """A block that runs the source's rows first in the positive branch."""
@@ -147,6 +156,13 @@ class HookedH3(Hook):
 
         block.previous = theirs  # type: ignore[attr-defined]  # so that hooking again replaces ours
         return block
+
+    def _alone(self, index: int, rows: Tensor, others: tuple[dict[str, Any], Streams]) -> Tensor:
+        """The host's own block on the source's rows."""
+        own = others[0]
+        inputs = (own[name] for name in ("t_emb", "mod_segments", "rope_freqs"))
+        output: Tensor = self._unet.blocks[index](rows, *inputs, transformer_options=own["transformer_options"])
+        return output
 
     def _override(
         self, index: int, role: int, beside: bool, streams: Streams, options: dict[str, Any]

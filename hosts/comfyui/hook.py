@@ -46,8 +46,12 @@ class Hook:
     """Whether the source branch can run in the calls of the edit."""
     separate_calls = False
     """Whether the source runs in calls of its own beside the edit's, so that the host need not batch them."""
+    always = True
+    """Whether runs that control no attention are hooked too."""
     reads: frozenset[str] = READ
     """The model inputs from a prompt that it supports."""
+    reads_latents = False
+    """Whether these depend on the latents."""
     low: Hook | None = None
     """The hook of the MODEL that takes over below the sigma `boundary`."""
     boundary = 0.0
@@ -223,6 +227,8 @@ class HostFamily:
     """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
     frame_dim: int | None
     """The dimension of LATENT samples along which frames lie; None where calls on some frames are not supported."""
+    text_tokens: Callable[[Tensor, dict[str, Any]], int | None] = lambda embeddings, options: None
+    """The text columns that a model makes of a prompt's embeddings, given the prompt's options; None for one each."""
 
 
 def hook_below(hook: Any) -> Any:

@@ -19,7 +19,7 @@ from ...store.backends import FileBackend, FileLevels
 from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
 from ...store.identity import ModelIdentity
 from ...store.store import AttentionStore
-from ...store.streams import SHAPES, shapes_in
+from ...store.streams import KEEPS_SOUND, SHAPES, shapes_in
 from .chunks import windowing
 from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
@@ -28,8 +28,6 @@ from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shap
 from .noise import Timesteps, check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
 
-KEEPS_SOUND = "keeps_sound"
-"""The key in the store for whether edits keep the sound."""
 NOISE_MASK = "noise_mask"
 """The key of a mask in a LATENT, and of its copy in the store."""
 
@@ -65,7 +63,8 @@ class InvertSettings:
     """Settings of an inversion, except its model, clip and condition; see `fatezero.invert`.
 
     prompt: the source's words, saved in the store. steps: of the edits, None for those of the sampling.
-    inversion_steps: of the inversion, None for those of the edits. timesteps: of a UNet's schedule.
+    inversion_steps: of the inversion, None for those of the edits. timesteps: of a UNet's schedule. keep_sound: whether
+    edits keep the sound of a clip that has some.
     """
 
     key_frames: KeyFrames
@@ -78,6 +77,7 @@ class InvertSettings:
     steps: int | None = None
     inversion_steps: int | None = None
     timesteps: Timesteps = "leading"
+    keep_sound: bool = True
 
 
 class InvertGuider(LoopGuider):
@@ -101,7 +101,7 @@ class InvertGuider(LoopGuider):
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
         check_quiet(noise, "an inversion adds no noise")
-        self._shapes = shapes_to_keep(latent_image)
+        self._shapes = shapes_to_keep(latent_image, self.settings.keep_sound)
         check_samples(self._model, latent_image)
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: are decreasing, as for an edit: flip them for an inversion (Flip Sigmas)")
@@ -205,9 +205,8 @@ def draw_clip(
     """
     check_samples(model, samples)
     store = draw(UncalledModel(model, timesteps), noise_of(model).from_host(into_model(model, samples)))
-    store.extra.update(shapes_to_keep(samples))
+    store.extra.update({KEEPS_SOUND: False, **shapes_to_keep(samples, keep_sound)})
     made = HostStore(**vars(store), patcher=model, clip=packed(samples))
-    made.extra[KEEPS_SOUND] = keep_sound and bool(made.shapes)
     if noise_mask is not None or made.extra[KEEPS_SOUND]:
         made.attachments[NOISE_MASK] = mask_in_store(model, made.extra, noise_mask)
     return made
@@ -235,9 +234,12 @@ def plan_in_host(
     "auto" leaves the device's memory to the host's models, unless the host keeps everything there. Raises MemoryError,
     with the bytes of each memory, if nothing fits.
     """
-    if settings.memory == "auto" and windowing(model.wrappers):
-        settings = replace(settings, memory="recompute")  # the only one for context windows
+    with_sound = latents.shape[:3] == (1, 1, 1)  # packed
+    if settings.memory == "auto" and (windowing(model.wrappers) or with_sound):
+        settings = replace(settings, memory="recompute")  # the only one for context windows, and for several streams
     sites = list(hooked(model).sites(*latents.shape[-2:]).values())
+    if with_sound and settings.memory != "recompute" and any(site.kind == "self" for site in sites):
+        raise ValueError(f"memory: is {settings.memory}, but a clip with sound needs recompute")
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     shape = tuple(latents.shape)
     demand = Demand(sites, shape, 4, steps, key_frames, dtype, source.text_tokens, source.nbytes, in_parts)
@@ -266,10 +268,10 @@ def schedule_of_store(model: Any, store: AttentionStore) -> Schedule:
     return noisy.schedule_at(store.timesteps, store.alphas)
 
 
-def shapes_to_keep(samples: Any) -> dict[str, Any]:
-    """What a store keeps of the shapes of LATENT samples."""
+def shapes_to_keep(samples: Any, keep_sound: bool) -> dict[str, Any]:
+    """What a store keeps of the shapes of LATENT samples. keep_sound: whether edits keep the sound."""
     shapes = shapes_of(samples)
-    return {SHAPES: [list(shape) for shape in shapes]} if len(shapes) > 1 else {}
+    return {SHAPES: [list(shape) for shape in shapes], KEEPS_SOUND: keep_sound} if len(shapes) > 1 else {}
 
 
 def edited_samples(model: Any, store: HostStore, z: Tensor) -> Any:

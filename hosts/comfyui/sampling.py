@@ -26,7 +26,7 @@ from ...store.records import Memory
 from .chunks import WrappersMP
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser, wrapped
-from .families import family_of, hooked
+from .families import family_of, hooked, hooks_always
 from .hook import ALL_KINDS, Hook
 from .latents import packed, zeros_like
 from .noise import is_flow, noise_of
@@ -45,14 +45,17 @@ class LoopGuider(comfy.samplers.CFGGuider):
         source_model: Any = None,
         chunk_frames: int | None = None,
         kinds: Sequence[Kind] = ALL_KINDS,
+        controls: bool = True,
     ) -> None:
         """source_model: the MODEL for the source prompt, if different. chunk_frames: frames per UNet call, for the
-        host's memory estimate. kinds: of the hooked attention layers.
+        host's memory estimate. kinds: of the hooked attention layers. controls: whether the loop
+        controls attention.
 
         Raises ValueError for an unsupported MODEL, or unsupported options.
         """
-        check_options(model)
         attends = not is_flow(model) or all(condition.fits_attention for condition in conditions)
+        attends = attends and (controls or hooks_always(model))
+        check_options(model)
         self.edited = hooked(model, kinds, attends)
         source_model = source_model or model
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
@@ -102,9 +105,7 @@ class LoopGuider(comfy.samplers.CFGGuider):
         # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
-        packs = len(more.get("latent_shapes") or ()) > 1
-        plain = self.edited.family.attention and not packs
-        given = {} if plain else self._inputs(latent_image, *rest, **more)
+        given = self._inputs(latent_image, *rest, **more) if self.edited.reads_latents else {}
         for group in {role.partition(".")[2] if role != "source" else role for role in others}:
             ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
             named = {name: others[role] for name, role in ends.items() if role in others}

@@ -164,6 +164,8 @@ class BlockDenoiser(HookedDenoiser):
                     some = forward(*self.with_tokens(own, tokens), **named_of_row)
                     whole = whole.index_copy(1, tokens, some)
                 done.append(whole)
+            if len(done) > 1:  # also where no row after the source's had tokens
+                self._rows[0].captured.records.clear()
             return stacked(done)
 
         return by_row

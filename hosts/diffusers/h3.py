@@ -216,7 +216,7 @@ class JointDenoiser(HookedDenoiser):
             rearrange(video, "1 c (f l) (y d) (x a) -> 1 (f y x) (c l d a)", **patch),
             rearrange(sound, "1 c s n -> 1 (s n) c"), condition.embeddings,
             torch.tensor([1 - sigma, 1 - of_sound], device=device), (tags == SOUND).long().to(device), tags.to(device),
-            places(condition.text_tokens, self._grid, self.shapes[1][-2:]).to(device),
+            places(condition.text_tokens, self._grid, self.shapes[1][-2:]).float().to(device),
             *(rows.to(device) for rows in indices), return_dict=False,
         )  # fmt: skip
         sides = dict(zip("fyx", self._grid, strict=True))

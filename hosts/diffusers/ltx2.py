@@ -115,10 +115,10 @@ class Ltx2Denoiser(BlockDenoiser):
     def velocities(self, clips: Tensor, conditions: Sequence[Condition], timestep: float) -> Tensor:
         extras = [condition.extras for condition in conditions]
         text = torch.cat([condition.embeddings for condition in conditions]).to(clips)
-        sound, mask = (torch.cat([one[name] for one in extras]).to(clips) for name in ("sound", "mask"))
+        sound, mask = (torch.cat([one[name] for one in extras]) for name in ("sound", "mask"))
         if not (self.all_plain or mask.all()):
             raise ValueError(f"{self.family.title}: attention control needs a text connector with learned registers")
-        return self.model.called(clips, timestep, text, sound, mask)
+        return self.model.called(clips, timestep, text, sound.to(clips), mask.to(clips))
 
 
 @dataclass(frozen=True)

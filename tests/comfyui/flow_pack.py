@@ -213,6 +213,7 @@ class Pixels:
 
     def encode(self, pixels):
         count = -(-(len(pixels) - 5) // 17) * 5 + 2 if self.latents == 5 else (len(pixels) - 1) // self.frames + 1
+        count = 1 if len(pixels) == 1 else count
         size = (count, pixels.shape[1] // self.size, pixels.shape[2] // self.size)
         small = torch.nn.functional.adaptive_avg_pool3d(pixels[None].movedim(-1, 1), size)
         return small.repeat(1, -(-self.channels // 3), 1, 1, 1)[:, : self.channels] - 0.5
@@ -340,16 +341,21 @@ class FlowLoop(io.ComfyNode):
 # --- MiniMax H3 with given weights, and text by its own tokenizer --------------------------------
 
 
-@node("JointModel", [io.String.Input("weights"), io.Float.Input("scale", default=1.0)], PARTS[:3])
+GIVEN = [
+    io.String.Input("weights"), io.Float.Input("scale", default=1.0), io.String.Input("dtype", default="float32"),
+]  # fmt: skip
+
+
+@node("JointModel", GIVEN, PARTS[:3])
 class JointModel(io.ComfyNode):
     """H3 with the weights of a file, its tokenizer with random embeddings, and a stand-in for its VAE."""
 
     @classmethod
-    def execute(cls, weights, scale=1.0):
+    def execute(cls, weights, scale=1.0, dtype="float32"):
         tensors = load_file(weights)
         blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
         config = comfy.supported_models.MiniMaxH3({**H3, "num_layers": blocks})
-        config.set_inference_dtype(torch.float32, None)
+        config.set_inference_dtype(getattr(torch, dtype), None)
         model = config.get_model({})
         model.diffusion_model.load_state_dict(tensors)
         for parameter in model.diffusion_model.parameters():
@@ -377,19 +383,6 @@ class JointWords:
             rows.append(random_values(token if words else 7, 1 if words else 4, H3["text_dim"]))
             tags += [1] if words else [0] * 4
         return [[torch.cat(rows)[None], {"minimax_token_tags": torch.tensor(tags)}]]
-
-
-@node("JointReferences", [io.Conditioning.Input("text")], [io.Conditioning.Output()])
-class JointReferences(io.ComfyNode):
-    """A picture and a sound as references (Ref2VA)."""
-
-    @classmethod
-    def execute(cls, text):
-        refs = [
-            {"kind": "image", "latent_h": 4, "latent_w": 6, "latent": random_values(8, 1, 24, 1, 4, 6)},
-            {"kind": "audio", "ref_audio_t": 5, "audio_latent": random_values(9, 1, 32, 2, 5)},
-        ]
-        return io.NodeOutput([[embeddings, {**more, "minimax_refs": refs}] for embeddings, more in text])
 
 
 @node("JointBlock", [io.Model.Input("model"), io.Float.Input("scale")], [io.Model.Output()])
@@ -436,7 +429,7 @@ class JointLatent(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        joint = [JointModel, JointReferences, JointBlock, JointRecords, JointLatent]
+        joint = [JointModel, JointBlock, JointRecords, JointLatent]
         return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 

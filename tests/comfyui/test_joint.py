@@ -66,7 +66,7 @@ class JointGraph(Graph):
         self.negative = self.add("CLIPTextEncode", clip=self.model[1], text="none")
         self.invert = self.add(
             "FateZeroInvert", model=self.model[0], source=self.words[0], latent=self.latent[0], steps=STEPS,
-            key_frames="self, middle", clip_norm=False, memory="recompute", budget_gb=2.0,
+            key_frames="self, middle", clip_norm=False, memory="recompute", budget_gb=2.0, sound="edit",
         )  # fmt: skip
         self.edit = self.add(
             "FateZeroSampler", model=self.model[0], positive=self.words[1], negative=self.negative[0],
@@ -165,18 +165,49 @@ def test_an_edit_mask_limits_latents_and_fusion(host, graph, model):
     assert relative(found[1], before[1]) > 1e-2
 
 
+def test_the_hosts_samplers_integrate_the_edit(host, graph):
+    store = graph.add(
+        "FateZeroFlowEdit", model=graph.model[0], source=graph.words[0], latent=graph.latent[0], steps=STEPS,
+        source_guidance=2.0, draws=1, seed=3, sound="edit",
+    )  # fmt: skip
+    graph.set(graph.edit, store=store[0])
+    expected = by_host(host, graph)
+    guider = graph.add("FateZeroEditGuider", **graph.prompt[graph.edit.id]["inputs"])
+    sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
+    sampler = graph.add("KSamplerSelect", sampler_name="euler")
+    found = graph.add(
+        "SamplerCustomAdvanced", noise=graph.add("DisableNoise")[0], guider=guider[0], sampler=sampler[0],
+        sigmas=sigmas[0], latent_image=graph.latent[0],
+    )  # fmt: skip
+    assert relative(together(streams(host, graph, found[0])), expected) < 1e-5
+
+
+def test_bfloat16_is_close(host, graph, model):
+    graph.set(graph.model, dtype="bfloat16")
+    assert 1e-4 < relative(by_host(host, graph), by_library(model, "style")) < 0.2
+
+
 # --- rows of pictures and references ----------------------------------------------------------
 
 
 def with_picture(graph, text, reference=False):
-    """A prompt with a first frame, by the host's own node, or with references."""
-    if reference:
-        return graph.add("JointReferences", text=graph.add("CLIPTextEncode", clip=graph.model[1], text=text)[0])[0]
+    """A prompt with a first frame, or a picture and a video as references, by the host's own nodes."""
     frame = graph.add("EmptyImage", width=96, height=64, batch_size=1, color=0x336699)
+    if reference:
+        sound = graph.add("FlowLoader", kind="h3")
+        return graph.add(
+            "MiniMaxH3ReferenceToVideo", clip=graph.model[1], vae=graph.model[2], audio_vae=sound[3], prompt=text,
+            width=96, height=64, length=5, ref_image_size="match",
+            **{"ref_images.ref_image_0": frame[0], "ref_videos.ref_video_0": _film(graph)},
+        )[0]  # fmt: skip
     return graph.add(
         "MiniMaxH3ImageToVideo", clip=graph.model[1], vae=graph.model[2], prompt=text, width=96, height=64, length=5,
         first_frame=frame[0],
     )[0]  # fmt: skip
+
+
+def _film(graph):
+    return graph.add("EmptyImage", width=96, height=64, batch_size=22, color=0x996633)[0]
 
 
 @pytest.fixture(params=[False, True], ids=["first_frame", "references"])
@@ -281,6 +312,34 @@ def test_kv_edit(host, graph, plain):
     assert relative(found[..., 3:], before[..., 3:]) > 1e-2
 
 
+@pytest.mark.parametrize("layers", ["1", "0, 2"])
+def test_skip_layer_guidance_reads_the_source_too(host, graph, plain, layers):
+    """The source has the skipped layers; its records of them are not read."""
+    model = graph.add(
+        "SkipLayerGuidanceDiT", model=graph.model[0], double_layers=layers, single_layers="", scale=3.0,
+        start_percent=0.0, end_percent=1.0, rescaling_scale=0.0,
+    )  # fmt: skip
+    graph.both(model[0])
+    found = by_host(host, graph)
+    assert relative(found, plain) > 1e-3
+    graph.set(graph.invert, model=graph.model[0])
+    assert relative(by_host(host, graph), found) < 1e-5, "guidance does not change the source"
+    graph.set(graph.edit, preset="none", guidance=GUIDANCE)
+    assert relative(by_host(host, graph), found) > 1e-3
+
+
+@pytest.mark.parametrize("shape", ["1,24,7,5,7", "1,24,1,4,6"])
+def test_odd_sizes_and_one_latent(host, graph, shape):
+    graph.set(graph.latent, video=shape)
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    found = {}
+    for preset in ("style", "shape+"):
+        graph.set(graph.edit, preset=preset)
+        found[preset] = by_host(host, graph)
+        assert torch.isfinite(found[preset]).all()
+    assert relative(found["style"], found["shape+"]) > 1e-3
+
+
 def test_guidance_functions_of_other_nodes_run(host, graph, plain):
     graph.set(graph.edit, model=graph.add("RescaleCFG", model=graph.model[0], multiplier=0.7)[0])
     assert relative(by_host(host, graph), plain) > 1e-4
@@ -291,6 +350,11 @@ def test_shifts_are_the_models(host, graph, plain):
     assert relative(by_host(host, graph), plain) < 1e-5
     graph.both(graph.add("MiniMaxH3SigmaShift", model=graph.model[0], shift_video=6.0, shift_audio=3.0)[0])
     assert relative(by_host(host, graph), plain) > 1e-3
+
+
+def cached(graph):
+    cache = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    return graph.add("EasyCache", model=graph.model[0], **cache)[0]
 
 
 def windows(graph):
@@ -305,6 +369,7 @@ def windows(graph):
     ("part", "error"),
     [
         (lambda graph: graph.both(windows(graph)[0]), "preset: style needs control.*Context Windows"),
+        (lambda graph: graph.both(cached(graph)), "skips calls"),
         (lambda graph: graph.set(graph.edit, chunk_frames=1), "chunk_frames: has no effect"),
         (lambda graph: graph.set(graph.invert, memory="queries_keys"), "memory is queries_keys.*joint"),
         (lambda graph: graph.set(graph.edit, preset="pnp"), "Plug-and-Play needs a UNet"),
@@ -324,6 +389,13 @@ def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, pla
     assert relative(by_host(host, graph), plain) < 1e-5
     graph.set(other, scale=0.5)
     assert relative(by_host(host, graph), plain) > 1e-3
+
+
+def test_the_report_counts_joint_layers_and_latents(host, graph):
+    run = host.run({**graph.prompt, "end": {"class_type": "PreviewAny", "inputs": {"source": graph.edit[1]}}})
+    shown = host.text(run, "end")
+    assert "hooked 3 of 3" in shown and "cross-attention in 0 and self-attention in 3 of 4" in shown, shown
+    assert "evaluations of 2 frames, 3 more for the source" in shown, shown
 
 
 # --- sound, maps and stores -------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Attention control of LTX-2 on diffusers: the plain model, memories, masks, equal prompts, and what is refused."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,15 @@ def test_text_without_registers_is_refused(model, latents, text):
     padded = replace(text[TARGET], extras={**text[TARGET].extras, "mask": mask})
     with model.denoiser.hooked(), pytest.raises(ValueError, match="learned registers"):
         model.denoiser.predict_noise(latents, 500.0, padded, everyone())
+
+
+@pytest.mark.slow
+def test_memory_at_full_size():
+    """Of a guided step at 121 frames of 1280x704 in bfloat16, from shapes, with the weights of all 48 blocks."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from ltx2 import meta_model, peaks, weight_bytes
+
+    model, blocks = meta_model(num_layers=3), 48
+    of_block = weight_bytes(model.transformer.transformer_blocks[0])
+    weights, found = weight_bytes(model.transformer) + (blocks - 3) * of_block, peaks(model)
+    assert 1 < (weights + found["beside"]) / (weights + found["plain"]) < 1.05

@@ -156,6 +156,15 @@ def test_tokens_inside_equal_all_tokens(wan, name):
     assert torch.equal(completed, torch.where(inside > 0, ours, of_source))
 
 
+def test_records_are_forgotten_where_no_token_is_inside(wan):
+    recorder = Recorder(KeyFrames(("all",)), Chunk.whole(FRAMES), {site.name for site in wan.sites(*SIZE)}, values=True)
+    nothing = Inside(recorder.step, torch.zeros(FRAMES, *GRID, dtype=torch.bool), clip())
+    with torch.no_grad(), wan.hooked():
+        pair = PairedBranch(clip(), text(0), recorder)
+        wan.predict_noise(clip(), 500.0, text(1), nothing, Guidance(text(2), nothing, 5.0), pair)
+    assert not recorder.records
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_the_rest_is_the_sources_to_the_bit(wan, name):
     mask = MASKS[name]

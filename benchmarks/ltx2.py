@@ -1,0 +1,106 @@
+"""The memory of an edit on LTX-2 relative to plain guided sampling, from the shapes of the whole model.
+
+Plain sampling calls diffusers' transformer once per prompt, with video and sound isolated. Memory is the size of live
+tensors on torch's meta device: 121 frames of 1280x704, 14,080 tokens of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from common import random_model, table, weight_bytes, write_section
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline, LTX2VideoTransformer3DModel
+from torch import Tensor
+from wan import attend_without_data
+
+from fatezero import FusionSettings
+from fatezero.attention.condition import Condition
+from fatezero.attention.control import Control
+from fatezero.attention.key_frames import ALL, Chunk, KeyFrames
+from fatezero.attention.prompt import Alignment
+from fatezero.diffusion.denoiser import Guidance
+from fatezero.files.safetensors import format_bytes
+from fatezero.hosts.diffusers.ltx2 import Ltx2
+from fatezero.hosts.diffusers.memory import LiveBytes
+from fatezero.hosts.diffusers.model import ClipFacts
+from fatezero.methods.fatezero_branch import Fuser, StepPlan
+from fatezero.models.ltx import TEXT_TOKENS
+from fatezero.store.records import PairedBranch, Recorder, SourceStep
+
+FULL = (16, 128, 22, 40)
+"""The latents of 121 frames of 1280x704."""
+NAMES = {
+    "plain": "plain guided sampling, diffusers' own model",
+    "beside": "edit, the source beside, block by block",
+    "before": "edit, the source before, its queries and keys kept",
+}
+
+
+def meta_model(shape: tuple[int, ...] = FULL, **options: object) -> Ltx2:
+    """LTX-2 without data, for a clip. options: of the transformer."""
+    make = lambda: LTX2VideoTransformer3DModel(**options)  # noqa: E731
+    network = random_model(make, torch.device("meta"), torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    model = Ltx2("LTX-2", None, scheduler, torch.device("meta"), (), (), network, pipeline=LTX2Pipeline)
+    return model.for_clip(ClipFacts(shape, 24.0))
+
+
+def guided_step(model: Ltx2, z: Tensor, text: Condition, source: str) -> Callable[[], None]:
+    """A step with guidance: plain, or an edit whose source runs "beside" or "before" it."""
+    denoiser, keys, chunk = model.denoiser, KeyFrames((ALL,)), Chunk.whole(len(z))
+    guidance = Guidance(text, Control(keys, chunk), 5.0)
+    tokens = text.text_tokens
+    alignment = Alignment(*(torch.empty(shape, device="meta") for shape in ((tokens, tokens), (tokens,), (tokens,))))
+
+    @torch.no_grad()
+    def plain() -> None:
+        for _ in range(2):
+            model.velocity(z, 500.0, text.to(z), chunk.frame_indices)
+
+    @torch.no_grad()
+    def edited() -> None:
+        recorder = Recorder(keys, chunk, {site.name for site in denoiser.sites(*z.shape[-2:])})
+        with denoiser.hooked():
+            paired = None
+            if source == "beside":
+                paired = PairedBranch(z, text, recorder)
+            else:
+                denoiser.predict_noise(z, 500.0, text, recorder)
+            step = SourceStep(recorder.captured, keys, chunk, paired=paired)
+            control = Fuser(step, alignment.to(z), FusionSettings(), StepPlan(True, True, False, False))
+            denoiser.predict_noise(z, 500.0, text, control, guidance, paired)
+
+    return plain if source == "plain" else edited
+
+
+def peaks(model: Ltx2) -> dict[str, int]:
+    """The most bytes of live tensors in each kind of step, without weights."""
+    channels = model.transformer.config["caption_channels"]
+    z = torch.empty(model.facts.shape, device="meta", dtype=torch.bfloat16)
+    words, sound = (torch.empty(1, TEXT_TOKENS, channels, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    text, found = Condition(words, {"sound": sound, "mask": torch.ones(1, TEXT_TOKENS)}), {}
+    for name in NAMES:
+        with attend_without_data(), LiveBytes(model.transformer) as live:
+            guided_step(model, z, text, name)()
+        found[name] = live.most
+    return found
+
+
+def main() -> None:
+    model = meta_model()
+    weights, found = weight_bytes(model.transformer), peaks(model)
+    rows = [
+        [shown, format_bytes(found[name]), format_bytes(weights + found[name]),
+         f"{(weights + found[name]) / (weights + found['plain']):.3f}"]
+        for name, shown in NAMES.items()
+    ]  # fmt: skip
+    text = (
+        "Bytes alive in a guided step of the whole LTX-2 in bfloat16, 121 frames of 1280x704, from shapes:\n\n"
+        f"{table(['work', 'activations', 'with weights', 'of plain'], rows)}"
+    )
+    write_section("LTX-2: memory from shapes", text)
+
+
+if __name__ == "__main__":
+    main()
