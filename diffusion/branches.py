@@ -104,7 +104,8 @@ class EditRun:
 
     def begin(self) -> Tensor:
         """The latents of the first step, (frames, c, h, w)."""
-        z, level = self.start.latents(self), self.schedule.steps - self.first
+        level = self.schedule.steps - self.first
+        z = self.with_kept(self.start.latents(self), level)
         return z if self._steering is None else self._steering.initial(z, self.schedule.noise(level).item())
 
     def guided(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
@@ -179,4 +180,8 @@ class EditRun:
         if predicted.mask is not None:
             source = self.store.level(self.injected.restored_level(level)).to(z.device, non_blocking=True)
             z = source + predicted.mask * (z - source)
-        return z if self.start.draws else with_kept_sound(self.store, z, self.store.level(level - 1))
+        return self.with_kept(z, level - 1)
+
+    def with_kept(self, z: Tensor, level: int) -> Tensor:
+        """The latents of a level with the inversion's sound, if edits keep it."""
+        return z if self.start.draws else with_kept_sound(self.store, z, self.store.level(level))
