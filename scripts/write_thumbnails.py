@@ -56,13 +56,14 @@ class Thumbnail:
 
 
 GREEN = "a green square on water"
-WEAK = ", which is weak at outlines"
+WEAK, TOY = ", which is weak at outlines", ", in place of LTX-2.3"
 THUMBNAILS = {
     "style": Thumbnail("watercolor painting of a red square on water"),
     "attribute": Thumbnail(GREEN),
     "shape": Thumbnail("a red circle on water"),
     "remove": Thumbnail("a red square on water", "a red square and a yellow star on water"),
     "enhance": Thumbnail("a red square on water, high quality, 8K", note=", which has no words of quality"),
+    "ltx2": Thumbnail("a watercolor painting of a red square on water", model="demo-wan", note=TOY),
     "wan": Thumbnail("a red square on grass", model="demo-wan", note=WEAK),
     "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True, note=WEAK),
     "measure": Thumbnail(GREEN),

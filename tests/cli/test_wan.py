@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def test_it_edits_the_given_number_of_frames(command, folder, tmp_path, preset):
     output = command("edit", CLIP, "--model", folder, *WORDS, *SIZE, "--preset", preset, "--steps", 3, "-o", "out.mp4")
     assert "3 latents of 48x32" in output
-    assert ("to invert" in output) == (preset not in ("flow_edit", "wan_edit"))
+    assert ("for the inversion" in output) == (preset not in ("flow_edit", "wan_edit"))
     width, height = open_video(CLIP).size if preset == "attribute+" else (48, 32)  # a mask keeps the clip's own pixels
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, height, width, 3)
 

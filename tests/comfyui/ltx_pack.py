@@ -6,6 +6,7 @@ The host loads this file as a pack of its own, independent of the tests.
 import io as streams
 import json
 import re
+import sys
 from pathlib import Path
 
 import comfy.latent_formats
@@ -121,6 +122,17 @@ class LTXModel(io.ComfyNode):
         return io.NodeOutput(patcher(config, seed=seed), Text(of_tokens))
 
 
+@node("LTXLoader", [io.String.Input("kind")],
+      [io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output("sound")])  # fmt: skip
+class LTXLoader(io.ComfyNode):
+    """In place of file loaders: the small model, its text, and the stand-ins for VAEs of the pack of flows."""
+
+    @classmethod
+    def execute(cls, kind):
+        flows = sys.modules[next(name for name in sys.modules if name.endswith("flow_pack"))]
+        return io.NodeOutput(*LTXModel.execute().result, flows.Pixels(kind), flows.Sound(kind))
+
+
 class Latents(comfy.latent_formats.LTXAV):
     latent_channels = 8
 
@@ -191,7 +203,7 @@ class LTXKeyframes(io.ComfyNode):
 
 class LTX(ComfyExtension):
     async def get_node_list(self):
-        return [] if NestedTensor is None else [LTXModel, LTXFolder, LTXLatent, LTXKeyframes]
+        return [] if NestedTensor is None else [LTXModel, LTXLoader, LTXFolder, LTXLatent, LTXKeyframes]
 
 
 async def comfy_entrypoint():

@@ -28,14 +28,16 @@ WITH_STEPS = {"FateZeroInvert": 0, "FateZeroSigmas": 0, "FateZeroFlowEdit": 0, "
 WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
 """Nodes that load Wan's parts, and the output of the demo's video model used instead."""
 
-FLOWS = {"flow_edit_h3": "h3", "flow_edit_ltx2": "ltxav", "flow_edit_qwen_image": "qwen"}
+FLOWS = {"flow_edit_h3": "h3", "flow_edit_ltx2": "ltxav", "flow_edit_qwen_image": "qwen", "ltx2": "ltxav"}
 """Workflows for flow models other than Wan, and the kind of small random model used instead of files."""
+WITH_WORDS = {"ltx2": "LTXLoader"}
+"""Those with Prompt Edit, and the loader whose text has words."""
 FLOW_FILES = {
     "UNETLoader": {0: 0}, "CheckpointLoaderSimple": {0: 0, 2: 2}, "CLIPLoader": {0: 1},
     "LTXAVTextEncoderLoader": {0: 1}, "VAELoader": {0: 2}, "LTXVAudioVAELoader": {0: 3},
 }  # fmt: skip
 """Nodes that load their parts, and the outputs of *FlowLoader* used instead."""
-LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9}
+LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "ltx2": 9}
 """Frames of the clip in tests, for models that do not accept three."""
 
 
@@ -70,7 +72,8 @@ def of_flow(name, prompt, host):
         elif kind in WITH_STEPS:
             inputs["steps"] = 2
     kept = {node: given for node, given in prompt.items() if node not in parts}
-    return kept | {"parts": {"class_type": "FlowLoader", "inputs": {"kind": FLOWS[name]}}}
+    loader = {"class_type": WITH_WORDS.get(name, "FlowLoader"), "inputs": {"kind": FLOWS[name]}}
+    return kept | {"parts": loader}
 
 
 def of_demo(prompt, host, lora, controlnet):

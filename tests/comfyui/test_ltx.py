@@ -307,3 +307,20 @@ def test_guidance_in_calls_of_its_own(host, graph, kind, settings):
     found = video_and_sound(host, graph, graph.edit[0])[0]
     assert torch.isfinite(found).all()
     assert relative(found, plain) > 1e-5
+
+
+def test_other_weights_on_the_edit_only_leave_the_source_as_it_is(host, graph):
+    """The source then runs in calls of its own."""
+    plain = video_and_sound(host, graph, graph.edit[0])[0]
+    graph.set(graph.edit, model=graph.add("LTXModel", seed=1)[0])
+    found, sound = video_and_sound(host, graph, graph.edit[0])
+    assert relative(found, plain) > 1e-2
+    assert relative(sound, video_and_sound(host, graph, graph.latent[0])[1]) < 1e-6
+
+
+def test_the_sound_is_kept_at_any_strength(host, graph):
+    before = video_and_sound(host, graph, graph.latent[0])
+    graph.set(graph.edit, strength=0.5)
+    video, sound = video_and_sound(host, graph, graph.edit[0])
+    assert relative(sound, before[1]) < 1e-6
+    assert relative(video, before[0]) > 1e-3

@@ -15,7 +15,7 @@ from fatezero.video.read import read_video
 NAMES = (
     "attribute", "controlnet_lora", "custom_sampler", "demo", "enhance",
     "flow_any_demo", "flow_edit_h3", "flow_edit_ltx2", "flow_edit_qwen_image", "flow_edit_wan_4_steps",
-    "layout_move_object", "layout_new_clip",
+    "layout_move_object", "layout_new_clip", "ltx2",
     "mask_correction", "measure",
     "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",
     "tune_a_video", "wan", "wan_demo",
@@ -25,7 +25,7 @@ OFTEN = ("demo",)
 REPORTS = {
     "layout_new_clip": "guided in 3 predictions of",
     "flow_any_demo": "mask from the predictions for both prompts",
-    **dict.fromkeys(FLOWS, "sampled noise (FlowEdit)"),
+    **{name: "sampled noise (FlowEdit)" for name in FLOWS if name.startswith("flow")},
 }
 """A part of the report of workflows without inversion."""
 ROOMS = ("demo", "wan")
