@@ -58,10 +58,10 @@ def test_the_tokens_inside_a_mask(command, folder, tmp_path):
     )
     shared = (CLIP, "--model", folder, *WORDS, *SIZE, "--steps", 4, "--edit-mask", "mask.png", "--kv-edit.grow", 0)
     edit = ("edit", *shared, "--preset", "kv_edit", "--lossless")
-    assert "2.66667 for 1 edit(s), 4 for the source" in command(*edit, "-o", "computed.mkv")
+    assert "2.66667 for the edit, 4 for the source" in command(*edit, "-o", "computed.mkv")
     kept = command(*edit, "--memory", "keys_values", "-o", "kept.mkv")
-    assert "-> store with memory keys_values" in kept and "2.66667 for 1 edit(s)\n" in kept
-    assert "8 for 1 edit(s), 4 for" in command(*edit, "--kv-edit.tokens", "all", "-o", "all.mkv")
+    assert "-> store with memory keys_values" in kept and "2.66667 for the edit\n" in kept
+    assert "8 for the edit, 4 for" in command(*edit, "--kv-edit.tokens", "all", "-o", "all.mkv")
     command(*edit, "--lora", "lora.safetensors", "-o", "lora.mkv")
     command("edit", *shared[:-2], "--preset", "shape", "--memory", "keys_values", "-o", "fused.mkv", "--lossless")
     computed, kept, every, lora, fused = (
