@@ -344,3 +344,13 @@ def test_flow_edit_keeps_the_sound_beside_a_mask_of_its_own(host, graph):
     graph.set(store, sound="keep")
     with pytest.raises(NodeError, match="KV-Edit needs an edit mask"):
         host.latents(graph.prompt, graph.edit[0])
+
+
+@pytest.mark.parametrize("adaln", [False, True])
+def test_other_kinds_of_blocks_and_precisions(host, graph, adaln):
+    graph.set(graph.model, adaln=adaln)
+    single = video_and_sound(host, graph, graph.edit[0])
+    graph.set(graph.model, dtype="bfloat16")
+    half = video_and_sound(host, graph, graph.edit[0])
+    assert 1e-5 < relative(half[0], single[0]) < 0.2
+    assert relative(half[1], single[1]) < 1e-6, "the kept sound"
