@@ -13,9 +13,11 @@ from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..attention.masks import GivenMask
 from ..diffusion.denoiser import Denoiser, frames_meet, keys_on
 from ..diffusion.invert import levels_among, recomputed
+from ..diffusion.schedule import Schedule, reused_steps
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
+from ..recipes.cost import Calls, beside_plain
 from ..recipes.recipe import Recipe
 from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
 from ..store.records import MEMORIES
@@ -82,7 +84,7 @@ def plan(
         source.nbytes, parts,
     )  # fmt: skip
     inverts = not store and config.noise == "inverted"
-    settings = recomputed(settings) if config.inversion_steps else settings
+    settings = recomputed(settings) if config.inversion_steps or config.reuse_midpoint else settings
     chosen = plan_store(settings, demand, device) if inverts else None
     size = f"{width * checkpoint.factor}x{height * checkpoint.factor}"
     what = "latents" if denoiser.spans_clip else "frames"
@@ -110,12 +112,18 @@ def plan(
     recipes = [config.planned_recipe() for config in configs]
     if masks:
         recipes = [replace(recipe, mask=mask) for recipe, mask in zip(recipes, masks, strict=True)]
-    counted, calls = _calls(configs, recipes, inverts, edits, denoiser, frames=frames, **more)
+    parts_of_run = _calls(configs, recipes, inverts, edits, denoiser, schedule, frames=frames, **more)
+    counted = ", ".join(f"{calls:g} for the {part}" for part, calls in parts_of_run.items())
     lines.append(f"   {'model' if denoiser.spans_clip else 'UNet'} calls: {counted}")
+    if edits:
+        branches = [1 if config.guidance_scale == 1 or denoiser.embeds_guidance else 2 for config in configs]
+        lines.append(f"   {beside_plain(parts_of_run, config.steps * sum(branches))}")
     at_once = min(chunk or frames, frames)
     seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
     lines.append(f"   a guided call of {at_once}: about {format_bytes(2 * nbytes)} of activations")
-    lines.append(f"   time: about {in_words(calls * seconds * frames / at_once)}, and encoding and decoding")
+    lines.append(
+        f"   time: about {in_words(sum(parts_of_run.values()) * seconds * frames / at_once)}, and encoding and decoding"
+    )
     if parts:
         lines.append(
             "   chunks approximate the whole clip, because frames interact through neighbours, clip norm or temporal "
@@ -125,28 +133,32 @@ def plan(
 
 
 def _calls(
-    configs: list[EditConfig], recipes: list[Recipe], inverts: bool, edits: bool, denoiser: Denoiser, **more: Any
-) -> tuple[str, float]:
-    """The calls of the model on the clip: in words, and their total, with a call with gradients as four. more: see
+    configs: list[EditConfig], recipes: list[Recipe], inverts: bool, edits: bool, denoiser: Denoiser,
+    schedule: Schedule, **more: Any,
+) -> dict[str, float]:  # fmt: skip
+    """The calls of the model on the clip, by what they are for; a call with gradients counts as four. more: see
     `Recipe.calls`.
     """
+    config = configs[0]
     if denoiser.embeds_guidance:  # one call instead of two
-        recipes = [replace(recipe, guidance_scale=1.0) for recipe in recipes]
+        recipes = [replace(recipe, guidance_scale=1.0, guidance_until=1.0) for recipe in recipes]
+    reused = reused_steps(schedule, config.order) if config.reuse_midpoint else set()
     counted = [
-        recipe.calls(config.steps, spans_clip=denoiser.spans_clip, **more)
+        recipe.calls(config.steps, spans_clip=denoiser.spans_clip, reused=reused, **more)
         for recipe, config in zip(recipes, configs, strict=True)
     ]
+    invert = counted[0].invert
+    if config.inversion_steps:
+        fine = denoiser.schedule(config.inversion_steps)
+        invert = fine.steps - (len(reused_steps(fine, config.order)) if reused else 0)
+    edit, prepare = sum(calls.edit for calls in counted), sum(calls.prepare for calls in counted)
     source = max(calls.source for calls in counted)
-    invert = configs[0].inversion_steps or counted[0].invert
-    parts, whole = ([f"{invert} to invert"], invert) if inverts else ([], 0.0)
-    if edits:
-        edit = sum(calls.edit for calls in counted)
-        parts.append(f"{edit:g} for {len(configs)} edit(s)")
-        parts += [f"{source:g} for the source"] if source else []
-        gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.places_objects)
-        parts += [f"{gradients} with gradients for the layout, each about four times as long"] if gradients else []
-        whole += edit + source + 4 * gradients
-    return ", ".join(parts), whole
+    whole = Calls(invert if inverts else 0, *((edit, source, prepare) if edits else (0, 0, 0)))
+    gradients = sum(c.layout.guided_calls(c.steps) for c in configs if c.places_objects) if edits else 0
+    parts = {
+        f"{len(configs)} edits" if part == "edit" and len(configs) > 1 else part: n for part, n in whole.parts.items()
+    }
+    return parts | ({"gradients of the layout": 4.0 * gradients} if gradients else {})
 
 
 @no_grad

@@ -73,6 +73,7 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
     made: dict[str, tuple[Any, ...]] = {
         "steps": (store.steps,),
         "order": (store.order,),
+        "reuse_midpoint": (store.reuse_midpoint,),
         "inversion_steps": (store.inversion_steps, store.inversion_steps or store.steps),
         "memory": (store.memory, "auto"),
         "clip_norm": (store.clip_norm,),
@@ -90,7 +91,8 @@ def with_store(config: EditConfig, store: AttentionStore, origin: Origin) -> Edi
             raise StoreError(f"{name} has no effect on an existing store")
     model = config.model if config.model != default.model else _model_of(origin)
     return replace(
-        config, steps=store.steps, order=store.order, inversion_steps=store.inversion_steps,
+        config, steps=store.steps, order=store.order, reuse_midpoint=store.reuse_midpoint,
+        inversion_steps=store.inversion_steps,
         memory=store.memory, clip_norm=store.clip_norm, model=model,
         key_frames=store.key_frames.entries, key_frames_least_channels=store.key_frames.least_channels,
         source=store.prompt or config.source,

@@ -14,7 +14,7 @@ from ..store.store import AttentionStore
 from ..store.streams import with_kept_sound
 from .denoiser import Denoiser, Guidance, frames_of
 from .parts import Edit, EditContext, Injected, Prediction, Prepare, check_parts, first_step
-from .schedule import Schedule
+from .schedule import Schedule, reused_steps
 from .source import Needs, compute_source, source_for
 from .start import start_of
 from .steering import EditSteering
@@ -55,28 +55,37 @@ class Branches:
 class EditRun:
     """One edit with checked inputs, on the model's device.
 
-    first: its first step, 0 the noisiest. negative: None at guidance 1, and where guidance is the model's input.
+    in_order: whether each step is predicted once and in order. first: its first step, 0 the noisiest. negative: None at
+    guidance 1, and where guidance is the model's input.
     """
 
-    def __init__(self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, edit: Edit) -> None:
+    def __init__(
+        self, denoiser: Denoiser, store: AttentionStore, schedule: Schedule, edit: Edit, in_order: bool = True
+    ) -> None:
         if not math.isfinite(edit.guidance_scale):
             raise ValueError(f"guidance_scale is {edit.guidance_scale}; it must be a finite number")
         self.start = start_of(store)
         check_parts(edit, denoiser.spans_clip, self.start)
-        self.denoiser, self.store, self.schedule = denoiser, store, schedule
+        self.denoiser, self.store, self.schedule, self._edit = denoiser, store, schedule, edit
         like = store.level(0)[:1].to(denoiser.device)
         self.target = Condition.of(edit.target_embeddings, "target_embeddings").to(like)
         self.negative: Condition | None = None
         if denoiser.embeds_guidance:
+            if edit.guidance_until != 1:
+                raise ValueError("guidance_until needs a negative prompt: this model has guidance as an input")
             self.target = self.target.with_guidance(edit.guidance_scale)
         elif edit.guidance_scale != 1:
             if edit.negative_embeddings is None:
                 raise ValueError(f"guidance_scale={edit.guidance_scale} needs negative_embeddings")
             self.negative = Condition.of(edit.negative_embeddings, "negative_embeddings").to(like)
         self.guidance_scale, self.sdedit_seed = edit.guidance_scale, edit.sdedit_seed
-        self.solver = self.start.solver(schedule, store.order)
         self.propagation, self.smoothing, self.layout = edit.propagation, edit.smoothing, edit.layout
         self.first = first_step(edit.strength, schedule.steps)
+        reuse = store.reuse_midpoint and in_order
+        self._reused = reused_steps(schedule, store.order, self.first) if reuse else set()
+        self.solver = self.start.solver(schedule, store.order, schedule.steps - self.first if reuse else None)
+        self.last: Prediction | None = None
+        """The prediction of the last step."""
         self.start.check_steps(schedule.steps - self.first)
         self.context = EditContext(denoiser, store, self.target, like)
         injection = edit.fusion
@@ -107,6 +116,14 @@ class EditRun:
         timestep, alpha = self.schedule.timesteps[step], self.schedule.alphas[steps - step]
         return steering.moved(self.denoiser, z, timestep, alpha, self.target, self.store.calls(chunk_frames))
 
+    def reuses(self, step: int) -> bool:
+        """Whether a step takes the prediction of the last one."""
+        return step in self._reused
+
+    def guides(self, step: int) -> bool:
+        """Whether a step has the negative prompt's branch."""
+        return self.negative is not None and self._edit.guides(step, self.schedule.steps)
+
     @property
     def shares_source(self) -> bool:
         """Whether this edit can share one evaluation of the source with other edits of the pass."""
@@ -130,7 +147,9 @@ class EditRun:
         if prepare is not None:
             prepare("target", control)
             prepare("negative", negative)
-        guidance = None if self.negative is None else Guidance(self.negative, negative, self.guidance_scale)
+        guidance = None
+        if self.negative is not None and self.guides(step):
+            guidance = Guidance(self.negative, negative, self.guidance_scale)
         latents, timestep = frames_of(branches.z, source.chunk), self.schedule.timesteps[step]
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.paired)
         mask = self.injected.latent_mask(source, control, step)
@@ -164,5 +183,5 @@ class EditRun:
         return self.with_kept(z, level - 1)
 
     def with_kept(self, z: Tensor, level: int) -> Tensor:
-        """The latents of a level with the inversion's sound, if edits keep it."""
-        return z if self.start.draws else with_kept_sound(self.store, z, self.store.level(level))
+        """The latents of a level with the source's sound, if edits keep it; sampled noise has the clip's."""
+        return with_kept_sound(self.store, z, self.store.level(0 if self.start.draws else level))

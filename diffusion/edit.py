@@ -41,6 +41,7 @@ def edit(
     strength: float = 1.0,
     sdedit_seed: int | None = None,
     maps: EditMaps | None = None,
+    guidance_until: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Edit an inverted clip; returns latents (frames, c, h, w).
@@ -50,8 +51,8 @@ def edit(
     `PnPSettings`); None is plain sampling from the inverted noise. propagation: from key frames to the other frames
     (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask; without FateZero,
     the edit restores the inversion's latents outside it. smoothing: filters the edit's changes over time
-    (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength, sdedit_seed: see
-    `Edit`. maps: records attention to words, and masks; eight more model calls.
+    (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength, sdedit_seed,
+    guidance_until: see `Edit`. maps: records attention to words, and masks; eight more model calls.
 
     FateZero injects into the conditional branch, Plug-and-Play into both. Model calls: two a step (one at guidance 1),
     and one more in every step that reads a source that is not in the store (`recipes.cost.calls_of`).
@@ -61,7 +62,7 @@ def edit(
     """
     one = Edit(
         target_embeddings, negative_embeddings, guidance_scale, prompt, fusion, mask, propagation, smoothing, layout,
-        strength, sdedit_seed, maps,
+        strength, sdedit_seed, maps, guidance_until,
     )  # fmt: skip
     return edit_many(denoiser, inversion, [one], chunk_frames, progress=progress)[0]
 
@@ -117,7 +118,7 @@ class EditPass:
         self._denoiser, self._store, self._in_order = denoiser, store, in_order
         self._chunk_frames, self._spread = chunk_frames, spread
         self._steps = store.steps
-        self._runs = [EditRun(denoiser, store, schedule, one) for one in edits]
+        self._runs = [EditRun(denoiser, store, schedule, one, in_order) for one in edits]
         self.start: list[Tensor] = []
         """The latents of each edit's first step."""
         clip, calls = store.level(0).to(denoiser.device), store.calls(chunk_frames)
@@ -157,7 +158,8 @@ class EditPass:
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
         """Each edit's prediction for its latents (frames, c, h, w); None before its first step."""
         chunks, parts = self._chunks[step], dict[int, list[Prediction]]()
-        together = [i for i, run in enumerate(self._runs) if run.shares_source and step >= run.first]
+        called = [step >= run.first and not run.reuses(step) for run in self._runs]
+        together = [i for i, run in enumerate(self._runs) if run.shares_source and called[i]]
 
         def of_chunk(chunk: Chunk) -> tuple[Prediction, ...]:
             source, found = self._source_of(step, chunk), list[Prediction]()
@@ -170,14 +172,12 @@ class EditPass:
         if together:
             by_run = zip(*self._spread.each(chunks, of_chunk), strict=True)
             parts = {i: list(own) for i, own in zip(together, by_run, strict=True)}
-        found = [
-            None if step < run.first else run.smoothed(z, step, self._of_run(run, z, step, chunks, parts.get(i, [])))
-            for i, (run, z) in enumerate(zip(self._runs, zs, strict=True))
-        ]
-        for run, predicted in zip(self._runs, found, strict=True):
-            if run.maps is not None and predicted is not None:
-                run.maps.record(self._store, step, predicted)
-        return found
+        for i, (run, z) in enumerate(zip(self._runs, zs, strict=True)):
+            if called[i]:
+                run.last = run.smoothed(z, step, self._of_run(run, z, step, chunks, parts.get(i, [])))
+            if run.maps is not None and run.last is not None:
+                run.maps.record(self._store, step, run.last)
+        return [run.last for run in self._runs]
 
     def _of_run(
         self, run: EditRun, z: Tensor, step: int, chunks: Sequence[Chunk], shared: Sequence[Prediction]

@@ -189,8 +189,8 @@ class Start(Protocol):
     def levels(self, clip: Tensor, schedule: Schedule) -> Levels:
         """The clip at every level, clean to noisy, with sampled noise. Only where `draws` is not 0."""
 
-    def solver(self, schedule: Schedule, order: int) -> Steps:
-        """A solver for `moved`, for one edit. order: of the inversion's."""
+    def solver(self, schedule: Schedule, order: int, reuse_from: int | None) -> Steps:
+        """A solver for `moved`, for one edit. order: of the inversion's. reuse_from: see `Solver`."""
 
     def follows(self, level: int) -> bool:
         """Whether the step from a level needs the prediction for the source."""
@@ -237,6 +237,16 @@ class Edit:
     )  # fmt: skip
     maps: EditMaps | None = None
     """Records the edit's attention to words and its masks."""
+    guidance_until: float = setting(
+        1.0,
+        "Share of the steps, from the noisy end, that are guided (guidance interval, arXiv 2404.07724). The others "
+        "have guidance 1, without a call for the negative prompt.",
+        least=0, most=1, step=0.01, group="The edit",
+    )  # fmt: skip
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether a step, 0 the noisiest, has a negative prompt's branch."""
+        return self.guidance_scale != 1 and step < whole_steps(self.guidance_until, steps)
 
 
 def first_step(strength: float, steps: int) -> int:

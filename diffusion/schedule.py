@@ -116,21 +116,35 @@ class Solver:
     order: 1 takes each step along its own prediction. 2 takes steps in pairs by the midpoint method (second-order
     Runge-Kutta with the second prediction at the middle level, to which RF-Solver, arXiv 2411.04746, amounts), with the
     same number of calls. A pair whose middle level is too close to an end takes single steps.
+
+    reuse_from: the level at which a run of order 2 starts, if each pair after the first begins with the previous pair's
+    middle prediction (FireFlow, arXiv 2412.07517), which halves the calls; None: with its own. See `reuses`.
     """
 
-    def __init__(self, schedule: Schedule, order: int) -> None:
-        self.schedule, self.order = schedule, order
-        self._began: tuple[Tensor, Tensor, int] | None = None
+    def __init__(self, schedule: Schedule, order: int, reuse_from: int | None = None) -> None:
+        self.schedule, self.order, self.reuse_from = schedule, order, reuse_from
+        self._began: tuple[Tensor, Tensor, int, float] | None = None
+        """Of the current pair: latents, prediction and level of its beginning, and the sigma of that prediction."""
+
+    def reuses(self, level: int, to: int) -> bool:
+        """Whether the step between two adjacent levels takes the previous step's prediction, without a model call."""
+        step = to - level
+        before = level - 2 * step
+        if self.order == 1 or self.reuse_from is None or (before - self.reuse_from) * step < 0:
+            return False
+        return self._begins_pair(level, to) and self._begins_pair(before, before + step)
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
         """The latents of the adjacent level `to`, from z and its prediction d at `level`."""
         if self._began is not None:
-            (before, first, began), self._began = self._began, None
+            (before, first, began, at), self._began = self._began, None
             if level == (began + to) / 2:  # the caller may have started over elsewhere
-                weight = 1 / (2 * self._share(began, level, to))
+                centre = (self.schedule.sigma(began) + self.schedule.sigma(to)) / 2
+                weight = (centre - at) / (self.schedule.sigma(level) - at)
                 return self.schedule.move(before, (1 - weight) * first + weight * d, began, to)
         if self.order == 2 and self._begins_pair(level, to):
-            self._began = z, d, level
+            at = 2 * level - to if self.reuses(level, to) else level
+            self._began = z, d, level, self.schedule.sigma(at)
         return self.schedule.move(z, d, level, to)
 
     def _begins_pair(self, level: int, to: int) -> bool:
@@ -142,6 +156,13 @@ class Solver:
         """The position of the middle level between the ends, 0 to 1."""
         start, middle, stop = map(self.schedule.sigma, (level, between, end))
         return (middle - start) / (stop - start)
+
+
+def reused_steps(schedule: Schedule, order: int, first: int = 0) -> set[int]:
+    """The steps of an edit from step `first`, 0 the noisiest, that reuse a prediction. An inversion has as many."""
+    solver = Solver(schedule, order, schedule.steps - first)
+    levels = range(schedule.steps - first, 0, -1)
+    return {schedule.steps - level for level in levels if solver.reuses(level, level - 1)}
 
 
 def timestep_at(schedule: Schedule, level: int) -> float:

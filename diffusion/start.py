@@ -35,8 +35,8 @@ class Inverted:
     def levels(self, clip: Tensor, schedule: Schedule) -> Levels:
         raise TypeError("an inversion computes its levels")
 
-    def solver(self, schedule: Schedule, order: int) -> Solver:
-        return Solver(schedule, order)
+    def solver(self, schedule: Schedule, order: int, reuse_from: int | None) -> Solver:
+        return Solver(schedule, order, reuse_from)
 
     def follows(self, level: int) -> bool:
         return False

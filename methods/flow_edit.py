@@ -104,7 +104,7 @@ class DrawnNoise:
         whole = 1000 / _unit(schedule)
         return replace(schedule, timesteps=tuple(int(t * whole + 1e-3) / whole for t in schedule.timesteps))
 
-    def solver(self, schedule: Schedule, order: int) -> Steps:
+    def solver(self, schedule: Schedule, order: int, reuse_from: int | None) -> Steps:
         return Solver(schedule, 1) if self.settings.variant == "paper" else UniPC(schedule)
 
     def follows(self, level: int) -> bool:
@@ -150,7 +150,7 @@ class DrawnNoise:
             return None
         predicted = source.captured.prediction
         assert predicted is not None
-        if run.negative is None or self.settings.source_guidance == 1:
+        if run.negative is None or not run.guides(step) or self.settings.source_guidance == 1:
             return predicted
         z = frames_of(branches.store.level(run.schedule.steps - step).to(predicted.device), source.chunk)
         plain = Control(source.key_frames, source.chunk)

@@ -14,18 +14,19 @@ from torch import Tensor
 from ..attention.masks import MaskMode
 from ..attention.prompt import MIXED, PromptEdit
 from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_step
+from ..diffusion.schedule import reused_steps
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, given_mask, only_inside
+from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, given_mask, limits_video, only_inside
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
-from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, source_of
+from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, schedule_of_store, source_of
 from ..hosts.comfyui.noise import is_flow
 from ..methods.fatezero import FusionSettings, check_joint
 from ..methods.flow_edit import DrawnNoise
 from ..methods.flow_smoothing import FlowSmoothing
 from ..methods.layout import Layout
 from ..methods.move_objects import MoveObjects, moves_of
-from ..recipes.cost import calls_of
+from ..recipes.cost import beside_plain, calls_of
 from ..recipes.presets import PRESETS
 from ..recipes.recipe import Recipe
 from ..settings import setting_of
@@ -106,6 +107,7 @@ INPUTS = [
     ),
     widget(Edit, "sdedit_seed", advanced=True, optional=True),
     LayoutSocket.Input("layout", optional=True, tooltip="New positions of objects in the clip (Layout)."),
+    widget(Edit, "guidance_until", advanced=True, optional=True),
 ]
 """The inputs of an edit."""
 
@@ -186,6 +188,7 @@ class EditInputs:
     chunk_frames: int = 0
     strength: float = 0.0
     sdedit_seed: int = 0
+    guidance_until: float = 1.0
 
     @property
     def recipe(self) -> Recipe:
@@ -208,6 +211,7 @@ class EditInputs:
             guidance_scale=self.guidance or recipe.guidance_scale,
             strength=self.strength or recipe.strength,
             sdedit_seed=self.sdedit_seed or None,
+            guidance_until=self.guidance_until,
             propagation=self.propagation or recipe.propagation,
             smoothing=self.smoothing,
             mask=mask,
@@ -239,7 +243,7 @@ class EditInputs:
         edit = recipe.edit(positive, negative, self.prompt_edit if matches else None)
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
-        if edit.mask is None and clips_mask is not None:
+        if edit.mask is None and clips_mask is not None and (not self.fuses or limits_video(self.store, clips_mask)):
             edit = only_inside(self.model, self.store, edit, clips_mask)
         start.check_steps(self.store.steps - first_step(edit.strength, self.store.steps))
         _check_words(edit, self.positive, self.preset)
@@ -308,7 +312,9 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     if facts.joint and isinstance(edit.fusion, FusionSettings):  # which has no cross-attention to fuse
         edit = replace(edit, fusion=replace(edit.fusion, cross_replace_steps=0.0, cross_replace_from=0.0))
     spans_clip, grid = facts.spans_clip, facts.subset_grid(*store.levels.shape[-2:])
-    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid)
+    reused = reused_steps(schedule_of_store(model, store), store.order) if store.reuse_midpoint else set()
+    calls = calls_of(edit, store.steps, store.kept_steps, store.frames, spans_clip, start, store.memory, grid, reused)
+    plain = store.steps * (1 if edit.guidance_scale == 1 else 2)
     kind = "model" if spans_clip else "UNet"
     layers = count_layers(model)
     lines = [] if not hooked or not layers else [f"hooked {hooked} of {layers} attention layers"]
@@ -320,9 +326,10 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
     if edit.layout is not None:
         lines.append(edit.layout.summary(store.steps))
     lines.append(
-        f"{calls.edit:g} {kind} evaluations of {video_shape(store)[0]} frames, {calls.source:g} more for the source; "
-        + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
+        f"{calls.edit + calls.prepare:g} {kind} evaluations of {video_shape(store)[0]} frames, {calls.source:g} more "
+        "for the source; " + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
     )
+    lines.append(beside_plain(calls.parts, plain))
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
         lines.append(OTHER_TEXT)
     lines += notes

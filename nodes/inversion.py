@@ -71,6 +71,8 @@ SETTINGS = [
     widget(InversionSettings, "order", advanced=True, optional=True),
 ]
 """The widgets of an inversion, except its steps."""
+REUSE = widget(InversionSettings, "reuse_midpoint", advanced=True, optional=True)
+"""The last widget, because older workflows lack it."""
 
 
 def invert_settings(
@@ -85,14 +87,17 @@ def invert_settings(
     chunk_frames: int = 0,
     order: int = 1,
     sound: str = "keep",
+    reuse_midpoint: bool = False,
 ) -> InvertSettings:
-    """The settings of the widgets in `SETTINGS`."""
+    """The settings of the widgets in `SETTINGS`, and `REUSE`."""
     folder = Path(folder_paths.get_temp_directory())
     store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
     prompt = source[0][1].get(PROMPT_KEY)
+    InversionSettings(order=order, reuse_midpoint=reuse_midpoint)  # raises for settings that do not go together
     return InvertSettings(
-        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, keep_sound=sound == "keep"
-    )
+        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, reuse_midpoint,
+        keep_sound=sound == "keep",
+    )  # fmt: skip
 
 
 class FateZeroInvert(io.ComfyNode):
@@ -116,6 +121,7 @@ class FateZeroInvert(io.ComfyNode):
                 widget(InversionSettings, "inversion_steps", advanced=True, optional=True, max=1000),
                 TIMESTEPS,
                 SOUND,
+                REUSE,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),

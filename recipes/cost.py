@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from ..diffusion.parts import Edit, Start, first_step
@@ -10,11 +12,26 @@ from ..store.records import Memory
 
 
 class Calls(NamedTuple):
-    """Model calls on the whole clip: of the inversion, of one edit, and of the source, which edits of a pass share."""
+    """Model calls on the whole clip: of the inversion, of one edit's steps, of the source, which edits of a pass share,
+    and of what one edit computes before its first step.
+    """
 
     invert: float
     edit: float
     source: float
+    prepare: float = 0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The calls by what they are for, in words."""
+        names = {"inversion": self.invert, "edit": self.edit, "source": self.source, "mask": self.prepare}
+        return {name: calls for name, calls in names.items() if calls}
+
+
+def beside_plain(parts: Mapping[str, float], plain: float) -> str:
+    """The cost of parts of a run relative to plain sampling of its edits, which takes `plain` calls."""
+    shares = ", ".join(f"{name} {calls / plain:.2f}" for name, calls in parts.items())
+    return f"{sum(parts.values()) / plain:.2f} times plain sampling ({plain:g} calls): {shares}"
 
 
 def calls_of(
@@ -26,29 +43,33 @@ def calls_of(
     start: Start = INVERTED,
     memory: Memory = "queries_keys",
     grid: tuple[int, int] | None = None,
+    reused: AbstractSet[int] = frozenset(),
 ) -> Calls:
     """The calls of a run of `steps`. kept_steps: steps whose attention the store keeps, in its `memory`; 0 with
-    "recompute". grid: see `Denoiser.subset_grid`; a call on a share of the tokens counts as this share.
+    "recompute". grid: see `Denoiser.subset_grid`; a call on a share of the tokens counts as this share. reused: the
+    steps of a whole edit that reuse a prediction (`reused_steps`).
 
     A propagation evaluates its pivots once more, and the source in every step. Gradients of a layout are not counted.
     """
-    branches = 1 if edit.guidance_scale == 1 else 2
     injection, first = edit.fusion, first_step(edit.strength, steps)
-    preparing = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
-
-    share = 1.0 if injection is None or start.draws else injection.token_share(edit, frames, grid)
+    prepare = 0 if injection is None else injection.preparing_calls(steps, edit, spans_clip)
+    called = [step for step in range(first, steps) if step not in reused or step < first + 2]
+    share = 1.0 if edit.propagation is None else edit.propagation.evaluated(frames)
+    tokens = 1.0 if injection is None or start.draws else injection.token_share(edit, frames, grid)
     kept = kept_steps if injection is None or injection.reads_store(memory, grid) else 0
 
-    def read(some: range) -> int:
+    def branches(some: Iterable[int]) -> float:
+        return sum((2 if edit.guides(step, steps) else 1) * (tokens if read([step]) else 1) for step in some)
+
+    def read(some: Iterable[int]) -> int:
         return 0 if injection is None else sum(injection.reads_source(step, steps) for step in some)
 
     if start.draws:
-        followed = sum(start.follows(steps - step) for step in range(first, steps))
-        plain = range(first + followed, steps)
-        of_draws = start.draws * branches * followed
-        return Calls(0, of_draws + branches * len(plain) + preparing, of_draws + read(plain))
+        followed = [step for step in called if start.follows(steps - step)]
+        plain = called[len(followed) :]
+        of_draws = start.draws * branches(followed)
+        return Calls(0, of_draws + branches(plain), of_draws + read(plain), prepare)
+    inverted = steps - len(reused)
     if edit.propagation is not None:
-        evaluated = (steps - first) * edit.propagation.evaluated(frames)
-        return Calls(steps, branches * evaluated + preparing, evaluated)
-    computed = steps - first - (1 - share) * read(range(first, steps))
-    return Calls(steps, branches * computed + preparing, read(range(max(first, kept), steps)))
+        return Calls(inverted, share * branches(called), share * len(called), prepare)
+    return Calls(inverted, branches(called), read(step for step in called if step >= kept), prepare)

@@ -41,6 +41,7 @@ class Recipe:
     target: str = ""
     negative: str = ""
     guidance_scale: float = 7.5
+    guidance_until: float = 1.0
     strength: float = 1.0
     sdedit_seed: int | None = None
     injection: Injection | None = None
@@ -132,7 +133,7 @@ class Recipe:
         """The arguments of `edit_many`, for encoded prompts."""
         return Edit(
             target, negative, self.guidance_scale, prompt, self.injection, self.mask, self.propagation, self.smoothing,
-            self.layout, self.strength, self.sdedit_seed,
+            self.layout, self.strength, self.sdedit_seed, guidance_until=self.guidance_until,
         )  # fmt: skip
 
     def check(self, spans_clip: bool, prompt: PromptEdit | None) -> None:

@@ -57,9 +57,9 @@ class AttentionStore:
     memory: "recompute" stores only latents and runs the source branch again with the edit; "queries_keys" stores
     queries and keys; "keys_values" keys and values; "maps" the paper's attention maps. levels: latents of every level,
     clean to noisy: (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every
-    level, clean to noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order: of the
-    inversion's solver. inversion_steps: of the inversion, if it took more steps than its edits take.
-    kept_steps: number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
+    level, clean to noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order, reuse_midpoint:
+    of the inversion's solver. inversion_steps: of the inversion, if it took more steps than its edits take. kept_steps:
+    number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
     "recompute". plan: the chosen memory and place; None for a store from a file. start: where edits start
     (`diffusion.parts.Start`); None: at the noisiest latents. extra, attachments: the caller's own
     data, as JSON and as tensors.
@@ -79,6 +79,7 @@ class AttentionStore:
     kept_steps: int = 0
     formulation: Literal["ddim", "flow"] = "ddim"
     order: int = 1
+    reuse_midpoint: bool = False
     inversion_steps: int | None = None
     backend: Backend | None = None
     plan: StorePlan | None = None
@@ -216,6 +217,7 @@ class AttentionStore:
             "alphas": self.alphas,
             "world": self.formulation,
             "order": self.order,
+            **({"reuse_midpoint": True} if self.reuse_midpoint else {}),
             **({} if self.inversion_steps is None else {"inversion_steps": self.inversion_steps}),
             "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
             "clip_norm": self.clip_norm,
@@ -261,6 +263,7 @@ class AttentionStore:
             kept_steps=about["kept_steps"],
             formulation=about.get("world", "ddim"),
             order=about.get("order", 1),
+            reuse_midpoint=about.get("reuse_midpoint", False),
             inversion_steps=about.get("inversion_steps"),
             backend=None if about["memory"] == "recompute" else backend,
         )
@@ -384,6 +387,8 @@ def _check_claims(store: AttentionStore, backend: FileBackend) -> None:
         and list(store.timesteps) == sorted(set(store.timesteps), reverse=True),
         "world": store.formulation in ("ddim", "flow"),
         "order": store.order in (1, 2),
+        "reuse_midpoint": isinstance(store.reuse_midpoint, bool)
+        and not (store.reuse_midpoint and (store.order == 1 or store.kept_steps)),
         "inversion_steps": store.inversion_steps is None
         or (type(store.inversion_steps) is int and store.inversion_steps > steps and not store.kept_steps),
         "alphas": len(store.alphas) == steps + 1 and all(0 <= a <= 1 for a in store.alphas)

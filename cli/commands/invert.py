@@ -107,6 +107,7 @@ def invert_video(
     extra, attachments = origin_of(checkpoint, config, video).kept() if kept else ({}, {})
     return invert(
         checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
-        config.chunk_frames, order=config.order, inversion_steps=config.inversion_steps, prompt=config.source,
-        extra=extra, attachments=attachments, spread=spread, progress=bar("invert"),
+        config.chunk_frames, order=config.order, reuse_midpoint=config.reuse_midpoint,
+        inversion_steps=config.inversion_steps, prompt=config.source, extra=extra, attachments=attachments,
+        spread=spread, progress=bar("invert"),
     )  # fmt: skip

@@ -32,7 +32,8 @@ def of_methods() -> list[str]:
 
 
 OF_AN_INVERSION = (
-    "sdedit_seed", "order", "inversion_steps", "memory", "place", "budget_gb", "precision", "keep_steps",
+    "sdedit_seed", "order", "reuse_midpoint", "inversion_steps", "memory", "place", "budget_gb", "precision",
+    "keep_steps",
 )  # fmt: skip
 """Settings without effect on sampled noise."""
 NOTHING_PLACED = "no object is named (box, ellipse, mask)"
@@ -87,7 +88,7 @@ _NO_EFFECT: tuple[Rule, ...] = (
         lambda c: c.cross_replace_steps == 0 and not c.cross_replace_words,
         "cross_replace_steps is 0",
     ),
-    (("negative",), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
+    (("negative", "guidance_until"), lambda c: c.guidance_scale == 1, "guidance_scale is 1"),
     (
         ("controlnet_strength", "control_start", "control_end"),
         lambda c: not c.controlnet and not c.control,

@@ -182,6 +182,7 @@ class EditSettings(
         InversionSettings, "chunk_frames", None, shown="all; 16 where exact, 21 for FlowEdit on Wan"
     )
     guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
+    guidance_until: float = setting_like(Edit, "guidance_until", 1.0)
     strength: float = setting_like(Edit, "strength", 1.0)
     sdedit_seed: int | None = setting_like(Edit, "sdedit_seed", None)
     noise: NoiseName = setting(

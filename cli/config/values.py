@@ -155,8 +155,9 @@ def completed(config: EditConfig, inverting: bool = False, stored: bool = False)
     if missing:
         raise ConfigError(f"missing {', '.join(_FLAGS[name] for name in missing)}")
     config.fusion, config.keys, config.store  # noqa: B018  raise for settings that do not go together
-    if config.inversion_steps and not stored:
-        recomputed(config.store)
+    for name in ("inversion_steps", "reuse_midpoint"):
+        if getattr(config, name) and not stored:
+            recomputed(config.store, name)
     check_masking(config)
     if not inverting and not stored:  # whose number of steps is its own
         try:

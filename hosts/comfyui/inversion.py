@@ -73,6 +73,7 @@ class InvertSettings:
     chunk_frames: int | None = None
     prompt: str | None = None
     order: int = 1
+    reuse_midpoint: bool = False
     steps: int | None = None
     inversion_steps: int | None = None
     timesteps: Timesteps = "leading"
@@ -125,7 +126,7 @@ class InvertGuider(LoopGuider):
         memory = replace(settings.store, memory=plan.memory, place=plan.place)
         inversion = invert(
             denoiser, latents, self.source, schedule.steps, settings.key_frames, settings.clip_norm, memory,
-            settings.chunk_frames, order=settings.order, prompt=settings.prompt,
+            settings.chunk_frames, order=settings.order, reuse_midpoint=settings.reuse_midpoint, prompt=settings.prompt,
             extra={"conditioning": plain_options(self.source.conditioning), **self._shapes},
             inversion_steps=denoiser.in_use.steps,
             attachments={} if mask is None else {NOISE_MASK: mask_in_store(self._model, self._shapes, mask)},

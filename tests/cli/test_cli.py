@@ -102,7 +102,7 @@ def test_several_targets_are_edited_in_one_pass_over_a_store_on_disk(command, tm
         "--chunk-frames", "2", "-o", "out.mp4",
     )  # fmt: skip
     assert re.search(r"store: queries_keys on disk in \S+, 6\.", output)
-    assert "UNet calls: 5 to invert, 20 for 2 edit(s)" in output
+    assert "UNet calls: 5 for the inversion, 20 for the 2 edits" in output
     assert "2 edits in one pass" in output
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"out_{i}.mp4{end}" for i in (0, 1) for end in ("", ".json")]
 
@@ -128,7 +128,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     assert "8 frames of 64x64, 50 steps" in output
     assert "-> store with memory recompute: 1." in output
     assert "   store: recompute in RAM, 1." in output
-    assert "UNet calls: 50 to invert, 100 for 1 edit(s), 25 for the source" in output
+    assert "UNet calls: 50 for the inversion, 100 for the edit, 25 for the source" in output
+    assert "1.75 times plain sampling (100 calls): inversion 0.50, edit 1.00, source 0.25" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -500,7 +501,7 @@ def test_other_kinds_of_output(command, tmp_path, output):
 def test_other_methods_and_their_settings(command, tmp_path):
     part = ("edit", CLIP, *WORDS, "--steps", 2, "--count", 5, "--preset", "tokenflow")
     output = command(*part, "--tokenflow.batch-frames", 2, "-o", "flow.mp4")
-    assert "UNet calls: 2 to invert, 6.4 for 1 edit(s), 3.2 for the source" in output
+    assert "UNet calls: 2 for the inversion, 6.4 for the edit, 3.2 for the source" in output
     command(*part, "--propagation", "none", "-o", "pnp.mp4")
     flow, pnp = (read_video(tmp_path / f"{name}.mp4").frames for name in ("flow", "pnp"))
     assert flow.shape == pnp.shape == (5, 64, 64, 3) and not alike(flow, pnp)
@@ -560,7 +561,7 @@ def test_an_object_of_a_clip_is_moved_and_the_rest_preserved(command, refused, t
     """The same clip with its square further down: red is there, and only there."""
     move = ("--source", SOURCE, "--count", 3, "--steps", 6, "--guidance-scale", 5)
     output = command("edit", CLIP, *move, "--shift", "red square: 0:0.1,0.25", "-o", "down.mp4")
-    assert "with gradients for the layout" in " ".join(output.split())
+    assert "gradients of the layout" in " ".join(output.split())
     red = []
     for file in (CLIP, tmp_path / "down.mp4"):
         frames = read_video(file).frames[:3].float() / 255

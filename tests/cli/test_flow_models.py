@@ -129,7 +129,7 @@ def test_frames_too_small_for_ltx2_are_refused(refused, tmp_path):
 
 def test_guidance_as_an_input_takes_one_call_and_no_negative_prompt(command, refused, flux, tmp_path):
     shared = ("edit", CLIP, "--model", flux, *WORDS, "--count", 2, "--size", "32x32", "--preset", "flow_edit")
-    assert "7 for 1 edit(s), 7 for the source" in command(*shared, "--steps", 10, "--dry-run")
+    assert "7 for the edit, 7 for the source" in command(*shared, "--steps", 10, "--dry-run")
     assert "negative has no effect" in refused(*shared, "--negative", "blue")
     assert "negative has no effect" in refused("generate", "--model", flux, "--prompt", "a", "--negative", "blue")
     found = set()

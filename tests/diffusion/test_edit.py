@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fatezero import Condition, FusionSettings, PromptEdit, StoreError, edit, invert
+from fatezero import Condition, Edit, FusionSettings, PromptEdit, StoreError, edit, invert
 from fatezero.attention.key_frames import Chunk
 from fatezero.diffusion.branches import EditRun
+from fatezero.diffusion.edit import EditPass
 from fatezero.diffusion.invert import Inversion
 from fatezero.diffusion.reconstruction import reconstructed
 from fatezero.diffusion.source import source_heat
@@ -305,6 +306,27 @@ def test_unet_calls_match_the_estimate(denoiser, tokenizer):
         run(denoiser, tokenizer, random_latents(1), memory, fusion)
         assert len(calls) == sum(Recipe(injection=fusion).calls(5, 0 if memory == "recompute" else 5))
     counted.remove()
+
+
+def test_the_last_steps_can_leave_out_guidance(denoiser, tokenizer):
+    """They have no negative prompt's call, and their results are those of guidance 1."""
+    inversion, calls = invert(denoiser, random_latents(1), random_text(0), 5), list[int]()
+
+    def after(steps, **guidance):
+        one = Edit(random_text(1), random_text(2), prompt=replace_edit(tokenizer), fusion=BLENDED, **guidance)
+        with EditPass(denoiser, inversion, [one]) as run:
+            zs = run.start
+            for step in range(steps):
+                zs = run.move(zs, step, run.predict(zs, step))
+        return zs[0]
+
+    assert torch.equal(after(2, guidance_until=0.4), after(2))
+    assert relative(after(3, guidance_until=0.4), after(3)) > 1e-3
+    assert torch.equal(after(5, guidance_until=0.0), after(5, guidance_scale=1.0))
+    counted = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
+    run(denoiser, tokenizer, random_latents(1), "recompute", BLENDED, guidance_until=0.4)
+    counted.remove()
+    assert len(calls) == sum(Recipe(injection=BLENDED, guidance_until=0.4).calls(5))
 
 
 def test_heat_of_the_source_words_is_a_share_of_attention(denoiser, tokenizer):

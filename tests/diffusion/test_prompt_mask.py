@@ -151,7 +151,7 @@ def test_calls_match_the_estimate(denoiser, unet, prompt, steps, levels):
     assert difference_levels(steps) == levels
     settings = FusionSettings(blend_self_attention=True, **PROMPTS)
     plain = Recipe(injection=FusionSettings()).calls(steps)
-    assert Recipe(injection=settings).calls(steps) == plain._replace(edit=plain.edit + 2 * len(levels))
+    assert Recipe(injection=settings).calls(steps) == plain._replace(prepare=2 * len(levels))
     single, joined = (GivenMask(torch.ones(1, 16, 16), how) for how in ("replace", "union"))
     assert Recipe(injection=settings, mask=single).calls(steps) == plain
     assert Recipe(injection=settings, mask=joined).calls(steps) == Recipe(injection=settings).calls(steps)
@@ -161,7 +161,7 @@ def test_calls_match_the_estimate(denoiser, unet, prompt, steps, levels):
         edit(denoiser, inversion, random_text(1), random_text(2), 7.5, prompt, settings)
         handle.remove()
         cost = Recipe(injection=settings).calls(steps)
-        assert len(calls) == cost.edit + cost.source
+        assert len(calls) == cost.edit + cost.source + cost.prepare
 
 
 def test_settings_out_of_range_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fatezero.diffusion.ddim import ddim_move
-from fatezero.diffusion.schedule import FlowSchedule, Schedule, Solver, timestep_at
+from fatezero.diffusion.schedule import FlowSchedule, Schedule, Solver, reused_steps, timestep_at
 
 DEVIATION = 0.6
 """The deviation of clean latents, which are Gaussian here: then the best prediction is a multiple of the latents."""
@@ -35,11 +35,14 @@ def exact(schedule: Schedule, level: int) -> torch.Tensor:
     return deviation[1] / deviation[0]
 
 
-def error(schedule: Schedule, order: int, upwards: bool) -> float:
+def error(schedule: Schedule, order: int, upwards: bool, reuse: bool = False) -> float:
     levels = list(range(schedule.steps + 1))[:: 1 if upwards else -1]
-    solver, z = Solver(schedule, order), exact(schedule, levels[0]) * torch.ones(1, dtype=torch.float64)
+    solver = Solver(schedule, order, levels[0] if reuse else None)
+    z = exact(schedule, levels[0]) * torch.ones(1, dtype=torch.float64)
     for level, to in pairwise(levels):
-        z = solver.move(z, predicted(schedule, z, level), level, to)
+        if not solver.reuses(level, to):
+            d = predicted(schedule, z, level)
+        z = solver.move(z, d, level, to)
     return float((z - exact(schedule, levels[-1])).abs())
 
 
@@ -50,6 +53,24 @@ def test_the_error_decreases_with_the_solvers_order(world, order, upwards):
     coarse, fine = (error(world(steps), order, upwards) for steps in (100, 200))
     assert coarse / fine > 0.9 * 2**order  # on these straight paths the second-order solver is even of third order
     assert order == 2 or coarse / fine < 2.2
+
+
+@pytest.mark.parametrize("upwards", [True, False])
+@pytest.mark.parametrize("world", [ddim, flow])
+def test_reused_middle_predictions_keep_the_second_order_at_half_the_calls(world, upwards):
+    coarse, fine = (error(world(steps), 2, upwards, reuse=True) for steps in (200, 400))
+    assert coarse / fine > 3.6
+    calls = 200 - len(reused_steps(world(200), 2))
+    assert 100 <= calls < 120, "single steps at the ends have their own predictions"
+    assert coarse < 0.2 * error(world(calls), 1, upwards)
+
+
+def test_steps_that_reuse_a_prediction():
+    """Pairs are counted from the noisy end; the first of a run, and those without a pair before them, reuse none."""
+    assert reused_steps(flow(7), 2) == {2, 4}
+    assert reused_steps(flow(7), 2, first=1) == {4}
+    assert reused_steps(flow(7), 2, first=2) == {4}
+    assert not reused_steps(flow(7), 1)
 
 
 @pytest.mark.parametrize("world", [ddim, flow])

@@ -27,8 +27,10 @@ from fatezero.demo.model import build_scheduler
 from fatezero.demo.video_model import build_tokenizer
 from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.prompt_mask import SIGMAS, levels_compared
+from fatezero.diffusion.schedule import reused_steps
 from fatezero.diffusion.source import source_heat
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
+from fatezero.recipes.recipe import Recipe
 from fatezero.store.records import Recorder, SourceStep
 from tests.small import TEXT, in_thread, relative, small_unet
 from tests.wan import CHANNELS, small_wan
@@ -153,6 +155,30 @@ def test_second_order_replays_better_at_equal_calls(denoiser):
     assert lost[2] < 0.6 * lost[1]
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_reused_middle_predictions_replay_as_well_at_half_the_calls(denoiser, strength):
+    """The model is called as often as counted, and a file keeps the solver."""
+    lost, calls = {}, {}
+    for reuse in (False, True):
+        called: list[int] = []
+        counted = denoiser.transformers[0].register_forward_pre_hook(lambda *_, called=called: called.append(1))
+        inversion = invert(denoiser, random_latents(), random_text(2), 20, order=2, reuse_midpoint=reuse)
+        done = edit(denoiser, inversion, random_text(2), guidance_scale=1.0, strength=strength)
+        counted.remove()
+        lost[reuse], calls[reuse] = relative(done, random_latents()), len(called)
+        steps = reused_steps(denoiser.schedule(20), 2) if reuse else frozenset()
+        assert len(called) == sum(Recipe(guidance_scale=1.0, strength=strength).calls(20, reused=steps))
+    assert calls[True] < 0.65 * calls[False]
+    assert lost[True] < 1.5 * lost[False]
+
+
+def test_reused_middle_predictions_need_second_order_and_recomputed_attention(denoiser):
+    with pytest.raises(ValueError, match="order 2"):
+        invert(denoiser, random_latents(), random_text(2), 4, reuse_midpoint=True)
+    with pytest.raises(ValueError, match="recompute"):
+        invert(denoiser, random_latents(), random_text(2), 4, memory="maps", order=2, reuse_midpoint=True)
+
+
 def test_two_transformers_share_a_run_at_the_boundary():
     high, low = small_wan(0), small_wan(1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -185,6 +211,10 @@ def test_a_store_survives_a_file(denoiser, prompt, tmp_path):
     assert torch.equal(edit(denoiser, loaded, *settings), whole)
     with pytest.raises(ValueError, match="one attention per frame"):
         edit(denoiser, made, *settings, chunk_frames=4)
+    reusing = invert(denoiser, random_latents(6), random_text(2), 6, order=2, reuse_midpoint=True)
+    reusing.store.save(tmp_path / "reusing.safetensors")
+    loaded = Inversion(AttentionStore.load(tmp_path / "reusing.safetensors"))
+    assert torch.equal(edit(denoiser, loaded, *settings), edit(denoiser, reusing, *settings))
     latents_alone = invert(denoiser, random_latents(6), random_text(2), 4, order=2)
     assert 1e-4 < relative(edit(denoiser, latents_alone, *settings, chunk_frames=4), whole) < 1
 

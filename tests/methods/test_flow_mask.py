@@ -77,4 +77,4 @@ def test_a_given_mask_replaces_extends_or_limits_it(denoiser, start, how, within
 
 def test_calls_are_counted():
     recipe = Recipe.of_preset("flow_mask")
-    assert recipe.calls(10).edit == 2 * 7 + 8
+    assert recipe.calls(10)[1:] == (2 * 7, 2 * 7, 8)

@@ -210,11 +210,11 @@ def test_all_tokens_read_the_source_in_the_targets_branch_only(wan):
 
 def test_calls_count_the_tokens_inside():
     recipe = Recipe(injection=KVEditSettings(0.5, grow=0), mask=area(slice(0, 2), slice(0, 6)))
-    assert recipe.calls(4, spans_clip=True, grid=GRID) == (4, 2 * (2 * 0.25 + 2), 2)
+    assert recipe.calls(4, spans_clip=True, grid=GRID) == (4, 2 * (2 * 0.25 + 2), 2, 0)
     kept = {"kept_steps": 4, "memory": "keys_values", "grid": GRID}
-    assert recipe.calls(4, **kept) == (4, 2 * (2 * 0.25 + 2), 0)
+    assert recipe.calls(4, **kept) == (4, 2 * (2 * 0.25 + 2), 0, 0)
     assert recipe.calls(4, kept_steps=4, grid=GRID).source == 2, "queries and keys are not enough"
-    assert recipe.calls(4) == (4, 2 * 4, 2), "a UNet computes all tokens"
+    assert recipe.calls(4) == (4, 2 * 4, 2, 0), "a UNet computes all tokens"
 
 
 def test_flow_edit_computes_all_tokens(wan):

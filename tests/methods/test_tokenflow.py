@@ -243,7 +243,7 @@ def test_less_strength_starts_at_a_lower_noise_level(denoiser):
     whole, half = (edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=s) for s in (1.0, 0.5))
     clip = inversion.latents[0]
     assert 0 < relative(half, clip) < relative(whole, clip)
-    assert Recipe(strength=0.5).calls(4) == (4, 4, 0)
+    assert Recipe(strength=0.5).calls(4) == (4, 4, 0, 0)
     with pytest.raises(ValueError, match="strength is 0.1; .* leave at least one of 4"):
         edit(denoiser, inversion, random_text(3), guidance_scale=1.0, strength=0.1)
 

@@ -63,8 +63,8 @@ def test_a_prompt_pair_selects_fatezeros_fusion(denoiser, tokenizer):
 
 def test_calls_count_the_noises_of_flow_edit():
     recipe = Recipe(noise=FlowEditSettings(draws=3), guidance_scale=5.0, strength=0.5)
-    assert recipe.calls(10) == (0, 3 * 2 * 5, 3 * 2 * 5)
+    assert recipe.calls(10) == (0, 3 * 2 * 5, 3 * 2 * 5, 0)
     recipe = Recipe(noise=FlowEditSettings(draws=3, n_min=2), guidance_scale=5.0, strength=0.5)
-    assert recipe.calls(10) == (0, 3 * 2 * 3 + 2 * 2, 3 * 2 * 3)
+    assert recipe.calls(10) == (0, 3 * 2 * 3 + 2 * 2, 3 * 2 * 3, 0)
     fused = replace(recipe, injection=FusionSettings(cross_replace_steps=1.0, self_replace_steps=1.0))
-    assert fused.calls(10) == (0, 3 * 2 * 3 + 2 * 2, 3 * 2 * 3 + 2)
+    assert fused.calls(10) == (0, 3 * 2 * 3 + 2 * 2, 3 * 2 * 3 + 2, 0)
