@@ -394,6 +394,14 @@ class Fusion(Injected):
         of_video = self.masks({(height, width)}, heats, source.chunk)[height, width]
         return mask_of_all(self.context.store, of_video, self.given)[:, None]
 
+    @property
+    def state(self) -> Any:
+        return self.over_steps.state if self.settings.as_authors else None
+
+    @state.setter
+    def state(self, found: Any) -> None:
+        self.over_steps.state = found
+
     def attention_mask(self, control: Control) -> Tensor | None:
         """On the finest grid of the layers that it acts in."""
         masks = control.masks if isinstance(control, Fuser) and control.plan.fuse_self else None
