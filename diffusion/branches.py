@@ -112,14 +112,15 @@ class EditRun:
     def state(self) -> Any:
         """What the steps so far leave to later ones besides the latents, for `States.save`."""
         maps = None if self.maps is None else self.maps.state
-        return self.solver.state, self.last if self._reused else None, self.injected.state, maps
+        heat = self.injected.over_steps and self.injected.over_steps.state
+        return self.solver.state, self.last if self._reused else None, heat, maps
 
     def resume(self, state: Any) -> None:
         """Continue from the state of an interrupted run; called after `prepare`."""
-        self.solver.state, last, injected, maps = state
+        self.solver.state, last, heat, maps = state
         self.last = last and Prediction(*last)
-        if injected is not None:
-            self.injected.state = injected
+        if self.injected.over_steps is not None:
+            self.injected.over_steps.state = heat
         if self.maps is not None:
             self.maps.resume(maps)
 

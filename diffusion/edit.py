@@ -97,7 +97,9 @@ def edit_many(
             zs = run.move(zs, step, run.predict(zs, step))
             for z in zs:
                 check_finite(z, f"the edit's latents at step {step + 1} of {steps}")
-            if spread is ONE_PROCESS or not any(one.state for one in run.injections):  # else each process has a part
+            if run.has_whole_state:
+                one.over_steps and one.over_steps.state for one in run.injections
+            ):  # else each process has a part
                 states.save(STATE, (step + 1, zs, run.state))
             if progress:
                 progress(step + 1, steps)
@@ -165,6 +167,12 @@ class EditPass:
     def state(self) -> list[Any]:
         """What the steps so far leave to later ones besides the latents, for `States.save`."""
         return [run.state for run in self._runs]
+
+    @property
+    def has_whole_state(self) -> bool:
+        """Whether this process has the whole `state`, and not only that of its own chunks."""
+        parts = [one.over_steps for one in self.injections if one.over_steps is not None]
+        return self._spread is ONE_PROCESS or not any(part.state for part in parts)
 
     def resumed(self, zs: list[Tensor], states: Sequence[Any]) -> list[Tensor]:
         """The latents of an interrupted run, whose state is restored."""

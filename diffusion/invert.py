@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -199,16 +199,8 @@ def invert(
         return predicted, whole_clip(list(recorders.values()), sites) if kept else {}
 
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-        saved = UNSAVED if store.kept_steps else states
-
-        def put_kept(level: int, z: Tensor, records: Records, new: bool = True) -> None:
-            if level in kept_at:
-                put(kept_at.index(level), z, records)
-                if new:
-                    saved.save(level_name(level), z)
-
-        solver = Solver(fine, order, 0 if reuse_midpoint else None)
-        _carry(latents, solver, called, put_kept, store.kept_steps > 0, saved, progress)
+        solver, saved = Solver(fine, order, 0 if reuse_midpoint else None), UNSAVED if store.kept_steps else states
+        _carry(latents, solver, called, _put_at(kept_at, put, saved), store.kept_steps > 0, saved, progress)
     return Inversion(store)
 
 
@@ -234,6 +226,18 @@ def levels_among(schedule: Schedule, fine: Schedule) -> list[int]:
             f"multiple of steps, such as {10 * schedule.steps}"
         )
     return found
+
+
+def _put_at(kept_at: Sequence[int], put: Callable[[int, Tensor, Records], None], states: States) -> Callable[..., None]:
+    """A function that puts the kept levels of a finer schedule into the store, and saves the new ones."""
+
+    def put_kept(level: int, z: Tensor, records: Records, new: bool = True) -> None:
+        if level in kept_at:
+            put(kept_at.index(level), z, records)
+            if new:
+                states.save(level_name(level), z)
+
+    return put_kept
 
 
 STATE = "inversion"

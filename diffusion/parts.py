@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
-from ..attention.masks import GivenMask
+from ..attention.masks import GivenMask, HeatOverSteps
 from ..attention.prompt import PromptEdit
 from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
@@ -302,6 +302,8 @@ class Injected:
 
     own_level = True
     own_source = False
+    over_steps: HeatOverSteps | None = None
+    """What the steps so far leave to later ones."""
 
     def __init__(self, edit: Edit, context: EditContext) -> None:
         self.context = context
@@ -335,15 +337,6 @@ class Injected:
     def attention_mask(self, control: Control) -> Tensor | None:
         """Where self-attention is the edit's in a step: (frames of the chunk, y, x); None if no mask decides that."""
         return None
-
-    @property
-    def state(self) -> Any:
-        """What the steps so far leave to later ones, for `States.save`; None for nothing. Set to resume a run."""
-        return None
-
-    @state.setter
-    def state(self, found: Any) -> None:
-        """Nothing to set."""
 
     def blends_latents(self, step: int) -> bool:
         """Whether a step has a `latent_mask`."""

@@ -281,7 +281,7 @@ class Fusion(Injected):
         """Whether a step's mask comes from its own attention."""
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
-        self.over_steps = HeatOverSteps()
+        self.over_steps: HeatOverSteps = HeatOverSteps()
         """The target's attention to its blend words, for a mask that sums it over steps."""
         if given is not None:
             self.given_at = self._on_grids(given)
@@ -393,14 +393,6 @@ class Fusion(Injected):
         _, height, width = video_shape(self.context.store)
         of_video = self.masks({(height, width)}, heats, source.chunk)[height, width]
         return mask_of_all(self.context.store, of_video, self.given)[:, None]
-
-    @property
-    def state(self) -> Any:
-        return self.over_steps.state if self.settings.as_authors else None
-
-    @state.setter
-    def state(self, found: Any) -> None:
-        self.over_steps.state = found
 
     def attention_mask(self, control: Control) -> Tensor | None:
         """On the finest grid of the layers that it acts in."""

@@ -67,7 +67,7 @@ def test_without_resume_a_run_starts_over(tmp_path):
 def test_a_killed_batch_continues_its_job(tmp_path, whole):
     values = {"video": str(CLIP), "source": SOURCE, "target": TARGET, "steps": 8, "count": 2}
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [values]}))
-    batch = ("batch", "jobs.yaml", "--no-measure")
+    batch = ("batch", "jobs.yaml", "--no-measure", "--workers", 2)  # one thread for each
     killed(tmp_path, "jobs/*.mp4.state/edit.safetensors", *batch)
     (state,) = (tmp_path / "jobs").glob("*.state")
     fatezero(*batch, cwd=tmp_path, env=ONE_THREAD)
