@@ -49,13 +49,20 @@ def _check_parts(config: EditConfig, family: Family) -> None:
         recipe.refuse_words()
     if not family.attention and recipe.injection is not None and recipe.injection.needs_attention:
         raise ConfigError(
-            f"injection {config.injection} needs control of the attention, which works with Stable Diffusion, Wan "
-            f"text-to-video and LTX-2, not with {family.title}: {WORKS}"
+            f"injection {config.injection} needs control of the attention, which works with {_controlled()}, not with "
+            f"{family.title}: {WORKS}"
         )
     if family.spans_clip:
         _check_no_layout(config)
         if config.source != AUTO:
             recipe.check(True, config.prompt_edit(None))
+
+
+def _controlled() -> str:
+    """The families whose attention can be controlled."""
+    from ..hosts.diffusers.load import FAMILIES
+
+    return ", ".join(one.family.title for one in FAMILIES if one.family.attention)
 
 
 def check_inversion(config: EditConfig) -> None:

@@ -200,5 +200,7 @@ METHOD = Method(
     settings=KVEditSettings,
     presets={"kv_edit": {"injection": "kv_edit"}},
     needs_mask=True,
+    advanced=("tokens", "grow"),
+    later=("tokens", "grow"),
     aliases=("background preservation", "inpaint", "object removal"),
 )

@@ -17,7 +17,7 @@ from ..diffusion.parts import Edit, Injection, Propagation, check_parts, first_s
 from ..diffusion.schedule import reused_steps
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, given_mask, only_inside
+from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, given_mask, limits_video, only_inside
 from ..hosts.comfyui.families import check_attention, count_layers, facts_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, schedule_of_store, source_of
 from ..hosts.comfyui.noise import is_flow
@@ -243,7 +243,7 @@ class EditInputs:
         edit = recipe.edit(positive, negative, self.prompt_edit if matches else None)
         clips_mask = self.store.attachments.get(NOISE_MASK)
         check_masking(self.model, clips_mask)
-        if edit.mask is None and clips_mask is not None:
+        if edit.mask is None and clips_mask is not None and (not self.fuses or limits_video(self.store, clips_mask)):
             edit = only_inside(self.model, self.store, edit, clips_mask)
         start.check_steps(self.store.steps - first_step(edit.strength, self.store.steps))
         _check_words(edit, self.positive, self.preset)

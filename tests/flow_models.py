@@ -104,9 +104,14 @@ def write_qwen_image(folder, seed=0):
 
 LTX23 = {
     "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True,
-    "rope_type": "split", "perturbed_attn": True,
+    "rope_type": "split", "perturbed_attn": True, "use_prompt_embeddings": False,
 }  # fmt: skip
-"""What LTX-2.3's transformer has more than LTX-2's."""
+"""What LTX-2.3's transformer has other than LTX-2's."""
+OF_STREAMS = {
+    "per_modality_projections": True, "video_hidden_dim": 24, "audio_hidden_dim": 12,
+    "video_connector_attention_head_dim": 12, "audio_connector_attention_head_dim": 6, "proj_bias": True,
+}  # fmt: skip
+"""LTX-2.3's connectors, with a projection of the text for each stream."""
 
 
 def write_ltx2(folder, seed=0, **options):
@@ -119,6 +124,8 @@ def write_ltx2(folder, seed=0, **options):
         text_config={**size, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer)},
         vision_config={**size, "image_size": 8, "patch_size": 4},
     )
+    heads = {"video_connector_attention_head_dim": 8, "audio_connector_attention_head_dim": 8}
+    connectors = heads if options.get("use_prompt_embeddings", True) else OF_STREAMS
     pipeline = LTX2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC, shift_terminal=0.1),
         vae=AutoencoderKLLTX2Video(
@@ -133,10 +140,9 @@ def write_ltx2(folder, seed=0, **options):
         tokenizer=tokenizer,
         connectors=LTX2TextConnectors(
             caption_channels=16, text_proj_in_factor=2, video_connector_num_attention_heads=2,
-            video_connector_attention_head_dim=8, video_connector_num_layers=1,
-            video_connector_num_learnable_registers=4, audio_connector_num_attention_heads=2,
-            audio_connector_attention_head_dim=8, audio_connector_num_layers=1,
-            audio_connector_num_learnable_registers=4,
+            video_connector_num_layers=1, video_connector_num_learnable_registers=4,
+            audio_connector_num_attention_heads=2, audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=4, **connectors,
         ),
         transformer=LTX2VideoTransformer3DModel(
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,

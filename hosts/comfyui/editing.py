@@ -20,7 +20,7 @@ from ...diffusion.parts import Edit, Injected, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from ...diffusion.start import start_of
-from ...store.streams import KEEPS_SOUND
+from ...store.streams import KEEPS_SOUND, video_of, with_kept_sound
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
@@ -254,6 +254,7 @@ class FlowEditGuider(EditGuider):
         velocity = predicted.noise - of_source
         if predicted.mask is not None:
             velocity = predicted.mask * velocity
+        velocity = with_kept_sound(store, velocity, torch.zeros_like(velocity))
         return x - sigma * noisy.to_host(velocity)
 
 
@@ -302,6 +303,11 @@ def only_inside(model: Any, store: HostStore, edit: Edit, mask: Tensor) -> Edit:
     own = noise_of(model).mask_from_host(mask)
     own = own if store.shapes else mask_of_latents(model, own, store.frames)
     return replace(edit, fusion=fusion, mask=GivenMask(own, "replace"))
+
+
+def limits_video(store: HostStore, mask: Tensor) -> bool:
+    """Whether the noise mask of a store is one of the video, not only of the sound that edits keep."""
+    return not store.shapes or not bool((video_of(store, mask) == 1).all())
 
 
 def given_mask(model: Any, store: HostStore, mask: Tensor, how: MaskMode) -> GivenMask:

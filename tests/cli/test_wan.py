@@ -1,7 +1,10 @@
 """The command on a Wan pipeline."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from wan import write_wan
 
 from fatezero.files.bundled import CLIP
@@ -36,6 +39,38 @@ def test_a_pair_of_transformers_and_a_store_in_a_file(command, tmp_path):
     kept, fresh = (read_video(tmp_path / name).frames for name in ("kept.mp4", "fresh.mp4"))
     assert kept.shape == (6, 32, 48, 3)
     assert torch.equal(kept, fresh)
+
+
+def test_the_tokens_inside_a_mask(command, folder, tmp_path):
+    """With a LoRA, and with a store of keys and values, which other edits can use too."""
+    mask = np.zeros((32, 48, 3), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    random = torch.Generator().manual_seed(0)
+    parts = {"lora_A": (2, 24), "lora_B": (24, 2)}
+    save_file(
+        {
+            f"blocks.{i}.attn1.to_q.{part}.weight": 0.5 * torch.randn(shape, generator=random)
+            for i in range(4)
+            for part, shape in parts.items()
+        },
+        tmp_path / "lora.safetensors",
+    )
+    shared = (CLIP, "--model", folder, *WORDS, *SIZE, "--steps", 4, "--edit-mask", "mask.png", "--kv-edit.grow", 0)
+    edit = ("edit", *shared, "--preset", "kv_edit", "--lossless")
+    assert "2.66667 for the edit, 4 for the source" in command(*edit, "-o", "computed.mkv")
+    kept = command(*edit, "--memory", "keys_values", "-o", "kept.mkv")
+    assert "-> store with memory keys_values" in kept and "2.66667 for the edit\n" in kept
+    assert "8 for the edit, 4 for" in command(*edit, "--kv-edit.tokens", "all", "-o", "all.mkv")
+    command(*edit, "--lora", "lora.safetensors", "-o", "lora.mkv")
+    command("edit", *shared[:-2], "--preset", "shape", "--memory", "keys_values", "-o", "fused.mkv", "--lossless")
+    computed, kept, every, lora, fused = (
+        read_video(tmp_path / f"{name}.mkv").frames for name in ("computed", "kept", "all", "lora", "fused")
+    )
+    assert (computed.int() - kept.int()).abs().max() <= 4, "up to rounding, which random weights amplify"
+    third = computed.shape[-1] // 3
+    for other in (every, lora, fused):
+        assert not torch.equal(other[..., :third], computed[..., :third])
 
 
 @pytest.mark.parametrize(

@@ -95,14 +95,14 @@ def of_tokens(text, tokens):
     return torch.cat([random_values(token, 1, 1, 192) for token in tokens], 1), {"unprocessed_ltxav_embeds": True}
 
 
-def patcher(config, weights=None, seed=0):
-    config.set_inference_dtype(torch.float32, None)
+def patcher(config, weights=None, seed=0, dtype=torch.float32):
+    config.set_inference_dtype(dtype, None)
     model = config.get_model({})
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.diffusion_model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
         inputs = parameter.shape[1:].numel()
-        parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
+        parameter.data = (values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values).to(dtype)
     if weights:
         missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
         assert not unexpected, unexpected
@@ -111,15 +111,18 @@ def patcher(config, weights=None, seed=0):
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-@node("LTXModel", [io.Int.Input("seed", default=0), io.Boolean.Input("adaln", default=False)],
+DTYPE = io.Combo.Input("dtype", options=["float32", "bfloat16"], default="float32")
+
+
+@node("LTXModel", [io.Int.Input("seed", default=0), io.Boolean.Input("adaln", default=False), DTYPE],
       [io.Model.Output(), io.Clip.Output()])  # fmt: skip
 class LTXModel(io.ComfyNode):
     """A small model with random weights, and its text."""
 
     @classmethod
-    def execute(cls, seed=0, adaln=False):
+    def execute(cls, seed=0, adaln=False, dtype="float32"):
         config = comfy.supported_models.LTXAV({**SMALL, **(ADALN if adaln else {})})
-        return io.NodeOutput(patcher(config, seed=seed), Text(of_tokens))
+        return io.NodeOutput(patcher(config, seed=seed, dtype=getattr(torch, dtype)), Text(of_tokens))
 
 
 @node("LTXLoader", [io.String.Input("kind")],
@@ -160,6 +163,8 @@ class LTXFolder(io.ComfyNode):
             "causal_temporal_positioning": True, "frequencies_precision": "float64",
             "cross_attention_adaln": about["cross_attn_mod"], "apply_gated_attention": about["gated_attn"],
             "connector_num_attention_heads": 2, "connector_attention_head_dim": 8, "connector_num_layers": 1,
+            "caption_proj_before_connector": not about["use_prompt_embeddings"],
+            "caption_projection_first_linear": about["use_prompt_embeddings"],
         })  # fmt: skip
         config.latent_format = Latents()
         config.sampling_settings = {"shift": shift}

@@ -324,3 +324,33 @@ def test_the_sound_is_kept_at_any_strength(host, graph):
     video, sound = video_and_sound(host, graph, graph.edit[0])
     assert relative(sound, before[1]) < 1e-6
     assert relative(video, before[0]) > 1e-3
+
+
+def test_flow_edit_keeps_the_sound_beside_a_mask_of_its_own(host, graph):
+    """The sound that is kept is no mask of the video."""
+    store = graph.add(
+        "FateZeroFlowEdit", model=graph.model[0], source=graph.words[0], latent=graph.latent[0], steps=STEPS,
+        source_guidance=2.0, draws=1, seed=3, sound="keep",
+    )  # fmt: skip
+    graph.set(graph.edit, store=store[0], preset="attribute+")
+    before = video_and_sound(host, graph, graph.latent[0])
+    video, sound = video_and_sound(host, graph, graph.edit[0])
+    assert torch.equal(sound, before[1])
+    graph.set(store, sound="edit")
+    other, followed = video_and_sound(host, graph, graph.edit[0])
+    assert not torch.equal(followed, before[1])
+    assert torch.equal(video == before[0], other == before[0]), "the same mask"
+    graph.set(graph.edit, preset="kv_edit")
+    graph.set(store, sound="keep")
+    with pytest.raises(NodeError, match="KV-Edit needs an edit mask"):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+@pytest.mark.parametrize("adaln", [False, True])
+def test_other_kinds_of_blocks_and_precisions(host, graph, adaln):
+    graph.set(graph.model, adaln=adaln)
+    single = video_and_sound(host, graph, graph.edit[0])
+    graph.set(graph.model, dtype="bfloat16")
+    half = video_and_sound(host, graph, graph.edit[0])
+    assert 1e-5 < relative(half[0], single[0]) < 0.2
+    assert relative(half[1], single[1]) < 1e-6, "the kept sound"
