@@ -171,14 +171,16 @@ class BlockDenoiser(HookedDenoiser):
         return by_row
 
     def _in_parts(self, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
-        """A feed-forward that splits the tokens of each of several branches in two, since it dominates a block's
-        memory, to which the branches' records add.
+        """A feed-forward that takes half of the tokens at a time where there are several branches, since it dominates a
+        block's memory, to which the branches' records add.
         """
 
         def in_parts(tokens: Tensor, *rest: Any, **more: Any) -> Tensor:
             if other_thread() or len(self._rows) == 1:
                 return forward(tokens, *rest, **more)
-            return torch.cat([forward(part, *rest, **more) for part in tokens.chunk(2, 1)], 1)
+            control, site = self._rows[self._row], next(iter(self._sites.values()))
+            whole = tokens.shape[1] if control.rows is None else len(control.chunk.frame_indices) * site.tokens
+            return torch.cat([forward(part, *rest, **more) for part in tokens.split(-(-whole // 2), 1)], 1)
 
         return in_parts
 
