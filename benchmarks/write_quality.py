@@ -49,7 +49,8 @@ def main() -> None:
         return
     order = ranked(results, BEST)
     for name, case in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        case_sheet(given.folder, results, case, methods, f"the {name} edit by {BEST}").save(file.parent / f"{name}.png")
+        sheet = case_sheet(given.folder, results, case, methods, f"the {name} edit by {BEST}")
+        sheet.save(file.parent / f"{name}.webp", lossless=True, quality=100, method=6)
         print(f"{name}: {case}")
 
 

@@ -98,8 +98,6 @@ def edit_many(
             for z in zs:
                 check_finite(z, f"the edit's latents at step {step + 1} of {steps}")
             if run.has_whole_state:
-                one.over_steps and one.over_steps.state for one in run.injections
-            ):  # else each process has a part
                 states.save(STATE, (step + 1, zs, run.state))
             if progress:
                 progress(step + 1, steps)

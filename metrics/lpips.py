@@ -1,7 +1,10 @@
-"""LPIPS, the learned perceptual distance (Zhang et al., CVPR 2018, arXiv 1801.03924), with AlexNet features."""
+"""LPIPS, the learned perceptual distance (Zhang et al., CVPR 2018, arXiv 1801.03924), with AlexNet's or SqueezeNet's
+features."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,45 +15,85 @@ from torch import Tensor, nn
 
 from .preservation import weighted_mean
 
-_LAYERS = ((3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1))
-"""AlexNet's convolutions: channels in and out, kernel, stride, padding; pooling follows the first two."""
-_NAMES = ("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10")
 _SHIFT, _SCALE = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
 LEAST_SIDE = 32
 
 
+class _Fire(nn.Module):
+    """SqueezeNet's block: a convolution of 1 pixel, then two of 1 and 3 pixels side by side."""
+
+    def __init__(self, channels: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeezed, 1)
+        self.expand1x1 = nn.Conv2d(squeezed, expanded, 1)
+        self.expand3x3 = nn.Conv2d(squeezed, expanded, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.squeeze(x))
+        return torch.cat([F.relu(self.expand1x1(x)), F.relu(self.expand3x3(x))], 1)
+
+
+def _pool(ceil: bool = False) -> nn.Module:
+    return nn.MaxPool2d(3, 2, ceil_mode=ceil)
+
+
+def _alexnet() -> list[nn.Module]:
+    return [
+        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), _pool(), nn.Conv2d(64, 192, 5, 1, 2), nn.ReLU(), _pool(),
+        nn.Conv2d(192, 384, 3, 1, 1), nn.ReLU(), nn.Conv2d(384, 256, 3, 1, 1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU(),
+    ]  # fmt: skip
+
+
+def _squeezenet() -> list[nn.Module]:
+    """Version 1.1."""
+    fires = [_Fire(*of) for of in ((64, 16, 64), (128, 16, 64), (128, 32, 128), (256, 32, 128), (256, 48, 192),
+                                   (384, 48, 192), (384, 64, 256), (512, 64, 256))]  # fmt: skip
+    first = [nn.Conv2d(3, 64, 3, 2), nn.ReLU(), _pool(True)]
+    return [*first, *fires[:2], _pool(True), *fires[2:4], _pool(True), *fires[4:]]
+
+
+_NETS = {
+    "alex": (_alexnet, (0, 2, 5, 8, 10, 12), (64, 192, 384, 256, 256)),
+    "squeeze": (_squeezenet, (0, 2, 5, 8, 10, 11, 12, 13), (64, 128, 256, 384, 384, 512, 512)),
+}
+"""Layers, where they are cut into slices whose outputs are compared, and the channels of these."""
+
+
 class Lpips(nn.Module):
-    """The distance with the weights of the `lpips` package, version 0.1, net "alex".
+    """The distance with the weights of the `lpips` package, version 0.1, net "alex" or "squeeze".
 
     The weights are not bundled: write them once with
     `safetensors.torch.save_model(lpips.LPIPS(net="alex"), "lpips_alex.safetensors")`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "alex") -> None:
         super().__init__()
-        self.features = nn.ModuleList(nn.Conv2d(*layer) for layer in _LAYERS)
-        self.weights = nn.ParameterList(torch.zeros(layer[1]) for layer in _LAYERS)
+        layers, cuts, channels = _NETS[name]
+        made = list(enumerate(layers()))
+        slices = [nn.Sequential(OrderedDict((str(i), layer) for i, layer in made[a:b])) for a, b in pairwise(cuts)]
+        self.name = name
+        self.net = nn.ModuleDict({f"slice{n}": part for n, part in enumerate(slices, 1)})
+        self.weights = nn.ParameterList(torch.zeros(width) for width in channels)
 
     @classmethod
     def load(cls, path: str | Path) -> Lpips:
-        """Raises FileNotFoundError, or ValueError for a file of other weights."""
+        """The net is the file's. Raises FileNotFoundError, or ValueError for a file of other weights."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no LPIPS weights at {path}")
         try:
-            saved, own = load_file(path), {}
+            saved = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
-        for i, name in enumerate(_NAMES):
-            for part in ("weight", "bias"):
-                own[f"features.{i}.{part}"] = saved.get(f"net.{name}.{part}")
+        model = cls("squeeze" if any(".squeeze." in name for name in saved) else "alex")
+        for i in range(len(model.weights)):
             linear = saved.get(f"lin{i}.model.1.weight", saved.get(f"lins.{i}.model.1.weight"))
-            own[f"weights.{i}"] = None if linear is None else linear.flatten()
-        missing = [name for name, tensor in own.items() if tensor is None]
+            saved |= {} if linear is None else {f"weights.{i}": linear.flatten()}
+        missing = [name for name in model.state_dict() if name not in saved]
         if missing:
-            raise ValueError(f'{path} has other weights than lpips.LPIPS(net="alex"): {missing[0]} is missing')
-        model = cls()
-        model.load_state_dict(own, strict=False)
+            raise ValueError(f'{path} has other weights than lpips.LPIPS(net="{model.name}"): {missing[0]} is missing')
+        model.load_state_dict(saved, strict=False)
         return model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -79,11 +122,9 @@ class Lpips(nn.Module):
         return torch.stack([F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in layers]).sum(0)
 
     def _units(self, frames: Tensor) -> list[Tensor]:
-        """Each layer's features, normalized at each place."""
+        """Each slice's features, normalized at each place."""
         x, found = (2 * frames - 1 - _SHIFT.to(frames)) / _SCALE.to(frames), []
-        for i, layer in enumerate(self.features):
-            x = F.relu(layer(x))
+        for part in self.net.values():
+            x = part(x)
             found.append(x / (x.norm(dim=1, keepdim=True) + 1e-10))
-            if i < 2:
-                x = F.max_pool2d(x, 3, stride=2)
         return found

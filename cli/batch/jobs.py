@@ -60,12 +60,13 @@ def load_batch(path: str | Path) -> Batch:
         raise FileNotFoundError(f"no jobs at {path}")
     data = data_of(path)
     try:
-        return _batch(data)
+        return batch_of(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _batch(data: Any) -> Batch:
+def batch_of(data: Any) -> Batch:
+    """The jobs of a file's content. Raises ConfigError for invalid content."""
     if not isinstance(data, Mapping) or not {*AXES, "jobs"} & set(data):
         raise ConfigError(f"contains no jobs: give {', '.join(AXES)}, or jobs")
     _check_keys({name: entries for name, entries in data.items() if name not in ("methods", "settings")})

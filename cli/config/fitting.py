@@ -13,6 +13,7 @@ from .settings import FILES, FILES_OF_OBJECTS, ConfigError
 
 FILE_NAMES = {
     *FILES, *FILES_OF_OBJECTS, "lora", "truth", "lpips", "clip", "output", "plot", "comparison", "pairs", "state",
+    "five", "dino", "niqe", "tracker", "vlm",
 }  # fmt: skip
 """The settings of files."""
 

@@ -73,5 +73,5 @@ def test_bad_input(lpips, pair, tmp_path):
     with pytest.raises(FileNotFoundError, match="no LPIPS weights"):
         Lpips.load(tmp_path / "none.safetensors")
     save_file({"net.slice1.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"features.0.bias is missing"):
+    with pytest.raises(ValueError, match=r"net.slice1.0.bias is missing"):
         Lpips.load(tmp_path / "other.safetensors")

@@ -1,0 +1,127 @@
+"""FiVE-Bench's figures of an edited clip, as its code computes them, and how exclusive the change is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..metrics.clip import ClipScorer
+from ..metrics.lpips import LEAST_SIDE, Lpips
+from ..metrics.motion import Tracker, motion_fidelity
+from ..metrics.preservation import SSIM_WINDOW, largest_change, psnr, share_of_change, ssim
+from ..metrics.structure import Dino
+from ..metrics.vlm import Answer, Questions, five_accuracy
+
+STRIDE = 8
+"""Every 8th frame is measured, but for motion and FiVE-Acc, which take the whole clip."""
+Niqe = Callable[[Tensor], float]
+"""NIQE of a frame (1, 3, h, w) in 0..1."""
+
+
+@dataclass(frozen=True)
+class FiveMetrics:
+    """The models that figures need; a figure whose model is None is left out. notes: which ones, and why."""
+
+    clip: ClipScorer | None = None
+    dino: Dino | None = None
+    lpips: Lpips | None = None
+    niqe: Niqe | None = None
+    tracker: Tracker | None = None
+    flow_tracker: Tracker | None = None
+    answer: Answer | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The figures of a row."""
+        of_models = {
+            "structure": self.dino, "lpips": self.lpips, "clip": self.clip, "clip_edit": self.clip, "niqe": self.niqe,
+            "motion": self.tracker, "motion_flow": self.flow_tracker, "FiVE-Acc": self.answer,
+        }  # fmt: skip
+        own = ("psnr", "mse", "ssim", "inside", "largest")
+        return (*own, *(key for key, model in of_models.items() if model is not None))
+
+    def measure(
+        self, source: Tensor, edited: Tensor, mask: Tensor, target: str, questions: Questions | None = None
+    ) -> dict[str, float | None]:
+        """The figures of an edit; None where one is undefined.
+
+        source, edited: (f, 3, h, w) in 0..1. mask: (f, h, w), 1 in the edited area. Pixels of the other area are black
+        in both clips, as in the authors' code: PSNR, LPIPS, MSE and SSIM of the unedited area are means over the
+        whole frame, and a large mask improves them.
+        """
+        a, b, m = (x[::STRIDE] for x in (source, edited, mask))
+        rest = (1 - m)[:, None]
+        outside = [(x, y) for x, y, area in zip(a * rest, b * rest, rest, strict=True) if area.any()]
+        found = {
+            "psnr": _mean(psnr(x[None], y[None]) for x, y in outside),
+            "mse": _mean(((x - y) ** 2).mean().item() for x, y in outside),
+            "ssim": _mean(_padded_ssim(x[None], y[None]) for x, y in outside) if _fits(a, SSIM_WINDOW) else math.nan,
+            "inside": share_of_change(source, edited, mask),
+            "largest": largest_change(source, edited, 1 - mask),
+        }
+        if self.lpips is not None:
+            lpips, fits = self.lpips, _fits(a, LEAST_SIDE)
+            found["lpips"] = _mean(lpips(x[None], y[None]) for x, y in outside) if fits else math.nan
+        if self.dino is not None:
+            found["structure"] = _mean(map(self.dino.distance, a, b))
+        if self.niqe is not None:
+            found["niqe"] = _mean(self.niqe(y[None]) for y in b)
+        found |= self._clip_scores(b, m, target) | self._motions(source, edited)
+        if self.answer is not None:
+            found |= {"FiVE-Acc": math.nan} if questions is None else five_accuracy(self.answer, edited, questions)
+        return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+    def _clip_scores(self, edited: Tensor, mask: Tensor, target: str) -> dict[str, float]:
+        """100 times the similarity to the target prompt, of frames and of frames that are black outside the mask."""
+        if self.clip is None:
+            return {}
+        text, some = self.clip.text(target), mask.flatten(1).any(1)
+
+        def score(frames: Tensor) -> float:
+            return _mean((100 * (self.clip.images(frames) @ text)).clamp(min=0).tolist()) if self.clip else math.nan
+
+        area = (edited * mask[:, None])[some]
+        return {"clip": score(edited), "clip_edit": score(area) if len(area) else math.nan}
+
+    def _motions(self, source: Tensor, edited: Tensor) -> dict[str, float]:
+        trackers = {"motion": self.tracker, "motion_flow": self.flow_tracker}
+        return {
+            name: motion_fidelity(track(edited), track(source)) if len(source) > 1 else math.nan
+            for name, track in trackers.items()
+            if track is not None
+        }
+
+
+def load_niqe(parameters: str) -> Niqe:
+    """NIQE (Mittal et al., 2013) of pyiqa with a file of its parameters. Raises ImportError if it is not installed."""
+    import pyiqa  # type: ignore[import-not-found, unused-ignore]
+
+    metric = pyiqa.create_metric("niqe", device="cpu", pretrained_model_path=parameters)
+
+    @torch.no_grad()
+    def niqe(frame: Tensor) -> float:
+        return float(metric(frame))
+
+    return niqe
+
+
+def _padded_ssim(a: Tensor, b: Tensor) -> float:
+    """SSIM with windows at every pixel, the frames being reflected at their borders, as in torchmetrics."""
+    border = 4 * [SSIM_WINDOW // 2]
+    return ssim(*(F.pad(x, border, mode="reflect") for x in (a, b)))
+
+
+def _fits(frames: Tensor, least: int) -> bool:
+    return min(frames.shape[-2:]) >= least
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the values that are defined; NaN if none is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan

@@ -1,0 +1,219 @@
+"""FiVE-Bench: its folder, its edits and its tables, on a small folder of demo scenes."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from five import FRAMES, PAIRS, write_five
+from safetensors.torch import save_file
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTModel,
+)
+
+from fatezero.benchmark.five import COLUMNS, KINDS, PUBLISHED, FiveError, load_five
+from fatezero.cli.five import FIVE_ONLY, FiveRun, _job, _shown, check_five, run_five
+from fatezero.cli.progress import console, no_bars
+from fatezero.cli.session import Session
+from fatezero.files.bundled import DEMO
+from fatezero.metrics.lpips import Lpips
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+NO_MODELS = dict.fromkeys(("clip", *FIVE_ONLY), "")
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_five(tmp_path / "data")
+
+
+def changed(data, **values):
+    """Change the first type's case in its file."""
+    file = data / "edit_prompt" / "edit1_FiVE.json"
+    entry = json.loads(file.read_text())[0] | values
+    file.write_text(json.dumps([{key: value for key, value in entry.items() if value is not None}]))
+
+
+# --- the folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_has_a_case_for_each_pair(data):
+    cases = load_five(data)
+    assert [case.name for case in cases] == ["edit1-000", "edit3-000", "edit4-000"]
+    assert [case.kind for case in cases] == [KINDS[number] for number in PAIRS]
+    assert (cases[0].source, cases[0].target) == ("a red square on water", "a red circle on water"), "without brackets"
+    assert cases[0].frames == FRAMES and load_five(data, frames=2)[0].frames == 2
+    assert cases[0].questions.target == "Is there a a red circle on water in the video?"
+    assert [case.kind for case in load_five(data, ["3", "material"])] == ["colour", "material"]
+
+
+def test_a_clip_may_be_a_video_and_questions_may_lack(data):
+    changed(data, video_name="bus", source_yes_no_question=None, multiple_choice_question=None)
+    shutil.move(data / "bmasks" / "0001_square", data / "bmasks" / "bus")
+    (data / "videos").mkdir()
+    from fatezero.files.bundled import CLIP
+    from fatezero.video.read import open_video
+
+    shutil.copyfile(CLIP, data / "videos" / "bus.mp4")
+    with pytest.raises(FiveError, match=r"edit1_FiVE.json, case 0: .* has 4 masks for \d+ frames"):
+        load_five(data)
+    size = open_video(CLIP).size
+    with pytest.raises(FiveError, match=f"masks of 64x64 .* frames of {size[0]}x{size[1]}"):
+        load_five(data, frames=4)
+
+
+def remove(part):
+    return lambda data: shutil.rmtree(data / part / "0001_square")
+
+
+def broken(data):
+    (data / "edit_prompt" / "edit3_FiVE.json").write_text("[{")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (remove("bmasks"), "edit1_FiVE.json, case 0: no masks at"),
+        (remove("images"), "edit1_FiVE.json, case 0: no clip images/0001_square"),
+        (lambda data: (data / "bmasks/0001_square/00002.jpg").unlink(), "has 3 masks for 4 frames"),
+        (
+            lambda data: (data / "bmasks/0001_square/00002.jpg").rename(data / "bmasks/0001_square/00009.jpg"),
+            "00002.jpg",
+        ),
+        (broken, "edit3_FiVE.json cannot be read as JSON"),
+        (lambda data: changed(data, editing_type_id="9"), "editing_type_id is '9'; it must be one of 1 "),
+        (lambda data: changed(data, target_prompt=None), "target_prompt is None"),
+        (lambda data: changed(data, video_name="../images/0001_square"), "a name without folders"),
+        (lambda data: shutil.rmtree(data / "edit_prompt"), "it has no edit_prompt"),
+    ],
+)
+def test_a_broken_folder_is_refused_by_the_command(refused, data, break_it, message):
+    break_it(data)
+    text = refused("benchmark", "--five", data, "--model", "no/such-model", "-o", data.parent / "out")
+    assert message in text.replace("\n", " ")
+    assert not (data.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--kind", "7"), "kind is '7'"),
+        (("--kind", "6"), "has no case of removal"),
+        (("--method", "nonsense"), "method is 'nonsense'"),
+        (("--method", "none.yaml"), "no configuration at none.yaml"),
+        (("--method", "style", "--method", "style"), "give each once"),
+        (("--pairs", "pairs.yaml"), "pairs has no effect with --five"),
+        (("--lpips", "none.safetensors"), "lpips: no file at none.safetensors"),
+        (("--dino", "nothing"), "dino: no model at nothing"),
+        (("--vlm", "nothing"), "vlm: no model at nothing"),
+    ],
+)
+def test_options_that_would_fail_later_are_refused(refused, data, line, message):
+    assert message in refused("benchmark", "--five", data, *line, "-o", data.parent / "out").replace("\n", " ")
+
+
+def test_models_of_figures_need_a_folder(refused):
+    assert "dino has no effect without --five" in refused("benchmark", "--dino", "x")
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Small random models of the figures: CLIP, DINO and LPIPS."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    text = {**TOWER, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, tokenizer).save_pretrained(folder / "clip")
+    ViTModel(ViTConfig(**TOWER, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(folder / "dino")
+    for net in ("squeeze", "alex"):
+        saved = Lpips(net).state_dict()
+        of_package = {name: value for name, value in saved.items() if not name.startswith("weights.")}
+        lins = {f"lin{n}.model.1.weight": torch.rand(1, len(value), 1, 1) for n, value in enumerate(
+            value for name, value in saved.items() if name.startswith("weights."))}  # fmt: skip
+        save_file(of_package | lins, folder / f"{net}.safetensors")
+    return folder
+
+
+def test_a_run_edits_measures_resumes_and_writes_tables(tmp_path, models):
+    data, out = write_five(tmp_path / "data"), tmp_path / "out"
+    run = FiveRun(out, ("attribute+",), {"steps": 2}, NO_MODELS, "cpu", 1)
+    session = Session(console, no_bars, "cpu")
+    cases = check_five(run, str(data), ("1", "3"), None, 3)
+    text = run_five(session, run, cases)
+    rows = [json.loads(line) for line in (out / "five.jsonl").read_text().splitlines()]
+    assert [(row["case"], row["kind"]) for row in rows] == [("edit1-000", KINDS["1"]), ("edit3-000", KINDS["3"])]
+    assert all(20 < row["psnr"] < 60 and 0 < row["inside"] <= 1 and row["mse"] > 0 for row in rows)
+    assert "structure" not in rows[0] and "structure left out: give --dino" in text
+    assert "| attribute+ | all | 2 |" in text and "| *Wan-Edit, published* | all | 420 | 25.57 |" in text
+    table = {(row[0], row[1], row[3]): row for row in csv.reader((out / "table.csv").open(encoding="utf-8"))}
+    mean = (rows[0]["psnr"] + rows[1]["psnr"]) / 2
+    assert float(table["attribute+", "all", "PSNR dB"][4]) == pytest.approx(mean, rel=1e-4)
+    assert float(table["attribute+", KINDS["3"], "MSE x10000"][4]) == pytest.approx(1e4 * rows[1]["mse"], rel=1e-4)
+
+    # A line that was cut short is measured again; with models, all are. Nothing is edited again.
+    edits = {path: path.stat().st_mtime_ns for path in out.glob("*.mkv")}
+    lines = (out / "five.jsonl").read_text().splitlines()
+    (out / "five.jsonl").write_text("\n".join([lines[0], lines[1][:30]]))
+    assert run_five(session, run, cases) == text
+    assert len((out / "five.jsonl").read_text().splitlines()) == 3
+    given = {"clip": str(models / "clip"), "dino": str(models / "dino"), "lpips": str(models / "squeeze.safetensors")}
+    more = FiveRun(out, run.methods, run.shared, NO_MODELS | given, "cpu", 1)
+    assert check_five(more, str(data), ("1", "3"), None, 3) == cases
+    assert "| *TokenFlow, published* | all | 420 | 35.62 | 19.06 | 263.6 |" in run_five(session, more, cases)
+    again = [json.loads(line) for line in (out / "five.jsonl").read_text().splitlines()[-2:]]
+    assert all(row["structure"] > 0 and row["lpips"] > 0 and 0 <= row["clip_edit"] <= 100 for row in again)
+    assert [row["psnr"] for row in again] == [row["psnr"] for row in rows]
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.mkv")} == edits
+
+
+def test_lpips_of_another_net_is_refused(data, models, refused):
+    text = refused("benchmark", "--five", data, "--lpips", models / "alex.safetensors", "-o", data.parent / "out")
+    assert 'FiVE-Bench uses "squeeze"' in text.replace("\n", " ")
+
+
+def test_a_method_that_needs_a_mask_gets_the_case_s(data, tmp_path):
+    run = FiveRun(tmp_path / "out", ("kv_edit",), {"model": "demo-wan"}, NO_MODELS, "cpu", 1)
+    case = load_five(data, ["3"], frames=2)[0]
+    mask = _job(run, case, "kv_edit").values["edit_mask"]
+    assert [path.name for path in sorted((tmp_path / "out" / "masks" / case.video.name).iterdir())] == [
+        "00001.jpg",
+        "00002.jpg",
+    ]
+    assert mask == str(tmp_path / "out" / "masks" / case.video.name)
+    assert "edit_mask" not in _job(run, case, "attribute").values
+
+
+def test_a_file_of_settings_is_a_method(data, tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: style\nsteps: 30\nmodel: demo\n")
+    run = FiveRun(tmp_path / "out", (), {"steps": 5}, NO_MODELS, "cpu", 1)
+    values = _job(run, load_five(data)[0], str(tmp_path / "mine.yaml")).values
+    assert values["preset"] == "style" and values["steps"] == 5 and values["model"] == "demo"
+    assert values["lossless"] and values["count"] == FRAMES
+
+
+def test_the_source_is_cut_as_the_edit_shows_it():
+    frames = torch.zeros(1, 480, 854, 3)
+    assert _shown(frames, 480, 832).shape == (1, 480, 832, 3)
+    assert _shown(frames, 240, 427).shape == (1, 480, 854, 3)
+    assert _shown(frames, 64, 64).shape == (1, 480, 480, 3)
+
+
+def test_the_published_rows_are_in_the_order_of_the_columns():
+    """Wan-Edit's row in Tables 2 and 3 of arXiv 2503.13684."""
+    found = dict(zip((column.key for column in COLUMNS), PUBLISHED["Wan-Edit"], strict=False))
+    assert found["structure"] == 12.53 and found["ssim"] == 82.55 and found["motion"] == 89.43
+    assert found["niqe"] == 6.54 and found["FiVE-Acc"] == 46.97
+    assert {len(row) for row in PUBLISHED.values()} == {10}
