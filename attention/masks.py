@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from einops import rearrange
 
@@ -52,6 +52,15 @@ class HeatOverSteps:
     def __init__(self) -> None:
         self._rows: dict[int, dict[int, Tensor]] = {}
         """By step, of each frame (y, x)."""
+
+    @property
+    def state(self) -> Any:
+        """The maps of the steps so far, for `States.save`."""
+        return [(step, [*rows.items()]) for step, rows in self._rows.items()]
+
+    @state.setter
+    def state(self, found: Any) -> None:
+        self._rows = {step: dict(rows) for step, rows in found}
 
     def add(self, heat: Tensor, frames: Sequence[int], step: int) -> Tensor:
         """The sum up to a step, given the step's heat (f, y, x) of some frames of the clip."""

@@ -52,7 +52,7 @@ class Method:
     transformer: use the demo's video transformer, with the LoRA `lora`. steps: of the schedule, if not the run's.
     order: of the solver. drawn: FlowEdit instead of an inversion.
     sdedit_seed: start from random noise of each frame. blind: invert with the empty prompt. guidance: of an edit
-    without fusion, if not the run's.
+    without fusion, if not the run's. guidance_until: see `Edit`.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Method:
     sdedit_seed: int | None = None
     blind: bool = False
     guidance: float | None = None
+    guidance_until: float = 1.0
 
 
 @dataclass
@@ -154,6 +155,7 @@ class Trial:
             propagation=method.propagation,
             smoothing=self.smoothing(method),
             strength=method.strength,
+            guidance_until=method.guidance_until,
             sdedit_seed=method.sdedit_seed,
         )
 
@@ -269,6 +271,8 @@ METHODS: tuple[Method, ...] = (
     Method("guidance 5", settings={"guidance_scale": 5.0}),
     Method(BEST, plus=True),
     Method("FateZero+, guidance 7.5", plus=True, settings={"guidance_scale": 7.5}),
+    Method("FateZero+, guided in 0.6 of the steps", plus=True, guidance_until=0.6),
+    Method("FateZero (paper), guided in 0.6 of the steps", guidance_until=0.6),
     Method(
         "FateZero+, mask of attention",
         plus=True,

@@ -14,12 +14,15 @@ from common import table, write_section
 
 from fatezero import edit, invert
 from fatezero.demo.scenes import SIZE, render, scenes
+from fatezero.diffusion.schedule import reused_steps
 from fatezero.hosts.diffusers.checkpoint import Checkpoint, quiet
 from fatezero.hosts.diffusers.load import open_model
 from fatezero.metrics.preservation import psnr
 from fatezero.models import DEMOS
 
 FRAMES = 8
+SOLVERS = (("1", 1, 1, False), ("2", 1, 2, False), ("2, middle predictions reused", 2, 2, True))
+"""Name, factor on the steps, order, and whether the middle predictions of pairs are reused."""
 
 
 def main() -> None:
@@ -36,22 +39,23 @@ def main() -> None:
         latents, text = pictures.encode_frames(frames), checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
         clips.append((frames, latents, text))
     sources = torch.cat([frames for frames, *_ in clips])
-    rows = [["autoencoder alone", "", "", f"{psnr(_decoded(pictures, [z for _, z, _ in clips]), sources):.1f} dB"]]
+    rows = [["autoencoder alone", "", "", "", f"{psnr(_decoded(pictures, [z for _, z, _ in clips]), sources):.1f} dB"]]
     for steps in (10, 20, 50):
-        for order in (1, 2):
+        for solver, times, order, reuse in SOLVERS:
             replays = []
             for _, latents, text in clips:
-                inversion = invert(checkpoint.denoiser, latents, text, steps, order=order)
+                inversion = invert(checkpoint.denoiser, latents, text, times * steps, order=order, reuse_midpoint=reuse)
                 replays.append(edit(checkpoint.denoiser, inversion, text, guidance_scale=1.0))
             far = torch.cat([a - z for a, (_, z, _) in zip(replays, clips, strict=True)]).square().mean().sqrt()
-            rows.append(
-                [f"{steps} calls", str(order), f"{far:.3f}", f"{psnr(_decoded(pictures, replays), sources):.1f} dB"]
-            )
+            reused = reused_steps(checkpoint.denoiser.schedule(times * steps), order) if reuse else ()
+            calls = times * steps - len(reused)
+            decoded = f"{psnr(_decoded(pictures, replays), sources):.1f} dB"
+            rows.append([f"{times * steps} steps", solver, str(calls), f"{far:.3f}", decoded])
             print(*rows[-1], flush=True)
     text = (
         f"{given.clips} clips of {FRAMES} frames whose captions are held out; latents have a deviation of 1 "
         f"(`python benchmarks/replay.py --model {given.model}`).\n\n"
-        f"{table(['inversion', 'order', 'latents apart', 'replay'], rows)}"
+        f"{table(['inversion', 'order', 'calls', 'latents apart', 'replay'], rows)}"
     )
     write_section(f"Replay, first and second order: {given.model}", text, Path(__file__).parent / "QUALITY.md")
 

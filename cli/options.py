@@ -54,6 +54,14 @@ Dtype = Annotated[
 ]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan with its memory and time, and stop.", group=RUN)]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace an existing output.", group=RUN)]
+Resume = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Continue an interrupted run of the same settings from its last step, which is in OUTPUT.state.",
+        group=RUN,
+    ),
+]
 Quiet = Annotated[bool, Parameter(name=("--quiet", "-q"), negative="", help="Print errors only.", group=RUN)]
 
 

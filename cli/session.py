@@ -59,7 +59,8 @@ class Session:
     """The session of a command.
 
     model_config: for single-file checkpoints, a folder with tokenizer and configuration.
-    overwrite: replace existing outputs. inputs: files of the run that are never replaced.
+    overwrite: replace existing outputs. inputs: files of the run that are never replaced. resume: whether to continue
+    an interrupted run; None: if its settings and files are the same.
     """
 
     console: Console
@@ -69,6 +70,7 @@ class Session:
     model_config: str | None = None
     overwrite: bool = False
     inputs: tuple[Path, ...] = ()
+    resume: bool | None = False
 
     def open_model(self, settings: ModelSettings, videos: bool = False) -> Model:
         """A model of any family. videos: also accept text-to-video UNets."""

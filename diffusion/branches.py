@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
 from ..attention.key_frames import Chunk
@@ -107,6 +107,22 @@ class EditRun:
         level = self.schedule.steps - self.first
         z = self.with_kept(self.start.latents(self), level)
         return z if self._steering is None else self._steering.initial(z, self.schedule.noise(level).item())
+
+    @property
+    def state(self) -> Any:
+        """What the steps so far leave to later ones besides the latents, for `States.save`."""
+        maps = None if self.maps is None else self.maps.state
+        heat = self.injected.over_steps and self.injected.over_steps.state
+        return self.solver.state, self.last if self._reused else None, heat, maps
+
+    def resume(self, state: Any) -> None:
+        """Continue from the state of an interrupted run; called after `prepare`."""
+        self.solver.state, last, heat, maps = state
+        self.last = last and Prediction(*last)
+        if self.injected.over_steps is not None:
+            self.injected.over_steps.state = heat
+        if self.maps is not None:
+            self.maps.resume(maps)
 
     def guided(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
         """The input latents of a step, moved by the layout's guidance if it acts in this step."""

@@ -11,6 +11,7 @@ from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
 from ..attention.prompt import PromptEdit
 from ..imports import no_grad
+from ..store.states import UNSAVED, States
 from .branches import Branches, EditRun
 from .denoiser import Denoiser, check_finite, chunks_of, joined
 from .edit_maps import EditMaps
@@ -22,6 +23,9 @@ from .start import start_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+STATE = "edit"
+"""The name of the state of an edit."""
 
 
 def edit(
@@ -74,22 +78,27 @@ def edit_many(
     chunk_frames: int | None = None,
     *,
     spread: Spread = ONE_PROCESS,
+    states: States = UNSAVED,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Several edits of an inverted clip in one pass that reads or computes each step's source once.
 
-    spread: the processes that share the chunks. Raises the errors of `edit`.
+    spread: the processes that share the chunks. states: where every step is saved, to continue an interrupted run.
+    Raises the errors of `edit`.
     """
     if not edits:
         return []
     steps = inversion.store.steps
-    with EditPass(denoiser, inversion, edits, chunk_frames, spread=spread) as run:
-        zs = run.start
-        for step in range(steps):
+    begin, *found = states.load(STATE, denoiser.device) or (0,)
+    with EditPass(denoiser, inversion, edits, chunk_frames, spread=spread, begin=begin) as run:
+        zs = run.resumed(*found) if found else run.start
+        for step in range(begin, steps):
             zs = run.guided(zs, step)
             zs = run.move(zs, step, run.predict(zs, step))
             for z in zs:
                 check_finite(z, f"the edit's latents at step {step + 1} of {steps}")
+            if run.has_whole_state:
+                states.save(STATE, (step + 1, zs, run.state))
             if progress:
                 progress(step + 1, steps)
     return zs
@@ -98,8 +107,8 @@ def edit_many(
 class EditPass:
     """Several edits of an inverted clip, step by step (0 the noisiest). Inside `with`, the denoiser is hooked.
 
-    in_order: whether each step is predicted once and in order, so that a store on disk can be read ahead. spread: see
-    `edit_many`. Raises the errors of `edit`.
+    in_order: whether each step is predicted once and in order, so that a store on disk can be read ahead. begin: the
+    first step to predict. spread: see `edit_many`. Raises the errors of `edit`.
     """
 
     def __init__(
@@ -110,12 +119,13 @@ class EditPass:
         chunk_frames: int | None = None,
         in_order: bool = True,
         spread: Spread = ONE_PROCESS,
+        begin: int = 0,
     ) -> None:
         store = inversion.store
         schedule = start_of(store).schedule(denoiser.schedule(store.steps))
         for one in edits:
             check_store(store, denoiser, schedule, one.prompt)
-        self._denoiser, self._store, self._in_order = denoiser, store, in_order
+        self._denoiser, self._store, self._in_order, self._begin = denoiser, store, in_order, begin
         self._chunk_frames, self._spread = chunk_frames, spread
         self._steps = store.steps
         self._runs = [EditRun(denoiser, store, schedule, one, in_order) for one in edits]
@@ -130,7 +140,9 @@ class EditPass:
     def __enter__(self) -> EditPass:
         with ExitStack() as opened:
             opened.enter_context(self._denoiser.hooked(self._store.clip_norm))
-            shared = sources(self._denoiser, self._store, self._chunks, self._shared_needs(), self._in_order)
+            shared = sources(
+                self._denoiser, self._store, self._chunks, self._shared_needs(), self._in_order, self._begin
+            )
             self._source_of = opened.enter_context(shared)
             for run in self._runs:
                 run.prepare(self._chunks)
@@ -148,6 +160,23 @@ class EditPass:
             Needs(set().union(*(run.injected.needs(step).layers for run in together if step >= run.first)))
             for step in range(self._steps)
         ]
+
+    @property
+    def state(self) -> list[Any]:
+        """What the steps so far leave to later ones besides the latents, for `States.save`."""
+        return [run.state for run in self._runs]
+
+    @property
+    def has_whole_state(self) -> bool:
+        """Whether this process has the whole `state`, and not only that of its own chunks."""
+        parts = [one.over_steps for one in self.injections if one.over_steps is not None]
+        return self._spread is ONE_PROCESS or not any(part.state for part in parts)
+
+    def resumed(self, zs: list[Tensor], states: Sequence[Any]) -> list[Tensor]:
+        """The latents of an interrupted run, whose state is restored."""
+        for run, state in zip(self._runs, states, strict=True):
+            run.resume(state)
+        return zs
 
     @no_grad
     def guided(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:

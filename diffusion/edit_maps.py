@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
@@ -76,6 +76,15 @@ class EditMaps:
         }
 
     # --- for the loop -------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """The maps of the steps so far, for `States.save`."""
+        return list(self.of_steps.items())
+
+    def resume(self, found: Any) -> None:
+        """Continue with the maps of an interrupted run."""
+        self.of_steps.update((step, StepMaps(*maps)) for step, maps in found)
 
     def prepare(self, context: EditContext, chunks: Sequence[Sequence[Chunk]]) -> None:
         """Compute the source's attention in a few steps, each one model call. chunks: of every step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,10 @@ from ..attention.condition import Condition
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ..imports import no_grad, torch
 from ..settings import check, setting
-from ..store.backends import Records
+from ..store.backends import Records, level_name
 from ..store.budget import Demand, StoreSettings, plan_store
 from ..store.records import Recorder, whole_clip
+from ..store.states import UNSAVED, States
 from ..store.store import AttentionStore
 from ..store.streams import with_shapes
 from .denoiser import (
@@ -128,6 +129,7 @@ def invert(
     extra: dict[str, Any] | None = None,
     attachments: dict[str, Tensor] | None = None,
     spread: Spread = ONE_PROCESS,
+    states: States = UNSAVED,
     progress: Progress | None = None,
 ) -> Inversion:
     """DDIM inversion of a clip at guidance 1 (FateZero Sec. 3.1), or inversion of a rectified flow.
@@ -139,7 +141,8 @@ def invert(
     reuse_midpoint: half the calls of order 2, in the edit too (FireFlow); needs memory "recompute".
     inversion_steps: of the inversion alone, a multiple of the edit's, whose levels the store keeps; needs memory
     "recompute". prompt, extra, attachments: saved in the store, for checks of edits and the caller's own use; `extra`
-    is JSON, `attachments` are tensors. spread: the processes that share the chunks, with memory "recompute".
+    is JSON, `attachments` are tensors. spread: the processes that share the chunks, with memory "recompute". states:
+    where every step is saved, to continue an interrupted run with the same `latents`; only without stored attention.
 
     In first order the model is called at the *target* timestep with the latents of the previous level, as in the
     authors' code; in second order at the latents' own. Raises ValueError for bad shapes or options, ArithmeticError for
@@ -196,13 +199,8 @@ def invert(
         return predicted, whole_clip(list(recorders.values()), sites) if kept else {}
 
     with store.filling(plan, settings, demand, latents.device) as put, denoiser.hooked(clip_norm):
-
-        def put_kept(level: int, z: Tensor, records: Records) -> None:
-            if level in kept_at:
-                put(kept_at.index(level), z, records)
-
-        solver = Solver(fine, order, 0 if reuse_midpoint else None)
-        _carry(latents, solver, called, put_kept, store.kept_steps > 0, progress)
+        solver, saved = Solver(fine, order, 0 if reuse_midpoint else None), UNSAVED if store.kept_steps else states
+        _carry(latents, solver, called, _put_at(kept_at, put, saved), store.kept_steps > 0, saved, progress)
     return Inversion(store)
 
 
@@ -230,19 +228,42 @@ def levels_among(schedule: Schedule, fine: Schedule) -> list[int]:
     return found
 
 
+def _put_at(kept_at: Sequence[int], put: Callable[[int, Tensor, Records], None], states: States) -> Callable[..., None]:
+    """A function that puts the kept levels of a finer schedule into the store, and saves the new ones."""
+
+    def put_kept(level: int, z: Tensor, records: Records, new: bool = True) -> None:
+        if level in kept_at:
+            put(kept_at.index(level), z, records)
+            if new:
+                states.save(level_name(level), z)
+
+    return put_kept
+
+
+STATE = "inversion"
+"""The name of the state of an inversion, whose levels have their own."""
+
+
 def _carry(
     z: Tensor,
     solver: Solver,
     called: Callable[[Tensor, int], tuple[Tensor, Records]],
-    put: Callable[[int, Tensor, Records], None],
+    put: Callable[..., None],
     keeps: bool,
+    states: States,
     progress: Progress | None,
 ) -> None:
     """Carry clean latents to noise, and put every level into the store, with the records that the edit reads there."""
-    steps, order = solver.schedule.steps, solver.order
+    steps, order, begin, predicted = solver.schedule.steps, solver.order, 0, z
+    if (found := states.load(STATE, z.device)) is not None:
+        begin, z, predicted, solver.state = found
+        for level in range(begin):
+            if (kept := states.load(level_name(level), z.device)) is not None:
+                put(level, kept, {}, new=False)
+    records: Records = {}
     if order == 1:
-        put(0, z, {})
-    for level in range(steps):
+        put(begin, z, {})
+    for level in range(begin, steps):
         if not solver.reuses(level, level + 1):
             predicted, records = called(z, level + (order == 1))
         if order == 2:
@@ -251,6 +272,8 @@ def _carry(
         check_finite(z, f"the inversion's latents at step {level + 1} of {steps}")
         if order == 1:
             put(level + 1, z, records)
+        reused = level + 1 < steps and solver.reuses(level + 1, level + 2)
+        states.save(STATE, (level + 1, z, predicted if reused else None, solver.state))
         if progress:
             progress(level + 1, steps)
     if order == 2:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import Chunk
-from ..attention.masks import GivenMask
+from ..attention.masks import GivenMask, HeatOverSteps
 from ..attention.prompt import PromptEdit
 from ..settings import check, setting, whole_steps
 from ..store.backends import Levels
@@ -302,6 +302,8 @@ class Injected:
 
     own_level = True
     own_source = False
+    over_steps: HeatOverSteps | None = None
+    """What the steps so far leave to later ones."""
 
     def __init__(self, edit: Edit, context: EditContext) -> None:
         self.context = context

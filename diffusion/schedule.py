@@ -10,7 +10,7 @@ noise - clip.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ..imports import torch
 from .ddim import ddim_move
@@ -106,6 +106,9 @@ class FlowSchedule(Schedule):
 class Steps(Protocol):
     """A solver: moves latents from level to level."""
 
+    state: Any
+    """What it keeps from step to step, for `States.save`; set to resume a run."""
+
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
         """The latents of the adjacent level `to`, from z and its prediction d at `level`."""
 
@@ -123,7 +126,7 @@ class Solver:
 
     def __init__(self, schedule: Schedule, order: int, reuse_from: int | None = None) -> None:
         self.schedule, self.order, self.reuse_from = schedule, order, reuse_from
-        self._began: tuple[Tensor, Tensor, int, float] | None = None
+        self.state: tuple[Tensor, Tensor, int, float] | None = None
         """Of the current pair: latents, prediction and level of its beginning, and the sigma of that prediction."""
 
     def reuses(self, level: int, to: int) -> bool:
@@ -136,15 +139,15 @@ class Solver:
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
         """The latents of the adjacent level `to`, from z and its prediction d at `level`."""
-        if self._began is not None:
-            (before, first, began, at), self._began = self._began, None
+        if self.state is not None:
+            (before, first, began, at), self.state = self.state, None
             if level == (began + to) / 2:  # the caller may have started over elsewhere
                 centre = (self.schedule.sigma(began) + self.schedule.sigma(to)) / 2
                 weight = (centre - at) / (self.schedule.sigma(level) - at)
                 return self.schedule.move(before, (1 - weight) * first + weight * d, began, to)
         if self.order == 2 and self._begins_pair(level, to):
             at = 2 * level - to if self.reuses(level, to) else level
-            self._began = z, d, level, self.schedule.sigma(at)
+            self.state = z, d, level, self.schedule.sigma(at)
         return self.schedule.move(z, d, level, to)
 
     def _begins_pair(self, level: int, to: int) -> bool:

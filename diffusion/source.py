@@ -60,9 +60,14 @@ SourceOf = Callable[[int, Chunk], SourceStep]
 
 @contextmanager
 def sources(
-    denoiser: Denoiser, store: AttentionStore, chunks: list[list[Chunk]], needs: list[Needs], in_order: bool = True
+    denoiser: Denoiser,
+    store: AttentionStore,
+    chunks: list[list[Chunk]],
+    needs: list[Needs],
+    in_order: bool = True,
+    begin: int = 0,
 ) -> Iterator[SourceOf]:
-    """The source at each step and chunk: from the store, read ahead if in order, or computed again.
+    """The source at each step and chunk: from the store, read ahead if in order from step `begin`, or computed again.
 
     Raises ValueError for stored attention that does not fit the chunks.
     """
@@ -77,7 +82,7 @@ def sources(
     def job(step: int, chunk: Chunk) -> Callable[[], Records]:
         return lambda: store.fetch(step, needs[step].layers, chunk, denoiser.device)
 
-    steps = range(store.steps) if in_order else ()
+    steps = range(begin, store.steps) if in_order else ()
     jobs = (job(step, chunk) for step in steps if is_stored(step) for chunk in chunks[step])
     with read_ahead(denoiser.device, store.on_disk, jobs) as take:
 

@@ -8,8 +8,9 @@ once c is known at its end. Both weigh the predictions by B(h) = exp(-h) - 1 ("b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import expm1, inf, log
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .schedule import Schedule
 
@@ -32,6 +33,15 @@ class UniPC:
         self.schedule = schedule
         self._points: list[Point] = []
         """The last two, the newest last."""
+
+    @property
+    def state(self) -> list[Point]:
+        """See `Steps.state`."""
+        return self._points
+
+    @state.setter
+    def state(self, points: Iterable[Any]) -> None:
+        self._points = [Point(*point) for point in points]
 
     def move(self, z: Tensor, d: Tensor, level: int, to: int) -> Tensor:
         """The latents of the next less noisy level `to`, from z and its prediction d at `level`."""

@@ -281,7 +281,7 @@ class Fusion(Injected):
         """Whether a step's mask comes from its own attention."""
         self.mask_sites: list[AttentionSite] = []
         self.blend_tokens: tuple[list[int], list[int]] = ([], [])
-        self.over_steps = HeatOverSteps()
+        self.over_steps: HeatOverSteps = HeatOverSteps()
         """The target's attention to its blend words, for a mask that sums it over steps."""
         if given is not None:
             self.given_at = self._on_grids(given)

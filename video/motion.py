@@ -123,14 +123,54 @@ def _recursive_mean(values: Tensor, flow: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(done)
 
 
+BETTER = 1.3
+"""The least ratio of the squared errors at which a neighbour's motion replaces a place's own."""
+
+
+def motion_of_edit(edited: Tensor, motion: Motion) -> Motion:
+    """The motion of an edit (frames, c, h, w) on its grid, chosen at each place from the source's motions nearby.
+
+    Where an outline changes, the source's motion is wrong: ground that the edit reveals does not move with the object
+    that it replaces. Each place takes its own motion, or that of a place at most a sixteenth of the frame away which
+    explains the edit's next frame better.
+    """
+    before = _explained(edited, motion.backward, motion.visible_before)
+    after = _explained(edited.flip(0), motion.forward.flip(0), motion.visible.flip(0))
+    return Motion(after[0].flip(0), before[0], after[1].flip(0), before[1])
+
+
+def _explained(frames: Tensor, flow: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """The flow from each frame but the first to the previous one, and where it is not occluded."""
+    reach = max(1, min(frames.shape[-2:]) // 16)
+    steps = [(0, 0), *((y, x) for y in (-reach, 0, reach) for x in (-reach, 0, reach) if y or x)]
+    own = torch.cat([flow, shown[:, None]], 1)
+    found, least = own, torch.zeros(0)
+    for y, x in steps:
+        there = _shifted(own, y, x, reach)
+        error = _blurred(((warp(frames[:-1], there[:, :2]) - frames[1:]) ** 2).mean(1, keepdim=True))
+        if not (y or x):
+            least = error / BETTER
+            continue
+        better = error < least
+        found, least = torch.where(better, there, found), torch.where(better, error, least)
+    return found[:, :2], found[:, 2]
+
+
+def _shifted(x: Tensor, down: int, right: int, reach: int) -> Tensor:
+    """The values `down` and `right` of each place, at most `reach`; at the rim those of the nearest place."""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    return padded[..., reach + down : reach + down + height, reach + right : reach + right + width]
+
+
 def smooth_along(source: Tensor, edited: Tensor, motion: Motion, amount: float) -> Tensor:
-    """An edit (frames, c, h, w) averaged over time along the motion of its source.
+    """An edit (frames, c, h, w) averaged over time along the motion of its source, where the edit moves likewise.
 
     Averages the difference to the source, which is mostly smooth, so that errors of the flow lose little detail; and
     the edit itself, which is smoother where the edit removes a texture. At each place, the average that changes the
     edit less has the larger weight.
     """
-    along = motion.at((source.shape[-2], source.shape[-1])).to(edited)
+    along = motion_of_edit(edited, motion.at((source.shape[-2], source.shape[-1])).to(edited))
     by_difference = source + averaged_along(edited - source, along, amount)
     by_itself = averaged_along(edited, along, amount)
     changes = [_blurred(((found - edited) ** 2).mean(1, keepdim=True)) for found in (by_difference, by_itself)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -78,6 +79,7 @@ def run_here(
                     left[task.store] -= 1
                     if not left[task.store]:
                         (stores / task.store).unlink(missing_ok=True)
+                        shutil.rmtree(stores / f"{task.store}.state", ignore_errors=True)
     finally:
         for slot in slots:
             slot.stop()

@@ -189,7 +189,7 @@ class Worker:
             torch.set_num_threads(threads)
         self._measure, self._maps = options.measure(device), options.maps
         self._session = _Keeping(
-            Console(quiet=True), no_bars, device, options.dtype, options.model_config, overwrite=True
+            Console(quiet=True), no_bars, device, options.dtype, options.model_config, overwrite=True, resume=None
         )
 
     def invert(self, task: Task, store: Path) -> None:

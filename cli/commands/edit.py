@@ -37,8 +37,6 @@ from ..config.record import (
     metadata_of,
     record_of,
     record_path,
-    threads_on,
-    versions,
     without_given,
     write_record,
 )
@@ -55,6 +53,7 @@ from ..options import (
     AS_USUAL,
     GROUPS,
     Config,
+    Resume,
     RunOptions,
     Video,
     edit_options,
@@ -65,6 +64,7 @@ from ..plan import in_chunks, plan
 from ..progress import Bar
 from ..region import in_region
 from ..session import Session, check_control, controlled
+from ..states import provenance, states_of
 from ..stored import check_of_store, cut_of, read_origin, sound_of, video_of, with_store
 from ..team import in_team, team_of
 from .invert import invert_video
@@ -107,6 +107,7 @@ def command(
         Path | None,
         Parameter(help="A store of `fatezero invert`, instead of an inversion.", group=GROUPS["The store"]),
     ] = None,
+    resume: Resume = False,
     options: Annotated[EditOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
@@ -120,7 +121,7 @@ def command(
         store = store or (Path(made.store) if made.store else None)
         device, dtype = (b if a == "auto" else a for a, b in ((run.device, made.device), (run.dtype, made.dtype)))
         run = replace(run, model_config=run.model_config or made.model_config, device=device, dtype=dtype)
-    session = run.session(config, store)
+    session = replace(run.session(config, store), resume=resume)
     configs, notes = configs_of(config, preset, flags, target or [], stored=store is not None)
     for note in notes:
         session.note(note)
@@ -316,7 +317,7 @@ def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _S
 def _checked_again(run: _Run, checkpoint: Model, config: EditConfig, clip: _Clip) -> Provenance:
     """The provenance of this run. Raises ConfigError if a result is repeated with another model."""
     _note_of_layers(run.session, config)
-    now = _made(run.session, checkpoint, clip.shape, run.recorded_store)
+    now = provenance(run.session, checkpoint, clip.shape, run.recorded_store)
     if run.made is not None:
         check_same(now, run.made)
         if other := differences(now, run.made):
@@ -333,20 +334,25 @@ def _run(
     now: Provenance,
 ) -> None:
     """Invert, edit and write; finally raises OSError for outputs that could not be written."""
-    session, configs, spread, failed = run.session, [one.config for one in tasks], run.team or ONE_PROCESS, list[str]()
+    session, configs, spread = run.session, [one.config for one in tasks], run.team or ONE_PROCESS
+    failed, unwritten = list[str](), False
+    states = states_of(
+        session, run.output, configs, now, [one.files for one in tasks], run.writes, maps=run.maps is not None
+    )
     with session.bars() as bar:
         if store is not None:
             inversion = Inversion(store)
         else:
             assert clip.video is not None
-            inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread)
+            inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread, states=states)
         motion = motion_of(checkpoint, configs, inversion, bar)
         models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
         edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(
-            checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, progress=bar(title)
-        )
+            checkpoint.denoiser, inversion, edits, configs[0].chunk_frames, spread=spread, states=states,
+            progress=bar(title),
+        )  # fmt: skip
         if not run.writes:
             return
         for one, edit, latents in zip(tasks, edits, results, strict=True):
@@ -360,6 +366,9 @@ def _run(
                     write_recorded(one.maps, edit.maps, source, edited, clip.fps, session)
             except (OSError, ArithmeticError) as error:
                 failed.append(str(error))
+                unwritten = unwritten or not isinstance(error, _RecordError)
+    if not unwritten:
+        states.remove()
     if failed:
         raise OSError(f"{len(failed)} of {len(tasks)} edits could not be written: {'; '.join(failed)}")
 
@@ -387,6 +396,10 @@ def _write(run: _Run, writing: _Writing, pictures: Restored, clip: _Clip) -> Non
         _compare_frames(run.session, digest, run.made)
 
 
+class _RecordError(OSError):
+    """A result is written, but not its record."""
+
+
 @dataclass(frozen=True)
 class _Writing:
     """The output of a result, with its record."""
@@ -406,7 +419,7 @@ class _Writing:
         try:
             write_record(self.path, record_of(self.config, made))
         except OSError as error:
-            raise OSError(f"{self.path} is written, but not its record: {error}") from error
+            raise _RecordError(f"{self.path} is written, but not its record: {error}") from error
         return made.frames
 
 
@@ -416,17 +429,6 @@ def _compare_frames(session: Session, frames: str, made: Provenance) -> None:
         session.say("its frames equal those of the record, bit for bit")
     else:
         session.note("its frames differ from those of the record")
-
-
-def _made(session: Session, checkpoint: Model, shape: Sequence[int], store: Path | None) -> Provenance:
-    """The provenance of a run without its files. shape: of the clip's latents."""
-    height, width = (side * checkpoint.factor for side in shape[-2:])
-    return Provenance(
-        versions(), str(checkpoint.device), str(checkpoint.dtype).removeprefix("torch."), threads_on(checkpoint.device),
-        checkpoint.coding(height, width),
-        checkpoint.denoiser.identity().digest, checkpoint.vae_identity.digest,
-        store=None if store is None else str(store), model_config=session.model_config,
-    )  # fmt: skip
 
 
 def _recorded(one: _OneEdit, store: AttentionStore) -> EditConfig:

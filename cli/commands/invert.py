@@ -14,17 +14,21 @@ from ...diffusion.spread import ONE_PROCESS, Spread
 from ...files.safetensors import format_bytes
 from ...files.whole import disk_folder, remove_stale_folders
 from ...methods.flow_edit import draw
+from ...store.backends import level_name
 from ...store.budget import StoreSettings
+from ...store.states import UNSAVED, States
 from ...video.fitted import FittedVideo
 from ..captions import captioned, check_captioner
 from ..config.effects import of_methods
 from ..config.files import configs_of
+from ..config.record import files_read
 from ..config.settings import EditConfig
 from ..families import check_inversion
 from ..frames import encode, fit_frames, for_clip, found_frames, shape_of
-from ..options import AS_USUAL, Config, RunOptions, Video, flags_of, invert_options
+from ..options import AS_USUAL, Config, Resume, RunOptions, Video, flags_of, invert_options
 from ..plan import in_chunks, plan
 from ..session import Session, check_control, controlled
+from ..states import provenance, states_of
 from ..stored import origin_of
 
 if TYPE_CHECKING:
@@ -41,11 +45,12 @@ def command(
         "store.safetensors"
     ),
     config: Config = None,
+    resume: Resume = False,
     options: Annotated[InvertOptions | None, Parameter(name="*")] = None,  # type: ignore[valid-type]
     run: RunOptions = AS_USUAL,
 ) -> None:
     """Invert a video once and keep the store, for many edits with `fatezero edit --store`."""
-    session = run.session(config)
+    session = replace(run.session(config), resume=resume)
     configs, notes = configs_of(config, None, flags_of(video, options), inverting=True)
     for note in notes:
         session.note(note)
@@ -78,8 +83,12 @@ def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -
     session.say(plan(checkpoint, [config], shape, settings, edits=False))
     if dry_run:
         return
+    made = provenance(session, checkpoint, shape, None)
+    states = states_of(session, output, [config], made, files_read([config], None))
     with session.bars() as bar:
-        inversion = invert_video(checkpoint, config, video, bar, settings)
+        inversion = invert_video(checkpoint, config, video, bar, settings, states=states)
+    if session.resume is not None:  # a batch that is interrupted later makes the store again from them
+        states.remove()
     session.say(f"store of {format_bytes(inversion.store.nbytes)} written to {output}")
 
 
@@ -90,14 +99,17 @@ def invert_video(
     bar: Callable[[str], Callable[[int, int], None]],
     settings: StoreSettings | None = None,
     spread: Spread = ONE_PROCESS,
+    states: States = UNSAVED,
 ) -> Inversion:
     """Encode and invert a clip with a configuration's settings, or sample its noise.
 
     settings: of the store; None for the configuration's. A store in a file contains the clip's origin and sound.
-    spread: the processes that share the chunks.
+    spread: the processes that share the chunks. states: of the run, to continue an interrupted one.
     """
     source = checkpoint.encode_prompt(config.source, *video.size, checkpoint.blocks(config.source))
-    latents = encode(checkpoint, video, bar("encode"))
+    latents = states.load(level_name(0), checkpoint.device)
+    if latents is None:
+        latents = encode(checkpoint, video, bar("encode"))
     if config.noise == "drawn":
         return draw(
             checkpoint.denoiser, latents.to(checkpoint.device), source, config.steps, config.flow_edit, config.keys,
@@ -109,5 +121,6 @@ def invert_video(
         checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
         config.chunk_frames, order=config.order, reuse_midpoint=config.reuse_midpoint,
         inversion_steps=config.inversion_steps, prompt=config.source, extra=extra, attachments=attachments,
-        spread=spread, progress=bar("invert"),
+        spread=spread, states=states,
+        progress=bar("invert"),
     )  # fmt: skip

@@ -13,9 +13,10 @@ from comfyui.host import Host
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOW = "no browser found: install Chromium (Debian's package chromium)"
-READY = "() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
 ACTIVE = "app.extensionManager.workflow.activeWorkflow?.path"
 """The open workflow."""
+READY = f"() => window.app?.graph && Object.keys(LiteGraph.registered_node_types).length > 100 && {ACTIVE}"
+"""Whether the page has opened its first workflow, which would replace one opened earlier."""
 SETTLED = """async pictures => {
     const boxes = () => app.graph._nodes.map(node => {
         const drawn = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)

@@ -6,7 +6,7 @@ import torch
 from fatezero import FlowSmoothing, PnPSettings, TokenFlowSettings, edit, invert
 from fatezero.demo.model import build_scheduler
 from fatezero.hosts.diffusers import DiffusersDenoiser
-from fatezero.video.motion import Motion, averaged_along, smooth_along
+from fatezero.video.motion import Motion, averaged_along, smooth_along, visible
 from small import random_latents, random_text, relative, small_unet
 
 
@@ -54,6 +54,31 @@ def test_a_texture_removed_by_the_edit_is_not_restored():
     assert relative(smooth_along(source, coloured, wrong, 0.8), coloured) < 1e-5, (
         "the source stays sharp where it is preserved"
     )
+
+
+def test_ground_that_a_smaller_outline_reveals_does_not_move_with_the_object():
+    """A square that moves two cells a frame becomes a smaller one, whose brightness flickers."""
+    ground = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0))
+    frames, shades = 5, (1.0, 1.3, 0.7, 1.2, 0.8)
+
+    def clip(shades, margin):
+        shown, objects = ground.repeat(frames, 1, 1, 1), torch.zeros(frames, 1, 32, 32)
+        for i, shade in enumerate(shades):
+            at = (i, 0, slice(8 + margin, 20 - margin), slice(4 + 2 * i + margin, 16 + 2 * i - margin))
+            shown[at], objects[at] = 2 * shade, 1
+        return shown, objects
+
+    source, large = clip([1.0] * frames, 0)
+    edited, small = clip(shades, 3)
+    forward = torch.cat([2 * large[:-1], 0 * large[:-1]], 1)
+    backward = torch.cat([-2 * large[1:], 0 * large[1:]], 1)
+    motion = Motion(forward, backward, visible(forward, backward).float(), visible(backward, forward).float())
+    steady = smooth_along(source, edited, motion, 0.8)
+    revealed, truth = (large * (1 - small)).bool(), clip([1.0] * frames, 3)[0]
+    dragged = (averaged_along(edited, motion, 0.8) - truth)[revealed].abs().mean()
+    assert (steady - truth)[revealed].abs().mean() < 0.5 * dragged
+    inside = small.bool()
+    assert (steady - truth)[inside].abs().mean() < 0.6 * (edited - truth)[inside].abs().mean()
 
 
 def test_motion_on_a_coarser_grid_is_in_units_of_its_cells():
