@@ -59,7 +59,14 @@ def others() -> str:
     calls = f"{share(turbo)} right in 10 calls; FlowEdit in 84 guided calls {share(many)}"
     overlap = [mean(moved, method, "overlap") for method in ("all (ours)", "inversion + prompt")]
     there = [mean(new, method, "there") for method in ("backward, inside", "no guidance")]
+    guided = load("guided")
+    until = [
+        "{:.0f} %, {:.1f} dB".format(100 * guided.mean(name, "success").value, guided.mean(name, "preserved_db").value)
+        for name in (PAPER, f"{PAPER}, guided in 0.6 of the steps", BEST, f"{BEST}, guided in 0.6 of the steps")
+    ]
+    kept = "right and preserved: the paper's presets {}, with it {}; plus presets {}, with it {}".format(*until)
     lines = [
+        ["fewer calls", "`--guidance-until 0.6`", kept],
         ["less flicker", "`--smoothing 0.8` and *Steady Video*, not for changes of shape", warp],
         ["a model in 4 to 8 steps", "`few_steps`", calls],
         [
