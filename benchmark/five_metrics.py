@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ Niqe = Callable[[Tensor], float]
 
 @dataclass(frozen=True)
 class FiveMetrics:
-    """The models that figures need; a figure whose model is None is left out. notes: which ones, and why."""
+    """The models that figures need; a figure whose model is None is left out."""
 
     clip: ClipScorer | None = None
     dino: Dino | None = None
@@ -34,17 +34,6 @@ class FiveMetrics:
     tracker: Tracker | None = None
     flow_tracker: Tracker | None = None
     answer: Answer | None = None
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The figures of a row."""
-        of_models = {
-            "structure": self.dino, "lpips": self.lpips, "clip": self.clip, "clip_edit": self.clip, "niqe": self.niqe,
-            "motion": self.tracker, "motion_flow": self.flow_tracker, "FiVE-Acc": self.answer,
-        }  # fmt: skip
-        own = ("psnr", "mse", "ssim", "inside", "largest")
-        return (*own, *(key for key, model in of_models.items() if model is not None))
 
     def measure(
         self, source: Tensor, edited: Tensor, mask: Tensor, target: str, questions: Questions | None = None

@@ -22,7 +22,7 @@ from ..video.read import open_video
 from ..video.size import crop, resize_to_fill, to_unit
 from .batch.jobs import Batch, Job, batch_of
 from .batch.work import WorkerOptions, config_for
-from .config.files import data_of
+from .config.files import config_of, data_of
 from .config.paths import check_names, digest_of
 from .config.settings import PRESETS, ConfigError, of_setting
 from .frames import find_frames
@@ -86,8 +86,12 @@ def check_five(run: FiveRun, folder: str, kinds: Sequence[str], each: int | None
     names = [Path(method).stem for method in run.methods]
     if len(set(names)) < len(names):
         raise ConfigError(f"method: {', '.join(names)}: give each once, and files with different names")
-    for method in run.methods:
-        run.settings_of(method)
+    for method, name in zip(run.methods, names, strict=True):
+        settings = {**run.settings_of(method), **_of_case(cases[0])}
+        try:
+            config_of(settings)
+        except ConfigError as error:
+            raise ConfigError(f"method {name}: {error}") from error
     _check_models(run.models)
     return cases
 
@@ -125,8 +129,8 @@ def run_five(session: Session, run: FiveRun, cases: Sequence[FiveCase]) -> str:
     except BatchError as error:
         failed = error
     with lock_folder(run.output):
-        rows, notes = _measured(session, run, jobs)
-        text = write_five_tables(run.output, rows, notes)
+        rows = _measured(session, run, jobs)
+        text = write_five_tables(run.output, rows, _notes(run.models)) if rows else ""
     if failed is not None:
         session.say(text)
         raise failed
@@ -135,14 +139,19 @@ def run_five(session: Session, run: FiveRun, cases: Sequence[FiveCase]) -> str:
 
 def _job(run: FiveRun, case: FiveCase, method: str) -> Job:
     """An edit of a case, without loss; with the case's masks if the method needs one."""
-    of_case = {"source": case.source, "target": case.target, "video": str(case.video), "count": case.frames}
-    values = {**run.settings_of(method), **of_case, "lossless": True, "name": f"{case.name}_{Path(method).stem}"}
+    values = {**run.settings_of(method), **_of_case(case), "name": f"{case.name}_{Path(method).stem}"}
     (job,) = batch_of({"jobs": [values]}).jobs
     config = config_for(job)
     if config.injection in _MASKED and not config.edit_mask:
         values["edit_mask"] = str(_masks(run.output / "masks" / case.video.stem, case))
         (job,) = batch_of({"jobs": [values]}).jobs
     return job
+
+
+def _of_case(case: FiveCase) -> dict[str, Any]:
+    """The settings of an edit that its case determines."""
+    of_clip = {"video": str(case.video), "count": case.frames, "lossless": True}
+    return {"source": case.source, "target": case.target, **of_clip}
 
 
 def _masks(folder: Path, case: FiveCase) -> Path:
@@ -153,27 +162,26 @@ def _masks(folder: Path, case: FiveCase) -> Path:
     return folder
 
 
-def _measured(
-    session: Session, run: FiveRun, jobs: Sequence[tuple[FiveCase, str, Job]]
-) -> tuple[list[FiveRow], tuple[str, ...]]:
-    """The rows of all results, in the jobs' order, and notes on the figures."""
+def _measured(session: Session, run: FiveRun, jobs: Sequence[tuple[FiveCase, str, Job]]) -> list[FiveRow]:
+    """The rows of all results, in the jobs' order."""
     results = [(run.output / f"{job.name}.mkv", case, method, job) for case, method, job in jobs]
     results = [one for one in results if one[0].is_file()]
     models = {name: model for name, model in run.models.items() if model}
     there = {(row["result"], row["digest"]): row for row in _rows(run.output / ROWS) if row["models"] == models}
     digests = {result.name: digest_of(result) for result, *_ in results}
     todo = [one for one in results if (one[0].name, digests[one[0].name]) not in there]
-    metrics = _metrics(run)
+    metrics = _metrics(run) if todo else None
     with session.bars() as bar:
         update = bar("figures")
         for done, (result, case, method, job) in enumerate(todo, 1):
             row: FiveRow = {"case": case.name, "kind": case.kind, "method": method, "result": result.name}
             row |= {"digest": digests[result.name], "models": models}
+            assert metrics is not None
             row |= metrics.measure(*_clips(case, job, result), case.target, case.questions)
             append_lines(run.output / ROWS, [row])
             there[result.name, digests[result.name]] = row
             update(done, len(todo))
-    return [there[result.name, digests[result.name]] for result, *_ in results], metrics.notes
+    return [there[result.name, digests[result.name]] for result, *_ in results]
 
 
 def _rows(path: Path) -> list[FiveRow]:
@@ -205,34 +213,44 @@ def _shown(frames: Tensor, height: int, width: int) -> Tensor:
 # --- the models of figures ----------------------------------------------------------------
 
 
+def _notes(models: dict[str, str]) -> list[str]:
+    """Which figures are left out, and why, and the models of the others."""
+    notes = []
+    for name, figure in _FIGURES.items():
+        missing = name in _LIBRARIES and not _installed(_LIBRARIES[name])
+        left_out = f"give --{name}" if not models[name] else f"{_LIBRARIES[name]} is not installed" if missing else ""
+        notes.append(f"{figure} left out: {left_out}" if left_out else f"{figure}: {models[name]}")
+    return [*notes, "motion by flow: tracks along DIS flow instead of CoTracker's; no published row has it"]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _metrics(run: FiveRun) -> FiveMetrics:
-    """Load the models of the figures; notes say which figures are left out, and why."""
+    """Load the models of the figures, without those whose library is not installed."""
     from ..benchmark.five_metrics import FiveMetrics, load_niqe
     from ..metrics.motion import flow_tracker, load_cotracker
     from ..metrics.structure import Dino
     from ..metrics.vlm import load_vlm
 
-    models = run.models
     device = pick_device(run.device.split(",")[0].strip())
-    missing = [name for name, package in _LIBRARIES.items() if importlib.util.find_spec(package) is None]
-    usable = {name for name, model in models.items() if model and name not in missing}
-    notes = [f"{_FIGURES[name]} left out: give --{name}" for name in _FIGURES if not models[name]]
-    notes += [f"{_FIGURES[name]} left out: {_LIBRARIES[name]} is not installed" for name in missing if models[name]]
-    notes += [f"{_FIGURES[name]}: {models[name]}" for name in _FIGURES if name in usable]
-    try:
-        flow = flow_tracker(flow_estimator("dis")[1])
-        notes.append("Motion by flow: tracks along DIS optical flow instead of CoTracker's; no published row has it.")
-    except ImportError:
-        flow = None
+
+    def loaded(name: str, load: Callable[[str], T]) -> T | None:
+        usable = run.models[name] and (name not in _LIBRARIES or _installed(_LIBRARIES[name]))
+        return load(run.models[name]) if usable else None
+
+    def of_transformers(name: str, load: Callable[..., T]) -> T | None:
+        return loaded(name, lambda model: _of_transformers(name, model, partial(load, device=device)))
+
     return FiveMetrics(
-        open_clip(models["clip"], device) if "clip" in usable else None,
-        _of_transformers("dino", models["dino"], partial(Dino.load, device=device)) if "dino" in usable else None,
-        _lpips(models["lpips"]) if "lpips" in usable else None,
-        load_niqe(models["niqe"]) if "niqe" in usable else None,
-        load_cotracker(models["tracker"], device) if "tracker" in usable else None,
-        flow,
-        _of_transformers("vlm", models["vlm"], partial(load_vlm, device=device)) if "vlm" in usable else None,
-        tuple(notes),
+        loaded("clip", lambda model: open_clip(model, device)),
+        of_transformers("dino", Dino.load),
+        loaded("lpips", _lpips),
+        loaded("niqe", load_niqe),
+        loaded("tracker", lambda model: load_cotracker(model, device)),
+        flow_tracker(flow_estimator("dis")[1]) if _installed("cv2") else None,
+        of_transformers("vlm", load_vlm),
     )
 
 

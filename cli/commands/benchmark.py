@@ -64,7 +64,11 @@ class BenchmarkConfig:
         shown="none",
     )
     workers: int | None = setting(
-        None, "Processes; with --five, on each device.", least=1, most=1024, shown="one for each core; one on a GPU"
+        None,
+        "Processes; with --five, on each device.",
+        least=1,
+        most=1024,
+        shown="one for each core; one on a GPU or with --five",
     )
     five: str = setting(
         "",

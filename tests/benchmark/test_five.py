@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from fatezero.benchmark.five import COLUMNS, KINDS, PUBLISHED, FiveError, load_five
-from fatezero.cli.five import FIVE_ONLY, FiveRun, _job, _shown, check_five, run_five
+from fatezero.cli.five import FIVE_ONLY, FiveRun, _job, _metrics, _notes, _shown, check_five, run_five
 from fatezero.cli.progress import console, no_bars
 from fatezero.cli.session import Session
 from fatezero.files.bundled import DEMO
@@ -109,13 +110,16 @@ def test_a_broken_folder_is_refused_by_the_command(refused, data, break_it, mess
         (("--method", "nonsense"), "method is 'nonsense'"),
         (("--method", "none.yaml"), "no configuration at none.yaml"),
         (("--method", "style", "--method", "style"), "give each once"),
+        (("--method", "wrong.yaml"), "method wrong: guidance_scale is 'much'"),
         (("--pairs", "pairs.yaml"), "pairs has no effect with --five"),
         (("--lpips", "none.safetensors"), "lpips: no file at none.safetensors"),
         (("--dino", "nothing"), "dino: no model at nothing"),
         (("--vlm", "nothing"), "vlm: no model at nothing"),
     ],
 )
-def test_options_that_would_fail_later_are_refused(refused, data, line, message):
+def test_options_that_would_fail_later_are_refused(refused, data, line, message, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    (data.parent / "wrong.yaml").write_text("guidance_scale: much\n")
     assert message in refused("benchmark", "--five", data, *line, "-o", data.parent / "out").replace("\n", " ")
 
 
@@ -177,6 +181,15 @@ def test_a_run_edits_measures_resumes_and_writes_tables(tmp_path, models):
     assert all(row["structure"] > 0 and row["lpips"] > 0 and 0 <= row["clip_edit"] <= 100 for row in again)
     assert [row["psnr"] for row in again] == [row["psnr"] for row in rows]
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.mkv")} == edits
+
+
+@pytest.mark.skipif(find_spec("pyiqa") is not None, reason="pyiqa is installed")
+def test_a_figure_without_its_library_is_left_out_with_a_note(data, tmp_path):
+    (tmp_path / "niqe.mat").write_bytes(b"parameters")
+    run = FiveRun(tmp_path / "out", ("style",), {}, NO_MODELS | {"niqe": str(tmp_path / "niqe.mat")}, "cpu", 1)
+    check_five(run, str(data), (), None, None)
+    assert _metrics(run).niqe is None
+    assert "NIQE left out: pyiqa is not installed" in _notes(run.models)
 
 
 def test_lpips_of_another_net_is_refused(data, models, refused):

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_vlm import WORDS, write_vlm
 from transformers import ViTConfig, ViTModel
 
 from fatezero.benchmark.five_metrics import FiveMetrics
 from fatezero.metrics.lpips import Lpips
 from fatezero.metrics.motion import flow_tracker, motion_fidelity
 from fatezero.metrics.structure import Dino, _scaled, structure_distance
-from fatezero.metrics.vlm import Questions, five_accuracy
+from fatezero.metrics.vlm import Questions, five_accuracy, load_vlm
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,14 @@ def test_an_addition_has_no_question_of_the_source():
         return "yes" if "circle?" in question else "a"
 
     assert five_accuracy(answer, torch.zeros(3, 3, 8, 8), Questions("", QUESTIONS.target, QUESTIONS.choice))["YN"] == 1
+
+
+def test_a_vision_language_model_answers_about_the_frames(tmp_path):
+    answer = load_vlm(str(write_vlm(tmp_path / "vlm")), local_files_only=True)
+    dark, light = torch.zeros(3, 3, 24, 32), torch.ones(3, 3, 24, 32)
+    texts = [answer(frames, "a square or b circle") for frames in (dark, light)]
+    assert all(set(text.split()) <= set(WORDS) for text in texts), "only what it writes, not the question"
+    assert texts == [answer(frames, "a square or b circle") for frames in (dark, light)]
+    assert set(five_accuracy(answer, dark, QUESTIONS)) == {"YN", "MC", "union", "intersection", "FiVE-Acc"}
+    with pytest.raises(ValueError, match="no chat template"):
+        load_vlm(str(write_vlm(tmp_path / "mute", chats=False)), local_files_only=True)
