@@ -32,18 +32,20 @@ def checked_layout(checkpoint: Model, config: EditConfig, prompt: PromptEdit | N
 
 
 def motion_of(
-    checkpoint: Model, configs: Sequence[EditConfig], inversion: Inversion, bar: Callable[[str], Progress]
+    checkpoint: Model, configs: Sequence[EditConfig], inversion: Inversion, count: int, bar: Callable[[str], Progress]
 ) -> Motion | None:
-    """The motion of the reconstructed clip on the latents' grid, if an edit smooths along it."""
-    if not any(config.smoothing for config in configs) or inversion.store.frames < 2:
+    """The motion of the reconstructed clip of `count` frames, on the latents' grid, if an edit smooths along it."""
+    if not any(config.smoothing for config in configs) or count < 2:
         return None
     _, estimate = flow_estimator(configs[0].flow, checkpoint.device)
     clip, progress = inversion.store.level(0), bar("motion")
 
     def frames() -> Iterator[Tensor]:
-        for i, latents in enumerate(clip.split(1)):
-            yield checkpoint.decode_clip(latents, 1)[0].cpu()
-            progress(i + 1, len(clip))
+        together = checkpoint.frames_per_latent > 1
+        for i, latents in enumerate([clip] if together else clip.split(1)):
+            for done, frame in enumerate(checkpoint.decode_clip(latents, count if together else 1), i + 1):
+                yield frame.cpu()
+                progress(done, count)
 
     return Motion.of(frames(), estimate, checkpoint.factor)
 

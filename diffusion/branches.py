@@ -11,7 +11,7 @@ from ..attention.condition import Condition
 from ..attention.key_frames import Chunk
 from ..store.records import Recorder, SourceStep
 from ..store.store import AttentionStore
-from ..store.streams import with_kept_sound
+from ..store.streams import video_of, with_kept_sound, with_video
 from .denoiser import Denoiser, Guidance, frames_of
 from .parts import Edit, EditContext, Injected, Prediction, Prepare, check_parts, first_step
 from .schedule import Schedule, reused_steps
@@ -182,9 +182,11 @@ class EditRun:
         level = self.schedule.steps - step
         source = self.store.level(0).to(z.device, non_blocking=True)
         clean = self.schedule.clean(z, predicted.noise, level)
-        smoothed = self.smoothing.smoothed(clean, source)
-        if smoothed is clean:
+        video = video_of(self.store, clean)
+        smoothed = self.smoothing.smoothed(video, video_of(self.store, source), self.store.key_frames.everyone)
+        if smoothed is video:
             return predicted
+        smoothed = with_video(self.store, clean, smoothed)
         return predicted._replace(noise=self.schedule.towards(z, smoothed, level), source=None)
 
     def move(self, z: Tensor, step: int, predicted: Prediction) -> Tensor:

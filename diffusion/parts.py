@@ -144,8 +144,10 @@ class Smoothing(Protocol):
     def check(self, edit: Edit, spans_clip: bool) -> None:
         """Raise ValueError for an edit or a model that it does not fit. spans_clip: see `Denoiser`."""
 
-    def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
-        """The filtered clean latents of the clip, (frames, c, h, w). source: the source's."""
+    def smoothed(self, clean: Tensor, source: Tensor, causal: bool = False) -> Tensor:
+        """The filtered clean latents of the clip, (frames, c, h, w). source: the source's. causal: whether each latent
+        but the first codes several frames.
+        """
 
     def summary(self) -> str:
         """One line for the report."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..diffusion.parts import Edit, check_needs_unet
+from ..diffusion.parts import Edit
 from ..settings import check, setting
 from ..video.motion import Motion, smooth_along
 
@@ -39,17 +39,23 @@ class FlowSmoothing:
         check(self)
 
     def check(self, edit: Edit, spans_clip: bool) -> None:
-        if self.amount:
-            check_needs_unet("Flow smoothing", spans_clip)
+        """Every edit and model supports it."""
 
-    def smoothed(self, clean: Tensor, source: Tensor) -> Tensor:
-        """Smooth clean latents (frames, c, h, w) of the edit, given the source's; ValueError without the motion."""
+    def smoothed(self, clean: Tensor, source: Tensor, causal: bool = False) -> Tensor:
+        """Smooth clean latents (frames, c, h, w) of the edit, given the source's; ValueError without the motion.
+
+        causal: whether each latent but the first codes several frames. The motion is then that of the frames, which is
+        followed from the middle of one latent's frames to that of the next.
+        """
         if self.amount == 0 or len(source) == 1:
             return clean
-        if self.motion is None or self.motion.frames != len(source):
-            known = "none" if self.motion is None else f"that of {self.motion.frames} frames"
+        motion = self.motion
+        if motion is not None and causal and motion.frames > len(source):
+            motion = motion.of_latents(len(source))
+        if motion is None or motion.frames != len(source):
+            known = "none" if motion is None else f"that of {motion.frames} frames"
             raise ValueError(f"flow smoothing needs the motion of the clip's {len(source)} frames, but has {known}")
-        return smooth_along(source, clean, self.motion, self.amount)
+        return smooth_along(source, clean, motion, self.amount)
 
     def summary(self) -> str:
         return f"smoothed the edit along the source's motion by {self.amount:g}"

@@ -58,6 +58,14 @@ def video_of(store: AttentionStore, latents: Tensor) -> Tensor:
     return rearrange(flat.reshape(tuple(shapes[0])), "1 c f h w -> f c h w")
 
 
+def with_video(store: AttentionStore, latents: Tensor, video: Tensor) -> Tensor:
+    """A store's latents with another video, (frames, c, h, w)."""
+    if not shapes_in(store):
+        return video
+    flat = rearrange(video, "f c h w -> (c f h w)")
+    return torch.cat([flat, latents.reshape(-1)[len(flat) :]]).view(latents.shape)
+
+
 def mask_of_all(store: AttentionStore, mask: Tensor, given: GivenMask | None = None) -> Tensor:
     """A mask (frames, h, w) of the video on a store's latents, (frames, h, w) on their grid; on the sound that of a
     given mask of all streams, else 1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -74,6 +74,24 @@ class Motion:
     def frames(self) -> int:
         return len(self.forward) + 1
 
+    def between(self, frames: Sequence[int]) -> Motion:
+        """The motion between some frames, in order: the flow followed through the frames between them."""
+        parts = [self._across(first, last) for first, last in pairwise(frames)]
+        return Motion(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def _across(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        steps = range(first, last)
+        forward, shown = _followed(self.forward, self.visible, steps)
+        backward, before = _followed(self.backward, self.visible_before, steps[::-1])
+        return forward, backward, shown, before
+
+    def of_latents(self, count: int) -> Motion:
+        """The motion between the latents of a causal autoencoder: the first codes one frame, the others several each,
+        whose middle they represent.
+        """
+        each = (self.frames - 1) / max(count - 1, 1)
+        return self.between([0, *(round(i * each - (each - 1) / 2) for i in range(1, count))])
+
     def at(self, size: tuple[int, int]) -> Motion:
         """The motion on another grid: area interpolation to a coarser one, bilinear to a finer one."""
         height, width = self.forward.shape[-2:]
@@ -94,6 +112,16 @@ class Motion:
     def to(self, like: Tensor) -> Motion:
         """The motion on the device and in the dtype of a tensor."""
         return Motion(*(t.to(like) for t in (self.forward, self.backward, self.visible, self.visible_before)))
+
+
+def _followed(flows: Tensor, shown: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The sum of flows along a path, (1, 2, h, w), and where all of it is visible, (1, h, w)."""
+    first, *rest = steps
+    flow, seen = flows[first][None], shown[first][None]
+    for step in rest:
+        seen = seen * warp(shown[step][None, None], flow)[:, 0]
+        flow = flow + warp(flows[step][None], flow)
+    return flow, seen
 
 
 def _between(a: Tensor, b: Tensor, estimate: Estimator, reduce: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

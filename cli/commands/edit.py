@@ -345,7 +345,7 @@ def _run(
         else:
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread, states=states)
-        motion = motion_of(checkpoint, configs, inversion, bar)
+        motion = motion_of(checkpoint, configs, inversion, clip.frames, bar)
         models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
         edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"

@@ -67,7 +67,7 @@ def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, prese
         ((), "injection fatezero needs control of the attention"),
         (("--preset", "pnp"), "injection pnp needs control of the attention"),
         (("--preset", "flow_edit", "--propagation", "tokenflow"), "TokenFlow"),
-        (("--preset", "flow_edit", "--smoothing", "0.5"), "smoothing needs a UNet"),
+        (("--preset", "flow_edit", "--smoothing", "0.5"), "smoothing needs an inversion"),
         (("--preset", "flow_edit", "--shift", "square: 0:0.1,0"), "layout needs a UNet"),
         (("--injection", "none", "--memory", "maps"), "memory maps keeps attention"),
         (("--preset", "flow_edit", "--control", str(CLIP), "--controlnet", "a/b"), "controlnet: "),

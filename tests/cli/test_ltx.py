@@ -84,7 +84,6 @@ def test_maps_have_masks_and_no_words(edit, mask, tmp_path):
         (("--reweight", "green=2"), "reweight: .*mixes words"),
         (("--preset", "pnp"), "Plug-and-Play needs a UNet"),
         (("--propagation", "tokenflow"), "TokenFlow"),
-        (("--smoothing", "0.5"), "smoothing needs a UNet"),
         (("--shift", "square: 0:0.1,0"), "layout needs a UNet"),
     ],
 )

@@ -78,7 +78,6 @@ def test_the_tokens_inside_a_mask(command, folder, tmp_path):
     [
         (("--preset", "pnp"), "Plug-and-Play"),
         (("--propagation", "tokenflow"), "TokenFlow"),
-        (("--smoothing", "0.5"), "smoothing needs a UNet"),
         (("--clip-norm",), "clip_norm"),
         (("--shift", "square: 0:0.1,0"), "layout needs a UNet"),
         (("--temporal", "demo"), "--temporal is for image models"),

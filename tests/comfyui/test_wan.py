@@ -10,13 +10,14 @@ from comfyui.host import NodeError
 from safetensors.torch import save_file
 from wan import write_wan
 
-from fatezero import FlowEditSettings, PromptEdit, draw, edit, invert
+from fatezero import FlowEditSettings, FlowSmoothing, PromptEdit, draw, edit, invert
 from fatezero.attention.masks import GivenMask
 from fatezero.diffusion.schedule import FlowSchedule
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
 from fatezero.hosts.diffusers.wan import WanCheckpoint
 from fatezero.methods.kv_edit import KVEditSettings
 from fatezero.recipes.recipe import Recipe
+from fatezero.video.motion import Motion
 from small import relative
 
 SOURCE, TARGET = "a red square on water", "a green striped square on water"
@@ -589,3 +590,18 @@ def test_both_hosts_agree_on_the_demo_from_video_to_video(host):
     before = host.latents(graph.prompt, edited[0])
     graph.set(edited, store=loaded[0])
     assert torch.equal(host.latents(graph.prompt, edited[0]), before)
+
+
+def test_flow_smoothing_follows_the_motion_from_latent_to_latent(host, graph, checkpoint):
+    """Nine still frames, of which the three latents are smoothed as by the library."""
+    pytest.importorskip("cv2", reason="the host's motion is found with OpenCV")
+    images = graph.add("EmptyImage", width=48, height=32, batch_size=4 * FRAMES - 3, color=0)
+    smoothing = graph.add("FateZeroFlowSmoothing", images=images[0], amount=0.9, flow="dis")
+    graph.set(graph.edit, preset="none", smoothing=smoothing[0])
+    flow, shown = torch.zeros(8, 2, 8, 12), torch.ones(8, 8, 12)
+    found = by_host(host, graph, checkpoint)
+    assert (
+        relative(found, by_library(checkpoint, None, smoothing=FlowSmoothing(0.9, Motion(flow, flow, shown, shown))))
+        < 1e-3
+    )
+    assert relative(found, by_library(checkpoint, None)) > 0.1

@@ -60,7 +60,7 @@ def test_an_inversion_continues_from_its_last_step(denoiser, tmp_path, more, sto
 def fused(**more):
     tokenizer = CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer")
     pair = PromptEdit("a silver jeep", "a red jeep", tokenizer, blend_words=(["jeep"], ["jeep"]))
-    fusion = FusionSettings(blend_self_attention=True, blend_threshold=0.5, **more)
+    fusion = FusionSettings(blend_self_attention=True, blend_threshold=0.98, **more)
     return Edit(random_text(3), random_text(4), 3.0, prompt=pair, fusion=fusion)
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from wan import small_wan
 
 from fatezero import FlowSmoothing, PnPSettings, TokenFlowSettings, edit, invert
 from fatezero.demo.model import build_scheduler
-from fatezero.hosts.diffusers import DiffusersDenoiser
+from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
 from fatezero.video.motion import Motion, averaged_along, smooth_along, visible
 from small import random_latents, random_text, relative, small_unet
 
@@ -109,6 +111,31 @@ def test_the_edits_difference_is_smoother_and_no_difference_is_exact(denoiser, m
         return (result - clip).diff(dim=0).norm().item()
 
     assert unrest(steady) < 0.6 * unrest(plain)
+
+
+def test_motion_between_the_latents_of_a_causal_autoencoder():
+    """Frames 0, 2 and 6 are the middles of latents of 1, 4 and 4 frames."""
+    motion = moving(9, 0.5, 16).of_latents(3)
+    middle = motion.forward[:, 0, :, 4:8], motion.backward[:, 0, :, 8:12]
+    for found, sign in zip(middle, (1, -1), strict=True):
+        assert torch.allclose(found[0], torch.tensor(sign * 1.0)) and torch.allclose(found[1], torch.tensor(sign * 2.0))
+    assert motion.visible[1, :, :13].min() > 0.99 and motion.visible[1, :, -1].max() < 0.05
+    same = moving(9, 1.0)
+    assert torch.equal(same.of_latents(9).forward, same.forward)
+
+
+def test_it_smooths_the_latents_of_a_video_transformer():
+    wan = VideoTransformerDenoiser(small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    inversion = invert(wan, random_latents(4, 8, 8), random_text(2, 512), steps=3)
+
+    def edited(smoothing):
+        return edit(wan, inversion, random_text(3, 512), random_text(4, 512), 3.0, smoothing=smoothing)
+
+    plain, steady = edited(None), edited(FlowSmoothing(0.9, moving(13, 0.0)))
+    unrest = [(result - inversion.latents[0]).diff(dim=0).norm() for result in (plain, steady)]
+    assert unrest[1] < 0.7 * unrest[0]
+    with pytest.raises(ValueError, match="4 frames, but has that of 3"):
+        edited(FlowSmoothing(0.9, moving(3, 0.0)))
 
 
 def test_another_clips_motion_is_refused(denoiser):
