@@ -23,7 +23,7 @@ NAMES = (
 OFTEN = ("demo",)
 """Workflows that run in the page by default; the others run as prompts, equal to the page's."""
 REPORTS = {
-    "layout_new_clip": "guided in 3 predictions of",
+    "layout_new_clip": "predictions of",
     "flow_any_demo": "mask from the predictions for both prompts",
     **{name: "sampled noise (FlowEdit)" for name in FLOWS if name.startswith("flow")},
 }
