@@ -306,7 +306,9 @@ def saved_rows(name: str, run: Callable[..., list[Row]], cases: list[tuple[Any, 
     for n, rows in enumerate(rows_of(run, cases)):
         found += [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         print(f"{name}: {n + 1} of {len(cases)} cases", flush=True)
-    (HERE / "results" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    (HERE / "results" / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in found), encoding="utf-8"
+    )
     return found
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     write_section(f"Table: {given.name}", f"{caption}\n\n{markdown(results)}", PAGE)
     file = HERE / "results" / f"{given.name}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows), encoding="utf-8")
     methods = [name for name in SHOWN if name in results.methods]
     if given.name != "full":
         return
