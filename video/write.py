@@ -71,6 +71,7 @@ VIDEO_SUFFIXES = (*_CODECS, ".gif")
 METADATA_SUFFIXES = tuple(_CODECS)
 """Formats with text metadata."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_LOSSY = (".gif", ".jpg", ".jpeg", ".webp")
 _CLOCK = 90000
 """Ticks per second for frames that are not evenly spaced."""
 
@@ -83,6 +84,12 @@ def is_sequence(path: str | Path) -> bool:
 def has_sound(path: str | Path) -> bool:
     """Whether an output format can have sound."""
     return not is_sequence(path) and _suffix(path) in _CODECS
+
+
+def check_lossless(path: str | Path) -> None:
+    """Raise ValueError for an output format that loses detail."""
+    if _suffix(path) in _LOSSY:
+        raise ValueError(f"lossless: {_suffix(path)} loses detail: write .mkv, .mp4, .mov, .webm or .png")
 
 
 def shortcomings(

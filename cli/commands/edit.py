@@ -24,7 +24,7 @@ from ...store.store import AttentionStore
 from ...video.fitted import FittedVideo
 from ...video.motion import Motion
 from ...video.read import Sound, SoundTrack, VideoSource
-from ...video.write import CRF, FrameDigest, shortcomings, write_video
+from ...video.write import CRF, FrameDigest, check_lossless, shortcomings, write_video
 from ..captions import captioned, check_captioner, with_captions
 from ..config.files import configs_of
 from ..config.record import (
@@ -246,6 +246,8 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     if team is not None:
         configs = [in_team(config, team.count, source.frames) for config in configs]
     outputs = numbered(run.output, len(configs))
+    for path in outputs if configs[0].lossless else ():
+        check_lossless(path)
     for path in outputs if run.writes else ():
         writes.clip(path, source.frames)
         writes.file(record_path(path))

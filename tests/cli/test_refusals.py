@@ -40,6 +40,8 @@ def error(refused, tmp_path, monkeypatch):
         ((*EDIT, "--temporal", "nothing"), "temporal: no temporal layers at nothing"),
         ((*EDIT, "--temporal", "text.mp4"), "temporal: "),
         ((*EDIT, "--dtype", "float8"), "dtype is 'float8'"),
+        ((*EDIT, "--lossless", "-o", "out.gif"), "lossless: .gif loses detail"),
+        ((*EDIT, "--lossless", "-o", "f_%04d.jpg", "--dry-run"), "lossless: .jpg loses detail"),
         ((*EDIT, "--device", "abacus"), "device 'abacus' cannot be used"),
         (("edit", "text.mp4", *EDIT[2:]), "text.mp4 is not a readable video"),
         (("edit", "folder", *EDIT[2:]), "folder is a folder without pictures"),
