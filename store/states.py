@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,6 +113,15 @@ class SavedStates:
                 return _unpacked(value, lambda tensor: file.get_tensor(tensor), device)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): start over") from error
+
+    @contextmanager
+    def of_run(self) -> Iterator[None]:
+        """A run that saves states: removes them after an error that would occur again."""
+        try:
+            yield
+        except (ArithmeticError, ValueError):
+            self.remove()
+            raise
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

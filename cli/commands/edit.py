@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -61,7 +61,6 @@ from ..options import (
 )
 from ..outputs import Outputs, numbered
 from ..plan import in_chunks, plan
-from ..progress import Bar
 from ..region import in_region
 from ..session import Session, check_control, controlled
 from ..states import provenance, states_of
@@ -341,7 +340,7 @@ def _run(
     states = states_of(
         session, run.output, configs, now, [one.files for one in tasks], run.writes, maps=run.maps is not None
     )
-    with session.bars() as bar:
+    with states.of_run(), session.bars() as bar:
         if store is not None:
             inversion = Inversion(store)
         else:
@@ -359,7 +358,8 @@ def _run(
             return
         for one, edit, latents in zip(tasks, edits, results, strict=True):
             writing = _Writing(one.output, _recorded(one, inversion.store), replace(now, files=one.files))
-            edited = Kept(decode(checkpoint, latents, clip.frames, _bar(bar, one)), keep=one.maps is not None)
+            shown_as = bar(f"write {Path(one.output).name}")
+            edited = Kept(decode(checkpoint, latents, clip.frames, shown_as), keep=one.maps is not None)
             results_of = latents, inversion.store.level(0)
             try:
                 _write(run, writing, laid(one.original, checkpoint, results_of, edited, one.output), clip)
@@ -372,7 +372,8 @@ def _run(
     if not unwritten:
         states.remove()
     if failed:
-        raise OSError(f"{len(failed)} of {len(tasks)} edits could not be written: {'; '.join(failed)}")
+        again = "; --resume --overwrite writes them again" if unwritten else ""
+        raise OSError(f"{len(failed)} of {len(tasks)} edits could not be written: {'; '.join(failed)}{again}")
 
 
 def _described(checkpoint: Model, one: _OneEdit, store: AttentionStore, motion: Motion | None) -> Edit:
@@ -385,10 +386,6 @@ def _source_frames(checkpoint: Model, clip: _Clip, store: AttentionStore) -> Ite
     if clip.video is not None:
         return clip.video.frames()
     return decode(checkpoint, store.level(0).to(checkpoint.device), clip.frames, lambda done, total: None)
-
-
-def _bar(bar: Callable[[str], Bar], one: _OneEdit) -> Bar:
-    return bar(f"write {Path(one.output).name}")
 
 
 def _write(run: _Run, writing: _Writing, pictures: Restored, clip: _Clip) -> None:

@@ -85,7 +85,7 @@ def _invert(session: Session, config: EditConfig, output: Path, dry_run: bool) -
         return
     made = provenance(session, checkpoint, shape, None)
     states = states_of(session, output, [config], made, files_read([config], None))
-    with session.bars() as bar:
+    with states.of_run(), session.bars() as bar:
         inversion = invert_video(checkpoint, config, video, bar, settings, states=states)
     if session.resume is not None:  # a batch that is interrupted later makes the store again from them
         states.remove()
