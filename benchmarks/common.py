@@ -27,7 +27,7 @@ from fatezero.benchmarks.page import table as table
 from fatezero.benchmarks.page import write_section as write_section
 from fatezero.demo.model import build_scheduler, build_tokenizer
 from fatezero.diffusion.ddim import ddim_move, guide
-from fatezero.diffusion.denoiser import Guidance
+from fatezero.diffusion.denoiser import Denoiser, Guidance
 from fatezero.diffusion.schedule import FlowSchedule, Schedule
 from fatezero.hosts.diffusers import DiffusersDenoiser, VideoTransformerDenoiser
 from fatezero.methods.fatezero import Fuser, StepPlan
@@ -214,19 +214,28 @@ def guided_steps(
     stored ("before").
     """
     model: Any = denoiser.transformers[0]
-    keys, chunk = KeyFrames((ALL,)), Chunk.whole(len(z))
-    layers = {site.name for site in denoiser.sites(z.shape[-2], z.shape[-1])}
     alignment = prompt.align(text.text_tokens, text.text_tokens).to(z.to(denoiser.dtype))
-
-    def edited(source: SourceStep, paired: PairedBranch | None = None) -> None:
-        control = Fuser(source, alignment, fusion, StepPlan(True, True, False, False))
-        denoiser.predict_noise(z, 500.0, text, control, Guidance(text, Control(keys, chunk), 5.0), paired)
 
     @torch.no_grad()
     def plain() -> None:
         clip = rearrange(z, "f c y x -> 1 c f y x").to(model.dtype)
         at, embeddings = torch.full((1,), 500.0, device=z.device), text.embeddings.to(model.dtype)
         guide(*(model(clip, at, embeddings, return_dict=False)[0] for _ in range(2)), 5.0)
+
+    plan = StepPlan(True, True, False, False)
+    return {"plain": plain} | edit_steps(denoiser, z, text, lambda source: Fuser(source, alignment, fusion, plan))
+
+
+def edit_steps(
+    denoiser: Denoiser, z: Tensor, text: Condition, fused: Callable[[SourceStep], Control]
+) -> dict[str, Callable[[], None]]:
+    """One guided step of an edit whose source runs "beside" it or "before" it. fused: its control."""
+    keys, chunk = KeyFrames((ALL,)), Chunk.whole(len(z))
+    layers = {site.name for site in denoiser.sites(z.shape[-2], z.shape[-1])}
+
+    def edited(source: SourceStep, paired: PairedBranch | None = None) -> None:
+        guidance = Guidance(text, Control(keys, chunk), 5.0)
+        denoiser.predict_noise(z, 500.0, text, fused(source), guidance, paired)
 
     @torch.no_grad()
     def beside() -> None:
@@ -242,7 +251,7 @@ def guided_steps(
             denoiser.predict_noise(z, 500.0, text, recorder)
             edited(recorder.step)
 
-    return {"plain": plain, "beside": beside, "before": before}
+    return {"beside": beside, "before": before}
 
 
 # --- time and memory --------------------------------------------------------------------------

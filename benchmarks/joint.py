@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import machine, random_model, side_by_side, table, weight_bytes, write_section
+from common import edit_steps, machine, random_model, side_by_side, table, weight_bytes, write_section
 from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
 from torch import Tensor
 from wan import attend_without_data
@@ -21,12 +21,11 @@ from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import ALL, Chunk, KeyFrames
 from fatezero.attention.prompt import Alignment
-from fatezero.diffusion.denoiser import Guidance
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers.h3 import JointDenoiser
 from fatezero.hosts.diffusers.memory import LiveBytes
 from fatezero.methods.fatezero_branch import Fuser, StepPlan
-from fatezero.store.records import PairedBranch, Recorder, SourceStep
+from fatezero.store.records import SourceStep
 
 FULL = ((1, 24, 37, 48, 84), (1, 32, 2, 207))
 """The latents of the video and the sound of 124 frames of 1344x768."""
@@ -40,30 +39,19 @@ NARROW = {
 SMALL = ((1, 24, 2, 24, 42), (1, 32, 2, 8))
 
 
-def guided_step(denoiser: JointDenoiser, z: Tensor, text: Condition, source: str) -> Callable[[], None]:
-    """A step with guidance: plain, or an edit whose source runs "beside" or "before" it."""
-    keys, chunk = KeyFrames((ALL,)), Chunk.whole(1)
-    guidance = Guidance(text, Control(keys, chunk), 5.0)
+def guided_steps(denoiser: JointDenoiser, z: Tensor, text: Condition) -> dict[str, Callable[[], None]]:
+    """A step with guidance: plain, and as an edit."""
+    control, plan = Control(KeyFrames((ALL,)), Chunk.whole(1)), StepPlan(False, True, False, False)
 
     @torch.no_grad()
     def plain() -> None:
         for _ in range(2):
-            denoiser._called((z, text, Control(keys, chunk)), 500.0)
+            denoiser._called((z, text, control), 500.0)
 
-    @torch.no_grad()
-    def edited() -> None:
-        recorder = Recorder(keys, chunk, {site.name for site in denoiser.sites(1, 1)})
-        with denoiser.hooked():
-            paired = None
-            if source == "beside":
-                paired = PairedBranch(z, text, recorder)
-            else:
-                denoiser.predict_noise(z, 500.0, text, recorder)
-            step = SourceStep(recorder.captured, keys, chunk, paired=paired)
-            control = Fuser(step, Alignment.nothing(), FusionSettings(), StepPlan(False, True, False, False))
-            denoiser.predict_noise(z, 500.0, text, control, guidance, paired)
+    def fused(source: SourceStep) -> Control:
+        return Fuser(source, Alignment.nothing(), FusionSettings(), plan)
 
-    return plain if source == "plain" else edited
+    return {"plain": plain} | edit_steps(denoiser, z, text, fused)
 
 
 def full_memory() -> list[list[str]]:
@@ -80,7 +68,7 @@ def full_memory() -> list[list[str]]:
     }
     for name, shown in names.items():
         with attend_without_data(), LiveBytes(model) as live:
-            guided_step(denoiser, z, text, name)()
+            guided_steps(denoiser, z, text)[name]()
         base = base or weights + live.most
         whole = weights + live.most
         rows.append([shown, format_bytes(live.most), format_bytes(whole), f"{whole / base:.3f}"])
@@ -96,7 +84,8 @@ def main() -> None:
     denoiser, random = JointDenoiser(model, MiniMaxH3Scheduler(), SMALL), torch.Generator().manual_seed(1)
     z = denoiser.packed(*(torch.randn(shape, generator=random) for shape in SMALL))
     text = Condition(torch.randn(1, TEXT, 640, generator=random))
-    works = {name: guided_step(denoiser, z, text, name) for name in ("plain", "beside")}
+    steps = guided_steps(denoiser, z, text)
+    works = {name: steps[name] for name in ("plain", "beside")}
     taken = side_by_side(works, device, given.rounds)
     ratio = taken["beside"].of(taken["plain"])
     section = (

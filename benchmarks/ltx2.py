@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import machine, random_model, side_by_side, table, weight_bytes, write_section
+from common import edit_steps, machine, random_model, side_by_side, table, weight_bytes, write_section
 from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline, LTX2VideoTransformer3DModel
 from torch import Tensor
 from wan import attend_without_data
@@ -19,16 +19,15 @@ from wan import attend_without_data
 from fatezero import FusionSettings, PromptEdit, edit, invert
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import Control
-from fatezero.attention.key_frames import ALL, Chunk, KeyFrames
+from fatezero.attention.key_frames import Chunk
 from fatezero.attention.prompt import Alignment
-from fatezero.diffusion.denoiser import Guidance
 from fatezero.files.safetensors import format_bytes
 from fatezero.hosts.diffusers.ltx2 import Ltx2
 from fatezero.hosts.diffusers.memory import LiveBytes
 from fatezero.hosts.diffusers.model import ClipFacts
 from fatezero.methods.fatezero_branch import Fuser, StepPlan
 from fatezero.models.ltx import TEXT_TOKENS, Words
-from fatezero.store.records import PairedBranch, Recorder, SourceStep
+from fatezero.store.records import SourceStep
 
 FULL = (16, 128, 22, 40)
 """The latents of 121 frames of 1280x704."""
@@ -83,32 +82,20 @@ def time_ratio(steps: int, rounds: int) -> float:
     return float(taken["fused"].of(taken["plain"]))
 
 
-def guided_step(model: Ltx2, z: Tensor, text: Condition, source: str) -> Callable[[], None]:
-    """A step with guidance: plain, or an edit whose source runs "beside" or "before" it."""
-    denoiser, keys, chunk = model.denoiser, KeyFrames((ALL,)), Chunk.whole(len(z))
-    guidance = Guidance(text, Control(keys, chunk), 5.0)
-    tokens = text.text_tokens
+def guided_steps(model: Ltx2, z: Tensor, text: Condition) -> dict[str, Callable[[], None]]:
+    """A step with guidance: plain, and as an edit."""
+    tokens, plan = text.text_tokens, StepPlan(True, True, False, False)
     alignment = Alignment(*(torch.empty(shape, device="meta") for shape in ((tokens, tokens), (tokens,), (tokens,))))
 
     @torch.no_grad()
     def plain() -> None:
         for _ in range(2):
-            model.velocity(z, 500.0, text.to(z), chunk.frame_indices)
+            model.velocity(z, 500.0, text.to(z), Chunk.whole(len(z)).frame_indices)
 
-    @torch.no_grad()
-    def edited() -> None:
-        recorder = Recorder(keys, chunk, {site.name for site in denoiser.sites(*z.shape[-2:])})
-        with denoiser.hooked():
-            paired = None
-            if source == "beside":
-                paired = PairedBranch(z, text, recorder)
-            else:
-                denoiser.predict_noise(z, 500.0, text, recorder)
-            step = SourceStep(recorder.captured, keys, chunk, paired=paired)
-            control = Fuser(step, alignment.to(z), FusionSettings(), StepPlan(True, True, False, False))
-            denoiser.predict_noise(z, 500.0, text, control, guidance, paired)
+    def fused(source: SourceStep) -> Control:
+        return Fuser(source, alignment.to(z), FusionSettings(), plan)
 
-    return plain if source == "plain" else edited
+    return {"plain": plain} | edit_steps(model.denoiser, z, text, fused)
 
 
 def peaks(model: Ltx2) -> dict[str, int]:
@@ -119,7 +106,7 @@ def peaks(model: Ltx2) -> dict[str, int]:
     text, found = Condition(words, {"sound": sound, "mask": torch.ones(1, TEXT_TOKENS)}), {}
     for name in NAMES:
         with attend_without_data(), LiveBytes(model.transformer) as live:
-            guided_step(model, z, text, name)()
+            guided_steps(model, z, text)[name]()
         found[name] = live.most
     return found
 

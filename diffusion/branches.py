@@ -136,9 +136,9 @@ class EditRun:
         """Whether a step takes the prediction of the last one."""
         return step in self._reused
 
-    def guides(self, step: int) -> bool:
-        """Whether a step has the negative prompt's branch."""
-        return self.negative is not None and self._edit.guides(step, self.schedule.steps)
+    def negative_at(self, step: int) -> Condition | None:
+        """The negative prompt of a step; None for a step without guidance."""
+        return self.negative if self._edit.guides(step, self.schedule.steps) else None
 
     @property
     def shares_source(self) -> bool:
@@ -163,9 +163,8 @@ class EditRun:
         if prepare is not None:
             prepare("target", control)
             prepare("negative", negative)
-        guidance = None
-        if self.negative is not None and self.guides(step):
-            guidance = Guidance(self.negative, negative, self.guidance_scale)
+        unwanted = self.negative_at(step)
+        guidance = None if unwanted is None else Guidance(unwanted, negative, self.guidance_scale)
         latents, timestep = frames_of(branches.z, source.chunk), self.schedule.timesteps[step]
         noise = self.denoiser.predict_noise(latents, timestep, self.target, control, guidance, source.paired)
         mask = self.injected.latent_mask(source, control, step)

@@ -150,11 +150,12 @@ class DrawnNoise:
             return None
         predicted = source.captured.prediction
         assert predicted is not None
-        if run.negative is None or not run.guides(step) or self.settings.source_guidance == 1:
+        unwanted = run.negative_at(step)
+        if unwanted is None or self.settings.source_guidance == 1:
             return predicted
         z = frames_of(branches.store.level(run.schedule.steps - step).to(predicted.device), source.chunk)
         plain = Control(source.key_frames, source.chunk)
-        away = run.denoiser.predict_noise(z, run.schedule.timesteps[step], run.negative, plain)
+        away = run.denoiser.predict_noise(z, run.schedule.timesteps[step], unwanted, plain)
         return guide(away, predicted, self.settings.source_guidance)
 
     def moved(self, run: EditRun, z: Tensor, predicted: Prediction, level: int) -> Tensor:

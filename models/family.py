@@ -26,10 +26,10 @@ class Family:
     network: str
     formulation: Formulation
     spans_clip: bool
-    group_norms: bool
     half: str
-    demo: str
-    demo_folder: Path
+    group_norms: bool = False
+    demo: str = ""
+    demo_folder: Path = Path()
     attention: bool = True
     words: bool = True
     joint: bool = False

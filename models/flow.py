@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from .family import Family
 from .wan import WAN
@@ -13,10 +12,7 @@ FLOW = Family(
     network="model",
     formulation="flow",
     spans_clip=True,
-    group_norms=False,
     half="bfloat16",
-    demo="",
-    demo_folder=Path(),
     attention=False,
 )
 WAN_I2V = replace(FLOW, title="Wan image-to-video", network="video transformer", trained_frames=WAN.trained_frames)

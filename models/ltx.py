@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +17,7 @@ LTX2 = Family(
     network="video transformer",
     formulation="flow",
     spans_clip=True,
-    group_norms=False,
     half="bfloat16",
-    demo="",
-    demo_folder=Path(),
     words=False,
 )
 TEXT_TOKENS = 1024

@@ -12,7 +12,6 @@ WAN = Family(
     network="video transformer",
     formulation="flow",
     spans_clip=True,
-    group_norms=False,
     half="bfloat16",
     demo="demo-wan",
     demo_folder=DEMO.parent / "wan",
