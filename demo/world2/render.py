@@ -36,7 +36,9 @@ def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: float | None 
     x, y = x.expand(len(t), -1, -1), y.expand(len(t), -1, -1)
 
     wx, wy = now.camera.inward(x, y)
-    picture = _cluttered(scene.clutter, ground(scene.background, wx / COARSE, wy / COARSE, motion.phase), wx, wy, motion.phase)
+    picture = _cluttered(
+        scene.clutter, ground(scene.background, wx / COARSE, wy / COARSE, motion.phase), wx, wy, motion.phase
+    )
     edge = torch.full_like(x, 99.0)
     flow = torch.stack(later.camera.outward(wx, wy), 1) - torch.stack((x, y), 1)
     masks: list[Tensor] = []

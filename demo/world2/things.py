@@ -103,13 +103,13 @@ EYE = disc(0.13)
 
 def _blade(side: int) -> tuple[Part, ...]:
     """One half of the scissors: a blade, its shank beyond the joint, and the ring of its handle."""
-    turn = {"x": -0.1, "rest": side * 0.34, "swing": side * 0.22}
     handle = ring(0.3, 0.1)
-    return (
-        Part(lambda u, v: handle(u + 0.95, v), **turn),
-        Part(bar(-0.7, 0, 0.1), **turn),
-        Part(cut((-0.15, -0.13), (0.5, -0.13), (1.4, 0.0), (0.5, 0.13), (-0.15, 0.13)), **turn),
+    outlines: tuple[Outline, ...] = (
+        lambda u, v: handle(u + 0.95, v),
+        bar(-0.7, 0, 0.1),
+        cut((-0.15, -0.13), (0.5, -0.13), (1.4, 0.0), (0.5, 0.13), (-0.15, 0.13)),
     )
+    return tuple(Part(outline, x=-0.1, rest=side * 0.34, swing=side * 0.22) for outline in outlines)
 
 
 def _limb(x: float, y: float, lag: float, swing: float) -> Part:
