@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +22,16 @@ REACH = 1.75
 """Radius of the circle around every shape, relative to the thing's."""
 
 
-def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: float | None = None) -> Clip:
+def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: Sequence[float] | None = None) -> Clip:
     """Render a scene: frames, visible masks, front thing first, and exact forward flow (see `Clip`).
 
-    at: a time of the clip from -0.5 to 0.5, of which one picture is rendered instead of the clip.
+    at: times of the clip from -0.5 to 0.5 to render instead of its frames; flow is to a frame later.
     """
     if len(scene.things) != len(motion.tracks):
         raise ValueError(f"{len(scene.things)} things but {len(motion.tracks)} tracks")
     t = torch.arange(frames, dtype=torch.float32).view(-1, 1, 1)
     if at is not None:
-        t = torch.tensor((at + 0.5) * (frames - 1)).view(1, 1, 1)
+        t = ((torch.tensor(at) + 0.5) * (frames - 1)).view(-1, 1, 1)
     now, later = (_Moment(motion, t + step, max(frames - 1, 1)) for step in (0, 1))
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
     x, y = x.expand(len(t), -1, -1), y.expand(len(t), -1, -1)
@@ -133,8 +134,9 @@ def _lit(material: str, colour: Tensor, u: Tensor, v: Tensor) -> Tensor:
     if material != "shiny":
         return lit
     spot = torch.exp(-(((u + 0.32) / 0.26) ** 2 + ((v + 0.36) / 0.2) ** 2))
-    band = (0.5 - 4 * (v - 0.34).abs()).clamp(0, 1)
-    return torch.lerp(torch.lerp(lit * 0.85, rgb((1.0, 1.0, 1.0)), 0.5 * band), rgb((1.0, 1.0, 1.0)), 0.95 * spot)
+    bands = (1.2 * torch.sin(5.2 * v - 1.2) - 0.2).clamp(-1, 1)
+    mirrored = torch.lerp(lit * (1 + 0.55 * bands.clamp(max=0)), rgb((1.0, 1.0, 1.0)), 0.6 * bands.clamp(min=0))
+    return torch.lerp(mirrored, rgb((1.0, 1.0, 1.0)), 0.9 * spot)
 
 
 def _cluttered(clutter: str, picture: Tensor, x: Tensor, y: Tensor, phase: float) -> Tensor:
