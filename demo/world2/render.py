@@ -29,12 +29,11 @@ def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: Sequence[floa
     """
     if len(scene.things) != len(motion.tracks):
         raise ValueError(f"{len(scene.things)} things but {len(motion.tracks)} tracks")
-    t = torch.arange(frames, dtype=torch.float32).view(-1, 1, 1)
-    if at is not None:
-        t = ((torch.tensor(at) + 0.5) * (frames - 1)).view(-1, 1, 1)
-    now, later = (_Moment(motion, t + step, max(frames - 1, 1)) for step in (0, 1))
+    step = 1 / max(frames - 1, 1)
+    times = torch.arange(frames) * step - 0.5 if at is None else torch.tensor(at)
+    now, later = (_Moment(motion, times.view(-1, 1, 1) + ahead) for ahead in (0.0, step))
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
-    x, y = x.expand(len(t), -1, -1), y.expand(len(t), -1, -1)
+    x, y = x.expand(len(times), -1, -1), y.expand(len(times), -1, -1)
 
     wx, wy = now.camera.inward(x, y)
     picture = _cluttered(
@@ -61,11 +60,10 @@ def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: Sequence[floa
 
 
 class _Moment:
-    """The frames of reference at frames t of a clip of some intervals."""
+    """The frames of reference at times (frames, 1, 1) of a clip, from -0.5 to 0.5."""
 
-    def __init__(self, motion: Motion, t: Tensor, intervals: int) -> None:
-        self.t, self.time = t, t / intervals - 0.5
-        self.camera = motion.camera(self.time)
+    def __init__(self, motion: Motion, time: Tensor) -> None:
+        self.time, self.camera = time, motion.camera(time)
 
     def body(self, thing: Thing, track: Track) -> Frame:
         return track.frame(thing, self.time)
@@ -88,7 +86,7 @@ def _draw(thing: Thing, track: Track, now: _Moment, later: _Moment, x: Tensor, y
     cover, distance, shade, px, py = torch.zeros_like(x), torch.full_like(x, 99.0), torch.ones_like(x), u, v
     moved = torch.stack((u, v))
     for part in THINGS[thing.shape]:
-        joint, next_joint = (part.joint(track.cycle(thing, moment.t)) for moment in (now, later))
+        joint, next_joint = (part.joint(track.cycle(thing, moment.time)) for moment in (now, later))
         a, b = joint.inward(u, v)
         d = part.outline(a, b) * (now.camera.scale * body.scale)
         covers = (0.5 - d).clamp(0, 1)
