@@ -27,8 +27,8 @@ REFUSED = {
     "ref_audio": "a reference sound is set",
     "unclip_conditioning": "pictures for unCLIP are set",
 }
-"""Options that a source or positive prompt must not have, unless the model takes them: they restrict it to a part of the
-picture, whose attention does not align with the clip's, or the model does not read them."""
+"""Options that a source or positive prompt must not have, unless the model takes them: they restrict it to a part of
+the picture, whose attention does not align with the clip's, or the model does not read them."""
 
 READ = frozenset({"c_crossattn", "crossattn_controlnet", "y", "c_concat"})
 """The supported model inputs from a prompt: text, the ControlNet's text, pooled text and sizes, and the empty picture
