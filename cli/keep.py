@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ..attention.masks import GivenMask, changed_latents
+from ..imports import torch
 from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
-from ..video.orientation import SQUARE, Display, display_matrix
+from ..video.orientation import SQUARE, Display, Orientation, display_matrix
 from ..video.read import VideoSource
 from ..video.region import Region
-from ..video.restore import Feather, feather, placed, reach_of, restored_frames
+from ..video.restore import NO_SIDES, Feather, feather, placed, reach_of, restored_frames
 from ..video.size import crop
-from ..video.write import METADATA_SUFFIXES, Frame, is_sequence
+from ..video.write import METADATA_SUFFIXES, Frame, is_sequence, is_transparent
 from .config.settings import ConfigError, EditConfig
 from .region import Windowed, check_region
 
 if TYPE_CHECKING:
+    import av
     from torch import Tensor
 
     from ..hosts.diffusers.model import Model
+    from ..video.planes import Box
 
 
 def keeps_pixels(config: EditConfig, has_video: bool) -> bool:
@@ -56,16 +60,70 @@ class Restored:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How stored frames with an edit are written. cut: a crop of the shown frame; box: of the stored, see `box_of`.
+
+    pictures: whether they are written as pictures.
+    """
+
+    cut: Box
+    box: Box
+    display: Display
+    pictures: bool
+
+    def written(self, frame: av.VideoFrame, edited: av.VideoFrame) -> Frame:
+        """A frame with its edit as it is written."""
+        from ..video.colour import to_rgba
+        from ..video.planes import depth_of
+
+        if not self.pictures or (edited.format.is_rgb and depth_of(edited) > 8):
+            return edited
+        shown, aspect = Orientation.of(frame), float(self.display.aspect)
+        return torch.from_numpy(shown.applied(to_rgba(edited, max(1, round(edited.width * aspect)))))
+
+
+@dataclass(frozen=True)
 class Original:
-    """The frames that an edit is laid over. mask: the edit mask, if any."""
+    """The frames that an edit is laid over. mask: the edit mask, if any.
+
+    form: of stored frames; None where the edit is laid over their 8-bit RGB. note: what the result loses, if anything.
+    """
 
     clip: FittedVideo
     mask: GivenMask | None
+    form: Form | None = None
+    note: str = ""
 
 
-def original_of(config: EditConfig, mask: GivenMask | None, clip: FittedVideo | None) -> Original | None:
-    """The frames on which an edit is laid; None where its result is the decoded frames."""
-    return Original(clip, mask) if clip is not None and keeps_pixels(config, True) else None
+def original_of(config: EditConfig, mask: GivenMask | None, clip: FittedVideo | None, path: str) -> Original | None:
+    """The frames on which an edit is laid; None where its result is the decoded frames. path: of the result."""
+    if clip is None or not keeps_pixels(config, True):
+        return None
+    source = clip.source.whole if isinstance(clip.source, Windowed) else clip.source
+    return Original(clip, mask, *_form_of(source or clip.source, clip.cut, path))
+
+
+def _form_of(source: VideoSource, cut: Box, path: str) -> tuple[Form | None, str]:
+    """How a source's stored frames with an edit are written to a path, and what is lost."""
+    from ..video.colour import has_alpha
+    from ..video.planes import box_of, depth_of, planar
+
+    first, is_video = next(source.stored()), not is_sequence(path) and path.lower().endswith(METADATA_SUFFIXES)
+    stored, rgb = planar(first), "the edit is laid over 8-bit RGB"
+    if stored is None:
+        return None, f"{source.path.name} has {first.format.name} frames: {rgb}"
+    if has_alpha(stored) and not is_transparent(path):
+        return None, f"{path} cannot be transparent and shows the background: write .webm, .mov, .mkv or .png pictures"
+    deep_rgb = stored.format.is_rgb and depth_of(stored) > 8
+    if not (has_alpha(stored) or deep_rgb or (is_video and source.index is not None)):
+        return None, ""
+    if not is_video and deep_rgb and not has_alpha(stored) and not path.lower().endswith((".png", "/", "\\")):
+        return None, f"{path} has 8 bits: write .png pictures or .mkv"
+    box = box_of(first, cut, source.size)
+    if box is None:
+        return None, f"crop cuts through stored pixels, so {rgb}: use multiples of 2 and square pixels"
+    aspect = source.index.aspect if source.index is not None else Fraction(1)
+    return Form(cut, box, Display(aspect, display_matrix(first)), not is_video), ""
 
 
 def recorded_with(config: EditConfig, original: Original | None) -> EditConfig:
@@ -73,10 +131,8 @@ def recorded_with(config: EditConfig, original: Original | None) -> EditConfig:
     return replace(config, keep="auto" if original is None else "pixels")
 
 
-def laid(
-    original: Original | None, model: Model, latents: tuple[Tensor, Tensor], edited: Iterable[Tensor], path: str
-) -> Restored:
-    """The frames to write to a path. latents: of edit and clip, (f, c, h, w). edited: decoded, uint8 (h, w, 3)."""
+def laid(original: Original | None, model: Model, latents: tuple[Tensor, Tensor], edited: Iterable[Tensor]) -> Restored:
+    """The frames to write. latents: of edit and clip, (f, c, h, w). edited: decoded, uint8 (h, w, 3)."""
     if original is None:
         return Restored(edited)
     clip, mask = original.clip, original.mask
@@ -85,14 +141,23 @@ def laid(
         changed &= mask.at((changed.shape[1], changed.shape[2]), len(changed)).cpu() > 0
     reach = reach_of(lambda z: model.decode_clip(z, 1), latents[1][:1].to(model.device))
     masks = [changed[i] for i in frames_of_latents(len(clip), model.frames_per_latent)]
-    display = None if is_sequence(path) or not path.lower().endswith(METADATA_SUFFIXES) else _display(clip)
     source = clip.source
     whole, region = (source.whole, source.region) if isinstance(source, Windowed) else (source, None)
-    if display is not None and whole is not None:
-        return Restored(_stored_frames(whole, edited, masks, reach, region), display)
-    if region is not None and whole is not None:
-        return Restored(region.stitched(whole.frames(), edited, masks, reach))
-    return Restored(restored_frames(_cropped(clip), edited, masks, reach))
+    if original.form is not None and whole is not None:
+        return Restored(_stored_frames(original.form, whole, edited, masks, reach, region), original.form.display)
+    laid_on = (
+        restored_frames(_cropped(clip), edited, masks, reach)
+        if region is None or whole is None
+        else region.stitched(whole.frames(), edited, masks, reach)
+    )
+    return Restored(map(_at_its_size, laid_on))
+
+
+def _at_its_size(frame: Tensor) -> Frame:
+    """A frame that is not padded as it is written. RGB of even sizes never is."""
+    from ..video.planes import in_planes
+
+    return in_planes(frame) if any(side % 2 for side in frame.shape[:2]) else frame
 
 
 def _cropped(clip: FittedVideo) -> Iterator[Tensor]:
@@ -100,26 +165,23 @@ def _cropped(clip: FittedVideo) -> Iterator[Tensor]:
         yield crop(frame[None], *clip.cut)[0]
 
 
-def _display(clip: FittedVideo) -> Display | None:
-    """How a clip's stored frames are shown; None where an edit is laid over their RGB: pictures, HDR, transparent and
-    cropped clips.
-    """
-    from ..video.planes import is_kept
-
-    if clip.source.index is None or any(clip.cut):
-        return None
-    first = next(clip.source.stored())
-    return Display(clip.source.index.aspect, display_matrix(first)) if is_kept(first) else None
-
-
 def _stored_frames(
-    source: VideoSource, edited: Iterable[Tensor], masks: Iterable[Tensor], reach: int, region: Region | None
+    form: Form,
+    source: VideoSource,
+    edited: Iterable[Tensor],
+    masks: Iterable[Tensor],
+    reach: int,
+    region: Region | None,
 ) -> Iterator[Frame]:
     from ..video.planes import with_edit
 
-    whole = Region(source.size, ((0, 0),) * len(source)) if region is None else region
+    (left, top, right, bottom), (width, height) = form.cut, source.size
+    whole = Region((width - left - right, height - top - bottom), ((left, top),) * len(source))
+    place = whole if region is None else region
     for i, (frame, edit, mask) in enumerate(zip(source.stored(), edited, masks, strict=True)):
-        picture = placed(edit.movedim(-1, 0).float(), whole.size)
-        weights = feather(mask, (edit.shape[1], edit.shape[0]), whole.size, reach, whole.sides(i, source.size[::-1]))
-        inside, rim = (whole.on_frame(i, x, source.size) for x in weights)
-        yield with_edit(frame, whole.on_frame(i, picture, source.size), Feather(inside, rim))
+        picture = placed(edit.movedim(-1, 0).float(), place.size)
+        sides = NO_SIDES if region is None else region.sides(i, (height, width))
+        weights = feather(mask, (edit.shape[1], edit.shape[0]), place.size, reach, sides)
+        inside, rim = (place.on_frame(i, x, source.size) for x in weights)
+        laid_on = Feather(inside, rim), source.background, form.box
+        yield form.written(frame, with_edit(frame, place.on_frame(i, picture, source.size), *laid_on))

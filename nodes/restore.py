@@ -45,7 +45,7 @@ class FateZeroRestoreUnchanged(io.ComfyNode):
             "shifts of colour by the VAE are undone.",
             search_aliases=["composite", "preserve background", "keep pixels", "paste back", "image composite masked"],
             inputs=[
-                io.Image.Input("source", tooltip="The frames before the edit, of any size."),
+                io.Image.Input("source", tooltip="The frames before the edit, of any size. An alpha channel stays."),
                 io.Image.Input("edited", tooltip="The edited frames: as many, of any size."),
                 io.Mask.Input(
                     "mask",
@@ -82,11 +82,12 @@ def colours(source: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def collected(frames: Iterable[Tensor], source: Tensor) -> Tensor:
-    """Frames of the size and number of a source's, with progress, as one IMAGE."""
-    result, bar = torch.empty(*source.shape[:3], 3), comfy.utils.ProgressBar(len(source))
+    """Frames of the size and number of a source's, with progress, as one IMAGE with the source's alpha, if any."""
+    result, bar = torch.empty(source.shape), comfy.utils.ProgressBar(len(source))
+    result[..., 3:] = source[..., 3:]
     for target, frame in zip(result, frames, strict=True):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        target.copy_(frame)
+        target[..., :3] = frame
         bar.update(1)
     return result
 

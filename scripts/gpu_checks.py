@@ -9,7 +9,7 @@ from typing import Any
 
 import accelerate
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet3DConditionModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from gpu_machine import Machine, Measured, Units, unet_clip
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,6 +50,7 @@ from fatezero.tests.small import (
     reference_denoiser,
     reference_edit,
     reference_keys,
+    reference_video_unet,
     relative,
     small_unet,
 )
@@ -141,12 +142,8 @@ def guidance_case(at: Machine) -> Measured:
     steps = 2 if at.tiny else 4
 
     def run(device: torch.device, dtype: torch.dtype) -> Tensor:
-        unet: Any = UNet3DConditionModel(
-            sample_size=32, block_out_channels=(16, 16, 32, 32), layers_per_block=2, cross_attention_dim=32,
-            attention_head_dim=8, norm_num_groups=8,
-        )  # fmt: skip
-        unet.load_state_dict(load_file(FIXTURES / "unet3d.safetensors"))
-        denoiser = DiffusersVideoDenoiser(unet.to(device, dtype).eval(), build_scheduler())
+        unet: Any = reference_video_unet()
+        denoiser = DiffusersVideoDenoiser(unet.to(device, dtype), build_scheduler())
         own = placed(tensors, device, dtype)
         layout = LayoutGuidance(target=own["target"], columns=[3], steps=range(steps - 1))
         return generate(denoiser, own["z0"], own["text"], own["negative"], steps, 15.0, "self", False, layout=layout)

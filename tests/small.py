@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from torch import nn
 from transformers import CLIPTokenizer
 
 from fatezero import FusionSettings, PromptEdit
@@ -63,7 +63,7 @@ def random_text(seed: int, columns: int = 77) -> torch.Tensor:
 
 
 def reference_denoiser() -> DiffusersDenoiser:
-    """The UNet of the reference results, in float64."""
+    """The UNet of the reference results, in float64, with weights drawn as theirs were."""
     unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=(32, 32, 64, 64),
@@ -74,8 +74,43 @@ def reference_denoiser() -> DiffusersDenoiser:
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     )
-    unet.load_state_dict(load_file(FIXTURES / "unet2d.safetensors"))
+    random = torch.Generator().manual_seed(11)
+    for name, weight in unet.named_parameters():
+        module = unet.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, nn.GroupNorm | nn.LayerNorm):  # norms stay at 1 and 0
+            weight.data = _scale(name, weight) * torch.randn(weight.shape, generator=random)
+        for shape in _temporal(name, module, len(weight)):
+            torch.randn(shape, generator=random)
     return DiffusersDenoiser(unet.double().eval(), build_scheduler())
+
+
+def _scale(name: str, weight: torch.Tensor) -> float:
+    """The standard deviation of a weight of the reference UNet."""
+    if weight.ndim == 1:
+        return 0.02
+    if name.endswith(("to_q.weight", "to_k.weight")):
+        return 0.35
+    return (0.25 if name == "conv_out.weight" else 1.0) * weight[0].numel() ** -0.5
+
+
+def _temporal(name: str, module: nn.Module, channels: int) -> list[tuple[int, ...]]:
+    """Shapes of the temporal weights drawn after a weight of the reference UNet, later set to the identity."""
+    if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and name.endswith("bias"):
+        return [(4, channels, 3), (channels, 4, 3)]
+    return [(channels, channels)] * 4 + [(channels,)] if name.endswith("attn2.to_out.0.bias") else []
+
+
+def reference_video_unet() -> UNet3DConditionModel:
+    """The UNet of the reference results of layout guidance, in single precision, with weights drawn as theirs were."""
+    torch.manual_seed(0)
+    unet = UNet3DConditionModel(
+        sample_size=32, block_out_channels=(16, 16, 32, 32), layers_per_block=2, cross_attention_dim=32,
+        attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+    for weight in unet.parameters():
+        if not weight.any():  # norms' biases and the last temporal convolutions, which would do nothing at zero
+            weight.data = 0.02 * torch.randn(weight.shape)
+    return unet.eval()
 
 
 def reference_edit(source: str, case: dict[str, Any]) -> tuple[PromptEdit, FusionSettings]:

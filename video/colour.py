@@ -22,6 +22,8 @@ _BT2020_TO_BT709 = np.array(
     [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]], np.float32
 )
 """Linear light, ITU-R BT.2087."""
+_LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
+"""Of linear light in BT.2020."""
 
 
 _ONE_THREAD = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
@@ -57,21 +59,36 @@ def to_rgb(frame: av.VideoFrame, width: int, background: tuple[int, int, int] = 
     on and BT.601 below, like players. HDR is tone-mapped.
     """
     kind = hdr_kind(frame)
-    how = {"interpolation": Interpolation.BICUBIC, "width": width} if width != frame.width else {}
+    how = _how(frame, width)
+    if has_alpha(frame):
+        return over(_rgba(frame, kind, how), background)
+    if kind is None:
+        return converted(frame, "rgb24", **how).to_ndarray()
+    return tone_mapped(converted(frame, "rgb48le", **how).to_ndarray(), kind)
+
+
+def to_rgba(frame: av.VideoFrame, width: int) -> np.ndarray:
+    """A frame with an alpha channel as straight-alpha uint8 RGBA (height, width, 4), see `to_rgb`."""
+    return _rgba(frame, hdr_kind(frame), _how(frame, width))
+
+
+def _rgba(frame: av.VideoFrame, kind: str | None, how: dict[str, Any]) -> np.ndarray:
+    pixels = converted(frame, "rgba64le" if kind else "rgba", **how).to_ndarray()
+    if not kind:
+        return pixels
+    return np.concatenate([tone_mapped(pixels[..., :3], kind), (pixels[..., 3:] // 256).astype(np.uint8)], -1)
+
+
+def _how(frame: av.VideoFrame, width: int) -> dict[str, Any]:
+    """How a frame is converted to RGB of a width."""
+    how: dict[str, Any] = {"interpolation": Interpolation.BICUBIC, "width": width} if width != frame.width else {}
     if not frame.format.is_rgb:
         how |= {
             "src_colorspace": matrix_of(frame),
             "src_color_range": ColorRange.JPEG if is_full(frame) else ColorRange.MPEG,
             "dst_color_range": ColorRange.JPEG,
         }
-    if has_alpha(frame):
-        pixels = converted(frame, "rgba64le" if kind else "rgba", **how).to_ndarray()
-        if kind:
-            pixels = np.concatenate([tone_mapped(pixels[..., :3], kind), (pixels[..., 3:] // 256).astype(np.uint8)], -1)
-        return over(pixels, background)
-    if kind is None:
-        return converted(frame, "rgb24", **how).to_ndarray()
-    return tone_mapped(converted(frame, "rgb48le", **how).to_ndarray(), kind)
+    return how
 
 
 def is_full(frame: av.VideoFrame) -> bool:
@@ -97,11 +114,12 @@ def matrix_tag(height: int) -> int:
     return 1 if matrix_for(height) == Colorspace.ITU709 else 6  # BT.709, SMPTE 170M
 
 
-def to_yuv(pixels: np.ndarray, format: str) -> av.VideoFrame:
-    """uint8 RGB (height, width, 3) as a frame of limited range, with the matrix of `matrix_for`."""
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-    matrix = matrix_for(frame.height)
-    return converted(frame, format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
+def to_yuv(pixels: np.ndarray | av.VideoFrame, format: str) -> av.VideoFrame:
+    """RGB, uint8 (height, width, 3) or a frame, as a frame of limited range, with the matrix of `matrix_for`."""
+    if isinstance(pixels, np.ndarray):
+        pixels = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    matrix = matrix_for(pixels.height)
+    return converted(pixels, format, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
 
 
 def tagged(frame: av.VideoFrame, height: int) -> None:
@@ -123,8 +141,7 @@ def tone_mapped(pixels: np.ndarray, kind: str) -> np.ndarray:
     """
     light = _light(kind)[pixels]
     if kind == "HLG":  # the system gamma of a display of 1000 nits acts on luminance (ITU-R BT.2100)
-        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
-        light *= np.maximum(luminance, 1e-6)[..., None] ** 0.2
+        light *= np.maximum(light @ _LUMINANCE, 1e-6)[..., None] ** 0.2
         light *= PEAK / WHITE
     light = np.maximum(light @ _BT2020_TO_BT709.T, 0)
     brightest = light.max(-1, keepdims=True)
@@ -132,9 +149,31 @@ def tone_mapped(pixels: np.ndarray, kind: str) -> np.ndarray:
     return (np.clip(light, 0, 1) ** (1 / 2.4) * 255 + 0.5).astype(np.uint8)
 
 
-def _compressed(x: np.ndarray, knee: float = 0.6) -> np.ndarray:
-    over, top = np.maximum(x - knee, 0) / (1 - knee), (PEAK / WHITE - knee) / (1 - knee)
-    return np.minimum(x, knee) + (1 - knee) * over * (1 + over / top**2) / (1 + over)
+_KNEE, _TOP = 0.6, (PEAK / WHITE - 0.6) / 0.4
+
+
+def _compressed(x: np.ndarray) -> np.ndarray:
+    over = np.maximum(x - _KNEE, 0) / (1 - _KNEE)
+    return np.minimum(x, _KNEE) + (1 - _KNEE) * over * (1 + over / _TOP**2) / (1 + over)
+
+
+def _expanded(x: np.ndarray) -> np.ndarray:
+    """The inverse of `_compressed`."""
+    y = np.maximum(x - _KNEE, 0) / (1 - _KNEE)
+    over = _TOP**2 / 2 * (np.sqrt((1 - y) ** 2 + 4 * y / _TOP**2) - (1 - y))
+    return np.minimum(x, _KNEE) + (1 - _KNEE) * over
+
+
+def to_hdr(pixels: np.ndarray, kind: str) -> np.ndarray:
+    """SDR RGB in BT.709, float in 0..255, as uint16 RGB of PQ or HLG in BT.2020: the inverse of `tone_mapped`."""
+    light = (pixels.astype(np.float32) / 255) ** 2.4
+    brightest = light.max(-1, keepdims=True)
+    light *= _expanded(brightest) / np.maximum(brightest, 1e-6)
+    light = np.maximum(light @ np.linalg.inv(_BT2020_TO_BT709).T, 0)
+    if kind == "HLG":
+        light *= WHITE / PEAK
+        light *= np.maximum(light @ _LUMINANCE, 1e-6)[..., None] ** (1 / 1.2 - 1)
+    return np.interp(light, _light(kind), np.arange(65536)).round().astype(np.uint16)
 
 
 @lru_cache

@@ -349,9 +349,9 @@ def _probe(path: Path) -> _FirstFrame:
         if frame.interlaced_frame:
             notes.append(f"{path.name} is interlaced: deinterlace it first, or combing becomes part of the edit")
         if kind := hdr_kind(frame):
-            notes.append(f"{path.name} is HDR ({kind}) and is tone-mapped to SDR")
+            notes.append(f"{path.name} is HDR ({kind}): the model gets it tone-mapped to SDR")
         size = size[::-1] if Orientation.of(frame).on_its_side else size
         if has_alpha(frame):
-            notes.append(f"{path.name} has transparency and is composited over the background")
+            notes.append(f"{path.name} has transparency: the model gets it over the background")
         stored, key = (frame.width, frame.height), bool(frame.key_frame)
         return _FirstFrame(size, stored, tuple(notes), frame.pts, key, decoder, aspect)

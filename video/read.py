@@ -14,7 +14,7 @@ from ..imports import av, np, torch
 from .index import Clock, FrameIndex, are_even, damage, opened, sound_of
 from .orientation import Orientation
 from .pictures import VideoError, picture_files
-from .stills import Animation, pictures_of, pictures_size
+from .stills import Animation, pictures_of, pictures_size, stored_pictures
 from .which import Moment, seconds_of
 
 if TYPE_CHECKING:
@@ -203,9 +203,11 @@ class VideoSource:
     def stored(self) -> Iterator[av.VideoFrame]:
         """The frames of a file as it stores them: not turned, not scaled to square pixels, of any format.
 
-        Raises VideoError as `frames`.
+        Pictures are upright, in planes of red, green and blue. Raises VideoError as `frames`.
         """
-        assert self.index is not None
+        if self.index is None:
+            yield from stored_pictures(self.pictures, self.indices)
+            return
         done = 0
         try:
             for frame in self.index.decoded(self.path, self.indices):

@@ -133,9 +133,13 @@ def laid_over(source: Tensor, edited: Tensor, weights: Feather, most: float) -> 
     most: the largest shift of colours to undo, which the rim shows (`SHIFT` of the brightest value); 0 for none.
     """
     inside, rim = weights
-    if most and rim.any():
-        edited = edited + _shift(source - edited, rim).clamp(-most, most)
+    edited = matched(source, edited, rim, most) if most else edited
     return torch.where(inside > 0, source + inside * (edited - source), source)
+
+
+def matched(source: Tensor, edited: Tensor, rim: Tensor, most: float) -> Tensor:
+    """An edited frame without the shift of colours, of up to `most`, that it has against its source on the rim."""
+    return edited + _shift(source - edited, rim).clamp(-most, most) if rim.any() else edited
 
 
 def _shift(difference: Tensor, rim: Tensor) -> Tensor:

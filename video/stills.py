@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from ..imports import Image, ImageOps, np
+from ..imports import Image, ImageOps, av, np
 from .pictures import VideoError
 
+if TYPE_CHECKING:
+    from .write import Frame
+
+TRANSPARENT = (".png", ".webp")
+"""Formats of pictures that may be transparent."""
 _ORIENTATION = 0x0112
 """The EXIF orientation tag."""
 _ANIMATED = ("PNG", "WEBP", "AVIF", "TIFF")
@@ -69,6 +75,73 @@ def read_picture(path: Path, background: Colour = (0, 0, 0)) -> np.ndarray:
         return _rgb(image, path, background)
 
 
+# --- with all of their values -----------------------------------------------------------------
+
+
+def stored_pictures(pictures: Sequence[Path], indices: Sequence[int]) -> Iterator[av.VideoFrame]:
+    """Some pictures, as `pictures_of`, in planes of red, green and blue, of 16 bits or with alpha if any has that."""
+    deep, clear = (any(kinds) for kinds in zip(*map(_kind, pictures), strict=True))
+    form = f"gbr{'a' * clear}p{'16le' * deep}"
+    for i in indices:
+        path = pictures[i] if len(pictures) > 1 else pictures[0]
+        with _opened(path) as image:
+            image.seek(_first(image) + (0 if len(pictures) > 1 else i))
+            yield _in_planes(image, path, form)
+
+
+def _kind(path: Path) -> tuple[bool, bool]:
+    """Whether a picture has more than 8 bits, and whether it is transparent."""
+    with _opened(path) as image:
+        coded = str(getattr(image, "tile", ()))  # names the mode of the file, such as RGB;16B
+        return ";16" in coded and image.getexif().get(_ORIENTATION, 1) == 1, _is_clear(image)
+
+
+def _in_planes(image: Image.Image, path: Path, form: str) -> av.VideoFrame:
+    from .colour import converted
+
+    if "16" in form and _kind(path)[0]:
+        with av.open(f"file:{path}") as file:  # Pillow reads 8 bits of each colour
+            return converted(next(file.decode(video=0)), form)
+    upright = ImageOps.exif_transpose(image)
+    pixels = np.asarray(upright.convert("RGBA")) if _is_clear(upright) else _rgb(upright, path, (0, 0, 0))
+    mode = "rgba" if pixels.shape[2] == 4 else "rgb24"
+    return converted(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=mode), form)
+
+
+def save_frame(frame: Frame, path: Path) -> None:
+    """Save a frame as a picture: transparent ones as RGBA, and RGB of 16 bits as such in PNG."""
+    from .colour import has_alpha
+    from .planes import depth_of
+
+    if (
+        isinstance(frame, av.VideoFrame)
+        and frame.format.is_rgb
+        and depth_of(frame) > 8
+        and path.suffix.lower() == ".png"
+    ):
+        path.write_bytes(_png(frame, "rgba64be" if has_alpha(frame) else "rgb48be"))
+    else:
+        Image.fromarray(pixels_of(frame)).save(path, quality=95)
+
+
+def pixels_of(frame: Frame) -> np.ndarray:
+    """A frame as uint8 RGB or RGBA (height, width, 3 or 4)."""
+    from .colour import converted, has_alpha
+
+    if isinstance(frame, av.VideoFrame):
+        return converted(frame, "rgba" if has_alpha(frame) else "rgb24").to_ndarray()
+    return frame.cpu().numpy()
+
+
+def _png(frame: av.VideoFrame, form: str) -> bytes:
+    from .colour import converted
+
+    context = cast(av.VideoCodecContext, av.CodecContext.create("png", "w"))
+    context.width, context.height, context.pix_fmt = frame.width, frame.height, form
+    context.time_base = Fraction(1, 25)
+    return b"".join(map(bytes, [*context.encode(converted(frame, form)), *context.encode(None)]))
+
+
 # --- several in one file ----------------------------------------------------------------------
 
 
@@ -121,11 +194,15 @@ def _rgb(image: Image.Image, path: Path, background: Colour) -> np.ndarray:
         return _grey(255 * _within(np.asarray(upright), 2, path, "floats", "0 to 1"))
     if upright.mode.startswith("I"):
         return _grey(_within(np.asarray(upright).astype(np.float32), 65535, path, "whole numbers", "0 to 65535") / 257)
-    if upright.mode.endswith(("A", "a")) or "transparency" in upright.info:
+    if _is_clear(upright):
         from .colour import over
 
         return over(np.asarray(upright.convert("RGBA")), background)
     return np.array(upright.convert("RGB"))
+
+
+def _is_clear(image: Image.Image) -> bool:
+    return image.mode.endswith(("A", "a")) or "transparency" in image.info
 
 
 def _within(values: np.ndarray, most: float, path: Path, what: str, expected: str) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -14,6 +15,7 @@ from ..imports import Image, av, np, torch
 from .orientation import SQUARE, Display
 from .pictures import numbered, with_number
 from .read import Sound, SoundTrack
+from .stills import TRANSPARENT, pixels_of, save_frame
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,24 +53,19 @@ def _contents(frame: Frame) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @dataclass(frozen=True)
-class _Codecs:
-    """Codecs of a file format. rates: supported sample rates of its audio."""
+class _Audio:
+    """The audio of a file format. rates: supported sample rates."""
 
-    video: str
-    audio: str
+    codec: str
     rates: tuple[int, ...]
 
 
-_AAC = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-_H264 = _Codecs("libx264", "aac", _AAC)
-_CODECS = {
-    ".mp4": _H264,
-    ".mov": _H264,
-    ".mkv": _H264,
-    ".webm": _Codecs("libvpx-vp9", "libopus", (48000, 24000, 16000, 12000, 8000)),
-}
-VIDEO_SUFFIXES = (*_CODECS, ".gif")
-METADATA_SUFFIXES = tuple(_CODECS)
+_AAC = _Audio(
+    "aac", (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
+)  # fmt: skip
+_AUDIO = {".mp4": _AAC, ".mov": _AAC, ".mkv": _AAC, ".webm": _Audio("libopus", (48000, 24000, 16000, 12000, 8000))}
+VIDEO_SUFFIXES = (*_AUDIO, ".gif")
+METADATA_SUFFIXES = tuple(_AUDIO)
 """Formats with text metadata."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LOSSY = (".gif", ".jpg", ".jpeg", ".webp")
@@ -81,9 +78,17 @@ def is_sequence(path: str | Path) -> bool:
     return str(path).endswith(("/", "\\")) or (numbered(Path(path)) and _suffix(path) in PICTURE_SUFFIXES)
 
 
+def is_transparent(path: str | Path) -> bool:
+    """Whether an output format can be transparent."""
+    from .encoders import ALPHA
+
+    suffix = _suffix(_pattern(path)) if is_sequence(path) else _suffix(path)
+    return suffix in ALPHA or suffix in TRANSPARENT
+
+
 def has_sound(path: str | Path) -> bool:
     """Whether an output format can have sound."""
-    return not is_sequence(path) and _suffix(path) in _CODECS
+    return not is_sequence(path) and _suffix(path) in _AUDIO
 
 
 def check_lossless(path: str | Path) -> None:
@@ -150,28 +155,22 @@ def write_video(
     Raises ValueError for an unknown suffix or no frame, and OSError if the disk fails.
     """
     if is_sequence(path):
-        return _write_sequence(_pattern(path), map(_pixels, frames))
+        return _write_sequence(_pattern(path), frames)
     path = Path(path)
     with whole_file(path) as partial:
         try:
             if _suffix(path) in PICTURE_SUFFIXES:
-                (picture,) = map(_pixels, frames)
-                Image.fromarray(picture).save(partial, quality=95)
+                (frame,) = frames
+                save_frame(frame, partial)
             elif _suffix(path) == ".gif":
-                _write_gif(partial, map(_pixels, frames), fps, times)
-            elif _suffix(path) in _CODECS:
+                _write_gif(partial, map(pixels_of, frames), fps, times)
+            elif _suffix(path) in _AUDIO:
                 _encode(partial, frames, _Stream(fps, sound, crf, times, metadata or {}, display))
             else:
                 raise ValueError(f"cannot write {path.name!r}: use one of {', '.join(VIDEO_SUFFIXES)}")
         except av.error.FFmpegError as error:
             raise OSError(f"could not write {path}: {error}") from error
     return path
-
-
-def _pixels(frame: Frame) -> np.ndarray:
-    from .colour import converted
-
-    return frame.cpu().numpy() if isinstance(frame, torch.Tensor) else converted(frame, "rgb24").to_ndarray()
 
 
 def write_picture(path: str | Path, picture: Image.Image) -> Path:
@@ -205,26 +204,31 @@ def _encode(path: Path, frames: Iterable[Frame], how: _Stream) -> None:
     settings = {"fflags": "+bitexact"}  # the same bytes for the same frames
     if path.suffix in (".mp4", ".mov"):
         settings["movflags"] = "+faststart+use_metadata_tags"
-    from .planes import encodable, tag
+    from .encoders import encodable, encoder_for, options, tag
 
-    codecs = _CODECS[path.suffix.lower()]
-    name = "ffv1" if how.crf is None and path.suffix.lower() == ".mkv" else codecs.video
+    coming = iter(frames)
+    first = next(coming, None)
+    if first is None:
+        raise ValueError(f"cannot write {path.name!r}: there is no frame")
+    name = encoder_for(path.suffix.lower(), first, how.crf is None)
     with av.open(f"file:{path}", "w", options=settings) as file:
         file.metadata.update(how.metadata)
-        video = cast(av.VideoStream, file.add_stream(name, rate=how.fps, options=_options(name, how.crf)))
+        video = cast(av.VideoStream, file.add_stream(name, rate=how.fps, options=options(name, how.crf)))
         clock = 1 / how.fps if how.times is None else Fraction(1, _CLOCK)
         track = None
-        for i, given in enumerate(frames):
+        for i, given in enumerate(chain([first], coming)):
             frame = encodable(given, name)
             if i == 0:
                 video.height, video.width, video.pix_fmt = frame.height, frame.width, frame.format.name
                 video.codec_context.time_base = clock
+                if name == "libx265" and path.suffix.lower() != ".mkv":
+                    video.codec_context.codec_tag = "hvc1"  # as Apple's players need it
                 if how.display.aspect != 1:
                     video.codec_context.sample_aspect_ratio = how.display.aspect
                 if how.display.matrix is not None:
                     video.set_display_matrix(how.display.matrix)
                 tag(video.codec_context, frame)
-                track = how.sound and _Track(file, codecs, how.sound)
+                track = how.sound and _Track(file, _AUDIO[path.suffix.lower()], how.sound)
             at = i / how.fps if how.times is None else how.times[i]
             frame.pts, frame.time_base = round(at / clock), clock
             file.mux(video.encode(frame))
@@ -235,29 +239,13 @@ def _encode(path: Path, frames: Iterable[Frame], how: _Stream) -> None:
             track.write(until=None)
 
 
-def _options(codec: str, crf: int | None) -> dict[str, str]:
-    if codec == "ffv1":
-        return {"level": "3", "slicecrc": "1"}
-    if codec == "libx264":
-        return {**({"qp": "0"} if crf is None else {"crf": str(crf)}), "preset": "medium", **_steady_x264()}
-    return {**({"lossless": "1"} if crf is None else {"crf": str(2 * crf), "b": "0"}), "row-mt": "1"}
-
-
-def _steady_x264() -> dict[str, str]:
-    """Options that disable AVX-512 in x264, whose output may vary from run to run with it.
-
-    x264 does not check that the CPU supports `asm`; a CPU with AVX-512 supports AVX2.
-    """
-    return {"x264-params": "asm=AVX2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
-
-
 class _Track:
     """Encodes sound into a file, interleaved with the frames."""
 
-    def __init__(self, file: av.container.OutputContainer, codecs: _Codecs, sound: Sound | SoundTrack) -> None:
-        rate = sound.rate if sound.rate in codecs.rates else 48000
+    def __init__(self, file: av.container.OutputContainer, audio: _Audio, sound: Sound | SoundTrack) -> None:
+        rate = sound.rate if sound.rate in audio.rates else 48000
         self.file = file
-        self.stream = cast(av.AudioStream, file.add_stream(codecs.audio, rate=rate))
+        self.stream = cast(av.AudioStream, file.add_stream(audio.codec, rate=rate))
         self.layout = "mono" if sound.channels == 1 else "stereo"
         self.stream.layout = self.layout
         self.rate = sound.rate
@@ -320,15 +308,15 @@ def _pattern(path: str | Path) -> Path:
     return Path(path) if numbered(Path(path)) else Path(path) / "%05d.png"
 
 
-def _write_sequence(pattern: Path, pictures: Iterator[np.ndarray]) -> Path:
+def _write_sequence(pattern: Path, frames: Iterable[Frame]) -> Path:
     """Write all the pictures or none, named by their numbers."""
     pattern.parent.mkdir(parents=True, exist_ok=True)
     folder = temporary_folder(pattern.parent)
     try:
         names = []
-        for i, picture in enumerate(pictures):
+        for i, frame in enumerate(frames):
             names.append(with_number(folder / pattern.name, i))
-            Image.fromarray(picture).save(names[-1], quality=95)
+            save_frame(frame, names[-1])
         for name in names:
             name.replace(pattern.parent / name.name)
     finally:

@@ -282,9 +282,11 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)
+    originals = [original_of(*each) for each in zip(configs, masks, [clip.video] * len(masks), outputs, strict=True)]
+    for note in {one.note for one in originals if one is not None and one.note}:
+        session.note(note)
     if not dry_run:
         recorded = with_captions(given, configs) if run.from_batch else configs
-        originals = [original_of(*each, clip.video) for each in zip(configs, masks, strict=True)]
         edits = list(map(_OneEdit, configs, recorded, prompts, layouts, masks, outputs, folders, files, originals))
         _run(run, checkpoint, clip, store, edits, now)
 
@@ -364,7 +366,7 @@ def _run(
             edited = Kept(decode(checkpoint, latents, clip.frames, shown_as), keep=one.maps is not None)
             results_of = latents, inversion.store.level(0)
             try:
-                _write(run, writing, laid(one.original, checkpoint, results_of, edited, one.output), clip)
+                _write(run, writing, laid(one.original, checkpoint, results_of, edited), clip)
                 if one.maps is not None and edit.maps is not None:
                     source = _source_frames(checkpoint, clip, inversion.store)
                     write_recorded(one.maps, edit.maps, source, edited, clip.fps, session)

@@ -230,7 +230,9 @@ class EditSettings(
         group=_EDIT,
     )
     lossless: bool = setting(
-        False, "Write videos without loss: FFV1 in .mkv, else H.264 or VP9 in their lossless modes.", group=_TEXT
+        False,
+        "Write videos without loss: FFV1 in .mkv, else the lossless mode of its encoder.",
+        group=_TEXT,
     )
     first_frame: str = setting(
         "",

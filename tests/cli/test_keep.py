@@ -13,7 +13,9 @@ from PIL import Image
 from fatezero.cli.config.settings import EditConfig
 from fatezero.cli.keep import keeps_pixels
 from fatezero.files.bundled import CLIP
+from fatezero.video.planes import planar, planes_of
 from fatezero.video.read import open_video
+from fatezero.video.stills import save_frame
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water", "--steps", 2, "--count", 2)
 
@@ -77,6 +79,108 @@ def test_pixels_outside_the_mask_are_the_videos(command, tmp_path, options, resu
         (tmp_path / "old.json").write_text(json.dumps(record))
         command("edit", "--config", "old.json", "-o", "old.mkv")
         assert min(open_video(tmp_path / "old.mkv").size) == 64
+
+
+def stored_values(video):
+    """The values of each frame in planes, with its format, its transfer curve and its primaries."""
+    for frame in video.stored():
+        stored = planar(frame)
+        yield (stored.format.name, int(frame.color_trc), int(frame.color_primaries)), planes_of(stored)
+
+
+def written(path, form, codec="ffv1", size=(150, 102), hdr=0):
+    """A noisy clip whose alpha, if any, falls from left to right."""
+    generator = np.random.default_rng(0)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=8, options={"profile": "4444"} if codec == "prores_ks" else {})
+        stream.width, stream.height, stream.pix_fmt = *size, form
+        if hdr:
+            context = stream.codec_context
+            context.color_trc, context.color_primaries, context.colorspace = hdr, 9, 9
+        for i in range(2):
+            pixels = generator.integers(0, 65536, (size[1], size[0], 4)).astype(np.uint16)
+            pixels[..., 3] = np.linspace(65535, 0, size[0])
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba64le").reformat(format=form)
+            frame.pts, frame.time_base = i, Fraction(1, 8)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def pictures(path, form="RGB", deep=False):
+    """Two noisy pictures of 151x101 pixels, transparent or of 16 bits, or one animated WebP."""
+    generator = np.random.default_rng(0)
+    if deep:
+        form = "rgba64le" if form == "RGBA" else "rgb48le"
+        values = [generator.integers(0, 65536, (101, 151, 4 if "a" in form else 3)).astype(np.uint16) for _ in "ab"]
+        path.mkdir()
+        for i, pixels in enumerate(values):
+            save_frame(planar(av.VideoFrame.from_ndarray(pixels, format=form)), path / f"{i}.png")
+        return path
+    made = [Image.fromarray(generator.integers(0, 256, (101, 151, len(form))).astype(np.uint8)) for _ in "ab"]
+    if path.suffix:
+        made[0].save(path, save_all=True, append_images=made[1:], duration=125, lossless=True, exact=True)
+    else:
+        path.mkdir()
+        for i, picture in enumerate(made):
+            picture.save(path / f"{i}.png")
+    return path
+
+
+HLG, PQ = 18, 16
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("make", "result", "options"),
+    [
+        (lambda p: written(p / "s.mkv", "yuv420p10le", hdr=HLG), "o.mp4", ()),
+        pytest.param(lambda p: written(p / "s.mkv", "yuv420p10le", hdr=PQ, size=(151, 101)), "o.mkv", (), marks=SLOW),
+        pytest.param(lambda p: written(p / "s.mkv", "yuv420p10le", hdr=PQ, size=(151, 101)), "o.webm", (), marks=SLOW),
+        pytest.param(lambda p: written(p / "s.mkv", "yuv420p10le", size=(151, 101)), "o.mp4", (), marks=SLOW),
+        pytest.param(lambda p: written(p / "s.mkv", "yuv420p", size=(151, 101)), "o.mp4", (), marks=SLOW),
+        (lambda p: written(p / "s.mkv", "yuva420p"), "o.webm", ()),
+        pytest.param(lambda p: written(p / "s.mov", "yuva444p10le", "prores_ks"), "o.mkv", (), marks=SLOW),
+        pytest.param(lambda p: written(p / "s.mov", "argb", "qtrle"), "o.mov", (), marks=SLOW),
+        pytest.param(lambda p: written(p / "s.mov", "argb", "qtrle"), "o.mkv", (), marks=SLOW),
+        (lambda p: pictures(p / "s", "RGBA"), "o/", ()),
+        pytest.param(lambda p: pictures(p / "s.webp", "RGBA"), "o.mkv", (), marks=SLOW),
+        pytest.param(lambda p: pictures(p / "s", deep=True), "o/", (), marks=SLOW),
+        pytest.param(lambda p: pictures(p / "s", "RGBA", deep=True), "o/", ("--crop", "3,5,7,9"), marks=SLOW),
+        pytest.param(lambda p: pictures(p / "s", deep=True), "o.mkv", (), marks=SLOW),
+        (lambda p: written(p / "s.mkv", "yuv420p10le"), "o.mkv", ("--crop", "6,4,8,3")),
+    ],
+)
+def test_sources_of_every_kind_keep_their_values(command, tmp_path, make, result, options):
+    """HDR, transparent, deep, odd and cropped ones: format, curve and every value outside the mask are the source's."""
+    path = make(tmp_path)
+    source = open_video(path)
+    left, top, right, bottom = map(int, options[1].split(",")) if options else (0, 0, 0, 0)
+    left_mask(tmp_path / "mask.png", source.size)
+    run = ("edit", path.name, *WORDS, "--injection", "none", "--edit-mask", "mask.png", "--lossless", *options)
+    command(*run, "-o", result)
+    made = open_video(tmp_path / result)
+    assert made.size == (source.size[0] - left - right, source.size[1] - top - bottom)
+    for (kind, before), (now, after) in zip(stored_values(source), stored_values(made), strict=True):
+        assert now == kind or (now[0] == kind[0] and kind[1] == 2)  # files without colours get those of their size
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            across, down = (-(-n // m) for n, m in zip(source.size, a.shape[::-1], strict=True))
+            a = a[top // down :, left // across :][: b.shape[0], : b.shape[1]]
+            high, wide = a.shape
+            np.testing.assert_array_equal(a[high * 3 // 4 :], b[high * 3 // 4 :])
+            np.testing.assert_array_equal(a[:, wide * 3 // 4 :], b[:, wide * 3 // 4 :])
+            corner = a[: high // 6, : wide // 6] != b[: high // 6, : wide // 6]
+            assert corner.mean() > 0.8 if i < 3 else not corner.any()  # alpha stays
+
+
+def test_what_a_format_cannot_have_is_noted(command, tmp_path):
+    written(tmp_path / "s.mkv", "yuva420p")
+    left_mask(tmp_path / "mask.png", (150, 102))
+    run = ("edit", "s.mkv", *WORDS, "--injection", "none", "--edit-mask", "mask.png", "--dry-run")
+    assert "transparent" in command(*run, "-o", "o.mp4") and ".mov" in command(*run, "-o", "o/f_%d.jpg")
+    assert "cannot be transparent" not in command(*run, "-o", "o.webm")
+    written(tmp_path / "t.mkv", "yuv420p")
+    assert "multiples of 2" in command("edit", "t.mkv", *run[2:], "--crop", "3,0,0,0", "-o", "o.mkv")
 
 
 @pytest.mark.parametrize(

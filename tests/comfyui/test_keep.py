@@ -50,6 +50,21 @@ def test_pixels_outside_the_mask_are_the_sources(host):
     assert (result - source)[:, :16, :16].abs().float().mean() > 2
 
 
+def test_the_alpha_of_a_source_stays(host):
+    graph, full, decoded = masked(host)
+    ramp = np.linspace(0, 255, SIDE).round().astype(np.uint8)[None].repeat(SIDE, 0)
+    Image.fromarray(ramp).save(host.base / "input" / "ramp.png")
+    alpha = graph.add("LoadImageMask", image="ramp.png", channel="red")
+    clear = graph.add("JoinImageWithAlpha", image=full[0], alpha=alpha[0])
+    node = graph.add(
+        "FateZeroRestoreUnchanged", source=clear[0], edited=decoded[0], mask=graph.edit[2], feather=8,
+        match_colours=True,
+    )  # fmt: skip
+    source, result = pictures(host, graph, clear[0], node[0])
+    assert result.shape[-1] == 4 and torch.equal(result[..., 3], source[..., 3])
+    assert torch.equal(result[:, -16:], source[:, -16:]) and not torch.equal(result[:, :16, :16], source[:, :16, :16])
+
+
 def test_a_window_is_edited_and_stitched_back(host):
     graph = DemoGraph(frames=3)
     mask = np.zeros((SIDE, SIDE), np.uint8)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from fatezero import generate
@@ -31,19 +31,14 @@ from fatezero.methods.layout_guidance import (
 )
 from fatezero.methods.own_attention import OwnLayout, OwnTarget
 from fatezero.store.records import Recorder
-from small import FIXTURES, THREE_LEVELS, random_latents, random_text, relative, small_unet
+from small import FIXTURES, THREE_LEVELS, random_latents, random_text, reference_video_unet, relative, small_unet
 
 SELF = KeyFrames(("self",))
 
 
 def video_denoiser():
     """The UNet of the reference results, in float64."""
-    unet = UNet3DConditionModel(
-        sample_size=32, block_out_channels=(16, 16, 32, 32), layers_per_block=2, cross_attention_dim=32,
-        attention_head_dim=8, norm_num_groups=8,
-    )  # fmt: skip
-    unet.load_state_dict(load_file(FIXTURES / "unet3d.safetensors"))
-    return DiffusersVideoDenoiser(unet.double().eval(), build_scheduler())
+    return DiffusersVideoDenoiser(reference_video_unet().double(), build_scheduler())
 
 
 def test_backward_guidance_equals_the_reference(monkeypatch):

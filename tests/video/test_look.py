@@ -14,7 +14,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from clips import flashes
-from fatezero.video.colour import WHITE, tone_mapped
+from fatezero.video.colour import WHITE, to_hdr, tone_mapped
 from fatezero.video.read import VideoError, open_video, read_video
 from fatezero.video.write import FrameDigest, shortcomings, write_video
 
@@ -252,3 +252,12 @@ def test_long_clips_of_large_frames_are_streamed(tmp_path):
     frames, kilobytes = map(int, done.stdout.split())
     assert frames == 60
     assert kilobytes < 250_000
+
+
+@pytest.mark.parametrize("kind", ["PQ", "HLG"])
+def test_sdr_becomes_the_hdr_that_is_tone_mapped_to_it(kind):
+    greys = np.repeat(np.arange(256.0)[None, :, None], 3, 2)
+    np.testing.assert_array_equal(tone_mapped(to_hdr(greys, kind), kind), greys)
+    colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    off = np.abs(tone_mapped(to_hdr(colours, kind), kind).astype(int) - colours)
+    assert off.mean() < 0.1 and (off.max(-1) > 2).mean() < 0.02  # HLG clips the brightest saturated colours
