@@ -15,8 +15,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from fatezero import Recipe, draw, edit_many, invert
-from fatezero.attention.key_frames import ALL, KeyFrames
+from fatezero import Recipe, Windows, draw, edit_many, invert
 from fatezero.attention.masks import GivenMask
 from fatezero.benchmark.cases import Case, sample_cases
 from fatezero.demo.judge import words_by_frame
@@ -64,7 +63,7 @@ def cases(seed: int, each: int) -> Iterator[Case]:
         yield replace(case, motion=random_motion(Random(seed + i), 1, PERIOD + 1), frames=PERIOD + 1)
 
 
-def edited(model: Model, long: Long, method: str, window: int, steps: int) -> tuple[Tensor, Tensor]:
+def edited(model: Model, long: Long, method: str, windows: Windows, steps: int) -> tuple[Tensor, Tensor]:
     """The clip and its edit after the autoencoder, (frames, 3, SIZE, SIZE)."""
     case, clip = long.case, model.encode_clip(long.source)
     source, target, negative = (
@@ -74,26 +73,28 @@ def edited(model: Model, long: Long, method: str, window: int, steps: int) -> tu
     if method == "KV-Edit":
         recipe = replace(recipe, mask=GivenMask(long.mask[:, 0]))
     if recipe.noise is not None:
-        start = draw(model.denoiser, clip, source, steps, recipe.noise)
+        start = draw(model.denoiser, clip, source, steps, recipe.noise, windows=windows)
     else:
-        start = invert(model.denoiser, clip, source, steps, chunk_frames=window)
+        start = invert(model.denoiser, clip, source, steps, windows=windows)
     one = recipe.edit(target, negative, recipe.pair(model.tokenizer))
-    done = edit_many(model.denoiser, start, [one], window)[0]
+    done = edit_many(model.denoiser, start, [one])[0]
     before, after = (model.decode_clip(latents, long.frames) for latents in (clip, done))
     return before, after
 
 
-def measured(long: Long, before: Tensor, after: Tensor, window: int) -> dict[str, float]:
+def measured(long: Long, before: Tensor, after: Tensor, windows: Windows) -> dict[str, float]:
     """The figures of one edit. Errors are to the true edit, colours in 1/255, slopes in units per 100 frames."""
     mask, error, case = long.mask, after - long.truth, long.case
     inside, outside = (lambda x, m=m: (x * m).flatten(2).sum(-1) / m.flatten(2).sum(-1) for m in (mask, 1 - mask))
-    crosses = borders(long.frames, window)
+    crosses = borders(long.frames, windows)
+    elsewhere = crosses.roll(windows.advance // 2)
     jump = ((error[1:] - error[:-1]) * mask[1:]).square().flatten(1).sum(1).div(mask[1:].flatten(1).sum(1)).sqrt()
     colour, kept = 255 * inside(error), 255 * outside(after - before)
     leap = (colour[1:] - colour[:-1]).norm(dim=1)
     true, own = detail(long.truth), detail(after)
     found = {
         "jump": ratio(jump, crosses),
+        "jump_elsewhere": ratio(jump, elsewhere),
         "colour_jump": ratio(leap, crosses),
         "colour_inside": slope(colour.mean(1)),
         "colour_outside": slope(kept.mean(1)),
@@ -101,7 +102,7 @@ def measured(long: Long, before: Tensor, after: Tensor, window: int) -> dict[str
         "sharpness_outside": slope(100 * (outside(own) / outside(detail(before))).mean(1)),
     }
     right = torch.tensor([a and b for a, b in words_by_frame(case.source, case.target, after)]).float()
-    by_window = [slice(at, at + window) for at in starts(long.frames, window)]
+    by_window = [slice(at, at + windows.frames) for at in windows.starts(long.frames)]
     looks = torch.stack([colour[part].mean(0) for part in by_window])
     within = torch.stack([colour[part].std(0) for part in by_window]).mean()
     return found | {
@@ -115,15 +116,10 @@ def measured(long: Long, before: Tensor, after: Tensor, window: int) -> dict[str
     }
 
 
-def starts(frames: int, window: int) -> list[int]:
-    """The first frame of each window, by the package's own rule."""
-    return [chunk.frame_indices[0] for chunk in KeyFrames((ALL,)).chunks(frames, window)]
-
-
-def borders(frames: int, window: int) -> Tensor:
+def borders(frames: int, windows: Windows) -> Tensor:
     """Whether a window begins or ends between a frame and the next: (frames - 1)."""
-    begins = starts(frames, window)
-    ends = [at + window for at in begins]
+    begins = windows.starts(frames)
+    ends = [at + windows.frames for at in begins]
     return torch.tensor([t + 1 in begins or t + 1 in ends for t in range(frames - 1)])
 
 
@@ -164,19 +160,21 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4, help="cases of each kind")
     parser.add_argument("--frames", type=int, nargs="+", default=[65, 129, 257])
     parser.add_argument("--window", type=int, default=33)
+    parser.add_argument("--overlap", type=int)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--method", choices=METHODS, default="FlowEdit")
     given = parser.parse_args()
+    windows = Windows(given.window, given.overlap)
     model = open_model("demo-wan", lora="demo-few-steps" if given.method == "FlowEdit" else None)
     done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     for frames in given.frames:
         for case in cases(given.seed, given.each):
             key = {"method": given.method, "case": case.name, "frames": frames, "window": given.window}
-            key |= {"steps": given.steps, "seed": given.seed}
+            key |= {"overlap": windows.frames - windows.advance, "steps": given.steps, "seed": given.seed}
             if any(key.items() <= row.items() for row in done):
                 continue
             long = Long(case, frames)
-            row = key | measured(long, *edited(model, long, given.method, given.window, given.steps), given.window)
+            row = key | measured(long, *edited(model, long, given.method, windows, given.steps), windows)
             with ROWS.open("a", encoding="utf-8") as file:
                 print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), file=file)
             print(row, flush=True)
