@@ -63,6 +63,11 @@ def windows_of(config: EditConfig, checkpoint: Model) -> Windows | None:
     return Windows.of(config.chunk_frames) or config.windows(checkpoint.frames_per_latent)
 
 
+def in_windows(store: AttentionStore, config: EditConfig, checkpoint: Model) -> AttentionStore:
+    """A store whose edits run in the configuration's windows, if it gives some."""
+    return replace(store, windows=config.windows(checkpoint.frames_per_latent) or store.windows)
+
+
 def check_size_fits(model: Model, latents_shape: Sequence[int]) -> None:
     """Raise ValueError for frames that do not fit into memory, from the autoencoder's memory for one frame."""
     frames, _, *grid = latents_shape
