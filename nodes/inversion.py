@@ -16,7 +16,7 @@ from ..diffusion.invert import InversionSettings
 from ..diffusion.parts import Edit
 from ..hosts.comfyui.conditions import HostCondition, unsaveable
 from ..hosts.comfyui.editing import edit_clip
-from ..hosts.comfyui.families import MODELS, check_known, facts_of
+from ..hosts.comfyui.families import MODELS, check_known, facts_of, takes_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, InvertSettings, invert_clip, source_of
 from ..hosts.comfyui.latents import windows_of_video
 from ..hosts.comfyui.noise import Timesteps, check_samples
@@ -153,7 +153,7 @@ class FateZeroInvert(io.ComfyNode):
             shown[0] = text
             show_on_node(cls.hidden.unique_id, text)
 
-        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
+        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention, takes_of(model))
         InversionSettings(steps, inversion_steps=inversion_steps or None)  # raises for steps that do not fit
         chosen = replace(
             invert_settings(model, source, **settings), inversion_steps=inversion_steps or None, timesteps=timesteps

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.editing import guider_of
-from ..hosts.comfyui.families import MODELS, check_known, facts_of
+from ..hosts.comfyui.families import MODELS, check_known, facts_of, takes_of
 from ..hosts.comfyui.inversion import InvertGuider, store_of
 from ..hosts.comfyui.noise import noise_of
 from ..hosts.comfyui.sampling import DDIMSampler
@@ -82,7 +82,7 @@ class FateZeroInvertGuider(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, source: Any, **settings: Any) -> io.NodeOutput:
         node = cls.hidden.unique_id
-        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention)
+        condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention, takes_of(model))
         guider = InvertGuider(
             model, condition, invert_settings(model, source, **settings), lambda text: show_on_node(node, text)
         )

@@ -25,9 +25,9 @@ from ...diffusion.invert import Progress
 from ...diffusion.schedule import Schedule
 from ...store.records import Memory
 from .chunks import WrappersMP
-from .conditions import HostCondition
+from .conditions import NOTHING, HostCondition
 from .denoiser import ComfyDenoiser, wrapped
-from .families import family_of, hooked, hooks_always
+from .families import family_of, hooked, hooks_always, takes_of
 from .hook import ALL_KINDS, Hook
 from .latents import packed, zeros_like
 from .noise import is_flow, noise_of
@@ -53,7 +53,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
 
         Raises ValueError for an unsupported MODEL, or unsupported options.
         """
-        attends = not is_flow(model) or all(condition.fits_attention for condition in conditions)
+        takes = takes_of(model) if controls else NOTHING
+        attends = not is_flow(model) or all(condition.fits_attention(takes) for condition in conditions)
         attends = attends and (controls or hooks_always(model))
         check_options(model)
         self.edited = hooked(model, kinds, attends)
