@@ -60,7 +60,7 @@ from ..options import (
     flags_of,
 )
 from ..outputs import Outputs, numbered
-from ..plan import in_chunks, plan
+from ..plan import in_chunks, plan, store_for
 from ..region import in_region
 from ..session import Session, check_control, controlled
 from ..states import provenance, states_of
@@ -277,11 +277,11 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         check_of_store(checkpoint, store, origin, prompts)
     masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
-    session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store, masks=masks))
+    session.say(plan(checkpoint, configs, clip.shape, None, edits=True, store=store, masks=masks))
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)
-    originals = [original_of(*each) for each in zip(configs, masks, [clip.video] * len(masks), outputs, strict=True)]
+    originals = [original_of(clip.video, *each) for each in zip(configs, masks, outputs, strict=True)]
     for note in {one.note for one in originals if one is not None and one.note}:
         session.note(note)
     if not dry_run:
@@ -347,7 +347,8 @@ def _run(
             inversion = Inversion(store)
         else:
             assert clip.video is not None
-            inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread, states=states)
+            kept = store_for(checkpoint, configs, clip.shape)
+            inversion = invert_video(checkpoint, configs[0], clip.video, bar, kept, spread, states)
         motion = motion_of(checkpoint, configs, inversion, clip.frames, bar)
         models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
         edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
