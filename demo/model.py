@@ -7,6 +7,7 @@ SD 1.x: 32 groups in every GroupNorm, 8 heads per level, a latent scale of 0.182
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
+def build_tokenizer(folder: Path, words: Iterable[str] = VOCABULARY) -> CLIPTokenizer:
     """Write a CLIP byte-pair vocabulary in which each word of the captions is one token.
 
     Any other text has one token per byte, as in CLIP.
@@ -96,7 +97,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
-    for word in VOCABULARY:
+    for word in words:
         chunks = [*word[:-1], f"{word[-1]}</w>"]
         while len(chunks) > 1:
             # Merges of earlier words rank first, so apply them where possible.

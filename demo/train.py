@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from transformers import CLIPTokenizer
 
 from . import model as demo
 from .judge import close_up
-from .scenes import SIZE, Motion, Scene, random_motion, render, scenes
+from .scenes import SIZE, VOCABULARY, Motion, Scene, random_motion, render, scenes
 from .training import Plan, Report, optimiser_of, rate_at, set_rate, train_weights
 
 
@@ -123,7 +123,7 @@ class Pictures:
         return Pictures(torch.cat([self.frames, other.frames]), self.scenes + other.scenes)
 
 
-def _batch(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.Generator]:
+def batch_of(seed: int, step: int, size: int, count: int) -> tuple[Tensor, torch.Generator]:
     """The pictures of a step, and the generator for its other random numbers."""
     generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
     return torch.randint(count, (size,), generator=generator), generator
@@ -148,33 +148,35 @@ def train_vae(pictures: Pictures, settings: TrainSettings, device: torch.device,
         vae.quant_conv.bias[4:] = -6.0
     optimiser = optimiser_of(list(vae.parameters()), settings.vae_rate)
 
-    def loss_of(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(x).latent_dist
-        mean, logvar = posterior.mean, posterior.logvar
-        y = vae.decode(mean + posterior.std * noise).sample
-        mse = F.mse_loss(y, x)
-        edges = F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(y, x) + mse + edges + 1e-5 * kl, mse
-
     for step in range(settings.vae_steps):
-        chosen, generator = _batch(settings.seed + 1, step, settings.vae_batch, len(pictures.frames))
+        chosen, generator = batch_of(settings.seed + 1, step, settings.vae_batch, len(pictures.frames))
         x = pictures.frames[chosen].to(device).float() / 127.5 - 1
         noise = torch.randn(len(x), 4, demo.LATENT_SIZE, demo.LATENT_SIZE, generator=generator).to(device)
         set_rate(optimiser, settings.vae_rate * rate_at(step, settings.vae_steps, tail=0.5))
-        loss, mse = loss_of(x, noise)
+        loss, mse = vae_loss(vae, x, noise)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         if step % 100 == 99:
             report(f"vae {step + 1}/{settings.vae_steps}: {-10 * math.log10(mse.item() / 4):.2f} dB")
-    _standardise(vae, pictures.frames[:2048], device)
+    standardise(vae, pictures.frames[:2048], device)
     return vae.eval()
 
 
+def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The autoencoder's loss on pictures in -1..1, and its squared error."""
+    posterior = vae.encode(x).latent_dist
+    mean, logvar = posterior.mean, posterior.logvar
+    y = vae.decode(mean + posterior.std * noise).sample
+    mse = F.mse_loss(y, x)
+    edges = F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return F.l1_loss(y, x) + mse + edges + 1e-5 * kl, mse
+
+
 @torch.no_grad()
-def _standardise(vae: AutoencoderKL, frames: Tensor, device: torch.device) -> None:
+def standardise(vae: AutoencoderKL, frames: Tensor, device: torch.device) -> None:
     """Fold the latents' mean and deviation into the 1x1 convolutions on both sides.
 
     Then `LATENT_SCALE * latent` has mean 0 and variance 1 in every channel, as hosts that multiply by 0.18215 expect,
@@ -222,7 +224,7 @@ def train_classifier(
         for name, words in judge.HEADS.items()
     }
     for step in range(settings.classifier_steps):
-        chosen, generator = _batch(settings.seed + 2, step, 64, len(pictures.frames))
+        chosen, generator = batch_of(settings.seed + 2, step, 64, len(pictures.frames))
         x = _augmented(pictures.frames[chosen].float() / 255, generator)
         x = x + 0.06 * torch.rand(len(x), 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
         if torch.rand((), generator=generator) < 0.3:
@@ -253,9 +255,9 @@ def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 class Painter(nn.Module):
     """The two networks trained together."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel | None = None) -> None:
         super().__init__()
-        self.unet, self.text = demo.build_unet(), demo.build_text_encoder(tokenizer)
+        self.unet, self.text = unet or demo.build_unet(), demo.build_text_encoder(tokenizer)
 
 
 def train_painter(
@@ -293,7 +295,7 @@ def train_painter(
         loss_of = torch.compile(loss_of)
 
     def error_of(step: int) -> Tensor:
-        chosen, generator = _batch(settings.seed + 3, step, settings.unet_batch, len(latents))
+        chosen, generator = batch_of(settings.seed + 3, step, settings.unet_batch, len(latents))
         z = latents[chosen].to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
         t = torch.randint(1000, (len(z),), generator=generator)
@@ -313,16 +315,11 @@ def train_painter(
 # --- the whole ------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    folder: Path,
-    vae: AutoencoderKL,
-    painter: Painter,
-    judge: demo.SceneClassifier,
-) -> None:
-    """Write diffusers' folder layout in fp16, and the judge."""
+def save_checkpoint(folder: Path, vae: AutoencoderKL, painter: Painter, words: Iterable[str] = VOCABULARY) -> None:
+    """Write diffusers' folder layout in fp16."""
     for module, name in ((vae, "vae"), (painter.unet, "unet"), (painter.text, "text_encoder")):
         deepcopy(module).cpu().half().save_pretrained(folder / name, safe_serialization=True)
-    demo.build_tokenizer(folder / "tokenizer")
+    demo.build_tokenizer(folder / "tokenizer", words)
     demo.build_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -337,8 +334,6 @@ def save_checkpoint(
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / "judge").mkdir(exist_ok=True)
-    save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, folder / "judge" / "model.safetensors")
 
 
 def train(folder: Path, state: Path, settings: TrainSettings, device: torch.device, report: Report = print) -> None:
@@ -372,7 +367,9 @@ def train(folder: Path, state: Path, settings: TrainSettings, device: torch.devi
     latents = load_file(state / "latents.safetensors")["latents"]
     captions = [scene.caption for job in _jobs(seed, images, None) for scene in _scenes(job)]
     painter = train_painter(latents, captions, tokenizer, state, settings, device, report)
-    save_checkpoint(folder, vae, painter, judge)
+    save_checkpoint(folder, vae, painter)
+    (folder / "judge").mkdir(exist_ok=True)
+    save_file({k: v.half().cpu() for k, v in judge.state_dict().items()}, folder / "judge" / "model.safetensors")
     report(f"checkpoint written to {folder}")
 
 

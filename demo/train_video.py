@@ -65,11 +65,16 @@ def batch_at(latents: Tensor, step: int, settings: VideoSettings) -> Batch:
     clips = (
         torch.stack([latents[c, f : f + length] for c, f in zip(chosen, first, strict=True)]).float().transpose(1, 2)
     )
-    u = torch.randn(count, generator=random).sigmoid()
-    no_text = torch.rand(count, generator=random) < settings.text_dropout
-    shift = torch.where(torch.rand(count, generator=random) < 0.5, SHIFT, NOISY_SHIFT)
-    sigmas = shifted(u, shift)
+    sigmas, no_text = draw_sigmas(count, settings.text_dropout, random)
     return Batch(clips, torch.randn(clips.shape, generator=random), sigmas, torch.where(no_text, len(latents), chosen))
+
+
+def draw_sigmas(count: int, text_dropout: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The noise of a step's clips, and which of them have no text."""
+    u = torch.randn(count, generator=random).sigmoid()
+    no_text = torch.rand(count, generator=random) < text_dropout
+    shift = torch.where(torch.rand(count, generator=random) < 0.5, SHIFT, NOISY_SHIFT)
+    return shifted(u, shift), no_text
 
 
 def train_video(

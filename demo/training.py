@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from ..files.whole import whole_file
 
 Report = Callable[[str], None]
+TRIAL = 40
+"""Steps after which the time that a training takes is estimated."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a training is called, its file, and for how long it runs.
 
+    minutes: time after which to end instead, measured on the first steps and kept when the training resumes.
     rate: peak learning rate. average: decay of the running average. save_every, report_every: in steps.
     """
 
@@ -33,6 +38,7 @@ class Plan:
     average: float
     save_every: int
     report_every: int = 50
+    minutes: float | None = None
 
 
 def train_weights(
@@ -44,9 +50,13 @@ def train_weights(
     """
     live, optimiser = list(weights.values()), optimiser_of(list(weights.values()), plan.rate)
     average = {name: weight.detach().clone() for name, weight in weights.items()}
-    done, running = _resume(plan.state, weights, average, optimiser), 0.0
-    for step in range(done, plan.steps):
-        set_rate(optimiser, plan.rate * rate_at(step, plan.steps))
+    (done, steps), running, begun = _resume(plan, weights, average, optimiser), 0.0, time.monotonic()
+    for step in count(done):
+        if plan.minutes and step == TRIAL:
+            steps = max(int(plan.minutes * 60 * TRIAL / (time.monotonic() - begun)), TRIAL)
+        if step >= steps:
+            break
+        set_rate(optimiser, plan.rate * rate_at(step, steps))
         optimiser.zero_grad()
         error = torch.as_tensor(error_of(step)).item()
         nn.utils.clip_grad_norm_(live, 1.0)
@@ -55,9 +65,9 @@ def train_weights(
         torch._foreach_lerp_(list(average.values()), [weight.detach() for weight in live], 1 - decay)
         running = error if step == done else 0.98 * running + 0.02 * error
         if (step + 1) % plan.report_every == 0:
-            report(f"{plan.name} {step + 1}/{plan.steps}: error {running:.4f}")
-        if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
-            _save(plan.state, weights, average, optimiser, step + 1)
+            report(f"{plan.name} {step + 1}/{steps}: error {running:.4f}")
+        if (step + 1) % plan.save_every == 0 or step + 1 == steps:
+            _save(plan.state, weights, average, optimiser, (step + 1, steps))
     for name, weight in weights.items():
         weight.data = average[name]
 
@@ -81,32 +91,40 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _save(
-    path: Path, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, step: int
+    path: Path,
+    live: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    done: tuple[int, int],
 ) -> None:
     tensors = {f"live.{name}": weight for name, weight in live.items()}
     tensors |= {f"average.{name}": weight for name, weight in average.items()}
     tensors |= {f"adam.{name}.{key}": optimiser.state[w][key] for name, w in live.items() for key in _MOMENTS}
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as partial:
-        save_file(kept, partial, {"step": str(step)})
+        save_file(kept, partial, dict(zip(("step", "steps"), map(str, done), strict=True)))
 
 
 def _resume(
-    path: Path, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
-) -> int:
-    """Load a saved state; returns the number of steps done."""
-    if not path.exists():
-        return 0
-    tensors, step = load_file(path), saved_step(path)
+    plan: Plan, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
+) -> tuple[int, int]:
+    """Load a saved state; returns the number of steps done, and of all."""
+    if not plan.state.exists():
+        return 0, plan.steps
+    tensors, step = load_file(plan.state), saved_step(plan.state)
     for name, weight in live.items():
         weight.data.copy_(tensors[f"live.{name}"])
         average[name].copy_(tensors[f"average.{name}"])
         moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in _MOMENTS}
         optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
-    return step
+    return step, int(_header(plan.state)["steps"]) if plan.minutes and step > TRIAL else plan.steps
 
 
 def saved_step(path: Path) -> int:
+    return int(_header(path)["step"])
+
+
+def _header(path: Path) -> dict[str, str]:
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["step"])
+        found: dict[str, str] = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    return found

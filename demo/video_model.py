@@ -6,6 +6,7 @@ as padding). It uses the demo checkpoint's autoencoder of single pictures: one l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,18 +24,18 @@ SHIFT = 2.0
 """Shift of the schedule's sigmas."""
 
 
-def build_transformer() -> VideoTransformer:
-    """A flow-predicting transformer of latents (4, frames, 16, 16), with 8x8 tokens per frame."""
+def build_transformer(patch: int = 2, heads: int = 6, layers: int = 6, ffn: int = 768) -> VideoTransformer:
+    """A flow-predicting transformer of latents (4, frames, height, width), with heads of width 32."""
     transformer = VideoTransformer(
-        patch_size=(1, 2, 2),
-        num_attention_heads=6,
+        patch_size=(1, patch, patch),
+        num_attention_heads=heads,
         attention_head_dim=32,
         in_channels=4,
         out_channels=4,
         text_dim=64,
         freq_dim=256,
-        ffn_dim=768,
-        num_layers=6,
+        ffn_dim=ffn,
+        num_layers=layers,
         rope_max_seq_len=128,
     )
     nn.init.zeros_(transformer.proj_out.weight)  # the first prediction is zero
@@ -65,26 +66,26 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
-def vocabulary() -> list[tuple[str, float]]:
+def vocabulary(of: Iterable[str] = VOCABULARY) -> list[tuple[str, float]]:
     """The vocabulary with its scores: each word of the captions is one token, other text is split into letters."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -2.0) for word in VOCABULARY]
+    words = [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -2.0) for word in of]
     others = [(token, -10.0) for token in ("\N{LOWER ONE EIGHTH BLOCK}", *letters)]
     return [*((mark, 0.0) for mark in MARKS), *words, *others]
 
 
-def build_tokenizer() -> T5Tokenizer:
-    return T5Tokenizer(vocab=vocabulary(), extra_ids=0, model_max_length=TEXT_TOKENS)
+def build_tokenizer(words: Iterable[str] = VOCABULARY, length: int = TEXT_TOKENS) -> T5Tokenizer:
+    return T5Tokenizer(vocab=vocabulary(words), extra_ids=0, model_max_length=length)
 
 
 def token_ids(tokenizer: T5Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, (captions, TEXT_TOKENS) each."""
-    found = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    """Token ids and their mask, (captions, tokens) each, padded to the tokenizer's length."""
+    found = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return found.input_ids, found.attention_mask
 
 
 def encode_ids(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Embeddings (captions, TEXT_TOKENS, 64), zero at padding."""
+    """Embeddings (captions, tokens, 64), zero at padding."""
     states: Tensor = encoder(ids, attention_mask=mask).last_hidden_state
     return states * mask[..., None]
 
@@ -92,9 +93,9 @@ def encode_ids(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
 class VideoPainter(nn.Module):
     """The two networks trained together."""
 
-    def __init__(self, tokenizer: T5Tokenizer) -> None:
+    def __init__(self, tokenizer: T5Tokenizer, transformer: VideoTransformer | None = None) -> None:
         super().__init__()
-        self.transformer = build_transformer()
+        self.transformer = transformer or build_transformer()
         self.text = build_text_encoder(tokenizer)
 
     def forward(self, latents: Tensor, sigmas: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

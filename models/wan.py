@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 from ..files.bundled import DEMO
 from .family import Family
@@ -18,6 +20,8 @@ WAN = Family(
     subset_patch=2,
     trained_frames=21,
 )
+WAN_CONDITIONED = replace(WAN, title="Wan with pictures or control", demo="", demo_folder=Path(), trained_frames=None)
+"""In ComfyUI, where all of these models are called alike, on whole clips."""
 TEXT_TOKENS = 512
 """Number of text columns of a prompt, padding included. Longer prompts have more."""
 NATIVE_SIZE = 480

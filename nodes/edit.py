@@ -18,7 +18,7 @@ from ..diffusion.schedule import reused_steps
 from ..diffusion.start import start_of
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.editing import changed_mask, check_masking, edit_clip, given_mask, limits_video, only_inside
-from ..hosts.comfyui.families import check_attention, count_layers, facts_of
+from ..hosts.comfyui.families import check_attention, count_layers, facts_of, takes_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, schedule_of_store, source_of
 from ..hosts.comfyui.noise import is_flow
 from ..methods.fatezero import FusionSettings, check_joint
@@ -229,8 +229,9 @@ class EditInputs:
         attends = not is_flow(self.model) or self.fuses
         if self.fuses:
             check_attention(self.model, f"preset: {self.preset}")
-            source_of(self.store).check_attention("source")
-        positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends)
+            source_of(self.store).check_attention("source", takes_of(self.model))
+        takes = takes_of(self.model)
+        positive = HostCondition.of_socket(self.positive, f"positive{suffix}", "positive", attends, takes)
         negative = None
         if recipe.guidance_scale != 1:
             negative = HostCondition.of_socket(self.negative, f"negative{suffix}", "negative")

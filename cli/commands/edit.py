@@ -51,7 +51,7 @@ from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
 from ..options import AS_USUAL, GROUPS, Config, Resume, RunOptions, Video, edit_options, flags_of
 from ..outputs import Outputs, numbered
-from ..plan import in_chunks, plan, store_for
+from ..plan import in_chunks, in_windows, plan, store_for
 from ..region import in_region, in_region_of_prompts
 from ..session import Session, check_control, controlled
 from ..states import provenance, states_of
@@ -234,7 +234,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     for config in configs:
         check_edit_mask(config, source.frames)
     if team is not None:
-        configs = [in_team(config, team.count, source.frames) for config in configs]
+        configs = [in_team(config) for config in configs]
     outputs = numbered(run.output, len(configs))
     for path in outputs if configs[0].lossless else ():
         check_lossless(path)
@@ -267,7 +267,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
     masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
-    configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
+    configs = [in_chunks(config, checkpoint, clip.shape[0], store, team.count if team else 1) for config in configs]
     session.say(plan(checkpoint, configs, clip.shape, None, edits=True, store=store, masks=masks))
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
@@ -336,7 +336,7 @@ def _run(
     )
     with states.of_run(), session.bars() as bar:
         if store is not None:
-            inversion = Inversion(store)
+            inversion = Inversion(in_windows(store, configs[0], checkpoint))
         else:
             assert clip.video is not None
             kept = store_for(checkpoint, configs, clip.shape)

@@ -18,8 +18,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import AttentionSite, Control, Kind
+from ...attention.control import Attend, AttentionSite, Control, Kind
 from ...store.identity import IdentityCache, ModelIdentity
+from ...store.records import kept_as_map
 from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, unpatched
 from .latents import unpacked_parts
 from .noise import FlowNoise, noise_of
@@ -63,6 +64,8 @@ class HookedBlocks(Hook):
         """The branch of the source in the current call; -1 without one."""
         self._last = False
         """Whether no later branch of the call reads the source's records of the block."""
+        self._others = (0, 0)
+        """The tokens before and after the clip's own in the current call."""
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
         self._place(len(self._blocks), self._block, around)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
@@ -82,6 +85,15 @@ class HookedBlocks(Hook):
     @abstractmethod
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """The rows and columns of a frame's tokens, on latents of this size."""
+
+    def other_tokens(self, clip: Tensor, rest: Sequence[Any], named: dict[str, Any]) -> tuple[int, int]:
+        """The tokens of references before and after the clip's own. clip: the latents of a call; then its other inputs."""
+        return 0, 0
+
+    @staticmethod
+    def calls_before(module: nn.Module, inputs: dict[str, Any]) -> int:
+        """The attention calls of a module before the controlled one, such as to a picture."""
+        return 0
 
     def with_tokens(self, args: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
         """A block's inputs for some tokens of a branch, in families with a `subset_patch`."""
@@ -191,6 +203,7 @@ class HookedBlocks(Hook):
             branches = options["cond_or_uncond"]
             streams = [x] if isinstance(x, Tensor) else list(x)
             self._grid = streams[0].shape[-2], streams[0].shape[-1]
+            self._others = self.other_tokens(streams[0], rest, more)
             if len(streams[0]) != len(branches):
                 clips = len(streams[0]) // len(branches)
                 raise ValueError(f"latent: has {clips} clips, but FateZero edits one at a time")
@@ -216,7 +229,7 @@ class HookedBlocks(Hook):
         own = unpacked_parts(self._noise.to_host(self._paired.latents), [(1, *part.shape[1:]) for part in streams])
         streams = [part.clone() for part in streams]
         for part, values in zip(streams, own, strict=True):
-            part[row] = values[0].to(part)
+            part[row, : values.shape[1]] = values[0].to(part)  # other channels are a picture's
         return streams
 
     def _replacements(self, options: dict[str, Any]) -> Callable[[AttentionSite], Any]:
@@ -268,6 +281,8 @@ class HookedBlocks(Hook):
     ) -> Tensor:
         """The output of a block for a branch that has some tokens only; the others are those of `whole`."""
         if len(tokens):
+            before, after = (torch.arange(count, device=tokens.device) for count in self._others)
+            tokens = torch.cat([before, tokens + len(before), after + whole.shape[1] - len(after)])
             return whole.index_copy(1, tokens, forward(self.with_tokens(own, tokens))["img"])
         for kind in self.attention:
             self._mark_run(f"block.{index}.{kind}", own["transformer_options"][_BRANCH] == 0)
@@ -282,26 +297,29 @@ class HookedBlocks(Hook):
             options = named.get("transformer_options") or {}
             if _BRANCH not in options:
                 return None
-            override = self._override(f"block.{index}.{kind}", options[_BRANCH], options)
+            calls = self.calls_before(module, named)
+            override = self._override(f"block.{index}.{kind}", options[_BRANCH], options, calls)
             return args, {**named, "transformer_options": {**options, OVERRIDE: override}}
 
         return entering
 
-    def _override(self, name: str, branch: int, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The attention of a layer on a branch. options: the module's, with the override of another node."""
-        theirs, taken = options.get(OVERRIDE), False
+    def _override(self, name: str, branch: int, options: dict[str, Any], before: int) -> Callable[..., Tensor]:
+        """The attention of a layer on a branch. options: the module's, with the override of another node. before: calls
+        that are left to the model.
+        """
+        theirs = options.get(OVERRIDE)
 
         def override(
             func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: Any, **more: Any
         ) -> Tensor:
-            nonlocal taken
+            nonlocal before
+            before -= 1
             kernel = func if theirs is None else lambda *given, **named: theirs(func, *given, **named)
             more = {**more, "transformer_options": options}
-            control = self._control(branch)[0]
-            if taken or control.is_plain:  # other packs' own, or attention as the model has it
+            if self._control(branch)[0].is_plain:
                 self._mark_run(name, branch == 0)
+            if before != -1 or self._control(branch)[0].is_plain:  # other packs' own, or as the model has it
                 return kernel(q, k, v, heads, *rest, **more)
-            taken = True
             more = {name: value for name, value in more.items() if name not in ("skip_reshape", "skip_output_reshape")}
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -319,40 +337,70 @@ class HookedBlocks(Hook):
         branch: int,
         qkv: tuple[Tensor, Tensor, Tensor],
         heads: int,
-        attend: Callable[..., Tensor],
+        attend: Attend,
         override: Any,
     ) -> Tensor:
-        """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel."""
-        q, k, v = qkv
+        """One layer of one branch, (1, tokens, channels), through its control. override: another node's kernel.
+
+        The control has the clip's tokens. Those of references attend as in the model, and the clip's also attend to
+        their branch's own references.
+        """
         site = self.sites(*self._grid)[name]
         control, text_tokens = self._control(branch)
-        frames = len(control.chunk.frame_indices)
-        clip = self._video[-3] if self._video else frames
-        expected = clip * site.tokens if control.rows is None else len(control.rows)
-        if q.shape[1] != expected:
-            raise ValueError(
-                f"{site.name} has {q.shape[1]} tokens where {expected} of {clip} frames of "
-                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
-            )
-        control.attend = attend
-        frames = frames if control.rows is None else 1
-        q4 = rearrange(q, "1 (f t) (h d) -> f h t d", f=frames, h=heads)
+        q, k, v = (rearrange(x, "1 n (h d) -> 1 h n d", h=heads) for x in qkv)
+        own = self._own_tokens(control, site, q.shape[2])
+        frames = 1 if control.rows is not None else len(control.chunk.frame_indices)
         if site.kind == "cross":
-            k4, v4 = (rearrange(x[:, :text_tokens], "1 s (h d) -> 1 h s d", h=heads) for x in (k, v))
-        else:
-            k4, v4 = (rearrange(x, "1 (f t) (h d) -> f h t d", f=frames, h=heads) for x in (k, v))
+            k, v = (x[:, :, :text_tokens] for x in (k, v))
+        of_frames = (q, k, v) if site.kind == "self" else (q,)
+        in_frames = [rearrange(x[:, :, own], "1 h (f t) d -> f h t d", f=frames) for x in of_frames]
+        q4, k4, v4 = [*in_frames, k, v][:3]
+        control.attend = attend
+        if site.kind == "self" and any(self._others):
+            if kept_as_map(self.memory, site, k.shape[2], q.dtype):
+                raise ValueError("memory: maps cannot include the model's reference tokens: use recompute")
+            control.attend = _also_to(attend, [(x[:, :, : own.start], x[:, :, own.stop :]) for x in (k, v)])
         self._check_kernel(control, q4, k4, v4, site, override)
-        output = control.layer(q4, k4, v4, site)
+        output = rearrange(control.layer(q4, k4, v4, site), "f h t d -> 1 h (f t) d")
         if self._paired is not None and self._last and self._source >= 0:
             self._paired.control.forget(site.name)
         self._mark_run(name, branch == 0)
-        return rearrange(output, "f h t d -> 1 (f t) (h d)").to(q)
+        if q.shape[2] > output.shape[2]:
+            others = (q[:, :, : own.start], q[:, :, own.stop :])
+            before, after = (attend(x, k, v).to(output) if x.shape[2] else x.to(output) for x in others)
+            output = torch.cat([before, output, after], 2)
+        return rearrange(output, "1 h n d -> 1 n (h d)").to(q)
+
+    def _own_tokens(self, control: Control, site: AttentionSite, tokens: int) -> slice:
+        """The clip's tokens in a layer of a branch. tokens: the layer's queries: of the clip, or of references too."""
+        clip = self._video[-3] if self._video else len(control.chunk.frame_indices)
+        own = clip * site.tokens if control.rows is None else len(control.rows)
+        before, after = self._others
+        if tokens not in (own, before + own + after):
+            raise ValueError(
+                f"{site.name} has {tokens} tokens where {before + own + after} of {clip} frames of "
+                f"{site.height}x{site.width} are expected: another node on the model adds or merges tokens: remove it"
+            )
+        return slice(before, before + own)
 
     def _control(self, branch: int) -> tuple[Control, int | None]:
         """The control of a branch and its text tokens; branches of guidance nodes use the negative's."""
         if self._paired is not None and branch == self._source:
             return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
+
+
+def _also_to(attend: Attend, others: Sequence[tuple[Tensor, Tensor]]) -> Attend:
+    """An attention kernel with more keys and values. others: these before and after the given ones, (1 h n d)."""
+
+    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (
+            torch.cat([before.expand(len(x), -1, -1, -1), x, after.expand(len(x), -1, -1, -1)], 2)
+            for x, (before, after) in zip((k, v), others, strict=True)
+        )
+        return attend(q, k, v)
+
+    return joined
 
 
 def check_alone(block: Any, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...attention.condition import Condition
+from .sameness import empty
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 """The host's CONDITIONING: (embeddings, options) pairs."""
@@ -26,15 +27,20 @@ REFUSED = {
     "ref_audio": "a reference sound is set",
     "unclip_conditioning": "pictures for unCLIP are set",
 }
-"""Options that a source or positive prompt must not have, because they restrict it to a part of the picture, whose
-attention does not align with the clip's, or belong to unsupported models."""
+"""Options that a source or positive prompt must not have, unless the model takes them: they restrict it to a part of
+the picture, whose attention does not align with the clip's, or the model does not read them."""
 
 READ = frozenset({"c_crossattn", "crossattn_controlnet", "y", "c_concat"})
 """The supported model inputs from a prompt: text, the ControlNet's text, pooled text and sizes, and the empty picture
 of an inpainting UNet."""
 
+NOTHING = frozenset[str]()
 
-LOST = ("control", "gligen", "hooks", "model_conds", "minimax_keyframes", "minimax_refs")
+LOST = (
+    "control", "gligen", "hooks", "model_conds", "minimax_keyframes", "minimax_refs", "concat_latent_image",
+    "reference_latents", "context_latents", "time_dim_concat", "clip_vision_output", "vace_frames", "face_video_pixels",
+    "pose_video_latent", "camera_conditions", "keyframe_idxs", "ref_audio",
+)  # fmt: skip
 """Options that change the source branch but cannot be saved in a file."""
 
 
@@ -59,19 +65,21 @@ class HostCondition(Condition):
         """Whether the host's guidance applies to its predictions; a negative evaluated on its own is part of ours."""
         return self.role.partition(".")[0] == "positive"
 
-    @property
-    def fits_attention(self) -> bool:
-        """Whether its attention can be controlled, that of a negative as it is."""
-        return self.role.startswith("negative") or _unfit(self.conditioning) is None
+    def fits_attention(self, takes: frozenset[str] = NOTHING) -> bool:
+        """Whether its attention can be controlled, that of a negative as it is. takes: of `REFUSED`, by the model."""
+        return self.role.startswith("negative") or _unfit(self.conditioning, takes) is None
 
-    def check_attention(self, socket: str) -> None:
+    def check_attention(self, socket: str, takes: frozenset[str]) -> None:
         """Raise ValueError, naming the socket, where its attention cannot be controlled."""
-        if problem := _unfit(self.conditioning):
+        if problem := _unfit(self.conditioning, takes):
             raise ValueError(f"{socket}: {problem}")
 
     @classmethod
-    def of_socket(cls, conditioning: Conditioning, role: str, socket: str, attends: bool = True) -> HostCondition:
+    def of_socket(
+        cls, conditioning: Conditioning, role: str, socket: str, attends: bool = True, takes: frozenset[str] = NOTHING
+    ) -> HostCondition:
         """Wrap the CONDITIONING of a socket. attends: whether its attention is controlled; else it may be anything.
+        takes: options in `REFUSED` that the model takes.
 
         Raises ValueError for a source or positive with several prompts, or one for a part of the picture or steps. A
         negative may be anything, since its attention is not changed.
@@ -79,7 +87,7 @@ class HostCondition(Condition):
         entries = [(embeddings, options) for embeddings, options in conditioning if embeddings is not None]
         if not entries:
             raise ValueError(f"{socket}: has no prompt")
-        problem = _unfit(entries) if attends and socket != "negative" else None
+        problem = _unfit(entries, takes) if attends and socket != "negative" else None
         if problem:
             raise ValueError(f"{socket}: {problem}")
         embeddings, options = entries[0]
@@ -93,14 +101,14 @@ class HostCondition(Condition):
         return cls(condition.embeddings, condition.extras, "source", conditioning)
 
 
-def _unfit(conditioning: Conditioning) -> str | None:
+def _unfit(conditioning: Conditioning, takes: frozenset[str]) -> str | None:
     """Why the attention of a CONDITIONING cannot be aligned with the clip's; None if it can."""
     conditioning = [entry for entry in conditioning if entry[0] is not None]
     if len(conditioning) != 1:
         return f"combines {len(conditioning)} prompts: connect a single one"
     options = conditioning[0][1]
     for name, what in REFUSED.items():
-        if options.get(name) is not None:
+        if options.get(name) is not None and name not in takes:
             return f"{what} ({name}): connect a prompt for the whole clip"
     start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
     if start > 0 or end < 1:
@@ -127,4 +135,4 @@ def plain_options(conditioning: Conditioning) -> dict[str, Any]:
 
 def unsaveable(conditioning: Conditioning) -> list[str]:
     """The options that change the source branch but cannot be saved in a file."""
-    return [k for k, v in conditioning[0][1].items() if k in LOST and v]
+    return [k for k, v in conditioning[0][1].items() if k in LOST and not empty(v)]

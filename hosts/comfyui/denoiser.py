@@ -19,12 +19,12 @@ from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...attention.temporal_kind import TRAINED_KEYS
-from ...diffusion.denoiser import Guidance, Windows, frames_meet
+from ...diffusion.denoiser import Guidance, WeightedFrames, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
-from .conditions import HostCondition, check_read
+from .conditions import READ, HostCondition, check_read
 from .hook import Hook
 from .noise import noise_of
 from .sameness import same_in_place
@@ -49,6 +49,16 @@ class _Branch:
         """The wrappers of other nodes around the predictions of its MODEL."""
         kind = WrappersMP.PREDICT_NOISE
         return list(comfy.patcher_extension.get_all_wrappers(kind, self.options, is_model_options=True))
+
+    def check_parts(self, guided: bool) -> None:
+        """Raise ValueError, naming it, for what needs all frames of a clip. guided: whether guidance functions run."""
+        check_parts(self.options, self.around_predictions, guided, self.hooked.family.spans_clip)
+        found = {name for entries in self.conditions.values() for entry in entries for name in entry["model_conds"]}
+        if self.hooked.family.attention and found - READ:
+            raise ValueError(
+                f"model: {', '.join(sorted(found - READ))} of a prompt needs all frames of the clip, but this run "
+                "splits them: set chunk_frames to 0, and remove Context Windows"
+            )
 
     def at(self, sigma: float) -> _Branch:
         """The branch at a sigma: this one, or that of the MODEL for low noise."""
@@ -107,7 +117,7 @@ class ComfyDenoiser:
     def trained_frames(self) -> int | None:
         """None if a node on the MODEL needs all frames of a clip."""
         try:
-            check_parts(self._edited.options, self._edited.around_predictions, True, self.spans_clip)
+            self._edited.check_parts(True)
         except ValueError:
             return None
         return self._edited.hooked.family.trained_frames
@@ -162,7 +172,7 @@ class ComfyDenoiser:
                 "other: connect the same MODEL with Context Windows to both"
             )
 
-    def windows(self, latents: Tensor, timestep: float) -> Windows | None:
+    def windows(self, latents: Tensor, timestep: float) -> WeightedFrames | None:
         """The context windows of a node on the MODEL, with the weights of its fuse method."""
         handler = self._handler
         if handler is None or len(latents) <= handler.context_length:
@@ -205,7 +215,7 @@ class ComfyDenoiser:
             paired = None
         branch = branch.at(float(sigma))
         if not control.chunk.is_whole:
-            check_parts(branch.options, branch.around_predictions, condition.guided, branch.hooked.family.spans_clip)
+            branch.check_parts(condition.guided)
         self._load(branch)
         with (
             self._with_source(paired, control.chunk) as pair,
@@ -258,7 +268,7 @@ class ComfyDenoiser:
         controls = {0: (control, condition.text_tokens), 1: (Control(control.key_frames, control.chunk), None)}
         x = latents * (1 + sigma**2).sqrt()
         if not control.chunk.is_whole:
-            check_parts(branch.options, branch.around_predictions, False, branch.hooked.family.spans_clip)
+            branch.check_parts(False)
         self._load(branch)
         with (
             branch.hooked.controlled(controls, self._clip_norm),

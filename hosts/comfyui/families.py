@@ -12,7 +12,7 @@ from ...models.family import Family
 from . import flow, h3, ltx, unet, wan
 from .hook import ALL_KINDS, Hook, HostFamily
 
-FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, ltx.FAMILY, h3.FAMILY, flow.FAMILY)
+FAMILIES: tuple[HostFamily, ...] = (unet.FAMILY, wan.FAMILY, wan.CONDITIONED, ltx.FAMILY, h3.FAMILY, flow.FAMILY)
 """The first that matches a MODEL is its family."""
 MODELS = ", or ".join(family.models for family in FAMILIES)
 TEXT_ENCODERS = ", or ".join(family.text_encoder for family in FAMILIES if family.text_encoder)
@@ -66,6 +66,11 @@ def count_layers(model: Any) -> int:
 def facts_of(model: Any) -> Family:
     """The facts of a MODEL's family."""
     return family_of(model).hook.family
+
+
+def takes_of(model: Any) -> frozenset[str]:
+    """The options of a CONDITIONING in `REFUSED` that a MODEL takes."""
+    return family_of(model).takes(model)
 
 
 def hooks_always(model: Any) -> bool:

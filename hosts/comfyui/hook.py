@@ -17,7 +17,7 @@ from ...diffusion.denoiser import refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
-from .conditions import READ
+from .conditions import NOTHING, READ
 from .sameness import same_forward
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
@@ -227,6 +227,8 @@ class HostFamily:
     """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
     frame_dim: int | None
     """The dimension of LATENT samples along which frames lie; None where calls on some frames are not supported."""
+    takes: Callable[[Any], frozenset[str]] = lambda model: NOTHING
+    """The options of a CONDITIONING in `REFUSED` that a MODEL takes."""
     text_tokens: Callable[[Tensor, dict[str, Any]], int | None] = lambda embeddings, options: None
     """The text columns that a model makes of a prompt's embeddings, given the prompt's options; None for one each."""
 

@@ -69,7 +69,7 @@ def equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
     if isinstance(one, dict) and isinstance(other, dict):
-        one, other = ({name: value for name, value in of.items() if not _empty(value)} for of in (one, other))
+        one, other = ({name: value for name, value in of.items() if not empty(value)} for of in (one, other))
         return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(equal, one, other))
@@ -78,5 +78,6 @@ def equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and isinstance(one, PLAIN) and bool(one == other)
 
 
-def _empty(value: Any) -> bool:
+def empty(value: Any) -> bool:
+    """Whether a value is None, or an empty list or dict."""
     return value is None or (isinstance(value, (dict, list)) and not value)

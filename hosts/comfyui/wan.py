@@ -1,19 +1,39 @@
-"""Wan in ComfyUI: its blocks and its text."""
+"""Wan in ComfyUI: its blocks and its text.
+
+A block attends to the clip (`self_attn`) and to the text (`cross_attn`); image-to-video models attend to a picture's
+embedding first. Tokens of references are in front of the clip's (`ref_conv`) or behind them (reference clips, appended
+frames). The picture's attention, these tokens, and the blocks of VACE and Animate besides are the model's own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
-from comfy.ldm.wan.model import WanModel
-from torch import Tensor
+from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
+from torch import Tensor, nn
 
-from ...models.wan import WAN
+from ...models.wan import WAN, WAN_CONDITIONED
+from ...store.identity import ModelIdentity
 from .blocks import HookedBlocks, check_sampled_as_flow
+from .conditions import READ
+from .flow import identity_of_shapes
 from .hook import HostFamily
+from .noise import FlowNoise, noise_of
+
+try:
+    from comfy.ldm.wan.model_animate import AnimateWanModel
+except ImportError:  # older hosts
+    AnimateWanModel = None
 
 MODELS = "Wan 2.1 and 2.2 for text to video"
+REFERENCES = frozenset({"context_latents", "time_dim_concat"})
+"""Clips and frames that only the class `WanModel` reads (Bernini, Phantom)."""
+PICTURES = frozenset({"concat_latent_image", "concat_mask"})
+"""Of models with more channels in than out."""
 
 
 def is_text_to_video(model: Any) -> bool:
@@ -23,12 +43,27 @@ def is_text_to_video(model: Any) -> bool:
     return plain and getattr(unet, "ref_conv", None) is None
 
 
+def is_conditioned(model: Any) -> bool:
+    """Whether a MODEL is a Wan with inputs besides text: pictures, control videos, references, cameras, poses."""
+    known = type(model.model.diffusion_model) in (WanModel, VaceWanModel, CameraWanModel, AnimateWanModel)
+    return known and not is_text_to_video(model) and isinstance(noise_of(model), FlowNoise)
+
+
+def takes_of(model: Any) -> frozenset[str]:
+    """The options of a CONDITIONING that a Wan reads."""
+    unet = model.model.diffusion_model
+    taken = REFERENCES if type(unet) is WanModel else frozenset[str]()
+    taken |= PICTURES if unet.in_dim > unet.out_dim else frozenset[str]()
+    return taken if getattr(unet, "ref_conv", None) is None else taken | {"reference_latents"}
+
+
 class HookedWan(HookedBlocks):
     """A clone of a Wan MODEL."""
 
     family = WAN
     container = "blocks"
     attention = {"self": "self_attn", "cross": "cross_attn"}
+    reads = READ | REFERENCES
 
     @property
     def layout(self) -> str:
@@ -43,6 +78,19 @@ class HookedWan(HookedBlocks):
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         _, down, across = self._unet.patch_size  # the host pads latents to whole patches
         return -(-height // down), -(-width // across)
+
+    def other_tokens(self, clip: Tensor, rest: Sequence[Any], named: dict[str, Any]) -> tuple[int, int]:
+        def count(latents: Tensor) -> int:
+            return latents.shape[-3] * prod(self.token_grid(*latents.shape[-2:]))
+
+        picture, frames = named.get("reference_latent"), rest[3]
+        before = 0 if picture is None or self._unet.ref_conv is None else prod(self.token_grid(*picture.shape[-2:]))
+        behind = [*(named.get("context_latents") or []), *([] if frames is None else [frames])]
+        return before, sum(map(count, behind))
+
+    @staticmethod
+    def calls_before(module: nn.Module, inputs: dict[str, Any]) -> int:
+        return int(hasattr(module, "k_img"))
 
     def with_tokens(self, args: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
         img, times = args["img"], args["vec"]
@@ -67,6 +115,22 @@ def _tokenizer(clip: Any) -> _Sentences | None:
     return None if own is None else _Sentences(own.tokenizer)
 
 
+class HookedConditionedWan(HookedWan):
+    """A clone of a Wan MODEL with inputs besides text."""
+
+    family = WAN_CONDITIONED
+    reads = HookedWan.reads | {
+        "clip_fea", "reference_latent", "vace_context", "vace_strength", "face_pixel_values", "pose_latents",
+        "camera_conditions",
+    }  # fmt: skip
+    reads_latents = True
+    always = False
+
+    def identity(self) -> ModelIdentity:
+        """The architecture, unless the store keeps attention."""
+        return identity_of_shapes(self.patcher) if self.memory == "recompute" else super().identity()
+
+
 FAMILY = HostFamily(
     models=MODELS,
     text_encoder="UMT5 of Wan",
@@ -75,5 +139,14 @@ FAMILY = HostFamily(
     check=check_sampled_as_flow,
     count_layers=lambda model: 2 * len(model.model.diffusion_model.blocks),
     tokenizer=_tokenizer,
+    takes=takes_of,
     frame_dim=2,
+)
+CONDITIONED = replace(
+    FAMILY,
+    models="Wan for image-to-video, Fun control, VACE and Animate",
+    text_encoder="",
+    hook=HookedConditionedWan,
+    matches=is_conditioned,
+    frame_dim=None,
 )

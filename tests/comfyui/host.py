@@ -211,7 +211,7 @@ def started(host: Installed, base: Path, pack: str = "fatezero-video", options: 
     for name in ("custom_nodes", "input", "output", "models/loras", "models/controlnet", "models/checkpoints", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     (base / "custom_nodes" / pack).symlink_to(REPO, target_is_directory=True)
-    for name in ("other_pack.py", "flow_pack.py", "ltx_pack.py"):
+    for name in ("other_pack.py", "flow_pack.py", "ltx_pack.py", "wan_pack.py"):
         (base / "custom_nodes" / name).symlink_to(Path(__file__).parent / name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -95,9 +95,9 @@ def test_an_empty_mask_returns_the_clip_bit_for_bit(host, graph):
 
 @pytest.mark.parametrize("preset", ["attribute+", "pnp", "kv_edit"])
 def test_methods_that_need_attention_are_refused_by_name(host, preset):
-    graph = FlowGraph(kind="wan_vace")
+    graph = FlowGraph(kind="qwen")
     graph.set(graph.edit, preset=preset)
-    with pytest.raises(NodeError, match=f"{preset}.* needs control of the attention.*WAN21_Vace.*FlowEdit"):
+    with pytest.raises(NodeError, match=f"{preset}.* needs control of the attention.*QwenImage.*FlowEdit"):
         host.latents(graph.prompt, graph.edit[0])
 
 
@@ -135,18 +135,6 @@ def test_the_hosts_context_windows_are_used(host, kind):
     assert relative(found, single) > 1e-3
     graph.set(graph.edit, chunk_frames=2)
     with pytest.raises(NodeError, match="chunk_frames: has no effect.*Context Windows"):
-        host.latents(graph.prompt, graph.edit[0])
-
-
-def test_reference_clips_are_refused_with_attention(host):
-    """Bernini's reference clips, on a Wan model with FateZero's attention control."""
-    graph = FlowGraph(kind="wan")
-    words = {"source": "a red square", "target": "a green square", "mode": "refine"}
-    graph.set(graph.edit, preset="style", prompt_edit=graph.add(
-        "FateZeroPromptEdit", clip=graph.add("FateZeroDemoVideoModel")[1], **words, blend_source="", blend_target="",
-        reweight="",
-    )[2])  # fmt: skip
-    with pytest.raises(NodeError, match=r"source: reference clips are set .Bernini"):
         host.latents(graph.prompt, graph.edit[0])
 
 

@@ -62,7 +62,7 @@ def test_pictures_are_shifted_slightly_for_the_judge():
 
 
 def test_an_interrupted_run_resumes_with_the_same_result(pictures, tokenizer, tmp_path, monkeypatch):
-    whole, batch = painted(pictures, tokenizer, tmp_path / "whole"), train._batch
+    whole, batch = painted(pictures, tokenizer, tmp_path / "whole"), train.batch_of
 
     def batch_or_stop(seed, step, *given):
         if step == 1:
@@ -70,7 +70,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(pictures, tokenizer, tm
         return batch(seed, step, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "_batch", batch_or_stop)
+        patch.setattr(train, "batch_of", batch_or_stop)
         painted(pictures, tokenizer, tmp_path / "parts")
     assert saved_step(tmp_path / "parts" / "painter.safetensors") == 1
     resumed = painted(pictures, tokenizer, tmp_path / "parts")
@@ -83,7 +83,7 @@ def test_latents_are_given_unit_variance_without_changing_the_picture(pictures):
     vae = model.build_vae()
     pixels = pictures.frames.float() / 127.5 - 1
     before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-    train._standardise(vae, pictures.frames, CPU)
+    train.standardise(vae, pictures.frames, CPU)
     latents = vae.encode(pixels).latent_dist.mean * model.LATENT_SCALE
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3)

@@ -1,0 +1,75 @@
+"""The models of world 2: stock classes like the demo world's, for pictures of twice the side.
+
+Latents are (4, 32, 32). The UNet attends on 16x16 and 8x8 places, the transformer on 8x8 in each frame.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ...hosts.diffusers import VideoTransformer
+from .. import video_model
+from .scenes import SHAPES, SIZE
+
+LATENT_SIZE = SIZE // 4
+TEXT_TOKENS = 56
+"""Tokens of every prompt of the transformer, padding included."""
+
+
+def build_unet() -> UNet2DConditionModel:
+    """An epsilon-predicting UNet without attention at its first level."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=(64, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        norm_num_groups=32,
+    )
+
+
+def build_transformer() -> VideoTransformer:
+    return video_model.build_transformer(patch=4, heads=5, layers=6, ffn=448)
+
+
+class ShapeReader(nn.Module):
+    """Reads in training, from a layer's output, which shape covers each place.
+
+    It makes attention bind words to places: at high noise only the text says which shape is there. It is no part of
+    the trained model.
+    """
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, len(SHAPES) + 1)
+        self._output: Tensor | None = None
+        self._hook = layer.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, given: object, output: Tensor) -> None:
+        self._output = output
+
+    def remove(self) -> None:
+        self._hook.remove()
+        self._output = None
+
+    def forward(self, owner: Tensor) -> Tensor:
+        """The cross entropy with the shapes (pictures, LATENT_SIZE, LATENT_SIZE) of the pictures of the last call."""
+        assert self._output is not None
+        features = self._output
+        if features.ndim == 4:  # of a UNet
+            features = features.flatten(2).transpose(1, 2)
+        features = features.reshape(len(owner), -1, features.shape[-1])
+        side = round(features.shape[1] ** 0.5)
+        places = F.adaptive_max_pool2d(owner[:, None].float(), side).flatten().long()
+        return F.cross_entropy(self.head(features).flatten(0, 1).float(), places)
+
+
+def area_weight(owner: Tensor, more: float = 2.0) -> Tensor:
+    """The error's weight, increased on things, with a mean of one: of the same shape as `owner`."""
+    weight = 1 + more * (owner > 0)
+    return weight / weight.mean(dtype=torch.float32)

@@ -1,0 +1,302 @@
+"""Train the models of world 2: `python -m fatezero.demo.world2.train --out FOLDER`.
+
+The autoencoder starts from the demo's and learns crops of pictures; then the UNet and the video transformer learn
+latents. A folder keeps what is rendered, and states from which a stopped training resumes with the same result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...files.bundled import DEMO
+from .. import model as demo
+from .. import video_model
+from ..train import Painter, batch_of, noise_weight, save_checkpoint, standardise, vae_loss
+from ..train_video import draw_sigmas
+from ..training import Plan, Report, train_weights
+from ..video_model import VideoPainter, save_video_model
+from .data import Latents, rendered
+from .model import TEXT_TOKENS, ShapeReader, area_weight, build_transformer, build_unet
+from .scenes import SIZE, VOCABULARY
+
+READING = 0.1
+"""Weight of the shape reader's error."""
+LENGTHS, SHARES = (1, 9, 17), ((0.7, 0.2, 0.1), (0.3, 0.35, 0.35))
+"""Lengths of the transformer's clips, and their shares of the steps in the first and the second half."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Training settings for a GPU; `on_cpu` are those for a CPU.
+
+    Pictures and clips grow with the steps: `first`, and one file of them every `grow` steps. frames: of a step's clips.
+    """
+
+    seed: int = 0
+    vae_steps: int = 2_000
+    vae_batch: int = 16
+    crops: int = 8_000
+    pictures: int = 60_000
+    clips: int = 4_000
+    first: int = 60_000
+    grow: int = 1
+    unet_steps: int = 12_000
+    unet_batch: int = 96
+    unet_rate: float = 6e-4
+    steps: int = 12_000
+    frames: int = 204
+    rate: float = 1e-3
+    text_dropout: float = 0.1
+    average: float = 0.999
+    save_every: int = 200
+    part: int = 25
+    minutes: float | None = None
+
+    def on_cpu(self) -> Settings:
+        return replace(
+            self, vae_steps=700, vae_batch=4, crops=3_000, pictures=16_000, clips=800, first=1_000, grow=250,
+            unet_steps=12_000, unet_batch=16, steps=12_000, frames=34,
+        )  # fmt: skip
+
+    def tiny(self) -> Settings:
+        return replace(
+            self, vae_steps=2, vae_batch=2, crops=4, pictures=2, clips=2, first=2, part=2, unet_steps=2, unet_batch=2,
+            steps=2, frames=17, save_every=1, minutes=None,
+        )  # fmt: skip
+
+
+# --- the autoencoder --------------------------------------------------------------------
+
+
+def load_vae() -> AutoencoderKL:
+    """The demo's autoencoder."""
+    found: AutoencoderKL = AutoencoderKL.from_pretrained(DEMO / "vae")
+    return found.float()
+
+
+def crops_of(settings: Settings, work: Callable[..., Iterable[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Crops (n, 3, 64, 64) of pictures, two of each, uint8."""
+    share = min(100, settings.crops // 2)
+    jobs = [(777_000_000 + settings.seed * 10_000 + n, share, False) for n in range(settings.crops // 2 // share)]
+    random, found = torch.Generator().manual_seed(settings.seed), list[Tensor]()
+    for pictures, _ in work(rendered, jobs):
+        for picture in pictures:
+            places = torch.randint(SIZE - 63, (2, 2), generator=random).tolist()
+            found += [picture[:, y : y + 64, x : x + 64] for y, x in places]
+    return torch.stack(found)
+
+
+def train_vae(crops: Tensor, state: Path, settings: Settings, device: torch.device, report: Report) -> AutoencoderKL:
+    """Fine-tune the demo's autoencoder by its own loss, then standardise its latents."""
+    vae = load_vae().to(device, memory_format=torch.channels_last)
+
+    def error_of(step: int) -> Tensor:
+        chosen, random = batch_of(settings.seed + 5, step, settings.vae_batch, len(crops))
+        x = crops[chosen].to(device).float() / 127.5 - 1
+        noise = torch.randn(len(x), 4, 16, 16, generator=random).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, error = vae_loss(vae, x, noise)
+        loss.backward()
+        return error.detach()
+
+    plan = Plan(
+        "autoencoder's squared error", state / "vae_training.safetensors", settings.vae_steps, 4e-4, 0.99,
+        settings.save_every, report_every=20,
+    )  # fmt: skip
+    train_weights(dict(vae.named_parameters()), plan, error_of, report)
+    standardise(vae, crops[:1024], device)
+    return vae.eval()
+
+
+# --- the painters -----------------------------------------------------------------------
+
+
+def grown(settings: Settings, most: int, step: int, share: int) -> int:
+    """The number of scenes that a step may choose from: whole files."""
+    count = min(most, settings.first + share * (step // settings.grow))
+    return math.ceil(count / share) * share
+
+
+class Captions:
+    """Token ids of a growing set's captions, two each, and of the empty one."""
+
+    def __init__(self, latents: Latents, ids_of: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
+        self.latents, self.ids_of = latents, ids_of
+        self.empty = ids_of([""])
+        self.ids = [ids[:0].unflatten(0, (-1, 2)) for ids in ids_of(["", ""])]
+
+    def at(self, chosen: Tensor, none: Tensor, random: torch.Generator) -> list[Tensor]:
+        """The ids of a caption of each chosen scene, with all words in every second."""
+        known = len(self.ids[0])
+        if known < len(self.latents.captions):
+            new = self.ids_of([caption for pair in self.latents.captions[known:] for caption in pair])
+            self.ids = [torch.cat([old, ids.unflatten(0, (-1, 2))]) for old, ids in zip(self.ids, new, strict=True)]
+        which = torch.randint(2, (len(chosen),), generator=random)
+        return [
+            torch.where(none[:, None], empty, ids[chosen, which])
+            for ids, empty in zip(self.ids, self.empty, strict=True)
+        ]
+
+
+def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch.device, report: Report) -> Painter:
+    """Predict epsilon as in the demo world, with more weight on things, and shapes read from places of 16x16."""
+    torch.manual_seed(settings.seed)
+    tokenizer = demo.build_tokenizer(state / "tokenizer", VOCABULARY)
+    live = Painter(tokenizer, build_unet()).to(device).train()
+    reader = ShapeReader(live.unet.up_blocks[0], live.unet.config["block_out_channels"][-1]).to(device)
+    captions = Captions(pictures, lambda texts: (demo.token_ids(tokenizer, texts),))
+    alphas = demo.build_scheduler().alphas_cumprod.to(device)
+    share = pictures.part * pictures.parts
+
+    def error_of(step: int) -> Tensor:
+        count = grown(settings, settings.pictures, step, share)
+        pictures.grow(count)
+        chosen, random = batch_of(settings.seed + 3, step, settings.unet_batch, count)
+        latents, owners = (x[:, 0].to(device) for x in pictures.at(chosen))
+        noise = torch.randn(latents.shape, generator=random).to(device)
+        t = torch.randint(1000, (len(latents),), generator=random)
+        none = torch.rand(len(latents), generator=random) < settings.text_dropout
+        (text,) = captions.at(chosen, none, random)
+        signal, t = alphas[t.to(device)].view(-1, 1, 1, 1), t.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            states = live.text(text.to(device)).last_hidden_state
+            predicted = live.unet(signal.sqrt() * latents + (1 - signal).sqrt() * noise, t, states).sample
+            reading = reader(owners)
+        error = (predicted.float() - noise) ** 2
+        weighted = noise_weight(signal) * area_weight(owners)[:, None] * error
+        (weighted.mean() + READING * reading).backward()
+        return error.mean().detach()
+
+    plan = Plan(
+        "unet", state / "painter.safetensors", settings.unet_steps, settings.unet_rate, settings.average,
+        settings.save_every, minutes=settings.minutes,
+    )  # fmt: skip
+    train_weights(named(live, reader), plan, error_of, report)
+    reader.remove()
+    return live.eval()
+
+
+def train_transformer(
+    pictures: Latents, clips: Latents, state: Path, settings: Settings, device: torch.device, report: Report
+) -> tuple[VideoPainter, video_model.T5Tokenizer]:
+    """Predict velocity as in the demo world, of pictures and of clips."""
+    torch.manual_seed(settings.seed)
+    tokenizer = video_model.build_tokenizer(VOCABULARY, TEXT_TOKENS)
+    live = VideoPainter(tokenizer, build_transformer()).to(device).train()
+    blocks = live.transformer.blocks
+    reader = ShapeReader(blocks[len(blocks) // 2], 160).to(device)
+    sets = {data: Captions(data, partial(video_model.token_ids, tokenizer)) for data in (pictures, clips)}
+
+    def error_of(step: int) -> Tensor:
+        random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
+        shares = SHARES[step >= settings.steps / 2]
+        length = LENGTHS[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
+        data, most = (pictures, settings.pictures) if length == 1 else (clips, settings.clips)
+        count = grown(settings, most, step, data.part * data.parts)
+        data.grow(count)
+        chosen = torch.randint(count, (max(settings.frames // length, 1),), generator=random)
+        latents, owners = data.at(chosen)
+        first = int(torch.randint(latents.shape[1] - length + 1, (), generator=random))
+        x = latents[:, first : first + length].transpose(1, 2).to(device)
+        owners = owners[:, first : first + length].to(device)
+        sigmas, none = draw_sigmas(len(x), settings.text_dropout, random)
+        noise = torch.randn(x.shape, generator=random).to(device)
+        text = [ids.to(device) for ids in sets[data].at(chosen, none, random)]
+        s = sigmas.to(device).view(-1, 1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            velocity = live((1 - s) * x + s * noise, s.flatten(), *text)
+            reading = reader(owners.flatten(0, 1))
+        error = (velocity.float() - (noise - x)) ** 2
+        ((area_weight(owners)[:, None] * error).mean() + READING * reading).backward()
+        return error.mean().detach()
+
+    plan = Plan(
+        "transformer", state / "transformer.safetensors", settings.steps, settings.rate, settings.average,
+        settings.save_every, minutes=settings.minutes,
+    )  # fmt: skip
+    train_weights(named(live, reader), plan, error_of, report)
+    reader.remove()
+    return live.eval(), tokenizer
+
+
+def named(live: nn.Module, reader: ShapeReader) -> dict[str, nn.Parameter]:
+    return dict(live.named_parameters()) | {f"reader.{name}": p for name, p in reader.named_parameters()}
+
+
+# --- the whole --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training writes and uses.
+
+    out: folder for `unet`, a whole checkpoint, and `wan`, which has the same autoencoder. state: folder of what is
+    rendered, and from which a stopped training resumes. parts: of "unet", "wan". workers: processes that render.
+    """
+
+    out: Path
+    state: Path
+    parts: Sequence[str] = ("unet", "wan")
+    workers: int = 1
+
+
+def train(run: Run, settings: Settings, device: torch.device, report: Report = print) -> None:
+    """Train the autoencoder, unless the state has it, and the given parts."""
+    out, state, parts, workers = run.out, run.state, run.parts, run.workers
+    state.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        work: Callable[..., Iterable[tuple[Tensor, Tensor]]] = map
+        if workers > 1:
+            pool = multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,))
+            work = stack.enter_context(pool).imap
+        vae, trained = load_vae(), state / "vae.safetensors"
+        if not trained.exists():
+            vae = train_vae(crops_of(settings, work), state, settings, device, report)
+            save_file({name: weight.cpu().contiguous() for name, weight in vae.state_dict().items()}, trained)
+        vae.load_state_dict(load_file(trained))
+        vae = vae.to(device, memory_format=torch.channels_last).eval()
+        folder, part = state / "latents", settings.part
+        pictures = Latents(folder, vae, False, settings.seed, part, 1 if part < 25 else 40, work)
+        clips = Latents(folder, vae, True, settings.seed, min(part, 5), 1 if part < 25 else 20, work)
+        if "unet" in parts:
+            painter = train_unet(pictures, state, settings, device, report)
+            save_checkpoint(out / "unet", vae, painter, VOCABULARY)
+        if "wan" in parts:
+            live, tokenizer = train_transformer(pictures, clips, state, settings, device, report)
+            save_video_model(out / "wan", live, tokenizer)
+            deepcopy(vae).cpu().half().save_pretrained(out / "wan" / "vae", safe_serialization=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/world2"), help="folder for the models")
+    parser.add_argument("--state", type=Path, help="folder from which a stopped training resumes (OUT/state)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=("unet", "wan"), help="train only this model")
+    parser.add_argument("--minutes", type=float, help="minutes for each model, instead of a number of steps")
+    parser.add_argument("--tiny", action="store_true", help="two steps of each, to try it")
+    parser.add_argument("--workers", type=int, default=1, help="processes that render")
+    given = parser.parse_args(arguments)
+    device, settings = torch.device(given.device), Settings(minutes=given.minutes)
+    settings = settings.on_cpu() if device.type == "cpu" else settings
+    settings = settings.tiny() if given.tiny else settings
+    parts = (given.part,) if given.part else ("unet", "wan")
+    run = Run(given.out, given.state or given.out / "state", parts, given.workers)
+    train(run, settings, device, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()

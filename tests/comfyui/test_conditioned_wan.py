@@ -1,0 +1,217 @@
+"""Attention control of Wan models with inputs besides text: pictures, control videos and references."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from comfyui.graph import Graph, Node
+from comfyui.host import NodeError
+from wan import write_wan
+
+from small import relative
+
+KINDS = ("bernini", "phantom", "i2v", "i2v_without_embedding", "fun", "fun_inpaint", "vace", "animate", "camera")
+SOURCE, TARGET = "a red square on water", "a green striped square on water"
+STEPS, SEED, GUIDANCE = 3, 5, 4.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_wan(tmp_path_factory.mktemp("wan"))
+
+
+@dataclass
+class WanKindGraph(Graph):
+    """Random latents, inverted and edited by a small random model, with the inputs of its kind."""
+
+    folder: str = ""
+    kind: str = ""
+    target: str = TARGET
+    model: Node = field(init=False)
+
+    def __post_init__(self) -> None:
+        clip = self.add("OtherWan", folder=self.folder, shift=3.0)[1]
+        self.model = self.add("WanKind", kind=self.kind)
+        self.latent = self.add("OtherLatent", seed=1, shape="1,16,3,4,6")
+        self.words = self.add(
+            "FateZeroPromptEdit", clip=clip, source=SOURCE, target=self.target, mode="refine", blend_source="",
+            blend_target="", reweight="",
+        )  # fmt: skip
+        empty = self.add("CLIPTextEncode", clip=clip, text="")
+        self.source, self.positive, self.negative = (
+            self.add("WanInputs", conditioning=one, kind=self.kind) for one in (self.words[0], self.words[1], empty[0])
+        )
+        self.invert = self.add(
+            "FateZeroInvert", model=self.model[0], source=self.source[0], latent=self.latent[0], steps=STEPS,
+            key_frames="self", clip_norm=False, memory="recompute", budget_gb=2.0,
+        )  # fmt: skip
+        self.edit = self.add(
+            "FateZeroSampler", model=self.model[0], positive=self.positive[0], negative=self.negative[0],
+            store=self.invert[1], prompt_edit=self.words[2], guidance=GUIDANCE, preset="style",
+        )  # fmt: skip
+
+    def both(self, model) -> None:
+        self.set(self.invert, model=model)
+        self.set(self.edit, model=model)
+
+    def fuse(self, **settings) -> None:
+        """Fuse self-attention in all steps, and nothing else."""
+        values = {
+            "cross_replace_steps": 0.0, "self_replace_steps": 1.0, "blend_self_attention": False,
+            "blend_latents": False, "blend_threshold": 0.3, "max_tokens": 0, "mask_tokens": 256,
+            "mask_from": "attention", "blend_latents_until": 0.8, "separate_words": 0.0,
+        }  # fmt: skip
+        self.set(self.edit, preset="custom", settings=self.add("FateZeroFusion", **values | settings)[0])
+
+    def unfused(self) -> None:
+        for name in ("mask", "settings"):
+            self.prompt[self.edit.id]["inputs"].pop(name, None)
+        self.set(self.edit, preset="none")
+
+    def given(self, value: float) -> list:
+        return self.add("SolidMask", value=value, width=48, height=32)[0]
+
+
+@pytest.fixture(params=KINDS)
+def graph(request, folder) -> WanKindGraph:
+    return WanKindGraph(folder=str(folder), kind=request.param)
+
+
+def edited(host, graph) -> torch.Tensor:
+    return host.latents(graph.prompt, graph.edit[0])
+
+
+def test_all_layers_are_fused_and_the_memories_agree(host, graph):
+    host.forget()
+    graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="fatezero/kinds")
+    layers = 10 if graph.kind == "animate" else 4
+    assert f"hooked {layers} of {layers} attention layers" in host.text(host.run(graph.prompt), graph.edit.id)
+    found, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
+    assert relative(found, clip) > 1e-2
+    graph.set(graph.invert, memory="queries_keys")
+    assert relative(edited(host, graph), found) < 1e-5
+    graph.unfused()
+    assert relative(edited(host, graph), found) > 1e-3
+
+
+def test_a_mask_of_ones_is_no_self_fusion_and_of_zeros_the_sources(host, graph):
+    graph.fuse()
+    source = edited(host, graph)
+    graph.fuse(blend_self_attention=True)
+    graph.set(graph.edit, mask=graph.given(0.0))
+    zeros = edited(host, graph)
+    graph.set(graph.edit, mask=graph.given(1.0))
+    ones = edited(host, graph)
+    graph.unfused()
+    assert relative(zeros, source) < 1e-5
+    assert relative(ones, edited(host, graph)) < 1e-5
+    assert relative(zeros, ones) > 1e-3
+
+
+def from_the_clip(graph) -> None:
+    """FlowEdit without guidance."""
+    store = graph.add(
+        "FateZeroFlowEdit", model=graph.model[0], source=graph.source[0], latent=graph.latent[0], steps=STEPS,
+        source_guidance=1.0, draws=1, seed=SEED,
+    )  # fmt: skip
+    graph.set(graph.edit, store=store[0], guidance=1.0)
+
+
+def test_the_same_prompt_replays_the_clip(host, folder, graph):
+    graph = WanKindGraph(folder=str(folder), kind=graph.kind, target=SOURCE)
+    from_the_clip(graph)
+    graph.fuse(cross_replace_steps=1.0)
+    assert relative(edited(host, graph), host.latents(graph.prompt, graph.latent[0])) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "first_token"), [("bernini", 0), ("phantom", 0), ("fun", 6), ("i2v", 0)])
+def test_references_attend_as_in_the_model(host, folder, kind, first_token):
+    """Compared with FlowEdit as a plain loop with the host's own guider."""
+    graph = WanKindGraph(folder=str(folder), kind=kind)
+    from_the_clip(graph)
+    graph.fuse()
+    sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
+    loop = graph.add(
+        "WanFusedLoop", model=graph.model[0], source=graph.source[0], positive=graph.positive[0],
+        latent=graph.latent[0], sigmas=sigmas[0], first_token=first_token, seed=SEED,
+    )  # fmt: skip
+    clip, found = (host.latents(graph.prompt, link) for link in (graph.latent[0], graph.edit[0]))
+    assert relative(found - clip, host.latents(graph.prompt, loop[0]) - clip) < 1e-3
+    graph.unfused()
+    assert relative(found - clip, edited(host, graph) - clip) > 1e-2
+
+
+@pytest.mark.parametrize("memory", ["recompute", "keys_values"])
+def test_tokens_inside_a_mask(host, graph, memory):
+    """KV-Edit computes the reference tokens besides those inside the mask."""
+    solid = graph.add("SolidMask", value=0.0, width=48, height=32)
+    left = graph.add("SolidMask", value=1.0, width=16, height=32)
+    mask = graph.add("MaskComposite", destination=solid[0], source=left[0], x=0, y=0, operation="add")
+    settings = graph.add("FateZeroKVEdit", background_steps=1.0, tokens="inside", grow=0)
+    graph.set(graph.edit, mask=mask[0], preset="custom", settings=settings[0])
+    graph.set(graph.invert, memory=memory)
+    found, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
+    assert relative(found[..., 2:], clip[..., 2:]) < 1e-5
+    assert relative(found[..., :2], clip[..., :2]) > 1e-2
+    graph.set(graph.invert, memory="recompute")
+    assert relative(edited(host, graph), found) < 1e-5
+
+
+def test_a_pair_of_models_fuses_each_step_with_its_own(host, folder):
+    """Wan 2.2 for image-to-video: the model for low noise runs below the boundary."""
+    graph = WanKindGraph(folder=str(folder), kind="i2v_without_embedding")
+    single = edited(host, graph)
+    other = graph.add("WanKind", kind=graph.kind, seed=1)
+    pairs = {}
+    for boundary in (0.0, 0.97):
+        both = graph.add("FateZeroWanPair", model=graph.model[0], low_noise=other[0], boundary=boundary)
+        graph.both(both[0])
+        pairs[boundary] = edited(host, graph)
+        graph.set(graph.invert, memory="queries_keys")
+        assert relative(edited(host, graph), pairs[boundary]) < 1e-5
+        graph.set(graph.invert, memory="recompute")
+    graph.both(other[0])
+    assert relative(pairs[0.0], single) < 1e-6
+    assert relative(pairs[0.97], single) > 1e-3 < relative(pairs[0.97], edited(host, graph))
+
+
+def with_windows(graph):
+    windows = graph.add(
+        "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
+        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
+        freenoise=False,
+    )  # fmt: skip
+    graph.both(windows[0])
+
+
+def with_maps(graph):
+    graph.set(graph.invert, memory="maps")
+
+
+def with_inputs_of(kind):
+    def change(graph):
+        graph.set(graph.invert, source=graph.add("WanInputs", conditioning=graph.words[0], kind=kind)[0])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "error"),
+    [
+        ("vace", with_inputs_of("bernini"), "source: reference clips are set"),
+        ("i2v", with_inputs_of("fun"), "source: reference pictures are set"),
+        ("bernini", with_inputs_of("i2v"), "source: a picture to paint into is set"),
+        ("vace", with_windows, "Context Windows"),
+        ("bernini", with_windows, "context_latents of a prompt needs all frames"),
+        ("i2v", lambda graph: graph.set(graph.edit, chunk_frames=2), "chunk_frames: has no effect"),
+        ("bernini", with_maps, "memory: maps cannot include the model's reference tokens"),
+        ("humo", lambda graph: None, "needs control of the attention.* not with WAN21_HuMo"),
+        ("fun", lambda graph: graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix="x"),
+         "cannot contain .*reference_latents"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(host, folder, kind, change, error):
+    graph = WanKindGraph(folder=str(folder), kind=kind)
+    change(graph)
+    with pytest.raises(NodeError, match=error):
+        edited(host, graph)

@@ -1,0 +1,180 @@
+"""Nodes of "another pack", installed with ours on the test host: small Wan models with inputs besides text.
+
+The host loads this file as a pack of its own, independent of the tests.
+"""
+
+from types import SimpleNamespace
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+SMALL = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 24, "ffn_dim": 24, "num_heads": 2, "num_layers": 2,
+    "in_dim": 16, "out_dim": 16, "text_dim": 16,
+}  # fmt: skip
+CLIP = (1, 16, 3, 4, 6)
+MODELS = {
+    "bernini": ("WAN21_T2V", {}),
+    "phantom": ("WAN21_T2V", {}),
+    "i2v": ("WAN21_I2V", {"model_type": "i2v", "in_dim": 36}),
+    "i2v_without_embedding": ("WAN21_I2V", {"in_dim": 36}),
+    "fun": ("WAN21_FunControl2V", {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}),
+    "fun_inpaint": ("WAN21_FunControl2V", {"in_dim": 52, "in_dim_ref_conv": 16}),
+    "vace": ("WAN21_Vace", {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
+    "animate": ("WAN22_Animate", {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
+    "camera": ("WAN21_Camera", {"model_type": "camera", "in_dim": 32}),
+    "humo": ("WAN21_HuMo", {"model_type": "humo"}),
+}
+KIND = io.Combo.Input("kind", options=list(MODELS))
+
+
+def random_values(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def node(name, inputs, outputs):
+    """A class decorator that defines the schema."""
+
+    def of(cls):
+        cls.define_schema = classmethod(
+            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs)
+        )
+        cls.__name__ = name
+        return cls
+
+    return of
+
+
+@node("WanKind", [KIND, io.Int.Input("seed", default=0)], [io.Model.Output()])
+class WanKind(io.ComfyNode):
+    """A small model with random weights."""
+
+    @classmethod
+    def execute(cls, kind, seed=0):
+        name, more = MODELS[kind]
+        config = getattr(comfy.supported_models, name)({**SMALL, **more})
+        config.set_inference_dtype(torch.float32, None)
+        model, generator = config.get_model({}), torch.Generator().manual_seed(seed)
+        for parameter in model.diffusion_model.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            inputs = parameter.shape[1:].numel()
+            parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
+        cpu = torch.device("cpu")
+        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
+
+
+def inputs_of(kind):
+    """What the host's nodes for a kind of model set."""
+    picture = {"concat_latent_image": random_values(6, *CLIP), "concat_mask": random_values(7, 1, 1, *CLIP[2:])}
+    seen = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=random_values(8, 1, 7, 1280))}
+    reference = {"reference_latents": [random_values(9, 1, 16, 1, *CLIP[3:])]}
+    return {
+        "bernini": {"context_latents": [random_values(6, *CLIP), random_values(7, 1, 16, 1, 6, 4)]},
+        "phantom": {"time_dim_concat": random_values(6, 1, 16, 2, *CLIP[3:])},
+        "i2v": picture | seen,
+        "i2v_without_embedding": picture,
+        "fun": {**seen, **reference, "concat_latent_image": random_values(6, 1, 32, *CLIP[2:])},
+        "fun_inpaint": {
+            **reference, "concat_latent_image": random_values(6, 1, 32, *CLIP[2:]),
+            "concat_mask": random_values(7, 1, 4, *CLIP[2:]), "concat_mask_index": 16,
+        },
+        "vace": {
+            "vace_frames": [random_values(6, 1, 32, *CLIP[2:]), random_values(7, 1, 32, *CLIP[2:])],
+            "vace_mask": [torch.ones(1, 64, *CLIP[2:])] * 2, "vace_strength": [0.7, 0.4],
+        },
+        "animate": {**picture, **seen, "pose_video_latent": random_values(9, 1, 16, 2, *CLIP[3:])},
+        "camera": {**picture, **seen, "camera_conditions": random_values(9, 1, 24, 3, 32, 48)},
+        "humo": {},
+    }[kind]  # fmt: skip
+
+
+@node("WanInputs", [io.Conditioning.Input("conditioning"), KIND], [io.Conditioning.Output()])
+class WanInputs(io.ComfyNode):
+    """A prompt with a larger effect, and the inputs of a kind of model."""
+
+    @classmethod
+    def execute(cls, conditioning, kind):
+        return io.NodeOutput([[10 * text, {**more, **inputs_of(kind)}] for text, more in conditioning])
+
+
+class Guider(comfy.samplers.CFGGuider):
+    """A guider with the conditions of two branches."""
+
+
+class Fused(comfy.samplers.Sampler):
+    """FlowEdit's equations without guidance, where the clip's tokens take the source's queries and keys."""
+
+    def __init__(self, first_token, seed):
+        self.first_token, self.seed = first_token, seed
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False):
+        clip = z = latent_image
+        tokens = clip.shape[2] * clip.shape[3] * clip.shape[4] // 4
+        own, recorded = slice(self.first_token, self.first_token + tokens), []
+
+        def record(func, q, k, v, *args, **named):
+            if q.shape[1] == k.shape[1]:
+                recorded.append((q[:, own], k[:, own]))
+            return func(q, k, v, *args, **named)
+
+        def replace(func, q, k, v, *args, **named):
+            done = func(q, k, v, *args, **named)
+            if q.shape[1] != k.shape[1]:
+                return done
+            queries, keys = recorded.pop(0)
+            joined = torch.cat([k[:, : own.start], keys, k[:, own.stop :]], 1)
+            done[:, own] = func(queries, joined, v, *args, **named)
+            return done
+
+        def velocity(x, sigma, name, override):
+            options = extra_args["model_options"]
+            own_options = {**options["transformer_options"], "optimized_attention_override": override}
+            options = {**options, "transformer_options": own_options}
+            conds = None, guider.conds[name]
+            clean = comfy.samplers.sampling_function(
+                guider.inner_model, x, sigma.expand(len(x)), *conds, 1.0, options, extra_args["seed"]
+            )
+            return (x - clean) / sigma
+
+        steps = len(sigmas) - 1
+        for step in range(steps):
+            here, there = sigmas[step], sigmas[step + 1]
+            eps = random_values(self.seed + 1_000_003 * (steps - step), *clip.movedim(2, 0)[:, 0].shape)
+            noisy = here * eps.movedim(0, 1)[None] + (1 - here) * clip
+            of_source = velocity(noisy, here, "source", record)
+            z = z + (there - here) * (velocity(z + noisy - clip, here, "positive", replace) - of_source)
+            assert not recorded
+        return z
+
+
+LOOP = [
+    io.Model.Input("model"), io.Conditioning.Input("source"), io.Conditioning.Input("positive"),
+    io.Latent.Input("latent"), io.Sigmas.Input("sigmas"), io.Int.Input("first_token"), io.Int.Input("seed"),
+]  # fmt: skip
+
+
+@node("WanFusedLoop", LOOP, [io.Latent.Output()])
+class WanFusedLoop(io.ComfyNode):
+    """FlowEdit with the source's attention, by the host's own guider; for models whose own blocks alone attend to as
+    many keys as they have queries.
+    """
+
+    @classmethod
+    def execute(cls, model, source, positive, latent, sigmas, first_token, seed):
+        guider = Guider(model)
+        guider.inner_set_conds({"positive": positive, "source": source})
+        samples = latent["samples"]
+        done = guider.sample(samples * 0, samples, Fused(first_token, seed), sigmas, seed=0)
+        return io.NodeOutput({"samples": done})
+
+
+class Wan(ComfyExtension):
+    async def get_node_list(self):
+        return [WanKind, WanInputs, WanFusedLoop]
+
+
+async def comfy_entrypoint():
+    return Wan()
