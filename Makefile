@@ -30,8 +30,10 @@ FOLDER ?= out/gpu
 gpu:  # make gpu OPTIONS="--tiny --device cpu"
 	$(RUN) scripts/gpu.py --out $(FOLDER) $(OPTIONS)
 
-gpu-train:  # make gpu-train FOLDER=out/world2 OPTIONS="--minutes 3"
-	$(RUN) scripts/gpu_train.py --out $(FOLDER) $(OPTIONS)
+MODELS ?= out/world2
+
+gpu-train:  # make gpu-train MODELS=out/world2 OPTIONS="--minutes 3"
+	$(RUN) scripts/gpu_train.py --out $(MODELS) $(OPTIONS)
 
 gpu-wheels:
 	$(RUN) scripts/gpu_wheels.py

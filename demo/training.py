@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..files.whole import whole_file
 
 Report = Callable[[str], None]
-TRIAL = 40
-"""Steps after which the time that a training takes is estimated."""
+WARM, TRIAL = 10, 40
+"""The steps, from a start, from which to which the time of a step is measured."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,13 @@ def train_weights(
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     (done, steps), running, begun = _resume(plan, weights, average, optimiser), 0.0, time.monotonic()
     for step in count(done):
-        if plan.minutes and step == TRIAL:
-            steps = max(int(plan.minutes * 60 * TRIAL / (time.monotonic() - begun)), TRIAL)
-        if step >= steps:
+        if step == done + WARM:
+            begun = time.monotonic()
+        if steps is None and step == done + TRIAL:
+            steps = max(done + int(60 * (plan.minutes or 0) * (TRIAL - WARM) / (time.monotonic() - begun)), step + 1)
+        if steps is not None and step >= steps:
             break
-        set_rate(optimiser, plan.rate * rate_at(step, steps))
+        set_rate(optimiser, plan.rate * rate_at(step, steps or plan.steps))
         optimiser.zero_grad()
         error = torch.as_tensor(error_of(step)).item()
         nn.utils.clip_grad_norm_(live, 1.0)
@@ -65,7 +67,7 @@ def train_weights(
         torch._foreach_lerp_(list(average.values()), [weight.detach() for weight in live], 1 - decay)
         running = error if step == done else 0.98 * running + 0.02 * error
         if (step + 1) % plan.report_every == 0:
-            report(f"{plan.name} {step + 1}/{steps}: error {running:.4f}")
+            report(f"{plan.name} {step + 1}/{steps or '?'}: error {running:.4f}")
         if (step + 1) % plan.save_every == 0 or step + 1 == steps:
             _save(plan.state, weights, average, optimiser, (step + 1, steps))
     for name, weight in weights.items():
@@ -95,29 +97,29 @@ def _save(
     live: Mapping[str, Tensor],
     average: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    done: tuple[int, int],
+    done: tuple[int, int | None],
 ) -> None:
     tensors = {f"live.{name}": weight for name, weight in live.items()}
     tensors |= {f"average.{name}": weight for name, weight in average.items()}
     tensors |= {f"adam.{name}.{key}": optimiser.state[w][key] for name, w in live.items() for key in _MOMENTS}
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as partial:
-        save_file(kept, partial, dict(zip(("step", "steps"), map(str, done), strict=True)))
+        save_file(kept, partial, {"step": str(done[0]), "steps": str(done[1] or 0)})
 
 
 def _resume(
     plan: Plan, live: Mapping[str, Tensor], average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
-) -> tuple[int, int]:
-    """Load a saved state; returns the number of steps done, and of all."""
+) -> tuple[int, int | None]:
+    """Load a saved state; returns the number of steps done, and of all, None if it is to be measured."""
     if not plan.state.exists():
-        return 0, plan.steps
+        return 0, None if plan.minutes else plan.steps
     tensors, step = load_file(plan.state), saved_step(plan.state)
     for name, weight in live.items():
         weight.data.copy_(tensors[f"live.{name}"])
         average[name].copy_(tensors[f"average.{name}"])
         moments = {key: tensors[f"adam.{name}.{key}"].to(weight.device) for key in _MOMENTS}
         optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
-    return step, int(_header(plan.state)["steps"]) if plan.minutes and step > TRIAL else plan.steps
+    return step, (int(_header(plan.state).get("steps", 0)) or None) if plan.minutes else plan.steps
 
 
 def saved_step(path: Path) -> int:

@@ -27,7 +27,7 @@ from .. import model as demo
 from .. import video_model
 from ..train import Painter, batch_of, noise_weight, save_checkpoint, standardise, vae_loss
 from ..train_video import draw_sigmas
-from ..training import Plan, Report, train_weights
+from ..training import Plan, Report, saved_step, train_weights
 from ..video_model import VideoPainter, save_video_model
 from .data import Latents, rendered
 from .model import TEXT_TOKENS, ShapeReader, area_weight, build_transformer, build_unet
@@ -50,9 +50,9 @@ class Settings:
     vae_steps: int = 2_000
     vae_batch: int = 16
     crops: int = 8_000
-    pictures: int = 60_000
-    clips: int = 4_000
-    first: int = 60_000
+    pictures: int = 30_000
+    clips: int = 2_000
+    first: int = 30_000
     grow: int = 1
     unet_steps: int = 12_000
     unet_batch: int = 96
@@ -164,6 +164,7 @@ def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch
     captions = Captions(pictures, lambda texts: (demo.token_ids(tokenizer, texts),))
     alphas = demo.build_scheduler().alphas_cumprod.to(device)
     share = pictures.part * pictures.parts
+    pictures.grow(grown(settings, settings.pictures, 0, share))
 
     def error_of(step: int) -> Tensor:
         count = grown(settings, settings.pictures, step, share)
@@ -202,6 +203,8 @@ def train_transformer(
     live = VideoPainter(tokenizer, build_transformer()).to(device).train()
     blocks = live.transformer.blocks
     reader = ShapeReader(blocks[len(blocks) // 2], 160).to(device)
+    for data, most in ((pictures, settings.pictures), (clips, settings.clips)):
+        data.grow(grown(settings, most, 0, data.part * data.parts))
     sets = {data: Captions(data, partial(video_model.token_ids, tokenizer)) for data in (pictures, clips)}
 
     def error_of(step: int) -> Tensor:
@@ -284,6 +287,15 @@ def train(run: Run, settings: Settings, device: torch.device, report: Report = p
             deepcopy(vae).cpu().half().save_pretrained(out / "wan" / "vae", safe_serialization=True)
 
 
+def as_far_as(run: Run, settings: Settings) -> Settings:
+    """The settings whose trainings end where the run's are."""
+    unet, transformer = (
+        saved_step(run.state / f"{name}.safetensors") if part in run.parts else 0
+        for name, part in (("painter", "unet"), ("transformer", "wan"))
+    )
+    return replace(settings, unet_steps=unet, steps=transformer, minutes=None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/world2"), help="folder for the models")
@@ -291,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", choices=("unet", "wan"), help="train only this model")
     parser.add_argument("--minutes", type=float, help="minutes for each model, instead of a number of steps")
+    parser.add_argument("--now", action="store_true", help="write the models of unfinished trainings")
     parser.add_argument("--tiny", action="store_true", help="two steps of each, to try it")
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     given = parser.parse_args(arguments)
@@ -299,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = settings.tiny() if given.tiny else settings
     parts = (given.part,) if given.part else ("unet", "wan")
     run = Run(given.out, given.state or given.out / "state", parts, given.workers)
+    if given.now:
+        settings = as_far_as(run, settings)
     train(run, settings, device, lambda line: print(line, flush=True))
 
 

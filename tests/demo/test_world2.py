@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from fatezero.benchmark.run import BenchmarkSettings, check_world, chosen_methods, run_benchmark
 from fatezero.demo import model, video_model
 from fatezero.demo.scenes import visible_pixels
+from fatezero.demo.training import TRIAL, Plan, train_weights
 from fatezero.demo.world2 import train as trainer
 from fatezero.demo.world2.cases import KINDS, OF_A_THING, sample_cases
 from fatezero.demo.world2.data import Latents, captions_of
@@ -174,6 +175,27 @@ def test_latents_grow_by_whole_files_and_are_read_back(tmp_path):
     chosen, owned = first.at(torch.tensor([3, 0]))
     assert chosen.shape == (2, 1, 4, LATENT_SIZE, LATENT_SIZE) and (owned > 0).any()
     assert torch.equal(chosen, second.at(torch.tensor([3, 0]))[0])
+
+
+def test_a_training_of_some_minutes_keeps_its_number_of_steps(tmp_path):
+    def train(stop=None):
+        weight, done = torch.nn.Parameter(torch.ones(2)), []
+
+        def error_of(step):
+            done.append(step)
+            if step == stop:
+                _stop()
+            weight.square().sum().backward()
+            return 1.0
+
+        plan = Plan("test", tmp_path / "state.safetensors", 7, 1e-3, 0.9, save_every=1, minutes=1e-9)
+        train_weights({"weight": weight}, plan, error_of, lambda _: None)
+        return done
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stop=5)
+    assert train() == list(range(5, 6 + TRIAL)), "it ends once it is measured"
+    assert train() == []
 
 
 @pytest.mark.slow
