@@ -18,7 +18,7 @@ from ...attention.condition import Condition
 from ...files.bundled import DEMO
 from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
 from .blocks import BlockDenoiser, kernel_of
-from .clips import WholeClip
+from .clips import TimeTiled
 from .hook import ControlledProcessor
 from .lora import add_loras, lora_files
 from .model import LoadOptions
@@ -181,7 +181,7 @@ def _check_model(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class WanModel(TransformerModel, WholeClip):
+class WanModel(TransformerModel, TimeTiled):
     """A Wan model with its text and clips.
 
     low_noise, boundary: 2.2's second transformer, and the sigma below which it is used. A LoRA is fused into both
