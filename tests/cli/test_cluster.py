@@ -104,6 +104,7 @@ def test_two_processes_share_the_windows_of_a_transformer(command, tmp_path):
     """Killed in the edit, they continue to the frames of one process."""
     words = ("edit", CLIP, "--model", "demo-wan", "--source", SOURCE, "--target", "a blue square on water")
     words += ("--steps", 4, "--device", "cpu", "--window-frames", 4, "--window-overlap", 2)
+    assert "3 windows of 4 latents" in command(*words, "--dry-run", "-o", "one.mp4")
     command(*words, "-o", "one.mp4", threads=1)
     both = [*LAUNCHED, *map(str, words), "-o", "two.mp4"]
     run = subprocess.Popen(both, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
