@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-host test-all lint gpu gpu-wheels gpu-report clean
+.PHONY: demo test test-host test-all lint gpu gpu-train gpu-wheels gpu-report clean
 
 demo: .venv/.installed
 	$(BIN)/fatezero demo --output out
@@ -29,6 +29,9 @@ FOLDER ?= out/gpu
 
 gpu:  # make gpu OPTIONS="--tiny --device cpu"
 	$(RUN) scripts/gpu.py --out $(FOLDER) $(OPTIONS)
+
+gpu-train:  # make gpu-train FOLDER=out/world2 OPTIONS="--minutes 3"
+	$(RUN) scripts/gpu_train.py --out $(FOLDER) $(OPTIONS)
 
 gpu-wheels:
 	$(RUN) scripts/gpu_wheels.py

@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 from .attention.condition import Condition as Condition
+from .attention.key_frames import Windows as Windows
 from .attention.masks import changed_latents as changed_latents
 from .attention.prompt import PromptEdit as PromptEdit
 from .diffusion.edit_maps import EditMaps as EditMaps

@@ -58,6 +58,44 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Overlapping windows of a clip whose frames depend on each other: `frames` frames in one call of the model.
+
+    overlap: the number of frames that neighbouring windows share; None for a quarter. A model that codes several frames
+    in a latent counts latents. Raises ValueError for windows that do not advance.
+    """
+
+    frames: int
+    overlap: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.overlap is not None and not 0 <= self.overlap < self.frames:
+            raise ValueError(
+                f"windows of {self.frames} frames cannot overlap by {self.overlap}: the overlap must be at least 0 and "
+                "less than the window"
+            )
+
+    @classmethod
+    def of(cls, windows: Windows | int | None) -> Windows | None:
+        """From a number of frames."""
+        return cls(windows) if isinstance(windows, int) else windows
+
+    @classmethod
+    def of_video(cls, frames: int, overlap: int | None, frames_per_latent: int) -> Windows:
+        """The windows of at most so many frames of the video, on a model that codes several frames in a latent."""
+        return cls((frames - 1) // frames_per_latent + 1, overlap and overlap // frames_per_latent)
+
+    @property
+    def advance(self) -> int:
+        """Frames from the start of a window to the start of the next."""
+        return self.frames - (max(1, self.frames // 4) if self.overlap is None else self.overlap)
+
+    def starts(self, clip: int) -> list[int]:
+        """The first frame of each window; the last window ends with the clip."""
+        return [*range(0, clip - self.frames, self.advance), clip - self.frames]
+
+
+@dataclass(frozen=True)
 class KeyFrames:
     """The key frames of every frame of a clip.
 
@@ -132,27 +170,26 @@ class KeyFrames:
             return tuple(sorted(frames))
         return tuple(sorted({key for f in frames for key in self.of_frame(f, clip)}))
 
-    def chunks(self, clip: int, chunk: int | None = None, clip_norm: bool = False) -> list[Chunk]:
-        """Split a clip into chunks of up to `chunk` frames.
+    def chunks(self, clip: int, windows: Windows | int | None = None, clip_norm: bool = False) -> list[Chunk]:
+        """Split a clip into chunks of up to as many frames as a window has.
 
-        Each chunk includes the fixed key frames; if frames attend to nothing else (`anchored`), chunks give exactly the
-        whole clip's result. With neighbours among the key frames, or with clip norm, the result is approximate: chunks
-        overlap by a quarter, and their results are blended with weights that decrease towards a chunk's ends.
+        Each chunk includes the fixed key frames; if frames attend to nothing else (`anchored`), chunks do not overlap,
+        and give exactly the whole clip's result. With neighbours among the key frames, or with clip norm, the result is
+        approximate: windows overlap, and their results are blended with weights that decrease towards a window's ends.
 
         Raises ValueError for chunks that are too short.
         """
-        if chunk is None or chunk >= clip:
+        windows = Windows.of(windows)
+        if windows is None or windows.frames >= clip:
             return [Chunk.whole(clip)]
-        exact = self.anchored and not clip_norm
-        if chunk < (1 if exact else 2):
+        chunk, exact = windows.frames, self.anchored and not clip_norm
+        if chunk < 1 or not (exact or windows.advance):
             least = "1" if exact else "2, with neighbours among the key frames or clip norm"
             raise ValueError(f"chunk_frames is {chunk}; it must be at least {least}")
         if exact:
             return self.around([(range(clip)[at : at + chunk], [1.0] * chunk) for at in range(0, clip, chunk)], clip)
-        advance = chunk - max(1, chunk // 4)
-        starts = [*range(0, clip - chunk, advance), clip - chunk]
         ramp = [float(min(i + 1, chunk - i)) for i in range(chunk)]
-        return self.around([(range(at, at + chunk), ramp) for at in starts], clip)
+        return self.around([(range(at, at + chunk), ramp) for at in windows.starts(clip)], clip)
 
     def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Chunk]:
         """Chunks for windows of frames, with a weight for each frame's result; the windows must cover the clip.
@@ -195,13 +232,13 @@ class KeyFrames:
 class ClipCalls:
     """How model calls split a clip, and how its frames depend on each other.
 
-    clip_norm: whether normalization statistics are those of the whole clip. chunk_frames: frames per call; None for the
-    host's windows, else all.
+    clip_norm: whether normalization statistics are those of the whole clip. windows: of the calls; None for the host's,
+    else the whole clip.
     """
 
     key_frames: KeyFrames
     clip_norm: bool = False
-    chunk_frames: int | None = None
+    windows: Windows | None = None
 
 
 @lru_cache(maxsize=256)

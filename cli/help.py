@@ -39,7 +39,7 @@ PAGES = {
             "Frames": "start end count size",
             "Model": "model lora controlnet control",
             "Output": "output overwrite config",
-            "Speed": "steps memory chunk-frames device dtype dry-run quiet",
+            "Speed": "steps memory window-frames device dtype dry-run quiet",
         },
     ),
     "invert": Page(
@@ -50,7 +50,7 @@ PAGES = {
             "Frames": "start end count size",
             "Model": "model lora",
             "Output": "output overwrite config",
-            "Speed": "steps memory precision chunk-frames device dtype dry-run quiet",
+            "Speed": "steps memory precision window-frames device dtype dry-run quiet",
         },
     ),
     "tune": Page(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames, Windows
 from ..attention.masks import GivenMask
-from ..diffusion.denoiser import Denoiser, frames_meet, keys_on
+from ..diffusion.denoiser import Denoiser, frames_meet, keys_on, usual_windows
 from ..diffusion.invert import levels_among, recomputed
 from ..diffusion.schedule import Schedule, reused_steps
 from ..files.memory import check_room, free_bytes
@@ -33,17 +33,39 @@ CHUNK_FRAMES = 16
 """Default frames of a call, if chunks give the whole clip's result."""
 
 
-def in_chunks(config: EditConfig, checkpoint: Model, frames: int) -> EditConfig:
-    """A configuration with default chunks for a long clip: those of FlowEdit on a video model, else those that give the
-    whole clip's result.
+def in_chunks(
+    config: EditConfig, checkpoint: Model, frames: int, store: AttentionStore | None = None, processes: int = 1
+) -> EditConfig:
+    """A configuration with the frames of each call of the model, if it gives none, for a clip of so many latents:
+    chunks that give the whole clip's result, else the windows of the store or of the model's training.
+
+    ValueError where several processes have only one window.
     """
-    trained = checkpoint.denoiser.trained_frames
-    if config.chunk_frames is None and config.noise == "drawn" and trained and frames > trained:
-        return replace(config, chunk_frames=trained)
-    approximate = frames_meet(checkpoint.denoiser, ClipCalls(config.keys, config.clip_norm))
-    if config.chunk_frames is not None or frames <= CHUNK_FRAMES or approximate:
-        return config
-    return replace(config, chunk_frames=CHUNK_FRAMES)
+    denoiser, ratio = checkpoint.denoiser, checkpoint.frames_per_latent
+    given = config.chunk_frames is not None or config.window_frames is not None
+    if not frames_meet(denoiser, ClipCalls(config.keys, config.clip_norm)):
+        most = CHUNK_FRAMES if processes == 1 else -(-frames // processes)
+        return config if given or frames <= most else replace(config, chunk_frames=most)
+    usual = usual_windows(denoiser) if config.memory in ("auto", "recompute") and not (given or store) else None
+    if usual is not None and frames > usual.frames:
+        config = replace(config, window_frames=(usual.frames - 1) * ratio + 1)
+    windows = windows_of(config, checkpoint) or (store and store.windows)
+    if processes > 1 and (windows is None or windows.frames >= frames):
+        raise ValueError(
+            f"several processes need windows shorter than the clip's {frames} latents, which only approximate the "
+            "whole clip: give --window-frames"
+        )
+    return config
+
+
+def windows_of(config: EditConfig, checkpoint: Model) -> Windows | None:
+    """The windows or chunks of the model's calls, None for the whole clip."""
+    return Windows.of(config.chunk_frames) or config.windows(checkpoint.frames_per_latent)
+
+
+def in_windows(store: AttentionStore, config: EditConfig, checkpoint: Model) -> AttentionStore:
+    """A store whose edits run in the configuration's windows, if it gives some."""
+    return replace(store, windows=config.windows(checkpoint.frames_per_latent) or store.windows)
 
 
 def check_size_fits(model: Model, latents_shape: Sequence[int]) -> None:
@@ -77,8 +99,9 @@ def plan(
         levels_among(schedule, denoiser.schedule(config.inversion_steps))
     frames, _, height, width = latents_shape
     source = checkpoint.encode_prompt(config.source, width * checkpoint.factor, height * checkpoint.factor)
-    keys, chunk = keys_on(denoiser, config.keys), config.chunk_frames
-    parts = chunk is not None and chunk < frames and frames_meet(denoiser, ClipCalls(keys, config.clip_norm))
+    keys, windows = keys_on(denoiser, config.keys), windows_of(config, checkpoint) or (store and store.windows)
+    at_once = min(windows.frames, frames) if windows else frames
+    parts = at_once < frames and frames_meet(denoiser, ClipCalls(keys, config.clip_norm))
     demand = Demand(
         denoiser.sites(height, width), latents_shape, 4, config.steps, keys, checkpoint.dtype, source.text_tokens,
         source.nbytes, parts,
@@ -118,17 +141,13 @@ def plan(
     if edits:
         branches = [1 if config.guidance_scale == 1 or denoiser.embeds_guidance else 2 for config in configs]
         lines.append(f"   {beside_plain(parts_of_run, config.steps * sum(branches))}")
-    at_once = min(chunk or frames, frames)
     seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
     lines.append(f"   a guided call of {at_once}: about {format_bytes(2 * nbytes)} of activations")
     lines.append(
         f"   time: about {in_words(sum(parts_of_run.values()) * seconds * frames / at_once)}, and encoding and decoding"
     )
     if parts:
-        lines.append(
-            "   chunks approximate the whole clip, because frames interact through neighbours, clip norm or temporal "
-            "layers"
-        )
+        lines.append(f"   windows of {at_once} {what} approximate the whole clip, whose frames depend on each other")
     return "\n".join(lines)
 
 

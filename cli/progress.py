@@ -108,7 +108,7 @@ def one_line(error: Exception) -> str:
     """An error in one line; with its place in the code for an internal error."""
     text = in_a_line(str(error)) or type(error).__name__
     if "out of memory" in text.lower() or "can't allocate memory" in text:
-        return f"error: out of memory: {text}; use fewer or smaller frames, --chunk-frames, or another --device"
+        return f"error: out of memory: {text}; use fewer or smaller frames, --window-frames, or another --device"
     if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError, MemoryError)):
         return f"error: {text}"
     place = traceback.extract_tb(error.__traceback__)[-1]

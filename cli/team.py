@@ -29,8 +29,8 @@ def team_of(session: Session) -> tuple[Session, Processes | None]:
     return replace(session, device=str(team.device), bars=session.bars if team.is_main else no_bars), team
 
 
-def in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
-    """A configuration for several processes: with chunks for each, and no attention kept in one of them.
+def in_team(config: EditConfig) -> EditConfig:
+    """A configuration for several processes, with no attention kept in one of them.
 
     ValueError where the whole clip must run in one.
     """
@@ -38,10 +38,10 @@ def in_team(config: EditConfig, count: int, frames: int) -> EditConfig:
         raise ValueError(f"memory {config.memory} needs one process: with several, set memory to recompute")
     if config.propagation != "none" or config.places_objects:
         raise ValueError("TokenFlow and layouts run in one process: accelerate spreads chunks of other edits")
-    chunk = config.chunk_frames
-    if chunk is None and not (config.keys.anchored and not config.clip_norm):
+    given = config.chunk_frames is not None or config.window_frames is not None
+    if not given and (config.clip_norm or not config.keys.anchored):
         raise ValueError(
-            "several processes need chunks, which only approximate the whole clip with neighbours as key frames or "
-            "clip norm: give --chunk-frames, or key frames among self, first, middle and last"
+            "several processes need windows, which only approximate the whole clip with neighbours as key frames or "
+            "clip norm: give --window-frames, or key frames among self, first, middle and last"
         )
-    return replace(config, memory="recompute", chunk_frames=chunk or -(-frames // count))
+    return replace(config, memory="recompute")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk
+from ..attention.key_frames import Chunk, ClipCalls
 from ..store.records import Recorder, SourceStep
 from ..store.store import AttentionStore
 from ..store.streams import video_of, with_kept_sound, with_video
@@ -124,13 +124,13 @@ class EditRun:
         if self.maps is not None:
             self.maps.resume(maps)
 
-    def guided(self, z: Tensor, step: int, chunk_frames: int | None) -> Tensor:
+    def guided(self, z: Tensor, step: int, calls: ClipCalls) -> Tensor:
         """The input latents of a step, moved by the layout's guidance if it acts in this step."""
         steps, steering = self.schedule.steps, self._steering
         if steering is None or step < self.first or not steering.guides(step, steps):
             return z
         timestep, alpha = self.schedule.timesteps[step], self.schedule.alphas[steps - step]
-        return steering.moved(self.denoiser, z, timestep, alpha, self.target, self.store.calls(chunk_frames))
+        return steering.moved(self.denoiser, z, timestep, alpha, self.target, calls)
 
     def reuses(self, step: int) -> bool:
         """Whether a step takes the prediction of the last one."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
-from ..attention.key_frames import ALL, Chunk, ClipCalls, KeyFrames
+from ..attention.key_frames import ALL, Chunk, ClipCalls, KeyFrames, Windows
 from ..imports import torch
 from ..store.identity import ModelIdentity
 from ..store.records import PairedBranch
@@ -18,7 +18,7 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from torch import Tensor
 
-Windows = Sequence[tuple[Sequence[int], Sequence[float]]]
+WeightedFrames = Sequence[tuple[Sequence[int], Sequence[float]]]
 """Windows of frames, with the weight of each frame's result."""
 
 
@@ -75,7 +75,7 @@ class Denoiser(Predictor, Protocol):
 
     @property
     def trained_frames(self) -> int | None:
-        """The latent frames of the model's training clips: edits from sampled noise take longer ones in such chunks."""
+        """The latent frames of the model's training clips, if longer ones run in windows of this length."""
 
     @property
     def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
@@ -104,7 +104,7 @@ class Denoiser(Predictor, Protocol):
     def identity(self) -> ModelIdentity:
         """The identity of the model's weights."""
 
-    def windows(self, latents: Tensor, timestep: float) -> Windows | None:
+    def windows(self, latents: Tensor, timestep: float) -> WeightedFrames | None:
         """The host's context windows at a timestep, if any."""
 
 
@@ -146,17 +146,19 @@ def in_parts(denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: fl
 
 
 def chunks_of(
-    denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float, usual: int | None = None
+    denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float, usual: Windows | None = None
 ) -> list[Chunk]:
-    """The chunks of a clip at a timestep: of `chunk_frames` if given, else the host's windows, else of `usual` frames,
-    None for one.
-    """
-    if calls.chunk_frames is None:
-        windows = denoiser.windows(latents, timestep)
-        if windows is not None:
-            return calls.key_frames.around(windows, len(latents))
-    chunk = usual if calls.chunk_frames is None else calls.chunk_frames
-    return calls.key_frames.chunks(len(latents), chunk, calls.clip_norm or denoiser.frames_meet)
+    """The chunks of a clip at a timestep: those of the calls, else the host's windows, else `usual`, None for one."""
+    if calls.windows is None:
+        of_host = denoiser.windows(latents, timestep)
+        if of_host is not None:
+            return calls.key_frames.around(of_host, len(latents))
+    return calls.key_frames.chunks(len(latents), calls.windows or usual, calls.clip_norm or denoiser.frames_meet)
+
+
+def usual_windows(denoiser: Denoiser) -> Windows | None:
+    """The windows of long clips, as long as the clips of the model's training; None for a model without them."""
+    return None if denoiser.trained_frames is None else Windows(denoiser.trained_frames)
 
 
 def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:

@@ -13,7 +13,7 @@ from ..attention.prompt import PromptEdit
 from ..imports import no_grad
 from ..store.states import UNSAVED, States
 from .branches import Branches, EditRun
-from .denoiser import Denoiser, check_finite, chunks_of, joined
+from .denoiser import Denoiser, check_finite, chunks_of, joined, usual_windows
 from .edit_maps import EditMaps
 from .invert import Inversion, Progress
 from .parts import Edit, Injected, Injection, Layouts, Prediction, Propagation, Smoothing
@@ -53,10 +53,11 @@ def edit(
     target_embeddings, negative_embeddings: (1, tokens, dim), or `Condition`s; the negative ones may be None at
     guidance 1. prompt: the pair of prompts, which FateZero needs. fusion: the injection (`FusionSettings`,
     `PnPSettings`); None is plain sampling from the inverted noise. propagation: from key frames to the other frames
-    (`TokenFlowSettings`). chunk_frames: see `invert`. mask: replaces or joins FateZero's blend mask; without FateZero,
-    the edit restores the inversion's latents outside it. smoothing: filters the edit's changes over time
-    (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`). strength, sdedit_seed,
-    guidance_until: see `Edit`. maps: records attention to words, and masks; eight more model calls.
+    (`TokenFlowSettings`). chunk_frames: see `invert`; None for the inversion's windows. mask: replaces or joins
+    FateZero's blend mask; without FateZero, the edit restores the inversion's latents outside it. smoothing: filters
+    the edit's changes over time (`FlowSmoothing`). layout: the positions of objects (`MoveObjects`, `LayoutGuidance`).
+    strength, sdedit_seed, guidance_until: see `Edit`. maps: records attention to words, and masks; eight more model
+    calls.
 
     FateZero injects into the conditional branch, Plug-and-Play into both. Model calls: two a step (one at guidance 1),
     and one more in every step that reads a source that is not in the store (`recipes.cost.calls_of`).
@@ -126,14 +127,13 @@ class EditPass:
         for one in edits:
             check_store(store, denoiser, schedule, one.prompt)
         self._denoiser, self._store, self._in_order, self._begin = denoiser, store, in_order, begin
-        self._chunk_frames, self._spread = chunk_frames, spread
+        self._calls, self._spread = store.calls(chunk_frames), spread
         self._steps = store.steps
         self._runs = [EditRun(denoiser, store, schedule, one, in_order) for one in edits]
         self.start: list[Tensor] = []
         """The latents of each edit's first step."""
-        clip, calls = store.level(0).to(denoiser.device), store.calls(chunk_frames)
-        usual = denoiser.trained_frames if start_of(store).draws else None
-        self._chunks = [chunks_of(denoiser, calls, clip, timestep, usual) for timestep in store.timesteps]
+        clip, usual = store.level(0).to(denoiser.device), usual_windows(denoiser) if start_of(store).draws else None
+        self._chunks = [chunks_of(denoiser, self._calls, clip, timestep, usual) for timestep in store.timesteps]
         self._open = ExitStack()
 
     @no_grad
@@ -181,7 +181,7 @@ class EditPass:
     @no_grad
     def guided(self, zs: Sequence[Tensor], step: int) -> list[Tensor]:
         """Each edit's input latents of a step, moved by layout guidance."""
-        return [run.guided(z, step, self._chunk_frames) for run, z in zip(self._runs, zs, strict=True)]
+        return [run.guided(z, step, self._calls) for run, z in zip(self._runs, zs, strict=True)]
 
     @no_grad
     def predict(self, zs: Sequence[Tensor], step: int) -> list[Prediction | None]:
@@ -216,8 +216,9 @@ class EditPass:
             return _joined(chunks, shared)
         if run.propagation is None:
             return run.start.predict(run, z, step, self._of_chunks)
-        branches = run.branches(z, step)
-        found = run.propagation.predict(step, self._steps, self._store.frames, branches, self._chunk_frames)
+        branches, windows = run.branches(z, step), self._calls.windows
+        longest = None if windows is None else windows.frames
+        found = run.propagation.predict(step, self._steps, self._store.frames, branches, longest)
         if not all(any(part is made for made in branches.made) for _, part in found):
             raise TypeError(
                 f"{type(run.propagation).__name__} predicts without `Branches.edit`, so that nothing is injected"

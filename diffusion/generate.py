@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames, Windows
 from ..imports import no_grad
 from .denoiser import Denoiser, Guidance, check_finite, keys_on
 from .invert import Progress
@@ -50,6 +50,7 @@ def generate(
     own_keys, own_norm = denoiser.trained_with
     keys = keys_on(denoiser, own_keys if key_frames is None else key_frames)
     clip_norm = (own_norm if clip_norm is None else clip_norm) and not denoiser.spans_clip
+    calls = ClipCalls(keys, clip_norm, Windows.of(chunk_frames))
     schedule, chunk, sites = denoiser.schedule(steps), Chunk.whole(len(noise)), denoiser.sites(*noise.shape[-2:])
     z = noise.to(denoiser.device)
     positive, unwanted = (Condition.of(t, name).to(z) for t, name in ((text, "text"), (negative, "negative")))
@@ -64,7 +65,7 @@ def generate(
             control = Control(keys, chunk)
             if layout is not None and layout.guides(step, steps):
                 alpha = schedule.alphas[steps - step]
-                z = layout.moved(denoiser, z, timestep, alpha, positive, ClipCalls(keys, clip_norm, chunk_frames))
+                z = layout.moved(denoiser, z, timestep, alpha, positive, calls)
                 control = layout.control(keys, chunk)
             if attention is not None:
                 control = attention.recorder(keys, chunk, sites, positive.text_tokens)

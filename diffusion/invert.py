@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames, Windows
 from ..imports import no_grad, torch
 from ..settings import check, setting
 from ..store.backends import Records, level_name
@@ -26,6 +26,7 @@ from .denoiser import (
     joined,
     keys_on,
     refuse_clip_norm,
+    usual_windows,
 )
 from .schedule import Schedule, Solver, timestep_at
 from .spread import ONE_PROCESS, Spread
@@ -87,6 +88,17 @@ class InversionSettings:
         "overlap and approximate the whole clip.",
         least=1, shown="all", group="This run",
     )  # fmt: skip
+    window_frames: int | None = setting(
+        None,
+        "Frames of the video in one call of the model, where frames depend on each other: on a video transformer, with "
+        "temporal layers, neighbours or clip_norm. A longer clip runs in overlapping windows, whose predictions are "
+        "blended at each step, with weights that fall towards a window's ends. Memory follows the window.",
+        least=1, unit="frames", shown="the length of the model's training clips, if it has one", group="This run",
+    )  # fmt: skip
+    window_overlap: int | None = setting(
+        None, "Frames that neighbouring windows share.", least=1, unit="frames", shown="a quarter of a window",
+        group="This run",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
@@ -94,10 +106,22 @@ class InversionSettings:
             raise ValueError(f"inversion_steps is {self.inversion_steps}; it must be at least steps, {self.steps}")
         if self.reuse_midpoint and self.order == 1:
             raise ValueError("reuse_midpoint needs order 2, whose pairs of steps have a middle prediction")
+        if self.window_frames is not None and self.chunk_frames is not None:
+            raise ValueError("chunk_frames and window_frames exclude each other: leave one of them out")
+        if self.window_frames is not None and (self.window_overlap or 0) >= self.window_frames:
+            raise ValueError(
+                f"window_overlap is {self.window_overlap}; it must be less than window_frames, {self.window_frames}"
+            )
 
     @property
     def keys(self) -> KeyFrames:
         return KeyFrames(self.key_frames, self.key_frames_least_channels)
+
+    def windows(self, frames_per_latent: int = 1) -> Windows | None:
+        """The windows on a model that codes so many frames in a latent; None for the model's own."""
+        if self.window_frames is None:
+            return None
+        return Windows.of_video(self.window_frames, self.window_overlap, frames_per_latent)
 
 
 @dataclass(frozen=True)
@@ -122,6 +146,7 @@ def invert(
     memory: str | StoreSettings = "recompute",
     chunk_frames: int | None = None,
     *,
+    windows: Windows | None = None,
     order: int = 1,
     reuse_midpoint: bool = False,
     inversion_steps: int | None = None,
@@ -137,7 +162,10 @@ def invert(
     latents: (frames, c, h, w), in the model's scale. source_embeddings: (1, tokens, dim), or a `Condition`. key_frames:
     see `KeyFrames`; ignored by video transformers, whose frames attend to all. clip_norm: compute the ResNet blocks'
     GroupNorm statistics over the whole clip. memory: a name, or `StoreSettings`. chunk_frames: frames per call, None
-    for all; `KeyFrames.chunks` says when this is approximate. order: of the solver, 1 or 2, see `Solver`.
+    for all; `KeyFrames.chunks` says when this is approximate. windows: the same, kept in the store, so that edits run
+    in the same windows; None for those of the host, else of a model with a training length
+    (`Denoiser.trained_frames`), unless the store's memory needs the whole clip in one call. order: of the solver, 1 or
+    2, see `Solver`.
     reuse_midpoint: half the calls of order 2, in the edit too (FireFlow); needs memory "recompute".
     inversion_steps: of the inversion alone, a multiple of the edit's, whose levels the store keeps; needs memory
     "recompute". prompt, extra, attachments: saved in the store, for checks of edits and the caller's own use; `extra`
@@ -149,7 +177,6 @@ def invert(
     numbers out of range, and MemoryError, with the bytes, if the chosen memory does not fit.
     """
     settings, keys = _solved(StoreSettings.of(memory), order, reuse_midpoint), keys_on(denoiser, key_frames)
-    calls = ClipCalls(keys, clip_norm, chunk_frames)
     check_latents(latents)
     if denoiser.spans_clip:
         refuse_clip_norm(clip_norm)
@@ -158,6 +185,9 @@ def invert(
     if inversion_steps not in (None, steps):
         fine, settings = denoiser.schedule(inversion_steps), recomputed(settings)
     kept_at = levels_among(schedule, fine)
+    if windows is None and chunk_frames is None:
+        windows = own_windows(denoiser, latents, schedule.timesteps[0], settings)
+    calls = ClipCalls(keys, clip_norm, Windows.of(chunk_frames) or windows)
     sites = denoiser.sites(*latents.shape[-2:])
     shape, size = tuple(latents.shape), latents.element_size()
     parts = in_parts(denoiser, calls, latents, schedule.timesteps[0])
@@ -177,6 +207,7 @@ def invert(
         order=order,
         reuse_midpoint=reuse_midpoint,
         inversion_steps=None if fine is schedule else fine.steps,
+        windows=windows,
         model=denoiser.identity(),
         prompt=prompt,
         extra=with_shapes(extra, denoiser),
@@ -202,6 +233,16 @@ def invert(
         solver, saved = Solver(fine, order, 0 if reuse_midpoint else None), UNSAVED if store.kept_steps else states
         _carry(latents, solver, called, _put_at(kept_at, put, saved), store.kept_steps > 0, saved, progress)
     return Inversion(store)
+
+
+def own_windows(denoiser: Denoiser, latents: Tensor, timestep: float, settings: StoreSettings) -> Windows | None:
+    """The windows of the model's training for a longer clip, if nothing else splits it and no attention of the whole
+    clip is to be stored.
+    """
+    usual = usual_windows(denoiser) if settings.memory in ("auto", "recompute") else None
+    if usual is None or len(latents) <= usual.frames or denoiser.windows(latents, timestep):
+        return None
+    return usual
 
 
 def _solved(settings: StoreSettings, order: int, reuse_midpoint: bool) -> StoreSettings:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..attention.condition import Condition
 from ..attention.control import Control
-from ..attention.key_frames import KeyFrames
+from ..attention.key_frames import KeyFrames, Windows
 from ..diffusion.ddim import guide
 from ..diffusion.denoiser import Denoiser, check_latents, frames_of, keys_on
 from ..diffusion.invert import Inversion
@@ -191,6 +191,7 @@ def draw(
     key_frames: KeyFrames | str | tuple[str | int, ...] = ("self", "middle"),
     clip_norm: bool = False,
     *,
+    windows: Windows | None = None,
     prompt: str | None = None,
     noises: Tensor | Sequence[Tensor] | None = None,
 ) -> Inversion:
@@ -217,6 +218,7 @@ def draw(
             alphas=tuple(schedule.alphas.tolist()),
             key_frames=keys_on(denoiser, key_frames),
             clip_norm=clip_norm,
+            windows=windows,
             formulation=schedule.formulation,
             model=denoiser.identity(),
             prompt=prompt,

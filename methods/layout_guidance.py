@@ -436,7 +436,7 @@ def energy_gradient(
             f"backward guidance needs gradients, and {type(denoiser).__name__} has none: set mode to forward"
         )
     independent = calls.key_frames.entries == ("self",) and not calls.clip_norm and not denoiser.frames_meet
-    chunks = chunks_of(denoiser, calls if independent else replace(calls, chunk_frames=None), latents, timestep)
+    chunks = chunks_of(denoiser, calls if independent else replace(calls, windows=None), latents, timestep)
     energy, gradients = 0.0, []
     for chunk in chunks:
         control = EnergyControl(calls.key_frames, chunk, layout)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..hosts.comfyui.conditions import HostCondition
 from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
+from ..hosts.comfyui.latents import windows_of_video
 from ..hosts.comfyui.noise import Timesteps, is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..store.store import AttentionStore
-from .inversion import MODEL_AND_SOURCE, SOUND, STEPS, TIMESTEPS
+from .inversion import MODEL_AND_SOURCE, SOUND, STEPS, TIMESTEPS, WINDOWS
 from .settings import made, widget, widgets
 from .sockets import PROMPT_KEY, AttentionStoreSocket, schema
 
@@ -38,6 +39,7 @@ class FateZeroFlowEdit(io.ComfyNode):
                 *(widget(FlowEditSettings, name, advanced=True, optional=True) for name in ("n_min", "variant")),
                 TIMESTEPS,
                 widget(FlowEditSettings, "gain", advanced=True, optional=True),
+                *WINDOWS,
             ],
             outputs=[AttentionStoreSocket.Output("store", display_name="attention store", tooltip="For Edit Video.")],
         )
@@ -45,13 +47,14 @@ class FateZeroFlowEdit(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, source: Any, latent: dict[str, Any], steps: int, sound: str = "keep",
-        timesteps: Timesteps = "leading", **values: Any,
+        timesteps: Timesteps = "leading", window_frames: int = 0, window_overlap: int = 0, **values: Any,
     ) -> io.NodeOutput:  # fmt: skip
         condition = HostCondition.of_socket(source, "source", "source", not is_flow(model))
+        windows = windows_of_video(model, window_frames, window_overlap)
         settings, prompt = made(FlowEditSettings, values), source[0][1].get(PROMPT_KEY)
 
         def drawn(of: Any, latents: Tensor) -> AttentionStore:
-            return draw(of, latents, condition, steps, settings, prompt=prompt).store
+            return draw(of, latents, condition, steps, settings, windows=windows, prompt=prompt).store
 
         return io.NodeOutput(
             draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK), sound == "keep", timesteps)

@@ -18,6 +18,7 @@ from ..hosts.comfyui.conditions import HostCondition, unsaveable
 from ..hosts.comfyui.editing import edit_clip
 from ..hosts.comfyui.families import MODELS, check_known, facts_of, takes_of
 from ..hosts.comfyui.inversion import NOISE_MASK, HostStore, InvertSettings, invert_clip, source_of
+from ..hosts.comfyui.latents import windows_of_video
 from ..hosts.comfyui.noise import Timesteps, check_samples
 from ..metrics.preservation import psnr
 from ..settings import setting_of
@@ -72,10 +73,15 @@ SETTINGS = [
 ]
 """The widgets of an inversion, except its steps."""
 REUSE = widget(InversionSettings, "reuse_midpoint", advanced=True, optional=True)
-"""The last widget, because older workflows lack it."""
+"""A later widget, because older workflows lack it."""
+WINDOWS = [
+    widget(InversionSettings, name, advanced=True, optional=True) for name in ("window_frames", "window_overlap")
+]
+"""The last widgets, because older workflows lack them."""
 
 
 def invert_settings(
+    model: Any,
     source: Any,
     key_frames: str,
     clip_norm: bool,
@@ -88,14 +94,17 @@ def invert_settings(
     order: int = 1,
     sound: str = "keep",
     reuse_midpoint: bool = False,
+    window_frames: int = 0,
+    window_overlap: int = 0,
 ) -> InvertSettings:
-    """The settings of the widgets in `SETTINGS`, and `REUSE`."""
+    """The settings of the widgets in `SETTINGS`, `REUSE` and `WINDOWS`."""
     folder = Path(folder_paths.get_temp_directory())
     store = StoreSettings(memory, place, budget_gb or None, precision, keep_steps, folder=folder)
     prompt = source[0][1].get(PROMPT_KEY)
     InversionSettings(order=order, reuse_midpoint=reuse_midpoint)  # raises for settings that do not go together
     return InvertSettings(
-        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None, prompt, order, reuse_midpoint,
+        KeyFrames.parse(key_frames), clip_norm, store, chunk_frames or None,
+        windows_of_video(model, window_frames, window_overlap), prompt, order, reuse_midpoint,
         keep_sound=sound == "keep",
     )  # fmt: skip
 
@@ -122,6 +131,7 @@ class FateZeroInvert(io.ComfyNode):
                 TIMESTEPS,
                 SOUND,
                 REUSE,
+                *WINDOWS,
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="For a KSampler that adds no noise."),
@@ -146,7 +156,7 @@ class FateZeroInvert(io.ComfyNode):
         condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention, takes_of(model))
         InversionSettings(steps, inversion_steps=inversion_steps or None)  # raises for steps that do not fit
         chosen = replace(
-            invert_settings(source, **settings), inversion_steps=inversion_steps or None, timesteps=timesteps
+            invert_settings(model, source, **settings), inversion_steps=inversion_steps or None, timesteps=timesteps
         )
         noise, store = invert_clip(model, samples, condition, steps, chosen, latent.get(NOISE_MASK), notify)
         return io.NodeOutput({"samples": noise}, store, ui=ui.PreviewText(shown[0]))

@@ -13,7 +13,7 @@ from ..hosts.comfyui.inversion import InvertGuider, store_of
 from ..hosts.comfyui.noise import noise_of
 from ..hosts.comfyui.sampling import DDIMSampler
 from .edit import INPUTS, EditInputs, report_of
-from .inversion import MODEL_AND_SOURCE, REUSE, SETTINGS, SOUND, STEPS, invert_settings
+from .inversion import MODEL_AND_SOURCE, REUSE, SETTINGS, SOUND, STEPS, WINDOWS, invert_settings
 from .sockets import AttentionStoreSocket, schema, show_on_node
 
 
@@ -74,7 +74,7 @@ class FateZeroInvertGuider(io.ComfyNode):
             description="Invert Video for SamplerCustomAdvanced. Use it with DDIM Sampler, Disable Noise, flipped "
             "sigmas and the clip's latent; Inversion's Store turns the resulting noise into the attention store.",
             search_aliases=["ddim inversion", "unsampler", "guider", "custom sampler"],
-            inputs=[*MODEL_AND_SOURCE, *SETTINGS, SOUND, REUSE],
+            inputs=[*MODEL_AND_SOURCE, *SETTINGS, SOUND, REUSE, *WINDOWS],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )
@@ -84,7 +84,7 @@ class FateZeroInvertGuider(io.ComfyNode):
         node = cls.hidden.unique_id
         condition = HostCondition.of_socket(source, "source", "source", facts_of(model).attention, takes_of(model))
         guider = InvertGuider(
-            model, condition, invert_settings(source, **settings), lambda text: show_on_node(node, text)
+            model, condition, invert_settings(model, source, **settings), lambda text: show_on_node(node, text)
         )
         return io.NodeOutput(guider)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attention.condition import Condition
-from ..attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ..attention.key_frames import Chunk, ClipCalls, KeyFrames, Windows
 from ..files.safetensors import DamagedFileError, Layout, SafetensorsReader, SafetensorsWriter, format_bytes
 from ..files.whole import remove_folder, temporary_folder
 from ..imports import torch
@@ -58,7 +58,8 @@ class AttentionStore:
     queries and keys; "keys_values" keys and values; "maps" the paper's attention maps. levels: latents of every level,
     clean to noisy: (steps + 1, frames, c, h, w), in memory or in a file. timesteps: noisy to clean. alphas: of every
     level, clean to noisy: DDIM's cumulative ones, or a flow's 1 - sigma, as `formulation` says. order, reuse_midpoint:
-    of the inversion's solver. inversion_steps: of the inversion, if it took more steps than its edits take. kept_steps:
+    of the inversion's solver. inversion_steps: of the inversion, if it took more steps than its edits take. windows: of
+    the inversion, which its edits take too; None for the host's, or the whole clip. kept_steps:
     number of edit steps, from the noisiest, with stored attention. backend: the stored attention; None for
     "recompute". plan: the chosen memory and place; None for a store from a file. start: where edits start
     (`diffusion.parts.Start`); None: at the noisiest latents. extra, attachments: the caller's own
@@ -81,6 +82,7 @@ class AttentionStore:
     order: int = 1
     reuse_midpoint: bool = False
     inversion_steps: int | None = None
+    windows: Windows | None = None
     backend: Backend | None = None
     plan: StorePlan | None = None
     start: Any = None
@@ -100,8 +102,8 @@ class AttentionStore:
         return self.levels.shape[1]
 
     def calls(self, chunk_frames: int | None = None) -> ClipCalls:
-        """The calls of an edit, in chunks of so many frames."""
-        return ClipCalls(self.key_frames, self.clip_norm, chunk_frames)
+        """The calls of an edit, in chunks of so many frames, else in the windows of the inversion."""
+        return ClipCalls(self.key_frames, self.clip_norm, Windows.of(chunk_frames) or self.windows)
 
     @property
     def on_disk(self) -> bool:
@@ -219,6 +221,7 @@ class AttentionStore:
             "order": self.order,
             **({"reuse_midpoint": True} if self.reuse_midpoint else {}),
             **({} if self.inversion_steps is None else {"inversion_steps": self.inversion_steps}),
+            **({} if self.windows is None else {"windows": asdict(self.windows)}),
             "key_frames": {"entries": self.key_frames.entries, "least_channels": self.key_frames.least_channels},
             "clip_norm": self.clip_norm,
             "model": asdict(self.model),
@@ -265,6 +268,7 @@ class AttentionStore:
             order=about.get("order", 1),
             reuse_midpoint=about.get("reuse_midpoint", False),
             inversion_steps=about.get("inversion_steps"),
+            windows=Windows(**about["windows"]) if "windows" in about else None,
             backend=None if about["memory"] == "recompute" else backend,
         )
         _check_claims(store, backend)

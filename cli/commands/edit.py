@@ -60,7 +60,7 @@ from ..options import (
     flags_of,
 )
 from ..outputs import Outputs, numbered
-from ..plan import in_chunks, plan
+from ..plan import in_chunks, in_windows, plan
 from ..region import in_region
 from ..session import Session, check_control, controlled
 from ..states import provenance, states_of
@@ -243,7 +243,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     for config in configs:
         check_edit_mask(config, source.frames)
     if team is not None:
-        configs = [in_team(config, team.count, source.frames) for config in configs]
+        configs = [in_team(config) for config in configs]
     outputs = numbered(run.output, len(configs))
     for path in outputs if configs[0].lossless else ():
         check_lossless(path)
@@ -276,7 +276,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
     masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
-    configs = [in_chunks(config, checkpoint, clip.shape[0]) for config in configs]
+    configs = [in_chunks(config, checkpoint, clip.shape[0], store, team.count if team else 1) for config in configs]
     session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store, masks=masks))
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
@@ -344,7 +344,7 @@ def _run(
     )
     with states.of_run(), session.bars() as bar:
         if store is not None:
-            inversion = Inversion(store)
+            inversion = Inversion(in_windows(store, configs[0], checkpoint))
         else:
             assert clip.video is not None
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread, states=states)

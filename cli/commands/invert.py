@@ -110,16 +110,17 @@ def invert_video(
     latents = states.load(level_name(0), checkpoint.device)
     if latents is None:
         latents = encode(checkpoint, video, bar("encode"))
+    windows = config.windows(checkpoint.frames_per_latent)
     if config.noise == "drawn":
         return draw(
             checkpoint.denoiser, latents.to(checkpoint.device), source, config.steps, config.flow_edit, config.keys,
-            config.clip_norm, prompt=config.source,
+            config.clip_norm, windows=windows, prompt=config.source,
         )  # fmt: skip
     kept = settings is not None and settings.path is not None
     extra, attachments = origin_of(checkpoint, config, video).kept() if kept else ({}, {})
     return invert(
         checkpoint.denoiser, latents, source, config.steps, config.keys, config.clip_norm, settings or config.store,
-        config.chunk_frames, order=config.order, reuse_midpoint=config.reuse_midpoint,
+        config.chunk_frames, windows=windows, order=config.order, reuse_midpoint=config.reuse_midpoint,
         inversion_steps=config.inversion_steps, prompt=config.source, extra=extra, attachments=attachments,
         spread=spread, states=states,
         progress=bar("invert"),

@@ -179,7 +179,7 @@ class EditSettings(
     )
     negative: str = setting("", "Negative prompt.", shown="none", group=_TEXT)
     chunk_frames: int | None = setting_like(
-        InversionSettings, "chunk_frames", None, shown="all; 16 where exact, 21 for FlowEdit on Wan"
+        InversionSettings, "chunk_frames", None, shown="16 where results do not depend on it, else window_frames"
     )
     guidance_scale: float = setting_like(Edit, "guidance_scale", 7.5)
     guidance_until: float = setting_like(Edit, "guidance_until", 1.0)

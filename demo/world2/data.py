@@ -34,7 +34,7 @@ def rendered(job: Job) -> tuple[Tensor, Tensor]:
     """Frames (n, 3, SIZE, SIZE), uint8, and `owners` of the scenes of a job."""
     random, found = Random(job[0]), list[tuple[Tensor, Tensor]]()
     for scene, motion in scenes_of(job):
-        clip = render(scene, motion, at=None if job[2] else random.uniform(-0.5, 0.5))
+        clip = render(scene, motion, at=None if job[2] else [random.uniform(-0.5, 0.5)])
         found.append((in_bytes(clip.frames), owners(scene, clip)))
     frames, owned = zip(*found, strict=True)
     return torch.cat(frames), torch.cat(owned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,19 +22,18 @@ REACH = 1.75
 """Radius of the circle around every shape, relative to the thing's."""
 
 
-def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: float | None = None) -> Clip:
+def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: Sequence[float] | None = None) -> Clip:
     """Render a scene: frames, visible masks, front thing first, and exact forward flow (see `Clip`).
 
-    at: a time of the clip from -0.5 to 0.5, of which one picture is rendered instead of the clip.
+    at: times of the clip from -0.5 to 0.5 to render instead of its frames; flow is to a frame later.
     """
     if len(scene.things) != len(motion.tracks):
         raise ValueError(f"{len(scene.things)} things but {len(motion.tracks)} tracks")
-    t = torch.arange(frames, dtype=torch.float32).view(-1, 1, 1)
-    if at is not None:
-        t = torch.tensor((at + 0.5) * (frames - 1)).view(1, 1, 1)
-    now, later = (_Moment(motion, t + step, max(frames - 1, 1)) for step in (0, 1))
+    step = 1 / max(frames - 1, 1)
+    times = torch.arange(frames) * step - 0.5 if at is None else torch.tensor(at)
+    now, later = (_Moment(motion, times.view(-1, 1, 1) + ahead) for ahead in (0.0, step))
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
-    x, y = x.expand(len(t), -1, -1), y.expand(len(t), -1, -1)
+    x, y = x.expand(len(times), -1, -1), y.expand(len(times), -1, -1)
 
     wx, wy = now.camera.inward(x, y)
     picture = _cluttered(
@@ -60,11 +60,10 @@ def render(scene: Scene, motion: Motion, frames: int = FRAMES, at: float | None 
 
 
 class _Moment:
-    """The frames of reference at frames t of a clip of some intervals."""
+    """The frames of reference at times (frames, 1, 1) of a clip, from -0.5 to 0.5."""
 
-    def __init__(self, motion: Motion, t: Tensor, intervals: int) -> None:
-        self.t, self.time = t, t / intervals - 0.5
-        self.camera = motion.camera(self.time)
+    def __init__(self, motion: Motion, time: Tensor) -> None:
+        self.time, self.camera = time, motion.camera(time)
 
     def body(self, thing: Thing, track: Track) -> Frame:
         return track.frame(thing, self.time)
@@ -87,7 +86,7 @@ def _draw(thing: Thing, track: Track, now: _Moment, later: _Moment, x: Tensor, y
     cover, distance, shade, px, py = torch.zeros_like(x), torch.full_like(x, 99.0), torch.ones_like(x), u, v
     moved = torch.stack((u, v))
     for part in THINGS[thing.shape]:
-        joint, next_joint = (part.joint(track.cycle(thing, moment.t)) for moment in (now, later))
+        joint, next_joint = (part.joint(track.cycle(thing, moment.time)) for moment in (now, later))
         a, b = joint.inward(u, v)
         d = part.outline(a, b) * (now.camera.scale * body.scale)
         covers = (0.5 - d).clamp(0, 1)
@@ -133,8 +132,9 @@ def _lit(material: str, colour: Tensor, u: Tensor, v: Tensor) -> Tensor:
     if material != "shiny":
         return lit
     spot = torch.exp(-(((u + 0.32) / 0.26) ** 2 + ((v + 0.36) / 0.2) ** 2))
-    band = (0.5 - 4 * (v - 0.34).abs()).clamp(0, 1)
-    return torch.lerp(torch.lerp(lit * 0.85, rgb((1.0, 1.0, 1.0)), 0.5 * band), rgb((1.0, 1.0, 1.0)), 0.95 * spot)
+    bands = (1.2 * torch.sin(5.2 * v - 1.2) - 0.2).clamp(-1, 1)
+    mirrored = torch.lerp(lit * (1 + 0.55 * bands.clamp(max=0)), rgb((1.0, 1.0, 1.0)), 0.6 * bands.clamp(min=0))
+    return torch.lerp(mirrored, rgb((1.0, 1.0, 1.0)), 0.9 * spot)
 
 
 def _cluttered(clutter: str, picture: Tensor, x: Tensor, y: Tensor, phase: float) -> Tensor:

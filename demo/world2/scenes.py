@@ -159,7 +159,7 @@ class Scene:
 @dataclass(frozen=True)
 class Track:
     """What words leave open of a thing's path: its distance from its place in pixels, its size relative to its word,
-    its direction (1 right, -1 left), its tilt in radians, and the phase and rate of its parts in cycles (per frame).
+    its direction (1 right, -1 left), its tilt in radians, and the phase and rate of its parts in cycles (per clip).
     """
 
     dx: float
@@ -168,7 +168,7 @@ class Track:
     heading: int = 1
     tilt: float = 0.0
     phase: float = 0.0
-    rate: float = 0.08
+    rate: float = 1.28
 
     def frame(self, thing: Thing, time: Tensor) -> Frame:
         """The thing's frame in the scene at times (frames, 1, 1), in clips from -0.5 to 0.5."""
@@ -181,9 +181,9 @@ class Track:
             angle = angle + self.heading * 2 * math.pi * 0.7 * time
         return Frame(x, y, angle, SIZES[thing.size] * self.size, float(self.heading))
 
-    def cycle(self, thing: Thing, t: Tensor) -> Tensor:
-        """The cycles of the thing's parts at frames t; a resting thing's do not move."""
-        return self.phase + self.rate * (t if thing.action != "resting" else 0 * t)
+    def cycle(self, thing: Thing, time: Tensor) -> Tensor:
+        """The cycles of the thing's parts at times; a resting thing's do not move."""
+        return self.phase + self.rate * (time + 0.5 if thing.action != "resting" else 0 * time)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def random_motion(random: Random, scene: Scene) -> Motion:
                 random.choice((-1, 1)),
                 random.uniform(-0.15, 0.15),
                 random.random(),
-                random.uniform(0.06, 0.1),
+                random.uniform(0.96, 1.6),
             )
             for _ in scene.things
         )

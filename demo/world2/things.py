@@ -117,7 +117,7 @@ def _limb(x: float, y: float, lag: float, swing: float) -> Part:
 
 
 THINGS: dict[str, tuple[Part, ...]] = {
-    "ball": (Part(disc(1.0)),),
+    "ball": (Part(disc(1.0)), Part(bar(-0.91, 0.91, 0.09))),
     "block": (Part(cut(*corners(4, (1.19,), -math.pi / 4))),),
     "star": (Part(cut(*corners(10, (1.25, 0.52)))),),
     "fish": (

@@ -239,18 +239,23 @@ def named(live: nn.Module, reader: ShapeReader) -> dict[str, nn.Parameter]:
 # --- the whole --------------------------------------------------------------------------
 
 
-def train(
-    out: Path,
-    parts: Sequence[str],
-    settings: Settings,
-    device: torch.device,
-    report: Report = print,
-    workers: int = 1,
-) -> None:
-    """Train the autoencoder, unless it is there, and the given parts; writes `out/unet`, a whole checkpoint, and
-    `out/wan`, which shares its autoencoder. `out/state` is what resumes.
+@dataclass(frozen=True)
+class Run:
+    """What a training writes and uses.
+
+    out: folder for `unet`, a whole checkpoint, and `wan`, which has the same autoencoder. state: folder of what is
+    rendered, and from which a stopped training resumes. parts: of "unet", "wan". workers: processes that render.
     """
-    state = out / "state"
+
+    out: Path
+    state: Path
+    parts: Sequence[str] = ("unet", "wan")
+    workers: int = 1
+
+
+def train(run: Run, settings: Settings, device: torch.device, report: Report = print) -> None:
+    """Train the autoencoder, unless the state has it, and the given parts."""
+    out, state, parts, workers = run.out, run.state, run.parts, run.workers
     state.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         work: Callable[..., Iterable[tuple[Tensor, Tensor]]] = map
@@ -275,20 +280,22 @@ def train(
             deepcopy(vae).cpu().half().save_pretrained(out / "wan" / "vae", safe_serialization=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the models and the state")
+    parser.add_argument("--out", type=Path, default=Path("out/world2"), help="folder for the models")
+    parser.add_argument("--state", type=Path, help="folder from which a stopped training resumes (OUT/state)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", choices=("unet", "wan"), help="train only this model")
     parser.add_argument("--minutes", type=float, help="minutes for each model, instead of a number of steps")
     parser.add_argument("--tiny", action="store_true", help="two steps of each, to try it")
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     device, settings = torch.device(given.device), Settings(minutes=given.minutes)
     settings = settings.on_cpu() if device.type == "cpu" else settings
     settings = settings.tiny() if given.tiny else settings
     parts = (given.part,) if given.part else ("unet", "wan")
-    train(given.out, parts, settings, device, lambda line: print(line, flush=True), given.workers)
+    run = Run(given.out, given.state or given.out / "state", parts, given.workers)
+    train(run, settings, device, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

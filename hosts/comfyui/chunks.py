@@ -13,7 +13,7 @@ import comfy.patcher_extension
 from torch import Tensor
 
 from ...attention.key_frames import Chunk
-from ...diffusion.denoiser import Windows
+from ...diffusion.denoiser import WeightedFrames
 from .hook import name_of_node, node_of
 
 WrappersMP = comfy.patcher_extension.WrappersMP
@@ -76,7 +76,9 @@ def _rescales(hook: Any) -> bool:
     return isinstance(hook, FunctionType) and bool(getclosurevars(hook).nonlocals.get("rescaling_scale"))
 
 
-def windows_of(handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, options: dict[str, Any]) -> Windows:
+def windows_of(
+    handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, options: dict[str, Any]
+) -> WeightedFrames:
     """The windows of the host's context handler on a clip at a sigma, with the weights of its fuse method."""
     handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
     windows = handler.get_context_windows(model, x, options)

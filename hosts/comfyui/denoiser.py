@@ -19,7 +19,7 @@ from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
 from ...attention.temporal_kind import TRAINED_KEYS
-from ...diffusion.denoiser import Guidance, Windows, frames_meet
+from ...diffusion.denoiser import Guidance, WeightedFrames, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
@@ -172,7 +172,7 @@ class ComfyDenoiser:
                 "other: connect the same MODEL with Context Windows to both"
             )
 
-    def windows(self, latents: Tensor, timestep: float) -> Windows | None:
+    def windows(self, latents: Tensor, timestep: float) -> WeightedFrames | None:
         """The context windows of a node on the MODEL, with the weights of its fuse method."""
         handler = self._handler
         if handler is None or len(latents) <= handler.context_length:

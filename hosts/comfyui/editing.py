@@ -62,7 +62,7 @@ class EditGuider(LoopGuider):
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
         controls = any(edit.fusion is not None and edit.fusion.needs_attention for edit in edits)
-        super().__init__(model, conditions, store.patcher, chunk_frames, controls=controls)
+        super().__init__(model, conditions, store.patcher, store.calls(chunk_frames).windows, controls=controls)
         self.fills_or_reads(store.memory)
 
     def schedule(self, sigmas: Tensor) -> Schedule:
@@ -348,7 +348,7 @@ def heat_of_words(
             bar.update(1)
         return latents
 
-    guider = LoopGuider(model, [source_of(store)], store.patcher, chunk_frames)
+    guider = LoopGuider(model, [source_of(store)], store.patcher, store.calls(chunk_frames).windows)
     guider.loop = collect
     run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...attention.key_frames import ClipCalls, KeyFrames
+from ...attention.key_frames import ClipCalls, KeyFrames, Windows
 from ...diffusion.denoiser import in_parts, keys_on
-from ...diffusion.invert import Progress, invert
+from ...diffusion.invert import Progress, invert, own_windows
 from ...diffusion.schedule import Schedule
 from ...store.backends import FileBackend, FileLevels
 from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
@@ -71,6 +71,7 @@ class InvertSettings:
     clip_norm: bool
     store: StoreSettings
     chunk_frames: int | None = None
+    windows: Windows | None = None
     prompt: str | None = None
     order: int = 1
     reuse_midpoint: bool = False
@@ -78,6 +79,11 @@ class InvertSettings:
     inversion_steps: int | None = None
     timesteps: Timesteps = "leading"
     keep_sound: bool = True
+
+    @property
+    def split(self) -> Windows | None:
+        """The windows of the model's calls, if given."""
+        return Windows.of(self.chunk_frames) or self.windows
 
 
 class InvertGuider(LoopGuider):
@@ -92,7 +98,7 @@ class InvertGuider(LoopGuider):
         self._model = model
         self._made: AttentionStore | None = None
         self._mask: Tensor | None = None
-        super().__init__(model, [source], chunk_frames=settings.chunk_frames)
+        super().__init__(model, [source], windows=settings.split)
 
     def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, **more: Any) -> Any:
         """The noise, for a KSampler without added noise. Its store (`store_of`) has the mask of the latent, outside
@@ -119,14 +125,16 @@ class InvertGuider(LoopGuider):
         if settings.steps not in (None, schedule.steps):
             schedule = denoiser.of_edits = denoiser.noise.schedule(settings.steps, settings.timesteps)
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
-        parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, settings.chunk_frames), latents, timestep)
+        split = settings.split or own_windows(denoiser, latents, timestep, settings.store)
+        parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, split), latents, timestep)
         plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
         self.notify(str(plan))
         self.fills_or_reads(plan.memory)
         memory = replace(settings.store, memory=plan.memory, place=plan.place)
         inversion = invert(
             denoiser, latents, self.source, schedule.steps, settings.key_frames, settings.clip_norm, memory,
-            settings.chunk_frames, order=settings.order, reuse_midpoint=settings.reuse_midpoint, prompt=settings.prompt,
+            settings.chunk_frames, windows=settings.windows, order=settings.order,
+            reuse_midpoint=settings.reuse_midpoint, prompt=settings.prompt,
             extra={"conditioning": plain_options(self.source.conditioning), **self._shapes},
             inversion_steps=denoiser.in_use.steps,
             attachments={} if mask is None else {NOISE_MASK: mask_in_store(self._model, self._shapes, mask)},

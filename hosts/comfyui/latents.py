@@ -9,7 +9,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...attention.key_frames import Windows
 from ...attention.masks import GivenMask, mask_by_latent
+from ...diffusion.invert import InversionSettings
 
 Shapes = Sequence[Sequence[int]]
 """The shapes of the streams of a LATENT: a video or picture, and its sound if any."""
@@ -89,6 +91,12 @@ def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
     """A mask of a clip's latents (latents, h, w) as one of the most frames that they hold: (frames, h, w)."""
     own = _latents_of(model, len(mask) * _frames_per_latent(model))
     return mask[[latent for latent in own if latent < len(mask)]]
+
+
+def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
+    """The windows of so many frames of the video, 0 for none; an overlap of 0 is a quarter."""
+    chosen = InversionSettings(window_frames=frames or None, window_overlap=overlap or None)
+    return chosen.windows(_frames_per_latent(model))
 
 
 def _frames_per_latent(model: Any) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...attention.control import Kind
+from ...attention.key_frames import Windows
 from ...diffusion.invert import Progress
 from ...diffusion.schedule import Schedule
 from ...store.records import Memory
@@ -43,13 +44,12 @@ class LoopGuider(comfy.samplers.CFGGuider):
         model: Any,
         conditions: Sequence[HostCondition],
         source_model: Any = None,
-        chunk_frames: int | None = None,
+        windows: Windows | None = None,
         kinds: Sequence[Kind] = ALL_KINDS,
         controls: bool = True,
     ) -> None:
-        """source_model: the MODEL for the source prompt, if different. chunk_frames: frames per UNet call, for the
-        host's memory estimate. kinds: of the hooked attention layers. controls: whether the loop
-        controls attention.
+        """source_model: the MODEL for the source prompt, if different. windows: of the model's calls, for the host's
+        memory estimate. kinds: of the hooked attention layers. controls: whether the loop controls attention.
 
         Raises ValueError for an unsupported MODEL, or unsupported options.
         """
@@ -62,11 +62,15 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
-        if chunk_frames is not None and (not self.edited.family.attention or family_of(model).frame_dim is None):
-            raise ValueError("chunk_frames: has no effect on this model's calls: use Context Windows for long clips")
-        if chunk_frames is not None:
-            most = chunk_frames + 3  # including key frames
-            room = room_for(lambda frames: min(frames, most))
+        dim = family_of(model).frame_dim
+        if windows is not None and (not self.edited.family.attention or dim is None):
+            raise ValueError(
+                "chunk_frames: has no effect on this model's calls, like window_frames: use Context Windows for long "
+                "clips"
+            )
+        if windows is not None:
+            most = windows.frames + (3 if dim == 0 else 0)  # including key frames
+            room = room_for(lambda frames: min(frames, most), dim or 0)
             self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero", room)
         super().__init__(self.edited.patcher)
         self.inner_set_conds({c.role: c.conditioning for c in conditions})
@@ -335,10 +339,10 @@ def run_in_host(guider: LoopGuider, samples: Any, sigmas: Tensor, noise_mask: An
     )  # fmt: skip
 
 
-def room_for(frames: Callable[[int], int]) -> Callable[..., Any]:
-    """A wrapper that changes the number of frames in the host's memory estimate."""
+def room_for(frames: Callable[[int], int], dim: int = 0) -> Callable[..., Any]:
+    """A wrapper that changes the number of frames, along a dimension, in the host's memory estimate."""
 
     def prepare(executor: Any, model: Any, shape: Sequence[int], *rest: Any, **more: Any) -> Any:
-        return executor(model, [frames(shape[0]), *shape[1:]], *rest, **more)
+        return executor(model, [*shape[:dim], frames(shape[dim]), *shape[dim + 1 :]], *rest, **more)
 
     return prepare

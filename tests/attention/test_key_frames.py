@@ -1,9 +1,11 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fatezero.attention.key_frames import Chunk, KeyFrames
+from fatezero.attention.key_frames import Chunk, KeyFrames, Windows
 
 entries = st.lists(st.sampled_from(["self", "first", "middle", "last", "previous", -2, 0, 3]), min_size=1, max_size=3)
 
@@ -51,6 +53,24 @@ def test_chunks_of_anchored_key_frames_do_not_overlap():
         [f for f, w in zip(p.frame_indices, p.weights, strict=True) if w] for p in KeyFrames.of("middle").chunks(7, 3)
     ]
     assert weighed == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@given(st.integers(2, 9), st.integers(2, 8), st.integers(0, 7))
+def test_windows_share_their_overlap(frames, window, overlap):
+    overlap = min(overlap, window - 1)
+    chunks = KeyFrames.of("previous").chunks(frames, Windows(window, overlap))
+    shown = [set(chunk.frame_indices) for chunk in chunks]
+    assert set().union(*shown) == set(range(frames))
+    assert all(len(one) == min(window, frames) for one in shown)
+    assert all(len(one & other) == overlap for one, other in pairwise(shown[:-1]))
+
+
+def test_windows_count_frames_of_the_video():
+    assert Windows.of_video(81, 30, 4) == Windows(21, 7)
+    assert Windows.of_video(33, None, 1) == Windows(33)
+    assert Windows(9).advance == Windows(9, 2).advance == 7
+    with pytest.raises(ValueError, match="windows of 4 frames cannot overlap by 4"):
+        Windows(4, 4)
 
 
 def test_a_missing_key_frame_is_replaced_by_the_nearest():

@@ -124,7 +124,7 @@ def test_a_missing_video_gives_one_line(command):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     chunks = ("--clip-norm", "--chunk-frames", "4")
     output = command("edit", CLIP, *WORDS, "--preset", "shape", *chunks, "--dry-run")
-    assert "chunks approximate the whole clip" in output
+    assert "approximate the whole clip" in output
     assert "8 frames of 64x64, 50 steps" in output
     assert "-> store with memory recompute: 1." in output
     assert "   store: recompute in RAM, 1." in output

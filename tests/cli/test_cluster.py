@@ -99,7 +99,7 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--key-frames", "previous"), "give --chunk-frames"),
+        (("--key-frames", "previous"), "give --window-frames"),
         (("--memory", "maps"), "memory maps needs one process"),
         (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),
     ],

@@ -16,6 +16,7 @@ from fatezero import (
     PromptEdit,
     Shift,
     TokenFlowSettings,
+    Windows,
     draw,
     edit,
     invert,
@@ -246,7 +247,9 @@ def test_parts_that_need_an_inversion(part):
 
 
 def test_longer_clips_are_edited_in_chunks_of_the_models_training(monkeypatch):
-    """So that the effect does not fade as clips grow; a given number of frames takes precedence."""
+    """So that the effect does not fade as clips grow; a given number of frames takes precedence. An inversion's edits
+    run in its windows.
+    """
     denoiser = VideoTransformerDenoiser(wan.small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
     latents, texts = wan.random_latents(5), [wan.random_text(seed) for seed in (0, 1)]
 
@@ -255,11 +258,15 @@ def test_longer_clips_are_edited_in_chunks_of_the_models_training(monkeypatch):
         return edit(denoiser, start, texts[1], guidance_scale=1.0, chunk_frames=chunk_frames)
 
     whole, chunked, inverted = edited(), edited(4), edited(invert_first=True)
+    windows = invert(denoiser, latents, texts[0], 2, windows=Windows(4))
     assert relative(whole, chunked) > 1e-6
     monkeypatch.setattr(VideoTransformerDenoiser, "trained_frames", 4)
     assert torch.equal(edited(), chunked)
     assert torch.equal(edited(5), whole)
-    assert torch.equal(edited(invert_first=True), inverted), "an inversion's chunks are chosen when it is made"
+    assert torch.equal(edited(invert_first=True), edit(denoiser, windows, texts[1], guidance_scale=1.0))
+    assert relative(edited(invert_first=True), inverted) > 1e-6
+    stored = invert(denoiser, latents, texts[0], 2, memory="queries_keys").store
+    assert stored.windows is None, "attention is stored for the whole clip"
 
 
 def test_gain_scales_the_change_of_a_step():

@@ -1,0 +1,184 @@
+"""Edits of long clips in windows on the demo's Wan: seams at window borders, drift over time, the look by window.
+
+The objects move back and forth, at the pace of the clips of the model's training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from fatezero import Recipe, Windows, draw, edit_many, invert
+from fatezero.attention.masks import GivenMask
+from fatezero.benchmark.cases import Case, sample_cases
+from fatezero.demo.judge import words_by_frame
+from fatezero.demo.scenes import SIZE, random_motion
+from fatezero.hosts.diffusers.load import open_model
+from fatezero.hosts.diffusers.model import Model
+
+HERE = Path(__file__).parent
+ROWS = HERE / "results" / "long_edits.jsonl"
+PERIOD = 40
+"""Frames in which an object moves one way."""
+KINDS = ("attribute", "texture")
+METHODS = {"FlowEdit": "few_steps", "FateZero": "attribute+", "KV-Edit": "kv_edit"}
+
+
+@dataclass(frozen=True)
+class Long:
+    """A case whose clip moves back and forth for any number of frames."""
+
+    case: Case
+    frames: int
+
+    @property
+    def order(self) -> Tensor:
+        """The frame of the case's clip at each moment."""
+        t = torch.arange(self.frames) % (2 * PERIOD)
+        return torch.minimum(t, 2 * PERIOD - t)
+
+    @property
+    def source(self) -> Tensor:
+        return self.case.clip.frames[self.order]
+
+    @property
+    def truth(self) -> Tensor:
+        return self.case.truth.frames[self.order]
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the object is: (frames, 1, SIZE, SIZE)."""
+        return self.case.clip.mask[self.order][:, None].float()
+
+
+def cases(seed: int, each: int) -> Iterator[Case]:
+    for i, case in enumerate(sample_cases(seed, each, 8, KINDS)):
+        yield replace(case, motion=random_motion(Random(seed + i), 1, PERIOD + 1), frames=PERIOD + 1)
+
+
+def edited(model: Model, long: Long, method: str, windows: Windows, steps: int) -> tuple[Tensor, Tensor]:
+    """The clip and its edit after the autoencoder, (frames, 3, SIZE, SIZE)."""
+    case, clip = long.case, model.encode_clip(long.source)
+    source, target, negative = (
+        model.encode_prompt(words, SIZE, SIZE) for words in (case.source.caption, case.target.caption, "")
+    )
+    recipe = Recipe.of_preset(METHODS[method], case.source.caption, case.target.caption)
+    if method == "KV-Edit":
+        recipe = replace(recipe, mask=GivenMask(long.mask[:, 0]))
+    if recipe.noise is not None:
+        start = draw(model.denoiser, clip, source, steps, recipe.noise, windows=windows)
+    else:
+        start = invert(model.denoiser, clip, source, steps, windows=windows)
+    one = recipe.edit(target, negative, recipe.pair(model.tokenizer))
+    done = edit_many(model.denoiser, start, [one])[0]
+    before, after = (model.decode_clip(latents, long.frames) for latents in (clip, done))
+    return before, after
+
+
+def measured(long: Long, before: Tensor, after: Tensor, windows: Windows) -> dict[str, float]:
+    """The figures of one edit. Errors are to the true edit, colours in 1/255, slopes in units per 100 frames."""
+    mask, error, case = long.mask, after - long.truth, long.case
+    inside, outside = (lambda x, m=m: (x * m).flatten(2).sum(-1) / m.flatten(2).sum(-1) for m in (mask, 1 - mask))
+    crosses = borders(long.frames, windows)
+    elsewhere = crosses.roll(windows.advance // 2)
+    jump = ((error[1:] - error[:-1]) * mask[1:]).square().flatten(1).sum(1).div(mask[1:].flatten(1).sum(1)).sqrt()
+    colour, kept = 255 * inside(error), 255 * outside(after - before)
+    leap = (colour[1:] - colour[:-1]).norm(dim=1)
+    true, own = detail(long.truth), detail(after)
+    found = {
+        "jump": ratio(jump, crosses),
+        "jump_elsewhere": ratio(jump, elsewhere),
+        "colour_jump": ratio(leap, crosses),
+        "colour_inside": slope(colour.mean(1)),
+        "colour_outside": slope(kept.mean(1)),
+        "sharpness_inside": slope(100 * (inside(own) / inside(true)).mean(1)),
+        "sharpness_outside": slope(100 * (outside(own) / outside(detail(before))).mean(1)),
+    }
+    right = torch.tensor([a and b for a, b in words_by_frame(case.source, case.target, after)]).float()
+    by_window = [slice(at, at + windows.frames) for at in windows.starts(long.frames)]
+    looks = torch.stack([colour[part].mean(0) for part in by_window])
+    within = torch.stack([colour[part].std(0) for part in by_window]).mean()
+    return found | {
+        "right": right.mean().item(),
+        "right_first": right[by_window[0]].mean().item(),
+        "right_last": right[by_window[-1]].mean().item(),
+        "look_between": looks.std(0).mean().item(),
+        "look_within": within.item(),
+        "look_range": torch.cdist(looks, looks).max().item(),
+        "error": 255 * error.square().mean().sqrt().item(),
+    }
+
+
+def borders(frames: int, windows: Windows) -> Tensor:
+    """Whether a window begins or ends between a frame and the next: (frames - 1)."""
+    begins = windows.starts(frames)
+    ends = [at + windows.frames for at in begins]
+    return torch.tensor([t + 1 in begins or t + 1 in ends for t in range(frames - 1)])
+
+
+def ratio(jumps: Tensor, crosses: Tensor) -> float:
+    """The mean jump at window borders, relative to that inside windows."""
+    return (jumps[crosses].mean() / jumps[~crosses].mean()).item()
+
+
+def slope(values: Tensor) -> float:
+    """The slope of a line through values, a hundred frames."""
+    t = torch.arange(len(values)) / 100
+    t = t - t.mean()
+    return ((t * (values - values.mean())).sum() / t.square().sum()).item()
+
+
+def detail(frames: Tensor) -> Tensor:
+    """Absolute differences of neighbouring pixels, (frames, 1, SIZE, SIZE)."""
+    grey = frames.mean(1, keepdim=True)
+    across, down = torch.zeros_like(grey), torch.zeros_like(grey)
+    across[..., 1:] = (grey[..., 1:] - grey[..., :-1]).abs()
+    down[..., 1:, :] = (grey[..., 1:, :] - grey[..., :-1, :]).abs()
+    return across + down
+
+
+FIGURES = {
+    "jump": "jump at borders / inside",
+    "colour_jump": "the same of the mean colour",
+    "colour_inside": "colour inside",
+    "colour_outside": "outside",
+    "sharpness_inside": "sharpness inside, %",
+    "sharpness_outside": "outside, %",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=2303)
+    parser.add_argument("--each", type=int, default=4, help="cases of each kind")
+    parser.add_argument("--frames", type=int, nargs="+", default=[65, 129, 257])
+    parser.add_argument("--window", type=int, default=33)
+    parser.add_argument("--overlap", type=int)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--method", choices=METHODS, default="FlowEdit")
+    given = parser.parse_args()
+    windows = Windows(given.window, given.overlap)
+    model = open_model("demo-wan", lora="demo-few-steps" if given.method == "FlowEdit" else None)
+    done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    for frames in given.frames:
+        for case in cases(given.seed, given.each):
+            key = {"method": given.method, "case": case.name, "frames": frames, "window": given.window}
+            key |= {"overlap": windows.frames - windows.advance, "steps": given.steps, "seed": given.seed}
+            if any(key.items() <= row.items() for row in done):
+                continue
+            long = Long(case, frames)
+            row = key | measured(long, *edited(model, long, given.method, windows, given.steps), windows)
+            with ROWS.open("a", encoding="utf-8") as file:
+                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), file=file)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""World 2: scenes with ground truth, a judge that needs no weights, cases, and trainers that resume."""
+
+from dataclasses import replace
+from itertools import islice
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fatezero.demo import model, video_model
+from fatezero.demo.scenes import visible_pixels
+from fatezero.demo.world2 import train as trainer
+from fatezero.demo.world2.cases import KINDS, OF_A_THING, sample_cases
+from fatezero.demo.world2.data import Latents, captions_of
+from fatezero.demo.world2.judge import read_word
+from fatezero.demo.world2.model import LATENT_SIZE, TEXT_TOKENS, ShapeReader, area_weight, build_unet
+from fatezero.demo.world2.render import render
+from fatezero.demo.world2.scenes import (
+    ACTIONS,
+    SHAPES,
+    SIZE,
+    VOCABULARY,
+    WORDS,
+    Motion,
+    Scene,
+    Thing,
+    Track,
+    random_scene,
+    scenes,
+)
+from fatezero.video.motion import warp
+
+CPU = torch.device("cpu")
+FISH = Scene((Thing("red", "fish", "striped", "big", "gliding"), Thing("blue", "ball", place="right")), "bricks")
+PASSING = Motion((Track(0, 0), Track(-8, 4)), pan=(10.0, 4.0), zoom=0.2)
+
+
+def shifted(frames, seed=0):
+    """Frames with the errors of a weak autoencoder: soft, and noisy."""
+    soft = torch.nn.functional.avg_pool2d(frames, 3, stride=1, padding=1, count_include_pad=False)
+    return soft + 0.04 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- scenes and pictures ----------------------------------------------------------------
+
+
+def test_captions_are_parsed_back_and_each_word_is_a_token(tmp_path):
+    random = Random(0)
+    drawn = [random_scene(random) for _ in range(300)]
+    clip, t5 = model.build_tokenizer(tmp_path, VOCABULARY), video_model.build_tokenizer(VOCABULARY, TEXT_TOKENS)
+    for scene in drawn:
+        assert Scene.parse(scene.caption) == scene
+        assert set(scene.caption.split()) <= set(VOCABULARY)
+    for tokenizer in (clip, t5):
+        assert all(len(tokenizer(word, add_special_tokens=False).input_ids) == 1 for word in VOCABULARY)
+    captions = [scene.caption for scene in drawn]
+    assert video_model.token_ids(t5, captions)[1].sum(1).max() < TEXT_TOKENS
+
+
+@pytest.mark.parametrize(
+    "caption", ["a red circle", "a red dog on sand", "a red ball at noon on sand", "a ball on ice"]
+)
+def test_other_captions_are_refused(caption):
+    with pytest.raises(ValueError, match="world 2"):
+        Scene.parse(caption)
+
+
+def test_scenes_repeat_by_seed_and_training_lacks_held_out_ones():
+    def first(held_out):
+        return list(islice(scenes(3, held_out), 30))
+
+    assert first(False) == first(False)
+    assert not any(scene.held_out for scene, _ in first(False))
+    assert all(scene.held_out for scene, _ in first(True))
+
+
+def test_pictures_repeat_and_are_those_of_the_clip():
+    clip, again = (render(FISH, PASSING, 5) for _ in range(2))
+    assert torch.equal(clip.frames, again.frames)
+    assert clip.frames.shape == (5, 3, SIZE, SIZE) and clip.masks.shape == (2, 5, SIZE, SIZE)
+    single = render(FISH, PASSING, 5, at=[0.0])
+    assert torch.allclose(single.frames[0], clip.frames[2], atol=1e-5)
+
+
+def test_the_front_thing_hides_the_one_behind():
+    both, behind = render(FISH, PASSING, 3), render(replace(FISH, things=FISH.things[1:]), PASSING.without(0), 3)
+    assert both.masks.sum(0).max() <= 1 + 1e-6
+    assert torch.allclose(both.masks[1], behind.masks[0] * (1 - both.masks[0]))
+    assert both.masks[1].sum() < 0.95 * behind.masks[0].sum()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_flow_carries_each_frame_to_the_next(shape, action):
+    scene = Scene((Thing("red", shape, "dotted", "big", action),), "bricks", clutter="stones")
+    clip = render(scene, replace(PASSING, tracks=PASSING.tracks[:1]), 17)
+    seen = visible_pixels(clip)[:, None]
+    moved, still = warp(clip.frames[1:], clip.flow), clip.frames[1:]
+
+    def error(frames):
+        return ((frames - clip.frames[:-1]).abs() * seen).sum() / seen.sum() / 3
+
+    assert error(moved) < 0.025
+    assert error(moved) < 0.5 * error(still)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_truth_of_an_edit_differs_only_where_its_words_say(kind):
+    (case,) = sample_cases(1, 1, 3, [kind])
+    (again,) = sample_cases(1, 1, 3, [kind])
+    assert case == again and case.source.held_out | case.target.held_out
+    changed = (case.clip.frames - case.truth.frames).abs().amax(1) > 1 / 255
+    assert changed.any()
+    if case.at is not None and case.source.style == "photo":
+        assert (changed & (case.clip.mask == 0) & (case.truth.mask == 0)).sum() == 0
+    if kind in OF_A_THING:
+        assert [word for _, word in case.changed] == [kind]
+
+
+# --- the judge --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_judge_reads_the_truth_as_the_target_and_the_source_as_not(kind):
+    (case,) = sample_cases(2, 1, 9, [kind])
+    assert case.judged(shifted(case.truth.frames)) == [(True, True)] * 5
+    changed = [changed for changed, _ in case.judged(shifted(case.clip.frames))]
+    assert sum(changed) <= (4 if kind == "action" else 0)
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_every_word_is_read_from_soft_pictures(kind):
+    place = (None if kind in ("background", "clutter", "style") else 0, kind)
+    at = [-0.5, 0.25]
+    for word in WORDS[kind]:
+        scene = FISH.with_word(place, word)
+        frames = shifted(render(scene, PASSING, at=at).frames)
+        assert read_word(FISH, PASSING, frames, place, at) == [word] * 2
+
+
+# --- models and trainers ----------------------------------------------------------------
+
+
+def test_shapes_are_read_from_a_layer_and_things_weigh_more():
+    unet = build_unet()
+    reader = ShapeReader(unet.up_blocks[0], 64)
+    owner = torch.zeros(2, LATENT_SIZE, LATENT_SIZE, dtype=torch.uint8)
+    owner[:, :16] = 3
+    unet(torch.randn(2, 4, LATENT_SIZE, LATENT_SIZE), 500, torch.randn(2, 77, 64))
+    reader(owner).backward()
+    assert unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.grad.abs().sum() > 0
+    weight = area_weight(owner)
+    assert weight.mean() == pytest.approx(1) and weight[:, 0].min() == pytest.approx(3 * weight[:, -1].max().item())
+
+
+def test_latents_grow_by_whole_files_and_are_read_back(tmp_path):
+    vae = trainer.load_vae()
+
+    def grown():
+        latents = Latents(tmp_path, vae, clips=False, part=1, parts=2)
+        assert latents.grow(3) and not latents.grow(4)
+        return latents
+
+    first, second = grown(), grown()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.captions == second.captions == [c for n in (0, 1, 1000, 1001) for c in captions_of((n, 1, False))]
+    chosen, owned = first.at(torch.tensor([3, 0]))
+    assert chosen.shape == (2, 1, 4, LATENT_SIZE, LATENT_SIZE) and (owned > 0).any()
+    assert torch.equal(chosen, second.at(torch.tensor([3, 0]))[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["unet", "wan"])
+def test_a_stopped_training_resumes_with_the_same_result(tmp_path, monkeypatch, part):
+    settings, file = trainer.Settings().tiny(), {"unet": "painter", "wan": "transformer"}[part]
+
+    def trained(name):
+        trainer.train(trainer.Run(tmp_path / name, tmp_path / name, [part]), settings, CPU, lambda _: None)
+        return load_file(tmp_path / name / f"{file}.safetensors")
+
+    whole, grow = trained("whole"), trainer.grown
+    monkeypatch.setattr(trainer, "grown", lambda *given: grow(*given) if given[2] == 0 else _stop())
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped")
+    monkeypatch.setattr(trainer, "grown", grow)
+    again = trained("stopped")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def _stop():
+    raise KeyboardInterrupt
