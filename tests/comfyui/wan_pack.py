@@ -108,7 +108,7 @@ def renamed(original, name):
 
 @node("WanFolderInputs", [io.Conditioning.Input("conditioning"), io.String.Input("folder")], [io.Conditioning.Output()])
 class WanFolderInputs(io.ComfyNode):
-    """A prompt with a larger effect, and the inputs in a folder's `inputs.safetensors`, which have the model's scale."""
+    """A prompt with a larger effect, and the inputs of a folder's `inputs.safetensors`, in the model's scale."""
 
     @classmethod
     def execute(cls, conditioning, folder):
