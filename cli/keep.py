@@ -95,7 +95,7 @@ class Original:
     note: str = ""
 
 
-def original_of(config: EditConfig, mask: GivenMask | None, clip: FittedVideo | None, path: str) -> Original | None:
+def original_of(clip: FittedVideo | None, config: EditConfig, mask: GivenMask | None, path: str) -> Original | None:
     """The frames on which an edit is laid; None where its result is the decoded frames. path: of the result."""
     if clip is None or not keeps_pixels(config, True):
         return None

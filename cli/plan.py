@@ -17,9 +17,9 @@ from ..diffusion.schedule import Schedule, reused_steps
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
 from ..imports import no_grad, torch
-from ..recipes.cost import Calls, beside_plain
+from ..recipes.cost import Calls, beside_plain, fastest_memory
 from ..recipes.recipe import Recipe
-from ..store.budget import Demand, StoreSettings, available_bytes, plan_store
+from ..store.budget import Demand, StorePlan, StoreSettings, available_bytes, plan_store
 from ..store.records import MEMORIES
 from ..store.store import AttentionStore
 from .config.settings import EditConfig
@@ -82,16 +82,27 @@ def check_size_fits(model: Model, latents_shape: Sequence[int]) -> None:
 _SMALLER = "choose a smaller --size, or crop the video"
 
 
+def store_for(checkpoint: Model, configs: Sequence[EditConfig], latents_shape: Sequence[int]) -> StoreSettings:
+    """The settings of an inversion's store, for the edits that read it."""
+    grid = checkpoint.denoiser.subset_grid(*latents_shape[-2:])
+    injections = [config.planned_recipe().injection for config in configs]
+    return replace(configs[0].store, fastest=fastest_memory(injections, grid))
+
+
 def plan(
     checkpoint: Model,
     configs: list[EditConfig],
     latents_shape: tuple[int, ...],
-    settings: StoreSettings,
+    settings: StoreSettings | None,
     edits: bool,
     store: AttentionStore | None = None,
     masks: Sequence[GivenMask | None] = (),
 ) -> str:
-    """The plan of a run, in a few lines. store: a store from a file, instead of an inversion. masks: of the edits."""
+    """The plan of a run, in a few lines.
+
+    settings: of the store; None for `store_for`. store: from a file, instead of an inversion. masks: of the edits.
+    """
+    settings = settings or store_for(checkpoint, configs, latents_shape)
     config, device, denoiser = configs[0], checkpoint.device, checkpoint.denoiser
     check_size_fits(checkpoint, latents_shape)
     schedule = config.recipe().start.schedule(denoiser.schedule(config.steps))  # raises for those it cannot take
@@ -114,14 +125,8 @@ def plan(
     lines = [f"{frames} {what} of {size}, {config.steps} steps, {device}"]
     if coding := checkpoint.coding(height * checkpoint.factor, width * checkpoint.factor):
         lines.append(f"   autoencoder: {coding}")
-    memories = MEMORIES if demand.sites else MEMORIES[:1]
-    for memory in memories if store or inverts else ():
-        mark = "->" if memory == (store or chosen or config).memory else "  "
-        lines.append(f"{mark} store with memory {memory}: {format_bytes(demand.nbytes(memory, settings))}")
-    if chosen:
-        lines.append(f"   store: {chosen}")
     if store or inverts:
-        lines.append(f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}")
+        lines += _about_store(demand, settings, (store or chosen or config).memory, chosen)
     weights, free = sum(p.nbytes for part in checkpoint.parts for p in part.parameters()), available_bytes(device)
     lines.append(
         f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
@@ -141,14 +146,24 @@ def plan(
     if edits:
         branches = [1 if config.guidance_scale == 1 or denoiser.embeds_guidance else 2 for config in configs]
         lines.append(f"   {beside_plain(parts_of_run, config.steps * sum(branches))}")
+    times = len(windows.starts(frames)) if windows and parts else frames / at_once
     seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
     lines.append(f"   a guided call of {at_once}: about {format_bytes(2 * nbytes)} of activations")
-    lines.append(
-        f"   time: about {in_words(sum(parts_of_run.values()) * seconds * frames / at_once)}, and encoding and decoding"
-    )
+    lines.append(f"   time: about {in_words(sum(parts_of_run.values()) * seconds * times)}, and encoding and decoding")
     if parts:
-        lines.append(f"   windows of {at_once} {what} approximate the whole clip, whose frames depend on each other")
+        lines.append(
+            f"   {times} windows of {at_once} {what} approximate the whole clip, whose frames depend on each other"
+        )
     return "\n".join(lines)
+
+
+def _about_store(demand: Demand, settings: StoreSettings, memory: str, chosen: StorePlan | None) -> list[str]:
+    """The sizes of a store in each memory, the chosen one marked."""
+    memories = MEMORIES if demand.sites else MEMORIES[:1]
+    sizes = [(one, format_bytes(demand.nbytes(one, settings))) for one in memories]
+    lines = [f"{'->' if one == memory else '  '} store with memory {one}: {size}" for one, size in sizes]
+    lines += [f"   store: {chosen}"] if chosen else []
+    return [*lines, f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}"]
 
 
 def _calls(

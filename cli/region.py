@@ -1,22 +1,29 @@
-"""Edits of a window around the edit mask (`--region auto`), laid back over the whole frames."""
+"""Edits of a window around what changes (`--region auto`), laid back over the whole frames."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
-from ..imports import torch
+from ..imports import F, torch
+from ..methods.flow_mask import area_of_prompts
+from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
 from ..video.read import VideoSource
 from ..video.region import Region, region_of
+from ..video.restore import placed
 from ..video.size import resize_to_fill, to_unit
 from .config.settings import OBJECTS, ConfigError, EditConfig, of_setting
+from .frames import encode, fit_frames, for_clip, shape_of
 from .masks import check_edit_mask, found_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..hosts.diffusers.model import Model
+    from .session import Session
 
 _WHOLE = (0, 0, 0, 0)
 
@@ -34,11 +41,9 @@ class Windowed(VideoSource):
 
 
 def check_region(config: EditConfig, stored: bool) -> None:
-    """Raise ConfigError for a region without a mask to follow, or with settings that refer to whole frames."""
+    """Raise ConfigError for a region with settings that refer to whole frames."""
     if config.region == "none":
         return
-    if not config.edit_mask:
-        raise ConfigError("region is auto, but there is no mask to follow: give --edit-mask")
     if config.keep == "latents":
         raise ConfigError("region is auto, so the edit is laid over whole frames: leave out --keep latents")
     given = {name: getattr(config, name, ()) for name in ("controlnet", "first_frame", *OBJECTS)}
@@ -48,13 +53,48 @@ def check_region(config: EditConfig, stored: bool) -> None:
 
 
 def in_region(config: EditConfig, video: VideoSource) -> VideoSource:
-    """The frames to edit: with region auto, a window around the edit mask."""
-    if config.region == "none":
+    """The frames to edit: with region auto, a window around the edit mask, if one is given."""
+    if config.region == "none" or not config.edit_mask:
         return video
     check_edit_mask(config, len(video))
     with of_setting("edit_mask"):
-        aspect = config.size[0] / config.size[1] if config.size else 1.0
-        region = region_of((frame[..., 0] / 255 for frame in _masks(config, video)), aspect)
+        return _window(config, video, (frame[..., 0] / 255 for frame in _masks(config, video)))
+
+
+def in_region_of_prompts(
+    session: Session, model: Model, configs: Sequence[EditConfig], video: VideoSource
+) -> VideoSource:
+    """The frames to edit: with region auto and no edit mask, a window around where the edits will change the clip.
+
+    See `area_of_prompts`; the model must fit the whole frames, scaled to its size.
+    """
+    config = configs[0]
+    if config.region == "none" or config.edit_mask:
+        return video
+    clip = fit_frames(replace(config, size=None), video, model.multiple, model.native_size)
+    whole = for_clip(model, shape_of(clip, model), clip.fps, clip.frames)
+    source, *targets = (
+        whole.encode_prompt(text, *clip.size, whole.blocks(text))
+        for text in (config.source, *(c.target for c in configs))
+    )
+    latents = encode(whole, clip, lambda done, total: None).to(whole.device)
+    area = area_of_prompts(whole.denoiser, latents, source, targets, config.steps, config.keys).cpu()
+    frames = (area[i] for i in frames_of_latents(len(clip), whole.frames_per_latent))
+    found = _window(config, video, (_on_source(mask, clip.size, video.size) for mask in frames))
+    width, height = found.size
+    session.say(f"region: {width}x{height} pixels of {video.size[0]}x{video.size[1]}, where the prompts disagree")
+    return found
+
+
+def _on_source(mask: Tensor, fitted: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A mask of latents (h, w) on the source's frame, of which the clip shows a fitted part: (height, width)."""
+    shown = F.interpolate(mask[None, None], size=fitted[::-1], mode="nearest-exact")[0]
+    return placed(shown, size)[0]
+
+
+def _window(config: EditConfig, video: VideoSource, masks: Iterable[Tensor]) -> VideoSource:
+    aspect = config.size[0] / config.size[1] if config.size else 1.0
+    region = region_of(masks, aspect)
     own = {one.name: getattr(video, one.name) for one in fields(VideoSource)}
     return Windowed(**{**own, "size": region.size}, whole=video, region=region)
 

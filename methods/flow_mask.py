@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..attention.key_frames import Chunk
+from ..attention.condition import Condition
+from ..attention.key_frames import Chunk, KeyFrames
 from ..attention.masks import GivenMask
+from ..diffusion.denoiser import Denoiser, chunks_of
 from ..diffusion.parts import BaseInjection, Edit, EditContext, Injected
 from ..diffusion.prompt_mask import prompt_heat
-from ..imports import F, torch
+from ..imports import F, no_grad, torch
 from ..settings import setting
 from ..store.streams import mask_of_all
+from .flow_edit import draw
 from .method import Method
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 GROUP = "Flow mask"
 BINS = 256
 """Bins of Otsu's histogram."""
+AREA = 0.6
+"""The threshold of `area_of_prompts`: Otsu's takes in too much around a small object."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,42 @@ class FlowMask(Injected):
 
     def blends_latents(self, step: int) -> bool:
         return True
+
+
+@no_grad
+def area_of_prompts(
+    denoiser: Denoiser,
+    latents: Tensor,
+    source: Condition,
+    targets: Sequence[Condition],
+    steps: int = 50,
+    key_frames: KeyFrames | str | tuple[str | int, ...] = ("self", "middle"),
+) -> Tensor:
+    """Where edits of a clip to some targets will change it, before an inversion: 0 or 1, (frames, h, w) of the latents.
+
+    Their predictions are compared with the source's on the clip (f, c, h, w) with sampled noise: the union of the masks
+    at the threshold `AREA`, each without parts that are much weaker than its strongest. Eight model calls a target.
+    """
+    store = draw(denoiser, latents, source, steps, key_frames=key_frames).store
+    calls = store.calls(None)
+    chunks = [chunks_of(denoiser, calls, latents, timestep) for timestep in store.timesteps]
+    with denoiser.hooked(False):
+        heats = [prompt_heat(denoiser, store, one, ((), ()), (), chunks).edit for one in targets]
+    return torch.stack([connected(mask_from(heat, FlowMaskSettings(AREA)), heat) for heat in heats]).amax(0)
+
+
+def connected(mask: Tensor, heat: Tensor, least: float = 0.5) -> Tensor:
+    """The parts of a mask (f, h, w), connected in and between frames, with at least a share of the largest's heat."""
+    rest, parts = mask > 0, []
+    while rest.any():
+        part, before = torch.zeros_like(mask), mask
+        part.view(-1)[(heat + 1).mul(rest).argmax()] = 1
+        while not torch.equal(part, before):
+            part, before = F.max_pool3d(part[None, None], 3, 1, 1)[0, 0] * rest, part
+        parts.append((float((part * heat).sum()), part))
+        rest = rest & (part == 0)
+    most = max((amount for amount, _ in parts), default=0.0)
+    return sum((part for amount, part in parts if amount >= least * most), torch.zeros_like(mask))
 
 
 def mask_from(heat: Tensor, settings: FlowMaskSettings) -> Tensor:

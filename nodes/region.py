@@ -30,7 +30,11 @@ class FateZeroCropToMask(io.ComfyNode):
             search_aliases=["inpaint crop", "crop and stitch", "zoom", "region", "bounding box"],
             inputs=[
                 io.Image.Input("images", tooltip="The frames of a clip."),
-                io.Mask.Input("mask", tooltip="What the window follows: one mask, or one per frame."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="What the window follows: one mask, or one per frame. For example the mask of an Edit "
+                    "Video with preset flow_mask on the whole frames, SAM's, or your own.",
+                ),
                 io.Int.Input("width", default=512, min=8, max=16384, step=8, tooltip="Width to edit at, in pixels."),
                 io.Int.Input("height", default=512, min=8, max=16384, step=8, tooltip="Height to edit at, in pixels."),
                 io.Float.Input(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
-from ..diffusion.parts import Edit, Start, first_step
+from ..diffusion.parts import Edit, Injection, Start, first_step
 from ..diffusion.start import INVERTED
 from ..store.records import Memory
 
@@ -32,6 +32,13 @@ def beside_plain(parts: Mapping[str, float], plain: float) -> str:
     """The cost of parts of a run relative to plain sampling of its edits, which takes `plain` calls."""
     shares = ", ".join(f"{name} {calls / plain:.2f}" for name, calls in parts.items())
     return f"{sum(parts.values()) / plain:.2f} times plain sampling ({plain:g} calls): {shares}"
+
+
+def fastest_memory(injections: Iterable[Injection | None], grid: tuple[int, int] | None) -> Memory:
+    """The memory that a pass of edits with these injections gains most from. grid: see `Denoiser.subset_grid`."""
+    reading = [one for one in injections if one is not None]
+    of_keys_values = reading and all(one.reads_store("keys_values", grid) for one in reading)
+    return "keys_values" if of_keys_values else "queries_keys"
 
 
 def calls_of(

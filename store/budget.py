@@ -40,7 +40,8 @@ def max_tokens() -> Any:
 class StoreSettings:
     """What an inversion stores of the source's attention, and where.
 
-    path: a safetensors file to write and keep. folder: the folder of a temporary store on disk; None for the system's.
+    fastest: the memory that auto takes if it fits: the one that the edits to come read. path: a safetensors file to
+    write and keep. folder: the folder of a temporary store on disk; None for the system's.
 
     Raises ValueError for a value outside its range.
     """
@@ -49,7 +50,8 @@ class StoreSettings:
         "recompute",
         "What to store. recompute stores only latents and runs the source again with the edit; queries_keys is "
         "faster and larger; maps stores the paper's attention maps, for study; keys_values stores what KV-Edit reads "
-        "on Wan; auto takes queries_keys if it fits, else recompute.",
+        "on Wan; auto takes queries_keys if it fits (keys_values for KV-Edit on Wan in the command, if it fits in "
+        "memory), else recompute.",
         group=GROUP,
     )
     place: Literal["auto", Place] = setting(
@@ -81,6 +83,7 @@ class StoreSettings:
         group=GROUP,
     )
     max_tokens: int | None = max_tokens()
+    fastest: Memory = "queries_keys"
     path: Path | None = None
     folder: Path | None = None
 
@@ -209,12 +212,13 @@ NOT_IN_PARTS = (
 def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) -> StorePlan:
     """Choose the fastest memory and place that fit the budget and the free space.
 
-    From fast to slow: queries and keys on the device, in RAM, on disk, then recomputing. Raises MemoryError, with the
+    From fast to slow: attention (`fastest`) on the device, in RAM, on disk, then recomputing; keys and values are not
+    chosen on disk, since reading them takes longer. Raises MemoryError, with the
     bytes of each memory, if nothing fits, and ValueError for attention that cannot be stored.
     """
     if settings.precision == "float8" and device.type == "mps":
         raise ValueError("MPS devices have no float8: set precision to float16")
-    fastest: tuple[Memory, ...] = ("queries_keys", "recompute") if demand.sites else ("recompute",)
+    fastest: tuple[Memory, ...] = (settings.fastest, "recompute") if demand.sites else ("recompute",)
     memories = fastest if settings.memory == "auto" else (settings.memory,)
     if any(site.kind == "joint" for site in demand.sites):
         if settings.memory not in ("auto", "recompute"):
@@ -224,7 +228,7 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
     refused = []
     if demand.in_parts and "recompute" not in memories:
         raise ValueError(NOT_IN_PARTS.format(memory=settings.memory))
-    if demand.in_parts and "queries_keys" in memories:
+    if demand.in_parts and len(memories) > 1:
         memories = ("recompute",)
         refused.append("frames attend to each other in several chunks")
     for memory in (m for m in MEMORIES[::-1] if m in memories):
@@ -233,6 +237,9 @@ def plan_store(settings: StoreSettings, demand: Demand, device: torch.device) ->
             refused.append(f"{memory} takes {format_bytes(needed)} of budget_gb {settings.budget_gb:g}")
             continue
         for place in _places(settings, device):
+            if (place, memory, settings.memory, settings.place) == ("disk", "keys_values", "auto", "auto"):
+                refused.append("keys_values on disk is slower than recompute")
+                continue
             if place == "disk" and folder is None:
                 refused.append(f"no disk for {memory}: the temporary folders are in memory")
                 continue

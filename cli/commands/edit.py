@@ -49,19 +49,10 @@ from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
 from ..masks import check_edit_mask, edit_mask
 from ..objects import check_objects
-from ..options import (
-    AS_USUAL,
-    GROUPS,
-    Config,
-    Resume,
-    RunOptions,
-    Video,
-    edit_options,
-    flags_of,
-)
+from ..options import AS_USUAL, GROUPS, Config, Resume, RunOptions, Video, edit_options, flags_of
 from ..outputs import Outputs, numbered
-from ..plan import in_chunks, in_windows, plan
-from ..region import in_region
+from ..plan import in_chunks, in_windows, plan, store_for
+from ..region import in_region, in_region_of_prompts
 from ..session import Session, check_control, controlled
 from ..states import provenance, states_of
 from ..stored import check_of_store, cut_of, read_origin, sound_of, video_of, with_store
@@ -272,16 +263,16 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
         checked_layout(checkpoint, config, prompt, source.frames)
         for config, prompt in zip(configs, prompts, strict=True)
     ]
-    checkpoint, clip = _clip_of(session, checkpoint, configs[0], source)
+    checkpoint, clip = _clip_of(session, checkpoint, configs, source)
     if store is not None and origin is not None:
         check_of_store(checkpoint, store, origin, prompts)
     masks = [edit_mask(checkpoint, config, clip.crop, clip.size, source.video) for config in configs]
     configs = [in_chunks(config, checkpoint, clip.shape[0], store, team.count if team else 1) for config in configs]
-    session.say(plan(checkpoint, configs, clip.shape, configs[0].store, edits=True, store=store, masks=masks))
+    session.say(plan(checkpoint, configs, clip.shape, None, edits=True, store=store, masks=masks))
     now = _checked_again(run, checkpoint, configs[0], clip)
     for lost in shortcomings(run.output, clip.fps, clip.frames, clip.sound is not None, clip.times):
         session.note(lost)
-    originals = [original_of(*each) for each in zip(configs, masks, [clip.video] * len(masks), outputs, strict=True)]
+    originals = [original_of(clip.video, *each) for each in zip(configs, masks, outputs, strict=True)]
     for note in {one.note for one in originals if one is not None and one.note}:
         session.note(note)
     if not dry_run:
@@ -297,12 +288,13 @@ def _check_words(configs: Sequence[EditConfig]) -> None:
         check_objects(config, config.target)
 
 
-def _clip_of(session: Session, checkpoint: Model, config: EditConfig, source: _Source) -> tuple[Model, _Clip]:
+def _clip_of(session: Session, checkpoint: Model, configs: list[EditConfig], source: _Source) -> tuple[Model, _Clip]:
     """The clip fitted to the model, and the model with the configuration's ControlNet."""
-    store, origin = source.store, source.origin
+    store, origin, config = source.store, source.origin, configs[0]
     if store is None or origin is None:
         assert source.video is not None
-        video = fit_frames(config, source.video, checkpoint.multiple, checkpoint.native_size)
+        found = in_region_of_prompts(session, checkpoint, configs, source.video)
+        video = fit_frames(config, found, checkpoint.multiple, checkpoint.native_size)
         checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
         checkpoint = for_clip(checkpoint, shape_of(video, checkpoint), video.fps, video.frames)
         made = shape_of(video, checkpoint), video.cut, video.size, len(video), video.fps, video.times, video.sound()
@@ -347,7 +339,8 @@ def _run(
             inversion = Inversion(in_windows(store, configs[0], checkpoint))
         else:
             assert clip.video is not None
-            inversion = invert_video(checkpoint, configs[0], clip.video, bar, spread=spread, states=states)
+            kept = store_for(checkpoint, configs, clip.shape)
+            inversion = invert_video(checkpoint, configs[0], clip.video, bar, kept, spread, states)
         motion = motion_of(checkpoint, configs, inversion, clip.frames, bar)
         models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
         edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]

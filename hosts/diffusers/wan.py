@@ -18,7 +18,7 @@ from ...attention.condition import Condition
 from ...files.bundled import DEMO
 from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
 from .blocks import BlockDenoiser, kernel_of
-from .clips import WholeClip
+from .clips import TimeTiled
 from .hook import ControlledProcessor
 from .lora import add_loras, lora_files
 from .model import LoadOptions
@@ -200,7 +200,7 @@ def _check_model(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class WanModel(TransformerModel, WholeClip):
+class WanModel(TransformerModel, TimeTiled):
     """A Wan model with its text and clips.
 
     low_noise, boundary: 2.2's second transformer, and the sigma below which it is used. A LoRA is fused into both
@@ -262,7 +262,7 @@ class WanCheckpoint(WanModel):
 
 
 class SmallWan(FrameByFrame, WanCheckpoint):
-    """The demo's Wan transformer, on the latents of its image model."""
+    """A demo world's Wan transformer, on the latents of its image model."""
 
     @classmethod
     def of_folder(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> SmallWan:
@@ -270,8 +270,9 @@ class SmallWan(FrameByFrame, WanCheckpoint):
         if not folder.is_dir():
             raise CheckpointError(f"no model at {folder}")
         local: dict[str, Any] = {"local_files_only": True}
+        coder = next(filter(Path.is_dir, (folder / "vae", DEMO / "vae")))
         parts = [
-            AutoencoderKL.from_pretrained(DEMO / "vae", torch_dtype=dtype, **local),
+            AutoencoderKL.from_pretrained(coder, torch_dtype=dtype, **local),
             WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, **local),
             UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local),
         ]
@@ -282,7 +283,7 @@ class SmallWan(FrameByFrame, WanCheckpoint):
 
     @property
     def native_size(self) -> int:
-        return 64
+        return int(self.vae.config["sample_size"])
 
     def encode_clip(self, frames: Tensor) -> Tensor:
         return super().encode_clip(frames.contiguous())  # convolutions round differently on other memory layouts

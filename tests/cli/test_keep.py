@@ -16,6 +16,7 @@ from fatezero.files.bundled import CLIP
 from fatezero.video.planes import planar, planes_of
 from fatezero.video.read import open_video
 from fatezero.video.stills import save_frame
+from fatezero.video.write import write_video
 
 WORDS = ("--source", "a red square on water", "--target", "a green square on water", "--steps", 2, "--count", 2)
 
@@ -231,10 +232,22 @@ def test_a_region_is_edited_at_the_models_size_and_laid_back(command, tmp_path):
         ).float().mean() > 0.7
 
 
+def test_a_region_of_both_prompts(command, tmp_path):
+    """The demo clip in a corner of a larger frame: the window is around its square, which alone changes."""
+    small = torch.stack(list(open_video(CLIP, count=2).frames()))[:, ::4, ::4]
+    frames = small[:, :1, :1].expand(-1, 192, 192, -1).clone()
+    frames[:, 100:164, 20:84] = small
+    write_video(tmp_path / "clip.mkv", frames, Fraction(8), crf=None)
+    run = ("edit", "clip.mkv", *WORDS[:4], "--steps", 4, "--preset", "attribute+", "--region", "auto", "--lossless")
+    assert "where the prompts disagree" in command(*run, "-o", "o.mkv")
+    after = torch.stack(list(open_video(tmp_path / "o.mkv").frames()))
+    changed = (after != frames).any(-1)
+    assert changed.any() and not changed[:, :80].any() and not changed[:, :, 110:].any()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ((), "--edit-mask"),
         (("--edit-mask", CLIP, "--keep", "latents"), "keep"),
         (("--edit-mask", CLIP, "--crop", "8,0,0,0"), "crop"),
         (("--edit-mask", CLIP, "--shift", "square: 0:0.2,0"), "shift"),

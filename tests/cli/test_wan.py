@@ -61,6 +61,12 @@ def test_the_tokens_inside_a_mask(command, folder, tmp_path):
     assert "2.66667 for the edit, 4 for the source" in command(*edit, "-o", "computed.mkv")
     kept = command(*edit, "--memory", "keys_values", "-o", "kept.mkv")
     assert "-> store with memory keys_values" in kept and "2.66667 for the edit\n" in kept
+    auto = command(*edit, "--memory", "auto", "-o", "auto.mkv")
+    assert "-> store with memory keys_values" in auto and "2.66667 for the edit\n" in auto
+    assert "-> store with memory recompute" in command(
+        *edit, "--memory", "auto", "--budget-gb", 0.0001, "--dry-run", "-o", "o.mkv"
+    )
+    assert read_video(tmp_path / "auto.mkv").frames.equal(read_video(tmp_path / "kept.mkv").frames)
     assert "8 for the edit, 4 for" in command(*edit, "--kv-edit.tokens", "all", "-o", "all.mkv")
     command(*edit, "--lora", "lora.safetensors", "-o", "lora.mkv")
     command("edit", *shared[:-2], "--preset", "shape", "--memory", "keys_values", "-o", "fused.mkv", "--lossless")

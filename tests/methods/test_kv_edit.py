@@ -24,7 +24,9 @@ from fatezero.attention.masks import GivenMask
 from fatezero.diffusion.denoiser import Guidance
 from fatezero.diffusion.edit_maps import EditMaps
 from fatezero.hosts.diffusers import VideoTransformerDenoiser
+from fatezero.methods.fatezero import FusionSettings
 from fatezero.methods.kv_edit import Background, Inside, KVEditSettings, tokens_inside
+from fatezero.recipes.cost import fastest_memory
 from fatezero.recipes.recipe import Recipe
 from fatezero.store.records import PairedBranch, Recorder
 from small import random_latents, random_text, relative
@@ -215,6 +217,14 @@ def test_calls_count_the_tokens_inside():
     assert recipe.calls(4, **kept) == (4, 2 * (2 * 0.25 + 2), 0, 0)
     assert recipe.calls(4, kept_steps=4, grid=GRID).source == 2, "queries and keys are not enough"
     assert recipe.calls(4) == (4, 2 * 4, 2, 0), "a UNet computes all tokens"
+
+
+def test_the_memory_that_edits_gain_from():
+    inside, every, fused = KVEditSettings(), KVEditSettings(tokens="all"), FusionSettings()
+    assert fastest_memory([inside, None], GRID) == "keys_values"
+    assert {fastest_memory(*given) for given in (([inside], None), ([every], GRID), ([inside, fused], GRID))} == {
+        "queries_keys"
+    }
 
 
 def test_flow_edit_computes_all_tokens(wan):

@@ -54,6 +54,9 @@ def test_stores_at_full_size_are_as_small_as_documented(demand):
         ({"place": "disk"}, (24, 60, 500), ("queries_keys", "disk")),
         ({"memory": "maps"}, (24, 90, 500), ("maps", "disk")),
         ({"memory": "recompute"}, (0.02, 60, 500), ("recompute", "ram")),
+        ({"fastest": "keys_values"}, (24, 60, 500), ("keys_values", "device")),
+        ({"fastest": "keys_values"}, (4, 6, 500), ("recompute", "device")),
+        ({"fastest": "keys_values", "place": "disk"}, (4, 6, 500), ("keys_values", "disk")),
     ],
 )
 def test_the_fastest_memory_and_place_that_fit_are_taken(demand, monkeypatch, settings, free, chosen):
