@@ -9,8 +9,9 @@ from random import Random
 
 from torch import Tensor
 
-from ..demo.judge import read_words
+from ..demo.judge import read_words, words_by_frame
 from ..demo.model import SceneClassifier
+from ..demo.outline import removed, whole_outlines
 from ..demo.scenes import (
     Clip,
     Motion,
@@ -21,6 +22,7 @@ from ..demo.scenes import (
     random_scene,
     render,
 )
+from ..demo.world2 import cases as world2
 
 KINDS = ("attribute", "texture", "shape", "style", "background", "swap", "two objects", "alike objects")
 """Kinds of edits: one word of a thing or of the picture; a swap changes all words of a thing. With two objects, one
@@ -75,6 +77,16 @@ class Case:
         places = {place for place, _ in self.changed}
         return of(self.source), () if self.removed is not None else of(self.target)
 
+    def judged(self, frames: Tensor) -> list[tuple[bool, bool, bool]]:
+        """Whether the changed words, the others, and whole outlines are read in each frame."""
+        before = self.target if self.removed is not None else self.source
+        words = words_by_frame(before, self.target, frames, self.tracks)
+        if self.removed is not None:
+            gone = removed(self.clip.masks[self.removed], self.truth, frames)
+            words = [(ok, rest) for ok, (_, rest) in zip(gone, words, strict=True)]
+        whole = whole_outlines(self.target, self.truth, frames, self.tracks)
+        return [(*read, ok) for read, ok in zip(words, whole, strict=True)]
+
     @cached_property
     def clip(self) -> Clip:
         """The source clip."""
@@ -90,6 +102,9 @@ class Case:
         """The ground truth without its things: (frames, 3, SIZE, SIZE)."""
         empty = replace(self.target, things=())
         return render(empty, replace(self.motion, tracks=()), self.frames).frames
+
+
+AnyCase = Case | world2.Case
 
 
 def sample_cases(seed: int, each: int, frames: int, kinds: Sequence[str] = KINDS) -> list[Case]:

@@ -10,15 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..demo.judge import words_by_frame
-from ..demo.outline import removed, whole_outlines
 from ..demo.scenes import visible_pixels
 from ..metrics.clip import ClipScorer
 from ..metrics.preservation import changed_pixels, intersection_over_union, psnr, ssim
 from ..metrics.temporal import frame_accuracy, temporal_consistency, warp_error
 from ..video.flow import flow_estimator
 from ..video.motion import visible
-from .cases import Case
+from .cases import AnyCase
 
 LEAST_PIXELS = 0.02
 """The least share of unchanged pixels for which preservation is measured."""
@@ -26,7 +24,7 @@ OBJECT_CONTRAST = 0.1
 """The difference to the background, as a mean over channels, above which a pixel counts as the object's."""
 
 
-def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[str, float]:
+def measure(case: AnyCase, frames: Tensor, clip: ClipScorer | None = None) -> dict[str, float]:
     """All figures of an edited clip (frames, 3, SIZE, SIZE) in 0..1.
 
     success: share of frames where the judge reads every word of the target and every outline is whole. changed, kept:
@@ -40,16 +38,12 @@ def measure(case: Case, frames: Tensor, clip: ClipScorer | None = None) -> dict[
     unchanged = unchanged_pixels(case)
     enough = unchanged.mean() >= LEAST_PIXELS
     estimated, visible_along = case_flow(case)
-    words = words_by_frame(case.target if case.removed is not None else case.source, case.target, frames, case.tracks)
-    if case.removed is not None:
-        gone = removed(case.clip.masks[case.removed], case.truth, frames)
-        words = [(ok, rest) for ok, (_, rest) in zip(gone, words, strict=True)]
-    whole = whole_outlines(case.target, case.truth, frames, case.tracks)
+    judged = case.judged(frames)
     figures = {
-        "success": share_of(a and b and c for (a, b), c in zip(words, whole, strict=True)),
-        "changed": share_of(changed for changed, _ in words),
-        "kept": share_of(kept for _, kept in words),
-        "outline": share_of(whole),
+        "success": share_of(map(all, judged)),
+        "changed": share_of(changed for changed, _, _ in judged),
+        "kept": share_of(kept for _, kept, _ in judged),
+        "outline": share_of(whole for _, _, whole in judged),
         "preserved_db": psnr(frames, case.truth.frames, unchanged) if enough else math.nan,
         "preserved_ssim": ssim(frames, case.truth.frames, unchanged) if enough else math.nan,
         "truth_db": psnr(frames, case.truth.frames),
@@ -71,7 +65,7 @@ def share_of(found: Iterable[bool]) -> float:
 
 
 @lru_cache(maxsize=4)
-def case_flow(case: Case) -> tuple[Tensor, Tensor]:
+def case_flow(case: AnyCase) -> tuple[Tensor, Tensor]:
     """DIS's flow of the source, and its pixels that are not occluded."""
     _, estimate = flow_estimator("dis")
     pairs = list(pairwise(case.clip.frames))
@@ -80,12 +74,12 @@ def case_flow(case: Case) -> tuple[Tensor, Tensor]:
     return forward, visible(forward, backward)
 
 
-def unchanged_pixels(case: Case) -> Tensor:
+def unchanged_pixels(case: AnyCase) -> Tensor:
     """1 where source and ground truth are equal: (frames, SIZE, SIZE)."""
     return ((case.clip.frames - case.truth.frames).abs().amax(1) < 1 / 255).float()
 
 
-def object_iou(case: Case, frames: Tensor) -> float:
+def object_iou(case: AnyCase, frames: Tensor) -> float:
     """IoU of the pixels that differ from the background, in the edit and in the ground truth."""
     found, expected = (changed_pixels(case.ground, shown, OBJECT_CONTRAST) for shown in (frames, case.truth.frames))
     return intersection_over_union(found, expected)

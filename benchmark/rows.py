@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..diffusion.parts import Edit, Injection
 from ..files.temporal_layers import load_temporal_layers
 from ..hosts.diffusers import with_temporal_layers
 from ..hosts.diffusers.checkpoint import Checkpoint
-from ..hosts.diffusers.load import open_model
+from ..hosts.diffusers.load import demo_video_model, open_model
 from ..hosts.diffusers.model import Model
 from ..methods.flow_edit import FlowEditSettings, draw
 from ..methods.flow_mask import FlowMaskSettings
@@ -38,7 +39,7 @@ from ..recipes.presets import methods_of
 from ..recipes.recipe import Recipe
 from ..video.flow import flow_estimator
 from ..video.motion import Motion, smooth_along
-from .cases import Case
+from .cases import AnyCase
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,11 @@ class Trial:
     """One case with a model, to run methods on."""
 
     checkpoint: Model
-    case: Case
+    case: AnyCase
     steps: int
     guidance_scale: float = 7.5
+    video: Path | None = None
+    """The folder of the video transformer; the demo's, if none is given."""
     states: dict[tuple[str, int], State] = field(default_factory=dict)
     """Tuning states of this clip, by layers and steps; longer tunings resume from them."""
 
@@ -117,7 +120,9 @@ class Trial:
         )  # fmt: skip
 
     def on_transformer(self, lora: str = "") -> Trial:
-        """The same case on the demo's video transformer."""
+        """The same case on the video transformer."""
+        if self.video is not None:
+            return replace(self, checkpoint=demo_video_model(self.video, self.latents.device))
         demo = next(family.demo for family in FAMILIES if family.spans_clip)
         return replace(self, checkpoint=open_model(demo, self.latents.device, lora=lora or None))
 

@@ -19,6 +19,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ..demo.world2 import cases as world2
 from ..files.lines import append_lines
 from ..files.whole import whole_file
 from ..hosts.diffusers.checkpoint import Checkpoint, quiet
@@ -26,7 +27,7 @@ from ..hosts.diffusers.model_files import hub_is_online
 from ..metrics.clip import ClipScorer
 from ..video.size import to_bytes
 from ..video.write import write_picture
-from .cases import KINDS, Case, cases_of, sample_cases
+from .cases import KINDS, AnyCase, cases_of, sample_cases
 from .measure import measure
 from .rows import LONG, METHODS, QUICK, TRANSFORMER, TUNED, Method, Trial, edited
 
@@ -39,7 +40,8 @@ class BenchmarkSettings:
     """Settings of a run. A folder has results of one setting only, except for `each` and `kinds`.
 
     seed: of scenes, motions and words. each: number of cases of each of the `kinds`. frames, steps: of every clip and
-    edit. pairs: given captions (source, target) instead of random ones. clip: for Tem-Con and Frame-Acc.
+    edit. pairs: given captions (source, target) instead of random ones. clip: for Tem-Con and Frame-Acc. world: 2 for
+    the harder one, whose `model` is the folder that its training wrote.
     """
 
     seed: int = 2303
@@ -51,9 +53,12 @@ class BenchmarkSettings:
     model: str = "demo"
     clip: str = ""
     pairs: tuple[tuple[str, str], ...] = ()
+    world: int = 1
 
     @property
-    def cases(self) -> list[Case]:
+    def cases(self) -> Sequence[AnyCase]:
+        if self.world == 2:
+            return world2.sample_cases(self.seed, self.each, self.frames, self.kinds)
         if self.pairs:
             return cases_of(self.pairs, self.seed, self.frames)
         return sample_cases(self.seed, self.each, self.frames, self.kinds)
@@ -71,6 +76,22 @@ def chosen_methods(names: Sequence[str] | None, quick: bool) -> list[Method]:
     if unknown:
         raise ValueError(f"unknown method {unknown[0]!r}: use some of {', '.join(repr(m.name) for m in METHODS)}")
     return [m for m in METHODS if m.name in names]
+
+
+def check_world(settings: BenchmarkSettings, methods: Sequence[Method]) -> None:
+    """Raises ValueError for settings that world 2 does not have."""
+    if settings.world == 1:
+        return
+    parts = {"unet", *("wan" for method in methods if method.transformer)}
+    if lacking := sorted(part for part in parts if not (Path(settings.model) / part).is_dir()):
+        raise ValueError(
+            f"model {settings.model!r} has no folder {lacking[0]!r}: world 2 needs the folder that "
+            "`python -m fatezero.demo.world2.train` wrote"
+        )
+    if settings.pairs:
+        raise ValueError("pairs of captions are of the first world: leave them out, or the world")
+    if others := [method.name for method in methods if method.layers == "demo" or method.lora]:
+        raise ValueError(f"method {others[0]!r} uses weights of the first world: choose others with --method")
 
 
 def run_benchmark(
@@ -113,7 +134,7 @@ def _claim(folder: Path, settings: BenchmarkSettings) -> None:
     path, own = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
     del own["each"], own["kinds"]
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {"world": 1, **json.loads(path.read_text(encoding="utf-8"))}
         other = [name for name in own if found.get(name) != own[name]]
         if other:
             raise ValueError(
@@ -137,7 +158,7 @@ def load_rows(folder: Path) -> list[Row]:
 
 # --- the work -----------------------------------------------------------------------------
 
-Job = tuple[Case, list[str]]
+Job = tuple[AnyCase, list[str]]
 Done = tuple[list[Row], dict[str, Tensor]]
 """Rows, and uint8 frames by the name of their strip."""
 
@@ -160,13 +181,15 @@ class _Worker:
 
     def __init__(self, settings: BenchmarkSettings, device: str) -> None:
         with quiet():
-            self.checkpoint = Checkpoint.load(settings.model, torch.device(device))
+            folder = settings.model if settings.world == 1 else str(Path(settings.model) / "unet")
+            self.checkpoint = Checkpoint.load(folder, torch.device(device))
         self.settings = settings
         self.clip = ClipScorer.load(settings.clip, device, not hub_is_online()) if settings.clip else None
 
     def run(self, job: Job) -> Done:
         case, names = job
-        trial = Trial(self.checkpoint, case, self.settings.steps, self.settings.guidance_scale)
+        video = None if self.settings.world == 1 else Path(self.settings.model) / "wan"
+        trial = Trial(self.checkpoint, case, self.settings.steps, self.settings.guidance_scale, video)
         rows: list[Row] = []
         strips = {
             f"{case.name}/source.png": to_bytes(case.clip.frames),

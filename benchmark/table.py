@@ -14,7 +14,7 @@ from PIL import Image
 from ..files.whole import whole_file
 from ..metrics.bootstrap import Interval, bootstrap, difference_of, error_ratio, mean_of
 from ..video.sheet import contact_sheet
-from .cases import ALL_KINDS
+from .cases import ALL_KINDS, world2
 from .rows import METHODS, PAPER
 from .run import Row, strip_frames, strip_name
 
@@ -60,7 +60,7 @@ class Results:
     @property
     def kinds(self) -> list[str]:
         present = {self._kind(case) for case in self.cases}
-        return [kind for kind in ALL_KINDS if kind in present]
+        return [kind for kind in dict.fromkeys((*ALL_KINDS, *world2.KINDS)) if kind in present]
 
     def count(self, method: str) -> int:
         """Number of cases that a method was run on."""

@@ -36,8 +36,9 @@ class BenchmarkConfig:
     )
     kind: tuple[str, ...] = setting(
         (),
-        "attribute, texture, shape, style, background, swap, two objects or alike objects; with --five, 1 to 6. May "
-        "repeat.",
+        "attribute, texture, shape, style, background, swap, two objects or alike objects; with --world 2, colour, "
+        "material, shape, size, action, background, clutter, style, swap, removal or insertion; with --five, 1 to 6. "
+        "May repeat.",
         shown="all",
     )
     frames: int = setting(
@@ -56,6 +57,12 @@ class BenchmarkConfig:
     )
     pairs: str = setting(
         "", "YAML list of [source caption, target caption], in the place of drawn cases.", shown="none"
+    )
+    world: int = setting(
+        1,
+        "1: the demo's scenes of 64 pixels; 2: harder ones of 128, with --model: the folder that their training wrote.",
+        least=1,
+        most=2,
     )
     model: str = setting("demo", "Checkpoint trained on the demo scenes; with --five, any model.")
     clip: str = setting(
@@ -92,7 +99,7 @@ class BenchmarkConfig:
 
     def check_effect(self, given: dict[str, Any]) -> None:
         """Raise ConfigError for given settings that have no effect with --five, or without it."""
-        without = ("quick", "seed", "pairs") if self.five else FIVE_ONLY
+        without = ("quick", "seed", "pairs", "world") if self.five else FIVE_ONLY
         if wrong := [name for name in without if name in given]:
             raise ConfigError(f"{wrong[0]} has no effect {'with' if self.five else 'without'} --five")
 
@@ -114,20 +121,22 @@ def command(
         return
     captions = load_pairs(config.pairs) if config.pairs else ()
     check_folder(config.output)
-    from ...benchmark.cases import ALL_KINDS, KINDS
+    from ...benchmark.cases import ALL_KINDS, KINDS, world2
     from ...benchmark.rows import BEST
-    from ...benchmark.run import BenchmarkSettings, chosen_methods, run_benchmark
+    from ...benchmark.run import BenchmarkSettings, check_world, chosen_methods, run_benchmark
     from ...benchmark.table import write_tables
 
-    if unknown := sorted(set(config.kind) - set(ALL_KINDS)):
-        raise ConfigError(f"kind is {shown(unknown[0])}; it must be one of {', '.join(ALL_KINDS)}")
+    every, usual = (ALL_KINDS, KINDS) if config.world == 1 else (world2.KINDS, world2.KINDS)
+    if unknown := sorted(set(config.kind) - set(every)):
+        raise ConfigError(f"kind is {shown(unknown[0])}; it must be one of {', '.join(every)}")
     settings = BenchmarkSettings(
-        config.seed, config.each or (4 if config.quick else 10), config.kind or KINDS, config.frames, config.steps,
-        config.guidance_scale, config.model, config.clip, captions,
+        config.seed, config.each or (4 if config.quick else 10), config.kind or usual, config.frames, config.steps,
+        config.guidance_scale, config.model, config.clip, captions, config.world,
     )  # fmt: skip
     if config.clip:
         check_clip(config.clip)
     methods = chosen_methods(config.method, config.quick)
+    check_world(settings, methods)
     where, folder = pick_device(device), Path(config.output)
     processes = config.workers or (len(os.sched_getaffinity(0)) if where.type == "cpu" else 1)
     with progress_bar() as bar:

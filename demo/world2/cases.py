@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..scenes import Clip, Place
-from .judge import is_there, words_read
+from .judge import is_gone, words_read
 from .render import render
 from .scenes import FRAMES, WORDS, Motion, Scene, random_motion, random_scene
 
@@ -79,19 +79,24 @@ class Case:
         """The ground truth without its things: (frames, 3, SIZE, SIZE)."""
         return render(replace(self.target, things=()), replace(self.motion, tracks=()), self.frames).frames
 
-    def judged(self, frames: Tensor) -> list[tuple[bool, bool]]:
-        """Whether the changed words, and the others, are read in a clip's frames, for some of them."""
+    def judged(self, frames: Tensor) -> list[tuple[bool, bool, bool]]:
+        """Whether the changed words, the others, and shapes among them, are read in some of a clip's frames.
+
+        Shapes are read by their outlines, so that none is broken where they are read.
+        """
         chosen = torch.linspace(0, self.frames - 1, min(_JUDGED, self.frames)).round().long()
         at = (chosen / max(self.frames - 1, 1) - 0.5).tolist()
         shown = frames[chosen]
         if self.kind == REMOVAL:
             assert self.at is not None
             thing = self.source.things[self.at], self.source_motion.tracks[self.at]
-            edited = [not there for there in is_there(self.target, self.motion, shown, thing, at)]
+            edited = is_gone(self.target, self.motion, shown, thing, at)
         else:
             edited = _all(words_read(self.target, self.motion, shown, at, self.changed), len(at))
         others = [place for place in self.target.places if self.kind == REMOVAL or place not in self.changed]
-        return list(zip(edited, _all(words_read(self.target, self.motion, shown, at, others), len(at)), strict=True))
+        read = words_read(self.target, self.motion, shown, at, others)
+        shapes = {place: found for place, found in read.items() if place[1] == "shape"}
+        return list(zip(edited, _all(read, len(at)), _all(shapes, len(at)), strict=True))
 
 
 def _all(read: dict[Place, list[bool]], count: int) -> list[bool]:

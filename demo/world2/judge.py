@@ -18,6 +18,8 @@ from .scenes import WORDS, Motion, Scene, Thing, Track
 
 NEEDS_TIME = ("action",)
 """Kinds of words that are read from all frames together."""
+NEAR, UNREAD = 0.03, ""
+"""The squared difference from which the nearest picture is no likeness and its word is unread."""
 
 
 def read_word(scene: Scene, motion: Motion, frames: Tensor, place: Place, at: Sequence[float]) -> list[str]:
@@ -29,21 +31,21 @@ def read_word(scene: Scene, motion: Motion, frames: Tensor, place: Place, at: Se
     others = [render(scene.with_word(place, word), motion, at=at) for word in words]
     far = distances(frames, others, _region(scene, others, place))
     if place[1] in NEEDS_TIME:
-        far = far.sum(1, keepdim=True).expand_as(far)
-    return [words[n] for n in far.argmin(0).tolist()]
+        far = far.mean(1, keepdim=True).expand_as(far)
+    return [words[n] if near else UNREAD for n, near in zip(far.argmin(0).tolist(), far.amin(0) < NEAR, strict=True)]
 
 
-def is_there(
+def is_gone(
     scene: Scene, motion: Motion, frames: Tensor, thing: tuple[Thing, Track], at: Sequence[float]
 ) -> list[bool]:
-    """Whether each frame of a scene shows a thing that the scene leaves out, rather than what is behind it.
+    """Whether each frame of a scene shows what is behind a thing that the scene leaves out, not the thing.
 
     The thing is taken to be in front of the others.
     """
     whole = replace(scene, things=(thing[0], *scene.things)), replace(motion, tracks=(thing[1], *motion.tracks))
     shown = render(*whole, at=at)
-    far = distances(frames, [shown, render(scene, motion, at=at)], shown.masks[0])
-    return (far[0] < far[1]).tolist()
+    there, gone = distances(frames, [shown, render(scene, motion, at=at)], shown.masks[0])
+    return ((gone < there) & (gone < NEAR)).tolist()
 
 
 def distances(frames: Tensor, others: Sequence[Clip], region: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fatezero.benchmark.run import BenchmarkSettings, check_world, chosen_methods, run_benchmark
 from fatezero.demo import model, video_model
 from fatezero.demo.scenes import visible_pixels
 from fatezero.demo.world2 import train as trainer
 from fatezero.demo.world2.cases import KINDS, OF_A_THING, sample_cases
 from fatezero.demo.world2.data import Latents, captions_of
-from fatezero.demo.world2.judge import read_word
+from fatezero.demo.world2.judge import UNREAD, read_word
 from fatezero.demo.world2.model import LATENT_SIZE, TEXT_TOKENS, ShapeReader, area_weight, build_unet
 from fatezero.demo.world2.render import render
 from fatezero.demo.world2.scenes import (
@@ -124,8 +125,8 @@ def test_the_truth_of_an_edit_differs_only_where_its_words_say(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_judge_reads_the_truth_as_the_target_and_the_source_as_not(kind):
     (case,) = sample_cases(2, 1, 9, [kind])
-    assert case.judged(shifted(case.truth.frames)) == [(True, True)] * 5
-    changed = [changed for changed, _ in case.judged(shifted(case.clip.frames))]
+    assert case.judged(shifted(case.truth.frames)) == [(True, True, True)] * 5
+    changed = [changed for changed, _, _ in case.judged(shifted(case.clip.frames))]
     assert sum(changed) <= (4 if kind == "action" else 0)
 
 
@@ -137,6 +138,11 @@ def test_every_word_is_read_from_soft_pictures(kind):
         scene = FISH.with_word(place, word)
         frames = shifted(render(scene, PASSING, at=at).frames)
         assert read_word(FISH, PASSING, frames, place, at) == [word] * 2
+
+
+def test_a_picture_without_likeness_is_unread():
+    noise = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    assert read_word(FISH, PASSING, noise, (0, "shape"), [-0.5, 0.25]) == [UNREAD] * 2
 
 
 # --- models and trainers ----------------------------------------------------------------
@@ -168,6 +174,34 @@ def test_latents_grow_by_whole_files_and_are_read_back(tmp_path):
     chosen, owned = first.at(torch.tensor([3, 0]))
     assert chosen.shape == (2, 1, 4, LATENT_SIZE, LATENT_SIZE) and (owned > 0).any()
     assert torch.equal(chosen, second.at(torch.tensor([3, 0]))[0])
+
+
+@pytest.mark.slow
+def test_methods_run_on_world_2_with_its_models(tmp_path):
+    trainer.train(trainer.Run(tmp_path, tmp_path / "state"), trainer.Settings().tiny(), CPU, lambda _: None)
+    settings = BenchmarkSettings(each=1, kinds=("removal",), frames=3, steps=2, model=str(tmp_path), world=2)
+    methods = chosen_methods(["autoencoder only", "FateZero+", "Wan: FateZero+"], quick=False)
+    check_world(settings, methods)
+    rows = run_benchmark(tmp_path / "run", settings, methods)
+    assert [row["method"] for row in rows] == [method.name for method in methods]
+    assert rows[0]["changed"] == 0 and rows[0]["kept"] == 1 and rows[0]["preserved_db"] > 22
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "demo"}, "folder"),
+        ({"pairs": (("a red circle on sand", "a blue circle on sand"),)}, "pairs"),
+        ({"methods": ["Wan: few_steps"]}, "first world"),
+    ],
+)
+def test_settings_that_world_2_lacks_are_refused(tmp_path, given, message):
+    for part in ("unet", "wan"):
+        (tmp_path / part).mkdir()
+    names = given.pop("methods", ["FateZero+"])
+    settings = BenchmarkSettings(**{"world": 2, "model": str(tmp_path), **given})
+    with pytest.raises(ValueError, match=message):
+        check_world(settings, chosen_methods(names, quick=False))
 
 
 @pytest.mark.slow
