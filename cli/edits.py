@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..attention.masks import GivenMask
@@ -41,11 +42,9 @@ def motion_of(
     clip, progress = inversion.store.level(0), bar("motion")
 
     def frames() -> Iterator[Tensor]:
-        together = checkpoint.frames_per_latent > 1
-        for i, latents in enumerate([clip] if together else clip.split(1)):
-            for done, frame in enumerate(checkpoint.decode_clip(latents, count if together else 1), i + 1):
-                yield frame.cpu()
-                progress(done, count)
+        for done, frame in enumerate(chain.from_iterable(checkpoint.decode_parts(clip, count)), 1):
+            yield frame.cpu()
+            progress(done, count)
 
     return Motion.of(frames(), estimate, checkpoint.factor)
 

@@ -34,8 +34,6 @@ def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
         _check_first_frame(config, loader)
     for config in configs:
         _check_parts(config, loader.family)
-    if loader.family.attention:
-        return
     if stored:
         _check_has_frames(loader, "store")
     elif configs[0].noise == "inverted":
@@ -69,16 +67,15 @@ def check_inversion(config: EditConfig) -> None:
     """Raise ConfigError for an inversion into a file that the family of its model does not support."""
     loader = family_loader(config.model)
     _check_control(config, loader)
-    if not loader.family.attention:
-        _check_has_frames(loader, "invert")
-        _check_memory(config, loader)
+    _check_has_frames(loader, "invert")
+    _check_memory(config, loader)
 
 
 def check_generation(config: GenerateConfig, maps: bool) -> None:
     """Raise ConfigError for a new clip that the family of its model does not support."""
     loader = family_loader(config.model)
+    _check_has_frames(loader, "generate")
     if not loader.family.attention:
-        _check_has_frames(loader, "generate")
         _check_no_layout(config)
         if maps:
             raise ConfigError(f"maps need control of the attention, which {loader.family.title} does not have here")
@@ -120,7 +117,7 @@ def _check_no_layout(config: EditConfig | GenerateConfig) -> None:
 
 
 def _check_memory(config: EditConfig, loader: type[Model]) -> None:
-    if config.memory not in ("auto", "recompute"):
+    if not loader.family.attention and config.memory not in ("auto", "recompute"):
         raise ConfigError(
             f"memory {config.memory} keeps attention, which {loader.family.title} does not have here: use recompute"
         )
@@ -129,6 +126,5 @@ def _check_memory(config: EditConfig, loader: type[Model]) -> None:
 def _check_has_frames(loader: type[Model], what: str) -> None:
     if loader.needs_frames:
         raise ConfigError(
-            f"{what}: {loader.family.title} needs a clip for its first frame: use `fatezero edit` on a video, with "
-            "--preset flow_edit"
+            f"{what}: {loader.family.title} needs a clip for its first frame: use `fatezero edit` on a video"
         )

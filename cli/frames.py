@@ -64,7 +64,7 @@ def found_frames(session: Session, config: EditConfig) -> VideoSource:
 
 def encode(model: Model, video: FittedVideo, progress: Callable[[int, int], None]) -> Tensor:
     """Latents of a clip, encoded while its frames are decoded."""
-    return torch.cat([model.encode_clip(frames) for frames in _batches(model, video, progress)]).float()
+    return model.encode_parts(_batches(model, video, progress))
 
 
 def posterior(model: Checkpoint, video: FittedVideo, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
@@ -85,10 +85,8 @@ def _batches(model: Model, video: FittedVideo, progress: Callable[[int, int], No
 
 def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
     """The decoded frames of latents, uint8 (height, width, 3)."""
-    height, width = (side * model.factor for side in latents.shape[-2:])
     done = 0
-    for some in latents.split(model.frames_at_once(height, width) or len(latents)):
-        pictures = model.decode_clip(some, frames - done)
+    for pictures in model.decode_parts(latents, frames):
         yield from to_bytes(pictures)
         done += len(pictures)
         progress(done, frames)

@@ -146,13 +146,14 @@ def plan(
     if edits:
         branches = [1 if config.guidance_scale == 1 or denoiser.embeds_guidance else 2 for config in configs]
         lines.append(f"   {beside_plain(parts_of_run, config.steps * sum(branches))}")
+    times = len(windows.starts(frames)) if windows and parts else frames / at_once
     seconds, nbytes = _cost_of_call(checkpoint, (at_once, *latents_shape[1:]), source, keys, config.clip_norm)
     lines.append(f"   a guided call of {at_once}: about {format_bytes(2 * nbytes)} of activations")
-    lines.append(
-        f"   time: about {in_words(sum(parts_of_run.values()) * seconds * frames / at_once)}, and encoding and decoding"
-    )
+    lines.append(f"   time: about {in_words(sum(parts_of_run.values()) * seconds * times)}, and encoding and decoding")
     if parts:
-        lines.append(f"   windows of {at_once} {what} approximate the whole clip, whose frames depend on each other")
+        lines.append(
+            f"   {times} windows of {at_once} {what} approximate the whole clip, whose frames depend on each other"
+        )
     return "\n".join(lines)
 
 

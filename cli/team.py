@@ -22,7 +22,7 @@ def team_of(session: Session) -> tuple[Session, Processes | None]:
         return session, None
     from accelerate import Accelerator  # seconds to import
 
-    from ...hosts.diffusers.processes import Processes
+    from ..hosts.diffusers.processes import Processes
 
     team = Processes(Accelerator(cpu=pick_device(session.device).type == "cpu"))
     session.console.quiet = session.console.quiet or not team.is_main

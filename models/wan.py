@@ -20,7 +20,9 @@ WAN = Family(
     subset_patch=2,
     trained_frames=21,
 )
-WAN_CONDITIONED = replace(WAN, title="Wan with pictures or control", demo="", demo_folder=Path(), trained_frames=None)
+WAN_I2V = replace(WAN, title="Wan image-to-video", demo="", demo_folder=Path())
+WAN_VACE = replace(WAN_I2V, title="Wan VACE")
+WAN_CONDITIONED = replace(WAN_I2V, title="Wan with pictures or control", trained_frames=None)
 """In ComfyUI, where all of these models are called alike, on whole clips."""
 TEXT_TOKENS = 512
 """Number of text columns of a prompt, padding included. Longer prompts have more."""

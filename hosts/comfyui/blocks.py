@@ -87,7 +87,7 @@ class HookedBlocks(Hook):
         """The rows and columns of a frame's tokens, on latents of this size."""
 
     def other_tokens(self, clip: Tensor, rest: Sequence[Any], named: dict[str, Any]) -> tuple[int, int]:
-        """The tokens of references before and after the clip's own. clip: the latents of a call; then its other inputs."""
+        """The tokens of references before and after the clip's own. clip: the latents of a call; then its others."""
         return 0, 0
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -228,6 +228,14 @@ class Model(ABC):
     @abstractmethod
     def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
         """The first `frames` frames of scaled latents, in 0..1 on the CPU: (frames, 3, h, w)."""
+
+    @abstractmethod
+    def encode_parts(self, parts: Iterable[Tensor]) -> Tensor:
+        """`encode_clip` of a clip that comes in parts of `frames_at_once` frames."""
+
+    @abstractmethod
+    def decode_parts(self, latents: Tensor, frames: int) -> Iterator[Tensor]:
+        """The frames of `decode_clip`, in parts."""
 
     def coding(self, height: int, width: int) -> str:
         """A short text on how a clip of this size is encoded; "" if there is nothing to report."""

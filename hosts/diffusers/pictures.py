@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -77,8 +77,16 @@ class FrameByFrame(Model):
             parts.append((pixels.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 
+    def encode_parts(self, parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([self.encode_clip(part) for part in parts])
+
     def decode_clip(self, latents: Tensor, frames: int) -> Tensor:
         return self.decode_latents(latents[:frames])
+
+    def decode_parts(self, latents: Tensor, frames: int) -> Iterator[Tensor]:
+        at_once = self.frames_at_once(*(side * self.factor for side in latents.shape[-2:]))
+        for part in latents[:frames].split(at_once):
+            yield self.decode_clip(part, len(part))
 
     def _finite(self, code: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
         """code(x); if half precision overflows, switch to single precision."""

@@ -18,7 +18,7 @@ from ...attention.condition import Condition
 from ...files.bundled import DEMO
 from ...models.wan import NATIVE_SIZE, TEXT_TOKENS, WAN
 from .blocks import BlockDenoiser, kernel_of
-from .clips import WholeClip
+from .clips import TimeTiled
 from .hook import ControlledProcessor
 from .lora import add_loras, lora_files
 from .model import LoadOptions
@@ -61,6 +61,7 @@ class _Processor(ControlledProcessor):
             done: Tensor = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return done
         of = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        picture, of = of.tensor_split([0 if attn.add_k_proj is None else of.shape[1] - self.denoiser.text_columns], 1)
         if not attn.fused_projections:
             q, k, v = attn.to_q(hidden_states), attn.to_k(of), attn.to_v(of)
         elif encoder_hidden_states is None:
@@ -71,9 +72,18 @@ class _Processor(ControlledProcessor):
         if rotary_emb is not None:
             q, k = (rotated(x, *rotary_emb) for x in (q, k))
         output = self.denoiser._attend(self.name, q, k, v, self.kernel).to(hidden_states.dtype)
+        if attn.add_k_proj is not None:
+            output = output + self._of_picture(attn, q, picture).to(output)
         for layer in attn.to_out:
             output = layer(output)
         return output
+
+    def _of_picture(self, attn: Any, q: Tensor, picture: Tensor) -> Tensor:
+        """Attention to the embedding of a picture, the model's own: (1, tokens, channels)."""
+        fused = attn.fused_projections
+        k, v = attn.to_added_kv(picture).chunk(2, -1) if fused else (attn.add_k_proj(picture), attn.add_v_proj(picture))
+        k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (attn.norm_added_k(k), v))
+        return self.kernel(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
 
 
 class VideoTransformerDenoiser(BlockDenoiser):
@@ -133,6 +143,7 @@ class VideoTransformerDenoiser(BlockDenoiser):
 
     def with_tokens(self, inputs: Sequence[Any], tokens: Tensor) -> Sequence[Any]:
         hidden, text, times, rotary = inputs
+        times = times[:, tokens] if times.ndim == 4 else times  # a timestep of each token
         return hidden[:, tokens], text, times, tuple(x[:, tokens] for x in rotary)
 
     @property
@@ -145,13 +156,21 @@ class VideoTransformerDenoiser(BlockDenoiser):
         )
 
     def velocities(self, clips: Tensor, conditions: Sequence[Condition], timestep: float) -> Tensor:
-        longest = max(condition.text_tokens for condition in conditions)
-        texts = torch.cat([_padded(condition.embeddings, longest) for condition in conditions]).to(clips)
+        texts = self.texts(conditions).to(clips)
         times = torch.full(
             (len(clips),), timestep, device=clips.device, dtype=torch.promote_types(self.dtype, torch.float32)
         )
         output: Tensor = self._model_at(timestep)(clips, times, texts, return_dict=False)[0]
         return output
+
+    def texts(self, conditions: Sequence[Condition]) -> Tensor:
+        """The texts of a call's rows, padded to one length."""
+        return torch.cat([_padded(condition.embeddings, self.text_columns) for condition in conditions])
+
+    @property
+    def text_columns(self) -> int:
+        """The columns of each text of a call."""
+        return max(self._texts)
 
     def _model_at(self, timestep: float) -> Any:
         return network_at(self.transformers, self.boundary, self.scheduler, timestep)
@@ -181,7 +200,7 @@ def _check_model(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class WanModel(TransformerModel, WholeClip):
+class WanModel(TransformerModel, TimeTiled):
     """A Wan model with its text and clips.
 
     low_noise, boundary: 2.2's second transformer, and the sigma below which it is used. A LoRA is fused into both

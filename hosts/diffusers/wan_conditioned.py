@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,10 +16,38 @@ from PIL import Image
 from torch import Tensor
 
 from ...attention.condition import Condition
-from ...models.flow import WAN_I2V, WAN_VACE
-from .flow import FlowModel
+from ...models.wan import WAN_I2V, WAN_VACE
+from .blocks import BlockDenoiser
+from .flow import FlowDenoiser, FlowModel
 from .model_files import CheckpointError
-from .wan import WanModel, network_at
+from .wan import VideoTransformerDenoiser, WanModel, network_at
+
+
+class ConditionedDenoiser(VideoTransformerDenoiser):
+    """A Wan model with inputs besides text for one clip, as the loops of `fatezero.diffusion` call it.
+
+    Attention to a picture's embedding, and VACE's own blocks, are the model's. Raises ValueError for attention
+    processors that compute something else.
+    """
+
+    layout = FlowDenoiser.layout
+
+    def __init__(self, model: ConditionedWan) -> None:
+        self.model, self.family, self.transformers = model, model.family, model.networks  # type: ignore[misc]
+        self.boundary = model.boundary
+        BlockDenoiser.__init__(self, model.networks, model.scheduler)
+
+    @property
+    def channels(self) -> int:
+        return self.model.channels
+
+    def velocities(self, clips: Tensor, conditions: Sequence[Condition], timestep: float) -> Tensor:
+        extras = {
+            name: torch.cat([condition.extras[name] for condition in conditions]).to(clips)
+            for name in conditions[0].extras
+        }
+        frames = self._rows[0].chunk.frame_indices
+        return self.model.velocities(clips, self.texts(conditions).to(clips), extras, timestep, frames)
 
 
 class ConditionedWan(FlowModel, WanModel):
@@ -44,14 +73,31 @@ class ConditionedWan(FlowModel, WanModel):
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
         return replace(super().encode_prompt(prompt, width, height, blocks), extras=self.inputs)
 
-    def called(self, clip: Tensor, times: Tensor, condition: Condition, **inputs: Any) -> Tensor:
-        """The transformer's output for a clip (1, channels, f, h, w), as (f, channels, h, w)."""
-        network = network_at(self.networks, self.boundary, self.scheduler, float(times.max()))
-        output: Tensor = network(clip, times, condition.embeddings, return_dict=False, **inputs)[0]
-        return rearrange(output, "1 c f y x -> f c y x")
+    @abstractmethod
+    def velocities(
+        self, clips: Tensor, texts: Tensor, extras: Mapping[str, Tensor], timestep: float, frames: Sequence[int]
+    ) -> Tensor:
+        """The predicted velocities of clips (rows, channels, f, h, w). extras: the inputs besides text, of each row.
+        frames: their indices in the clip.
+        """
 
-    def times(self, timestep: float) -> Tensor:
-        return torch.tensor([timestep], device=self.denoiser.device)
+    def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
+        clips = rearrange(z, "f c y x -> 1 c f y x")
+        found = self.velocities(clips, condition.embeddings, condition.extras, timestep, frames)
+        return rearrange(found, "1 c f y x -> f c y x")
+
+    def called(self, clips: Tensor, times: Tensor, texts: Tensor, **inputs: Any) -> Tensor:
+        """The transformer's output for clips (rows, channels, f, h, w)."""
+        network = network_at(self.networks, self.boundary, self.scheduler, float(times.max()))
+        output: Tensor = network(clips, times, texts, return_dict=False, **inputs)[0]
+        return output
+
+    def times(self, timestep: float, rows: int) -> Tensor:
+        return torch.full((rows,), timestep, device=self.denoiser.device)
+
+    @cached_property
+    def denoiser(self) -> ConditionedDenoiser:  # type: ignore[override]
+        return ConditionedDenoiser(self)
 
 
 @dataclass(frozen=True)
@@ -93,31 +139,33 @@ class WanImageToVideo(ConditionedWan):
         if self._takes_last:
             yield from deque(frames, 1)
 
-    def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
-        clip, picture = rearrange(z, "f c y x -> 1 c f y x"), condition.extras["picture"]
+    def velocities(
+        self, clips: Tensor, texts: Tensor, extras: Mapping[str, Tensor], timestep: float, frames: Sequence[int]
+    ) -> Tensor:
         if self.pipeline.config.get("expand_timesteps"):
-            return self._with_first_latent(clip, timestep, condition, frames)
-        seen = condition.extras.get("seen")
+            return self._with_first_latent(clips, texts, extras["picture"], timestep, frames)
+        seen = extras.get("seen")
         if seen is not None:
-            seen = seen.reshape(2 if self._takes_last else 1, -1, seen.shape[-1])
-        inputs = torch.cat([clip, picture[:, :, list(frames)]], 1)
-        return self.called(inputs, self.times(timestep), condition, encoder_hidden_states_image=seen)
+            seen = seen.reshape(len(seen) * (2 if self._takes_last else 1), -1, seen.shape[-1])
+        inputs = torch.cat([clips, extras["picture"][:, :, list(frames)]], 1)
+        return self.called(inputs, self.times(timestep, len(clips)), texts, encoder_hidden_states_image=seen)
 
     @property
     def _takes_last(self) -> bool:
         return self.transformer.config["pos_embed_seq_len"] is not None
 
-    def _with_first_latent(self, clip: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
+    def _with_first_latent(
+        self, clips: Tensor, texts: Tensor, picture: Tensor, timestep: float, frames: Sequence[int]
+    ) -> Tensor:
         """Wan 2.2's 5B: the first latent is the picture's at timestep 0; its velocity leads to the picture."""
-        picture, total = condition.extras["picture"], self.scheduler.config["num_train_timesteps"]
-        first = torch.tensor([frame == 0 for frame in frames], device=clip.device)
-        inputs = torch.where(first.view(1, 1, -1, 1, 1), picture, clip)
+        total = self.scheduler.config["num_train_timesteps"]
+        first = torch.tensor([frame == 0 for frame in frames], device=clips.device)
+        is_first = first.view(1, 1, -1, 1, 1)
         _, down, across = self.transformer.config["patch_size"]
-        patches = clip.shape[-2] // down * (clip.shape[-1] // across)
-        times = torch.where(first, 0.0, timestep).repeat_interleave(patches)[None]
-        predicted = self.called(inputs, times, condition)
-        towards = rearrange((clip - picture) / (timestep / total), "1 c f y x -> f c y x")
-        return torch.where(first.view(-1, 1, 1, 1), towards, predicted)
+        patches = clips.shape[-2] // down * (clips.shape[-1] // across)
+        times = torch.where(first, 0.0, timestep).repeat_interleave(patches).expand(len(clips), -1)
+        predicted = self.called(torch.where(is_first, picture, clips), times, texts)
+        return torch.where(is_first, (clips - picture) / (timestep / total), predicted)
 
 
 @dataclass(frozen=True)
@@ -166,9 +214,12 @@ class WanVace(ConditionedWan):
     def control_steps(self, steps: int) -> int:
         return 0 if self.control is None else steps
 
-    def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
-        clip, control = rearrange(z, "f c y x -> 1 c f y x"), condition.extras["control"][:, :, list(frames)]
+    def velocities(
+        self, clips: Tensor, texts: Tensor, extras: Mapping[str, Tensor], timestep: float, frames: Sequence[int]
+    ) -> Tensor:
+        control = extras["control"][:, :, list(frames)]
         scale = control.new_full((len(self.transformer.config["vace_layers"]),), self.strength)
         return self.called(
-            clip, self.times(timestep), condition, control_hidden_states=control, control_hidden_states_scale=scale
-        )
+            clips, self.times(timestep, len(clips)), texts, control_hidden_states=control,
+            control_hidden_states_scale=scale,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from fatezero.video.read import read_metadata
 
 SOURCE = "a red square on water"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+LAUNCHED = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero"]
+"""The command on two processes of gloo."""
 
 
 @pytest.fixture
@@ -82,9 +85,8 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
         "cpu",
     )
     command("edit", *words, "--chunk-frames", 4, "-o", "one.mp4", threads=1)
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fatezero"]
     done = subprocess.run(
-        [*launched, "edit", *map(str, words), "-o", "two.mp4"],
+        [*LAUNCHED, "edit", *map(str, words), "-o", "two.mp4"],
         cwd=tmp_path,
         env=ONE_THREAD,
         capture_output=True,
@@ -96,9 +98,34 @@ def test_two_processes_edit_one_clip_as_one_does(command, tmp_path, preset):
     assert json.loads(read_metadata(tmp_path / "two.mp4")["fatezero"])["chunk_frames"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_two_processes_share_the_windows_of_a_transformer(command, tmp_path):
+    """Killed in the edit, they continue to the frames of one process."""
+    words = ("edit", CLIP, "--model", "demo-wan", "--source", SOURCE, "--target", "a blue square on water")
+    words += ("--steps", 4, "--device", "cpu", "--window-frames", 4, "--window-overlap", 2)
+    assert "3 windows of 4 latents" in command(*words, "--dry-run", "-o", "one.mp4")
+    command(*words, "-o", "one.mp4", threads=1)
+    both = [*LAUNCHED, *map(str, words), "-o", "two.mp4"]
+    run = subprocess.Popen(both, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "two.mp4.state" / "edit.safetensors").exists():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=True)
+    for pid in [run.pid, *map(int, workers.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
+    run.communicate()
+    done = subprocess.run([*both, "--resume"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "invert 1/4" not in done.stdout + done.stderr
+    assert frames_written(tmp_path / "one.mp4") == frames_written(tmp_path / "two.mp4")
+    assert not (tmp_path / "two.mp4.state").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--model", "demo-wan"), "windows shorter than the clip's 8 latents"),
         (("--key-frames", "previous"), "give --window-frames"),
         (("--memory", "maps"), "memory maps needs one process"),
         (("--preset", "tokenflow"), "TokenFlow and layouts run in one process"),

@@ -1,4 +1,4 @@
-"""The command on transformers without attention control."""
+"""The command on transformers called as their pipelines call them."""
 
 import json
 import shutil
@@ -74,8 +74,9 @@ def test_it_edits_as_many_frames_as_it_is_given(command, folder, tmp_path, prese
     ],
 )
 def test_methods_that_need_attention_are_refused_before_loading(refused, folder, tmp_path, options, error):
-    if "LTX2" in (folder / "model_index.json").read_text():
-        pytest.skip("its attention is controlled: see test_ltx")
+    index = (folder / "model_index.json").read_text()
+    if "LTX2" in index or ("Wan" in index and "attention" in error):
+        pytest.skip("its attention is controlled")
     broken = without_weights(folder, tmp_path)
     assert error in refused("edit", CLIP, "--model", broken, *WORDS, *SIZE, *options, "-o", "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
@@ -94,8 +95,8 @@ def test_attention_kernels_and_precisions(command, folder, tmp_path):
     assert read_video(tmp_path / "out.mp4").frames.shape == (6, 64, 64, 3)
 
 
-def test_maps_omit_attention_without_control(command, vace, tmp_path):
-    shared = ("edit", CLIP, "--model", vace, *WORDS, *SIZE, "--preset", "flow_mask", "--steps", 3)
+def test_maps_omit_attention_without_control(command, flux, tmp_path):
+    shared = ("edit", CLIP, "--model", flux, *WORDS, *SIZE, "--preset", "flow_mask", "--steps", 3)
     output = " ".join(command(*shared, "--maps", "maps", "-o", "out.mp4").split())
     assert "no heat maps" in output and "no masks" not in output
     names = {path.name for path in (tmp_path / "maps").iterdir()}
@@ -106,6 +107,18 @@ def test_image_to_video_needs_a_clip(refused, i2v, tmp_path):
     broken = without_weights(i2v, tmp_path)
     assert "first frame" in refused("invert", CLIP, "--model", broken, *WORDS[:2], *SIZE)
     assert "first frame" in refused("generate", "--model", broken, "--prompt", "a red square")
+
+
+@pytest.mark.parametrize("preset", ["style+", "shape", "kv_edit"])
+@pytest.mark.parametrize("name", ["wan i2v", "wan vace"])
+def test_wan_with_other_inputs_controls_its_attention(command, refused, tmp_path, name, preset):
+    model = WRITERS[name](tmp_path / "model")
+    shared = ("edit", CLIP, "--model", model, *WORDS, *SIZE, "--steps", 3, "--preset", preset, "-o", "out.mp4")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    mask = ("--edit-mask", "mask.png") if preset == "kv_edit" else ()
+    command(*shared, *mask)
+    assert len(read_video(tmp_path / "out.mp4").frames) == 6
+    assert "Plug-and-Play needs a UNet" in refused(*shared[:-4], "--preset", "pnp", "-o", "other.mp4")
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "wan i2v"])

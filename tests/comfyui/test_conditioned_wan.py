@@ -1,18 +1,24 @@
 """Attention control of Wan models with inputs besides text: pictures, control videos and references."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from comfyui.graph import Graph, Node
 from comfyui.host import NodeError
-from wan import write_wan
+from safetensors.torch import save_file
+from wan import write_wan, write_wan_i2v, write_wan_vace
 
+from fatezero import PromptEdit, edit, invert
+from fatezero.diffusion.schedule import FlowSchedule
+from fatezero.hosts.diffusers.load import open_model
+from fatezero.hosts.diffusers.model import ClipFacts
+from fatezero.recipes.recipe import Recipe
 from small import relative
 
 KINDS = ("bernini", "phantom", "i2v", "i2v_without_embedding", "fun", "fun_inpaint", "vace", "animate", "camera")
 SOURCE, TARGET = "a red square on water", "a green striped square on water"
-STEPS, SEED, GUIDANCE = 3, 5, 4.0
+STEPS, SEED, GUIDANCE, SHIFT = 3, 5, 4.0, 3.0
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,8 @@ class WanKindGraph(Graph):
     model: Node = field(init=False)
 
     def __post_init__(self) -> None:
-        clip = self.add("OtherWan", folder=self.folder, shift=3.0)[1]
-        self.model = self.add("WanKind", kind=self.kind)
+        self.model = self.make_model()
+        clip = self.model[1] if self.kind == "" else self.add("OtherWan", folder=self.folder, shift=SHIFT)[1]
         self.latent = self.add("OtherLatent", seed=1, shape="1,16,3,4,6")
         self.words = self.add(
             "FateZeroPromptEdit", clip=clip, source=SOURCE, target=self.target, mode="refine", blend_source="",
@@ -39,7 +45,7 @@ class WanKindGraph(Graph):
         )  # fmt: skip
         empty = self.add("CLIPTextEncode", clip=clip, text="")
         self.source, self.positive, self.negative = (
-            self.add("WanInputs", conditioning=one, kind=self.kind) for one in (self.words[0], self.words[1], empty[0])
+            self.with_inputs(one) for one in (self.words[0], self.words[1], empty[0])
         )
         self.invert = self.add(
             "FateZeroInvert", model=self.model[0], source=self.source[0], latent=self.latent[0], steps=STEPS,
@@ -49,6 +55,12 @@ class WanKindGraph(Graph):
             "FateZeroSampler", model=self.model[0], positive=self.positive[0], negative=self.negative[0],
             store=self.invert[1], prompt_edit=self.words[2], guidance=GUIDANCE, preset="style",
         )  # fmt: skip
+
+    def make_model(self) -> Node:
+        return self.add("WanKind", kind=self.kind)
+
+    def with_inputs(self, prompt) -> Node:
+        return self.add("WanInputs", conditioning=prompt, kind=self.kind)
 
     def both(self, model) -> None:
         self.set(self.invert, model=model)
@@ -106,6 +118,71 @@ def test_a_mask_of_ones_is_no_self_fusion_and_of_zeros_the_sources(host, graph):
     assert relative(zeros, source) < 1e-5
     assert relative(ones, edited(host, graph)) < 1e-5
     assert relative(zeros, ones) > 1e-3
+
+
+@dataclass
+class FolderGraph(WanKindGraph):
+    """With the weights and inputs of a folder."""
+
+    def make_model(self) -> Node:
+        return self.add("WanFolder", folder=self.folder, shift=SHIFT)
+
+    def with_inputs(self, prompt) -> Node:
+        return self.add("WanFolderInputs", conditioning=prompt, folder=self.folder)
+
+
+def host_schedule(steps: int) -> FlowSchedule:
+    """The host's "simple" sigmas."""
+    u = torch.arange(1, 1001) / 1000
+    table = SHIFT * u / (1 + (SHIFT - 1) * u)
+    sigmas = torch.stack([*(table[-(1 + int(i * 1000 / steps))] for i in range(steps)), torch.zeros(())])
+    return FlowSchedule.of(tuple((1000 * sigmas[:-1].double()).tolist()), sigmas.flip(0))
+
+
+@pytest.fixture(
+    scope="module", params=[lambda folder: write_wan_i2v(folder, "2.2"), write_wan_vace], ids=["i2v", "vace"]
+)
+def of_folder(request, tmp_path_factory):
+    """A model of diffusers' for a clip, with its inputs for the host."""
+    folder = request.param(tmp_path_factory.mktemp("both"))
+    found = replace(open_model(str(folder)), low_noise=None, boundary=None)
+    pictures = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    found = found.for_clip(ClipFacts((3, 16, 4, 6), 8.0, lambda: iter(pictures)))
+    save_file({name: value.contiguous() for name, value in found.inputs.items()}, folder / "inputs.safetensors")
+    return found, folder
+
+
+@pytest.mark.parametrize(
+    ("preset", "memory"),
+    [
+        ("style", "recompute"),
+        ("style+", "queries_keys"),
+        ("attribute+", "recompute"),
+        ("shape+", "recompute"),
+        ("shape", "queries_keys"),
+    ],
+)
+def test_both_hosts_agree(host, of_folder, preset, memory):
+    model, folder = of_folder
+    graph = FolderGraph(folder=str(folder))
+    graph.set(graph.words, blend_source="square", blend_target="striped")
+    graph.set(graph.edit, preset=preset)
+    graph.set(graph.invert, memory=memory)
+    schedule = {"schedule": lambda self, steps: host_schedule(steps)}
+    denoiser = type("Hosts", (type(model.denoiser),), schedule)(model)
+    config = model.vae.config
+    mean, deviation = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    given = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    latents = (given[0].transpose(0, 1) - mean) / deviation
+    texts = (model.encode_prompt(text, 48, 32) for text in (SOURCE, TARGET, ""))
+    source, target, empty = (replace(text, embeddings=10 * text.embeddings) for text in texts)
+    inversion = invert(denoiser, latents, source, STEPS, memory=memory)
+    recipe = Recipe.of_preset(preset, SOURCE, TARGET)
+    pair = PromptEdit(SOURCE, TARGET, model.tokenizer, blend_words=(["square"], ["striped"]))
+    ours = edit(denoiser, inversion, target, empty, GUIDANCE, pair, recipe.injection)
+    theirs = (edited(host, graph)[0].transpose(0, 1) - mean) / deviation
+    assert relative(theirs, ours) < 1e-4
+    assert relative(ours, latents) > 1e-2
 
 
 def from_the_clip(graph) -> None:

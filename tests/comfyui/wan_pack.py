@@ -3,13 +3,18 @@
 The host loads this file as a pack of its own, independent of the tests.
 """
 
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.latent_formats
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
 import torch
 from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import load_file
 
 SMALL = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 24, "ffn_dim": 24, "num_heads": 2, "num_layers": 2,
@@ -64,6 +69,58 @@ class WanKind(io.ComfyNode):
             parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
         cpu = torch.device("cpu")
         return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
+
+
+@node("WanFolder", [io.String.Input("folder"), io.Float.Input("shift")], [io.Model.Output(), io.Clip.Output()])
+class WanFolder(io.ComfyNode):
+    """The transformer and text encoder of a Wan folder of diffusers' with other inputs."""
+
+    @classmethod
+    def execute(cls, folder, shift):
+        folder, find = Path(folder), lambda end: sys.modules[next(name for name in sys.modules if name.endswith(end))]
+        about = json.loads((folder / "transformer" / "config.json").read_text())
+        weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        kind = "WAN21_Vace" if "vace_layers" in about else "WAN21_I2V"
+        more = {} if kind == "WAN21_I2V" else {
+            "model_type": "vace", "vace_layers": len(about["vace_layers"]), "vace_in_dim": about["vace_in_channels"]
+        }  # fmt: skip
+        config = getattr(comfy.supported_models, kind)({
+            **SMALL, "dim": about["num_attention_heads"] * about["attention_head_dim"], "ffn_dim": about["ffn_dim"],
+            "num_heads": about["num_attention_heads"], "num_layers": about["num_layers"],
+            "in_dim": about["in_channels"], "freq_dim": about["freq_dim"], "eps": about["eps"], **more,
+        })  # fmt: skip
+        config.sampling_settings = {"shift": shift}
+        config.set_inference_dtype(torch.float32, None)
+        model, original = config.get_model({}), find("fatezero-video.models.wan").original_name
+        model.diffusion_model.load_state_dict({renamed(original, name): weight for name, weight in weights.items()})
+        cpu = torch.device("cpu")
+        clip = find("fatezero-video.hosts.comfyui.demo_video").wan_clip(folder)
+        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu), clip)
+
+
+def renamed(original, name):
+    """The name in the host of a weight of diffusers'."""
+    if not name.startswith("vace_blocks."):
+        return original(name)
+    name = name.removeprefix("vace_").replace("proj_out", "after_proj").replace("proj_in", "before_proj")
+    return "vace_" + original(name)
+
+
+@node("WanFolderInputs", [io.Conditioning.Input("conditioning"), io.String.Input("folder")], [io.Conditioning.Output()])
+class WanFolderInputs(io.ComfyNode):
+    """A prompt with a larger effect, and the inputs of a folder's `inputs.safetensors`, in the model's scale."""
+
+    @classmethod
+    def execute(cls, conditioning, folder):
+        inputs, latents = load_file(Path(folder) / "inputs.safetensors"), comfy.latent_formats.Wan21()
+        if "picture" in inputs:
+            mask, picture = inputs["picture"][:, :4], inputs["picture"][:, 4:]
+            more = {"concat_latent_image": latents.process_out(picture), "concat_mask": 1 - mask}
+        else:
+            clips, mask = inputs["control"][:, :32].split(16, 1), inputs["control"][:, 32:]
+            more = {"vace_frames": [torch.cat([latents.process_out(one) for one in clips], 1)], "vace_mask": [mask],
+                    "vace_strength": [1.0]}  # fmt: skip
+        return io.NodeOutput([[10 * text, {**own, **more}] for text, own in conditioning])
 
 
 def inputs_of(kind):
@@ -173,7 +230,7 @@ class WanFusedLoop(io.ComfyNode):
 
 class Wan(ComfyExtension):
     async def get_node_list(self):
-        return [WanKind, WanInputs, WanFusedLoop]
+        return [WanKind, WanFolder, WanFolderInputs, WanInputs, WanFusedLoop]
 
 
 async def comfy_entrypoint():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 
+from fatezero.hosts.diffusers.causal import TimeTiles
 from fatezero.hosts.diffusers.checkpoint import CheckpointError, kind_of
 from fatezero.hosts.diffusers.wan import WanCheckpoint
 from tests.wan import write_wan
@@ -59,3 +60,43 @@ def test_tiles_if_memory_is_short(folder, monkeypatch):
 def test_a_folder_of_another_kind(tmp_path):
     with pytest.raises(CheckpointError, match="without a Wan transformer"):
         WanCheckpoint.load("demo")
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("frames", [1, 7, 9])
+def test_the_parts_of_a_clip_are_coded_as_the_whole_clip(folder, frames, tiled):
+    """Also in tiles of large frames, each with its own state."""
+    model = WanCheckpoint.load(str(folder))
+    if tiled:
+        model.vae.enable_tiling(32, 32, 24, 24)
+    clip = torch.rand(frames, 3, 32, 48)
+    whole = model.encode_clip(clip)
+    assert torch.equal(model.encode_parts(clip.split(4)), whole)
+    parts = list(model.decode_parts(whole, frames))
+    assert [len(part) for part in parts][:2] == [1, 4][: len(parts)]
+    assert torch.equal(torch.cat(parts), model.decode_clip(whole, frames))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_the_parts_of_a_clip_by_wan_2_2s_autoencoder(tiled):
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4, temperal_downsample=[False, True, True],
+    ).eval().requires_grad_(False)  # fmt: skip
+    if tiled:
+        vae.enable_tiling(64, 64, 48, 48)
+    clip = torch.rand(1, 3, 9, 96, 160) * 2 - 1
+    whole, tiles = vae.encode(clip).latent_dist.mean, TimeTiles(vae)
+    assert torch.equal(torch.cat([tiles.encode(clip[:, :, a:b]) for a, b in ((0, 1), (1, 5), (5, 9))], 2), whole)
+    tiles = TimeTiles(vae)
+    assert torch.equal(torch.cat([tiles.decode(z) for z in whole.split(1, 2)], 2), vae.decode(whole).sample)
+
+
+def test_the_demos_frames_are_coded_one_by_one():
+    model = WanCheckpoint.load("demo-wan")
+    clip = torch.rand(3, 3, 64, 64)
+    latents = model.encode_parts(clip.split(2))
+    assert torch.equal(latents, model.encode_clip(clip))
+    assert torch.equal(torch.cat(list(model.decode_parts(latents, 3))), model.decode_clip(latents, 3))
