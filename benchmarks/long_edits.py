@@ -184,8 +184,8 @@ def write() -> None:
 
 
 INTRODUCTION = """Edits of a colour or a texture in scenes whose object moves back and forth, on the demo's Wan, which
-was trained on clips of 16 frames (`python benchmarks/long_edits.py`). Jump at borders: of the edit's error from frame to
-frame where a window begins or ends, relative to the other frames. Colour (of 255) and sharpness (%) of the edited
+was trained on clips of 16 frames (`python benchmarks/long_edits.py`). Jump at borders: of the edit's error from frame
+to frame where a window begins or ends, relative to the other frames. Colour (of 255) and sharpness (%) of the edited
 object and of the rest: slope a hundred frames. Look: deviation of the object's mean colour between windows, and from
 frame to frame within one. In brackets: 95 % of Student's t over scenes.
 

@@ -33,7 +33,7 @@ class HookedLTX(HookedBlocks):
     family = LTX2
     container = "transformer_blocks"
     attention = {"self": "attn1", "cross": "attn2"}
-    reads = READ | {"frame_rate", "latent_shapes"}
+    reads = READ | {"frame_rate", "latent_shapes", "ref_audio"}
     reads_latents = True
     always = False
 
@@ -93,5 +93,6 @@ FAMILY = HostFamily(
     count_layers=lambda model: 2 * len(model.model.diffusion_model.transformer_blocks),
     tokenizer=_tokenizer,
     text_tokens=_text_tokens,
+    takes=lambda model: frozenset({"ref_audio"}),  # tokens of the sound, whose attention is the model's own
     frame_dim=None,
 )

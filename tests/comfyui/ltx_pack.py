@@ -206,9 +206,19 @@ class LTXKeyframes(io.ComfyNode):
         )
 
 
+@node("LTXReference", [io.Conditioning.Input("conditioning"), io.Int.Input("seed")], [io.Conditioning.Output()])
+class LTXReference(io.ComfyNode):
+    """A prompt with a reference sound, as of LTXV Reference Audio."""
+
+    @classmethod
+    def execute(cls, conditioning, seed):
+        sound = {"ref_audio": {"tokens": random_values(seed, 1, 3, 128)}}
+        return io.NodeOutput([[text, {**more, **sound}] for text, more in conditioning])
+
+
 class LTX(ComfyExtension):
     async def get_node_list(self):
-        return [] if NestedTensor is None else [LTXModel, LTXLoader, LTXFolder, LTXLatent, LTXKeyframes]
+        return [] if NestedTensor is None else [LTXModel, LTXLoader, LTXFolder, LTXLatent, LTXKeyframes, LTXReference]
 
 
 async def comfy_entrypoint():

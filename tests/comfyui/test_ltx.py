@@ -230,6 +230,27 @@ def test_other_packs_take_effect(host, graph, kind):
         assert relative(video_and_sound(host, graph, graph.edit[0])[0], plain) > 1e-3
 
 
+@pytest.mark.parametrize("preset", ["style", "shape+"])
+def test_a_reference_sound_is_left_to_the_model(host, graph, preset):
+    graph.set(graph.invert, sound="edit")
+    graph.set(graph.edit, preset=preset)
+    plain = video_and_sound(host, graph, graph.edit[0])
+    of_source, of_target, other = (
+        graph.add("LTXReference", conditioning=prompt, seed=seed)
+        for prompt, seed in ((graph.words[0], 5), (graph.words[1], 5), (graph.negative[0], 5))
+    )
+    graph.set(graph.invert, source=of_source[0])
+    graph.set(graph.edit, positive=of_target[0], negative=other[0])
+    found = video_and_sound(host, graph, graph.edit[0])
+    assert relative(found[1], plain[1]) > 1e-3
+    separate = graph.add("OtherSeparateCalls", model=graph.model[0])
+    graph.both(separate[0])
+    for ours, theirs in zip(video_and_sound(host, graph, graph.edit[0]), found, strict=True):
+        assert relative(ours, theirs) < 1e-5
+    inverted = video_and_sound(host, graph, graph.invert[0])
+    assert all(torch.isfinite(part).all() for part in inverted)
+
+
 def guided_clip(graph):
     """A prompt with a guide (LTXV Add Guide)."""
     guide = graph.add("LTXKeyframes", conditioning=graph.words[0])
