@@ -314,6 +314,7 @@ LONG = (
     Method("FateZero+, TokenFlow", plus=True, propagation=FLOW),
     Method("FateZero+, flow smoothing", plus=True, smoothing=0.8),
     Method("FateZero+, flow smoothing, steady", plus=True, smoothing=0.8, steady=0.8),
+    Method("FateZero+, flow smoothing 0.9, steady 0.9", plus=True, smoothing=0.9, steady=0.9),
     Method("FateZero+, TokenFlow, flow smoothing", plus=True, propagation=FLOW, smoothing=0.8),
 )
 """Rows on temporal consistency, for clips of 16 frames and more."""

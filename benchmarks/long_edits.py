@@ -189,10 +189,10 @@ to frame where a window begins or ends, relative to the other frames. Colour (of
 object and of the rest: slope a hundred frames. Look: deviation of the object's mean colour between windows, and from
 frame to frame within one. In brackets: 95 % of Student's t over scenes.
 
-- No drift: every slope's interval holds zero.
+- No drift is visible: every slope's interval holds zero; with few scenes, the intervals are wide.
 - Seams: with an overlap of a quarter the mean jump at borders is at most 1.1, but 1.46 in the worst scene. An overlap
   of half a window brings it to 1.1 in that scene, for 1.4 times the calls.
-- The object's look differs less between windows than within one, so windows have no common anchor frames."""
+- The mean colour of the object differs less between windows than within one. More of its look was not measured."""
 
 
 def main() -> None:

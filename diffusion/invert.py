@@ -90,10 +90,10 @@ class InversionSettings:
     )  # fmt: skip
     window_frames: int | None = setting(
         None,
-        "Frames of the video in one call of the model, where frames depend on each other: on a video transformer, with "
-        "temporal layers, neighbours or clip_norm. A longer clip runs in overlapping windows, whose predictions are "
-        "blended at each step, with weights that fall towards a window's ends. Memory follows the window.",
-        least=1, unit="frames", shown="the length of the model's training clips, if it has one", group="This run",
+        "Frames of the video in a model call. A longer clip runs in overlapping windows, whose predictions are blended "
+        "at each step, with weights that fall towards a window's ends: on a video transformer, with temporal layers, "
+        "neighbours or clip_norm. Memory follows the window.",
+        least=1, unit="frames", shown="the model's training length, if it has one", group="This run",
     )  # fmt: skip
     window_overlap: int | None = setting(
         None, "Frames that neighbouring windows share.", least=1, unit="frames", shown="a quarter of a window",

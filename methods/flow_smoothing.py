@@ -30,7 +30,7 @@ class FlowSmoothing:
     amount: float = setting(
         0.8,
         "Share of the edit that each frame takes from its neighbours along the source's motion; 0 is off. Lowers the "
-        "warp error, but loses right frames, most of all in edits of shape.",
+        "warp error, but can lose frames of edits that change a shape.",
         least=0, most=1, step=0.01, group=GROUP,
     )  # fmt: skip
     motion: Motion | None = field(default=None, compare=False)
