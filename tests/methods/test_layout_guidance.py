@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fatezero import generate
 from fatezero.attention.condition import Condition
 from fatezero.attention.control import AttentionSite, Control
-from fatezero.attention.key_frames import Chunk, ClipCalls, KeyFrames
+from fatezero.attention.key_frames import Chunk, ClipCalls, KeyFrames, Windows
 from fatezero.attention.masks import token_heat
 from fatezero.demo.model import build_scheduler
 from fatezero.diffusion.word_attention import WordAttention
@@ -153,7 +153,7 @@ def test_independent_frames_have_independent_gradients_in_chunks():
         changed[1] += 1
         _, other = energy_of(denoiser, changed, layout)
         in_chunks = energy_gradient(
-            denoiser, z, 401, Condition.of(random_text(2), "text"), layout, ClipCalls(SELF, chunk_frames=1)
+            denoiser, z, 401, Condition.of(random_text(2), "text"), layout, ClipCalls(SELF, windows=Windows(1))
         )
     assert torch.allclose(other[[0, 2]], gradient[[0, 2]], atol=1e-12)
     assert not torch.allclose(other[1], gradient[1])
