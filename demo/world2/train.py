@@ -66,6 +66,11 @@ class Settings:
     part: int = 25
     minutes: float | None = None
 
+    def plan(self, name: str, state: Path) -> Plan:
+        """The training of the UNet or of the transformer."""
+        steps, rate = (self.unet_steps, self.unet_rate) if name == "unet" else (self.steps, self.rate)
+        return Plan(name, state, steps, rate, self.average, self.save_every, minutes=self.minutes)
+
     def on_cpu(self) -> Settings:
         return replace(
             self, vae_steps=700, vae_batch=4, crops=3_000, pictures=16_000, clips=800, first=1_000, grow=250,
@@ -126,10 +131,12 @@ def train_vae(crops: Tensor, state: Path, settings: Settings, device: torch.devi
 # --- the painters -----------------------------------------------------------------------
 
 
-def grown(settings: Settings, most: int, step: int, share: int) -> int:
-    """The number of scenes that a step may choose from: whole files."""
-    count = min(most, settings.first + share * (step // settings.grow))
-    return math.ceil(count / share) * share
+def grown(latents: Latents, settings: Settings, step: int) -> int:
+    """The number of scenes that a step may choose from, whole files, which are rendered if they are not yet."""
+    share, most = latents.part * latents.parts, settings.clips if latents.clips else settings.pictures
+    count = math.ceil(min(most, settings.first + share * (step // settings.grow)) / share) * share
+    latents.grow(count)
+    return count
 
 
 class Captions:
@@ -163,13 +170,10 @@ def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch
     reader = ShapeReader(live.unet.up_blocks[0], live.unet.config["block_out_channels"][-1]).to(device)
     captions = Captions(pictures, lambda texts: (demo.token_ids(tokenizer, texts),))
     alphas = demo.build_scheduler().alphas_cumprod.to(device)
-    share = pictures.part * pictures.parts
-    pictures.grow(grown(settings, settings.pictures, 0, share))
+    grown(pictures, settings, 0)
 
     def error_of(step: int) -> Tensor:
-        count = grown(settings, settings.pictures, step, share)
-        pictures.grow(count)
-        chosen, random = batch_of(settings.seed + 3, step, settings.unet_batch, count)
+        chosen, random = batch_of(settings.seed + 3, step, settings.unet_batch, grown(pictures, settings, step))
         latents, owners = (x[:, 0].to(device) for x in pictures.at(chosen))
         noise = torch.randn(latents.shape, generator=random).to(device)
         t = torch.randint(1000, (len(latents),), generator=random)
@@ -185,13 +189,8 @@ def train_unet(pictures: Latents, state: Path, settings: Settings, device: torch
         (weighted.mean() + READING * reading).backward()
         return error.mean().detach()
 
-    plan = Plan(
-        "unet", state / "painter.safetensors", settings.unet_steps, settings.unet_rate, settings.average,
-        settings.save_every, minutes=settings.minutes,
-    )  # fmt: skip
-    train_weights(named(live, reader), plan, error_of, report)
-    reader.remove()
-    return live.eval()
+    train_read(live, reader, settings.plan("unet", state / "painter.safetensors"), error_of, report)
+    return live
 
 
 def train_transformer(
@@ -203,18 +202,16 @@ def train_transformer(
     live = VideoPainter(tokenizer, build_transformer()).to(device).train()
     blocks = live.transformer.blocks
     reader = ShapeReader(blocks[len(blocks) // 2], 160).to(device)
-    for data, most in ((pictures, settings.pictures), (clips, settings.clips)):
-        data.grow(grown(settings, most, 0, data.part * data.parts))
+    for data in (pictures, clips):
+        grown(data, settings, 0)
     sets = {data: Captions(data, partial(video_model.token_ids, tokenizer)) for data in (pictures, clips)}
 
     def error_of(step: int) -> Tensor:
         random = torch.Generator().manual_seed(settings.seed * 10_000_019 + step)
         shares = SHARES[step >= settings.steps / 2]
         length = LENGTHS[int(torch.multinomial(torch.tensor(shares), 1, generator=random))]
-        data, most = (pictures, settings.pictures) if length == 1 else (clips, settings.clips)
-        count = grown(settings, most, step, data.part * data.parts)
-        data.grow(count)
-        chosen = torch.randint(count, (max(settings.frames // length, 1),), generator=random)
+        data = pictures if length == 1 else clips
+        chosen = torch.randint(grown(data, settings, step), (max(settings.frames // length, 1),), generator=random)
         latents, owners = data.at(chosen)
         first = int(torch.randint(latents.shape[1] - length + 1, (), generator=random))
         x = latents[:, first : first + length].transpose(1, 2).to(device)
@@ -230,17 +227,18 @@ def train_transformer(
         ((area_weight(owners)[:, None] * error).mean() + READING * reading).backward()
         return error.mean().detach()
 
-    plan = Plan(
-        "transformer", state / "transformer.safetensors", settings.steps, settings.rate, settings.average,
-        settings.save_every, minutes=settings.minutes,
-    )  # fmt: skip
-    train_weights(named(live, reader), plan, error_of, report)
+    train_read(live, reader, settings.plan("transformer", state / "transformer.safetensors"), error_of, report)
+    return live, tokenizer
+
+
+def train_read(
+    live: nn.Module, reader: ShapeReader, plan: Plan, error_of: Callable[[int], Tensor], report: Report
+) -> None:
+    """Train networks together with the reader of shapes in them, which is then removed."""
+    weights = dict(live.named_parameters()) | {f"reader.{name}": p for name, p in reader.named_parameters()}
+    train_weights(weights, plan, error_of, report)
     reader.remove()
-    return live.eval(), tokenizer
-
-
-def named(live: nn.Module, reader: ShapeReader) -> dict[str, nn.Parameter]:
-    return dict(live.named_parameters()) | {f"reader.{name}": p for name, p in reader.named_parameters()}
+    live.eval()
 
 
 # --- the whole --------------------------------------------------------------------------

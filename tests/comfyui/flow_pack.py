@@ -4,10 +4,11 @@ The host loads this file as a pack of its own, independent of the tests.
 """
 
 import gc
+import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
-import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
@@ -16,6 +17,9 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).resolve().parent))  # of the tests
+from pack_parts import node, patcher_of, random_model, random_values
 
 try:
     from comfy.nested_tensor import NestedTensor
@@ -113,23 +117,6 @@ CLIP = (1, 16, 3, 4, 6)
 KIND = io.Combo.Input("kind", options=list(CLASSES))
 
 
-def random_values(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def node(name, inputs, outputs):
-    """A class decorator that defines the schema."""
-
-    def of(cls):
-        cls.define_schema = classmethod(
-            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs)
-        )
-        cls.__name__ = name
-        return cls
-
-    return of
-
-
 @node("FlowModel", [KIND, io.Int.Input("seed", default=0)], [io.Model.Output()])
 class FlowModel(io.ComfyNode):
     """A small model with random weights."""
@@ -138,19 +125,12 @@ class FlowModel(io.ComfyNode):
     def execute(cls, kind, seed=0):
         name, config = CLASSES[kind]
         config = getattr(comfy.supported_models, name)(dict(config))
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({})
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.diffusion_model.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            inputs = parameter.shape[1:].numel()
-            parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
+        model = random_model(config, seed)
         if kind == "sd3":
             model.diffusion_model.pos_embed.copy_(random_values(seed, *model.diffusion_model.pos_embed.shape))
         if kind == "h3":
             model.diffusion_model.rope.inv_freq.copy_(1 / 10 ** torch.linspace(0, 3, 8))
-        cpu = torch.device("cpu")
-        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
+        return io.NodeOutput(patcher_of(model))
 
 
 @node("FlowText", [KIND, io.Int.Input("seed")], [io.Conditioning.Output()])
@@ -360,9 +340,7 @@ class JointModel(io.ComfyNode):
         model.diffusion_model.load_state_dict(tensors)
         for parameter in model.diffusion_model.parameters():
             parameter.data *= scale
-        cpu = torch.device("cpu")
-        patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-        return io.NodeOutput(patcher, JointWords(), Pixels("h3"))
+        return io.NodeOutput(patcher_of(model), JointWords(), Pixels("h3"))
 
 
 class JointWords:

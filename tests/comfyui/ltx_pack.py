@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import comfy.latent_formats
-import comfy.model_patcher
 import comfy.supported_models
 import sentencepiece
 import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).resolve().parent))  # of the tests
+from pack_parts import loaded, node, patcher_of, random_model, random_values
 
 try:
     from comfy.nested_tensor import NestedTensor
@@ -45,23 +47,6 @@ NAMES = (
     ("norm_q", "q_norm"), ("norm_k", "k_norm"),
 )  # fmt: skip
 """The names of weights in diffusers and in the host."""
-
-
-def node(name, inputs, outputs):
-    """A class decorator that defines the schema."""
-
-    def of(cls):
-        cls.define_schema = classmethod(
-            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs)
-        )
-        cls.__name__ = name
-        return cls
-
-    return of
-
-
-def random_values(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gemma():
@@ -96,19 +81,12 @@ def of_tokens(text, tokens):
 
 
 def patcher(config, weights=None, seed=0, dtype=torch.float32):
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({})
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.diffusion_model.parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        inputs = parameter.shape[1:].numel()
-        parameter.data = (values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values).to(dtype)
+    model = random_model(config, seed, dtype)
     if weights:
         missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
         assert not unexpected, unexpected
         assert all("connector" in name or "audio" in name for name in missing), missing
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return patcher_of(model)
 
 
 DTYPE = io.Combo.Input("dtype", options=["float32", "bfloat16"], default="float32")
@@ -132,7 +110,7 @@ class LTXLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind):
-        flows = sys.modules[next(name for name in sys.modules if name.endswith("flow_pack"))]
+        flows = loaded("flow_pack")
         return io.NodeOutput(*LTXModel.execute().result, flows.Pixels(kind), flows.Sound(kind))
 
 

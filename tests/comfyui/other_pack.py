@@ -21,6 +21,9 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
 
+sys.path.append(str(Path(__file__).resolve().parent))  # of the tests
+from pack_parts import loaded, node, patcher_of, random_model
+
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -74,7 +77,7 @@ V_PREDICTION = {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tens
 """The weight by which the host recognises that an SD 2.x predicts v."""
 
 
-def random_model(kind):
+def patcher_of_kind(kind):
     known = comfy.supported_models
     config, mark = {
         "sd2": (known.SD20(UNET), {}),
@@ -87,28 +90,7 @@ def random_model(kind):
             {},
         ),
     }[kind]
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model(mark)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.diffusion_model.parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        inputs = parameter.shape[1:].numel()
-        parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
-def node(name, inputs, outputs, **more):
-    """A class decorator that defines the schema."""
-
-    def of(cls):
-        cls.define_schema = classmethod(
-            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs, **more)
-        )
-        cls.__name__ = name
-        return cls
-
-    return of
+    return patcher_of(random_model(config, weights=mark))
 
 
 KIND = io.Combo.Input("kind", options=["sd2", "sd2_v", "sdxl", "flux", "wan_i2v", "wan_vace"])
@@ -120,7 +102,7 @@ class RandomModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind):
-        return io.NodeOutput(random_model(kind))
+        return io.NodeOutput(patcher_of_kind(kind))
 
 
 @node("OtherConditioning", [io.Int.Input("seed"), io.Boolean.Input("pooled")], [io.Conditioning.Output()])
@@ -149,10 +131,10 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, dtype):
-        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui.demo"))
+        pack = loaded("fatezero-video.hosts.comfyui.demo")
         setattr(comfy.cli_args.args, f"{dtype}_unet", True)
         try:
-            return io.NodeOutput(sys.modules[pack].load_demo()[0])
+            return io.NodeOutput(pack.load_demo()[0])
         finally:
             setattr(comfy.cli_args.args, f"{dtype}_unet", False)
 
@@ -171,13 +153,13 @@ class Wan(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, shift, dtype):
-        pack = next(name for name in sys.modules if name.endswith("fatezero-video.hosts.comfyui.demo_video"))
+        pack = loaded("fatezero-video.hosts.comfyui.demo_video")
         folder = Path(folder)
         weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         about = json.loads((folder / "transformer" / "config.json").read_text())
         setattr(comfy.cli_args.args, f"{dtype}_unet", True)
         try:
-            return io.NodeOutput(sys.modules[pack].wan_model(weights, about, shift), sys.modules[pack].wan_clip(folder))
+            return io.NodeOutput(pack.wan_model(weights, about, shift), pack.wan_clip(folder))
         finally:
             setattr(comfy.cli_args.args, f"{dtype}_unet", False)
 
@@ -421,8 +403,7 @@ class Gligen(io.ComfyNode):
             parameter.data = 0.2 * torch.randn(parameter.shape)
             if "alpha" in name:
                 parameter.data.fill_(0.5)
-        cpu = torch.device("cpu")
-        patcher = comfy.model_patcher.ModelPatcher(gligen.eval(), load_device=cpu, offload_device=cpu)
+        patcher = patcher_of(gligen.eval())
         box = (torch.randn(1, 64), 4, 4, 2, 2)
         return io.NodeOutput([[t, {**o, "gligen": ("position", patcher, [box])}] for t, o in positive])
 

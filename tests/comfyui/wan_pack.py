@@ -9,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.latent_formats
-import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
 import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).resolve().parent))  # of the tests
+from pack_parts import loaded, node, patcher_of, random_model, random_values
 
 SMALL = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 24, "ffn_dim": 24, "num_heads": 2, "num_layers": 2,
@@ -36,23 +38,6 @@ MODELS = {
 KIND = io.Combo.Input("kind", options=list(MODELS))
 
 
-def random_values(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def node(name, inputs, outputs):
-    """A class decorator that defines the schema."""
-
-    def of(cls):
-        cls.define_schema = classmethod(
-            lambda _: io.Schema(node_id=name, category="test", inputs=inputs, outputs=outputs)
-        )
-        cls.__name__ = name
-        return cls
-
-    return of
-
-
 @node("WanKind", [KIND, io.Int.Input("seed", default=0)], [io.Model.Output()])
 class WanKind(io.ComfyNode):
     """A small model with random weights."""
@@ -61,14 +46,7 @@ class WanKind(io.ComfyNode):
     def execute(cls, kind, seed=0):
         name, more = MODELS[kind]
         config = getattr(comfy.supported_models, name)({**SMALL, **more})
-        config.set_inference_dtype(torch.float32, None)
-        model, generator = config.get_model({}), torch.Generator().manual_seed(seed)
-        for parameter in model.diffusion_model.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            inputs = parameter.shape[1:].numel()
-            parameter.data = values / inputs**0.5 if parameter.ndim > 1 else 1 + 0.1 * values
-        cpu = torch.device("cpu")
-        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
+        return io.NodeOutput(patcher_of(random_model(config, seed)))
 
 
 @node("WanFolder", [io.String.Input("folder"), io.Float.Input("shift")], [io.Model.Output(), io.Clip.Output()])
@@ -77,7 +55,7 @@ class WanFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, shift):
-        folder, find = Path(folder), lambda end: sys.modules[next(name for name in sys.modules if name.endswith(end))]
+        folder = Path(folder)
         about = json.loads((folder / "transformer" / "config.json").read_text())
         weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         kind = "WAN21_Vace" if "vace_layers" in about else "WAN21_I2V"
@@ -91,11 +69,10 @@ class WanFolder(io.ComfyNode):
         })  # fmt: skip
         config.sampling_settings = {"shift": shift}
         config.set_inference_dtype(torch.float32, None)
-        model, original = config.get_model({}), find("fatezero-video.models.wan").original_name
+        model, original = config.get_model({}), loaded("fatezero-video.models.wan").original_name
         model.diffusion_model.load_state_dict({renamed(original, name): weight for name, weight in weights.items()})
-        cpu = torch.device("cpu")
-        clip = find("fatezero-video.hosts.comfyui.demo_video").wan_clip(folder)
-        return io.NodeOutput(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu), clip)
+        clip = loaded("fatezero-video.hosts.comfyui.demo_video").wan_clip(folder)
+        return io.NodeOutput(patcher_of(model), clip)
 
 
 def renamed(original, name):
