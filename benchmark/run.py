@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo.world2 import cases as world2
+from ..files.bundled import WORLD2
 from ..files.lines import append_lines
 from ..files.whole import whole_file
 from ..hosts.diffusers.checkpoint import Checkpoint, quiet
@@ -41,7 +42,7 @@ class BenchmarkSettings:
 
     seed: of scenes, motions and words. each: number of cases of each of the `kinds`. frames, steps: of every clip and
     edit. pairs: given captions (source, target) instead of random ones. clip: for Tem-Con and Frame-Acc. world: 2 for
-    the harder one, whose `model` is the folder that its training wrote.
+    the harder one, whose `model` is the folder that its training wrote, or the bundled "demo".
     """
 
     seed: int = 2303
@@ -54,6 +55,11 @@ class BenchmarkSettings:
     clip: str = ""
     pairs: tuple[tuple[str, str], ...] = ()
     world: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """The folder of world 2's models."""
+        return WORLD2 if self.model == "demo" else Path(self.model)
 
     @property
     def cases(self) -> Sequence[AnyCase]:
@@ -83,7 +89,7 @@ def check_world(settings: BenchmarkSettings, methods: Sequence[Method]) -> None:
     if settings.world == 1:
         return
     parts = {"unet", *("wan" for method in methods if method.transformer)}
-    if lacking := sorted(part for part in parts if not (Path(settings.model) / part).is_dir()):
+    if lacking := sorted(part for part in parts if not (settings.folder / part).is_dir()):
         raise ValueError(
             f"model {settings.model!r} has no folder {lacking[0]!r}: world 2 needs the folder that "
             "`python -m fatezero.demo.world2.train` wrote"
@@ -181,14 +187,14 @@ class _Worker:
 
     def __init__(self, settings: BenchmarkSettings, device: str) -> None:
         with quiet():
-            folder = settings.model if settings.world == 1 else str(Path(settings.model) / "unet")
+            folder = settings.model if settings.world == 1 else str(settings.folder / "unet")
             self.checkpoint = Checkpoint.load(folder, torch.device(device))
         self.settings = settings
         self.clip = ClipScorer.load(settings.clip, device, not hub_is_online()) if settings.clip else None
 
     def run(self, job: Job) -> Done:
         case, names = job
-        video = None if self.settings.world == 1 else Path(self.settings.model) / "wan"
+        video = None if self.settings.world == 1 else self.settings.folder / "wan"
         trial = Trial(self.checkpoint, case, self.settings.steps, self.settings.guidance_scale, video)
         rows: list[Row] = []
         strips = {

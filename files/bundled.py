@@ -12,5 +12,7 @@ FEW_STEPS = DEMO.parent / "wan" / "few_steps.safetensors"
 """A LoRA for the demo's video model in few steps without guidance."""
 LORAS = {"demo-few-steps": FEW_STEPS}
 """The bundled LoRAs by name."""
+WORLD2 = DEMO.parent / "world2"
+"""The folder of the models of world 2."""
 CLIP = DEMO.parent / "clip.mp4"
 """The demo's clip."""
