@@ -193,11 +193,12 @@ def edited(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
             alike.setdefault((m.layers, m.tuned, m.transformer, m.lora), []).append(m)
     for (layers, steps, transformer, lora), of_model in alike.items():
         own = trial.on_transformer(lora) if transformer else trial.tuned(layers, steps) if layers else trial
-        found |= _edited_on_one_model(own, of_model)
+        found |= edited_alike(own, of_model)
     return found
 
 
-def _edited_on_one_model(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
+def edited_alike(trial: Trial, methods: Sequence[Method]) -> dict[str, Tensor]:
+    """The latents of every method, all on the trial's model."""
     found: dict[str, Tensor] = {}
     passes: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:

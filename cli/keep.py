@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention.masks import GivenMask, changed_latents
-from ..imports import torch
+from ..imports import av, torch
 from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
-from ..video.orientation import SQUARE, Display, Orientation, display_matrix
+from ..video.orientation import SQUARE, Display, Mastering, Orientation, display_matrix
 from ..video.read import VideoSource
 from ..video.region import Region
 from ..video.restore import NO_SIDES, Feather, feather, placed, reach_of, restored_frames
@@ -21,7 +22,6 @@ from .config.settings import ConfigError, EditConfig
 from .region import Windowed, check_region
 
 if TYPE_CHECKING:
-    import av
     from torch import Tensor
 
     from ..hosts.diffusers.model import Model
@@ -100,13 +100,13 @@ def original_of(clip: FittedVideo | None, config: EditConfig, mask: GivenMask | 
     if clip is None or not keeps_pixels(config, True):
         return None
     source = clip.source.whole if isinstance(clip.source, Windowed) else clip.source
-    return Original(clip, mask, *_form_of(source or clip.source, clip.cut, path))
+    return Original(clip, mask, *_form_of(source or clip.source, clip.cut, path, config.lossless))
 
 
-def _form_of(source: VideoSource, cut: Box, path: str) -> tuple[Form | None, str]:
+def _form_of(source: VideoSource, cut: Box, path: str, lossless: bool) -> tuple[Form | None, str]:
     """How a source's stored frames with an edit are written to a path, and what is lost."""
     from ..video.colour import has_alpha
-    from ..video.planes import box_of, depth_of, planar
+    from ..video.planes import box_of, depth_of, planar, retagged
 
     first, is_video = next(source.stored()), not is_sequence(path) and path.lower().endswith(METADATA_SUFFIXES)
     stored, rgb = planar(first), "the edit is laid over 8-bit RGB"
@@ -116,14 +116,30 @@ def _form_of(source: VideoSource, cut: Box, path: str) -> tuple[Form | None, str
         return None, f"{path} cannot be transparent and shows the background: write .webm, .mov, .mkv or .png pictures"
     deep_rgb = stored.format.is_rgb and depth_of(stored) > 8
     if not (has_alpha(stored) or deep_rgb or (is_video and source.index is not None)):
-        return None, ""
+        size = source.size[0] - cut[0] - cut[2], source.size[1] - cut[1] - cut[3]
+        return None, _lost(path, av.VideoFrame(*size, "gbrp"), None) if is_video else ""
     if not is_video and deep_rgb and not has_alpha(stored) and not path.lower().endswith((".png", "/", "\\")):
         return None, f"{path} has 8 bits: write .png pictures or .mkv"
     box = box_of(first, cut, source.size)
     if box is None:
         return None, f"crop cuts through stored pixels, so {rgb}: use multiples of 2 and square pixels"
     aspect = source.index.aspect if source.index is not None else Fraction(1)
-    return Form(cut, box, Display(aspect, display_matrix(first)), not is_video), ""
+    display = Display(aspect, display_matrix(first), Mastering.of(first))
+    left = av.VideoFrame(first.width - box[0] - box[2], first.height - box[1] - box[3], stored.format.name)
+    retagged(left, stored)
+    lost = _lost(path, left, display.mastering if lossless else None) if is_video else ""
+    return Form(cut, box, display, not is_video), lost
+
+
+def _lost(path: str, frame: av.VideoFrame, mastering: Mastering | None) -> str:
+    """What a video file of frames like one loses. mastering: of HDR, if it is written losslessly."""
+    from ..video.encoders import pads
+
+    if pads(Path(path).suffix.lower(), frame):
+        return f"{path} gets a column or row more, because the format has no odd sizes: write .mp4 or .mkv"
+    if mastering is not None and path.lower().endswith(".mkv"):
+        return f"{path} loses the mastering metadata of HDR, which FFV1 lacks: write .mp4"
+    return ""
 
 
 def recorded_with(config: EditConfig, original: Original | None) -> EditConfig:

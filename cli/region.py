@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from ..methods.flow_mask import area_of_prompts
 from ..models.family import frames_of_latents
 from ..video.fitted import FittedVideo
 from ..video.read import VideoSource
-from ..video.region import Region, region_of
+from ..video.region import Region, region_of, searched_region
 from ..video.restore import placed
 from ..video.size import resize_to_fill, to_unit
 from .config.settings import OBJECTS, ConfigError, EditConfig, of_setting
@@ -58,7 +58,8 @@ def in_region(config: EditConfig, video: VideoSource) -> VideoSource:
         return video
     check_edit_mask(config, len(video))
     with of_setting("edit_mask"):
-        return _window(config, video, (frame[..., 0] / 255 for frame in _masks(config, video)))
+        masks = (frame[..., 0] / 255 for frame in _masks(config, video))
+        return _windowed(video, region_of(masks, _aspect(config)))
 
 
 def in_region_of_prompts(
@@ -71,19 +72,23 @@ def in_region_of_prompts(
     config = configs[0]
     if config.region == "none" or config.edit_mask:
         return video
-    clip = fit_frames(replace(config, size=None), video, model.multiple, model.native_size)
-    whole = for_clip(model, shape_of(clip, model), clip.fps, clip.frames)
-    source, *targets = (
-        whole.encode_prompt(text, *clip.size, whole.blocks(text))
-        for text in (config.source, *(c.target for c in configs))
-    )
-    latents = encode(whole, clip, lambda done, total: None).to(whole.device)
-    area = area_of_prompts(whole.denoiser, latents, source, targets, config.steps, config.keys).cpu()
-    frames = (area[i] for i in frames_of_latents(len(clip), whole.frames_per_latent))
-    found = _window(config, video, (_on_source(mask, clip.size, video.size) for mask in frames))
-    width, height = found.size
-    session.say(f"region: {width}x{height} pixels of {video.size[0]}x{video.size[1]}, where the prompts disagree")
-    return found
+    aspect, whole = _aspect(config), video.size
+
+    def area(region: Region) -> Iterator[Tensor]:
+        window = _windowed(video, region)
+        clip = fit_frames(replace(config, size=None), window, model.multiple, model.native_size)
+        own = for_clip(model, shape_of(clip, model), clip.fps, clip.frames)
+        texts = (config.source, *(one.target for one in configs))
+        source, *targets = (own.encode_prompt(text, *clip.size, own.blocks(text)) for text in texts)
+        latents = encode(own, clip, lambda done, total: None).to(own.device)
+        found = area_of_prompts(own.denoiser, latents, source, targets, config.steps, config.keys).cpu()
+        for i in frames_of_latents(len(clip), own.frames_per_latent):
+            yield _on_source(found[i], clip.size, window.size)
+
+    region = searched_region(area, whole, len(video), aspect)
+    width, height = region.size
+    session.say(f"region: {width}x{height} pixels of {whole[0]}x{whole[1]}, where the prompts disagree")
+    return _windowed(video, region)
 
 
 def _on_source(mask: Tensor, fitted: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -92,9 +97,11 @@ def _on_source(mask: Tensor, fitted: tuple[int, int], size: tuple[int, int]) -> 
     return placed(shown, size)[0]
 
 
-def _window(config: EditConfig, video: VideoSource, masks: Iterable[Tensor]) -> VideoSource:
-    aspect = config.size[0] / config.size[1] if config.size else 1.0
-    region = region_of(masks, aspect)
+def _aspect(config: EditConfig) -> float:
+    return config.size[0] / config.size[1] if config.size else 1.0
+
+
+def _windowed(video: VideoSource, region: Region) -> Windowed:
     own = {one.name: getattr(video, one.name) for one in fields(VideoSource)}
     return Windowed(**{**own, "size": region.size}, whole=video, region=region)
 

@@ -11,6 +11,7 @@ from av.video.reformatter import ColorRange
 
 from ..imports import torch
 from .colour import converted, has_alpha, hdr_kind, tagged, to_rgba, to_yuv
+from .orientation import Mastering
 from .planes import depth_of, frame_of, planes_of, retagged
 
 if TYPE_CHECKING:
@@ -115,19 +116,47 @@ def _padded(frame: av.VideoFrame) -> av.VideoFrame:
     return found
 
 
-def options(codec: str, crf: int | None) -> dict[str, str]:
-    """An encoder's options for a quality of H.264; None for lossless."""
+def pads(suffix: str, given: Frame) -> bool:
+    """Whether frames like one get a row or column more in a file format, which lacks odd sizes."""
+    if encoder_for(suffix, given, False) not in _NO_ODD_SIZES:
+        return False
+    if isinstance(given, torch.Tensor) or given.format.is_rgb:
+        height, width = given.shape[:2] if isinstance(given, torch.Tensor) else (given.height, given.width)
+        return bool(height % 2 or width % 2)
+    return any(_missing(given))
+
+
+def options(codec: str, crf: int | None, mastering: Mastering | None = None) -> dict[str, str]:
+    """An encoder's options for a quality of H.264; None for lossless. mastering: of HDR, for HEVC and AV1."""
     lossless = crf is None
     if codec in ("ffv1", "png", "prores_ks"):
         return {"ffv1": {"level": "3", "slicecrc": "1"}, "prores_ks": {"profile": "4444"}}.get(codec, {})
     if codec == "libx264":
         return {**({"qp": "0"} if lossless else {"crf": str(crf)}), "preset": "medium", **_steady_x264()}
     if codec == "libx265":
-        return {"preset": "medium", "x265-params": f"log-level=none:{'lossless=1' if lossless else f'crf={crf}'}"}
+        how = ["log-level=none", "lossless=1" if lossless else f"crf={crf}", *_light(codec, mastering)]
+        return {"preset": "medium", "x265-params": ":".join(how)}
     if codec == "libsvtav1":
-        how = {"svtav1-params": "lossless=1"} if lossless else {"crf": str(2 * (crf or 0))}
-        return {"preset": "6", **how}
+        how = ["lossless=1"] * lossless + _light(codec, mastering)
+        quality = {} if lossless else {"crf": str(2 * (crf or 0))}
+        return {"preset": "6", **quality, **({"svtav1-params": ":".join(how)} if how else {})}
     return {**({"lossless": "1"} if lossless else {"crf": str(2 * (crf or 0)), "b": "0"}), "row-mt": "1"}
+
+
+_LIGHT = {
+    "libx265": ("master-display", "max-cll", 50000, 10000),
+    "libsvtav1": ("mastering-display", "content-light", 1, 1),
+}
+"""Encoders' names of mastering metadata, and the parts in which they count chromaticities and nits."""
+
+
+def _light(codec: str, mastering: Mastering | None) -> list[str]:
+    """An encoder's parameters for mastering metadata."""
+    if mastering is None:
+        return []
+    display, light, *parts = _LIGHT[codec]
+    found = [f"{display}={mastering.described(*parts)}"]
+    return found if mastering.light is None else [*found, "{}={},{}".format(light, *mastering.light)]
 
 
 def _steady_x264() -> dict[str, str]:

@@ -7,8 +7,9 @@ the mask sets, so that a still mask gets a still window, and a moving one a wind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from ..imports import F, np
@@ -97,6 +98,25 @@ def region_of(masks: Iterable[Tensor], aspect: float = 1.0, around: float = AROU
     size = (min(width, _even(wide)), min(height, _even(high)))
     paths = [_path(own, side, whole) for own, side, whole in zip(spans, size, (width, height), strict=True)]
     return Region(size, tuple(zip(*paths, strict=True)))
+
+
+def searched_region(
+    search: Callable[[Region], Iterable[Tensor]], size: tuple[int, int], count: int, aspect: float = 1.0
+) -> Region:
+    """The window around masks that are searched for: first in whole frames, then once more in the window found there.
+
+    search: the mask of each frame in a region (height, width), at its size; enlarged, a window shows a small object at
+    a higher resolution. size, count: of the frames. aspect: see `region_of`.
+
+    Raises ValueError if nothing is found in the whole frames.
+    """
+    region = Region(size, ((0, 0),) * count)
+    for _ in range(2):
+        found = region_of((region.on_frame(i, mask, size) for i, mask in enumerate(search(region))), aspect)
+        if prod(found.size) >= prod(region.size):
+            break
+        region = found
+    return region
 
 
 def _even(x: float) -> int:

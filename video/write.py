@@ -213,7 +213,9 @@ def _encode(path: Path, frames: Iterable[Frame], how: _Stream) -> None:
     name = encoder_for(path.suffix.lower(), first, how.crf is None)
     with av.open(f"file:{path}", "w", options=settings) as file:
         file.metadata.update(how.metadata)
-        video = cast(av.VideoStream, file.add_stream(name, rate=how.fps, options=options(name, how.crf)))
+        video = cast(
+            av.VideoStream, file.add_stream(name, rate=how.fps, options=options(name, how.crf, how.display.mastering))
+        )
         clock = 1 / how.fps if how.times is None else Fraction(1, _CLOCK)
         track = None
         for i, given in enumerate(chain([first], coming)):

@@ -227,7 +227,7 @@ class EditSettings(
         "none",
         "auto: edit a window that follows edit_mask smoothly, enlarged to the model's size, and lay it over the whole "
         "frames. Small objects get the model's whole resolution. Without edit_mask, it is around the places where the "
-        "predictions for both prompts disagree, which takes 8 more model calls.",
+        "predictions for both prompts disagree, which takes up to 16 more model calls.",
         group=_EDIT,
     )
     lossless: bool = setting(

@@ -25,6 +25,7 @@ from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import READ, HostCondition, check_read
+from .families import family_of
 from .hook import Hook
 from .noise import noise_of
 from .sameness import same_in_place
@@ -115,12 +116,13 @@ class ComfyDenoiser:
 
     @property
     def trained_frames(self) -> int | None:
-        """None if a node on the MODEL needs all frames of a clip."""
+        """None if the MODEL, or a node on it, needs all frames of a clip."""
+        hooked = self._edited.hooked
         try:
             self._edited.check_parts(True)
         except ValueError:
             return None
-        return self._edited.hooked.family.trained_frames
+        return None if family_of(hooked.given).frame_dim is None else hooked.family.trained_frames
 
     @property
     def pairs(self) -> bool:

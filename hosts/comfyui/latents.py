@@ -99,7 +99,12 @@ def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
 
 
 def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
-    """The windows of so many frames of the video, 0 for none; an overlap of 0 is a quarter."""
+    """The windows of so many frames of the video, 0 for the model's own; an overlap of 0 is a quarter.
+
+    Raises ValueError for an overlap without frames.
+    """
+    if overlap and not frames:
+        raise ValueError(f"window_overlap is {overlap}, but window_frames is 0: give both, or leave both at 0")
     chosen = InversionSettings(window_frames=frames or None, window_overlap=overlap or None)
     return chosen.windows(_frames_per_latent(model))
 

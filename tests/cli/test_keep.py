@@ -13,6 +13,7 @@ from PIL import Image
 from fatezero.cli.config.settings import EditConfig
 from fatezero.cli.keep import keeps_pixels
 from fatezero.files.bundled import CLIP
+from fatezero.video.orientation import Mastering
 from fatezero.video.planes import planar, planes_of
 from fatezero.video.read import open_video
 from fatezero.video.stills import save_frame
@@ -89,11 +90,11 @@ def stored_values(video):
         yield (stored.format.name, int(frame.color_trc), int(frame.color_primaries)), planes_of(stored)
 
 
-def written(path, form, codec="ffv1", size=(150, 102), hdr=0):
+def written(path, form, codec="ffv1", size=(150, 102), hdr=0, options=()):
     """A noisy clip whose alpha, if any, falls from left to right."""
     generator = np.random.default_rng(0)
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=8, options={"profile": "4444"} if codec == "prores_ks" else {})
+        stream = file.add_stream(codec, rate=8, options={"profile": "4444"} if codec == "prores_ks" else dict(options))
         stream.width, stream.height, stream.pix_fmt = *size, form
         if hdr:
             context = stream.codec_context
@@ -129,6 +130,8 @@ def pictures(path, form="RGB", deep=False):
 
 
 HLG, PQ = 18, 16
+SCREEN = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
+MASTERED = {"x265-params": f"log-level=none:master-display={SCREEN}:max-cll=1000,400"}
 SLOW = pytest.mark.slow
 
 
@@ -174,12 +177,34 @@ def test_sources_of_every_kind_keep_their_values(command, tmp_path, make, result
             assert corner.mean() > 0.8 if i < 3 else not corner.any()  # alpha stays
 
 
+@pytest.mark.parametrize("result", ["o.mp4", pytest.param("o.webm", marks=SLOW)])
+def test_the_light_of_hdr_stays(command, tmp_path, result):
+    written(tmp_path / "s.mp4", "yuv420p10le", "libx265", hdr=PQ, options=MASTERED)
+    left_mask(tmp_path / "mask.png", (150, 102))
+    command("edit", "s.mp4", *WORDS, "--injection", "none", "--edit-mask", "mask.png", "-o", result)
+    source, made = (Mastering.of(next(open_video(tmp_path / name).stored())) for name in ("s.mp4", result))
+    assert source.light == made.light == (1000, 400)
+    assert source.white == (Fraction(15635, 50000), Fraction(16450, 50000))
+    for name in ("red", "green", "blue", "white", "nits"):
+        assert getattr(made, name) == pytest.approx(getattr(source, name), abs=1e-4)  # AV1 has steps of 2^-16
+
+
 def test_what_a_format_cannot_have_is_noted(command, tmp_path):
     written(tmp_path / "s.mkv", "yuva420p")
     left_mask(tmp_path / "mask.png", (150, 102))
     run = ("edit", "s.mkv", *WORDS, "--injection", "none", "--edit-mask", "mask.png", "--dry-run")
     assert "transparent" in command(*run, "-o", "o.mp4") and ".mov" in command(*run, "-o", "o/f_%d.jpg")
     assert "cannot be transparent" not in command(*run, "-o", "o.webm")
+    written(tmp_path / "odd.mkv", "yuv420p", size=(151, 101))
+    left_mask(tmp_path / "odd.png", (151, 101))
+    odd = ("edit", "odd.mkv", *WORDS, "--injection", "none", "--edit-mask", "odd.png", "--dry-run")
+    assert "no odd sizes" in command(*odd, "-o", "o.mov") and "no odd sizes" not in command(*odd, "-o", "o.mp4")
+    assert "no odd sizes" not in command(*run, "-o", "o.mov")
+    pictures(tmp_path / "p")
+    assert "no odd sizes" in command("edit", "p", *odd[2:], "-o", "o.mov")
+    mastered = written(tmp_path / "hdr.mp4", "yuv420p10le", "libx265", hdr=PQ, options=MASTERED)
+    hdr = ("edit", mastered.name, *run[2:], "--lossless")
+    assert "mastering" in command(*hdr, "-o", "o.mkv") and "mastering" not in command(*hdr, "-o", "o.mp4")
     written(tmp_path / "t.mkv", "yuv420p")
     assert "multiples of 2" in command("edit", "t.mkv", *run[2:], "--crop", "3,0,0,0", "-o", "o.mkv")
 

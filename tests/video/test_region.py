@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fatezero.video.region import Region, region_of
+from fatezero.video.region import Region, region_of, searched_region
 
 
 def moving(at, frames=40, size=(200, 300), side=20):
@@ -35,6 +35,24 @@ def test_a_window_covers_the_mask_without_jitter(name):
     assert [float(cut.sum()) for cut in region.cut(masks)] == [float(mask.sum()) for mask in masks]
     assert np.abs(np.diff(corners, 2, axis=0)).max() <= most
     assert 20 < width <= 40 and 20 < height <= 40
+
+
+def test_a_search_goes_on_in_the_window_that_it_found():
+    true, looked = moving(lambda i: (100 + 2 * i, 50)), []
+
+    def search(region):  # what is found is coarser the larger the window is
+        looked.append(region.size)
+        coarse = region.size[0] // 15
+        grown = torch.nn.functional.max_pool2d(true[:, None], 2 * coarse + 1, 1, coarse)[:, 0]
+        yield from region.cut(grown)
+
+    region = searched_region(search, (300, 200), 40)
+    assert looked[0] == (300, 200) and looked[1][0] < 150 and region.size[0] < looked[1][0] and len(looked) == 2
+    assert [float(cut.sum()) for cut in region.cut(true)] == [400.0] * 40
+    whole = searched_region(lambda region: torch.ones(40, 200, 300), (300, 200), 40)
+    assert whole == Region((300, 200), ((0, 0),) * 40)
+    with pytest.raises(ValueError, match="empty"):
+        searched_region(lambda region: torch.zeros(40, 200, 300), (300, 200), 40)
 
 
 def test_frames_without_an_object_follow_the_others():
