@@ -107,7 +107,10 @@ def measured(long: Long, before: Tensor, after: Tensor, windows: Windows) -> dic
     by_window = [slice(at, at + windows.frames) for at in windows.starts(long.frames)]
     looks = torch.stack([colour[part].mean(0) for part in by_window])
     within = torch.stack([colour[part].std(0) for part in by_window]).mean()
+    alike = (long.order < windows.frames) & (torch.arange(long.frames) >= windows.frames)  # the pictures of the first
+    strayed = (after[alike] - after[long.order[alike]]) * mask[alike]
     return found | {
+        "look": 255 * strayed.square().flatten(1).sum(1).div(3 * mask[alike].flatten(1).sum(1)).sqrt().mean().item(),
         "right": right.mean().item(),
         "right_first": right[by_window[0]].mean().item(),
         "right_last": right[by_window[-1]].mean().item(),
@@ -202,10 +205,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[65, 129, 257])
     parser.add_argument("--window", type=int, default=33)
     parser.add_argument("--overlap", type=int)
+    parser.add_argument("--anchors", type=int, default=0)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--method", choices=METHODS, default="FlowEdit")
     given = parser.parse_args()
-    windows = Windows(given.window, given.overlap)
+    windows = Windows(given.window, given.overlap, given.anchors)
     model = open_model("demo-wan", lora="demo-few-steps" if given.method == "FlowEdit" else None)
     done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     for frames in given.frames:
