@@ -205,11 +205,10 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[65, 129, 257])
     parser.add_argument("--window", type=int, default=33)
     parser.add_argument("--overlap", type=int)
-    parser.add_argument("--anchors", type=int, default=0)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--method", choices=METHODS, default="FlowEdit")
     given = parser.parse_args()
-    windows = Windows(given.window, given.overlap, given.anchors)
+    windows = Windows.of_video(given.window, given.overlap, 1)
     model = open_model("demo-wan", lora="demo-few-steps" if given.method == "FlowEdit" else None)
     done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     for frames in given.frames:
