@@ -157,6 +157,7 @@ FIGURES = {
     "sharpness_outside": "outside",
     "look_between": "look between windows",
     "look_within": "within",
+    "look": "from the first window",
     "right": "right",
 }
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
@@ -164,7 +165,9 @@ STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
 
 
 def shown(values: Sequence[float]) -> str:
-    """The mean with its 95 % interval over scenes."""
+    """The mean with its 95 % interval over scenes; nothing for a figure that no row has."""
+    if not values:
+        return ""
     mean = sum(values) / len(values)
     if not 1 < len(values) <= len(STUDENT) + 1:
         return f"{mean:.2f}"
@@ -179,7 +182,7 @@ def write() -> None:
     for row in rows:
         found.setdefault((row["method"], row["frames"], row["window"], row["overlap"]), []).append(row)
     lines = [
-        [*map(str, key), str(len(alike)), *(shown([row[name] for row in alike]) for name in FIGURES)]
+        [*map(str, key), str(len(alike)), *(shown([row[one] for row in alike if one in row]) for one in FIGURES)]
         for key, alike in sorted(found.items())
     ]
     head = ["edit", "frames", "window", "overlap", "scenes", *FIGURES.values()]
