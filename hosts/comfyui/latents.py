@@ -36,13 +36,18 @@ def packed(samples: Any) -> Tensor:
     return flat
 
 
-def unpacked(flat: Tensor, shapes: Shapes) -> Any:
-    """The inverse of `packed`."""
-    if len(shapes) < 2:
-        return flat
+def nested(parts: Sequence[Tensor]) -> Any:
+    """The samples of these streams, the inverse of `streams`."""
+    if len(parts) == 1:
+        return parts[0]
     from comfy.nested_tensor import NestedTensor  # hosts without it have no streams
 
-    return NestedTensor(unpacked_parts(flat, shapes))
+    return NestedTensor(list(parts))
+
+
+def unpacked(flat: Tensor, shapes: Shapes) -> Any:
+    """The inverse of `packed`."""
+    return nested(unpacked_parts(flat, shapes))
 
 
 def unpacked_parts(flat: Tensor, shapes: Shapes) -> list[Tensor]:

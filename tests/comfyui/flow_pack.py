@@ -184,6 +184,7 @@ class Pixels:
 
     def __init__(self, kind):
         self.channels, self.size, self.frames, self.latents = self.FACTS[kind]
+        self.downscale_index_formula = self.frames, self.size, self.size
 
     def spacial_compression_encode(self):
         return self.size
