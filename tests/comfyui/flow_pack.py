@@ -364,6 +364,15 @@ class JointWords:
         return [[torch.cat(rows)[None], {"minimax_token_tags": torch.tensor(tags)}]]
 
 
+@node("JointLoader", [KIND], PARTS)
+class JointLoader(io.ComfyNode):
+    """In place of file loaders: H3 with random weights, its tokenizer, and stand-ins for its VAEs."""
+
+    @classmethod
+    def execute(cls, kind):
+        return io.NodeOutput(FlowModel.execute(kind)[0], JointWords(), Pixels(kind), Sound(kind))
+
+
 @node("JointBlock", [io.Model.Input("model"), io.Float.Input("scale")], [io.Model.Output()])
 class JointBlock(io.ComfyNode):
     """Multiplies the second block's residual by a number; the host's block changes its input in place."""
@@ -408,7 +417,7 @@ class JointLatent(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        joint = [JointModel, JointBlock, JointRecords, JointLatent]
+        joint = [JointModel, JointLoader, JointBlock, JointRecords, JointLatent]
         return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 
