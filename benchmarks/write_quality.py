@@ -27,7 +27,8 @@ ABOUT = {
     "long again": "The same as *long* on a seed that was not used for choices.",
     "long unseen": "Flow smoothing that follows the edit, on a third seed.",
     "long fresh": "The same as *long unseen* on a seed after the strength was chosen.",
-    "tuned": "Models trained on the clip or on many ([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",
+    "tuned": "Models trained on the clip or on many "
+    "([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",
     "wan": "Methods on the demo's Wan and on the UNet ([video transformer](#on-a-video-transformer)).",
     "outlines": "The main methods, judged with whole outlines ([which judge](#which-judge)).",
     "removal": "One of two objects removed ([objects removed](#objects-removed)).",
@@ -35,7 +36,8 @@ ABOUT = {
     "few_steps": "FlowEdit with and without the LoRA for few steps ([few steps](#flowedit-in-few-steps)).",
     "tokenflow": "TokenFlow's settings and bases ([how frames agree](#how-frames-agree)).",
     "guided": "Guidance in all steps and in the first 0.6 of them ([past the paper](#past-the-paper)).",
-    "kv_edit": "KV-Edit on Wan with all tokens and with those inside the mask ([video transformer](#on-a-video-transformer)).",
+    "kv_edit": "KV-Edit on Wan with all tokens and with those inside the mask "
+    "([video transformer](#on-a-video-transformer)).",
 }
 """What each table compares, by its name."""
 
