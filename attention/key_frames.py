@@ -62,14 +62,11 @@ class Windows:
     """Overlapping windows of a clip whose frames depend on each other: `frames` frames in one call of the model.
 
     overlap: the number of frames that neighbouring windows share; None for a quarter. A model that codes several frames
-    in a latent counts latents. anchors: frames of the first window, evenly spaced, that every later window's call has
-    too, so that its frames attend to them; their results there are dropped. Raises ValueError for windows that do not
-    advance, and for more anchors than frames.
+    in a latent counts latents. Raises ValueError for windows that do not advance.
     """
 
     frames: int
     overlap: int | None = None
-    anchors: int = 0
 
     def __post_init__(self) -> None:
         if self.overlap is not None and not 0 <= self.overlap < self.frames:
@@ -77,8 +74,6 @@ class Windows:
                 f"windows of {self.frames} frames cannot overlap by {self.overlap}: the overlap must be at least 0 and "
                 "less than the window"
             )
-        if not 0 <= self.anchors <= self.frames:
-            raise ValueError(f"windows of {self.frames} frames cannot have {self.anchors} anchors")
 
     @classmethod
     def of(cls, windows: Windows | int | None) -> Windows | None:
@@ -87,8 +82,12 @@ class Windows:
 
     @classmethod
     def of_video(cls, frames: int, overlap: int | None, frames_per_latent: int) -> Windows:
-        """The windows of at most so many frames of the video, on a model that codes several frames in a latent."""
-        return cls((frames - 1) // frames_per_latent + 1, overlap and overlap // frames_per_latent)
+        """The windows of at most so many frames of the video, on a model that codes several frames in a latent.
+
+        overlap: frames of the video; None for half a window, which leaves fewer seams than a quarter.
+        """
+        latents = (frames - 1) // frames_per_latent + 1
+        return cls(latents, latents // 2 if overlap is None else overlap // frames_per_latent)
 
     @property
     def advance(self) -> int:
@@ -97,14 +96,9 @@ class Windows:
 
     def starts(self, clip: int) -> list[int]:
         """The first frame of each window; the last window ends with the clip. Raises ValueError for windows of one."""
-        if not self.advance:
+        if self.frames < 2:
             raise ValueError("window_frames is one frame, or one latent; windows that overlap need at least 2")
         return [*range(0, clip - self.frames, self.advance), clip - self.frames]
-
-    @property
-    def kept(self) -> list[int]:
-        """The frames of the anchors."""
-        return [i * self.frames // self.anchors for i in range(self.anchors)]
 
 
 @dataclass(frozen=True)
@@ -201,21 +195,18 @@ class KeyFrames:
         if exact:
             return self.around([(range(clip)[at : at + chunk], [1.0] * chunk) for at in range(0, clip, chunk)], clip)
         ramp = [float(min(i + 1, chunk - i)) for i in range(chunk)]
-        return self.around([(range(at, at + chunk), ramp) for at in windows.starts(clip)], clip, windows.kept)
+        return self.around([(range(at, at + chunk), ramp) for at in windows.starts(clip)], clip)
 
-    def around(
-        self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int, anchors: Iterable[int] = ()
-    ) -> list[Chunk]:
+    def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Chunk]:
         """Chunks for windows of frames, with a weight for each frame's result; the windows must cover the clip.
 
-        anchors: frames that every chunk has.
         A frame of weight 0 is there only for attention. A window that wraps around the clip's end keeps its order.
         """
         shares = [dict(zip(frames, weights, strict=False)) for frames, weights in windows]
         total = [sum(share.get(f, 0.0) for share in shares) for f in range(clip)]
         chunks, owned_before = [], set[int]()
         for share in shares:
-            added = (self.anchors(clip) | {*anchors}) - {*share}
+            added = self.anchors(clip) - {*share}
             frames = tuple(sorted({*share, *added}) if [*share] == sorted(share) else [*share, *sorted(added)])
             weights = tuple(share.get(f, 0.0) / total[f] for f in frames)
             owned = tuple(f for f in frames if share.get(f) and f not in owned_before)

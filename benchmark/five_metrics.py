@@ -91,11 +91,15 @@ class FiveMetrics:
 
 def load_niqe(parameters: str, device: torch.device | str = "cpu") -> Niqe:
     """NIQE (Mittal et al., 2013) of pyiqa with a .mat file of its parameters, which is NaN for frames of less than 96
-    pixels a side and for frames without detail. Raises ImportError if pyiqa is not installed.
+    pixels a side and for frames without detail. Raises ImportError if pyiqa is not installed, ValueError for another
+    file.
     """
     import pyiqa  # type: ignore[import-not-found, unused-ignore]
 
-    metric = pyiqa.create_metric("niqe", device=device, pretrained_model_path=parameters)
+    try:
+        metric = pyiqa.create_metric("niqe", device=device, pretrained_model_path=parameters)
+    except KeyError as error:
+        raise ValueError(f"{parameters} has no {error} of NIQE") from error
 
     @torch.no_grad()
     def niqe(frame: Tensor) -> float:

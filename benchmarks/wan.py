@@ -62,7 +62,7 @@ OF_TOKENS = (
 )
 OF_WINDOWS = (
     "Bytes alive in a guided step of an edit that fuses attention, its source beside, with Wan 1.3B in bfloat16 at "
-    "832x480. Weights are another 2.8 GB. Windows overlap by a quarter."
+    "832x480. Weights are another 2.8 GB. Windows overlap by half."
 )
 PROMPT = PromptEdit(
     "a red square on water", "a blue star on water", build_tokenizer(), "refine", (["square"], ["star"])
@@ -170,7 +170,7 @@ def window_costs() -> str:
     for frames in (81, 161, 321):
         z = torch.empty((frames - 1) // 4 + 1, 16, *FULL[1:], device="meta")
         levels = format_bytes(51 * z.nbytes)
-        for windows in (None, Windows(FULL[0])):
+        for windows in (None, Windows(FULL[0], FULL[0] // 2)):
             chunks = chunks_of(denoiser, ClipCalls(KeyFrames((ALL,)), windows=windows), z, 500.0)
             if windows and len(chunks) == 1:
                 continue

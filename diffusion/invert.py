@@ -96,7 +96,7 @@ class InversionSettings:
         least=1, unit="frames", shown="the model's training length, if it has one", group="This run",
     )  # fmt: skip
     window_overlap: int | None = setting(
-        None, "Frames that neighbouring windows share.", least=1, unit="frames", shown="a quarter of a window",
+        None, "Frames that neighbouring windows share.", least=1, unit="frames", shown="half a window",
         group="This run",
     )  # fmt: skip
 

@@ -99,7 +99,7 @@ def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
 
 
 def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
-    """The windows of so many frames of the video, 0 for the model's own; an overlap of 0 is a quarter.
+    """The windows of so many frames of the video, 0 for the model's own; an overlap of 0 is half a window.
 
     Raises ValueError for an overlap without frames.
     """

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import ViTConfig, ViTModel
 
 from fatezero.benchmark.five import COLUMNS, FIVE, KINDS, PUBLISHED, load_five
 from fatezero.benchmark.public import FolderError
+from fatezero.cli.commands.batch import BatchError
 from fatezero.cli.progress import console, no_bars
 from fatezero.cli.public import PublicRun, _job, _models, _notes, _shown, check_public, run_public
 from fatezero.cli.session import Session
@@ -45,6 +47,21 @@ def test_a_folder_has_a_case_for_each_pair(data):
     assert cases[0].frames == FRAMES and load_five(data, frames=2)[0].frames == 2
     assert cases[0].questions.target == "Is there a a red circle on water in the video?"
     assert [case.kind for case in load_five(data, ["3", "material"])] == ["colour", "material"]
+
+
+def test_clips_and_files_with_similar_names_are_different_cases(data, tmp_path):
+    """A part after a dot or an underscore is a part of the name."""
+    file = data / "edit_prompt" / "edit1_FiVE.json"
+    entry = json.loads(file.read_text())[0]
+    for name in ("a.one", "a.two"):
+        for part in ("images", "bmasks"):
+            shutil.copytree(data / part / "0001_square", data / part / name)
+        (file.parent / f"more_{name}.json").write_text(json.dumps([entry | {"video_name": name}]))
+    first, second = load_five(data, ["1"])[1:]
+    assert first.name != second.name
+    run = PublicRun("five", tmp_path / "out", ("kv_edit",), {"model": "demo-wan"}, NO_MODELS, "cpu", 1)
+    jobs = [_job(run, case, "kv_edit") for case in (first, second)]
+    assert jobs[0].name != jobs[1].name and jobs[0].values["edit_mask"] != jobs[1].values["edit_mask"]
 
 
 def test_a_clip_may_be_a_video_and_questions_may_lack(data):
@@ -181,6 +198,31 @@ def test_a_figure_without_its_library_is_left_out_with_a_note(data, tmp_path):
     assert "NIQE left out: pyiqa is not installed" in _notes(run)
 
 
+def test_a_library_that_is_installed_later_is_used(data, tmp_path, monkeypatch):
+    run = PublicRun("five", tmp_path, ("style",), {}, NO_MODELS | {"tracker": "x.pth"}, "cpu", 1)
+    before = run.usable
+    (tmp_path / "cotracker").mkdir()
+    (tmp_path / "cotracker" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (before, run.usable) == ({}, {"tracker": "x.pth"}), "rows without it are measured again"
+
+
+def test_a_case_that_cannot_be_measured_leaves_the_others(data, tmp_path):
+    """A mask is cut short after its edit; the questions of another case change, so that it is measured again."""
+    run = PublicRun("five", tmp_path / "out", ("style",), {"steps": 1}, NO_MODELS, "cpu", 1)
+    session = Session(console, no_bars, "cpu")
+    cases = check_public(run, str(data), ("1", "3"), None, 2)
+    run_public(session, run, cases)
+    changed(data, source_yes_no_question="Is it a square?")
+    mask = cases[1].mask / "00002.jpg"
+    mask.write_bytes(mask.read_bytes()[:-200])
+    with pytest.raises(BatchError, match=r"edit3-000.* cannot be measured: .*00002\.jpg"):
+        run_public(session, run, check_public(run, str(data), ("1", "3"), None, 2))
+    rows = [json.loads(line)["case"] for line in (tmp_path / "out" / "five.jsonl").read_text().splitlines()]
+    assert rows == ["edit1-000", "edit3-000", "edit1-000"]
+    assert "| style | all | 1 |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_lpips_of_another_net_is_refused(data, models, refused):
     text = refused("benchmark", "--five", data, "--lpips", models / "alex.safetensors", "-o", data.parent / "out")
     assert 'FiVE-Bench uses "squeeze"' in text.replace("\n", " ")
@@ -195,6 +237,8 @@ def test_a_method_that_needs_a_mask_gets_the_case_s(data, tmp_path):
         "00002.jpg",
     ]
     assert mask == str(tmp_path / "out" / "masks" / case.video.name)
+    fewer = load_five(data, ["3"], frames=1)[0]
+    assert len(list(Path(_job(run, fewer, "kv_edit").values["edit_mask"]).iterdir())) == 1, "none of a longer run"
     assert "edit_mask" not in _job(run, case, "attribute").values
 
 
