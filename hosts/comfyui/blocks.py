@@ -262,6 +262,7 @@ class HookedBlocks(Hook):
             before: Any = None
             for row in order:
                 of_row = {**options, "cond_or_uncond": [branches[row]], _BRANCH: roles[row]}
+                of_row["uuids"] = options["uuids"][row : row + 1]
                 own = {name: self.row_of(value, row, len(branches)) for name, value in args.items()}
                 own["transformer_options"], self._last = of_row, row in readers[-1:]
                 tokens = controls[row].rows

@@ -7,6 +7,7 @@ import torch
 from comfyui.graph import Node
 from comfyui.host import NodeError
 from comfyui.test_ltx import GUIDANCE, STEPS, LTXGraph, video_and_sound
+from safetensors.torch import load_file
 
 from small import relative
 
@@ -307,3 +308,18 @@ def test_what_is_refused(host, change, error):
     change(graph)
     with pytest.raises(NodeError, match=error):
         host.latents(graph.prompt, graph.edit[0])
+
+
+def test_several_edits_of_one_pass(host):
+    graph = GuidedGraph(guides=SEVERAL, first=0.8)
+    targets, alone = ["the lazy dog, by night", "the brown fox"], []
+    for target in targets:
+        graph.set(graph.words, target=target)
+        alone.append(host.latents(graph.prompt, graph.edit[0]))
+    graph.set(graph.words, target=graph.add("OtherLines", text="\n".join(targets))[0])
+    saved = graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="latents/several")
+    files = host.run(graph.prompt).outputs[saved.id]["latents"]
+    assert len(files) == 2
+    for file, expected in zip(files, alone, strict=True):
+        found = load_file(host.base / file["type"] / file["subfolder"] / file["filename"])["latent_tensor"]
+        assert relative(found, expected) < 1e-5
