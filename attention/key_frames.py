@@ -82,8 +82,12 @@ class Windows:
 
     @classmethod
     def of_video(cls, frames: int, overlap: int | None, frames_per_latent: int) -> Windows:
-        """The windows of at most so many frames of the video, on a model that codes several frames in a latent."""
-        return cls((frames - 1) // frames_per_latent + 1, overlap and overlap // frames_per_latent)
+        """The windows of at most so many frames of the video, on a model that codes several frames in a latent.
+
+        overlap: frames of the video; None for half a window, which leaves fewer seams than a quarter.
+        """
+        latents = (frames - 1) // frames_per_latent + 1
+        return cls(latents, latents // 2 if overlap is None else overlap // frames_per_latent)
 
     @property
     def advance(self) -> int:
@@ -91,7 +95,9 @@ class Windows:
         return self.frames - (max(1, self.frames // 4) if self.overlap is None else self.overlap)
 
     def starts(self, clip: int) -> list[int]:
-        """The first frame of each window; the last window ends with the clip."""
+        """The first frame of each window; the last window ends with the clip. Raises ValueError for windows of one."""
+        if self.frames < 2:
+            raise ValueError("window_frames is one frame, or one latent; windows that overlap need at least 2")
         return [*range(0, clip - self.frames, self.advance), clip - self.frames]
 
 

@@ -19,6 +19,8 @@ from ..metrics.vlm import Answer, Questions, five_accuracy
 
 STRIDE = 8
 """Every 8th frame is measured, but for motion and FiVE-Acc, which take the whole clip."""
+NIQE_BLOCK = 96
+"""NIQE measures whole blocks of this side in pixels."""
 Niqe = Callable[[Tensor], float]
 """NIQE of a frame (1, 3, h, w) in 0..1."""
 
@@ -87,17 +89,36 @@ class FiveMetrics:
         }
 
 
-def load_niqe(parameters: str) -> Niqe:
-    """NIQE (Mittal et al., 2013) of pyiqa with a file of its parameters. Raises ImportError if it is not installed."""
+def load_niqe(parameters: str, device: torch.device | str = "cpu") -> Niqe:
+    """NIQE (Mittal et al., 2013) of pyiqa with a .mat file of its parameters, which is NaN for frames of less than 96
+    pixels a side and for frames without detail. Raises ImportError if pyiqa is not installed, ValueError for another
+    file.
+    """
     import pyiqa  # type: ignore[import-not-found, unused-ignore]
 
-    metric = pyiqa.create_metric("niqe", device="cpu", pretrained_model_path=parameters)
+    try:
+        metric = pyiqa.create_metric("niqe", device=device, pretrained_model_path=parameters)
+    except KeyError as error:
+        raise ValueError(f"{parameters} has no {error} of NIQE") from error
 
     @torch.no_grad()
     def niqe(frame: Tensor) -> float:
-        return float(metric(frame))
+        if not _fits(frame, NIQE_BLOCK):
+            return math.nan
+        try:
+            return float(metric(frame.to(device)))
+        except torch.linalg.LinAlgError:
+            return math.nan
 
     return niqe
+
+
+def load_squeeze(path: str, device: torch.device | str = "cpu") -> Lpips:
+    """LPIPS with SqueezeNet, which FiVE-Bench uses. Raises ValueError for another net."""
+    found = Lpips.load(path)
+    if found.name != "squeeze":
+        raise ValueError(f'{path} has the net "{found.name}"; FiVE-Bench uses "squeeze"')
+    return found
 
 
 def _padded_ssim(a: Tensor, b: Tensor) -> float:

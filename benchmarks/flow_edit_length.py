@@ -60,7 +60,10 @@ def main() -> None:
             rows.append([name, str(frames), f"{first:.3f}", f"{every:.3f}"])
             print(*rows[-1], flush=True)
     head = ["calls", "frames", "share of the change, first 16 frames", "all frames"]
-    text = f"{given.cases} edits of a colour, seed {given.seed}, preset {given.preset}, {given.steps} steps."
+    text = (
+        "FlowEdit in chunks of 21 frames was run on clips of 16 to 121 frames: its effect does not fade as clips grow. "
+        f"{given.cases} edits of a colour, seed {given.seed}, preset {given.preset}, {given.steps} steps."
+    )
     write_section("FlowEdit on long clips", f"{text}\n\n{table(head, rows)}", PAGE)
 
 

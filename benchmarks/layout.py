@@ -46,6 +46,7 @@ from fatezero.video.flow import flow_estimator
 
 HERE = Path(__file__).parent
 PAGE = HERE / "QUALITY.md"
+PARAGRAPH = "[layouts](#layouts-objects-moved-and-new-clips-with-objects-on-paths)"
 STEPS, GUIDANCE = 20, 5.0
 INSIDE: dict[str, Any] = {"energy": "inside", "scale": 60.0, "most_change": 0.1}
 Row = dict[str, float | str]
@@ -347,14 +348,18 @@ def main() -> None:
         "overlap": ("overlap", percent), "apart": ("centres apart", pixels), "right": ("frames right", percent),
         "kept": ("kept", decibel), "truth": ("to the truth", decibel), "warp": ("warp x1000", "{:.1f}"),
     }  # fmt: skip
-    text = f"{count} clips of {FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}."
+    text = f"Ways to move an object in a clip ({PARAGRAPH}). {count} clips of {FRAMES} frames, {STEPS} steps, "
+    text += f"guidance {GUIDANCE:g}."
     write_section("Table: moved objects", f"{text}\n\n{table(moved, columns)}", PAGE)
     new = saved_rows("layout_new", run_new, [(i, *case) for i, case in enumerate(new_cases(count))])
     columns = {
         "there": ("overlap by half", percent), "apart": ("centres apart", pixels), "right": ("frames right", percent),
         "warp": ("warp x1000", "{:.2f}"), "time": ("time", "{:.1f}"),
     }  # fmt: skip
-    text = f"{count} captions, {NEW_FRAMES} frames, {STEPS} steps, guidance {GUIDANCE:g}; time relative to no guidance."
+    text = (
+        f"Ways to place an object in a new clip ({PARAGRAPH}). {count} captions, {NEW_FRAMES} frames, {STEPS} steps, "
+    )
+    text += f"guidance {GUIDANCE:g}; time relative to no guidance."
     write_section("Table: layouts of new clips", f"{text}\n\n{table(new, columns)}", PAGE)
 
 

@@ -115,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, frames, width in results(trial.on_transformer(method.lora) if method.transformer else trial, method):
             found[name].append((*figures(case, frames), float(width)))
             print(case.name, name, found[name][-1], flush=True)
-    caption = f"{len(cases)} cases of seed {SEED}, {FRAMES[method.name]} frames of {WIDE}x{WIDE}, {method.name}."
+    about = "Whole frames and windows for small objects ([small objects](#small-objects))."
+    caption = (
+        f"{about} {len(cases)} cases of seed {SEED}, {FRAMES[method.name]} frames of {WIDE}x{WIDE}, {method.name}."
+    )
     title = "Table: region" if method.name == BEST else "Table: region, Wan"
     write_section(title, f"{caption}\n\n{table(found, CALLS[method.name])}", Path(__file__).parent / "QUALITY.md")
 

@@ -17,6 +17,30 @@ HERE = Path(__file__).parent
 PAGE = HERE / "QUALITY.md"
 SHOWN = ("DDIM inversion + prompt", "SDEdit 0.6", PAPER, BEST)
 
+ABOUT = {
+    "full": "All methods and ablations on all kinds of edits ([past the paper](#past-the-paper)).",
+    "settings": "The paper's settings and the plus presets' changed one at a time.",
+    "two": "FateZero with and without separated words, on pictures with two objects.",
+    "quick": "The main methods on the cases that `fatezero benchmark --quick` runs.",
+    "again": "The main methods on a seed that was not used for choices.",
+    "long": "Ways to make frames agree, on longer clips ([how frames agree](#how-frames-agree)).",
+    "long again": "The same as *long* on a seed that was not used for choices.",
+    "long unseen": "Flow smoothing that follows the edit, on a third seed.",
+    "long fresh": "The same as *long unseen* on a seed after the strength was chosen.",
+    "tuned": "Models trained on the clip or on many "
+    "([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",
+    "wan": "Methods on the demo's Wan and on the UNet ([video transformer](#on-a-video-transformer)).",
+    "outlines": "The main methods, judged with whole outlines ([which judge](#which-judge)).",
+    "removal": "One of two objects removed ([objects removed](#objects-removed)).",
+    "flow_mask": "FlowEdit on Wan with and without the flow mask ([video transformer](#on-a-video-transformer)).",
+    "few_steps": "FlowEdit with and without the LoRA for few steps ([few steps](#flowedit-in-few-steps)).",
+    "tokenflow": "TokenFlow's settings and bases ([how frames agree](#how-frames-agree)).",
+    "guided": "Guidance in all steps and in the first 0.6 of them ([past the paper](#past-the-paper)).",
+    "kv_edit": "KV-Edit on Wan with all tokens and with those inside the mask "
+    "([video transformer](#on-a-video-transformer)).",
+}
+"""What each table compares, by its name."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -36,11 +60,11 @@ def main() -> None:
     ]
     settings = json.loads((given.folder / "settings.json").read_text(encoding="utf-8"))
     results = Results(rows)
-    caption = (
-        f"{len(results.cases)} cases of seed {settings['seed']}, {settings['frames']} frames, {settings['steps']} "
+    caption = ABOUT.get(given.name, "") + (
+        f" {len(results.cases)} cases of seed {settings['seed']}, {settings['frames']} frames, {settings['steps']} "
         f"steps, guidance {settings['guidance_scale']}. In brackets: 95 % of bootstrap resamples of the cases."
     )
-    write_section(f"Table: {given.name}", f"{caption}\n\n{markdown(results)}", PAGE)
+    write_section(f"Table: {given.name}", f"{caption.strip()}\n\n{markdown(results)}", PAGE)
     file = HERE / "results" / f"{given.name}.jsonl"
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows), encoding="utf-8")

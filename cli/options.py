@@ -25,7 +25,7 @@ GROUPS = {
         (
             "What to edit", "Which frames", "Model", "The inversion", "The store", "The edit",
             *dict.fromkeys(one.meta.group for method in METHODS for one in settings_of(method.settings)),
-            "Validation", "Flow smoothing", "The clip", "Layout", "FiVE-Bench", "This run", "On a Ray cluster",
+            "Validation", "Flow smoothing", "The clip", "Layout", "Public benchmarks", "This run", "On a Ray cluster",
         )
     )
 }  # fmt: skip

@@ -11,8 +11,8 @@ from ..attention.condition import Condition
 from ..attention.control import Control
 from ..attention.key_frames import Chunk, ClipCalls, KeyFrames, Windows
 from ..attention.masks import GivenMask
-from ..diffusion.denoiser import Denoiser, frames_meet, keys_on, usual_windows
-from ..diffusion.invert import levels_among, recomputed
+from ..diffusion.denoiser import Denoiser, frames_meet, keys_on
+from ..diffusion.invert import levels_among, recomputed, training_windows
 from ..diffusion.schedule import Schedule, reused_steps
 from ..files.memory import check_room, free_bytes
 from ..files.safetensors import format_bytes
@@ -39,15 +39,17 @@ def in_chunks(
     """A configuration with the frames of each call of the model, if it gives none, for a clip of so many latents:
     chunks that give the whole clip's result, else the windows of the store or of the model's training.
 
-    ValueError where several processes have only one window.
+    ValueError where several processes have only one window, and for an overlap without windows.
     """
     denoiser, ratio = checkpoint.denoiser, checkpoint.frames_per_latent
     given = config.chunk_frames is not None or config.window_frames is not None
+    if config.window_overlap and config.window_frames is None and (store or denoiser.trained_frames is None):
+        raise ValueError(f"window_overlap is {config.window_overlap}, but no windows are set: give window_frames too")
     if not frames_meet(denoiser, ClipCalls(config.keys, config.clip_norm)):
         most = CHUNK_FRAMES if processes == 1 else -(-frames // processes)
         return config if given or frames <= most else replace(config, chunk_frames=most)
-    usual = usual_windows(denoiser) if config.memory in ("auto", "recompute") and not (given or store) else None
-    if usual is not None and frames > usual.frames:
+    usual = None if given or store else training_windows(denoiser, frames, config.memory)
+    if usual is not None:
         config = replace(config, window_frames=(usual.frames - 1) * ratio + 1)
     windows = windows_of(config, checkpoint) or (store and store.windows)
     if processes > 1 and (windows is None or windows.frames >= frames):
@@ -127,6 +129,8 @@ def plan(
         lines.append(f"   autoencoder: {coding}")
     if store or inverts:
         lines += _about_store(demand, settings, (store or chosen or config).memory, chosen)
+    else:
+        lines.append(f"   latents of the clip: {format_bytes(demand.latents_bytes // (config.steps + 1))}")
     weights, free = sum(p.nbytes for part in checkpoint.parts for p in part.parameters()), available_bytes(device)
     lines.append(
         f"   model: {format_bytes(weights)}; free on {device}: {'unknown' if free is None else format_bytes(free)}"
@@ -163,7 +167,8 @@ def _about_store(demand: Demand, settings: StoreSettings, memory: str, chosen: S
     sizes = [(one, format_bytes(demand.nbytes(one, settings))) for one in memories]
     lines = [f"{'->' if one == memory else '  '} store with memory {one}: {size}" for one, size in sizes]
     lines += [f"   store: {chosen}"] if chosen else []
-    return [*lines, f"   latents of all levels, in every store: {format_bytes(demand.latents_bytes)}"]
+    on_disk = ", and on disk until the output is written" if chosen and chosen.memory == "recompute" else ""
+    return [*lines, f"   latents of all levels, in every store{on_disk}: {format_bytes(demand.latents_bytes)}"]
 
 
 def _calls(

@@ -200,5 +200,5 @@ class EditRun:
         return self.with_kept(z, level - 1)
 
     def with_kept(self, z: Tensor, level: int) -> Tensor:
-        """The latents of a level with the source's sound, if edits keep it; sampled noise has the clip's."""
-        return with_kept_sound(self.store, z, self.store.level(0 if self.start.draws else level))
+        """The latents of a level with the source's sound, if edits keep it."""
+        return with_kept_sound(self.store, z, self.store.level(level))

@@ -158,7 +158,7 @@ def chunks_of(
 
 def usual_windows(denoiser: Denoiser) -> Windows | None:
     """The windows of long clips, as long as the clips of the model's training; None for a model without them."""
-    return None if denoiser.trained_frames is None else Windows(denoiser.trained_frames)
+    return None if denoiser.trained_frames is None else Windows.of_video(denoiser.trained_frames, None, 1)
 
 
 def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:

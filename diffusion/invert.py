@@ -96,7 +96,7 @@ class InversionSettings:
         least=1, unit="frames", shown="the model's training length, if it has one", group="This run",
     )  # fmt: skip
     window_overlap: int | None = setting(
-        None, "Frames that neighbouring windows share.", least=1, unit="frames", shown="a quarter of a window",
+        None, "Frames that neighbouring windows share.", least=1, unit="frames", shown="half a window",
         group="This run",
     )  # fmt: skip
 
@@ -236,13 +236,16 @@ def invert(
 
 
 def own_windows(denoiser: Denoiser, latents: Tensor, timestep: float, settings: StoreSettings) -> Windows | None:
-    """The windows of the model's training for a longer clip, if nothing else splits it and no attention of the whole
-    clip is to be stored.
-    """
-    usual = usual_windows(denoiser) if settings.memory in ("auto", "recompute") else None
-    if usual is None or len(latents) <= usual.frames or denoiser.windows(latents, timestep):
-        return None
-    return usual
+    """The windows of the model's training for a longer clip, if the host does not split it."""
+    usual = training_windows(denoiser, len(latents), settings.memory)
+    return None if usual and denoiser.windows(latents, timestep) else usual
+
+
+def training_windows(denoiser: Denoiser, frames: int, memory: str) -> Windows | None:
+    """The windows of the model's training for a longer clip, unless a memory stores the attention of the whole clip."""
+    usual = usual_windows(denoiser)
+    fits = usual is None or frames <= usual.frames or memory not in ("auto", "recompute")
+    return None if fits else usual
 
 
 def _solved(settings: StoreSettings, order: int, reuse_midpoint: bool) -> StoreSettings:

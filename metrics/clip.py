@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from ..video.size import to_bytes
+from .frame_models import FrameModel
 
 
 @dataclass(frozen=True)
-class ClipScorer:
+class ClipScorer(FrameModel):
     """A CLIP model and its processor; the paper uses "openai/clip-vit-base-patch32"."""
-
-    model: Any
-    processor: Any
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu", local_files_only: bool = False) -> ClipScorer:
@@ -35,15 +32,19 @@ class ClipScorer:
         model = CLIPModel.from_pretrained(name, **where)
         return cls(model.to(device).eval(), CLIPProcessor.from_pretrained(name, **where))
 
-    @torch.no_grad()
     def images(self, frames: Tensor, batch: int = 8) -> Tensor:
         """Normalized embeddings (f, d) of frames (f, 3, h, w) in 0..1, in batches."""
-        parts = []
-        for some in frames.split(batch):
-            pictures = [Image.fromarray(frame) for frame in to_bytes(some).cpu().numpy()]
-            pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-            parts.append(_tensor(self.model.get_image_features(pixel_values=pixels.to(self.model.device))))
-        return F.normalize(torch.cat(parts).float().cpu(), dim=-1)
+        embed = self.model.get_image_features
+        return F.normalize(self.of_frames(frames, lambda pixels: _tensor(embed(pixel_values=pixels)), batch), dim=-1)
+
+    def pooled(self, frames: Tensor) -> Tensor:
+        """The vision model's pooled output (f, d), before the projection to the text's space."""
+        return self.of_frames(frames, lambda pixels: self.model.vision_model(pixel_values=pixels).pooler_output)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the similarities in the model's training."""
+        return math.exp(self.model.logit_scale.item())
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:

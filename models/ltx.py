@@ -19,6 +19,7 @@ LTX2 = Family(
     spans_clip=True,
     half="bfloat16",
     words=False,
+    trained_frames=33,
 )
 TEXT_TOKENS = 1024
 """The least text columns of a prompt, registers included."""

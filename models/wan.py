@@ -22,7 +22,7 @@ WAN = Family(
 )
 WAN_I2V = replace(WAN, title="Wan image-to-video", demo="", demo_folder=Path())
 WAN_VACE = replace(WAN_I2V, title="Wan VACE")
-WAN_CONDITIONED = replace(WAN_I2V, title="Wan with pictures or control", trained_frames=None)
+WAN_CONDITIONED = replace(WAN_I2V, title="Wan with pictures or control")
 """In ComfyUI, where all of these models are called alike, on whole clips."""
 TEXT_TOKENS = 512
 """Number of text columns of a prompt, padding included. Longer prompts have more."""

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..hosts.comfyui.conditions import HostCondition
-from ..hosts.comfyui.inversion import NOISE_MASK, draw_clip
+from ..hosts.comfyui.inversion import draw_clip
 from ..hosts.comfyui.latents import windows_of_video
 from ..hosts.comfyui.noise import Timesteps, is_flow
 from ..methods.flow_edit import FlowEditSettings, draw
@@ -56,6 +56,4 @@ class FateZeroFlowEdit(io.ComfyNode):
         def drawn(of: Any, latents: Tensor) -> AttentionStore:
             return draw(of, latents, condition, steps, settings, windows=windows, prompt=prompt).store
 
-        return io.NodeOutput(
-            draw_clip(model, latent["samples"], drawn, latent.get(NOISE_MASK), sound == "keep", timesteps)
-        )
+        return io.NodeOutput(draw_clip(model, latent, condition, drawn, sound == "keep", timesteps))

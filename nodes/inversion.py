@@ -230,6 +230,8 @@ class FateZeroSaveStore(io.ComfyNode):
 
     @classmethod
     def execute(cls, store: HostStore, filename_prefix: str) -> io.NodeOutput:
+        if store.guides is not None:
+            raise ValueError("store: a file cannot contain the latent's guides and clean frames: edit without saving")
         lost = unsaveable(source_of(store).conditioning)
         if lost and store.kept_steps < store.steps:
             raise ValueError(

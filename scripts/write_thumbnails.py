@@ -56,14 +56,15 @@ class Thumbnail:
 
 
 GREEN = "a green square on water"
-WEAK, TOY = ", which is weak at outlines", ", in place of LTX-2.3"
+WEAK, TOY = ", which is weak at outlines", ", in place of {}"
 THUMBNAILS = {
     "style": Thumbnail("watercolor painting of a red square on water"),
     "attribute": Thumbnail(GREEN),
     "shape": Thumbnail("a red circle on water"),
     "remove": Thumbnail("a red square on water", "a red square and a yellow star on water"),
     "enhance": Thumbnail("a red square on water, high quality, 8K", note=", which has no words of quality"),
-    "ltx2": Thumbnail("a watercolor painting of a red square on water", model="demo-wan", note=TOY),
+    "h3": Thumbnail("a watercolor painting of a red square on water", model="demo-wan", note=TOY.format("MiniMax H3")),
+    "ltx2": Thumbnail("a watercolor painting of a red square on water", model="demo-wan", note=TOY.format("LTX-2.3")),
     "wan": Thumbnail("a red square on grass", model="demo-wan", note=WEAK),
     "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True, note=WEAK),
     "measure": Thumbnail(GREEN),

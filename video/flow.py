@@ -40,6 +40,11 @@ def flow_estimator(name: FlowName = "auto", device: torch.device | str = "cpu") 
     return name, lambda a, b: _at_least(a, b, "dis", lambda x, y: _run_dis(cv2, x, y))
 
 
+def dis_flow() -> Estimator | None:
+    """OpenCV's DIS; None if OpenCV is not installed."""
+    return flow_estimator("dis")[1] if importlib.util.find_spec("cv2") else None
+
+
 def _at_least(a: Tensor, b: Tensor, name: str, estimate: Estimator) -> Tensor:
     """Flow estimated at a size large enough and a multiple of 8, resized to the frames' own."""
     height, width = a.shape[-2:]

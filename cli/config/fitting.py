@@ -13,7 +13,7 @@ from .settings import FILES, FILES_OF_OBJECTS, ConfigError
 
 FILE_NAMES = {
     *FILES, *FILES_OF_OBJECTS, "lora", "truth", "lpips", "clip", "output", "plot", "comparison", "pairs", "state",
-    "five", "dino", "niqe", "tracker", "vlm",
+    "five", "v2v", "dino", "niqe", "tracker", "vlm", "aesthetic", "pickscore", "viclip", "gmflow",
 }  # fmt: skip
 """The settings of files."""
 

@@ -66,6 +66,8 @@ class HookedBlocks(Hook):
         """Whether no later branch of the call reads the source's records of the block."""
         self._others = (0, 0)
         """The tokens before and after the clip's own in the current call."""
+        self._guides = 0
+        """The frames of guides behind the clip in the latents of the current call."""
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
         self._place(len(self._blocks), self._block, around)
         self.patcher.add_object_patch(ROOM, self._room(model.get_model_object(ROOM)))
@@ -260,6 +262,7 @@ class HookedBlocks(Hook):
             before: Any = None
             for row in order:
                 of_row = {**options, "cond_or_uncond": [branches[row]], _BRANCH: roles[row]}
+                of_row["uuids"] = options["uuids"][row : row + 1]
                 own = {name: self.row_of(value, row, len(branches)) for name, value in args.items()}
                 own["transformer_options"], self._last = of_row, row in readers[-1:]
                 tokens = controls[row].rows
@@ -373,7 +376,7 @@ class HookedBlocks(Hook):
 
     def _own_tokens(self, control: Control, site: AttentionSite, tokens: int) -> slice:
         """The clip's tokens in a layer of a branch. tokens: the layer's queries: of the clip, or of references too."""
-        clip = self._video[-3] if self._video else len(control.chunk.frame_indices)
+        clip = self._video[-3] - self._guides if self._video else len(control.chunk.frame_indices)
         own = clip * site.tokens if control.rows is None else len(control.rows)
         before, after = self._others
         if tokens not in (own, before + own + after):

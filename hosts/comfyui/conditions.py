@@ -14,6 +14,9 @@ from .sameness import empty
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 """The host's CONDITIONING: (embeddings, options) pairs."""
 
+KEYFRAMES = "keyframe_idxs"
+"""The option of LTX with the place of each token of its guides, (1, 3, tokens, 2)."""
+
 REFUSED = {
     "area": "an area of the picture is set",
     "mask": "a mask of the picture is set",
@@ -22,7 +25,7 @@ REFUSED = {
     "reference_latents": "reference pictures are set",
     "context_latents": "reference clips are set (Bernini Conditioning)",
     "time_dim_concat": "frames to append are set",
-    "keyframe_idxs": "guides or keyframes are set (LTXV Add Guide)",
+    KEYFRAMES: "guides or keyframes are set (LTXV Add Guide)",
     "generated_keyframes": "generated keyframes are set",
     "ref_audio": "a reference sound is set",
     "unclip_conditioning": "pictures for unCLIP are set",
@@ -39,7 +42,7 @@ NOTHING = frozenset[str]()
 LOST = (
     "control", "gligen", "hooks", "model_conds", "minimax_keyframes", "minimax_refs", "concat_latent_image",
     "reference_latents", "context_latents", "time_dim_concat", "clip_vision_output", "vace_frames", "face_video_pixels",
-    "pose_video_latent", "camera_conditions", "keyframe_idxs", "ref_audio",
+    "pose_video_latent", "camera_conditions", KEYFRAMES, "ref_audio",
 )  # fmt: skip
 """Options that change the source branch but cannot be saved in a file."""
 

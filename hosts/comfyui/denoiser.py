@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import READ, HostCondition, check_read
+from .families import family_of
 from .hook import Hook
 from .noise import noise_of
 from .sameness import same_in_place
@@ -115,12 +116,13 @@ class ComfyDenoiser:
 
     @property
     def trained_frames(self) -> int | None:
-        """None if a node on the MODEL needs all frames of a clip."""
+        """None if the MODEL, or a node on it, needs all frames of a clip."""
+        hooked = self._edited.hooked
         try:
             self._edited.check_parts(True)
         except ValueError:
             return None
-        return self._edited.hooked.family.trained_frames
+        return None if family_of(hooked.given).frame_dim is None else hooked.family.trained_frames
 
     @property
     def pairs(self) -> bool:
@@ -204,7 +206,7 @@ class ComfyDenoiser:
         if branch.hooked.family.attention and (branch is self._source or paired is not None):
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
-        x = self.noise.to_host(latents * self.noise.scale(sigma))
+        x = self._input(latents, sigma)
         unguided = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
         # negatives, and branches that guidance nodes add, may combine prompts of several lengths, so all tokens count
         controls = {0: (control, condition.text_tokens), 1: (unguided, None)}
@@ -218,14 +220,24 @@ class ComfyDenoiser:
             branch.check_parts(condition.guided)
         self._load(branch)
         with (
-            self._with_source(paired, control.chunk) as pair,
+            self._with_source(paired, control.chunk, sigma) as pair,
             branch.hooked.controlled(
                 controls, self._clip_norm, pair, whole_conditions(branch.conditions[condition.role])
             ),
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = clean
-        return self.noise.predicted(x, clean, sigma)
+        return self._prediction(latents, clean, sigma)
+
+    def _input(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """The model's input for latents at a sigma, in the host's space."""
+        x, guides = self.noise.to_host(latents * self.noise.scale(sigma)), self._guider.guides
+        return x if guides is None else guides.seen(x, sigma)
+
+    def _prediction(self, latents: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+        """The prediction for latents, from the model's clean ones for their `_input`."""
+        x, guides = self.noise.to_host(latents * self.noise.scale(sigma)), self._guider.guides
+        return self.noise.predicted(x, clean if guides is None else guides.predicted(clean), sigma)
 
     def _joins(self, paired: PairedBranch, reading: Sequence[Condition], x: Tensor, sigma: Tensor) -> bool:
         """Whether the source can run in the calls of the edit, or beside: with an equal MODEL, without weights from a
@@ -247,14 +259,21 @@ class ComfyDenoiser:
         return branch.conditions[condition.role]
 
     @contextmanager
-    def _with_source(self, paired: PairedBranch | None, chunk: Chunk) -> Iterator[tuple[PairedBranch, Any] | None]:
+    def _with_source(
+        self, paired: PairedBranch | None, chunk: Chunk, sigma: Tensor
+    ) -> Iterator[tuple[PairedBranch, Any] | None]:
         """The source's branch and its conditions on a chunk's frames, for `Hook.controlled`."""
         if paired is None:
             yield None
             return
         assert isinstance(paired.condition, HostCondition)
+        guided, x = self._guider.guides is not None, self._input(paired.latents, sigma)
+        of_call = replace(paired, latents=self.noise.from_host(x)) if guided else paired
         with conditions_of_chunk([self._branch_conditions(paired.condition)], chunk) as (conditions,):
-            yield paired, conditions
+            yield of_call, conditions
+        found = paired.control.captured
+        if guided and found.prediction is not None:
+            found.prediction = self._prediction(paired.latents, self.noise.clean(x, found.prediction, sigma), sigma)
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]

@@ -20,9 +20,10 @@ from ...diffusion.parts import Edit, Injected, first_step
 from ...diffusion.schedule import Schedule
 from ...diffusion.source import check_store, source_heats
 from ...diffusion.start import start_of
-from ...store.streams import KEEPS_SOUND, video_of, with_kept_sound
+from ...store.streams import KEEPS_SOUND, video_of, video_shape, with_kept_sound
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
+from .guides import check_guides
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
 from .latents import mask_of_frames, mask_of_latents, packed, shapes_of, streams, unpacked, zeros_like
 from .noise import FlowNoise, noise_of
@@ -51,7 +52,7 @@ class EditGuider(LoopGuider):
             raise ValueError(
                 "model: context windows conflict with TokenFlow, which has its own batches: remove one of them"
             )
-        self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
+        self.store, self.edits, self.chunk_frames, self.guides = store, edits, chunk_frames, store.guides
         self.notify = notify or (lambda layers: None)
         self.done: list[Tensor] = []
         """The edited latents of the last run, in the UNet's scale."""
@@ -61,6 +62,7 @@ class EditGuider(LoopGuider):
         self._open = ExitStack()
         prompts = [text for e in edits for text in (e.target_embeddings, e.negative_embeddings)]
         conditions = [source_of(store), *(c for c in prompts if isinstance(c, HostCondition))]
+        check_guides(store.guides, conditions)
         controls = any(edit.fusion is not None and edit.fusion.needs_attention for edit in edits)
         super().__init__(model, conditions, store.patcher, store.calls(chunk_frames).windows, controls=controls)
         self.fills_or_reads(store.memory)
@@ -82,7 +84,9 @@ class EditGuider(LoopGuider):
         self.schedule(sigmas)
         self._check_start(latent_image)
         mask = more.pop("denoise_mask", None)
-        check_masking(self.model_patcher, mask)
+        if self.guides is not None:
+            mask = self.guides.edit_mask(mask)
+        check_masking(self.model_patcher, mask if self.guides is None else self.guides.mask)
         masked = mask is not None and NOISE_MASK not in self.store.attachments
         self._masked_edits = [self.inside(edit, mask) for edit in self.edits] if masked else self.edits
         self.done = []
@@ -147,7 +151,10 @@ class EditGuider(LoopGuider):
                 f"sampler: evaluates sigma {sigma:.4g}, between those of the inversion: use one with one call per step "
                 "(euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
             )
-        return self._clean_of_host(self._running, x, sigma.to(x), step)
+        if self.guides is None:
+            return self._clean_of_host(self._running, x, sigma.to(x), step)
+        clip = self.guides.without_guides(x)
+        return self.guides.with_guides(self._clean_of_host(self._running, clip, sigma.to(x), step))
 
     def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
         """The schedule of the run, for the sigmas of a sampler of the host."""
@@ -210,7 +217,7 @@ class FlowEditGuider(EditGuider):
     def _check_start(self, latent_image: Any) -> None:
         starts = [noise_samples(self.model_patcher, self.store)]
         if self.store.clip is not None:
-            starts.append(unpacked(self.store.clip, self.store.shapes))
+            starts.append(self.store.with_guides(unpacked(self.store.clip, self.store.shapes)))
         if not any(same_samples(latent_image, start) for start in starts):
             raise ValueError("latent_image: is not the clip of this store: connect the latent of the FlowEdit node")
 
@@ -227,7 +234,8 @@ class FlowEditGuider(EditGuider):
         steps = len(sigmas) - 1
         sigmas = self._sigmas_of_host(sigmas[first_step(self.edits[0].strength, steps) :])
         clip = noise_of(self.model_patcher).to_host(self.store.level(0)).float().cpu()
-        return unpacked(clip / sigmas[0].cpu(), self.store.shapes), zeros_like(latent_image), sigmas
+        clip = clip if self.guides is None else self.guides.with_guides(clip)
+        return unpacked(clip / sigmas[0].cpu(), shapes_of(latent_image)), zeros_like(latent_image), sigmas
 
     def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
         return schedule_of_store(self.model_patcher, self.store)
@@ -288,7 +296,8 @@ def edit_clip(
 def changed_mask(model: Any, store: HostStore, samples: Any) -> Tensor:
     """Where an edit of a store changed the clip: (frames, h, w), 0 or 1 on the latents' grid. samples: of the edit."""
     of_clip = edited_samples(model, store, store.level(0))
-    edited, source = (_by_frame(streams(x)[0].float().cpu()) for x in (samples, of_clip))
+    frames = video_shape(store)[0]
+    edited, source = (_by_frame(streams(x)[0].float().cpu())[:frames] for x in (samples, of_clip))
     return mask_of_frames(model, changed_latents(edited, source).float())
 
 
@@ -349,7 +358,7 @@ def heat_of_words(
         return latents
 
     guider = LoopGuider(model, [source_of(store)], store.patcher, store.calls(chunk_frames).windows)
-    guider.loop = collect
+    guider.loop, guider.guides = collect, store.guides
     run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))
 

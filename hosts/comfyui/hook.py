@@ -229,6 +229,8 @@ class HostFamily:
     """The dimension of LATENT samples along which frames lie; None where calls on some frames are not supported."""
     takes: Callable[[Any], frozenset[str]] = lambda model: NOTHING
     """The options of a CONDITIONING in `REFUSED` that a MODEL takes."""
+    clean_frames: bool = False
+    """Whether a MODEL keeps frames clean that have a noise mask."""
     text_tokens: Callable[[Tensor, dict[str, Any]], int | None] = lambda embeddings, options: None
     """The text columns that a model makes of a prompt's embeddings, given the prompt's options; None for one each."""
 

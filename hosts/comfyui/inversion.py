@@ -24,6 +24,7 @@ from .chunks import windowing
 from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
 from .families import hooked
+from .guides import Guides, split_latent
 from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shapes_of, streams, unpacked
 from .noise import Timesteps, check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
@@ -37,11 +38,12 @@ class HostStore(AttentionStore):
     """A store with its MODEL, for recomputing the source branch.
 
     patcher: the MODEL, None for a store from a file. clip: the LATENT samples, packed, to give back where an edit keeps
-    them; None for a store that does not have them.
+    them; None for a store that does not have them. guides: those of the LATENT; a file does not keep them.
     """
 
     patcher: Any = None
     clip: Tensor | None = None
+    guides: Guides | None = None
 
     def get_ram_usage(self) -> int:
         """Bytes in memory, for the host's cache; without what is on disk."""
@@ -52,6 +54,10 @@ class HostStore(AttentionStore):
     def shapes(self) -> Shapes:
         """The shapes of the streams of the LATENT, if it has several."""
         return shapes_in(self)
+
+    def with_guides(self, samples: Any) -> Any:
+        """LATENT samples of the clip with the guides behind it."""
+        return samples if self.guides is None else self.guides.samples_with_guides(samples)
 
     def with_model(self, model: Any) -> HostStore:
         """The store with the edit's MODEL, if it has none because it is from a file."""
@@ -107,15 +113,16 @@ class InvertGuider(LoopGuider):
         if not isinstance(sampler, DDIMSampler):
             raise ValueError("sampler: Inversion Guider needs DDIM Sampler (FateZero)")
         check_quiet(noise, "an inversion adds no noise")
-        self._shapes = shapes_to_keep(latent_image, self.settings.keep_sound)
         check_samples(self._model, latent_image)
+        mask = more.pop("denoise_mask", None)
+        clip, self._mask, self.guides = split_latent(self._model, latent_image, mask, self.source)
+        self._shapes = shapes_to_keep(clip, self.settings.keep_sound)
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: are decreasing, as for an edit: flip them for an inversion (Flip Sigmas)")
-        self._mask = more.pop("denoise_mask", None)
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, **more)
             assert self._made is not None
-            _STORES[streams(result)[0]] = HostStore(**vars(self._made), patcher=self._model)
+            _STORES[streams(result)[0]] = HostStore(**vars(self._made), patcher=self._model, guides=self.guides)
             return result
         finally:
             self._made = self._mask = None
@@ -127,7 +134,10 @@ class InvertGuider(LoopGuider):
         keys, timestep = keys_on(denoiser, settings.key_frames), schedule.timesteps[0]
         split = settings.split or own_windows(denoiser, latents, timestep, settings.store)
         parts = in_parts(denoiser, ClipCalls(keys, settings.clip_norm, split), latents, timestep)
-        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, settings.store, parts)
+        kept = settings.store
+        if kept.memory == "auto" and self.guides is not None:
+            kept = replace(kept, memory="recompute")  # others may keep maps, which have no guides
+        plan = plan_in_host(self._model, latents, self.source, schedule.steps, keys, kept, parts)
         self.notify(str(plan))
         self.fills_or_reads(plan.memory)
         memory = replace(settings.store, memory=plan.memory, place=plan.place)
@@ -200,21 +210,22 @@ class UncalledModel:
 
 def draw_clip(
     model: Any,
-    samples: Any,
+    latent: Mapping[str, Any],
+    source: HostCondition,
     draw: Callable[[Any, Tensor], AttentionStore],
-    noise_mask: Any = None,
     keep_sound: bool = False,
     timesteps: Timesteps = "leading",
 ) -> HostStore:
-    """The store of LATENT samples with random noise, instead of an inversion.
+    """The store of a LATENT with random noise, instead of an inversion.
 
-    draw: makes it from the model and the library's latents (frames, c, h, w). noise_mask: as for `invert_clip`.
-    keep_sound: whether edits keep the sound of a clip that has some. timesteps: of a UNet's schedule.
+    draw: makes it from the model and the library's latents (frames, c, h, w). keep_sound: whether edits keep the sound
+    of a clip that has some. timesteps: of a UNet's schedule.
     """
-    check_samples(model, samples)
+    check_samples(model, latent["samples"])
+    samples, noise_mask, guides = split_latent(model, latent["samples"], latent.get(NOISE_MASK), source)
     store = draw(UncalledModel(model, timesteps), noise_of(model).from_host(into_model(model, samples)))
     store.extra.update({KEEPS_SOUND: False, **shapes_to_keep(samples, keep_sound)})
-    made = HostStore(**vars(store), patcher=model, clip=packed(samples))
+    made = HostStore(**vars(store), patcher=model, clip=packed(samples), guides=guides)
     if noise_mask is not None or made.extra[KEEPS_SOUND]:
         made.attachments[NOISE_MASK] = mask_in_store(model, made.extra, noise_mask)
     return made
@@ -286,13 +297,13 @@ def edited_samples(model: Any, store: HostStore, z: Tensor) -> Any:
     """An edit's latents as LATENT samples; those of the clip bit for bit where the edit kept them."""
     latents = noise_of(model).to_host(z.float())
     if store.clip is None:
-        return out_of_model(model, latents, store.shapes)
+        return store.with_guides(out_of_model(model, latents, store.shapes))
     kept = latents == noise_of(model).to_host(store.level(0)).to(latents)
     changed = packed(out_of_model(model, latents, store.shapes))
-    return unpacked(torch.where(kept, store.clip.to(changed), changed), store.shapes)
+    return store.with_guides(unpacked(torch.where(kept, store.clip.to(changed), changed), store.shapes))
 
 
 def noise_samples(model: Any, store: HostStore) -> Any:
     """The inverted noise as LATENT samples."""
     noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
-    return out_of_model(model, noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])), store.shapes)
+    return store.with_guides(out_of_model(model, noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])), store.shapes))

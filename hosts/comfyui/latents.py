@@ -36,13 +36,18 @@ def packed(samples: Any) -> Tensor:
     return flat
 
 
-def unpacked(flat: Tensor, shapes: Shapes) -> Any:
-    """The inverse of `packed`."""
-    if len(shapes) < 2:
-        return flat
+def nested(parts: Sequence[Tensor]) -> Any:
+    """The samples of these streams, the inverse of `streams`."""
+    if len(parts) == 1:
+        return parts[0]
     from comfy.nested_tensor import NestedTensor  # hosts without it have no streams
 
-    return NestedTensor(unpacked_parts(flat, shapes))
+    return NestedTensor(list(parts))
+
+
+def unpacked(flat: Tensor, shapes: Shapes) -> Any:
+    """The inverse of `packed`."""
+    return nested(unpacked_parts(flat, shapes))
 
 
 def unpacked_parts(flat: Tensor, shapes: Shapes) -> list[Tensor]:
@@ -94,7 +99,12 @@ def mask_of_frames(model: Any, mask: Tensor) -> Tensor:
 
 
 def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
-    """The windows of so many frames of the video, 0 for none; an overlap of 0 is a quarter."""
+    """The windows of so many frames of the video, 0 for the model's own; an overlap of 0 is half a window.
+
+    Raises ValueError for an overlap without frames.
+    """
+    if overlap and not frames:
+        raise ValueError(f"window_overlap is {overlap}, but window_frames is 0: give both, or leave both at 0")
     chosen = InversionSettings(window_frames=frames or None, window_overlap=overlap or None)
     return chosen.windows(_frames_per_latent(model))
 

@@ -6,7 +6,9 @@ controlled; those of the sound, and between video and sound, are the branch's ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from ...models.ltx import LTX2, Words, text_columns
 from ...store.identity import ModelIdentity
 from .blocks import HookedBlocks, check_sampled_as_flow
-from .conditions import READ
+from .conditions import KEYFRAMES, READ
 from .flow import identity_of_shapes
 from .hook import HostFamily
 
@@ -27,13 +29,17 @@ UNPROCESSED = "unprocessed_ltxav_embeds"
 """The option of a CONDITIONING whose text the model's connector has yet to process."""
 
 
+GUIDES = frozenset({"denoise_mask", "audio_denoise_mask", KEYFRAMES, "guide_attention_entries"})
+"""The model inputs of guides and clean frames."""
+
+
 class HookedLTX(HookedBlocks):
     """A clone of an LTX-2.x MODEL."""
 
     family = LTX2
     container = "transformer_blocks"
     attention = {"self": "attn1", "cross": "attn2"}
-    reads = READ | {"frame_rate", "latent_shapes", "ref_audio"}
+    reads = READ | {"frame_rate", "latent_shapes", "ref_audio", *GUIDES}
     reads_latents = True
     always = False
 
@@ -49,6 +55,15 @@ class HookedLTX(HookedBlocks):
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         return height, width
+
+    def other_tokens(self, clip: Tensor, rest: Sequence[Any], named: dict[str, Any]) -> tuple[int, int]:
+        places = rest[5] if len(rest) > 5 else named.get(KEYFRAMES)
+        count = 0 if places is None else places.shape[2]
+        self._guides = count // prod(clip.shape[-2:])
+        if not count:
+            return 0, 0
+        in_use = (named["denoise_mask"][0] >= 0).all(0).flatten()
+        return 0, int(in_use[-count:].sum())
 
     def identity(self) -> ModelIdentity:
         """The architecture, unless the store keeps attention."""
@@ -93,6 +108,7 @@ FAMILY = HostFamily(
     count_layers=lambda model: 2 * len(model.model.diffusion_model.transformer_blocks),
     tokenizer=_tokenizer,
     text_tokens=_text_tokens,
-    takes=lambda model: frozenset({"ref_audio"}),  # tokens of the sound, whose attention is the model's own
+    takes=lambda model: frozenset({"ref_audio", KEYFRAMES}),  # their tokens' attention is the model's own
     frame_dim=None,
+    clean_frames=True,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import comfy.model_management
@@ -28,6 +28,7 @@ from .chunks import WrappersMP
 from .conditions import NOTHING, HostCondition
 from .denoiser import ComfyDenoiser, wrapped
 from .families import family_of, hooked, hooks_always, takes_of
+from .guides import Guides
 from .hook import ALL_KINDS, Hook
 from .latents import packed, zeros_like
 from .noise import is_flow, noise_of
@@ -85,6 +86,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self._given: tuple[Tensor, ...] | None = None
         """Noise, latents and sigmas of the run, until sampling starts."""
 
+    guides: Guides | None = None
+    """The guides and clean frames of the run's LATENT."""
     loop: Loop | None
     """The loop for `DDIMSampler`: a method of a subclass, or a function; None for its own steps."""
 
@@ -110,6 +113,12 @@ class LoopGuider(comfy.samplers.CFGGuider):
         # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
+        if self.guides is not None:
+            mask = self.guides.call_mask().to(device)
+            for entry in chain(*self.conds.values(), *others.values()):
+                entry["denoise_mask"] = mask
+        for model in self._models():  # the host sets it on the edit's only
+            model.patcher.model.latent_shapes = more.get("latent_shapes")
         given = self._inputs(latent_image, *rest, **more) if self.edited.reads_latents else {}
         for group in {role.partition(".")[2] if role != "source" else role for role in others}:
             ends = {"positive": group} if group == "source" else {n: f"{n}.{group}" for n in ("positive", "negative")}
@@ -128,7 +137,6 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self, latent_image: Tensor, denoise_mask: Any, callback: Any, disable_pbar: bool, seed: int | None, **more: Any
     ) -> dict[str, Any]:
         """What models may read for their conditions, from the arguments of the host's `inner_sample`."""
-        self.inner_model.latent_shapes = more.get("latent_shapes")
         latents = self.inner_model.process_latent_in(latent_image) if latent_image.any() else latent_image
         return {"latent_image": latents, "denoise_mask": denoise_mask, "seed": seed, **more}
 
@@ -267,13 +275,15 @@ class DDIMSampler(comfy.samplers.Sampler):
         if not isinstance(guider, LoopGuider) or guider.loop is None:
             return _plain_ddim(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask)
         denoiser = ComfyDenoiser(guider, extra_args["model_options"], latent_image.device, guider.schedule(sigmas))
+        clip = latent_image if guider.guides is None else guider.guides.without_guides(latent_image)
 
         def progress(done: int, of: int) -> None:
             if callback is not None and denoiser.clean is not None:  # None before an edit of lower strength starts
                 callback(done - 1, denoiser.clean, denoiser.clean, of)
 
         try:
-            return denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.from_host(latent_image), progress))
+            done = denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.from_host(clip), progress))
+            return done if guider.guides is None else guider.guides.with_guides(done)
         finally:
             denoiser.restore()
 

@@ -36,7 +36,6 @@ class FlowDenoiser(NetworkDenoiser):
         self.model = model
         self.family, self.text_dim = model.family, model.text_dim  # type: ignore[misc]
         self.frames_meet, self.embeds_guidance = model.frames_meet, model.embeds_guidance
-        self.trained_frames = model.family.trained_frames
 
     @property
     def channels(self) -> int:

@@ -30,7 +30,6 @@ class NetworkDenoiser(ABC):
     """The configuration's key of the text embeddings' width; "" if it has none."""
     pairs: ClassVar[bool] = False
     embeds_guidance: bool = False
-    trained_frames: int | None = None
 
     def __init__(self, networks: Sequence[Any], scheduler: Any) -> None:
         self.networks, self.scheduler = list(networks), scheduler
@@ -47,6 +46,10 @@ class NetworkDenoiser(ABC):
     @property
     def spans_clip(self) -> bool:
         return self.family.spans_clip
+
+    @property
+    def trained_frames(self) -> int | None:
+        return self.family.trained_frames
 
     def subset_grid(self, height: int, width: int) -> tuple[int, int] | None:
         return self.family.subset_grid(height, width)

@@ -103,7 +103,6 @@ class VideoTransformerDenoiser(BlockDenoiser):
     plain = (WanAttnProcessor,)
     reset = "transformer.set_attn_processor(WanAttnProcessor())"
     text_dim = "text_dim"
-    trained_frames = WAN.trained_frames
 
     def __init__(
         self,

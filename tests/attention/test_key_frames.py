@@ -67,10 +67,12 @@ def test_windows_share_their_overlap(frames, window, overlap):
 
 def test_windows_count_frames_of_the_video():
     assert Windows.of_video(81, 30, 4) == Windows(21, 7)
-    assert Windows.of_video(33, None, 1) == Windows(33)
+    assert Windows.of_video(33, None, 1) == Windows(33, 16)
     assert Windows(9).advance == Windows(9, 2).advance == 7
     with pytest.raises(ValueError, match="windows of 4 frames cannot overlap by 4"):
         Windows(4, 4)
+    with pytest.raises(ValueError, match="at least 2"):
+        Windows.of_video(4, None, 4).starts(9)
 
 
 def test_a_missing_key_frame_is_replaced_by_the_nearest():

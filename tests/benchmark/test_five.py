@@ -4,30 +4,24 @@ import csv
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from five import FRAMES, PAIRS, write_five
+from frame_models import TOWER, write_clip
 from safetensors.torch import save_file
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import ViTConfig, ViTModel
 
-from fatezero.benchmark.five import COLUMNS, KINDS, PUBLISHED, FiveError, load_five
-from fatezero.cli.five import FIVE_ONLY, FiveRun, _job, _metrics, _notes, _shown, check_five, run_five
+from fatezero.benchmark.five import COLUMNS, FIVE, KINDS, PUBLISHED, load_five
+from fatezero.benchmark.public import FolderError
+from fatezero.cli.commands.batch import BatchError
 from fatezero.cli.progress import console, no_bars
+from fatezero.cli.public import PublicRun, _job, _models, _notes, _shown, check_public, run_public
 from fatezero.cli.session import Session
-from fatezero.files.bundled import DEMO
 from fatezero.metrics.lpips import Lpips
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-NO_MODELS = dict.fromkeys(("clip", *FIVE_ONLY), "")
+NO_MODELS = dict.fromkeys(FIVE.models, "")
 
 
 @pytest.fixture
@@ -55,6 +49,21 @@ def test_a_folder_has_a_case_for_each_pair(data):
     assert [case.kind for case in load_five(data, ["3", "material"])] == ["colour", "material"]
 
 
+def test_clips_and_files_with_similar_names_are_different_cases(data, tmp_path):
+    """A part after a dot or an underscore is a part of the name."""
+    file = data / "edit_prompt" / "edit1_FiVE.json"
+    entry = json.loads(file.read_text())[0]
+    for name in ("a.one", "a.two"):
+        for part in ("images", "bmasks"):
+            shutil.copytree(data / part / "0001_square", data / part / name)
+        (file.parent / f"more_{name}.json").write_text(json.dumps([entry | {"video_name": name}]))
+    first, second = load_five(data, ["1"])[1:]
+    assert first.name != second.name
+    run = PublicRun("five", tmp_path / "out", ("kv_edit",), {"model": "demo-wan"}, NO_MODELS, "cpu", 1)
+    jobs = [_job(run, case, "kv_edit") for case in (first, second)]
+    assert jobs[0].name != jobs[1].name and jobs[0].values["edit_mask"] != jobs[1].values["edit_mask"]
+
+
 def test_a_clip_may_be_a_video_and_questions_may_lack(data):
     changed(data, video_name="bus", source_yes_no_question=None, multiple_choice_question=None)
     shutil.move(data / "bmasks" / "0001_square", data / "bmasks" / "bus")
@@ -63,10 +72,10 @@ def test_a_clip_may_be_a_video_and_questions_may_lack(data):
     from fatezero.video.read import open_video
 
     shutil.copyfile(CLIP, data / "videos" / "bus.mp4")
-    with pytest.raises(FiveError, match=r"edit1_FiVE.json, case 0: .* has 4 masks for \d+ frames"):
+    with pytest.raises(FolderError, match=r"edit1_FiVE.json, case 0: .* has 4 masks for \d+ frames"):
         load_five(data)
     size = open_video(CLIP).size
-    with pytest.raises(FiveError, match=f"masks of 64x64 .* frames of {size[0]}x{size[1]}"):
+    with pytest.raises(FolderError, match=f"masks of 64x64 .* frames of {size[0]}x{size[1]}"):
         load_five(data, frames=4)
 
 
@@ -135,12 +144,7 @@ def models(tmp_path_factory):
     """Small random models of the figures: CLIP, DINO and LPIPS."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
-    text = {**TOWER, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    vision = {**TOWER, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, tokenizer).save_pretrained(folder / "clip")
+    write_clip(folder / "clip")
     ViTModel(ViTConfig(**TOWER, image_size=32, patch_size=8), add_pooling_layer=False).save_pretrained(folder / "dino")
     for net in ("squeeze", "alex"):
         saved = Lpips(net).state_dict()
@@ -153,10 +157,10 @@ def models(tmp_path_factory):
 
 def test_a_run_edits_measures_resumes_and_writes_tables(tmp_path, models):
     data, out = write_five(tmp_path / "data"), tmp_path / "out"
-    run = FiveRun(out, ("attribute+",), {"steps": 2}, NO_MODELS, "cpu", 1)
+    run = PublicRun("five", out, ("attribute+",), {"steps": 2}, NO_MODELS, "cpu", 1)
     session = Session(console, no_bars, "cpu")
-    cases = check_five(run, str(data), ("1", "3"), None, 3)
-    text = run_five(session, run, cases)
+    cases = check_public(run, str(data), ("1", "3"), None, 3)
+    text = run_public(session, run, cases)
     rows = [json.loads(line) for line in (out / "five.jsonl").read_text().splitlines()]
     assert [(row["case"], row["kind"]) for row in rows] == [("edit1-000", KINDS["1"]), ("edit3-000", KINDS["3"])]
     assert all(20 < row["psnr"] < 60 and 0 < row["inside"] <= 1 and row["mse"] > 0 for row in rows)
@@ -171,12 +175,12 @@ def test_a_run_edits_measures_resumes_and_writes_tables(tmp_path, models):
     edits = {path: path.stat().st_mtime_ns for path in out.glob("*.mkv")}
     lines = (out / "five.jsonl").read_text().splitlines()
     (out / "five.jsonl").write_text("\n".join([lines[0], lines[1][:30]]))
-    assert run_five(session, run, cases) == text
+    assert run_public(session, run, cases) == text
     assert len((out / "five.jsonl").read_text().splitlines()) == 3
     given = {"clip": str(models / "clip"), "dino": str(models / "dino"), "lpips": str(models / "squeeze.safetensors")}
-    more = FiveRun(out, run.methods, run.shared, NO_MODELS | given, "cpu", 1)
-    assert check_five(more, str(data), ("1", "3"), None, 3) == cases
-    assert "| *TokenFlow, published* | all | 420 | 35.62 | 19.06 | 263.6 |" in run_five(session, more, cases)
+    more = PublicRun("five", out, run.methods, run.shared, NO_MODELS | given, "cpu", 1)
+    assert check_public(more, str(data), ("1", "3"), None, 3) == cases
+    assert "| *TokenFlow, published* | all | 420 | 35.62 | 19.06 | 263.6 |" in run_public(session, more, cases)
     again = [json.loads(line) for line in (out / "five.jsonl").read_text().splitlines()[-2:]]
     assert all(row["structure"] > 0 and row["lpips"] > 0 and 0 <= row["clip_edit"] <= 100 for row in again)
     assert [row["psnr"] for row in again] == [row["psnr"] for row in rows]
@@ -186,10 +190,37 @@ def test_a_run_edits_measures_resumes_and_writes_tables(tmp_path, models):
 @pytest.mark.skipif(find_spec("pyiqa") is not None, reason="pyiqa is installed")
 def test_a_figure_without_its_library_is_left_out_with_a_note(data, tmp_path):
     (tmp_path / "niqe.mat").write_bytes(b"parameters")
-    run = FiveRun(tmp_path / "out", ("style",), {}, NO_MODELS | {"niqe": str(tmp_path / "niqe.mat")}, "cpu", 1)
-    check_five(run, str(data), (), None, None)
-    assert _metrics(run).niqe is None
-    assert "NIQE left out: pyiqa is not installed" in _notes(run.models)
+    run = PublicRun(
+        "five", tmp_path / "out", ("style",), {}, NO_MODELS | {"niqe": str(tmp_path / "niqe.mat")}, "cpu", 1
+    )
+    check_public(run, str(data), (), None, None)
+    assert "niqe" not in _models(run)
+    assert "NIQE left out: pyiqa is not installed" in _notes(run)
+
+
+def test_a_library_that_is_installed_later_is_used(data, tmp_path, monkeypatch):
+    run = PublicRun("five", tmp_path, ("style",), {}, NO_MODELS | {"tracker": "x.pth"}, "cpu", 1)
+    before = run.usable
+    (tmp_path / "cotracker").mkdir()
+    (tmp_path / "cotracker" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (before, run.usable) == ({}, {"tracker": "x.pth"}), "rows without it are measured again"
+
+
+def test_a_case_that_cannot_be_measured_leaves_the_others(data, tmp_path):
+    """A mask is cut short after its edit; the questions of another case change, so that it is measured again."""
+    run = PublicRun("five", tmp_path / "out", ("style",), {"steps": 1}, NO_MODELS, "cpu", 1)
+    session = Session(console, no_bars, "cpu")
+    cases = check_public(run, str(data), ("1", "3"), None, 2)
+    run_public(session, run, cases)
+    changed(data, source_yes_no_question="Is it a square?")
+    mask = cases[1].mask / "00002.jpg"
+    mask.write_bytes(mask.read_bytes()[:-200])
+    with pytest.raises(BatchError, match=r"edit3-000.* cannot be measured: .*00002\.jpg"):
+        run_public(session, run, check_public(run, str(data), ("1", "3"), None, 2))
+    rows = [json.loads(line)["case"] for line in (tmp_path / "out" / "five.jsonl").read_text().splitlines()]
+    assert rows == ["edit1-000", "edit3-000", "edit1-000"]
+    assert "| style | all | 1 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_lpips_of_another_net_is_refused(data, models, refused):
@@ -198,7 +229,7 @@ def test_lpips_of_another_net_is_refused(data, models, refused):
 
 
 def test_a_method_that_needs_a_mask_gets_the_case_s(data, tmp_path):
-    run = FiveRun(tmp_path / "out", ("kv_edit",), {"model": "demo-wan"}, NO_MODELS, "cpu", 1)
+    run = PublicRun("five", tmp_path / "out", ("kv_edit",), {"model": "demo-wan"}, NO_MODELS, "cpu", 1)
     case = load_five(data, ["3"], frames=2)[0]
     mask = _job(run, case, "kv_edit").values["edit_mask"]
     assert [path.name for path in sorted((tmp_path / "out" / "masks" / case.video.name).iterdir())] == [
@@ -206,12 +237,14 @@ def test_a_method_that_needs_a_mask_gets_the_case_s(data, tmp_path):
         "00002.jpg",
     ]
     assert mask == str(tmp_path / "out" / "masks" / case.video.name)
+    fewer = load_five(data, ["3"], frames=1)[0]
+    assert len(list(Path(_job(run, fewer, "kv_edit").values["edit_mask"]).iterdir())) == 1, "none of a longer run"
     assert "edit_mask" not in _job(run, case, "attribute").values
 
 
 def test_a_file_of_settings_is_a_method(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("preset: style\nsteps: 30\nmodel: demo\n")
-    run = FiveRun(tmp_path / "out", (), {"steps": 5}, NO_MODELS, "cpu", 1)
+    run = PublicRun("five", tmp_path / "out", (), {"steps": 5}, NO_MODELS, "cpu", 1)
     values = _job(run, load_five(data)[0], str(tmp_path / "mine.yaml")).values
     assert values["preset"] == "style" and values["steps"] == 5 and values["model"] == "demo"
     assert values["lossless"] and values["count"] == FRAMES

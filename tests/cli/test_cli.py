@@ -130,6 +130,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, tmp_path):
     assert "   store: recompute in RAM, 1." in output
     assert "UNet calls: 50 for the inversion, 100 for the edit, 25 for the source" in output
     assert "1.75 times plain sampling (100 calls): inversion 0.50, edit 1.00, source 0.25" in output
+    assert "latents of all levels, in every store, and on disk until the output is written" in output
+    assert "latents of the clip: " in command("edit", CLIP, *WORDS, "--preset", "flow_edit", "--dry-run")
     assert list(tmp_path.iterdir()) == []
 
 

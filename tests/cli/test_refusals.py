@@ -42,6 +42,7 @@ def error(refused, tmp_path, monkeypatch):
         ((*EDIT, "--dtype", "float8"), "dtype is 'float8'"),
         ((*EDIT, "--lossless", "-o", "out.gif"), "lossless: .gif loses detail"),
         ((*EDIT, "--lossless", "-o", "f_%04d.jpg", "--dry-run"), "lossless: .jpg loses detail"),
+        ((*EDIT, "--window-overlap", 1, "--dry-run"), "window_overlap is 1"),
         ((*EDIT, "--device", "abacus"), "device 'abacus' cannot be used"),
         (("edit", "text.mp4", *EDIT[2:]), "text.mp4 is not a readable video"),
         (("edit", "folder", *EDIT[2:]), "folder is a folder without pictures"),

@@ -184,6 +184,7 @@ class Pixels:
 
     def __init__(self, kind):
         self.channels, self.size, self.frames, self.latents = self.FACTS[kind]
+        self.downscale_index_formula = self.frames, self.size, self.size
 
     def spacial_compression_encode(self):
         return self.size
@@ -363,6 +364,15 @@ class JointWords:
         return [[torch.cat(rows)[None], {"minimax_token_tags": torch.tensor(tags)}]]
 
 
+@node("JointLoader", [KIND], PARTS)
+class JointLoader(io.ComfyNode):
+    """In place of file loaders: H3 with random weights, its tokenizer, and stand-ins for its VAEs."""
+
+    @classmethod
+    def execute(cls, kind):
+        return io.NodeOutput(FlowModel.execute(kind)[0], JointWords(), Pixels(kind), Sound(kind))
+
+
 @node("JointBlock", [io.Model.Input("model"), io.Float.Input("scale")], [io.Model.Output()])
 class JointBlock(io.ComfyNode):
     """Multiplies the second block's residual by a number; the host's block changes its input in place."""
@@ -407,7 +417,7 @@ class JointLatent(io.ComfyNode):
 
 class Flows(ComfyExtension):
     async def get_node_list(self):
-        joint = [JointModel, JointBlock, JointRecords, JointLatent]
+        joint = [JointModel, JointLoader, JointBlock, JointRecords, JointLatent]
         return [FlowModel, FlowLoader, FlowText, FlowLatent, FlowStream, FlowLoop, *joint]
 
 

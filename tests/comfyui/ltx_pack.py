@@ -7,9 +7,11 @@ import io as streams
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.samplers
 import comfy.supported_models
 import sentencepiece
 import torch
@@ -173,15 +175,13 @@ class LTXLatent(io.ComfyNode):
         return io.NodeOutput({"samples": NestedTensor(parts) if sound else video})
 
 
-@node("LTXKeyframes", [io.Conditioning.Input("conditioning")], [io.Conditioning.Output()])
-class LTXKeyframes(io.ComfyNode):
-    """A prompt with the places of one guide's tokens, as of LTXV Add Guide."""
+@node("LTXSmallGuides", [io.Int.Input("factor")], [io.Custom("IC_LORA_PARAMETERS").Output()])
+class LTXSmallGuides(io.ComfyNode):
+    """The parameters of an IC-LoRA with smaller guides, as of Get IC-LoRA Parameters."""
 
     @classmethod
-    def execute(cls, conditioning):
-        return io.NodeOutput(
-            [[text, {**more, "keyframe_idxs": torch.zeros(1, 3, 6, 2)}] for text, more in conditioning]
-        )
+    def execute(cls, factor):
+        return io.NodeOutput({"reference_downscale_factor": factor})
 
 
 @node("LTXReference", [io.Conditioning.Input("conditioning"), io.Int.Input("seed")], [io.Conditioning.Output()])
@@ -194,9 +194,90 @@ class LTXReference(io.ComfyNode):
         return io.NodeOutput([[text, {**more, **sound}] for text, more in conditioning])
 
 
+class Guider(comfy.samplers.CFGGuider):
+    """A guider with the conditions of three branches."""
+
+
+class Loop(comfy.samplers.Sampler):
+    """An inversion and its edit, each call with the host's own noise mask; with `fuse` the clip's self-attention takes
+    the source's queries and keys. The guides, the last frames, are noised anew for each call.
+    """
+
+    def __init__(self, guidance, guides, fuse):
+        self.guidance, self.guides, self.fuse = guidance, guides, fuse
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False):
+        clip, mask = latent_image, denoise_mask.clamp(min=0)
+        frames, model, options = clip.shape[2] - self.guides, guider.inner_model, extra_args["model_options"]
+        eps = random_values(0, *clip[:, :, frames:].shape)
+
+        def seen(x, sigma):
+            x = x.clone()
+            x[:, :, frames:] = clip[:, :, frames:] + sigma * (eps - clip[:, :, frames:])
+            return x * mask + clip * (1 - mask)
+
+        def velocity(x, clean, sigma):
+            return (x - (clean * mask + clip * (1 - mask))) / sigma
+
+        def clean(name, x, sigma):
+            return comfy.samplers.calc_cond_batch(model, [guider.conds[name]], seen(x, sigma), sigma[None], options)[0]
+
+        def fused(source, x, sigma):
+            rows = torch.cat([seen(source, sigma), seen(x, sigma)])
+            one, two = (guider.conds[name][0]["model_conds"] for name in ("source", "positive"))
+            inputs = {key: value.process_cond(1).concat([two[key].process_cond(1)]) for key, value in one.items()}
+            inputs["transformer_options"] = {
+                **options["transformer_options"],
+                "optimized_attention_override": attention,
+            }
+            return model.apply_model(rows, sigma.expand(2), **inputs)[1:]
+
+        def attention(func, q, k, v, heads, *rest, **more):
+            of_video = q.shape[-1] == 128 and q.shape[1] >= tokens and k.shape[1] < 1024  # else it is to the text
+            if not of_video:
+                return func(q, k, v, heads, *rest, **more)
+            found = func(q, k, v, heads, *rest, **more)
+            keys = torch.cat([k[:1, :tokens], k[1:, tokens:]], 1)
+            found[1:, :tokens] = func(q[:1, :tokens], keys, v[1:], heads, *rest, **more)
+            return found
+
+        tokens, levels, x = frames * clip.shape[3] * clip.shape[4], [clip], clip
+        rising = sigmas.flip(0)
+        for here, there in pairwise(rising):
+            x = x + (there - here) * velocity(x, clean("source", x, there), there)
+            levels.append(x)
+        for level in range(len(sigmas) - 1, 0, -1):
+            here, there, source = rising[level], rising[level - 1], levels[level - 1]
+            to = fused(source, x, here) if self.fuse else clean("positive", x, here)
+            away = clean("negative", x, here)
+            x = x + (there - here) * velocity(x, away + self.guidance * (to - away), here)
+        return x
+
+
+LOOP = [
+    io.Model.Input("model"), io.Conditioning.Input("source"), io.Conditioning.Input("positive"),
+    io.Conditioning.Input("negative"), io.Latent.Input("latent"), io.Sigmas.Input("sigmas"),
+    io.Float.Input("guidance"), io.Int.Input("guides"), io.Boolean.Input("fuse"),
+]  # fmt: skip
+
+
+@node("LTXLoop", LOOP, [io.Latent.Output()])
+class LTXLoop(io.ComfyNode):
+    """Inversion and edit with the host's own guider and noise mask."""
+
+    @classmethod
+    def execute(cls, model, source, positive, negative, latent, sigmas, guidance, guides, fuse):
+        guider, samples = Guider(model), latent["samples"]
+        guider.inner_set_conds({"positive": positive, "negative": negative, "source": source})
+        mask = latent.get("noise_mask", torch.ones_like(samples[:, :1]))
+        done = guider.sample(samples * 0, samples, Loop(guidance, guides, fuse), sigmas, denoise_mask=mask, seed=0)
+        return io.NodeOutput({"samples": done})
+
+
 class LTX(ComfyExtension):
     async def get_node_list(self):
-        return [] if NestedTensor is None else [LTXModel, LTXLoader, LTXFolder, LTXLatent, LTXKeyframes, LTXReference]
+        nodes = [LTXModel, LTXLoader, LTXFolder, LTXLatent, LTXSmallGuides, LTXReference, LTXLoop]
+        return [] if NestedTensor is None else nodes
 
 
 async def comfy_entrypoint():

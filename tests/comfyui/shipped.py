@@ -28,16 +28,22 @@ WITH_STEPS = {"FateZeroInvert": 0, "FateZeroSigmas": 0, "FateZeroFlowEdit": 0, "
 WAN_FILES = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
 """Nodes that load Wan's parts, and the output of the demo's video model used instead."""
 
-FLOWS = {"flow_edit_h3": "h3", "flow_edit_ltx2": "ltxav", "flow_edit_qwen_image": "qwen", "ltx2": "ltxav"}
+FLOWS = {
+    "flow_edit_h3": "h3",
+    "flow_edit_ltx2": "ltxav",
+    "flow_edit_qwen_image": "qwen",
+    "h3": "h3",
+    "ltx2": "ltxav",
+}
 """Workflows for flow models other than Wan, and the kind of small random model used instead of files."""
-WITH_WORDS = {"ltx2": "LTXLoader"}
+WITH_WORDS = {"h3": "JointLoader", "ltx2": "LTXLoader"}
 """Those with Prompt Edit, and the loader whose text has words."""
 FLOW_FILES = {
     "UNETLoader": {0: 0}, "CheckpointLoaderSimple": {0: 0, 2: 2}, "CLIPLoader": {0: 1},
     "LTXAVTextEncoderLoader": {0: 1}, "VAELoader": {0: 2}, "LTXVAudioVAELoader": {0: 3},
 }  # fmt: skip
 """Nodes that load their parts, and the outputs of *FlowLoader* used instead."""
-LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "ltx2": 9}
+LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "h3": 22, "ltx2": 9}
 """Frames of the clip in tests, for models that do not accept three."""
 
 

@@ -105,6 +105,7 @@ def test_the_default_is_the_length_of_training(host, graph, checkpoint):
 
 
 def test_unsuitable_windows_are_refused(host, graph):
-    graph.set(graph.invert, window_frames=9, window_overlap=9)
-    with pytest.raises(NodeError, match="window_overlap is 9"):
-        host.latents(graph.prompt, graph.edit[0])
+    for frames in (0, 9):
+        graph.set(graph.invert, window_frames=frames, window_overlap=9)
+        with pytest.raises(NodeError, match="window_overlap is 9"):
+            host.latents(graph.prompt, graph.edit[0])

@@ -187,6 +187,9 @@ def test_flow_edit_from_the_clip(host, graph, preset):
     video, sound = video_and_sound(host, graph, graph.edit[0])
     assert torch.equal(sound, before[1])
     assert relative(video, before[0]) > 1e-3
+    graph.set(graph.words, target=SOURCE)
+    graph.set(graph.edit, preset="none", guidance=2.0)
+    assert relative(video_and_sound(host, graph, graph.edit[0])[0], before[0]) < 1e-5, "the same prompt"
 
 
 def test_a_store_from_a_file(host, graph):
@@ -251,12 +254,6 @@ def test_a_reference_sound_is_left_to_the_model(host, graph, preset):
     assert all(torch.isfinite(part).all() for part in inverted)
 
 
-def guided_clip(graph):
-    """A prompt with a guide (LTXV Add Guide)."""
-    guide = graph.add("LTXKeyframes", conditioning=graph.words[0])
-    graph.set(graph.invert, source=guide[0])
-
-
 def with_windows(graph):
     windows = graph.add(
         "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
@@ -269,7 +266,6 @@ def with_windows(graph):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (guided_clip, "source: guides or keyframes are set"),
         (with_windows, "Context Windows"),
         (lambda graph: graph.set(graph.edit, chunk_frames=2), "chunk_frames: has no effect"),
         (lambda graph: graph.set(graph.invert, memory="queries_keys"), "a clip with sound needs recompute"),

@@ -14,7 +14,7 @@ from fatezero.video.read import read_video
 
 NAMES = (
     "attribute", "controlnet_lora", "custom_sampler", "demo", "enhance",
-    "flow_any_demo", "flow_edit_h3", "flow_edit_ltx2", "flow_edit_qwen_image", "flow_edit_wan_4_steps",
+    "flow_any_demo", "flow_edit_h3", "flow_edit_ltx2", "flow_edit_qwen_image", "flow_edit_wan_4_steps", "h3",
     "layout_move_object", "layout_new_clip", "ltx2",
     "mask_correction", "measure",
     "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fatezero import FusionSettings, PromptEdit, edit, invert
+from fatezero import FusionSettings, PromptEdit, Windows, edit, invert
 from fatezero.attention.control import Control
 from fatezero.attention.key_frames import Chunk, KeyFrames
 from fatezero.attention.masks import GivenMask
@@ -204,6 +204,15 @@ def test_text_without_registers_is_refused(model, latents, text):
 
 
 @pytest.mark.slow
+def test_longer_clips_than_those_of_training_run_in_windows(model, text):
+    def of(frames):
+        latents = torch.randn(frames, 8, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return invert(model.for_clip(ClipFacts(latents.shape, 8.0)).denoiser, latents, text[SOURCE], 1).store
+
+    assert of(33).windows is None
+    assert of(35).windows == Windows(33, 16)
+
+
 def test_memory_at_full_size():
     """Of a guided step at 121 frames of 1280x704 in bfloat16, from shapes, with the weights of all 48 blocks."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

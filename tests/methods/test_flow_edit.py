@@ -253,17 +253,18 @@ def test_longer_clips_are_edited_in_chunks_of_the_models_training(monkeypatch):
     denoiser = VideoTransformerDenoiser(wan.small_wan(), FlowMatchEulerDiscreteScheduler(shift=3.0))
     latents, texts = wan.random_latents(5), [wan.random_text(seed) for seed in (0, 1)]
 
-    def edited(chunk_frames=None, invert_first=False):
-        start = invert(denoiser, latents, texts[0], 2) if invert_first else draw(denoiser, latents, texts[0], 2)
+    def edited(chunk_frames=None, invert_first=False, windows=None):
+        begin = invert if invert_first else draw
+        start = begin(denoiser, latents, texts[0], 2, windows=windows)
         return edit(denoiser, start, texts[1], guidance_scale=1.0, chunk_frames=chunk_frames)
 
-    whole, chunked, inverted = edited(), edited(4), edited(invert_first=True)
-    windows = invert(denoiser, latents, texts[0], 2, windows=Windows(4))
-    assert relative(whole, chunked) > 1e-6
+    whole, split, inverted = edited(), edited(windows=Windows(4, 2)), edited(invert_first=True)
+    in_windows = invert(denoiser, latents, texts[0], 2, windows=Windows(4, 2))
+    assert relative(whole, split) > 1e-6
     monkeypatch.setattr(VideoTransformerDenoiser, "trained_frames", 4)
-    assert torch.equal(edited(), chunked)
+    assert torch.equal(edited(), split)
     assert torch.equal(edited(5), whole)
-    assert torch.equal(edited(invert_first=True), edit(denoiser, windows, texts[1], guidance_scale=1.0))
+    assert torch.equal(edited(invert_first=True), edit(denoiser, in_windows, texts[1], guidance_scale=1.0))
     assert relative(edited(invert_first=True), inverted) > 1e-6
     stored = invert(denoiser, latents, texts[0], 2, memory="queries_keys").store
     assert stored.windows is None, "attention is stored for the whole clip"

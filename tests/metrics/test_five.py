@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTModel
 
 from fatezero.benchmark.five_metrics import FiveMetrics
 from fatezero.metrics.lpips import Lpips
-from fatezero.metrics.motion import flow_tracker, motion_fidelity
+from fatezero.metrics.motion import flow_tracker, load_cotracker, motion_fidelity
 from fatezero.metrics.structure import Dino, _scaled, structure_distance
 from fatezero.metrics.vlm import Questions, five_accuracy, load_vlm
 
@@ -112,6 +112,44 @@ def test_tracks_follow_the_flow():
     assert tracks.shape == (55 * 55, 4, 2)
     assert torch.allclose(tracks[:, 3] - tracks[:, 0], torch.tensor([6.0, -3.0]), atol=1e-4)
     assert tracks[0, 0].tolist() == [1, 1] and tracks[-1, 0].tolist() == [63, 31]
+
+
+COTRACKER = """
+import torch
+
+class CoTrackerPredictor(torch.nn.Module):
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.start = torch.nn.Parameter(torch.load(checkpoint, weights_only=True))
+
+    def forward(self, video, grid_size):
+        # The grid follows the centre of what is brighter than half of 255; visibilities are not used.
+        assert video.shape[0] == 1
+        bright = (video[0].mean(1) > 127).float()
+        y, x = (torch.arange(side).float() for side in bright.shape[1:])
+        total = bright.sum((1, 2))
+        centre = torch.stack([(bright * x).sum((1, 2)) / total, (bright * y[:, None]).sum((1, 2)) / total], -1)
+        grid = self.start + torch.cartesian_prod(*(torch.arange(grid_size).float(),) * 2)
+        return (grid[None] + (centre - centre[0])[:, None])[None], None
+"""
+
+
+def test_a_tracker_of_cotracker_s_interface_gives_tracks_by_point(tmp_path, monkeypatch):
+    """CoTracker's weights are not available here: a small predictor with its signature, frames and tracks."""
+    (tmp_path / "cotracker").mkdir()
+    (tmp_path / "cotracker" / "predictor.py").write_text(COTRACKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(torch.ones(2), tmp_path / "scaled_offline.pth")
+    track = load_cotracker(str(tmp_path / "scaled_offline.pth"))
+    right, down = torch.zeros(2, 4, 3, 16, 16)
+    for f in range(4):
+        right[f, :, 4:8, 2 * f : 2 * f + 4] = 1
+        down[f, :, 2 * f : 2 * f + 4, 4:8] = 1
+    tracks = track(right)
+    assert tracks.shape == (55 * 55, 4, 2) and tracks[0, 0].tolist() == [1, 1]
+    assert torch.allclose(tracks.diff(dim=1), torch.tensor([2.0, 0.0]), atol=1e-4)
+    assert motion_fidelity(track(0.8 * right), tracks) == pytest.approx(1, abs=1e-4)
+    assert motion_fidelity(track(down), tracks) == pytest.approx(0, abs=1e-4)
 
 
 QUESTIONS = Questions("Is it a square?", "Is it a circle?", "What is it? a) square b) circle")

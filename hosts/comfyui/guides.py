@@ -1,0 +1,152 @@
+"""Frames of a LATENT that condition LTX: guides behind the clip (LTXV Add Guide, IC-LoRA), and clean frames of the clip
+(LTXV Img To Video Inplace).
+
+As in the host's samplers, a token with the noise mask m has the noise level m sigma, and the model gets that level. The
+loops of the library have the clip without guides, so that no guide is inverted, fused or masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .conditions import KEYFRAMES, HostCondition
+from .families import family_of
+from .latents import Shapes, into_model, nested, packed, shapes_of, streams, unpacked_parts
+
+SEED = 0
+"""Random seed for the noise of guides with a strength below 1."""
+
+
+@dataclass(frozen=True)
+class Guides:
+    """The guides and clean frames of a LATENT.
+
+    samples: of the guides, (1, c, g, h, w). shapes: of the clip's streams, without guides. mask: the noise mask of clip
+    and guides, (1, 1, f + g, h, w): negative for guide tokens that the model leaves out, 1 where the clip is edited.
+    clip, frames: the clip, packed, and the guides, in the MODEL's scale.
+    """
+
+    samples: Tensor
+    shapes: Shapes
+    mask: Tensor
+    clip: Tensor
+    frames: Tensor
+
+    @property
+    def count(self) -> int:
+        """The latent frames of the guides."""
+        return int(self.samples.shape[2])
+
+    @property
+    def all_shapes(self) -> Shapes:
+        """The shapes of the streams, with guides."""
+        video, *sound = self.shapes
+        return [(*video[:2], video[2] + self.count, *video[3:]), *sound]
+
+    def call_mask(self) -> Tensor:
+        """The noise mask of the model's calls, packed."""
+        video, *sound = (tuple(shape) for shape in self.all_shapes)
+        return packed(nested([self.mask.expand(video), *map(torch.ones, sound)]))
+
+    def edit_mask(self, mask: Any) -> Any:
+        """The part of the LATENT's noise mask that limits edits: neither guides nor clean frames. None for no limit."""
+        if mask is None:
+            return None
+        video, *sound = streams(mask)
+        frames = self.shapes[0][2]
+        if bool((self.mask[:, :, :frames] < 1).any()):
+            video = torch.ones_like(video)
+        parts = [video[:, :, :frames] if video.ndim == 5 else video, *sound]
+        return nested(parts) if any(bool((part < 1).any()) for part in parts) else None
+
+    def with_guides(self, x: Tensor, guides: Tensor | None = None) -> Tensor:
+        """The packed clip with guides behind it, by default without noise."""
+        video, *sound = unpacked_parts(x, self.shapes)
+        return packed(nested([torch.cat([video, (self.frames if guides is None else guides).to(video)], 2), *sound]))
+
+    def without_guides(self, x: Tensor) -> Tensor:
+        video, *sound = unpacked_parts(x, self.all_shapes)
+        return packed(nested([video[:, :, : self.shapes[0][2]], *sound]))
+
+    def samples_with_guides(self, samples: Any) -> Any:
+        """LATENT samples of the clip with the given guides behind it."""
+        video, *sound = streams(samples)
+        return nested([torch.cat([video, self.samples.to(video)], 2), *sound])
+
+    def seen(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The packed clip at a noise level as the model gets it: guides and clean frames at their own levels."""
+        noise = torch.randn(self.frames.shape, generator=torch.Generator().manual_seed(SEED))
+        level = sigma.cpu() * self.mask[:, :, self.shapes[0][2] :].clamp(0, 1)
+        return self.with_guides(self._mixed(x), self.frames.cpu() + level * (noise - self.frames.cpu()))
+
+    def predicted(self, clean: Tensor) -> Tensor:
+        """The predicted clean clip, from the model's prediction for `seen`."""
+        return self._mixed(self.without_guides(clean))
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """The packed latents x where the clip's mask is 1, and the clip where it is 0."""
+        video, *sound = unpacked_parts(x, self.shapes)
+        own, mask = unpacked_parts(self.clip, self.shapes)[0].to(video), self.mask[:, :, : video.shape[2]].to(video)
+        return packed(nested([video * mask + own * (1 - mask), *sound]))
+
+
+def split_latent(model: Any, latent: Any, mask: Any, source: HostCondition) -> tuple[Any, Any, Guides | None]:
+    """(clip, mask of its edits, guides and clean frames) of LATENT samples with their noise mask; None for none.
+
+    The mask keeps frames clean if the model can and it has one value for each frame (1, 1, f, 1, 1). Raises ValueError
+    for guides without a noise mask.
+    """
+    video, *sound = streams(latent)
+    own = None if mask is None else streams(mask)[0]
+    by_frame = own is not None and own.ndim == 5 and own.shape[2] == video.shape[2]
+    tokens, can_clean = guide_tokens(source), family_of(model).clean_frames
+    if not tokens and not (by_frame and can_clean):
+        return latent, mask, None
+    count, rest = divmod(tokens, prod(video.shape[3:]))
+    if own is None or not by_frame or rest or count >= video.shape[2]:
+        raise ValueError(
+            f"latent: {video.shape[2]} latent frames of {video.shape[4]}x{video.shape[3]} do not hold the source's "
+            f"{tokens} guide tokens with their noise mask: connect the LATENT of the node that added the guides (LTXV "
+            "Add Guide)"
+        )
+    frames = video.shape[2] - count
+    levels = comfy.utils.reshape_mask(own[:1, :1].float().cpu(), (1, 1, *video.shape[2:]))
+    if not can_clean or _varies(levels[:, :, :frames]):
+        levels = torch.cat([torch.ones_like(levels[:, :, :frames]), levels[:, :, frames:]], 2)
+    if not count and bool((levels == 1).all()):
+        return latent, mask, None
+    clip = nested([video[:, :, :frames], *sound])
+    both = unpacked_parts(into_model(model, latent), shapes_of(latent))[0]
+    guides = Guides(
+        video[:, :, frames:].cpu(), shapes_of(clip), levels, into_model(model, clip).cpu(), both[:, :, frames:].cpu()
+    )
+    return clip, guides.edit_mask(mask), guides
+
+
+def guide_tokens(condition: HostCondition) -> int:
+    """The tokens of guides that a prompt places."""
+    found = (options.get(KEYFRAMES) for text, options in condition.conditioning if text is not None)
+    return max((0 if places is None else int(places.shape[2]) for places in found), default=0)
+
+
+def check_guides(guides: Guides | None, conditions: Sequence[HostCondition]) -> None:
+    """Raise ValueError for prompts whose guides are not those of the inverted LATENT."""
+    tokens = 0 if guides is None else guides.count * prod(guides.samples.shape[3:])
+    for condition in conditions:
+        if guide_tokens(condition) != tokens:
+            raise ValueError(
+                f"{condition.role.partition('.')[0]}: places {guide_tokens(condition)} guide tokens, but the inversion "
+                f"has {tokens}: add the same guides to source, positive and negative (LTXV Add Guide)"
+            )
+
+
+def _varies(levels: Tensor) -> bool:
+    """Whether the mask of a frame has several values."""
+    return bool((levels.amax((3, 4)) > levels.amin((3, 4))).any())
