@@ -149,7 +149,7 @@ class Trial:
             recipe = Recipe(source, target, guidance_scale=scale, injection=method.injection)
         else:
             words = dict(zip(("blend_source", "blend_target"), case.blend_words, strict=True))
-            own |= words if words["blend_source"] else {"blend_self_attention": False, "blend_latents": False}
+            own |= words if any(words.values()) else {"blend_self_attention": False, "blend_latents": False}
             recipe = Recipe.of_preset(
                 method.preset or case.preset + ("+" if method.plus else ""), source, target, **own
             )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from common import write_section
 
-from fatezero.benchmark.cases import ALL_KINDS
 from fatezero.benchmark.rows import BEST, METHODS, PAPER
 from fatezero.benchmark.run import load_rows
 from fatezero.benchmark.table import Results, case_sheet, markdown, ranked
@@ -31,6 +30,7 @@ ABOUT = {
     "([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",
     "wan": "Methods on the demo's Wan and on the UNet ([video transformer](#on-a-video-transformer)).",
     "outlines": "The main methods, judged with whole outlines ([which judge](#which-judge)).",
+    "world 2": "Edits of world 2, its UNet ([card](../demo/world2/README.md)).",
     "removal": "One of two objects removed ([objects removed](#objects-removed)).",
     "flow_mask": "FlowEdit on Wan with and without the flow mask ([video transformer](#on-a-video-transformer)).",
     "few_steps": "FlowEdit with and without the LoRA for few steps ([few steps](#flowedit-in-few-steps)).",
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder")
     parser.add_argument("--each", type=int, default=10, help="cases of each kind to include")
-    parser.add_argument("--kinds", nargs="*", default=ALL_KINDS, help="kinds to include")
+    parser.add_argument("--kinds", nargs="*", default=[], help="kinds to include (all)")
     parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS], help="rows to include")
     parser.add_argument(
         "--name", default="full", help="name of the section and its rows; full also writes the pictures"
@@ -56,7 +56,9 @@ def main() -> None:
     rows = [  # rounded as in the file, so that page and rows agree to the last digit
         {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         for row in found
-        if int(str(row["case"])[-2:]) < given.each and row["kind"] in given.kinds and row["method"] in given.methods
+        if int(str(row["case"])[-2:]) < given.each
+        and (not given.kinds or row["kind"] in given.kinds)
+        and row["method"] in given.methods
     ]
     settings = json.loads((given.folder / "settings.json").read_text(encoding="utf-8"))
     results = Results(rows)

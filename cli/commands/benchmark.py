@@ -68,7 +68,8 @@ class BenchmarkConfig:
     )
     world: int = setting(
         1,
-        "1: the demo's scenes of 64 pixels; 2: harder ones of 128, with --model: the folder that their training wrote.",
+        "1: the demo's scenes of 64 pixels; 2: harder ones of 128, for which --model is a folder that their training "
+        "wrote.",
         least=1,
         most=2,
     )

@@ -209,10 +209,21 @@ def test_methods_run_on_world_2_with_its_models(tmp_path):
     assert rows[0]["changed"] == 0 and rows[0]["kept"] == 1 and rows[0]["preserved_db"] > 22
 
 
+def test_the_bundled_model_edits_colours(tmp_path):
+    settings = BenchmarkSettings(each=2, kinds=("colour",), frames=3, steps=10, world=2)
+    methods = chosen_methods(["autoencoder only", "FateZero+"], quick=False)
+    check_world(settings, methods)
+    before, after = (
+        [row for row in run_benchmark(tmp_path, settings, methods) if row["method"] == m.name] for m in methods
+    )
+    assert all(row["changed"] == 0 for row in before)
+    assert sum(row["success"] for row in after) / len(after) > 0.5
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "demo"}, "folder"),
+        ({"model": "missing"}, "folder"),
         ({"pairs": (("a red circle on sand", "a blue circle on sand"),)}, "pairs"),
         ({"methods": ["Wan: few_steps"]}, "first world"),
     ],
