@@ -57,8 +57,8 @@ OF_BRANCHES = (
 )
 OF_TOKENS = (
     "A fifth of the tokens is inside the mask: a call for the source and a fifth of both calls of the edit are 0.7 of "
-    "plain sampling, and 0.2 with kept keys and values. The text's projection, keys and values, which all calls compute, "
-    "have a larger share with so few tokens and blocks: with 2 blocks the first is 0.77."
+    "plain sampling, and 0.2 with kept keys and values. The text's projection, keys and values, which all calls "
+    "compute, have a larger share with so few tokens and blocks: with 2 blocks the first is 0.77."
 )
 OF_WINDOWS = (
     "Bytes alive in a guided step of an edit that fuses attention, its source beside, with Wan 1.3B in bfloat16 at "
