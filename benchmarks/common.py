@@ -6,13 +6,15 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from einops import rearrange
@@ -346,3 +348,19 @@ def device_name(device: torch.device) -> str:
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     """Device, torch version and precision of the measurement."""
     return f"{device_name(device)}; torch {torch.__version__.partition('+')[0]}, {str(dtype).removeprefix('torch.')}"
+
+
+@contextmanager
+def attend_without_data() -> Iterator[list[int]]:
+    """Replace attention on torch's meta device by one without a map, like fused kernels; yields the FLOP of each."""
+    plain, counted = F.scaled_dot_product_attention, list[int]()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        counted.append(4 * query.numel() * key.shape[-2])
+        return torch.empty_like(query)
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield counted
+    finally:
+        F.scaled_dot_product_attention = plain

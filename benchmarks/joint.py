@@ -11,10 +11,18 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import edit_steps, machine, random_model, side_by_side, table, weight_bytes, write_section
+from common import (
+    attend_without_data,
+    edit_steps,
+    machine,
+    random_model,
+    side_by_side,
+    table,
+    weight_bytes,
+    write_section,
+)
 from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
 from torch import Tensor
-from wan import attend_without_data
 
 from fatezero import FusionSettings
 from fatezero.attention.condition import Condition

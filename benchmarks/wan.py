@@ -8,13 +8,12 @@ meta device at full size: 81 frames of 832x480, 32,760 tokens.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import (
+    attend_without_data,
     guided_steps,
     machine,
     plain_flow,
@@ -67,22 +66,6 @@ OF_WINDOWS = (
 PROMPT = PromptEdit(
     "a red square on water", "a blue star on water", build_tokenizer(), "refine", (["square"], ["star"])
 )
-
-
-@contextmanager
-def attend_without_data() -> Iterator[list[int]]:
-    """Replace attention on torch's meta device by one without a map, like fused kernels; yields the FLOP of each."""
-    plain, counted = F.scaled_dot_product_attention, list[int]()
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-        counted.append(4 * query.numel() * key.shape[-2])
-        return torch.empty_like(query)
-
-    F.scaled_dot_product_attention = attend
-    try:
-        yield counted
-    finally:
-        F.scaled_dot_product_attention = plain
 
 
 def inside_steps(
