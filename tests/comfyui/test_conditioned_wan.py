@@ -16,7 +16,18 @@ from fatezero.hosts.diffusers.model import ClipFacts
 from fatezero.recipes.recipe import Recipe
 from small import relative
 
-KINDS = ("bernini", "phantom", "i2v", "i2v_without_embedding", "fun", "fun_inpaint", "vace", "animate", "camera")
+KINDS = (
+    "bernini",
+    "phantom",
+    "i2v",
+    "i2v_without_embedding",
+    "fun",
+    "fun_inpaint",
+    "vace",
+    "animate",
+    "animate_faces",
+    "camera",
+)
 SOURCE, TARGET = "a red square on water", "a green striped square on water"
 STEPS, SEED, GUIDANCE, SHIFT = 3, 5, 4.0, 3.0
 
@@ -96,7 +107,7 @@ def edited(host, graph) -> torch.Tensor:
 def test_all_layers_are_fused_and_the_memories_agree(host, graph):
     host.forget()
     graph.add("SaveLatent", samples=graph.edit[0], filename_prefix="fatezero/kinds")
-    layers = 10 if graph.kind == "animate" else 4
+    layers = 10 if graph.kind.startswith("animate") else 4
     assert f"hooked {layers} of {layers} attention layers" in host.text(host.run(graph.prompt), graph.edit.id)
     found, clip = edited(host, graph), host.latents(graph.prompt, graph.latent[0])
     assert relative(found, clip) > 1e-2
@@ -201,7 +212,9 @@ def test_the_same_prompt_replays_the_clip(host, folder, graph):
     assert relative(edited(host, graph), host.latents(graph.prompt, graph.latent[0])) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "first_token"), [("bernini", 0), ("phantom", 0), ("fun", 6), ("i2v", 0)])
+@pytest.mark.parametrize(
+    ("kind", "first_token"), [("bernini", 0), ("phantom", 0), ("fun", 6), ("i2v", 0), ("animate_faces", 0)]
+)
 def test_references_attend_as_in_the_model(host, folder, kind, first_token):
     """Compared with FlowEdit as a plain loop with the host's own guider."""
     graph = WanKindGraph(folder=str(folder), kind=kind)

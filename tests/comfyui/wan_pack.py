@@ -32,6 +32,7 @@ MODELS = {
     "fun_inpaint": ("WAN21_FunControl2V", {"in_dim": 52, "in_dim_ref_conv": 16}),
     "vace": ("WAN21_Vace", {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
     "animate": ("WAN22_Animate", {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
+    "animate_faces": ("WAN22_Animate", {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
     "camera": ("WAN21_Camera", {"model_type": "camera", "in_dim": 32}),
     "humo": ("WAN21_HuMo", {"model_type": "humo"}),
 }
@@ -46,7 +47,10 @@ class WanKind(io.ComfyNode):
     def execute(cls, kind, seed=0):
         name, more = MODELS[kind]
         config = getattr(comfy.supported_models, name)({**SMALL, **more})
-        return io.NodeOutput(patcher_of(random_model(config, seed)))
+        model = random_model(config, seed)
+        if kind == "animate_faces":  # of 64 x 64 pixels, for time
+            del model.diffusion_model.motion_encoder.enc.net_app.convs[5:8]
+        return io.NodeOutput(patcher_of(model))
 
 
 @node("WanFolder", [io.String.Input("folder"), io.Float.Input("shift")], [io.Model.Output(), io.Clip.Output()])
@@ -105,6 +109,7 @@ def inputs_of(kind):
     picture = {"concat_latent_image": random_values(6, *CLIP), "concat_mask": random_values(7, 1, 1, *CLIP[2:])}
     seen = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=random_values(8, 1, 7, 1280))}
     reference = {"reference_latents": [random_values(9, 1, 16, 1, *CLIP[3:])]}
+    posed = {**picture, **seen, "pose_video_latent": random_values(9, 1, 16, 2, *CLIP[3:])}
     return {
         "bernini": {"context_latents": [random_values(6, *CLIP), random_values(7, 1, 16, 1, 6, 4)]},
         "phantom": {"time_dim_concat": random_values(6, 1, 16, 2, *CLIP[3:])},
@@ -119,7 +124,8 @@ def inputs_of(kind):
             "vace_frames": [random_values(6, 1, 32, *CLIP[2:]), random_values(7, 1, 32, *CLIP[2:])],
             "vace_mask": [torch.ones(1, 64, *CLIP[2:])] * 2, "vace_strength": [0.7, 0.4],
         },
-        "animate": {**picture, **seen, "pose_video_latent": random_values(9, 1, 16, 2, *CLIP[3:])},
+        "animate": posed,
+        "animate_faces": {**posed, "face_video_pixels": random_values(10, 1, 3, 5, 64, 64)},
         "camera": {**picture, **seen, "camera_conditions": random_values(9, 1, 24, 3, 32, 48)},
         "humo": {},
     }[kind]  # fmt: skip
