@@ -18,6 +18,8 @@ Shapes = Sequence[Sequence[int]]
 
 BLOCKS = {"MiniMaxH3Video": 17, "MiniMaxH3AV": 17}
 """The frames that an autoencoder encodes apart from the next ones, by latent format; others encode the whole clip."""
+RATIOS = {"Wan21": 4, "HunyuanVideo": 4, "Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}
+"""Frames in a latent frame by latent format, for hosts whose formats do not have them (such as 0.3.64)."""
 
 
 def streams(samples: Any) -> list[Tensor]:
@@ -110,7 +112,9 @@ def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
 
 
 def _frames_per_latent(model: Any) -> int:
-    return getattr(model.model.latent_format, "temporal_downscale_ratio", 1)
+    latent_format = model.model.latent_format
+    older = next((RATIOS[kind.__name__] for kind in type(latent_format).__mro__ if kind.__name__ in RATIOS), 1)
+    return int(getattr(latent_format, "temporal_downscale_ratio", older))
 
 
 def _latents_of(model: Any, frames: int) -> list[int]:
