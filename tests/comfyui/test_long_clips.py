@@ -63,6 +63,7 @@ def masked(graph):
     return graph.invert
 
 
+@pytest.mark.every_host
 @pytest.mark.parametrize("method", [fused, sampled, masked])
 def test_they_equal_the_hosts(host, graph, checkpoint, method):
     start = method(long(graph))
