@@ -135,9 +135,10 @@ def _lost(path: str, frame: av.VideoFrame, mastering: Mastering | None) -> str:
     """What a video file of frames like one loses. mastering: of HDR, if it is written losslessly."""
     from ..video.encoders import pads
 
-    if pads(Path(path).suffix.lower(), frame):
+    suffix = Path(path).suffix.lower()
+    if pads(suffix, frame):
         return f"{path} gets a column or row more, because the format has no odd sizes: write .mp4 or .mkv"
-    if mastering is not None and path.lower().endswith(".mkv"):
+    if mastering is not None and suffix == ".mkv":
         return f"{path} loses the mastering metadata of HDR, which FFV1 lacks: write .mp4"
     return ""
 

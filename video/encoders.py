@@ -39,11 +39,9 @@ def encoder_for(suffix: str, given: Frame, lossless: bool) -> str:
         return plain
     if has_alpha(given):
         return "png" if suffix == ".mov" and lossless else ALPHA.get(suffix, plain)
-    rgb = given.format.is_rgb
-    odd = any((given.width % 2, given.height % 2) if rgb else _missing(given))
-    deep, hdr = depth_of(given) > 8 and not rgb, hdr_kind(given) is not None
+    deep, hdr = depth_of(given) > 8 and not given.format.is_rgb, hdr_kind(given) is not None
     found = "libx265" if hdr and plain == "libx264" else plain
-    if suffix == ".webm" or (odd and suffix != ".mov"):
+    if suffix == ".webm" or (_odd(given) and suffix != ".mov"):
         found = "libsvtav1" if deep else "libvpx-vp9"
     return found if found in av.codecs_available else plain
 
@@ -116,14 +114,14 @@ def _padded(frame: av.VideoFrame) -> av.VideoFrame:
     return found
 
 
-def pads(suffix: str, given: Frame) -> bool:
+def _odd(frame: av.VideoFrame) -> bool:
+    """Whether H.264 and HEVC lack the size of a frame. RGB becomes 4:2:0."""
+    return any((frame.width % 2, frame.height % 2) if frame.format.is_rgb else _missing(frame))
+
+
+def pads(suffix: str, frame: av.VideoFrame) -> bool:
     """Whether frames like one get a row or column more in a file format, which lacks odd sizes."""
-    if encoder_for(suffix, given, False) not in _NO_ODD_SIZES:
-        return False
-    if isinstance(given, torch.Tensor) or given.format.is_rgb:
-        height, width = given.shape[:2] if isinstance(given, torch.Tensor) else (given.height, given.width)
-        return bool(height % 2 or width % 2)
-    return any(_missing(given))
+    return encoder_for(suffix, frame, False) in _NO_ODD_SIZES and _odd(frame)
 
 
 def options(codec: str, crf: int | None, mastering: Mastering | None = None) -> dict[str, str]:

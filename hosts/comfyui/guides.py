@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -82,9 +83,12 @@ class Guides:
 
     def seen(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The packed clip at a noise level as the model gets it: guides and clean frames at their own levels."""
-        noise = torch.randn(self.frames.shape, generator=torch.Generator().manual_seed(SEED))
         level = sigma.cpu() * self.mask[:, :, self.shapes[0][2] :].clamp(0, 1)
-        return self.with_guides(self._mixed(x), self.frames.cpu() + level * (noise - self.frames.cpu()))
+        return self.with_guides(self._mixed(x), self.frames + level * (self._noise - self.frames))
+
+    @cached_property
+    def _noise(self) -> Tensor:
+        return torch.randn(self.frames.shape, generator=torch.Generator().manual_seed(SEED))
 
     def predicted(self, clean: Tensor) -> Tensor:
         """The predicted clean clip, from the model's prediction for `seen`."""
