@@ -212,8 +212,9 @@ INTRODUCTION = """Edits of a colour or a texture in scenes whose object moves ba
 was trained on clips of 16 frames (`python benchmarks/long_edits.py`). Jump at borders: of the edit's error from frame
 to frame where a window begins or ends, relative to the other frames. Colour (of 255) and sharpness (%) of the edited
 object and of the rest: slope a hundred frames. Look: deviation of the object's mean colour between windows, and from
-frame to frame within one; then the difference of its pixels (root mean square, of 255) from frames with the same source
-picture: those of the first window, those that share a window, those that share none. In brackets: 95 % of Student's t over scenes.
+frame to frame within one; then the difference of its pixels (root mean square, of 255) from frames with the same
+source picture: those of the first window, those that share a window, those that share none. In brackets: 95 % of
+Student's t over scenes.
 
 - Drift: two slopes' intervals do not hold zero, both of FlowEdit with half an overlap: the colour outside the object,
   by 0.07 of 255 a hundred frames at 257 frames, and inside, by 0.67 at 129 frames (0.19 at 257, not significant). With
