@@ -44,12 +44,26 @@ class WanKind(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind, seed=0):
-        name, more = MODELS[kind]
-        config = getattr(comfy.supported_models, name)({**SMALL, **more})
-        model = random_model(config, seed)
-        if kind == "animate_faces":  # of 64 x 64 pixels, for time
-            del model.diffusion_model.motion_encoder.enc.net_app.convs[5:8]
-        return io.NodeOutput(patcher_of(model))
+        return io.NodeOutput(small_model(kind, seed))
+
+
+def small_model(kind, seed=0, **more):
+    name, own = MODELS[kind]
+    model = random_model(getattr(comfy.supported_models, name)({**SMALL, **own, **more}), seed)
+    if kind == "animate_faces":  # of 64 x 64 pixels, for time
+        del model.diffusion_model.motion_encoder.enc.net_app.convs[5:8]
+    return patcher_of(model)
+
+
+@node("WanLoader", [KIND], [io.Model.Output(), io.Clip.Output(), io.Vae.Output()])
+class WanLoader(io.ComfyNode):
+    """In place of file loaders: a small model with random weights, the demo's CLIP, and a stand-in for the VAE."""
+
+    @classmethod
+    def execute(cls, kind):
+        demo = loaded("fatezero-video.hosts.comfyui.demo_video")
+        clip = demo.wan_clip(demo.WAN.demo_folder)
+        return io.NodeOutput(small_model(kind, text_dim=64), clip, loaded("flow_pack").Pixels("wan"))
 
 
 @node("WanFolder", [io.String.Input("folder"), io.Float.Input("shift")], [io.Model.Output(), io.Clip.Output()])
@@ -233,7 +247,7 @@ class WanFusedLoop(io.ComfyNode):
 
 class Wan(ComfyExtension):
     async def get_node_list(self):
-        return [WanKind, WanFolder, WanFolderInputs, WanInputs, WanFusedLoop]
+        return [WanKind, WanLoader, WanFolder, WanFolderInputs, WanInputs, WanFusedLoop]
 
 
 async def comfy_entrypoint():
