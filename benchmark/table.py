@@ -118,7 +118,9 @@ def markdown(results: Results) -> str:
     The first one's last columns are relative to the paper's settings (`Compared`).
     """
     figures = [f for f in results.figures if f in MAIN or f in ("tem_con", "frame_acc")]
-    heads = ["method", "cases", *(HEADINGS[f] for f in figures), *("wrong frames", "squared error", "kept dB")]
+    heads = ["method", "cases", *(HEADINGS[f] for f in figures)]
+    if PAPER in results.methods:
+        heads += ["wrong frames", "squared error", "kept dB"]
     lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
     for method in results.methods:
         cells = [_cell(results.mean(method, figure), figure) for figure in figures]

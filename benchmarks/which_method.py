@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import table, write_section
 
 from fatezero.benchmark.rows import BEST, PAPER
 from fatezero.benchmark.table import Results
-from fatezero.metrics.bootstrap import Interval
+from fatezero.metrics.bootstrap import Interval, bootstrap, difference_of
 
 HERE = Path(__file__).parent
 TITLE = "Which method for what"
@@ -25,6 +26,10 @@ KINDS = {
     "removal": ("an object away", "`remove`"),
 }
 """What changes, and the preset, by kind of case."""
+
+
+LONG, STEADY = ("long unseen", "long fresh"), f"{BEST}, flow smoothing 0.9, steady 0.9"
+"""The runs on clips of 16 frames, and their row with the least flicker."""
 
 
 def main() -> None:
@@ -50,24 +55,30 @@ INTRODUCTION = (
 
 def others() -> str:
     """Methods for other needs than a kind of edit."""
-    long, few, moved, new = load("long again"), load("few_steps"), rows("layout_moved"), rows("layout_new")
-    smooth, steady = (long.mean(f"{BEST}, flow smoothing{more}", "warp_error") for more in ("", ", steady"))
-    plain = long.mean(BEST, "warp_error")
+    few, guided, moved, new = load("few_steps"), load("guided"), rows("layout_moved"), rows("layout_new")
+    long = Results([row | {"case": f"{name} {row['case']}"} for name in LONG for row in rows(name)])
+    warp = of_original(long.column(STEADY, "warp_error"), long.column(BEST, "warp_error"))
+    fewer = difference_of(long.column(STEADY, "success"), long.column(BEST, "success"))
     turbo, many = (few.mean(method, "success") for method in ("Wan: few_steps", "Wan: FlowEdit, 30 steps, guidance 5"))
     heads = ["need", "use", "here"]
-    warp = f"warp error {plain.value:.1f}, smoothed {smooth.value:.1f}, with both {steady.value:.1f} (x 1000)"
+    steady = "{:.2f} of the warp error ({:.2f} to {:.2f})".format(
+        *warp
+    ) + "; right frames: {:+.1f} points ({:.1f} to {:.1f})".format(*(100 * x for x in fewer))
     calls = f"{share(turbo)} right in 10 calls; FlowEdit in 84 guided calls {share(many)}"
     overlap = [mean(moved, method, "overlap") for method in ("all (ours)", "inversion + prompt")]
     there = [mean(new, method, "there") for method in ("backward, inside", "no guidance")]
-    guided = load("guided")
     until = [
-        "{:.0f} %, {:.1f} dB".format(100 * guided.mean(name, "success").value, guided.mean(name, "preserved_db").value)
+        f"{share(guided.mean(name, 'success'))}, {decibels(guided.mean(name, 'preserved_db'))}"
         for name in (PAPER, f"{PAPER}, guided in 0.6 of the steps", BEST, f"{BEST}, guided in 0.6 of the steps")
     ]
     kept = "right and preserved: the paper's presets {}, with it {}; plus presets {}, with it {}".format(*until)
     lines = [
         ["fewer calls", "`--guidance-until 0.6`", kept],
-        ["less flicker", "`--smoothing 0.8` and *Steady Video*, not for changes of shape", warp],
+        [
+            "less flicker",
+            "*Flow Smoothing* and *Steady Video*, both at 0.9, not for changes of texture or shape",
+            steady,
+        ],
         ["a model in 4 to 8 steps", "`few_steps`", calls],
         [
             "an object elsewhere",
@@ -89,6 +100,11 @@ def rows(name: str) -> list[dict[str, object]]:
 
 def load(name: str) -> Results:
     return Results(rows(name))  # type: ignore[arg-type]
+
+
+def of_original(errors: Sequence[float], others: Sequence[float]) -> Interval:
+    """The mean of the ratios of two methods' errors."""
+    return bootstrap([errors, others], lambda x, y: (x / y).mean(-1))
 
 
 def mean(found: list[dict[str, object]], method: str, figure: str) -> str:

@@ -23,8 +23,7 @@ ABOUT = {
     "quick": "The main methods on the cases that `fatezero benchmark --quick` runs.",
     "again": "The main methods on a seed that was not used for choices.",
     "long": "Ways to make frames agree, on longer clips ([how frames agree](#how-frames-agree)).",
-    "long again": "The same as *long* on a seed that was not used for choices.",
-    "long unseen": "Flow smoothing that follows the edit, on a third seed.",
+    "long unseen": "Flow smoothing that follows the edit ([how frames agree](#how-frames-agree)).",
     "long fresh": "The same as *long unseen* on a seed after the strength was chosen.",
     "tuned": "Models trained on the clip or on many "
     "([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",

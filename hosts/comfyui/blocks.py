@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...attention.control import Attend, AttentionSite, Control, Kind, also_to
+from ...attention.key_frames import Chunk
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import kept_as_map
 from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, unpatched
@@ -101,11 +102,19 @@ class HookedBlocks(Hook):
         """A block's inputs for some tokens of a branch, in families with a `subset_patch`."""
         raise NotImplementedError
 
+    def input_of_chunk(self, name: str, value: Any, chunk: Chunk) -> Any:
+        """A model input from a prompt for the frames of a chunk."""
+        return value
+
     def row_of(self, value: Any, row: int, rows: int) -> Any:
         """A branch's row of a block's input; shared inputs are returned unchanged."""
         if isinstance(value, (tuple, list)):
             return type(value)(self.row_of(part, row, rows) for part in value)
         return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
+
+    def of_chunk(self, value: Any, chunk: Chunk) -> Any:
+        inputs = {name: self.input_of_chunk(name, own, chunk) for name, own in value["model_conds"].items()}
+        return {**value, "model_conds": inputs}
 
     # --- facts --------------------------------------------------------------------------
 

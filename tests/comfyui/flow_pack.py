@@ -180,7 +180,7 @@ class Pixels:
     """A stand-in for a video or picture VAE: each latent is the mean colour of its pixels."""
 
     latent_dim = 3
-    FACTS = {"h3": (24, 16, 17, 5), "ltxav": (128, 32, 8, 1), "qwen": (16, 8, 4, 1)}
+    FACTS = {"h3": (24, 16, 17, 5), "ltxav": (128, 32, 8, 1), "qwen": (16, 8, 4, 1), "wan": (16, 8, 4, 1)}
 
     def __init__(self, kind):
         self.channels, self.size, self.frames, self.latents = self.FACTS[kind]

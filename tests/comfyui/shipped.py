@@ -34,16 +34,17 @@ FLOWS = {
     "flow_edit_qwen_image": "qwen",
     "h3": "h3",
     "ltx2": "ltxav",
+    "wan_i2v": "i2v_without_embedding",
 }
-"""Workflows for flow models other than Wan, and the kind of small random model used instead of files."""
-WITH_WORDS = {"h3": "JointLoader", "ltx2": "LTXLoader"}
+"""Workflows with a small random model instead of files, and its kind."""
+WITH_WORDS = {"h3": "JointLoader", "ltx2": "LTXLoader", "wan_i2v": "WanLoader"}
 """Those with Prompt Edit, and the loader whose text has words."""
 FLOW_FILES = {
     "UNETLoader": {0: 0}, "CheckpointLoaderSimple": {0: 0, 2: 2}, "CLIPLoader": {0: 1},
     "LTXAVTextEncoderLoader": {0: 1}, "VAELoader": {0: 2}, "LTXVAudioVAELoader": {0: 3},
 }  # fmt: skip
 """Nodes that load their parts, and the outputs of *FlowLoader* used instead."""
-LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "h3": 22, "ltx2": 9}
+LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "h3": 22, "ltx2": 9, "wan_i2v": 9}
 """Frames of the clip in tests, for models that do not accept three."""
 
 
@@ -57,7 +58,7 @@ def stood_in(name, prompt, host, lora, controlnet):
 
 
 def of_flow(name, prompt, host):
-    """A workflow for a flow model other than Wan, with small random weights and a clip with sound."""
+    """A workflow with a small random model and a clip with sound."""
     flashes(host.base / "input" / "sounding.mp4", times=[Fraction(i, 24) for i in range(24)])
     shutil.copy(REPO / "demo" / "overview.png", host.base / "input" / "example.png")
     parts = {}

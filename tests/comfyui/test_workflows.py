@@ -18,7 +18,7 @@ NAMES = (
     "layout_move_object", "layout_new_clip", "ltx2",
     "mask_correction", "measure",
     "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",
-    "tune_a_video", "wan", "wan_demo",
+    "tune_a_video", "wan", "wan_demo", "wan_i2v",
 )  # fmt: skip
 OFTEN = ("demo",)
 """Workflows that run in the page by default; the others run as prompts, equal to the page's."""
@@ -61,10 +61,11 @@ def test_the_api_twins_run_to_a_video(host, lora, controlnet, name):
         if prompt[node]["class_type"] == "SaveImage":
             assert Image.open(host.file(run, node)).size == (64, 64)
             continue
-        compared = prompt[prompt[node]["inputs"]["video"][0]]["class_type"] == "FateZeroCompareVideos"
+        made = prompt[prompt[node]["inputs"]["video"][0]]
+        compared = made["class_type"] == "FateZeroCompareVideos"
         video = read_video(host.file(run, node))
         assert video.frames.shape == (LENGTHS.get(name, 3), 64, 128 if compared else 64, 3)
-        assert (video.sound is not None) == (name in LENGTHS)
+        assert (video.sound is not None) == (name in FLOWS and "audio" in made["inputs"])
 
 
 @pytest.mark.slow
