@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 GUIDANCE = "guidance"
 """The name of a guidance scale among the extras."""
-PICTURES = ("picture", "seen")
-"""The names of a first frame's inputs among the extras; source and edit may have different ones."""
+PICTURES = ("picture", "seen", "keyframes")
+"""The names of the clip's frames among the extras; source and edit may have different ones."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Condition:
         return replace(self, extras={**self.extras, **own})
 
     def with_pictures_of(self, other: Condition) -> Condition:
-        """The condition with the first frame of another, if both have one."""
+        """The condition with the frames of another, if both have them."""
         own = {name: other.extras[name] for name in PICTURES if name in self.extras and name in other.extras}
         return replace(self, extras={**self.extras, **own})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from ..video.pictures import picture_files
 from ..video.read import VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.which import colour_of
-from .config.settings import of_setting
+from .config.settings import ConfigError, of_setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,26 +95,45 @@ def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, 
 
 def for_clip(
     model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None,
-    first_frame: bool = False,
+    keyframes: Iterable[int] = (),
 ) -> Model:  # fmt: skip
     """The model for a clip, see `ClipFacts`."""
     from ..hosts.diffusers.model import ClipFacts
 
-    return model.for_clip(ClipFacts(shape, float(fps), frames, first_frame))
+    return model.for_clip(ClipFacts(shape, float(fps), frames, tuple(keyframes)))
 
 
-def with_first_frame(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
-    """The model for an edit's own prompts: with its own first frame, if one is given."""
-    if not config.first_frame or video is None:
+def pictures_of(config: EditConfig, frames: int) -> dict[int, str]:
+    """The files of an edit's own frames, by their numbers, in a clip of so many frames. Raises ConfigError."""
+    found = {0: config.first_frame} if config.first_frame else {}
+    for text in config.keyframe:
+        number, _, file = text.partition(":")
+        if not re.fullmatch(r"-?\d+", number.strip()) or not file.strip():
+            raise ConfigError(f"keyframe: invalid {text!r}: give a frame and a picture, such as '24: edited.png'")
+        if not -frames <= int(number) < frames:
+            raise ConfigError(f"keyframe: frame {int(number)} is outside the clip, which has {frames} frames")
+        at = int(number) % frames
+        if at in found:
+            raise ConfigError(f"keyframe: frame {at} has two pictures: {found[at]} and {file.strip()}")
+        found[at] = file.strip()
+    return found
+
+
+def with_pictures(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
+    """The model for an edit's own prompts: with its own first frame and keyframes, if some are given."""
+    pictures = {} if video is None else pictures_of(config, len(video))
+    if not pictures or video is None:
         return model
-    with of_setting("first_frame"):
-        source = open_video(config.first_frame, at_most=1, background=colour_of(config.background))
-        picture = next(FittedVideo.of(source, video.cut, video.size).frames())
+    given = {}
+    for at, file in pictures.items():
+        with of_setting("keyframe" if at else "first_frame"):
+            source = open_video(file, at_most=1, background=colour_of(config.background))
+            given[at] = next(FittedVideo.of(source, video.cut, video.size).frames())
 
     def frames() -> Iterator[Tensor]:
-        return chain([picture], islice(video.frames(), 1, None))
+        return (given.get(at, frame) for at, frame in enumerate(video.frames()))
 
-    return for_clip(model, shape_of(video, model), video.fps, frames, first_frame=True)
+    return for_clip(model, shape_of(video, model), video.fps, frames, given)
 
 
 def shape_of(video: FittedVideo, checkpoint: Model) -> tuple[int, int, int, int]:

@@ -87,7 +87,7 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift", "swap")
 """The settings of an object and its target position."""
-REPEATED = (*OBJECTS, "object_mask", "lora", "validate")
+REPEATED = (*OBJECTS, "object_mask", "keyframe", "lora", "validate")
 """Repeatable settings."""
 
 
@@ -245,6 +245,10 @@ class EditSettings(
         shown="the clip's",
         group=_EDIT,
     )
+    keyframe: tuple[str, ...] = setting(
+        (), 'Picture of another frame of the edit, for LTX-2, with its number: "24: edited.png". -1 is the last frame. '
+        "Repeatable.", shown="none", group=_EDIT,
+    )  # fmt: skip
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
         "auto", "Estimator of motion: raft (torchvision) or dis (OpenCV); auto uses raft if its weights are installed.",
@@ -416,8 +420,8 @@ class GenerateConfig(ObjectSettings, ModelSettings):
 
 FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "first_frame", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
-FILES_OF_OBJECTS = ("mask", "object_mask")
-"""The settings of files for words: "burger: mask.mp4"."""
+FILES_OF_OBJECTS = ("mask", "object_mask", "keyframe")
+"""The settings of files for words, "burger: mask.mp4", or for frames, "24: edited.png"."""
 
 
 _OF_INVERSION = {"key_frames", "clip_norm", "steps"}

@@ -7,9 +7,10 @@ controlled; the sound's calls are the model's own, and those between video and s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from .flow import FlowModel
 from .hook import ControlledProcessor
 from .lora import lora_files
 from .lora_files import reference_downscale
-from .ltx2_frames import CONTROL, PICTURE, STRENGTH, Call, extras_of, led_to_picture
+from .ltx2_frames import CONTROL, KEYFRAMES, NUMBERS, PICTURE, STRENGTH, Call, extras_of, led_to_picture
 from .model import ClipFacts, LoadOptions
 from .model_files import CheckpointError
 from .network import Branch
@@ -149,7 +150,7 @@ class Ltx2(FlowModel, WholeClip):
     unused = ("audio_vae", "vocoder", "processor", "prompt_enhancer", "duration_head")
     text_dim = ""
     frames_meet = True
-    takes_control = takes_first_frame = True
+    takes_control = takes_first_frame = takes_keyframes = True
 
     control: Tensor | None = field(default=None, kw_only=True)
     strength: float = field(default=1.0, kw_only=True)
@@ -177,21 +178,36 @@ class Ltx2(FlowModel, WholeClip):
     @cached_property
     @torch.no_grad()
     def inputs(self) -> dict[str, Tensor]:
-        """The extras of every prompt: a first frame, if the clip has one as an input, and a control video.
+        """The extras of every prompt: the clip's keyframes, and a control video.
 
         Raises ValueError without the clip's frames, and for frames of another size.
         """
-        found = dict[str, Tensor]()
-        if self.clip is not None and self.clip.first_frame:
-            if self.clip.frames is None:
-                raise ValueError(f"{self.family.title} needs the frames of the clip for its first one")
-            found[PICTURE] = self._encoded(next(self.clip.frames())[None])
+        found, latents = dict[str, Tensor](), {at: self._encoded(frame[None]) for at, frame in self._keyframes()}
+        if 0 in latents:
+            found[PICTURE] = latents.pop(0)
+        if latents:
+            found[KEYFRAMES] = rearrange(torch.cat(list(latents.values())), "k c y x -> 1 c k y x")
+            found[NUMBERS] = torch.tensor([list(latents)], device=self.device)
         if self.control is not None:
             count = (self.facts.shape[0] - 1) * self.frames_per_latent + 1
             at = torch.arange(count).clamp(max=len(self.control) - 1)
             found[CONTROL] = rearrange(self._encoded(self.control[at], self.downscale), "f c y x -> 1 c f y x")
             found[STRENGTH] = torch.tensor([self.strength], device=self.device)
         return found
+
+    def _keyframes(self) -> Iterator[tuple[int, Tensor]]:
+        """The clip's frames that condition the calls, uint8 (h, w, 3), by their numbers."""
+        wanted = self.clip.keyframes if self.clip is not None else ()
+        if not wanted:
+            return
+        if self.facts.frames is None:
+            raise ValueError(f"{self.family.title} needs the frames of the clip for keyframes")
+        at = -1
+        for at, frame in enumerate(islice(self.facts.frames(), max(wanted) + 1)):
+            if at in wanted:
+                yield at, frame
+        if at < max(wanted):
+            raise ValueError(f"keyframes: frame {max(wanted)} is outside the clip, which has {at + 1} frames")
 
     def _encoded(self, frames: Tensor, factor: int = 1) -> Tensor:
         """The latents of uint8 frames (f, h, w, 3) of the clip's size, scaled down by a factor.
@@ -249,7 +265,7 @@ class Ltx2(FlowModel, WholeClip):
         frames, _, height, width = self.facts.shape
         of_frame = (height // side) * (width // side)
         behind = 0 if self.control is None else of_frame // self.downscale**2
-        return frames // long * (of_frame + behind)
+        return frames // long * (of_frame + behind) + of_frame * sum(number > 0 for number in self.facts.keyframes)
 
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
         clip = rearrange(z, "f c y x -> 1 c f y x")
@@ -271,7 +287,10 @@ class Ltx2(FlowModel, WholeClip):
         """
         rows, _, count, height, width = clips.shape
         time = torch.full((rows,), timestep, device=clips.device)
-        call = Call(clips, frames, extras, self._sigma(timestep), self.facts.fps, self._packed, self.transformer.rope)
+        call = Call(
+            clips, frames, extras, self._sigma(timestep), self.facts.fps, self.frames_per_latent, self._packed,
+            self.transformer.rope,
+        )  # fmt: skip
         tokens, times, places = call.inputs(time)
         text, sound, mask = (one.to(clips) for one in (text, extras["sound"], extras["mask"]))
         no_sound = clips.new_zeros(rows, 1, self.transformer.config["audio_in_channels"])

@@ -1,12 +1,13 @@
-"""Frames that condition LTX-2's calls: a clean first frame, and a control video's tokens behind the clip's (IC-LoRA).
+"""Frames that condition LTX-2's calls: a clean first frame, and behind the clip's tokens those of keyframes and of a
+control video (IC-LoRA).
 
 As in diffusers' pipelines, a token with the strength s has the noise level (1 - s) sigma, which the model gets for it.
-The loops of the library have the clip's latents only, so that no token of a control video is inverted, fused or masked.
+The loops of the library have the clip's latents only, so that no token behind them is inverted, fused or masked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ from ...models.ltx import GUIDE_SEED
 
 PICTURE = "picture"
 """The extra with the latent of a first frame, (1, c, h, w)."""
+KEYFRAMES = "keyframes"
+"""The extra with the latents of other frames, (1, c, k, h, w)."""
+NUMBERS = "keyframe_numbers"
+"""The extra with their frame numbers, (1, k)."""
 CONTROL = "control"
 """The extra with the latents of a control video, (1, c, f, y, x), a factor smaller than the clip's."""
 STRENGTH = "control_strength"
@@ -29,7 +34,7 @@ class Call:
     """A call on clips (rows, c, f, h, w) at a timestep.
 
     frames: the indices of the clips' latent frames. extras: of all rows. sigma: the noise level. fps: frames a second.
-    pack: from latents to tokens (rows, n, d). rope: the transformer's positions.
+    stride: frames of a latent. pack: from latents to tokens (rows, n, d). rope: the transformer's positions.
     """
 
     clips: Tensor
@@ -37,6 +42,7 @@ class Call:
     extras: Mapping[str, Tensor]
     sigma: float
     fps: float
+    stride: int
     pack: Callable[[Tensor], Tensor]
     rope: Any
 
@@ -47,16 +53,33 @@ class Call:
         None, the transformer's own.
         """
         picture, control = self.extras.get(PICTURE), self.extras.get(CONTROL)
-        if picture is None and control is None:
+        if picture is None and control is None and KEYFRAMES not in self.extras:
             return self.pack(self.clips), timestep, None
         clips, levels = self._with_first(picture)
         tokens, shares, places = [self.pack(clips)], [levels], [self._places(clips.shape)]
+
+        def behind(latents: Tensor, share: Tensor, at: Tensor) -> None:
+            tokens.append(self.pack(latents.to(clips)))
+            shares.append(share[:, None].expand(tokens[-1].shape[:2]))
+            places.append(at)
+
+        for number, latents in self._keyframes():
+            at = self._places(latents.shape)
+            at[:, 0] += number / self.fps
+            behind(latents, levels.new_zeros(len(latents)), at)
         if control is not None:
             seen, level = self._seen(control[:, :, list(self.frames)], control.shape)
-            tokens.append(self.pack(seen))
-            shares.append(level[:, None].expand(tokens[-1].shape[:2]))
-            places.append(self._places(seen.shape, clips.shape[-1] // seen.shape[-1]))
+            behind(seen, level, self._places(seen.shape, clips.shape[-1] // seen.shape[-1]))
         return torch.cat(tokens, 1), timestep[:, None] * torch.cat(shares, 1), torch.cat(places, 2)
+
+    def _keyframes(self) -> Iterator[tuple[int, Tensor]]:
+        """The keyframes among the frames of the call, each with its number from the first of these."""
+        if KEYFRAMES not in self.extras:
+            return
+        first, last = (self.frames[at] * self.stride for at in (0, -1))
+        for number, latents in zip(self.extras[NUMBERS][0].tolist(), self.extras[KEYFRAMES].split(1, 2), strict=True):
+            if first - self.stride < number <= last:
+                yield max(int(number) - first, 0), latents
 
     def _with_first(self, picture: Tensor | None) -> tuple[Tensor, Tensor]:
         """The clips with a clean first frame, if one is given, and the share of each token in the noise level."""
@@ -74,7 +97,7 @@ class Call:
         noise = torch.randn(1, *whole[1:], generator=torch.Generator().manual_seed(GUIDE_SEED))
         noise = noise[:, :, list(self.frames)].to(control)
         level = (self.sigma * share).view(-1, 1, 1, 1, 1).to(control)
-        return (control + level * (noise - control)).to(self.clips), share.float()
+        return control + level * (noise - control), share.float()
 
     def _places(self, shape: Sequence[int], factor: int = 1) -> Tensor:
         """The positions of a video's tokens. factor: how much larger they are than the clip's."""
@@ -97,12 +120,15 @@ def led_to_picture(velocity: Tensor, z: Tensor, condition: Condition, sigma: flo
 
 def extras_of(conditions: Sequence[Condition]) -> dict[str, Tensor]:
     """The extras of the rows of a call. Raises ValueError for rows with different kinds of inputs."""
-    first, *others = (set(condition.extras) for condition in conditions)
-    for other in others:
-        if other != first:
-            named = ", ".join(sorted(first ^ other))
+    shapes = [{name: value.shape for name, value in condition.extras.items()} for condition in conditions]
+    for other in shapes:
+        if other != shapes[0]:
+            named = ", ".join(sorted({name for name, _ in other.items() ^ shapes[0].items()}))
             raise ValueError(
                 f"source, target and negative prompt have different inputs ({named}): encode all with a model for the "
-                "same clip and control video"
+                "same clip, keyframes and control video"
             )
-    return {name: torch.cat([condition.extras[name] for condition in conditions]) for name in conditions[0].extras}
+    found = {name: torch.cat([condition.extras[name] for condition in conditions]) for name in shapes[0]}
+    if NUMBERS in found and bool((found[NUMBERS] != found[NUMBERS][:1]).any()):
+        raise ValueError(f"source, target and negative prompt have different keyframes: {found[NUMBERS].tolist()}")
+    return found

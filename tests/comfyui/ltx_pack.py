@@ -185,7 +185,7 @@ PROMPTS = [io.Conditioning.Output(name) for name in ("source", "positive", "nega
 
 @node("LTXFolderFrames", FRAMES, [io.Latent.Output(), *PROMPTS])
 class LTXFolderFrames(io.ComfyNode):
-    """A latent with the folder's first frame, as of Img To Video Inplace, or its control video, as of Add Guide."""
+    """A latent with the folder's first frame, as of Img To Video Inplace, or its other frames, as of Add Guide."""
 
     @classmethod
     def execute(cls, latent, folder, what, strength, source, positive, negative):
@@ -198,9 +198,9 @@ class LTXFolderFrames(io.ComfyNode):
             return io.NodeOutput({"samples": samples, "noise_mask": mask}, source, positive, negative)
         add = LTXVAddGuide.append_keyframe
         scale, channels = (8, 32, 32), samples.shape[1]
-        more = {"in_channels": channels}
-        of_source, _, *_ = add(source, negative, 0, samples, mask, given, strength, scale, **more)
-        to, away, samples, mask = add(positive, negative, 0, samples, mask, given, strength, scale, **more)
+        at, more = 9 if what == "keyframes" else 0, {"in_channels": channels}
+        of_source, _, *_ = add(source, negative, at, samples, mask, given, strength, scale, **more)
+        to, away, samples, mask = add(positive, negative, at, samples, mask, given, strength, scale, **more)
         return io.NodeOutput({"samples": samples, "noise_mask": mask}, of_source, to, away)
 
 

@@ -1,5 +1,6 @@
 """LTX-2 on diffusers with a first frame and a control video: equal to loops with the pipeline's own parts."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,6 +30,9 @@ SOURCE, TARGET, NEGATIVE = "a red square on water", "a bright green circle on wa
 FRAMES, HEIGHT, WIDTH, STEPS, FPS, GUIDANCE = 3, 4, 6, 3, 8.0, 5.0
 PIXELS = (FRAMES - 1) * 8 + 1
 FIRST, CONTROL, BOTH, SMALL = {"first"}, {"control"}, {"first", "control"}, {"first", "control", "small"}
+KEYFRAMES, EVERY = {"keyframes"}, {"first", "keyframes", "control"}
+AT = 9
+"""The frame of the keyframe, the first of the last latent."""
 
 
 def pictures(seed, frames=PIXELS):
@@ -36,7 +40,8 @@ def pictures(seed, frames=PIXELS):
     return torch.randint(0, 256, (frames, HEIGHT * 32, WIDTH * 32, 3), dtype=torch.uint8, generator=generator)
 
 
-CLIP, OTHER, VIDEO = pictures(1), pictures(2, 1), pictures(3)
+CLIP, OTHER, VIDEO = pictures(1), pictures(1), pictures(3)
+OTHER[[0, AT]] = pictures(2, 2)
 
 
 @pytest.fixture(scope="module", params=[{}, LTX23], ids=["2", "2.3"])
@@ -60,9 +65,9 @@ class Case:
             plain = plain.with_control("", VIDEO)
         if "small" in what:
             object.__setattr__(plain, "downscale", 2)
-        facts = {"first_frame": "first" in what}
-        self.model = plain.for_clip(ClipFacts(shape, FPS, lambda: iter(CLIP), **facts))
-        self.own = plain.for_clip(ClipFacts(shape, FPS, lambda: iter(CLIP if own is None else own), **facts))
+        given = (*((0,) if "first" in what else ()), *((AT,) if "keyframes" in what else ()))
+        self.model = plain.for_clip(ClipFacts(shape, FPS, lambda: iter(CLIP), given))
+        self.own = plain.for_clip(ClipFacts(shape, FPS, lambda: iter(CLIP if own is None else own), given))
         self.text = {SOURCE: self.model.encode_prompt(SOURCE, 192, 128)}
         self.text |= {name: self.own.encode_prompt(name, 192, 128) for name in (TARGET, NEGATIVE)}
 
@@ -86,15 +91,20 @@ class Case:
 
     # --- the pipeline's --------------------------------------------------------------------
 
-    def parts(self, first):
-        """(strengths, clean tokens, positions) of the pipeline, for a first frame."""
+    def parts(self, frames):
+        """(strengths, clean tokens, positions) of the pipeline, for the frames of a clip."""
         found, small = self.model.pipeline, "small" in self.what
         names = ("scheduler", "vae", "audio_vae", "text_encoder", "tokenizer", "connectors", "transformer", "vocoder")
         own = LTX2InContextPipeline(**{name: getattr(found, name, None) for name in names})
         references = [LTX2ReferenceCondition([Image.fromarray(one.numpy()) for one in VIDEO])]
-        picture = LTX2VideoCondition(Image.fromarray(first.numpy()), crf=0)
+        places = {"first": (0, 0), "keyframes": (AT, 2)}
+        conditions = [
+            LTX2VideoCondition(Image.fromarray(frames[at].numpy()), index, crf=0)
+            for name, (at, index) in places.items()
+            if name in self.what
+        ]
         _, strengths, clean, places, *_ = own.prepare_latents(
-            [picture] if "first" in self.what else None, references if "control" in self.what else None,
+            conditions, references if "control" in self.what else None,
             2 if small else 1, num_channels_latents=8, height=HEIGHT * 32, width=WIDTH * 32, num_frames=PIXELS,
             frame_rate=FPS, dtype=torch.float32, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
@@ -104,9 +114,9 @@ class Case:
         return strengths.double(), clean.double(), every if places is None else torch.cat([every, places], 2)
 
     def velocities(self, rows, sigma):
-        """Of rows of (latents, prompt, first frame), in one call, as the pipeline makes of its prediction."""
+        """Of rows of (latents, prompt, frames), in one call, as the pipeline makes of its prediction."""
         model, count = self.model, FRAMES * HEIGHT * WIDTH
-        packed, seen, levels, found = [], [], [], [self.parts(first) for *_, first in rows]
+        packed, seen, levels, found = [], [], [], [self.parts(frames) for *_, frames in rows]
         for (z, *_), (strength, clean, _) in zip(rows, found, strict=True):
             z = torch.cat([model._packed(rearrange(z, "f c y x -> 1 c f y x")), clean[:, count:]], 1)
             packed.append(z)
@@ -128,7 +138,9 @@ class Case:
             yield rearrange(moved, "1 (f y x) c -> f c y x", f=FRAMES, y=HEIGHT)
 
 
-@pytest.fixture(params=[FIRST, CONTROL, BOTH, SMALL], ids=["first", "control", "both", "small"])
+@pytest.fixture(
+    params=[FIRST, CONTROL, SMALL, KEYFRAMES, EVERY], ids=["first", "control", "small", "keyframes", "every"]
+)
 def case(plain, request):
     """An edit with another first frame than the clip's."""
     yield Case(plain, request.param, OTHER)
@@ -142,11 +154,11 @@ def guided(negative, positive, scale):
 def test_flow_edit_is_that_of_a_loop(case, latents):
     inversion, x = case.draw(latents, source_guidance=2.0), latents
     found = case.edit(inversion)
-    sigmas, first = [1 - alpha for alpha in inversion.store.alphas], OTHER[0]
+    sigmas = [1 - alpha for alpha in inversion.store.alphas]
     for level in range(STEPS, 0, -1):
         here, there, noisy = sigmas[level], sigmas[level - 1], inversion.store.level(level)
         z = x + noisy - latents
-        rows = [(z, TARGET, first), (z, NEGATIVE, first), (noisy, SOURCE, CLIP[0]), (noisy, NEGATIVE, CLIP[0])]
+        rows = [(z, TARGET, OTHER), (z, NEGATIVE, OTHER), (noisy, SOURCE, CLIP), (noisy, NEGATIVE, CLIP)]
         to, away, source, source_away = case.velocities(rows, here)
         x = x + (there - here) * (guided(away, to, GUIDANCE) - guided(source_away, source, 2.0))
     assert relative(found, x) < 1e-5
@@ -179,17 +191,17 @@ def test_a_fused_edit_is_that_of_a_loop(case, latents):
     found = case.edit(inversion, FusionSettings(cross_replace_steps=0.0, self_replace_steps=1.0))
     sigmas, levels = [1 - alpha for alpha in inversion.store.alphas], [latents]
     for here, there in pairwise(sigmas):
-        (velocity,) = case.velocities([(levels[-1], SOURCE, CLIP[0])], there)
+        (velocity,) = case.velocities([(levels[-1], SOURCE, CLIP)], there)
         levels.append(levels[-1] + (there - here) * velocity)
     assert relative(inversion.latents[-1], levels[-1]) < 1e-5
     x, layers = levels[-1], [block.attn1 for block in case.model.transformer.transformer_blocks]
     before = [layer.processor for layer in layers]
     for level in range(STEPS, 0, -1):
         here, there = sigmas[level], sigmas[level - 1]
-        (away,) = case.velocities([(x, NEGATIVE, OTHER[0])], here)
+        (away,) = case.velocities([(x, NEGATIVE, OTHER)], here)
         for layer in layers:
             layer.processor = Fused(FRAMES * HEIGHT * WIDTH)
-        _, to = case.velocities([(levels[level - 1], SOURCE, CLIP[0]), (x, TARGET, OTHER[0])], here)
+        _, to = case.velocities([(levels[level - 1], SOURCE, CLIP), (x, TARGET, OTHER)], here)
         for layer, processor in zip(layers, before, strict=True):
             layer.processor = processor
         x = x + (there - here) * guided(away, to, GUIDANCE)
@@ -211,7 +223,7 @@ def test_the_edits_first_frame_is_the_given_picture(plain, latents):
 
 
 def test_the_same_prompt_and_frame_replay_the_clip(plain, latents):
-    case = Case(plain, BOTH)
+    case = Case(plain, EVERY)
     case.text[NEGATIVE] = case.text[SOURCE]
     fusion = FusionSettings(1.0, 1.0)
     drawn = case.draw(latents, source_guidance=1.0)
@@ -223,7 +235,7 @@ def test_the_same_prompt_and_frame_replay_the_clip(plain, latents):
     assert away[1] < 0.2 * away[0]
 
 
-@pytest.mark.parametrize("what", [FIRST, BOTH], ids=["first", "both"])
+@pytest.mark.parametrize("what", [FIRST, EVERY], ids=["first", "every"])
 def test_the_memories_agree(plain, latents, what):
     case = Case(plain, what, OTHER)
     fusion = FusionSettings(0.7, 0.6, blend_self_attention=True, blend_latents=True, mask_from="prompts")
@@ -237,7 +249,7 @@ def test_the_memories_agree(plain, latents, what):
 
 
 def test_masks_and_kv_edit(plain, latents):
-    case, half = Case(plain, BOTH, OTHER), torch.zeros(1, HEIGHT, WIDTH)
+    case, half = Case(plain, EVERY, OTHER), torch.zeros(1, HEIGHT, WIDTH)
     half[..., : WIDTH // 2] = 1
     inversion = case.invert(latents)
     for injection in (KVEditSettings(), FusionSettings(0.0, 1.0, blend_self_attention=True, blend_latents=True,
@@ -262,8 +274,10 @@ def test_a_control_computes_the_models_attention(case, latents):
     extras = {
         name: part[:, :, 1:] if name == "control" else part
         for name, part in texts[SOURCE].extras.items()
-        if name != "picture"
+        if name not in ("picture", "keyframe_numbers")
     }
+    if "keyframes" in extras:  # the latents of the window begin at frame 8, and its first has one frame
+        extras["keyframe_numbers"] = torch.tensor([[AT - 8]])
     shifted = case.model.velocity(z, 700.0, type(texts[SOURCE])(texts[SOURCE].embeddings, extras).to(z), (0, 1))
     assert relative(shifted, plain[SOURCE]) < 1e-6
 
@@ -308,11 +322,13 @@ def test_refusals(plain, latents):
     ):
         with pytest.raises(CheckpointError, match=error):
             plain.with_control("", VIDEO, **more)
-    facts = ClipFacts((FRAMES, 8, HEIGHT, WIDTH), FPS, first_frame=True)
+    facts = ClipFacts((FRAMES, 8, HEIGHT, WIDTH), FPS, keyframes=(0,))
     with pytest.raises(ValueError, match="needs the frames"):
         plain.for_clip(facts).encode_prompt(SOURCE, 192, 128)
     with pytest.raises(ValueError, match="as the clip"):
-        plain.for_clip(ClipFacts((FRAMES, 8, 2, 2), FPS, lambda: iter(CLIP), True)).encode_prompt(SOURCE, 64, 64)
+        plain.for_clip(ClipFacts((FRAMES, 8, 2, 2), FPS, lambda: iter(CLIP), (0,))).encode_prompt(SOURCE, 64, 64)
+    with pytest.raises(ValueError, match="frame 17 is outside"):
+        plain.for_clip(replace(facts, frames=lambda: iter(CLIP), keyframes=(17,))).encode_prompt(SOURCE, 192, 128)
     case = Case(plain, FIRST)
     inversion = case.invert(latents)
     without = plain.for_clip(ClipFacts((FRAMES, 8, HEIGHT, WIDTH), FPS))
