@@ -107,15 +107,15 @@ def pictures_of(config: EditConfig, frames: int) -> dict[int, str]:
     """The files of an edit's own frames, by their numbers, in a clip of so many frames. Raises ConfigError."""
     found = {0: config.first_frame} if config.first_frame else {}
     for text in config.keyframe:
-        number, _, file = text.partition(":")
-        if not re.fullmatch(r"-?\d+", number.strip()) or not file.strip():
+        number, _, file = (part.strip() for part in text.partition(":"))
+        if not re.fullmatch(r"\d+|last", number) or not file:
             raise ConfigError(f"keyframe: invalid {text!r}: give a frame and a picture, such as '24: edited.png'")
-        if not -frames <= int(number) < frames:
-            raise ConfigError(f"keyframe: frame {int(number)} is outside the clip, which has {frames} frames")
-        at = int(number) % frames
+        at = frames - 1 if number == "last" else int(number)
+        if at >= frames:
+            raise ConfigError(f"keyframe: frame {at} is outside the clip, which has {frames} frames")
         if at in found:
-            raise ConfigError(f"keyframe: frame {at} has two pictures: {found[at]} and {file.strip()}")
-        found[at] = file.strip()
+            raise ConfigError(f"keyframe: frame {at} has two pictures: {found[at]} and {file}")
+        found[at] = file
     return found
 
 

@@ -235,18 +235,14 @@ class EditSettings(
         group=_EDIT,
     )
     lossless: bool = setting(
-        False,
-        "Write videos without loss: FFV1 in .mkv, else the lossless mode of its encoder.",
-        group=_TEXT,
+        False, "Write videos without loss: FFV1 in .mkv, else the lossless mode of its encoder.", group=_TEXT
     )
     first_frame: str = setting(
-        "",
-        "Picture of the edit's first frame, for image-to-video models and LTX-2. Cropped and scaled like the clip.",
-        shown="the clip's",
-        group=_EDIT,
-    )
+        "", "Picture of the edit's first frame, for image-to-video models and LTX-2. Cropped and scaled like the clip.",
+        shown="the clip's", group=_EDIT,
+    )  # fmt: skip
     keyframe: tuple[str, ...] = setting(
-        (), 'Picture of another frame of the edit, for LTX-2, with its number: "24: edited.png". -1 is the last frame. '
+        (), 'Picture of another frame of the edit, for LTX-2: "24: edited.png", counted from 0, or "last: end.png". '
         "Repeatable.", shown="none", group=_EDIT,
     )  # fmt: skip
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)

@@ -92,11 +92,11 @@ def test_several_edits_of_one_pass(command, edit, folder, tmp_path):
 def test_keyframes(edit, tmp_path):
     given = ("--preset", "flow_edit")
     _, plain = edit(*given, output="plain.mkv")
-    _, own = edit(*given, "--keyframe", "-1: green.png", "--keyframe", "3: green.png", "--first-frame", "green.png")
+    _, own = edit(*given, "--keyframe", "last: green.png", "--keyframe", "3: green.png", "--first-frame", "green.png")
     assert own.shape == plain.shape
     assert not torch.equal(own, plain)
     record = json.loads((tmp_path / "out.mkv.json").read_text())
-    assert {"first_frame", "keyframe -1", "keyframe 3"} <= set(record["made"]["files"])
+    assert {"first_frame", "keyframe last", "keyframe 3"} <= set(record["made"]["files"])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_keyframes(edit, tmp_path):
     [
         (("--keyframe", "green.png"), "keyframe: invalid"),
         (("--keyframe", "6: green.png"), "frame 6 is outside"),
-        (("--keyframe", "5: green.png", "--keyframe", "-1: green.png"), "frame 5 has two pictures"),
+        (("--keyframe", "5: green.png", "--keyframe", "last: green.png"), "frame 5 has two pictures"),
         (("--keyframe", "3: none.png"), "keyframe: "),
         (("--keyframe", "3: green.png", "--memory", "maps"), "maps cannot include"),
         (("--control", CLIP, "--controlnet-strength", 2), "at most 1"),
