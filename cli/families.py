@@ -31,7 +31,7 @@ def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
     loader = family_loader(configs[0].model)
     _check_control(configs[0], loader)
     for config in configs:
-        _check_first_frame(config, loader)
+        _check_first_frame(config, loader, stored)
     for config in configs:
         _check_parts(config, loader.family)
     if stored:
@@ -101,14 +101,22 @@ def _check_control(config: EditConfig, loader: type[Model]) -> None:
         raise ConfigError(
             f"control has no effect here: no controlnet is given, which {family.title} needs to follow it"
         )
+    if config.control:
+        chosen = config.chosen_control
+        loader.check_control(chosen.controlnet_strength, chosen.control_start, chosen.control_end, config.memory)
 
 
-def _check_first_frame(config: EditConfig, loader: type[Model]) -> None:
-    if config.first_frame and not loader.needs_frames:
-        raise ConfigError(f"first_frame has no effect on {loader.family.title}: it is for image-to-video models")
-    if config.first_frame:
-        with of_setting("first_frame"):
-            open_video(config.first_frame, at_most=1)
+def _check_first_frame(config: EditConfig, loader: type[Model], stored: bool) -> None:
+    if not config.first_frame:
+        return
+    if not loader.takes_first_frame:
+        raise ConfigError(
+            f"first_frame has no effect on {loader.family.title}: it is for image-to-video models and LTX-2"
+        )
+    if stored:
+        raise ConfigError("first_frame cannot be used with store: the inversion needs the clip's first frame too")
+    with of_setting("first_frame"):
+        open_video(config.first_frame, at_most=1)
 
 
 def _check_no_layout(config: EditConfig | GenerateConfig) -> None:

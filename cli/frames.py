@@ -93,12 +93,13 @@ def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, 
 
 
 def for_clip(
-    model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None
-) -> Model:
+    model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None,
+    first_frame: bool = False,
+) -> Model:  # fmt: skip
     """The model for a clip, see `ClipFacts`."""
     from ..hosts.diffusers.model import ClipFacts
 
-    return model.for_clip(ClipFacts(shape, float(fps), frames))
+    return model.for_clip(ClipFacts(shape, float(fps), frames, first_frame))
 
 
 def with_first_frame(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
@@ -108,7 +109,11 @@ def with_first_frame(model: Model, config: EditConfig, video: FittedVideo | None
     with of_setting("first_frame"):
         source = open_video(config.first_frame, at_most=1, background=colour_of(config.background))
         picture = next(FittedVideo.of(source, video.cut, video.size).frames())
-    return for_clip(model, shape_of(video, model), video.fps, lambda: chain([picture], islice(video.frames(), 1, None)))
+
+    def frames() -> Iterator[Tensor]:
+        return chain([picture], islice(video.frames(), 1, None))
+
+    return for_clip(model, shape_of(video, model), video.fps, frames, first_frame=True)
 
 
 def shape_of(video: FittedVideo, checkpoint: Model) -> tuple[int, int, int, int]:

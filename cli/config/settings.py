@@ -134,11 +134,15 @@ class ControlSettings:
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "Video or pictures for the ControlNet or Wan VACE. They are cut like the clip.",
+        "", "Video or pictures for the ControlNet, Wan VACE or an IC-LoRA of LTX-2. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
-        1.0, "Strength of the ControlNet, a factor on its output.", least=0, most=10, group=_MODEL
+        1.0,
+        "Strength of the ControlNet, a factor on its output; of LTX-2's control video, at most 1: how clean it is.",
+        least=0,
+        most=10,
+        group=_MODEL,
     )
     control_start: float = setting(
         0.0, "Start of the ControlNet's range, as a share of the way from noise to clip.", least=0, most=1, group=_MODEL
@@ -237,7 +241,7 @@ class EditSettings(
     )
     first_frame: str = setting(
         "",
-        "Picture of the edit's first frame, for image-to-video models. Cropped and scaled like the clip.",
+        "Picture of the edit's first frame, for image-to-video models and LTX-2. Cropped and scaled like the clip.",
         shown="the clip's",
         group=_EDIT,
     )
