@@ -48,8 +48,9 @@ def main() -> None:
 
 INTRODUCTION = (
     "For each kind of edit, the preset with a plus (row FateZero+) was compared with the paper's: it is right at\n"
-    "least as often, and preserves more. Four cases of each kind, 4 frames, 20 steps, judged with whole outlines (tables\n"
-    "*outlines* and *removal*; `python benchmarks/which_method.py`). 100 % without brackets: right in every case."
+    "least as often, and preserves more. Four cases of each kind, 4 frames, 20 steps, judged with whole outlines\n"
+    "(tables *outlines* and *removal*; `python benchmarks/which_method.py`). 100 % without\n"
+    "brackets: right in every case."
 )
 
 
