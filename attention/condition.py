@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 GUIDANCE = "guidance"
 """The name of a guidance scale among the extras."""
-PICTURES = ("picture", "seen", "keyframes")
+PICTURES = ("picture", "seen", "guides")
 """The names of the clip's frames among the extras; source and edit may have different ones."""
 
 

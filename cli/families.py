@@ -108,16 +108,16 @@ def _check_control(config: EditConfig, loader: type[Model]) -> None:
 
 
 def _check_pictures(config: EditConfig, loader: type[Model], stored: bool) -> None:
-    """Raise ConfigError for a first frame and keyframes that the family does not take."""
-    given = {"first_frame": loader.takes_first_frame, "keyframe": loader.takes_keyframes}
+    """Raise ConfigError for a first frame and guide frames that the family does not take."""
+    given = {"first_frame": loader.takes_first_frame, "guide_frame": loader.takes_guide_frames}
     for name in (name for name in given if getattr(config, name)):
         if not given[name]:
-            those = "LTX-2" if name == "keyframe" else "image-to-video models and LTX-2"
+            those = "LTX-2" if name == "guide_frame" else "image-to-video models and LTX-2"
             raise ConfigError(f"{name} has no effect on {loader.family.title}: it is for {those}")
         if stored:
             raise ConfigError(f"{name} cannot be used with store: the inversion needs the clip's frame too")
-    if config.keyframe and config.memory == "maps":
-        raise ConfigError("memory: maps cannot include the tokens of keyframes: use recompute")
+    if config.guide_frame and config.memory == "maps":
+        raise ConfigError("memory: maps cannot include the tokens of guide frames: use recompute")
     for what, file in files_of(config).items():
         if what.partition(" ")[0] in given:
             with of_setting(what.partition(" ")[0]):

@@ -95,38 +95,38 @@ def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, 
 
 def for_clip(
     model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None,
-    keyframes: Iterable[int] = (),
+    guide_frames: Iterable[int] = (),
 ) -> Model:  # fmt: skip
     """The model for a clip, see `ClipFacts`."""
     from ..hosts.diffusers.model import ClipFacts
 
-    return model.for_clip(ClipFacts(shape, float(fps), frames, tuple(keyframes)))
+    return model.for_clip(ClipFacts(shape, float(fps), frames, tuple(guide_frames)))
 
 
 def pictures_of(config: EditConfig, frames: int) -> dict[int, str]:
     """The files of an edit's own frames, by their numbers, in a clip of so many frames. Raises ConfigError."""
     found = {0: config.first_frame} if config.first_frame else {}
-    for text in config.keyframe:
+    for text in config.guide_frame:
         number, _, file = (part.strip() for part in text.partition(":"))
         if not re.fullmatch(r"\d+|last", number) or not file:
-            raise ConfigError(f"keyframe: invalid {text!r}: give a frame and a picture, such as '24: edited.png'")
+            raise ConfigError(f"guide_frame: invalid {text!r}: give a frame and a picture, such as '24: edited.png'")
         at = frames - 1 if number == "last" else int(number)
         if at >= frames:
-            raise ConfigError(f"keyframe: frame {at} is outside the clip, which has {frames} frames")
+            raise ConfigError(f"guide_frame: frame {at} is outside the clip, which has {frames} frames")
         if at in found:
-            raise ConfigError(f"keyframe: frame {at} has two pictures: {found[at]} and {file}")
+            raise ConfigError(f"guide_frame: frame {at} has two pictures: {found[at]} and {file}")
         found[at] = file
     return found
 
 
 def with_pictures(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
-    """The model for an edit's own prompts: with its own first frame and keyframes, if some are given."""
+    """The model for an edit's own prompts: with its own first frame and guide frames, if some are given."""
     pictures = {} if video is None else pictures_of(config, len(video))
     if not pictures or video is None:
         return model
     given = {}
     for at, file in pictures.items():
-        with of_setting("keyframe" if at else "first_frame"):
+        with of_setting("guide_frame" if at else "first_frame"):
             source = open_video(file, at_most=1, background=colour_of(config.background))
             given[at] = next(FittedVideo.of(source, video.cut, video.size).frames())
 

@@ -24,7 +24,7 @@ def of_methods() -> list[str]:
         "noise",
         "edit_mask",
         "first_frame",
-        "keyframe",
+        "guide_frame",
         "mask_mode",
         "keep",
         "region",

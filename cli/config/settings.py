@@ -87,7 +87,7 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift", "swap")
 """The settings of an object and its target position."""
-REPEATED = (*OBJECTS, "object_mask", "keyframe", "lora", "validate")
+REPEATED = (*OBJECTS, "object_mask", "guide_frame", "lora", "validate")
 """Repeatable settings."""
 
 
@@ -241,7 +241,7 @@ class EditSettings(
         "", "Picture of the edit's first frame, for image-to-video models and LTX-2. Cropped and scaled like the clip.",
         shown="the clip's", group=_EDIT,
     )  # fmt: skip
-    keyframe: tuple[str, ...] = setting(
+    guide_frame: tuple[str, ...] = setting(
         (), 'Picture of another frame of the edit, for LTX-2: "24: edited.png", counted from 0, or "last: end.png". '
         "Repeatable.", shown="none", group=_EDIT,
     )  # fmt: skip
@@ -416,7 +416,7 @@ class GenerateConfig(ObjectSettings, ModelSettings):
 
 FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "first_frame", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
-FILES_OF_OBJECTS = ("mask", "object_mask", "keyframe")
+FILES_OF_OBJECTS = ("mask", "object_mask", "guide_frame")
 """The settings of files for words, "burger: mask.mp4", or for frames, "24: edited.png"."""
 
 

@@ -216,7 +216,7 @@ class BlockDenoiser(HookedDenoiser):
 def check_no_map(control: Control, site: AttentionSite) -> None:
     """Raise ValueError for a store of maps, which hold the clip's own tokens only."""
     if isinstance(control, Recorder) and control.memory == "maps" and site.name in control.layers:
-        raise ValueError("memory: maps cannot include the tokens of a control video or keyframes: use recompute")
+        raise ValueError("memory: maps cannot include the tokens of a control video or guide frames: use recompute")
 
 
 def row_of(value: Any, row: int, rows: int) -> Any:

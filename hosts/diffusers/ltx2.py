@@ -33,7 +33,7 @@ from .flow import FlowModel
 from .hook import ControlledProcessor
 from .lora import lora_files
 from .lora_files import reference_downscale
-from .ltx2_frames import CONTROL, KEYFRAMES, NUMBERS, PICTURE, STRENGTH, Call, extras_of, led_to_picture
+from .ltx2_frames import CONTROL, GUIDES, NUMBERS, PICTURE, STRENGTH, Call, extras_of, led_to_picture
 from .model import ClipFacts, LoadOptions
 from .model_files import CheckpointError
 from .network import Branch
@@ -150,7 +150,7 @@ class Ltx2(FlowModel, WholeClip):
     unused = ("audio_vae", "vocoder", "processor", "prompt_enhancer", "duration_head")
     text_dim = ""
     frames_meet = True
-    takes_control = takes_first_frame = takes_keyframes = True
+    takes_control = takes_first_frame = takes_guide_frames = True
 
     control: Tensor | None = field(default=None, kw_only=True)
     strength: float = field(default=1.0, kw_only=True)
@@ -178,15 +178,15 @@ class Ltx2(FlowModel, WholeClip):
     @cached_property
     @torch.no_grad()
     def inputs(self) -> dict[str, Tensor]:
-        """The extras of every prompt: the clip's keyframes, and a control video.
+        """The extras of every prompt: the clip's guide frames, and a control video.
 
         Raises ValueError without the clip's frames, and for frames of another size.
         """
-        found, latents = dict[str, Tensor](), {at: self._encoded(frame[None]) for at, frame in self._keyframes()}
+        found, latents = dict[str, Tensor](), {at: self._encoded(frame[None]) for at, frame in self._guides()}
         if 0 in latents:
             found[PICTURE] = latents.pop(0)
         if latents:
-            found[KEYFRAMES] = rearrange(torch.cat(list(latents.values())), "k c y x -> 1 c k y x")
+            found[GUIDES] = rearrange(torch.cat(list(latents.values())), "k c y x -> 1 c k y x")
             found[NUMBERS] = torch.tensor([list(latents)], device=self.device)
         if self.control is not None:
             count = (self.facts.shape[0] - 1) * self.frames_per_latent + 1
@@ -195,19 +195,19 @@ class Ltx2(FlowModel, WholeClip):
             found[STRENGTH] = torch.tensor([self.strength], device=self.device)
         return found
 
-    def _keyframes(self) -> Iterator[tuple[int, Tensor]]:
+    def _guides(self) -> Iterator[tuple[int, Tensor]]:
         """The clip's frames that condition the calls, uint8 (h, w, 3), by their numbers."""
-        wanted = self.clip.keyframes if self.clip is not None else ()
+        wanted = self.clip.guide_frames if self.clip is not None else ()
         if not wanted:
             return
         if self.facts.frames is None:
-            raise ValueError(f"{self.family.title} needs the frames of the clip for keyframes")
+            raise ValueError(f"{self.family.title} needs the frames of the clip for guide frames")
         at = -1
         for at, frame in enumerate(islice(self.facts.frames(), max(wanted) + 1)):
             if at in wanted:
                 yield at, frame
         if at < max(wanted):
-            raise ValueError(f"keyframes: frame {max(wanted)} is outside the clip, which has {at + 1} frames")
+            raise ValueError(f"guide_frames: frame {max(wanted)} is outside the clip, which has {at + 1} frames")
 
     def _encoded(self, frames: Tensor, factor: int = 1) -> Tensor:
         """The latents of uint8 frames (f, h, w, 3) of the clip's size, scaled down by a factor.
@@ -265,7 +265,7 @@ class Ltx2(FlowModel, WholeClip):
         frames, _, height, width = self.facts.shape
         of_frame = (height // side) * (width // side)
         behind = 0 if self.control is None else of_frame // self.downscale**2
-        return frames // long * (of_frame + behind) + of_frame * sum(number > 0 for number in self.facts.keyframes)
+        return frames // long * (of_frame + behind) + of_frame * sum(number > 0 for number in self.facts.guide_frames)
 
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
         clip = rearrange(z, "f c y x -> 1 c f y x")

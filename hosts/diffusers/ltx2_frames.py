@@ -1,4 +1,4 @@
-"""Frames that condition LTX-2's calls: a clean first frame, and behind the clip's tokens those of keyframes and of a
+"""Frames that condition LTX-2's calls: a clean first frame, and behind the clip's tokens those of guide frames and of a
 control video (IC-LoRA).
 
 As in diffusers' pipelines, a token with the strength s has the noise level (1 - s) sigma, which the model gets for it.
@@ -19,9 +19,9 @@ from ...models.ltx import GUIDE_SEED
 
 PICTURE = "picture"
 """The extra with the latent of a first frame, (1, c, h, w)."""
-KEYFRAMES = "keyframes"
+GUIDES = "guides"
 """The extra with the latents of other frames, (1, c, k, h, w)."""
-NUMBERS = "keyframe_numbers"
+NUMBERS = "guide_numbers"
 """The extra with their frame numbers, (1, k)."""
 CONTROL = "control"
 """The extra with the latents of a control video, (1, c, f, y, x), a factor smaller than the clip's."""
@@ -53,7 +53,7 @@ class Call:
         None, the transformer's own.
         """
         picture, control = self.extras.get(PICTURE), self.extras.get(CONTROL)
-        if picture is None and control is None and KEYFRAMES not in self.extras:
+        if picture is None and control is None and GUIDES not in self.extras:
             return self.pack(self.clips), timestep, None
         clips, levels = self._with_first(picture)
         tokens, shares, places = [self.pack(clips)], [levels], [self._places(clips.shape)]
@@ -63,7 +63,7 @@ class Call:
             shares.append(share[:, None].expand(tokens[-1].shape[:2]))
             places.append(at)
 
-        for number, latents in self._keyframes():
+        for number, latents in self._guides():
             at = self._places(latents.shape)
             at[:, 0] += number / self.fps
             behind(latents, levels.new_zeros(len(latents)), at)
@@ -72,12 +72,12 @@ class Call:
             behind(seen, level, self._places(seen.shape, clips.shape[-1] // seen.shape[-1]))
         return torch.cat(tokens, 1), timestep[:, None] * torch.cat(shares, 1), torch.cat(places, 2)
 
-    def _keyframes(self) -> Iterator[tuple[int, Tensor]]:
-        """The keyframes among the frames of the call, each with its number from the first of these."""
-        if KEYFRAMES not in self.extras:
+    def _guides(self) -> Iterator[tuple[int, Tensor]]:
+        """The guide frames among the frames of the call, each with its number from the first of these."""
+        if GUIDES not in self.extras:
             return
         first, last = (self.frames[at] * self.stride for at in (0, -1))
-        for number, latents in zip(self.extras[NUMBERS][0].tolist(), self.extras[KEYFRAMES].split(1, 2), strict=True):
+        for number, latents in zip(self.extras[NUMBERS][0].tolist(), self.extras[GUIDES].split(1, 2), strict=True):
             if first - self.stride < number <= last:
                 yield max(int(number) - first, 0), latents
 
@@ -126,9 +126,9 @@ def extras_of(conditions: Sequence[Condition]) -> dict[str, Tensor]:
             named = ", ".join(sorted({name for name, _ in other.items() ^ shapes[0].items()}))
             raise ValueError(
                 f"source, target and negative prompt have different inputs ({named}): encode all with a model for the "
-                "same clip, keyframes and control video"
+                "same clip, guide frames and control video"
             )
     found = {name: torch.cat([condition.extras[name] for condition in conditions]) for name in shapes[0]}
     if NUMBERS in found and bool((found[NUMBERS] != found[NUMBERS][:1]).any()):
-        raise ValueError(f"source, target and negative prompt have different keyframes: {found[NUMBERS].tolist()}")
+        raise ValueError(f"source, target and negative prompt have different guide frames: {found[NUMBERS].tolist()}")
     return found

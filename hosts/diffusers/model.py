@@ -46,14 +46,14 @@ class ClipFacts:
     """What a model may need of a clip besides its latents.
 
     shape: of the latents, (frames, channels, h, w). fps: frames a second. frames: a function that gives the frames,
-    uint8 (height, width, 3), one at a time; None where there are none, as for new clips. keyframes: the frames, by
+    uint8 (height, width, 3), one at a time; None where there are none, as for new clips. guide_frames: the frames, by
     their numbers, that are inputs of models that can do without (LTX-2).
     """
 
     shape: tuple[int, ...]
     fps: float
     frames: Callable[[], Iterator[Tensor]] | None = None
-    keyframes: tuple[int, ...] = ()
+    guide_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Model(ABC):
     """Whether it follows a control video without a ControlNet."""
     takes_first_frame: ClassVar[bool] = False
     """Whether an edit can be given its own first frame."""
-    takes_keyframes: ClassVar[bool] = False
+    takes_guide_frames: ClassVar[bool] = False
     """Whether it can be given other frames of its own."""
 
     name: str

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flow_models import write_ltx2
 from PIL import Image
+from safetensors.torch import save_file
 
 from fatezero.files.bundled import CLIP
 from fatezero.hosts.diffusers.load import open_model
@@ -89,24 +90,41 @@ def test_several_edits_of_one_pass(command, edit, folder, tmp_path):
     assert torch.equal(read_video(tmp_path / names[0]).frames, alone)
 
 
-def test_keyframes(edit, tmp_path):
+def test_guide_frames(command, edit, tmp_path):
     given = ("--preset", "flow_edit")
     _, plain = edit(*given, output="plain.mkv")
-    _, own = edit(*given, "--keyframe", "last: green.png", "--keyframe", "3: green.png", "--first-frame", "green.png")
+    _, own = edit(
+        *given, "--guide-frame", "last: green.png", "--guide-frame", "3: green.png", "--first-frame", "green.png"
+    )
     assert own.shape == plain.shape
     assert not torch.equal(own, plain)
     record = json.loads((tmp_path / "out.mkv.json").read_text())
-    assert {"first_frame", "keyframe last", "keyframe 3"} <= set(record["made"]["files"])
+    assert {"first_frame", "guide_frame last", "guide_frame 3"} <= set(record["made"]["files"])
+    command("edit", "--config", "out.mkv.json", "-o", "again.mkv")
+    assert torch.equal(read_video(tmp_path / "again.mkv").frames, own)
+
+
+def test_an_ic_lora_with_a_smaller_control_video(command, refused, folder, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    parts = {"lora_A": (2, 24), "lora_B": (24, 2)}
+    weights = {
+        f"transformer.transformer_blocks.0.attn1.to_q.{part}.weight": torch.randn(shape, generator=random)
+        for part, shape in parts.items()
+    }
+    save_file(weights, tmp_path / "ic.safetensors", {"reference_downscale_factor": "2"})
+    shared = ("edit", CLIP, "--model", folder, *WORDS, "--count", 6, "--steps", 2, "--lora", "ic.safetensors")
+    assert "2 latents of 128x128" in command(*shared, "--size", "128x128", "--control", CLIP, "-o", "out.mp4")
+    assert "multiples of 64" in refused(*shared, "--size", "128x96", "--control", CLIP, "-o", "odd.mp4")
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (("--keyframe", "green.png"), "keyframe: invalid"),
-        (("--keyframe", "6: green.png"), "frame 6 is outside"),
-        (("--keyframe", "5: green.png", "--keyframe", "last: green.png"), "frame 5 has two pictures"),
-        (("--keyframe", "3: none.png"), "keyframe: "),
-        (("--keyframe", "3: green.png", "--memory", "maps"), "maps cannot include"),
+        (("--guide-frame", "green.png"), "guide_frame: invalid"),
+        (("--guide-frame", "6: green.png"), "frame 6 is outside"),
+        (("--guide-frame", "5: green.png", "--guide-frame", "last: green.png"), "frame 5 has two pictures"),
+        (("--guide-frame", "3: none.png"), "guide_frame: "),
+        (("--guide-frame", "3: green.png", "--memory", "maps"), "maps cannot include"),
         (("--control", CLIP, "--controlnet-strength", 2), "at most 1"),
         (("--control", CLIP, "--control-end", 0.5), "control_end have no effect"),
         (("--control", CLIP, "--memory", "maps"), "maps cannot include"),

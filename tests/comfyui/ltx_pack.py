@@ -198,7 +198,7 @@ class LTXFolderFrames(io.ComfyNode):
             return io.NodeOutput({"samples": samples, "noise_mask": mask}, source, positive, negative)
         add = LTXVAddGuide.append_keyframe
         scale, channels = (8, 32, 32), samples.shape[1]
-        at, more = 9 if what == "keyframes" else 0, {"in_channels": channels}
+        at, more = 9 if what == "guides" else 0, {"in_channels": channels}
         of_source, _, *_ = add(source, negative, at, samples, mask, given, strength, scale, **more)
         to, away, samples, mask = add(positive, negative, at, samples, mask, given, strength, scale, **more)
         return io.NodeOutput({"samples": samples, "noise_mask": mask}, of_source, to, away)

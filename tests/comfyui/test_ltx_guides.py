@@ -371,9 +371,9 @@ def of_folder(request, tmp_path_factory):
     found, latents = open_model(str(folder)), torch.randn(1, 8, 3, 4, 6, generator=torch.Generator().manual_seed(1))
     pictures = torch.randint(0, 256, (17, 128, 192, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     frames = {"picture": latents[:, :, 0].contiguous()}
-    facts = ClipFacts((3, 8, 4, 6), 8.0, lambda: iter(pictures), keyframes=(9,))
+    facts = ClipFacts((3, 8, 4, 6), 8.0, lambda: iter(pictures), guide_frames=(9,))
     found = found.with_control("", pictures).for_clip(facts)
-    frames |= {name: found.inputs[name].contiguous() for name in ("control", "keyframes")}
+    frames |= {name: found.inputs[name].contiguous() for name in ("control", "guides")}
     save_file(frames, folder / "frames.safetensors")
     texts = {text: found.encode_prompt(text, 192, 128) for text in (SOURCE, TARGET, NEGATIVE)}
     both = {name: torch.cat([one.embeddings, one.extras["sound"]], -1).contiguous() for name, one in texts.items()}
@@ -382,15 +382,13 @@ def of_folder(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("preset", ["none", "style", "shape+"])
-@pytest.mark.parametrize(
-    ("what", "strength"), [("picture", 1.0), ("control", 1.0), ("control", 0.6), ("keyframes", 1.0)]
-)
+@pytest.mark.parametrize(("what", "strength"), [("picture", 1.0), ("control", 1.0), ("control", 0.6), ("guides", 1.0)])
 def test_both_hosts_agree(host, of_folder, what, strength, preset):
     found, folder, texts, frames = of_folder
     graph = FolderGuides(folder=str(folder))
     graph.condition(what, strength)
     graph.set(graph.edit, preset=preset)
-    more = {"control_strength": torch.tensor([strength]), "keyframe_numbers": torch.tensor([[9]])}
+    more = {"control_strength": torch.tensor([strength]), "guide_numbers": torch.tensor([[9]])}
     inputs = {what: frames[what]} | {name: value for name, value in more.items() if name.startswith(what.rstrip("s"))}
     of_text = {name: {"sound": text.extras["sound"], "mask": text.extras["mask"]} for name, text in texts.items()}
     texts = {name: replace(text, extras={**of_text[name], **inputs}) for name, text in texts.items()}

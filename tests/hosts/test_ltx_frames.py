@@ -30,9 +30,9 @@ SOURCE, TARGET, NEGATIVE = "a red square on water", "a bright green circle on wa
 FRAMES, HEIGHT, WIDTH, STEPS, FPS, GUIDANCE = 3, 4, 6, 3, 8.0, 5.0
 PIXELS = (FRAMES - 1) * 8 + 1
 FIRST, CONTROL, BOTH, SMALL = {"first"}, {"control"}, {"first", "control"}, {"first", "control", "small"}
-KEYFRAMES, EVERY = {"keyframes"}, {"first", "keyframes", "control"}
+GUIDES, EVERY = {"guides"}, {"first", "guides", "control"}
 AT = 9
-"""The frame of the keyframe, the first of the last latent."""
+"""The frame of the guide frame, the first of the last latent."""
 
 
 def pictures(seed, frames=PIXELS):
@@ -65,7 +65,7 @@ class Case:
             plain = plain.with_control("", VIDEO)
         if "small" in what:
             object.__setattr__(plain, "downscale", 2)
-        given = (*((0,) if "first" in what else ()), *((AT,) if "keyframes" in what else ()))
+        given = (*((0,) if "first" in what else ()), *((AT,) if "guides" in what else ()))
         self.model = plain.for_clip(ClipFacts(shape, FPS, lambda: iter(CLIP), given))
         self.own = plain.for_clip(ClipFacts(shape, FPS, lambda: iter(CLIP if own is None else own), given))
         self.text = {SOURCE: self.model.encode_prompt(SOURCE, 192, 128)}
@@ -97,7 +97,7 @@ class Case:
         names = ("scheduler", "vae", "audio_vae", "text_encoder", "tokenizer", "connectors", "transformer", "vocoder")
         own = LTX2InContextPipeline(**{name: getattr(found, name, None) for name in names})
         references = [LTX2ReferenceCondition([Image.fromarray(one.numpy()) for one in VIDEO])]
-        places = {"first": (0, 0), "keyframes": (AT, 2)}
+        places = {"first": (0, 0), "guides": (AT, 2)}
         conditions = [
             LTX2VideoCondition(Image.fromarray(frames[at].numpy()), index, crf=0)
             for name, (at, index) in places.items()
@@ -138,9 +138,7 @@ class Case:
             yield rearrange(moved, "1 (f y x) c -> f c y x", f=FRAMES, y=HEIGHT)
 
 
-@pytest.fixture(
-    params=[FIRST, CONTROL, SMALL, KEYFRAMES, EVERY], ids=["first", "control", "small", "keyframes", "every"]
-)
+@pytest.fixture(params=[FIRST, CONTROL, SMALL, GUIDES, EVERY], ids=["first", "control", "small", "guides", "every"])
 def case(plain, request):
     """An edit with another first frame than the clip's."""
     yield Case(plain, request.param, OTHER)
@@ -274,12 +272,21 @@ def test_a_control_computes_the_models_attention(case, latents):
     extras = {
         name: part[:, :, 1:] if name == "control" else part
         for name, part in texts[SOURCE].extras.items()
-        if name not in ("picture", "keyframe_numbers")
+        if name not in ("picture", "guide_numbers")
     }
-    if "keyframes" in extras:  # the latents of the window begin at frame 8, and its first has one frame
-        extras["keyframe_numbers"] = torch.tensor([[AT - 8]])
+    if "guides" in extras:  # the latents of the window begin at frame 8, and its first has one frame
+        extras["guide_numbers"] = torch.tensor([[AT - 8]])
     shifted = case.model.velocity(z, 700.0, type(texts[SOURCE])(texts[SOURCE].embeddings, extras).to(z), (0, 1))
     assert relative(shifted, plain[SOURCE]) < 1e-6
+
+
+def test_half_precision(tmp_path, latents):
+    model = open_model(str(write_ltx2(tmp_path)), dtype=torch.bfloat16)
+    case, z = Case(model, EVERY, OTHER), latents.float()
+    found = case.edit(case.invert(z), FusionSettings(0.7, 0.6))
+    assert relative(found[0], case.own.inputs["picture"][0]) < 1e-5
+    assert torch.isfinite(found).all()
+    assert relative(found[1:], z[1:]) > 1e-3
 
 
 def test_windows(plain, latents):
@@ -322,13 +329,13 @@ def test_refusals(plain, latents):
     ):
         with pytest.raises(CheckpointError, match=error):
             plain.with_control("", VIDEO, **more)
-    facts = ClipFacts((FRAMES, 8, HEIGHT, WIDTH), FPS, keyframes=(0,))
+    facts = ClipFacts((FRAMES, 8, HEIGHT, WIDTH), FPS, guide_frames=(0,))
     with pytest.raises(ValueError, match="needs the frames"):
         plain.for_clip(facts).encode_prompt(SOURCE, 192, 128)
     with pytest.raises(ValueError, match="as the clip"):
         plain.for_clip(ClipFacts((FRAMES, 8, 2, 2), FPS, lambda: iter(CLIP), (0,))).encode_prompt(SOURCE, 64, 64)
     with pytest.raises(ValueError, match="frame 17 is outside"):
-        plain.for_clip(replace(facts, frames=lambda: iter(CLIP), keyframes=(17,))).encode_prompt(SOURCE, 192, 128)
+        plain.for_clip(replace(facts, frames=lambda: iter(CLIP), guide_frames=(17,))).encode_prompt(SOURCE, 192, 128)
     case = Case(plain, FIRST)
     inversion = case.invert(latents)
     without = plain.for_clip(ClipFacts((FRAMES, 8, HEIGHT, WIDTH), FPS))
