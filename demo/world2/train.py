@@ -248,8 +248,9 @@ def train_read(
 class Run:
     """What a training writes and uses.
 
-    out: folder for `unet`, a whole checkpoint, and `wan`, which has the same autoencoder. state: folder of what is
-    rendered, and from which a stopped training resumes. parts: of "unet", "wan". workers: processes that render.
+    out: folder for `unet`, a whole checkpoint, and `wan`, whose autoencoder is that of `unet` if it is there. state:
+    folder of what is rendered, and from which a stopped training resumes. parts: of "unet", "wan". workers: processes
+    that render.
     """
 
     out: Path
@@ -282,7 +283,8 @@ def train(run: Run, settings: Settings, device: torch.device, report: Report = p
         if "wan" in parts:
             live, tokenizer = train_transformer(pictures, clips, state, settings, device, report)
             save_video_model(out / "wan", live, tokenizer)
-            deepcopy(vae).cpu().half().save_pretrained(out / "wan" / "vae", safe_serialization=True)
+            if not (out / "unet" / "vae").is_dir():
+                deepcopy(vae).cpu().half().save_pretrained(out / "wan" / "vae", safe_serialization=True)
 
 
 def as_far_as(run: Run, settings: Settings) -> Settings:

@@ -18,7 +18,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import Attend, AttentionSite, Control, Kind
+from ...attention.control import Attend, AttentionSite, Control, Kind, also_to
+from ...attention.key_frames import Chunk
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import kept_as_map
 from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, unpatched
@@ -101,11 +102,19 @@ class HookedBlocks(Hook):
         """A block's inputs for some tokens of a branch, in families with a `subset_patch`."""
         raise NotImplementedError
 
+    def input_of_chunk(self, name: str, value: Any, chunk: Chunk) -> Any:
+        """A model input from a prompt for the frames of a chunk."""
+        return value
+
     def row_of(self, value: Any, row: int, rows: int) -> Any:
         """A branch's row of a block's input; shared inputs are returned unchanged."""
         if isinstance(value, (tuple, list)):
             return type(value)(self.row_of(part, row, rows) for part in value)
         return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
+
+    def of_chunk(self, value: Any, chunk: Chunk) -> Any:
+        inputs = {name: self.input_of_chunk(name, own, chunk) for name, own in value["model_conds"].items()}
+        return {**value, "model_conds": inputs}
 
     # --- facts --------------------------------------------------------------------------
 
@@ -362,7 +371,7 @@ class HookedBlocks(Hook):
         if site.kind == "self" and any(self._others):
             if kept_as_map(self.memory, site, k.shape[2], q.dtype):
                 raise ValueError("memory: maps cannot include the model's reference tokens: use recompute")
-            control.attend = _also_to(attend, [(x[:, :, : own.start], x[:, :, own.stop :]) for x in (k, v)])
+            control.attend = also_to(attend, [(x[:, :, : own.start], x[:, :, own.stop :]) for x in (k, v)])
         self._check_kernel(control, q4, k4, v4, site, override)
         output = rearrange(control.layer(q4, k4, v4, site), "f h t d -> 1 h (f t) d")
         if self._paired is not None and self._last and self._source >= 0:
@@ -391,19 +400,6 @@ class HookedBlocks(Hook):
         if self._paired is not None and branch == self._source:
             return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
-
-
-def _also_to(attend: Attend, others: Sequence[tuple[Tensor, Tensor]]) -> Attend:
-    """An attention kernel with more keys and values. others: these before and after the given ones, (1 h n d)."""
-
-    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (
-            torch.cat([before.expand(len(x), -1, -1, -1), x, after.expand(len(x), -1, -1, -1)], 2)
-            for x, (before, after) in zip((k, v), others, strict=True)
-        )
-        return attend(q, k, v)
-
-    return joined
 
 
 def check_alone(block: Any, options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...attention.key_frames import Chunk
 from ...diffusion.denoiser import WeightedFrames
-from .hook import name_of_node, node_of
+from .hook import Hook, name_of_node, node_of
 
 WrappersMP = comfy.patcher_extension.WrappersMP
 
@@ -112,20 +112,12 @@ def whole_conditions(conditions: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 @contextmanager
-def conditions_of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
-    """The host's conditions with their per-frame tensors cut to the frames of a chunk, ControlNet hints included."""
+def conditions_of_chunk(hooked: Hook, conditions: list[Any], chunk: Chunk) -> Iterator[list[Any]]:
+    """The host's conditions for the frames of a chunk, ControlNet hints included."""
     if chunk.is_whole:
         yield conditions
         return
     frames = list(chunk.frame_indices)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
-            return value[frames]
-        if isinstance(getattr(value, "cond", None), Tensor):
-            return value._copy_with(cut(value.cond))
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
-
     hints: dict[Any, Tensor] = {}
     for control in (c.get("control") for entries in conditions for c in entries or []):
         while control is not None:
@@ -136,7 +128,7 @@ def conditions_of_chunk(conditions: list[Any], chunk: Chunk) -> Iterator[list[An
     try:
         for control, hint in hints.items():
             control.cond_hint_original, control.cond_hint = hint[[f % len(hint) for f in frames]], None
-        yield [entries and [cut(c) for c in entries] for entries in conditions]
+        yield [entries and [hooked.of_chunk(c, chunk) for c in entries] for entries in conditions]
     finally:
         for control, hint in hints.items():
             control.cond_hint_original, control.cond_hint = hint, None

@@ -24,7 +24,7 @@ from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
-from .conditions import READ, HostCondition, check_read
+from .conditions import HostCondition, check_read
 from .families import family_of
 from .guides import Guides, with_mask_of
 from .hook import Hook
@@ -56,9 +56,10 @@ class _Branch:
         """Raise ValueError, naming it, for what needs all frames of a clip. guided: whether guidance functions run."""
         check_parts(self.options, self.around_predictions, guided, self.hooked.family.spans_clip)
         found = {name for entries in self.conditions.values() for entry in entries for name in entry["model_conds"]}
-        if self.hooked.family.attention and found - READ:
+        found -= self.hooked.splits
+        if self.hooked.family.attention and found:
             raise ValueError(
-                f"model: {', '.join(sorted(found - READ))} of a prompt needs all frames of the clip, but this run "
+                f"model: {', '.join(sorted(found))} of a prompt needs all frames of the clip, but this run "
                 "splits them: set chunk_frames to 0, and remove Context Windows"
             )
 
@@ -272,7 +273,9 @@ class ComfyDenoiser:
         guides = self._guider.guides_of(paired.condition)
         x = self._input(paired.latents, sigma, guides)
         of_call = paired if guides is None else replace(paired, latents=self.noise.from_host(x))
-        with conditions_of_chunk([self._branch_conditions(paired.condition)], chunk) as (conditions,):
+        with conditions_of_chunk(self._source.hooked, [self._branch_conditions(paired.condition)], chunk) as (
+            conditions,
+        ):
             yield of_call, conditions
         found = paired.control.captured
         if guides is not None and found.prediction is not None:
@@ -296,7 +299,7 @@ class ComfyDenoiser:
         with (
             branch.hooked.controlled(controls, self._clip_norm),
             branch.hooked.derivative(value, parts) as derivative,
-            conditions_of_chunk([branch.conditions[condition.role]], control.chunk) as (positive,),
+            conditions_of_chunk(branch.hooked, [branch.conditions[condition.role]], control.chunk) as (positive,),
         ):
             self._plainly(branch, positive, x, sigma.expand(len(x)), branch.options)
         assert derivative.found is not None
@@ -325,7 +328,7 @@ class ComfyDenoiser:
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale
-        with conditions_of_chunk([positive, negative], control.chunk) as (positive, negative):
+        with conditions_of_chunk(branch.hooked, [positive, negative], control.chunk) as (positive, negative):
             if not condition.guided:
                 return self._predicted(branch, partial(self._plainly, branch, positive), x, sigma, 1.0)
             if negative is None and branch.around_predictions:

@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
+from ...attention.key_frames import Chunk
 from ...diffusion.denoiser import refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import ModelIdentity
@@ -52,6 +53,10 @@ class Hook:
     """The model inputs from a prompt that it supports."""
     reads_latents = False
     """Whether these depend on the latents."""
+    splits: frozenset[str] = READ
+    """Those that calls on some frames of a clip may have."""
+    window_options: frozenset[str] = NOTHING
+    """Options of the host's context windows that it follows besides the windows."""
     low: Hook | None = None
     """The hook of the MODEL that takes over below the sigma `boundary`."""
     boundary = 0.0
@@ -101,6 +106,14 @@ class Hook:
         for kind, wrapper in wrappers.items():
             self.patcher.remove_wrappers_with_key(kind, "fatezero")
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
+
+    def of_chunk(self, value: Any, chunk: Chunk) -> Any:
+        """A condition of the host's, or a part of it, for the frames of a chunk: of tensors with a row for each."""
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
+            return value[list(chunk.frame_indices)]
+        if isinstance(getattr(value, "cond", None), Tensor):
+            return value._copy_with(self.of_chunk(value.cond, chunk))
+        return {k: self.of_chunk(v, chunk) for k, v in value.items()} if isinstance(value, dict) else value
 
     @contextmanager
     def controlled(

@@ -54,11 +54,12 @@ class LoopGuider(comfy.samplers.CFGGuider):
 
         Raises ValueError for an unsupported MODEL, or unsupported options.
         """
-        takes = takes_of(model) if controls else NOTHING
+        hooks = controls or windows is not None
+        takes = takes_of(model) if hooks else NOTHING
         attends = not is_flow(model) or all(condition.fits_attention(takes) for condition in conditions)
-        attends = attends and (controls or hooks_always(model))
-        check_options(model)
+        attends = attends and (hooks or hooks_always(model))
         self.edited = hooked(model, kinds, attends)
+        check_options(model, self.edited)
         source_model = source_model or model
         self.sourced = self.edited if source_model is model else hooked(source_model, attends=attends)
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
@@ -333,14 +334,15 @@ def check_quiet(noise: Any, why: str) -> None:
         raise ValueError(f"noise: {why}: connect Disable Noise")
 
 
-def check_options(model: Any) -> None:
-    """Raise ValueError for unsupported options of a MODEL."""
+def check_options(model: Any, hook: Hook) -> None:
+    """Raise ValueError for unsupported options of a MODEL in a run with a hook."""
     handler = model.model_options.get("context_handler")
     dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
-    if handler is not None and own is not None and family_of(model).hook.family.attention:
+    if handler is not None and own is not None and hook.family.attention:
         if dim != own:
             raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
-        for name in ("freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"):
+        unsupported = {"freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"}
+        for name in sorted(unsupported - hook.window_options):
             if getattr(handler, name, None):
                 raise ValueError(f"model: edits do not support context windows with {name}: switch it off")
     clones = model.get_additional_models_with_key("multigpu")

@@ -13,9 +13,11 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 from torch import Tensor, nn
 
+from ...attention.key_frames import Chunk
 from ...models.wan import WAN, WAN_CONDITIONED
 from ...store.identity import ModelIdentity
 from .blocks import HookedBlocks, check_sampled_as_flow
@@ -32,6 +34,10 @@ except ImportError:  # older hosts
 MODELS = "Wan 2.1 and 2.2 for text to video"
 REFERENCES = frozenset({"context_latents", "time_dim_concat"})
 """Clips and frames that only the class `WanModel` reads (Bernini, Phantom)."""
+FRAMES_AT = {"c_concat": 2, "camera_conditions": 2, "vace_context": 3}
+"""The dimension of the frames in inputs for each frame of a clip."""
+PER_POSE = {"pose_latents": 1, "face_pixel_values": 4}
+"""Inputs for each frame but the first, a reference picture, and their values for each."""
 PICTURES = frozenset({"concat_latent_image", "concat_mask"})
 """Of models with more channels in than out."""
 
@@ -63,7 +69,8 @@ class HookedWan(HookedBlocks):
     family = WAN
     container = "blocks"
     attention = {"self": "self_attn", "cross": "cross_attn"}
-    reads = READ | REFERENCES
+    reads = splits = READ | REFERENCES
+    window_options = frozenset({"cond_retain_index_list"})
 
     @property
     def layout(self) -> str:
@@ -87,6 +94,27 @@ class HookedWan(HookedBlocks):
         before = 0 if picture is None or self._unet.ref_conv is None else prod(self.token_grid(*picture.shape[-2:]))
         behind = [*(named.get("context_latents") or []), *([] if frames is None else [frames])]
         return before, sum(map(count, behind))
+
+    def input_of_chunk(self, name: str, value: Any, chunk: Chunk) -> Any:
+        """As the host's context windows cut it: the first frame of every window has no pose."""
+        frames, given = list(chunk.frame_indices), value.cond
+        if name in PER_POSE:
+            each = PER_POSE[name]
+            rows = [(frame - 1) * each + i for frame in frames[1:] for i in range(each)]
+            return value._copy_with(given[:, :, [row for row in rows if row < given.shape[2]]])
+        if name == "context_latents":  # videos of the clip's length, and pictures
+            return value._copy_with([self._cut(one, 2, chunk) for one in given])
+        return value._copy_with(self._cut(given, FRAMES_AT[name], chunk)) if name in FRAMES_AT else value
+
+    def _cut(self, given: Tensor, dim: int, chunk: Chunk) -> Tensor:
+        """An input for the frames of a chunk, with those that the host's context windows retain."""
+        if given.shape[dim] != chunk.clip:
+            return given
+        rows = list(chunk.frame_indices)
+        handler = self.given.model_options.get("context_handler")
+        for row in getattr(handler, "cond_retain_index_list", None) or ():
+            rows[row] = row
+        return given.index_select(dim, torch.tensor(rows, device=given.device))
 
     @staticmethod
     def calls_before(module: nn.Module, inputs: dict[str, Any]) -> int:
@@ -119,7 +147,7 @@ class HookedConditionedWan(HookedWan):
     """A clone of a Wan MODEL with inputs besides text."""
 
     family = WAN_CONDITIONED
-    reads = HookedWan.reads | {
+    reads = splits = HookedWan.reads | {
         "clip_fea", "reference_latent", "vace_context", "vace_strength", "face_pixel_values", "pose_latents",
         "camera_conditions",
     }  # fmt: skip
@@ -148,5 +176,4 @@ CONDITIONED = replace(
     text_encoder="",
     hook=HookedConditionedWan,
     matches=is_conditioned,
-    frame_dim=None,
 )

@@ -265,11 +265,15 @@ class SmallWan(FrameByFrame, WanCheckpoint):
 
     @classmethod
     def of_folder(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> SmallWan:
-        """The transformer, text and schedule of a folder. Raises CheckpointError for a folder that is missing."""
+        """The transformer, text and schedule of a folder, with its image model's autoencoder: its own, that of the UNet
+        next to it, or the demo's.
+
+        Raises CheckpointError for a folder that is missing.
+        """
         if not folder.is_dir():
             raise CheckpointError(f"no model at {folder}")
         local: dict[str, Any] = {"local_files_only": True}
-        coder = next(filter(Path.is_dir, (folder / "vae", DEMO / "vae")))
+        coder = next(filter(Path.is_dir, (folder / "vae", folder.parent / "unet" / "vae", DEMO / "vae")))
         parts = [
             AutoencoderKL.from_pretrained(coder, torch_dtype=dtype, **local),
             WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, **local),

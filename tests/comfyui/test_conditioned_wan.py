@@ -265,15 +265,6 @@ def test_a_pair_of_models_fuses_each_step_with_its_own(host, folder):
     assert relative(pairs[0.97], single) > 1e-3 < relative(pairs[0.97], edited(host, graph))
 
 
-def with_windows(graph):
-    windows = graph.add(
-        "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
-        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
-        freenoise=False,
-    )  # fmt: skip
-    graph.both(windows[0])
-
-
 def with_maps(graph):
     graph.set(graph.invert, memory="maps")
 
@@ -291,9 +282,6 @@ def with_inputs_of(kind):
         ("vace", with_inputs_of("bernini"), "source: reference clips are set"),
         ("i2v", with_inputs_of("fun"), "source: reference pictures are set"),
         ("bernini", with_inputs_of("i2v"), "source: a picture to paint into is set"),
-        ("vace", with_windows, "Context Windows"),
-        ("bernini", with_windows, "context_latents of a prompt needs all frames"),
-        ("i2v", lambda graph: graph.set(graph.edit, chunk_frames=2), "chunk_frames: has no effect"),
         ("bernini", with_maps, "memory: maps cannot include the model's reference tokens"),
         ("humo", lambda graph: None, "needs control of the attention.* not with WAN21_HuMo"),
         ("fun", lambda graph: graph.add("FateZeroSaveStore", store=graph.invert[1], filename_prefix="x"),

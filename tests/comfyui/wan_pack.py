@@ -22,7 +22,6 @@ SMALL = {
     "image_model": "wan2.1", "model_type": "t2v", "dim": 24, "ffn_dim": 24, "num_heads": 2, "num_layers": 2,
     "in_dim": 16, "out_dim": 16, "text_dim": 16,
 }  # fmt: skip
-CLIP = (1, 16, 3, 4, 6)
 MODELS = {
     "bernini": ("WAN21_T2V", {}),
     "phantom": ("WAN21_T2V", {}),
@@ -118,40 +117,61 @@ class WanFolderInputs(io.ComfyNode):
         return io.NodeOutput([[10 * text, {**own, **more}] for text, own in conditioning])
 
 
-def inputs_of(kind):
-    """What the host's nodes for a kind of model set."""
-    picture = {"concat_latent_image": random_values(6, *CLIP), "concat_mask": random_values(7, 1, 1, *CLIP[2:])}
+def inputs_of(kind, frames=3):
+    """What the host's nodes for a kind of model set, for a clip of latent frames."""
+    clip = (1, 16, frames, 4, 6)
+    picture = {"concat_latent_image": random_values(6, *clip), "concat_mask": random_values(7, 1, 1, *clip[2:])}
     seen = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=random_values(8, 1, 7, 1280))}
-    reference = {"reference_latents": [random_values(9, 1, 16, 1, *CLIP[3:])]}
-    posed = {**picture, **seen, "pose_video_latent": random_values(9, 1, 16, 2, *CLIP[3:])}
+    reference = {"reference_latents": [random_values(9, 1, 16, 1, *clip[3:])]}
+    posed = {**picture, **seen, "pose_video_latent": random_values(9, 1, 16, frames - 1, *clip[3:])}
     return {
-        "bernini": {"context_latents": [random_values(6, *CLIP), random_values(7, 1, 16, 1, 6, 4)]},
-        "phantom": {"time_dim_concat": random_values(6, 1, 16, 2, *CLIP[3:])},
+        "bernini": {"context_latents": [random_values(6, *clip), random_values(7, 1, 16, 1, 6, 4)]},
+        "phantom": {"time_dim_concat": random_values(6, 1, 16, 2, *clip[3:])},
         "i2v": picture | seen,
         "i2v_without_embedding": picture,
-        "fun": {**seen, **reference, "concat_latent_image": random_values(6, 1, 32, *CLIP[2:])},
+        "fun": {**seen, **reference, "concat_latent_image": random_values(6, 1, 32, *clip[2:])},
         "fun_inpaint": {
-            **reference, "concat_latent_image": random_values(6, 1, 32, *CLIP[2:]),
-            "concat_mask": random_values(7, 1, 4, *CLIP[2:]), "concat_mask_index": 16,
+            **reference, "concat_latent_image": random_values(6, 1, 32, *clip[2:]),
+            "concat_mask": random_values(7, 1, 4, *clip[2:]), "concat_mask_index": 16,
         },
         "vace": {
-            "vace_frames": [random_values(6, 1, 32, *CLIP[2:]), random_values(7, 1, 32, *CLIP[2:])],
-            "vace_mask": [torch.ones(1, 64, *CLIP[2:])] * 2, "vace_strength": [0.7, 0.4],
+            "vace_frames": [random_values(6, 1, 32, *clip[2:]), random_values(7, 1, 32, *clip[2:])],
+            "vace_mask": [torch.ones(1, 64, *clip[2:])] * 2, "vace_strength": [0.7, 0.4],
         },
         "animate": posed,
-        "animate_faces": {**posed, "face_video_pixels": random_values(10, 1, 3, 5, 64, 64)},
-        "camera": {**picture, **seen, "camera_conditions": random_values(9, 1, 24, 3, 32, 48)},
+        "animate_faces": {**posed, "face_video_pixels": random_values(10, 1, 3, 4 * frames - 7, 64, 64)},
+        "camera": {**picture, **seen, "camera_conditions": random_values(9, 1, 24, frames, 32, 48)},
         "humo": {},
     }[kind]  # fmt: skip
 
 
-@node("WanInputs", [io.Conditioning.Input("conditioning"), KIND], [io.Conditioning.Output()])
+def part_of(name, value, start, stop):
+    """Some latent frames of an input, the first of them without a pose."""
+    if isinstance(value, list):
+        return [part_of(name, one, start, stop) for one in value]
+    if not isinstance(value, torch.Tensor) or value.shape[2] == 1 or name == "time_dim_concat":
+        return value
+    if name == "face_video_pixels":
+        start, stop = 4 * start, 4 * (stop - 1)
+    return value[:, :, start : stop - (name == "pose_video_latent")]
+
+
+INPUTS = [
+    io.Conditioning.Input("conditioning"), KIND, io.Int.Input("frames", default=3), io.Int.Input("start", default=0),
+    io.Int.Input("stop", default=3),
+]  # fmt: skip
+
+
+@node("WanInputs", INPUTS, [io.Conditioning.Output()])
 class WanInputs(io.ComfyNode):
-    """A prompt with a larger effect, and the inputs of a kind of model."""
+    """A prompt with a larger effect, and the inputs of a kind of model, for some frames of a clip."""
 
     @classmethod
-    def execute(cls, conditioning, kind):
-        return io.NodeOutput([[10 * text, {**more, **inputs_of(kind)}] for text, more in conditioning])
+    def execute(cls, conditioning, kind, frames=3, start=0, stop=3):
+        given = inputs_of(kind, frames)
+        if stop - start < frames:
+            given = {name: part_of(name, value, start, stop) for name, value in given.items()}
+        return io.NodeOutput([[10 * text, {**more, **given}] for text, more in conditioning])
 
 
 class Guider(comfy.samplers.CFGGuider):
