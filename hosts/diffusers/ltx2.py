@@ -145,7 +145,7 @@ class Ltx2(FlowModel, WholeClip):
     """
 
     family = LTX2
-    pipelines = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
+    pipelines = ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2InContextPipeline")
     kinds = (LTX2VideoTransformer3DModel,)
     unused = ("audio_vae", "vocoder", "processor", "prompt_enhancer", "duration_head")
     text_dim = ""
