@@ -318,7 +318,13 @@ def test_the_size_of_a_control_video_is_that_of_its_lora(tmp_path):
     plain, small = lora("plain.safetensors", {}), lora("a.safetensors", {"reference_downscale_factor": "2"})
     other, wrong = (lora(f"{n}.safetensors", {"x.reference_downscale_factor": n}) for n in ("4.0", "much"))
     assert [reference_downscale(loras) for loras in ([], [plain], [plain, small], [other])] == [1, 1, 2, 4]
-    for loras, error in (([small, other], "one IC-LoRA"), ([wrong], "invalid reference_downscale_factor")):
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    broken = LoraFile(str(tmp_path / "broken.safetensors"))
+    for loras, error in (
+        ([small, other], "one IC-LoRA"),
+        ([wrong], "invalid reference_downscale_factor"),
+        ([broken], "damaged"),
+    ):
         with pytest.raises(LoraError, match=error):
             reference_downscale(loras)
 
