@@ -37,6 +37,12 @@ READ = frozenset({"c_crossattn", "crossattn_controlnet", "y", "c_concat"})
 """The supported model inputs from a prompt: text, the ControlNet's text, pooled text and sizes, and the empty picture
 of an inpainting UNet."""
 
+PICTURES = frozenset({
+    "c_concat", "clip_fea", "denoise_mask", "reference_latent", "context_latents", "time_dim_concat", "vace_context",
+    "camera_conditions", "face_pixel_values", "pose_latents", "ref_latents",
+})  # fmt: skip
+"""The model inputs of pictures, clips and control videos, which may differ between source and edit."""
+
 NOTHING = frozenset[str]()
 
 LOST = (
@@ -120,6 +126,16 @@ def _unfit(conditioning: Conditioning, takes: frozenset[str]) -> str | None:
             "prompt for all of them"
         )
     return None
+
+
+def with_pictures_of(entries: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """A prompt's processed conditions with the pictures of those of another prompt, if both have them."""
+    own = {name: value for name, value in others[0]["model_conds"].items() if name in PICTURES}
+
+    def of(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: own.get(name, value) for name, value in inputs.items()}
+
+    return [{**entry, "model_conds": of(entry["model_conds"])} for entry in entries]
 
 
 def check_read(conditions: Sequence[dict[str, Any]], socket: str, known: frozenset[str]) -> None:

@@ -24,9 +24,9 @@ from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
-from .conditions import HostCondition, check_read
+from .conditions import HostCondition, check_read, with_pictures_of
 from .families import family_of
-from .guides import Guides, with_mask_of
+from .guides import Guides
 from .hook import Hook
 from .noise import noise_of
 from .sameness import same_in_place
@@ -323,8 +323,8 @@ class ComfyDenoiser:
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
         if branch.hooked.family.attention and not control.is_plain:
             positive = whole_conditions(positive)
-        if self._guider.guides_of(condition) is not self._guider.edit_guides and condition.role != "source":
-            positive = with_mask_of(positive, self._source.conditions["source"])
+        if not condition.guided and condition.role != "source":  # a negative that guides the source
+            positive = with_pictures_of(positive, self._source.conditions["source"])
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale

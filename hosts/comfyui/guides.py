@@ -176,12 +176,6 @@ def check_guides(guides: Guides | None, conditions: Sequence[HostCondition]) -> 
             )
 
 
-def with_mask_of(entries: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """A prompt's processed conditions with the noise mask of those of another prompt."""
-    mask = {"denoise_mask": others[0]["model_conds"]["denoise_mask"]}
-    return [{**entry, "model_conds": {**entry["model_conds"], **mask}} for entry in entries]
-
-
 def _varies(levels: Tensor) -> bool:
     """Whether the mask of a frame has several values."""
     return bool((levels.amax((3, 4)) > levels.amin((3, 4))).any())

@@ -260,7 +260,7 @@ class FlowStream(io.ComfyNode):
 
 
 class Guider(comfy.samplers.CFGGuider):
-    """A guider with the conditions of three branches."""
+    """A guider with the conditions of all branches."""
 
 
 class Loop(comfy.samplers.Sampler):
@@ -278,7 +278,7 @@ class Loop(comfy.samplers.Sampler):
 
         def velocity(x, step, name, scale):
             sigma, share = sigmas[step], shares[step]
-            conds = guider.conds["negative"], guider.conds[name]
+            conds = guider.conds["source_negative" if name == "source" else "negative"], guider.conds[name]
             scaled = x / (1 - share) if spread else x
             clean = comfy.samplers.sampling_function(
                 guider.inner_model, scaled, sigma.expand(len(x)), *conds, scale, options, extra_args["seed"]
@@ -301,19 +301,22 @@ LOOP = [
     io.Model.Input("model"), io.Conditioning.Input("source"), io.Conditioning.Input("positive"),
     io.Conditioning.Input("negative"), io.Latent.Input("latent"), io.Sigmas.Input("sigmas"),
     io.Float.Input("guidance"), io.Float.Input("source_guidance"), io.Int.Input("first"), io.Int.Input("seed"),
+    io.Conditioning.Input("source_negative", optional=True),
 ]  # fmt: skip
 
 
 @node("FlowLoop", LOOP, [io.Latent.Output()])
 class FlowLoop(io.ComfyNode):
-    """FlowEdit with the host's own guider."""
+    """FlowEdit with the host's own guider. source_negative: for the source, unless it is that of the edit."""
 
     @classmethod
     def execute(
-        cls, model, source, positive, negative, latent, sigmas, guidance, source_guidance, first, seed
+        cls, model, source, positive, negative, latent, sigmas, guidance, source_guidance, first, seed,
+        source_negative=None,
     ):  # fmt: skip
         guider = Guider(model)
-        guider.inner_set_conds({"positive": positive, "negative": negative, "source": source})
+        prompts = {"positive": positive, "negative": negative, "source": source}
+        guider.inner_set_conds(prompts | {"source_negative": source_negative or negative})
         samples = latent["samples"]
         sampler = Loop(guidance, source_guidance, first, seed)
         return io.NodeOutput({"samples": guider.sample(samples * 0, samples, sampler, sigmas, seed=0)})

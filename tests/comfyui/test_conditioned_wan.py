@@ -196,13 +196,13 @@ def test_both_hosts_agree(host, of_folder, preset, memory):
     assert relative(ours, latents) > 1e-2
 
 
-def from_the_clip(graph) -> None:
-    """FlowEdit without guidance."""
+def from_the_clip(graph, source_guidance=1.0) -> None:
+    """FlowEdit, by default without guidance of the source."""
     store = graph.add(
         "FateZeroFlowEdit", model=graph.model[0], source=graph.source[0], latent=graph.latent[0], steps=STEPS,
-        source_guidance=1.0, draws=1, seed=SEED,
+        source_guidance=source_guidance, draws=1, seed=SEED,
     )  # fmt: skip
-    graph.set(graph.edit, store=store[0], guidance=1.0)
+    graph.set(graph.edit, store=store[0], guidance=source_guidance)
 
 
 def test_the_same_prompt_replays_the_clip(host, folder, graph):
@@ -229,6 +229,32 @@ def test_references_attend_as_in_the_model(host, folder, kind, first_token):
     assert relative(found - clip, host.latents(graph.prompt, loop[0]) - clip) < 1e-3
     graph.unfused()
     assert relative(found - clip, edited(host, graph) - clip) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["i2v", "vace", "bernini"])
+def test_the_sources_guidance_has_the_sources_pictures(host, folder, kind):
+    """FlowEdit with another picture in positive and negative prompt, compared with the host's own guider."""
+    graph = WanKindGraph(folder=str(folder), kind=kind)
+    from_the_clip(graph, GUIDANCE)
+    graph.unfused()
+    empty = graph.prompt[graph.negative.id]["inputs"]["conditioning"]
+    positive, negative = (
+        graph.add("WanInputs", conditioning=prompt, kind=kind, scale=3.0) for prompt in (graph.words[1], empty)
+    )
+    graph.set(graph.edit, positive=positive[0], negative=negative[0])
+    sigmas = graph.add("FateZeroSigmas", model=graph.model[0], steps=STEPS)
+    prompts = {"positive": positive[0], "negative": negative[0], "source": graph.source[0]}
+    clip, found = (host.latents(graph.prompt, link) for link in (graph.latent[0], graph.edit[0]))
+
+    def change(**more):
+        loop = graph.add(
+            "FlowLoop", model=graph.model[0], latent=graph.latent[0], sigmas=sigmas[0], guidance=GUIDANCE,
+            source_guidance=GUIDANCE, first=0, seed=SEED, **prompts, **more,
+        )  # fmt: skip
+        return host.latents(graph.prompt, loop[0]) - clip
+
+    assert relative(found - clip, change(source_negative=graph.negative[0])) < 1e-3
+    assert relative(found - clip, change()) > 1e-2
 
 
 @pytest.mark.parametrize("memory", ["recompute", "keys_values"])

@@ -158,17 +158,23 @@ def part_of(name, value, start, stop):
 
 INPUTS = [
     io.Conditioning.Input("conditioning"), KIND, io.Int.Input("frames", default=3), io.Int.Input("start", default=0),
-    io.Int.Input("stop", default=3),
+    io.Int.Input("stop", default=3), io.Float.Input("scale", default=1.0),
 ]  # fmt: skip
 
 
 @node("WanInputs", INPUTS, [io.Conditioning.Output()])
 class WanInputs(io.ComfyNode):
-    """A prompt with a larger effect, and the inputs of a kind of model, for some frames of a clip."""
+    """A prompt with a larger effect, and the inputs of a kind of model, for some frames of a clip.
+
+    scale: of pictures and control videos.
+    """
 
     @classmethod
-    def execute(cls, conditioning, kind, frames=3, start=0, stop=3):
+    def execute(cls, conditioning, kind, frames=3, start=0, stop=3, scale=1.0):
         given = inputs_of(kind, frames)
+        for name in {"concat_latent_image", "context_latents", "vace_frames"} & given.keys():
+            own = given[name]
+            given[name] = [scale * one for one in own] if isinstance(own, list) else scale * own
         if stop - start < frames:
             given = {name: part_of(name, value, start, stop) for name, value in given.items()}
         return io.NodeOutput([[10 * text, {**more, **given}] for text, more in conditioning])
