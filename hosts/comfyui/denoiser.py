@@ -18,15 +18,16 @@ from torch import Tensor
 from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ...attention.packed import PackedChunk, Packing
 from ...attention.temporal_kind import TRAINED_KEYS
-from ...diffusion.denoiser import Guidance, WeightedFrames, frames_meet
+from ...diffusion.denoiser import Guidance, WeightedFrames, clip_frames, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import HostCondition, check_read
-from .families import family_of
 from .hook import Hook
+from .latents import unpacked_parts
 from .noise import noise_of
 from .sameness import same_in_place
 from .temporal import temporal_layers
@@ -54,8 +55,8 @@ class _Branch:
     def check_parts(self, guided: bool) -> None:
         """Raise ValueError, naming it, for what needs all frames of a clip. guided: whether guidance functions run."""
         check_parts(self.options, self.around_predictions, guided, self.hooked.family.spans_clip)
-        found = {name for entries in self.conditions.values() for entry in entries for name in entry["model_conds"]}
-        found -= self.hooked.splits
+        given = [entry["model_conds"] for entries in self.conditions.values() for entry in entries]
+        found = set().union(*map(self.hooked.need_clip, given))
         if self.hooked.family.attention and found:
             raise ValueError(
                 f"model: {', '.join(sorted(found))} of a prompt needs all frames of the clip, but this run "
@@ -104,6 +105,7 @@ class ComfyDenoiser:
         self.noise = noise_of(guider.model_patcher)
         self.clean: Tensor | None = None
         """The last prediction of the clean latents, for previews."""
+        self._parts: dict[str, Tensor] = {}
 
     @property
     def in_use(self) -> Schedule:
@@ -123,7 +125,13 @@ class ComfyDenoiser:
             self._edited.check_parts(True)
         except ValueError:
             return None
-        return None if family_of(hooked.given).frame_dim is None else hooked.family.trained_frames
+        return hooked.family.trained_frames
+
+    @property
+    def packing(self) -> Packing | None:
+        guides, shapes = self._guider.guides, getattr(self._model, "latent_shapes", None) or ()
+        shapes = shapes if guides is None else guides.shapes
+        return self._edited.hooked.packing(shapes) if len(shapes) > 1 else None
 
     @property
     def pairs(self) -> bool:
@@ -175,13 +183,15 @@ class ComfyDenoiser:
                 "other: connect the same MODEL with Context Windows to both"
             )
 
-    def windows(self, latents: Tensor, timestep: float) -> WeightedFrames | None:
+    def windows(self, latents: Tensor, timestep: float) -> list[WeightedFrames] | None:
         """The context windows of a node on the MODEL, with the weights of its fuse method."""
-        handler = self._handler
-        if handler is None or len(latents) <= handler.context_length:
+        handler, packing, frames = self._handler, self.packing, clip_frames(self, latents)
+        if handler is None or frames <= handler.context_length:
             return None
         x, sigma = self.noise.to_host(latents), self.noise.sigma(timestep)[None]
-        return windows_of(handler, self._model, x, len(latents), sigma, self._edited.options)
+        if packing is not None:
+            x = unpacked_parts(x, packing.shapes)[0]
+        return windows_of(handler, self._model, x, frames, sigma, self._edited.options, packing)
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
@@ -227,8 +237,18 @@ class ComfyDenoiser:
             ),
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
-        self.clean = clean
+        self.clean = self._of_clip(clean, control.chunk, condition.role)
         return self._prediction(latents, clean, sigma)
+
+    def _of_clip(self, clean: Tensor, chunk: Chunk, role: str) -> Tensor:
+        """Clean latents for a preview: of packed streams those of all windows so far."""
+        if not isinstance(chunk, PackedChunk):
+            return clean
+        part = self.noise.from_host(clean)
+        if 0 in chunk.owned or role not in self._parts:
+            self._parts[role] = chunk.zeros(part)
+        chunk.add(part, self._parts[role])
+        return self.noise.to_host(self._parts[role])
 
     def _input(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """The model's input for latents at a sigma, in the host's space."""
@@ -270,9 +290,8 @@ class ComfyDenoiser:
         assert isinstance(paired.condition, HostCondition)
         guided, x = self._guider.guides is not None, self._input(paired.latents, sigma)
         of_call = replace(paired, latents=self.noise.from_host(x)) if guided else paired
-        with conditions_of_chunk(self._source.hooked, [self._branch_conditions(paired.condition)], chunk) as (
-            conditions,
-        ):
+        given = [self._branch_conditions(paired.condition)]
+        with conditions_of_chunk(self._source.hooked, given, chunk) as (conditions,):
             yield of_call, conditions
         found = paired.control.captured
         if guided and found.prediction is not None:
