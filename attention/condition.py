@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 GUIDANCE = "guidance"
 """The name of a guidance scale among the extras."""
+PICTURES = ("picture", "seen", "guides")
+"""The names of the clip's frames among the extras; source and edit may have different ones."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Condition:
     def with_guidance_of(self, other: Condition) -> Condition:
         """The condition with the guidance scale of another, if it has one."""
         own = {name: value for name, value in other.extras.items() if name == GUIDANCE}
+        return replace(self, extras={**self.extras, **own})
+
+    def with_pictures_of(self, other: Condition) -> Condition:
+        """The condition with the frames of another, if both have them."""
+        own = {name: other.extras[name] for name in PICTURES if name in self.extras and name in other.extras}
         return replace(self, extras={**self.extras, **own})
 
     def to(self, like: Tensor) -> Condition:

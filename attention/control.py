@@ -91,6 +91,19 @@ def attend_as_one(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return rearrange(attend(as_one(q), k, v), "1 h (f t) d -> f h t d", f=len(q))
 
 
+def also_to(attend: Attend, others: Sequence[tuple[Tensor, Tensor]]) -> Attend:
+    """An attention kernel with more keys and values. others: these before and after the given ones, (1 h n d)."""
+
+    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (
+            torch.cat([before.expand(len(x), -1, -1, -1), x, after.expand(len(x), -1, -1, -1)], 2)
+            for x, (before, after) in zip((k, v), others, strict=True)
+        )
+        return attend(q, k, v)
+
+    return joined
+
+
 def token_shares(q: Tensor, k: Tensor, tokens: Sequence[int], attend: Attend = attention) -> Tensor:
     """The attention of each position to some text tokens, averaged over heads, without a map: (f t n).
 

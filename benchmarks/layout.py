@@ -206,7 +206,7 @@ class Method:
 MOVED: dict[str, Method] = {
     "inversion + prompt": Method(fused=False),
     "FateZero": Method(),
-    "guidance alone": Method(INSIDE, guided_only=True, fused=False),
+    "guidance only": Method(INSIDE, guided_only=True, fused=False),
     "carried, not guided": Method({"scale": 0.0}),
     "guided, not carried": Method({"carry": 0.0}),
     "without fusion": Method({}, fused=False),
@@ -330,7 +330,7 @@ def memory() -> str:
         most, plain = guidance_bytes(denoiser, (16, 4, side, side), text, keys, False, guide)
         weights = sum(weight.nbytes for weight in denoiser.unet.parameters())
         lines.append(f"| {name} | {' | '.join(map(format_bytes, (weights, plain, most)))} |")
-    return "\n".join(lines)
+    return f"A step of layout guidance, from shapes in half precision ({PARAGRAPH}).\n\n" + "\n".join(lines)
 
 
 def main() -> None:
@@ -349,7 +349,7 @@ def main() -> None:
         "kept": ("kept", decibel), "truth": ("to the truth", decibel), "warp": ("warp x1000", "{:.1f}"),
     }  # fmt: skip
     text = f"Ways to move an object in a clip ({PARAGRAPH}). {count} clips of {FRAMES} frames, {STEPS} steps, "
-    text += f"guidance {GUIDANCE:g}."
+    text += f"guidance {GUIDANCE:g}. Carried: the object's noise is moved. Guided: by the gradient of attention."
     write_section("Table: moved objects", f"{text}\n\n{table(moved, columns)}", PAGE)
     new = saved_rows("layout_new", run_new, [(i, *case) for i, case in enumerate(new_cases(count))])
     columns = {

@@ -39,7 +39,7 @@ def main() -> None:
         latents, text = pictures.encode_frames(frames), checkpoint.encode_prompt(scene.caption, SIZE, SIZE)
         clips.append((frames, latents, text))
     sources = torch.cat([frames for frames, *_ in clips])
-    rows = [["autoencoder alone", "", "", "", f"{psnr(_decoded(pictures, [z for _, z, _ in clips]), sources):.1f} dB"]]
+    rows = [["autoencoder only", "", "", "", f"{psnr(_decoded(pictures, [z for _, z, _ in clips]), sources):.1f} dB"]]
     for steps in (10, 20, 50):
         for solver, times, order, reuse in SOLVERS:
             replays = []

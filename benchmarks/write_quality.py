@@ -18,24 +18,29 @@ SHOWN = ("DDIM inversion + prompt", "SDEdit 0.6", PAPER, BEST)
 
 ABOUT = {
     "full": "All methods and ablations on all kinds of edits ([past the paper](#past-the-paper)).",
-    "settings": "The paper's settings and the plus presets' changed one at a time.",
-    "two": "FateZero with and without separated words, on pictures with two objects.",
+    "settings": "FateZero and FateZero+, with one setting changed at a time ([past the paper](#past-the-paper)).",
+    "two": "FateZero, and FateZero+ with and without separated words, on pictures with two objects "
+    "([past the paper](#past-the-paper)).",
     "quick": "The main methods on the cases that `fatezero benchmark --quick` runs.",
-    "again": "The main methods on a seed that was not used for choices.",
-    "long": "Ways to make frames agree, on longer clips ([how frames agree](#how-frames-agree)).",
-    "long unseen": "Flow smoothing that follows the edit ([how frames agree](#how-frames-agree)).",
-    "long fresh": "The same as *long unseen* on a seed after the strength was chosen.",
-    "tuned": "Models trained on the clip or on many "
+    "again": "FateZero and FateZero+ on another seed ([past the paper](#past-the-paper)).",
+    "long": "TokenFlow, extended attention and Plug-and-Play (PnP), on longer clips "
+    "([how frames agree](#how-frames-agree)).",
+    "long unseen": "Flow smoothing, 0.8 unless noted, and Steady Video, on the cases on which 0.9 was chosen "
+    "([how frames agree](#how-frames-agree)).",
+    "long fresh": "Flow smoothing and Steady Video on a seed that was not used to choose 0.9 "
+    "([how frames agree](#how-frames-agree)).",
+    "tuned": "No training, training on the clip, and a video model trained on many clips "
     "([temporal layers](#temporal-layers-tuned-on-the-clip-or-trained-on-many)).",
     "wan": "Methods on the demo's Wan and on the UNet ([video transformer](#on-a-video-transformer)).",
     "outlines": "The main methods, judged with whole outlines ([which judge](#which-judge)).",
-    "world 2": "Edits of world 2, its UNet ([card](../demo/world2/README.md)).",
+    "world 2": "One edit of each kind in world 2, with its UNet ([card](../demo/world2/README.md)).",
     "removal": "One of two objects removed ([objects removed](#objects-removed)).",
     "flow_mask": "FlowEdit on Wan with and without the flow mask ([video transformer](#on-a-video-transformer)).",
     "few_steps": "FlowEdit with and without the LoRA for few steps ([few steps](#flowedit-in-few-steps)).",
-    "tokenflow": "TokenFlow's settings and bases ([how frames agree](#how-frames-agree)).",
+    "tokenflow": "TokenFlow's settings on Plug-and-Play (PnP), and TokenFlow on SDEdit "
+    "([how frames agree](#how-frames-agree)).",
     "guided": "Guidance in all steps and in the first 0.6 of them ([past the paper](#past-the-paper)).",
-    "kv_edit": "KV-Edit on Wan with all tokens and with those inside the mask "
+    "kv_edit": "Edits on Wan in the true mask, by KV-Edit with all tokens or those inside, and without KV-Edit "
     "([video transformer](#on-a-video-transformer)).",
 }
 """What each table compares, by its name."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..attention.prompt import MIXED
 from ..diffusion.parts import check_needs_unet
 from ..video.read import open_video
+from .config.paths import files_of
 from .config.settings import AUTO, ConfigError, EditConfig, GenerateConfig, of_setting
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def check_edits(configs: Sequence[EditConfig], stored: bool = False) -> None:
     loader = family_loader(configs[0].model)
     _check_control(configs[0], loader)
     for config in configs:
-        _check_first_frame(config, loader)
+        _check_pictures(config, loader, stored)
     for config in configs:
         _check_parts(config, loader.family)
     if stored:
@@ -101,14 +102,26 @@ def _check_control(config: EditConfig, loader: type[Model]) -> None:
         raise ConfigError(
             f"control has no effect here: no controlnet is given, which {family.title} needs to follow it"
         )
+    if config.control:
+        chosen = config.chosen_control
+        loader.check_control(chosen.controlnet_strength, chosen.control_start, chosen.control_end, config.memory)
 
 
-def _check_first_frame(config: EditConfig, loader: type[Model]) -> None:
-    if config.first_frame and not loader.needs_frames:
-        raise ConfigError(f"first_frame has no effect on {loader.family.title}: it is for image-to-video models")
-    if config.first_frame:
-        with of_setting("first_frame"):
-            open_video(config.first_frame, at_most=1)
+def _check_pictures(config: EditConfig, loader: type[Model], stored: bool) -> None:
+    """Raise ConfigError for a first frame and guide frames that the family does not take."""
+    given = {"first_frame": loader.takes_first_frame, "guide_frame": loader.takes_guide_frames}
+    for name in (name for name in given if getattr(config, name)):
+        if not given[name]:
+            those = "LTX-2" if name == "guide_frame" else "image-to-video models and LTX-2"
+            raise ConfigError(f"{name} has no effect on {loader.family.title}: it is for {those}")
+        if stored:
+            raise ConfigError(f"{name} cannot be used with store: the inversion needs the clip's frame too")
+    if config.guide_frame and config.memory == "maps":
+        raise ConfigError("memory: maps cannot include the tokens of guide frames: use recompute")
+    for what, file in files_of(config).items():
+        if what.partition(" ")[0] in given:
+            with of_setting(what.partition(" ")[0]):
+                open_video(file, at_most=1)
 
 
 def _check_no_layout(config: EditConfig | GenerateConfig) -> None:

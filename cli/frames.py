@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from ..video.pictures import picture_files
 from ..video.read import VideoSource, open_video
 from ..video.size import check_size, fit_size, to_bytes, to_unit
 from ..video.which import colour_of
-from .config.settings import of_setting
+from .config.settings import ConfigError, of_setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,22 +94,46 @@ def decode(model: Model, latents: Tensor, frames: int, progress: Callable[[int, 
 
 
 def for_clip(
-    model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None
-) -> Model:
+    model: Model, shape: tuple[int, ...], fps: Fraction | float, frames: Callable[[], Iterator[Tensor]] | None = None,
+    guide_frames: Iterable[int] = (),
+) -> Model:  # fmt: skip
     """The model for a clip, see `ClipFacts`."""
     from ..hosts.diffusers.model import ClipFacts
 
-    return model.for_clip(ClipFacts(shape, float(fps), frames))
+    return model.for_clip(ClipFacts(shape, float(fps), frames, tuple(guide_frames)))
 
 
-def with_first_frame(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
-    """The model for an edit's own prompts: with its own first frame, if one is given."""
-    if not config.first_frame or video is None:
+def pictures_of(config: EditConfig, frames: int) -> dict[int, str]:
+    """The files of an edit's own frames, by their numbers, in a clip of so many frames. Raises ConfigError."""
+    found = {0: config.first_frame} if config.first_frame else {}
+    for text in config.guide_frame:
+        number, _, file = (part.strip() for part in text.partition(":"))
+        if not re.fullmatch(r"\d+|last", number) or not file:
+            raise ConfigError(f"guide_frame: invalid {text!r}: give a frame and a picture, such as '24: edited.png'")
+        at = frames - 1 if number == "last" else int(number)
+        if at >= frames:
+            raise ConfigError(f"guide_frame: frame {at} is outside the clip, which has {frames} frames")
+        if at in found:
+            raise ConfigError(f"guide_frame: frame {at} has two pictures: {found[at]} and {file}")
+        found[at] = file
+    return found
+
+
+def with_pictures(model: Model, config: EditConfig, video: FittedVideo | None) -> Model:
+    """The model for an edit's own prompts: with its own first frame and guide frames, if some are given."""
+    pictures = {} if video is None else pictures_of(config, len(video))
+    if not pictures or video is None:
         return model
-    with of_setting("first_frame"):
-        source = open_video(config.first_frame, at_most=1, background=colour_of(config.background))
-        picture = next(FittedVideo.of(source, video.cut, video.size).frames())
-    return for_clip(model, shape_of(video, model), video.fps, lambda: chain([picture], islice(video.frames(), 1, None)))
+    given = {}
+    for at, file in pictures.items():
+        with of_setting("guide_frame" if at else "first_frame"):
+            source = open_video(file, at_most=1, background=colour_of(config.background))
+            given[at] = next(FittedVideo.of(source, video.cut, video.size).frames())
+
+    def frames() -> Iterator[Tensor]:
+        return (given.get(at, frame) for at, frame in enumerate(video.frames()))
+
+    return for_clip(model, shape_of(video, model), video.fps, frames, given)
 
 
 def shape_of(video: FittedVideo, checkpoint: Model) -> tuple[int, int, int, int]:

@@ -46,7 +46,9 @@ def check_region(config: EditConfig, stored: bool) -> None:
         return
     if config.keep == "latents":
         raise ConfigError("region is auto, so the edit is laid over whole frames: leave out --keep latents")
-    given = {name: getattr(config, name, ()) for name in ("controlnet", "first_frame", *OBJECTS)}
+    given = {
+        name: getattr(config, name, ()) for name in ("controlnet", "control", "first_frame", "guide_frame", *OBJECTS)
+    }
     others = [name for name, one in {"store": stored, "crop": any(config.crop), **given}.items() if one]
     if others:
         raise ConfigError(f"region auto cannot be used with {others[0]}, which refers to whole frames")

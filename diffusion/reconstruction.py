@@ -33,6 +33,7 @@ def reconstructed(
     steps, solver = store.steps, Solver(denoiser.schedule(store.steps), store.order)
     z = store.level(steps).to(denoiser.device)
     away = None if negative is None or guidance_scale == 1 else Condition.of(negative, "negative_embeddings").to(z[:1])
+    away = away and away.with_pictures_of(store.source)
     levels = [z]
 
     def predicted(step: int, chunk: Chunk) -> Tensor:

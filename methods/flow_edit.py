@@ -154,7 +154,7 @@ class DrawnNoise:
         if unwanted is None or self.settings.source_guidance == 1:
             return predicted
         z = frames_of(branches.store.level(run.schedule.steps - step).to(predicted.device), source.chunk)
-        plain = Control(source.key_frames, source.chunk)
+        plain, unwanted = Control(source.key_frames, source.chunk), unwanted.with_pictures_of(branches.store.source)
         away = run.denoiser.predict_noise(z, run.schedule.timesteps[step], unwanted, plain)
         return guide(away, predicted, self.settings.source_guidance)
 

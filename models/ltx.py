@@ -29,6 +29,10 @@ NATIVE_SIZE = 512
 """Short side, in pixels, of the first stage of LTX-2's own pipelines."""
 
 
+GUIDE_SEED = 0
+"""Random seed for the noise of guides with a strength below 1."""
+
+
 def text_columns(tokens: int) -> int:
     """The text columns of a prompt behind its connector: whole repetitions of the registers."""
     return -(-max(TEXT_TOKENS, tokens) // REGISTERS) * REGISTERS

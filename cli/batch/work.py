@@ -113,7 +113,8 @@ def groups_of(jobs: Sequence[tuple[Job, EditConfig]]) -> list[Group]:
     """Jobs grouped by their inversion; a job that shares none inverts by itself."""
     sharing = dict[str, list[tuple[Job, EditConfig]]]()
     for job, config in jobs:
-        alone = config.noise == "drawn" or config.region == "auto"
+        own = config.first_frame or config.guide_frame  # frames of the clip are inputs of its inversion
+        alone = config.noise == "drawn" or config.region == "auto" or bool(own)
         key = job.name if alone else sha256(repr(asdict(inversion_of(config))).encode()).hexdigest()
         sharing.setdefault(key, []).append((job, config))
     groups = []

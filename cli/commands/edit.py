@@ -43,7 +43,7 @@ from ..config.record import (
 from ..config.settings import AUTO, PRESETS, EditConfig
 from ..edits import checked_layout, motion_of, one_edit
 from ..families import check_edits, check_guidance
-from ..frames import decode, fit_frames, for_clip, found_frames, shape_of, with_first_frame
+from ..frames import decode, fit_frames, for_clip, found_frames, pictures_of, shape_of, with_pictures
 from ..keep import Original, Restored, laid, original_of, recorded_with, refuse_kept
 from ..maps import HELP as MAPS
 from ..maps import Kept, check_maps, map_folders, recording, reserve_maps, write_recorded
@@ -233,6 +233,7 @@ def _edit(run: _Run, writes: Outputs, configs: list[EditConfig], dry_run: bool) 
     source = _Source.of(session, configs[0], store, origin)
     for config in configs:
         check_edit_mask(config, source.frames)
+        pictures_of(config, source.frames)
     if team is not None:
         configs = [in_team(config) for config in configs]
     outputs = numbered(run.output, len(configs))
@@ -296,7 +297,8 @@ def _clip_of(session: Session, checkpoint: Model, configs: list[EditConfig], sou
         found = in_region_of_prompts(session, checkpoint, configs, source.video)
         video = fit_frames(config, found, checkpoint.multiple, checkpoint.native_size)
         checkpoint = controlled(session, checkpoint, config, config, len(video), video.size)
-        checkpoint = for_clip(checkpoint, shape_of(video, checkpoint), video.fps, video.frames)
+        guide_frames = pictures_of(config, len(video))
+        checkpoint = for_clip(checkpoint, shape_of(video, checkpoint), video.fps, video.frames, guide_frames)
         made = shape_of(video, checkpoint), video.cut, video.size, len(video), video.fps, video.times, video.sound()
         return checkpoint, _Clip(*made, video)
     height, width = (side * checkpoint.factor for side in store.levels.shape[-2:])
@@ -342,7 +344,7 @@ def _run(
             kept = store_for(checkpoint, configs, clip.shape)
             inversion = invert_video(checkpoint, configs[0], clip.video, bar, kept, spread, states)
         motion = motion_of(checkpoint, configs, inversion, clip.frames, bar)
-        models = [with_first_frame(checkpoint, one.config, clip.video) for one in tasks]
+        models = [with_pictures(checkpoint, one.config, clip.video) for one in tasks]
         edits = [_described(model, one, inversion.store, motion) for model, one in zip(models, tasks, strict=True)]
         title = "edit" if len(edits) == 1 else f"{len(edits)} edits in one pass"
         results = edit_many(

@@ -24,6 +24,7 @@ def of_methods() -> list[str]:
         "noise",
         "edit_mask",
         "first_frame",
+        "guide_frame",
         "mask_mode",
         "keep",
         "region",

@@ -199,7 +199,7 @@ def check_same(now: Provenance, then: Provenance) -> None:
 
 _FLAGS = {
     "video": "VIDEO", "lora": "--lora", "store": "--store", "control": "--control", "edit_mask": "--edit-mask",
-    "first_frame": "--first-frame",
+    "first_frame": "--first-frame", "guide_frame": "--guide-frame",
 }  # fmt: skip
 """The options that replace a record's files."""
 _OF_WEIGHTS = {"model", "lora", "temporal", "variant", "controlnet", "model_config"}

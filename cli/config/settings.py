@@ -87,7 +87,7 @@ class ObjectSettings:
 
 OBJECTS = ("box", "ellipse", "mask", "shift", "swap")
 """The settings of an object and its target position."""
-REPEATED = (*OBJECTS, "object_mask", "lora", "validate")
+REPEATED = (*OBJECTS, "object_mask", "guide_frame", "lora", "validate")
 """Repeatable settings."""
 
 
@@ -134,11 +134,15 @@ class ControlSettings:
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "Video or pictures for the ControlNet or Wan VACE. They are cut like the clip.",
+        "", "Video or pictures for the ControlNet, Wan VACE or an IC-LoRA of LTX-2. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(
-        1.0, "Strength of the ControlNet, a factor on its output.", least=0, most=10, group=_MODEL
+        1.0,
+        "Strength of the ControlNet, a factor on its output; of LTX-2's control video, at most 1: how clean it is.",
+        least=0,
+        most=10,
+        group=_MODEL,
     )
     control_start: float = setting(
         0.0, "Start of the ControlNet's range, as a share of the way from noise to clip.", least=0, most=1, group=_MODEL
@@ -231,16 +235,16 @@ class EditSettings(
         group=_EDIT,
     )
     lossless: bool = setting(
-        False,
-        "Write videos without loss: FFV1 in .mkv, else the lossless mode of its encoder.",
-        group=_TEXT,
+        False, "Write videos without loss: FFV1 in .mkv, else the lossless mode of its encoder.", group=_TEXT
     )
     first_frame: str = setting(
-        "",
-        "Picture of the edit's first frame, for image-to-video models. Cropped and scaled like the clip.",
-        shown="the clip's",
-        group=_EDIT,
-    )
+        "", "Picture of the edit's first frame, for image-to-video models and LTX-2. Cropped and scaled like the clip.",
+        shown="the clip's", group=_EDIT,
+    )  # fmt: skip
+    guide_frame: tuple[str, ...] = setting(
+        (), 'Picture of another frame of the edit, for LTX-2: "24: edited.png", counted from 0, or "last: end.png". '
+        "Repeatable.", shown="none", group=_EDIT,
+    )  # fmt: skip
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(
         "auto", "Estimator of motion: raft (torchvision) or dis (OpenCV); auto uses raft if its weights are installed.",
@@ -412,8 +416,8 @@ class GenerateConfig(ObjectSettings, ModelSettings):
 
 FILES = ("video", "model", "temporal", "controlnet", "control", "edit_mask", "first_frame", "class_pictures")
 """The settings of files, besides LoRAs, which have a strength too."""
-FILES_OF_OBJECTS = ("mask", "object_mask")
-"""The settings of files for words: "burger: mask.mp4"."""
+FILES_OF_OBJECTS = ("mask", "object_mask", "guide_frame")
+"""The settings of files for words, "burger: mask.mp4", or for frames, "24: edited.png"."""
 
 
 _OF_INVERSION = {"key_frames", "clip_norm", "steps"}

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...attention.control import Attend, AttentionSite, Control, Kind
+from ...attention.control import Attend, AttentionSite, Control, Kind, also_to
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import kept_as_map
 from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, unpatched
@@ -365,7 +365,7 @@ class HookedBlocks(Hook):
         if site.kind == "self" and any(self._others):
             if kept_as_map(self.memory, site, k.shape[2], q.dtype):
                 raise ValueError("memory: maps cannot include the model's reference tokens: use recompute")
-            control.attend = _also_to(attend, [(x[:, :, : own.start], x[:, :, own.stop :]) for x in (k, v)])
+            control.attend = also_to(attend, [(x[:, :, : own.start], x[:, :, own.stop :]) for x in (k, v)])
         self._check_kernel(control, q4, k4, v4, site, override)
         output = rearrange(control.layer(q4, k4, v4, site), "f h t d -> 1 h (f t) d")
         if self._paired is not None and self._last and self._source >= 0:
@@ -394,19 +394,6 @@ class HookedBlocks(Hook):
         if self._paired is not None and branch == self._source:
             return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
-
-
-def _also_to(attend: Attend, others: Sequence[tuple[Tensor, Tensor]]) -> Attend:
-    """An attention kernel with more keys and values. others: these before and after the given ones, (1 h n d)."""
-
-    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (
-            torch.cat([before.expand(len(x), -1, -1, -1), x, after.expand(len(x), -1, -1, -1)], 2)
-            for x, (before, after) in zip((k, v), others, strict=True)
-        )
-        return attend(q, k, v)
-
-    return joined
 
 
 def check_alone(block: Any, options: dict[str, Any]) -> None:

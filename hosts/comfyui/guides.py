@@ -17,12 +17,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...models.ltx import GUIDE_SEED
 from .conditions import KEYFRAMES, HostCondition
 from .families import family_of
 from .latents import Shapes, into_model, nested, packed, shapes_of, streams, unpacked_parts
-
-SEED = 0
-"""Random seed for the noise of guides with a strength below 1."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Guides:
 
     @cached_property
     def _noise(self) -> Tensor:
-        return torch.randn(self.frames.shape, generator=torch.Generator().manual_seed(SEED))
+        return torch.randn(self.frames.shape, generator=torch.Generator().manual_seed(GUIDE_SEED))
 
     def predicted(self, clean: Tensor) -> Tensor:
         """The predicted clean clip, from the model's prediction for `seen`."""

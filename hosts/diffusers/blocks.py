@@ -13,8 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...attention.condition import Condition
-from ...attention.control import Attend, AttentionSite, Control, attention
+from ...attention.control import Attend, AttentionSite, Control, also_to, attention
 from ...diffusion.schedule import FlowSchedule
+from ...store.records import Recorder
 from ..exclusive import OtherThread
 from .hook import HookedDenoiser, wrapped
 from .network import Branch, numbered_weights
@@ -185,20 +186,37 @@ class BlockDenoiser(HookedDenoiser):
         return in_parts
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, kernel: Attend) -> Tensor:
-        """One layer of one row, (1, tokens, heads, channels), computed by its control."""
+        """One layer of one row, (1, tokens, heads, channels), computed by its control.
+
+        The control has the clip's tokens. Those behind it attend as in the model, and the clip's attend to them too.
+        """
         control, site = self._rows[self._row], self._sites[name]
         control.attend = kernel
         frames = 1 if control.rows is not None else len(control.chunk.frame_indices)
-        q = rearrange(q, "1 (f t) h d -> f h t d", f=frames)
+        own = q.shape[1] if control.rows is not None else frames * site.tokens
+        q, k, v = (rearrange(x, "1 n h d -> 1 h n d") for x in (q, k, v))
         if site.kind == "cross":
-            count = self._texts[self._row]
-            k, v = (rearrange(x, "1 s h d -> 1 h s d")[:, :, :count] for x in (k, v))
-        else:
-            k, v = (rearrange(x, "1 (f t) h d -> f h t d", f=frames) for x in (k, v))
-        output = control.layer(q, k, v, site)
+            k, v = (x[:, :, : self._texts[self._row]] for x in (k, v))
+        elif q.shape[2] > own:
+            check_no_map(control, site)
+            control.attend = also_to(kernel, [(x[:, :, :0], x[:, :, own:]) for x in (k, v)])
+
+        def in_frames(x: Tensor) -> Tensor:
+            return rearrange(x[:, :, :own], "1 h (f t) d -> f h t d", f=frames)
+
+        keys = (k, v) if site.kind == "cross" else (in_frames(k), in_frames(v))
+        output = rearrange(control.layer(in_frames(q), *keys, site), "f h t d -> 1 (f t) (h d)")
         if 0 < self._row == len(self._rows) - 1:  # the source's record of this layer is no longer needed
             self._rows[0].forget(name)
-        return rearrange(output, "f h t d -> 1 (f t) (h d)")
+        if q.shape[2] == own:
+            return output
+        return torch.cat([output, rearrange(kernel(q[:, :, own:], k, v), "1 h n d -> 1 n (h d)")], 1)
+
+
+def check_no_map(control: Control, site: AttentionSite) -> None:
+    """Raise ValueError for a store of maps, which hold the clip's own tokens only."""
+    if isinstance(control, Recorder) and control.memory == "maps" and site.name in control.layers:
+        raise ValueError("memory: maps cannot include the tokens of a control video or guide frames: use recompute")
 
 
 def row_of(value: Any, row: int, rows: int) -> Any:

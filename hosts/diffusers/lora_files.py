@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -67,6 +67,30 @@ def read(lora: LoraFile) -> tuple[dict[str, Tensor], Adapter]:
             return tensors, _adapter_of(path, file.metadata() or {})
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise LoraError(f"{path}: {why_unreadable(path, error)}") from error
+
+
+def reference_downscale(loras: Sequence[LoraFile]) -> int:
+    """How much smaller than the clip an IC-LoRA's reference video is, by the metadata of its file; else 1.
+
+    Raises LoraError for several that differ.
+    """
+    found = {factor for lora in loras if (factor := _downscale_of(lora)) > 1}
+    if len(found) > 1:
+        raise LoraError(f"lora: the IC-LoRAs' reference videos are {sorted(found)} times smaller: use one IC-LoRA")
+    return next(iter(found), 1)
+
+
+def _downscale_of(lora: LoraFile) -> int:
+    path = lora.file()
+    if path.suffix in PICKLED:
+        return 1
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    given = next((value for name, value in metadata.items() if name.endswith("reference_downscale_factor")), "1")
+    try:
+        return max(1, round(float(given)))
+    except ValueError as error:
+        raise LoraError(f"{path}: invalid reference_downscale_factor in its metadata: {given!r}") from error
 
 
 def why_unreadable(path: Path, error: Exception) -> str:

@@ -6,9 +6,11 @@ controlled; the sound's calls are the model's own, and those between video and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 )
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...attention.condition import Condition
 from ...models.ltx import LTX2, NATIVE_SIZE, TEXT_TOKENS, Words
@@ -28,7 +31,12 @@ from .blocks import BlockDenoiser, kernel_of
 from .clips import WholeClip
 from .flow import FlowModel
 from .hook import ControlledProcessor
-from .model import ClipFacts
+from .lora import lora_files
+from .lora_files import reference_downscale
+from .ltx2_frames import CONTROL, GUIDES, NUMBERS, PICTURE, STRENGTH, Call, extras_of, led_to_picture
+from .model import ClipFacts, LoadOptions
+from .model_files import CheckpointError
+from .network import Branch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,7 +104,8 @@ class Ltx2Denoiser(BlockDenoiser):
     def layout(self) -> str:
         config = self.networks[0].config
         shown = ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim")
-        return " ".join([type(self.networks[0]).__name__, *(f"{name}={config[name]}" for name in shown)])
+        named = [type(self.networks[0]).__name__, *(f"{name}={config[name]}" for name in shown)]
+        return " ".join([*named, self.model.controlled]).strip()
 
     def blocks(self, network: Any) -> Sequence[Any]:
         return list(network.transformer_blocks)
@@ -113,12 +122,16 @@ class Ltx2Denoiser(BlockDenoiser):
         return height // side, width // side
 
     def velocities(self, clips: Tensor, conditions: Sequence[Condition], timestep: float) -> Tensor:
-        extras = [condition.extras for condition in conditions]
-        text = torch.cat([condition.embeddings for condition in conditions]).to(clips)
-        sound, mask = (torch.cat([one[name] for one in extras]) for name in ("sound", "mask"))
-        if not (self.all_plain or mask.all()):
+        extras, text = extras_of(conditions), torch.cat([condition.embeddings for condition in conditions])
+        if not (self.all_plain or extras["mask"].all()):
             raise ValueError(f"{self.family.title}: attention control needs a text connector with learned registers")
-        return self.model.called(clips, timestep, text, sound.to(clips), mask.to(clips))
+        return self.model.called(clips, timestep, text, extras, self._rows[0].chunk.frame_indices)
+
+    def predicted(self, branches: Sequence[Branch], timestep: float) -> list[Tensor]:
+        return [
+            self.model.led(velocity, z, condition, timestep, control.chunk.frame_indices)
+            for velocity, (z, condition, control) in zip(super().predicted(branches, timestep), branches, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,9 @@ class Ltx2(FlowModel, WholeClip):
     """An LTX-2 model. Video and sound are isolated, as in the pipeline's modality guidance, so that the video's
     prediction does not depend on a sound.
 
-    A prompt has its embeddings for the video, and in `extras` those for the sound, and their mask.
+    A prompt has its embeddings for the video, and in `extras` those for the sound, their mask, and the frames that
+    condition the calls. control: uint8 frames (f, h, w, 3) of an IC-LoRA's reference video. strength: how clean the
+    model gets them, from 0 (not at all) to 1. downscale: how much smaller than the clip they are.
     """
 
     family = LTX2
@@ -135,6 +150,16 @@ class Ltx2(FlowModel, WholeClip):
     unused = ("audio_vae", "vocoder", "processor", "prompt_enhancer", "duration_head")
     text_dim = ""
     frames_meet = True
+    takes_control = takes_first_frame = takes_guide_frames = True
+
+    control: Tensor | None = field(default=None, kw_only=True)
+    strength: float = field(default=1.0, kw_only=True)
+    downscale: int = field(default=1, kw_only=True)
+
+    @classmethod
+    def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
+        found = super().opened(name, device, dtype, options)
+        return replace(found, downscale=reference_downscale(lora_files(options.lora)))
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:
@@ -146,7 +171,88 @@ class Ltx2(FlowModel, WholeClip):
         )
         side = tokenizer.padding_side
         video, sound, mask = self.pipeline.connectors(states, mask, padding_side=side)
-        return Condition(video, {"sound": sound, "mask": mask})
+        return Condition(video, {"sound": sound, "mask": mask, **self.inputs})
+
+    # --- frames that condition the calls --------------------------------------------------
+
+    @cached_property
+    @torch.no_grad()
+    def inputs(self) -> dict[str, Tensor]:
+        """The extras of every prompt: the clip's guide frames, and a control video.
+
+        Raises ValueError without the clip's frames, and for frames of another size.
+        """
+        found, latents = dict[str, Tensor](), {at: self._encoded(frame[None]) for at, frame in self._guides()}
+        if 0 in latents:
+            found[PICTURE] = latents.pop(0)
+        if latents:
+            found[GUIDES] = rearrange(torch.cat(list(latents.values())), "k c y x -> 1 c k y x")
+            found[NUMBERS] = torch.tensor([list(latents)], device=self.device)
+        if self.control is not None:
+            count = (self.facts.shape[0] - 1) * self.frames_per_latent + 1
+            at = torch.arange(count).clamp(max=len(self.control) - 1)
+            found[CONTROL] = rearrange(self._encoded(self.control[at], self.downscale), "f c y x -> 1 c f y x")
+            found[STRENGTH] = torch.tensor([self.strength], device=self.device)
+        return found
+
+    def _guides(self) -> Iterator[tuple[int, Tensor]]:
+        """The clip's frames that condition the calls, uint8 (h, w, 3), by their numbers."""
+        wanted = self.clip.guide_frames if self.clip is not None else ()
+        if not wanted:
+            return
+        if self.facts.frames is None:
+            raise ValueError(f"{self.family.title} needs the frames of the clip for guide frames")
+        at = -1
+        for at, frame in enumerate(islice(self.facts.frames(), max(wanted) + 1)):
+            if at in wanted:
+                yield at, frame
+        if at < max(wanted):
+            raise ValueError(f"guide_frames: frame {max(wanted)} is outside the clip, which has {at + 1} frames")
+
+    def _encoded(self, frames: Tensor, factor: int = 1) -> Tensor:
+        """The latents of uint8 frames (f, h, w, 3) of the clip's size, scaled down by a factor.
+
+        Raises ValueError for frames of another size.
+        """
+        height, width = (side * self.factor for side in self.facts.shape[-2:])
+        if frames.shape[1:3] != (height, width):
+            raise ValueError(
+                f"frames are {frames.shape[2]}x{frames.shape[1]}; they must be {width}x{height}, as the clip"
+            )
+        pixels = rearrange(frames.float() / 255, "f y x c -> f c y x")
+        if factor > 1:
+            size = height // factor, width // factor
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        return self.encode_clip(pixels)
+
+    @classmethod
+    def check_control(cls, strength: float = 1.0, start: float = 0.0, end: float = 1.0, memory: str = "auto") -> None:
+        super().check_control(strength, start, end, memory)
+        if strength > 1:
+            raise CheckpointError(f"controlnet_strength is {strength:g}; {cls.family.title} takes at most 1")
+        if memory == "maps":
+            raise CheckpointError("memory: maps cannot include the tokens of a control video: use recompute")
+
+    def with_control(
+        self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
+        variant: str | None = None,
+    ) -> Self:  # fmt: skip
+        """The model with the reference video of an IC-LoRA, uint8 (f, h, w, 3)."""
+        self.check_control(strength, start, end)
+        return replace(self, control=frames if strength else None, strength=strength)
+
+    def control_steps(self, steps: int) -> int:
+        return 0 if self.control is None else steps
+
+    @cached_property
+    def controlled(self) -> str:
+        """Identifies the control video, "" without one."""
+        if self.control is None:
+            return ""
+        pictures = hashlib.sha256(self.control.contiguous().numpy().data).hexdigest()[:16]
+        return f"control of {pictures} x{self.strength:g} / {self.downscale}"
+
+    # --- calls ----------------------------------------------------------------------------
 
     @property
     def _patches(self) -> tuple[int, int]:
@@ -157,26 +263,51 @@ class Ltx2(FlowModel, WholeClip):
     def tokens(self) -> int:
         side, long = self._patches
         frames, _, height, width = self.facts.shape
-        return frames // long * (height // side) * (width // side)
+        of_frame = (height // side) * (width // side)
+        behind = 0 if self.control is None else of_frame // self.downscale**2
+        return frames // long * (of_frame + behind) + of_frame * sum(number > 0 for number in self.facts.guide_frames)
 
     def velocity(self, z: Tensor, timestep: float, condition: Condition, frames: Sequence[int]) -> Tensor:
-        clip, extras = rearrange(z, "f c y x -> 1 c f y x"), condition.extras
-        found = self.called(clip, timestep, condition.embeddings, extras["sound"], extras["mask"])
-        return rearrange(found, "1 c f y x -> f c y x")
+        clip = rearrange(z, "f c y x -> 1 c f y x")
+        found = self.called(clip, timestep, condition.embeddings, condition.extras, frames)
+        return self.led(rearrange(found, "1 c f y x -> f c y x"), z, condition, timestep, frames)
 
-    def called(self, clips: Tensor, timestep: float, text: Tensor, sound: Tensor, mask: Tensor) -> Tensor:
-        """The transformer's output for clips (rows, channels, f, h, w), each with its text, without sound."""
+    def led(self, velocity: Tensor, z: Tensor, condition: Condition, timestep: float, frames: Sequence[int]) -> Tensor:
+        """See `led_to_picture`."""
+        return led_to_picture(velocity, z, condition, self._sigma(timestep), frames)
+
+    def _sigma(self, timestep: float) -> float:
+        return timestep / float(self.scheduler.config["num_train_timesteps"])
+
+    def called(
+        self, clips: Tensor, timestep: float, text: Tensor, extras: Mapping[str, Tensor], frames: Sequence[int]
+    ) -> Tensor:
+        """The transformer's output for clips (rows, channels, f, h, w), each with its text, without sound. extras: of
+        the rows. frames: the clips' indices.
+        """
         rows, _, count, height, width = clips.shape
         time = torch.full((rows,), timestep, device=clips.device)
+        call = Call(
+            clips, frames, extras, self._sigma(timestep), self.facts.fps, self.frames_per_latent, self._packed,
+            self.transformer.rope,
+        )  # fmt: skip
+        tokens, times, places = call.inputs(time)
+        text, sound, mask = (one.to(clips) for one in (text, extras["sound"], extras["mask"]))
         no_sound = clips.new_zeros(rows, 1, self.transformer.config["audio_in_channels"])
         output, _ = self.transformer(
-            self.pipeline._pack_latents(clips, *self._patches), no_sound, text, sound, time, sigma=time,
-            encoder_attention_mask=mask, audio_encoder_attention_mask=mask, num_frames=count, height=height,
-            width=width, fps=self.facts.fps, audio_num_frames=1, isolate_modalities=True, use_cross_timestep=True,
+            tokens, no_sound, text, sound, times, time, time, encoder_attention_mask=mask,
+            audio_encoder_attention_mask=mask, num_frames=count, height=height, width=width, fps=self.facts.fps,
+            audio_num_frames=1, video_coords=places, isolate_modalities=True, use_cross_timestep=True,
             return_dict=False,
         )  # fmt: skip
-        found: Tensor = self.pipeline._unpack_latents(output, count, height, width, *self._patches)
+        side, long = self._patches
+        own = output[:, : count // long * (height // side) * (width // side)]
+        found: Tensor = self.pipeline._unpack_latents(own, count, height, width, *self._patches)
         return found
+
+    def _packed(self, clips: Tensor) -> Tensor:
+        tokens: Tensor = self.pipeline._pack_latents(clips, *self._patches)
+        return tokens
 
     @cached_property
     def denoiser(self) -> Ltx2Denoiser:  # type: ignore[override]
@@ -205,7 +336,7 @@ class Ltx2(FlowModel, WholeClip):
 
     @property
     def multiple(self) -> int:
-        return self.factor * self._patches[0]
+        return self.factor * self._patches[0] * self.downscale
 
     @property
     def native_size(self) -> int:

@@ -46,12 +46,14 @@ class ClipFacts:
     """What a model may need of a clip besides its latents.
 
     shape: of the latents, (frames, channels, h, w). fps: frames a second. frames: a function that gives the frames,
-    uint8 (height, width, 3), one at a time; None where there are none, as for new clips.
+    uint8 (height, width, 3), one at a time; None where there are none, as for new clips. guide_frames: the frames, by
+    their numbers, that are inputs of models that can do without (LTX-2).
     """
 
     shape: tuple[int, ...]
     fps: float
     frames: Callable[[], Iterator[Tensor]] | None = None
+    guide_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Model(ABC):
     """Whether the model's calls need frames of the clip, as for image-to-video."""
     takes_control: ClassVar[bool] = False
     """Whether it follows a control video without a ControlNet."""
+    takes_first_frame: ClassVar[bool] = False
+    """Whether an edit can be given its own first frame."""
+    takes_guide_frames: ClassVar[bool] = False
+    """Whether it can be given other frames of its own."""
 
     name: str
     vae: Any
@@ -160,6 +166,14 @@ class Model(ABC):
         strength, start, end: see `ControlNet`. Raises CheckpointError for one that does not fit.
         """
         raise CheckpointError(f"controlnet: needs a UNet, but {self.name} is a {self.family.network}")
+
+    @classmethod
+    def check_control(cls, strength: float = 1.0, start: float = 0.0, end: float = 1.0, memory: str = "auto") -> None:
+        """Raise CheckpointError for settings of a control video, or a store's memory beside it, that the family does
+        not support.
+        """
+        if cls.family.formulation == "flow" and (start, end) != (0.0, 1.0):
+            raise CheckpointError(f"control_start and control_end have no effect on a {cls.family.title} model")
 
     def control_steps(self, steps: int) -> int:
         """Number of steps in which the ControlNet acts."""

@@ -19,7 +19,6 @@ from ...attention.condition import Condition
 from ...models.wan import WAN_I2V, WAN_VACE
 from .blocks import BlockDenoiser
 from .flow import FlowDenoiser, FlowModel
-from .model_files import CheckpointError
 from .wan import VideoTransformerDenoiser, WanModel, network_at
 
 
@@ -111,7 +110,7 @@ class WanImageToVideo(ConditionedWan):
     family = WAN_I2V
     pipelines = ("WanImageToVideoPipeline",)
     kinds = (WanTransformer3DModel,)
-    needs_frames = True
+    needs_frames = takes_first_frame = True
 
     @cached_property
     @torch.no_grad()
@@ -207,8 +206,7 @@ class WanVace(ConditionedWan):
         self, name: str, frames: Tensor, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
         variant: str | None = None,
     ) -> WanVace:  # fmt: skip
-        if (start, end) != (0.0, 1.0):
-            raise CheckpointError(f"control_start and control_end have no effect on a {self.family.title} model")
+        self.check_control(strength, start, end)
         return replace(self, control=frames, strength=strength)
 
     def control_steps(self, steps: int) -> int:

@@ -130,6 +130,14 @@ def test_jobs_that_need_the_same_inversion_share_it(folder):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("own", [{"first_frame": "a.png"}, {"guide_frame": ["3: a.png"]}])
+def test_an_edit_with_frames_of_its_own_shares_no_inversion(folder, own):
+    jobs = [{"video": "clips/a.mp4", "target": target, **own} for target in ("x", "y")]
+    batch = load_batch(write(folder, {"source": SOURCE, "jobs": jobs}))
+    groups = groups_of([(job, config_for(job)) for job in batch.jobs])
+    assert [(group.inversion, len(group.edits)) for group in groups] == [(None, 1), (None, 1)]
+
+
 # --- runs ---------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import comfy.supported_models
 import sentencepiece
 import torch
 from comfy_api.latest import ComfyExtension, io
+from comfy_extras.nodes_lt import LTXVAddGuide
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).resolve().parent))  # of the tests
@@ -181,6 +182,34 @@ class LTXLatent(io.ComfyNode):
         return io.NodeOutput({"samples": NestedTensor(parts) if sound else parts[0]})
 
 
+FRAMES = [
+    io.Latent.Input("latent"), io.String.Input("folder"), io.String.Input("what"), io.Float.Input("strength"),
+    io.Conditioning.Input("source"), io.Conditioning.Input("positive"), io.Conditioning.Input("negative"),
+]  # fmt: skip
+PROMPTS = [io.Conditioning.Output(name) for name in ("source", "positive", "negative")]
+
+
+@node("LTXFolderFrames", FRAMES, [io.Latent.Output(), *PROMPTS])
+class LTXFolderFrames(io.ComfyNode):
+    """A latent with the folder's first frame, as of Img To Video Inplace, or its other frames, as of Add Guide."""
+
+    @classmethod
+    def execute(cls, latent, folder, what, strength, source, positive, negative):
+        samples = latent["samples"]
+        mask = torch.ones(1, 1, samples.shape[2], 1, 1)
+        given = load_file(Path(folder) / "frames.safetensors")[what]
+        if what == "picture":
+            samples, mask = samples.clone(), mask.clone()
+            samples[:, :, 0], mask[:, :, 0] = given, 1 - strength
+            return io.NodeOutput({"samples": samples, "noise_mask": mask}, source, positive, negative)
+        add = LTXVAddGuide.append_keyframe
+        scale, channels = (8, 32, 32), samples.shape[1]
+        at, more = 9 if what == "guides" else 0, {"in_channels": channels}
+        of_source, _, *_ = add(source, negative, at, samples, mask, given, strength, scale, **more)
+        to, away, samples, mask = add(positive, negative, at, samples, mask, given, strength, scale, **more)
+        return io.NodeOutput({"samples": samples, "noise_mask": mask}, of_source, to, away)
+
+
 @node("LTXSmallGuides", [io.Int.Input("factor")], [io.Custom("IC_LORA_PARAMETERS").Output()])
 class LTXSmallGuides(io.ComfyNode):
     """The parameters of an IC-LoRA with smaller guides, as of Get IC-LoRA Parameters."""
@@ -282,7 +311,7 @@ class LTXLoop(io.ComfyNode):
 
 class LTX(ComfyExtension):
     async def get_node_list(self):
-        nodes = [LTXModel, LTXLoader, LTXFolder, LTXLatent, LTXSmallGuides, LTXReference, LTXLoop]
+        nodes = [LTXModel, LTXLoader, LTXFolder, LTXFolderFrames, LTXLatent, LTXSmallGuides, LTXReference, LTXLoop]
         return [] if NestedTensor is None else nodes
 
 

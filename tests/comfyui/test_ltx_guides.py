@@ -1,14 +1,28 @@
 """Attention control of LTX-2 with guides, keyframes and clean frames, by the host's own nodes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from comfyui.graph import Node
 from comfyui.host import NodeError
-from comfyui.test_ltx import GUIDANCE, STEPS, LTXGraph, video_and_sound
-from safetensors.torch import load_file
+from comfyui.test_ltx import (
+    GUIDANCE,
+    NEGATIVE,
+    SHIFT,
+    SOURCE,
+    STEPS,
+    TARGET,
+    LTXGraph,
+    by_library,
+    video_and_sound,
+)  # fmt: skip
+from flow_models import LTX23, write_ltx2
+from safetensors.torch import load_file, save_file
 
+from fatezero.hosts.diffusers.load import open_model
+from fatezero.hosts.diffusers.model import ClipFacts
+from fatezero.recipes.recipe import Recipe
 from small import relative
 
 GRID = 2, 4
@@ -323,3 +337,62 @@ def test_several_edits_of_one_pass(host):
     for file, expected in zip(files, alone, strict=True):
         found = load_file(host.base / file["type"] / file["subfolder"] / file["filename"])["latent_tensor"]
         assert relative(found, expected) < 1e-5
+
+
+# --- both hosts -------------------------------------------------------------------------------
+
+
+@dataclass
+class FolderGuides(LTXGraph):
+    """The model of a folder of diffusers', with the latents of its conditioning frames by the host's own means."""
+
+    sound: int = 0
+    shape: str = "1,8,3,4,6"
+    folder: str = ""
+
+    def make_model(self) -> Node:
+        return self.add("LTXFolder", folder=self.folder, shift=SHIFT)
+
+    def condition(self, what: str, strength: float) -> None:
+        """Clean first frames (Img To Video Inplace), or guide frames (Add Guide) of the folder's file."""
+        prompts = [self.words[0], self.words[1], self.negative[0]]
+        given = self.add(
+            "LTXFolderFrames", latent=self.latent[0], folder=self.folder, what=what, strength=strength,
+            source=prompts[0], positive=prompts[1], negative=prompts[2],
+        )  # fmt: skip
+        self.set(self.invert, source=given[1], latent=given[0])
+        self.set(self.edit, positive=given[2], negative=given[3])
+
+
+@pytest.fixture(scope="module", params=[{}, LTX23], ids=["2", "2.3"])
+def of_folder(request, tmp_path_factory):
+    """A model of diffusers' for a clip, its latents, and its texts and conditioning frames for the host."""
+    folder = write_ltx2(tmp_path_factory.mktemp("ltx2"), **request.param)
+    found, latents = open_model(str(folder)), torch.randn(1, 8, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    pictures = torch.randint(0, 256, (17, 128, 192, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    frames = {"picture": latents[:, :, 0].contiguous()}
+    facts = ClipFacts((3, 8, 4, 6), 8.0, lambda: iter(pictures), guide_frames=(9,))
+    found = found.with_control("", pictures).for_clip(facts)
+    frames |= {name: found.inputs[name].contiguous() for name in ("control", "guides")}
+    save_file(frames, folder / "frames.safetensors")
+    texts = {text: found.encode_prompt(text, 192, 128) for text in (SOURCE, TARGET, NEGATIVE)}
+    both = {name: torch.cat([one.embeddings, one.extras["sound"]], -1).contiguous() for name, one in texts.items()}
+    save_file(both, folder / "texts.safetensors")
+    return found, folder, texts, frames
+
+
+@pytest.mark.parametrize("preset", ["none", "style", "shape+"])
+@pytest.mark.parametrize(("what", "strength"), [("picture", 1.0), ("control", 1.0), ("control", 0.6), ("guides", 1.0)])
+def test_both_hosts_agree(host, of_folder, what, strength, preset):
+    found, folder, texts, frames = of_folder
+    graph = FolderGuides(folder=str(folder))
+    graph.condition(what, strength)
+    graph.set(graph.edit, preset=preset)
+    more = {"control_strength": torch.tensor([strength]), "guide_numbers": torch.tensor([[9]])}
+    inputs = {what: frames[what]} | {name: value for name, value in more.items() if name.startswith(what.rstrip("s"))}
+    of_text = {name: {"sound": text.extras["sound"], "mask": text.extras["mask"]} for name, text in texts.items()}
+    texts = {name: replace(text, extras={**of_text[name], **inputs}) for name, text in texts.items()}
+    injection = None if preset == "none" else Recipe.of_preset(preset, SOURCE, TARGET).injection
+    _, ours = by_library(found, texts, injection)
+    theirs = host.latents(graph.prompt, graph.edit[0])[0].transpose(0, 1)[:3]
+    assert relative(theirs, ours) < 1e-4
