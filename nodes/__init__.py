@@ -13,6 +13,7 @@ from .evaluate import FateZeroCompareVideos, FateZeroEvaluate
 from .flow_edit import FateZeroFlowEdit
 from .flow_mask_preview import FateZeroFlowMaskPreview
 from .flow_smoothing import FateZeroFlowSmoothing, FateZeroSteady
+from .guides import FateZeroEditGuides
 from .inversion import FateZeroInvert, FateZeroLoadStore, FateZeroReconstructionCheck, FateZeroSaveStore
 from .layout import FateZeroLayout, FateZeroLayoutGuider
 from .mask_preview import FateZeroMaskPreview
@@ -62,6 +63,7 @@ class FateZeroExtension(ComfyExtension):
             FateZeroLoadStore,
             FateZeroSpatioTemporalAttention,
             FateZeroWanPair,
+            FateZeroEditGuides,
             FateZeroSigmas,
             FateZeroDDIM,
             FateZeroInvertGuider,

@@ -331,6 +331,9 @@ def report_of(model: Any, hooked: int | None, store: HostStore, edit: Edit, note
         "for the source; " + (f"store of memory {store.memory}" if not start.draws else "sampled noise (FlowEdit)")
     )
     lines.append(beside_plain(calls.parts, plain))
+    if store.guides is not None:
+        own = store.edit_guides is not store.guides
+        lines.append("guides of its own" if own else "guides of the inverted latent; for other pictures: Edit Guides")
     if edit.prompt is not None and not _is_text_of_pair(edit.target_embeddings):
         lines.append(OTHER_TEXT)
     lines += notes

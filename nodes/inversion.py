@@ -191,7 +191,7 @@ class FateZeroReconstructionCheck(io.ComfyNode):
     def execute(cls, model: Any, store: HostStore, vae: Any, images: Tensor, chunk_frames: int = 0) -> io.NodeOutput:
         if not facts_of(model).spans_clip and len(images) != store.frames:
             raise ValueError(f"images: {len(images)} frames, but the store has {store.frames}")
-        store = store.with_model(model)
+        store = replace(store.with_model(model), edit_guides=store.guides)
         positive = replace(source_of(store), role="positive")
         (samples,), _ = edit_clip(model, store, [Edit(positive, guidance_scale=1.0)], chunk_frames or None)
         replay = vae.decode(samples)

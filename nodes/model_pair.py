@@ -30,7 +30,8 @@ class FateZeroWanPair(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.005,
-                    tooltip="Sigma below which the low-noise model is used; 0.875 for Wan 2.2 14B, text to video.",
+                    tooltip="Sigma below which the low-noise model is used; 0.875 for Wan 2.2 14B, text to video, and 0.9 for "
+                    "image to video.",
                 ),
             ],
             outputs=[io.Model.Output("both", display_name="model", tooltip="For inversion and edit alike.")],

@@ -26,6 +26,7 @@ from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import HostCondition, check_read
+from .guides import Guides, with_mask_of
 from .hook import Hook
 from .latents import unpacked_parts
 from .noise import noise_of
@@ -129,8 +130,8 @@ class ComfyDenoiser:
 
     @property
     def packing(self) -> Packing | None:
-        guides, shapes = self._guider.guides, getattr(self._model, "latent_shapes", None) or ()
-        shapes = shapes if guides is None else guides.shapes
+        guides = self._guider.guides or self._guider.edit_guides
+        shapes = (getattr(self._model, "latent_shapes", None) or ()) if guides is None else guides.shapes
         return self._edited.hooked.packing(shapes) if len(shapes) > 1 else None
 
     @property
@@ -217,7 +218,10 @@ class ComfyDenoiser:
         if branch.hooked.family.attention and (branch is self._source or paired is not None):
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
-        x = self._input(latents, sigma)
+        if not control.chunk.is_whole:
+            branch.at(float(sigma)).check_parts(condition.guided)
+        guides = self._guider.guides_of(condition)
+        x = self._input(latents, sigma, guides)
         unguided = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
         # negatives, and branches that guidance nodes add, may combine prompts of several lengths, so all tokens count
         controls = {0: (control, condition.text_tokens), 1: (unguided, None)}
@@ -227,8 +231,6 @@ class ComfyDenoiser:
             source.captured.prediction = self.predict_noise(paired.latents, timestep, paired.condition, source)
             paired = None
         branch = branch.at(float(sigma))
-        if not control.chunk.is_whole:
-            branch.check_parts(condition.guided)
         self._load(branch)
         with (
             self._with_source(paired, control.chunk, sigma) as pair,
@@ -238,7 +240,7 @@ class ComfyDenoiser:
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
         self.clean = self._of_clip(clean, control.chunk, condition.role)
-        return self._prediction(latents, clean, sigma)
+        return self._prediction(latents, clean, sigma, guides)
 
     def _of_clip(self, clean: Tensor, chunk: Chunk, role: str) -> Tensor:
         """Clean latents for a preview: of packed streams those of all windows so far."""
@@ -250,14 +252,14 @@ class ComfyDenoiser:
         chunk.add(part, self._parts[role])
         return self.noise.to_host(self._parts[role])
 
-    def _input(self, latents: Tensor, sigma: Tensor) -> Tensor:
+    def _input(self, latents: Tensor, sigma: Tensor, guides: Guides | None) -> Tensor:
         """The model's input for latents at a sigma, in the host's space."""
-        x, guides = self.noise.to_host(latents * self.noise.scale(sigma)), self._guider.guides
+        x = self.noise.to_host(latents * self.noise.scale(sigma))
         return x if guides is None else guides.seen(x, sigma)
 
-    def _prediction(self, latents: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+    def _prediction(self, latents: Tensor, clean: Tensor, sigma: Tensor, guides: Guides | None) -> Tensor:
         """The prediction for latents, from the model's clean ones for their `_input`."""
-        x, guides = self.noise.to_host(latents * self.noise.scale(sigma)), self._guider.guides
+        x = self.noise.to_host(latents * self.noise.scale(sigma))
         return self.noise.predicted(x, clean if guides is None else guides.predicted(clean), sigma)
 
     def _joins(self, paired: PairedBranch, reading: Sequence[Condition], x: Tensor, sigma: Tensor) -> bool:
@@ -288,14 +290,16 @@ class ComfyDenoiser:
             yield None
             return
         assert isinstance(paired.condition, HostCondition)
-        guided, x = self._guider.guides is not None, self._input(paired.latents, sigma)
-        of_call = replace(paired, latents=self.noise.from_host(x)) if guided else paired
+        guides = self._guider.guides_of(paired.condition)
+        x = self._input(paired.latents, sigma, guides)
+        of_call = paired if guides is None else replace(paired, latents=self.noise.from_host(x))
         given = [self._branch_conditions(paired.condition)]
         with conditions_of_chunk(self._source.hooked, given, chunk) as (conditions,):
             yield of_call, conditions
         found = paired.control.captured
-        if guided and found.prediction is not None:
-            found.prediction = self._prediction(paired.latents, self.noise.clean(x, found.prediction, sigma), sigma)
+        if guides is not None and found.prediction is not None:
+            clean = self.noise.clean(x, found.prediction, sigma)
+            found.prediction = self._prediction(paired.latents, clean, sigma, guides)
 
     def gradient(
         self, latents: Tensor, timestep: float, condition: Condition, control: Control, value: Callable[[], Tensor]
@@ -338,6 +342,8 @@ class ComfyDenoiser:
         positive, negative, scale = branch.conditions[condition.role], None, 1.0
         if branch.hooked.family.attention and not control.is_plain:
             positive = whole_conditions(positive)
+        if self._guider.guides_of(condition) is not self._guider.edit_guides and condition.role != "source":
+            positive = with_mask_of(positive, self._source.conditions["source"])
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale

@@ -23,7 +23,7 @@ from ...diffusion.start import start_of
 from ...store.streams import KEEPS_SOUND, video_of, video_shape, with_kept_sound
 from .conditions import HostCondition
 from .denoiser import ComfyDenoiser
-from .guides import check_guides
+from .guides import check_guides, with_guides
 from .inversion import NOISE_MASK, HostStore, edited_samples, mask_in_store, noise_samples, schedule_of_store, source_of
 from .latents import mask_of_frames, mask_of_latents, packed, shapes_of, streams, unpacked, zeros_like
 from .noise import FlowNoise, noise_of
@@ -52,7 +52,8 @@ class EditGuider(LoopGuider):
             raise ValueError(
                 "model: context windows conflict with TokenFlow, which has its own batches: remove one of them"
             )
-        self.store, self.edits, self.chunk_frames, self.guides = store, edits, chunk_frames, store.guides
+        self.store, self.edits, self.chunk_frames = store, edits, chunk_frames
+        self.guides, self.edit_guides = store.guides, store.edit_guides
         self.notify = notify or (lambda layers: None)
         self.done: list[Tensor] = []
         """The edited latents of the last run, in the UNet's scale."""
@@ -151,10 +152,10 @@ class EditGuider(LoopGuider):
                 f"sampler: evaluates sigma {sigma:.4g}, between those of the inversion: use one with one call per step "
                 "(euler, dpmpp_2m, ...), or DDIM Sampler (FateZero)"
             )
-        if self.guides is None:
-            return self._clean_of_host(self._running, x, sigma.to(x), step)
-        clip = self.guides.without_guides(x)
-        return self.guides.with_guides(self._clean_of_host(self._running, clip, sigma.to(x), step))
+        guides = self.edit_guides
+        clip = x if guides is None else guides.without_guides(x)
+        clean = self._clean_of_host(self._running, clip, sigma.to(x), step)
+        return clean if guides is None else guides.finished(clean)
 
     def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
         """The schedule of the run, for the sigmas of a sampler of the host."""
@@ -217,7 +218,7 @@ class FlowEditGuider(EditGuider):
     def _check_start(self, latent_image: Any) -> None:
         starts = [noise_samples(self.model_patcher, self.store)]
         if self.store.clip is not None:
-            starts.append(self.store.with_guides(unpacked(self.store.clip, self.store.shapes)))
+            starts.append(with_guides(self.guides, unpacked(self.store.clip, self.store.shapes)))
         if not any(same_samples(latent_image, start) for start in starts):
             raise ValueError("latent_image: is not the clip of this store: connect the latent of the FlowEdit node")
 
@@ -234,7 +235,7 @@ class FlowEditGuider(EditGuider):
         steps = len(sigmas) - 1
         sigmas = self._sigmas_of_host(sigmas[first_step(self.edits[0].strength, steps) :])
         clip = noise_of(self.model_patcher).to_host(self.store.level(0)).float().cpu()
-        clip = clip if self.guides is None else self.guides.with_guides(clip)
+        clip = clip if self.edit_guides is None else self.edit_guides.with_guides(clip)
         return unpacked(clip / sigmas[0].cpu(), shapes_of(latent_image)), zeros_like(latent_image), sigmas
 
     def _schedule_of_host(self, sigmas: Tensor) -> Schedule:
@@ -295,7 +296,7 @@ def edit_clip(
 
 def changed_mask(model: Any, store: HostStore, samples: Any) -> Tensor:
     """Where an edit of a store changed the clip: (frames, h, w), 0 or 1 on the latents' grid. samples: of the edit."""
-    of_clip = edited_samples(model, store, store.level(0))
+    of_clip = edited_samples(model, replace(store, edit_guides=store.guides), store.level(0))
     frames = video_shape(store)[0]
     edited, source = (_by_frame(streams(x)[0].float().cpu())[:frames] for x in (samples, of_clip))
     return mask_of_frames(model, changed_latents(edited, source).float())
@@ -358,7 +359,7 @@ def heat_of_words(
         return latents
 
     guider = LoopGuider(model, [source_of(store)], store.patcher, store.calls(chunk_frames).windows)
-    guider.loop, guider.guides = collect, store.guides
+    guider.loop, guider.guides, guider.edit_guides = collect, store.guides, store.edit_guides
     run_in_host(guider, noise_samples(model, store), noise_of(model).sigmas(schedule_of_store(model, store)))
     return dict(zip(words, torch.stack(heats).mean(0), strict=True))
 

@@ -8,7 +8,7 @@ loops of the library have the clip without guides, so that no guide is inverted,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -27,21 +27,25 @@ from .latents import Shapes, into_model, nested, packed, shapes_of, streams, unp
 class Guides:
     """The guides and clean frames of a LATENT.
 
-    samples: of the guides, (1, c, g, h, w). shapes: of the clip's streams, without guides. mask: the noise mask of clip
-    and guides, (1, 1, f + g, h, w): negative for guide tokens that the model leaves out, 1 where the clip is edited.
-    clip, frames: the clip, packed, and the guides, in the MODEL's scale.
+    shapes: of the clip's streams, without guides. mask: the noise mask of clip and guides, (1, 1, f + g, h, w):
+    negative for guide tokens that the model leaves out, 1 where the clip is edited. samples: of clip and guides,
+    without sound, (1, c, f + g, h, w). scaled: these in the MODEL's scale.
     """
 
-    samples: Tensor
     shapes: Shapes
     mask: Tensor
-    clip: Tensor
-    frames: Tensor
+    samples: Tensor
+    scaled: Tensor
+
+    @property
+    def length(self) -> int:
+        """The latent frames of the clip."""
+        return int(self.shapes[0][2])
 
     @property
     def count(self) -> int:
         """The latent frames of the guides."""
-        return int(self.samples.shape[2])
+        return int(self.samples.shape[2]) - self.length
 
     @property
     def all_shapes(self) -> Shapes:
@@ -59,34 +63,54 @@ class Guides:
         if mask is None:
             return None
         video, *sound = streams(mask)
-        frames = self.shapes[0][2]
-        if bool((self.mask[:, :, :frames] < 1).any()):
+        if bool((self._of_clip < 1).any()):
             video = torch.ones_like(video)
-        parts = [video[:, :, :frames] if video.ndim == 5 else video, *sound]
+        parts = [video[:, :, : self.length] if video.ndim == 5 else video, *sound]
         return nested(parts) if any(bool((part < 1).any()) for part in parts) else None
 
     def with_guides(self, x: Tensor, guides: Tensor | None = None) -> Tensor:
         """The packed clip with guides behind it, by default without noise."""
         video, *sound = unpacked_parts(x, self.shapes)
-        return packed(nested([torch.cat([video, (self.frames if guides is None else guides).to(video)], 2), *sound]))
+        guides = self.scaled[:, :, self.length :] if guides is None else guides
+        return packed(nested([torch.cat([video, guides.to(video)], 2), *sound]))
 
     def without_guides(self, x: Tensor) -> Tensor:
         video, *sound = unpacked_parts(x, self.all_shapes)
-        return packed(nested([video[:, :, : self.shapes[0][2]], *sound]))
+        return packed(nested([video[:, :, : self.length], *sound]))
 
     def samples_with_guides(self, samples: Any) -> Any:
-        """LATENT samples of the clip with the given guides behind it."""
+        """LATENT samples of the clip with its clean frames, and with the guides behind it."""
         video, *sound = streams(samples)
-        return nested([torch.cat([video, self.samples.to(video)], 2), *sound])
+        video = self._cleaned(video, self.samples)
+        return nested([torch.cat([video, self.samples[:, :, self.length :].to(video)], 2), *sound])
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The packed clip with its clean frames, and with the guides behind it."""
+        video, *sound = unpacked_parts(x, self.shapes)
+        return self.with_guides(packed(nested([self._cleaned(video, self.scaled), *sound])))
+
+    def without_clean_frames(self) -> Guides:
+        return replace(self, mask=torch.cat([torch.ones_like(self._of_clip), self.mask[:, :, self.length :]], 2))
+
+    def _cleaned(self, video: Tensor, own: Tensor) -> Tensor:
+        """A video whose clean frames are bit for bit those of `own`."""
+        return torch.where((self._of_clip == 0).to(video.device), own[:, :, : self.length].to(video), video)
 
     def seen(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The packed clip at a noise level as the model gets it: guides and clean frames at their own levels."""
-        level = sigma.cpu() * self.mask[:, :, self.shapes[0][2] :].clamp(0, 1)
-        return self.with_guides(self._mixed(x), self.frames + level * (self._noise - self.frames))
+        level = sigma.cpu() * self.mask[:, :, self.length :].clamp(0, 1)
+        guides = self.scaled[:, :, self.length :]
+        return self.with_guides(self._mixed(x), guides + level * (self._noise - guides))
 
     @cached_property
     def _noise(self) -> Tensor:
-        return torch.randn(self.frames.shape, generator=torch.Generator().manual_seed(GUIDE_SEED))
+        shape = self.scaled[:, :, self.length :].shape
+        return torch.randn(shape, generator=torch.Generator().manual_seed(GUIDE_SEED))
+
+    @property
+    def _of_clip(self) -> Tensor:
+        """The clip's noise mask."""
+        return self.mask[:, :, : self.length]
 
     def predicted(self, clean: Tensor) -> Tensor:
         """The predicted clean clip, from the model's prediction for `seen`."""
@@ -95,7 +119,7 @@ class Guides:
     def _mixed(self, x: Tensor) -> Tensor:
         """The packed latents x where the clip's mask is 1, and the clip where it is 0."""
         video, *sound = unpacked_parts(x, self.shapes)
-        own, mask = unpacked_parts(self.clip, self.shapes)[0].to(video), self.mask[:, :, : video.shape[2]].to(video)
+        own, mask = self.scaled[:, :, : self.length].to(video), self._of_clip.to(video)
         return packed(nested([video * mask + own * (1 - mask), *sound]))
 
 
@@ -125,11 +149,14 @@ def split_latent(model: Any, latent: Any, mask: Any, source: HostCondition) -> t
     if not count and bool((levels == 1).all()):
         return latent, mask, None
     clip = nested([video[:, :, :frames], *sound])
-    both = unpacked_parts(into_model(model, latent), shapes_of(latent))[0]
-    guides = Guides(
-        video[:, :, frames:].cpu(), shapes_of(clip), levels, into_model(model, clip).cpu(), both[:, :, frames:].cpu()
-    )
+    scaled = unpacked_parts(into_model(model, latent), shapes_of(latent))[0]
+    guides = Guides(shapes_of(clip), levels, video.cpu(), scaled.cpu())
     return clip, guides.edit_mask(mask), guides
+
+
+def with_guides(guides: Guides | None, samples: Any) -> Any:
+    """LATENT samples of the clip with guides behind it."""
+    return samples if guides is None else guides.samples_with_guides(samples)
 
 
 def guide_tokens(condition: HostCondition) -> int:
@@ -147,6 +174,12 @@ def check_guides(guides: Guides | None, conditions: Sequence[HostCondition]) -> 
                 f"{condition.role.partition('.')[0]}: places {guide_tokens(condition)} guide tokens, but the inversion "
                 f"has {tokens}: add the same guides to source, positive and negative (LTXV Add Guide)"
             )
+
+
+def with_mask_of(entries: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """A prompt's processed conditions with the noise mask of those of another prompt."""
+    mask = {"denoise_mask": others[0]["model_conds"]["denoise_mask"]}
+    return [{**entry, "model_conds": {**entry["model_conds"], **mask}} for entry in entries]
 
 
 def _varies(levels: Tensor) -> bool:

@@ -19,12 +19,12 @@ from ...store.backends import FileBackend, FileLevels
 from ...store.budget import Demand, StorePlan, StoreSettings, plan_store
 from ...store.identity import ModelIdentity
 from ...store.store import AttentionStore
-from ...store.streams import KEEPS_SOUND, SHAPES, shapes_in
+from ...store.streams import KEEPS_SOUND, SHAPES, shapes_in, video_shape
 from .chunks import windowing
 from .conditions import HostCondition, plain_options
 from .denoiser import ComfyDenoiser
 from .families import hooked
-from .guides import Guides, split_latent
+from .guides import Guides, split_latent, with_guides
 from .latents import Shapes, into_model, out_of_model, packed, packed_mask, shapes_of, streams, unpacked
 from .noise import Timesteps, check_samples, noise_of
 from .sampling import DDIMSampler, LoopGuider, check_quiet, run_in_host
@@ -38,12 +38,14 @@ class HostStore(AttentionStore):
     """A store with its MODEL, for recomputing the source branch.
 
     patcher: the MODEL, None for a store from a file. clip: the LATENT samples, packed, to give back where an edit keeps
-    them; None for a store that does not have them. guides: those of the LATENT; a file does not keep them.
+    them; None for a store that does not have them. guides: those of the LATENT, edit_guides: those of its edits; a file
+    does not keep them.
     """
 
     patcher: Any = None
     clip: Tensor | None = None
     guides: Guides | None = None
+    edit_guides: Guides | None = None
 
     def get_ram_usage(self) -> int:
         """Bytes in memory, for the host's cache; without what is on disk."""
@@ -54,10 +56,6 @@ class HostStore(AttentionStore):
     def shapes(self) -> Shapes:
         """The shapes of the streams of the LATENT, if it has several."""
         return shapes_in(self)
-
-    def with_guides(self, samples: Any) -> Any:
-        """LATENT samples of the clip with the guides behind it."""
-        return samples if self.guides is None else self.guides.samples_with_guides(samples)
 
     def with_model(self, model: Any) -> HostStore:
         """The store with the edit's MODEL, if it has none because it is from a file."""
@@ -116,13 +114,16 @@ class InvertGuider(LoopGuider):
         check_samples(self._model, latent_image)
         mask = more.pop("denoise_mask", None)
         clip, self._mask, self.guides = split_latent(self._model, latent_image, mask, self.source)
+        self.edit_guides = self.guides
         self._shapes = shapes_to_keep(clip, self.settings.keep_sound)
         if sigmas[0] > sigmas[-1]:
             raise ValueError("sigmas: are decreasing, as for an edit: flip them for an inversion (Flip Sigmas)")
         try:
             result = super().sample(noise, latent_image, sampler, sigmas, **more)
             assert self._made is not None
-            _STORES[streams(result)[0]] = HostStore(**vars(self._made), patcher=self._model, guides=self.guides)
+            _STORES[streams(result)[0]] = HostStore(
+                **vars(self._made), patcher=self._model, guides=self.guides, edit_guides=self.guides
+            )
             return result
         finally:
             self._made = self._mask = None
@@ -225,10 +226,40 @@ def draw_clip(
     samples, noise_mask, guides = split_latent(model, latent["samples"], latent.get(NOISE_MASK), source)
     store = draw(UncalledModel(model, timesteps), noise_of(model).from_host(into_model(model, samples)))
     store.extra.update({KEEPS_SOUND: False, **shapes_to_keep(samples, keep_sound)})
-    made = HostStore(**vars(store), patcher=model, clip=packed(samples), guides=guides)
+    made = HostStore(**vars(store), patcher=model, clip=packed(samples), guides=guides, edit_guides=guides)
     if noise_mask is not None or made.extra[KEEPS_SOUND]:
         made.attachments[NOISE_MASK] = mask_in_store(model, made.extra, noise_mask)
     return made
+
+
+def guided_by(store: HostStore, latent: Mapping[str, Any]) -> HostStore:
+    """The store with other guides and clean frames for its edits: those of a LATENT, with or without sound.
+
+    Raises ValueError for guides of another number or size than the inversion's.
+    """
+    model, kept, mask = store.patcher, store.guides, latent.get(NOISE_MASK)
+    if model is None:
+        raise ValueError("store: is from a file, which has no guides: connect Invert Video or FlowEdit")
+    video = streams(latent["samples"])[0]
+    _, _, own = split_latent(model, video, None if mask is None else streams(mask)[0], source_of(store))
+    if kept is None:
+        if own is None:
+            raise ValueError(
+                "latent: has neither guides nor clean frames: connect the LATENT of LTXV Add Guide or LTXV Img To "
+                "Video Inplace"
+            )
+        kept = replace(own.without_clean_frames(), shapes=store.shapes or own.shapes)
+    (frames, *grid), given = video_shape(store), list(video.shape[-3:])
+    expected = [frames + kept.count, *grid]
+    if given != expected:
+        raise ValueError(
+            f"latent: has {given[0]} latent frames of {given[2]}x{given[1]}, but the inverted one has {expected[0]} of "
+            f"{expected[2]}x{expected[1]}: add as many guides of the same size to the same clip"
+        )
+    edit = replace(own or kept.without_clean_frames(), shapes=kept.shapes)
+    if bool(((kept.mask < 0) != (edit.mask < 0)).any()):
+        raise ValueError("latent: its guides have another grid than the inverted ones: use the same IC-LoRA parameters")
+    return replace(store, guides=kept, edit_guides=edit)
 
 
 def mask_in_store(model: Any, extra: Mapping[str, Any], mask: Any) -> Tensor:
@@ -296,14 +327,15 @@ def shapes_to_keep(samples: Any, keep_sound: bool) -> dict[str, Any]:
 def edited_samples(model: Any, store: HostStore, z: Tensor) -> Any:
     """An edit's latents as LATENT samples; those of the clip bit for bit where the edit kept them."""
     latents = noise_of(model).to_host(z.float())
-    if store.clip is None:
-        return store.with_guides(out_of_model(model, latents, store.shapes))
-    kept = latents == noise_of(model).to_host(store.level(0)).to(latents)
-    changed = packed(out_of_model(model, latents, store.shapes))
-    return store.with_guides(unpacked(torch.where(kept, store.clip.to(changed), changed), store.shapes))
+    samples = out_of_model(model, latents, store.shapes)
+    if store.clip is not None:
+        kept, changed = latents == noise_of(model).to_host(store.level(0)).to(latents), packed(samples)
+        samples = unpacked(torch.where(kept, store.clip.to(changed), changed), store.shapes)
+    return with_guides(store.edit_guides, samples)
 
 
 def noise_samples(model: Any, store: HostStore) -> Any:
     """The inverted noise as LATENT samples."""
     noisy, noise = noise_of(model), store.level(store.steps).float().cpu()
-    return store.with_guides(out_of_model(model, noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])), store.shapes))
+    samples = out_of_model(model, noisy.to_host(noisy.noisy_end(noise, store.alphas[-1])), store.shapes)
+    return with_guides(store.guides, samples)

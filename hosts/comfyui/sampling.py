@@ -91,6 +91,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
 
     guides: Guides | None = None
     """The guides and clean frames of the run's LATENT."""
+    edit_guides: Guides | None = None
+    """Those of the edit's calls, and of the result."""
     loop: Loop | None
     """The loop for `DDIMSampler`: a method of a subclass, or a function; None for its own steps."""
 
@@ -98,6 +100,10 @@ class LoopGuider(comfy.samplers.CFGGuider):
     def layers_run(self) -> int:
         """The number of attention layers that ran in the last UNet calls."""
         return len(set().union(*(model.ran for model in self._models())))
+
+    def guides_of(self, condition: HostCondition) -> Guides | None:
+        """The guides and clean frames of a prompt's calls; a negative evaluated on its own guides the source's."""
+        return self.edit_guides if condition.guided else self.guides
 
     def fills_or_reads(self, memory: Memory) -> None:
         """Set the memory of the run's store."""
@@ -116,9 +122,11 @@ class LoopGuider(comfy.samplers.CFGGuider):
         # applied to all other prompts processed with it.
         others = {role: self.conds.pop(role) for role in [*self.conds] if role not in ("positive", "negative")}
         self.others: dict[str, Any] = {}
-        if self.guides is not None:
-            mask = self.guides.call_mask().to(device)
-            for entry in chain(*self.conds.values(), *others.values()):
+        of_edits = self.conds | others
+        of_source = of_edits.pop("source", [])
+        for guides, entries in ((self.guides, of_source), (self.edit_guides, chain(*of_edits.values()))):
+            mask = None if guides is None else guides.call_mask().to(device)
+            for entry in entries if mask is not None else ():
                 entry["denoise_mask"] = mask
         for model in self._models():  # the host sets it on the edit's only
             model.patcher.model.latent_shapes = more.get("latent_shapes")
@@ -288,7 +296,7 @@ class DDIMSampler(comfy.samplers.Sampler):
 
         try:
             done = denoiser.noise.to_host(guider.loop(denoiser, denoiser.noise.from_host(clip), progress))
-            return done if guider.guides is None else guider.guides.with_guides(done)
+            return done if guider.edit_guides is None else guider.edit_guides.finished(done)
         finally:
             denoiser.restore()
 

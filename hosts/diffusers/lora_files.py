@@ -18,6 +18,8 @@ from ...files.lora import PICKLED, LoraFile
 from ...files.safetensors import is_pointer
 from .model_files import CheckpointError
 
+UNREADABLE = (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError)
+
 
 class LoraError(CheckpointError):
     """A LoRA that cannot be read or does not fit the model."""
@@ -65,7 +67,7 @@ def read(lora: LoraFile) -> tuple[dict[str, Tensor], Adapter]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             return tensors, _adapter_of(path, file.metadata() or {})
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         raise LoraError(f"{path}: {why_unreadable(path, error)}") from error
 
 
@@ -84,12 +86,15 @@ def _downscale_of(lora: LoraFile) -> int:
     path = lora.file()
     if path.suffix in PICKLED:
         return 1
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except UNREADABLE as error:
+        raise LoraError(f"{path}: {why_unreadable(path, error)}") from error
     given = next((value for name, value in metadata.items() if name.endswith("reference_downscale_factor")), "1")
     try:
         return max(1, round(float(given)))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise LoraError(f"{path}: invalid reference_downscale_factor in its metadata: {given!r}") from error
 
 

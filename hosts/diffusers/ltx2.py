@@ -145,7 +145,7 @@ class Ltx2(FlowModel, WholeClip):
     """
 
     family = LTX2
-    pipelines = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
+    pipelines = ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2InContextPipeline")
     kinds = (LTX2VideoTransformer3DModel,)
     unused = ("audio_vae", "vocoder", "processor", "prompt_enhancer", "duration_head")
     text_dim = ""
@@ -158,8 +158,8 @@ class Ltx2(FlowModel, WholeClip):
 
     @classmethod
     def opened(cls, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> Self:
-        found = super().opened(name, device, dtype, options)
-        return replace(found, downscale=reference_downscale(lora_files(options.lora)))
+        downscale = reference_downscale(lora_files(options.lora))
+        return replace(super().opened(name, device, dtype, options), downscale=downscale)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, width: int, height: int, blocks: int | None = None) -> Condition:

@@ -93,11 +93,13 @@ class Call:
         """Frames of a control video at their noise level, and the share of each row in the clip's. whole: the shape of
         the video.
         """
-        share = 1 - self.extras[STRENGTH]
+        share = 1 - self.extras[STRENGTH].float()
+        if not share.any():
+            return control, share
         noise = torch.randn(1, *whole[1:], generator=torch.Generator().manual_seed(GUIDE_SEED))
         noise = noise[:, :, list(self.frames)].to(control)
         level = (self.sigma * share).view(-1, 1, 1, 1, 1).to(control)
-        return control + level * (noise - control), share.float()
+        return control + level * (noise - control), share
 
     def _places(self, shape: Sequence[int], factor: int = 1) -> Tensor:
         """The positions of a video's tokens. factor: how much larger they are than the clip's."""

@@ -7,10 +7,11 @@ import io as streams
 import json
 import re
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.supported_models
 import sentencepiece
@@ -36,6 +37,8 @@ SMALL = {
     "audio_connector_num_attention_heads": 2, "audio_connector_attention_head_dim": 32,
 }  # fmt: skip
 """LTX-2.3's way of text: a projection for each stream in the text encoder, and connectors with registers."""
+SEED = 3
+"""For FlowEdit's noise."""
 ADALN = {"cross_attention_adaln": True, "apply_gated_attention": True, "rope_type": "split"}
 NAMES = (
     ("proj_in", "patchify_proj"), ("audio_proj_in", "audio_patchify_proj"), ("time_embed", "adaln_single"),
@@ -234,31 +237,35 @@ class Guider(comfy.samplers.CFGGuider):
 
 
 class Loop(comfy.samplers.Sampler):
-    """An inversion and its edit, each call with the host's own noise mask; with `fuse` the clip's self-attention takes
-    the source's queries and keys. The guides, the last frames, are noised anew for each call.
+    """An inversion and its edit, or FlowEdit (with `source_guidance`), each call with the host's own noise mask; with
+    `fuse` the clip's self-attention takes the source's queries and keys. The guides, the last frames, are noised anew
+    for each call. edited: the samples and noise mask of the edit's guides and clean frames.
     """
 
-    def __init__(self, guidance, guides, fuse):
-        self.guidance, self.guides, self.fuse = guidance, guides, fuse
+    def __init__(self, guidance, guides, fuse, edited, source_guidance):
+        self.guidance, self.guides, self.fuse, self.edited = guidance, guides, fuse, edited
+        self.source_guidance = source_guidance
 
     def sample(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False):
-        clip, mask = latent_image, denoise_mask.clamp(min=0)
+        clip, of_edit = latent_image, [part.to(latent_image) for part in self.edited]
+        of_source = clip, denoise_mask.clamp(min=0)
         frames, model, options = clip.shape[2] - self.guides, guider.inner_model, extra_args["model_options"]
         eps = random_values(0, *clip[:, :, frames:].shape)
 
-        def seen(x, sigma):
+        def seen(x, sigma, clip, mask):
             x = x.clone()
             x[:, :, frames:] = clip[:, :, frames:] + sigma * (eps - clip[:, :, frames:])
             return x * mask + clip * (1 - mask)
 
-        def velocity(x, clean, sigma):
+        def velocity(x, clean, sigma, clip, mask):
             return (x - (clean * mask + clip * (1 - mask))) / sigma
 
         def clean(name, x, sigma):
-            return comfy.samplers.calc_cond_batch(model, [guider.conds[name]], seen(x, sigma), sigma[None], options)[0]
+            x = seen(x, sigma, *(of_source if "source" in name else of_edit))
+            return comfy.samplers.calc_cond_batch(model, [guider.conds[name]], x, sigma[None], options)[0]
 
         def fused(source, x, sigma):
-            rows = torch.cat([seen(source, sigma), seen(x, sigma)])
+            rows = torch.cat([seen(source, sigma, *of_source), seen(x, sigma, *of_edit)])
             one, two = (guider.conds[name][0]["model_conds"] for name in ("source", "positive"))
             inputs = {key: value.process_cond(1).concat([two[key].process_cond(1)]) for key, value in one.items()}
             inputs["transformer_options"] = {
@@ -276,16 +283,31 @@ class Loop(comfy.samplers.Sampler):
             found[1:, :tokens] = func(q[:1, :tokens], keys, v[1:], heads, *rest, **more)
             return found
 
+        def drawn(z, step, here, there):
+            noise = random_values(SEED + 1_000_003 * (len(sigmas) - 1 - step), *clip[0, :, :frames].movedim(1, 0).shape)
+            noisy = clip.clone()
+            noisy[0, :, :frames] = here * noise.movedim(0, 1) + (1 - here) * clip[0, :, :frames]
+            to, away = (clean(name, z + noisy - clip, here) for name in ("positive", "negative"))
+            of, off = (clean(name, noisy, here) for name in ("source", "source's negative"))
+            forward = velocity(z + noisy - clip, away + self.guidance * (to - away), here, *of_edit)
+            back = velocity(noisy, off + self.source_guidance * (of - off), here, *of_source)
+            return z + (there - here) * (forward - back)
+
+        if self.source_guidance:
+            z = clip
+            for step, (here, there) in enumerate(pairwise(sigmas)):
+                z = drawn(z, step, here, there)
+            return z
         tokens, levels, x = frames * clip.shape[3] * clip.shape[4], [clip], clip
         rising = sigmas.flip(0)
         for here, there in pairwise(rising):
-            x = x + (there - here) * velocity(x, clean("source", x, there), there)
+            x = x + (there - here) * velocity(x, clean("source", x, there), there, *of_source)
             levels.append(x)
         for level in range(len(sigmas) - 1, 0, -1):
             here, there, source = rising[level], rising[level - 1], levels[level - 1]
             to = fused(source, x, here) if self.fuse else clean("positive", x, here)
             away = clean("negative", x, here)
-            x = x + (there - here) * velocity(x, away + self.guidance * (to - away), here)
+            x = x + (there - here) * velocity(x, away + self.guidance * (to - away), here, *of_edit)
         return x
 
 
@@ -293,7 +315,15 @@ LOOP = [
     io.Model.Input("model"), io.Conditioning.Input("source"), io.Conditioning.Input("positive"),
     io.Conditioning.Input("negative"), io.Latent.Input("latent"), io.Sigmas.Input("sigmas"),
     io.Float.Input("guidance"), io.Int.Input("guides"), io.Boolean.Input("fuse"),
+    io.Latent.Input("edited", optional=True), io.Float.Input("source_guidance", default=0.0),
 ]  # fmt: skip
+
+
+def full_mask(latent):
+    """The noise mask of a LATENT, of the size of its samples."""
+    samples = latent["samples"]
+    mask = latent.get("noise_mask", torch.ones_like(samples[:, :1]))
+    return comfy.sampler_helpers.prepare_mask(mask, samples.shape, samples.device)
 
 
 @node("LTXLoop", LOOP, [io.Latent.Output()])
@@ -301,11 +331,17 @@ class LTXLoop(io.ComfyNode):
     """Inversion and edit with the host's own guider and noise mask."""
 
     @classmethod
-    def execute(cls, model, source, positive, negative, latent, sigmas, guidance, guides, fuse):
+    def execute(
+        cls, model, source, positive, negative, latent, sigmas, guidance, guides, fuse, edited=None, source_guidance=0.0
+    ):
         guider, samples = Guider(model), latent["samples"]
-        guider.inner_set_conds({"positive": positive, "negative": negative, "source": source})
-        mask = latent.get("noise_mask", torch.ones_like(samples[:, :1]))
-        done = guider.sample(samples * 0, samples, Loop(guidance, guides, fuse), sigmas, denoise_mask=mask, seed=0)
+        conds = {"positive": positive, "negative": negative, "source": source, "source's negative": negative}
+        guider.inner_set_conds(conds)
+        of_source, of_edit = (full_mask(one) for one in (latent, edited or latent))
+        for entry in chain(guider.original_conds["positive"], guider.original_conds["negative"]):
+            entry["denoise_mask"] = of_edit
+        loop = Loop(guidance, guides, fuse, ((edited or latent)["samples"], of_edit.clamp(min=0)), source_guidance)
+        done = guider.sample(samples * 0, samples, loop, sigmas, denoise_mask=of_source, seed=0)
         return io.NodeOutput({"samples": done})
 
 

@@ -37,40 +37,49 @@ class GuidedGraph(LTXGraph):
     guides: tuple = ((8, 1, {}),)
     first: float | None = None
     guided: list = field(init=False)
+    unguided: list = field(init=False)
+    vae: list = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vae = self.add("LTXLoader", kind="ltxav")
+        self.vae = self.add("LTXLoader", kind="ltxav")[2]
         latent, prompts = self.latent[0], [self.words[0], self.words[1], self.negative[0]]
         if self.sound:
             audio = self.add("FlowStream", latent=latent, number=1)
             latent = self.add("FlowStream", latent=latent, number=0)[0]
-        if self.first is not None:
-            picture = self.picture(1)
-            latent = self.add(
-                "LTXVImgToVideoInplace", vae=vae[2], image=picture[0], latent=latent, strength=self.first, bypass=False
-            )[0]
-        for start, frames, more in self.guides:
-            more = {name: self.of(name, value) for name, value in more.items()}
-            image = self.picture(frames)
-            pairs = [(prompts[0], prompts[2]), (prompts[1], prompts[2])]
-            added = [
-                self.add(
-                    "LTXVAddGuide", positive=one, negative=other, vae=vae[2], latent=latent, image=image[0],
-                    frame_idx=start, **{"strength": 1.0, **more},
-                )
-                for one, other in pairs
-            ]  # fmt: skip
-            latent, prompts = added[0][2], [added[0][0], added[1][0], added[1][1]]
+        self.unguided = latent
+        latent, prompts = self.with_guides(prompts)
         self.guided, self.prompts = latent, prompts
         if self.sound:
             latent = self.add("LTXVConcatAVLatent", video_latent=latent, audio_latent=audio[0])[0]
         self.set(self.invert, source=prompts[0], latent=latent)
         self.set(self.edit, positive=prompts[1], negative=prompts[2])
 
-    def picture(self, frames: int) -> Node:
+    def with_guides(self, prompts, seed: int = 0, first: float | None = None, strength: float = 1.0):
+        """The clip's LATENT and its prompts, with the guides and the clean frame. seed: of the pictures."""
+        latent, first = self.unguided, self.first if first is None else first
+        if first is not None:
+            picture = self.picture(1, seed)
+            latent = self.add(
+                "LTXVImgToVideoInplace", vae=self.vae, image=picture[0], latent=latent, strength=first, bypass=False
+            )[0]
+        for start, frames, more in self.guides:
+            more = {name: self.of(name, value) for name, value in more.items()}
+            image = self.picture(frames, seed)
+            pairs = [(prompts[0], prompts[2]), (prompts[1], prompts[2])]
+            added = [
+                self.add(
+                    "LTXVAddGuide", positive=one, negative=other, vae=self.vae, latent=latent, image=image[0],
+                    frame_idx=start, **{"strength": strength, **more},
+                )
+                for one, other in pairs
+            ]  # fmt: skip
+            latent, prompts = added[0][2], [added[0][0], added[1][0], added[1][1]]
+        return latent, prompts
+
+    def picture(self, frames: int, seed: int = 0) -> Node:
         plain = self.add("EmptyImage", width=128, height=64, batch_size=frames, color=0x3070B0)
-        return self.add("ImageAddNoise", image=plain[0], seed=frames, strength=1.0)
+        return self.add("ImageAddNoise", image=plain[0], seed=frames + seed, strength=1.0)
 
     def of(self, name, value):
         if name == "iclora_parameters":
@@ -86,11 +95,11 @@ class GuidedGraph(LTXGraph):
         )  # fmt: skip
         self.set(self.edit, preset="custom", settings=fusion[0])
 
-    def loop(self, fuse: bool, guides: int) -> Node:
+    def loop(self, fuse: bool, guides: int, **more) -> Node:
         return self.add(
             "LTXLoop", model=self.model[0], source=self.prompts[0], positive=self.prompts[1], negative=self.prompts[2],
             latent=self.guided, sigmas=self.add("FateZeroSigmas", model=self.model[0], steps=STEPS)[0],
-            guidance=GUIDANCE, guides=guides, fuse=fuse,
+            guidance=GUIDANCE, guides=guides, fuse=fuse, **more,
         )  # fmt: skip
 
 

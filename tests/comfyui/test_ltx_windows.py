@@ -6,6 +6,7 @@ from comfyui import test_ltx
 from comfyui.graph import Node
 from comfyui.host import NodeError
 from comfyui.test_ltx import LTXGraph, model, of_folder, video_and_sound
+from comfyui.test_ltx_guides import GuidedGraph
 
 from fatezero import Windows
 from fatezero.recipes.recipe import Recipe
@@ -176,4 +177,16 @@ def test_the_default_is_the_length_of_training(host):
 def test_what_is_refused(host, graph, options, error):
     graph.both(windows(graph, **options))
     with pytest.raises(NodeError, match=error):
+        host.latents(graph.prompt, graph.edit[0])
+
+
+@pytest.mark.parametrize("more", [{"sound": SOUND}, {"sound": SOUND, "first": 1.0, "guides": ()}])
+@pytest.mark.parametrize("ours", [True, False])
+def test_guides_need_the_whole_clip(host, ours, more):
+    graph = GuidedGraph(**more)
+    if ours:
+        graph.set(graph.invert, **OURS)
+    else:
+        graph.both(windows(graph))
+    with pytest.raises(NodeError, match="denoise_mask.* of a prompt needs all frames"):
         host.latents(graph.prompt, graph.edit[0])

@@ -18,6 +18,7 @@ IDS = {
     "FateZeroDemoVideoModel",
     "FateZeroFlowSmoothing", "FateZeroSteady",
     "FateZeroLayout", "FateZeroLayoutGuider", "FateZeroAttentionMaps", "FateZeroFlowEdit", "FateZeroWanPair",
+    "FateZeroEditGuides",
     "FateZeroLoadTemporalLayers", "FateZeroTuneOnVideo",
     "FateZeroSigmas", "FateZeroDDIM", "FateZeroInvertGuider", "FateZeroStoreOfInversion", "FateZeroEditGuider",
     *(method.node_id for method in METHODS if method.part in ("injection", "propagation")),

@@ -112,3 +112,18 @@ def test_tokens_inside_a_mask(model, latents, text, edited):
     assert relative(found[..., :2], latents[..., :2]) > 1e-2
     stored = invert(model.denoiser, latents, text[SOURCE], STEPS, memory="keys_values")
     assert relative(edited(KVEditSettings(grow=0), half, of=stored), found) < 1e-6
+
+
+def test_the_first_frame_of_flow_edit_is_the_edits_picture(model, latents, text):
+    """Also with guidance of the source's branch, whose negative prompt has the source's picture."""
+    if not model.pipeline.config.get("expand_timesteps"):
+        pytest.skip("the picture is no latent of the clip")
+    others = torch.randint(0, 256, (9, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    own = model.for_clip(ClipFacts(tuple(latents.shape), 8.0, lambda: iter(others)))
+    target, negative = (own.encode_prompt(name, 48, 32) for name in (TARGET, NEGATIVE))
+    clip, picture = latents.clone(), own.inputs["picture"][0, :, 0].double()
+    clip[0] = model.inputs["picture"][0, :, 0]
+    drawn = draw(model.denoiser, clip, text[SOURCE], STEPS, FlowEditSettings(source_guidance=4.0))
+    found = edit(model.denoiser, drawn, target, negative, 5.0)
+    assert relative(found[0], picture) < 1e-5
+    assert relative(clip[0], picture) > 1e-2

@@ -1,5 +1,6 @@
 """LTX-2 on diffusers with a first frame and a control video: equal to loops with the pipeline's own parts."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -317,9 +318,24 @@ def test_the_size_of_a_control_video_is_that_of_its_lora(tmp_path):
     plain, small = lora("plain.safetensors", {}), lora("a.safetensors", {"reference_downscale_factor": "2"})
     other, wrong = (lora(f"{n}.safetensors", {"x.reference_downscale_factor": n}) for n in ("4.0", "much"))
     assert [reference_downscale(loras) for loras in ([], [plain], [plain, small], [other])] == [1, 1, 2, 4]
-    for loras, error in (([small, other], "one IC-LoRA"), ([wrong], "invalid reference_downscale_factor")):
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    broken = LoraFile(str(tmp_path / "broken.safetensors"))
+    for loras, error in (
+        ([small, other], "one IC-LoRA"),
+        ([wrong], "invalid reference_downscale_factor"),
+        ([broken], "damaged"),
+    ):
         with pytest.raises(LoraError, match=error):
             reference_downscale(loras)
+
+
+@pytest.mark.parametrize("name", ["LTX2ConditionPipeline", "LTX2InContextPipeline"])
+def test_folders_of_the_conditioning_pipelines(tmp_path, name):
+    index = write_ltx2(tmp_path) / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": name}))
+    model = open_model(str(tmp_path))
+    assert type(model.pipeline).__name__ == name
+    assert model.encode_prompt(SOURCE, 64, 64).extras["mask"].all()
 
 
 def test_refusals(plain, latents):
