@@ -68,6 +68,9 @@ THUMBNAILS = {
     "wan": Thumbnail("a red square on grass", model="demo-wan", note=WEAK),
     "wan_demo": Thumbnail("a red square on grass", model="demo-wan", drawn=True, note=WEAK),
     "wan_i2v": Thumbnail(GREEN, model="demo-wan", note=TOY.format("Wan 2.2 I2V")),
+    "wan_vace": Thumbnail(
+        "a watercolor painting of a red square on water", model="demo-wan", note=TOY.format("Wan 2.1 VACE")
+    ),
     "measure": Thumbnail(GREEN),
     "flow_edit_h3": Thumbnail(GREEN, model="demo-wan", stands_for="MiniMax H3"),
     "flow_edit_ltx2": Thumbnail(GREEN, model="demo-wan", stands_for="LTX-2.3"),

@@ -35,16 +35,17 @@ FLOWS = {
     "h3": "h3",
     "ltx2": "ltxav",
     "wan_i2v": "i2v_without_embedding",
+    "wan_vace": "vace",
 }
 """Workflows with a small random model instead of files, and its kind."""
-WITH_WORDS = {"h3": "JointLoader", "ltx2": "LTXLoader", "wan_i2v": "WanLoader"}
+WITH_WORDS = {"h3": "JointLoader", "ltx2": "LTXLoader", "wan_i2v": "WanLoader", "wan_vace": "WanLoader"}
 """Those with Prompt Edit, and the loader whose text has words."""
 FLOW_FILES = {
     "UNETLoader": {0: 0}, "CheckpointLoaderSimple": {0: 0, 2: 2}, "CLIPLoader": {0: 1},
     "LTXAVTextEncoderLoader": {0: 1}, "VAELoader": {0: 2}, "LTXVAudioVAELoader": {0: 3},
 }  # fmt: skip
 """Nodes that load their parts, and the outputs of *FlowLoader* used instead."""
-LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "h3": 22, "ltx2": 9, "wan_i2v": 9}
+LENGTHS = {"flow_edit_h3": 22, "flow_edit_ltx2": 9, "h3": 22, "ltx2": 9, "wan_i2v": 9, "wan_vace": 9}
 """Frames of the clip in tests, for models that do not accept three."""
 
 

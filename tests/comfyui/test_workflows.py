@@ -18,7 +18,7 @@ NAMES = (
     "layout_move_object", "layout_new_clip", "ltx2",
     "mask_correction", "measure",
     "one_inversion_three_edits", "remove", "shape", "style", "tokenflow",
-    "tune_a_video", "wan", "wan_demo", "wan_i2v",
+    "tune_a_video", "wan", "wan_demo", "wan_i2v", "wan_vace",
 )  # fmt: skip
 OFTEN = ("demo",)
 """Workflows that run in the page by default; the others run as prompts, equal to the page's."""
