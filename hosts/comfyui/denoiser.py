@@ -126,7 +126,7 @@ class ComfyDenoiser:
             self._edited.check_parts(True)
         except ValueError:
             return None
-        return hooked.family.trained_frames
+        return hooked.trained_frames
 
     @property
     def packing(self) -> Packing | None:

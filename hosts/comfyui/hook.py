@@ -111,6 +111,11 @@ class Hook:
             self.patcher.remove_wrappers_with_key(kind, "fatezero")
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
 
+    @property
+    def trained_frames(self) -> int | None:
+        """See `Denoiser.trained_frames`."""
+        return self.family.trained_frames
+
     def packing(self, shapes: Shapes) -> Packing | None:
         """That of latents of several streams; None for a model whose calls have the whole clip."""
         return None
