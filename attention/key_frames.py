@@ -56,17 +56,37 @@ class Chunk:
         """The rows of a part's frames in this chunk."""
         return [self.frame_indices.index(frame) for frame in part.frame_indices]
 
+    def cut(self, x: Tensor) -> Tensor:
+        """The rows of the chunk's frames, of those of the clip."""
+        return x[list(self.frame_indices)]
+
+    def zeros(self, part: Tensor) -> Tensor:
+        """Zeros for the clip, like a result for the chunk."""
+        return torch.zeros(self.clip, *part.shape[1:], dtype=part.dtype, device=part.device)
+
+    def add(self, part: Tensor, whole: Tensor) -> None:
+        """Add the weighted result for the chunk to that of the clip."""
+        weights = torch.tensor(self.weights, dtype=part.dtype).to(part.device)
+        whole[list(self.frame_indices)] += weights.view(-1, *[1] * (part.ndim - 1)) * part
+
+
+def ramp(frames: int) -> list[float]:
+    """Weights of a window's frames that fall towards its ends."""
+    return [float(min(i + 1, frames - i)) for i in range(frames)]
+
 
 @dataclass(frozen=True)
 class Windows:
     """Overlapping windows of a clip whose frames depend on each other: `frames` frames in one call of the model.
 
     overlap: the number of frames that neighbouring windows share; None for a quarter. A model that codes several frames
-    in a latent counts latents. Raises ValueError for windows that do not advance.
+    in a latent counts latents. group: a window starts at a multiple of so many. Raises ValueError for windows that do
+    not advance.
     """
 
     frames: int
     overlap: int | None = None
+    group: int = 1
 
     def __post_init__(self) -> None:
         if self.overlap is not None and not 0 <= self.overlap < self.frames:
@@ -89,16 +109,24 @@ class Windows:
         latents = (frames - 1) // frames_per_latent + 1
         return cls(latents, latents // 2 if overlap is None else overlap // frames_per_latent)
 
+    def in_groups(self, group: int) -> Windows:
+        """The same in whole groups of frames, at least one."""
+        frames = max(1, self.frames // group) * group
+        return Windows(frames, min(round((self.frames - self.advance) / group) * group, frames - group), group)
+
     @property
     def advance(self) -> int:
         """Frames from the start of a window to the start of the next."""
         return self.frames - (max(1, self.frames // 4) if self.overlap is None else self.overlap)
 
     def starts(self, clip: int) -> list[int]:
-        """The first frame of each window; the last window ends with the clip. Raises ValueError for windows of one."""
+        """The first frame of each window; the last window ends with the clip, and is shorter where groups do not fit.
+
+        Raises ValueError for windows of one.
+        """
         if self.frames < 2:
             raise ValueError("window_frames is one frame, or one latent; windows that overlap need at least 2")
-        return [*range(0, clip - self.frames, self.advance), clip - self.frames]
+        return [*range(0, clip - self.frames, self.advance), -((self.frames - clip) // self.group) * self.group]
 
 
 @dataclass(frozen=True)
@@ -194,8 +222,8 @@ class KeyFrames:
             raise ValueError(f"chunk_frames is {chunk}; it must be at least {least}")
         if exact:
             return self.around([(range(clip)[at : at + chunk], [1.0] * chunk) for at in range(0, clip, chunk)], clip)
-        ramp = [float(min(i + 1, chunk - i)) for i in range(chunk)]
-        return self.around([(range(at, at + chunk), ramp) for at in windows.starts(clip)], clip)
+        parts = [range(at, min(at + chunk, clip)) for at in windows.starts(clip)]
+        return self.around([(part, ramp(len(part))) for part in parts], clip)
 
     def around(self, windows: Iterable[tuple[Sequence[int], Sequence[float]]], clip: int) -> list[Chunk]:
         """Chunks for windows of frames, with a weight for each frame's result; the windows must cover the clip.

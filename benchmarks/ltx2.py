@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from common import (
@@ -58,7 +59,8 @@ def random_ltx2(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     """A random LTX-2 for a clip. options: of the transformer."""
     network = random_model(lambda: LTX2VideoTransformer3DModel(**options), device, dtype)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    model = Ltx2("LTX-2", None, scheduler, device, (), (), network, pipeline=LTX2Pipeline)
+    vae = SimpleNamespace(spatial_compression_ratio=32, temporal_compression_ratio=8)
+    model = Ltx2("LTX-2", vae, scheduler, device, (), (), network, pipeline=LTX2Pipeline)
     return model.for_clip(ClipFacts(shape, 24.0))
 
 

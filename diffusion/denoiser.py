@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from ..attention.condition import Condition
 from ..attention.control import AttentionSite, Control
 from ..attention.key_frames import ALL, Chunk, ClipCalls, KeyFrames, Windows
+from ..attention.packed import PackedChunk, Packing
 from ..imports import torch
 from ..store.identity import ModelIdentity
 from ..store.records import PairedBranch
@@ -78,6 +79,10 @@ class Denoiser(Predictor, Protocol):
         """The latent frames of the model's training clips, if longer ones run in windows of this length."""
 
     @property
+    def packing(self) -> Packing | None:
+        """That of latents with the sound of the video; None for frames, (frames, c, h, w)."""
+
+    @property
     def trained_with(self) -> tuple[tuple[str | int, ...], bool]:
         """The key frames, and the clip norm, of the model's training."""
 
@@ -104,8 +109,8 @@ class Denoiser(Predictor, Protocol):
     def identity(self) -> ModelIdentity:
         """The identity of the model's weights."""
 
-    def windows(self, latents: Tensor, timestep: float) -> WeightedFrames | None:
-        """The host's context windows at a timestep, if any."""
+    def windows(self, latents: Tensor, timestep: float) -> Sequence[WeightedFrames] | None:
+        """The host's context windows at a timestep, if any, and those of a sound packed with the frames."""
 
 
 @runtime_checkable
@@ -149,11 +154,27 @@ def chunks_of(
     denoiser: Denoiser, calls: ClipCalls, latents: Tensor, timestep: float, usual: Windows | None = None
 ) -> list[Chunk]:
     """The chunks of a clip at a timestep: those of the calls, else the host's windows, else `usual`, None for one."""
-    if calls.windows is None:
-        of_host = denoiser.windows(latents, timestep)
-        if of_host is not None:
-            return calls.key_frames.around(of_host, len(latents))
-    return calls.key_frames.chunks(len(latents), calls.windows or usual, calls.clip_norm or denoiser.frames_meet)
+    keys, frames, packing = calls.key_frames, clip_frames(denoiser, latents), denoiser.packing
+    of_host = None if calls.windows else denoiser.windows(latents, timestep)
+    if of_host is None:
+        windows = calls.windows or usual
+        if packing is not None and windows is not None and windows.frames < frames:
+            windows = windows.in_groups(packing.group)
+        chunks = keys.chunks(frames, windows, calls.clip_norm or denoiser.frames_meet)
+    else:
+        chunks = keys.around(of_host[0], frames)
+    if packing is None:
+        return chunks
+    if chunks[0].is_whole:
+        return [Chunk.whole(len(latents))]
+    sound = keys.around(packing.sound_windows(chunks) if of_host is None else of_host[1], packing.sound)
+    both = zip(chunks, sound, strict=True)
+    return [PackedChunk(**vars(chunk), packing=packing, of_sound=of_sound) for chunk, of_sound in both]
+
+
+def clip_frames(denoiser: Denoiser, latents: Tensor) -> int:
+    """The number of the clip's frames in latents."""
+    return len(latents) if denoiser.packing is None else denoiser.packing.frames
 
 
 def usual_windows(denoiser: Denoiser) -> Windows | None:
@@ -163,17 +184,16 @@ def usual_windows(denoiser: Denoiser) -> Windows | None:
 
 def frames_of(latents: Tensor, chunk: Chunk) -> Tensor:
     """The latents of a chunk's frames."""
-    return latents if chunk.is_whole else latents[list(chunk.frame_indices)]
+    return latents if chunk.is_whole else chunk.cut(latents)
 
 
 def joined(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Tensor:
     """One result for each frame of the clip, as the weighted sum over chunks."""
     if len(chunks) == 1 and chunks[0].is_whole:
         return parts[0]
-    whole = torch.zeros(chunks[0].clip, *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
+    whole = chunks[0].zeros(parts[0])
     for chunk, part in zip(chunks, parts, strict=True):
-        weights = torch.tensor(chunk.weights, dtype=part.dtype).to(part.device)
-        whole[list(chunk.frame_indices)] += weights.view(-1, *[1] * (part.ndim - 1)) * part
+        chunk.add(part, whole)
     return whole
 
 

@@ -21,6 +21,7 @@ from .denoiser import (
     check_finite,
     check_latents,
     chunks_of,
+    clip_frames,
     frames_of,
     in_parts,
     joined,
@@ -237,7 +238,7 @@ def invert(
 
 def own_windows(denoiser: Denoiser, latents: Tensor, timestep: float, settings: StoreSettings) -> Windows | None:
     """The windows of the model's training for a longer clip, if the host does not split it."""
-    usual = training_windows(denoiser, len(latents), settings.memory)
+    usual = training_windows(denoiser, clip_frames(denoiser, latents), settings.memory)
     return None if usual and denoiser.windows(latents, timestep) else usual
 
 

@@ -16,7 +16,7 @@ from ..store.backends import Levels
 from ..store.records import Memory, SourceStep
 from ..store.store import AttentionStore
 from ..store.streams import mask_of_latents, video_shape
-from .denoiser import Denoiser
+from .denoiser import Denoiser, frames_of
 from .edit_maps import EditMaps
 from .schedule import Schedule, Steps
 from .source import Needs
@@ -334,7 +334,7 @@ class Injected:
 
     def latent_mask(self, source: SourceStep, control: Control, step: int) -> Tensor | None:
         """Where the edit keeps its own latents, after its branch ran: (frames, 1, h, w) of the chunk; None: all."""
-        return None if self._inside is None else self._inside[list(source.chunk.frame_indices)]
+        return None if self._inside is None else frames_of(self._inside, source.chunk)
 
     def attention_mask(self, control: Control) -> Tensor | None:
         """Where self-attention is the edit's in a step: (frames of the chunk, y, x); None if no mask decides that."""

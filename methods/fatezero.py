@@ -392,7 +392,7 @@ class Fusion(Injected):
         heats += [self.source_heat(source)] if self.mask_sites else []
         _, height, width = video_shape(self.context.store)
         of_video = self.masks({(height, width)}, heats, source.chunk)[height, width]
-        return mask_of_all(self.context.store, of_video, self.given)[:, None]
+        return mask_of_all(self.context.store, of_video, self.given, source.chunk)[:, None]
 
     def attention_mask(self, control: Control) -> Tensor | None:
         """On the finest grid of the layers that it acts in."""

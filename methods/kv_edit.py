@@ -139,13 +139,15 @@ class Background(SourceControl):
         super().__init__(source)
         self.mask, self.frames = mask, frames
 
+    def inside(self, site: AttentionSite) -> Tensor:
+        """The mask on a layer's tokens of the call's frames."""
+        inside = self.mask.at((site.height, site.width), self.frames)
+        return inside if self.chunk.clip < self.frames else self.chunk.cut(inside)  # the whole clip packed in one row
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record = self.source.record(site.name)
         assert isinstance(record, KeysValues)
-        inside = self.mask.at((site.height, site.width), self.frames)
-        if q.shape[2] == site.tokens:  # else one row with all frames, as of a clip with sound
-            inside = inside[list(self.chunk.frame_indices)]
-        m = inside.reshape(len(q), 1, -1, 1).to(k)
+        m = self.inside(site).reshape(len(q), 1, -1, 1).to(k)
         k = m * k + (1 - m) * record.keys(k.dtype)
         v = m * v + (1 - m) * record.values(v.dtype)
         return super().self_attention(q, k, v, site)
@@ -153,7 +155,7 @@ class Background(SourceControl):
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
         record, video = self.source.record(site.name), site.rows("video")
         assert isinstance(record, KeysValues)
-        m = self.mask.at((site.height, site.width), self.frames).reshape(-1, 1).to(k)
+        m = self.inside(site).reshape(-1, 1).to(k)
         pairs = ((k.clone(), record.keys(k.dtype)), (v.clone(), record.values(v.dtype)))
         for own, around in pairs:
             own[:, :, video] = m * own[:, :, video] + (1 - m) * around

@@ -7,13 +7,16 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from ..attention.packed import Packing
 from ..imports import torch
 from .flow import FLOW
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-H3 = replace(FLOW, title="MiniMax H3", network="video and sound transformer", attention=True, joint=True)
+H3 = replace(
+    FLOW, title="MiniMax H3", network="video and sound transformer", attention=True, joint=True, trained_frames=107
+)
 FRAMES = (1, 4, 4, 4, 4)
 """The frames of each latent in a group of 17."""
 TICKS = 5 / 3
@@ -33,8 +36,7 @@ def places(text: int, grid: Sequence[int], sound: Sequence[int]) -> Tensor:
     """
     (frames, rows, columns), (channels, latents) = grid, sound
     down, across = (_centred(side, (rows * columns) ** 0.5) for side in (rows, columns))
-    begins = [0.0, *accumulate(TICKS * FRAMES[i % len(FRAMES)] for i in range(frames - 1))]
-    time = torch.tensor(begins, dtype=torch.float64) + text
+    time = torch.tensor(begins(frames)[:-1], dtype=torch.float64) + text
     of_text = torch.zeros(text, 3, dtype=torch.float64)
     of_text[:, 0] = torch.arange(text)
     of_sound = torch.zeros(channels, latents, 3, dtype=torch.float64)
@@ -42,6 +44,16 @@ def places(text: int, grid: Sequence[int], sound: Sequence[int]) -> Tensor:
     of_sound[:1, :, 2], of_sound[1:, :, 2] = across[0], across[-1]
     of_video = torch.cartesian_prod(time, down, across)
     return torch.cat([of_text, of_sound.flatten(0, 1), of_video])
+
+
+def begins(frames: int) -> list[float]:
+    """The rotary time at which each latent of the video begins, and at which the last one ends."""
+    return [0.0, *accumulate(TICKS * FRAMES[i % len(FRAMES)] for i in range(frames))]
+
+
+def packing(shapes: Sequence[Sequence[int]]) -> Packing:
+    """That of latents with shapes of the video, (1, 24, frames, h, w), and of the sound, (1, 32, 2, n)."""
+    return Packing(tuple(map(tuple, shapes)), 3, tuple(begins(shapes[0][2])), len(FRAMES))
 
 
 def _centred(side: int, mean: float) -> Tensor:

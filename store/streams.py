@@ -11,6 +11,7 @@ from einops import rearrange
 
 from ..attention.key_frames import Chunk
 from ..attention.masks import GivenMask
+from ..attention.packed import PackedChunk
 from ..imports import torch
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def video_shape(store: AttentionStore) -> tuple[int, int, int]:
 
 
 def video_frames(store: AttentionStore, chunk: Chunk) -> list[int]:
-    """The video's frames in a chunk of a store's latents; packed streams are one chunk with all of them."""
-    return list(range(video_shape(store)[0]) if shapes_in(store) else chunk.frame_indices)
+    """The video's frames in a chunk of a store's latents."""
+    packed = shapes_in(store) and not isinstance(chunk, PackedChunk)  # the whole clip is one row
+    return list(range(video_shape(store)[0]) if packed else chunk.frame_indices)
 
 
 def video_of(store: AttentionStore, latents: Tensor) -> Tensor:
@@ -66,16 +68,19 @@ def with_video(store: AttentionStore, latents: Tensor, video: Tensor) -> Tensor:
     return torch.cat([flat, latents.reshape(-1)[len(flat) :]]).view(latents.shape)
 
 
-def mask_of_all(store: AttentionStore, mask: Tensor, given: GivenMask | None = None) -> Tensor:
+def mask_of_all(
+    store: AttentionStore, mask: Tensor, given: GivenMask | None = None, chunk: Chunk | None = None
+) -> Tensor:
     """A mask (frames, h, w) of the video on a store's latents, (frames, h, w) on their grid; on the sound that of a
-    given mask of all streams, else 1.
+    given mask of all streams, else 1. chunk: of the mask's frames.
     """
-    shapes = shapes_in(store)
+    shapes = chunk.shapes if isinstance(chunk, PackedChunk) else shapes_in(store)
     if not shapes:
         return mask
     video = rearrange(mask, "f h w -> 1 1 f h w").expand(tuple(shapes[0])).reshape(-1)
     if given is not None and _covers_all(store, given):
-        return torch.cat([video, given.mask.reshape(-1)[len(video) :].to(mask)])[None, None]
+        of_all = given.mask[None] if chunk is None or chunk.is_whole else chunk.cut(given.mask[None])
+        return torch.cat([video, of_all.reshape(-1)[len(video) :].to(mask)])[None, None]
     sound = [torch.ones(math.prod(shape)).to(mask) for shape in shapes[1:]]
     return torch.cat([video, *sound])[None, None]
 

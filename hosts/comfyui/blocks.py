@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...attention.control import Attend, AttentionSite, Control, Kind, also_to
-from ...attention.key_frames import Chunk
 from ...store.identity import IdentityCache, ModelIdentity
 from ...store.records import kept_as_map
 from .hook import ALL_KINDS, OVERRIDE, Hook, check_kinds, hook_below, node_of, unpatched
@@ -67,6 +66,8 @@ class HookedBlocks(Hook):
         """Whether no later branch of the call reads the source's records of the block."""
         self._others = (0, 0)
         """The tokens before and after the clip's own in the current call."""
+        self._frames = 0
+        """The frames of the latents of the current call."""
         self._guides = 0
         """The frames of guides behind the clip in the latents of the current call."""
         around = {WrappersMP.DIFFUSION_MODEL: self._around(), WrappersMP.CALC_COND_BATCH: self._joined()}
@@ -102,19 +103,11 @@ class HookedBlocks(Hook):
         """A block's inputs for some tokens of a branch, in families with a `subset_patch`."""
         raise NotImplementedError
 
-    def input_of_chunk(self, name: str, value: Any, chunk: Chunk) -> Any:
-        """A model input from a prompt for the frames of a chunk."""
-        return value
-
     def row_of(self, value: Any, row: int, rows: int) -> Any:
         """A branch's row of a block's input; shared inputs are returned unchanged."""
         if isinstance(value, (tuple, list)):
             return type(value)(self.row_of(part, row, rows) for part in value)
         return value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
-
-    def of_chunk(self, value: Any, chunk: Chunk) -> Any:
-        inputs = {name: self.input_of_chunk(name, own, chunk) for name, own in value["model_conds"].items()}
-        return {**value, "model_conds": inputs}
 
     # --- facts --------------------------------------------------------------------------
 
@@ -213,7 +206,8 @@ class HookedBlocks(Hook):
             options = more["transformer_options"] if "transformer_options" in more else rest[4]
             branches = options["cond_or_uncond"]
             streams = [x] if isinstance(x, Tensor) else list(x)
-            self._grid = streams[0].shape[-2], streams[0].shape[-1]
+            self._frames, height, width = streams[0].shape[-3:]
+            self._grid = height, width
             self._others = self.other_tokens(streams[0], rest, more)
             if len(streams[0]) != len(branches):
                 clips = len(streams[0]) // len(branches)
@@ -361,7 +355,7 @@ class HookedBlocks(Hook):
         control, text_tokens = self._control(branch)
         q, k, v = (rearrange(x, "1 n (h d) -> 1 h n d", h=heads) for x in qkv)
         own = self._own_tokens(control, site, q.shape[2])
-        frames = 1 if control.rows is not None else len(control.chunk.frame_indices)
+        frames = 1 if control.rows is not None or self._video else len(control.chunk.frame_indices)
         if site.kind == "cross":
             k, v = (x[:, :, :text_tokens] for x in (k, v))
         of_frames = (q, k, v) if site.kind == "self" else (q,)
@@ -385,7 +379,7 @@ class HookedBlocks(Hook):
 
     def _own_tokens(self, control: Control, site: AttentionSite, tokens: int) -> slice:
         """The clip's tokens in a layer of a branch. tokens: the layer's queries: of the clip, or of references too."""
-        clip = self._video[-3] - self._guides if self._video else len(control.chunk.frame_indices)
+        clip = self._frames - self._guides
         own = clip * site.tokens if control.rows is None else len(control.rows)
         before, after = self._others
         if tokens not in (own, before + own + after):

@@ -13,6 +13,7 @@ import comfy.patcher_extension
 from torch import Tensor
 
 from ...attention.key_frames import Chunk
+from ...attention.packed import Packing
 from ...diffusion.denoiser import WeightedFrames
 from .hook import Hook, name_of_node, node_of
 
@@ -77,18 +78,25 @@ def _rescales(hook: Any) -> bool:
 
 
 def windows_of(
-    handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, options: dict[str, Any]
-) -> WeightedFrames:
-    """The windows of the host's context handler on a clip at a sigma, with the weights of its fuse method."""
+    handler: Any, model: Any, x: Tensor, frames: int, sigma: Tensor, options: dict[str, Any], packing: Packing | None
+) -> list[WeightedFrames]:
+    """The windows of the host's context handler on a clip at a sigma, with the weights of its fuse method, and those of
+    a sound packed with it.
+    """
     handler.set_step(sigma.to(options["transformer_options"]["sample_sigmas"]), options)
-    windows = handler.get_context_windows(model, x, options)
-    weighted = ((w.index_list, _window_weights(handler, w.index_list, frames, sigma)) for w in windows)
-    return [_with_frame_before(handler, window, weights) for window, weights in weighted]
+    windows = [window.index_list for window in handler.get_context_windows(model, x, options)]
+    weighted = [(window, _window_weights(handler, window, frames, sigma)) for window in windows]
+    of_frames = [_with_frame_before(handler, window, weights) for window, weights in weighted]
+    if packing is None:
+        return [of_frames]
+    overlap = {"context_overlap": round(handler.context_overlap * packing.sound / frames)}
+    sound = [packing.sound_of(window) for window in windows]
+    return [of_frames, [(own, _window_weights(handler, own, packing.sound, sigma, **overlap)) for own in sound]]
 
 
-def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]) -> tuple[list[int], list[float]]:
+def _with_frame_before(handler: Any, frames: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
     """A context window, with the frame before it if the host's handler has `causal_window_fix`."""
-    before, weights = frames[0] - 1, [float(weight) for weight in weights]
+    before = frames[0] - 1
     if before < 0 or not getattr(handler, "causal_window_fix", False):
         return frames, weights
     if before in frames:
@@ -98,12 +106,13 @@ def _with_frame_before(handler: Any, frames: list[int], weights: Sequence[float]
     return [before, *frames], [0.0, *weights]
 
 
-def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor) -> Sequence[float]:
+def _window_weights(handler: Any, frames: Sequence[int], clip: int, sigma: Tensor, **overlap: int) -> list[float]:
     """The weight of each frame of a context window, by the host's fuse method."""
     if handler.fuse_method.name == comfy.context_windows.ContextFuseMethods.RELATIVE:
         middle, reach = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
         return [max(1e-2, 1 - abs(frame - middle) / reach) for frame in frames]
-    return comfy.context_windows.get_context_weights(len(frames), clip, frames, handler, sigma=sigma)
+    weights = comfy.context_windows.get_context_weights(len(frames), clip, frames, handler, sigma=sigma, **overlap)
+    return [float(weight) for weight in weights]
 
 
 def whole_conditions(conditions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

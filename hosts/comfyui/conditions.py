@@ -128,14 +128,22 @@ def _unfit(conditioning: Conditioning, takes: frozenset[str]) -> str | None:
     return None
 
 
-def with_pictures_of(entries: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """A prompt's processed conditions with the pictures of those of another prompt, if both have them."""
-    own = {name: value for name, value in others[0]["model_conds"].items() if name in PICTURES}
+def with_pictures_of(negative: Sequence[Any], edit: Sequence[Any], source: Sequence[Any]) -> list[Any]:
+    """The processed conditions of a negative prompt with the source's pictures, where it has those of the edit."""
+    of_edit, of_source = (entries[0]["model_conds"] for entries in (edit, source))
 
-    def of(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: own.get(name, value) for name, value in inputs.items()}
+    def of(name: str, value: Any) -> Any:
+        shared = name in PICTURES and name in of_source and name in of_edit and _same(value.cond, of_edit[name].cond)
+        return of_source[name] if shared else value
 
-    return [{**entry, "model_conds": of(entry["model_conds"])} for entry in entries]
+    return [{**one, "model_conds": {name: of(name, x) for name, x in one["model_conds"].items()}} for one in negative]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two model inputs, tensors or lists of them, are equal."""
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def check_read(conditions: Sequence[dict[str, Any]], socket: str, known: frozenset[str]) -> None:

@@ -18,16 +18,17 @@ from torch import Tensor
 from ...attention.condition import Condition
 from ...attention.control import AttentionSite, Control
 from ...attention.key_frames import Chunk, ClipCalls, KeyFrames
+from ...attention.packed import PackedChunk, Packing
 from ...attention.temporal_kind import TRAINED_KEYS
-from ...diffusion.denoiser import Guidance, WeightedFrames, frames_meet
+from ...diffusion.denoiser import Guidance, WeightedFrames, clip_frames, frames_meet
 from ...diffusion.schedule import Schedule
 from ...store.identity import ModelIdentity
 from ...store.records import PairedBranch
 from .chunks import WrappersMP, check_parts, conditions_of_chunk, mixing_guidance, whole_conditions, windows_of
 from .conditions import HostCondition, check_read, with_pictures_of
-from .families import family_of
 from .guides import Guides
 from .hook import Hook
+from .latents import unpacked_parts
 from .noise import noise_of
 from .sameness import same_in_place
 from .temporal import temporal_layers
@@ -55,8 +56,8 @@ class _Branch:
     def check_parts(self, guided: bool) -> None:
         """Raise ValueError, naming it, for what needs all frames of a clip. guided: whether guidance functions run."""
         check_parts(self.options, self.around_predictions, guided, self.hooked.family.spans_clip)
-        found = {name for entries in self.conditions.values() for entry in entries for name in entry["model_conds"]}
-        found -= self.hooked.splits
+        given = [entry["model_conds"] for entries in self.conditions.values() for entry in entries]
+        found = set().union(*map(self.hooked.need_clip, given))
         if self.hooked.family.attention and found:
             raise ValueError(
                 f"model: {', '.join(sorted(found))} of a prompt needs all frames of the clip, but this run "
@@ -105,6 +106,7 @@ class ComfyDenoiser:
         self.noise = noise_of(guider.model_patcher)
         self.clean: Tensor | None = None
         """The last prediction of the clean latents, for previews."""
+        self._parts: dict[str, Tensor] = {}
 
     @property
     def in_use(self) -> Schedule:
@@ -124,7 +126,13 @@ class ComfyDenoiser:
             self._edited.check_parts(True)
         except ValueError:
             return None
-        return None if family_of(hooked.given).frame_dim is None else hooked.family.trained_frames
+        return hooked.trained_frames
+
+    @property
+    def packing(self) -> Packing | None:
+        guides = self._guider.guides or self._guider.edit_guides
+        shapes = (getattr(self._model, "latent_shapes", None) or ()) if guides is None else guides.shapes
+        return self._edited.hooked.packing(shapes) if len(shapes) > 1 else None
 
     @property
     def pairs(self) -> bool:
@@ -176,13 +184,15 @@ class ComfyDenoiser:
                 "other: connect the same MODEL with Context Windows to both"
             )
 
-    def windows(self, latents: Tensor, timestep: float) -> WeightedFrames | None:
+    def windows(self, latents: Tensor, timestep: float) -> list[WeightedFrames] | None:
         """The context windows of a node on the MODEL, with the weights of its fuse method."""
-        handler = self._handler
-        if handler is None or len(latents) <= handler.context_length:
+        handler, packing, frames = self._handler, self.packing, clip_frames(self, latents)
+        if handler is None or frames <= handler.context_length:
             return None
         x, sigma = self.noise.to_host(latents), self.noise.sigma(timestep)[None]
-        return windows_of(handler, self._model, x, len(latents), sigma, self._edited.options)
+        if packing is not None:
+            x = unpacked_parts(x, packing.shapes)[0]
+        return windows_of(handler, self._model, x, frames, sigma, self._edited.options, packing)
 
     @contextmanager
     def hooked(self, clip_norm: bool = False) -> Iterator[None]:
@@ -208,6 +218,8 @@ class ComfyDenoiser:
         if branch.hooked.family.attention and (branch is self._source or paired is not None):
             self._check_windows(control.key_frames)
         sigma = self.noise.sigma(timestep).to(latents)
+        if not control.chunk.is_whole:
+            branch.at(float(sigma)).check_parts(condition.guided)
         guides = self._guider.guides_of(condition)
         x = self._input(latents, sigma, guides)
         unguided = Control(control.key_frames, control.chunk) if guidance is None else guidance.control
@@ -219,8 +231,6 @@ class ComfyDenoiser:
             source.captured.prediction = self.predict_noise(paired.latents, timestep, paired.condition, source)
             paired = None
         branch = branch.at(float(sigma))
-        if not control.chunk.is_whole:
-            branch.check_parts(condition.guided)
         self._load(branch)
         with (
             self._with_source(paired, control.chunk, sigma) as pair,
@@ -229,8 +239,18 @@ class ComfyDenoiser:
             ),
         ):
             clean = self._evaluate(branch, x, sigma.expand(len(x)), condition, control, guidance)
-        self.clean = clean
+        self.clean = self._of_clip(clean, control.chunk, condition.role)
         return self._prediction(latents, clean, sigma, guides)
+
+    def _of_clip(self, clean: Tensor, chunk: Chunk, role: str) -> Tensor:
+        """Clean latents for a preview: of packed streams those of all windows so far."""
+        if not isinstance(chunk, PackedChunk):
+            return clean
+        part = self.noise.from_host(clean)
+        if 0 in chunk.owned or role not in self._parts:
+            self._parts[role] = chunk.zeros(part)
+        chunk.add(part, self._parts[role])
+        return self.noise.to_host(self._parts[role])
 
     def _input(self, latents: Tensor, sigma: Tensor, guides: Guides | None) -> Tensor:
         """The model's input for latents at a sigma, in the host's space."""
@@ -273,9 +293,8 @@ class ComfyDenoiser:
         guides = self._guider.guides_of(paired.condition)
         x = self._input(paired.latents, sigma, guides)
         of_call = paired if guides is None else replace(paired, latents=self.noise.from_host(x))
-        with conditions_of_chunk(self._source.hooked, [self._branch_conditions(paired.condition)], chunk) as (
-            conditions,
-        ):
+        given = [self._branch_conditions(paired.condition)]
+        with conditions_of_chunk(self._source.hooked, given, chunk) as (conditions,):
             yield of_call, conditions
         found = paired.control.captured
         if guides is not None and found.prediction is not None:
@@ -324,7 +343,8 @@ class ComfyDenoiser:
         if branch.hooked.family.attention and not control.is_plain:
             positive = whole_conditions(positive)
         if not condition.guided and condition.role != "source":  # a negative that guides the source
-            positive = with_pictures_of(positive, self._source.conditions["source"])
+            edit = branch.conditions[condition.role.replace("negative", "positive")]
+            positive = with_pictures_of(positive, edit, self._source.conditions["source"])
         if guidance is not None:
             assert isinstance(guidance.negative, HostCondition)
             negative, scale = branch.conditions[guidance.negative.role], guidance.scale

@@ -33,13 +33,7 @@ def hooked(model: Any, kinds: Sequence[Kind] = ALL_KINDS, attends: bool = True) 
     any conditioning will do. Raises ValueError for a MODEL that cannot be edited.
     """
     own = family_of(model).hook(model, kinds)
-    plain = not own.family.attention or (attends and not _in_windows(model))
-    return own if plain else flow.PlainFlow(model, kinds, own)
-
-
-def _in_windows(model: Any) -> bool:
-    """Whether context windows split the calls of a MODEL whose attention is controlled on whole clips only."""
-    return family_of(model).frame_dim is None and model.model_options.get("context_handler") is not None
+    return own if attends or not own.family.attention else flow.PlainFlow(model, kinds, own)
 
 
 def check_known(model: Any) -> None:
@@ -54,8 +48,6 @@ def check_attention(model: Any, part: str) -> None:
             f"{part} needs control of the attention, which works with {ATTENTION_MODELS}, not with "
             f"{type(model.model).__name__}: use the FlowEdit node with preset flow_edit, and a mask for what may change"
         )
-    if _in_windows(model):
-        raise ValueError(f"{part} needs control of the attention, but this model has Context Windows: remove them")
 
 
 def count_layers(model: Any) -> int:

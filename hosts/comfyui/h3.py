@@ -16,11 +16,14 @@ from torch import Tensor
 
 from ...attention.columns import ClosingColumns
 from ...attention.control import AttentionSite, Control, Kind, Streams
-from ...models.h3 import H3
+from ...attention.key_frames import Chunk
+from ...attention.packed import Packing
+from ...models.h3 import H3, packing
 from ...store.identity import ModelIdentity
 from ..beside import Beside
 from .flow import check_flow, identity_of_shapes
 from .hook import ALL_KINDS, OVERRIDE, Hook, HostFamily, check_kinds, hook_below
+from .latents import Shapes
 from .noise import is_flow
 from .pair import join_pair
 
@@ -46,7 +49,9 @@ class HookedH3(Hook):
     pairs = True
     separate_calls = True
     reads_latents = True
-    reads = frozenset({"c_crossattn", "latent_shapes", "minimax_payload", "denoise_mask", "audio_denoise_mask"})
+    splits = frozenset({"c_crossattn", "latent_shapes", "minimax_payload"})
+    reads = splits | {"denoise_mask", "audio_denoise_mask"}
+    host_windows = False
 
     def __init__(self, model: Any, kinds: Sequence[Kind] = ALL_KINDS) -> None:
         """Raises ValueError for a MODEL that is not sampled as a flow, and for a subset of kinds."""
@@ -64,6 +69,18 @@ class HookedH3(Hook):
 
     def identity(self) -> ModelIdentity:
         return identity_of_shapes(self.patcher)
+
+    def packing(self, shapes: Shapes) -> Packing:
+        return packing(shapes)
+
+    def need_clip(self, inputs: dict[str, Any]) -> set[str]:
+        placed = inputs["minimax_payload"].cond.get("keyframes") if "minimax_payload" in inputs else None
+        return super().need_clip(inputs) | ({"minimax_keyframes"} if placed else set())
+
+    def input_of_chunk(self, name: str, value: Any, chunk: Chunk) -> Any:
+        if name == "minimax_payload":  # the rows of the whole clip's streams
+            return value._copy_with({key: part for key, part in value.cond.items() if key != "layout"})
+        return super().input_of_chunk(name, value, chunk)
 
     def sites(self, height: int, width: int) -> dict[str, AttentionSite]:
         _, down, across = self._unet.patch_size  # the host pads latents to whole patches
@@ -244,5 +261,5 @@ FAMILY = HostFamily(
     check=check_flow,
     count_layers=lambda model: len(model.model.diffusion_model.blocks),
     tokenizer=_tokenizer,
-    frame_dim=None,
+    frame_dim=2,
 )

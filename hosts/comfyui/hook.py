@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ...attention.control import SEPARATE, AttentionSite, Control, Kind, attention_map
 from ...attention.key_frames import Chunk
+from ...attention.packed import PackedChunk, Packing
 from ...diffusion.denoiser import refuse_clip_norm
 from ...models.family import Family
 from ...store.identity import ModelIdentity
 from ...store.records import Memory, PairedBranch, kept_as_map
 from .conditions import NOTHING, READ
+from .latents import Shapes
 from .sameness import same_forward
 
 ALL_KINDS: Sequence[Kind] = SEPARATE
@@ -55,6 +57,8 @@ class Hook:
     """Whether these depend on the latents."""
     splits: frozenset[str] = READ
     """Those that calls on some frames of a clip may have."""
+    host_windows = True
+    """Whether the host's context windows fit its latents."""
     window_options: frozenset[str] = NOTHING
     """Options of the host's context windows that it follows besides the windows."""
     low: Hook | None = None
@@ -107,13 +111,29 @@ class Hook:
             self.patcher.remove_wrappers_with_key(kind, "fatezero")
             self.patcher.add_wrapper_with_key(kind, "fatezero", wrapper)
 
-    def of_chunk(self, value: Any, chunk: Chunk) -> Any:
-        """A condition of the host's, or a part of it, for the frames of a chunk: of tensors with a row for each."""
-        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
-            return value[list(chunk.frame_indices)]
-        if isinstance(getattr(value, "cond", None), Tensor):
-            return value._copy_with(self.of_chunk(value.cond, chunk))
-        return {k: self.of_chunk(v, chunk) for k, v in value.items()} if isinstance(value, dict) else value
+    @property
+    def trained_frames(self) -> int | None:
+        """See `Denoiser.trained_frames`."""
+        return self.family.trained_frames
+
+    def packing(self, shapes: Shapes) -> Packing | None:
+        """That of latents of several streams; None for a model whose calls have the whole clip."""
+        return None
+
+    def need_clip(self, inputs: dict[str, Any]) -> set[str]:
+        """Of the model inputs from a prompt, those that calls on some frames cannot have."""
+        return set(inputs) - self.splits
+
+    def of_chunk(self, condition: dict[str, Any], chunk: Chunk) -> dict[str, Any]:
+        """A condition of the host's for the frames of a chunk."""
+        inputs = {name: self.input_of_chunk(name, own, chunk) for name, own in condition["model_conds"].items()}
+        return {**condition, "model_conds": inputs}
+
+    def input_of_chunk(self, name: str, value: Any, chunk: Chunk) -> Any:
+        """A model input from a prompt for the frames of a chunk."""
+        if name == "latent_shapes" and isinstance(chunk, PackedChunk):
+            return value._copy_with(chunk.shapes)
+        return value
 
     @contextmanager
     def controlled(
@@ -238,8 +258,8 @@ class HostFamily:
     """The number of attention layers of a MODEL."""
     tokenizer: Callable[[Any], Any]
     """The tokenizer in a CLIP, for `PromptEdit`; None for a text encoder of another family."""
-    frame_dim: int | None
-    """The dimension of LATENT samples along which frames lie; None where calls on some frames are not supported."""
+    frame_dim: int
+    """The dimension of LATENT samples along which frames lie."""
     takes: Callable[[Any], frozenset[str]] = lambda model: NOTHING
     """The options of a CONDITIONING in `REFUSED` that a MODEL takes."""
     clean_frames: bool = False

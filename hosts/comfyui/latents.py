@@ -108,7 +108,11 @@ def windows_of_video(model: Any, frames: int, overlap: int) -> Windows | None:
     if overlap and not frames:
         raise ValueError(f"window_overlap is {overlap}, but window_frames is 0: give both, or leave both at 0")
     chosen = InversionSettings(window_frames=frames or None, window_overlap=overlap or None)
-    return chosen.windows(_frames_per_latent(model))
+    ratio, block = _frames_per_latent(model), BLOCKS.get(type(model.model.latent_format).__name__)
+    if block is None or not frames:
+        return chosen.windows(ratio)
+    latents, (blocks, rest) = _latents_of(model, frames)[-1] + 1, divmod(overlap, block)
+    return Windows(latents, blocks * (1 + (block - 1) // ratio) + rest // ratio if overlap else latents // 2)
 
 
 def _frames_per_latent(model: Any) -> int:

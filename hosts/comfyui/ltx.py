@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ...attention.packed import Packing
 from ...models.ltx import LTX2, Words, text_columns
 from ...store.identity import ModelIdentity
 from .blocks import HookedBlocks, check_sampled_as_flow
 from .conditions import KEYFRAMES, READ
 from .flow import identity_of_shapes
 from .hook import HostFamily
+from .latents import Shapes
 
 try:
     from comfy.ldm.lightricks.av_model import CompressedTimestep, LTXAVModel
@@ -40,6 +42,7 @@ class HookedLTX(HookedBlocks):
     container = "transformer_blocks"
     attention = {"self": "attn1", "cross": "attn2"}
     reads = READ | {"frame_rate", "latent_shapes", "ref_audio", *GUIDES}
+    splits = reads - GUIDES
     reads_latents = True
     always = False
 
@@ -64,6 +67,12 @@ class HookedLTX(HookedBlocks):
             return 0, 0
         in_use = (named["denoise_mask"][0] >= 0).all(0).flatten()
         return 0, int(in_use[-count:].sum())
+
+    def packing(self, shapes: Shapes) -> Packing:
+        """As the host's context windows map the frames to the sound."""
+        (_, _, frames, *_), (_, _, sound, *_) = shapes
+        begins = tuple(frame * sound / frames for frame in range(frames + 1))
+        return Packing(tuple(map(tuple, shapes)), 2, begins)
 
     def identity(self) -> ModelIdentity:
         """The architecture, unless the store keeps attention."""
@@ -109,6 +118,6 @@ FAMILY = HostFamily(
     tokenizer=_tokenizer,
     text_tokens=_text_tokens,
     takes=lambda model: frozenset({"ref_audio", KEYFRAMES}),  # their tokens' attention is the model's own
-    frame_dim=None,
+    frame_dim=2,
     clean_frames=True,
 )

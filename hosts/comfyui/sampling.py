@@ -30,7 +30,7 @@ from .denoiser import ComfyDenoiser, wrapped
 from .families import family_of, hooked, hooks_always, takes_of
 from .guides import Guides
 from .hook import ALL_KINDS, Hook
-from .latents import packed, zeros_like
+from .latents import packed, shapes_of, zeros_like
 from .noise import is_flow, noise_of
 
 Loop = Callable[[ComfyDenoiser, Tensor, Progress], Tensor]
@@ -65,14 +65,14 @@ class LoopGuider(comfy.samplers.CFGGuider):
         one_text = all(len(text) == 1 for c in conditions for text, _ in c.conditioning if text is not None)
         self.edited.one_text = self.sourced.one_text = one_text
         dim = family_of(model).frame_dim
-        if windows is not None and (not self.edited.family.attention or dim is None):
+        if windows is not None and not self.edited.family.attention:
             raise ValueError(
                 "chunk_frames: has no effect on this model's calls, like window_frames: use Context Windows for long "
                 "clips"
             )
         if windows is not None:
             most = windows.frames + (3 if dim == 0 else 0)  # including key frames
-            room = room_for(lambda frames: min(frames, most), dim or 0)
+            room = room_for(lambda size: size * min(self._frames or size, most) // (self._frames or size), dim)
             self.edited.patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "fatezero", room)
         super().__init__(self.edited.patcher)
         self.inner_set_conds({c.role: c.conditioning for c in conditions})
@@ -84,6 +84,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
         self.shape: Sequence[int] = ()
         """The shape of the latents."""
         self.seed: int | None = None
+        self._frames = 0
+        """The frames of a video that is packed with its sound; 0 for other latents."""
         self._given: tuple[Tensor, ...] | None = None
         """Noise, latents and sigmas of the run, until sampling starts."""
 
@@ -151,6 +153,8 @@ class LoopGuider(comfy.samplers.CFGGuider):
 
     def sample(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any) -> Any:
         """Moves the result to the host's device for latents, so that it is the same tensor in the host's outputs."""
+        shapes = shapes_of(noise)
+        self._frames = shapes[0][2] if len(shapes) > 1 else 0
         self._given, self.seed = (packed(noise), packed(latent_image), sigmas), more.get("seed")
         self.function = comfy.samplers.sampling_function
         try:
@@ -337,9 +341,14 @@ def check_quiet(noise: Any, why: str) -> None:
 def check_options(model: Any, hook: Hook) -> None:
     """Raise ValueError for unsupported options of a MODEL in a run with a hook."""
     handler = model.model_options.get("context_handler")
-    dim, own = getattr(handler, "dim", None), family_of(model).frame_dim
-    if handler is not None and own is not None and hook.family.attention:
-        if dim != own:
+    own = family_of(model).frame_dim
+    if handler is not None and hook.family.attention:
+        if not hook.host_windows:
+            raise ValueError(
+                f"model: latents of {hook.family.title} are in groups, which Context Windows split: remove that node, "
+                "and set window_frames"
+            )
+        if (dim := handler.dim) != own:
             raise ValueError(f"model: context windows along dim {dim}, but frames are along dim {own}: change dim")
         unsupported = {"freenoise", "cond_retain_index_list", "split_conds_to_windows", "latent_retain_index_list"}
         for name in sorted(unsupported - hook.window_options):

@@ -102,6 +102,14 @@ class HookedUNet(Hook):
     def identity(self) -> ModelIdentity:
         return identity_of(self.patcher)
 
+    def of_chunk(self, value: Any, chunk: Chunk) -> Any:
+        """With a row for each frame in tensors, also in parts of the condition."""
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
+            return value[list(chunk.frame_indices)]
+        if isinstance(getattr(value, "cond", None), Tensor):
+            return value._copy_with(self.of_chunk(value.cond, chunk))
+        return {k: self.of_chunk(v, chunk) for k, v in value.items()} if isinstance(value, dict) else value
+
     def sites(self, height: int, width: int) -> dict[Layer, AttentionSite]:
         if (height, width) not in self._grids:
             self._grids[height, width] = {

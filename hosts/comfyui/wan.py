@@ -154,6 +154,11 @@ class HookedConditionedWan(HookedWan):
     reads_latents = True
     always = False
 
+    @property
+    def trained_frames(self) -> int | None:
+        """None for Animate, whose clip begins with its reference: windows would lose it."""
+        return None if type(self._unet) is AnimateWanModel else super().trained_frames
+
     def identity(self) -> ModelIdentity:
         """The architecture, unless the store keeps attention."""
         return identity_of_shapes(self.patcher) if self.memory == "recompute" else super().identity()

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...attention.condition import Condition
 from ...attention.control import Attend, AttentionSite, Control, Streams
+from ...attention.packed import PackedChunk, Packing
 from ...diffusion.schedule import FlowSchedule
-from ...models.h3 import H3, places, sound_sigma
+from ...models.h3 import H3, packing, places, sound_sigma
 from ..beside import Beside
 from ..exclusive import OtherThread
 from .blocks import kernel_of
@@ -103,14 +104,11 @@ class JointDenoiser(HookedDenoiser):
             raise TypeError(f"scheduler is a {type(scheduler).__name__}; it must be a MiniMaxH3Scheduler")
         self.transformer, self.shapes = transformer, tuple(map(tuple, shapes))
         self.shifts = scheduler.shift, sound_shift
-        self._sizes = [math.prod(shape) for shape in self.shapes]
         self._patch = tuple(transformer.config["patch_size"])
         if any(side % patch for side, patch in zip(self.shapes[0][2:], self._patch, strict=True)):
             raise ValueError(
                 f"latents of the video are {self.shapes[0]}; their sides must be multiples of the patch {self._patch}"
             )
-        self._grid = [side // patch for side, patch in zip(self.shapes[0][2:], self._patch, strict=True)]
-        """Frames, rows and columns of the video's tokens."""
         self._beside = Beside(len(transformer.transformer_blocks))
         self._calls: tuple[_Call, ...] = ()
         """The call of the current branch, and that of the branch beside it."""
@@ -134,7 +132,7 @@ class JointDenoiser(HookedDenoiser):
 
     def sites(self, height: int, width: int) -> list[AttentionSite]:
         """Of the video's grid, whatever the size."""
-        config, (_, rows, columns) = self.transformer.config, self._grid
+        config, (_, rows, columns) = self.transformer.config, self._grid(self.shapes)
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         return [AttentionSite("block", i, "joint", heads, head_dim, rows, columns) for i in range(config["num_layers"])]
 
@@ -163,23 +161,27 @@ class JointDenoiser(HookedDenoiser):
 
     def unpacked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `packed`."""
-        video, sound = self._streams(latents)
+        video, sound = _streams(latents, self.shapes)
         return video, sound / self._scale
+
+    @property
+    def packing(self) -> Packing:  # type: ignore[override]
+        return packing(self.shapes)
+
+    def _grid(self, shapes: Sequence[Sequence[int]]) -> list[int]:
+        """Frames, rows and columns of the video's tokens."""
+        return [side // patch for side, patch in zip(shapes[0][2:], self._patch, strict=True)]
 
     @property
     def _scale(self) -> float:
         return self.shifts[0] / self.shifts[1]
 
-    def _streams(self, latents: Tensor) -> list[Tensor]:
-        parts = latents.reshape(-1).split(self._sizes)
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
     # --- calls --------------------------------------------------------------------------
 
     def predicted(self, branches: Sequence[Branch], timestep: float) -> list[Tensor]:
         """The velocities of one branch, or of two of which the first runs beside the second."""
-        for latents, condition, _ in branches:
-            self.check(latents, condition)
+        for branch in branches:
+            self._check(branch)
         *beside, own = branches
         if not beside:
             return [self._called(own, timestep)]
@@ -195,46 +197,44 @@ class JointDenoiser(HookedDenoiser):
         finally:
             self._beside.forget()
 
-    def check(self, latents: Tensor, condition: Condition) -> None:
-        width = self.transformer.config["text_dim"]
-        if latents.numel() != sum(self._sizes):
-            raise ValueError(f"latents have {latents.numel()} numbers; those of {self.shapes} have {sum(self._sizes)}")
+    def _shapes_of(self, control: Control) -> Sequence[tuple[int, ...]]:
+        """The shapes of video and sound in a call."""
+        return control.chunk.shapes if isinstance(control.chunk, PackedChunk) else self.shapes
+
+    def _check(self, branch: Branch) -> None:
+        """Raise ValueError for latents or a condition that do not fit."""
+        latents, condition, control = branch
+        shapes, width = self._shapes_of(control), self.transformer.config["text_dim"]
+        size = sum(map(math.prod, shapes))
+        if latents.numel() != size:
+            raise ValueError(f"latents have {latents.numel()} numbers; those of {shapes} have {size}")
         if condition.embeddings.shape[-1] != width:
             raise ValueError(f"embeddings are {condition.embeddings.shape[-1]} wide; this model takes {width}")
 
     def _called(self, branch: Branch, timestep: float, *beside: _Call) -> Tensor:
         """The velocity of a branch, the negative of the transformer's output; the sound's on the video's schedule."""
         latents, condition, control = branch
+        shapes = self._shapes_of(control)
+        grid, of_sounds = self._grid(shapes), shapes[1][-2:]
         wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        (video, carried), sigma = self._streams(wide), max(timestep / STEPS_SCALE, 1e-6)
+        (video, carried), sigma = _streams(wide, shapes), max(timestep / STEPS_SCALE, 1e-6)
         of_sound = float(sound_sigma(torch.tensor(sigma, dtype=torch.float64), *self.shifts))
         sound = carried * (of_sound / sigma)
         device, patch = latents.device, dict(zip("lda", self._patch, strict=True))
-        tags, indices, streams = self._rows(condition)
+        tags, indices, streams = _rows(condition, math.prod(of_sounds), math.prod(grid))
         self._calls = (_Call(control, streams), *beside)
         output, of_output = self.transformer(
             rearrange(video, "1 c (f l) (y d) (x a) -> 1 (f y x) (c l d a)", **patch),
             rearrange(sound, "1 c s n -> 1 (s n) c"), condition.embeddings,
             torch.tensor([1 - sigma, 1 - of_sound], device=device), (tags == SOUND).long().to(device), tags.to(device),
-            places(condition.text_tokens, self._grid, self.shapes[1][-2:]).float().to(device),
+            places(condition.text_tokens, grid, of_sounds).float().to(device),
             *(rows.to(device) for rows in indices), return_dict=False,
         )  # fmt: skip
-        sides = dict(zip("fyx", self._grid, strict=True))
+        sides = dict(zip("fyx", grid, strict=True))
         v = -rearrange(output, "1 (f y x) (c l d a) -> 1 c (f l) (y d) (x a)", **sides, **patch)
-        v_sound = -rearrange(of_output, "1 (s n) c -> 1 c s n", s=self.shapes[1][2])
+        v_sound = -rearrange(of_output, "1 (s n) c -> 1 c s n", s=of_sounds[0])
         v_sound = (1 - self._scale) * sound + (1 + (self._scale - 1) * of_sound) * v_sound
         return torch.cat([v.reshape(-1).to(latents), v_sound.reshape(-1).to(latents)]).view_as(latents)
-
-    def _rows(self, condition: Condition) -> tuple[Tensor, list[Tensor], Streams]:
-        """The tag of each row, the indices of the video's, the sound's and the text's rows, and the streams."""
-        own, text = condition.extras.get("tags"), condition.text_tokens
-        sizes = {"text": text, "audio": math.prod(self.shapes[1][-2:]), "video": math.prod(self._grid)}
-        ends = accumulate(sizes.values())
-        streams = tuple((name, end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True))
-        tags = [torch.full((size,), tag) for size, tag in zip(sizes.values(), (TEXT, SOUND, VIDEO), strict=True)]
-        tags[0] = tags[0] if own is None else own[0].long().cpu()
-        indices = [torch.arange(start, stop) for _, start, stop in reversed(streams)]
-        return torch.cat(tags), indices, streams
 
     def _in_turn(self, index: int, forward: Callable[..., Tensor], other_thread: OtherThread) -> Callable[..., Tensor]:
         """A block that runs on the branch beside first."""
@@ -258,3 +258,22 @@ class JointDenoiser(HookedDenoiser):
         if not self._at_beside and len(self._calls) > 1:
             self._calls[1].control.forget(name)
         return rearrange(output, "1 h n d -> 1 n (h d)")
+
+
+def _streams(latents: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    parts = latents.reshape(-1).split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _rows(condition: Condition, sound: int, video: int) -> tuple[Tensor, list[Tensor], Streams]:
+    """The tag of each row, the indices of the video's, the sound's and the text's rows, and the streams. sound, video:
+    the number of their rows.
+    """
+    own, text = condition.extras.get("tags"), condition.text_tokens
+    sizes = {"text": text, "audio": sound, "video": video}
+    ends = accumulate(sizes.values())
+    streams = tuple((name, end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True))
+    tags = [torch.full((size,), tag) for size, tag in zip(sizes.values(), (TEXT, SOUND, VIDEO), strict=True)]
+    tags[0] = tags[0] if own is None else own[0].long().cpu()
+    indices = [torch.arange(start, stop) for _, start, stop in reversed(streams)]
+    return torch.cat(tags), indices, streams

@@ -77,6 +77,8 @@ class NetworkDenoiser(ABC):
     def identity(self) -> ModelIdentity:
         return _IDENTITIES.of(self.networks[0], self.layout, self.dtype, self.weights())
 
+    packing = None
+
     def windows(self, latents: Tensor, timestep: float) -> None:
         return None
 

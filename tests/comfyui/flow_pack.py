@@ -408,14 +408,22 @@ class JointRecords(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
-@node("JointLatent", [io.Int.Input("seed"), io.String.Input("video"), io.Int.Input("sound")], [io.Latent.Output()])
+LATENT = [
+    io.Int.Input("seed"), io.String.Input("video"), io.Int.Input("sound"), io.String.Input("part", default=""),
+    io.String.Input("sound_part", default=""),
+]  # fmt: skip
+
+
+@node("JointLatent", LATENT, [io.Latent.Output()])
 class JointLatent(io.ComfyNode):
-    """Random latents of a video, by its shape, and of a sound."""
+    """Random latents of a video, by its shape, and of a sound; or a part of both, such as 3:5."""
 
     @classmethod
-    def execute(cls, seed, video, sound):
+    def execute(cls, seed, video, sound, part="", sound_part=""):
         shapes = tuple(map(int, video.split(","))), (1, 32, 2, sound)
-        return io.NodeOutput({"samples": NestedTensor([random_values(seed + i, *s) for i, s in enumerate(shapes)])})
+        video, sound = (random_values(seed + i, *shape) for i, shape in enumerate(shapes))
+        of_video, of_sound = (slice(*map(int, own.split(":"))) if own else slice(None) for own in (part, sound_part))
+        return io.NodeOutput({"samples": NestedTensor([video[:, :, of_video], sound[..., of_sound]])})
 
 
 class Flows(ComfyExtension):

@@ -167,16 +167,22 @@ def renamed(name):
     return name
 
 
-@node("LTXLatent", [io.Int.Input("seed"), io.String.Input("shape"), io.Int.Input("sound", default=0)],
-      [io.Latent.Output()])  # fmt: skip
+LATENT = [
+    io.Int.Input("seed"), io.String.Input("shape"), io.Int.Input("sound", default=0),
+    io.String.Input("part", default=""), io.String.Input("sound_part", default=""),
+]  # fmt: skip
+
+
+@node("LTXLatent", LATENT, [io.Latent.Output()])
 class LTXLatent(io.ComfyNode):
-    """Random latents of a clip, with some latents of sound."""
+    """Random latents of a clip, with some latents of sound; or a part of both, such as 3:5."""
 
     @classmethod
-    def execute(cls, seed, shape, sound=0):
+    def execute(cls, seed, shape, sound=0, part="", sound_part=""):
         video = random_values(seed, *map(int, shape.split(",")))
-        parts = [video, random_values(seed + 1, 1, 8, sound, 16)]
-        return io.NodeOutput({"samples": NestedTensor(parts) if sound else video})
+        streams = zip([video, random_values(seed + 1, 1, 8, sound, 16)], (part, sound_part), strict=True)
+        parts = [one[:, :, slice(*map(int, own.split(":")))] if own else one for one, own in streams]
+        return io.NodeOutput({"samples": NestedTensor(parts) if sound else parts[0]})
 
 
 FRAMES = [

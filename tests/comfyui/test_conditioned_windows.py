@@ -18,18 +18,18 @@ OURS = {"window_frames": 9, "window_overlap": 4}
 class LongGraph(WanKindGraph):
     """A clip of five latents, or some of them."""
 
+    latents = stop = LATENTS
     start = 0
-    stop = LATENTS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = self.add("OtherLatent", seed=1, shape=f"1,16,{LATENTS},4,6")
+        whole = self.add("OtherLatent", seed=1, shape=f"1,16,{self.latents},4,6")
         part = {"dim": "t", "index": self.start, "amount": self.stop - self.start}
         self.latent = self.add("LatentCut", samples=whole[0], **part)
         self.set(self.invert, latent=self.latent[0])
 
     def with_inputs(self, prompt):
-        part = {"frames": LATENTS, "start": self.start, "stop": self.stop}
+        part = {"frames": self.latents, "start": self.start, "stop": self.stop}
         return self.add("WanInputs", conditioning=prompt, kind=self.kind, **part)
 
 
@@ -123,6 +123,16 @@ def test_the_same_prompt_replays_the_clip(host, folder, graph):
     graph.set(graph.edit, guidance=1.0)
     graph.fuse(cross_replace_steps=1.0)
     assert relative(edited(host, graph), host.latents(graph.prompt, graph.latent[0])) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["camera", "animate"])
+def test_the_default_is_the_length_of_training(host, folder, kind):
+    """The clip of Animate begins with its reference."""
+    long = type("Long", (LongGraph,), {"latents": 23, "stop": 23})
+    graph = long(folder=str(folder), kind=kind)
+    usual = edited(host, graph)
+    graph.set(graph.invert, window_frames=4 * 23 if kind == "animate" else 81)
+    assert torch.equal(edited(host, graph), usual)
 
 
 def test_tokens_inside_a_mask(host, folder):

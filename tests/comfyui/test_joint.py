@@ -108,18 +108,18 @@ class Qwen:
         return self.plain(text)
 
 
-def by_library(model, preset, blend=None, mask=None, drawn=None, **more) -> torch.Tensor:
-    denoiser, tokenizer = Hosts(model, MiniMaxH3Scheduler(12.0), SHAPES), Qwen()
+def by_library(model, preset, blend=None, mask=None, drawn=None, shapes=SHAPES, windows=None, **more) -> torch.Tensor:
+    denoiser, tokenizer = Hosts(model, MiniMaxH3Scheduler(12.0), shapes), Qwen()
     random = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))  # noqa: E731
 
     def encoded(text):
         return torch.cat([random(token, 1, 64) for token in tokenizer(text).input_ids])[None]
 
-    latents = denoiser.packed(*(random(1 + i, *shape) for i, shape in enumerate(SHAPES)))
+    latents = denoiser.packed(*(random(1 + i, *shape) for i, shape in enumerate(shapes)))
     if drawn is None:
-        inversion = invert(denoiser, latents, encoded(SOURCE), STEPS)
+        inversion = invert(denoiser, latents, encoded(SOURCE), STEPS, windows=windows)
     else:
-        inversion = draw(denoiser, latents, encoded(SOURCE), STEPS, drawn)
+        inversion = draw(denoiser, latents, encoded(SOURCE), STEPS, drawn, windows=windows)
     fusion = None if preset == "none" else Recipe.of_preset(preset).injection
     prompt = None if fusion is None else PromptEdit(SOURCE, TARGET, tokenizer, "refine", blend)
     texts = encoded(TARGET), encoded("none")
@@ -357,20 +357,10 @@ def cached(graph):
     return graph.add("EasyCache", model=graph.model[0], **cache)[0]
 
 
-def windows(graph):
-    return graph.add(
-        "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
-        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
-        freenoise=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("part", "error"),
     [
-        (lambda graph: graph.both(windows(graph)[0]), "preset: style needs control.*Context Windows"),
         (lambda graph: graph.both(cached(graph)), "skips calls"),
-        (lambda graph: graph.set(graph.edit, chunk_frames=1), "chunk_frames: has no effect"),
         (lambda graph: graph.set(graph.invert, memory="queries_keys"), "memory is queries_keys.*joint"),
         (lambda graph: graph.set(graph.edit, preset="pnp"), "Plug-and-Play needs a UNet"),
         (lambda graph: graph.set(graph.words, reweight="striped=2"), "reweight needs cross-attention"),

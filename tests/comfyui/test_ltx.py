@@ -98,10 +98,10 @@ def host_schedule() -> FlowSchedule:
     return FlowSchedule.of(tuple((1000 * sigmas[:-1].double()).tolist()), sigmas.flip(0))
 
 
-def by_library(found, texts, injection, memory="recompute", order=1, **more):
+def by_library(found, texts, injection, memory="recompute", order=1, frames=3, windows=None, **more):
     denoiser = type("Hosts", (type(found.denoiser),), {"schedule": lambda self, steps: host_schedule()})(found)
-    latents = torch.randn(1, 8, 3, 4, 6, generator=torch.Generator().manual_seed(1))[0].transpose(0, 1)
-    inversion = invert(denoiser, latents, texts[SOURCE], STEPS, memory=memory, order=order)
+    latents = torch.randn(1, 8, frames, 4, 6, generator=torch.Generator().manual_seed(1))[0].transpose(0, 1)
+    inversion = invert(denoiser, latents, texts[SOURCE], STEPS, memory=memory, order=order, windows=windows)
     pair = None if injection is None else PromptEdit(SOURCE, TARGET, found.tokenizer)
     done = edit(denoiser, inversion, texts[TARGET], texts[NEGATIVE], GUIDANCE, pair, injection, **more)
     return inversion.latents[-1], done
@@ -254,20 +254,9 @@ def test_a_reference_sound_is_left_to_the_model(host, graph, preset):
     assert all(torch.isfinite(part).all() for part in inverted)
 
 
-def with_windows(graph):
-    windows = graph.add(
-        "ContextWindowsManual", model=graph.model[0], context_length=2, context_overlap=1,
-        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
-        freenoise=False,
-    )  # fmt: skip
-    graph.both(windows[0])
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (with_windows, "Context Windows"),
-        (lambda graph: graph.set(graph.edit, chunk_frames=2), "chunk_frames: has no effect"),
         (lambda graph: graph.set(graph.invert, memory="queries_keys"), "a clip with sound needs recompute"),
         (lambda graph: graph.set(graph.edit, preset="shape"), "preset: shape needs words.*mixes words"),
         (lambda graph: graph.set(graph.words, blend_source="fox"), "blend_source: 'fox'.*mixes words"),
