@@ -134,7 +134,7 @@ class ControlSettings:
 
     controlnet: str = setting("", "ControlNet: diffusers folder, .safetensors or hub name.", shown="none", group=_MODEL)
     control: str = setting(
-        "", "Video or pictures for the ControlNet, Wan VACE or an IC-LoRA of LTX-2. They are cut like the clip.",
+        "", "Video or pictures for ControlNet, VACE or IC-LoRA. They are cut like the clip.",
         shown="none", group=_MODEL,
     )  # fmt: skip
     controlnet_strength: float = setting(

@@ -74,7 +74,7 @@ class Settings:
     def on_cpu(self) -> Settings:
         return replace(
             self, vae_steps=700, vae_batch=4, crops=3_000, pictures=16_000, clips=800, first=1_000, grow=250,
-            unet_steps=7_500, unet_batch=16, steps=8_000, frames=34,
+            unet_steps=7_500, unet_batch=16, steps=9_000, frames=34,
         )  # fmt: skip
 
     def tiny(self) -> Settings:

@@ -220,6 +220,17 @@ def test_the_bundled_model_edits_colours(tmp_path):
     assert sum(row["success"] for row in after) / len(after) > 0.5
 
 
+def test_the_bundled_transformer_edits_clutter_and_fusion_keeps_the_rest(tmp_path):
+    settings = BenchmarkSettings(each=2, kinds=("clutter",), frames=3, steps=10, seed=31, world=2)
+    methods = chosen_methods(["Wan: inversion + prompt", "Wan: FateZero+"], quick=False)
+    check_world(settings, methods)
+    rows = run_benchmark(tmp_path, settings, methods)
+    lost, fused = ([row for row in rows if row["method"] == method.name] for method in methods)
+    assert all(row["kept"] == 0 for row in lost) and all(row["kept"] == 1 for row in fused)
+    assert sum(row["success"] for row in fused) >= 1
+    assert all(own["preserved_db"] > 5 + other["preserved_db"] for own, other in zip(fused, lost, strict=True))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
