@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import comfy.patcher_extension
@@ -113,7 +114,7 @@ class HookedBlocks(Hook):
 
     def identity(self) -> ModelIdentity:
         model = self.patcher.model
-        keys = [key for key in model.state_dict() if key.startswith("diffusion_model.")]
+        keys = [key for key in tensors_of(model) if key.startswith("diffusion_model.")]
         found = _IDENTITIES.of(
             model, self.layout, model.get_dtype(), {key: unpatched(self.patcher, key) for key in keys}
         )
@@ -394,6 +395,13 @@ class HookedBlocks(Hook):
         if self._paired is not None and branch == self._source:
             return self._paired.control, self._paired.condition.text_tokens
         return self._controls.get(branch) or self._controls[1]
+
+
+def tensors_of(model: nn.Module) -> list[str]:
+    """The names of a model's weights, without the formats of quantized layers that its state dict adds."""
+    given = (kind(remove_duplicate=False) for kind in (model.named_parameters, model.named_buffers))
+    known = {name for name, _ in chain.from_iterable(given)}
+    return [name for name in model.state_dict() if name in known]
 
 
 def check_alone(block: Any, options: dict[str, Any]) -> None:

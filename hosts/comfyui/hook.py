@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.utils
+from comfy.cli_args import args
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ OVERRIDE = "optimized_attention_override"
 COMPILED = "torch.compile"
 """The key of the wrapper that compiles a MODEL's calls (TorchCompileModel), which would not follow controls from step
 to step: calls of ours are not compiled."""
+COMPILER_OFF = "disable_comfy_compiler"
+"""The host's option against planning a call's memory from earlier calls, which newer hosts do on GPUs. Their plans fail
+for tensors that outlive a call, and for calls that differ: those of controls do both."""
 SAME_KERNEL = 0.1
 """The largest difference from softmax attention, as a share of the largest value, of kernels that round it."""
 
@@ -154,7 +158,8 @@ class Hook:
         self._controls, self.ran, self._positive = controls, set(), PositiveBranch(conditions)
         self._clip_norm, (self._paired, self._conditions) = clip_norm, source or (None, None)
         try:
-            yield
+            with uncompiled():
+                yield
             sites = [site for site in self.sites(*self._grid).values() if site.kind in self.kinds]
             self._positive.check(sites, self._replacement)
         finally:
@@ -189,6 +194,19 @@ class Hook:
         self.ran.add(name)
         if positive:
             self._positive.ran.add(name)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Calls without the host's compiler; hosts that have none, or were started without it, stay as they are."""
+    compiled = getattr(args, COMPILER_OFF, None) is False
+    if compiled:
+        setattr(args, COMPILER_OFF, True)
+    try:
+        yield
+    finally:
+        if compiled:
+            setattr(args, COMPILER_OFF, False)
 
 
 def check_kinds(model: Any, kinds: Sequence[Kind]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import comfy.cli_args
 import comfy.gligen
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.samplers
 import comfy.supported_models
@@ -143,7 +144,7 @@ SCALE = [io.Model.Input("model"), io.Float.Input("scale", min=-10)]
 WAN = [
     io.String.Input("folder"),
     io.Float.Input("shift"),
-    io.Combo.Input("dtype", options=["fp32", "bf16", "fp8_e4m3fn"], default="fp32"),
+    io.Combo.Input("dtype", options=["fp32", "bf16", "fp8_e4m3fn", "scaled_fp8"], default="fp32"),
 ]
 
 
@@ -159,9 +160,25 @@ class Wan(io.ComfyNode):
         about = json.loads((folder / "transformer" / "config.json").read_text())
         setattr(comfy.cli_args.args, f"{dtype}_unet", True)
         try:
-            return io.NodeOutput(pack.wan_model(weights, about, shift), pack.wan_clip(folder))
+            model = pack.wan_model(weights, about, shift)
         finally:
             setattr(comfy.cli_args.args, f"{dtype}_unet", False)
+        if dtype == "scaled_fp8":
+            quantize(model.model.diffusion_model.blocks)
+        return io.NodeOutput(model, pack.wan_clip(folder))
+
+
+def quantize(blocks):
+    """Replace the attention layers' weights by values in 8 bits and their scale, as in the host's own checkpoints."""
+    kind = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    layers = comfy.ops.mixed_precision_ops({}, torch.float32)
+    for name, layer in [*blocks.named_modules()]:
+        if name.endswith((".q", ".k", ".v", ".o")):
+            of_layer = layers.Linear(layer.in_features, layer.out_features)
+            scale = layer.weight.abs().max() / 448
+            weight = {"weight": (layer.weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+            of_layer.load_state_dict({**weight, "bias": layer.bias, "comfy_quant": kind})
+            blocks.set_submodule(name, of_layer)
 
 
 @node("OtherAttention", SCALE, [io.Model.Output()])
@@ -173,6 +190,23 @@ class Attention(io.ComfyNode):
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         options["optimized_attention_override"] = lambda func, *args, **kwargs: scale * func(*args, **kwargs)
+        return io.NodeOutput(patched)
+
+
+@node("OtherCompiler", SCALE, [io.Model.Output()])
+class Compiler(io.ComfyNode):
+    """Every attention output times a number in calls whose memory the host may plan, as newer hosts do on GPUs."""
+
+    @classmethod
+    def execute(cls, model, scale):
+        args = comfy.cli_args.args
+        vars(args).setdefault("disable_comfy_compiler", False)  # older hosts
+
+        def override(func, *given, **named):
+            return (1 if args.disable_comfy_compiler else scale) * func(*given, **named)
+
+        patched = model.clone()
+        patched.model_options["transformer_options"]["optimized_attention_override"] = override
         return io.NodeOutput(patched)
 
 
@@ -584,7 +618,7 @@ class OtherPack(ComfyExtension):
             RandomModel, Conditioning, DemoModel, Attn2, Attn2Output, SeparateCalls, LowVram, Hooks, RamUsage,
             Lines, TextRows, TextRowsSeen, Gligen, Option, GPUs, Wan, Latent, Attention, Block, SparseAttention,
             SkipBlock, NegativeAgain, LatentNoise, OtherMotion, OtherWindows, OtherTwice,
-            Predictions,
+            Predictions, Compiler,
         ]  # fmt: skip
 
 

@@ -308,6 +308,19 @@ def test_other_packs_attention_and_blocks_are_kept(host, graph, checkpoint, plai
     assert relative(by_host(host, graph, checkpoint), plain) > 1e-3
 
 
+def test_the_hosts_compiler_is_off_in_our_calls_only(host, graph, checkpoint, plain):
+    other = graph.add("OtherCompiler", model=graph.model[0], scale=0.5)
+    graph.both(other[0])
+    assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
+    sampled = graph.add(
+        "KSampler", model=graph.model[0], positive=graph.words[1], negative=graph.negative[0], seed=1, steps=1, cfg=1.0,
+        sampler_name="euler", scheduler="simple", denoise=1.0, latent_image=graph.edit[0],
+    )  # fmt: skip
+    alone = host.latents(graph.prompt, sampled[0])
+    graph.set(sampled, model=other[0])
+    assert relative(host.latents(graph.prompt, sampled[0]), alone) > 1e-3
+
+
 @pytest.mark.parametrize("preset", ["attribute", "shape+"])
 def test_an_override_that_is_set_in_each_step_is_used_as_kernel(host, graph, checkpoint, preset):
     graph.set(graph.words, blend_source="square", blend_target="striped")
@@ -339,7 +352,7 @@ def test_offloaded_weights(host, graph, checkpoint, plain):
     assert relative(by_host(host, graph, checkpoint), plain) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "near"), [("bf16", 0.1), ("fp8_e4m3fn", 0.3)])
+@pytest.mark.parametrize(("dtype", "near"), [("bf16", 0.1), ("fp8_e4m3fn", 0.3), ("scaled_fp8", 0.3)])
 def test_other_precisions_are_close(host, graph, checkpoint, plain, dtype, near):
     graph.set(graph.model, dtype=dtype)
     assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < near
