@@ -337,7 +337,8 @@ class LTXLoop(io.ComfyNode):
         source_guidance=0.0, source_negative=None,
     ):  # fmt: skip
         guider, samples = Guider(model), latent["samples"]
-        conds = {"positive": positive, "negative": negative, "source": source, "source's negative": source_negative or negative}
+        conds = {"positive": positive, "negative": negative, "source": source}
+        conds["source's negative"] = source_negative or negative
         guider.inner_set_conds(conds)
         of_source, of_edit = (full_mask(one) for one in (latent, edited or latent))
         for entry in chain(guider.original_conds["positive"], guider.original_conds["negative"]):
