@@ -112,7 +112,7 @@ class HookedWan(HookedBlocks):
             return given
         rows = list(chunk.frame_indices)
         for row in getattr(self.handler, "cond_retain_index_list", None) or ():
-            rows[row] = row
+            rows[row] = range(chunk.clip)[row]
         return given.index_select(dim, torch.tensor(rows, device=given.device))
 
     @staticmethod
