@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..attention.prompt import MIXED
 from ..diffusion.parts import check_needs_unet
 from ..video.read import open_video
+from ..video.size import check_crop
 from .config.paths import files_of
 from .config.settings import AUTO, ConfigError, EditConfig, GenerateConfig, of_setting
 
@@ -119,9 +120,13 @@ def _check_pictures(config: EditConfig, loader: type[Model], stored: bool) -> No
     if config.guide_frame and config.memory == "maps":
         raise ConfigError("memory: maps cannot include the tokens of guide frames: use recompute")
     for what, file in files_of(config).items():
-        if what.partition(" ")[0] in given:
-            with of_setting(what.partition(" ")[0]):
-                open_video(file, at_most=1)
+        name = what.partition(" ")[0]
+        if name in given:
+            with of_setting(name):
+                picture = open_video(file, at_most=2)
+                check_crop(*picture.size, *config.crop)
+                if name == "guide_frame" and len(picture) > 1:
+                    raise ValueError(f"{file} has several frames: give a picture")
 
 
 def _check_no_layout(config: EditConfig | GenerateConfig) -> None:

@@ -52,8 +52,11 @@ def begins(frames: int) -> list[float]:
 
 
 def packing(shapes: Sequence[Sequence[int]]) -> Packing:
-    """That of latents with shapes of the video, (1, 24, frames, h, w), and of the sound, (1, 32, 2, n)."""
-    return Packing(tuple(map(tuple, shapes)), 3, tuple(begins(shapes[0][2])), len(FRAMES))
+    """That of latents with shapes of the video, (1, 24, frames, h, w), and of the sound, (1, 32, 2, n). Sound after the
+    video belongs to its last frame.
+    """
+    *starts, end = begins(shapes[0][2])
+    return Packing(tuple(map(tuple, shapes)), 3, (*starts, max(end, shapes[1][3])), len(FRAMES))
 
 
 def _centred(side: int, mean: float) -> Tensor:

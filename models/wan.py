@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files.bundled import DEMO
 from .family import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WAN = Family(
     title="Wan",
@@ -41,6 +45,13 @@ _ORIGINAL = tuple(
         (r"^condition_embedder\.time_proj\b", "time_projection.1"),
     )
 )  # fmt: skip
+
+
+def begins_with_reference(control: Tensor) -> bool:
+    """Whether a control of VACE, (b, n, 96, frames, h, w), begins with a reference: its frame has no mask, and zeros
+    where others have the part to change.
+    """
+    return bool((control[:, :, 16:, 0].abs().amax((0, 2, 3, 4)) < 0.01).any())
 
 
 def original_name(name: str) -> str:

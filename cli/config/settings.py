@@ -242,8 +242,8 @@ class EditSettings(
         shown="the clip's", group=_EDIT,
     )  # fmt: skip
     guide_frame: tuple[str, ...] = setting(
-        (), 'Picture of another frame of the edit, for LTX-2: "24: edited.png", counted from 0, or "last: end.png". '
-        "Repeatable.", shown="none", group=_EDIT,
+        (), 'Picture of another frame of the edit, for LTX-2: "24: edited.png", counted from 0 at --start, or '
+        '"last: end.png". Repeatable.', shown="none", group=_EDIT,
     )  # fmt: skip
     smoothing: float = setting_like(FlowSmoothing, "amount", 0.0)
     flow: FlowName = setting(

@@ -39,9 +39,9 @@ of an inpainting UNet."""
 
 PICTURES = frozenset({
     "c_concat", "clip_fea", "denoise_mask", "reference_latent", "context_latents", "time_dim_concat", "vace_context",
-    "camera_conditions", "face_pixel_values", "pose_latents", "ref_latents",
+    "camera_conditions", "face_pixel_values", "pose_latents", "ref_latents", KEYFRAMES,
 })  # fmt: skip
-"""The model inputs of pictures, clips and control videos, which may differ between source and edit."""
+"""The model inputs of pictures, their places, clips and control videos, which may differ between source and edit."""
 
 NOTHING = frozenset[str]()
 

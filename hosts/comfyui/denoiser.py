@@ -53,11 +53,15 @@ class _Branch:
         kind = WrappersMP.PREDICT_NOISE
         return list(comfy.patcher_extension.get_all_wrappers(kind, self.options, is_model_options=True))
 
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        """The model's, from each prompt."""
+        return [entry["model_conds"] for entries in self.conditions.values() for entry in entries]
+
     def check_parts(self, guided: bool) -> None:
         """Raise ValueError, naming it, for what needs all frames of a clip. guided: whether guidance functions run."""
         check_parts(self.options, self.around_predictions, guided, self.hooked.family.spans_clip)
-        given = [entry["model_conds"] for entries in self.conditions.values() for entry in entries]
-        found = set().union(*map(self.hooked.need_clip, given))
+        found = set().union(*map(self.hooked.need_clip, self.inputs))
         if self.hooked.family.attention and found:
             raise ValueError(
                 f"model: {', '.join(sorted(found))} of a prompt needs all frames of the clip, but this run "
@@ -120,13 +124,14 @@ class ComfyDenoiser:
 
     @property
     def trained_frames(self) -> int | None:
-        """None if the MODEL, or a node on it, needs all frames of a clip."""
+        """None if a MODEL, or a node on it, needs all frames of a clip, and if the clip begins with a reference."""
         hooked = self._edited.hooked
         try:
-            self._edited.check_parts(True)
+            for branch in filter(None, (self._edited, self._edited.low)):
+                branch.check_parts(True)
         except ValueError:
             return None
-        return hooked.trained_frames
+        return None if any(map(hooked.has_reference, self._edited.inputs)) else hooked.trained_frames
 
     @property
     def packing(self) -> Packing | None:

@@ -73,6 +73,8 @@ class Hook:
         """kinds: of the attention layers to hook; the others stay as they are."""
         self.given, self.kinds = model, kinds
         """The MODEL as other nodes left it."""
+        self.handler = model.model_options.get("context_handler")
+        """The host's context windows, of a pair those of its first MODEL."""
         self.patcher = model.clone()
         self.patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
         self.one_text = False
@@ -119,6 +121,12 @@ class Hook:
     def trained_frames(self) -> int | None:
         """See `Denoiser.trained_frames`."""
         return self.family.trained_frames
+
+    def has_reference(self, inputs: dict[str, Any]) -> bool:
+        """Whether a clip begins with a reference, which windows after the first lack. inputs: the model's, from a
+        prompt.
+        """
+        return False
 
     def packing(self, shapes: Shapes) -> Packing | None:
         """That of latents of several streams; None for a model whose calls have the whole clip."""

@@ -83,6 +83,7 @@ def join_pair(hook: Hook, model: Any) -> None:
     pair = taken_pair(hook.patcher)
     if pair is not None:
         hook.low, hook.boundary = type(hook)(pair.low(model)), pair.boundary
+        hook.low.handler = hook.handler
 
 
 def shapes_of_weights(model: Any) -> list[tuple[str, tuple[int, ...]]]:

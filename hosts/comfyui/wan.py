@@ -18,7 +18,7 @@ from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 from torch import Tensor, nn
 
 from ...attention.key_frames import Chunk
-from ...models.wan import WAN, WAN_CONDITIONED
+from ...models.wan import WAN, WAN_CONDITIONED, begins_with_reference
 from ...store.identity import ModelIdentity
 from .blocks import HookedBlocks, check_sampled_as_flow
 from .conditions import READ
@@ -111,9 +111,8 @@ class HookedWan(HookedBlocks):
         if given.shape[dim] != chunk.clip:
             return given
         rows = list(chunk.frame_indices)
-        handler = self.given.model_options.get("context_handler")
-        for row in getattr(handler, "cond_retain_index_list", None) or ():
-            rows[row] = row
+        for row in getattr(self.handler, "cond_retain_index_list", None) or ():
+            rows[row] = range(chunk.clip)[row]
         return given.index_select(dim, torch.tensor(rows, device=given.device))
 
     @staticmethod
@@ -154,10 +153,9 @@ class HookedConditionedWan(HookedWan):
     reads_latents = True
     always = False
 
-    @property
-    def trained_frames(self) -> int | None:
-        """None for Animate, whose clip begins with its reference: windows would lose it."""
-        return None if type(self._unet) is AnimateWanModel else super().trained_frames
+    def has_reference(self, inputs: dict[str, Any]) -> bool:
+        control = inputs.get("vace_context")
+        return type(self._unet) is AnimateWanModel or (control is not None and begins_with_reference(control.cond))
 
     def identity(self) -> ModelIdentity:
         """The architecture, unless the store keeps attention."""

@@ -76,3 +76,11 @@ def test_the_sound_of_h3_follows_the_time_of_its_frames():
     found = packing(((1, 24, 12, 4, 6), (1, 32, 2, 65)))
     assert [found.sound_of(range(at, min(at + 5, 12)))[0] for at in (0, 5, 10)] == [0, 28, 57]
     assert found.sound_of(range(12)) == list(range(65))
+
+
+@pytest.mark.parametrize("sound", [1, 30, 65, 66, 100])
+def test_every_latent_of_the_sound_has_a_window(sound):
+    """Also where it is shorter or longer than the video."""
+    chunks = chunks_of(packing(((1, 24, 12, 4, 6), (1, 32, 2, sound))), Windows(10, 5, 5))
+    of_sound = [chunk.of_sound for chunk in chunks]
+    assert {latent for one in of_sound for latent in one.frame_indices} == set(range(sound))

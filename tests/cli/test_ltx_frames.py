@@ -124,6 +124,8 @@ def test_an_ic_lora_with_a_smaller_control_video(command, refused, folder, tmp_p
         (("--guide-frame", "6: green.png"), "frame 6 is outside"),
         (("--guide-frame", "5: green.png", "--guide-frame", "last: green.png"), "frame 5 has two pictures"),
         (("--guide-frame", "3: none.png"), "guide_frame: "),
+        (("--guide-frame", f"3: {CLIP}"), "guide_frame: .* has several frames"),
+        (("--guide-frame", "3: green.png", "--crop", "64,0,0,0"), "guide_frame: crop .* does not fit 64x64"),
         (("--guide-frame", "3: green.png", "--memory", "maps"), "maps cannot include"),
         (("--control", CLIP, "--controlnet-strength", 2), "at most 1"),
         (("--control", CLIP, "--control-end", 0.5), "control_end have no effect"),

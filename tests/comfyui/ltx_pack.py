@@ -316,6 +316,7 @@ LOOP = [
     io.Conditioning.Input("negative"), io.Latent.Input("latent"), io.Sigmas.Input("sigmas"),
     io.Float.Input("guidance"), io.Int.Input("guides"), io.Boolean.Input("fuse"),
     io.Latent.Input("edited", optional=True), io.Float.Input("source_guidance", default=0.0),
+    io.Conditioning.Input("source_negative", optional=True),
 ]  # fmt: skip
 
 
@@ -332,10 +333,12 @@ class LTXLoop(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, source, positive, negative, latent, sigmas, guidance, guides, fuse, edited=None, source_guidance=0.0
-    ):
+        cls, model, source, positive, negative, latent, sigmas, guidance, guides, fuse, edited=None,
+        source_guidance=0.0, source_negative=None,
+    ):  # fmt: skip
         guider, samples = Guider(model), latent["samples"]
-        conds = {"positive": positive, "negative": negative, "source": source, "source's negative": negative}
+        conds = {"positive": positive, "negative": negative, "source": source}
+        conds["source's negative"] = source_negative or negative
         guider.inner_set_conds(conds)
         of_source, of_edit = (full_mask(one) for one in (latent, edited or latent))
         for entry in chain(guider.original_conds["positive"], guider.original_conds["negative"]):

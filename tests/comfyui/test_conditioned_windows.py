@@ -125,14 +125,27 @@ def test_the_same_prompt_replays_the_clip(host, folder, graph):
     assert relative(edited(host, graph), host.latents(graph.prompt, graph.latent[0])) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["camera", "animate"])
+@pytest.mark.parametrize("kind", ["camera", "vace", "vace_reference", "animate"])
 def test_the_default_is_the_length_of_training(host, folder, kind):
-    """The clip of Animate begins with its reference."""
+    """Without windows where the clip begins with a reference."""
     long = type("Long", (LongGraph,), {"latents": 23, "stop": 23})
     graph = long(folder=str(folder), kind=kind)
     usual = edited(host, graph)
-    graph.set(graph.invert, window_frames=4 * 23 if kind == "animate" else 81)
+    graph.set(graph.invert, window_frames=81 if kind in ("camera", "vace") else 4 * 23)
     assert torch.equal(edited(host, graph), usual)
+
+
+def test_a_pair_has_the_windows_of_its_first_model(host, folder):
+    """With the picture that these retain, whether the node is before or after the pair."""
+    graph = LongGraph(folder=str(folder), kind="i2v")
+    model, other = graph.model, graph.add("WanKind", kind=graph.kind, seed=1)
+    pair = graph.add("FateZeroWanPair", model=windows(graph, cond_retain_index_list="0"), low_noise=other[0],
+                     boundary=0.97)  # fmt: skip
+    graph.both(pair[0])
+    before = edited(host, graph)
+    graph.model = graph.add("FateZeroWanPair", model=model[0], low_noise=other[0], boundary=0.97)
+    graph.both(windows(graph, cond_retain_index_list="0"))
+    assert torch.equal(edited(host, graph), before)
 
 
 def test_tokens_inside_a_mask(host, folder):

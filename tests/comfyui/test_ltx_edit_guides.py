@@ -75,6 +75,17 @@ def test_flow_edit_is_that_of_a_loop_with_both_noise_masks(host, guides, first, 
     assert relative(found[:, :, :1], first_expected[:, :, :1]) < 1e-4
 
 
+def test_the_sources_guidance_has_the_places_of_its_guides(host):
+    graph = GuidedGraph(guides=ONE)
+    drawn(graph)
+    graph.set(graph.edit, preset="none")
+    negative, graph.guides = graph.prompts[2], ((16, 1, {}),)
+    _, latent = guided(graph)
+    loop = graph.loop(False, 1, edited=latent, source_guidance=2.0, source_negative=negative)
+    found, expected = (host.latents(graph.prompt, one)[:, :, :FRAMES] for one in (graph.edit[0], loop[0]))
+    assert relative(found, expected) < 1e-4
+
+
 @pytest.mark.parametrize("flow_edit", [False, True])
 @pytest.mark.parametrize(("guides", "first"), [(SEVERAL, None), (SMALL, 0.7), ((), 1.0)])
 def test_the_same_guides_change_nothing(host, guides, first, flow_edit):

@@ -30,6 +30,7 @@ MODELS = {
     "fun": ("WAN21_FunControl2V", {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}),
     "fun_inpaint": ("WAN21_FunControl2V", {"in_dim": 52, "in_dim_ref_conv": 16}),
     "vace": ("WAN21_Vace", {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
+    "vace_reference": ("WAN21_Vace", {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}),
     "animate": ("WAN22_Animate", {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
     "animate_faces": ("WAN22_Animate", {"model_type": "animate", "in_dim": 36, "num_layers": 5}),
     "camera": ("WAN21_Camera", {"model_type": "camera", "in_dim": 32}),
@@ -123,6 +124,8 @@ def inputs_of(kind, frames=3):
     picture = {"concat_latent_image": random_values(6, *clip), "concat_mask": random_values(7, 1, 1, *clip[2:])}
     seen = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=random_values(8, 1, 7, 1280))}
     reference = {"reference_latents": [random_values(9, 1, 16, 1, *clip[3:])]}
+    control, mask = random_values(6, 1, 32, *clip[2:]), torch.ones(1, 64, *clip[2:])
+    control[:, 16:, :1], mask[:, :, :1] = comfy.latent_formats.Wan21().process_out(torch.zeros(1, 16, 1, 4, 6)), 0
     posed = {**picture, **seen, "pose_video_latent": random_values(9, 1, 16, frames - 1, *clip[3:])}
     return {
         "bernini": {"context_latents": [random_values(6, *clip), random_values(7, 1, 16, 1, 6, 4)]},
@@ -138,6 +141,7 @@ def inputs_of(kind, frames=3):
             "vace_frames": [random_values(6, 1, 32, *clip[2:]), random_values(7, 1, 32, *clip[2:])],
             "vace_mask": [torch.ones(1, 64, *clip[2:])] * 2, "vace_strength": [0.7, 0.4],
         },
+        "vace_reference": {"vace_frames": [control], "vace_mask": [mask], "vace_strength": [1.0]},
         "animate": posed,
         "animate_faces": {**posed, "face_video_pixels": random_values(10, 1, 3, 4 * frames - 7, 64, 64)},
         "camera": {**picture, **seen, "camera_conditions": random_values(9, 1, 24, frames, 32, 48)},

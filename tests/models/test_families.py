@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from fatezero.models.family import latent_frames
 from fatezero.models.unet import clip_norms, feature_level
-from fatezero.models.wan import original_name
+from fatezero.models.wan import begins_with_reference, original_name
 
 
 @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (2, 2), (5, 2), (6, 3), (81, 21)])
@@ -37,3 +37,14 @@ def test_every_diffusers_name_of_a_wan_transformer_is_converted():
     assert {"blocks.0.self_attn.o.weight", "blocks.0.cross_attn.k_img.bias", "blocks.0.norm3.weight",
             "blocks.0.modulation", "head.modulation", "time_projection.1.weight"} <= set(names)  # fmt: skip
     assert not [name for name in names if re.search(r"attn\d|to_|condition_embedder\.t|scale_shift", name)]
+
+
+def test_a_control_of_vace_that_begins_with_a_reference():
+    clip = torch.randn(1, 2, 96, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    clip[:, :, 32:] = 1  # the mask
+    assert not begins_with_reference(clip)
+    kept = clip.clone()
+    kept[:, :, 32:, 0] = 0
+    assert not begins_with_reference(kept)
+    kept[:, 1, 16:32, 0] = 0
+    assert begins_with_reference(kept)
