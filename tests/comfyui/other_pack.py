@@ -141,10 +141,12 @@ class DemoModel(io.ComfyNode):
 
 
 SCALE = [io.Model.Input("model"), io.Float.Input("scale", min=-10)]
+SCALED = ["scaled_fp8"] if hasattr(comfy.ops, "mixed_precision_ops") else []
+"""Quantized layers, of newer hosts."""
 WAN = [
     io.String.Input("folder"),
     io.Float.Input("shift"),
-    io.Combo.Input("dtype", options=["fp32", "bf16", "fp8_e4m3fn", "scaled_fp8"], default="fp32"),
+    io.Combo.Input("dtype", options=["fp32", "bf16", "fp8_e4m3fn", *SCALED], default="fp32"),
 ]
 
 

@@ -354,6 +354,8 @@ def test_offloaded_weights(host, graph, checkpoint, plain):
 
 @pytest.mark.parametrize(("dtype", "near"), [("bf16", 0.1), ("fp8_e4m3fn", 0.3), ("scaled_fp8", 0.3)])
 def test_other_precisions_are_close(host, graph, checkpoint, plain, dtype, near):
+    if dtype not in str(host.known["OtherWan"]):
+        pytest.skip("this host has no quantized layers")
     graph.set(graph.model, dtype=dtype)
     assert 1e-4 < relative(by_host(host, graph, checkpoint), plain) < near
 
