@@ -49,8 +49,9 @@ def check_parts(options: dict[str, Any], around_predictions: list[Any], guided: 
         names = ["a motion module of AnimateDiff"]
     if names:
         raise ValueError(
-            f"model: {names[0]} needs all frames of a clip, but this run splits them: set chunk_frames to 0, and "
-            "remove TokenFlow and Context Windows (AnimateDiff-Evolved has its own context options)"
+            f"model: {names[0]} needs all frames of a clip, but this run splits them: set chunk_frames to 0 or "
+            "window_frames to the clip's length, and remove TokenFlow and Context Windows (AnimateDiff-Evolved has its "
+            "own context options)"
         )
     found = mixing_guidance(around_predictions + (_guidance_of(options) if guided else []), clip_is_sample)
     if found:

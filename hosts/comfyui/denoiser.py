@@ -65,7 +65,7 @@ class _Branch:
         if self.hooked.family.attention and found:
             raise ValueError(
                 f"model: {', '.join(sorted(found))} of a prompt needs all frames of the clip, but this run "
-                "splits them: set chunk_frames to 0, and remove Context Windows"
+                "splits them: remove Context Windows, set chunk_frames to 0, or window_frames to the clip's length"
             )
 
     def at(self, sigma: float) -> _Branch:
