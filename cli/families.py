@@ -125,6 +125,11 @@ def _check_pictures(config: EditConfig, loader: type[Model], stored: bool) -> No
             with of_setting(name):
                 picture = open_video(file, at_most=2)
                 check_crop(*picture.size, *config.crop)
+                if any(config.crop) and picture.size != (size := open_video(config.video, at_most=1).size):
+                    raise ValueError(
+                        f"{file} is {picture.size[0]}x{picture.size[1]} and the clip {size[0]}x{size[1]}, so that crop "
+                        "would show other parts of them: give a picture of the clip's size"
+                    )
                 if name == "guide_frame" and len(picture) > 1:
                     raise ValueError(f"{file} has several frames: give a picture")
 

@@ -126,6 +126,7 @@ def test_an_ic_lora_with_a_smaller_control_video(command, refused, folder, tmp_p
         (("--guide-frame", "3: none.png"), "guide_frame: "),
         (("--guide-frame", f"3: {CLIP}"), "guide_frame: .* has several frames"),
         (("--guide-frame", "3: green.png", "--crop", "64,0,0,0"), "guide_frame: crop .* does not fit 64x64"),
+        (("--first-frame", "wide.png", "--crop", "8,0,0,0"), "first_frame: .* is 96x64 and the clip"),
         (("--guide-frame", "3: green.png", "--memory", "maps"), "maps cannot include"),
         (("--control", CLIP, "--controlnet-strength", 2), "at most 1"),
         (("--control", CLIP, "--control-end", 0.5), "control_end have no effect"),
@@ -138,6 +139,7 @@ def test_an_ic_lora_with_a_smaller_control_video(command, refused, folder, tmp_p
 )
 def test_refusals_before_loading(refused, folder, tmp_path, options, error):
     Image.new("RGB", (64, 64)).save(tmp_path / "green.png")
+    Image.new("RGB", (96, 64)).save(tmp_path / "wide.png")
     broken = shutil.copytree(folder, tmp_path / "model")
     for file in broken.rglob("*.safetensors"):
         file.write_bytes(b"nothing")
