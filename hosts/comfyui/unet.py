@@ -105,7 +105,7 @@ class HookedUNet(Hook):
     def of_chunk(self, value: Any, chunk: Chunk) -> Any:
         """With a row for each frame in tensors, also in parts of the condition."""
         if isinstance(value, Tensor) and value.ndim > 1 and len(value) == chunk.clip:
-            return value[list(chunk.frame_indices)]
+            return chunk.cut(value)
         if isinstance(getattr(value, "cond", None), Tensor):
             return value._copy_with(self.of_chunk(value.cond, chunk))
         return {k: self.of_chunk(v, chunk) for k, v in value.items()} if isinstance(value, dict) else value

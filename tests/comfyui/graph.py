@@ -99,3 +99,12 @@ class DemoGraph(Graph):
         decoded = self.add("VAEDecode", samples=self.edit[0], vae=self.demo[2])
         video = self.add("CreateVideo", images=decoded[0], fps=self.video[2])
         return self.add("SaveVideo", video=video[0], filename_prefix="edit", format="auto", codec="auto")
+
+
+def windows(graph: Any, **changed: Any) -> list[Any]:
+    """The host's windows of three latents, which share one with the next, on a graph's MODEL."""
+    given = {
+        "context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False, "causal_window_fix": False,
+    }  # fmt: skip
+    return graph.add("ContextWindowsManual", model=graph.model[0], **{**given, **changed})[0]

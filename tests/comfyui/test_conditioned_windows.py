@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui.graph import Node
+from comfyui.graph import Node, windows
 from comfyui.host import NodeError
 from comfyui.test_conditioned_wan import KINDS, SEED, STEPS, WanKindGraph, edited, folder
 from comfyui.test_wan import hosts_guider
@@ -36,15 +36,6 @@ class LongGraph(WanKindGraph):
 @pytest.fixture(params=KINDS)
 def graph(request, folder) -> LongGraph:
     return LongGraph(folder=str(folder), kind=request.param)
-
-
-def windows(graph, **changed):
-    """The host's windows that equal `OURS`."""
-    given = {
-        "context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
-        "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False, "causal_window_fix": False,
-    }  # fmt: skip
-    return graph.add("ContextWindowsManual", model=graph.model[0], **{**given, **changed})[0]
 
 
 def masked(graph) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from comfyui import test_joint
+from comfyui.graph import windows
 from comfyui.host import NodeError
 from comfyui.test_joint import JointGraph, model, weights
-from comfyui.test_ltx_windows import windows
 
 from fatezero import FlowEditSettings, Windows
 from small import relative

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui.graph import windows
 from comfyui.host import NodeError
 from comfyui.test_wan import (
     SOURCE,
@@ -30,15 +31,6 @@ OURS = {"window_frames": 9, "window_overlap": 4}
 def long(graph: WanGraph, latents: int = LATENTS) -> WanGraph:
     graph.set(graph.latent, shape=f"1,16,{latents},4,6")
     return graph
-
-
-def windows(graph, **changed):
-    """The host's windows that equal `OURS`."""
-    given = {
-        "context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
-        "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False, "causal_window_fix": False,
-    }  # fmt: skip
-    return graph.add("ContextWindowsManual", model=graph.model[0], **{**given, **changed})[0]
 
 
 def fused(graph):

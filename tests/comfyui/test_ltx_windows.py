@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfyui import test_ltx
-from comfyui.graph import Node
+from comfyui.graph import Node, windows
 from comfyui.host import NodeError
 from comfyui.test_ltx import LTXGraph, model, of_folder, video_and_sound
 from comfyui.test_ltx_guides import GuidedGraph
@@ -21,15 +21,6 @@ OURS = {"window_frames": 17, "window_overlap": 8}
 @pytest.fixture
 def graph() -> LTXGraph:
     return LTXGraph(sound=SOUND, shape=f"1,128,{LATENTS},2,3")
-
-
-def windows(graph, **changed) -> Node:
-    """The host's windows that equal `OURS`."""
-    given = {
-        "context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
-        "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False, "causal_window_fix": False,
-    }  # fmt: skip
-    return graph.add("ContextWindowsManual", model=graph.model[0], **{**given, **changed})[0]
 
 
 def last_frames(graph) -> list:
